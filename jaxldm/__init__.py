@@ -1,0 +1,21 @@
+"""`jaxldm`: latent diffusion as pure functions in JAX and Flax.
+
+The rooms (`jaxldm.diffusion`, `jaxldm.models`, `jaxldm.data`, ...) are imported when first touched, so
+`import jaxldm` itself costs almost nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+_ROOMS = ("checkpoints", "data", "diffusion", "errors", "metrics", "models", "nn", "pipelines", "training")
+__all__ = ["__version__", *_ROOMS]
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"jaxldm.{name}")
+    raise AttributeError(f"module 'jaxldm' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)
