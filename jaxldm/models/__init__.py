@@ -1,0 +1,48 @@
+"""Networks by their published architecture, one file each, with presets by name.
+
+>>> from jaxldm import models
+>>> module = models.build("mini-unet")
+>>> models.count_params(module) == models.count_params("mini-unet")
+True
+"""
+
+from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
+from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
+from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.dit import DiT, DiTConfig
+from jaxldm.models.registry import (
+    PRESETS,
+    build,
+    config_from_dict,
+    config_to_dict,
+    count_params,
+    from_config,
+    init,
+    shapes,
+)
+from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
+from jaxldm.nn.embeddings import patchify, unpatchify
+
+__all__ = [
+    "PRESETS",
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "ConvAutoencoder",
+    "ConvAutoencoderConfig",
+    "DiT",
+    "DiTConfig",
+    "DiagonalGaussian",
+    "UNet2DConfig",
+    "UNet2DModel",
+    "build",
+    "config_from_dict",
+    "config_to_dict",
+    "count_params",
+    "decode_latents",
+    "encode_latents",
+    "from_config",
+    "init",
+    "patchify",
+    "shapes",
+    "unpatchify",
+]

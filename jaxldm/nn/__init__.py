@@ -1,0 +1,46 @@
+"""Layers that several models share. Channels last, parameters float32, compute dtype a string."""
+
+from jaxldm.nn.attention import Attention2D, SelfAttention, dot_product_attention
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
+from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4, conv_transpose_4x4_stride_2, depth_to_space
+from jaxldm.nn.embeddings import (
+    PatchProjection,
+    TimestepEmbedding,
+    patchify,
+    sincos_position_embedding_2d,
+    timestep_embedding,
+    unpatchify,
+)
+from jaxldm.nn.linear import DTYPES, Embedding, Linear, compute_dtype
+from jaxldm.nn.normalization import GroupNorm, group_norm, layer_norm, modulate
+from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+
+__all__ = [
+    "DTYPES",
+    "Attention2D",
+    "Conv2d",
+    "ConvTranspose4x4",
+    "DownBlock2D",
+    "Downsample2D",
+    "Embedding",
+    "GroupNorm",
+    "Linear",
+    "MidBlock2D",
+    "PatchProjection",
+    "ResnetBlock2D",
+    "SelfAttention",
+    "TimestepEmbedding",
+    "UpBlock2D",
+    "Upsample2D",
+    "compute_dtype",
+    "conv_transpose_4x4_stride_2",
+    "depth_to_space",
+    "dot_product_attention",
+    "group_norm",
+    "layer_norm",
+    "modulate",
+    "patchify",
+    "sincos_position_embedding_2d",
+    "timestep_embedding",
+    "unpatchify",
+]

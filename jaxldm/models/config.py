@@ -1,0 +1,76 @@
+"""What every model's config shares: plain frozen data, and its way into and out of a config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from jaxldm.errors import CheckpointError, InvalidArgumentError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Base of the configs. Subclasses are frozen dataclasses of ints, floats, strings, bools, tuples and
+    None.
+
+    Class attributes for architectures whose config.json other programs read:
+      published: only keys of the published config; our own fields are written with a leading underscore,
+        which diffusers takes as private, so that it opens the folder without a warning.
+      fixed: published keys that this implementation supports with one value only.
+      ignored: published keys without meaning here.
+    """
+
+    published: ClassVar[bool] = False
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys and values of config.json, without `_class_name`."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {self._written_name(name): _listed(value) for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; keys that are absent take their default.
+
+        Raises:
+          CheckpointError: a key that this architecture does not know, or a value that it does not support.
+        """
+        names = {cls._written_name(f.name): f.name for f in dataclasses.fields(cls)}
+        given = {}
+        for key, value in entries.items():
+            if key in names:
+                given[names[key]] = tuple(value) if isinstance(value, list) else value
+            elif key in cls.fixed:
+                if value != cls.fixed[key]:
+                    raise CheckpointError(
+                        f"config.json asks for {key} = {value!r}; only {cls.fixed[key]!r} is supported here"
+                    )
+            elif key not in cls.ignored and not key.startswith("_"):
+                raise CheckpointError(
+                    f"config.json has an unknown key {key!r}; known: {', '.join(sorted(names))}"
+                )
+        try:
+            return cls(**given)
+        except (TypeError, InvalidArgumentError) as error:
+            raise CheckpointError(f"config.json does not describe a {cls.__name__}: {error}") from error
+
+    @classmethod
+    def _written_name(cls, field: str) -> str:
+        return f"_{field}" if cls.published and field == "dtype" else field
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `InvalidArgumentError(message)` unless the condition holds."""
+    if not condition:
+        raise InvalidArgumentError(message)
+
+
+def height_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a `sample_size` that is one number for a square or a pair."""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)

@@ -1,0 +1,290 @@
+"""DiT: the diffusion transformer with AdaLN-Zero (Peebles & Xie 2023), under the names of its published
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.nn.attention import SelfAttention
+from jaxldm.nn.embeddings import (
+    PatchProjection,
+    sincos_position_embedding_2d,
+    timestep_embedding,
+    unpatchify,
+)
+from jaxldm.nn.linear import Embedding, Linear, compute_dtype
+from jaxldm.nn.normalization import layer_norm, modulate
+
+XAVIER = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.zeros}
+NORMAL = {"kernel_init": nn.initializers.normal(0.02), "bias_init": nn.initializers.zeros}
+ZERO = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.zeros}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """Config of `DiT`; defaults are DiT-XL/2 for 256x256 images in the latents of Stable Diffusion.
+
+    num_classes: number of real classes; the label `num_classes` is the null class. None: not
+    class-conditional. learn_sigma: 2 x in_channels outputs: the prediction, then the interpolation weight
+    of the variance (Nichol &
+      Dhariwal 2021, eq. 15).
+    position_embedding: "sincos" (fixed) or "learned".
+    freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`), so set 1 to agree with
+    it. norm_eps: 1e-6 as published.
+    """
+
+    sample_size: int | tuple[int, int] = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int | None = 1000
+    learn_sigma: bool = True
+    position_embedding: str = "sincos"
+    frequency_embedding_size: int = 256
+    freq_shift: int = 0
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for side in height_width(self.sample_size):
+            check(
+                side % self.patch_size == 0,
+                f"a side of {side} cannot be cut into patches of {self.patch_size}",
+            )
+        check(
+            self.hidden_size % self.num_heads == 0,
+            f"a width of {self.hidden_size} cannot be split into {self.num_heads} heads",
+        )
+        check(self.hidden_size % 4 == 0, "hidden_size must be a multiple of 4 for the position embedding")
+        one_of("position_embedding", self.position_embedding, ("sincos", "learned"))
+        compute_dtype(self.dtype)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: in_channels, or twice as many with `learn_sigma`."""
+        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        height, width = height_width(self.sample_size)
+        return height // self.patch_size, width // self.patch_size
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding, cosines first, then Linear, SiLU, Linear: t `[B]` -> `[B, hidden_size]`."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B C"]:
+        config = self.config
+        size, shift = config.frequency_embedding_size, config.freq_shift
+        x = timestep_embedding(t, size, flip_sin_to_cos=True, downscale_freq_shift=shift)
+        x = Linear(config.hidden_size, dtype=config.dtype, name="mlp_0", **NORMAL)(x)
+        return Linear(config.hidden_size, dtype=config.dtype, name="mlp_2", **NORMAL)(nn.silu(x))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels `[B]` -> `[B, hidden_size]`; the last row of the table is the null class."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B C"]:
+        config = self.config
+        init = nn.initializers.normal(0.02)
+        rows = config.num_classes + 1
+        return Embedding(rows, config.hidden_size, config.dtype, init, name="embedding_table")(labels)
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-approximated GELU, Linear: `[B, N, C]` -> the same shape."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], train: bool = False) -> Float[Array, "B N C"]:
+        config = self.config
+        hidden = int(config.hidden_size * config.mlp_ratio)
+        x = Linear(hidden, dtype=config.dtype, name="fc1", **XAVIER)(x)
+        x = nn.gelu(x, approximate=True)
+        if config.dropout > 0.0:
+            x = nn.Dropout(config.dropout, deterministic=not train)(x)
+        return Linear(config.hidden_size, dtype=config.dtype, name="fc2", **XAVIER)(x)
+
+
+class DiTBlock(nn.Module):
+    """x + gate * attention(modulate(norm(x))), then the same with the MLP; AdaLN-Zero from c. `[B, N, C]`
+    -> `[B, N, C]`.
+
+    Peebles & Xie 2023, section 3.2 and figure 3: shift, scale and gate of both branches are one linear map
+    of silu(c) that starts at zero, so every block starts as the identity.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N C"], c: Float[Array, "B C"], train: bool = False
+    ) -> Float[Array, "B N C"]:
+        config = self.config
+        modulation = Linear(6 * config.hidden_size, dtype=config.dtype, name="adaLN_modulation_1", **ZERO)(
+            nn.silu(c)
+        )
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+        attention = SelfAttention(config.num_heads, config.dtype, **XAVIER, name="attn")
+        x = x + gate_msa[:, None, :] * attention(
+            modulate(layer_norm(x, config.norm_eps), shift_msa, scale_msa)
+        )
+        mlp = Mlp(config, name="mlp")
+        return x + gate_mlp[:, None, :] * mlp(
+            modulate(layer_norm(x, config.norm_eps), shift_mlp, scale_mlp), train
+        )
+
+
+class FinalLayer(nn.Module):
+    """Adaptive layer norm and a linear map to pixels: `[B, N, C]` -> `[B, N, p p out_channels]`; both start
+    at zero.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], c: Float[Array, "B C"]) -> Float[Array, "B N out"]:
+        config = self.config
+        modulation = Linear(2 * config.hidden_size, dtype=config.dtype, name="adaLN_modulation_1", **ZERO)(
+            nn.silu(c)
+        )
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        features = config.patch_size**2 * config.out_channels
+        return Linear(features, dtype=config.dtype, name="linear", **ZERO)(
+            modulate(layer_norm(x), shift, scale)
+        )
+
+
+class DiT(nn.Module):
+    """Diffusion transformer. Peebles & Xie 2023.
+
+    Args of the call:
+      x: `[B, H, W, in_channels]` of the config's `sample_size`.
+      t: `[B]` floating; times as the path counts them, may be fractional.
+      labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class for
+        all.
+      train: draw dropout from the rng stream "dropout".
+
+    Returns `[B, H, W, out_channels]` in the dtype of x: zero everywhere at the start of training. With
+    `learn_sigma` the second half of the channels is the variance's.
+
+    Labels are dropped for classifier-free guidance where the loss is (`condition_dropout`), not in here.
+
+    Raises:
+      InvalidArgumentError: labels given to a model without classes.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        labels: Int[Array, " B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B H W out"]:
+        config = self.config
+        height, width = height_width(config.sample_size)
+        chex.assert_shape(x, (None, height, width, config.in_channels))
+        chex.assert_shape(t, (x.shape[0],))
+        h = PatchEmbed(config, name="x_embedder")(x) + self._position()
+        c = TimestepEmbedder(config, name="t_embedder")(t)
+        if config.num_classes is not None:
+            if labels is None:
+                labels = jnp.full(t.shape, config.num_classes, jnp.int32)
+            chex.assert_shape(labels, t.shape)
+            c = c + LabelEmbedder(config, name="y_embedder")(labels)
+        elif labels is not None:
+            raise InvalidArgumentError("class labels given to a model without classes (num_classes is None)")
+        for i in range(config.depth):
+            h = DiTBlock(config, name=f"blocks_{i}")(h, c, train)
+        tokens = FinalLayer(config, name="final_layer")(h, c)
+        return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
+
+    def _position(self) -> Float[Array, "1 N C"]:
+        config = self.config
+        table = sincos_position_embedding_2d(config.hidden_size, *config.grid_size)[None]
+        if config.position_embedding == "learned":
+            table = self.param("pos_embed", lambda key: jnp.asarray(table))
+        return jnp.asarray(table, compute_dtype(config.dtype))
+
+    def constant_tensors(self) -> Mapping[str, np.ndarray]:
+        """Tensors of the published checkpoint that are not trained: the sin-cos table `pos_embed` `[1, N,
+        C]`.
+        """
+        if self.config.position_embedding == "learned":
+            return {}
+        return {
+            "pos_embed": sincos_position_embedding_2d(self.config.hidden_size, *self.config.grid_size)[None]
+        }
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of (x, t, labels) that `init` traces the model with."""
+        height, width = height_width(self.config.sample_size)
+        x = jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.float32)
+        return (x, t) if self.config.num_classes is None else (x, t, jax.ShapeDtypeStruct((1,), jnp.int32))
+
+
+class PatchEmbed(nn.Module):
+    """Patches and their linear map `proj`: `[B, H, W, C]` -> `[B, N, hidden_size]`."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N C"]:
+        return PatchProjection(
+            self.config.hidden_size, self.config.patch_size, self.config.dtype, name="proj"
+        )(x)
+
+
+_SIZES = {
+    "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+PRESETS = {
+    # Lecture 43's small DiT for 28x28 digits: 49 tokens of width 128.
+    "tiny-dit": DiTConfig(
+        sample_size=28,
+        patch_size=4,
+        in_channels=1,
+        hidden_size=128,
+        depth=4,
+        num_heads=4,
+        num_classes=10,
+        learn_sigma=False,
+    ),
+    # Peebles & Xie 2023, table 1, for 32x32x4 latents.
+    **{
+        f"dit-{size}-{patch}": DiTConfig(patch_size=patch, **widths)
+        for size, widths in _SIZES.items()
+        for patch in (2, 4, 8)
+    },
+}

@@ -1,0 +1,102 @@
+"""Models by name: presets, building, starting parameters, counting them, and configs as plain
+dictionaries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxldm.errors import CheckpointError, UnknownNameError, one_of
+from jaxldm.models import autoencoder_conv, autoencoder_kl, dit, unet_2d
+from jaxldm.models.config import ModelConfig
+
+# A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
+ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
+    "UNet2DModel": (unet_2d.UNet2DModel, unet_2d.UNet2DConfig),
+    "DiT": (dit.DiT, dit.DiTConfig),
+    "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
+    "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
+}
+
+PRESETS: dict[str, ModelConfig] = {
+    **autoencoder_conv.PRESETS,
+    **unet_2d.PRESETS,
+    **dit.PRESETS,
+    **autoencoder_kl.PRESETS,
+}
+
+
+def class_name(config: ModelConfig) -> str:
+    """The architecture that a config belongs to."""
+    return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
+
+
+def from_config(config: ModelConfig) -> nn.Module:
+    """The module that a config describes."""
+    return ARCHITECTURES[class_name(config)][0](config)
+
+
+def build(name: str, **overrides: Any) -> nn.Module:
+    """The preset called `name`, with fields of its config replaced.
+
+    Example: `build("tiny-dit", sample_size=7, in_channels=4, patch_size=1)`.
+
+    Raises:
+      UnknownNameError: no preset of that name.
+      UnknownNameError: its config has no such field.
+      InvalidArgumentError: a field may not have that value.
+    """
+    config = PRESETS[one_of("preset", name, PRESETS)]
+    fields = [field.name for field in dataclasses.fields(config)]
+    for key in overrides:
+        if key not in fields:
+            raise UnknownNameError(f"field of {type(config).__name__}", key, fields)
+    return from_config(dataclasses.replace(config, **overrides))
+
+
+def init(module: nn.Module, key: Array) -> dict:
+    """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
+
+    def start(key: Array) -> dict:
+        inputs = [jnp.zeros(spec.shape, spec.dtype) for spec in module.example_inputs()]
+        return module.init(key, *inputs)["params"]
+
+    return jax.jit(start)(key)
+
+
+def shapes(module: nn.Module) -> dict:
+    """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, without computing or storing anything."""
+    inputs = module.example_inputs()
+    return jax.eval_shape(lambda key, *args: module.init(key, *args)["params"], jax.random.key(0), *inputs)
+
+
+def count_params(name_or_module: str | nn.Module) -> int:
+    """Number of trained numbers in a model, from shapes alone: works for presets that do not fit in
+    memory.
+    """
+    module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(module)))
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """What config.json holds: `_class_name` and the fields, in the names of the published architecture."""
+    return {"_class_name": class_name(config), **config.to_dict()}
+
+
+def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of `config_to_dict`; reads config.json as diffusers writes it, too.
+
+    Raises:
+      CheckpointError: `_class_name` is missing or unknown, an unknown key, an unsupported value.
+    """
+    name = entries.get("_class_name")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(f"config.json has _class_name {name!r}; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name][1].from_dict(entries)

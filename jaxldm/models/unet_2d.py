@@ -1,0 +1,247 @@
+"""The U-Net of DDPM with class conditioning: `UNet2DModel` of diffusers, for even and odd image sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
+from jaxldm.nn.convolution import Conv2d
+from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
+from jaxldm.nn.linear import Embedding, compute_dtype
+from jaxldm.nn.normalization import GroupNorm
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConfig(ModelConfig):
+    """Config of `UNet2DModel`. Field names and defaults are those of diffusers, apart from these.
+
+    num_classes: number of real classes; the label `num_classes` is the null class of classifier-free
+    guidance, so the
+      published `num_class_embeds` is num_classes + 1. None: not class-conditional.
+    dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
+    """
+
+    sample_size: int | tuple[int, int] = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+    )
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    add_attention: bool = True
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    downsample_padding: int = 1
+    dropout: float = 0.0
+    num_classes: int | None = None
+    dtype: str = "float32"
+
+    published: ClassVar = True
+    fixed: ClassVar = {
+        "center_input_sample": False,
+        "time_embedding_type": "positional",
+        "mid_block_scale_factor": 1,
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "act_fn": "silu",
+        "class_embed_type": None,
+    }
+    ignored: ClassVar = frozenset({"num_train_timesteps"})
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        check(
+            len(self.down_block_types) == len(self.up_block_types) == levels,
+            f"{levels} block_out_channels need as many down_block_types and up_block_types",
+        )
+        for kinds, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
+            for kind in kinds:
+                one_of("block type", kind, known)
+        one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+        check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")
+        check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
+        for channels in self.block_out_channels:
+            check(
+                channels % self.norm_num_groups == 0,
+                f"{channels} channels cannot be split into {self.norm_num_groups} groups",
+            )
+        compute_dtype(self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        entries = super().to_dict()
+        num_classes = entries.pop("num_classes")
+        return entries | {"num_class_embeds": None if num_classes is None else num_classes + 1}
+
+    @classmethod
+    def from_dict(cls, entries) -> UNet2DConfig:
+        entries = dict(entries)
+        num_class_embeds = entries.pop("num_class_embeds", None)
+        num_classes = None if num_class_embeds is None else num_class_embeds - 1
+        return super().from_dict(entries | {"num_classes": num_classes})
+
+
+class UNet2DModel(nn.Module):
+    """Residual U-Net with time and class embedding. Ho et al. 2020, appendix B, in the layout of diffusers.
+
+    Args of the call:
+      x: `[B, H, W, in_channels]`, any H and W: a side that is halved to ceil(H / 2) comes back to H on the
+        way up.
+      t: `[B]` floating; times as the path counts them, may be fractional.
+      labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class for
+        all.
+      train: draw dropout from the rng stream "dropout".
+
+    Returns `[B, H, W, out_channels]` in the dtype of x.
+
+    Raises:
+      InvalidArgumentError: labels given to a model without classes.
+    """
+
+    config: UNet2DConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        labels: Int[Array, " B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B H W out"]:
+        config = self.config
+        chex.assert_shape(x, (None, None, None, config.in_channels))
+        chex.assert_shape(t, (x.shape[0],))
+        temb = self._embed(t, labels)
+        h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
+        h, skips = self._down(h, temb, train)
+        if config.mid_block_type is not None:
+            h = self._mid()(h, temb, train)
+        h = self._up(h, skips, temb, train)
+        h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
+        h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(nn.silu(h))
+        return h.astype(x.dtype)
+
+    def _embed(self, t: Float[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B time"]:
+        config = self.config
+        width = config.block_out_channels[0]
+        dim = config.time_embedding_dim or 4 * width
+        sinusoid = timestep_embedding(
+            t, width, flip_sin_to_cos=config.flip_sin_to_cos, downscale_freq_shift=config.freq_shift
+        )
+        temb = TimestepEmbedding(dim, config.dtype, name="time_embedding")(sinusoid)
+        if config.num_classes is None:
+            if labels is not None:
+                raise InvalidArgumentError(
+                    "class labels given to a model without classes (num_classes is None)"
+                )
+            return temb
+        if labels is None:
+            labels = jnp.full(t.shape, config.num_classes, jnp.int32)
+        chex.assert_shape(labels, t.shape)
+        return temb + Embedding(config.num_classes + 1, dim, config.dtype, name="class_embedding")(labels)
+
+    def _level_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "num_groups": config.norm_num_groups,
+            "eps": config.norm_eps,
+            "dropout": config.dropout,
+            "time_scale_shift": config.resnet_time_scale_shift,
+            "attention_head_dim": config.attention_head_dim,
+            "dtype": config.dtype,
+        }
+
+    def _down(self, h, temb, train):
+        config = self.config
+        skips = [(h,)]
+        last = len(config.block_out_channels) - 1
+        for i, (kind, channels) in enumerate(
+            zip(config.down_block_types, config.block_out_channels, strict=True)
+        ):
+            block = DownBlock2D(
+                out_channels=channels,
+                num_layers=config.layers_per_block,
+                attention=kind == "AttnDownBlock2D",
+                add_downsample=i < last,
+                downsample_padding=config.downsample_padding,
+                name=f"down_blocks_{i}",
+                **self._level_options(),
+            )
+            h, outputs = block(h, temb, train)
+            skips.append(outputs)
+        return h, sum(skips, ())
+
+    def _mid(self) -> MidBlock2D:
+        config = self.config
+        groups = config.attn_norm_num_groups
+        if groups is None and config.resnet_time_scale_shift == "default":
+            groups = config.norm_num_groups
+        return MidBlock2D(
+            attention=config.add_attention, attention_groups=groups, name="mid_block", **self._level_options()
+        )
+
+    def _up(self, h, skips, temb, train):
+        config = self.config
+        layers = config.layers_per_block + 1
+        last = len(config.block_out_channels) - 1
+        for i, (kind, channels) in enumerate(
+            zip(config.up_block_types, reversed(config.block_out_channels), strict=True)
+        ):
+            used, skips = skips[-layers:], skips[:-layers]
+            block = UpBlock2D(
+                out_channels=channels,
+                num_layers=layers,
+                attention=kind == "AttnUpBlock2D",
+                add_upsample=i < last,
+                name=f"up_blocks_{i}",
+                **self._level_options(),
+            )
+            h = block(h, used, temb, train, output_size=skips[-1].shape[1:3] if skips else None)
+        return h
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of (x, t, labels) that `init` traces the model with."""
+        height, width = height_width(self.config.sample_size)
+        x = jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.float32)
+        return (x, t) if self.config.num_classes is None else (x, t, jax.ShapeDtypeStruct((1,), jnp.int32))
+
+
+PRESETS = {
+    # The denoiser of lecture 39's mini latent diffusion: 7x7x4 latents, 7 -> 4 -> 7.
+    "mini-unet": UNet2DConfig(
+        sample_size=7,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=16,
+        num_classes=10,
+    ),
+}

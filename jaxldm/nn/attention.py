@@ -1,0 +1,147 @@
+"""Scaled dot-product attention: the one entry point that every model uses, chosen by platform in one
+place.
+"""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.linear import Initializer, Linear, compute_dtype, fan_in_uniform
+from jaxldm.nn.normalization import GroupNorm
+
+
+def dot_product_attention(
+    query: Float[Array, "B N H D"],
+    key: Float[Array, "B M H D"],
+    value: Float[Array, "B M H D"],
+    *,
+    scale: float | None = None,
+    return_weights: bool = False,
+) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
+    """softmax(Q K^T scale) V for every head, scale = 1/sqrt(D) unless given; softmax in float32, result in
+    Q's dtype.
+
+    Vaswani et al. 2017, eq. 1. On a CPU, or when the weights are asked for, two explicit batched matrix
+    products; on accelerators `jax.nn.dot_product_attention`, with cuDNN's flash kernel where it serves the
+    dtype and the head size.
+
+    Args:
+      return_weights: also return the softmax, float32 `[B, H, N, M]`, whose rows sum to 1 (the attention
+        maps).
+    """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_equal_shape([key, value])
+    chex.assert_equal_shape([query, key], dims=(0, 2, 3))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if return_weights or jax.default_backend() == "cpu":
+        out, weights = _explicit(query, key, value, scale)
+        return (out, weights) if return_weights else out
+    return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=_kernel(query))
+
+
+def _kernel(query: Float[Array, "B N H D"]) -> str | None:
+    """cuDNN's flash attention takes 16-bit inputs and head sizes up to 128 in steps of 8; XLA takes
+    everything.
+    """
+    nvidia = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    return "cudnn" if nvidia and fits else None
+
+
+def _explicit(query, key, value, scale):
+    """Heads are folded into the batch so that both products are plain batched matrix products."""
+    batch, length, heads, dim = query.shape
+
+    def fold(x):
+        return x.transpose(0, 2, 1, 3).reshape(batch * heads, x.shape[1], dim)
+
+    logits = jnp.einsum("bnd,bmd->bnm", fold(query * scale), fold(key), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("bnm,bmd->bnd", weights.astype(value.dtype), fold(value))
+    out = out.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
+    return out, weights.reshape(batch, heads, length, key.shape[1])
+
+
+def attend(module: nn.Module, query, key, value, num_heads: int) -> Float[Array, "B N C"]:
+    """Splits `[B, N, C]` projections into heads and attends. Keeps the weights for whoever asks.
+
+    A caller that runs the model with `mutable=["intermediates"]` finds them, `[B, heads, N, M]`, under the
+    module's path as `attention_weights`; without it they are never formed on accelerators.
+    """
+    batch, _, channels = query.shape
+    heads = [x.reshape(batch, x.shape[1], num_heads, channels // num_heads) for x in (query, key, value)]
+    if module.is_mutable_collection("intermediates"):
+        out, weights = dot_product_attention(*heads, return_weights=True)
+        module.sow("intermediates", "attention_weights", weights)
+    else:
+        out = dot_product_attention(*heads)
+    return out.reshape(batch, -1, channels)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of vision transformers. `[B, N, C]` -> the same shape; parameters `qkv` and
+    `proj`.
+    """
+
+    num_heads: int
+    dtype: str = "float32"
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        channels = x.shape[-1]
+        options = {"dtype": self.dtype, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        query, key, value = jnp.split(Linear(3 * channels, name="qkv", **options)(x), 3, axis=-1)
+        return Linear(channels, name="proj", **options)(attend(self, query, key, value, self.num_heads))
+
+
+class _Projection(nn.Module):
+    """The parameters of a Linear layer, so that several of them can run as one matrix product."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, Array]:
+        init = fan_in_uniform(channels)
+        kernel = self.param("kernel", init, (channels, self.features), jnp.float32)
+        return kernel, self.param("bias", init, (self.features,), jnp.float32)
+
+
+class Attention2D(nn.Module):
+    """Residual self-attention over pixels: x + to_out(attention(group_norm(x))). `[B, H, W, C]` -> the same
+    shape.
+
+    Ho et al. 2020, appendix B. Parameters as in diffusers' `Attention`: `group_norm`, `to_q`, `to_k`,
+    `to_v` (run as one matrix product), `to_out_0`. `head_dim` None means one head; `num_groups` None means
+    no normalisation.
+    """
+
+    head_dim: int | None = None
+    num_groups: int | None = 32
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        head_dim = self.head_dim or channels
+        if channels % head_dim:
+            raise InvalidArgumentError(f"{channels} channels cannot be split into heads of {head_dim}")
+        dtype = compute_dtype(self.dtype)
+        h = x
+        if self.num_groups is not None:
+            h = GroupNorm(self.num_groups, self.eps, self.dtype, name="group_norm")(x)
+        h = h.reshape(batch, height * width, channels).astype(dtype)
+        projections = [_Projection(channels, name=name)(channels) for name in ("to_q", "to_k", "to_v")]
+        kernel, bias = (
+            jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*projections, strict=True)
+        )
+        query, key, value = jnp.split(h @ kernel + bias.reshape(1, 1, -1), 3, axis=-1)
+        h = attend(self, query, key, value, channels // head_dim)
+        return x + Linear(channels, dtype=self.dtype, name="to_out_0")(h).reshape(x.shape)

@@ -1,0 +1,142 @@
+"""Timesteps, labels, positions and patches as vectors."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.linear import Initializer, Linear, compute_dtype
+
+
+def timestep_embedding(
+    t: Float[Array, " B"],
+    dim: int,
+    *,
+    flip_sin_to_cos: bool = False,
+    downscale_freq_shift: float = 1.0,
+    max_period: float = 10000.0,
+) -> Float[Array, "B dim"]:
+    """Sinusoidal embedding [sin(t w_k), cos(t w_k)] with w_k = max_period^(-k / (dim/2 -
+    downscale_freq_shift)), float32.
+
+    Vaswani et al. 2017, section 3.5, as DDPM uses it. Implementations differ in two ways, both named here:
+    `flip_sin_to_cos` puts the cosines first, `downscale_freq_shift` is 1 in DDPM and 0 in Stable Diffusion
+    and DiT. An odd `dim` ends with a zero. `t` may be fractional.
+    """
+    half = dim // 2
+    frequencies = np.exp(-math.log(max_period) * np.arange(half) / (half - downscale_freq_shift)).astype(
+        np.float32
+    )
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    embedding = jnp.concatenate(parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, 1))) if dim % 2 else embedding
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear: `[B, in]` -> `[B, dim]`. Submodules `linear_1`, `linear_2` as in UNet2DModel of
+    diffusers.
+    """
+
+    dim: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B in"]) -> Float[Array, "B dim"]:
+        x = nn.silu(Linear(self.dim, dtype=self.dtype, name="linear_1")(x))
+        return Linear(self.dim, dtype=self.dtype, name="linear_2")(x)
+
+
+def sincos_position_embedding_2d(dim: int, height: int, width: int) -> np.ndarray:
+    """Fixed 2-D position embedding, float32 `[height * width, dim]`, row by row.
+
+    The first half of the channels encodes the column, the second half the row; each is [sin(p w_k), cos(p
+    w_k)] with w_k = 10000^(-4k/dim). Dosovitskiy et al. 2021 via MAE (He et al. 2022) and DiT, whose tables
+    put the column first.
+
+    Raises:
+      InvalidArgumentError: `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise InvalidArgumentError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+
+    def one_axis(positions: np.ndarray) -> np.ndarray:
+        angles = positions.reshape(-1, 1) * frequencies[None, :]
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    return np.concatenate([one_axis(columns), one_axis(rows)], axis=1).astype(np.float32)
+
+
+def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N p*p*C"]:
+    """Cuts images into patches: token i * W/p + j holds pixels (i p + a, j p + b), channel c at position (a
+    p + b) C + c.
+
+    `unpatchify` undoes it exactly. Peebles & Xie 2023, section 3.2.
+
+    Raises:
+      InvalidArgumentError: H or W is not a multiple of `patch_size`.
+    """
+    batch, height, width, channels = images.shape
+    p = patch_size
+    if height % p or width % p:
+        raise InvalidArgumentError(f"images of {height}x{width} cannot be cut into whole {p}x{p} patches")
+    x = images.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, (height // p) * (width // p), p * p * channels)
+
+
+def unpatchify(
+    tokens: Float[Array, "B N p*p*C"], patch_size: int, height: int, width: int
+) -> Float[Array, "B height width C"]:
+    """Lays patches `[B, (height/p) (width/p), p p C]` back into images `[B, height, width, C]`: the inverse
+    of `patchify`.
+
+    Raises:
+      InvalidArgumentError: the number of tokens does not fit the size asked for.
+    """
+    batch, num_tokens, features = tokens.shape
+    p = patch_size
+    if height % p or width % p or num_tokens != (height // p) * (width // p) or features % (p * p):
+        raise InvalidArgumentError(
+            f"{num_tokens} tokens of {features} numbers are not {p}x{p} patches of a {height}x{width} image"
+        )
+    x = tokens.reshape(batch, height // p, width // p, p, p, features // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height, width, features // (p * p))
+
+
+def xavier_uniform_flat(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Xavier-uniform with every axis but the last counted as input: how DiT starts its patch projection."""
+    fan_in = math.prod(shape[:-1])
+    bound = math.sqrt(6.0 / (fan_in + shape[-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class PatchProjection(nn.Module):
+    """The p x p, stride-p convolution of a vision transformer, as one matrix product: `[B, H, W, C]` ->
+    `[B, N, features]`.
+
+    The parameter is the convolution kernel `[p, p, C, features]`, so that it converts as any convolution
+    does.
+    """
+
+    features: int
+    patch_size: int
+    dtype: str = "float32"
+    kernel_init: Initializer = xavier_uniform_flat
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N features"]:
+        dtype = compute_dtype(self.dtype)
+        p = self.patch_size
+        shape = (p, p, images.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(dtype)
+        tokens = patchify(images.astype(dtype), p)
+        return tokens @ kernel.reshape(-1, self.features) + bias.reshape(1, 1, -1)

@@ -1,0 +1,78 @@
+"""Group and layer normalisation, and the modulation of adaptive layer normalisation. Statistics are
+float32.
+"""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.nn.linear import compute_dtype
+
+
+def group_norm(
+    x: Float[Array, "B H W C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    num_groups: int,
+    eps: float,
+) -> Float[Array, "B H W C"]:
+    """y = (x - mean_g) / sqrt(var_g + eps) * scale + bias, moments over H, W and the channels of each group.
+
+    Wu & He 2018, "Group Normalization", eq. 1-2. The result has the dtype of `x`, the arithmetic is float32.
+    Channel sums come first (they run along contiguous memory), groups are joined on the small `[B, C]`
+    result, and scale and shift are folded into one multiply-add per pixel.
+    """
+    batch, _, _, channels = x.shape
+    x32 = x.astype(jnp.float32)
+
+    def over_group(moment: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        mean = moment.reshape(batch, num_groups, -1).mean(-1, keepdims=True)
+        return jnp.broadcast_to(mean, (batch, num_groups, channels // num_groups)).reshape(batch, channels)
+
+    mean = over_group(x32.mean((1, 2)))
+    variance = over_group(jnp.square(x32).mean((1, 2))) - jnp.square(mean)
+    multiply = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps) * scale.reshape(1, -1)
+    add = bias.reshape(1, -1) - mean * multiply
+    return (x32 * multiply[:, None, None, :] + add[:, None, None, :]).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with learned scale (starts at 1) and bias (0). `[B, H, W, C]` -> the same shape,
+    in `dtype`.
+    """
+
+    num_groups: int = 32
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        chex.assert_rank(x, 4)
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        return group_norm(x.astype(compute_dtype(self.dtype)), scale, bias, self.num_groups, self.eps)
+
+
+def layer_norm(x: Float[Array, "... C"], eps: float = 1e-6) -> Float[Array, "... C"]:
+    """(x - mean) / sqrt(var + eps) over the last axis, without learned scale or bias, statistics in float32.
+
+    Ba et al. 2016, "Layer Normalization"; DiT's blocks use it bare because the modulation scales and shifts.
+    """
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def modulate(
+    x: Float[Array, "B N C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
+) -> Float[Array, "B N C"]:
+    """AdaLN's modulation x (1 + scale) + shift, the same for every token of an example (Peebles & Xie 2023,
+    section 3.2).
+    """
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]

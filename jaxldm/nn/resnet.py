@@ -1,0 +1,105 @@
+"""Residual blocks and the up- and down-sampling between resolutions, named as in diffusers."""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.nn.convolution import Conv2d
+from jaxldm.nn.linear import Linear
+from jaxldm.nn.normalization import GroupNorm
+
+
+class ResnetBlock2D(nn.Module):
+    """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))). `[B, H, W, C]` -> `[B, H, W,
+    out_channels]`.
+
+    Ho et al. 2020, appendix B. The time embedding enters as `time_emb_proj(silu(temb))`: added before `norm2`
+    ("default"), or as (1 + scale) and shift after it ("scale_shift", Dhariwal & Nichol 2021, section 4.3).
+
+    Args of the call:
+      temb: `[B, time]`, or None for blocks without time (autoencoders).
+      train: draw dropout from the rng stream "dropout".
+    """
+
+    out_channels: int
+    num_groups: int = 32
+    eps: float = 1e-5
+    dropout: float = 0.0
+    time_scale_shift: str = "default"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B time"] | None = None, train: bool = False
+    ) -> Float[Array, "B H W out"]:
+        chex.assert_rank(x, 4)
+        norm = {"num_groups": self.num_groups, "eps": self.eps, "dtype": self.dtype}
+        h = nn.silu(GroupNorm(**norm, name="norm1")(x))
+        h = Conv2d(self.out_channels, dtype=self.dtype, name="conv1")(h)
+        scale_shift = self.time_scale_shift == "scale_shift"
+        time = None
+        if temb is not None:
+            features = 2 * self.out_channels if scale_shift else self.out_channels
+            time = Linear(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+        if time is not None and not scale_shift:
+            h = h + time
+        h = GroupNorm(**norm, name="norm2")(h)
+        if time is not None and scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = h * (1 + scale) + shift
+        h = nn.silu(h)
+        if self.dropout > 0.0:
+            h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Conv2d(self.out_channels, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.out_channels:
+            x = Conv2d(self.out_channels, kernel_size=1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
+        return x.astype(h.dtype) + h
+
+
+class Downsample2D(nn.Module):
+    """3x3 convolution with stride 2. `[B, H, W, C]` -> `[B, h, w, C]`.
+
+    `padding` 1 gives h = ceil(H / 2) (U-Nets); 0 pads one row below and one column to the right only, h =
+    floor(H / 2) (autoencoders of latent diffusion).
+    """
+
+    padding: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        sides = (1, 1) if self.padding == 1 else (0, 1)
+        return Conv2d(x.shape[-1], stride=2, padding=sides, dtype=self.dtype, name="conv")(x)
+
+
+def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
+    """Every pixel becomes a 2x2 square of itself."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution. `[B, H, W, C]` -> `[B, 2H, 2W, C]`, or
+    `output_size`.
+
+    `output_size` (h, w), each side 2H or 2H - 1, is the size of the skip connection that meets this output:
+    a U-Net that halves 7 to 4 must come back to 7. Nearest interpolation to 2H - 1 is the doubled image
+    without its last row.
+    """
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], output_size: tuple[int, int] | None = None
+    ) -> Float[Array, "B h w C"]:
+        up = upsample_nearest(x)
+        if output_size is not None:
+            for doubled, wanted in zip(up.shape[1:3], output_size, strict=True):
+                assert doubled - 1 <= wanted <= doubled, f"cannot upsample {x.shape[1:3]} to {output_size}"
+            up = up[:, : output_size[0], : output_size[1], :]
+        return Conv2d(x.shape[-1], dtype=self.dtype, name="conv")(up)
