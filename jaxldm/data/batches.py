@@ -1,0 +1,113 @@
+"""Batches as a pure function of the step: `batches[step]` depends on the data, the key and the step alone.
+
+So a run resumed in the middle of an epoch sees the very batches it would have seen, with no place of an
+iterator to save.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from jaxldm.errors import DataError, InvalidArgumentError
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Examples that can be read at random, from memory or from disk."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        """Returns the named columns of the examples `rows`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRows:
+    """Examples in memory: named arrays, one row per example. Raises `DataError` if their lengths differ."""
+
+    columns: Mapping[str, Shaped[np.ndarray, "N ..."]]
+
+    def __post_init__(self):
+        columns = {name: np.asarray(column) for name, column in self.columns.items()}
+        lengths = {name: len(column) if column.ndim else 0 for name, column in columns.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise DataError(f"columns must have one row per example, and at least one, got lengths {lengths}")
+        object.__setattr__(self, "columns", columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        return {name: column[rows] for name, column in self.columns.items()}
+
+
+class Batches:
+    """Shuffled batches of equal size: `batches[step]` for any step >= 0.
+
+    Epoch e = step // len(batches) visits every example at most once, in the order
+    `jax.random.permutation(fold_in(key, e), N)`. The examples that do not fill a last batch are left out,
+    other ones in each epoch. `len(batches)` is the number of steps in an epoch.
+
+    Args:
+        rows: named arrays with a row per example, `{"image": [N, H, W, C], "label": [N]}`, or any `Rows`,
+            such as `dataset.rows("train")`, which reads from disk.
+        batch_size: examples in a batch, at least 1 and at most N.
+        key: a JAX key.
+        shuffle: False keeps the order of the rows in every epoch.
+
+    Raises:
+        InvalidArgumentError: `batch_size` or a step is out of range.
+        DataError: the columns differ in length.
+
+    >>> import jax, numpy as np
+    >>> batches = Batches({"image": np.zeros([10, 2, 2, 1]), "label": np.arange(10)}, 4, jax.random.key(0))
+    >>> len(batches), batches[7]["image"].shape
+    (2, (4, 2, 2, 1))
+    """
+
+    def __init__(self, rows: Rows | Mapping[str, np.ndarray], batch_size: int, key: jax.Array, *,
+                 shuffle: bool = True):
+        self.rows = ArrayRows(rows) if isinstance(rows, Mapping) else rows
+        if not 1 <= batch_size <= len(self.rows):
+            raise InvalidArgumentError(f"batch_size must be between 1 and the number of examples, "
+                                       f"{len(self.rows)}, got {batch_size}")
+        self.batch_size, self.key, self.shuffle = batch_size, key, shuffle
+        self._order = (-1, np.arange(len(self.rows)))
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size
+
+    def order(self, epoch: int) -> Int[np.ndarray, "N"]:
+        """Returns the order in which epoch number `epoch` visits the rows."""
+        kept_epoch, order = self._order  # read once: threads of `prefetch` share it
+        if self.shuffle and kept_epoch != epoch:
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(self.key, epoch), len(self.rows)))
+            self._order = (epoch, order)  # drawing it takes milliseconds, so the last one is kept
+        return order
+
+    def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        if step < 0:
+            raise InvalidArgumentError(f"step must be 0 or more, got {step}")
+        epoch, place = divmod(step, len(self))
+        return self.rows.take(self.order(epoch)[place * self.batch_size:(place + 1) * self.batch_size])
+
+    def __iter__(self) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
+        """Yields the batches of the first epoch."""
+        return (self[step] for step in range(len(self)))
+
+
+def prefetch(batches: Batches, start: int, stop: int, *, num_threads: int = 4,
+             buffer_size: int = 4) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
+    """Yields `batches[start]`, ..., `batches[stop - 1]`, read ahead by threads of `grain`.
+
+    Worth it for rows on disk; arrays in memory are quicker without.
+    """
+    import grain
+
+    steps = grain.MapDataset.range(start, stop).map(batches.__getitem__)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
+    return iter(steps.to_iter_dataset(options))

@@ -1,0 +1,108 @@
+"""A dataset: named splits of labelled images, read whole into memory or at random from disk."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxldm.data.batches import Rows
+from jaxldm.data.images import from_uint8
+from jaxldm.errors import DataError, one_of
+
+SPLITS = ("train", "validation", "test")
+MAX_BYTES_IN_MEMORY = 16 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordRows:
+    """Records read at random, as columns `image` float32 [B, H, W, C] in [-1, 1] and `label` int32 [B].
+
+    Attributes:
+        source: records with `__getitems__`, as `tfds.data_source` returns them; images uint8 [h, w, C].
+        records: the record number of each row.
+        image_key, label_key: the names of the two features; `label_key` None gives every image label 0.
+        image_size: side to which images are scaled (short side) and cropped (centre), or None.
+        where: the folder, for error messages.
+    """
+
+    source: Sequence
+    records: Int[np.ndarray, "N"]
+    image_key: str
+    label_key: str | None
+    image_size: int | None
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
+        try:
+            examples = self.source.__getitems__(self.records[rows].tolist())
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
+            raise DataError(f"cannot read {self.where} ({error}): delete it and run again") from error
+        images = [example[self.image_key] for example in examples]
+        if self.image_size is not None:
+            images = [resize_and_crop(image, self.image_size) for image in images]
+        labels = [0 if self.label_key is None else example[self.label_key] for example in examples]
+        return {"image": from_uint8(np.stack(images)), "label": np.asarray(labels, dtype=np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Labelled images in the splits train, validation and test.
+
+    Attributes:
+        name: as given to `load`.
+        image_shape: (H, W, C).
+        class_names: one name per class.
+        parts: the rows of each split.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    parts: Mapping[str, Rows]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; labels are in [0, num_classes)."""
+        return len(self.class_names)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
+        return tuple(self.parts)
+
+    def rows(self, split: str) -> Rows:
+        """Returns the rows of a split, for `Batches` that read from disk. Raises `UnknownNameError`."""
+        return self.parts[one_of(f"split of {self.name}", split, self.parts)]
+
+    def arrays(self, split: str) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]:
+        """Returns a whole split in memory: images float32 [N, H, W, C] in [-1, 1] and labels int32 [N].
+
+        Raises `UnknownNameError` for another split name and `DataError` if the split would take over 16 GiB.
+        """
+        rows = self.rows(split)
+        size = 4 * len(rows) * int(np.prod(self.image_shape))
+        if size > MAX_BYTES_IN_MEMORY:
+            raise DataError(f"{self.name} {split} would take {size / 2**30:.0f} GiB of memory: give Batches "
+                            f"dataset.rows({split!r}) instead of arrays")
+        columns = rows.take(np.arange(len(rows)))
+        return columns["image"], columns["label"]
+
+
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns `image` uint8 [h, w, C] scaled to the short side `size` and cut to [size, size, C]."""
+    from PIL import Image
+
+    height, width, channels = image.shape
+    if (height, width) == (size, size):
+        return image
+    scale = size / min(height, width)
+    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    picture = picture.resize((new_width, new_height), resampling)
+    return np.asarray(picture).reshape(new_height, new_width, channels)[top:top + size, left:left + size]

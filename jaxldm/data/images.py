@@ -1,0 +1,75 @@
+"""Images as numbers: 8-bit pictures to [-1, 1] and back, and the checks on what a caller hands in."""
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from jaxldm.errors import DataError
+
+TOLERANCE = 1e-3  # how far rounding may carry a value outside [-1, 1]
+
+
+def from_uint8(pixels: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
+    """Returns pixels / 127.5 - 1: 0 becomes -1, 255 becomes 1 (float32)."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W C"]:
+    """Returns round(127.5 (images + 1)) cut to [0, 255]: the inverse of `from_uint8`, for images in [-1, 1].
+
+    Raises `DataError` for NaN, which has no grey level.
+    """
+    images = np.asarray(images, dtype=np.float32)
+    if np.isnan(images).any():
+        raise DataError("cannot turn images with NaN into a picture")
+    return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def check_images(images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None,
+                 name: str = "images") -> Float[np.ndarray, "B H W C"]:
+    """Returns `images` as float32 if they are [B, H, W, C] in [-1, 1], with no NaN.
+
+    `shape` is the (H, W, C) they must have, None for any. Raises `DataError` that says what is wrong, in
+    which image, and how to mend it.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or 0 in images.shape:
+        raise DataError(f"{name} must be [B, H, W, C] and not empty, got shape {images.shape}")
+    if shape is not None and images.shape[1:] != tuple(shape):
+        raise DataError(f"{name} must be {_extents(shape)} (height x width x channels), "
+                        f"got {_extents(images.shape[1:])}")
+    if not np.issubdtype(images.dtype, np.floating):
+        cure = ": use jaxldm.data.from_uint8" if images.dtype == np.uint8 else ""
+        raise DataError(f"{name} must be floats in [-1, 1], got {images.dtype}{cure}")
+    images = images.astype(np.float32)
+    wrong = ~np.isfinite(images).all(axis=(1, 2, 3))
+    if wrong.any():
+        raise DataError(f"{name} have NaN or infinity, first in image {np.argmax(wrong)} of {len(images)}")
+    outside = np.abs(images).max(axis=(1, 2, 3)) > 1 + TOLERANCE
+    if outside.any():
+        first = np.argmax(outside)
+        low, high = images[first].min(), images[first].max()
+        cure = "use jaxldm.data.from_uint8 on the 8-bit pixels" if high > 2 else "rescale or cut them"
+        raise DataError(f"{name} must be in [-1, 1], but image {first} is in [{low:.4g}, {high:.4g}]: {cure}")
+    return images
+
+
+def check_labels(labels: Int[np.ndarray, "B"], num_images: int, num_classes: int,
+                 name: str = "labels") -> Int[np.ndarray, "B"]:
+    """Returns `labels` as int32 [B] if there is one per image and all are in [0, num_classes).
+
+    Raises `DataError` that names the first wrong one.
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (num_images,):
+        raise DataError(f"{name} must be one per image, [{num_images}], got shape {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{name} must be whole numbers, got {labels.dtype}")
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        first = np.argmax(outside)
+        raise DataError(f"{name} must be in [0, {num_classes - 1}], but number {first} is {labels[first]}")
+    return labels.astype(np.int32)
+
+
+def _extents(shape) -> str:
+    return "x".join(str(extent) for extent in shape)

