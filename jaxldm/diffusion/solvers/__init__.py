@@ -1,0 +1,62 @@
+"""Solvers by name. To add one: a short file with a function that returns a `Solver`, a line in `SOLVERS`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from jaxldm.diffusion.solvers.ddim import ddim
+from jaxldm.diffusion.solvers.ddpm import ddpm
+from jaxldm.diffusion.solvers.dpmpp import dpmpp_2m, dpmpp_2s
+from jaxldm.diffusion.solvers.euler import euler
+from jaxldm.diffusion.solvers.heun import heun
+from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
+from jaxldm.errors import InvalidArgumentError, one_of
+
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2s": dpmpp_2s,
+}
+
+
+def make(name: str, **options) -> Solver:
+    """The solver of that name, with options such as eta=1.0.
+
+    Raises:
+        UnknownNameError: no solver of that name.
+        InvalidArgumentError: an option that the solver does not have.
+
+    >>> from jaxldm import diffusion as D
+    >>> solver = D.solvers.make("ddim", eta=0.5)
+    """
+    constructor = SOLVERS[one_of("solver", name, SOLVERS)]
+    known = inspect.signature(constructor).parameters
+    for option in options:
+        if option not in known:
+            raise InvalidArgumentError(f"solver {name!r} has no option {option!r}; it has: "
+                                       f"{', '.join(known) or 'none'}")
+    return constructor(**options)
+
+
+__all__ = [
+    "SOLVERS",
+    "Row",
+    "Solver",
+    "State",
+    "ddim",
+    "ddpm",
+    "divide",
+    "dpmpp_2m",
+    "dpmpp_2s",
+    "euler",
+    "heun",
+    "make",
+    "move",
+    "noise_like",
+    "path_of",
+    "row",
+]

@@ -1,0 +1,188 @@
+"""The fold that joins a denoiser, a solver and a grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jaxldm.diffusion.grids import Grid, steps_in
+from jaxldm.diffusion.paths import Path, at_least_float32, edm_path, per_image
+from jaxldm.diffusion.predictions import check_prediction, to_x0
+from jaxldm.diffusion.solvers.solver import Solver, noise_like
+from jaxldm.errors import InvalidArgumentError
+
+# Step i of an image draws from fold_in(image key, i); its first noise from a number that no step reaches.
+_INITIAL_NOISE = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A function `denoise(x, t) -> x_0` that knows its path.
+
+    Solvers accept any function of (x [B, ...], t scalar); those that look between the rows of a grid need the
+    path.
+
+    Attributes:
+        function: (x [B, ...], t [B]) -> x_0 [B, ...].
+        path: where x and t live.
+    """
+
+    function: Callable[[Any, Any], Any]
+    path: Path
+
+    def __call__(self, x: Float[Array, "B ..."], t: Any) -> Float[Array, "B ..."]:
+        """x_0 for noisy x; t is one number or one per image [B]."""
+        x_0 = self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
+        chex.assert_equal_shape([x, x_0])
+        return x_0
+
+
+def denoiser(predict: Callable[[Any, Any], Any], path: Path, prediction: str = "epsilon") -> Denoiser:
+    """Turns a network that predicts eps, x_0, v or the flow into a denoiser.
+
+    Args:
+        predict: (x [B, H, W, C], t [B]) -> output [B, H, W, C]; parameters, condition and guidance closed
+            over. The output may be bfloat16: it is converted to x's type before any arithmetic.
+        path: the path that the network was trained on.
+        prediction: "epsilon", "sample", "v_prediction" or "flow".
+
+    Raises:
+        UnknownNameError: another prediction.
+        InvalidArgumentError: epsilon on a path that ends in pure noise.
+
+    >>> from jaxldm import diffusion as D
+    >>> path = D.flow_path()
+    >>> denoise = D.denoiser(lambda x, t: x, path, prediction="flow")
+    """
+    check_prediction(prediction, path)
+
+    def function(x, t):
+        output = predict(x, t)
+        chex.assert_equal_shape([x, output])
+        return to_x0(prediction, output.astype(x.dtype), x, path.alpha(t), path.sigma(t))
+
+    return Denoiser(function, path)
+
+
+def edm_preconditioned(network: Callable[[Any, Any], Any], sigma_data: float = 0.5,
+                       path: Path | None = None) -> Denoiser:
+    """x_0 = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning (Karras et al. 2022, table 1).
+
+    c_skip = d^2/(s^2 + d^2), c_out = s d/sqrt(s^2 + d^2), c_in = 1/sqrt(s^2 + d^2), c_noise = ln(s)/4 with s
+    = sigma and d = sigma_data: the network sees and answers with unit variance at every noise level.
+
+    Args:
+        network: F, (x [B, H, W, C], c_noise [B]) -> [B, H, W, C].
+        sigma_data: the standard deviation of the data, > 0.
+        path: the `edm_path` the network was trained on; the published one where none is given.
+
+    Raises:
+        InvalidArgumentError: another path, or sigma_data <= 0.
+    """
+    path = edm_path() if path is None else path
+    if path.name != "edm" or not sigma_data > 0:
+        raise InvalidArgumentError("edm_preconditioned needs an edm_path() and a sigma_data above 0")
+
+    def function(x, sigma):
+        total = sigma**2 + sigma_data**2
+        scaled = per_image(jax.lax.rsqrt(total), x) * x
+        noise = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4  # finite at sigma = 0
+        output = network(scaled, noise).astype(x.dtype)
+        c_out = sigma * sigma_data * jax.lax.rsqrt(total)
+        return per_image(sigma_data**2 / total, x) * x + per_image(c_out, x) * output
+
+    return Denoiser(function, path)
+
+
+def image_keys(key: Any, batch_size: int) -> Key[Array, " B"]:
+    """One key per image: image k gets fold_in(key, k), whatever the batch size. An array of B keys is kept.
+
+    Raises:
+        InvalidArgumentError: an array of keys of another length.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+    if key.shape != (batch_size,):
+        raise InvalidArgumentError(f"give one key, or one per image: {key.shape} keys, {batch_size} images")
+    return key
+
+
+def initial_noise(key: Any, shape: tuple[int, ...], grid: Grid) -> Float[Array, "B ..."]:
+    """sigma[0] N(0, 1) of shape [B, H, W, C]: where a run over the grid starts; float32 (x64: float64).
+
+    Args:
+        key: one key, or one per image [B]; image k depends on its own key alone, whatever B is.
+        shape: [B, H, W, C].
+        grid: its first row sets the scale.
+    """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(image_keys(key, shape[0]), np.uint32(_INITIAL_NOISE))
+    sigma = jnp.asarray(grid.sigma)
+    return sigma[0] * noise_like(keys, jnp.zeros(shape, sigma.dtype))
+
+
+def sample(key: Any, denoise: Callable[[Any, Any], Any], solver: Solver, grid: Grid,
+           x_T: Float[Array, "B ..."], *, return_trajectory: bool = False,
+           callback: Callable[[Any, Any], None] | None = None) -> Any:
+    """Walks the grid from x_T [B, H, W, C] to its last row, as one `jax.lax.scan`.
+
+    jit, vmap, pmap and grad all work. The arithmetic is float32 or wider, whatever the network computes in.
+    The grid may be an argument of the jitted function: with grids padded to one length, another seed,
+    guidance scale, or number of steps compiles nothing new.
+
+    Args:
+        key: one key (image k uses fold_in(key, k)) or one per image [B]. The noise of step i of image k
+            depends on (key of image k, grid.start + i) alone, so not on the batch size, nor on where the grid
+            was cut.
+        denoise: (x, t) -> x_0, from `denoiser` or your own.
+        solver: from `jaxldm.diffusion.solvers`.
+        grid: from `make_grid`.
+        x_T: the start, from `initial_noise`, or a noised image.
+        return_trajectory: also return x at every row, [N + 1, B, H, W, C], x_T first.
+        callback: called on the host after each step with (row number, x); for progress bars and pictures.
+
+    Returns:
+        x at the last row; with `return_trajectory` the pair (x, trajectory).
+
+    >>> import jax
+    >>> from jaxldm import diffusion as D
+    >>> path = D.vp_path(D.linear_betas())
+    >>> grid = D.make_grid(path, 20)
+    >>> denoise = D.gaussian_denoiser(path, mean=0.5, std=0.1)
+    >>> key = jax.random.key(0)
+    >>> x_0 = D.sample(key, denoise, D.solvers.ddim(), grid, D.initial_noise(key, (4, 8, 8, 1), grid))
+    >>> x_0.shape
+    (4, 8, 8, 1)
+    """
+    x_T = at_least_float32(jnp.asarray(x_T))
+    grid = grid._replace(t=jnp.asarray(grid.t, x_T.dtype), alpha=jnp.asarray(grid.alpha, x_T.dtype),
+                         sigma=jnp.asarray(grid.sigma, x_T.dtype))
+    chex.assert_equal_shape([grid.t, grid.alpha, grid.sigma])
+    chex.assert_rank(grid.t, 1)
+    keys = image_keys(key, x_T.shape[0])
+    num_steps = steps_in(grid)
+
+    def advance(state, i):
+        number = jnp.asarray(grid.start + i, jnp.uint32)
+        state = solver.step(state, denoise, grid, i, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+        if callback is not None:
+            jax.debug.callback(callback, number, state.x)
+        return state
+
+    def body(state, i):
+        if grid.num_steps is None:
+            state = advance(state, i)
+        else:  # rows behind num_steps are padding: no network is called for them
+            state = jax.lax.cond(i < num_steps, advance, lambda state, i: state, state, i)
+        return state, (state.x if return_trajectory else None)
+
+    state, trajectory = jax.lax.scan(body, solver.init(x_T), jnp.arange(grid.t.shape[0] - 1))
+    return (state.x, jnp.concatenate([x_T[None], trajectory])) if return_trajectory else state.x

@@ -1,0 +1,82 @@
+"""What a solver is, and the two lines that most solvers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxldm.diffusion.grids import Grid
+from jaxldm.diffusion.paths import Path
+from jaxldm.errors import InvalidArgumentError
+
+
+class Solver(NamedTuple):
+    """How to walk a grid, as a pair of pure functions.
+
+    Attributes:
+        init: x [B, ...] -> state, any pytree with an attribute `x`.
+        step: (state, denoise, grid, i, keys) -> state, from row i of the grid to row i + 1. `denoise(x, t)`
+            gives x_0; `keys` [B] holds one key per image for this step.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[[Any, Any, Grid, Any, Any], Any]
+
+
+class State(NamedTuple):
+    """The state of a solver that remembers nothing but the image."""
+
+    x: Float[Array, "B ..."]
+
+
+class Row(NamedTuple):
+    """One row of a grid, or a point between two."""
+
+    t: Float[Array, ""]
+    alpha: Float[Array, ""]
+    sigma: Float[Array, ""]
+
+
+def row(grid: Grid, i: Any) -> Row:
+    """Row i of the grid."""
+    return Row(grid.t[i], grid.alpha[i], grid.sigma[i])
+
+
+def move(x: Float[Array, "B ..."], x_0: Float[Array, "B ..."], here: Row,
+         there: Row) -> Float[Array, "B ..."]:
+    """alpha_s x_0 + sigma_s eps with eps = (x - alpha_t x_0) / sigma_t: from row t straight to row s.
+
+    This is DDIM (Song et al. 2021, equation 12 with sigma = 0), Euler's method in sigma / alpha on every
+    path, and DPM-Solver-1. It needs no logarithm, so it is finite at alpha_t = 0 (pure noise) and at sigma_s
+    = 0 (clean).
+    """
+    ratio = there.sigma / jnp.where(here.sigma == 0, 1, here.sigma)
+    return ratio * x + (there.alpha - ratio * here.alpha) * x_0
+
+
+def noise_like(keys: Key[Array, " B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Standard normal noise of x's shape and type; image k's depends on keys[k] alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
+def divide(numerator: Any, denominator: Any, otherwise: float) -> Any:
+    """numerator / denominator, and `otherwise` where the denominator is 0; gradients stay finite too."""
+    empty = denominator == 0
+    return jnp.where(empty, otherwise, numerator / jnp.where(empty, 1, denominator))
+
+
+def path_of(denoise: Any, solver: str) -> Path:
+    """The path of a denoiser, for solvers that look between the rows of the grid.
+
+    Raises:
+        InvalidArgumentError: a plain function, which does not say its path.
+    """
+    path = getattr(denoise, "path", None)
+    if path is None:
+        raise InvalidArgumentError(f"{solver} looks between the rows of the grid, so it must know the path: "
+                                   "wrap your function as D.Denoiser(denoise, path)")
+    return path
