@@ -43,6 +43,10 @@ class StorageError(JaxldmError, OSError):
     """Writing failed: disk full, no permission, not a folder."""
 
 
+class DivergenceError(JaxldmError, ArithmeticError):
+    """Training made a loss or a gradient that is not finite; the message holds the likely cause and cure."""
+
+
 class MissingDependencyError(JaxldmError, ImportError):
     """An optional package is not installed; the message holds the `pip install` line."""
 

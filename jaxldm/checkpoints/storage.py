@@ -1,0 +1,107 @@
+"""Writing files so that a kill or a full disk never leaves half of one under its final name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxldm.errors import StorageError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "the file would be larger than this process may write: raise `ulimit -f`",
+    errno.EACCES: "no permission to write there: choose another folder",
+    errno.EPERM: "no permission to write there: choose another folder",
+    errno.EROFS: "the disk is read-only: choose another folder",
+    errno.ENOTDIR: "a part of that path is a file and not a folder: choose another path",
+    errno.EISDIR: "there is a folder of that name: choose another path",
+    errno.EEXIST: "there is a file of that name: choose another path",
+}
+
+
+def storage_error(error: BaseException, target: Path | str) -> StorageError | None:
+    """The `StorageError` that says why writing `target` failed, or None when `error` is of another kind.
+
+    Looks through causes and contexts, and into the text where a library passes on only that.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, StorageError):
+            return seen
+        if isinstance(seen, OSError) and seen.errno in _REASONS:
+            return StorageError(f"cannot write {target}: {_REASONS[seen.errno]}, then try again")
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            if os.strerror(code) in str(seen):
+                return StorageError(f"cannot write {target}: {_REASONS[code]}, then try again")
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def storage_errors(target: Path | str) -> Iterator[None]:
+    """Turns a full disk, a missing permission and the like into a `StorageError` that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        translated = storage_error(error, target)
+        if translated is None or translated is error:
+            raise
+        raise translated from error
+
+
+def write_atomically(path: Path | str, content: bytes) -> None:
+    """Writes `content` under a temporary name, then renames: `path` holds all the old bytes or all the new.
+
+    Raises `StorageError`, and then the old file is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _to_disk(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: Path | str) -> Iterator[Path]:
+    """Gives a temporary folder to fill; when the block ends well, it takes the place of `folder`.
+
+    So `folder` exists only when everything in it was written. Leftovers of a killed attempt are cleared.
+    Raises `StorageError`, and then an earlier `folder` is as it was.
+    """
+    folder = Path(folder)
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    with storage_errors(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                _to_disk(file)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)  # a folder that is not empty cannot be renamed over
+            temporary.rename(folder)
+            _to_disk(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

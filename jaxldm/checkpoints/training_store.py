@@ -1,0 +1,241 @@
+"""Checkpoints of a training run: Orbax on disk, written beside the training, whole or not there at all."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxldm.checkpoints.storage import folder_written_whole, storage_error
+from jaxldm.errors import CheckpointError, StorageError
+
+MANIFEST = "manifest.json"
+_MARGIN = 1_000_000  # bytes, for the metadata
+# What a failed write raises in Orbax and TensorStore, besides OSError: some pass on only the text of the
+# cause.
+_FAILURES = (OSError, ValueError, RuntimeError)
+
+
+class Restored(NamedTuple):
+    """A state read back, on the host, and its step."""
+
+    step: int
+    state: Any
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _to_host(tree: Any) -> dict[str, np.ndarray]:
+    """Path -> a copy in host memory. A copy: on CPU `device_get` gives a view, and the train step overwrites
+    its (donated) state while the checkpoint is still being written."""
+    named, _ = jax.tree_util.tree_flatten_with_path(tree)
+    values = jax.device_get([jax.random.key_data(leaf) if _is_key(leaf) else leaf for _, leaf in named])
+    return {_name(path): np.array(value, copy=True) for (path, _), value in zip(named, values, strict=True)}
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """File -> its size and the CRC-32 of its bytes."""
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            content = file.read_bytes()
+            sums[file.relative_to(folder).as_posix()] = [len(content), zlib.crc32(content)]
+    return sums
+
+
+def _layout(arrays: dict[str, np.ndarray]) -> dict[str, list]:
+    return {name: [str(value.dtype), *value.shape] for name, value in arrays.items()}
+
+
+class TrainingStore:
+    """The checkpoints of one run, `<step>/state` by Orbax and `<step>/manifest.json`; used in a `with` block.
+
+    `save` copies the state to host memory and returns; a background thread writes it under a temporary name
+    and renames it when every byte is on disk. The manifest holds the layout of the arrays, and the size and
+    CRC-32 of every file: so `restore_latest` knows a whole checkpoint from a damaged one, whatever happened
+    to its files. The `keep` newest stay. Leaving the block waits for the last save.
+    """
+
+    def __init__(self, folder: Path | str, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        self._keep = keep
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> TrainingStore:
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(
+            int(place.name) for place in self.folder.iterdir() if place.is_dir() and place.name.isdigit()
+        )
+
+    def save(self, step: int, state: Any) -> None:
+        """Copies `state` and writes it in the background, after the save before has ended.
+
+        Raises `StorageError` when the disk has no room, or when the save before failed; what was whole stays
+        whole.
+        """
+        self.wait()
+        self.check_space(state)
+        arrays = _to_host(state)
+        self._pending = self._thread.submit(self._write, step, arrays)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises `StorageError` when it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def check_space(self, state: Any) -> None:
+        """Raises `StorageError` when the disk has no room for a checkpoint of `state`."""
+        arrays = [leaf for leaf in jax.tree.leaves(state) if not _is_key(leaf)]
+        needed = _MARGIN + sum(array.size * array.dtype.itemsize for array in arrays)
+        place = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise StorageError(f"disk full: a checkpoint needs {needed / 1e6:.1f} MB and {place} has "
+                               f"{free / 1e6:.1f} MB left: free some space{self._what_is_left()}")
+
+    def _what_is_left(self) -> str:
+        steps = self.steps()
+        return f"; the checkpoint of step {steps[-1]} is whole" if steps else ""
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        try:
+            with folder_written_whole(self.folder / str(step)) as folder:
+                _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
+                with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(folder / "state", arrays)
+                manifest = {"step": step, "layout": _layout(arrays), "files": _checksums(folder)}
+                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        except _FAILURES as error:
+            translated = storage_error(error, self.folder / str(step))
+            if translated is None:
+                raise
+            raise StorageError(f"{translated}{self._what_is_left()}") from error
+        killed = self.folder.glob(".*.tmp")  # what a killed save left behind
+        for old in (*killed, *(self.folder / str(old) for old in self.steps()[:-self._keep])):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def restore_latest(self, template: Any, say: Callable[[str], None] = print) -> Restored | None:
+        """The newest whole checkpoint, as host arrays in the tree of `template`; None when there is none.
+
+        A damaged one is set aside as `<step>.damaged`, with one line through `say`, and the one before it is
+        tried. Raises `CheckpointError` when the arrays have other names, shapes or types than `template`:
+        another model.
+        """
+        self.wait()
+        steps = self.steps()
+        for step in reversed(steps):
+            folder = self.folder / str(step)
+            damage = _damage(folder)
+            if damage is not None:
+                aside = folder.with_name(f"{step}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                say(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}")
+                continue
+            layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
+            _check_layout(folder, layout, _layout(_to_host(template)))
+            abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in layout.items()}
+            with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
+                arrays = checkpointer.restore(folder / "state", abstract)
+            return Restored(step, _into(template, arrays))
+        if steps:
+            say("no whole checkpoint is left: this stage begins again")
+        return None
+
+
+def _claim_room(file: Path, size: int) -> None:
+    """Raises `OSError` when `size` bytes cannot be had, by a quota too, which the free space does not show.
+
+    Asked before Orbax begins: its own failure is an exception as well, but with a traceback per array on the
+    screen.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with file.open("wb") as handle:
+            try:
+                os.posix_fallocate(handle.fileno(), 0, size + _MARGIN)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # cannot promise room
+                    raise
+        file.unlink()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, None when they are those that were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable"
+    found = _checksums(folder)
+    for name, wanted in files.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != wanted[0]:
+            return f"{name} has {found[name][0]} bytes instead of {wanted[0]}"
+        if found[name] != wanted:
+            return f"the bytes of {name} have changed"
+    return None
+
+
+@contextlib.contextmanager
+def _quiet_orbax():
+    """The Orbax module, its step-by-step reports held back: a failure comes as an exception anyway."""
+    import orbax.checkpoint as ocp
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield ocp
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _check_layout(place: Path, saved: dict[str, list], wanted: dict[str, list]) -> None:
+    if saved == wanted:
+        return
+    name = next(name for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name))
+    describe = lambda entry: "absent" if entry is None else f"{entry[0]} {entry[1:]}"  # noqa: E731
+    raise CheckpointError(f"{place} is of another model: {name!r} is {describe(saved.get(name))} there and "
+                          f"{describe(wanted.get(name))} here; resume with the recipe that began this run")
+
+
+def _into(template: Any, arrays: dict[str, np.ndarray]) -> Any:
+    def leaf_of(path, leaf):
+        value = arrays[_name(path)]
+        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+
+    return jax.tree_util.tree_map_with_path(leaf_of, template)

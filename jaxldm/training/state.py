@@ -1,0 +1,43 @@
+"""What a run is at one moment: one pytree, so that jit, sharding and checkpoints need no special case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+Params = Any  # a nested dict of float32 arrays
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Parameters, optimizer state, their moving average and the key of the run.
+
+    `step` counts finished updates. `key` never changes: update n draws its random numbers from
+    `fold_in(key, n)`, so a resumed run draws the same numbers as one that was never interrupted.
+    `ema_params` is None where no moving average is kept.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    ema_params: Params | None
+    key: PRNGKeyArray
+
+    @property
+    def evaluation_params(self) -> Params:
+        """The parameters to draw and to measure with: the moving average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def create_train_state(key: PRNGKeyArray, params: Params, optimizer, *, ema: bool = True) -> TrainState:
+    """The state before the first update: `ema_params` starts as a copy of `params`.
+
+    A copy, not the same arrays: the train step is given the whole state to overwrite, and one buffer cannot
+    be given away twice. For the same reason the key is copied, as its owner may still want it.
+    """
+    copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)  # noqa: E731
+    return TrainState(step=jnp.zeros((), jnp.int32), params=copy(params), opt_state=optimizer.init(params),
+                      ema_params=copy(params) if ema else None, key=jnp.array(key, copy=True))

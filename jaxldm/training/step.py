@@ -1,0 +1,77 @@
+"""One update as a pure function, and the same function compiled for a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxldm.training.mesh import batch_sharding, replicated
+from jaxldm.training.optimizer import Optimizer
+from jaxldm.training.state import Params, TrainState
+
+Batch = Any  # a dict of arrays with the examples along axis 0
+Metrics = dict[str, Array]
+LossFunction = Callable[[Params, PRNGKeyArray, Batch, Int[Array, ""]], tuple[Float[Array, ""], Metrics]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def ema_decay_at(ema_decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
+    """The decay after `step` finished updates: min(ema_decay, (1 + step) / (10 + step)).
+
+    The second term lets the average forget the random start quickly; it stops to matter after about
+    9 / (1 - ema_decay) steps. Source: the `num_updates` rule of TensorFlow's ExponentialMovingAverage.
+    """
+    n = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))
+
+
+def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> Params:
+    """ema <- decay ema + (1 - decay) params, written as a step towards `params` so that equal stays equal."""
+    return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), ema_params, params)
+
+
+def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: float | None = None) -> TrainStep:
+    """A pure `train_step(state, batch) -> (state, metrics)`.
+
+    `loss_fn(params, key, batch, step) -> (loss, aux)`: a float32 scalar, the mean over the batch, and a dict
+    of numbers to log. `key` is `fold_in(state.key, state.step)`, `step` the number of updates already done
+    (for schedules inside the loss). `metrics` holds `loss`, `grad_norm` (before clipping), `learning_rate`
+    and everything in `aux`. With `ema_decay` the state must hold `ema_params`, averaged after the update.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, key, batch, state.step
+        )
+        chex.assert_shape(loss, ())
+        chex.assert_type(loss, jnp.float32)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_decay is not None:
+            ema_params = update_ema(ema_params, params, ema_decay_at(ema_decay, state.step))
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients),
+                   "learning_rate": optimizer.learning_rate(state.step), **aux}
+        return state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
+        ), metrics
+
+    return train_step
+
+
+def compile_train_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
+    """`jax.jit` of a train step over a mesh: state whole everywhere, batch split, metrics whole.
+
+    The state is donated: its memory is used for the new one, and the old one must not be touched afterwards.
+    """
+    whole = replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)),
+                   out_shardings=(whole, whole))

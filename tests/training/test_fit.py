@@ -1,0 +1,190 @@
+"""The loop: resuming bit for bit, stopping, NaN, full disks."""
+
+import os
+import resource
+import shutil
+import signal
+
+import chex
+import jax
+import numpy as np
+import pytest
+from toy import ToyBatches, toy
+
+from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError, StorageError
+from jaxldm.training.log import read_log
+from jaxldm.training.loop import Plan, fit
+from jaxldm.training.mesh import make_mesh
+
+
+def run(folder, plan=None, *, width=8, batches=None, **options):
+    state, train_step = toy(width=width)
+    return fit(state, train_step, batches or ToyBatches(), plan or Plan(12, save_every=5), folder,
+               **{"mesh": make_mesh(1), "say": lambda line: None, **options})
+
+
+def rows(folder):
+    """The log without the clock."""
+    return {name: column for name, column in read_log(folder / "log.csv").items() if name != "seconds"}
+
+
+def numbers(state):
+    return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
+
+
+def raise_signal(number, at_step):
+    """An `on_sample` that sends this process a signal after update `at_step`."""
+    return lambda state, step: os.kill(os.getpid(), number) if step == at_step else None
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Twelve updates (two epochs and two steps) in one go."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, numbers(run(folder))
+
+
+def assert_same_run(folder, state, straight):
+    chex.assert_trees_all_equal(numbers(state), straight[1])
+    chex.assert_trees_all_equal(rows(folder), rows(straight[0]))
+
+
+def test_what_a_run_leaves_behind(straight):
+    folder, state = straight
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "grad_norm.png",
+        "log.csv",
+        "loss.png",
+    ]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "12"]
+    log = read_log(folder / "log.csv")
+    np.testing.assert_array_equal(log["step"], np.arange(1, 13))
+    np.testing.assert_array_equal(log["epoch"], [1] * 5 + [2] * 5 + [3] * 2)
+    assert (np.diff(log["seconds"]) >= 0).all() and int(state.step) == 12
+
+
+@pytest.mark.parametrize(
+    "stop_after", [5, 7, 10], ids=["end of an epoch", "middle of an epoch", "second epoch"]
+)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, straight, stop_after):
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path,
+            Plan(12, save_every=5, sample_every=1),
+            on_sample=raise_signal(signal.SIGINT, stop_after),
+        )
+    assert read_log(tmp_path / "log.csv")["step"][-1] == stop_after
+    assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
+
+
+def test_rows_after_the_last_checkpoint_are_made_again_and_not_twice(tmp_path, straight):
+    """As after a kill: the log is at step 12, the newest checkpoint at step 10."""
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("3,13,0.12")
+    assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
+
+
+def test_a_truncated_newest_checkpoint_costs_only_its_own_steps(tmp_path, straight):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "checkpoints" / "12" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    said = []
+    assert_same_run(tmp_path, run(tmp_path, resume=True, say=said.append), straight)
+    assert "step 12 is damaged" in said[0] and said[1] == "resuming from the checkpoint of step 10"
+
+
+def test_resuming_what_is_finished_changes_nothing(tmp_path, straight):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
+
+
+def test_resuming_where_nothing_was_saved_starts_at_the_beginning(tmp_path, straight):
+    (tmp_path / "log.csv").write_text((straight[0] / "log.csv").read_text()[:200])
+    assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
+
+
+def test_a_run_is_not_overwritten_without_resume(straight):
+    before = (straight[0] / "log.csv").read_bytes()
+    with pytest.raises(CheckpointError, match="--resume"):
+        run(straight[0])
+    assert (straight[0] / "log.csv").read_bytes() == before
+
+
+def test_the_checkpoint_of_another_model_is_refused(straight):
+    with pytest.raises(CheckpointError, match="another model"):
+        run(straight[0], width=9, resume=True)
+    assert read_log(straight[0] / "log.csv")["step"][-1] == 12
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, error):
+    said, handlers = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(error) as raised:
+        run(tmp_path, Plan(12, sample_every=1), say=said.append, on_sample=raise_signal(number, 3))
+    assert "stopped after step 3 of 12" in said[-1] and "--resume" in said[-1] and str(tmp_path) in said[-1]
+    assert number == signal.SIGINT or raised.value.code == 143
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice(state, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="at once"):
+        run(tmp_path, Plan(12, save_every=2, sample_every=3), on_sample=twice)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_loss_of_nan_stops_with_the_cause_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(DivergenceError, match=r"nan.* at step 9: a broken label; the checkpoint of step 8"):
+        run(tmp_path, Plan(12, save_every=4), batches=ToyBatches(nan_at=8),
+            explain_divergence=lambda step, metrics: "a broken label")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    log = read_log(tmp_path / "log.csv")
+    assert log["step"][-1] == 9 and np.isnan(log["loss"][-1]) and (tmp_path / "loss.png").is_file()
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, straight):
+    """From update 6 on, the operating system lets no file of this process grow past 20 000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill_disk(state, step):
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*10: .*the checkpoint of step 5 is whole"):
+            run(tmp_path, Plan(12, save_every=5, sample_every=1), on_sample=fill_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
+
+
+def test_no_folder_can_be_made_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is a file and not a folder"):
+        run(tmp_path / "file" / "run")
+    with pytest.raises(InvalidArgumentError, match="num_steps"):
+        Plan(0)
+
+
+def test_the_loss_falls_and_samples_are_asked_for_on_time(tmp_path, capsys):
+    seen = []
+    state, train_step = toy(num_steps=300, width=32)
+    fit(state, train_step, ToyBatches(), Plan(300, sample_every=100), tmp_path, mesh=make_mesh(1),
+        on_sample=lambda state, step: seen.append((step, int(state.step))), name="toy")
+    loss = read_log(tmp_path / "log.csv")["loss"]
+    assert loss[-50:].mean() < 0.35 * loss[:10].mean()
+    assert seen == [(100, 100), (200, 200), (300, 300)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("toy: epoch")]
+    assert len(lines) == 60 and lines[-1].startswith("toy: epoch 60/60  loss ")

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxldm.errors import CheckpointError
+from jaxldm.training.log import COLUMNS, CsvLog, read_log
+from jaxldm.training.plots import moving_average, plot_log, save_grid, tile_images
+
+
+def metrics(loss, **more):
+    return {"loss": np.float32(loss), "grad_norm": np.float32(2), "learning_rate": np.float32(1e-4), **more}
+
+
+def write(path, steps=6):
+    log = CsvLog(path)
+    for step in range(1, steps + 1):
+        log.append(1 + (step - 1) // 3, step, 0.5 * step, metrics(1 / step, kl=np.float32([0, 1])))
+    log.flush(durable=True)
+    return log
+
+
+def test_columns_and_rows(tmp_path):
+    write(tmp_path / "log.csv")
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines[0] == "epoch,step,loss,grad_norm,learning_rate,seconds,kl_0,kl_1"
+    assert lines[3] == "1,3,0.33333334,2.0,1e-04,1.500,0.0,1.0"
+    log = read_log(tmp_path / "log.csv")
+    assert set(COLUMNS) <= set(log)
+    np.testing.assert_array_equal(log["step"], np.arange(1, 7))
+    np.testing.assert_array_equal(log["epoch"], [1, 1, 1, 2, 2, 2])
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_a_loss_reads_back_as_the_same_float32(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    log = CsvLog(path)
+    log.append(1, 1, 0.0, metrics(value))
+    log.flush()
+    assert np.float32(read_log(path)["loss"][0]) == np.float32(value)
+
+
+@pytest.mark.parametrize("ending", ["", "3,7,0.1", "3,7,0.1,2.0,1e-04,3.5,0.0,1.", "\n"])
+def test_rows_after_the_checkpoint_and_half_rows_are_cut_off(tmp_path, ending):
+    write(tmp_path / "log.csv")
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write(ending)
+    log = CsvLog(tmp_path / "log.csv")
+    assert log.keep_until(4) == 2.0
+    log.append(2, 5, 9.0, metrics(0.25, kl=np.zeros(2)))
+    log.flush()
+    read = read_log(tmp_path / "log.csv")
+    np.testing.assert_array_equal(read["step"], [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(read["seconds"][-2:], [2.0, 9.0])
+
+
+def test_cutting_back_to_nothing_begins_again(tmp_path):
+    log = write(tmp_path / "log.csv")
+    assert log.keep_until(0) == 0.0
+    log.append(1, 1, 0.1, metrics(3))
+    log.flush()
+    np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["step"], [1])
+    assert CsvLog(tmp_path / "none.csv").keep_until(5) == 0.0
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "log.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(CheckpointError, match="is no training log"):
+        read_log(tmp_path / "log.csv")
+    with pytest.raises(CheckpointError, match="no training log"):
+        read_log(tmp_path / "nothing.csv")
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 40))
+def test_moving_average_is_the_mean_of_the_last(values, window):
+    expected = [np.mean(values[max(0, k + 1 - window):k + 1]) for k in range(len(values))]
+    np.testing.assert_allclose(moving_average(np.array(values), window), expected, atol=1e-9)
+
+
+def test_pictures(tmp_path):
+    from PIL import Image
+
+    write(tmp_path / "log.csv")
+    plot_log(tmp_path / "log.csv")
+    for name in ("loss.png", "grad_norm.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (700, 400)
+    images = np.stack([np.full((4, 5, 1), value) for value in (-1.0, 0.0, 1.0, 7.0, np.nan)])
+    sheet = tile_images(images, columns=2, gap=1)
+    assert sheet.shape == (3 * 5 + 1, 2 * 6 + 1, 1)
+    middles = sheet[3::5, 3::6, 0].reshape(-1)
+    np.testing.assert_array_equal(middles, [0, 128, 255, 255, 0, 255])
+    save_grid(tmp_path / "grid.png", images, columns=2, scale=2)
+    with Image.open(tmp_path / "grid.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture)[::2, ::2], tile_images(images, 2)[..., 0])
