@@ -1,9 +1,24 @@
 """Data: datasets by TFDS name, batches pure in the step, checks on images, and the cache of latents."""
 
-from jaxldm.data.batches import ArrayRows, Batches, Rows, prefetch
+from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_images, check_labels, from_uint8, to_uint8
+from jaxldm.data.latents import cached, fingerprint
 from jaxldm.data.load import data_folder, load
 
-__all__ = ["ArrayRows", "Batches", "Dataset", "Rows", "check_images", "check_labels", "data_folder",
-           "from_uint8", "load", "prefetch", "to_uint8"]
+__all__ = [
+    "ArrayRows",
+    "Batches",
+    "Dataset",
+    "Rows",
+    "cached",
+    "check_images",
+    "check_labels",
+    "data_folder",
+    "fingerprint",
+    "from_uint8",
+    "load",
+    "map_batches",
+    "prefetch",
+    "to_uint8",
+]

@@ -5,8 +5,8 @@ iterator to save.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -69,12 +69,14 @@ class Batches:
     (2, (4, 2, 2, 1))
     """
 
-    def __init__(self, rows: Rows | Mapping[str, np.ndarray], batch_size: int, key: jax.Array, *,
-                 shuffle: bool = True):
+    def __init__(
+        self, rows: Rows | Mapping[str, np.ndarray], batch_size: int, key: jax.Array, *, shuffle: bool = True
+    ):
         self.rows = ArrayRows(rows) if isinstance(rows, Mapping) else rows
         if not 1 <= batch_size <= len(self.rows):
-            raise InvalidArgumentError(f"batch_size must be between 1 and the number of examples, "
-                                       f"{len(self.rows)}, got {batch_size}")
+            raise InvalidArgumentError(
+                f"batch_size must be between 1 and the number of examples, {len(self.rows)}, got {batch_size}"
+            )
         self.batch_size, self.key, self.shuffle = batch_size, key, shuffle
         self._order = (-1, np.arange(len(self.rows)))
 
@@ -93,15 +95,36 @@ class Batches:
         if step < 0:
             raise InvalidArgumentError(f"step must be 0 or more, got {step}")
         epoch, place = divmod(step, len(self))
-        return self.rows.take(self.order(epoch)[place * self.batch_size:(place + 1) * self.batch_size])
+        return self.rows.take(self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size])
 
     def __iter__(self) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
         """Yields the batches of the first epoch."""
         return (self[step] for step in range(len(self)))
 
 
-def prefetch(batches: Batches, start: int, stop: int, *, num_threads: int = 4,
-             buffer_size: int = 4) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
+def map_batches(
+    function: Callable[[np.ndarray], Any], rows: Shaped[np.ndarray, "N ..."], batch_size: int = 256
+) -> Any:
+    """Returns function(rows) [N, ...], computed `batch_size` rows at a time, as numpy arrays.
+
+    `function` maps [B, ...] to a pytree of arrays [B, ...], each row by itself. The last batch is filled up
+    with copies of its last row, so a jitted function compiles once.
+    """
+    if len(rows) == 0:
+        raise DataError("there are no rows to map over")
+    batch_size = min(batch_size, len(rows))
+    results = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        size = len(part)
+        filled = np.concatenate([part, np.repeat(part[-1:], batch_size - size, axis=0)])
+        results.append(jax.tree.map(lambda array, size=size: np.asarray(array)[:size], function(filled)))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *results)
+
+
+def prefetch(
+    batches: Batches, start: int, stop: int, *, num_threads: int = 4, buffer_size: int = 4
+) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
     """Yields `batches[start]`, ..., `batches[stop - 1]`, read ahead by threads of `grain`.
 
     Worth it for rows on disk; arrays in memory are quicker without.

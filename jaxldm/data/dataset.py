@@ -86,8 +86,10 @@ class Dataset:
         rows = self.rows(split)
         size = 4 * len(rows) * int(np.prod(self.image_shape))
         if size > MAX_BYTES_IN_MEMORY:
-            raise DataError(f"{self.name} {split} would take {size / 2**30:.0f} GiB of memory: give Batches "
-                            f"dataset.rows({split!r}) instead of arrays")
+            raise DataError(
+                f"{self.name} {split} would take {size / 2**30:.0f} GiB of memory: give Batches "
+                f"dataset.rows({split!r}) instead of arrays"
+            )
         columns = rows.take(np.arange(len(rows)))
         return columns["image"], columns["label"]
 
@@ -105,4 +107,4 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
     resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
     picture = picture.resize((new_width, new_height), resampling)
-    return np.asarray(picture).reshape(new_height, new_width, channels)[top:top + size, left:left + size]
+    return np.asarray(picture).reshape(new_height, new_width, channels)[top : top + size, left : left + size]

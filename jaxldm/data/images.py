@@ -24,8 +24,9 @@ def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def check_images(images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None,
-                 name: str = "images") -> Float[np.ndarray, "B H W C"]:
+def check_images(
+    images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None, name: str = "images"
+) -> Float[np.ndarray, "B H W C"]:
     """Returns `images` as float32 if they are [B, H, W, C] in [-1, 1], with no NaN.
 
     `shape` is the (H, W, C) they must have, None for any. Raises `DataError` that says what is wrong, in
@@ -35,8 +36,9 @@ def check_images(images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, in
     if images.ndim != 4 or 0 in images.shape:
         raise DataError(f"{name} must be [B, H, W, C] and not empty, got shape {images.shape}")
     if shape is not None and images.shape[1:] != tuple(shape):
-        raise DataError(f"{name} must be {_extents(shape)} (height x width x channels), "
-                        f"got {_extents(images.shape[1:])}")
+        raise DataError(
+            f"{name} must be {_extents(shape)} (height x width x channels), got {_extents(images.shape[1:])}"
+        )
     if not np.issubdtype(images.dtype, np.floating):
         cure = ": use jaxldm.data.from_uint8" if images.dtype == np.uint8 else ""
         raise DataError(f"{name} must be floats in [-1, 1], got {images.dtype}{cure}")
@@ -53,8 +55,9 @@ def check_images(images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, in
     return images
 
 
-def check_labels(labels: Int[np.ndarray, "B"], num_images: int, num_classes: int,
-                 name: str = "labels") -> Int[np.ndarray, "B"]:
+def check_labels(
+    labels: Int[np.ndarray, "B"], num_images: int, num_classes: int, name: str = "labels"
+) -> Int[np.ndarray, "B"]:
     """Returns `labels` as int32 [B] if there is one per image and all are in [0, num_classes).
 
     Raises `DataError` that names the first wrong one.

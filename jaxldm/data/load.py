@@ -63,8 +63,10 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
     class_names = tuple(builder.info.features[label_key].names) if label_key else ("image",)
     where = os.fspath(builder.data_path)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    parts = {split: RecordRows(_source(builder, origin), records, image_key, label_key, image_size, where)
-             for split, (origin, records) in split_records(sizes).items()}
+    parts = {
+        split: RecordRows(_source(builder, origin), records, image_key, label_key, image_size, where)
+        for split, (origin, records) in split_records(sizes).items()
+    }
     return Dataset(name, shape, class_names, parts)
 
 
@@ -119,6 +121,7 @@ def _builder(name: str, folder: pathlib.Path):
     try:
         if name == "mnist5k":
             from jaxldm.data.mnist5k import Mnist5k
+
             return Mnist5k(data_dir=folder, file_format="array_record")
         builder = tfds.builder(name, data_dir=folder)
         if builder.info.splits:  # prepared already, perhaps by another program and in another format
@@ -139,8 +142,10 @@ def _source(builder, split: str):
         source = builder.as_data_source(split)
         found = len(source)
     except NotImplementedError as error:
-        raise DataError(f"{path} is in a format that cannot be read at random: delete it, or prepare it with "
-                        "file_format='array_record'") from error
+        raise DataError(
+            f"{path} is in a format that cannot be read at random: delete it, or prepare it with "
+            "file_format='array_record'"
+        ) from error
     except (ValueError, OSError, RuntimeError, IndexError) as error:
         raise DataError(f"cannot read {path} ({_reason(error)}): delete that folder and run again") from error
     if found != expected:
@@ -152,14 +157,19 @@ def _features(name: str, info) -> tuple[str, str | None]:
     """Returns the names of the image and of the class label feature (None without one)."""
     import tensorflow_datasets as tfds
 
-    images = [key for key, feature in info.features.items()
-              if len(feature.shape or ()) == 3 and feature.np_dtype == np.uint8]
+    images = [
+        key
+        for key, feature in info.features.items()
+        if len(feature.shape or ()) == 3 and feature.np_dtype == np.uint8
+    ]
     labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
     if not images:
         raise DataError(f"the dataset {name} has no 8-bit images, only {', '.join(info.features)}")
     preferred = ("image", "label", *(info.supervised_keys or ()))
-    return (next((key for key in preferred if key in images), images[0]),
-            next((key for key in preferred if key in labels), labels[0] if labels else None))
+    return (
+        next((key for key in preferred if key in images), images[0]),
+        next((key for key in preferred if key in labels), labels[0] if labels else None),
+    )
 
 
 def _why_not_prepared(name: str, folder: pathlib.Path, error: Exception) -> str:

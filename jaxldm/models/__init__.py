@@ -9,6 +9,7 @@ True
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.registry import (
     PRESETS,
@@ -32,6 +33,8 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "DiagonalGaussian",
+    "DigitClassifier",
+    "DigitClassifierConfig",
     "UNet2DConfig",
     "UNet2DModel",
     "build",

@@ -10,12 +10,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxldm.errors import CheckpointError, UnknownNameError, one_of
-from jaxldm.models import autoencoder_conv, autoencoder_kl, dit, unet_2d
+from jaxldm.models import autoencoder_conv, autoencoder_kl, digit_classifier, dit, unet_2d
 from jaxldm.models.config import ModelConfig
+from jaxldm.nn.initialization import starting_values
 
 # A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
@@ -23,6 +23,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "DiT": (dit.DiT, dit.DiTConfig),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
+    "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -30,6 +31,7 @@ PRESETS: dict[str, ModelConfig] = {
     **unet_2d.PRESETS,
     **dit.PRESETS,
     **autoencoder_kl.PRESETS,
+    **digit_classifier.PRESETS,
 }
 
 
@@ -64,11 +66,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
 def init(module: nn.Module, key: Array) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
 
-    def start(key: Array) -> dict:
-        inputs = [jnp.zeros(spec.shape, spec.dtype) for spec in module.example_inputs()]
-        return module.init(key, *inputs)["params"]
-
-    return jax.jit(start)(key)
+    return starting_values(module, key, *module.example_inputs())
 
 
 def shapes(module: nn.Module) -> dict:

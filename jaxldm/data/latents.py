@@ -1,0 +1,90 @@
+"""The cache of latents: stage two reads what the autoencoder made of the images, instead of encoding them
+anew.
+
+The file is keyed by a hash of all that it depends on. A cache of other weights or other images, or one cut
+short
+by a crash or a full disk, is never used: it is computed again.
+"""
+
+import hashlib
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxldm.errors import StorageError
+
+Columns = dict[str, Shaped[np.ndarray, "N ..."]]
+_FINGERPRINT = "__fingerprint__"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Returns a SHA-256 of arrays, nested dictionaries of arrays, strings and numbers: names, types,
+    shapes, values.
+
+    >>> fingerprint({"w": np.zeros(2)}, "mini") == fingerprint({"w": np.zeros(2)}, "mini")
+    True
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
+        if isinstance(leaf, (str, bytes)):
+            described, content = type(leaf).__name__, leaf.encode() if isinstance(leaf, str) else leaf
+        else:
+            array = np.ascontiguousarray(leaf)
+            described, content = f"{array.dtype}{array.shape}", array.tobytes()
+        digest.update(f"{jax.tree_util.keystr(path)}:{described}:{len(content)};".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def cached(path: str | os.PathLike, key: str, compute: Callable[[], Columns]) -> Columns:
+    """Returns the arrays kept in the .npz file `path` under the fingerprint `key`, or computes and keeps
+    them.
+
+    Args:
+        path: the cache file, for example runs/mini-ldm/latents.npz.
+        key: `fingerprint(autoencoder params, config, images)`.
+        compute: called when the file is missing, of another key or damaged; gives named arrays.
+
+    Raises:
+        StorageError: the file cannot be written (no space, no permission). An older whole file stays as it
+            was.
+    """
+    path = pathlib.Path(path)
+    columns = _read(path, key)
+    if columns is None:
+        columns = {name: np.asarray(column) for name, column in compute().items()}
+        _write(path, key, columns)
+    return columns
+
+
+def _read(path: pathlib.Path, key: str) -> Columns | None:
+    """Returns the arrays, or None if the file is missing, of another key or, by its checksums, damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if str(archive[_FINGERPRINT]) != key:
+                return None
+            return {name: archive[name] for name in archive.files if name != _FINGERPRINT}
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _write(path: pathlib.Path, key: str, columns: Columns) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            np.savez(file, **{_FINGERPRINT: np.array(key)}, **columns)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise StorageError(f"cannot write the latents to {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,260 @@
+"""`evaluate`: all figures of a set of generated images, each with what real images get beside it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxldm.data.batches import map_batches
+from jaxldm.data.dataset import Dataset
+from jaxldm.data.images import check_images, check_labels
+from jaxldm.metrics.frechet import frechet_distance
+from jaxldm.metrics.health import Finding
+from jaxldm.metrics.scores import (
+    accuracy,
+    class_diversities,
+    inception_score,
+    nearest_neighbour_distances,
+)
+
+Classify = Callable[[Float[np.ndarray, "N H W C"]], tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The figures of `evaluate`; `real_...` is the same statistic for real images never trained on.
+
+    Attributes:
+        dataset: name of the real data.
+        num_images: generated images.
+        num_compared: size of each set in the set-wise figures (Fréchet distance, Inception-Score analogue).
+        classifier_accuracy: the classifier's accuracy on the real test images.
+        accuracy: share of the generated images that the classifier reads as the asked class.
+        frechet_distance: on classifier features, generated against real test images.
+        real_frechet_distance: the floor: real validation against real test images, sets of the same sizes.
+        inception_score: the analogue with this classifier's probabilities; real_: of real test images.
+        feature_diversity, pixel_diversity: within-class diversity of the generated images as a ratio to
+            that of the real test images of the same classes: 1 is as diverse as real.
+        nearest_distance: median pixel distance to the nearest training image; real_: of real test images.
+        near_copies: share of the generated images that are nearer to a training image than the nearest 1 %
+            of the real test images are: about 0.01 for a model that does not copy.
+        findings: warnings, for example that there are few images.
+    """
+
+    dataset: str
+    num_images: int
+    num_compared: int
+    classifier_accuracy: float
+    accuracy: float
+    frechet_distance: float
+    real_frechet_distance: float
+    inception_score: float
+    real_inception_score: float
+    feature_diversity: float
+    pixel_diversity: float
+    nearest_distance: float
+    real_nearest_distance: float
+    near_copies: float
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def frechet_ratio(self) -> float:
+        """The Fréchet distance as a multiple of the floor."""
+        return self.frechet_distance / self.real_frechet_distance if self.real_frechet_distance else math.inf
+
+    def to_dict(self) -> dict:
+        """Returns the figures as plain data for JSON, `frechet_ratio` included."""
+        figures = dataclasses.asdict(self)
+        figures["findings"] = [finding._asdict() for finding in self.findings]
+        return {**figures, "frechet_ratio": self.frechet_ratio}
+
+    def to_markdown(self) -> str:
+        """Returns the figures as a table, those of real images in the third column, and the warnings."""
+        n = self.num_compared
+        rows = [
+            (
+                "images read as the asked class",
+                f"{self.accuracy:.1%}",
+                f"{self.classifier_accuracy:.1%} (the classifier on real test images)",
+            ),
+            (
+                "Fréchet distance on classifier features",
+                f"{self.frechet_distance:.3f}",
+                f"{self.real_frechet_distance:.3f} (validation against test, {n} images); "
+                f"ratio {self.frechet_ratio:.2f}",
+            ),
+            (
+                "Inception-Score analogue (this classifier)",
+                f"{self.inception_score:.2f}",
+                f"{self.real_inception_score:.2f} ({n} test images)",
+            ),
+            ("within-class diversity of features, ratio to real", f"{self.feature_diversity:.2f}", "1"),
+            ("within-class diversity of pixels, ratio to real", f"{self.pixel_diversity:.2f}", "1"),
+            (
+                "median distance to the nearest training image",
+                f"{self.nearest_distance:.2f}",
+                f"{self.real_nearest_distance:.2f} (test images)",
+            ),
+            ("nearer to a training image than 99 % of test images", f"{self.near_copies:.1%}", "1.0%"),
+        ]
+        lines = [
+            f"| {self.num_images} generated images, {self.dataset} | generated | real |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {name} | {value} | {real} |" for name, value, real in rows]
+        lines += [
+            f"\nWarning: {finding.seen}. {finding.cure}." for finding in self.findings if not finding.ok
+        ]
+        return "\n".join(lines)
+
+
+def classifier_function(module, params, batch_size: int = 256) -> Classify:
+    """Returns images [N, H, W, C] -> (features [N, D], logits [N, K]) of a classifier, jitted, in batches.
+
+    `module` has the method `features_and_logits`, as `models.build("digit-classifier")` does.
+    """
+    forward = jax.jit(
+        lambda params, images: module.apply({"params": params}, images, method="features_and_logits")
+    )
+    return lambda images: map_batches(
+        lambda batch: forward(params, batch), np.asarray(images, np.float32), batch_size
+    )
+
+
+def evaluate(
+    images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], classify: Classify, dataset: Dataset
+) -> Report:
+    """Returns the figures of generated images and, beside each, those of real images never trained on.
+
+    Real images are those of the generated classes only. Set-wise figures use sets of one size on both sides
+    (as many as the smallest set has, spread evenly over the classes), because they change with the number
+    of images.
+
+    Args:
+        images: generated, [N, H, W, C] in [-1, 1].
+        labels: the class that each was asked to be.
+        classify: see `classifier_function`.
+        dataset: real images with splits train, validation and test.
+
+    Raises:
+        DataError: images or labels are wrong, or a generated class has fewer than two real images.
+    """
+    images = check_images(images, dataset.image_shape, "generated images")
+    labels = check_labels(labels, len(images), dataset.num_classes)
+    test_images, test_labels = dataset.arrays("test")
+    test_features, test_logits = classify(test_images)
+    classifier_accuracy = accuracy(test_logits, test_labels)
+    same = np.isin(test_labels, labels)
+    test_images, test_labels = test_images[same], test_labels[same]
+    test_features, test_logits = test_features[same], test_logits[same]
+    validation_images, validation_labels = dataset.arrays("validation")
+    same = np.isin(validation_labels, labels)
+    validation_features, _ = classify(validation_images[same])
+    features, logits = classify(images)
+
+    number = min(len(images), len(test_images), int(same.sum()))
+    chosen, test_chosen = stratified_subset(labels, number), stratified_subset(test_labels, number)
+    validation_chosen = stratified_subset(validation_labels[same], number)
+    train_images, _ = dataset.arrays("train")
+    nearest = nearest_neighbour_distances(images, train_images).distance
+    real_nearest = nearest_neighbour_distances(test_images, train_images).distance
+    return Report(
+        dataset=dataset.name,
+        num_images=len(images),
+        num_compared=number,
+        classifier_accuracy=classifier_accuracy,
+        accuracy=accuracy(logits, labels),
+        frechet_distance=frechet_distance(features[chosen], test_features),
+        real_frechet_distance=frechet_distance(validation_features[validation_chosen], test_features),
+        inception_score=inception_score(softmax(logits[chosen])),
+        real_inception_score=inception_score(softmax(test_logits[test_chosen])),
+        feature_diversity=diversity_ratio(features, labels, test_features, test_labels),
+        pixel_diversity=diversity_ratio(images, labels, test_images, test_labels),
+        nearest_distance=float(np.median(nearest)),
+        real_nearest_distance=float(np.median(real_nearest)),
+        near_copies=float(np.mean(nearest < np.quantile(real_nearest, 0.01))),
+        findings=tuple(_warnings(labels, test_labels, number, features.shape[1], classifier_accuracy)),
+    )
+
+
+def stratified_subset(labels: Int[np.ndarray, "N"], number: int) -> Int[np.ndarray, "M"]:
+    """Returns `number` row numbers, spread evenly over the rows in order of their class."""
+    order = np.argsort(labels, kind="stable")
+    return order[np.arange(number) * len(labels) // number]
+
+
+def diversity_ratio(
+    vectors: Float[np.ndarray, "N ..."],
+    labels: Int[np.ndarray, "N"],
+    real_vectors: Float[np.ndarray, "M ..."],
+    real_labels: Int[np.ndarray, "M"],
+) -> float:
+    """Returns within-class diversity over that of real images, both averaged over the classes that both have.
+
+    NaN if no class has two images on both sides.
+    """
+    drawn, real = class_diversities(vectors, labels), class_diversities(real_vectors, real_labels)
+    both = sorted(drawn.keys() & real.keys())
+    if not both:
+        return math.nan
+    return float(np.mean([drawn[label] for label in both]) / np.mean([real[label] for label in both]))
+
+
+def softmax(logits: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+    """Returns exp(logits) / sum exp(logits) along the last axis, in float64."""
+    logits = np.asarray(logits, np.float64)
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _warnings(labels, test_labels, number: int, width: int, classifier_accuracy: float) -> list[Finding]:
+    findings = []
+    if number < 5 * width:
+        findings.append(
+            Finding(
+                "sample count",
+                f"{number} images for the covariance of {width} features: the Fréchet distance and its "
+                "floor are both biased upwards",
+                "few images were generated, or few real ones are held out",
+                f"Compare it with the floor only, and generate at least {5 * width} images",
+                False,
+            )
+        )
+    per_class = np.bincount(labels)[np.unique(labels)].min()
+    if per_class < 20:
+        findings.append(
+            Finding(
+                "images per class",
+                f"the smallest class has {per_class} generated images: diversity and accuracy are rough",
+                "few images were generated",
+                "Generate at least 20 of each class",
+                False,
+            )
+        )
+    if classifier_accuracy < 0.97:
+        findings.append(
+            Finding(
+                "classifier",
+                f"the classifier reads only {classifier_accuracy:.1%} of the real test images right",
+                "it is trained too short",
+                "Train it longer before believing figures that rest on it",
+                False,
+            )
+        )
+    shares = np.bincount(labels) / len(labels)
+    real_shares = np.bincount(test_labels, minlength=len(shares)) / len(test_labels)
+    if np.abs(shares - real_shares[: len(shares)]).max() > 0.05:
+        findings.append(
+            Finding(
+                "class balance",
+                "the classes are not as frequent among the generated images as among the real ones: "
+                "the Fréchet distance counts that, too",
+                "the asked labels are not balanced",
+                "Ask for each class equally often",
+                False,
+            )
+        )
+    return findings

@@ -1,0 +1,292 @@
+"""Health checks: what was seen, what the likely cause is, and what to do about it.
+
+Each check is a pure function of arrays that returns a list of `Finding`, one per thing looked at. Training
+and the demo call them and print `report(findings)`; nothing here stops a run. The limits are arguments.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxldm.errors import DataError
+from jaxldm.metrics.scores import class_diversities, reconstruction_error
+
+
+class Finding(NamedTuple):
+    """One result of a check. `likely_cause` and `cure` are empty where all is well."""
+
+    check: str
+    seen: str
+    likely_cause: str = ""
+    cure: str = ""
+    ok: bool = True
+
+
+def failed(findings: Sequence[Finding]) -> list[Finding]:
+    """Returns the findings that are not ok."""
+    return [finding for finding in findings if not finding.ok]
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """Returns the findings as text: a line each, and two more with likely cause and cure for a bad one."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{'ok ' if finding.ok else 'BAD'}  {finding.check}: {finding.seen}")
+        if not finding.ok:
+            lines += [f"       likely cause: {finding.likely_cause}", f"       cure: {finding.cure}"]
+    return "\n".join(lines)
+
+
+def check_reconstruction(
+    images: Float[np.ndarray, "N H W C"],
+    reconstructions: Float[np.ndarray, "N H W C"],
+    *,
+    max_unexplained: float = 0.1,
+) -> list[Finding]:
+    """Looks whether MSE / Var(images) is at most `max_unexplained`; the mean image alone has 1.
+
+    Var is the mean squared distance of the images to their mean image.
+    """
+    error = reconstruction_error(images, reconstructions)
+    images = np.asarray(images, np.float64)
+    variance = float(np.mean((images - images.mean(axis=0)) ** 2))
+    if variance == 0:
+        raise DataError("the reconstruction check needs images that differ from each other")
+    share = error.mse / variance
+    seen = f"MSE {error.mse:.4g} (PSNR {error.psnr:.1f} dB), {share:.1%} of the variance of the images"
+    return _finding(
+        "reconstruction",
+        seen,
+        share <= max_unexplained,
+        "the autoencoder is trained too short, its latent is too small, or the KL weight beta is too "
+        "large: whatever diffusion does later, samples cannot be sharper than this",
+        "train the autoencoder longer, lower beta, or give it more latent channels",
+    )
+
+
+def check_terminal_latents(
+    z_T: Float[np.ndarray, "N ..."], *, sigma: float = 1.0, tolerance: float = 0.1
+) -> list[Finding]:
+    """Looks whether noised latents at the path's last t have mean 0 and standard deviation `sigma` per
+    channel.
+
+    `z_T` = alpha(T) z_0 + sigma(T) eps for real latents z_0, channels last. Both differences, in units of
+    `sigma`, may be `tolerance` plus three standard errors.
+    """
+    values = np.asarray(z_T, np.float64)
+    values = values.reshape(-1, values.shape[-1]) / sigma
+    if not np.isfinite(values).all():
+        return _finding(
+            "z_T statistics",
+            "NaN or infinity in the noised latents",
+            False,
+            "the encoder gave NaN, or the schedule was computed in half precision",
+            "check the latents of the data; keep the schedule in float64 on the host",
+        )
+    means, stds = values.mean(axis=0), values.std(axis=0)
+    slack = tolerance + 3 / np.sqrt(len(values))
+    worst_mean, worst_std = means[np.argmax(abs(means))], stds[np.argmax(abs(stds - 1))]
+    seen = (
+        f"farthest channel mean {worst_mean:+.3f} and standard deviation {worst_std:.3f} in units of noise "
+        "(0 and 1 wanted)"
+    )
+    return _finding(
+        "z_T statistics",
+        seen,
+        abs(worst_mean) <= slack and abs(worst_std - 1) <= slack,
+        "the schedule does not end in noise (alpha at the last t is not near 0), or the latents are not "
+        "scaled: sampling starts from N(0, 1), which training has then never seen",
+        "set scaling_factor to 1 / std of the latents, use more noise at the end, or rescale the betas to "
+        "zero terminal SNR",
+    )
+
+
+def check_prediction_shape(output: Float[np.ndarray, "..."], x_t: Float[np.ndarray, "..."]) -> list[Finding]:
+    """Looks whether the network's output has the shape of its input; both may be `jax.ShapeDtypeStruct`."""
+    return _finding(
+        "prediction shape",
+        f"input {tuple(x_t.shape)}, output {tuple(output.shape)}",
+        tuple(output.shape) == tuple(x_t.shape),
+        "the network's out_channels, or its down- and upsampling, do not fit the latents",
+        "set in_channels = out_channels = latent channels; odd sizes need upsampling to the stored size",
+    )
+
+
+def check_guided(
+    guided: Float[np.ndarray, "B ..."],
+    guidance_scale: float,
+    *,
+    unguided: Float[np.ndarray, "B ..."] | None = None,
+) -> list[Finding]:
+    """Looks for NaN or infinity after classifier-free guidance; `unguided` outputs tell who made it."""
+    broken = int((~_finite_rows(guided)).sum())
+    seen = f"{broken} of {len(guided)} outputs have NaN or infinity at guidance scale {guidance_scale:g}"
+    cause = "the scale is so large that the guided output overflows, or the rescale divides by a std of 0"
+    cure = "lower guidance_scale, compute in float32, or use guidance_rescale with its guard"
+    if unguided is not None and not _finite_rows(unguided).all():
+        cause, cure = (
+            "the network gives NaN without guidance, too",
+            "look at the training loss and the weights; load an earlier checkpoint",
+        )
+    return _finding("NaN after guidance", seen, broken == 0, cause, cure)
+
+
+def check_loss(losses: Sequence[float]) -> list[Finding]:
+    """Looks whether every logged loss is finite."""
+    losses = np.asarray(losses, np.float64)
+    bad = np.flatnonzero(~np.isfinite(losses))
+    seen = (
+        f"{len(losses)} finite losses, the last is {losses[-1]:.4g}"
+        if len(losses) and not len(bad)
+        else f"{len(bad)} of {len(losses)} losses are NaN or infinite, the first at entry {bad[0]}"
+        if len(bad)
+        else "no losses yet"
+    )
+    return _finding(
+        "loss",
+        seen,
+        not len(bad),
+        "the learning rate is too high, gradients are not clipped, or half precision overflows",
+        "lower the learning rate, warm up longer, clip to global norm 1, keep the loss in float32, and go "
+        "on from the last checkpoint before it",
+    )
+
+
+def check_posterior_collapse(
+    mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"], *, min_kl: float = 0.01
+) -> list[Finding]:
+    """Looks whether each latent channel carries information: its mean KL to N(0, 1) is at least `min_kl`
+    nats.
+
+    KL = (mean^2 + exp(log_variance) - 1 - log_variance) / 2 per number (Kingma and Welling 2014, appendix B).
+    """
+    mean, log_variance = np.asarray(mean, np.float64), np.asarray(log_variance, np.float64)
+    kl = 0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance)
+    kl = kl.mean(axis=tuple(range(kl.ndim - 1)))
+    dead = np.flatnonzero(~(kl >= min_kl))  # NaN counts as dead
+    seen = f"KL per channel in nats: {', '.join(f'{value:.3g}' for value in kl)}"
+    if len(dead):
+        seen += f"; channel {', '.join(str(channel) for channel in dead)} says nothing about the image"
+    return _finding(
+        "posterior collapse",
+        seen,
+        not len(dead),
+        "the KL weight beta is too large too early, and the decoder has learned to do without z",
+        "lower beta, raise it slowly from 0 (annealing), or allow each channel some free bits",
+    )
+
+
+def check_blank(
+    images: Float[np.ndarray, "N H W C"], *, min_contrast: float = 0.05, max_share: float = 0.02
+) -> list[Finding]:
+    """Looks for images of one grey level: standard deviation of the pixels below `min_contrast`, or NaN."""
+    images = np.asarray(images, np.float64).reshape(len(images), -1)
+    blank = ~(images.std(axis=1) >= min_contrast)
+    levels = images[blank].mean(axis=1)
+    kinds = {"NaN": np.isnan(levels).sum(), "black": (levels < -0.8).sum(), "white": (levels > 0.8).sum()}
+    kinds["grey"] = len(levels) - sum(kinds.values())
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    seen = f"{blank.sum()} of {len(images)} images are blank" + (f" ({shown})" if shown else "")
+    return _finding(
+        "blank images",
+        seen,
+        blank.mean() <= max_share,
+        "the latents are not divided by the scaling factor before decoding, sampling diverged, the "
+        "decoder is untrained, or the value range is wrong",
+        "compare scaling_factor with the trained autoencoder's, look for NaN, decode a real latent, and "
+        "check that images are in [-1, 1]",
+    )
+
+
+def check_diversity(
+    vectors: Float[np.ndarray, "N ..."],
+    labels: Int[np.ndarray, "N"],
+    real_vectors: Float[np.ndarray, "M ..."],
+    real_labels: Int[np.ndarray, "M"],
+    *,
+    min_ratio: float = 0.6,
+) -> list[Finding]:
+    """Looks whether images of a class differ as real ones do: mean distance within each class, as a ratio
+    to real.
+
+    `vectors` are pixels or features. The class with the lowest ratio decides.
+    """
+    drawn, real = class_diversities(vectors, labels), class_diversities(real_vectors, real_labels)
+    ratios = {label: drawn[label] / real[label] for label in drawn if real.get(label, 0) > 0}
+    if not ratios:
+        raise DataError("the diversity check needs a class with at least two generated and two real images")
+    worst = min(ratios, key=ratios.get)
+    seen = (
+        f"within-class diversity is {np.mean(list(ratios.values())):.2f} of the real one on average, "
+        f"{ratios[worst]:.2f} in class {worst}"
+    )
+    return _finding(
+        "diversity",
+        seen,
+        ratios[worst] >= min_ratio,
+        "guidance is too strong, the model is trained too short or has memorised few images, or the same "
+        "noise was used for each image",
+        "lower guidance_scale, train longer, and give each image its own key",
+    )
+
+
+def check_saturation(
+    images: Float[np.ndarray, "N H W C"],
+    real_images: Float[np.ndarray, "M H W C"],
+    *,
+    max_contrast: float = 1.15,
+    max_excess: float = 0.15,
+) -> list[Finding]:
+    """Looks for over-guidance: contrast, and pixels at the ends of the range, against real images.
+
+    Contrast is the mean over images of the standard deviation of their pixels, as a ratio to the real one.
+    A pixel is at an end when |x| >= 0.98; the share of such pixels may exceed the real share by
+    `max_excess`.
+    """
+    images, real_images = _rows(images), _rows(real_images)
+    contrast = images.std(axis=1).mean() / real_images.std(axis=1).mean()
+    clipped, real_clipped = (abs(images) >= 0.98).mean(), (abs(real_images) >= 0.98).mean()
+    seen = (
+        f"contrast {contrast:.2f} of the real one; {clipped:.0%} of the pixels at the ends of the range, "
+        f"{real_clipped:.0%} in real images"
+    )
+    return _finding(
+        "saturation",
+        seen,
+        contrast <= max_contrast and clipped - real_clipped <= max_excess,
+        "guidance is too strong: the guided prediction leaves the range of the data",
+        "lower guidance_scale, or use guidance_rescale (about 0.7)",
+    )
+
+
+def check_sharpness(
+    images: Float[np.ndarray, "N H W C"], real_images: Float[np.ndarray, "M H W C"], *, min_ratio: float = 0.7
+) -> list[Finding]:
+    """Looks for blur: the mean absolute difference of neighbouring pixels, as a ratio to the real one."""
+    ratio = _roughness(images) / _roughness(real_images)
+    return _finding(
+        "sharpness",
+        f"neighbouring pixels differ {ratio:.2f} times as much as in real images",
+        ratio >= min_ratio,
+        "the autoencoder blurs (trained too short, beta too large), or sampling took too few steps",
+        "look at the reconstructions first; then use more steps or a solver of second order",
+    )
+
+
+def _finding(check: str, seen: str, ok: bool, likely_cause: str, cure: str) -> list[Finding]:
+    return [Finding(check, seen) if ok else Finding(check, seen, likely_cause, cure, False)]
+
+
+def _rows(images) -> Float[np.ndarray, "N D"]:
+    return np.asarray(images, np.float64).reshape(len(images), -1)
+
+
+def _finite_rows(values) -> np.ndarray:
+    return np.isfinite(_rows(values)).all(axis=1)
+
+
+def _roughness(images) -> float:
+    images = np.asarray(images, np.float64)
+    return float(np.abs(np.diff(images, axis=1)).mean() + np.abs(np.diff(images, axis=2)).mean())

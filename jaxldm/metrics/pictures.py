@@ -1,0 +1,105 @@
+"""Pictures for people: grids of images and each image beside its nearest neighbour, and PNG files."""
+
+import os
+import pathlib
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jaxldm.data.images import to_uint8
+from jaxldm.errors import DataError, InvalidArgumentError, StorageError
+from jaxldm.metrics.scores import nearest_neighbour_distances
+
+BORDER = 32  # the grey between images: neither the black nor the white of a digit
+
+
+def image_grid(
+    images: Float[np.ndarray, "B H W C"] | UInt8[np.ndarray, "B H W C"],
+    columns: int | None = None,
+    *,
+    padding: int = 2,
+    scale: int = 1,
+) -> UInt8[np.ndarray, "height width C"]:
+    """Returns images side by side, row by row from the top left, as one uint8 picture.
+
+    Args:
+        images: [B, H, W, C], floats in [-1, 1] or uint8.
+        columns: images in a row; the square root of B, rounded up, if None.
+        padding: grey pixels around each image.
+        scale: each pixel becomes a square of this side.
+
+    Raises:
+        DataError: not [B, H, W, C], or NaN.
+        InvalidArgumentError: columns or scale below 1, padding below 0.
+
+    >>> image_grid(np.zeros([5, 28, 28, 1]), columns=3, padding=2).shape
+    (62, 92, 1)
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or 0 in images.shape:
+        raise DataError(f"images must be [B, H, W, C] and not empty, got shape {images.shape}")
+    columns = int(np.ceil(np.sqrt(len(images)))) if columns is None else columns
+    if columns < 1 or scale < 1 or padding < 0:
+        raise InvalidArgumentError(
+            f"columns and scale must be 1 or more and padding 0 or more, got {columns}, {scale}, {padding}"
+        )
+    images = images if images.dtype == np.uint8 else to_uint8(images)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    number, height, width, channels = images.shape
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    cells = np.full((rows * columns, height + padding, width + padding, channels), BORDER, np.uint8)
+    cells[:number, padding:, padding:] = images
+    cells = cells.reshape(rows, columns, height + padding, width + padding, channels).transpose(0, 2, 1, 3, 4)
+    grid = np.full(
+        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels),
+        BORDER,
+        np.uint8,
+    )
+    grid[: rows * (height + padding), : columns * (width + padding)] = cells.reshape(
+        rows * (height + padding), columns * (width + padding), channels
+    )
+    return grid
+
+
+def nearest_neighbour_panel(
+    images: Float[np.ndarray, "B H W C"],
+    reference: Float[np.ndarray, "N H W C"],
+    pairs: int = 8,
+    *,
+    scale: int = 2,
+) -> UInt8[np.ndarray, "height width C"]:
+    """Returns pairs of (generated image, its nearest training image) side by side, the closest pairs first.
+
+    If the right one of a pair is the same picture as the left one, the model has copied.
+    """
+    neighbours = nearest_neighbour_distances(images, reference)
+    closest = np.argsort(neighbours.distance, kind="stable")[:pairs]
+    together = np.stack([images[closest], reference[neighbours.index[closest]]], axis=1)
+    return image_grid(
+        together.reshape(-1, *images.shape[1:]), columns=8 if len(closest) >= 4 else 2, scale=scale
+    )
+
+
+def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> None:
+    """Writes a uint8 picture [H, W, C], C = 1 (grey), 3 or 4, as PNG: whole or not at all.
+
+    Raises `DataError` for another shape or type, `StorageError` if it cannot be written.
+    """
+    from PIL import Image
+
+    picture = np.asarray(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
+        raise DataError(
+            f"a picture must be uint8 [H, W, C] with C = 1, 3 or 4, got {picture.dtype} {picture.shape}"
+        )
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""Scores of images, labels and class probabilities that need no fitted distribution."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxldm.errors import DataError
+
+
+class ReconstructionError(NamedTuple):
+    """Mean squared error over all pixels, for images in [-1, 1], and the peak signal-to-noise ratio in dB."""
+
+    mse: float
+    psnr: float
+
+
+class Neighbours(NamedTuple):
+    """For each image the distance to its nearest reference image, and the row number of that one."""
+
+    distance: Float[np.ndarray, "B"]
+    index: Int[np.ndarray, "B"]
+
+
+def accuracy(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"]) -> float:
+    """Returns the share of rows whose largest entry is at the label, in [0, 1]."""
+    return float((np.argmax(logits, axis=1) == labels).mean())
+
+
+def inception_score(probabilities: Float[np.ndarray, "N K"]) -> float:
+    """Returns exp(mean over x of KL(p(y|x) || p(y))), with p(y) the mean of p(y|x): between 1 and K.
+
+    K if every image is surely of one class and all classes are equally frequent; 1 if all images look alike
+    to the classifier. Over the whole set, not averaged over ten parts. With another classifier than
+    Inception say which.
+
+    Source: Salimans et al. 2016, section 4. Raises `DataError` if rows are not probabilities.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    if p.ndim != 2 or not (
+        np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(axis=1), 1, atol=1e-3)
+    ):
+        raise DataError("probabilities must be [N, K], not negative, with rows that add up to 1")
+    marginal = p.mean(axis=0)
+    ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
+    return float(np.exp((p * np.log(ratio)).sum(axis=1).mean()))
+
+
+def within_class_diversity(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarray, "N"]) -> float:
+    """Returns the mean Euclidean distance between two different images of a class, averaged over the classes.
+
+    Args:
+        vectors: one row per image: pixels [N, H, W, C] or features [N, D].
+        labels: the class of each. Classes with fewer than two images are left out.
+
+    Raises:
+        DataError: no class has two images.
+    """
+    diversities = list(class_diversities(vectors, labels).values())
+    if not diversities:
+        raise DataError("the diversity within a class needs a class with at least two images")
+    return float(np.mean(diversities))
+
+
+def class_diversities(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarray, "N"]) -> dict[int, float]:
+    """Returns for each class with at least two images the mean distance between two different ones of it."""
+    diversities = {}
+    for label in np.unique(labels):
+        members = _flat(vectors)[labels == label]
+        count = len(members)
+        if count >= 2:
+            total = sum(np.sqrt(block).sum() for _, block in _squared_distances(members, members))
+            diversities[int(label)] = float(total / (count * (count - 1)))  # the diagonal adds nothing
+    return diversities
+
+
+def nearest_neighbour_distances(
+    images: Float[np.ndarray, "N ..."], reference: Float[np.ndarray, "M ..."]
+) -> Neighbours:
+    """Returns the Euclidean distance of each image to its nearest reference image, and which one that is.
+
+    Against the training set this shows copies (distance 0). Put the same figure for real images that were not
+    trained on beside it: what is nearer than those is suspicious.
+    """
+    images, reference = _flat(images), _flat(reference)
+    if images.shape[1] != reference.shape[1]:
+        raise DataError(
+            f"images have {images.shape[1]} numbers each, the reference images {reference.shape[1]}"
+        )
+    distance, index = np.empty(len(images)), np.empty(len(images), dtype=np.int64)
+    for rows, block in _squared_distances(images, reference):
+        index[rows] = block.argmin(axis=1)
+        # The difference itself, not the expanded square, so that an exact copy has distance exactly 0.
+        distance[rows] = np.linalg.norm(images[rows] - reference[index[rows]], axis=1)
+    return Neighbours(distance, index)
+
+
+def reconstruction_error(
+    images: Float[np.ndarray, "N H W C"], reconstructions: Float[np.ndarray, "N H W C"]
+) -> ReconstructionError:
+    """Returns the MSE over all pixels and PSNR = 10 log10(2^2 / MSE), for images in [-1, 1]."""
+    images, reconstructions = np.asarray(images, np.float64), np.asarray(reconstructions, np.float64)
+    if images.shape != reconstructions.shape:
+        raise DataError(f"images {images.shape} and reconstructions {reconstructions.shape} differ in shape")
+    mse = float(np.mean((images - reconstructions) ** 2))
+    return ReconstructionError(mse, float("inf") if mse == 0 else float(10 * np.log10(4 / mse)))
+
+
+def _flat(vectors) -> Float[np.ndarray, "N D"]:
+    vectors = np.asarray(vectors, dtype=np.float64)
+    return vectors.reshape(len(vectors), -1)
+
+
+def _squared_distances(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], block_size: int = 1024):
+    """Yields (rows, |a[rows] - b|^2 as [B, M]) block by block, through |a|^2 + |b|^2 - 2 a b^T in float64."""
+    norms = (b * b).sum(axis=1)
+    for start in range(0, len(a), block_size):
+        rows = slice(start, start + block_size)
+        part = a[rows]
+        squares = (part * part).sum(axis=1)[:, None] + norms[None] - 2 * part @ b.T
+        if a is b:
+            np.fill_diagonal(squares[:, start:], 0)
+        yield rows, np.maximum(squares, 0, out=squares)
