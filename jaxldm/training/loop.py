@@ -82,7 +82,7 @@ def fit(
     `loss.png` and `grad_norm.png`. `resume` goes on from the newest whole checkpoint there: the losses are,
     bit for bit, those of a run that was never interrupted, because batch n depends only on n, and the random
     numbers of update n only on the key and n. `on_sample(state, step)` is called every `plan.sample_every`
-    updates.
+    updates. `state` is given away to the first step, which takes its memory: go on with the one returned.
 
     Ctrl-C ends the step, saves, says how to resume and raises `KeyboardInterrupt`. A loss or gradient that is
     not finite raises `DivergenceError` with the words of `explain_divergence(step, metrics)`; the last good
@@ -109,8 +109,7 @@ def fit(
         )
         loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, run_dir, say)
         try:
-            # may_alias: the first step takes its state's memory, and the caller keeps the one it gave
-            state = jax.device_put(state, replicated(mesh), may_alias=False)
+            state = jax.device_put(state, replicated(mesh))
             state = loop.run(
                 state, compile_train_step(train_step, mesh), batches, batch_sharding(mesh), start
             )

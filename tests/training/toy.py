@@ -43,7 +43,12 @@ def toy_params(width=8):
 
 
 @functools.cache  # one function, so that jax.jit compiles it once for all the tests
-def toy(num_steps=12, width=8, ema_decay=0.9):
+def toy_step(num_steps, ema_decay):
     adam = optimizer(1e-2, warmup_steps=3, total_steps=num_steps, weight_decay=1e-2)
-    state = create_train_state(jax.random.key(7), toy_params(width), adam)
-    return state, make_train_step(loss_fn, adam, ema_decay)
+    return adam, make_train_step(loss_fn, adam, ema_decay)
+
+
+def toy(num_steps=12, width=8, ema_decay=0.9):
+    """A new state and the train step."""
+    adam, train_step = toy_step(num_steps, ema_decay)
+    return create_train_state(jax.random.key(7), toy_params(width), adam), train_step
