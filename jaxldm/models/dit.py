@@ -23,12 +23,13 @@ from jaxldm.nn.embeddings import (
     timestep_embedding,
     unpatchify,
 )
+from jaxldm.nn.initialization import normal, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import layer_norm, modulate
 
-XAVIER = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.zeros}
-NORMAL = {"kernel_init": nn.initializers.normal(0.02), "bias_init": nn.initializers.zeros}
-ZERO = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.zeros}
+XAVIER = {"kernel_law": xavier_uniform, "bias_law": zeros}
+NORMAL = {"kernel_law": normal(0.02), "bias_law": zeros}
+ZERO = {"kernel_law": zeros, "bias_law": zeros}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DiTConfig(ModelConfig):
     class-conditional. learn_sigma: 2 x in_channels outputs: the prediction, then the interpolation weight
     of the variance (Nichol &
       Dhariwal 2021, eq. 15).
-    position_embedding: "sincos" (fixed) or "learned".
+    position_embedding: "sincos" (fixed) or "learned" (from N(0, 0.02^2), as in ViT).
     freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`), so set 1 to agree with
     it. norm_eps: 1e-6 as published.
     """
@@ -108,9 +109,8 @@ class LabelEmbedder(nn.Module):
     @nn.compact
     def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B C"]:
         config = self.config
-        init = nn.initializers.normal(0.02)
         rows = config.num_classes + 1
-        return Embedding(rows, config.hidden_size, config.dtype, init, name="embedding_table")(labels)
+        return Embedding(rows, config.hidden_size, config.dtype, normal(0.02), name="embedding_table")(labels)
 
 
 class Mlp(nn.Module):
@@ -227,9 +227,11 @@ class DiT(nn.Module):
 
     def _position(self) -> Float[Array, "1 N C"]:
         config = self.config
-        table = sincos_position_embedding_2d(config.hidden_size, *config.grid_size)[None]
         if config.position_embedding == "learned":
-            table = self.param("pos_embed", lambda key: jnp.asarray(table))
+            rows, columns = config.grid_size
+            table = parameter(self, "pos_embed", normal(0.02), (1, rows * columns, config.hidden_size))
+        else:
+            table = self.constant_tensors()["pos_embed"]
         return jnp.asarray(table, compute_dtype(config.dtype))
 
     def constant_tensors(self) -> Mapping[str, np.ndarray]:

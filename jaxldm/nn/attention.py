@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.linear import Initializer, Linear, compute_dtype, fan_in_uniform
+from jaxldm.nn.initialization import LawOfShape, fan_in_uniform, parameter
+from jaxldm.nn.linear import Linear, compute_dtype
 from jaxldm.nn.normalization import GroupNorm
 
 
@@ -90,13 +91,13 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     dtype: str = "float32"
-    kernel_init: Initializer | None = None
-    bias_init: Initializer | None = None
+    kernel_law: LawOfShape | None = None
+    bias_law: LawOfShape | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         channels = x.shape[-1]
-        options = {"dtype": self.dtype, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        options = {"dtype": self.dtype, "kernel_law": self.kernel_law, "bias_law": self.bias_law}
         query, key, value = jnp.split(Linear(3 * channels, name="qkv", **options)(x), 3, axis=-1)
         return Linear(channels, name="proj", **options)(attend(self, query, key, value, self.num_heads))
 
@@ -108,9 +109,9 @@ class _Projection(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[Array, Array]:
-        init = fan_in_uniform(channels)
-        kernel = self.param("kernel", init, (channels, self.features), jnp.float32)
-        return kernel, self.param("bias", init, (self.features,), jnp.float32)
+        law = fan_in_uniform(channels)
+        kernel = parameter(self, "kernel", law, (channels, self.features))
+        return kernel, parameter(self, "bias", law, (self.features,))
 
 
 class Attention2D(nn.Module):

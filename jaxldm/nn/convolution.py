@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.nn.linear import Initializer, compute_dtype, fan_in_uniform
+from jaxldm.nn.initialization import fan_in_uniform, parameter
+from jaxldm.nn.linear import compute_dtype
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -25,7 +26,6 @@ class Conv2d(nn.Module):
     stride: int = 1
     padding: int | tuple[int, int] = 1
     dtype: str = "float32"
-    kernel_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
@@ -33,8 +33,8 @@ class Conv2d(nn.Module):
         size, channels = self.kernel_size, x.shape[-1]
         default = fan_in_uniform(size * size * channels)
         shape = (size, size, channels, self.features)
-        kernel = self.param("kernel", self.kernel_init or default, shape, jnp.float32).astype(dtype)
-        bias = self.param("bias", default, (self.features,), jnp.float32).astype(dtype)
+        kernel = parameter(self, "kernel", default, shape).astype(dtype)
+        bias = parameter(self, "bias", default, (self.features,)).astype(dtype)
         x = x.astype(dtype)
         if size == 1 and self.stride == 1 and self.padding == 0:
             y = x @ kernel[0, 0]
@@ -93,6 +93,6 @@ class ConvTranspose4x4(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W out"]:
         dtype = compute_dtype(self.dtype)
         default = fan_in_uniform(16 * self.features)
-        weight = self.param("weight", default, (x.shape[-1], self.features, 4, 4), jnp.float32)
-        bias = self.param("bias", default, (self.features,), jnp.float32).astype(dtype)
+        weight = parameter(self, "weight", default, (x.shape[-1], self.features, 4, 4))
+        bias = parameter(self, "bias", default, (self.features,)).astype(dtype)
         return conv_transpose_4x4_stride_2(x.astype(dtype), weight.astype(dtype)) + bias.reshape(1, 1, 1, -1)

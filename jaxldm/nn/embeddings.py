@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.linear import Initializer, Linear, compute_dtype
+from jaxldm.nn.initialization import parameter, xavier_uniform, zeros
+from jaxldm.nn.linear import Linear, compute_dtype
 
 
 def timestep_embedding(
@@ -111,13 +111,6 @@ def unpatchify(
     return x.reshape(batch, height, width, features // (p * p))
 
 
-def xavier_uniform_flat(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Xavier-uniform with every axis but the last counted as input: how DiT starts its patch projection."""
-    fan_in = math.prod(shape[:-1])
-    bound = math.sqrt(6.0 / (fan_in + shape[-1]))
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 class PatchProjection(nn.Module):
     """The p x p, stride-p convolution of a vision transformer, as one matrix product: `[B, H, W, C]` ->
     `[B, N, features]`.
@@ -129,14 +122,13 @@ class PatchProjection(nn.Module):
     features: int
     patch_size: int
     dtype: str = "float32"
-    kernel_init: Initializer = xavier_uniform_flat
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N features"]:
         dtype = compute_dtype(self.dtype)
         p = self.patch_size
         shape = (p, p, images.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(dtype)
+        kernel = parameter(self, "kernel", xavier_uniform, shape).astype(dtype)
+        bias = parameter(self, "bias", zeros, (self.features,)).astype(dtype)
         tokens = patchify(images.astype(dtype), p)
         return tokens @ kernel.reshape(-1, self.features) + bias.reshape(1, 1, -1)

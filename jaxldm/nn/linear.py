@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import one_of
+from jaxldm.nn.initialization import LawOfShape, fan_in_uniform, normal, parameter
 
-Initializer = Callable[..., Array]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,41 +22,27 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(one_of("dtype", name, DTYPES))
 
 
-def fan_in_uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): how PyTorch starts weights and biases of linear and convolution
-    layers.
-
-    The models' published training runs all began from it (LeCun et al. 1998, section 4.6, up to a factor).
-    """
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
 class Linear(nn.Module):
     """y = x W + b on the last axis. x `[..., in]` -> `[..., features]`, computed in `dtype`; parameters are
     float32.
 
-    `kernel_init` and `bias_init` default to `fan_in_uniform(in)`.
+    `kernel_law` and `bias_law` say how the parameters start, by default `fan_in_uniform(in)`.
     """
 
     features: int
     use_bias: bool = True
     dtype: str = "float32"
-    kernel_init: Initializer | None = None
-    bias_init: Initializer | None = None
+    kernel_law: LawOfShape | None = None
+    bias_law: LawOfShape | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         dtype = compute_dtype(self.dtype)
         default = fan_in_uniform(x.shape[-1])
-        kernel = self.param("kernel", self.kernel_init or default, (x.shape[-1], self.features), jnp.float32)
+        kernel = parameter(self, "kernel", self.kernel_law or default, (x.shape[-1], self.features))
         y = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
         if self.use_bias:
-            bias = self.param("bias", self.bias_init or default, (self.features,), jnp.float32)
+            bias = parameter(self, "bias", self.bias_law or default, (self.features,))
             y = y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 
@@ -74,10 +57,9 @@ class Embedding(nn.Module):
     num_embeddings: int
     features: int
     dtype: str = "float32"
-    embedding_init: Initializer | None = None
+    embedding_law: LawOfShape = normal(1.0)
 
     @nn.compact
     def __call__(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        init = self.embedding_init or nn.initializers.normal(1.0)
-        table = self.param("embedding", init, (self.num_embeddings, self.features), jnp.float32)
+        table = parameter(self, "embedding", self.embedding_law, (self.num_embeddings, self.features))
         return jnp.take(table, indices, axis=0, mode="clip").astype(compute_dtype(self.dtype))

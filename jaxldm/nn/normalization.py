@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.nn.initialization import ones, parameter, zeros
 from jaxldm.nn.linear import compute_dtype
 
 
@@ -53,8 +54,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         chex.assert_rank(x, 4)
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        scale = parameter(self, "scale", ones, (channels,))
+        bias = parameter(self, "bias", zeros, (channels,))
         return group_norm(x.astype(compute_dtype(self.dtype)), scale, bias, self.num_groups, self.eps)
 
 
