@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jaxldm.errors import StorageError
@@ -59,18 +59,28 @@ def write_atomically(path: Path | str, content: bytes) -> None:
 
     Raises `StorageError`, and then the old file is as it was.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(path):
-        try:
-            with temporary.open("wb") as file:
+    write_together({Path(path): content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """`write_atomically` for files that belong together: no rename before the last byte of all is on disk.
+
+    Raises `StorageError`, and then all the old files are as they were.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            with storage_errors(path), temporary[path].open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            _to_disk(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        for path in contents:
+            with storage_errors(path):
+                temporary[path].replace(path)
+                _to_disk(path.parent)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
