@@ -22,7 +22,7 @@ class RecordRows:
         source: records with `__getitems__`, as `tfds.data_source` returns them; images uint8 [h, w, C].
         records: the record number of each row.
         image_key, label_key: the names of the two features; `label_key` None gives every image label 0.
-        image_size: side to which images are scaled (short side) and cropped (centre), or None.
+        image_size: side to which the central square of each image is scaled, or None.
         where: the folder, for error messages.
     """
 
@@ -43,7 +43,7 @@ class RecordRows:
             raise DataError(f"cannot read {self.where} ({error}): delete it and run again") from error
         images = [example[self.image_key] for example in examples]
         if self.image_size is not None:
-            images = [resize_and_crop(image, self.image_size) for image in images]
+            images = [central_square(image, self.image_size) for image in images]
         labels = [0 if self.label_key is None else example[self.label_key] for example in examples]
         return {"image": from_uint8(np.stack(images)), "label": np.asarray(labels, dtype=np.int32)}
 
@@ -94,17 +94,16 @@ class Dataset:
         return columns["image"], columns["label"]
 
 
-def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns `image` uint8 [h, w, C] scaled to the short side `size` and cut to [size, size, C]."""
+def central_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns the central square of `image` uint8 [h, w, C], scaled to [size, size, C]."""
     from PIL import Image
 
     height, width, channels = image.shape
-    if (height, width) == (size, size):
-        return image
-    scale = size / min(height, width)
-    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    picture = picture.resize((new_width, new_height), resampling)
-    return np.asarray(picture).reshape(new_height, new_width, channels)[top : top + size, left : left + size]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    if side == size:
+        return square
+    picture = Image.fromarray(square[..., 0] if channels == 1 else square)
+    resampling = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
+    return np.asarray(picture.resize((size, size), resampling)).reshape(size, size, channels)

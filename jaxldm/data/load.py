@@ -38,7 +38,7 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
     Args:
         name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...
         data_dir: where datasets are kept; see `data_folder`.
-        image_size: scales and crops all images to this side; must be given where the images differ in size.
+        image_size: side to which the central square of each image is scaled; needed where images differ in size.
 
     Raises:
         UnknownNameError: there is no dataset of that name.
@@ -185,7 +185,8 @@ def _reason(error: Exception) -> str:
     url = getattr(getattr(error, "request", None), "url", None)  # of the errors of `requests`
     if url:
         return f"no answer from {urllib.parse.urlsplit(url).hostname}"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason if len(reason) <= 200 else reason[:200] + "..."
 
 
 @contextlib.contextmanager
