@@ -121,8 +121,10 @@ class TrainingStore:
         place = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
         free = shutil.disk_usage(place).free
         if free < needed:
-            raise StorageError(f"disk full: a checkpoint needs {needed / 1e6:.1f} MB and {place} has "
-                               f"{free / 1e6:.1f} MB left: free some space{self._what_is_left()}")
+            raise StorageError(
+                f"disk full: a checkpoint needs {needed / 1e6:.1f} MB and {place} has "
+                f"{free / 1e6:.1f} MB left: free some space{self._what_is_left()}"
+            )
 
     def _what_is_left(self) -> str:
         steps = self.steps()
@@ -142,7 +144,7 @@ class TrainingStore:
                 raise
             raise StorageError(f"{translated}{self._what_is_left()}") from error
         killed = self.folder.glob(".*.tmp")  # what a killed save left behind
-        for old in (*killed, *(self.folder / str(old) for old in self.steps()[:-self._keep])):
+        for old in (*killed, *(self.folder / str(old) for old in self.steps()[: -self._keep])):
             shutil.rmtree(old, ignore_errors=True)
 
     def restore_latest(self, template: Any, say: Callable[[str], None] = print) -> Restored | None:
@@ -229,8 +231,10 @@ def _check_layout(place: Path, saved: dict[str, list], wanted: dict[str, list]) 
         return
     name = next(name for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name))
     describe = lambda entry: "absent" if entry is None else f"{entry[0]} {entry[1:]}"  # noqa: E731
-    raise CheckpointError(f"{place} is of another model: {name!r} is {describe(saved.get(name))} there and "
-                          f"{describe(wanted.get(name))} here; resume with the recipe that began this run")
+    raise CheckpointError(
+        f"{place} is of another model: {name!r} is {describe(saved.get(name))} there and "
+        f"{describe(wanted.get(name))} here; resume with the recipe that began this run"
+    )
 
 
 def _into(template: Any, arrays: dict[str, np.ndarray]) -> Any:

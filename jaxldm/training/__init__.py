@@ -1,1 +1,50 @@
-"""Training: state, step, loop, and the stages built from them."""
+"""Training: state, step, loop, and the stages built from them.
+
+    from jaxldm import training
+
+    run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")
+
+`make_train_step` and `fit` train any network on any loss; see their docstrings.
+"""
+
+from jaxldm.training.autoencoder import annealed_beta, autoencoder_loss, kl_per_channel, latent_scale
+from jaxldm.training.log import read_log
+from jaxldm.training.loop import Plan, fit
+from jaxldm.training.mesh import make_mesh
+from jaxldm.training.optimizer import Optimizer, optimizer, warmup_cosine
+from jaxldm.training.recipes import RECIPES, AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, Recipe
+from jaxldm.training.runs import STAGES, RunFolder, StageFolder, read_config, read_recipe
+from jaxldm.training.state import TrainState, create_train_state
+from jaxldm.training.step import compile_train_step, make_train_step
+from jaxldm.training.train import check_recipe, stages_of, train
+
+__all__ = [
+    "RECIPES",
+    "STAGES",
+    "AutoencoderRecipe",
+    "ClassifierRecipe",
+    "DiffusionRecipe",
+    "Optimizer",
+    "Plan",
+    "Recipe",
+    "RunFolder",
+    "StageFolder",
+    "TrainState",
+    "annealed_beta",
+    "autoencoder_loss",
+    "check_recipe",
+    "compile_train_step",
+    "create_train_state",
+    "fit",
+    "kl_per_channel",
+    "latent_scale",
+    "make_mesh",
+    "make_train_step",
+    "optimizer",
+    "read_config",
+    "read_log",
+    "read_recipe",
+    "stages_of",
+    "train",
+    "warmup_cosine",
+]

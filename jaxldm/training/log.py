@@ -77,11 +77,11 @@ class CsvLog:
 def _read_rows(path: Path) -> tuple[list[str] | None, list[dict[str, str]]]:
     """Header and whole rows; a last line cut short by a kill is left out."""
     text = path.read_text(encoding="utf-8")
-    lines = text[:text.rfind("\n") + 1].splitlines()
+    lines = text[: text.rfind("\n") + 1].splitlines()
     if not lines:
         return None, []
     header = next(csv.reader(lines[:1]))
-    if tuple(header[:len(COLUMNS)]) != COLUMNS:
+    if tuple(header[: len(COLUMNS)]) != COLUMNS:
         raise CheckpointError(f"{path} is no training log: its first line should begin {','.join(COLUMNS)}")
     rows: Iterable[list[str]] = csv.reader(lines[1:])
     return header, [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
@@ -100,5 +100,7 @@ def read_log(path: Path | str) -> dict[str, np.ndarray]:
         raise CheckpointError(f"no training log {path}")
     header, rows = _read_rows(path)
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in header or COLUMNS}
-    return {name: column.astype(np.int64) if name in ("epoch", "step") else column
-            for name, column in columns.items()}
+    return {
+        name: column.astype(np.int64) if name in ("epoch", "step") else column
+        for name, column in columns.items()
+    }

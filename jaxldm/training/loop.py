@@ -46,8 +46,9 @@ class Plan:
             raise InvalidArgumentError("save_every and sample_every must be 0 or more, keep 1 or more")
 
 
-def _resume(state: TrainState, store: TrainingStore, resume: bool, log: CsvLog,
-            say: Callable[[str], None]) -> tuple[TrainState, int, float]:
+def _resume(
+    state: TrainState, store: TrainingStore, resume: bool, log: CsvLog, say: Callable[[str], None]
+) -> tuple[TrainState, int, float]:
     """State, updates done and seconds spent, from the newest whole checkpoint where there is one."""
     if not resume and (store.steps() or log.path.exists()):
         raise CheckpointError(
@@ -160,8 +161,10 @@ class _Loop:
     def end_early(self, step: int) -> None:
         self.store.wait()
         plot_log(self.run_dir / "log.csv")
-        message = (f"stopped after step {step} of {self.plan.num_steps} and saved in {self.run_dir}: "
-                   "to go on, type the same command with --resume")
+        message = (
+            f"stopped after step {step} of {self.plan.num_steps} and saved in {self.run_dir}: "
+            "to go on, type the same command with --resume"
+        )
         self.say(message)
         self.stop.stop(message)
 

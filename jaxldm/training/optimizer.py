@@ -22,8 +22,9 @@ class Optimizer(NamedTuple):
     learning_rate: Callable[[Any], Any]
 
 
-def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int,
-                  final_scale: float = 0.0) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+def warmup_cosine(
+    learning_rate: float, warmup_steps: int, total_steps: int, final_scale: float = 0.0
+) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """The learning rate as a function of the number n of updates already done.
 
         n < W:   lr (n + 1) / W
@@ -55,9 +56,18 @@ def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int,
     return schedule
 
 
-def optimizer(learning_rate: float, warmup_steps: int = 0, total_steps: int = 1, weight_decay: float = 0.0,
-              max_grad_norm: float | None = 1.0, b1: float = 0.9, b2: float = 0.999, *, eps: float = 1e-8,
-              final_scale: float = 0.0) -> Optimizer:
+def optimizer(
+    learning_rate: float,
+    warmup_steps: int = 0,
+    total_steps: int = 1,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    *,
+    eps: float = 1e-8,
+    final_scale: float = 0.0,
+) -> Optimizer:
     """AdamW with decoupled weight decay, the rate of `warmup_cosine`, gradients clipped to a global norm.
 
         g <- g min(1, max_grad_norm / |g|)          (all gradients as one vector; None: no clipping)

@@ -65,7 +65,7 @@ def tile_images(images: Float[np.ndarray, "N H W C"], columns: int, gap: int = 2
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
     for k, image in enumerate(images):
         top, left = gap + (k // columns) * (height + gap), gap + (k % columns) * (width + gap)
-        sheet[top:top + height, left:left + width] = np.round((np.clip(image, -1, 1) + 1) * 127.5)
+        sheet[top : top + height, left : left + width] = np.round((np.clip(image, -1, 1) + 1) * 127.5)
     return sheet
 
 

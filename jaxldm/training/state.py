@@ -39,5 +39,10 @@ def create_train_state(key: PRNGKeyArray, params: Params, optimizer, *, ema: boo
     be given away twice. For the same reason the key is copied, as its owner may still want it.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)  # noqa: E731
-    return TrainState(step=jnp.zeros((), jnp.int32), params=copy(params), opt_state=optimizer.init(params),
-                      ema_params=copy(params) if ema else None, key=jnp.array(key, copy=True))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=copy(params),
+        opt_state=optimizer.init(params),
+        ema_params=copy(params) if ema else None,
+        key=jnp.array(key, copy=True),
+    )

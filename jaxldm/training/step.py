@@ -58,8 +58,12 @@ def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: floa
         ema_params = state.ema_params
         if ema_decay is not None:
             ema_params = update_ema(ema_params, params, ema_decay_at(ema_decay, state.step))
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients),
-                   "learning_rate": optimizer.learning_rate(state.step), **aux}
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": optimizer.learning_rate(state.step),
+            **aux,
+        }
         return state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
         ), metrics
@@ -73,5 +77,6 @@ def compile_train_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
     The state is donated: its memory is used for the new one, and the old one must not be touched afterwards.
     """
     whole = replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)),
-                   out_shardings=(whole, whole))
+    return jax.jit(
+        train_step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=(whole, whole)
+    )

@@ -19,8 +19,14 @@ from jaxldm.training.mesh import make_mesh
 
 def run(folder, plan=None, *, width=8, batches=None, **options):
     state, train_step = toy(width=width)
-    return fit(state, train_step, batches or ToyBatches(), plan or Plan(12, save_every=5), folder,
-               **{"mesh": make_mesh(1), "say": lambda line: None, **options})
+    return fit(
+        state,
+        train_step,
+        batches or ToyBatches(),
+        plan or Plan(12, save_every=5),
+        folder,
+        **{"mesh": make_mesh(1), "say": lambda line: None, **options},
+    )
 
 
 def rows(folder):
@@ -144,8 +150,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_a_loss_of_nan_stops_with_the_cause_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(DivergenceError, match=r"nan.* at step 9: a broken label; the checkpoint of step 8"):
-        run(tmp_path, Plan(12, save_every=4), batches=ToyBatches(nan_at=8),
-            explain_divergence=lambda step, metrics: "a broken label")
+        run(
+            tmp_path,
+            Plan(12, save_every=4),
+            batches=ToyBatches(nan_at=8),
+            explain_divergence=lambda step, metrics: "a broken label",
+        )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
     log = read_log(tmp_path / "log.csv")
     assert log["step"][-1] == 9 and np.isnan(log["loss"][-1]) and (tmp_path / "loss.png").is_file()
@@ -181,8 +191,16 @@ def test_no_folder_can_be_made_there(tmp_path):
 def test_the_loss_falls_and_samples_are_asked_for_on_time(tmp_path, capsys):
     seen = []
     state, train_step = toy(num_steps=300, width=32)
-    fit(state, train_step, ToyBatches(), Plan(300, sample_every=100), tmp_path, mesh=make_mesh(1),
-        on_sample=lambda state, step: seen.append((step, int(state.step))), name="toy")
+    fit(
+        state,
+        train_step,
+        ToyBatches(),
+        Plan(300, sample_every=100),
+        tmp_path,
+        mesh=make_mesh(1),
+        on_sample=lambda state, step: seen.append((step, int(state.step))),
+        name="toy",
+    )
     loss = read_log(tmp_path / "log.csv")["loss"]
     assert loss[-50:].mean() < 0.35 * loss[:10].mean()
     assert seen == [(100, 100), (200, 200), (300, 300)]

@@ -32,9 +32,9 @@ def test_final_scale_of_one_is_a_constant_rate():
 @given(st.integers(0, 50), st.integers(1, 100), st.floats(0, 1))
 def test_learning_rate_rises_then_falls_and_stays_in_range(warmup, rest, final_scale):
     schedule = warmup_cosine(1.0, warmup, warmup + rest, final_scale)
-    rates = np.asarray(schedule(jnp.arange(151)))[:warmup + rest + 1]
+    rates = np.asarray(schedule(jnp.arange(151)))[: warmup + rest + 1]
     assert (rates > -1e-6).all() and (rates <= 1 + 1e-6).all()
-    assert (np.diff(rates[:max(warmup, 1)]) > 0).all()
+    assert (np.diff(rates[: max(warmup, 1)]) > 0).all()
     assert (np.diff(rates[warmup:]) <= 1e-6).all()
 
 

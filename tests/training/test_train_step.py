@@ -146,7 +146,7 @@ def test_bfloat16_compute_has_a_float32_loss_and_state():
     def loss_bf16(params, key, batch, step):
         low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
         output = jnp.tanh(batch["x"].astype(jnp.bfloat16) @ low["w1"]) @ low["w2"]
-        return jnp.mean((output.astype(jnp.float32) - batch["y"])**2), {}
+        return jnp.mean((output.astype(jnp.float32) - batch["y"]) ** 2), {}
 
     adam = optimizer(1e-2, total_steps=5)
     state = create_train_state(jax.random.key(3), toy_params(), adam)

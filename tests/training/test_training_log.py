@@ -73,7 +73,7 @@ def test_other_files_are_refused(tmp_path):
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 40))
 def test_moving_average_is_the_mean_of_the_last(values, window):
-    expected = [np.mean(values[max(0, k + 1 - window):k + 1]) for k in range(len(values))]
+    expected = [np.mean(values[max(0, k + 1 - window) : k + 1]) for k in range(len(values))]
     np.testing.assert_allclose(moving_average(np.array(values), window), expected, atol=1e-9)
 
 

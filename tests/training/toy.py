@@ -25,7 +25,7 @@ class ToyBatches:
 
     def __getitem__(self, step):
         epoch, place = divmod(step, 5)
-        order = np.random.default_rng((1, epoch)).permutation(80)[place * 16:(place + 1) * 16]
+        order = np.random.default_rng((1, epoch)).permutation(80)[place * 16 : (place + 1) * 16]
         y = np.full_like(self.y[order], np.nan) if step == self.nan_at else self.y[order]
         return {"x": self.x[order], "y": y}
 

@@ -1,0 +1,184 @@
+"""Stage one: a KL autoencoder, trained on reconstruction and beta KL, and the scale of its latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxldm import models
+from jaxldm.data.batches import map_batches
+from jaxldm.errors import one_of
+from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
+from jaxldm.metrics.pictures import image_grid, save_png
+from jaxldm.models import DiagonalGaussian
+from jaxldm.training.recipes import AutoencoderRecipe, Recipe
+from jaxldm.training.stages import (
+    Context,
+    build_model,
+    sample_size,
+    save_finished,
+    tell_health,
+    train_network,
+)
+from jaxldm.training.state import Params, TrainState
+
+STAGE = "autoencoder"
+
+
+def kl_per_channel(posterior: DiagonalGaussian) -> Float[Array, " c"]:
+    """KL(q(z | x) || N(0, 1)) in nats of each latent channel: summed over its places, mean over the batch.
+
+    Source: Kingma and Welling 2014, appendix B.
+    """
+    return jnp.mean(jnp.sum(posterior.kl(), axis=(1, 2)), axis=0)
+
+
+def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]:
+    """beta min(1, step / warmup_steps), beta at once for 0 warm-up steps. Source: Bowman et al. 2016,
+    section 3.1.
+    """
+    if warmup_steps == 0:
+        return jnp.float32(beta)
+    return beta * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps)
+
+
+def autoencoder_loss(
+    key: PRNGKeyArray,
+    encode: Callable[[Any], DiagonalGaussian],
+    decode: Callable[[Any], Any],
+    images: Float[Array, "B H W C"],
+    *,
+    beta: Any = 1e-3,
+    free_bits: float = 0.0,
+    reconstruction: str = "mse",
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The negative evidence bound per pixel, with a weight on its KL term.
+
+        loss = R + beta / (H W C) sum_k max(free_bits, KL_k)
+
+    with R the mean squared ("mse") or absolute ("l1") error of a pixel for one drawn z = mean + std eps, and
+    KL_k the nats of latent channel k (`kl_per_channel`). Both terms are divided by the pixels of an image,
+    so beta means the same as where both are sums (latent diffusion has 1e-6), at every image size.
+
+    Args:
+        key: draws z.
+        encode: images -> posterior; decode: z, not scaled -> images. Closed over the parameters.
+        images: `[B, H, W, C]` in [-1, 1].
+        beta: weight, may be traced (see `annealed_beta`).
+        free_bits: nats of each channel that cost nothing, so that it is not given up.
+
+    Returns:
+        (loss, {"reconstruction": R, "kl": nats of an image, "kl_channel": nats of each channel [c],
+        "beta"}), float32.
+
+    Sources: Higgins et al. 2017, eq. 4 (beta); Kingma et al. 2016, eq. 16 (free bits); Rombach et al. 2022,
+      appendix G.
+    """
+    one_of("reconstruction", reconstruction, ("mse", "l1"))
+    posterior = encode(images)
+    posterior = DiagonalGaussian(*(moment.astype(jnp.float32) for moment in posterior))
+    decoded = decode(posterior.sample(key)).astype(jnp.float32)
+    chex.assert_equal_shape([decoded, images])
+    error = decoded - images
+    distance = jnp.mean(jnp.square(error) if reconstruction == "mse" else jnp.abs(error))
+    kl = kl_per_channel(posterior)
+    pixels = images.size // images.shape[0]
+    loss = distance + beta * jnp.sum(jnp.maximum(free_bits, kl)) / pixels
+    return loss, {"reconstruction": distance, "kl": jnp.sum(kl), "kl_channel": kl, "beta": jnp.float32(beta)}
+
+
+def latent_scale(
+    mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"]
+) -> tuple[float, float]:
+    """(scaling_factor, shift_factor) that give latents drawn from these posteriors mean 0 and variance 1.
+
+        shift = E[mean],  scale = 1 / sqrt(Var[mean] + E[exp(log_variance)])
+
+    over all examples, places and channels. Source: Rombach et al. 2022, appendix G (there without the shift).
+    """
+    mean, log_variance = np.asarray(mean, np.float64), np.asarray(log_variance, np.float64)
+    return float(1 / np.sqrt(mean.var() + np.exp(log_variance).mean())), float(mean.mean())
+
+
+def build_autoencoder(recipe: Recipe, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The autoencoder of a recipe. Raises `UnknownNameError`, `InvalidArgumentError`."""
+    return build_model(
+        recipe.autoencoder,
+        sample_size=sample_size(image_shape),
+        in_channels=image_shape[-1],
+        out_channels=image_shape[-1],
+    )
+
+
+def make_loss(recipe: AutoencoderRecipe, module: nn.Module, warmup_steps: int):
+    """`loss_fn(params, key, batch, step)` for `make_train_step`; `batch["image"]` is `[B, H, W, C]`."""
+
+    def loss_fn(params, key, batch, step):
+        apply = lambda method: lambda x: module.apply({"params": params}, x, method=method)  # noqa: E731
+        return autoencoder_loss(
+            key,
+            apply("encode"),
+            apply("decode"),
+            batch["image"],
+            beta=annealed_beta(recipe.beta, warmup_steps, step),
+            free_bits=recipe.free_bits,
+            reconstruction=recipe.reconstruction,
+        )
+
+    return loss_fn
+
+
+def encode_all(module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"]) -> DiagonalGaussian:
+    """The posteriors of any number of images, not scaled, on the host."""
+    encode = jax.jit(lambda params, batch: module.apply({"params": params}, batch, method="encode"))
+    return map_batches(lambda batch: encode(params, batch), images)
+
+
+def train_autoencoder(context: Context) -> None:
+    """Trains the autoencoder of a run and writes it, with its scaling_factor, into `autoencoder/model`."""
+    recipe, folder = context.recipe.autoencoder, context.run.stage(STAGE)
+    module = build_autoencoder(context.recipe, context.dataset.image_shape)
+    images, _ = context.train_arrays()
+    held_out = context.dataset.arrays("validation")[0]
+    reconstruct = jax.jit(lambda params, batch: module.apply({"params": params}, batch))
+
+    def on_sample(state: TrainState, step: int) -> None:
+        save_reconstructions(
+            folder.path / "reconstructions.png",
+            held_out[:32],
+            reconstruct(state.evaluation_params, held_out[:32]),
+        )
+
+    warmup_steps = round(recipe.beta_warmup_epochs * (len(images) // recipe.batch_size))
+    loss_fn = make_loss(recipe, module, warmup_steps)
+    params = train_network(context, STAGE, recipe, module, loss_fn, {"image": images}, on_sample)
+    posterior = encode_all(module, params, images)
+    scale, shift = latent_scale(*posterior)
+    context.say(
+        f"autoencoder: latents have mean {shift:+.3f} and standard deviation {1 / scale:.3f}; "
+        f"scaling_factor {scale:.4f}"
+    )
+    module = models.from_config(dataclasses.replace(module.config, scaling_factor=scale, shift_factor=shift))
+    decoded = map_batches(lambda batch: reconstruct(params, batch), held_out)
+    save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
+    findings = [*check_reconstruction(held_out, decoded), *check_posterior_collapse(*posterior)]
+    tell_health(context, folder, findings)
+    save_finished(folder, module, params)
+
+
+def save_reconstructions(
+    path: Path, images: Float[np.ndarray, "N H W C"], decoded: Float[np.ndarray, "N H W C"]
+) -> None:
+    """Writes rows of eight images, each with the row of what came back from the autoencoder below it."""
+    decoded = np.nan_to_num(np.asarray(decoded))
+    rows = [part[start : start + 8] for start in range(0, len(images), 8) for part in (images, decoded)]
+    save_png(path, image_grid(np.concatenate(rows), columns=min(8, len(images)), scale=2))

@@ -1,0 +1,264 @@
+"""Recipes: all the numbers of a training run, as plain data, by name.
+
+A recipe is written into the run folder as config.json, and a run is resumed only with the recipe it began
+with. To try other numbers: `dataclasses.replace(RECIPES["mini-ldm"], seed=1)`, or a new entry in `RECIPES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.pipelines.schedule import NoiseSchedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRecipe:
+    """What every trained network has.
+
+    preset, overrides: the network: a name in `jaxldm.models.PRESETS` and changed fields of its config. Image
+      size,
+      channels and number of classes need not be given: they come from the data.
+    epochs, batch_size: how long, and how many examples an update sees.
+    learning_rate, warmup_epochs, final_scale, weight_decay, max_grad_norm, b1, b2: see
+      `jaxldm.training.optimizer`; the warm-up is a number of epochs and may be a fraction.
+    ema_decay: of the moving average of the parameters, which is what the finished model holds; None: no
+      average.
+    dtype: compute type, "float32" or "bfloat16"; parameters, loss and optimizer are float32.
+    save_every, sample_every: a checkpoint, and a picture of what the model makes, every so many epochs; 0:
+      never (a checkpoint is always written at the end and on Ctrl-C).
+    """
+
+    preset: str
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_epochs: float = 0.5
+    final_scale: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    ema_decay: float | None = None
+    dtype: str = "float32"
+    save_every: int = 5
+    sample_every: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_epochs", "save_every", "sample_every"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgumentError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InvalidArgumentError(f"ema_decay must lie in [0, 1), or be None, not {self.ema_decay}")
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(StageRecipe):
+    """Stage one, see `jaxldm.training.autoencoder.autoencoder_loss`.
+
+    beta: weight of the KL term. beta_warmup_epochs: it rises from 0 to that over so many epochs.
+    free_bits: nats of each latent channel that cost nothing. reconstruction: "mse" or "l1".
+    """
+
+    preset: str = "mini-autoencoder"
+    beta: float = 1e-3
+    beta_warmup_epochs: float = 0.0
+    free_bits: float = 0.0
+    reconstruction: str = "mse"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("beta", "beta_warmup_epochs", "free_bits"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidArgumentError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        one_of("reconstruction", self.reconstruction, ("mse", "l1"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionRecipe(StageRecipe):
+    """Stage two (or the only one, on pixels), see `jaxldm.diffusion.diffusion_loss`.
+
+    noise: path and prediction. sample_latents: draw each latent anew from the autoencoder's posterior, as
+      published,
+    and do not take its mean. sample_steps, sample_guidance_scale, samples_per_class: of the pictures on the
+    way.
+    """
+
+    preset: str = "mini-unet"
+    noise: NoiseSchedule = dataclasses.field(default_factory=NoiseSchedule)
+    min_snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    condition_dropout: float = 0.1
+    sample_latents: bool = True
+    sample_steps: int = 50
+    sample_guidance_scale: float = 3.0
+    samples_per_class: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe(StageRecipe):
+    """The judge for the metrics, see `jaxldm.models.digit_classifier`. augment: turn, scale and shift the
+    images.
+    """
+
+    preset: str = "digit-classifier"
+    augment: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. data: a TFDS name; image_size: scale its images to that side; max_train_images: use only
+    the first so many of the training split. Without an autoencoder the diffusion model works on pixels.
+    """
+
+    name: str
+    data: str = "mnist5k"
+    image_size: int | None = None
+    max_train_images: int | None = None
+    autoencoder: AutoencoderRecipe | None = None
+    diffusion: DiffusionRecipe = dataclasses.field(default_factory=DiffusionRecipe)
+    classifier: ClassifierRecipe | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**32 - 1}, not {self.seed}")
+        if self.max_train_images is not None and self.max_train_images < 1:
+            raise InvalidArgumentError(f"max_train_images must be at least 1, not {self.max_train_images}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: nested dictionaries, lists, numbers and strings."""
+        return _listed(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`. Raises `CheckpointError` for unknown keys and values that cannot be."""
+        return _build(cls, entries, "recipe")
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(entry) for key, entry in value.items()}
+    return [_listed(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+def _tupled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tupled(entry) for key, entry in value.items()}
+    return tuple(_tupled(entry) for entry in value) if isinstance(value, (tuple, list)) else value
+
+
+def _build(kind: type, entries: Any, place: str) -> Any:
+    """An instance of the dataclass `kind` from plain data, nested dataclasses included."""
+    if not isinstance(entries, Mapping):
+        raise CheckpointError(f"{place} should be a JSON object, not {entries!r}")
+    types_of = typing.get_type_hints(kind)
+    unknown = sorted(set(entries) - set(types_of))
+    if unknown:
+        raise CheckpointError(f"{place} has the unknown key {unknown[0]!r}; known: {', '.join(types_of)}")
+    given = {}
+    for key, value in entries.items():
+        kinds = typing.get_args(types_of[key]) or (types_of[key],)
+        nested = [choice for choice in kinds if dataclasses.is_dataclass(choice)]
+        build_nested = nested and value is not None
+        given[key] = _build(nested[0], value, f"{place}.{key}") if build_nested else _tupled(value)
+    try:
+        return kind(**given)
+    except (TypeError, InvalidArgumentError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+
+
+_MINI_AUTOENCODER = AutoencoderRecipe(epochs=12, learning_rate=2e-3, beta=1e-3, ema_decay=0.99)
+_MINI_UNET = DiffusionRecipe(
+    preset="mini-unet", epochs=60, learning_rate=1e-3, warmup_epochs=2, ema_decay=0.999, sample_every=20
+)
+_CLASSIFIER = ClassifierRecipe(epochs=12, learning_rate=2e-3, ema_decay=0.99, save_every=0)
+_SMOKE_AUTOENCODER = AutoencoderRecipe(
+    overrides={"block_out_channels": (8, 8, 8)},
+    epochs=2,
+    batch_size=64,
+    learning_rate=5e-3,
+    ema_decay=0.9,
+    beta_warmup_epochs=1,
+    save_every=1,
+)
+_SMOKE_CLASSIFIER = ClassifierRecipe(
+    overrides={"block_out_channels": (8, 8, 8), "num_features": 16},
+    epochs=2,
+    batch_size=64,
+    learning_rate=5e-3,
+    augment=False,
+)
+
+RECIPES: dict[str, Recipe] = {
+    # Exercise 39.E2: 28x28x1 digits -> 7x7x4 latents -> class-conditional U-Net in the latent space.
+    #   jaxldm train mini-ldm --run-dir runs/mini-ldm
+    "mini-ldm": Recipe(
+        name="mini-ldm", autoencoder=_MINI_AUTOENCODER, diffusion=_MINI_UNET, classifier=_CLASSIFIER
+    ),
+    # The same with a DiT in the latent space: one token per latent pixel.
+    #   jaxldm train mini-ldm-dit --run-dir runs/mini-ldm-dit
+    "mini-ldm-dit": Recipe(
+        name="mini-ldm-dit",
+        autoencoder=_MINI_AUTOENCODER,
+        diffusion=dataclasses.replace(_MINI_UNET, preset="tiny-dit", overrides={"patch_size": 1}),
+        classifier=_CLASSIFIER,
+    ),
+    # Lecture 43.2: Tiny DiT on the pixels of 28x28 digits, patch 4, linear schedule, batch 128, Adam 1e-4.
+    #   jaxldm train tiny-dit --run-dir runs/tiny-dit
+    "tiny-dit": Recipe(
+        name="tiny-dit",
+        diffusion=DiffusionRecipe(
+            preset="tiny-dit",
+            epochs=100,
+            batch_size=128,
+            learning_rate=1e-4,
+            warmup_epochs=1,
+            final_scale=1.0,
+            ema_decay=0.999,
+            sample_every=25,
+        ),
+        classifier=_CLASSIFIER,
+    ),
+    # Seconds instead of minutes, to see that everything runs; what it draws is noise.
+    "smoke": Recipe(
+        name="smoke",
+        max_train_images=256,
+        autoencoder=_SMOKE_AUTOENCODER,
+        diffusion=DiffusionRecipe(
+            overrides={"block_out_channels": (16, 16), "norm_num_groups": 4, "attention_head_dim": 8},
+            epochs=2,
+            batch_size=64,
+            ema_decay=0.9,
+            save_every=1,
+            sample_every=2,
+            sample_steps=2,
+            samples_per_class=1,
+        ),
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+    "smoke-dit": Recipe(
+        name="smoke-dit",
+        max_train_images=256,
+        diffusion=DiffusionRecipe(
+            preset="tiny-dit",
+            overrides={"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 7},
+            epochs=2,
+            batch_size=64,
+            ema_decay=0.9,
+            save_every=1,
+            sample_every=2,
+            sample_steps=2,
+            samples_per_class=1,
+        ),
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+}

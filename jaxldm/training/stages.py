@@ -1,0 +1,149 @@
+"""What the stages share: network, optimizer and plan from a recipe; keys; the finished model on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from jaxldm import checkpoints, models
+from jaxldm.checkpoints.storage import folder_written_whole, write_atomically
+from jaxldm.data import Batches, Dataset
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.metrics.health import Finding, check_loss, report
+from jaxldm.training.loop import Plan, fit
+from jaxldm.training.mesh import check_batch_size
+from jaxldm.training.optimizer import Optimizer, optimizer
+from jaxldm.training.recipes import Recipe, StageRecipe
+from jaxldm.training.runs import RunFolder, StageFolder
+from jaxldm.training.state import Params, TrainState, create_train_state
+from jaxldm.training.step import LossFunction, make_train_step
+
+
+class Keys(NamedTuple):
+    """One key per purpose; the same for the same seed and stage, whatever was trained before."""
+
+    init: PRNGKeyArray
+    order: PRNGKeyArray
+    train: PRNGKeyArray
+    sample: PRNGKeyArray
+
+
+def stage_keys(seed: int, stage: str) -> Keys:
+    """The keys of a stage: split once per purpose from fold_in(key(seed), hash of the stage's name)."""
+    return Keys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode())), 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a run gives to each of its stages."""
+
+    recipe: Recipe
+    dataset: Dataset
+    run: RunFolder
+    mesh: Mesh
+    resume: bool = False
+    say: Callable[[str], None] = print
+    bar: bool | None = None
+
+    def train_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The training images `[N, H, W, C]` in [-1, 1] and their labels `[N]`."""
+        images, labels = self.dataset.arrays("train")
+        return images[: self.recipe.max_train_images], labels[: self.recipe.max_train_images]
+
+
+def build_model(recipe: StageRecipe, **from_data: Any) -> nn.Module:
+    """The network of a stage. `from_data` fills the fields that the config has and the recipe leaves open.
+
+    Raises `UnknownNameError` and `InvalidArgumentError`.
+    """
+    known = {field.name for field in dataclasses.fields(type(models.build(recipe.preset).config))}
+    open_fields = {name: value for name, value in from_data.items() if name in known}
+    return models.build(recipe.preset, **{"dtype": recipe.dtype, **open_fields, **recipe.overrides})
+
+
+def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
+    """(H, W, C) as the `sample_size` of a config: one number for a square."""
+    return shape[0] if shape[0] == shape[1] else (shape[0], shape[1])
+
+
+def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
+    """The optimizer and the plan of a stage, with epochs turned into updates. Raises
+    `InvalidArgumentError`.
+    """
+    check_batch_size(mesh, recipe.batch_size)
+    if recipe.batch_size > num_examples:
+        raise InvalidArgumentError(
+            f"batch_size {recipe.batch_size} is more than the {num_examples} training images"
+        )
+    steps_per_epoch = num_examples // recipe.batch_size
+    total = recipe.epochs * steps_per_epoch
+    adam = optimizer(
+        recipe.learning_rate,
+        min(round(recipe.warmup_epochs * steps_per_epoch), total),
+        total,
+        recipe.weight_decay,
+        recipe.max_grad_norm,
+        recipe.b1,
+        recipe.b2,
+        final_scale=recipe.final_scale,
+    )
+    return adam, Plan(total, recipe.save_every * steps_per_epoch, recipe.sample_every * steps_per_epoch)
+
+
+def train_network(
+    context: Context,
+    stage: str,
+    recipe: StageRecipe,
+    module: nn.Module,
+    loss_fn: LossFunction,
+    columns: dict[str, np.ndarray],
+    on_sample: Callable[[TrainState, int], None] | None = None,
+) -> Params:
+    """Fits one network on named columns of examples; returns its parameters, or their moving average."""
+    keys = stage_keys(context.recipe.seed, stage)
+    batches = Batches(columns, recipe.batch_size, keys.order)
+    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
+    params = models.init(module, keys.init)
+    state = create_train_state(keys.train, params, adam, ema=recipe.ema_decay is not None)
+    state = fit(
+        state,
+        make_train_step(loss_fn, adam, recipe.ema_decay),
+        batches,
+        plan,
+        context.run.stage(stage).path,
+        resume=context.resume,
+        mesh=context.mesh,
+        name=stage,
+        on_sample=on_sample,
+        explain_divergence=explain_divergence,
+        say=context.say,
+        bar=context.bar,
+    )
+    return jax.device_get(state.evaluation_params)
+
+
+def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
+    """Likely cause and cure of a loss that is not finite, in one line."""
+    finding = check_loss([float("nan")])[0]
+    return f"likely cause: {finding.likely_cause}; cure: {finding.cure}"
+
+
+def save_finished(folder: StageFolder, module: nn.Module, params: Params) -> None:
+    """Writes the finished network of a stage: afterwards, and only then, the stage is complete."""
+    with folder_written_whole(folder.model) as partial:
+        checkpoints.save(partial, module, params)
+
+
+def tell_health(context: Context, folder: StageFolder, findings: Sequence[Finding]) -> None:
+    """Says what the health checks found, and keeps it in `health.txt`."""
+    text = report(findings)
+    context.say(text)
+    write_atomically(folder.path / "health.txt", (text + "\n").encode())

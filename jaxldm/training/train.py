@@ -1,0 +1,82 @@
+"""A whole run: every stage of a recipe, in order, skipping what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxldm import data
+from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
+from jaxldm.training.classifier import build_classifier, train_classifier
+from jaxldm.training.diffusion import build_denoiser, train_diffusion
+from jaxldm.training.mesh import make_mesh
+from jaxldm.training.recipes import Recipe
+from jaxldm.training.runs import STAGES, RunFolder, open_run
+from jaxldm.training.stages import Context, make_optimizer
+
+_TRAIN = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "classifier": train_classifier}
+
+
+def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
+    """Builds every network and optimizer of a recipe, without computing anything.
+
+    Raises `UnknownNameError` or `InvalidArgumentError` for whatever would fail later, before anything is
+    written.
+    """
+    shape = dataset.image_shape
+    if recipe.autoencoder is not None:
+        build_autoencoder(recipe, shape)
+    build_denoiser(recipe, shape, dataset.num_classes)
+    if recipe.classifier is not None:
+        build_classifier(recipe, shape, dataset.num_classes)
+    num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
+    for stage in stages_of(recipe):
+        make_optimizer(getattr(recipe, stage), num_examples, mesh)
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe has, in order."""
+    return [stage for stage in STAGES if getattr(recipe, stage) is not None]
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path | str,
+    *,
+    resume: bool = False,
+    devices: int | None = None,
+    say: Callable[[str], None] = tqdm.write,
+    bar: bool | None = None,
+) -> RunFolder:
+    """Trains all the stages of a recipe in a run folder (see `jaxldm.training.runs`), and returns it.
+
+    Args:
+        recipe: for example `RECIPES["mini-ldm"]`.
+        run_dir: a folder that does not exist yet; with `resume`, that of the run to go on with.
+        resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint.
+        devices: split each batch over so many devices; None: over all of them.
+        say: takes each line for people. bar: a progress bar; None: where the output is a screen.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError, DataError, MissingDependencyError: before anything is written.
+        CheckpointError: a run without `resume`, the run of another recipe, a folder that is none.
+        StorageError: the disk is full; what was saved stays. DivergenceError: the loss was not finite.
+        KeyboardInterrupt: Ctrl-C, after everything was saved.
+
+    >>> from jaxldm import training                                                  # doctest: +SKIP
+    >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
+    """
+    mesh = make_mesh(devices)
+    dataset = data.load(recipe.data, image_size=recipe.image_size)
+    check_recipe(recipe, dataset, mesh)
+    run = open_run(run_dir, recipe, dataset, resume=resume, say=say)
+    context = Context(recipe, dataset, run, mesh, resume, say, bar)
+    unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
+    if not unfinished:
+        say(f"{run.path} is finished: there is nothing left to train")
+    for stage in unfinished:
+        _TRAIN[stage](context)
+    return run
