@@ -1,4 +1,6 @@
-"""The commands of `jaxldm`, one file each: a frozen dataclass whose fields are the options and whose `run` does it."""
+"""The commands of `jaxldm`, one file each: a frozen dataclass whose fields are the options and whose `run`
+does it.
+"""
 
 from __future__ import annotations
 

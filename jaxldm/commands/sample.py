@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
+from tyro.conf import Positional
 
+from jaxldm.commands.options import shown
 from jaxldm.commands.terminal import STEP_BAR, check_seed, print_findings
 
 
@@ -21,48 +22,43 @@ class Sample:
     batches, on however many devices.
     """
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    folder: Annotated[Positional[str], shown("RUN")]
     """Run folder made by `jaxldm train`, or folder made by `jaxldm export`."""
 
-    class_labels: Annotated[tuple[int, ...], tyro.conf.arg(
-        metavar="LABEL ...", help_behavior_hint="(default: every class once)")] = ()
+    class_labels: Annotated[tuple[int, ...], shown("LABEL ...", "every class once")] = ()
     """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
 
-    num_images: Annotated[int | None, tyro.conf.arg(
-        metavar="INT", help_behavior_hint="(default: one for each label)")] = None
+    num_images: Annotated[int | None, shown("INT", "one for each label")] = None
     """How many images to draw."""
 
     num_inference_steps: int = 50
     """In how many steps noise becomes an image; more steps are slower and finer."""
 
-    guidance_scale: Annotated[float | None, tyro.conf.arg(
-        metavar="FLOAT", help_behavior_hint="(default: 3, or 1 for a model without classes)")] = None
+    guidance_scale: Annotated[float | None, shown("FLOAT", "3, or 1 for a model without classes")] = None
     """How strongly the class steers: 1 is the model as trained, more gives clearer images that vary less."""
 
     guidance_rescale: float = 0.0
     """Between 0 and 1: how far the contrast that a strong guidance adds is taken back (0.7 is usual)."""
 
-    negative_class_labels: Annotated[tuple[int, ...], tyro.conf.arg(
-        metavar="LABEL ...", help_behavior_hint="(default: none)")] = ()
-    """Classes to steer away from: one for all images, or as many as --class-labels, repeating with them."""
+    negative_class_labels: Annotated[tuple[int, ...], shown("LABEL ...", "none")] = ()
+    """Classes to steer away from: one for all images, or several, repeating as --class-labels do."""
 
-    solver: str = "ddim"
+    solver: Annotated[str, shown("NAME")] = "ddim"
     """How the steps are taken: ddim, dpmpp_2m, heun, ddpm, ...; `jaxldm info` lists all."""
 
-    eta: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: the solver's own)")] = None
-    """Fresh noise in each step of the solvers that have this option (ddim): 0 is none, 1 is as much as DDPM's."""
+    eta: Annotated[float | None, shown("FLOAT", "the solver's own")] = None
+    """Fresh noise in each step, for solvers that have this option (ddim): 0 is none, 1 is as in DDPM."""
 
-    spacing: Annotated[str | None, tyro.conf.arg(
-        metavar="NAME", help_behavior_hint="(default: the one that fits the model)")] = None
-    """Which training timesteps the steps stop at: leading, trailing or linspace."""
+    spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None
+    """Which training timesteps the steps stop at: leading, trailing, linspace, ..."""
 
     seed: int = 0
     """Which random numbers: any whole number from 0 to 4294967295; another seed draws other images."""
 
     batch_size: int = 64
-    """How many images are on the way at once; it changes the memory needed, never a picture."""
+    """How many images are on the way at once; it never changes a picture."""
 
-    output_dir: str = "samples"
+    output_dir: Annotated[str, shown("OUT")] = "samples"
     """Folder for the images; it is made where needed, and images of an earlier call in it are replaced."""
 
     def run(self) -> None:
@@ -72,20 +68,30 @@ class Sample:
         import jax
 
         from jaxldm import pipelines
-        from jaxldm.metrics import health
-        from jaxldm.pipelines.images import check_output_folder, columns_for, save_samples
 
-        check_output_folder(self.output_dir)
+        pipelines.check_output_folder(self.output_dir)
         pipe = pipelines.load(self.folder)
         labels = pipe.cycle_labels(self.class_labels or None, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
+        guidance_scale = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         with STEP_BAR.showing(pipe.count_steps(num_images, self.num_inference_steps), "sampling"):
             images = pipe(
-                jax.random.key(self.seed), labels, num_images=num_images,
-                num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
-                guidance_rescale=self.guidance_rescale, negative_labels=self.negative_class_labels or None,
-                solver=self.solver, eta=self.eta, spacing=self.spacing, batch_size=self.batch_size, on_step=STEP_BAR.tick)
-        print_findings(health.check_samples(images))
-        save_samples(self.output_dir, images, labels, columns_for(num_images, len(self.class_labels or labels or ())))
-        print(f"{num_images} images of {self.folder}: look at {self.output_dir}/grid.png (numbers in "
-              f"{self.output_dir}/samples.npz)")
+                jax.random.key(self.seed),
+                labels,
+                num_images=num_images,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance_rescale=self.guidance_rescale,
+                negative_labels=self.negative_class_labels or None,
+                solver=self.solver,
+                eta=self.eta,
+                spacing=self.spacing,
+                batch_size=self.batch_size,
+                on_step=STEP_BAR.tick,
+            )
+        print_findings(pipelines.check_drawn(images, guidance_scale))
+        columns = pipelines.columns_for(num_images, len(self.class_labels) or pipe.num_classes or 1)
+        pipelines.save_samples(self.output_dir, images, labels, columns)
+        print(
+            f"{num_images} images: look at {self.output_dir}/grid.png; all are in {self.output_dir}/samples.npz"
+        )

@@ -1,14 +1,19 @@
-"""What the commands share of the terminal: the progress bar, the findings of the health checks, tables, the seed."""
+"""What the commands share of the terminal: the progress bar, the findings of the health checks, tables, the
+seed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jaxldm.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from jaxldm.metrics import Finding
 
 LARGEST_SEED = 2**32 - 1
 
@@ -23,8 +28,8 @@ def check_seed(seed: int) -> int:
 class StepBar:
     """A progress bar over sampling steps, drawn on stderr when that is a terminal.
 
-    There is one, `STEP_BAR`, because `STEP_BAR.tick` is compiled into the sampler: a new function would be compiled
-    anew. Several devices may call it at once.
+    There is one, `STEP_BAR`, because `STEP_BAR.tick` is compiled into the sampler: a new function would be
+    compiled anew. Several devices may call it at once.
     """
 
     def __init__(self):
@@ -55,7 +60,9 @@ class StepBar:
 
                 total, name = self._next
                 # disable=None: no bar where stderr is a file and not a screen
-                self._bar = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, leave=False, disable=None)
+                self._bar = tqdm(
+                    total=total, desc=name, unit="step", dynamic_ncols=True, leave=False, disable=None
+                )
             if self._bar is not None:
                 self._bar.update()
 
@@ -63,10 +70,13 @@ class StepBar:
 STEP_BAR = StepBar()
 
 
-def print_findings(findings: Iterable[Any]) -> None:
-    """Prints each finding of the health checks on stderr: what was seen, the likely cause and the cure."""
-    for finding in findings:
-        print(f"warning: {finding.seen}. Likely cause: {finding.likely_cause}. Cure: {finding.cure}", file=sys.stderr)
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Prints what the health checks found wrong on stderr: what was seen, the likely cause, the cure."""
+    from jaxldm.metrics import health
+
+    bad = health.failed(findings)
+    if bad:
+        print(health.report(bad), file=sys.stderr)
 
 
 def table(rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:

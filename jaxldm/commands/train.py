@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
+from tyro.conf import Positional
 
-_RECIPE = "(default: the recipe's)"
+from jaxldm.commands.options import shown
+
+_RECIPE = "the recipe's"
 
 
 @dataclass(frozen=True)
@@ -21,32 +23,34 @@ class Train:
     Stages that are complete are not trained again. `jaxldm info` lists the recipes.
     """
 
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    recipe: Annotated[Positional[str], shown("RECIPE")]
     """Name of the recipe, for example mini-ldm or tiny-dit."""
 
-    run_dir: Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/RECIPE)")] = None
-    """Folder for everything this training makes: checkpoints, logs, plots, samples and the finished models."""
+    run_dir: Annotated[str | None, shown("FOLDER", "runs/RECIPE")] = None
+    """Folder for everything this training makes: checkpoints, logs, plots, samples and the finished
+    models.
+    """
 
     resume: bool = False
     """Go on from the last checkpoint in the run folder."""
 
-    epochs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_RECIPE)] = None
+    epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
     """How many times the denoising network sees all the training images."""
 
-    autoencoder_epochs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_RECIPE)] = None
+    autoencoder_epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
     """How many times the autoencoder sees all the training images."""
 
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_RECIPE)] = None
+    batch_size: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Images in one update of the denoising network."""
 
-    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_RECIPE)] = None
+    learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
     """Highest learning rate of the denoising network, after the warm-up."""
 
-    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_RECIPE)] = None
+    preset: Annotated[str | None, shown("NAME", _RECIPE)] = None
     """Another denoising network, by its preset name."""
 
-    dataset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_RECIPE)] = None
+    dataset: Annotated[str | None, shown("NAME", _RECIPE)] = None
     """Another data set, by its TFDS name."""
 
-    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_RECIPE)] = None
+    seed: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Which random numbers: any whole number from 0 to 4294967295."""

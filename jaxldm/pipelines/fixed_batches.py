@@ -1,8 +1,8 @@
 """Many images through one compiled function: batches of one fixed size, split over the devices.
 
-XLA may round differently for batches of different sizes. Here every device always computes `IMAGES_PER_DEVICE`
-images at a time, so that an image is the same to the last bit however many are asked for, and nothing compiles
-anew for another number of them.
+XLA may round differently for batches of different sizes. Here every device always computes
+`IMAGES_PER_DEVICE` images at a time, so that an image is the same to the last bit however many are asked
+for, and nothing compiles anew for another number of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ IMAGES_PER_DEVICE = 16
 
 
 def image_mesh(num_images: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the one axis "images": all `devices` (default: all of this process), or one if that is enough."""
+    """A mesh with the one axis "images": all `devices` (default: all of this process), or one if that is
+    enough.
+    """
     devices = list(jax.local_devices() if devices is None else devices)
     if num_images <= IMAGES_PER_DEVICE:
         devices = devices[:1]
@@ -29,20 +31,27 @@ def image_mesh(num_images: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def over_images(function: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
-    """`function(shared, per_image)` with the rows of the tree `per_image` and of the result split over the mesh.
+    """`function(shared, per_image)` with the rows of the tree `per_image` and of the result split over the
+    mesh.
 
     Each device runs the same program on its own rows; nothing passes between devices.
     """
     rows = PartitionSpec("images")
-    # check_vma: a solver's state starts the same on all devices and then differs, which the check would refuse.
-    return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    # check_vma: a solver's state starts the same on all devices and then differs, which the check would
+    # refuse.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+    )
 
 
-def in_fixed_batches(function: Callable[[Any], Array], per_image: Any, mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Runs `function` on the rows of the tree `per_image` [N, ...] and joins the results, [N, ...], on the host.
+def in_fixed_batches(
+    function: Callable[[Any], Array], per_image: Any, mesh: Mesh, batch_size: int
+) -> np.ndarray:
+    """Runs `function` on the rows of the tree `per_image` [N, ...] and joins the results, [N, ...], on the
+    host.
 
-    Batches are filled up to `IMAGES_PER_DEVICE` rows on each device by repeating the last row. As many batches as
-    `batch_size` images make are under way before the first result is waited for.
+    Batches are filled up to `IMAGES_PER_DEVICE` rows on each device by repeating the last row. As many
+    batches as `batch_size` images make are under way before the first result is waited for.
 
     Raises:
       InvalidArgumentError: batch_size below 1.

@@ -1,8 +1,4 @@
-"""From arrays to picture files: uint8 images, a grid, one PNG per image and an .npz.
-
-Everything is written under a temporary name first and then renamed, so that a full disk or a kill leaves either the
-old files or the new ones, whole.
-"""
+"""From arrays to files: a grid, one PNG per image and an .npz, all of them or none."""
 
 from __future__ import annotations
 
@@ -13,17 +9,19 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from jaxldm.checkpoints.storage import storage_errors
-from jaxldm.data.images import to_uint8
-from jaxldm.errors import InvalidArgumentError, StorageError
+from jaxldm.data import to_uint8
+from jaxldm.errors import DataError, StorageError
+from jaxldm.metrics import Finding, health, image_grid, save_png
 
 _PICTURE = re.compile(r"image-\d{5,}(-class-\d+)?\.png")
 
 
 def columns_for(num_images: int, num_labels: int = 1) -> int:
-    """Columns of a nearly square grid; a multiple of `num_labels` where that fits, so that a column is one class.
+    """Columns of a nearly square grid; a multiple of `num_labels` where that fits, so that a column is one
+    class.
 
     >>> columns_for(64, 2), columns_for(40, 10), columns_for(5, 1), columns_for(20, 1000)
     (8, 10, 3, 5)
@@ -34,27 +32,15 @@ def columns_for(num_images: int, num_labels: int = 1) -> int:
     return square
 
 
-def make_grid_image(images: UInt8[np.ndarray, "N H W C"], columns: int | None = None,
-                    margin: int = 2) -> UInt8[np.ndarray, "height width C"]:
-    """The images side by side, row by row, `margin` grey pixels between them and around."""
-    count, height, width, channels = images.shape
-    columns = columns or columns_for(count)
-    rows = -(-count // columns)
-    canvas = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, channels), 128, np.uint8)
-    for k, image in enumerate(images):
-        top = margin + (k // columns) * (height + margin)
-        left = margin + (k % columns) * (width + margin)
-        canvas[top:top + height, left:left + width] = image
-    return canvas
+def check_drawn(images: Float[np.ndarray, "N H W C"], guidance_scale: float = 1.0) -> list[Finding]:
+    """Looks for NaN, and for blank (black, white, grey) images, among those drawn at a guidance scale.
 
-
-def save_png(path: str | Path, image: UInt8[np.ndarray, "H W C"]) -> None:
-    """Writes one picture: one channel as grey, three as RGB, four as RGBA."""
-    from PIL import Image
-
-    if image.shape[-1] not in (1, 3, 4):
-        raise InvalidArgumentError(f"a PNG has 1, 3 or 4 channels, these images have {image.shape[-1]}")
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+    Raises `DataError`, with the likely cause and the cure, when there is NaN: that is no picture to save.
+    """
+    nan, *_ = findings = [*health.check_guided(images, guidance_scale), *health.check_blank(images)]
+    if not nan.ok:
+        raise DataError(f"{nan.seen}: {nan.likely_cause}; {nan.cure}")
+    return findings
 
 
 def check_output_folder(folder: str | Path) -> Path:
@@ -70,29 +56,43 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
-def save_samples(folder: str | Path, images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"] | None = None,
-                 columns: int | None = None) -> Path:
-    """Writes `grid.png`, `image-00000-class-3.png`, ... and `samples.npz` into `folder` and returns it.
+def save_samples(
+    folder: str | Path,
+    images: Float[np.ndarray, "N H W C"],
+    labels: Int[np.ndarray, " N"] | None = None,
+    columns: int | None = None,
+) -> None:
+    """Writes `grid.png`, `image-00000-class-3.png`, ... and `samples.npz` into `folder`.
 
-    `samples.npz` holds `images` uint8 [N, H, W, C] and `labels` int32 [N] (-1 where the model knows no classes).
-    Pictures of an earlier call in the same folder are replaced once all the new ones are on the disk.
-    Raises `DataError` for NaN and `StorageError` when the disk is full; what lay in the folder stays as it was.
+    `samples.npz` holds `images` uint8 [N, H, W, C] and `labels` int32 [N] (-1 where the model knows no
+    classes). Pictures of an earlier call in the same folder are replaced, once all the new ones are on the
+    disk.
+
+    Args:
+      images: in [-1, 1].
+      labels: the class of each image, or None.
+      columns: of the grid; None for a square.
+
+    Raises:
+      DataError: NaN, or images that are no pictures.
+      StorageError: the disk is full, ...; what lay in the folder is then as it was.
     """
     folder = check_output_folder(folder)
     pictures = to_uint8(images)
-    names = [f"image-{k:05d}.png" if labels is None else f"image-{k:05d}-class-{labels[k]}.png"
-             for k in range(len(pictures))]
+    names = [
+        f"image-{k:05d}.png" if labels is None else f"image-{k:05d}-class-{labels[k]}.png"
+        for k in range(len(pictures))
+    ]
     numbers = np.full(len(pictures), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
             for name, picture in zip(names, pictures, strict=True):
                 save_png(Path(partial, name), picture)
-            save_png(Path(partial, "grid.png"), make_grid_image(pictures, columns))
+            save_png(Path(partial, "grid.png"), image_grid(pictures, columns))
             np.savez(Path(partial, "samples.npz"), images=pictures, labels=numbers)
             for name in (*names, "grid.png", "samples.npz"):
                 os.replace(Path(partial, name), folder / name)
         for old in folder.iterdir():
             if _PICTURE.fullmatch(old.name) and old.name not in names:
                 old.unlink()
-    return folder

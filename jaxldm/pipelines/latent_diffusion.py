@@ -1,7 +1,7 @@
 """Class labels -> latents -> images: condition, guidance, grid, solver and decoder put together.
 
-`draw` is the whole of it, in a few lines; `LatentDiffusion` holds the weights, checks what it is asked for and
-calls `draw` in batches of one fixed size.
+`draw` is the whole of it, in a few lines; `LatentDiffusion` holds the weights, checks what it is asked for
+and calls `draw` in batches of one fixed size.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from jaxldm.models.config import height_width
 from jaxldm.pipelines.fixed_batches import image_mesh, in_fixed_batches, num_batches, over_images
 from jaxldm.pipelines.schedule import NoiseSchedule
 
-# Grids on a continuous path are padded to this many steps, so that another number of steps compiles nothing anew.
-# (Those on a discrete path are padded to all of its timesteps.)
+# Grids on a continuous path are padded to this many steps, so that another number of steps compiles nothing
+# anew. (Those on a discrete path are padded to all of its timesteps.)
 MAX_STEPS = 1000
 
 
@@ -49,19 +49,31 @@ class Settings(NamedTuple):
     guidance_rescale: Float[Array, ""] | None
 
 
-def draw(pipe: LatentDiffusion, settings: Settings, images: Images, solver: D.Solver,
-         on_step: Callable[[Any, Any], None] | None = None) -> Float[Array, "B H W C"]:
-    """Images in [-1, 1]: noise, walked along the grid by the solver under guidance, and decoded. Pure; jit it."""
+def draw(
+    pipe: LatentDiffusion,
+    settings: Settings,
+    images: Images,
+    solver: D.Solver,
+    on_step: Callable[[Any, Any], None] | None = None,
+) -> Float[Array, "B H W C"]:
+    """Images in [-1, 1]: noise, walked along the grid by the solver under guidance, and decoded. Pure; jit
+    it."""
+
     def network(x, t, labels):
         output = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
-        return output[..., :x.shape[-1]]  # a network with a learned variance has it in the second half
+        return output[..., : x.shape[-1]]  # a network with a learned variance has it in the second half
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(settings.key, images.number)
     if images.label is None:
         predict = functools.partial(network, labels=None)
     else:
-        predict = D.classifier_free_guidance(network, images.label, images.negative_label, settings.guidance_scale,
-                                             rescale=settings.guidance_rescale or 0.0)
+        predict = D.classifier_free_guidance(
+            network,
+            images.label,
+            images.negative_label,
+            settings.guidance_scale,
+            rescale=settings.guidance_rescale or 0.0,
+        )
     denoise = pipe.schedule.make_denoiser(predict)
     noise = D.initial_noise(keys, (len(keys), *pipe.latent_shape), settings.grid)
     latents = D.sample(keys, denoise, solver, settings.grid, noise, callback=on_step)
@@ -109,7 +121,14 @@ class LatentDiffusion:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images."""
-        return jax.eval_shape(self.decode, jax.ShapeDtypeStruct((1, *self.latent_shape), jnp.float32)).shape[1:]
+        return jax.eval_shape(self.decode, jax.ShapeDtypeStruct((1, *self.latent_shape), jnp.float32)).shape[
+            1:
+        ]
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """3, or 1 for a model without classes."""
+        return 1.0 if self.num_classes is None else 3.0
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         """Latents -> images, about [-1, 1]; a model of pixels has nothing to decode."""
@@ -117,24 +136,37 @@ class LatentDiffusion:
             return latents
         return models.decode_latents(self.autoencoder, self.autoencoder_params, latents)
 
-    def __call__(self, key: Key[Array, ""], class_labels: Sequence[int] | None = None, *,
-                 num_images: int | None = None, num_inference_steps: int = 50, guidance_scale: float | None = None,
-                 guidance_rescale: float = 0.0, negative_labels: int | Sequence[int] | None = None,
-                 solver: str | D.Solver = "ddim", eta: float | None = None, spacing: str | None = None,
-                 sigmas: str | None = None, batch_size: int = 64, devices: Sequence[Any] | None = None,
-                 on_step: Callable[[Any, Any], None] | None = None) -> Float[np.ndarray, "N H W C"]:
+    def __call__(
+        self,
+        key: Key[Array, ""],
+        class_labels: Sequence[int] | None = None,
+        *,
+        num_images: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        negative_labels: int | Sequence[int] | None = None,
+        solver: str | D.Solver = "ddim",
+        eta: float | None = None,
+        spacing: str | None = None,
+        sigmas: str | None = None,
+        batch_size: int = 64,
+        devices: Sequence[Any] | None = None,
+        on_step: Callable[[Any, Any], None] | None = None,
+    ) -> Float[np.ndarray, "N H W C"]:
         """Draws images, float32 `[N, H, W, C]` in [-1, 1].
 
-        Image k depends on (key, k), its label and the options alone: not on the number of images, the batch size
-        or the devices. Another seed, guidance scale, class or number of steps compiles nothing new.
+        Image k depends on (key, k), its label and the options alone: not on the number of images, the batch
+        size or the devices. Another seed, guidance scale, class or number of steps compiles nothing new.
 
         Args:
           key: image k draws its random numbers from fold_in(key, k).
-          class_labels: in [0, num_classes), repeated in this order until there are `num_images`. None: every class
-            once; always None for a model without classes.
+          class_labels: in [0, num_classes), repeated in this order until there are `num_images`. None: every
+            class once; always None for a model without classes.
           num_images: default one for each label.
           num_inference_steps: at most as many as the path has timesteps (1000 on a continuous path).
-          guidance_scale: 1 is the conditional model, 0 the unconditional one. Default 3, or 1 without classes.
+          guidance_scale: 1 is the conditional model, 0 the unconditional one. Default 3, or 1 without
+            classes.
           guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1].
           negative_labels: told to the unconditional branch in place of the null class: one label, or several,
             repeated like `class_labels`.
@@ -143,27 +175,41 @@ class LatentDiffusion:
           spacing, sigmas: as in `jaxldm.diffusion.make_grid`; None is what fits the path.
           batch_size: images under way at once; it is rounded up to whole fixed batches.
           devices: default all devices of this process.
-          on_step: called on the host as on_step(step number, x), by each device after each step of each batch.
+          on_step: called on the host as on_step(step number, x), by each device after each step of each
+            batch.
 
         Raises:
           UnknownNameError, InvalidArgumentError, DataError: always before anything is compiled.
         """
         images = self._images(class_labels, negative_labels, num_images)
-        settings = Settings(key, self._grid(num_inference_steps, spacing, sigmas),
-                            np.float32(self._guidance_scale(guidance_scale)), _rescale(guidance_rescale))
+        settings = Settings(
+            key,
+            self._grid(num_inference_steps, spacing, sigmas),
+            np.float32(self._guidance_scale(guidance_scale)),
+            _rescale(guidance_rescale),
+        )
         solver = solver if isinstance(solver, D.Solver) else named_solver(solver, eta)
         mesh = image_mesh(len(images.number), devices)
         pipe = jax.device_put(self, NamedSharding(mesh, PartitionSpec()))
-        return in_fixed_batches(lambda batch: _draw(pipe, settings, batch, solver=solver, mesh=mesh, on_step=on_step),
-                                images, mesh, batch_size)
+        return in_fixed_batches(
+            lambda batch: _draw(pipe, settings, batch, solver=solver, mesh=mesh, on_step=on_step),
+            images,
+            mesh,
+            batch_size,
+        )
 
-    def count_steps(self, num_images: int, num_inference_steps: int, devices: Sequence[Any] | None = None) -> int:
+    def count_steps(
+        self, num_images: int, num_inference_steps: int, devices: Sequence[Any] | None = None
+    ) -> int:
         """How often `on_step` will be called: the length of a progress bar."""
         mesh = image_mesh(num_images, devices)
         return num_batches(num_images, mesh) * mesh.size * num_inference_steps
 
-    def cycle_labels(self, class_labels: Sequence[int] | None, num_images: int | None) -> Int[np.ndarray, "N"] | None:
-        """The label of each image, int32 [N]: the labels given, over and over. None for a model without classes.
+    def cycle_labels(
+        self, class_labels: Sequence[int] | None, num_images: int | None
+    ) -> Int[np.ndarray, " N"] | None:
+        """The label of each image, int32 [N]: the labels given, over and over. None for a model without
+        classes.
 
         Raises:
           DataError: a label that is no class of this model.
@@ -191,26 +237,34 @@ class LatentDiffusion:
             negative = np.full_like(labels, self.num_classes)
         else:
             given = np.atleast_1d(np.asarray(negative_labels))
-            negative = np.resize(check_labels(given, len(given), self.num_classes, "negative labels"), len(labels))
+            negative = np.resize(
+                check_labels(given, len(given), self.num_classes, "negative labels"), len(labels)
+            )
         return Images(np.arange(len(labels), dtype=np.int32), labels, negative)
 
     def _grid(self, num_inference_steps, spacing, sigmas) -> D.Grid:
         path = self.schedule.make_path()
         most = path.num_train_timesteps or MAX_STEPS
         if num_inference_steps > most:
-            raise InvalidArgumentError(f"num_inference_steps={num_inference_steps} is more than the {most} steps that "
-                                       "this model can be walked in: ask for that many or fewer")
+            raise InvalidArgumentError(
+                f"num_inference_steps={num_inference_steps} is more than the {most} steps that "
+                "this model can be walked in: ask for that many or fewer"
+            )
         return D.make_grid(path, num_inference_steps, spacing=spacing, sigmas=sigmas, max_steps=most)
 
     def _guidance_scale(self, guidance_scale: float | None) -> float:
         if guidance_scale is None:
-            return 1.0 if self.num_classes is None else 3.0
+            return self.default_guidance_scale
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise InvalidArgumentError(f"guidance_scale must be a finite number of 0 or more, not {guidance_scale}: "
-                                       "1 is the model as trained, 3 is a good start")
+            raise InvalidArgumentError(
+                f"guidance_scale must be a finite number of 0 or more, not {guidance_scale}: "
+                "1 is the model as trained, 3 is a good start"
+            )
         if self.num_classes is None and guidance_scale != 1:
-            raise InvalidArgumentError("this model knows no classes, so there is nothing to guide it by: leave the "
-                                       "guidance scale out")
+            raise InvalidArgumentError(
+                "this model knows no classes, so there is nothing to guide it by: leave the "
+                "guidance scale out"
+            )
         return guidance_scale
 
 
@@ -234,6 +288,7 @@ def named_solver(name: str, eta: float | None = None) -> D.Solver:
 @functools.partial(jax.jit, static_argnames=("solver", "mesh", "on_step"))
 def _draw(pipe, settings, images, *, solver, mesh, on_step):
     """`draw`, with the images split over the devices of the mesh."""
+
     def on_one_device(shared, images):
         return draw(*shared, images, solver, on_step)
 

@@ -21,8 +21,12 @@ BETAS: dict[str, tuple[Callable[..., np.ndarray], str]] = {
 # Path -> the scheduler of diffusers that walks it.
 _SCHEDULERS = {"vp": "DDIMScheduler", "edm": "EDMEulerScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
 # Other schedulers of diffusers that say the same of a model.
-_ALIASES = {"DDPMScheduler": "vp", "PNDMScheduler": "vp", "DPMSolverMultistepScheduler": "vp",
-            "EulerDiscreteScheduler": "vp"}
+_ALIASES = {
+    "DDPMScheduler": "vp",
+    "PNDMScheduler": "vp",
+    "DPMSolverMultistepScheduler": "vp",
+    "EulerDiscreteScheduler": "vp",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +35,8 @@ class NoiseSchedule:
 
     path: "vp" (DDPM), "edm" or "flow".
     prediction: one of `jaxldm.diffusion.PREDICTIONS`; the network of an "edm" path is preconditioned instead.
-    betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr: of the "vp" path alone; a beta_start or
-      beta_end of None is the published one.
+    betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr: of the "vp" path alone; a beta_start
+      or beta_end of None is the published one.
     sigma_data, sigma_min, sigma_max: of the "edm" path alone.
     """
 
@@ -54,7 +58,7 @@ class NoiseSchedule:
     def make_denoiser(self, predict: Callable[[Any, Any], Any]) -> D.Denoiser:
         """`denoise(x, t) -> x_0` of a network that was trained on this schedule."""
         if self.path == "edm":
-            return D.edm_preconditioned(predict, self.make_path(), self.sigma_data)
+            return D.edm_preconditioned(predict, self.sigma_data, self.make_path())
         return D.denoiser(predict, self.make_path(), self.prediction)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,13 +66,27 @@ class NoiseSchedule:
         config: dict[str, Any] = {"_class_name": _SCHEDULERS[self.path]}
         if self.path == "vp":
             betas = self._beta_options()
-            return config | betas | {
-                "beta_schedule": BETAS[self.betas][1], "num_train_timesteps": self.num_train_timesteps,
-                "prediction_type": self.prediction, "rescale_betas_zero_snr": self.zero_terminal_snr,
-                "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
+            return (
+                config
+                | betas
+                | {
+                    "beta_schedule": BETAS[self.betas][1],
+                    "num_train_timesteps": self.num_train_timesteps,
+                    "prediction_type": self.prediction,
+                    "rescale_betas_zero_snr": self.zero_terminal_snr,
+                    "timestep_spacing": "trailing",
+                    "clip_sample": False,
+                    "set_alpha_to_one": True,
+                    "steps_offset": 0,
+                }
+            )
         if self.path == "edm":
-            return config | {"sigma_data": self.sigma_data, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max,
-                             "prediction_type": "epsilon"}
+            return config | {
+                "sigma_data": self.sigma_data,
+                "sigma_min": self.sigma_min,
+                "sigma_max": self.sigma_max,
+                "prediction_type": "epsilon",
+            }
         return config | {"num_train_timesteps": 1000, "shift": 1.0, "_prediction_type": self.prediction}
 
     @classmethod
@@ -81,19 +99,29 @@ class NoiseSchedule:
         name = config.get("_class_name")
         path = next((path for path, known in _SCHEDULERS.items() if known == name), _ALIASES.get(name))
         if path is None:
-            raise CheckpointError(f"scheduler_config.json has _class_name {name!r}; known: "
-                                  f"{', '.join([*_SCHEDULERS.values(), *_ALIASES])}")
+            raise CheckpointError(
+                f"scheduler_config.json has _class_name {name!r}; known: "
+                f"{', '.join([*_SCHEDULERS.values(), *_ALIASES])}"
+            )
         try:
             if path == "flow":
                 schedule = cls("flow", config.get("_prediction_type", "flow"))
             elif path == "edm":
-                schedule = cls("edm", **{key: float(config[key]) for key in ("sigma_data", "sigma_min", "sigma_max")
-                                         if key in config})
+                schedule = cls(
+                    "edm",
+                    **{
+                        key: float(config[key])
+                        for key in ("sigma_data", "sigma_min", "sigma_max")
+                        if key in config
+                    },
+                )
             else:
                 schedule = cls._from_betas(config)
-            schedule.make_path()
+            schedule.make_denoiser(lambda x, t: x)  # a path and a prediction that go together
         except (JaxldmError, TypeError, ValueError) as error:
-            raise CheckpointError(f"scheduler_config.json does not describe a schedule known here: {error}") from error
+            raise CheckpointError(
+                f"scheduler_config.json does not describe a schedule known here: {error}"
+            ) from error
         return schedule
 
     @classmethod
@@ -104,17 +132,30 @@ class NoiseSchedule:
             raise CheckpointError("trained_betas are not supported: use one of the named beta schedules")
         betas = names[one_of("beta_schedule", published, names)]
         # diffusers' own defaults stand where the file is silent; the cosine schedule has no start and end.
-        start, end = (None, None) if betas == "cosine" else (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-        return cls("vp", config.get("prediction_type", "epsilon"), betas, config.get("num_train_timesteps", 1000),
-                   start, end, bool(config.get("rescale_betas_zero_snr", False)))
+        start, end = (
+            (None, None)
+            if betas == "cosine"
+            else (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+        )
+        return cls(
+            "vp",
+            config.get("prediction_type", "epsilon"),
+            betas,
+            config.get("num_train_timesteps", 1000),
+            start,
+            end,
+            bool(config.get("rescale_betas_zero_snr", False)),
+        )
 
     def _beta_options(self) -> dict[str, float]:
         """beta_start and beta_end as numbers, the published ones where they were left out."""
         if self.betas == "cosine":
             return {}
         start, end = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[self.betas]
-        return {"beta_start": start if self.beta_start is None else self.beta_start,
-                "beta_end": end if self.beta_end is None else self.beta_end}
+        return {
+            "beta_start": start if self.beta_start is None else self.beta_start,
+            "beta_end": end if self.beta_end is None else self.beta_end,
+        }
 
 
 @functools.lru_cache

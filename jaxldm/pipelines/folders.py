@@ -1,0 +1,232 @@
+"""Trained models on disk: a run folder or an exported folder -> `LatentDiffusion`, and the export itself.
+
+An exported folder is laid out as diffusers lays out a pipeline:
+
+    model_index.json                    which components there are
+    vae/                                config.json, diffusion_pytorch_model.safetensors (absent for a model
+    of pixels) unet/ or transformer/               the same
+    scheduler/scheduler_config.json     the noise schedule and what the network predicts
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxldm import __version__, checkpoints, models
+from jaxldm.checkpoints.storage import folder_written_whole, storage_errors
+from jaxldm.errors import CheckpointError, StorageError
+from jaxldm.pipelines.latent_diffusion import LatentDiffusion
+from jaxldm.pipelines.schedule import NoiseSchedule
+
+PIPELINE_CLASS = "LatentDiffusionPipeline"
+INDEX, CONFIG = "model_index.json", "config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+DENOISERS = ("unet", "transformer")
+AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
+# Architectures that diffusers has under the same name, with the same weights.
+_IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel")
+
+
+def load(folder: str | Path) -> LatentDiffusion:
+    """The trained model in a run folder (from training) or an exported folder (from `export`).
+
+    Raises:
+      CheckpointError: the folder is missing, is neither, holds no finished model yet, is damaged, or is put
+        together from parts of different models.
+    """
+    folder = Path(folder)
+    kind = kind_of(folder)
+    pipe = _load_run(folder) if kind == "run" else _load_export(folder)
+    _check_parts_fit(pipe, folder)
+    return pipe
+
+
+def kind_of(folder: str | Path) -> str:
+    """ "run" or "export". Raises `CheckpointError`, with the cure, for everything else."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder} does not exist: check the path, or train a model with "
+            f"`jaxldm train mini-ldm --run-dir {folder}`"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`"
+        )
+    if (folder / INDEX).exists():
+        return "export"
+    if (folder / CONFIG).exists():
+        return "run"
+    raise CheckpointError(
+        f"{folder} is neither a run folder (no {CONFIG}) nor an exported folder (no {INDEX})"
+    )
+
+
+def save(pipe: LatentDiffusion, folder: str | Path) -> None:
+    """Writes an exported folder: all of it or nothing. An earlier export in `folder` is replaced.
+
+    Raises:
+      StorageError: `folder` holds anything else, is a file, or cannot be written.
+
+    >>> from jaxldm import pipelines                               # doctest: +SKIP
+    >>> pipelines.save(pipe, "exported/mini-ldm")                  # doctest: +SKIP
+    >>> pipe = pipelines.load("exported/mini-ldm")                 # doctest: +SKIP
+    """
+    folder = Path(folder)
+    check_export_folder(folder)
+    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
+    with storage_errors(folder), folder_written_whole(folder) as partial:
+        for name, module, params in components(pipe):
+            index[name] = _library_and_class(models.config_to_dict(module.config)["_class_name"])
+            checkpoints.save(partial / name, module, params)
+        scheduler = pipe.schedule.to_dict()
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        (partial / SCHEDULER_CONFIG).parent.mkdir()
+        _write_json(partial / SCHEDULER_CONFIG, scheduler)
+        _write_json(partial / INDEX, index)
+
+
+def check_export_folder(folder: str | Path) -> None:
+    """Raises `StorageError` unless `folder` is new, empty, or an export that may be replaced."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file: choose another folder to export to")
+    ours = {INDEX, "vae", "scheduler", *DENOISERS}
+    there = set(os.listdir(folder)) if folder.exists() else set()
+    if there and (
+        INDEX not in there or there - ours or _read_json(folder / INDEX).get("_class_name") != PIPELINE_CLASS
+    ):
+        raise StorageError(
+            f"{folder} already holds other files ({', '.join(sorted(there - ours or there)[:3])}): choose "
+            "a new or empty folder to export to"
+        )
+
+
+def components(pipe: LatentDiffusion) -> Iterator[tuple[str, Any, Any]]:
+    """(name of the subfolder, module, parameters) of each network of a pipeline."""
+    if pipe.autoencoder is not None:
+        yield "vae", pipe.autoencoder, pipe.autoencoder_params
+    yield (
+        "unet" if type(pipe.denoiser).__name__.startswith("UNet") else "transformer",
+        pipe.denoiser,
+        pipe.denoiser_params,
+    )
+
+
+class TensorComparison(NamedTuple):
+    """One tensor in two places. `difference` says in words what differs; empty where all bits are equal."""
+
+    name: str
+    shape: tuple[int, ...]
+    difference: str
+
+
+def compare(first: LatentDiffusion, second: LatentDiffusion) -> list[TensorComparison]:
+    """Compares two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
+    tensors = [
+        {
+            f"{name}/{key}": np.asarray(value)
+            for name, _, params in components(pipe)
+            for key, value in checkpoints.to_state_dict(params).items()
+        }
+        for pipe in (first, second)
+    ]
+    return [
+        _compare_tensor(name, *(side.get(name) for side in tensors))
+        for name in sorted(tensors[0] | tensors[1])
+    ]
+
+
+def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | None) -> TensorComparison:
+    present = first if first is not None else second
+    if first is None or second is None:
+        return TensorComparison(name, present.shape, f"only in the {'second' if first is None else 'first'}")
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return TensorComparison(
+            name, first.shape, f"{first.dtype}{list(first.shape)} and {second.dtype}{list(second.shape)}"
+        )
+    # Bytes and not numbers: -0.0 is not 0.0, and NaN is equal to itself.
+    bits = [np.ascontiguousarray(side).view(np.uint8).reshape(*side.shape, -1) for side in (first, second)]
+    differing = int((bits[0] != bits[1]).any(axis=-1).sum())
+    return TensorComparison(
+        name, first.shape, f"{differing} of {first.size} numbers differ" if differing else ""
+    )
+
+
+def _load_run(folder: Path) -> LatentDiffusion:
+    schedule = schedule_of_run(folder)
+    if not (folder / "diffusion" / "model").is_dir():
+        raise CheckpointError(
+            f"{folder} holds no finished model yet: go on with its training, with "
+            f"`jaxldm train RECIPE --run-dir {folder} --resume`"
+        )
+    denoiser, denoiser_params = checkpoints.load(folder / "diffusion" / "model")
+    autoencoder = autoencoder_params = None
+    if (folder / "autoencoder").is_dir():
+        autoencoder, autoencoder_params = checkpoints.load(folder / "autoencoder" / "model")
+    return LatentDiffusion(denoiser, denoiser_params, schedule, autoencoder, autoencoder_params)
+
+
+def schedule_of_run(folder: str | Path) -> NoiseSchedule:
+    """The noise schedule in a run's config.json. Raises `CheckpointError`."""
+    raise NotImplementedError
+
+
+def _load_export(folder: Path) -> LatentDiffusion:
+    index = _read_json(folder / INDEX)
+    denoisers = [name for name in DENOISERS if name in index]
+    if len(denoisers) != 1 or "scheduler" not in index:
+        raise CheckpointError(
+            f"{folder / INDEX} should name a scheduler and one of {' or '.join(DENOISERS)}; it names "
+            f"{', '.join(key for key in index if not key.startswith('_')) or 'nothing'}"
+        )
+    schedule = NoiseSchedule.from_dict(_read_json(folder / SCHEDULER_CONFIG))
+    denoiser, denoiser_params = checkpoints.load(folder / denoisers[0])
+    autoencoder = autoencoder_params = None
+    if index.get("vae", [None])[0] is not None:
+        autoencoder, autoencoder_params = checkpoints.load(folder / "vae")
+    return LatentDiffusion(denoiser, denoiser_params, schedule, autoencoder, autoencoder_params)
+
+
+def _check_parts_fit(pipe: LatentDiffusion, folder: Path) -> None:
+    """Refuses parts of different models in one folder."""
+    kinds = [models.config_to_dict(module.config)["_class_name"] for _, module, _ in components(pipe)]
+    if kinds[-1] in AUTOENCODERS or not all(kind in AUTOENCODERS for kind in kinds[:-1]):
+        raise CheckpointError(
+            f"{folder} holds {' and '.join(kinds)}: an autoencoder and a denoising network are needed"
+        )
+    if pipe.autoencoder is not None and pipe.autoencoder.config.latent_channels != pipe.latent_shape[-1]:
+        raise CheckpointError(
+            f"{folder} mixes two models: its autoencoder has {pipe.autoencoder.config.latent_channels} "
+            f"latent channels, its denoising network works on {pipe.latent_shape[-1]}"
+        )
+
+
+def _library_and_class(name: str) -> list[str]:
+    return ["diffusers" if name in _IN_DIFFUSERS else "jaxldm", name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the folder is not whole; copy or export it again"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, it is no JSON ({error}): copy or export it again"
+        ) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, it holds a {type(entries).__name__}")
+    return entries
+
+
+def _write_json(path: Path, entries: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
