@@ -1,8 +1,8 @@
 """The command line: `jaxldm train | sample | eval | export | info`.
 
-Each command is a frozen dataclass in `jaxldm.commands`; tyro makes the options and the help from its fields and
-their docstrings. A mistake of the caller's is one line on stderr and exit code 2, never a traceback. Nothing heavy
-is imported here, so that `--help` answers at once.
+Each command is a frozen dataclass in `jaxldm.commands`; tyro makes the options and the help from its fields
+and their docstrings. A mistake of the caller's is one line on stderr and exit code 2, never a traceback.
+Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ A first session (about ten minutes without an accelerator):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    0: done. 2: something is to mend in what was typed, in a file or on the disk; stderr says what in one line.
+    0: done. 2: something is to mend in what was typed, in a file or on the disk; stderr says what in one
+      line.
     130: interrupted with Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -54,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return complain(describe_os_error(error))
     except KeyboardInterrupt:
-        resume = "; the same command with --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
+        resume = (
+            "; the same command with --resume goes on from the last checkpoint"
+            if argv[:1] == ["train"]
+            else ""
+        )
         print(f"\njaxldm: interrupted{resume}", file=sys.stderr)
         return 130
 
@@ -62,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: list[str]):
     """Turns the words typed into a command dataclass; prints and returns None for `--help` and `--version`.
 
-    Raises `UnknownNameError` for a command or option that does not exist, and `InvalidArgumentError` for values
-    that cannot be read.
+    Raises `UnknownNameError` for a command or option that does not exist, and `InvalidArgumentError` for
+    values that cannot be read.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP.format(commands="\n".join(f"  {name:8}{what}" for name, what in COMMANDS.items())))
@@ -81,7 +86,9 @@ def parse(argv: list[str]):
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(command_class, prog=f"jaxldm {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(
+                command_class, prog=f"jaxldm {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,)
+            )
     except SystemExit as end:
         if not end.code:
             return None
@@ -90,8 +97,14 @@ def parse(argv: list[str]):
 
 def check_options(words: list[str], command_class: type, name: str) -> None:
     """Raises `UnknownNameError` for an option that the command does not have."""
-    options = ["--help", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(command_class)
-                           if "Positional" not in str(field.type))]
+    options = [
+        "--help",
+        *(
+            "--" + field.name.replace("_", "-")
+            for field in dataclasses.fields(command_class)
+            if "Positional" not in str(field.type)
+        ),
+    ]
     for word in words:
         if word.startswith("--"):
             one_of(f"option of `jaxldm {name}`", word.split("=")[0].replace("_", "-"), options)

@@ -20,6 +20,7 @@ from jaxldm.diffusion.analytic import (
 from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
 from jaxldm.diffusion.guidance import classifier_free_guidance, guide, rescale_guidance
 from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr_weight
+from jaxldm.diffusion.noise_schedule import NoiseSchedule
 from jaxldm.diffusion.paths import (
     Path,
     cosine_betas,
@@ -48,6 +49,7 @@ __all__ = [
     "SPACINGS",
     "Denoiser",
     "Grid",
+    "NoiseSchedule",
     "Path",
     "Solver",
     "classifier_free_guidance",

@@ -17,12 +17,10 @@ from jaxldm.pipelines.folders import (
 )
 from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_for, save_samples
 from jaxldm.pipelines.latent_diffusion import Images, LatentDiffusion, Settings, draw, named_solver
-from jaxldm.pipelines.schedule import NoiseSchedule
 
 __all__ = [
     "Images",
     "LatentDiffusion",
-    "NoiseSchedule",
     "Settings",
     "TensorComparison",
     "check_drawn",

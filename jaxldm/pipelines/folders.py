@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxldm import __version__, checkpoints, models
+from jaxldm import diffusion as D
 from jaxldm.checkpoints.storage import folder_written_whole, storage_errors
 from jaxldm.errors import CheckpointError, StorageError
 from jaxldm.pipelines.latent_diffusion import LatentDiffusion
-from jaxldm.pipelines.schedule import NoiseSchedule
 
 PIPELINE_CLASS = "LatentDiffusionPipeline"
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -173,7 +173,7 @@ def _load_run(folder: Path) -> LatentDiffusion:
     return LatentDiffusion(denoiser, denoiser_params, schedule, autoencoder, autoencoder_params)
 
 
-def schedule_of_run(folder: str | Path) -> NoiseSchedule:
+def schedule_of_run(folder: str | Path) -> D.NoiseSchedule:
     """The noise schedule in a run's config.json. Raises `CheckpointError`."""
     raise NotImplementedError
 
@@ -186,7 +186,7 @@ def _load_export(folder: Path) -> LatentDiffusion:
             f"{folder / INDEX} should name a scheduler and one of {' or '.join(DENOISERS)}; it names "
             f"{', '.join(key for key in index if not key.startswith('_')) or 'nothing'}"
         )
-    schedule = NoiseSchedule.from_dict(_read_json(folder / SCHEDULER_CONFIG))
+    schedule = D.NoiseSchedule.from_dict(_read_json(folder / SCHEDULER_CONFIG))
     denoiser, denoiser_params = checkpoints.load(folder / denoisers[0])
     autoencoder = autoencoder_params = None
     if index.get("vae", [None])[0] is not None:

@@ -25,7 +25,6 @@ from jaxldm.data import check_labels
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.fixed_batches import image_mesh, in_fixed_batches, num_batches, over_images
-from jaxldm.pipelines.schedule import NoiseSchedule
 
 # Grids on a continuous path are padded to this many steps, so that another number of steps compiles nothing
 # anew. (Those on a discrete path are padded to all of its timesteps.)
@@ -102,7 +101,7 @@ class LatentDiffusion:
 
     denoiser: nn.Module = flax.struct.field(pytree_node=False)
     denoiser_params: Any
-    schedule: NoiseSchedule = flax.struct.field(pytree_node=False)
+    schedule: D.NoiseSchedule = flax.struct.field(pytree_node=False)
     autoencoder: nn.Module | None = flax.struct.field(pytree_node=False, default=None)
     autoencoder_params: Any = None
     class_names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())

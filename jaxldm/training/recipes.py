@@ -11,8 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from jaxldm.diffusion import NoiseSchedule
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.pipelines.schedule import NoiseSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from tiny_models import SCHEDULE, latent_pipeline, pixel_pipeline
 
 from jaxldm import diffusion as D
 from jaxldm.data import to_uint8
+from jaxldm.diffusion import NoiseSchedule
 from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError, UnknownNameError
-from jaxldm.pipelines import LatentDiffusion, NoiseSchedule
+from jaxldm.pipelines import LatentDiffusion
 from jaxldm.pipelines.fixed_batches import IMAGES_PER_DEVICE
 
 KEY = jax.random.key(5)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from jaxldm import models
-from jaxldm.pipelines import LatentDiffusion, NoiseSchedule
+from jaxldm.diffusion import NoiseSchedule
+from jaxldm.pipelines import LatentDiffusion
 
 SCHEDULE = NoiseSchedule()
 UNET = dict(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxldm import diffusion as D
+from jaxldm.diffusion import NoiseSchedule
 from jaxldm.errors import CheckpointError, JaxldmError
-from jaxldm.pipelines import NoiseSchedule
 
 vp = st.builds(
     NoiseSchedule,

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxldm import diffusion as D
+from jaxldm.diffusion import paths
+from jaxldm.diffusion.predictions import PREDICTIONS
+from jaxldm.diffusion.sampling import Denoiser, denoiser, edm_preconditioned
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, one_of
 
 # Our name of a beta schedule -> the function, and its name in the scheduler_config.json that diffusers reads.
 BETAS: dict[str, tuple[Callable[..., np.ndarray], str]] = {
-    "linear": (D.linear_betas, "linear"),
-    "scaled_linear": (D.scaled_linear_betas, "scaled_linear"),
-    "cosine": (D.cosine_betas, "squaredcos_cap_v2"),
+    "linear": (paths.linear_betas, "linear"),
+    "scaled_linear": (paths.scaled_linear_betas, "scaled_linear"),
+    "cosine": (paths.cosine_betas, "squaredcos_cap_v2"),
 }
 # Path -> the scheduler of diffusers that walks it.
 _SCHEDULERS = {"vp": "DDIMScheduler", "edm": "EDMEulerScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
@@ -51,15 +53,15 @@ class NoiseSchedule:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
-    def make_path(self) -> D.Path:
+    def make_path(self) -> paths.Path:
         """The path itself. Raises `UnknownNameError` and `InvalidArgumentError` for what cannot be one."""
         return _make_path(self)
 
-    def make_denoiser(self, predict: Callable[[Any, Any], Any]) -> D.Denoiser:
+    def make_denoiser(self, predict: Callable[[Any, Any], Any]) -> Denoiser:
         """`denoise(x, t) -> x_0` of a network that was trained on this schedule."""
         if self.path == "edm":
-            return D.edm_preconditioned(predict, self.sigma_data, self.make_path())
-        return D.denoiser(predict, self.make_path(), self.prediction)
+            return edm_preconditioned(predict, self.sigma_data, self.make_path())
+        return denoiser(predict, self.make_path(), self.prediction)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of scheduler_config.json, in the words of diffusers, which opens it as a scheduler."""
@@ -159,15 +161,15 @@ class NoiseSchedule:
 
 
 @functools.lru_cache
-def _make_path(schedule: NoiseSchedule) -> D.Path:
+def _make_path(schedule: NoiseSchedule) -> paths.Path:
     one_of("path", schedule.path, _SCHEDULERS)
-    one_of("prediction", schedule.prediction, D.PREDICTIONS)
+    one_of("prediction", schedule.prediction, PREDICTIONS)
     if schedule.path == "edm":
-        return D.edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
+        return paths.edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
     if schedule.path == "flow":
-        return D.flow_path()
+        return paths.flow_path()
     function = BETAS[one_of("betas", schedule.betas, BETAS)][0]
     if schedule.num_train_timesteps < 2:
         raise InvalidArgumentError("num_train_timesteps must be 2 or more")
     betas = function(schedule.num_train_timesteps, **schedule._beta_options())
-    return D.vp_path(D.rescale_zero_terminal_snr(betas) if schedule.zero_terminal_snr else betas)
+    return paths.vp_path(paths.rescale_zero_terminal_snr(betas) if schedule.zero_terminal_snr else betas)
