@@ -7,6 +7,7 @@ by a crash or a full disk, is never used: it is computed again.
 """
 
 import hashlib
+import io
 import os
 import pathlib
 import zipfile
@@ -17,8 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Shaped
-
-from jaxldm.errors import StorageError
 
 Columns = dict[str, Shaped[np.ndarray, "N ..."]]
 _FINGERPRINT = "__fingerprint__"
@@ -76,15 +75,10 @@ def _read(path: pathlib.Path, key: str) -> Columns | None:
 
 
 def _write(path: pathlib.Path, key: str, columns: Columns) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    from jaxldm.checkpoints.storage import storage_errors, write_atomically  # late: brings the models with it
+
+    content = io.BytesIO()
+    np.savez(content, **{_FINGERPRINT: np.array(key)}, **columns)
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            np.savez(file, **{_FINGERPRINT: np.array(key)}, **columns)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(f"cannot write the latents to {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, content.getvalue())

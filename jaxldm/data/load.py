@@ -38,7 +38,7 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
     Args:
         name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...
         data_dir: where datasets are kept; see `data_folder`.
-        image_size: side to which the central square of each image is scaled; needed where images differ in size.
+        image_size: side to which the central square of each image is scaled; needed where sizes differ.
 
     Raises:
         UnknownNameError: there is no dataset of that name.

@@ -1,5 +1,6 @@
 """Pictures for people: grids of images and each image beside its nearest neighbour, and PNG files."""
 
+import io
 import os
 import pathlib
 
@@ -7,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxldm.data.images import to_uint8
-from jaxldm.errors import DataError, InvalidArgumentError, StorageError
+from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.scores import nearest_neighbour_distances
 
 BORDER = 32  # the grey between images: neither the black nor the white of a digit
@@ -88,18 +89,16 @@ def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> No
     """
     from PIL import Image
 
+    from jaxldm.checkpoints.storage import storage_errors, write_atomically  # late: brings the models with it
+
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
         raise DataError(
             f"a picture must be uint8 [H, W, C] with C = 1, 3 or 4, got {picture.dtype} {picture.shape}"
         )
+    content = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(content, format="PNG")
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, content.getvalue())

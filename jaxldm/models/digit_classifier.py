@@ -96,7 +96,9 @@ def augment(
     shifts are uniform in plus or minus `strength`. What lies outside the image is `fill`, the background.
     """
     batch, height, width, channels = images.shape
-    angle, scale, down, right = jax.random.uniform(key, (4, batch, 1, 1), minval=-1.0, maxval=1.0)
+    angle, scale, down, right = jax.random.uniform(key, (4 * batch,), minval=-1.0, maxval=1.0).reshape(
+        4, batch, 1, 1
+    )
     angle, scale = jnp.deg2rad(strength.degrees) * angle, 1 + strength.scale * scale
     cosine, sine = scale * jnp.cos(angle), scale * jnp.sin(angle)
     centre_y, centre_x = (height - 1) / 2, (width - 1) / 2

@@ -66,11 +66,11 @@ def test_a_full_disk_keeps_the_older_file_and_leaves_nothing_behind(path, monkey
     cached(path, "old", Encoder())
     before = path.read_bytes()
 
-    def full(*args, **kwargs):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(StorageError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="disk is full"):
         cached(path, "new", Encoder())
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
