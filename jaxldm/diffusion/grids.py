@@ -56,7 +56,8 @@ def make_grid(path: Path, num_inference_steps: int | None = None, *, spacing: st
                 steps.
             "leading": k (T // N) + steps_offset; does not start at the noisiest t.
             "linspace": N integers from T - 1 to 0. Beware: for N = 1 it is t = 0, like "leading".
-            "linspace_fractional": the same, not rounded (the reference library's Euler and Heun).
+            "linspace_fractional": the same, not rounded, with sigma / alpha linear between whole t (Euler and
+            Heun in the reference library).
             "leading_open", "linspace_open": N + 1 of them, less the cleanest (the reference library's
             DPM-Solver++). On a continuous path the same with real t between `path.t_min` and `path.t_noisy`,
             not rounded.
@@ -145,7 +146,7 @@ def _spaced(path: Path, count: int, spacing: str, steps_offset: int) -> np.ndarr
     if path.num_train_timesteps is None:
         width = path.t_noisy - (path.t_clean if spacing == "trailing" else path.t_min)
         if spacing.startswith("linspace"):
-            return np.linspace(path.t_min, path.t_noisy, count)[::-1]
+            return np.linspace(path.t_noisy, path.t_min, count)
         return path.t_noisy - width / count * (np.arange(count) + (spacing == "leading"))
     total = path.num_train_timesteps
     if spacing == "leading":
@@ -153,7 +154,12 @@ def _spaced(path: Path, count: int, spacing: str, steps_offset: int) -> np.ndarr
     if spacing == "trailing":
         return np.round(total - total / count * np.arange(count)) - 1
     t = np.linspace(0, total - 1, count)[::-1]
-    return t if spacing == "linspace_fractional" else np.round(t)
+    if spacing == "linspace":
+        return np.round(t)
+    whole = np.arange(total, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        between = path.time(np.interp(t, whole, path.sigma(whole) / path.alpha(whole)))
+    return np.where(t == np.round(t), t, between)
 
 
 def _respaced(path: Path, count: int, sigmas: str, t_first: float, t_last: float, rho: float) -> np.ndarray:
@@ -169,7 +175,9 @@ def _respaced(path: Path, count: int, sigmas: str, t_first: float, t_last: float
         ratio = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
     else:
         ratio = np.exp(np.log(first) + ramp * (np.log(last) - np.log(first)))
-    return np.clip(path.time(ratio), path.t_min, path.t_noisy)  # the ends are off by one rounding
+    t = path.time(ratio)
+    t[-1], t[0] = t_last, t_first  # powers and logarithms are off by one rounding
+    return t
 
 
 def _shifted(path: Path, t: np.ndarray, shift: float) -> np.ndarray:

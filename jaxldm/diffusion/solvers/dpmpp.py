@@ -82,8 +82,8 @@ def dpmpp_2s() -> Solver:
         closes = (state.taken % 2 == 1) & (there.sigma > 0)
         h_here = half_log_snr(here) - half_log_snr(base)
         h_there = half_log_snr(there) - half_log_snr(base)
-        # From pure noise both h are infinite, and their ratio goes to 1.
-        ratio = jnp.where(base.alpha == 0, 1, divide(h_there, h_here, 1.0))
+        # From pure noise (or, inverting, from the clean row) both h are infinite, and their ratio goes to 1.
+        ratio = jnp.where(jnp.isfinite(h_here), divide(h_there, h_here, 1.0), 1)
         corrected = state.base_x_0 + 0.5 * ratio * (x_0 - state.base_x_0)
         x = jnp.where(closes, move(state.base_x, corrected, base, there), move(state.x, x_0, here, there))
         return SinglestepState(x, state.x, x_0, state.taken + 1)

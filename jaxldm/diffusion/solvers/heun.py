@@ -50,7 +50,7 @@ def heun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf")
             second = (euler - there.alpha * denoise(euler, there.t)) / there.sigma
             return euler + 0.5 * width * (second - first)
 
-        corrects = (there.sigma > 0) & (here.alpha > 0)
+        corrects = (there.sigma > 0) & (here.sigma > 0) & (here.alpha > 0)
         return State(jax.lax.cond(corrects, trapezoid, lambda euler: euler, euler))
 
     return Solver(State, step)
