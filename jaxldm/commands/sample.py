@@ -93,5 +93,5 @@ class Sample:
         columns = pipelines.columns_for(num_images, len(self.class_labels) or pipe.num_classes or 1)
         pipelines.save_samples(self.output_dir, images, labels, columns)
         print(
-            f"{num_images} images: look at {self.output_dir}/grid.png; all are in {self.output_dir}/samples.npz"
+            f"{num_images} images: look at {self.output_dir}/grid.png; samples.npz beside it holds them all"
         )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
 from jaxldm.commands.options import shown
+from jaxldm.errors import InvalidArgumentError, one_of
+
+if TYPE_CHECKING:
+    from jaxldm.training import Recipe
 
 _RECIPE = "the recipe's"
 
@@ -54,3 +60,56 @@ class Train:
 
     seed: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Which random numbers: any whole number from 0 to 4294967295."""
+
+    def run(self) -> None:
+        """Trains all the stages that are not complete yet."""
+        from jaxldm import training
+
+        run_dir = Path(self.run_dir or f"runs/{self.recipe}")
+        run = training.train(self.make_recipe(run_dir), run_dir, resume=self.resume)
+        print(f"finished: everything is in {run.path}; try")
+        print(f"  jaxldm sample {run.path} --output-dir samples")
+        print(f"  jaxldm eval {run.path}")
+
+    def make_recipe(self, run_dir: Path) -> Recipe:
+        """The recipe by its name, or with --resume the one that the run began with, and the changes asked for.
+
+        Raises `UnknownNameError` and `InvalidArgumentError`.
+        """
+        from jaxldm import training
+
+        one_of("recipe", self.recipe, training.RECIPES)
+        recipe = training.RECIPES[self.recipe]
+        if self.resume and (run_dir / "config.json").exists():
+            begun = training.read_recipe(run_dir)
+            recipe = begun if begun.name == self.recipe else recipe
+        diffusion = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+        }
+        if self.preset is not None:
+            # The recipe's changes of its own network say nothing about another one.
+            diffusion |= {"preset": one_of("preset", self.preset, denoiser_presets()), "overrides": {}}
+        changes = {"diffusion": given(recipe.diffusion, **diffusion), "data": self.dataset, "seed": self.seed}
+        if self.autoencoder_epochs is not None:
+            if recipe.autoencoder is None:
+                raise InvalidArgumentError(
+                    f"recipe {self.recipe} has no autoencoder: leave --autoencoder-epochs out"
+                )
+            changes["autoencoder"] = given(recipe.autoencoder, epochs=self.autoencoder_epochs)
+        return given(recipe, **changes)
+
+
+def given(recipe: Any, **changes: Any) -> Any:
+    """The recipe with those fields replaced that are not None."""
+    return dataclasses.replace(
+        recipe, **{name: value for name, value in changes.items() if value is not None}
+    )
+
+
+def denoiser_presets() -> list[str]:
+    """Presets of networks that can be trained to denoise."""
+    from jaxldm import models, pipelines
+
+    return [name for name, config in models.PRESETS.items() if pipelines.is_denoiser(config)]

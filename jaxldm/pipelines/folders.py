@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxldm import __version__, checkpoints, models
 from jaxldm import diffusion as D
-from jaxldm.checkpoints.storage import folder_written_whole, storage_errors
+from jaxldm.checkpoints.storage import folder_written_whole
 from jaxldm.errors import CheckpointError, StorageError
 from jaxldm.pipelines.latent_diffusion import LatentDiffusion
 
@@ -29,6 +29,7 @@ INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 DENOISERS = ("unet", "transformer")
 AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
+NOT_DENOISERS = (*AUTOENCODERS, "DigitClassifier")
 # Architectures that diffusers has under the same name, with the same weights.
 _IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel")
 
@@ -41,10 +42,7 @@ def load(folder: str | Path) -> LatentDiffusion:
         together from parts of different models.
     """
     folder = Path(folder)
-    kind = kind_of(folder)
-    pipe = _load_run(folder) if kind == "run" else _load_export(folder)
-    _check_parts_fit(pipe, folder)
-    return pipe
+    return _load_run(folder) if kind_of(folder) == "run" else _load_export(folder)
 
 
 def kind_of(folder: str | Path) -> str:
@@ -78,10 +76,10 @@ def save(pipe: LatentDiffusion, folder: str | Path) -> None:
     >>> pipelines.save(pipe, "exported/mini-ldm")                  # doctest: +SKIP
     >>> pipe = pipelines.load("exported/mini-ldm")                 # doctest: +SKIP
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     check_export_folder(folder)
     index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
-    with storage_errors(folder), folder_written_whole(folder) as partial:
+    with folder_written_whole(folder) as partial:
         for name, module, params in components(pipe):
             index[name] = _library_and_class(models.config_to_dict(module.config)["_class_name"])
             checkpoints.save(partial / name, module, params)
@@ -160,44 +158,62 @@ def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | No
 
 
 def _load_run(folder: Path) -> LatentDiffusion:
-    schedule = schedule_of_run(folder)
+    config = _read_json(folder / CONFIG)
+    try:
+        recipe, data = config["recipe"], config["data"]
+        schedule = D.NoiseSchedule(**recipe["diffusion"]["noise"])
+        has_autoencoder = recipe["autoencoder"] is not None
+        shape, num_classes = tuple(data["image_shape"]), len(data["class_names"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is no config.json of a run ({error!r})") from error
     if not (folder / "diffusion" / "model").is_dir():
         raise CheckpointError(
             f"{folder} holds no finished model yet: go on with its training, with "
-            f"`jaxldm train RECIPE --run-dir {folder} --resume`"
+            f"`jaxldm train {recipe.get('name', 'RECIPE')} --run-dir {folder} --resume`"
         )
-    denoiser, denoiser_params = checkpoints.load(folder / "diffusion" / "model")
-    autoencoder = autoencoder_params = None
-    if (folder / "autoencoder").is_dir():
-        autoencoder, autoencoder_params = checkpoints.load(folder / "autoencoder" / "model")
-    return LatentDiffusion(denoiser, denoiser_params, schedule, autoencoder, autoencoder_params)
-
-
-def schedule_of_run(folder: str | Path) -> D.NoiseSchedule:
-    """The noise schedule in a run's config.json. Raises `CheckpointError`."""
-    raise NotImplementedError
+    pipe = _load_parts(
+        folder / "diffusion" / "model",
+        schedule,
+        folder / "autoencoder" / "model" if has_autoencoder else None,
+    )
+    _check_parts_fit(pipe, folder)
+    if pipe.image_shape != shape or pipe.num_classes not in (None, num_classes):
+        raise CheckpointError(
+            f"{folder} mixes two models: its networks draw {pipe.image_shape} images of {pipe.num_classes} "
+            f"classes, its {CONFIG} speaks of {shape} and {num_classes}"
+        )
+    return pipe
 
 
 def _load_export(folder: Path) -> LatentDiffusion:
     index = _read_json(folder / INDEX)
     denoisers = [name for name in DENOISERS if name in index]
     if len(denoisers) != 1 or "scheduler" not in index:
+        named = ", ".join(key for key in index if not key.startswith("_")) or "nothing"
         raise CheckpointError(
-            f"{folder / INDEX} should name a scheduler and one of {' or '.join(DENOISERS)}; it names "
-            f"{', '.join(key for key in index if not key.startswith('_')) or 'nothing'}"
+            f"{folder / INDEX} should name a scheduler and one of {', '.join(DENOISERS)}; it names {named}"
         )
     schedule = D.NoiseSchedule.from_dict(_read_json(folder / SCHEDULER_CONFIG))
-    denoiser, denoiser_params = checkpoints.load(folder / denoisers[0])
-    autoencoder = autoencoder_params = None
-    if index.get("vae", [None])[0] is not None:
-        autoencoder, autoencoder_params = checkpoints.load(folder / "vae")
-    return LatentDiffusion(denoiser, denoiser_params, schedule, autoencoder, autoencoder_params)
+    pipe = _load_parts(folder / denoisers[0], schedule, folder / "vae" if "vae" in index else None)
+    _check_parts_fit(pipe, folder)
+    return pipe
+
+
+def _load_parts(denoiser: Path, schedule: D.NoiseSchedule, autoencoder: Path | None) -> LatentDiffusion:
+    module_and_params = (None, None) if autoencoder is None else checkpoints.load(autoencoder)
+    denoiser_and_params = checkpoints.load(denoiser)
+    return LatentDiffusion(*denoiser_and_params, schedule, *module_and_params)
+
+
+def is_denoiser(config: Any) -> bool:
+    """Whether a model's config is that of a denoising network."""
+    return models.config_to_dict(config)["_class_name"] not in NOT_DENOISERS
 
 
 def _check_parts_fit(pipe: LatentDiffusion, folder: Path) -> None:
     """Refuses parts of different models in one folder."""
     kinds = [models.config_to_dict(module.config)["_class_name"] for _, module, _ in components(pipe)]
-    if kinds[-1] in AUTOENCODERS or not all(kind in AUTOENCODERS for kind in kinds[:-1]):
+    if not is_denoiser(pipe.denoiser.config) or (pipe.autoencoder and kinds[0] not in AUTOENCODERS):
         raise CheckpointError(
             f"{folder} holds {' and '.join(kinds)}: an autoencoder and a denoising network are needed"
         )

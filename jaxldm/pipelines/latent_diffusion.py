@@ -184,7 +184,7 @@ class LatentDiffusion:
         settings = Settings(
             key,
             self._grid(num_inference_steps, spacing, sigmas),
-            np.float32(self._guidance_scale(guidance_scale)),
+            np.float32(self.check_guidance_scale(guidance_scale)),
             _rescale(guidance_rescale),
         )
         solver = solver if isinstance(solver, D.Solver) else named_solver(solver, eta)
@@ -251,7 +251,8 @@ class LatentDiffusion:
             )
         return D.make_grid(path, num_inference_steps, spacing=spacing, sigmas=sigmas, max_steps=most)
 
-    def _guidance_scale(self, guidance_scale: float | None) -> float:
+    def check_guidance_scale(self, guidance_scale: float | None) -> float:
+        """The scale, or the default for None. Raises `InvalidArgumentError` unless finite and 0 or more."""
         if guidance_scale is None:
             return self.default_guidance_scale
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):

@@ -1,0 +1,46 @@
+"""`jaxldm export`: a trained model for other programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional
+
+from jaxldm.commands.options import shown
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model as safetensors and JSON, laid out as diffusers lays out a pipeline.
+
+    For example:
+      jaxldm export runs/mini-ldm exported/mini-ldm
+
+    The folder then holds model_index.json, vae/ (for a latent model), unet/ or transformer/, and scheduler/;
+    `jaxldm sample` and `jaxldm info` take it like a run folder.
+    """
+
+    folder: Annotated[Positional[str], shown("RUN")]
+    """Run folder made by `jaxldm train`."""
+
+    out: Annotated[Positional[str], shown("OUT")]
+    """Folder to write: a new or empty one, or an earlier export, which is then replaced."""
+
+    def run(self) -> None:
+        """Loads, writes, reads back, compares."""
+        from jaxldm import pipelines
+        from jaxldm.errors import StorageError
+
+        pipelines.check_output_folder(self.out)
+        pipelines.check_export_folder(self.out)
+        pipe = pipelines.load(self.folder)
+        pipelines.save(pipe, self.out)
+        rows = pipelines.compare(pipe, pipelines.load(self.out))
+        changed = [row.name for row in rows if row.difference]
+        if changed:
+            raise StorageError(
+                f"{self.out} does not read back bit for bit, the disk may be failing: {', '.join(changed)}"
+            )
+        print(f"{len(rows)} tensors written to {self.out}, and read back bit for bit")
+        print(f"try it:  jaxldm sample {self.out} --output-dir samples")

@@ -1,0 +1,207 @@
+"""`jaxldm info`: what there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional
+
+from jaxldm.commands.options import shown
+from jaxldm.commands.terminal import table
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a run folder, an exported folder or a preset is; alone, list all that can be named.
+
+    For example:
+      jaxldm info
+      jaxldm info runs/mini-ldm
+      jaxldm info exported/mini-ldm --compare runs/mini-ldm
+    """
+
+    target: Annotated[Positional[str | None], shown("RUN|EXPORTED|PRESET", "lists everything")] = None
+    """A run folder, an exported folder, or the name of a preset or a recipe."""
+
+    compare: Annotated[str | None, shown("FOLDER", "no comparison")] = None
+    """Another run or exported folder: say of each tensor whether all its bits are the same in both."""
+
+    def run(self) -> None:
+        """Prints what was asked for."""
+        if self.target is None:
+            if self.compare is not None:
+                raise InvalidArgumentError("--compare needs two folders: jaxldm info EXPORTED --compare RUN")
+            print(describe_everything())
+        elif self.compare is not None:
+            compare(self.target, self.compare)
+        else:
+            print(describe(self.target))
+
+
+def describe_everything() -> str:
+    """All names that the commands take, and the devices."""
+    import jax
+
+    from jaxldm import data, models, training
+    from jaxldm import diffusion as D
+    from jaxldm.data.load import WELL_KNOWN
+
+    recipes = [(name, describe_recipe(recipe)) for name, recipe in training.RECIPES.items()]
+    presets = [
+        (name, models.config_to_dict(config)["_class_name"]) for name, config in models.PRESETS.items()
+    ]
+    solvers = [(name, first_line(solver)) for name, solver in D.solvers.SOLVERS.items()]
+    devices = [(device.id, device.platform, device.device_kind) for device in jax.devices()]
+    sections = {
+        "recipes (jaxldm train RECIPE)": table(recipes),
+        "presets (jaxldm info PRESET)": table(presets),
+        "solvers (jaxldm sample RUN --solver NAME)": table(solvers),
+        "spacings (jaxldm sample RUN --spacing NAME)": "  " + ", ".join(D.SPACINGS),
+        f"datasets, kept in {data.data_folder()}": f"  {', '.join(WELL_KNOWN)}, and any other TFDS name",
+        "devices": table(devices),
+    }
+    return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
+
+
+def first_line(function: Any) -> str:
+    """The first sentence of a docstring."""
+    return (function.__doc__ or "").strip().split("\n")[0].split(": ")[0].rstrip(".")
+
+
+def describe_recipe(recipe: Any) -> str:
+    """One line: the stages of a recipe and its data."""
+    stages = [
+        f"{stage} {part.preset} ({part.epochs} epochs)"
+        for stage in ("autoencoder", "diffusion", "classifier")
+        if (part := getattr(recipe, stage)) is not None
+    ]
+    return f"{', '.join(stages)}; data {recipe.data}"
+
+
+def describe(target: str) -> str:
+    """A folder if there is one of that name, else a preset or a recipe."""
+    from jaxldm import models, training
+
+    if Path(target).exists():
+        from jaxldm import pipelines
+
+        return (
+            describe_run(Path(target))
+            if pipelines.kind_of(target) == "run"
+            else describe_export(Path(target))
+        )
+    if target in models.PRESETS:
+        return describe_preset(target)
+    if target in training.RECIPES:
+        recipe = training.RECIPES[target]
+        return f"{target} is a recipe: {describe_recipe(recipe)}\ntrain it:  jaxldm train {target}"
+    if "/" in target:
+        raise CheckpointError(f"there is no folder {target}")
+    raise UnknownNameError("folder, preset or recipe", target, [*models.PRESETS, *training.RECIPES])
+
+
+def describe_preset(name: str) -> str:
+    """Parameters and config of a preset, without building it."""
+    from jaxldm import models
+
+    config = models.config_to_dict(models.PRESETS[name])
+    head = f"{name} is a preset of {config.pop('_class_name')} with {models.count_params(name):,} parameters"
+    return head + "\n" + table(sorted(config.items()))
+
+
+def describe_export(folder: Path) -> str:
+    """What an exported folder holds and how to sample from it."""
+    from jaxldm import pipelines
+
+    pipe = pipelines.load(folder)
+    return f"{folder} is an exported model\n{describe_pipeline(pipe)}\n{how_to_sample(folder, pipe)}"
+
+
+def describe_run(folder: Path) -> str:
+    """The stages of a run, how far each is, and what to type next."""
+    from jaxldm import pipelines, training
+
+    config = training.read_config(folder)
+    recipe = training.read_recipe(folder)
+    run = training.RunFolder(folder)
+    rows = []
+    for stage in training.stages_of(recipe):
+        steps = f"{steps_done(run.stage(stage))} steps done"
+        rows.append(
+            (
+                stage,
+                getattr(recipe, stage).preset,
+                steps,
+                "complete" if run.stage(stage).complete else "not finished",
+            )
+        )
+    head = f"{folder} is a run of the recipe {recipe.name} on {config['data']['name']}"
+    if not run.stage("diffusion").complete:
+        resume = f"go on:  jaxldm train {recipe.name} --run-dir {folder} --resume"
+        return f"{head}\n{table(rows)}\n{resume}"
+    pipe = pipelines.load(folder)
+    return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\n{how_to_sample(folder, pipe)}"
+
+
+def steps_done(stage: Any) -> int:
+    """Updates of a stage that its log holds."""
+    from jaxldm import training
+
+    if not stage.log.is_file():
+        return 0
+    steps = training.read_log(stage.log)["step"]
+    return int(steps[-1]) if len(steps) else 0
+
+
+def describe_pipeline(pipe: Any) -> str:
+    """Networks, sizes, classes and noise schedule as a table."""
+    import jax
+
+    from jaxldm import pipelines
+
+    rows = [
+        (name, type(module).__name__, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+        for name, module, params in pipelines.components(pipe)
+    ]
+    schedule = pipe.schedule
+    size = lambda shape: "x".join(map(str, shape))  # noqa: E731
+    kind = f"{schedule.path} path" + (
+        f", {schedule.betas} betas, {schedule.num_train_timesteps} timesteps" if schedule.path == "vp" else ""
+    )
+    latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape)} latents -> "
+    facts = [
+        ("draws", f"{latents}{size(pipe.image_shape)} images"),
+        ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
+        ("noise", f"{kind}, predicts {schedule.prediction}"),
+    ]
+    return f"{table(rows)}\n{table(facts)}"
+
+
+def how_to_sample(folder: Path, pipe: Any) -> str:
+    """The command line to type next."""
+    labels = "" if pipe.num_classes is None else "--class-labels 0 " + ("1 " if pipe.num_classes > 1 else "")
+    return f"sample:  jaxldm sample {folder} {labels}--num-images 16 --output-dir samples"
+
+
+def compare(first: str, second: str) -> None:
+    """Prints a line per tensor. Raises `CheckpointError` that names the tensors that differ."""
+    from jaxldm import pipelines
+
+    rows = pipelines.compare(pipelines.load(first), pipelines.load(second))
+    print(
+        table(
+            [
+                (row.name, "x".join(map(str, row.shape)) or "scalar", row.difference or "bit-exact")
+                for row in rows
+            ]
+        )
+    )
+    changed = [row.name for row in rows if row.difference]
+    if changed:
+        raise CheckpointError(
+            f"{len(changed)} of {len(rows)} tensors differ between {first} and {second}: {', '.join(changed)}"
+        )
+    print(f"all {len(rows)} tensors of {first} and {second} are the same, bit for bit")
