@@ -72,7 +72,7 @@ class Train:
         print(f"  jaxldm eval {run.path}")
 
     def make_recipe(self, run_dir: Path) -> Recipe:
-        """The recipe by its name, or with --resume the one that the run began with, and the changes asked for.
+        """The recipe by its name, or with --resume that which the run began with, and the changes asked for.
 
         Raises `UnknownNameError` and `InvalidArgumentError`.
         """

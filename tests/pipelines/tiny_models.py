@@ -22,7 +22,7 @@ UNET = dict(
     attention_head_dim=4,
     num_classes=3,
 )
-AUTOENCODER = dict(sample_size=8, block_out_channels=(4, 4), latent_channels=2)
+AUTOENCODER = dict(sample_size=8, block_out_channels=(4, 4), latent_channels=2, norm_num_groups=2)
 DIT = dict(sample_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
 
 

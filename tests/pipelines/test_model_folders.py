@@ -1,0 +1,276 @@
+"""Run folders and exported folders: bit-exact both ways, read by diffusers, refused when not whole."""
+
+import errno
+import json
+import shutil
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tiny_folders import write_run
+from tiny_models import latent_pipeline, pixel_pipeline, random_params
+
+from jaxldm import models, pipelines
+from jaxldm.checkpoints import folder as model_folder
+from jaxldm.diffusion import NoiseSchedule
+from jaxldm.errors import CheckpointError, StorageError
+
+WEIGHTS = model_folder.WEIGHTS_FILE
+
+
+def assert_same_model(first, second):
+    assert first.denoiser == second.denoiser and first.autoencoder == second.autoencoder
+    assert first.schedule.to_dict() == second.schedule.to_dict()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(
+            np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32)
+        ),
+        (first.denoiser_params, first.autoencoder_params),
+        (second.denoiser_params, second.autoencoder_params),
+    )
+
+
+@pytest.mark.parametrize(
+    "pipe",
+    [
+        latent_pipeline(),
+        pixel_pipeline(schedule=NoiseSchedule("flow", "flow")),
+        pixel_pipeline(schedule=NoiseSchedule("edm")),
+        latent_pipeline(
+            schedule=NoiseSchedule(betas="cosine", prediction="v_prediction", zero_terminal_snr=True)
+        ),
+    ],
+)
+def test_an_export_reads_back_bit_for_bit(tmp_path, pipe):
+    pipelines.save(pipe, tmp_path / "out")
+    assert_same_model(pipelines.load(tmp_path / "out"), pipe)
+    assert all(not row.difference for row in pipelines.compare(pipelines.load(tmp_path / "out"), pipe))
+    assert pipelines.kind_of(tmp_path / "out") == "export"
+
+
+@pytest.mark.parametrize("make", [latent_pipeline, pixel_pipeline])
+def test_a_run_folder_and_its_export_are_the_same_model(tmp_path, make):
+    pipe = make()
+    run = write_run(tmp_path / "run", pipe)
+    assert pipelines.kind_of(run) == "run"
+    assert_same_model(pipelines.load(run), pipe)
+    pipelines.save(pipelines.load(run), run / "export")
+    assert_same_model(pipelines.load(run / "export"), pipe)
+
+
+def test_the_layout_is_that_of_diffusers(tmp_path):
+    pipelines.save(latent_pipeline(), tmp_path / "latent")
+    pipelines.save(pixel_pipeline(), tmp_path / "pixel")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    model = ["config.json", WEIGHTS]
+    assert files == {
+        "latent/model_index.json",
+        "pixel/model_index.json",
+        "latent/scheduler/scheduler_config.json",
+        "pixel/scheduler/scheduler_config.json",
+        *(
+            f"{place}/{name}"
+            for place in ("latent/vae", "latent/unet", "pixel/transformer")
+            for name in model
+        ),
+    }
+    index = json.loads((tmp_path / "latent" / "model_index.json").read_text())
+    assert index["_class_name"] == "LatentDiffusionPipeline" and index["unet"] == ["diffusers", "UNet2DModel"]
+
+
+def test_diffusers_opens_the_parts_and_they_compute_the_same(tmp_path):
+    """UNet2DModel, AutoencoderKL and the scheduler of diffusers, on the exported folder as it is."""
+    pipe = latent_pipeline(schedule=NoiseSchedule(betas="scaled_linear", prediction="v_prediction"))
+    autoencoder = models.build(
+        "sd-autoencoder",
+        block_out_channels=(4, 4),
+        latent_channels=2,
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        norm_num_groups=2,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    pipe = pipe.replace(autoencoder=autoencoder, autoencoder_params=random_params(autoencoder))
+    pipelines.save(pipe, tmp_path / "out")
+    unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet").eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae").eval()
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+
+    x, t, labels = (
+        np.random.default_rng(0).standard_normal((2, 4, 4, 2)).astype(np.float32),
+        500,
+        np.array([1, 3]),
+    )
+    ours = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, jnp.full(2, 500.0), labels)
+    with torch.no_grad():
+        theirs = unet(torch.tensor(x).permute(0, 3, 1, 2), t, class_labels=torch.tensor(labels)).sample
+        image = vae.decode(torch.tensor(x).permute(0, 3, 1, 2) / vae.config.scaling_factor).sample
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(pipe.decode(x), image.permute(0, 2, 3, 1), atol=2e-3, rtol=1e-3)
+
+
+def test_compare_names_what_differs():
+    first = latent_pipeline()
+    params = jax.tree.map(np.array, first.denoiser_params)
+    params["conv_in"]["bias"][0] *= -1.0
+    rows = {
+        row.name: row.difference for row in pipelines.compare(first, first.replace(denoiser_params=params))
+    }
+    assert [name for name, difference in rows.items() if difference] == ["unet/conv_in.bias"]
+    assert rows["unet/conv_in.bias"] == "1 of 8 numbers differ"
+    rows = pipelines.compare(first, first.replace(autoencoder=None, autoencoder_params=None))
+    assert {row.name.split("/")[0] for row in rows if row.difference == "only in the first"} == {"vae"}
+    other = latent_pipeline(block_out_channels=(12,))
+    assert any(
+        "[8]" in row.difference and "[12]" in row.difference for row in pipelines.compare(first, other)
+    )
+
+
+def test_compare_sees_the_sign_of_zero_and_takes_nan_for_itself():
+    first = pixel_pipeline()
+    zeros = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), first.denoiser_params)
+    minus = jax.tree.map(lambda x: -x, zeros)
+    nan = jax.tree.map(lambda x: x + np.float32("nan"), zeros)
+
+    def compare(first_params, second_params):
+        pipes = (first.replace(denoiser_params=params) for params in (first_params, second_params))
+        return {bool(row.difference) for row in pipelines.compare(*pipes)}
+
+    assert compare(zeros, minus) == {True} and compare(nan, nan) == {False}
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    pipelines.save(latent_pipeline(), out)
+    pipelines.save(pixel_pipeline(), out)
+    assert not (out / "vae").exists() and pipelines.load(out).autoencoder is None
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(StorageError, match=r"thesis\.tex"):
+        pipelines.save(latent_pipeline(), out)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(StorageError, match="other files"):
+        pipelines.save(latent_pipeline(), foreign)
+    assert (foreign / "model_index.json").read_text() == '{"_class_name": "StableDiffusionPipeline"}'
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="is a file"):
+        pipelines.save(latent_pipeline(), tmp_path / "file")
+
+
+def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path, monkeypatch):
+    pipe = latent_pipeline()
+    pipelines.save(pipe, tmp_path / "out")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jaxldm.pipelines.folders._write_json", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        pipelines.save(pixel_pipeline(), tmp_path / "out")
+    assert_same_model(pipelines.load(tmp_path / "out"), pipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run", latent_pipeline())
+
+
+@pytest.fixture
+def exported(tmp_path):
+    pipelines.save(latent_pipeline(), tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_header(path):
+    content = bytearray(path.read_bytes())
+    content[12] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: truncate(run / "diffusion/model" / WEIGHTS), WEIGHTS),
+        (lambda run: flip_header(run / "autoencoder/model" / WEIGHTS), WEIGHTS),
+        (lambda run: (run / "diffusion/model" / WEIGHTS).unlink(), WEIGHTS),
+        (lambda run: (run / "diffusion/model/config.json").write_text('{"_class_name": '), "config.json"),
+        (lambda run: (run / "config.json").write_text('{"recipe": '), "config.json"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json"),
+        (lambda run: (run / "config.json").write_text("{}"), "config.json"),
+        (lambda run: shutil.rmtree(run / "diffusion"), "no finished model yet.*--resume"),
+        (lambda run: shutil.rmtree(run / "autoencoder"), "autoencoder"),
+        (lambda run: shutil.rmtree(run), "does not exist"),
+        (lambda run: (run / "config.json").unlink(), "neither a run folder"),
+    ],
+)
+def test_a_run_folder_that_is_not_whole(run, damage, words):
+    damage(run)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        pipelines.load(run)
+    assert "\n" not in str(caught.value)
+
+
+def put(folder, pipe):
+    from jaxldm import checkpoints
+
+    shutil.rmtree(folder)
+    checkpoints.save(folder, pipe.denoiser, pipe.denoiser_params)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda run: put(run / "diffusion/model", latent_pipeline(in_channels=3, out_channels=3)),
+        lambda run: put(run / "diffusion/model", latent_pipeline(sample_size=8)),
+        lambda run: put(run / "diffusion/model", latent_pipeline(num_classes=7)),
+        lambda run: put(run / "autoencoder/model", latent_pipeline()),
+        lambda run: (
+            shutil.rmtree(run / "diffusion/model"),
+            shutil.copytree(run / "autoencoder/model", run / "diffusion/model"),
+        ),
+    ],
+)
+def test_parts_of_another_model(run, mix):
+    mix(run)
+    with pytest.raises(CheckpointError, match=r"mixes two models|are needed"):
+        pipelines.load(run)
+
+
+def test_weights_of_another_model(run):
+    other = write_run(run.parent / "other", latent_pipeline(block_out_channels=(12,)))
+    shutil.copy(other / "diffusion/model" / WEIGHTS, run / "diffusion/model" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"12.*8|8.*12"):
+        pipelines.load(run)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out: truncate(out / "unet" / WEIGHTS), WEIGHTS),
+        (lambda out: (out / "model_index.json").write_text("{"), "model_index.json"),
+        (lambda out: (out / "model_index.json").write_text('{"_class_name": "X"}'), "unet"),
+        (lambda out: (out / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json is missing"),
+        (
+            lambda out: (out / "scheduler/scheduler_config.json").write_text('{"_class_name": "Y"}'),
+            "DDIMScheduler",
+        ),
+        (lambda out: shutil.rmtree(out / "vae"), "vae"),
+    ],
+)
+def test_an_exported_folder_that_is_not_whole(exported, damage, words):
+    damage(exported)
+    with pytest.raises(CheckpointError, match=words):
+        pipelines.load(exported)
