@@ -1,0 +1,182 @@
+"""Mini latent diffusion on MNIST, end to end (lecture 39, exercise E2).
+
+Question: how small can a whole latent diffusion model be, and what does guidance do to what it draws?
+Command:  make demo      (or: python experiments/lecture39/mini_ldm.py --run-dir runs/mini-ldm)
+Needs:    the `mnist` extra; two CPU cores, no accelerator. Minutes and expected figures: README.md beside
+          this file. A second call goes on where the first one stopped; one on a finished run only draws.
+
+Stages: autoencoder 28x28x1 -> 7x7x4, class-conditional U-Net on the latents, a digit classifier as the judge;
+then 500 digits by DDIM in 50 steps at each guidance scale, measured beside real digits; pictures; the export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from jaxldm import checkpoints, data, metrics, pipelines, training
+from jaxldm.checkpoints.storage import write_atomically
+from jaxldm.errors import JaxldmError
+from jaxldm.metrics import health
+from jaxldm.training.runs import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniLDM:
+    """Train a mini latent diffusion model, draw digits at several guidance scales, measure and export it."""
+
+    run_dir: Path = Path("runs/mini-ldm")
+    """Where everything is written."""
+    recipe: str = "mini-ldm"
+    """mini-ldm (U-Net), mini-ldm-dit (DiT on the same latents) or smoke (seconds; draws noise)."""
+    guidance_scales: tuple[float, ...] = (1.0, 3.0, 7.5)
+    """1 is the conditional model as trained."""
+    num_images: int = 500
+    """Digits drawn and measured at each scale; the real test set has 500."""
+    num_inference_steps: int = 50
+    """DDIM steps."""
+    seed: int = 0
+    """Of the drawing; the recipe has its own."""
+
+
+def draw_and_measure(options: MiniLDM, run: RunFolder) -> dict[float, metrics.Report]:
+    """Draws, saves and measures at each guidance scale; returns the reports."""
+    pipe = pipelines.load(run.path)
+    dataset = data.load(training.read_recipe(run.path).data)
+    classify = metrics.classifier_function(*checkpoints.load(run.stage("classifier").model))
+    test_images, test_labels = dataset.arrays("test")
+    labels = np.arange(options.num_images, dtype=np.int32) % pipe.num_classes
+    reports, images = {}, test_images
+    for scale in options.guidance_scales:
+        start = time.perf_counter()
+        images = pipe(
+            jax.random.key(options.seed),
+            labels,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=scale,
+        )
+        seconds = time.perf_counter() - start
+        print(f"w = {scale:g}: {len(images)} digits in {seconds:.1f} s, {options.num_inference_steps} steps")
+        findings = [
+            *health.check_guided(images, scale),
+            *health.check_blank(images),
+            *health.check_diversity(images, labels, test_images, test_labels),
+            *health.check_saturation(images, test_images),
+        ]
+        print(health.report(health.failed(findings)) or f"     {len(findings)} health checks, all ok")
+        pipelines.save_samples(run.path / "samples" / f"w{scale:g}", images, labels, columns=10)
+        sixteen = metrics.image_grid(images[:16], columns=4, scale=3)
+        metrics.save_png(run.path / f"grid-w{scale:g}.png", sixteen)
+        reports[scale] = metrics.evaluate(images, labels, classify, dataset)
+    train_images, _ = dataset.arrays("train")
+    panel = metrics.nearest_neighbour_panel(images, train_images, pairs=16, scale=3)
+    metrics.save_png(run.path / "nearest-training-digits.png", panel)
+    return reports
+
+
+ROWS = (  # title, column of Report, format, column for real digits, what that is
+    (
+        "read as the asked digit",
+        "accuracy",
+        ".1%",
+        "classifier_accuracy",
+        "the classifier on real test digits",
+    ),
+    (
+        "Fréchet distance, classifier features",
+        "frechet_distance",
+        ".2f",
+        "real_frechet_distance",
+        "the floor",
+    ),
+    ("... as a multiple of the floor", "frechet_ratio", ".2f", None, ""),
+    ("Inception-Score analogue, classifier", "inception_score", ".2f", "real_inception_score", ""),
+    ("within-class diversity, features", "feature_diversity", ".2f", None, ""),
+    ("within-class diversity, pixels", "pixel_diversity", ".2f", None, ""),
+    ("median distance to nearest training digit", "nearest_distance", ".2f", "real_nearest_distance", ""),
+    ("share nearer than 99 % of test digits are", "near_copies", ".1%", None, ""),
+)
+
+
+def table(reports: dict[float, metrics.Report]) -> str:
+    """The reports side by side as one Markdown table: a row per figure, a column per guidance scale.
+
+    The floor is the distance of real validation digits from real test digits, sets of the same size.
+    """
+    first = next(iter(reports.values()))
+    scales = " | ".join(f"w = {scale:g}" for scale in reports)
+    lines = [
+        f"| {first.num_images} generated digits | {scales} | real digits |",
+        "|---" * (len(reports) + 2) + "|",
+    ]
+    for title, column, form, real_column, note in ROWS:
+        cells = [format(getattr(report, column), form) for report in reports.values()]
+        real = format(getattr(first, real_column), form) if real_column else "1.0%" if form == ".1%" else "1"
+        lines.append("| " + " | ".join([title, *cells, f"{real} ({note})" if note else real]) + " |")
+    return "\n".join(lines)
+
+
+def plot_scales(path: Path, reports: dict[float, metrics.Report]) -> None:
+    """Draws accuracy, Fréchet distance and diversity against the guidance scale."""
+    from matplotlib.figure import Figure
+
+    scales = list(reports)
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = (
+        ("accuracy", "read as the asked digit", next(iter(reports.values())).classifier_accuracy),
+        ("frechet_ratio", "Fréchet distance / real-vs-real floor", 1.0),
+        ("feature_diversity", "within-class diversity / real", 1.0),
+    )
+    for axes, (column, label, real) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(scales, [getattr(reports[w], column) for w in scales], "o-")
+        axes.axhline(real, color="grey", linestyle="--", label="real digits")
+        axes.set(xlabel="guidance scale w", title=label)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=100)
+    partial.replace(path)
+
+
+def export(run: RunFolder) -> None:
+    """Writes the model as safetensors, and reads it back to see that not a bit changed."""
+    folder = run.path / "export"
+    pipelines.save(pipelines.load(run.path), folder)
+    rows = pipelines.compare(pipelines.load(folder), pipelines.load(run.path))
+    changed = [row.name for row in rows if row.difference]
+    print(f"exported to {folder}: {len(rows) - len(changed)} of {len(rows)} tensors read back bit for bit")
+    if changed:
+        raise SystemExit(f"these differ: {', '.join(changed)}")
+
+
+def main(options: MiniLDM) -> None:
+    start = time.perf_counter()
+    recipe = training.RECIPES[options.recipe]
+    run = training.train(recipe, options.run_dir, resume=(options.run_dir / "config.json").exists())
+    trained = time.perf_counter()
+    reports = draw_and_measure(options, run)
+    print("\n" + table(reports) + "\n")
+    write_atomically(run.path / "metrics.md", (table(reports) + "\n").encode())
+    figures = {f"{scale:g}": report.to_dict() for scale, report in reports.items()}
+    write_atomically(run.path / "metrics.json", json.dumps(figures, indent=1).encode())
+    plot_scales(run.path / "guidance.png", reports)
+    export(run)
+    end = time.perf_counter()
+    minutes = (trained - start) / 60, (end - trained) / 60
+    print(f"{sum(minutes):.1f} minutes: {minutes[0]:.1f} training, {minutes[1]:.1f} drawing and measuring")
+    print(f"Look at {run.path}/grid-w3.png, and at the other pictures and metrics.md beside it.")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(MiniLDM, config=(tyro.conf.FlagCreatePairsOff,)))
+    except JaxldmError as error:
+        print(f"mini_ldm: {error}", file=sys.stderr)
+        sys.exit(2)
