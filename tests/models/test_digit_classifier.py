@@ -62,18 +62,19 @@ def test_what_comes_in_from_outside_is_background_and_the_range_stays():
 
 
 def test_logits_of_zero_cost_the_logarithm_of_the_number_of_classes():
-    images, labels = jnp.zeros([6, 8, 8, 1]), jnp.array([0, 1, 2, 3, 0, 1])
-    loss, aux = classification_loss(jax.random.key(0), lambda x: jnp.zeros([6, 5]), images, labels, None)
+    images, labels = np.zeros([6, 8, 8, 1], np.float32), np.array([0, 1, 2, 3, 0, 1])
+    zero = jax.jit(lambda key: classification_loss(key, lambda x: jnp.zeros([6, 5]), images, labels, None))
+    loss, aux = zero(jax.random.key(0))
     np.testing.assert_allclose(loss, np.log(5), rtol=1e-6)
     np.testing.assert_allclose(aux["accuracy"], 2 / 6, rtol=1e-6)
 
 
-def test_it_learns_to_tell_stripes_apart():
+def test_it_learns_to_tell_a_bar_across_from_a_bar_down():
     module = models.build("digit-classifier", num_classes=2, **SMALL)
     params = models.init(module, jax.random.key(0))
-    labels = jnp.arange(32) % 2
-    lines = jnp.sin(2.0 * jnp.arange(8.0)).reshape(1, 8, 1, 1)
-    images = jnp.where(labels.reshape(-1, 1, 1, 1) == 0, lines, lines.transpose(0, 2, 1, 3))
+    labels = np.arange(32) % 2
+    images = np.full([32, 8, 8, 1], -1.0, np.float32)
+    images[0::2, 3:5], images[1::2, :, 3:5] = 1, 1
 
     def loss_of(params, key):
         return classification_loss(key, lambda x: module.apply({"params": params}, x), images, labels)
@@ -81,7 +82,9 @@ def test_it_learns_to_tell_stripes_apart():
     @jax.jit
     def step(params, key):
         (_, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, key)
-        return jax.tree.map(lambda value, slope: value - 0.2 * slope, params, gradient), aux["accuracy"]
+        return jax.tree.map(lambda value, slope: value - 5e-3 * jnp.sign(slope), params, gradient), aux[
+            "accuracy"
+        ]
 
     accuracies = []
     for i in range(100):
