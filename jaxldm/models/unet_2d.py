@@ -236,12 +236,13 @@ PRESETS = {
         sample_size=7,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(64, 128),
+        block_out_channels=(64, 96),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,  # one attention layer, in the middle
+        norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
         num_classes=10,
     ),
 }
