@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import tyro
 
-from jaxldm import checkpoints, data, metrics, pipelines, training
+from jaxldm import checkpoints, data, host, metrics, pipelines, training
 from jaxldm.checkpoints.storage import write_atomically
 from jaxldm.errors import JaxldmError
 from jaxldm.metrics import health
@@ -157,6 +157,7 @@ def export(run: RunFolder) -> None:
 
 
 def main(options: MiniLDM) -> None:
+    host.prepare()
     start = time.perf_counter()
     recipe = training.RECIPES[options.recipe]
     run = training.train(recipe, options.run_dir, resume=(options.run_dir / "config.json").exists())
