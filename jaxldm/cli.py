@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return complain(describe_os_error(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return complain("out of memory: ask for fewer images, a smaller batch or a smaller model")
     except KeyboardInterrupt:
         resume = (
             "; the same command with --resume goes on from the last checkpoint"

@@ -25,7 +25,7 @@ class Sample:
     folder: Annotated[Positional[str], shown("RUN")]
     """Run folder made by `jaxldm train`, or folder made by `jaxldm export`."""
 
-    class_labels: Annotated[tuple[int, ...], shown("LABEL ...", "every class once")] = ()
+    class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "every class once")] = None
     """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
 
     num_images: Annotated[int | None, shown("INT", "one for each label")] = None
@@ -40,7 +40,7 @@ class Sample:
     guidance_rescale: float = 0.0
     """Between 0 and 1: how far the contrast that a strong guidance adds is taken back (0.7 is usual)."""
 
-    negative_class_labels: Annotated[tuple[int, ...], shown("LABEL ...", "none")] = ()
+    negative_class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "none")] = None
     """Classes to steer away from: one for all images, or several, repeating as --class-labels do."""
 
     solver: Annotated[str, shown("NAME")] = "ddim"
@@ -71,7 +71,7 @@ class Sample:
 
         pipelines.check_output_folder(self.output_dir)
         pipe = pipelines.load(self.folder)
-        labels = pipe.cycle_labels(self.class_labels or None, self.num_images)
+        labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
         guidance_scale = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         with STEP_BAR.showing(pipe.count_steps(num_images, self.num_inference_steps), "sampling"):
@@ -82,7 +82,7 @@ class Sample:
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=guidance_scale,
                 guidance_rescale=self.guidance_rescale,
-                negative_labels=self.negative_class_labels or None,
+                negative_labels=self.negative_class_labels,
                 solver=self.solver,
                 eta=self.eta,
                 spacing=self.spacing,
@@ -90,7 +90,7 @@ class Sample:
                 on_step=STEP_BAR.tick,
             )
         print_findings(pipelines.check_drawn(images, guidance_scale))
-        columns = pipelines.columns_for(num_images, len(self.class_labels) or pipe.num_classes or 1)
+        columns = pipelines.columns_for(num_images, len(self.class_labels or ()) or pipe.num_classes or 1)
         pipelines.save_samples(self.output_dir, images, labels, columns)
         print(
             f"{num_images} images: look at {self.output_dir}/grid.png; samples.npz beside it holds them all"

@@ -220,11 +220,17 @@ class LatentDiffusion:
             if class_labels is not None:
                 raise InvalidArgumentError("this model knows no classes: leave the class labels out")
             return None
-        given = np.arange(self.num_classes) if class_labels is None else np.asarray(class_labels)
-        if given.size == 0:
-            raise InvalidArgumentError("no class label was given")
-        given = check_labels(given, len(given), self.num_classes, "class labels")
+        given = self._checked(
+            np.arange(self.num_classes) if class_labels is None else class_labels, "class labels"
+        )
         return np.resize(given, len(given) if num_images is None else num_images)
+
+    def _checked(self, labels: Any, name: str) -> Int[np.ndarray, " K"]:
+        """One label or several as int32 [K], all of them classes of this model."""
+        labels = np.atleast_1d(np.asarray(labels))
+        if labels.size == 0:
+            raise InvalidArgumentError(f"no {name} were given: leave the option out, or give one or more")
+        return check_labels(labels, len(labels), self.num_classes, name)
 
     def _images(self, class_labels, negative_labels, num_images) -> Images:
         labels = self.cycle_labels(class_labels, num_images)
@@ -235,10 +241,7 @@ class LatentDiffusion:
         if negative_labels is None:
             negative = np.full_like(labels, self.num_classes)
         else:
-            given = np.atleast_1d(np.asarray(negative_labels))
-            negative = np.resize(
-                check_labels(given, len(given), self.num_classes, "negative labels"), len(labels)
-            )
+            negative = np.resize(self._checked(negative_labels, "negative labels"), len(labels))
         return Images(np.arange(len(labels), dtype=np.int32), labels, negative)
 
     def _grid(self, num_inference_steps, spacing, sigmas) -> D.Grid:

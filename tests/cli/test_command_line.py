@@ -1,0 +1,169 @@
+"""`jaxldm --help`, mistakes in what is typed, interruption: what every command shares."""
+
+import dataclasses
+import errno
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from command_lines import complaint, run
+
+from jaxldm import __version__, models, training
+from jaxldm import diffusion as D
+from jaxldm.commands import COMMANDS, info, load_command, sample, train
+from jaxldm.commands.terminal import check_seed
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
+
+
+def test_help_lists_the_commands(capsys):
+    for words in ([], ["--help"], ["-h"]):
+        code, out, err = run(capsys, *words)
+        assert code == 0 and not err and all(f"\n  {name} " in out for name in COMMANDS)
+
+
+def test_the_version(capsys):
+    assert run(capsys, "--version") == (0, f"jaxldm {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_an_example_and_explains_each_option(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and f"For example:\n  jaxldm {command}" in out
+    fields = dataclasses.fields(load_command(command))
+    optional = [field.name for field in fields if "Positional" not in str(field.type)]
+    options = ["--" + name.replace("_", "-") for name in optional]
+    assert all(option in out for option in options)
+    text = " ".join(line.strip("│| ") for line in out.split("\n"))
+    # Each option and each argument: its name, a sentence that ends with a full stop, and its default.
+    assert len(re.findall(r"[A-Za-z0-9'`).]\. \((?:default: [^)]*|required)\)", text)) == len(fields)
+
+
+def test_help_answers_without_the_heavy_packages():
+    code = (
+        "import sys; from jaxldm import cli\n"
+        "for words in (['--help'], ['--version'], *([name, '--help'] for name in cli.COMMANDS)): cli.main(words)\n"
+        "heavy = {'jax', 'flax', 'torch', 'tensorflow', 'matplotlib', 'orbax', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [
+        (["smaple"], ["train", "sample", "eval", "export", "info", "did you mean 'sample'?"]),
+        (["sample", "RUN", "--guidence-scale", "3"], ["--guidance-scale", "--solver", "did you mean"]),
+        (["train", "smoke", "--epoch=3"], ["--epochs", "--batch-size"]),
+        (["sample", "RUN", "--num-images", "many"], ["--num-images", "many", "jaxldm sample --help"]),
+        (["sample"], ["RUN"]),
+        (["sample", "RUN", "OTHER"], ["OTHER"]),
+        (["sample", "RUN", "--seed"], ["--seed"]),
+        (["export", "RUN"], ["OUT"]),
+        (["train"], ["RECIPE"]),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_with_the_choices(capsys, words, choices):
+    line = complaint(capsys, *words)
+    assert all(choice in line for choice in choices), line
+
+
+def test_options_may_be_written_with_underscores(capsys):
+    assert "does not exist" in complaint(
+        capsys, "sample", "/nowhere/run", "--num_images=3", "--guidance_scale", "2"
+    )
+
+
+def test_ctrl_c_ends_with_130_and_a_word_on_resume(capsys, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Train, "run", interrupted)
+    code, _, err = run(capsys, "train", "smoke")
+    assert code == 130 and "--resume" in err and "Traceback" not in err
+    monkeypatch.setattr(sample.Sample, "run", interrupted)
+    code, _, err = run(capsys, "sample", "RUN")
+    assert code == 130 and "--resume" not in err
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EIO, "error")]
+)
+def test_what_a_library_cannot_write_is_one_line(capsys, monkeypatch, code, word):
+    def fails(self):
+        raise OSError(code, os.strerror(code), "/some/file")
+
+    monkeypatch.setattr(info.Info, "run", fails)
+    line = complaint(capsys, "info")
+    assert "/some/file" in line and word in line
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = f"{sys.executable} -m jaxldm.cli sample --help | head -1 > /dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141) and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, -(2**70)])
+def test_a_seed_out_of_range(seed):
+    assert check_seed(0) == 0 and check_seed(2**32 - 1) == 2**32 - 1
+    with pytest.raises(InvalidArgumentError, match="4294967295"):
+        check_seed(seed)
+
+
+def test_the_recipe_with_what_was_asked_for(tmp_path):
+    asked = train.Train(
+        "mini-ldm",
+        epochs=3,
+        autoencoder_epochs=2,
+        batch_size=16,
+        learning_rate=0.5,
+        seed=9,
+        dataset="mnist",
+        preset="tiny-dit",
+    ).make_recipe(tmp_path)
+    assert (asked.seed, asked.data, asked.autoencoder.epochs) == (9, "mnist", 2)
+    diffusion = asked.diffusion
+    assert (diffusion.epochs, diffusion.batch_size, diffusion.learning_rate) == (3, 16, 0.5)
+    assert (diffusion.preset, diffusion.overrides) == ("tiny-dit", {})
+    assert train.Train("smoke").make_recipe(tmp_path) == training.RECIPES["smoke"]
+    with pytest.raises(InvalidArgumentError, match="no autoencoder"):
+        train.Train("tiny-dit", autoencoder_epochs=2).make_recipe(tmp_path)
+    with pytest.raises(UnknownNameError, match="mini-unet"):
+        train.Train("smoke", preset="digit-classifier").make_recipe(tmp_path)
+
+
+def test_info_lists_what_can_be_named(capsys):
+    code, out, _ = run(capsys, "info")
+    names = [*training.RECIPES, *models.PRESETS, *D.solvers.SOLVERS, *D.SPACINGS, "mnist5k", "cpu"]
+    assert code == 0 and all(name in out for name in names)
+
+
+def test_info_of_a_preset_counts_its_parameters(capsys):
+    code, out, _ = run(capsys, "info", "mini-autoencoder")
+    params = models.init(models.build("mini-autoencoder"), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert code == 0 and f"{count:,} parameters" in out
+    assert "jaxldm train smoke" in run(capsys, "info", "smoke")[1]
+    assert "tiny-dit" in complaint(capsys, "info", "tiny-ditt")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_too_little_memory_is_one_line(capsys, monkeypatch, error):
+    def fails(self):
+        raise error
+
+    monkeypatch.setattr(info.Info, "run", fails)
+    assert "out of memory" in complaint(capsys, "info")
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
+    def fails(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(info.Info, "run", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["info"])

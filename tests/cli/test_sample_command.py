@@ -1,0 +1,241 @@
+"""`jaxldm sample`, `export` and `info` on random models: what they write, and the mistakes one can make."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from command_lines import complaint, run
+from PIL import Image
+from tiny_folders import write_run
+from tiny_models import latent_pipeline, pixel_pipeline
+
+from jaxldm import pipelines
+from jaxldm.checkpoints.folder import WEIGHTS_FILE
+from jaxldm.commands.terminal import STEP_BAR
+from jaxldm.data import to_uint8
+
+FEW_STEPS = ["--num-inference-steps", "2", "--solver", "ddim"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "exported"
+    pipelines.save(pixel_pipeline(learn_sigma=False), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("models") / "run", latent_pipeline())
+
+
+def sample(capsys, folder, out, *words):
+    code, _, err = run(capsys, "sample", folder, *FEW_STEPS, "--output-dir", out, *words)
+    assert code == 0, err
+    return np.load(out / "samples.npz")
+
+
+def test_what_is_written(capsys, exported, tmp_path):
+    saved = sample(
+        capsys, exported, tmp_path / "a" / "b", "--class-labels", 2, 0, "--num-images", 5, "--seed", 4
+    )
+    assert saved["images"].shape == (5, 8, 8, 1) and saved["images"].dtype == np.uint8
+    np.testing.assert_array_equal(saved["labels"], [2, 0, 2, 0, 2])
+    names = {path.name for path in (tmp_path / "a" / "b").iterdir()}
+    assert names == {
+        "grid.png",
+        "samples.npz",
+        *(f"image-{k:05d}-class-{2 * (k % 2 == 0)}.png" for k in range(5)),
+    }
+    picture = np.asarray(Image.open(tmp_path / "a" / "b" / "image-00003-class-0.png"))
+    np.testing.assert_array_equal(picture, saved["images"][3, ..., 0])
+    pipe = pipelines.load(exported)
+    images = pipe(jax.random.key(4), [2, 0], num_images=5, num_inference_steps=2, on_step=STEP_BAR.tick)
+    np.testing.assert_array_equal(saved["images"], to_uint8(images))
+
+
+def test_by_default_every_class_once_and_a_seed_draws_the_same_again(capsys, exported, tmp_path):
+    first = sample(capsys, exported, tmp_path / "first")
+    again = sample(capsys, exported, tmp_path / "again", "--num-images", 2, "--batch-size", 1)
+    other = sample(capsys, exported, tmp_path / "other", "--seed", 4294967295)
+    np.testing.assert_array_equal(first["labels"], [0, 1, 2])
+    np.testing.assert_array_equal(again["images"], first["images"][:2])
+    assert (other["images"] != first["images"]).any()
+
+
+def test_a_run_folder_serves_as_well_as_its_export(capsys, run_folder, tmp_path):
+    from_run = sample(capsys, run_folder, tmp_path / "a")
+    assert run(capsys, "export", run_folder, tmp_path / "out")[0] == 0
+    np.testing.assert_array_equal(
+        sample(capsys, tmp_path / "out", tmp_path / "b")["images"], from_run["images"]
+    )
+    code, out, _ = run(capsys, "info", tmp_path / "out", "--compare", run_folder)
+    tensors = [line for line in out.splitlines() if line.endswith("bit-exact")]
+    assert code == 0 and len(tensors) == len(
+        pipelines.compare(pipelines.load(run_folder), pipelines.load(run_folder))
+    )
+    assert any("unet/conv_in.weight" in line for line in tensors)
+
+
+def test_compare_fails_and_names_the_tensors_that_differ(capsys, exported, run_folder, tmp_path):
+    pipe = pipelines.load(exported)
+    params = jax.tree.map(np.array, pipe.denoiser_params)
+    params["x_embedder"]["proj"]["bias"][3] += 1.0
+    pipelines.save(pipe.replace(denoiser_params=params), tmp_path / "other")
+    line = complaint(capsys, "info", tmp_path / "other", "--compare", exported)
+    assert "transformer/x_embedder.proj.bias" in line and "1 of 21" in line
+    assert "two folders" in complaint(capsys, "info", "--compare", exported)
+
+
+def test_info_says_what_a_folder_is_and_how_to_sample_from_it(capsys, exported, run_folder):
+    code, out, _ = run(capsys, "info", exported)
+    assert code == 0 and "8x8x1 images" in out and "classes  0 to 2" in out
+    assert f"jaxldm sample {exported} --class-labels" in out
+    code, out, _ = run(capsys, "info", run_folder)
+    assert code == 0 and "recipe smoke" in out and "4x4x2 latents -> 8x8x1 images" in out
+
+
+def test_a_warning_of_the_health_checks_reaches_the_screen(capsys, tmp_path):
+    pipe = latent_pipeline()
+    blank = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), pipe.autoencoder_params)
+    pipelines.save(pipe.replace(autoencoder_params=blank), tmp_path / "blank")
+    code, _, err = run(capsys, "sample", tmp_path / "blank", *FEW_STEPS, "--output-dir", tmp_path / "out")
+    assert code == 0 and "3 of 3 images are blank" in err and "cure" in err
+    assert (tmp_path / "out" / "grid.png").exists()
+
+
+def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
+    pipe = latent_pipeline()
+    nan = jax.tree.map(lambda x: np.full_like(np.asarray(x), np.nan), pipe.denoiser_params)
+    pipelines.save(pipe.replace(denoiser_params=nan), tmp_path / "nan")
+    line = complaint(capsys, "sample", tmp_path / "nan", *FEW_STEPS, "--output-dir", tmp_path / "out")
+    assert "3 of 3" in line and "NaN" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--solver", "dimm"], ["ddim", "dpmpp_2m", "did you mean"]),
+        (["--spacing", "even"], ["trailing"]),
+        (["--num-inference-steps", "0"], ["num_inference_steps", "at least 1"]),
+        (["--num-inference-steps", "1001"], ["1001", "1000"]),
+        (["--guidance-scale", "nan"], ["guidance_scale", "finite"]),
+        (["--guidance-scale", "-1"], ["guidance_scale", "0 or more"]),
+        (["--guidance-scale", "inf"], ["finite"]),
+        (["--guidance-scale=-inf"], ["finite"]),
+        (["--guidance-rescale", "2"], ["between 0 and 1"]),
+        (["--class-labels", "3"], ["class labels", "[0, 2]", "3"]),
+        (["--class-labels", "-1"], ["[0, 2]"]),
+        (["--class-labels"], ["class labels"]),
+        (["--negative-class-labels", "0", "9"], ["negative labels", "[0, 2]"]),
+        (["--num-images", "0"], ["num_images", "1 or more"]),
+        (["--num-images", "-5"], ["1 or more"]),
+        (["--batch-size", "0"], ["batch_size"]),
+        (["--seed", "-1"], ["seed", "4294967295"]),
+        (["--seed", "4294967296"], ["seed"]),
+        (["--eta", "0.5", "--solver", "dpmpp_2m"], ["eta"]),
+    ],
+)
+def test_a_wrong_option_of_sample(capsys, exported, tmp_path, words, expected):
+    line = complaint(capsys, "sample", exported, "--output-dir", tmp_path / "out", *words)
+    assert all(part in line for part in expected), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(capsys, exported, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        assert "is a file" in complaint(capsys, "sample", exported, "--output-dir", out)
+        assert "is a file" in complaint(capsys, "export", exported, out)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_loses_nothing(capsys, exported, tmp_path, monkeypatch):
+    sample(capsys, exported, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jaxldm.pipelines.images.np.savez", full)
+    line = complaint(capsys, "sample", exported, *FEW_STEPS, "--output-dir", tmp_path / "out", "--seed", 1)
+    assert "disk is full" in line and str(tmp_path / "out") in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: shutil.rmtree(run / "diffusion"), ["no finished model yet", "--resume"]),
+        (lambda run: (run / "config.json").write_text("{"), ["config.json"]),
+        (lambda run: (run / "diffusion/model/config.json").write_text("{"), ["config.json"]),
+        (lambda run: os.truncate(run / "diffusion/model" / WEIGHTS_FILE, 500), [WEIGHTS_FILE]),
+        (lambda run: (run / "diffusion/model" / WEIGHTS_FILE).write_bytes(b"no weights"), [WEIGHTS_FILE]),
+        (lambda run: shutil.rmtree(run), ["does not exist", "jaxldm train"]),
+        (lambda run: (shutil.rmtree(run), run.write_text("a file")), ["is a file"]),
+        (lambda run: (shutil.rmtree(run), run.mkdir()), ["neither a run folder"]),
+    ],
+)
+def test_a_folder_that_holds_no_whole_model(capsys, tmp_path, damage, words):
+    run = write_run(tmp_path / "run", latent_pipeline())
+    damage(run)
+    for command in (
+        ["sample", run, "--output-dir", tmp_path / "out"],
+        ["export", run, tmp_path / "exported"],
+        ["eval", run, "--output-dir", tmp_path / "out"],
+    ):
+        line = complaint(capsys, *command)
+        assert all(word in line for word in words) or command[0] == "eval", line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "exported").exists()
+
+
+def test_export_refuses_to_write_over_other_files(capsys, exported, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "thesis.tex" in complaint(capsys, "export", exported, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_eval_needs_a_run_with_a_judge(capsys, exported, run_folder):
+    assert "run folder" in complaint(capsys, "eval", exported)
+    assert "classifier" in complaint(capsys, "eval", run_folder)
+
+
+def test_true_processes_with_one_device_and_with_eight_draw_the_same(exported, tmp_path):
+    for devices in (1, 8):
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        words = [
+            "sample",
+            exported,
+            *FEW_STEPS,
+            "--num-images",
+            "20",
+            "--output-dir",
+            tmp_path / str(devices),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxldm.cli", *map(str, words)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    one, eight = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("1", "8"))
+    assert len(one) == 20
+    np.testing.assert_array_equal(one, eight)
+
+
+def test_a_mistake_in_a_true_process_is_one_line_and_exit_code_2(exported):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxldm.cli", "sample", str(exported), "--solver", "dimm"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "ddim" in done.stderr
