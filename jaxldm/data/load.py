@@ -13,7 +13,7 @@ import numpy as np
 from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
 from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
 
-WELL_KNOWN = ("mnist5k", "mnist", "fashion_mnist", "cifar10", "imagenet2012")
+WELL_KNOWN = ("mnist5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
 
 
 def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -28,8 +28,9 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
 def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset:
     """Returns the dataset of a TFDS name, and prepares it first if this machine does not have it.
 
-    `mnist5k` needs no network and no TensorFlow. Other names are downloaded by tensorflow_datasets, which
-    needs TensorFlow to prepare most of them; what is once prepared as array_record is read without it.
+    `mnist5k` needs no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist` need a network only.
+    The other names are left to tensorflow_datasets, which needs TensorFlow to prepare most of them; what is
+    once prepared as array_record is read without it.
 
     A dataset with no validation split gets every tenth training record as one. One with no test split uses
     its validation split for that, or else another tenth of the training records. With no class label all
@@ -105,7 +106,7 @@ def _prepared(name: str, folder: pathlib.Path):
     if not path.exists():
         try:
             builder.download_and_prepare()
-        except MissingDependencyError:
+        except (MissingDependencyError, DataError):
             raise
         except Exception as error:  # TFDS raises assertion, import, download and file errors
             if not (isinstance(error, OSError) and path.exists()):  # else another process was the quicker one
@@ -126,6 +127,10 @@ def _builder(name: str, folder: pathlib.Path):
         builder = tfds.builder(name, data_dir=folder)
         if builder.info.splits:  # prepared already, perhaps by another program and in another format
             return builder
+        from jaxldm.data.idx_images import IdxImages
+
+        if name in IdxImages.builder_configs:
+            return IdxImages(config=name, data_dir=folder, file_format="array_record")
         return tfds.builder(name, data_dir=folder, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))

@@ -1,10 +1,14 @@
 """Datasets by name: mnist5k whole, splits made where there are none, and every way it can go wrong."""
 
+import functools
+import gzip
+import http.server
 import io
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -13,7 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxldm import data
-from jaxldm.data import mnist5k
+from jaxldm.data import idx_images, mnist5k
 from jaxldm.data.dataset import central_square
 from jaxldm.data.load import split_records
 from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
@@ -144,6 +148,62 @@ def test_the_data_folder_is_the_argument_then_our_variable_then_that_of_tfds(mon
     monkeypatch.setenv("JAXLDM_DATA_DIR", str(tmp_path / "ours"))
     assert data.data_folder() == tmp_path / "ours"
     assert data.data_folder(tmp_path) == tmp_path
+
+
+# MNIST and its relatives, from a server on this machine
+
+
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return gzip.compress(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves four small IDX files in place of those of MNIST."""
+    files, rng = tmp_path / "www", np.random.default_rng(0)
+    files.mkdir()
+    for images_name, labels_name in idx_images.FILES.values():
+        (files / images_name).write_bytes(idx(rng.integers(0, 256, size=[30, 28, 28])))
+        (files / labels_name).write_bytes(idx(np.arange(30) % 10))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=files)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http_server.server_address[1]}/"
+        monkeypatch.setattr(idx_images.IdxImages.builder_configs["mnist"], "url", url)
+        yield files
+        http_server.shutdown()
+
+
+def test_mnist_is_fetched_and_prepared_without_tensorflow(server, tmp_path):
+    dataset = data.load("mnist", data_dir=tmp_path / "data")
+    assert dataset.name == "mnist" and dataset.class_names == tuple("0123456789")
+    assert [len(dataset.rows(split)) for split in dataset.splits] == [27, 3, 30]
+    images, labels = dataset.arrays("test")
+    expected = idx_images.read_idx(server / "t10k-images-idx3-ubyte.gz").reshape(30, -1)
+    pixels = data.to_uint8(images).reshape(30, -1)
+    found = [int(np.flatnonzero((expected == row).all(axis=1))[0]) for row in pixels]
+    assert sorted(found) == list(range(30)) and (labels == np.array(found) % 10).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "not gzip", "other numbers"])
+def test_a_damaged_download_is_a_clear_error(server, tmp_path, damage):
+    path = server / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"cut": whole[:900], "not gzip": b"<html>", "other numbers": idx(np.zeros([29, 28, 28]))}[damage]
+    )
+    with pytest.raises(DataError, match="delete it and run again"):
+        data.load("mnist", data_dir=tmp_path / "data")
+
+
+def test_an_idx_file_must_hold_as_many_bytes_as_it_says(tmp_path):
+    path = tmp_path / "file.gz"
+    for content in (b"", b"\0\0\x08\x02\0\0\0\x02", b"\0\0\x0d\x01\0\0\0\x01z", b"\0\0\x08\x01\0\0\0\x03ab"):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(DataError, match="IDX"):
+            idx_images.read_idx(path)
 
 
 # splits

@@ -1,0 +1,100 @@
+"""TFDS builder for MNIST and its relatives, made from the original IDX files without TensorFlow.
+
+The builders of these names in tensorflow_datasets read and encode the images with TensorFlow; this one needs
+numpy only. Importing this module imports tensorflow_datasets, so `jaxldm.data.load` does it late.
+"""
+
+import dataclasses
+import gzip
+import os
+import zlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+
+from jaxldm.errors import DataError
+
+FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+DIGITS = tuple("0123456789")
+GARMENTS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+KANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
+
+@dataclasses.dataclass
+class IdxConfig(tfds.core.BuilderConfig):
+    """Where the four files lie and what the ten classes are called."""
+
+    url: str = ""
+    class_names: tuple[str, ...] = DIGITS
+
+
+def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
+    """Returns the uint8 array of a gzipped IDX file, the format of the original MNIST files.
+
+    Two zero bytes, the type (8 for uint8), the number of axes, each extent as a big-endian 32-bit number,
+    the bytes. Raises `DataError` if the file is not that, or cut short.
+    """
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}): delete it and run again") from error
+    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    shape = np.frombuffer(content[4 : 4 + 4 * axes], dtype=">u4")
+    numbers = np.frombuffer(content[4 + 4 * axes :], dtype=np.uint8)
+    if axes == 0 or len(shape) < axes or numbers.size != np.prod(shape.astype(np.int64)):
+        raise DataError(f"{path} is not a whole IDX file of bytes: delete it and run again")
+    return numbers.reshape(shape)
+
+
+class IdxImages(tfds.core.GeneratorBasedBuilder):
+    """Grey 28x28 images of ten classes, 60 000 for training and 10 000 for testing."""
+
+    name = "idx_images"
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (
+        IdxConfig(name="mnist", url="https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        IdxConfig(
+            name="fashion_mnist",
+            url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            class_names=GARMENTS,
+        ),
+        IdxConfig(name="kmnist", url="http://codh.rois.ac.jp/kmnist/dataset/kmnist/", class_names=KANA),
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
+                "label": tfds.features.ClassLabel(names=list(self.builder_config.class_names)),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+    def _split_generators(self, dl_manager):
+        urls = {split: [self.builder_config.url + name for name in names] for split, names in FILES.items()}
+        return {split: self._generate_examples(*paths) for split, paths in dl_manager.download(urls).items()}
+
+    def _generate_examples(self, image_path, label_path):
+        images, labels = read_idx(image_path), read_idx(label_path)
+        if images.shape != (len(labels), 28, 28):
+            raise DataError(
+                f"{image_path} has shape {images.shape} for {len(labels)} labels: delete it and run again"
+            )
+        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield row, {"image": image[..., None], "label": int(label)}
