@@ -190,7 +190,9 @@ _MINI_UNET = DiffusionRecipe(
     min_snr_gamma=5.0,
     sample_every=6,
 )
-_CLASSIFIER = ClassifierRecipe(epochs=12, learning_rate=2e-3, ema_decay=0.99, save_every=0)
+_CLASSIFIER = ClassifierRecipe(
+    epochs=14, learning_rate=3e-3, warmup_epochs=1, weight_decay=0.05, ema_decay=0.99, save_every=0
+)
 _SMOKE_AUTOENCODER = AutoencoderRecipe(
     overrides={"block_out_channels": (8, 8, 8)},
     epochs=2,
