@@ -50,7 +50,7 @@ def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
     state = {}
     for path, value in traverse_util.flatten_dict(params).items():
         array = np.asarray(value)
-        state[published_name(path)] = np.ascontiguousarray(array.transpose(_published_axes(path, array.ndim)))
+        state[published_name(path)] = np.asarray(array.transpose(_published_axes(path, array.ndim)), order="C")
     return state
 
 
@@ -73,7 +73,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], template_params: Mapping) -
     params = {}
     for path, spec in template.items():
         ours = np.asarray(state[names[path]]).transpose(np.argsort(axes[path]))
-        params[path] = jax.numpy.asarray(np.ascontiguousarray(ours).reshape(spec.shape), dtype=spec.dtype)
+        params[path] = jax.numpy.asarray(np.asarray(ours, order="C"), dtype=spec.dtype)
     return traverse_util.unflatten_dict(params)
 
 

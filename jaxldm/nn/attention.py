@@ -46,12 +46,13 @@ def dot_product_attention(
 
 
 def _kernel(query: Float[Array, "B N H D"]) -> str | None:
-    """cuDNN's flash attention takes 16-bit inputs and head sizes up to 128 in steps of 8; XLA takes
-    everything.
-    """
-    nvidia = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+    """cuDNN's flash attention takes 16-bit inputs and heads of up to 128 in steps of 8; XLA takes all."""
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
-    return "cudnn" if nvidia and fits else None
+    return "cudnn" if fits and _on_cuda() else None
+
+
+def _on_cuda() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 def _explicit(query, key, value, scale):

@@ -33,7 +33,7 @@ class Law:
         if self.kind == "constant":
             return jnp.full(shape, self.size, dtype)
         draw = jax.random.uniform if self.kind == "uniform" else jax.random.normal
-        return self.scaled(draw(key, shape, dtype))
+        return self.scaled(draw(key, (math.prod(shape),), dtype)).reshape(shape)
 
     def scaled(self, standard: Array) -> Array:
         """Numbers of U(0, 1) or N(0, 1) -> numbers of this law."""

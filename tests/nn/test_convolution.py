@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxldm import nn
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def channels_first(x):
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(x).transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (4, 2, 1), (1, 1, 0), (3, 2, (0, 1))]
+)
+def test_conv2d_agrees_with_torch(size, stride, padding):
+    module = nn.Conv2d(5, size, stride, padding)
+    x = normal(2, 9, 6, 3)
+    params = {"kernel": normal(size, size, 3, 5), "bias": normal(5, seed=1)}
+    ours = module.apply({"params": params}, x)
+    before, after = padding if isinstance(padding, tuple) else (padding, padding)
+    padded = torch.nn.functional.pad(channels_first(x), (before, after, before, after))
+    weight = torch.from_numpy(params["kernel"].transpose(3, 2, 0, 1).copy())
+    expected = torch.nn.functional.conv2d(padded, weight, torch.from_numpy(params["bias"]), stride)
+    np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (1, 1), (4, 5), (2, 9)])
+def test_transposed_convolution_is_that_of_torch_with_its_gradients(height, width):
+    x, weight, bias = normal(2, height, width, 3), normal(3, 5, 4, 4, seed=1), normal(5, seed=2)
+    direction = normal(2, 2 * height, 2 * width, 5, seed=3)
+    module = nn.ConvTranspose4x4(5)
+
+    def along(params, x):
+        return jnp.vdot(module.apply({"params": params}, x), direction)
+
+    params = {"weight": weight, "bias": bias}
+    ours = module.apply({"params": params}, x)
+    gradient, gradient_x = jax.jit(jax.grad(along, argnums=(0, 1)))(params, x)
+
+    inputs = [channels_first(x), torch.from_numpy(weight), torch.from_numpy(bias)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    expected = torch.nn.functional.conv_transpose2d(*inputs, stride=2, padding=1)
+    expected.backward(channels_first(direction))
+    np.testing.assert_allclose(ours, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-4)
+    np.testing.assert_allclose(gradient_x, inputs[0].grad.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+    np.testing.assert_allclose(gradient["weight"], inputs[1].grad.numpy(), atol=1e-3)
+    np.testing.assert_allclose(gradient["bias"], inputs[2].grad.numpy(), atol=1e-4)
+
+
+def test_depth_to_space_is_pixel_shuffle():
+    x = normal(2, 3, 4, 4 * 5)
+    # torch counts channels as c * 4 + 2 a + b, depth_to_space as (2 a + b) * 5 + c
+    reordered = x.reshape(2, 3, 4, 4, 5).swapaxes(-1, -2).reshape(2, 3, 4, 20)
+    expected = torch.nn.functional.pixel_shuffle(channels_first(reordered), 2).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(nn.depth_to_space(jnp.asarray(x)), expected)

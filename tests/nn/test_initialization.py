@@ -1,0 +1,68 @@
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxldm import models, nn
+from jaxldm.nn.initialization import starting_values
+
+
+def spec(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("ours", "inputs", "theirs"),
+    [
+        (nn.Linear(64), spec(1, 48), torch.nn.Linear(48, 64)),
+        (nn.Conv2d(64, 3), spec(1, 4, 4, 16), torch.nn.Conv2d(16, 64, 3)),
+        (nn.ConvTranspose4x4(64), spec(1, 4, 4, 16), torch.nn.ConvTranspose2d(16, 64, 4)),
+        (nn.Embedding(50, 20), spec(1, dtype=jnp.int32), torch.nn.Embedding(50, 20)),
+        (nn.GroupNorm(2), spec(1, 2, 2, 8), torch.nn.GroupNorm(2, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_start_as_those_of_torch(ours, inputs, theirs):
+    params = starting_values(ours, jax.random.key(0), inputs)
+    weight = next(value for name, value in params.items() if name != "bias")
+    pairs = [(weight, theirs.weight)] + ([(params["bias"], theirs.bias)] if "bias" in params else [])
+    for value, reference in pairs:
+        reference = reference.detach().numpy()
+        assert value.size == reference.size and value.dtype == jnp.float32
+        noise = 4 / np.sqrt(value.size)
+        np.testing.assert_allclose(value.std(), reference.std(), rtol=noise)
+        np.testing.assert_allclose(value.mean(), reference.mean(), atol=1.5 * noise * reference.std() + 1e-9)
+        if not isinstance(theirs, torch.nn.Embedding):  # the rest is bounded
+            np.testing.assert_allclose(np.abs(value).max(), np.abs(reference).max(), rtol=noise)
+
+
+def test_values_drawn_at_once_follow_the_laws_of_values_drawn_one_by_one():
+    """`models.init` cuts all parameters out of two rows, Flax draws each for itself: same names and laws."""
+    module = models.build("tiny-dit", depth=1, hidden_size=64)
+    at_once = models.init(module, jax.random.key(0))
+    one_by_one = module.lazy_init(jax.random.key(1), *module.example_inputs())["params"]
+    assert jax.tree.structure(at_once) == jax.tree.structure(one_by_one)
+    for ours, reference in zip(jax.tree.leaves(at_once), jax.tree.leaves(one_by_one), strict=True):
+        assert ours.shape == reference.shape and ours.dtype == reference.dtype
+        noise = 5 / np.sqrt(ours.size)
+        np.testing.assert_allclose(ours.std(), reference.std(), rtol=noise)
+        np.testing.assert_allclose(ours.mean(), reference.mean(), atol=1.5 * noise * reference.std() + 1e-9)
+
+
+def test_a_key_gives_one_start_and_another_key_another():
+    module = nn.Linear(8)
+    first, again, other = (starting_values(module, jax.random.key(k), spec(1, 4)) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first["kernel"], again["kernel"])
+    assert not np.any(np.asarray(first["kernel"]) == np.asarray(other["kernel"]))
+    together = starting_values(flax.linen.Sequential([module, nn.Linear(8)]), jax.random.key(0), spec(1, 8))
+    rows = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(together)])
+    assert len(np.unique(rows)) == len(rows)  # no number serves twice
+
+
+def test_modules_without_laws_start_as_flax_starts_them():
+    module = flax.linen.Dense(3)
+    expected = module.init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
+    ours = starting_values(module, jax.random.key(0), spec(1, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)

@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxldm import nn
+
+
+@pytest.mark.parametrize("groups", [1, 4, 12])
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+def test_group_norm_and_its_gradient_agree_with_torch(groups, offset):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((2, 5, 3, 12)) + offset).astype(np.float32)
+    scale, bias, direction = rng.standard_normal(12), rng.standard_normal(12), rng.standard_normal(x.shape)
+    scale, bias, direction = (value.astype(np.float32) for value in (scale, bias, direction))
+
+    def along(x, scale, bias):
+        y = nn.group_norm(x, scale, bias, groups, 1e-5)
+        return jnp.vdot(y, direction), y
+
+    gradients, ours = jax.jit(jax.grad(along, argnums=(0, 1, 2), has_aux=True))(x, scale, bias)
+    inputs = [
+        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
+        torch.from_numpy(scale),
+        torch.from_numpy(bias),
+    ]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    expected = torch.nn.functional.group_norm(inputs[0], groups, inputs[1], inputs[2], 1e-5)
+    expected.backward(torch.from_numpy(direction.transpose(0, 3, 1, 2).copy()))
+    tolerance = 1e-4 * (1 + offset)
+    np.testing.assert_allclose(ours, expected.detach().numpy().transpose(0, 2, 3, 1), atol=tolerance)
+    np.testing.assert_allclose(gradients[0], inputs[0].grad.numpy().transpose(0, 2, 3, 1), atol=tolerance)
+    for ours, tensor in zip(gradients[1:], inputs[1:], strict=True):
+        np.testing.assert_allclose(ours, tensor.grad.numpy(), atol=tolerance)
+
+
+def test_group_norm_takes_its_statistics_in_float32():
+    """Mean 100 and spread 1: bfloat16 sums of such numbers lose the spread altogether."""
+    x = jnp.asarray(100 + np.random.default_rng(0).standard_normal((1, 16, 16, 8)), jnp.bfloat16)
+    y = nn.group_norm(x, jnp.ones(8), jnp.zeros(8), 2, 1e-5).astype(jnp.float32)
+    assert abs(float(y.mean())) < 0.02 and abs(float(y.std()) - 1) < 0.02
+
+
+def test_constant_images_become_the_bias():
+    y = nn.group_norm(jnp.full((1, 4, 4, 8), 3.7), jnp.ones(8), jnp.arange(8.0), 2, 1e-5)
+    np.testing.assert_allclose(y, np.broadcast_to(np.arange(8.0), (1, 4, 4, 8)), atol=0.3)
+
+
+def test_layer_norm_agrees_with_torch():
+    x = np.random.default_rng(0).standard_normal((2, 3, 12)).astype(np.float32)
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (12,), eps=1e-6).numpy()
+    np.testing.assert_allclose(nn.layer_norm(jnp.asarray(x), 1e-6), expected, atol=1e-5)
+
+
+def test_modulation_is_per_example_and_the_identity_at_zero():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)))
+    np.testing.assert_array_equal(nn.modulate(x, jnp.zeros((2, 4)), jnp.zeros((2, 4))), x)
+    shift, scale = jnp.asarray([[1.0] * 4, [2.0] * 4]), jnp.asarray([[0.0] * 4, [1.0] * 4])
+    np.testing.assert_allclose(nn.modulate(x, shift, scale), jnp.stack([x[0] + 1, 2 * x[1] + 2]), rtol=1e-6)
