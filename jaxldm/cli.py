@@ -41,10 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       line.
     130: interrupted with Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    own_process = argv is None
+    argv = list(sys.argv[1:] if own_process else argv)
     try:
         command = parse(argv)
         if command is not None:
+            if own_process:  # a notebook or a test that calls `main([...])` keeps its own settings
+                from jaxldm import host
+
+                host.prepare()
             command.run()
         return 0
     except JaxldmError as error:
