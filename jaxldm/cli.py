@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -64,12 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return complain("out of memory: ask for fewer images, a smaller batch or a smaller model")
     except KeyboardInterrupt:
-        resume = (
-            "; the same command with --resume goes on from the last checkpoint"
-            if argv[:1] == ["train"]
-            else ""
-        )
-        print(f"\njaxldm: interrupted{resume}", file=sys.stderr)
+        resume = "; the same command with --resume goes on from the last checkpoint"
+        print(f"\njaxldm: interrupted{resume if argv[:1] == ['train'] else ''}", file=sys.stderr)
+        if own_process:
+            # A computation under way cannot be stopped, and would call back into an interpreter that is gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
 
 

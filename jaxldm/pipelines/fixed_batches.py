@@ -25,6 +25,8 @@ def image_mesh(num_images: int, devices: Sequence[Any] | None = None) -> Mesh:
     enough.
     """
     devices = list(jax.local_devices() if devices is None else devices)
+    if not devices:
+        raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
     if num_images <= IMAGES_PER_DEVICE:
         devices = devices[:1]
     return Mesh(np.asarray(devices), ("images",))

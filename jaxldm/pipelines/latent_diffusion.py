@@ -71,7 +71,7 @@ def draw(
             images.label,
             images.negative_label,
             settings.guidance_scale,
-            rescale=settings.guidance_rescale or 0.0,
+            rescale=0.0 if settings.guidance_rescale is None else settings.guidance_rescale,
         )
     denoise = pipe.schedule.make_denoiser(predict)
     noise = D.initial_noise(keys, (len(keys), *pipe.latent_shape), settings.grid)
@@ -174,13 +174,14 @@ class LatentDiffusion:
           spacing, sigmas: as in `jaxldm.diffusion.make_grid`; None is what fits the path.
           batch_size: images under way at once; it is rounded up to whole fixed batches.
           devices: default all devices of this process.
-          on_step: called on the host as on_step(step number, x), by each device after each step of each
-            batch.
+          on_step: called on the host as on_step(step, x), by each device after each step of each batch.
 
         Raises:
           UnknownNameError, InvalidArgumentError, DataError: always before anything is compiled.
         """
         images = self._images(class_labels, negative_labels, num_images)
+        mesh = image_mesh(len(images.number), devices)
+        pipe, key = jax.device_put((self, key), NamedSharding(mesh, PartitionSpec()))
         settings = Settings(
             key,
             self._grid(num_inference_steps, spacing, sigmas),
@@ -188,8 +189,6 @@ class LatentDiffusion:
             _rescale(guidance_rescale),
         )
         solver = solver if isinstance(solver, D.Solver) else named_solver(solver, eta)
-        mesh = image_mesh(len(images.number), devices)
-        pipe = jax.device_put(self, NamedSharding(mesh, PartitionSpec()))
         return in_fixed_batches(
             lambda batch: _draw(pipe, settings, batch, solver=solver, mesh=mesh, on_step=on_step),
             images,

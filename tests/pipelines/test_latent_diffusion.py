@@ -183,6 +183,23 @@ def test_nor_does_it_with_a_whole_model(pipe):
     assert others == 0
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_rescale_is_that_of_the_published_formula(rescale):
+    images = EXACT(KEY, [0], num_inference_steps=4, guidance_scale=3.0, guidance_rescale=rescale)
+    path = SCHEDULE.make_path()
+    grid = D.make_grid(path, 4)
+
+    def predict(x, t):
+        null, conditional = (EXACT.denoiser.apply({}, x, t, jnp.full(1, label)) for label in (2, 0))
+        guided = null + 3.0 * (conditional - null)
+        rescaled = guided * jnp.std(conditional) / jnp.std(guided)
+        return rescale * rescaled + (1 - rescale) * guided
+
+    noise = D.initial_noise(KEY, (1, 2, 2, 1), grid)
+    expected = D.sample(KEY, D.denoiser(predict, path), D.solvers.ddim(), grid, noise)
+    np.testing.assert_allclose(images, np.clip(expected, -1, 1), atol=2e-5)
+
+
 def test_a_solver_of_ones_own():
     images = EXACT(KEY, [0, 1], num_inference_steps=3, solver=D.solvers.euler())
     np.testing.assert_array_equal(images, EXACT(KEY, [0, 1], num_inference_steps=3, solver="euler"))
@@ -269,6 +286,7 @@ def test_on_step_is_called_as_often_as_the_bar_is_long():
         ({"negative_labels": 3}, DataError, r"\[0, 2\]"),
         ({"num_images": 0}, InvalidArgumentError, "1 or more"),
         ({"batch_size": 0}, InvalidArgumentError, "1 or more"),
+        ({"devices": []}, InvalidArgumentError, "devices"),
         ({"eta": 2.0}, InvalidArgumentError, "between 0"),
         ({"eta": 0.5, "solver": "dpmpp_2m"}, InvalidArgumentError, "eta"),
         ({"spacing": "even"}, UnknownNameError, "trailing"),

@@ -108,12 +108,12 @@ def test_diffusers_opens_the_parts_and_they_compute_the_same(tmp_path):
         500,
         np.array([1, 3]),
     )
-    ours = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, jnp.full(2, 500.0), labels)
+    ours = jax.jit(pipe.denoiser.apply)({"params": pipe.denoiser_params}, x, jnp.full(2, 500.0), labels)
     with torch.no_grad():
         theirs = unet(torch.tensor(x).permute(0, 3, 1, 2), t, class_labels=torch.tensor(labels)).sample
         image = vae.decode(torch.tensor(x).permute(0, 3, 1, 2) / vae.config.scaling_factor).sample
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=2e-3, rtol=1e-3)
-    np.testing.assert_allclose(pipe.decode(x), image.permute(0, 2, 3, 1), atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(jax.jit(pipe.decode)(x), image.permute(0, 2, 3, 1), atol=2e-3, rtol=1e-3)
 
 
 def test_compare_names_what_differs():
