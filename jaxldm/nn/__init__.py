@@ -2,7 +2,7 @@
 
 from jaxldm.nn.attention import Attention2D, SelfAttention, dot_product_attention
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
-from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4, conv_transpose_4x4_stride_2, depth_to_space
+from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4, conv_of_doubled, conv_transpose_4x4_stride_2
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TimestepEmbedding,
@@ -33,8 +33,8 @@ __all__ = [
     "UpBlock2D",
     "Upsample2D",
     "compute_dtype",
+    "conv_of_doubled",
     "conv_transpose_4x4_stride_2",
-    "depth_to_space",
     "dot_product_attention",
     "group_norm",
     "layer_norm",

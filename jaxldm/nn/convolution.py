@@ -18,7 +18,8 @@ class Conv2d(nn.Module):
 
     H' = floor((H + padding before + after - kernel_size) / stride) + 1. `padding` is one number for all
     four sides or `(before, after)` for both axes. A kernel of size 1 is a plain matrix product. Parameters
-    (float32) start as PyTorch's.
+    (float32) start as PyTorch's. `doubled` (3x3, stride 1, padding 1 only): the convolution of the image
+    doubled by nearest neighbour, see `conv_of_doubled`.
     """
 
     features: int
@@ -26,6 +27,7 @@ class Conv2d(nn.Module):
     stride: int = 1
     padding: int | tuple[int, int] = 1
     dtype: str = "float32"
+    doubled: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
@@ -36,7 +38,10 @@ class Conv2d(nn.Module):
         kernel = parameter(self, "kernel", default, shape).astype(dtype)
         bias = parameter(self, "bias", default, (self.features,)).astype(dtype)
         x = x.astype(dtype)
-        if size == 1 and self.stride == 1 and self.padding == 0:
+        if self.doubled:
+            assert (size, self.stride, self.padding) == (3, 1, 1)
+            y = conv_of_doubled(x, kernel)
+        elif size == 1 and self.stride == 1 and self.padding == 0:
             y = x @ kernel[0, 0]
         else:
             sides = (self.padding, self.padding) if isinstance(self.padding, int) else self.padding
@@ -46,36 +51,59 @@ class Conv2d(nn.Module):
         return y + bias.reshape(1, 1, 1, -1)
 
 
-def depth_to_space(x: Float[Array, "B H W 4C"]) -> Float[Array, "B 2H 2W C"]:
-    """Lays the four channel groups of each pixel out as a 2x2 square: channel (2 a + b) C + c -> pixel (2 i
-    + a, 2 j + b).
+def doubling_convolution(
+    x: Float[Array, "B H W C"], kernels: Float[Array, "2 2 2 2 C out"]
+) -> Float[Array, "B 2H 2W out"]:
+    """Four 2x2 convolutions, interleaved: output pixel (2i + a, 2j + b) sees the input rows i - 1 + a and i
+    + a, the columns j - 1 + b and j + b, through `kernels[a, b]`.
+
+    Every convolution that doubles an image is of this form; written so, no multiplication with a zero or
+    with a copy of a pixel is left. On XLA's CPU backend it takes half the time of one 3x3 convolution to
+    four times the channels, and a tenth of the weight gradient of a dilated convolution.
     """
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, 2 * height, 2 * width, channels // 4)
+    batch, height, width, _ = x.shape
+    rows = []
+    for a in (0, 1):
+        columns = [
+            jax.lax.conv_general_dilated(
+                x, kernels[a, b], (1, 1), ((1 - a, a), (1 - b, b)), dimension_numbers=DIMENSIONS
+            )
+            for b in (0, 1)
+        ]
+        rows.append(jnp.stack(columns, axis=3))
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernels.shape[-1])
 
 
 def conv_transpose_4x4_stride_2(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "C out 4 4"]
+    x: Float[Array, "B H W C"], weight: Float[Array, "C out 4 4"]
 ) -> Float[Array, "B 2H 2W out"]:
-    """Transposed convolution, 4x4 kernel, stride 2, padding 1: y[2i + a] = sum over d of x[i + d] w[a + 1 -
-    2 d] per axis.
+    """Transposed convolution with a 4x4 kernel, stride 2, padding 1, weight in PyTorch's layout.
 
-    The input pixel i + d reaches the output pixel 2 i + a, a in {0, 1}, through tap a + 1 - 2 d of the
-    kernel, so d = -1, 0 for a = 0 and d = 0, 1 for a = 1. All four output phases are therefore ONE ordinary
-    3x3 convolution to four times the channels, followed by depth-to-space. It is the same linear map as
-    `torch.nn.ConvTranspose2d(C, out, 4, 2, 1)` with the same kernel layout; XLA's CPU code for the weight
-    gradient of a dilated convolution is ten times slower.
+    Along one axis y[2i + a] = sum over d of x[i + d] w[a + 1 - 2d]: the pixel i + d reaches the output 2i + a
+    through that tap, if there is one, which leaves d = a - 1 and d = a. So the flipped taps, read two by two,
+    are the kernels of a `doubling_convolution`. It is `torch.nn.ConvTranspose2d(C, out, 4, 2, 1)`.
     """
-    channels, features = kernel.shape[:2]
-    # taps[d + 1, a]: which of the four taps; -1 (read as the appended zero) where that input pixel does not
-    # reach.
-    taps = jnp.array([[3, 4], [1, 2], [4, 0]])
-    padded = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 1)))
-    phases = padded[:, :, taps][..., taps]  # [C, out, 3, 2, 3, 2]
-    dense = phases.transpose(2, 4, 0, 3, 5, 1).reshape(3, 3, channels, 4 * features)
-    y = jax.lax.conv_general_dilated(x, dense, (1, 1), ((1, 1), (1, 1)), dimension_numbers=DIMENSIONS)
-    return depth_to_space(y)
+    channels, features = weight.shape[:2]
+    taps = weight[:, :, ::-1, ::-1].reshape(channels, features, 2, 2, 2, 2)  # [C, out, row, a, column, b]
+    return doubling_convolution(x, taps.transpose(3, 5, 2, 4, 0, 1))
+
+
+def conv_of_doubled(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C out"]
+) -> Float[Array, "B 2H 2W out"]:
+    """A 3x3 convolution, padding 1, of `x` doubled by nearest neighbour, without the doubled image.
+
+    Two of the three taps of each axis fall on copies of one pixel and add up: w0, w1 + w2 for even outputs,
+    w0 + w1, w2 for odd ones. Four ninths of the multiplications.
+    """
+
+    def pairs(kernel: Array, axis: int) -> Array:
+        first, middle, last = jnp.split(kernel, 3, axis)
+        even = jnp.concatenate([first, middle + last], axis)
+        odd = jnp.concatenate([first + middle, last], axis)
+        return jnp.stack([even, odd])
+
+    return doubling_convolution(x, pairs(pairs(kernel, 1), 1))
 
 
 class ConvTranspose4x4(nn.Module):

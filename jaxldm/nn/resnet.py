@@ -97,9 +97,10 @@ class Upsample2D(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], output_size: tuple[int, int] | None = None
     ) -> Float[Array, "B h w C"]:
-        up = upsample_nearest(x)
-        if output_size is not None:
-            for doubled, wanted in zip(up.shape[1:3], output_size, strict=True):
-                assert doubled - 1 <= wanted <= doubled, f"cannot upsample {x.shape[1:3]} to {output_size}"
-            up = up[:, : output_size[0], : output_size[1], :]
-        return Conv2d(x.shape[-1], dtype=self.dtype, name="conv")(up)
+        height, width, channels = x.shape[1:]
+        if output_size is None or tuple(output_size) == (2 * height, 2 * width):
+            return Conv2d(channels, dtype=self.dtype, doubled=True, name="conv")(x)
+        for side, wanted in zip((height, width), output_size, strict=True):
+            assert 2 * side - 1 <= wanted <= 2 * side, f"cannot upsample {height}x{width} to {output_size}"
+        up = upsample_nearest(x)[:, : output_size[0], : output_size[1], :]
+        return Conv2d(channels, dtype=self.dtype, name="conv")(up)

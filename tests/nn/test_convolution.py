@@ -54,9 +54,10 @@ def test_transposed_convolution_is_that_of_torch_with_its_gradients(height, widt
     np.testing.assert_allclose(gradient["bias"], inputs[2].grad.numpy(), atol=1e-4)
 
 
-def test_depth_to_space_is_pixel_shuffle():
-    x = normal(2, 3, 4, 4 * 5)
-    # torch counts channels as c * 4 + 2 a + b, depth_to_space as (2 a + b) * 5 + c
-    reordered = x.reshape(2, 3, 4, 4, 5).swapaxes(-1, -2).reshape(2, 3, 4, 20)
-    expected = torch.nn.functional.pixel_shuffle(channels_first(reordered), 2).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(nn.depth_to_space(jnp.asarray(x)), expected)
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (1, 1), (2, 1)])
+def test_convolution_of_the_doubled_image_needs_no_doubled_image(height, width):
+    x, kernel = normal(2, height, width, 3), normal(3, 3, 3, 5, seed=1)
+    doubled = torch.nn.functional.interpolate(channels_first(x), scale_factor=2)
+    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    expected = torch.nn.functional.conv2d(doubled, weight, padding=1).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(nn.conv_of_doubled(jnp.asarray(x), jnp.asarray(kernel)), expected, atol=1e-4)
