@@ -116,6 +116,25 @@ def test_diffusers_opens_the_parts_and_they_compute_the_same(tmp_path):
     np.testing.assert_allclose(jax.jit(pipe.decode)(x), image.permute(0, 2, 3, 1), atol=2e-3, rtol=1e-3)
 
 
+def test_a_pipeline_that_diffusers_wrote_is_opened(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(beta_end=0.01)).save_pretrained(tmp_path)
+    pipe = pipelines.load(tmp_path)
+    assert (pipe.num_classes, pipe.image_shape, pipe.schedule.beta_end) == (None, (8, 8, 1), 0.01)
+    theirs = unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(pipe.denoiser_params["conv_in"]["kernel"], theirs)
+
+
 def test_compare_names_what_differs():
     first = latent_pipeline()
     params = jax.tree.map(np.array, first.denoiser_params)
