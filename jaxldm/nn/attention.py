@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import LawOfShape, fan_in_uniform, parameter
-from jaxldm.nn.linear import Linear, compute_dtype
+from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
 from jaxldm.nn.normalization import GroupNorm
 
 
@@ -144,6 +144,6 @@ class Attention2D(nn.Module):
         kernel, bias = (
             jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*projections, strict=True)
         )
-        query, key, value = jnp.split(h @ kernel + bias.reshape(1, 1, -1), 3, axis=-1)
+        query, key, value = jnp.split(flat_matmul(h, kernel) + bias.reshape(1, 1, -1), 3, axis=-1)
         h = attend(self, query, key, value, channels // head_dim)
         return x + Linear(channels, dtype=self.dtype, name="to_out_0")(h).reshape(x.shape)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import parameter, xavier_uniform, zeros
-from jaxldm.nn.linear import Linear, compute_dtype
+from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
 
 
 def timestep_embedding(
@@ -131,4 +131,4 @@ class PatchProjection(nn.Module):
         kernel = parameter(self, "kernel", xavier_uniform, shape).astype(dtype)
         bias = parameter(self, "bias", zeros, (self.features,)).astype(dtype)
         tokens = patchify(images.astype(dtype), p)
-        return tokens @ kernel.reshape(-1, self.features) + bias.reshape(1, 1, -1)
+        return flat_matmul(tokens, kernel.reshape(-1, self.features)) + bias.reshape(1, 1, -1)

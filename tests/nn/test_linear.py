@@ -1,0 +1,37 @@
+"""The flattened matrix product of `Linear` against the plain one: values, both derivatives, dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxldm.nn.linear import flat_matmul
+
+
+@pytest.mark.parametrize(("leading", "features_in", "features_out"), [((3, 4), 12, 5), ((2, 3, 2), 5, 12)])
+def test_value_and_derivatives_are_those_of_the_plain_product(leading, features_in, features_out):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (*leading, features_in))
+    kernel = jax.random.normal(keys[1], (features_in, features_out))
+    cotangent = jax.random.normal(keys[2], (*leading, features_out))
+    tangents = (x + 1.0, jax.random.normal(keys[3], kernel.shape))
+
+    def plain(x, kernel):
+        return jnp.tensordot(x, kernel, 1)
+
+    np.testing.assert_allclose(jax.jit(flat_matmul)(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
+
+    def gradients(product):
+        return jax.jit(lambda x, kernel: jax.vjp(product, x, kernel)[1](cotangent))(x, kernel)
+
+    for ours, expected in zip(gradients(flat_matmul), gradients(plain), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    forward = [jax.jvp(f, (x, kernel), tangents)[1] for f in (flat_matmul, plain)]
+    np.testing.assert_allclose(*forward, rtol=1e-5, atol=1e-5)
+
+
+def test_it_can_be_mapped_and_keeps_bfloat16():
+    x, kernel = jnp.ones((3, 2, 8), jnp.bfloat16), jnp.ones((8, 4), jnp.bfloat16)
+    mapped = jax.vmap(flat_matmul, (0, None))(x, kernel)
+    assert mapped.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(mapped.astype(jnp.float32), np.full((3, 2, 4), 8.0))
