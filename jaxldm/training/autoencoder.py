@@ -29,7 +29,7 @@ from jaxldm.training.stages import (
     tell_health,
     train_network,
 )
-from jaxldm.training.state import Params, TrainState
+from jaxldm.training.state import Params
 
 STAGE = "autoencoder"
 
@@ -151,12 +151,9 @@ def train_autoencoder(context: Context) -> None:
     held_out = context.dataset.arrays("validation")[0]
     reconstruct = jax.jit(lambda params, batch: module.apply({"params": params}, batch))
 
-    def on_sample(state: TrainState, step: int) -> None:
-        save_reconstructions(
-            folder.path / "reconstructions.png",
-            held_out[:32],
-            reconstruct(state.evaluation_params, held_out[:32]),
-        )
+    def on_sample(params: Params, step: int) -> None:
+        decoded = reconstruct(params, held_out[:32])
+        save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded)
 
     warmup_steps = round(recipe.beta_warmup_epochs * (len(images) // recipe.batch_size))
     loss_fn = make_loss(recipe, module, warmup_steps)

@@ -31,7 +31,7 @@ from jaxldm.training.stages import (
     tell_health,
     train_network,
 )
-from jaxldm.training.state import Params, TrainState
+from jaxldm.training.state import Params
 
 STAGE = "diffusion"
 
@@ -181,17 +181,15 @@ def train_diffusion(context: Context) -> None:
 
     draw = make_sampler(recipe, module, _decoder(context))
 
-    def on_sample(state: TrainState, step: int) -> None:
-        save_samples(
-            folder.path / "samples" / f"step-{step:06d}.png",
-            draw(state.evaluation_params, keys.sample),
-            dataset.num_classes,
-        )
+    drawn = []
+
+    def on_sample(params: Params, step: int) -> None:
+        drawn[:] = np.asarray(draw(params, keys.sample))
+        save_samples(folder.path / "samples" / f"step-{step:06d}.png", np.stack(drawn), dataset.num_classes)
 
     params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)
-    if recipe.sample_every:
-        images = np.asarray(draw(params, keys.sample))
-        findings = [*findings, *check_blank(images)]
+    if drawn:
+        findings = [*findings, *check_blank(np.stack(drawn))]
     tell_health(context, folder, findings)
     save_finished(folder, module, params)
 

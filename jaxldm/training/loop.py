@@ -83,7 +83,8 @@ def fit(
     `loss.png` and `grad_norm.png`. `resume` goes on from the newest whole checkpoint there: the losses are,
     bit for bit, those of a run that was never interrupted, because batch n depends only on n, and the random
     numbers of update n only on the key and n. `on_sample(state, step)` is called every `plan.sample_every`
-    updates. `state` is given away to the first step, which takes its memory: go on with the one returned.
+    updates, and at the end. `state` is given away to the first step, which takes its memory: go on with the
+    one returned.
 
     Ctrl-C ends the step, saves, says how to resume and raises `KeyboardInterrupt`. A loss or gradient that is
     not finite raises `DivergenceError` with the words of `explain_divergence(step, metrics)`; the last good
@@ -142,7 +143,8 @@ class _Loop:
             saved = bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)
             if saved:
                 self.save(step, state)
-            if self.on_sample is not None and _due(step, self.plan.sample_every):
+            last_sample = step == last and self.plan.sample_every > 0
+            if self.on_sample is not None and (last_sample or _due(step, self.plan.sample_every)):
                 with storage_errors(self.run_dir):
                     self.on_sample(state, step)
             if self.stop:

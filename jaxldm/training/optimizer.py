@@ -67,6 +67,7 @@ def optimizer(
     *,
     eps: float = 1e-8,
     final_scale: float = 0.0,
+    decays: Callable[[Any], Any] | None = None,
 ) -> Optimizer:
     """AdamW with decoupled weight decay, the rate of `warmup_cosine`, gradients clipped to a global norm.
 
@@ -74,8 +75,8 @@ def optimizer(
         m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
         p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p)
 
-    Only arrays of two or more dimensions decay: biases, and the scales of norms, are left alone.
-    With `weight_decay = 0` this is Adam.
+    `decays(params)` gives a tree of booleans, of arrays or of single ones, that says which numbers decay; the
+    default is `decay_matrices`. With `weight_decay = 0` this is Adam.
 
     Sources: Kingma and Ba 2015, Algorithm 1; Loshchilov and Hutter 2019, Algorithm 2; Pascanu et al. 2013.
     Raises `InvalidArgumentError` for numbers outside their range.
@@ -97,21 +98,26 @@ def optimizer(
             raise InvalidArgumentError(f"{name} must lie in [0, 1), not {value}")
     clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    decay = (
-        []
-        if weight_decay == 0
-        else [
-            optax.add_decayed_weights(
-                weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
-            )
-        ]
-    )
+    decay = [] if weight_decay == 0 else [_decayed_weights(weight_decay, decays or decay_matrices)]
     chain = optax.chain(*clip, adam, *decay, optax.scale_by_learning_rate(schedule))
 
     def update(gradients, state, params=None):
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax raises the float b1 to the power of the integer count
+        with jax.numpy_dtype_promotion("standard"):  # optax raises the float b1 to the integer count
             return chain.update(gradients, state, params)
 
     return Optimizer(chain.init, update, schedule)
+
+
+def _decayed_weights(weight_decay: float, decays: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """update <- update + weight_decay p, where `decays` says so, number by number."""
+
+    def update(updates, state, params):
+        add = lambda update, p, mask: update + weight_decay * jnp.where(mask, p, 0.0)  # noqa: E731
+        return jax.tree.map(add, updates, params, decays(params)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decay_matrices(params: Any) -> Any:
+    """True for arrays of two or more dimensions: not for biases, nor for the scales of norms."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)

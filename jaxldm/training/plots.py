@@ -1,4 +1,4 @@
-"""Pictures of a training run: curves from its log, grids of images."""
+"""Curves of a training run, from its log."""
 
 from __future__ import annotations
 
@@ -51,31 +51,4 @@ def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str)
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
-
-
-def tile_images(images: Float[np.ndarray, "N H W C"], columns: int, gap: int = 2) -> np.ndarray:
-    """Images in [-1, 1] side by side, `columns` in a row, white between them: uint8 `[h, w, C]`.
-
-    Values outside [-1, 1] are clipped, NaN becomes black.
-    """
-    images = np.nan_to_num(np.asarray(images, np.float32), nan=-1.0)
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
-    for k, image in enumerate(images):
-        top, left = gap + (k // columns) * (height + gap), gap + (k % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = np.round((np.clip(image, -1, 1) + 1) * 127.5)
-    return sheet
-
-
-def save_grid(path: Path | str, images: Float[np.ndarray, "N H W C"], columns: int, scale: int = 3) -> None:
-    """Writes images in [-1, 1] (1 or 3 channels) as one PNG, pixels `scale` wide. Raises `StorageError`."""
-    from PIL import Image
-
-    sheet = tile_images(images, columns)
-    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
-    picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet[..., :3])
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())

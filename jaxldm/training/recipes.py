@@ -246,7 +246,13 @@ RECIPES: dict[str, Recipe] = {
         max_train_images=256,
         autoencoder=_SMOKE_AUTOENCODER,
         diffusion=DiffusionRecipe(
-            overrides={"block_out_channels": (16, 16), "norm_num_groups": 4, "attention_head_dim": 8},
+            overrides={
+                "block_out_channels": (8, 8),
+                "norm_num_groups": 4,
+                "down_block_types": ("DownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "UpBlock2D"),
+                "mid_block_type": None,
+            },
             epochs=2,
             batch_size=64,
             ema_decay=0.9,

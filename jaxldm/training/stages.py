@@ -18,12 +18,13 @@ from jaxldm.checkpoints.storage import folder_written_whole, write_atomically
 from jaxldm.data import Batches, Dataset
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_loss, report
+from jaxldm.training.flat import FlatLayout
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import check_batch_size
 from jaxldm.training.optimizer import Optimizer, optimizer
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import RunFolder, StageFolder
-from jaxldm.training.state import Params, TrainState, create_train_state
+from jaxldm.training.state import Params, create_train_state
 from jaxldm.training.step import LossFunction, make_train_step
 
 
@@ -74,10 +75,10 @@ def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
     return shape[0] if shape[0] == shape[1] else (shape[0], shape[1])
 
 
-def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
-    """The optimizer and the plan of a stage, with epochs turned into updates. Raises
-    `InvalidArgumentError`.
-    """
+def make_optimizer(
+    recipe: StageRecipe, num_examples: int, mesh: Mesh, layout: FlatLayout | None = None
+) -> tuple[Optimizer, Plan]:
+    """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`."""
     check_batch_size(mesh, recipe.batch_size)
     if recipe.batch_size > num_examples:
         raise InvalidArgumentError(
@@ -94,6 +95,7 @@ def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[
         recipe.b1,
         recipe.b2,
         final_scale=recipe.final_scale,
+        decays=None if layout is None else layout.decays,
     )
     return adam, Plan(total, recipe.save_every * steps_per_epoch, recipe.sample_every * steps_per_epoch)
 
@@ -105,29 +107,40 @@ def train_network(
     module: nn.Module,
     loss_fn: LossFunction,
     columns: dict[str, np.ndarray],
-    on_sample: Callable[[TrainState, int], None] | None = None,
+    on_sample: Callable[[Params, int], None] | None = None,
 ) -> Params:
-    """Fits one network on named columns of examples; returns its parameters, or their moving average."""
+    """Fits one network on named columns of examples; returns its parameters, or their moving average.
+
+    The state holds the parameters as one vector (`FlatLayout`); `loss_fn` and `on_sample` see them as a tree.
+    """
     keys = stage_keys(context.recipe.seed, stage)
     batches = Batches(columns, recipe.batch_size, keys.order)
-    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
     params = models.init(module, keys.init)
-    state = create_train_state(keys.train, params, adam, ema=recipe.ema_decay is not None)
+    layout = FlatLayout(params)
+    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh, layout)
+    state = create_train_state(keys.train, layout.flatten(params), adam, ema=recipe.ema_decay is not None)
+
+    def flat_loss(vector, key, batch, step):
+        return loss_fn(layout.unflatten(vector), key, batch, step)
+
+    def finished_params(state):
+        return layout.split(jax.device_get(state.evaluation_params))
+
     state = fit(
         state,
-        make_train_step(loss_fn, adam, recipe.ema_decay),
+        make_train_step(flat_loss, adam, recipe.ema_decay),
         batches,
         plan,
         context.run.stage(stage).path,
         resume=context.resume,
         mesh=context.mesh,
         name=stage,
-        on_sample=on_sample,
+        on_sample=on_sample and (lambda state, step: on_sample(finished_params(state), step)),
         explain_divergence=explain_divergence,
         say=context.say,
         bar=context.bar,
     )
-    return jax.device_get(state.evaluation_params)
+    return finished_params(state)
 
 
 def explain_divergence(step: int, metrics: dict[str, Any]) -> str:

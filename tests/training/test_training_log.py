@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from jaxldm.errors import CheckpointError
 from jaxldm.training.log import COLUMNS, CsvLog, read_log
-from jaxldm.training.plots import moving_average, plot_log, save_grid, tile_images
+from jaxldm.training.plots import moving_average, plot_log
 
 
 def metrics(loss, **more):
@@ -77,7 +77,7 @@ def test_moving_average_is_the_mean_of_the_last(values, window):
     np.testing.assert_allclose(moving_average(np.array(values), window), expected, atol=1e-9)
 
 
-def test_pictures(tmp_path):
+def test_curves(tmp_path):
     from PIL import Image
 
     write(tmp_path / "log.csv")
@@ -85,11 +85,3 @@ def test_pictures(tmp_path):
     for name in ("loss.png", "grad_norm.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (700, 400)
-    images = np.stack([np.full((4, 5, 1), value) for value in (-1.0, 0.0, 1.0, 7.0, np.nan)])
-    sheet = tile_images(images, columns=2, gap=1)
-    assert sheet.shape == (3 * 5 + 1, 2 * 6 + 1, 1)
-    middles = sheet[3::5, 3::6, 0].reshape(-1)
-    np.testing.assert_array_equal(middles, [0, 128, 255, 255, 0, 255])
-    save_grid(tmp_path / "grid.png", images, columns=2, scale=2)
-    with Image.open(tmp_path / "grid.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture)[::2, ::2], tile_images(images, 2)[..., 0])

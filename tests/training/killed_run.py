@@ -1,0 +1,72 @@
+"""A toy run that kills its own process (SIGKILL: no handler, no clean-up) at a chosen moment.
+
+python killed_run.py FOLDER MOMENT
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+
+from toy import ToyBatches, toy
+
+from jaxldm.checkpoints import training_store
+from jaxldm.training.log import CsvLog
+from jaxldm.training.loop import Plan, fit
+from jaxldm.training.mesh import make_mesh
+
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_when_orbax_has_written_a_file(folder: pathlib.Path):
+    while not any(path.is_file() for path in (folder / "checkpoints").glob(".10.tmp/state*/**/*")):
+        pass
+    kill()
+
+
+def before_the_rename(folder):
+    """The second checkpoint is written, not yet renamed."""
+    real = training_store._checksums
+    training_store._checksums = lambda place: kill() if place.name == ".10.tmp" else real(place)
+
+
+def inside_orbax(folder):
+    """The second checkpoint is half-written."""
+    threading.Thread(target=kill_when_orbax_has_written_a_file, args=(folder,), daemon=True).start()
+
+
+def inside_the_clean_up(folder):
+    """The second checkpoint is whole, and half of the first one, which is no longer kept, is deleted."""
+
+    def half_delete(place, **_):
+        if pathlib.Path(place).name == "5":
+            (pathlib.Path(place) / "manifest.json").unlink()
+            kill()
+        real(place, **_)
+
+    real, shutil.rmtree = shutil.rmtree, half_delete
+
+
+def inside_a_row_of_the_log(folder):
+    """Seven and a half rows are on disk."""
+
+    def flush(log, *, durable=False):
+        real(log, durable=durable)
+        if "\n7," in log.path.read_text() or ",7," in log.path.read_text():
+            with log.path.open("a") as file:
+                file.write("2,8,0.12")
+            kill()
+
+    real, CsvLog.flush = CsvLog.flush, flush
+
+
+if __name__ == "__main__":
+    where, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+    globals()[moment](where)
+    state, train_step = toy()
+    plan = Plan(12, save_every=7 if moment == "inside_a_row_of_the_log" else 5, keep=1)
+    fit(state, train_step, ToyBatches(), plan, where, resume=where.exists(), mesh=make_mesh(1))

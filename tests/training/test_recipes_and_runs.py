@@ -1,0 +1,189 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxldm.diffusion import NoiseSchedule
+from jaxldm.errors import (
+    CheckpointError,
+    DataError,
+    InvalidArgumentError,
+    StorageError,
+    UnknownNameError,
+)
+from jaxldm.training import RECIPES, AutoencoderRecipe, DiffusionRecipe, Recipe, make_mesh
+from jaxldm.training.runs import RunFolder, open_run, read_config, read_recipe
+from jaxldm.training.stages import stage_keys
+from jaxldm.training.train import check_recipe, train
+
+SMOKE = RECIPES["smoke"]
+
+
+class Digits:
+    """As much of a data set as the checks ask for."""
+
+    name, image_shape, num_classes, class_names = "mnist5k", (28, 28, 1), 10, tuple("0123456789")
+
+    def rows(self, split):
+        return range(4000)
+
+
+def changed(stage, **changes):
+    return dataclasses.replace(SMOKE, **{stage: dataclasses.replace(getattr(SMOKE, stage), **changes)})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_whole_and_survives_json(name):
+    recipe = RECIPES[name]
+    assert recipe.name == name
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again.to_dict() == recipe.to_dict()
+    assert again.diffusion.noise == recipe.diffusion.noise
+    check_recipe(again, Digits(), make_mesh(1))
+
+
+def test_lists_of_json_become_tuples_again():
+    recipe = changed("diffusion", noise=NoiseSchedule(betas="cosine"), min_snr_gamma=5.0)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"name": "x", "colour": 1}, "recipe has the unknown key 'colour'; known: name"),
+        ({"name": "x", "diffusion": {"epoch": 1}}, r"recipe.diffusion has the unknown key 'epoch'"),
+        ({"name": "x", "diffusion": {"noise": {"beta": 1}}}, r"recipe.diffusion.noise has the unknown key"),
+        ({"name": "x", "diffusion": {"epochs": 0}}, "epochs must be at least 1"),
+        ({"name": "x", "diffusion": 3}, "should be a JSON object"),
+        ({}, "name"),
+    ],
+)
+def test_a_damaged_recipe_says_where(entries, words):
+    with pytest.raises(CheckpointError, match=words):
+        Recipe.from_dict(entries)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "words"),
+    [
+        (DiffusionRecipe, {"batch_size": 0}, "batch_size"),
+        (DiffusionRecipe, {"save_every": -1}, "save_every"),
+        (DiffusionRecipe, {"ema_decay": 1.0}, "ema_decay"),
+        (AutoencoderRecipe, {"beta": -1.0}, "beta"),
+        (AutoencoderRecipe, {"free_bits": float("nan")}, "free_bits"),
+        (DiffusionRecipe, {"warmup_epochs": float("nan")}, "warmup_epochs"),
+    ],
+)
+def test_numbers_outside_their_range(kind, numbers, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        kind(**numbers)
+    with pytest.raises(InvalidArgumentError, match="seed"):
+        Recipe(name="x", seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "words"),
+    [
+        (changed("diffusion", preset="mini-unett"), UnknownNameError, "did you mean 'mini-unet'"),
+        (changed("diffusion", overrides={"widths": 3}), UnknownNameError, "widths"),
+        (
+            changed("diffusion", noise=NoiseSchedule(zero_terminal_snr=True)),
+            InvalidArgumentError,
+            "v_prediction|noise",
+        ),
+        (changed("diffusion", noise=NoiseSchedule(prediction="eps")), UnknownNameError, "epsilon"),
+        (changed("diffusion", noise=NoiseSchedule(path="edm")), InvalidArgumentError, "vp or flow"),
+        (
+            changed("diffusion", batch_size=257),
+            InvalidArgumentError,
+            "257 is more than the 256 training images",
+        ),
+        (changed("autoencoder", learning_rate=-1.0), InvalidArgumentError, "learning_rate"),
+        (changed("classifier", b2=1.0), InvalidArgumentError, "b2"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(recipe, error, words):
+    with pytest.raises(error, match=words):
+        check_recipe(recipe, Digits(), make_mesh(1))
+
+
+def test_a_batch_that_cannot_be_split_and_an_unknown_data_set(tmp_path):
+    with pytest.raises(InvalidArgumentError, match="cannot be split over 8 devices"):
+        check_recipe(changed("diffusion", batch_size=60), Digits(), make_mesh(8))
+    with pytest.raises((UnknownNameError, DataError), match="mnist5"):
+        train(dataclasses.replace(SMOKE, data="mnist5"), tmp_path / "run", devices=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_differ_by_purpose_stage_and_seed_and_by_nothing_else():
+    keys = [
+        tuple(np.asarray(jax.random.key_data(key)))
+        for seed in (0, 1)
+        for stage in ("autoencoder", "diffusion")
+        for key in stage_keys(seed, stage)
+    ]
+    assert len(set(keys)) == len(keys) == 16
+    assert tuple(np.asarray(jax.random.key_data(stage_keys(0, "autoencoder").init))) == keys[0]
+
+
+def test_a_new_run_folder_says_what_it_is_of(tmp_path):
+    run = open_run(tmp_path / "a" / "run", SMOKE, Digits(), resume=False)
+    entries = read_config(run.path)
+    assert entries["data"] == {
+        "name": "mnist5k",
+        "image_shape": [28, 28, 1],
+        "class_names": list("0123456789"),
+    }
+    assert entries["versions"]["jax"] == jax.__version__
+    assert read_recipe(run.path).to_dict() == SMOKE.to_dict()
+    assert open_run(run.path, SMOKE, Digits(), resume=True) == run
+    assert not run.stage("diffusion").complete
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
+    run = open_run(tmp_path / "run", SMOKE, Digits(), resume=False)
+    before = run.config.read_bytes()
+    with pytest.raises(CheckpointError, match=r"already holds a run: add --resume"):
+        open_run(run.path, SMOKE, Digits(), resume=False)
+    other = dataclasses.replace(changed("diffusion", learning_rate=0.5), seed=3)
+    with pytest.raises(
+        CheckpointError, match=r"diffusion.learning_rate is 0.001 there and 0.5 here \(and 1 more\)"
+    ):
+        open_run(run.path, other, Digits(), resume=True)
+    assert run.config.read_bytes() == before
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        open_run(tmp_path / "none", SMOKE, Digits(), resume=True)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("")
+    with pytest.raises(CheckpointError, match=r"holds other things \(cat.png\)"):
+        open_run(tmp_path / "photos", SMOKE, Digits(), resume=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        open_run(tmp_path / "file", SMOKE, Digits(), resume=False)
+    for text in ("{", "[]", '{"format": 9, "recipe": {}}', '{"format": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config.json"):
+            read_recipe(tmp_path)
+    with pytest.raises(CheckpointError, match="no run folder"):
+        read_recipe(tmp_path / "photos")
+
+
+def test_a_run_killed_before_its_config_was_written_starts_anew(tmp_path):
+    said = []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.123.tmp").write_text("{")
+    assert open_run(tmp_path / "run", SMOKE, Digits(), resume=True, say=said.append).config.is_file()
+    assert len(said) == 1 and "at the beginning" in said[0]
+
+
+def test_a_stage_is_complete_when_its_model_is_there(tmp_path):
+    stage = RunFolder(tmp_path).stage("diffusion")
+    assert not stage.complete
+    stage.model.mkdir(parents=True)
+    assert stage.complete

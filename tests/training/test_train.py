@@ -1,0 +1,250 @@
+"""Whole runs of the smallest recipes: what they leave behind, and that interruptions change nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxldm import checkpoints, data, models
+from jaxldm import diffusion as D
+from jaxldm.errors import CheckpointError
+from jaxldm.training import RECIPES, create_train_state, make_mesh, optimizer, read_log, train
+from jaxldm.training import diffusion as diffusion_stage
+from jaxldm.training.diffusion import build_denoiser, latent_columns, latent_shape, make_loss
+from jaxldm.training.flat import FlatLayout
+from jaxldm.training.mesh import batch_sharding, replicated
+from jaxldm.training.runs import STAGES
+from jaxldm.training.stages import Context
+from jaxldm.training.step import compile_train_step, make_train_step
+
+SMOKE = RECIPES["smoke"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The second run of the same recipe finds the programs of the first on disk."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run in one go, and what it said."""
+    said = []
+    return train(SMOKE, tmp_path_factory.mktemp("runs") / "straight", devices=1, say=said.append), said
+
+
+def test_every_stage_leaves_its_model_log_and_pictures(straight):
+    run, _ = straight
+    for stage in STAGES:
+        folder = run.stage(stage)
+        assert (
+            folder.complete
+            and (folder.path / "loss.png").is_file()
+            and (folder.path / "grad_norm.png").is_file()
+        )
+        np.testing.assert_array_equal(read_log(folder.log)["step"], np.arange(1, 9))
+    assert {"reconstruction", "kl", "kl_channel_3", "beta"} <= set(read_log(run.stage("autoencoder").log))
+    with Image.open(run.path / "diffusion" / "samples" / "step-000008.png") as picture:
+        assert picture.width > 10 * 28 * 2 and picture.height > 28 * 2
+    with Image.open(run.path / "autoencoder" / "reconstructions.png") as picture:
+        assert picture.width > 8 * 28 * 2
+    figures = json.loads((run.path / "classifier" / "metrics.json").read_text())
+    assert 0 <= figures["test_accuracy"] <= 1 and figures["test_images"] == 500
+    assert "posterior collapse" in (run.path / "autoencoder" / "health.txt").read_text()
+
+
+def test_annealing_is_in_the_log(straight):
+    beta = SMOKE.autoencoder.beta
+    expected = np.minimum(1, np.arange(8) / 4) * beta
+    np.testing.assert_allclose(read_log(straight[0].stage("autoencoder").log)["beta"], expected, rtol=1e-6)
+
+
+def test_the_finished_autoencoder_gives_unit_latents(straight):
+    """And the cached latents are those that its public `encode_latents` makes."""
+    run, _ = straight
+    module, params = checkpoints.load(run.stage("autoencoder").model)
+    dataset = data.load("mnist5k")
+    context = Context(SMOKE, dataset, run, make_mesh(1))
+    columns = latent_columns(context)
+    images, labels = context.train_arrays()
+    assert len(images) == SMOKE.max_train_images
+    np.testing.assert_array_equal(columns["label"], labels)
+    np.testing.assert_allclose(
+        columns["mean"][:64], models.encode_latents(module, params, images[:64]), atol=1e-4
+    )
+    variance = np.var(columns["mean"]) + np.mean(columns["std"] ** 2)
+    np.testing.assert_allclose([columns["mean"].mean(), variance], [0, 1], atol=1e-3)
+    before = run.latents.stat().st_mtime_ns
+    latent_columns(context)
+    assert run.latents.stat().st_mtime_ns == before
+    mean_only = dataclasses.replace(
+        SMOKE, diffusion=dataclasses.replace(SMOKE.diffusion, sample_latents=False)
+    )
+    assert set(latent_columns(Context(mean_only, dataset, run, make_mesh(1)))) == {"mean", "label"}
+
+
+def test_the_finished_denoiser_is_the_moving_average(straight):
+    run, _ = straight
+    module, params = checkpoints.load(run.stage("diffusion").model)
+    from jaxldm.checkpoints.training_store import TrainingStore
+
+    layout = FlatLayout(params)
+    adam = optimizer(1e-3, 1, 8)
+    template = create_train_state(jax.random.key(0), layout.flatten(params), adam)
+    with TrainingStore(run.path / "diffusion" / "checkpoints") as store:
+        state = store.restore_latest(template).state
+    chex.assert_trees_all_equal(layout.split(state.ema_params), params)
+    assert not np.array_equal(state.ema_params, state.params)
+    assert module.config.in_channels == 4 and module.config.num_classes == 10
+
+
+def test_interruptions_change_no_bit_of_the_result(straight, tmp_path):
+    """Ctrl-C in the middle of the autoencoder, of the diffusion model, and at the very end of that."""
+    said = []
+
+    def say_and_stop(at):
+        def say(line):
+            said.append(line)
+            if line.startswith(at):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return say
+
+    run_dir = tmp_path / "run"
+    for number, at in enumerate(("autoencoder: epoch 1/2", "diffusion: epoch 1/2", "diffusion: epoch 2/2")):
+        with pytest.raises(KeyboardInterrupt):
+            train(SMOKE, run_dir, resume=number > 0, devices=1, say=say_and_stop(at))
+    run = train(SMOKE, run_dir, resume=True, devices=1, say=said.append)
+    assert sum(line.startswith("stopped after step") for line in said) == 3
+    for stage in STAGES:
+        ours, theirs = run.stage(stage), straight[0].stage(stage)
+        logs = [read_log(folder.log) for folder in (ours, theirs)]
+        for log in logs:
+            log.pop("seconds")
+        chex.assert_trees_all_equal(*logs)
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            assert (ours.model / name).read_bytes() == (theirs.model / name).read_bytes()
+
+
+def test_resuming_a_finished_run_says_so_and_a_new_one_is_refused(straight):
+    run, _ = straight
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    said = []
+    train(SMOKE, run.path, resume=True, devices=1, say=said.append)
+    assert said == [f"{run.path} is finished: there is nothing left to train"]
+    with pytest.raises(CheckpointError, match="--resume"):
+        train(SMOKE, run.path, devices=1)
+    with pytest.raises(CheckpointError, match="seed is 0 there and 1 here"):
+        train(dataclasses.replace(SMOKE, seed=1), run.path, resume=True, devices=1)
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def dit_step(devices, dtype="float32"):
+    """One update of the smallest DiT on so many devices: (loss, parameters as a vector)."""
+    recipe = RECIPES["smoke-dit"]
+    recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, dtype=dtype))
+    module = build_denoiser(recipe, (28, 28, 1), 10)
+    layout = FlatLayout(models.shapes(module))
+    vector = 0.05 * jax.random.normal(jax.random.key(1), (layout.size,))
+    loss_fn = make_loss(recipe.diffusion, module)
+    adam = optimizer(1e-3, 0, 8)
+    step = make_train_step(lambda p, key, batch, n: loss_fn(layout.unflatten(p), key, batch, n), adam, 0.9)
+    mesh = make_mesh(devices)
+    images = jax.random.normal(jax.random.key(2), (16, 28, 28, 1))
+    batch = jax.device_put({"mean": images, "label": jnp.arange(16) % 10}, batch_sharding(mesh))
+    state = jax.device_put(create_train_state(jax.random.key(3), vector, adam), replicated(mesh))
+    state, metrics = compile_train_step(step, mesh)(state, batch)
+    assert metrics["loss"].dtype == state.params.dtype == jnp.float32
+    return float(metrics["loss"]), np.asarray(state.params)
+
+
+def test_a_dit_takes_the_same_step_on_eight_devices():
+    one, eight = dit_step(1), dit_step(8)
+    np.testing.assert_allclose(one[0], eight[0], rtol=1e-5)
+    # Adam's first step is the sign of the gradient: where that is nearly 0, rounding may turn it.
+    assert np.mean(np.abs(one[1] - eight[1]) > 1e-5) < 1e-3
+
+
+def test_bfloat16_compute_stays_near_float32_with_a_float32_loss():
+    low, full = dit_step(1, "bfloat16"), dit_step(1)
+    assert low[0] != full[0]
+    np.testing.assert_allclose(low[0], full[0], rtol=0.02)
+
+
+class StandIn:
+    """A network that answers with its input, and keeps what it was told."""
+
+    class config:
+        num_classes = 3
+
+    def apply(self, variables, x, t, labels, train, rngs):
+        self.labels = labels
+        return x
+
+
+def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch):
+    """x_0 = mean + std eps, with another eps at each update; every option of the recipe reaches the loss."""
+    seen = {}
+
+    def diffusion_loss(key, network, path, x_0, condition, **options):
+        seen.update(options, x_0=x_0, path=path, output=network(x_0, jnp.zeros(len(x_0)), condition))
+        return jnp.float32(0), {}
+
+    monkeypatch.setattr(diffusion_stage.D, "diffusion_loss", diffusion_loss)
+    recipe = dataclasses.replace(
+        SMOKE.diffusion,
+        min_snr_gamma=5.0,
+        noise_offset=0.1,
+        condition_dropout=0.2,
+        noise=D.NoiseSchedule("flow", "flow"),
+    )
+    loss_fn = make_loss(recipe, StandIn())
+    batch = {
+        "mean": jnp.full((4000, 2, 2, 1), 3.0),
+        "std": jnp.full((4000, 2, 2, 1), 0.5),
+        "label": jnp.zeros(4000, jnp.int32),
+    }
+    loss_fn({}, jax.random.key(0), batch, 0)
+    first = seen["x_0"]
+    np.testing.assert_allclose([first.mean(), first.std()], [3.0, 0.5], atol=0.02)
+    loss_fn({}, jax.random.key(1), batch, 0)
+    assert not np.array_equal(first, seen["x_0"])
+    assert seen["path"].name == "flow" and int(seen["null_condition"]) == 3
+    options = {
+        name: seen[name] for name in ("prediction", "min_snr_gamma", "noise_offset", "condition_dropout")
+    }
+    assert options == {
+        "prediction": "flow",
+        "min_snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "condition_dropout": 0.2,
+    }
+    del batch["std"]
+    loss_fn({}, jax.random.key(2), batch, 0)
+    np.testing.assert_array_equal(seen["x_0"], batch["mean"])
+
+
+def test_models_fit_themselves_to_the_data():
+    assert latent_shape(SMOKE, (28, 28, 1)) == (7, 7, 4)
+    assert latent_shape(SMOKE, (32, 16, 3)) == (8, 4, 4)
+    module = build_denoiser(SMOKE, (32, 16, 3), 7)
+    assert (module.config.sample_size, module.config.in_channels, module.config.num_classes) == ((8, 4), 4, 7)
+    pixels = build_denoiser(RECIPES["smoke-dit"], (28, 28, 3), 5)
+    assert (pixels.config.in_channels, pixels.config.learn_sigma) == (3, False)
