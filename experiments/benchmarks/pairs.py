@@ -1,0 +1,114 @@
+"""The same architectures twice: jaxldm's and those of diffusers, at the same sizes.
+
+`experiments/benchmarks/cpu.py` times them; `tests/benchmarks/test_cpu_benchmark.py` checks that with the same
+weights both sides compute the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import flax.linen as nn
+import torch
+
+from jaxldm import models
+
+NUM_CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One architecture on both sides.
+
+    shape: (H, W, C) of its input. ours: a flax module. theirs: makes the torch module.
+    batch_size, num_images: examples in a training step, and images sampled at once.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    ours: nn.Module
+    theirs: Callable[[], torch.nn.Module]
+    batch_size: int
+    num_images: int
+
+
+def mini_unet(width: int = 1) -> Pair:
+    """The demo's U-Net at 8x8x4: that of diffusers cannot go 7 -> 4 -> 7. width: divides the channels."""
+    ours = models.build(
+        "mini-unet",
+        sample_size=8,
+        block_out_channels=(64 // width, 96 // width),
+        attention_head_dim=32 // width,
+    )
+    config = ours.config
+    theirs = lambda: diffusers.UNet2DModel(  # noqa: E731
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=config.down_block_types,
+        up_block_types=config.up_block_types,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        num_class_embeds=NUM_CLASSES + 1,
+    )
+    return Pair("mini U-Net", (8, 8, 4), ours, theirs, batch_size=64, num_images=64)
+
+
+def tiny_dit(width: int = 1) -> Pair:
+    """Tiny DiT of lecture 43.2 on 28x28x1 pixels. width: divides the hidden size."""
+    ours = models.build("tiny-dit", hidden_size=128 // width)
+    config = ours.config
+    theirs = lambda: diffusers.DiTTransformer2DModel(  # noqa: E731
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        num_layers=config.depth,
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=NUM_CLASSES,
+    )
+    return Pair("Tiny DiT", (28, 28, 1), ours, theirs, batch_size=128, num_images=32)
+
+
+def autoencoder(width: int = 1) -> Pair:
+    """AutoencoderKL at the size of the mini autoencoder: 28x28x1 -> 7x7x4. width: divides the channels."""
+    ours = models.from_config(
+        models.AutoencoderKLConfig(
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(32 // width, 64 // width, 64 // width),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=8,
+            latent_channels=4,
+        )
+    )
+    config = ours.config
+    theirs = lambda: diffusers.AutoencoderKL(  # noqa: E731
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=config.block_out_channels,
+        down_block_types=config.down_block_types,
+        up_block_types=config.up_block_types,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        latent_channels=config.latent_channels,
+    )
+    return Pair("AutoencoderKL", (28, 28, 1), ours, theirs, batch_size=32, num_images=64)
+
+
+def forward(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> Any:
+    """A denoising network of diffusers as a function of (x, t, labels)."""
+    if isinstance(model, diffusers.DiTTransformer2DModel):
+        return model(x, timestep=t, class_labels=labels, return_dict=False)[0]
+    return model(x, t, class_labels=labels, return_dict=False)[0]
