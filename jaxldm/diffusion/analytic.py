@@ -34,8 +34,9 @@ def gaussian_denoiser(path: Path, mean: Any = 0.0, std: Any = 1.0) -> Denoiser:
     return Denoiser(function, path)
 
 
-def gaussian_solution(path: Path, mean: Any, std: Any, x: Float[Array, "B ..."], t_start: Any,
-                      t_end: Any) -> Float[Array, "B ..."]:
+def gaussian_solution(
+    path: Path, mean: Any, std: Any, x: Float[Array, "B ..."], t_start: Any, t_end: Any
+) -> Float[Array, "B ..."]:
     """Where the probability-flow ODE takes x from t_start to t_end, exactly, for data N(mean, std^2).
 
     (x_t - alpha m) / sqrt(alpha^2 s^2 + sigma^2) stays constant along the ODE, because x_t is Gaussian with
@@ -73,8 +74,9 @@ def gaussian_mixture_denoiser(path: Path, weights: Any, means: Any, stds: Any) -
     return Denoiser(function, path)
 
 
-def gaussian_mixture_log_density(path: Path, weights: Any, means: Any, stds: Any, x: Float[Array, "B ..."],
-                                 t: Any) -> Float[Array, " B"]:
+def gaussian_mixture_log_density(
+    path: Path, weights: Any, means: Any, stds: Any, x: Float[Array, "B ..."], t: Any
+) -> Float[Array, " B"]:
     """log p_t(x) of the same mixture, noised to t: its gradient is the score."""
     t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
     logits, _, _ = _components(path, weights, means, stds, x, t)

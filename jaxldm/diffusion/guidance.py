@@ -30,8 +30,9 @@ def guide(unconditional: Any, conditional: Any, guidance_scale: Any) -> Any:
     return (1 - w) * unconditional + w * conditional
 
 
-def rescale_guidance(guided: Float[Array, "B ..."], conditional: Float[Array, "B ..."],
-                     rescale: Any) -> Float[Array, "B ..."]:
+def rescale_guidance(
+    guided: Float[Array, "B ..."], conditional: Float[Array, "B ..."], rescale: Any
+) -> Float[Array, "B ..."]:
     """phi guided std(conditional)/std(guided) + (1 - phi) guided: the cure for over-exposed pictures.
 
     Standard deviations are taken per image over all other axes (Lin et al. 2023, equations 15 and 16; phi
@@ -48,8 +49,13 @@ def rescale_guidance(guided: Float[Array, "B ..."], conditional: Float[Array, "B
     return phi * (factor * guided) + (1 - phi) * guided
 
 
-def classifier_free_guidance(network: Callable[[Any, Any, Any], Any], condition: Any, null_condition: Any,
-                             guidance_scale: Any, rescale: Any = 0.0) -> Callable[[Any, Any], Any]:
+def classifier_free_guidance(
+    network: Callable[[Any, Any, Any], Any],
+    condition: Any,
+    null_condition: Any,
+    guidance_scale: Any,
+    rescale: Any = 0.0,
+) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` that asks the network once, for both branches in one batch of 2B, and guides.
 
     Args:
@@ -95,15 +101,18 @@ def broadcast_null(null_condition: Any, condition: Any) -> Any:
         InvalidArgumentError: the two differ in form, or a shape does not broadcast.
     """
     if jax.tree.structure(null_condition) != jax.tree.structure(condition):
-        raise InvalidArgumentError(f"condition is {jax.tree.structure(condition)}, but null_condition is "
-                                   f"{jax.tree.structure(null_condition)}: give both the same form")
+        raise InvalidArgumentError(
+            f"condition is {jax.tree.structure(condition)}, but null_condition is "
+            f"{jax.tree.structure(null_condition)}: give both the same form"
+        )
 
     def one(null, kept):
         try:
             return jnp.broadcast_to(jnp.asarray(null, kept.dtype), kept.shape)
         except ValueError as error:
-            raise InvalidArgumentError(f"null_condition of shape {np.shape(null)} does not broadcast to the "
-                                       f"condition's {kept.shape}") from error
+            raise InvalidArgumentError(
+                f"null_condition of shape {np.shape(null)} does not broadcast to the condition's {kept.shape}"
+            ) from error
 
     return jax.tree.map(one, null_condition, condition)
 

@@ -16,10 +16,19 @@ from jaxldm.diffusion.predictions import check_prediction, target, x0_error_per_
 from jaxldm.errors import InvalidArgumentError
 
 
-def diffusion_loss(key: PRNGKeyArray, network: Callable[[Any, Any, Any], Any], path: Path,
-                   x_0: Float[Array, "B ..."], condition: Any = None, *, prediction: str = "epsilon",
-                   min_snr_gamma: float | None = None, noise_offset: float = 0.0, null_condition: Any = None,
-                   condition_dropout: float = 0.0) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+def diffusion_loss(
+    key: PRNGKeyArray,
+    network: Callable[[Any, Any, Any], Any],
+    path: Path,
+    x_0: Float[Array, "B ..."],
+    condition: Any = None,
+    *,
+    prediction: str = "epsilon",
+    min_snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+    null_condition: Any = None,
+    condition_dropout: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean of w(t) |network(x_t, t, condition) - target|^2, x_t = alpha x_0 + sigma eps, one t per example.
 
     Ho et al. 2020, equation 14, for any path and prediction. All arithmetic is float32; the network may
@@ -91,8 +100,11 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null_condition: Any, proba
     """
     batch_size = jax.tree.leaves(condition)[0].shape[0]
     dropped = jax.random.bernoulli(key, probability, (batch_size,))
-    return jax.tree.map(lambda null, kept: jnp.where(per_image(dropped, kept), null, kept),
-                        broadcast_null(null_condition, condition), condition)
+    return jax.tree.map(
+        lambda null, kept: jnp.where(per_image(dropped, kept), null, kept),
+        broadcast_null(null_condition, condition),
+        condition,
+    )
 
 
 def _check_options(min_snr_gamma, noise_offset, condition, null_condition, condition_dropout) -> None:

@@ -22,8 +22,9 @@ from jaxldm.errors import InvalidArgumentError, one_of
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
-def linear_betas(num_train_timesteps: int = 1000, beta_start: float = 1e-4,
-                 beta_end: float = 0.02) -> np.ndarray:
+def linear_betas(
+    num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
     """Betas that rise linearly, float64 [T] (Ho et al. 2020, section 4).
 
     Raises:
@@ -32,8 +33,9 @@ def linear_betas(num_train_timesteps: int = 1000, beta_start: float = 1e-4,
     return _checked_betas(np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
 
 
-def scaled_linear_betas(num_train_timesteps: int = 1000, beta_start: float = 0.00085,
-                        beta_end: float = 0.012) -> np.ndarray:
+def scaled_linear_betas(
+    num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> np.ndarray:
     """Betas whose square roots rise linearly, float64 [T] (latent diffusion, Rombach et al. 2022)."""
     roots = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64)
     return _checked_betas(roots**2)
@@ -185,8 +187,13 @@ def vp_path(betas: np.ndarray) -> Path:
     return Path("vp", -1.0, 0.0, float(last), last + 1, None, coefficients, time_of, draw)
 
 
-def edm_path(sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0,
-             log_sigma_mean: float = -1.2, log_sigma_std: float = 1.2) -> Path:
+def edm_path(
+    sigma_data: float = 0.5,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    log_sigma_mean: float = -1.2,
+    log_sigma_std: float = 1.2,
+) -> Path:
     """EDM's variance-exploding path: alpha = 1, sigma = t, t in [sigma_min, sigma_max] (Karras et al. 2022).
 
     Training draws ln sigma ~ N(log_sigma_mean, log_sigma_std^2) (table 1). Grids are Karras grids unless
@@ -197,8 +204,10 @@ def edm_path(sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float
         InvalidArgumentError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
     """
     if not (0 < sigma_min < sigma_max < np.inf and sigma_data > 0):
-        raise InvalidArgumentError(f"edm_path needs 0 < sigma_min < sigma_max and sigma_data > 0, not "
-                                   f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}")
+        raise InvalidArgumentError(
+            f"edm_path needs 0 < sigma_min < sigma_max and sigma_data > 0, not "
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}"
+        )
 
     def coefficients(xp, t):
         return xp.ones_like(t), t

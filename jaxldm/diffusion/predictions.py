@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxldm.diffusion.paths import Path, per_image
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -58,8 +61,11 @@ def from_x0(prediction: str, x_0: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
     if prediction == "sample":
         return x_0
     alpha_x, sigma_x = per_image(alpha, x_t), per_image(sigma, x_t)
-    epsilon = (x_t - alpha_x * x_0) / (sigma_x + 1.0 * (sigma_x == 0))
-    return target(prediction, x_0, epsilon, alpha, sigma)
+    if isinstance(sigma_x, jax.Array):
+        divisor = jnp.where(sigma_x == 0, 1, sigma_x)
+    else:
+        divisor = sigma_x + (sigma_x == 0)
+    return target(prediction, x_0, (x_t - alpha_x * x_0) / divisor, alpha, sigma)
 
 
 def target(prediction: str, x_0: Any, epsilon: Any, alpha: Any, sigma: Any) -> Any:
@@ -107,4 +113,5 @@ def check_prediction(prediction: str, path: Path) -> None:
     if prediction == "epsilon" and path.zero_terminal_snr:
         raise InvalidArgumentError(
             f"epsilon prediction says nothing about x_0 at the noisy end of this {path.name} path, where "
-            "alpha = 0 (zero terminal SNR): use prediction='v_prediction', 'flow' or 'sample'")
+            "alpha = 0 (zero terminal SNR): use prediction='v_prediction', 'flow' or 'sample'"
+        )

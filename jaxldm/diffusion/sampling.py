@@ -71,8 +71,9 @@ def denoiser(predict: Callable[[Any, Any], Any], path: Path, prediction: str = "
     return Denoiser(function, path)
 
 
-def edm_preconditioned(network: Callable[[Any, Any], Any], sigma_data: float = 0.5,
-                       path: Path | None = None) -> Denoiser:
+def edm_preconditioned(
+    network: Callable[[Any, Any], Any], sigma_data: float = 0.5, path: Path | None = None
+) -> Denoiser:
     """x_0 = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning (Karras et al. 2022, table 1).
 
     c_skip = d^2/(s^2 + d^2), c_out = s d/sqrt(s^2 + d^2), c_in = 1/sqrt(s^2 + d^2), c_noise = ln(s)/4 with s
@@ -129,9 +130,16 @@ def initial_noise(key: Any, shape: tuple[int, ...], grid: Grid) -> Float[Array, 
     return sigma[0] * noise_like(keys, jnp.zeros(shape, sigma.dtype))
 
 
-def sample(key: Any, denoise: Callable[[Any, Any], Any], solver: Solver, grid: Grid,
-           x_T: Float[Array, "B ..."], *, return_trajectory: bool = False,
-           callback: Callable[[Any, Any], None] | None = None) -> Any:
+def sample(
+    key: Any,
+    denoise: Callable[[Any, Any], Any],
+    solver: Solver,
+    grid: Grid,
+    x_T: Float[Array, "B ..."],
+    *,
+    return_trajectory: bool = False,
+    callback: Callable[[Any, Any], None] | None = None,
+) -> Any:
     """Walks the grid from x_T [B, H, W, C] to its last row, as one `jax.lax.scan`.
 
     jit, vmap, pmap and grad all work. The arithmetic is float32 or wider, whatever the network computes in.
@@ -163,8 +171,11 @@ def sample(key: Any, denoise: Callable[[Any, Any], Any], solver: Solver, grid: G
     (4, 8, 8, 1)
     """
     x_T = at_least_float32(jnp.asarray(x_T))
-    grid = grid._replace(t=jnp.asarray(grid.t, x_T.dtype), alpha=jnp.asarray(grid.alpha, x_T.dtype),
-                         sigma=jnp.asarray(grid.sigma, x_T.dtype))
+    grid = grid._replace(
+        t=jnp.asarray(grid.t, x_T.dtype),
+        alpha=jnp.asarray(grid.alpha, x_T.dtype),
+        sigma=jnp.asarray(grid.sigma, x_T.dtype),
+    )
     chex.assert_equal_shape([grid.t, grid.alpha, grid.sigma])
     chex.assert_rank(grid.t, 1)
     keys = image_keys(key, x_T.shape[0])
@@ -184,5 +195,5 @@ def sample(key: Any, denoise: Callable[[Any, Any], Any], solver: Solver, grid: G
             state = jax.lax.cond(i < num_steps, advance, lambda state, i: state, state, i)
         return state, (state.x if return_trajectory else None)
 
-    state, trajectory = jax.lax.scan(body, solver.init(x_T), jnp.arange(grid.t.shape[0] - 1))
+    state, trajectory = jax.lax.scan(body, solver.init(x_T), jnp.arange(grid.t.shape[0] - 1, dtype=jnp.int32))
     return (state.x, jnp.concatenate([x_T[None], trajectory])) if return_trajectory else state.x

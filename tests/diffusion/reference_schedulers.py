@@ -1,4 +1,4 @@
-"""Drives the schedulers of `diffusers` with a stand-in network, so that solvers can be compared step for step."""
+"""Drives the schedulers of `diffusers` with a stand-in network, to compare our solvers with them."""
 
 import functools
 
@@ -42,12 +42,14 @@ def run_reference(scheduler, x, *, time_scale=1.0, **step_options):
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         options = {name: values[i] for name, values in step_options.items()}
-        x = scheduler.step(torch_network(scaled, float(t) * time_scale), t, x, return_dict=False, **options)[0]
+        x = scheduler.step(torch_network(scaled, float(t) * time_scale), t, x, return_dict=False, **options)[
+            0
+        ]
     return x.numpy()
 
 
 def run_ours(solver, path, predictions=PREDICTIONS, network_of=jax_network):
-    """A compiled `run(prediction, grid, x)` that serves every prediction and every grid of up to MAX_STEPS steps."""
+    """A compiled `run(prediction, grid, x)`, for every prediction and every grid of up to MAX_STEPS steps."""
     denoisers = [D.denoiser(network_of, path, prediction) for prediction in predictions]
 
     @jax.jit
@@ -57,7 +59,9 @@ def run_ours(solver, path, predictions=PREDICTIONS, network_of=jax_network):
 
         return D.sample(jax.random.key(SEED), D.Denoiser(function, path), solver, grid, x)
 
-    return lambda prediction, grid, x: np.asarray(run(predictions.index(prediction), D.pad(grid, MAX_STEPS), x))
+    return lambda prediction, grid, x: np.asarray(
+        run(predictions.index(prediction), D.pad(grid, MAX_STEPS), x)
+    )
 
 
 @functools.cache
@@ -76,7 +80,9 @@ def with_float64_schedule(scheduler):
     In float32 its sqrt((1 - abar) / abar) is off by 3e-4 at t = 0, where 1 - abar is 1e-4; Heun's method with
     x_0 prediction then differs from a float64 run by 3e-4 of the largest value, and ours by 2e-6.
     """
-    betas = np.linspace(scheduler.config.beta_start, scheduler.config.beta_end, scheduler.config.num_train_timesteps)
+    betas = np.linspace(
+        scheduler.config.beta_start, scheduler.config.beta_end, scheduler.config.num_train_timesteps
+    )
     exact = torch.from_numpy(np.cumprod(1 - betas))
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), exact, rtol=1e-5, atol=0)
     scheduler.alphas_cumprod = exact

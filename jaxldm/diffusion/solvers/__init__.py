@@ -37,8 +37,9 @@ def make(name: str, **options) -> Solver:
     known = inspect.signature(constructor).parameters
     for option in options:
         if option not in known:
-            raise InvalidArgumentError(f"solver {name!r} has no option {option!r}; it has: "
-                                       f"{', '.join(known) or 'none'}")
+            raise InvalidArgumentError(
+                f"solver {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}"
+            )
     return constructor(**options)
 
 

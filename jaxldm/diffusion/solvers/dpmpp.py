@@ -37,6 +37,11 @@ def half_log_snr(row: Row) -> Float[Array, ""]:
     return jnp.log(row.alpha) - jnp.log(row.sigma)
 
 
+def is_an_end(row: Row) -> Any:
+    """Whether lambda is infinite here: the clean row, or pure noise."""
+    return (row.sigma == 0) | (row.alpha == 0)
+
+
 def dpmpp_2m(lower_order_final: bool = True) -> Solver:
     """Lu et al. 2022, Algorithm 2: one evaluation a step, the previous x_0 gives the slope.
 
@@ -55,7 +60,7 @@ def dpmpp_2m(lower_order_final: bool = True) -> Solver:
         x_0 = denoise(state.x, here.t)
         h = half_log_snr(there) - half_log_snr(here)
         h_previous = half_log_snr(here) - half_log_snr(row(grid, jnp.maximum(i - 1, 0)))
-        first_order = (state.taken == 0) | (there.sigma == 0)
+        first_order = (state.taken == 0) | is_an_end(there)
         if lower_order_final:
             first_order |= (i == num_steps - 1) & (num_steps < 15)
         weight = jnp.where(first_order, 0, divide(h, 2 * h_previous, 0.0))
@@ -79,12 +84,13 @@ def dpmpp_2s() -> Solver:
     def step(state, denoise, grid, i, keys):
         base, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        closes = (state.taken % 2 == 1) & (there.sigma > 0)
+        closes = (state.taken % 2 == 1) & ~is_an_end(there)
         h_here = half_log_snr(here) - half_log_snr(base)
         h_there = half_log_snr(there) - half_log_snr(base)
         # From pure noise (or, inverting, from the clean row) both h are infinite, and their ratio goes to 1.
         ratio = jnp.where(jnp.isfinite(h_here), divide(h_there, h_here, 1.0), 1)
-        corrected = state.base_x_0 + 0.5 * ratio * (x_0 - state.base_x_0)
+        weight = jnp.where(closes, 0.5 * ratio, 0)  # finite where it is not used, for the sake of gradients
+        corrected = state.base_x_0 + weight * (x_0 - state.base_x_0)
         x = jnp.where(closes, move(state.base_x, corrected, base, there), move(state.x, x_0, here, there))
         return SinglestepState(x, state.x, x_0, state.taken + 1)
 

@@ -10,8 +10,9 @@ from jaxldm.diffusion.solvers.solver import Row, Solver, State, move, noise_like
 from jaxldm.errors import InvalidArgumentError
 
 
-def heun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"),
-         s_noise: float = 1.0) -> Solver:
+def heun(
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0
+) -> Solver:
     """Karras et al. 2022, Algorithm 2, on every path: Heun's method for d(x/alpha) / d(sigma/alpha) = eps.
 
     With r = sigma / alpha, noise is first raised from r to (1 + gamma) r, gamma = min(s_churn / N, sqrt(2) -
@@ -36,7 +37,7 @@ def heun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf")
         if s_churn > 0:
             path = path_of(denoise, "heun with s_churn")
             ratio = here.sigma / here.alpha
-            gamma = jnp.minimum(s_churn / steps_in(grid), 2**0.5 - 1).astype(x.dtype)
+            gamma = jnp.minimum(s_churn / jnp.asarray(steps_in(grid), x.dtype), 2**0.5 - 1)
             churned = raise_noise(x, here, path, gamma, s_noise, keys)
             stirs = (ratio >= s_tmin) & (ratio <= s_tmax) & (here.alpha > 0)
             x, here = jax.tree.map(lambda new, old: jnp.where(stirs, new, old), churned, (x, here))

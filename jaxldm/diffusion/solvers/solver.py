@@ -46,8 +46,9 @@ def row(grid: Grid, i: Any) -> Row:
     return Row(grid.t[i], grid.alpha[i], grid.sigma[i])
 
 
-def move(x: Float[Array, "B ..."], x_0: Float[Array, "B ..."], here: Row,
-         there: Row) -> Float[Array, "B ..."]:
+def move(
+    x: Float[Array, "B ..."], x_0: Float[Array, "B ..."], here: Row, there: Row
+) -> Float[Array, "B ..."]:
     """alpha_s x_0 + sigma_s eps with eps = (x - alpha_t x_0) / sigma_t: from row t straight to row s.
 
     This is DDIM (Song et al. 2021, equation 12 with sigma = 0), Euler's method in sigma / alpha on every
@@ -77,6 +78,8 @@ def path_of(denoise: Any, solver: str) -> Path:
     """
     path = getattr(denoise, "path", None)
     if path is None:
-        raise InvalidArgumentError(f"{solver} looks between the rows of the grid, so it must know the path: "
-                                   "wrap your function as D.Denoiser(denoise, path)")
+        raise InvalidArgumentError(
+            f"{solver} looks between the rows of the grid, so it must know the path: "
+            "wrap your function as D.Denoiser(denoise, path)"
+        )
     return path
