@@ -28,18 +28,14 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def published_name(path: tuple[str, ...]) -> str:
-    """The key of a parameter in a published checkpoint: ("blocks_0", "attn", "qkv", "kernel") ->
-    "blocks.0.attn.qkv.weight".
-    """
+    """("blocks_0", "attn", "qkv", "kernel") -> "blocks.0.attn.qkv.weight"."""
     *modules, leaf = path
     modules = [name if name in KEPT else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
     return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
 def _published_axes(path: tuple[str, ...], rank: int) -> tuple[int, ...]:
-    """Where each axis of the published tensor stands in ours: kernels keep (in, out) last, PyTorch (out,
-    in) first.
-    """
+    """Where each axis of the published tensor stands in ours: (in, out) last here, (out, in) first there."""
     if path[-1] != "kernel" or rank < 2:
         return tuple(range(rank))
     return (rank - 1, rank - 2, *range(rank - 2))
@@ -50,7 +46,9 @@ def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
     state = {}
     for path, value in traverse_util.flatten_dict(params).items():
         array = np.asarray(value)
-        state[published_name(path)] = np.asarray(array.transpose(_published_axes(path, array.ndim)), order="C")
+        state[published_name(path)] = np.asarray(
+            array.transpose(_published_axes(path, array.ndim)), order="C"
+        )
     return state
 
 

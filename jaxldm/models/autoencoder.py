@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 
 class DiagonalGaussian(NamedTuple):
-    """q(z | x) = N(mean, exp(log_variance)), both `[B, h, w, c]`, not scaled. Kingma & Welling 2014,
-    appendix B.
+    """q(z | x) = N(mean, exp(log_variance)), both `[B, h, w, c]`, not scaled.
+
+    Kingma & Welling 2014, appendix B.
     """
 
     mean: Float[Array, "B h w c"]
@@ -24,16 +25,12 @@ class DiagonalGaussian(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Float[Array, "B h w c"]:
-        """KL(q || N(0, 1)) of each latent number in nats: (mean^2 + variance - 1 - log variance) / 2. Never
-        negative.
-        """
+        """KL(q || N(0, 1)) of each latent number, in nats: (mean^2 + variance - 1 - log variance) / 2."""
         return 0.5 * (jnp.square(self.mean) + jnp.exp(self.log_variance) - 1.0 - self.log_variance)
 
 
 def split_moments(moments: Float[Array, "B h w 2c"]) -> DiagonalGaussian:
-    """First half of the channels is the mean, second half the log-variance, cut to [-30, 20] as in latent
-    diffusion.
-    """
+    """First half of the channels: mean; second half: log-variance, cut to [-30, 20] as LDM does."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return DiagonalGaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 

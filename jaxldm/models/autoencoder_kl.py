@@ -24,12 +24,11 @@ EPS = 1e-6  # of every normalisation in this architecture
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig(ModelConfig):
-    """Config of `AutoencoderKL`; field names and defaults are those of diffusers. One level per channel
-    count.
+    """Config of `AutoencoderKL`; names and defaults are those of diffusers. A level per channel count.
 
     scaling_factor, shift_factor: diffusion works on (z - shift_factor) * scaling_factor, see
-    `encode_latents`. dtype: compute dtype. The SDXL weights overflow in float16: use float32 or bfloat16
-    with them.
+      `encode_latents`.
+    dtype: compute dtype. The SDXL weights overflow in float16: use float32 or bfloat16 with them.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -87,9 +86,7 @@ def _norm_out(config: AutoencoderKLConfig) -> GroupNorm:
 
 
 class Encoder(nn.Module):
-    """Images `[B, H, W, in_channels]` -> moments `[B, h, w, 2 latent_channels]`. Rombach et al. 2022,
-    appendix G.
-    """
+    """Images `[B, H, W, in]` -> moments `[B, h, w, 2 latent_channels]`. Rombach et al. 2022, appendix G."""
 
     config: AutoencoderKLConfig
 
@@ -113,9 +110,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents `[B, h, w, latent_channels]` -> images `[B, H, W, out_channels]`: the encoder mirrored, one
-    layer more.
-    """
+    """Latents `[B, h, w, c]` -> images `[B, H, W, out]`: the encoder mirrored, one layer more per level."""
 
     config: AutoencoderKLConfig
 

@@ -11,8 +11,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Base of the configs. Subclasses are frozen dataclasses of ints, floats, strings, bools, tuples and
-    None.
+    """Base of the configs: frozen dataclasses of ints, floats, strings, bools, tuples and None.
 
     Class attributes for architectures whose config.json other programs read:
       published: only keys of the published config; our own fields are written with a leading underscore,

@@ -1,6 +1,4 @@
-"""DiT: the diffusion transformer with AdaLN-Zero (Peebles & Xie 2023), under the names of its published
-checkpoints.
-"""
+"""DiT (Peebles & Xie 2023): the diffusion transformer with AdaLN-Zero, named as its checkpoints are."""
 
 from __future__ import annotations
 
@@ -37,12 +35,12 @@ class DiTConfig(ModelConfig):
     """Config of `DiT`; defaults are DiT-XL/2 for 256x256 images in the latents of Stable Diffusion.
 
     num_classes: number of real classes; the label `num_classes` is the null class. None: not
-    class-conditional. learn_sigma: 2 x in_channels outputs: the prediction, then the interpolation weight
-    of the variance (Nichol &
-      Dhariwal 2021, eq. 15).
+      class-conditional.
+    learn_sigma: 2 x in_channels outputs: the prediction, then the interpolation weight of the variance
+      (Nichol & Dhariwal 2021, eq. 15).
     position_embedding: "sincos" (fixed) or "learned" (from N(0, 0.02^2), as in ViT).
-    freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`), so set 1 to agree with
-    it. norm_eps: 1e-6 as published.
+    freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`): set 1 to agree with it.
+    norm_eps: 1e-6 as published.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -130,8 +128,7 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """x + gate * attention(modulate(norm(x))), then the same with the MLP; AdaLN-Zero from c. `[B, N, C]`
-    -> `[B, N, C]`.
+    """x + gate attention(modulate(norm(x))), then the same with the MLP. x `[B, N, C]`, c `[B, C]`.
 
     Peebles & Xie 2023, section 3.2 and figure 3: shift, scale and gate of both branches are one linear map
     of silu(c) that starts at zero, so every block starts as the identity.
@@ -159,9 +156,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Adaptive layer norm and a linear map to pixels: `[B, N, C]` -> `[B, N, p p out_channels]`; both start
-    at zero.
-    """
+    """Adaptive layer norm and a linear map that starts at zero: `[B, N, C]` -> `[B, N, p p out_channels]`."""
 
     config: DiTConfig
 
@@ -180,6 +175,9 @@ class FinalLayer(nn.Module):
 
 class DiT(nn.Module):
     """Diffusion transformer. Peebles & Xie 2023.
+
+    Example, on 7x7x4 latents instead of 28x28 images:
+    `models.build("tiny-dit", sample_size=7, in_channels=4, patch_size=1)`.
 
     Args of the call:
       x: `[B, H, W, in_channels]` of the config's `sample_size`.
@@ -235,9 +233,7 @@ class DiT(nn.Module):
         return jnp.asarray(table, compute_dtype(config.dtype))
 
     def constant_tensors(self) -> Mapping[str, np.ndarray]:
-        """Tensors of the published checkpoint that are not trained: the sin-cos table `pos_embed` `[1, N,
-        C]`.
-        """
+        """Tensors of the published checkpoint that nobody trains: the sin-cos table `[1, N, C]`."""
         if self.config.position_embedding == "learned":
             return {}
         return {

@@ -1,6 +1,4 @@
-"""Models by name: presets, building, starting parameters, counting them, and configs as plain
-dictionaries.
-"""
+"""Models by name: presets, building, starting and counting parameters, configs as dictionaries."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ def shapes(module: nn.Module) -> dict:
 
 
 def count_params(name_or_module: str | nn.Module) -> int:
-    """Number of trained numbers in a model, from shapes alone: works for presets that do not fit in
-    memory.
-    """
+    """Number of trained numbers in a model, from shapes alone: for presets larger than the memory, too."""
     module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(module)))
 

@@ -28,8 +28,7 @@ class UNet2DConfig(ModelConfig):
     """Config of `UNet2DModel`. Field names and defaults are those of diffusers, apart from these.
 
     num_classes: number of real classes; the label `num_classes` is the null class of classifier-free
-    guidance, so the
-      published `num_class_embeds` is num_classes + 1. None: not class-conditional.
+      guidance, so the published `num_class_embeds` is num_classes + 1. None: not class-conditional.
     dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
     """
 

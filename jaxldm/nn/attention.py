@@ -1,6 +1,4 @@
-"""Scaled dot-product attention: the one entry point that every model uses, chosen by platform in one
-place.
-"""
+"""Scaled dot-product attention: one entry point for every model, chosen by platform in one place."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ def dot_product_attention(
     scale: float | None = None,
     return_weights: bool = False,
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
-    """softmax(Q K^T scale) V for every head, scale = 1/sqrt(D) unless given; softmax in float32, result in
-    Q's dtype.
+    """softmax(Q K^T scale) V for every head, the softmax in float32; scale is 1/sqrt(D) unless given.
 
     Vaswani et al. 2017, eq. 1. On a CPU, or when the weights are asked for, two explicit batched matrix
     products; on accelerators `jax.nn.dot_product_attention`, with cuDNN's flash kernel where it serves the
@@ -86,9 +83,7 @@ def attend(module: nn.Module, query, key, value, num_heads: int) -> Float[Array,
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of vision transformers. `[B, N, C]` -> the same shape; parameters `qkv` and
-    `proj`.
-    """
+    """Multi-head self-attention, parameters `qkv` and `proj`. `[B, N, C]` -> the same shape."""
 
     num_heads: int
     dtype: str = "float32"
@@ -116,8 +111,7 @@ class _Projection(nn.Module):
 
 
 class Attention2D(nn.Module):
-    """Residual self-attention over pixels: x + to_out(attention(group_norm(x))). `[B, H, W, C]` -> the same
-    shape.
+    """x + to_out(attention(group_norm(x))) over the pixels. `[B, H, W, C]` -> the same shape.
 
     Ho et al. 2020, appendix B. Parameters as in diffusers' `Attention`: `group_norm`, `to_q`, `to_k`,
     `to_v` (run as one matrix product), `to_out_0`. `head_dim` None means one head; `num_groups` None means

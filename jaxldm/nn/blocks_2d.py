@@ -1,5 +1,4 @@
-"""The levels of U-Nets and of convolutional autoencoders: residual blocks, optional attention, one change
-of size.
+"""The levels of U-Nets and convolutional autoencoders: residual blocks, attention, a change of size.
 
 One class per direction serves what diffusers calls DownBlock2D, AttnDownBlock2D, DownEncoderBlock2D and
 UpBlock2D, AttnUpBlock2D, UpDecoderBlock2D: they differ only in attention, the time embedding and skip
@@ -47,8 +46,7 @@ class _Level(nn.Module):
 
 
 class DownBlock2D(_Level):
-    """`num_layers` residual blocks, each followed by attention if asked, then a stride-2 convolution if
-    asked.
+    """`num_layers` residual blocks, each followed by attention if asked, then a stride-2 convolution.
 
     `[B, H, W, C]` -> (`[B, h, w, out_channels]`, the outputs of every layer and of the downsampler: the
     skip connections).
@@ -74,8 +72,7 @@ class DownBlock2D(_Level):
 
 
 class UpBlock2D(_Level):
-    """`num_layers` residual blocks, each fed the channels of one skip connection too, then nearest
-    upsampling if asked.
+    """`num_layers` residual blocks, each fed a skip connection too, then nearest upsampling.
 
     Args of the call:
       skips: one array per layer, the last one first used; None for autoencoders, which have none.
@@ -105,8 +102,7 @@ class UpBlock2D(_Level):
 
 
 class MidBlock2D(nn.Module):
-    """Residual block, attention if asked, residual block, at the lowest resolution. `[B, H, W, C]` -> the
-    same shape.
+    """Residual block, attention, residual block. `[B, H, W, C]` -> the same shape.
 
     `attention_groups` None leaves the attention without its group normalisation.
     """

@@ -54,8 +54,10 @@ class Conv2d(nn.Module):
 def doubling_convolution(
     x: Float[Array, "B H W C"], kernels: Float[Array, "2 2 2 2 C out"]
 ) -> Float[Array, "B 2H 2W out"]:
-    """Four 2x2 convolutions, interleaved: output pixel (2i + a, 2j + b) sees the input rows i - 1 + a and i
-    + a, the columns j - 1 + b and j + b, through `kernels[a, b]`.
+    """Four 2x2 convolutions, interleaved to an image of twice the size.
+
+    The output pixel (2i + a, 2j + b) sees the input rows i - 1 + a and i + a and the columns j - 1 + b and
+    j + b, through `kernels[a, b]`.
 
     Every convolution that doubles an image is of this form; written so, no multiplication with a zero or
     with a copy of a pixel is left. On XLA's CPU backend it takes half the time of one 3x3 convolution to
@@ -107,8 +109,7 @@ def conv_of_doubled(
 
 
 class ConvTranspose4x4(nn.Module):
-    """`torch.nn.ConvTranspose2d(C, features, kernel_size=4, stride=2, padding=1)`. x `[B, H, W, C]` -> `[B,
-    2H, 2W, features]`.
+    """`torch.nn.ConvTranspose2d(C, features, 4, stride=2, padding=1)`. `[B, H, W, C]` -> `[B, 2H, 2W, out]`.
 
     The parameter `weight` keeps the published layout `[C, features, 4, 4]`. Starts as PyTorch's does
     (fan-in counted over the OUTPUT channels, as PyTorch reads the axes of a transposed kernel).

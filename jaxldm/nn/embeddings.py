@@ -22,8 +22,7 @@ def timestep_embedding(
     downscale_freq_shift: float = 1.0,
     max_period: float = 10000.0,
 ) -> Float[Array, "B dim"]:
-    """Sinusoidal embedding [sin(t w_k), cos(t w_k)] with w_k = max_period^(-k / (dim/2 -
-    downscale_freq_shift)), float32.
+    """[sin(t w_k), cos(t w_k)], w_k = max_period^(-k / (dim/2 - downscale_freq_shift)), in float32.
 
     Vaswani et al. 2017, section 3.5, as DDPM uses it. Implementations differ in two ways, both named here:
     `flip_sin_to_cos` puts the cosines first, `downscale_freq_shift` is 1 in DDPM and 0 in Stable Diffusion
@@ -40,9 +39,7 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Linear, SiLU, Linear: `[B, in]` -> `[B, dim]`. Submodules `linear_1`, `linear_2` as in UNet2DModel of
-    diffusers.
-    """
+    """Linear, SiLU, Linear: `[B, in]` -> `[B, dim]`, submodules `linear_1` and `linear_2` as in diffusers."""
 
     dim: int
     dtype: str = "float32"
@@ -56,9 +53,9 @@ class TimestepEmbedding(nn.Module):
 def sincos_position_embedding_2d(dim: int, height: int, width: int) -> np.ndarray:
     """Fixed 2-D position embedding, float32 `[height * width, dim]`, row by row.
 
-    The first half of the channels encodes the column, the second half the row; each is [sin(p w_k), cos(p
-    w_k)] with w_k = 10000^(-4k/dim). Dosovitskiy et al. 2021 via MAE (He et al. 2022) and DiT, whose tables
-    put the column first.
+    The first half of the channels encodes the column, the second half the row; each is
+    [sin(p w_k), cos(p w_k)] with w_k = 10000^(-4k/dim). As in MAE (He et al. 2022) and DiT, whose tables put
+    the column first.
 
     Raises:
       InvalidArgumentError: `dim` is not a multiple of 4.
@@ -76,10 +73,10 @@ def sincos_position_embedding_2d(dim: int, height: int, width: int) -> np.ndarra
 
 
 def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N p*p*C"]:
-    """Cuts images into patches: token i * W/p + j holds pixels (i p + a, j p + b), channel c at position (a
-    p + b) C + c.
+    """Cuts images into patches, row by row; `unpatchify` undoes it exactly.
 
-    `unpatchify` undoes it exactly. Peebles & Xie 2023, section 3.2.
+    Token i W/p + j holds the pixels (i p + a, j p + b), channel c at position (a p + b) C + c. Peebles &
+    Xie 2023, section 3.2.
 
     Raises:
       InvalidArgumentError: H or W is not a multiple of `patch_size`.
@@ -95,8 +92,7 @@ def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "
 def unpatchify(
     tokens: Float[Array, "B N p*p*C"], patch_size: int, height: int, width: int
 ) -> Float[Array, "B height width C"]:
-    """Lays patches `[B, (height/p) (width/p), p p C]` back into images `[B, height, width, C]`: the inverse
-    of `patchify`.
+    """Lays patches back into images of `height` x `width`: the inverse of `patchify`.
 
     Raises:
       InvalidArgumentError: the number of tokens does not fit the size asked for.
@@ -112,8 +108,7 @@ def unpatchify(
 
 
 class PatchProjection(nn.Module):
-    """The p x p, stride-p convolution of a vision transformer, as one matrix product: `[B, H, W, C]` ->
-    `[B, N, features]`.
+    """A convolution of p x p patches as one matrix product: `[B, H, W, C]` -> `[B, N, features]`.
 
     The parameter is the convolution kernel `[p, p, C, features]`, so that it converts as any convolution
     does.

@@ -22,8 +22,9 @@ from jaxtyping import Array
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """`kind` "uniform": U(-size, size); "normal": N(0, size^2); "constant": the value `size`. A Flax
-    initializer.
+    """How a parameter starts, as a Flax initializer.
+
+    `kind` "uniform": U(-size, size); "normal": N(0, size^2); "constant": the value `size`.
     """
 
     kind: str
@@ -79,8 +80,9 @@ def parameter(module: nn.Module, name: str, law_of_shape: LawOfShape, shape: tup
 
 
 def starting_values(module: nn.Module, key: Array, *inputs: jax.ShapeDtypeStruct) -> dict:
-    """Fresh parameters of a module from two flat draws. Modules with parameters that have no law go Flax's
-    way.
+    """Fresh parameters of a module from two flat draws.
+
+    Modules with parameters that have no law go Flax's way.
     """
 
     def trace(key: Array, *inputs: Array) -> dict:

@@ -23,8 +23,7 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """y = x W + b on the last axis. x `[..., in]` -> `[..., features]`, computed in `dtype`; parameters are
-    float32.
+    """y = x W + b on the last axis, in `dtype`, the parameters in float32. `[..., in]` -> `[..., features]`.
 
     `kernel_law` and `bias_law` say how the parameters start, by default `fan_in_uniform(in)`.
     """

@@ -1,6 +1,4 @@
-"""Group and layer normalisation, and the modulation of adaptive layer normalisation. Statistics are
-float32.
-"""
+"""Group and layer normalisation with float32 statistics, and the modulation of adaptive layer norm."""
 
 from __future__ import annotations
 
@@ -25,7 +23,8 @@ def group_norm(
 
     Wu & He 2018, "Group Normalization", eq. 1-2. The result has the dtype of `x`, the arithmetic is float32.
     Channel sums come first (they run along contiguous memory), groups are joined on the small `[B, C]`
-    result, and scale and shift are folded into one multiply-add per pixel.
+    result, and scale and shift are folded into one multiply-add per pixel. The variance is E[x^2] - E[x]^2,
+    one pass: good to 1e-4 as long as the mean is below thirty standard deviations.
     """
     batch, _, _, channels = x.shape
     x32 = x.astype(jnp.float32)
@@ -42,9 +41,7 @@ def group_norm(
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with learned scale (starts at 1) and bias (0). `[B, H, W, C]` -> the same shape,
-    in `dtype`.
-    """
+    """Group normalisation, scale from 1 and bias from 0. `[B, H, W, C]` -> the same shape, in `dtype`."""
 
     num_groups: int = 32
     eps: float = 1e-5
@@ -73,7 +70,5 @@ def layer_norm(x: Float[Array, "... C"], eps: float = 1e-6) -> Float[Array, "...
 def modulate(
     x: Float[Array, "B N C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
 ) -> Float[Array, "B N C"]:
-    """AdaLN's modulation x (1 + scale) + shift, the same for every token of an example (Peebles & Xie 2023,
-    section 3.2).
-    """
+    """x (1 + scale) + shift, the same for every token of an example. Peebles & Xie 2023, section 3.2."""
     return x * (1 + scale[:, None, :]) + shift[:, None, :]

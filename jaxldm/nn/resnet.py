@@ -13,11 +13,11 @@ from jaxldm.nn.normalization import GroupNorm
 
 
 class ResnetBlock2D(nn.Module):
-    """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))). `[B, H, W, C]` -> `[B, H, W,
-    out_channels]`.
+    """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))). `[B, H, W, C]` in.
 
     Ho et al. 2020, appendix B. The time embedding enters as `time_emb_proj(silu(temb))`: added before `norm2`
     ("default"), or as (1 + scale) and shift after it ("scale_shift", Dhariwal & Nichol 2021, section 4.3).
+    Returns `[B, H, W, out_channels]`; the shortcut is a 1x1 convolution where the channels change.
 
     Args of the call:
       temb: `[B, time]`, or None for blocks without time (autoencoders).
@@ -83,8 +83,7 @@ def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution. `[B, H, W, C]` -> `[B, 2H, 2W, C]`, or
-    `output_size`.
+    """A 3x3 convolution of the image doubled by nearest neighbour, `[B, H, W, C]` -> `[B, 2H, 2W, C]`.
 
     `output_size` (h, w), each side 2H or 2H - 1, is the size of the skip connection that meets this output:
     a U-Net that halves 7 to 4 must come back to 7. Nearest interpolation to 2H - 1 is the doubled image

@@ -45,7 +45,7 @@ def test_group_norm_takes_its_statistics_in_float32():
 
 def test_constant_images_become_the_bias():
     y = nn.group_norm(jnp.full((1, 4, 4, 8), 3.7), jnp.ones(8), jnp.arange(8.0), 2, 1e-5)
-    np.testing.assert_allclose(y, np.broadcast_to(np.arange(8.0), (1, 4, 4, 8)), atol=0.3)
+    np.testing.assert_allclose(y, np.broadcast_to(np.arange(8.0), (1, 4, 4, 8)), atol=5e-3)
 
 
 def test_layer_norm_agrees_with_torch():
