@@ -8,7 +8,7 @@ from jaxldm import nn
 
 
 @pytest.mark.parametrize("groups", [1, 4, 12])
-@pytest.mark.parametrize("offset", [0.0, 20.0])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
 def test_group_norm_and_its_gradient_agree_with_torch(groups, offset):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((2, 5, 3, 12)) + offset).astype(np.float32)
@@ -29,7 +29,7 @@ def test_group_norm_and_its_gradient_agree_with_torch(groups, offset):
         tensor.requires_grad_()
     expected = torch.nn.functional.group_norm(inputs[0], groups, inputs[1], inputs[2], 1e-5)
     expected.backward(torch.from_numpy(direction.transpose(0, 3, 1, 2).copy()))
-    tolerance = 1e-4 * (1 + offset)
+    tolerance = 1e-4 if offset == 0 else 3e-4
     np.testing.assert_allclose(ours, expected.detach().numpy().transpose(0, 2, 3, 1), atol=tolerance)
     np.testing.assert_allclose(gradients[0], inputs[0].grad.numpy().transpose(0, 2, 3, 1), atol=tolerance)
     for ours, tensor in zip(gradients[1:], inputs[1:], strict=True):
