@@ -7,15 +7,25 @@ The rooms (`jaxldm.diffusion`, `jaxldm.models`, `jaxldm.data`, ...) are imported
 import importlib
 
 __version__ = "0.1.0"
-_ROOMS = ("checkpoints", "data", "diffusion", "errors", "metrics", "models", "nn", "pipelines", "training")
-__all__ = ["__version__", *_ROOMS]
+__all__ = [
+    "checkpoints",
+    "data",
+    "diffusion",
+    "errors",
+    "host",
+    "metrics",
+    "models",
+    "nn",
+    "pipelines",
+    "training",
+]
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
+    if name in __all__:
         return importlib.import_module(f"jaxldm.{name}")
     raise AttributeError(f"module 'jaxldm' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])
