@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.metrics.health import check_blank, check_prediction_shape, check_terminal_latents, failed
+from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.metrics.pictures import image_grid, save_png
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import build_autoencoder, encode_all
@@ -34,6 +33,7 @@ from jaxldm.training.stages import (
 from jaxldm.training.state import Params
 
 STAGE = "diffusion"
+MOST_CLASSES = 10  # in a picture of samples
 
 
 def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -100,8 +100,7 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
 
 
 def latent_columns(context: Context) -> dict[str, Any]:
-    """Named columns of examples: pixels, or the latents that the finished autoencoder makes of the training
-    images.
+    """Named columns of examples: pixels, or the latents that the finished autoencoder makes of the images.
 
     Latents are scaled by the autoencoder's own factors. They are kept in latents.npz, keyed by a hash of the
     autoencoder and the images, and computed again when either is another.
@@ -110,98 +109,87 @@ def latent_columns(context: Context) -> dict[str, Any]:
     if context.recipe.autoencoder is None:
         return {"mean": images, "label": labels}
     module, params = checkpoints.load(context.run.stage(AUTOENCODER).model)
-    config = module.config
+    scale, shift = np.float32(module.config.scaling_factor), np.float32(module.config.shift_factor or 0.0)
 
     def compute():
         context.say("diffusion: encoding the training images")
         posterior = encode_all(module, params, images)
         return {
-            "mean": (posterior.mean - np.float32(config.shift_factor or 0.0))
-            * np.float32(config.scaling_factor),
-            "std": np.exp(0.5 * posterior.log_variance) * np.float32(config.scaling_factor),
+            "mean": (posterior.mean - shift) * scale,
+            "std": np.exp(0.5 * posterior.log_variance) * scale,
         }
 
-    entries = json.dumps(models.config_to_dict(config), sort_keys=True)
-    columns = cached(context.run.latents, fingerprint(params, entries, images), compute)
+    config = json.dumps(models.config_to_dict(module.config), sort_keys=True)
+    columns = cached(context.run.latents, fingerprint(params, config, images), compute)
     names = ("mean", "std") if context.recipe.diffusion.sample_latents else ("mean",)
     return {**{name: columns[name] for name in names}, "label": labels}
 
 
 def make_sampler(
-    recipe: DiffusionRecipe, module: nn.Module, decode: Callable[[Any], Any]
-) -> Callable[[Params, Any], Float[Array, "N H W C"]]:
-    """A jitted `draw(params, key)`: `samples_per_class` images of each class, a column each, by DDIM."""
-    path, num_classes = recipe.noise.make_path(), module.config.num_classes
-    grid = D.make_grid(path, recipe.sample_steps, spacing="trailing")
-    labels = np.tile(np.arange(num_classes, dtype=np.int32), recipe.samples_per_class)
-    height_width = models.config.height_width(module.config.sample_size)
+    context: Context, module: nn.Module
+) -> Callable[[Params, Any], Float[np.ndarray, "N H W C"]]:
+    """`draw(params, key)`: `samples_per_class` images of each class (of the first ten), by DDIM; jitted."""
+    recipe, num_classes = context.recipe.diffusion, module.config.num_classes
+    grid = D.make_grid(recipe.noise.make_path(), recipe.sample_steps)
+    labels = np.tile(np.arange(min(num_classes, MOST_CLASSES), dtype=np.int32), recipe.samples_per_class)
+    shape = (len(labels), *models.config.height_width(module.config.sample_size), module.config.in_channels)
+    autoencoder, decoder_params = None, None
+    if context.recipe.autoencoder is not None:
+        autoencoder, decoder_params = checkpoints.load(context.run.stage(AUTOENCODER).model)
 
     @jax.jit
-    def draw(params, key):
+    def draw(params, decoder_params, key):
         network = lambda x, t, c: module.apply({"params": params}, x, t, c)  # noqa: E731
         scale = recipe.sample_guidance_scale
         predict = D.classifier_free_guidance(network, labels, jnp.int32(num_classes), scale)
-        x_T = D.initial_noise(key, (len(labels), *height_width, module.config.in_channels), grid)
-        return decode(D.sample(key, recipe.noise.make_denoiser(predict), D.solvers.ddim(), grid, x_T))
+        denoise, x_T = recipe.noise.make_denoiser(predict), D.initial_noise(key, shape, grid)
+        latents = D.sample(key, denoise, D.solvers.ddim(), grid, x_T)
+        return latents if autoencoder is None else models.decode_latents(autoencoder, decoder_params, latents)
 
-    return draw
+    return lambda params, key: np.asarray(draw(params, decoder_params, key))
 
 
-def _terminal_latents(recipe: DiffusionRecipe, columns: dict[str, Any], key) -> Float[np.ndarray, "N h w c"]:
-    """Up to 1000 latents, noised as far as the path goes, in units of its last sigma."""
-    path, x_0 = recipe.noise.make_path(), columns["mean"][:1000]
-    t = np.float64(path.t_noisy)
-    sigma = float(path.sigma(t))
-    return (float(path.alpha(t)) * x_0 + sigma * np.asarray(jax.random.normal(key, x_0.shape))) / sigma
+def check_before(
+    recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray, "N h w c"]
+) -> list[Finding]:
+    """What can be seen of a run before it begins: the network's shapes, and that the path ends in noise."""
+    apply = lambda params, x, t, labels: module.apply({"params": params}, x, t, labels)  # noqa: E731
+    x, t, label = jnp.float32(0), jnp.float32(0), jnp.int32(0)
+    one = [
+        jax.ShapeDtypeStruct((1, *shape), like.dtype)
+        for shape, like in ((x_0.shape[1:], x), ((), t), ((), label))
+    ]
+    output = jax.eval_shape(apply, models.shapes(module), *one)
+    path, x_0 = recipe.noise.make_path(), x_0[:1000]
+    alpha, sigma = (float(of(np.float64(path.t_noisy))) for of in (path.alpha, path.sigma))
+    z_T = alpha * x_0 + sigma * np.random.default_rng(0).normal(size=x_0.shape)
+    return [*check_prediction_shape(output, one[0]), *check_terminal_latents(z_T, sigma=sigma)]
 
 
 def train_diffusion(context: Context) -> None:
     """Trains the denoising network of a run and writes its moving average into `diffusion/model`."""
     recipe, folder = context.recipe.diffusion, context.run.stage(STAGE)
-    dataset, keys = context.dataset, stage_keys(context.recipe.seed, STAGE)
-    module = build_denoiser(context.recipe, dataset.image_shape, dataset.num_classes)
+    module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = latent_columns(context)
-    output = jax.eval_shape(
-        lambda params, x, t, c: module.apply({"params": params}, x, t, c),
-        models.shapes(module),
-        *(
-            jax.ShapeDtypeStruct((1, *shape), dtype)
-            for shape, dtype in ((columns["mean"].shape[1:], jnp.float32), ((), jnp.float32), ((), jnp.int32))
-        ),
-    )
-    findings = [
-        *check_prediction_shape(output, columns["mean"][:1]),
-        *check_terminal_latents(_terminal_latents(recipe, columns, keys.sample)),
-    ]
+    findings = check_before(recipe, module, columns["mean"])
     for finding in failed(findings):
         context.say(
             f"diffusion: {finding.check}: {finding.seen}; likely cause: {finding.likely_cause}; "
             f"cure: {finding.cure}"
         )
-
-    draw = make_sampler(recipe, module, _decoder(context))
-
-    drawn = []
+    draw, key = make_sampler(context, module), stage_keys(context.recipe.seed, STAGE).sample
+    drawn: list[np.ndarray] = []
 
     def on_sample(params: Params, step: int) -> None:
-        drawn[:] = np.asarray(draw(params, keys.sample))
-        save_samples(folder.path / "samples" / f"step-{step:06d}.png", np.stack(drawn), dataset.num_classes)
+        drawn[:] = draw(params, key)
+        columns = min(context.dataset.num_classes, MOST_CLASSES)
+        images = np.nan_to_num(np.stack(drawn), nan=-1.0)
+        save_png(
+            folder.path / "samples" / f"step-{step:06d}.png", image_grid(images, columns=columns, scale=2)
+        )
 
     params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)
     if drawn:
         findings = [*findings, *check_blank(np.stack(drawn))]
     tell_health(context, folder, findings)
     save_finished(folder, module, params)
-
-
-def _decoder(context: Context) -> Callable[[Any], Any]:
-    if context.recipe.autoencoder is None:
-        return lambda x: x
-    module, params = checkpoints.load(context.run.stage(AUTOENCODER).model)
-    return lambda latents: models.decode_latents(module, params, latents)
-
-
-def save_samples(path: Path, images: Float[Array, "N H W C"], num_classes: int) -> None:
-    """Writes a grid with one column per class."""
-    images = np.nan_to_num(np.asarray(images, np.float32), nan=-1.0)
-    save_png(path, image_grid(images, columns=num_classes, scale=2))

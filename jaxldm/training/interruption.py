@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 
 
@@ -14,9 +15,8 @@ class StopRequest:
     Signal handlers exist in the main thread alone; in any other this does nothing.
     """
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self):
         self.signal_number: int | None = None
-        self._say = say
         self._before: dict[int, object] = {}
 
     def __bool__(self) -> bool:
@@ -35,7 +35,9 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped at once; the last checkpoint is whole: --resume goes on from it")
         self.signal_number = number
-        self._say("stopping: the step under way is ended and saved (Ctrl-C again to stop at once)")
+        # Not `print`: the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: the step under way is ended and saved (Ctrl-C again to stop at once)\n")
 
     def stop(self, message: str) -> None:
         """Raises what the signal stands for: `KeyboardInterrupt`, or `SystemExit(143)` for SIGTERM."""

@@ -96,7 +96,7 @@ def fit(
     log = CsvLog(run_dir / "log.csv")
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    with TrainingStore(run_dir / "checkpoints", plan.keep) as store, StopRequest(say) as stop:
+    with TrainingStore(run_dir / "checkpoints", plan.keep) as store, StopRequest() as stop:
         state, start, seconds = _resume(state, store, resume, log, say)
         store.check_space(state)
         progress = Progress(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -42,6 +43,12 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [stage for stage in STAGES if getattr(recipe, stage) is not None]
 
 
+def most_devices(recipe: Recipe) -> int:
+    """The largest number of this machine's devices over which every batch of a recipe can be split."""
+    sizes = [getattr(recipe, stage).batch_size for stage in stages_of(recipe)]
+    return next(n for n in range(jax.device_count(), 0, -1) if all(size % n == 0 for size in sizes))
+
+
 def train(
     recipe: Recipe,
     run_dir: Path | str,
@@ -57,7 +64,7 @@ def train(
         recipe: for example `RECIPES["mini-ldm"]`.
         run_dir: a folder that does not exist yet; with `resume`, that of the run to go on with.
         resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint.
-        devices: split each batch over so many devices; None: over all of them.
+        devices: split each batch over so many devices; None: as many as divide every batch of the recipe.
         say: takes each line for people. bar: a progress bar; None: where the output is a screen.
 
     Raises:
@@ -69,7 +76,7 @@ def train(
     >>> from jaxldm import training                                                  # doctest: +SKIP
     >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
     """
-    mesh = make_mesh(devices)
+    mesh = make_mesh(most_devices(recipe) if devices is None else devices)
     dataset = data.load(recipe.data, image_size=recipe.image_size)
     check_recipe(recipe, dataset, mesh)
     run = open_run(run_dir, recipe, dataset, resume=resume, say=say)

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 
 import chex
 import jax
@@ -168,6 +169,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, strai
 
     def fill_disk(state, step):
         if step == 6:
+            while not (tmp_path / "checkpoints" / "5").is_dir():  # it is written in the background
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
     try:

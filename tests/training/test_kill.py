@@ -1,5 +1,6 @@
 """`kill -9` in the middle of a checkpoint, of a row of the log, of the clean-up; then `--resume`."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -37,6 +38,17 @@ def finish(folder, resume):
 
 
 @pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The children find each other's compiled programs on disk."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("runs") / "straight", resume=False)
 
@@ -50,10 +62,16 @@ def straight(tmp_path_factory):
         ("inside_a_row_of_the_log", None),
     ],
 )
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path, straight, moment, goes_on_from):
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
+    tmp_path, environment, straight, moment, goes_on_from
+):
     folder = tmp_path / "run"
     killed = subprocess.run(
-        [sys.executable, HERE / "killed_run.py", folder, moment], capture_output=True, text=True, check=False
+        [sys.executable, HERE / "killed_run.py", folder, moment],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     state, log, said = finish(folder, resume=True)

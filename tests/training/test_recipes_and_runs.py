@@ -16,7 +16,7 @@ from jaxldm.errors import (
 from jaxldm.training import RECIPES, AutoencoderRecipe, DiffusionRecipe, Recipe, make_mesh
 from jaxldm.training.runs import RunFolder, open_run, read_config, read_recipe
 from jaxldm.training.stages import stage_keys
-from jaxldm.training.train import check_recipe, train
+from jaxldm.training.train import check_recipe, most_devices, train
 
 SMOKE = RECIPES["smoke"]
 
@@ -187,3 +187,9 @@ def test_a_stage_is_complete_when_its_model_is_there(tmp_path):
     assert not stage.complete
     stage.model.mkdir(parents=True)
     assert stage.complete
+
+
+def test_the_batch_is_split_over_as_many_devices_as_divide_every_batch():
+    assert most_devices(SMOKE) == 8
+    assert most_devices(changed("classifier", batch_size=100)) == 4
+    assert most_devices(changed("diffusion", batch_size=63)) == 1

@@ -42,7 +42,7 @@ def test_jit_is_eager():
     chex.assert_trees_all_close(eager.ema_params, jitted.ema_params, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(fsdp=2, tensor=2)])
+@pytest.mark.parametrize("layout", [dict(fsdp=2, tensor=2)])
 def test_eight_devices_take_the_step_of_one(layout):
     assert jax.device_count() == 8
     losses, params = {}, {}

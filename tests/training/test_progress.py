@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from jaxldm.training.log import CsvLog, read_log
+from jaxldm.training.progress import STEPS_IN_FLIGHT, Progress
+
+
+class OnDevice:
+    """A number still being computed: asking for it is noticed."""
+
+    def __init__(self, value, asked):
+        self.value, self.asked = value, asked
+
+    def copy_to_host_async(self):
+        pass
+
+    def __array__(self, *args, **kwargs):
+        self.asked.append(self.value)
+        return np.float32(self.value)
+
+
+@pytest.fixture
+def progress(tmp_path):
+    return Progress(
+        CsvLog(tmp_path / "log.csv"),
+        name="x",
+        start=0,
+        num_steps=10,
+        steps_per_epoch=4,
+        seconds=0.0,
+        say=lambda line: None,
+        bar=False,
+    )
+
+
+def metrics(value, asked):
+    return {
+        "loss": OnDevice(value, asked),
+        "grad_norm": OnDevice(1.0, []),
+        "learning_rate": OnDevice(1.0, []),
+    }
+
+
+def test_the_newest_steps_are_never_waited_for(progress, tmp_path):
+    asked = []
+    for step in range(1, 8):
+        progress.push(step, metrics(step, asked))
+        assert sorted(set(asked)) == list(range(1, step - STEPS_IN_FLIGHT + 1))
+    progress.drain()
+    assert sorted(set(asked)) == list(range(1, 8))
+    np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["loss"], np.arange(1, 8))
+
+
+def test_nothing_is_logged_after_the_first_number_that_is_not_finite(progress, tmp_path):
+    for step, loss in enumerate((1.0, 2.0, np.inf, 3.0, np.nan), start=1):
+        progress.push(step, metrics(loss, []))
+    progress.drain()
+    assert progress.diverged[0] == 3
+    np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["step"], [1, 2, 3])
