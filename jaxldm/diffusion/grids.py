@@ -61,15 +61,12 @@ def make_grid(
         path: from `vp_path`, `edm_path` or `flow_path`.
         num_inference_steps: N. May be left out where `timesteps` or a list of `sigmas` is given.
         spacing: which t, after Lin et al. 2023, table 2. On a discrete path of T timesteps:
-            "trailing" (the default): T - k T/N - 1, rounded; starts at the noisiest t, so it is right for few
-                steps.
-            "leading": k (T // N) + steps_offset; does not start at the noisiest t.
+            "trailing" (the default): T - k T/N - 1, rounded. Starts at the noisiest t: right for few steps.
+            "leading": k (T // N) + steps_offset. Does not start at the noisiest t.
             "linspace": N integers from T - 1 to 0. Beware: for N = 1 it is t = 0, like "leading".
-            "linspace_fractional": the same, not rounded, with sigma / alpha linear between whole t (Euler and
-            Heun in the reference library).
-            "leading_open", "linspace_open": N + 1 of them, less the cleanest (the reference library's
-            DPM-Solver++). On a continuous path the same with real t between `path.t_min` and `path.t_noisy`,
-            not rounded.
+            "linspace_fractional": not rounded; sigma / alpha linear between whole t (diffusers' Euler, Heun).
+            "leading_open", "linspace_open": N + 1 of them, less the cleanest (diffusers' DPM-Solver++).
+            On a continuous path the same, not rounded, from `path.t_noisy` to `path.t_min`.
         sigmas: how to respace sigma / alpha between the ends that `spacing` names (the whole path when it
             names none): "karras" (Karras et al. 2022, equation 5, with `rho`), "exponential" (evenly in log),
             or the values themselves, noisiest first. None: evenly in t, but Karras on an EDM path.
@@ -118,7 +115,7 @@ def _choose_times(path, count, spacing, sigmas, final, steps_offset, timesteps, 
         if count != len(values):
             raise InvalidArgumentError(f"num_inference_steps={count}, but {len(values)} values were given")
         _check_count(path, count)
-        return values if timesteps is not None else path.time(values)
+        return values if timesteps is not None else _times_of_sigmas(path, values)
     if count is None:
         raise InvalidArgumentError("give num_inference_steps, timesteps=[...] or sigmas=[...]")
     if spacing is not None:
@@ -137,6 +134,16 @@ def _choose_times(path, count, spacing, sigmas, final, steps_offset, timesteps, 
     t = times(count)
     # A grid that stops at t_min takes it as row N + 1, rather than visiting it twice.
     return times(count + 1) if final == "sigma_min" and t[-1] == path.t_min else t
+
+
+def _times_of_sigmas(path: Path, sigmas: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        most = path.sigma(path.t_noisy) / path.alpha(path.t_noisy)
+    if sigmas.max() > most * (1 + 1e-6):
+        raise InvalidArgumentError(
+            f"sigmas up to {sigmas.max():g} are noisier than this {path.name} path, which ends at {most:g}"
+        )
+    return path.time(sigmas)
 
 
 def _check_count(path: Path, count: int) -> None:

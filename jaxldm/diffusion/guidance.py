@@ -86,10 +86,10 @@ def classifier_free_guidance(
     def predict(x, t):
         output = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(x.dtype)
         unconditional, conditional = jnp.split(output, 2)
-        guided = guide(unconditional, conditional, guidance_scale)
+        guided = guide(unconditional, conditional, jnp.asarray(guidance_scale, x.dtype))
         if isinstance(rescale, float) and rescale == 0:
             return guided
-        return rescale_guidance(guided, conditional, rescale)
+        return rescale_guidance(guided, conditional, jnp.asarray(rescale, x.dtype))
 
     return predict
 

@@ -17,10 +17,11 @@ alpha and sigma are numbers, or one per image [B]. Arrays may be NumPy or JAX.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxldm.diffusion.paths import Path, per_image
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -100,6 +101,34 @@ def x0_error_per_output_error(prediction: str, alpha: Any, sigma: Any) -> Any:
     if prediction == "flow":
         return sigma / (alpha + sigma)
     return sigma * 0 + 1
+
+
+class EDMCoefficients(NamedTuple):
+    """x_0 = skip x_t + out F(scale_in x_t, noise), with numbers per image [B]."""
+
+    skip: Any
+    out: Any
+    scale_in: Any
+    noise: Any
+
+
+def edm_coefficients(sigma: Float[Array, " B"], sigma_data: float) -> EDMCoefficients:
+    """EDM's preconditioning (Karras et al. 2022, table 1), where alpha = 1; s = sigma, d = sigma_data.
+
+    c_skip = d^2/(s^2 + d^2), c_out = s d/sqrt(s^2 + d^2), c_in = 1/sqrt(s^2 + d^2), c_noise = ln(s)/4: the
+    network sees and answers with unit variance at every noise level. c_noise is kept finite at s = 0.
+    """
+    total = sigma**2 + sigma_data**2
+    noise = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4
+    return EDMCoefficients(
+        sigma_data**2 / total, sigma * sigma_data * jax.lax.rsqrt(total), jax.lax.rsqrt(total), noise
+    )
+
+
+def check_edm(path: Path, sigma_data: float) -> None:
+    """Raises `InvalidArgumentError` unless EDM's preconditioning fits the path."""
+    if path.name != "edm" or not sigma_data > 0:
+        raise InvalidArgumentError("EDM's preconditioning needs an edm_path() and a sigma_data above 0")
 
 
 def check_prediction(prediction: str, path: Path) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.paths import Path, at_least_float32, edm_path, per_image
-from jaxldm.diffusion.predictions import check_prediction, to_x0
+from jaxldm.diffusion.predictions import check_edm, check_prediction, edm_coefficients, to_x0
 from jaxldm.diffusion.solvers.solver import Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
 
@@ -76,8 +76,7 @@ def edm_preconditioned(
 ) -> Denoiser:
     """x_0 = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning (Karras et al. 2022, table 1).
 
-    c_skip = d^2/(s^2 + d^2), c_out = s d/sqrt(s^2 + d^2), c_in = 1/sqrt(s^2 + d^2), c_noise = ln(s)/4 with s
-    = sigma and d = sigma_data: the network sees and answers with unit variance at every noise level.
+    Train F with `diffusion_loss(..., sigma_data=sigma_data)`.
 
     Args:
         network: F, (x [B, H, W, C], c_noise [B]) -> [B, H, W, C].
@@ -88,16 +87,12 @@ def edm_preconditioned(
         InvalidArgumentError: another path, or sigma_data <= 0.
     """
     path = edm_path() if path is None else path
-    if path.name != "edm" or not sigma_data > 0:
-        raise InvalidArgumentError("edm_preconditioned needs an edm_path() and a sigma_data above 0")
+    check_edm(path, sigma_data)
 
     def function(x, sigma):
-        total = sigma**2 + sigma_data**2
-        scaled = per_image(jax.lax.rsqrt(total), x) * x
-        noise = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4  # finite at sigma = 0
-        output = network(scaled, noise).astype(x.dtype)
-        c_out = sigma * sigma_data * jax.lax.rsqrt(total)
-        return per_image(sigma_data**2 / total, x) * x + per_image(c_out, x) * output
+        c = edm_coefficients(sigma, sigma_data)
+        output = network(per_image(c.scale_in, x) * x, c.noise).astype(x.dtype)
+        return per_image(c.skip, x) * x + per_image(c.out, x) * output
 
     return Denoiser(function, path)
 
@@ -106,8 +101,10 @@ def image_keys(key: Any, batch_size: int) -> Key[Array, " B"]:
     """One key per image: image k gets fold_in(key, k), whatever the batch size. An array of B keys is kept.
 
     Raises:
-        InvalidArgumentError: an array of keys of another length.
+        InvalidArgumentError: no key at all, or an array of keys of another length.
     """
+    if not hasattr(key, "dtype"):
+        raise InvalidArgumentError(f"a key is needed, not {key!r}: jax.random.key({key!r})")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
     if key.ndim == 0:
@@ -142,42 +139,35 @@ def sample(
 ) -> Any:
     """Walks the grid from x_T [B, H, W, C] to its last row, as one `jax.lax.scan`.
 
-    jit, vmap, pmap and grad all work. The arithmetic is float32 or wider, whatever the network computes in.
-    The grid may be an argument of the jitted function: with grids padded to one length, another seed,
-    guidance scale, or number of steps compiles nothing new.
+    jit, vmap, pmap and grad all work; the arithmetic is float32 or wider, whatever the network computes in.
+    With grids padded to one length, another seed, scale or number of steps compiles nothing new.
 
     Args:
         key: one key (image k uses fold_in(key, k)) or one per image [B]. The noise of step i of image k
-            depends on (key of image k, grid.start + i) alone, so not on the batch size, nor on where the grid
-            was cut.
+            depends on (key of image k, grid.start + i) alone, not on the batch, nor on where a grid was cut.
         denoise: (x, t) -> x_0, from `denoiser` or your own.
         solver: from `jaxldm.diffusion.solvers`.
         grid: from `make_grid`.
         x_T: the start, from `initial_noise`, or a noised image.
         return_trajectory: also return x at every row, [N + 1, B, H, W, C], x_T first.
-        callback: called on the host after each step with (row number, x); for progress bars and pictures.
+        callback: called on the host after each step with (row number, x), for progress bars and pictures.
 
     Returns:
         x at the last row; with `return_trajectory` the pair (x, trajectory).
 
     >>> import jax
     >>> from jaxldm import diffusion as D
-    >>> path = D.vp_path(D.linear_betas())
+    >>> key, path = jax.random.key(0), D.flow_path()
     >>> grid = D.make_grid(path, 20)
-    >>> denoise = D.gaussian_denoiser(path, mean=0.5, std=0.1)
-    >>> key = jax.random.key(0)
-    >>> x_0 = D.sample(key, denoise, D.solvers.ddim(), grid, D.initial_noise(key, (4, 8, 8, 1), grid))
-    >>> x_0.shape
+    >>> x_T = D.initial_noise(key, (4, 8, 8, 1), grid)
+    >>> D.sample(key, D.gaussian_denoiser(path), D.solvers.ddim(), grid, x_T).shape
     (4, 8, 8, 1)
     """
     x_T = at_least_float32(jnp.asarray(x_T))
-    grid = grid._replace(
-        t=jnp.asarray(grid.t, x_T.dtype),
-        alpha=jnp.asarray(grid.alpha, x_T.dtype),
-        sigma=jnp.asarray(grid.sigma, x_T.dtype),
-    )
-    chex.assert_equal_shape([grid.t, grid.alpha, grid.sigma])
-    chex.assert_rank(grid.t, 1)
+    columns = [jnp.asarray(column, x_T.dtype) for column in (grid.t, grid.alpha, grid.sigma)]
+    chex.assert_equal_shape(columns)
+    chex.assert_rank(columns, 1)
+    grid = Grid(*columns, grid.num_steps, grid.start)
     keys = image_keys(key, x_T.shape[0])
     num_steps = steps_in(grid)
 

@@ -84,6 +84,40 @@ def test_min_snr_weighs_x0_the_same_for_every_prediction(path):
     assert set(losses) == set(predictions_on(path))
 
 
+def test_edm_network_trained_by_the_loss_is_the_one_that_sampling_preconditions():
+    sigma_data = 0.5
+    exact_denoise = D.gaussian_denoiser(EDM, MEAN, STD)
+
+    def best(x, noise, condition=None):
+        """The F whose preconditioned denoiser is exact, from what F is told: c_in x and ln(sigma)/4."""
+        sigma = jnp.exp(4 * noise)
+        total = sigma**2 + sigma_data**2
+        shape = (-1, 1, 1, 1)
+        x = x * jnp.sqrt(total).reshape(shape)
+        skipped = (sigma_data**2 / total).reshape(shape) * x
+        return (exact_denoise(x, sigma) - skipped) / (sigma * sigma_data / jnp.sqrt(total)).reshape(shape)
+
+    sigma = jnp.array([0.01, 0.7, 30.0])
+    np.testing.assert_allclose(
+        D.edm_preconditioned(best, sigma_data)(X_0[:3], sigma),
+        exact_denoise(X_0[:3], sigma),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    losses = {
+        scale: float(
+            D.diffusion_loss(KEY, lambda *a, s=scale: s * best(*a), EDM, X_0, sigma_data=sigma_data)[0]
+        )
+        for scale in (0.9, 1.0, 1.1)
+    }
+    sigma = training_times(EDM)
+    least = np.mean(STD**2 * (sigma**2 + sigma_data**2) / ((STD**2 + sigma**2) * sigma_data**2))
+    assert losses[1.0] == pytest.approx(least, rel=0.03)
+    assert losses[1.0] < min(losses[0.9], losses[1.1])
+    with pytest.raises(InvalidArgumentError, match="edm_path"):
+        D.diffusion_loss(KEY, best, VP, X_0, sigma_data=0.5)
+
+
 def test_published_min_snr_weights():
     t = np.arange(1000)
     alpha, sigma = VP.alpha(t), VP.sigma(t)

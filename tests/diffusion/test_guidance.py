@@ -51,6 +51,14 @@ def test_one_scale_per_image_and_a_negative_condition():
         np.testing.assert_allclose(together[one], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_whole_numbers_will_do_for_a_scale():
+    labels = LABELS.astype(jnp.float32)
+    whole = D.classifier_free_guidance(network, labels, NULL, np.array([1, 2, 3]))(X, T)
+    np.testing.assert_array_equal(
+        whole, D.classifier_free_guidance(network, labels, NULL, jnp.array([1.0, 2, 3]))(X, T)
+    )
+
+
 def test_both_branches_are_one_batch():
     batches = []
 

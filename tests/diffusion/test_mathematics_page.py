@@ -1,5 +1,7 @@
 """Runs the code of docs/mathematics.md, and measures the solver that the page adds."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -32,6 +34,12 @@ def test_the_page_draws_what_it_says(page):
         D.sample(page["key"], page["guided"], D.solvers.ddim(), page["second_half"], page["x_T"])
     ).all()
     assert page["inversion"].t[0] == 0
+
+
+@pytest.mark.parametrize("name", ["grids", "guidance", "paths", "sampling", "solvers"])
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"jaxldm.diffusion.{name}"))
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_every_solver_has_its_row():

@@ -151,12 +151,12 @@ def test_a_sharded_batch_gives_the_same_images():
 @over([variant for variant in VARIANTS[:-2] if variant[0] != "euler"])  # which is ddim
 def test_gradients_agree_with_differences(variant, x64):
     solver = solver_of(variant)
-    grid = D.make_grid(VP, 3)
+    grid = D.make_grid(FLOW, 3)  # from pure noise to the clean row, where a division by 0 would show
     x = jax.random.normal(KEY, SHAPE)
 
     @jax.jit
     def loss(scale, x):
-        denoise = D.denoiser(lambda x, t: scale * network(x, t), VP, "v_prediction")
+        denoise = D.denoiser(lambda x, t: scale * network(x, t), FLOW, "v_prediction")
         return jnp.sum(D.sample(KEY, denoise, solver, grid, x) ** 2)
 
     by_scale, by_x = jax.grad(loss, (0, 1))(0.8, x)
@@ -332,6 +332,7 @@ def test_edm_preconditioning():
         (lambda: D.solvers.make("ddim", churn=1), "it has: eta"),
         (lambda: D.solvers.make("euler", eta=1), "none"),
         (lambda: D.image_keys(jax.random.split(KEY, 3), 2), "one key, or one per image"),
+        (lambda: D.image_keys(7, 2), r"jax\.random\.key\(7\)"),
         (lambda: D.edm_preconditioned(lambda x, t: x, 0.5, VP), "edm_path"),
         (lambda: D.edm_preconditioned(lambda x, t: x, -0.5), "sigma_data"),
         (

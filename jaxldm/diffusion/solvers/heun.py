@@ -36,9 +36,10 @@ def heun(
         x, here, there = state.x, row(grid, i), row(grid, i + 1)
         if s_churn > 0:
             path = path_of(denoise, "heun with s_churn")
-            ratio = here.sigma / here.alpha
             gamma = jnp.minimum(s_churn / jnp.asarray(steps_in(grid), x.dtype), 2**0.5 - 1)
-            churned = raise_noise(x, here, path, gamma, s_noise, keys)
+            finite = here._replace(alpha=jnp.where(here.alpha == 0, 1, here.alpha))
+            ratio = finite.sigma / finite.alpha
+            churned = raise_noise(x, finite, path, gamma, s_noise, keys)
             stirs = (ratio >= s_tmin) & (ratio <= s_tmax) & (here.alpha > 0)
             x, here = jax.tree.map(lambda new, old: jnp.where(stirs, new, old), churned, (x, here))
         x_0 = denoise(x, here.t)
