@@ -177,22 +177,20 @@ def _build(kind: type, entries: Any, place: str) -> Any:
 
 
 _MINI_AUTOENCODER = AutoencoderRecipe(
-    epochs=7, learning_rate=2e-3, beta=0.08, beta_warmup_epochs=2, ema_decay=0.99
+    epochs=10, learning_rate=2e-3, beta=0.04, beta_warmup_epochs=3, ema_decay=0.99
 )
 _MINI_UNET = DiffusionRecipe(
     preset="mini-unet",
-    epochs=28,
+    epochs=24,
     batch_size=32,
     learning_rate=2e-3,
     warmup_epochs=1,
     ema_decay=0.999,
     noise=NoiseSchedule(betas="cosine", prediction="v_prediction"),
     min_snr_gamma=5.0,
-    sample_every=14,
+    sample_every=6,
 )
-_CLASSIFIER = ClassifierRecipe(
-    epochs=14, learning_rate=3e-3, warmup_epochs=1, weight_decay=0.05, ema_decay=0.99, save_every=0
-)
+_CLASSIFIER = ClassifierRecipe(epochs=12, learning_rate=2e-3, ema_decay=0.99, save_every=0)
 _SMOKE_AUTOENCODER = AutoencoderRecipe(
     overrides={"block_out_channels": (8, 8, 8)},
     epochs=2,
