@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.models.autoencoder import DiagonalGaussian, split_moments
-from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.models.config import ModelConfig, check, check_groups, height_width
+from jaxldm.models.inputs import image_shape
 from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4
 from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.normalization import GroupNorm
@@ -44,11 +45,7 @@ class ConvAutoencoderConfig(ModelConfig):
                 side % factor == 0,
                 f"a side of {side} pixels cannot be halved {len(self.block_out_channels) - 1} times",
             )
-        groups = self.norm_num_groups or 1
-        check(
-            groups > 0 and all(channels % groups == 0 for channels in self.block_out_channels),
-            f"norm_num_groups {self.norm_num_groups} must divide each of {self.block_out_channels}",
-        )
+        check_groups(self.block_out_channels, 1 if self.norm_num_groups is None else self.norm_num_groups)
         check(self.scaling_factor > 0, "scaling_factor must be positive")
         compute_dtype(self.dtype)
 
@@ -119,8 +116,7 @@ class ConvAutoencoder(nn.Module):
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shape of the images that `init` traces the model with."""
-        height, width = height_width(self.config.sample_size)
-        return (jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32),)
+        return image_shape(self.config)
 
 
 PRESETS = {"mini-autoencoder": ConvAutoencoderConfig()}

@@ -8,12 +8,12 @@ from typing import ClassVar
 import chex
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.errors import one_of
 from jaxldm.models.autoencoder import DiagonalGaussian, split_moments
-from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.models.config import ModelConfig, check, check_groups
+from jaxldm.models.inputs import image_shape
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import compute_dtype
@@ -61,11 +61,7 @@ class AutoencoderKLConfig(ModelConfig):
             one_of("block type", kind, ("DownEncoderBlock2D",))
         for kind in self.up_block_types:
             one_of("block type", kind, ("UpDecoderBlock2D",))
-        for channels in self.block_out_channels:
-            check(
-                channels % self.norm_num_groups == 0,
-                f"{channels} channels cannot be split into {self.norm_num_groups} groups",
-            )
+        check_groups(self.block_out_channels, self.norm_num_groups)
         check(self.scaling_factor > 0, "scaling_factor must be positive")
         compute_dtype(self.dtype)
 
@@ -170,8 +166,7 @@ class AutoencoderKL(nn.Module):
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shape of the images that `init` traces the model with."""
-        height, width = height_width(self.config.sample_size)
-        return (jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32),)
+        return image_shape(self.config)
 
 
 _STABLE_DIFFUSION = AutoencoderKLConfig(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelConfig:
                 )
         try:
             return cls(**given)
-        except (TypeError, InvalidArgumentError) as error:
+        except (TypeError, InvalidArgumentError, UnknownNameError) as error:
             raise CheckpointError(f"config.json does not describe a {cls.__name__}: {error}") from error
 
     @classmethod
@@ -70,6 +70,17 @@ def check(condition: bool, message: str) -> None:
         raise InvalidArgumentError(message)
 
 
-def height_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a `sample_size` that is one number for a square or a pair."""
+def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> None:
+    """Raises `InvalidArgumentError` unless the groups of the normalisation divide every channel count."""
+    for channels in block_out_channels:
+        check(
+            norm_num_groups > 0 and channels % norm_num_groups == 0,
+            f"{channels} channels cannot be split into {norm_num_groups} groups",
+        )
+
+
+def height_width(sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of a `sample_size`: one number for a square, a pair, or None, read as 64."""
+    if sample_size is None:
+        return 64, 64
     return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)

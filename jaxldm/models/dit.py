@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.attention import SelfAttention
 from jaxldm.nn.embeddings import (
     PatchProjection,
@@ -211,13 +212,9 @@ class DiT(nn.Module):
         chex.assert_shape(t, (x.shape[0],))
         h = PatchEmbed(config, name="x_embedder")(x) + self._position()
         c = TimestepEmbedder(config, name="t_embedder")(t)
-        if config.num_classes is not None:
-            if labels is None:
-                labels = jnp.full(t.shape, config.num_classes, jnp.int32)
-            chex.assert_shape(labels, t.shape)
+        labels = labels_or_null(labels, t, config.num_classes)
+        if labels is not None:
             c = c + LabelEmbedder(config, name="y_embedder")(labels)
-        elif labels is not None:
-            raise InvalidArgumentError("class labels given to a model without classes (num_classes is None)")
         for i in range(config.depth):
             h = DiTBlock(config, name=f"blocks_{i}")(h, c, train)
         tokens = FinalLayer(config, name="final_layer")(h, c)
@@ -242,10 +239,7 @@ class DiT(nn.Module):
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of (x, t, labels) that `init` traces the model with."""
-        height, width = height_width(self.config.sample_size)
-        x = jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32)
-        t = jax.ShapeDtypeStruct((1,), jnp.float32)
-        return (x, t) if self.config.num_classes is None else (x, t, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return denoiser_shapes(self.config)
 
 
 class PatchEmbed(nn.Module):

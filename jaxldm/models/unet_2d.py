@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import chex
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.errors import one_of
+from jaxldm.models.config import ModelConfig, check, check_groups
+from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
@@ -32,7 +32,7 @@ class UNet2DConfig(ModelConfig):
     dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
     """
 
-    sample_size: int | tuple[int, int] = 32
+    sample_size: int | tuple[int, int] | None = 32
     in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
@@ -83,11 +83,7 @@ class UNet2DConfig(ModelConfig):
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")
         check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
-        for channels in self.block_out_channels:
-            check(
-                channels % self.norm_num_groups == 0,
-                f"{channels} channels cannot be split into {self.norm_num_groups} groups",
-            )
+        check_groups(self.block_out_channels, self.norm_num_groups)
         compute_dtype(self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,15 +147,9 @@ class UNet2DModel(nn.Module):
             t, width, flip_sin_to_cos=config.flip_sin_to_cos, downscale_freq_shift=config.freq_shift
         )
         temb = TimestepEmbedding(dim, config.dtype, name="time_embedding")(sinusoid)
-        if config.num_classes is None:
-            if labels is not None:
-                raise InvalidArgumentError(
-                    "class labels given to a model without classes (num_classes is None)"
-                )
-            return temb
+        labels = labels_or_null(labels, t, config.num_classes)
         if labels is None:
-            labels = jnp.full(t.shape, config.num_classes, jnp.int32)
-        chex.assert_shape(labels, t.shape)
+            return temb
         return temb + Embedding(config.num_classes + 1, dim, config.dtype, name="class_embedding")(labels)
 
     def _level_options(self) -> dict[str, Any]:
@@ -223,10 +213,7 @@ class UNet2DModel(nn.Module):
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of (x, t, labels) that `init` traces the model with."""
-        height, width = height_width(self.config.sample_size)
-        x = jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32)
-        t = jax.ShapeDtypeStruct((1,), jnp.float32)
-        return (x, t) if self.config.num_classes is None else (x, t, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return denoiser_shapes(self.config)
 
 
 PRESETS = {

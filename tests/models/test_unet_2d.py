@@ -196,10 +196,13 @@ def test_impossible_configs_are_refused(overrides, error):
 def test_config_survives_its_dictionary_and_names_what_it_cannot_do():
     config = dataclasses.replace(models.PRESETS["mini-unet"], dropout=0.1, dtype="bfloat16")
     entries = models.config_to_dict(config)
+    assert models.count_params(models.from_config(dataclasses.replace(config, sample_size=None))) > 0
     assert entries["num_class_embeds"] == 11
     assert models.config_from_dict(entries) == config
     with pytest.raises(CheckpointError, match=r"time_embedding_type.*'fourier'.*'positional'"):
         models.config_from_dict(entries | {"time_embedding_type": "fourier"})
+    with pytest.raises(CheckpointError, match=r"config\.json .*CrossAttnDownBlock2D"):
+        models.config_from_dict(entries | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]})
     with pytest.raises(CheckpointError, match="'surprise'"):
         models.config_from_dict(entries | {"surprise": 1})
     with pytest.raises(CheckpointError, match="'Nonsense'"):
