@@ -86,12 +86,18 @@ def test_agrees_with_the_same_layers_in_torch(groups):
 def test_scaled_latents(autoencoder):
     module, params = autoencoder
     x = images(2, 28, 28, 1)
-    mean = module.apply({"params": params}, x, method="encode").mean
-    latents = models.encode_latents(module, params, x)
-    np.testing.assert_allclose(latents, (mean - 0.2) * 0.4, rtol=1e-6, atol=1e-7)
-    decoded = models.decode_latents(module, params, latents)
-    np.testing.assert_allclose(decoded, module.apply({"params": params}, mean, method="decode"), atol=1e-5)
-    drawn = models.encode_latents(module, params, x, jax.random.key(1))
+
+    @jax.jit
+    def both_ways(params, x):
+        latents = models.encode_latents(module, params, x)
+        drawn = models.encode_latents(module, params, x, jax.random.key(1))
+        mean = module.apply({"params": params}, x, method="encode").mean
+        plain = module.apply({"params": params}, mean, method="decode")
+        return latents, drawn, mean, plain, models.decode_latents(module, params, latents)
+
+    latents, drawn, mean, plain, decoded = both_ways(params, x)
+    np.testing.assert_allclose(latents, (mean - 0.2) * 0.4, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(decoded, plain, atol=1e-5)
     assert not np.allclose(drawn, latents)
 
 
@@ -101,7 +107,7 @@ def test_jit_agrees_with_eager_and_bfloat16_is_near(autoencoder):
     eager = module.apply({"params": params}, x)
     compiled = jax.jit(module.apply)({"params": params}, x)
     np.testing.assert_allclose(compiled, eager, atol=1e-6)
-    half = models.build("mini-autoencoder", dtype="bfloat16").apply({"params": params}, x)
+    half = jax.jit(models.build("mini-autoencoder", dtype="bfloat16").apply)({"params": params}, x)
     assert half.dtype == jnp.float32 and np.isfinite(half).all()
     assert 0 < np.abs(half - eager).max() < 0.05 * np.abs(eager).max()
 
