@@ -43,8 +43,9 @@ def kl_per_channel(posterior: DiagonalGaussian) -> Float[Array, " c"]:
 
 
 def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]:
-    """beta min(1, step / warmup_steps), beta at once for 0 warm-up steps. Source: Bowman et al. 2016,
-    section 3.1.
+    """beta min(1, step / warmup_steps); beta at once for 0 warm-up steps.
+
+    Source: Bowman et al. 2016, section 3.1.
     """
     if warmup_steps == 0:
         return jnp.float32(beta)

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.data.latents import cached, fingerprint
-from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.metrics.pictures import image_grid, save_png
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
@@ -52,9 +51,8 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
     A network that can learn the variance too (DiT) is built without: nothing here would train it.
     """
     noise = recipe.diffusion.noise
-    if noise.path == "edm":
-        raise InvalidArgumentError("training on the edm path is not supported: choose the path vp or flow")
     noise.make_denoiser(lambda x, t: x)  # refuses unknown names, and epsilon where the path ends in noise
+    D.make_grid(noise.make_path(), recipe.diffusion.sample_steps)  # refuses more steps than the path has
     shape = latent_shape(recipe, image_shape)
     return build_model(
         recipe.diffusion,
@@ -90,6 +88,7 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
             x_0,
             batch["label"],
             prediction=recipe.noise.prediction,
+            sigma_data=recipe.noise.sigma_data if recipe.noise.path == "edm" else None,
             min_snr_gamma=recipe.min_snr_gamma,
             noise_offset=recipe.noise_offset,
             null_condition=jnp.int32(module.config.num_classes),
@@ -153,17 +152,13 @@ def check_before(
     recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray, "N h w c"]
 ) -> list[Finding]:
     """What can be seen of a run before it begins: the network's shapes, and that the path ends in noise."""
-    apply = lambda params, x, t, labels: module.apply({"params": params}, x, t, labels)  # noqa: E731
-    x, t, label = jnp.float32(0), jnp.float32(0), jnp.int32(0)
-    one = [
-        jax.ShapeDtypeStruct((1, *shape), like.dtype)
-        for shape, like in ((x_0.shape[1:], x), ((), t), ((), label))
-    ]
-    output = jax.eval_shape(apply, models.shapes(module), *one)
+    x = jax.ShapeDtypeStruct((1, *x_0.shape[1:]), jnp.float32)
+    t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    output = jax.eval_shape(module.apply, {"params": models.shapes(module)}, x, t, label)
     path, x_0 = recipe.noise.make_path(), x_0[:1000]
     alpha, sigma = (float(of(np.float64(path.t_noisy))) for of in (path.alpha, path.sigma))
     z_T = alpha * x_0 + sigma * np.random.default_rng(0).normal(size=x_0.shape)
-    return [*check_prediction_shape(output, one[0]), *check_terminal_latents(z_T, sigma=sigma)]
+    return [*check_prediction_shape(output, x), *check_terminal_latents(z_T, sigma=sigma)]
 
 
 def train_diffusion(context: Context) -> None:
@@ -182,11 +177,9 @@ def train_diffusion(context: Context) -> None:
 
     def on_sample(params: Params, step: int) -> None:
         drawn[:] = draw(params, key)
-        columns = min(context.dataset.num_classes, MOST_CLASSES)
         images = np.nan_to_num(np.stack(drawn), nan=-1.0)
-        save_png(
-            folder.path / "samples" / f"step-{step:06d}.png", image_grid(images, columns=columns, scale=2)
-        )
+        grid = image_grid(images, columns=min(context.dataset.num_classes, MOST_CLASSES), scale=2)
+        save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
 
     params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)
     if drawn:

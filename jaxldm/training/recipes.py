@@ -19,17 +19,18 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 class StageRecipe:
     """What every trained network has.
 
-    preset, overrides: the network: a name in `jaxldm.models.PRESETS` and changed fields of its config. Image
-      size,
-      channels and number of classes need not be given: they come from the data.
-    epochs, batch_size: how long, and how many examples an update sees.
-    learning_rate, warmup_epochs, final_scale, weight_decay, max_grad_norm, b1, b2: see
-      `jaxldm.training.optimizer`; the warm-up is a number of epochs and may be a fraction.
-    ema_decay: of the moving average of the parameters, which is what the finished model holds; None: no
-      average.
-    dtype: compute type, "float32" or "bfloat16"; parameters, loss and optimizer are float32.
-    save_every, sample_every: a checkpoint, and a picture of what the model makes, every so many epochs; 0:
-      never (a checkpoint is always written at the end and on Ctrl-C).
+    Attributes:
+        preset: a name in `jaxldm.models.PRESETS`.
+        overrides: changed fields of its config. Image size, channels and number of classes come from the
+            data and need not be given.
+        epochs: how often each example is seen.
+        batch_size: examples in an update.
+        learning_rate, final_scale, weight_decay, max_grad_norm, b1, b2: see `jaxldm.training.optimizer`.
+        warmup_epochs: of the learning rate; may be a fraction.
+        ema_decay: of the moving average of the parameters, which is what the finished model then holds.
+        dtype: compute type, "float32" or "bfloat16"; parameters, loss and optimizer are float32.
+        save_every: epochs between checkpoints; 0: only at the end. (On Ctrl-C there is always one.)
+        sample_every: epochs between pictures of what the model makes; 0: none.
     """
 
     preset: str
@@ -64,8 +65,11 @@ class StageRecipe:
 class AutoencoderRecipe(StageRecipe):
     """Stage one, see `jaxldm.training.autoencoder.autoencoder_loss`.
 
-    beta: weight of the KL term. beta_warmup_epochs: it rises from 0 to that over so many epochs.
-    free_bits: nats of each latent channel that cost nothing. reconstruction: "mse" or "l1".
+    Attributes:
+        beta: weight of the KL term.
+        beta_warmup_epochs: it rises from 0 to beta over so many epochs.
+        free_bits: nats of each latent channel that cost nothing.
+        reconstruction: "mse" or "l1".
     """
 
     preset: str = "mini-autoencoder"
@@ -86,10 +90,11 @@ class AutoencoderRecipe(StageRecipe):
 class DiffusionRecipe(StageRecipe):
     """Stage two (or the only one, on pixels), see `jaxldm.diffusion.diffusion_loss`.
 
-    noise: path and prediction. sample_latents: draw each latent anew from the autoencoder's posterior, as
-      published,
-    and do not take its mean. sample_steps, sample_guidance_scale, samples_per_class: of the pictures on the
-    way.
+    Attributes:
+        noise: path and prediction.
+        min_snr_gamma, noise_offset, condition_dropout: as there.
+        sample_latents: draw each latent anew from the autoencoder's posterior, as published; else its mean.
+        sample_steps, sample_guidance_scale, samples_per_class: of the pictures on the way.
     """
 
     preset: str = "mini-unet"
@@ -102,11 +107,25 @@ class DiffusionRecipe(StageRecipe):
     sample_guidance_scale: float = 3.0
     samples_per_class: int = 4
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("noise_offset", "sample_guidance_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidArgumentError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise InvalidArgumentError(f"min_snr_gamma must be above 0, or None, not {self.min_snr_gamma}")
+        if not 0 <= self.condition_dropout <= 1:
+            raise InvalidArgumentError(f"condition_dropout must lie in [0, 1], not {self.condition_dropout}")
+        if self.samples_per_class < 1:
+            raise InvalidArgumentError(f"samples_per_class must be at least 1, not {self.samples_per_class}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe(StageRecipe):
-    """The judge for the metrics, see `jaxldm.models.digit_classifier`. augment: turn, scale and shift the
-    images.
+    """The judge for the metrics, see `jaxldm.models.digit_classifier`.
+
+    Attributes:
+        augment: turn, scale and shift the images a little.
     """
 
     preset: str = "digit-classifier"
@@ -115,8 +134,17 @@ class ClassifierRecipe(StageRecipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. data: a TFDS name; image_size: scale its images to that side; max_train_images: use only
-    the first so many of the training split. Without an autoencoder the diffusion model works on pixels.
+    """A whole run.
+
+    Attributes:
+        name: of the recipe.
+        data: a TFDS name.
+        image_size: side to which its images are scaled; None: as they are.
+        max_train_images: use only the first so many of the training split; None: all.
+        autoencoder: None: the diffusion model works on pixels.
+        diffusion: the denoising network.
+        classifier: None: no metrics that need one.
+        seed: of every random number.
     """
 
     name: str

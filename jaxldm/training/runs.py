@@ -1,14 +1,13 @@
 """The run folder: where everything of one training run lies, and whether it may be written to.
 
-    runs/NAME/config.json                 recipe, data and versions
-    runs/NAME/autoencoder/                checkpoints/  log.csv  loss.png  grad_norm.png  reconstructions.png
-     model/ runs/NAME/diffusion/                  checkpoints/  log.csv  loss.png  grad_norm.png  samples/
-     model/
-    runs/NAME/classifier/                 checkpoints/  log.csv  loss.png  grad_norm.png  metrics.json  model/
-    runs/NAME/latents.npz                 what the autoencoder made of the training images
+    runs/NAME/config.json       recipe, data and versions
+    runs/NAME/autoencoder/      a stage, and reconstructions.png
+    runs/NAME/latents.npz       what the autoencoder made of the training images
+    runs/NAME/diffusion/        a stage, and samples/step-*.png
+    runs/NAME/classifier/       a stage, and metrics.json
 
-`model/` (config.json and safetensors) is renamed into place when a stage is finished: it is there or it is
-not.
+A stage has checkpoints/, log.csv, loss.png, grad_norm.png, health.txt (not the classifier) and, when it is
+finished, model/ (config.json and safetensors). That is renamed into place: it is there or it is not.
 """
 
 from __future__ import annotations
@@ -64,10 +63,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """See `read_config`."""
         return self.path / "config.json"
 
     @property
     def latents(self) -> Path:
+        """The cache of `jaxldm.training.diffusion.latent_columns`."""
         return self.path / "latents.npz"
 
     def stage(self, name: str) -> StageFolder:

@@ -74,6 +74,11 @@ def test_a_damaged_recipe_says_where(entries, words):
         (AutoencoderRecipe, {"beta": -1.0}, "beta"),
         (AutoencoderRecipe, {"free_bits": float("nan")}, "free_bits"),
         (DiffusionRecipe, {"warmup_epochs": float("nan")}, "warmup_epochs"),
+        (DiffusionRecipe, {"min_snr_gamma": 0.0}, "min_snr_gamma"),
+        (DiffusionRecipe, {"noise_offset": -0.1}, "noise_offset"),
+        (DiffusionRecipe, {"condition_dropout": 1.1}, "condition_dropout"),
+        (DiffusionRecipe, {"sample_guidance_scale": float("nan")}, "sample_guidance_scale"),
+        (DiffusionRecipe, {"samples_per_class": 0}, "samples_per_class"),
     ],
 )
 def test_numbers_outside_their_range(kind, numbers, words):
@@ -94,7 +99,8 @@ def test_numbers_outside_their_range(kind, numbers, words):
             "v_prediction|noise",
         ),
         (changed("diffusion", noise=NoiseSchedule(prediction="eps")), UnknownNameError, "epsilon"),
-        (changed("diffusion", noise=NoiseSchedule(path="edm")), InvalidArgumentError, "vp or flow"),
+        (changed("diffusion", noise=NoiseSchedule(path="ddpm")), UnknownNameError, "vp, edm, flow"),
+        (changed("diffusion", sample_steps=1001), InvalidArgumentError, "1001|1000"),
         (
             changed("diffusion", batch_size=257),
             InvalidArgumentError,

@@ -194,13 +194,12 @@ def test_bfloat16_compute_leaves_loss_and_state_in_float32():
 
 
 class StandIn:
-    """A network that answers with its input, and keeps what it was told."""
+    """A network that answers with its input."""
 
     class config:
         num_classes = 3
 
     def apply(self, variables, x, t, labels, train, rngs):
-        self.labels = labels
         return x
 
 
@@ -231,7 +230,7 @@ def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch
     np.testing.assert_allclose([first.mean(), first.std()], [3.0, 0.5], atol=0.02)
     loss_fn({}, jax.random.key(1), batch, 0)
     assert not np.array_equal(first, seen["x_0"])
-    assert seen["path"].name == "flow" and int(seen["null_condition"]) == 3
+    assert seen["path"].name == "flow" and seen["sigma_data"] is None and int(seen["null_condition"]) == 3
     options = {
         name: seen[name] for name in ("prediction", "min_snr_gamma", "noise_offset", "condition_dropout")
     }
@@ -242,7 +241,10 @@ def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch
         "condition_dropout": 0.2,
     }
     del batch["std"]
-    loss_fn({}, jax.random.key(2), batch, 0)
+    make_loss(dataclasses.replace(recipe, noise=D.NoiseSchedule("edm", sigma_data=0.7)), StandIn())(
+        {}, jax.random.key(2), batch, 0
+    )
+    assert seen["path"].name == "edm" and seen["sigma_data"] == 0.7
     np.testing.assert_array_equal(seen["x_0"], batch["mean"])
 
 
