@@ -8,8 +8,8 @@ import pathlib
 import shutil
 import signal
 import sys
-import threading
 
+from orbax.checkpoint import StandardCheckpointer
 from toy import ToyBatches, toy
 
 from jaxldm.checkpoints import training_store
@@ -22,12 +22,6 @@ def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_when_orbax_has_written_a_file(folder: pathlib.Path):
-    while not any(path.is_file() for path in (folder / "checkpoints").glob(".10.tmp/state*/**/*")):
-        pass
-    kill()
-
-
 def before_the_rename(folder):
     """The second checkpoint is written, not yet renamed."""
     real = training_store._checksums
@@ -35,8 +29,18 @@ def before_the_rename(folder):
 
 
 def inside_orbax(folder):
-    """The second checkpoint is half-written."""
-    threading.Thread(target=kill_when_orbax_has_written_a_file, args=(folder,), daemon=True).start()
+    """The second checkpoint is half-written: every other file is missing, as when the power goes."""
+
+    def half_save(checkpointer, directory, *args, **options):
+        real(checkpointer, directory, *args, **options)
+        if ".10.tmp" in str(directory):
+            checkpointer.wait_until_finished()
+            files = sorted(path for path in pathlib.Path(directory).rglob("*") if path.is_file())
+            for file in files[::2]:
+                file.unlink()
+            kill()
+
+    real, StandardCheckpointer.save = StandardCheckpointer.save, half_save
 
 
 def inside_the_clean_up(folder):
