@@ -58,8 +58,11 @@ def classifier_free_guidance(
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` that asks the network once, for both branches in one batch of 2B, and guides.
 
+    Where every scale is 1 the conditional branch is the answer, and it alone is computed, with a traced scale
+    too.
+
     Args:
-        network: (x [2B, H, W, C], t [2B], condition [2B, ...]) -> output [2B, H, W, C].
+        network: (x [N, H, W, C], t [N], condition [N, ...]) -> output [N, H, W, C], N being 2B or B.
         condition: an array [B, ...] or a tree of them (labels, text states, ...).
         null_condition: what the unconditional branch is told, broadcast to the condition: the null class, or
             a negative prompt. A negative condition is nothing more than this branch replaced.
@@ -83,13 +86,21 @@ def classifier_free_guidance(
     null_condition = broadcast_null(null_condition, condition)
     both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
 
-    def predict(x, t):
+    def conditional_alone(x, t):
+        return network(x, t, condition).astype(x.dtype)
+
+    def guided(x, t):
         output = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(x.dtype)
         unconditional, conditional = jnp.split(output, 2)
-        guided = guide(unconditional, conditional, jnp.asarray(guidance_scale, x.dtype))
+        mixed = guide(unconditional, conditional, jnp.asarray(guidance_scale, x.dtype))
         if isinstance(rescale, float) and rescale == 0:
-            return guided
-        return rescale_guidance(guided, conditional, jnp.asarray(rescale, x.dtype))
+            return mixed
+        return rescale_guidance(mixed, conditional, jnp.asarray(rescale, x.dtype))
+
+    def predict(x, t):
+        if isinstance(guidance_scale, float):
+            return conditional_alone(x, t) if guidance_scale == 1 else guided(x, t)
+        return jax.lax.cond(jnp.all(guidance_scale == 1), conditional_alone, guided, x, t)
 
     return predict
 
