@@ -1,5 +1,6 @@
 """Drives the schedulers of `diffusers` with a stand-in network, to compare our solvers with them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,31 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SEED = 3
 torch.set_num_threads(1)  # the arrays are tiny
 SHAPE = (2, 4, 4, 2)
+LINEAR_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
+FINAL_SIGMAS = {"clean": "zero", "sigma_min": "sigma_min"}
+# What our `spacing` is called by the schedulers that add a row behind N + 1, and by k-diffusion's family.
+OPEN_SPACINGS = {"linspace": "linspace_open", "leading": "leading_open", "trailing": "trailing"}
+FRACTIONAL_SPACINGS = {"linspace": "linspace_fractional", "leading": "leading", "trailing": "trailing"}
+
+
+def rounded_on_rows(t, grid):
+    """t rounded where it belongs to a row of the grid, and as it is between two."""
+    on_a_row = jnp.min(jnp.abs(t[None, :] - grid.t[:, None]), axis=0) < 1e-3
+    return jnp.where(on_a_row, jnp.round(t), t)
+
+
+# What the network is told as its time: some schedulers show it another than their sigmas stand for.
+LABELS = {
+    "exact": lambda t, grid: t,
+    "rounded": lambda t, grid: jnp.round(t),
+    "cut": lambda t, grid: jnp.floor(t),
+    "rounded_on_rows": rounded_on_rows,
+}
 
 
 def network(x, t, xp):
@@ -49,19 +75,63 @@ def run_reference(scheduler, x, *, time_scale=1.0, **step_options):
 
 
 def run_ours(solver, path, predictions=PREDICTIONS, network_of=jax_network):
-    """A compiled `run(prediction, grid, x)`, for every prediction and every grid of up to MAX_STEPS steps."""
-    denoisers = [D.denoiser(network_of, path, prediction) for prediction in predictions]
+    """A compiled `run(prediction, grid, x, label)`, for every prediction, label and grid up to MAX_STEPS."""
+    labels = list(LABELS)
 
     @jax.jit
-    def run(index, grid, x):
+    def run(index, grid, x, label):
+        def network(x, t):
+            shown = [lambda t, of=of: of(t, grid) for of in LABELS.values()]
+            return network_of(x, jax.lax.switch(label, shown, t))
+
+        denoisers = [D.denoiser(network, path, prediction) for prediction in predictions]
+
         def function(x, t):
             return jax.lax.switch(index, denoisers, x, t)
 
         return D.sample(jax.random.key(SEED), D.Denoiser(function, path), solver, grid, x)
 
-    return lambda prediction, grid, x: np.asarray(
-        run(predictions.index(prediction), D.pad(grid, MAX_STEPS), x)
+    return lambda prediction, grid, x, label="exact": np.asarray(
+        run(predictions.index(prediction), D.pad(grid, MAX_STEPS), x, labels.index(label))
     )
+
+
+def compare(run, prediction, grid, scheduler, case, label="exact", **step_options):
+    """Ours and theirs from the same noise, both in the scale alpha x_0 + sigma eps."""
+    theirs = run_reference(scheduler, torch.from_numpy(start_noise()), **step_options)
+    assert_close(run(prediction, grid, start_noise(), label), theirs, case)
+
+
+def compare_in_float64(run, prediction, grid, scheduler, case, label="exact"):
+    """The same with the reference in float64, for formulas that lose too much in float32."""
+    scheduler.sigmas = scheduler.sigmas.double()
+    theirs = run_reference(scheduler, torch.from_numpy(start_noise()).double())
+    assert_close(run(prediction, grid, start_noise(), label), theirs, case)
+
+
+def compare_in_sigma_space(
+    run, prediction, grid, scheduler, case, label="exact", tolerance=1e-4, **step_options
+):
+    """The same for schedulers that keep alpha = 1: their x is x / alpha."""
+    start = start_noise() / grid.alpha[0]
+    ours = run(prediction, grid, start * grid.alpha[0], label) / grid.alpha[-1]
+    assert_close(ours, run_reference(scheduler, torch.from_numpy(start), **step_options), case, tolerance)
+
+
+def near_zero_terminal_snr():
+    """The path of the rescaled betas with the reference's alphas_cumprod = 2^-24 in the place of 0.
+
+    The reference needs it to keep its logarithms finite. From a true zero ours stays finite without it
+    (test_sampling.py).
+    """
+    path = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+
+    def coefficients(xp, t):
+        alpha, sigma = path.coefficients(xp, t)
+        last = t == path.t_noisy
+        return xp.where(last, 2.0**-12, alpha), xp.where(last, (1 - 2.0**-24) ** 0.5, sigma)
+
+    return dataclasses.replace(path, coefficients=coefficients)
 
 
 @functools.cache
@@ -89,10 +159,14 @@ def with_float64_schedule(scheduler):
     return scheduler
 
 
-def feed_ddpm_noise(monkeypatch, noises):
-    """Makes DDPMScheduler draw the given noises: it has no argument for them."""
+def feed_noise(monkeypatch, module, noises):
+    """Makes the schedulers of a module draw the given noises: they have no argument for them."""
     queue = list(noises)
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **options: queue.pop(0))
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: queue.pop(0))
+
+
+def feed_ddpm_noise(monkeypatch, noises):
+    feed_noise(monkeypatch, scheduling_ddpm, noises)
 
 
 def assert_close(ours, reference, case, tolerance=1e-4):

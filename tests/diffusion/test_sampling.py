@@ -19,7 +19,11 @@ VARIANTS = [(name, ()) for name in D.solvers.SOLVERS] + [
     ("ddim", (("eta", 0.7),)),
     ("heun", (("s_churn", 3.0),)),
 ]
-DETERMINISTIC = [variant for variant in VARIANTS[: len(D.solvers.SOLVERS)] if variant[0] != "ddpm"]
+STOCHASTIC = {"ddpm", "euler_ancestral", "dpm2_ancestral"}
+DETERMINISTIC = [variant for variant in VARIANTS[: len(D.solvers.SOLVERS)] if variant[0] not in STOCHASTIC]
+# These remember past steps, so a run that is cut and continued starts again in first order.
+MULTISTEP = {"lms", "pndm", "deis", "dpmpp_2m", "dpmpp_3m", "unipc"}
+SAME_AS_DDIM = {"euler", "dpmpp_1s"}
 
 
 def over(variants):
@@ -42,13 +46,23 @@ def solver_of(variant):
 PATHS = (VP, ZERO_SNR, FLOW, EDM)
 
 
+class PathByNumber:
+    """One of PATHS, chosen by a number that may be traced."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __getattr__(self, name):
+        return lambda t: jax.lax.switch(self.number, [getattr(path, name) for path in PATHS], t)
+
+
 @functools.cache
 def runner(variant):
     """A compiled run(key, grid, x, path=0), kept for all the tests of this file."""
     denoisers = [D.denoiser(network, path, "v_prediction") for path in PATHS]
 
     def run(key, grid, x, path=0):
-        denoise = D.Denoiser(lambda x, t: jax.lax.switch(path, denoisers, x, t), VP)
+        denoise = D.Denoiser(lambda x, t: jax.lax.switch(path, denoisers, x, t), PathByNumber(path))
         return D.sample(key, denoise, solver_of(variant), grid, x)
 
     return jax.jit(run)
@@ -56,8 +70,8 @@ def runner(variant):
 
 @over(VARIANTS)
 def test_cutting_and_continuing_equals_the_whole(variant):
-    if variant in (CHURN, ("dpmpp_2m", ())):
-        pytest.skip("2M remembers the previous step, and churn depends on the number of steps")
+    if variant == CHURN or variant[0] in MULTISTEP:
+        pytest.skip("multistep solvers remember the previous steps, and churn depends on the number of steps")
     run = runner(variant)
     grid = D.make_grid(VP, 7)
     x = D.initial_noise(KEY, SHAPE, grid)
@@ -107,7 +121,7 @@ def test_old_style_keys_are_accepted():
     assert D.image_keys(jax.random.key_data(D.image_keys(KEY, 4)), 4).shape == (4,)
 
 
-@over([variant for variant in DETERMINISTIC if variant[0] != "euler"])  # which is ddim
+@over([variant for variant in DETERMINISTIC if variant[0] not in SAME_AS_DDIM])
 def test_jit_equals_eager(variant):
     grid = D.make_grid(VP, 3)
     x = D.initial_noise(KEY, SHAPE, grid)
@@ -149,7 +163,7 @@ def test_a_sharded_batch_gives_the_same_images():
     np.testing.assert_allclose(shared, run(KEY, grid, x), rtol=1e-5, atol=1e-5)
 
 
-@over([variant for variant in VARIANTS[:-2] if variant[0] != "euler"])  # which is ddim
+@over([variant for variant in VARIANTS[:-2] if variant[0] not in SAME_AS_DDIM])
 def test_gradients_agree_with_differences(variant, x64):
     solver = solver_of(variant)
     grid = D.make_grid(FLOW, 3)  # from pure noise to the clean row, where a division by 0 would show
@@ -169,7 +183,7 @@ def test_gradients_agree_with_differences(variant, x64):
     assert float(jnp.sum(by_x * direction)) == pytest.approx(float(difference), rel=1e-5)
 
 
-@over(VARIANTS[:-1])  # churn asks the denoiser for its path, see test_solver_statistics.py
+@over(VARIANTS)
 def test_finite_at_pure_noise_and_at_the_clean_row(variant):
     for index, path in list(enumerate(PATHS))[1:]:
         for steps in (1, 2, 3, MAX_STEPS):
@@ -233,8 +247,21 @@ def test_padding_changes_nothing(variant):
     )
 
 
-@pytest.mark.parametrize("name, evaluations", [("ddim", 6), ("heun", 11), ("dpmpp_2m", 6), ("dpmpp_2s", 6)])
-def test_network_evaluations(name, evaluations):
+@pytest.mark.parametrize(
+    "name, options, evaluations",
+    [
+        ("ddim", {}, 6),
+        ("heun", {}, 11),
+        ("dpm2", {}, 11),
+        ("lms", {}, 6),
+        ("pndm", {}, 7),
+        ("pndm", {"skip_prk_steps": False}, 15),
+        ("dpmpp_2m", {}, 6),
+        ("dpmpp_2s", {}, 6),
+        ("unipc", {}, 6),
+    ],
+)
+def test_network_evaluations(name, options, evaluations):
     calls = []
 
     def predict(x, t):
@@ -243,7 +270,8 @@ def test_network_evaluations(name, evaluations):
 
     grid = D.make_grid(VP, 6, max_steps=9)
     x = D.initial_noise(KEY, SHAPE, grid)
-    D.sample(KEY, D.denoiser(predict, VP, "v_prediction"), D.solvers.make(name), grid, x).block_until_ready()
+    solver = D.solvers.make(name, **options)
+    D.sample(KEY, D.denoiser(predict, VP, "v_prediction"), solver, grid, x).block_until_ready()
     jax.effects_barrier()
     assert len(calls) == evaluations
 

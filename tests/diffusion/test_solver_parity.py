@@ -4,7 +4,6 @@ Steps 1, 2, 5, 10, 20, 50, each prediction and each spacing or sigma option that
 difference must stay below 1e-4 of the largest value. Differences of convention are named where they are met.
 """
 
-import dataclasses
 import itertools
 
 import diffusers
@@ -14,10 +13,17 @@ import numpy as np
 import pytest
 import torch
 from reference_schedulers import (
+    FINAL_SIGMAS,
+    FRACTIONAL_SPACINGS,
+    LABELS,
+    LINEAR_BETAS,
     MAX_STEPS,
+    OPEN_SPACINGS,
     PREDICTIONS,
     STEPS,
     assert_close,
+    compare,
+    compare_in_sigma_space,
     feed_ddpm_noise,
     jax_network,
     run_ours,
@@ -29,35 +35,10 @@ from reference_schedulers import (
 
 from jaxldm import diffusion as D
 
-BETAS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "clip_sample": False,
-}
-NO_CLIP = {name: value for name, value in BETAS.items() if name != "clip_sample"}
+BETAS = {**LINEAR_BETAS, "clip_sample": False}
 NOISE = start_noise()
 VP = D.vp_path(D.linear_betas())
 ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
-FINAL_SIGMAS = {"clean": "zero", "sigma_min": "sigma_min"}
-
-
-def compare(run, prediction, grid, scheduler, case, **step_options):
-    """Ours and theirs from the same noise, both in the variance-preserving scale."""
-    assert_close(
-        run(prediction, grid, NOISE), run_reference(scheduler, torch.from_numpy(NOISE), **step_options), case
-    )
-
-
-def compare_in_sigma_space(run, prediction, grid, scheduler, case):
-    """The same for schedulers that keep alpha = 1: their x is x / alpha."""
-    start = NOISE / grid.alpha[0]
-    assert_close(
-        run(prediction, grid, start * grid.alpha[0]) / grid.alpha[-1],
-        run_reference(scheduler, torch.from_numpy(start)),
-        case,
-    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4])
@@ -88,7 +69,7 @@ def test_ddim_linspace_against_first_order_dpm_solver():
         prediction, steps = case
         grid = D.make_grid(VP, steps, spacing="linspace")
         scheduler = diffusers.DPMSolverMultistepScheduler(
-            **NO_CLIP, prediction_type=prediction, solver_order=1
+            **LINEAR_BETAS, prediction_type=prediction, solver_order=1
         )
         scheduler.set_timesteps(timesteps=grid.t[:-1].astype(int).tolist())
         compare(run, prediction, grid, scheduler, case)
@@ -144,12 +125,11 @@ def test_ddpm(variance, monkeypatch):
 )
 def test_euler_and_heun(scheduler_class, solver):
     run = run_ours(solver, VP)
-    spacings = {"linspace": "linspace_fractional", "leading": "leading", "trailing": "trailing"}
-    for case in itertools.product(PREDICTIONS, STEPS, spacings, (None, "karras", "exponential")):
+    for case in itertools.product(PREDICTIONS, STEPS, FRACTIONAL_SPACINGS, (None, "karras", "exponential")):
         prediction, steps, spacing, sigmas = case
         scheduler = with_float64_schedule(
             scheduler_class(
-                **NO_CLIP,
+                **LINEAR_BETAS,
                 prediction_type=prediction,
                 timestep_spacing=spacing,
                 use_karras_sigmas=sigmas == "karras",
@@ -157,7 +137,7 @@ def test_euler_and_heun(scheduler_class, solver):
             )
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=spacings[spacing], sigmas=sigmas)
+        grid = D.make_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
         compare_in_sigma_space(run, prediction, grid, scheduler, case)
 
 
@@ -167,7 +147,10 @@ def test_euler_that_ends_at_sigma_min():
         prediction, steps, spacing = case
         scheduler = with_float64_schedule(
             diffusers.EulerDiscreteScheduler(
-                **NO_CLIP, prediction_type=prediction, timestep_spacing=spacing, final_sigmas_type="sigma_min"
+                **LINEAR_BETAS,
+                prediction_type=prediction,
+                timestep_spacing=spacing,
+                final_sigmas_type="sigma_min",
             )
         )
         scheduler.set_timesteps(steps)
@@ -185,19 +168,17 @@ def test_euler_that_ends_at_sigma_min():
 @pytest.mark.parametrize("final", ["clean", "sigma_min"])
 def test_dpmpp_2m(final):
     run = run_ours(D.solvers.dpmpp_2m(), VP)
-    spacings = {"linspace": "linspace_open", "leading": "leading_open", "trailing": "trailing"}
-    for case in itertools.product(PREDICTIONS, STEPS, spacings):
+    for case in itertools.product(PREDICTIONS, STEPS, OPEN_SPACINGS):
         prediction, steps, spacing = case
         scheduler = diffusers.DPMSolverMultistepScheduler(
-            **NO_CLIP,
+            **LINEAR_BETAS,
             prediction_type=prediction,
             timestep_spacing=spacing,
             final_sigmas_type=FINAL_SIGMAS[final],
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        compare(
-            run, prediction, D.make_grid(VP, steps, spacing=spacings[spacing], final=final), scheduler, case
-        )
+        grid = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
+        compare(run, prediction, grid, scheduler, case)
 
 
 @pytest.mark.parametrize("final", ["clean", "sigma_min"])
@@ -206,7 +187,7 @@ def test_dpmpp_2s(final):
     for case in itertools.product(PREDICTIONS, STEPS):
         prediction, steps = case
         scheduler = diffusers.DPMSolverSinglestepScheduler(
-            **NO_CLIP, prediction_type=prediction, final_sigmas_type=FINAL_SIGMAS[final]
+            **LINEAR_BETAS, prediction_type=prediction, final_sigmas_type=FINAL_SIGMAS[final]
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
         compare(
@@ -221,56 +202,47 @@ def test_dpmpp_2s(final):
         (diffusers.DPMSolverSinglestepScheduler, D.solvers.dpmpp_2s()),
     ],
 )
-@pytest.mark.parametrize("sigmas, label", [("karras", jnp.round), ("exponential", jnp.floor)])
+@pytest.mark.parametrize("sigmas, label", [("karras", "rounded"), ("exponential", "cut")])
 def test_dpmpp_with_respaced_sigmas(sigmas, label, scheduler_class, solver):
     # The reference shows the network whole timesteps, rounded or cut, beside sigmas that are neither.
-    run = run_ours(solver, VP, network_of=lambda x, t: jax_network(x, label(t)))
+    run = run_ours(solver, VP)
     for case in itertools.product(PREDICTIONS, STEPS):
         prediction, steps = case
-        scheduler = scheduler_class(**NO_CLIP, prediction_type=prediction, **{f"use_{sigmas}_sigmas": True})
+        scheduler = scheduler_class(
+            **LINEAR_BETAS, prediction_type=prediction, **{f"use_{sigmas}_sigmas": True}
+        )
         with_float64_schedule(scheduler).set_timesteps(steps)
         grid = D.make_grid(VP, steps, sigmas=sigmas)
-        np.testing.assert_array_equal(np.asarray(label(grid.t[:-1])), scheduler.timesteps.numpy())
-        compare(run, prediction, grid, scheduler, case)
-
-
-def test_dpmpp_2m_near_zero_terminal_snr():
-    # The reference replaces alphas_cumprod = 0 by 2^-24, to keep its logarithms finite: so does this copy of
-    # the path. From a true zero ours stays finite without it (test_sampling.py).
-    def coefficients(xp, t):
-        alpha, sigma = ZERO_SNR.coefficients(xp, t)
-        last = t == ZERO_SNR.t_noisy
-        return xp.where(last, 2.0**-12, alpha), xp.where(last, (1 - 2.0**-24) ** 0.5, sigma)
-
-    path = dataclasses.replace(ZERO_SNR, coefficients=coefficients)
-    run = run_ours(D.solvers.dpmpp_2m(), path)
-    for case in itertools.product(("sample", "v_prediction"), STEPS):
-        prediction, steps = case
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            **NO_CLIP, prediction_type=prediction, timestep_spacing="trailing", rescale_betas_zero_snr=True
-        )
-        scheduler.set_timesteps(steps)
-        compare(run, prediction, D.make_grid(path, steps, spacing="trailing"), scheduler, case)
+        np.testing.assert_array_equal(LABELS[label](grid.t[:-1], grid), scheduler.timesteps.numpy())
+        compare(run, prediction, grid, scheduler, case, label)
 
 
 @pytest.mark.parametrize(
-    "scheduler_class, solver",
+    "scheduler_class, solver, options",
     [
-        (diffusers.EDMEulerScheduler, D.solvers.euler()),
-        (diffusers.EDMDPMSolverMultistepScheduler, D.solvers.dpmpp_2m(lower_order_final=False)),
+        (diffusers.EDMEulerScheduler, D.solvers.euler(), {}),
+        (diffusers.EDMDPMSolverMultistepScheduler, D.solvers.dpmpp_2m(False), {"lower_order_final": False}),
+        (
+            diffusers.EDMDPMSolverMultistepScheduler,
+            D.solvers.dpmpp_3m(False, halve_curvature=True),
+            {"lower_order_final": False, "solver_order": 3},
+        ),
     ],
+    ids=["euler", "dpmpp_2m", "dpmpp_3m"],
 )
-def test_edm(scheduler_class, solver):
+def test_edm(scheduler_class, solver, options):
     path = D.edm_path()
     denoise = D.edm_preconditioned(jax_network, sigma_data=0.5)
     run = jax.jit(lambda grid, x: D.sample(jax.random.key(0), denoise, solver, grid, x))
     start = 80 * NOISE
-    for case in itertools.product(STEPS[1:], ("karras", "exponential"), FINAL_SIGMAS):
+    # Third order divides by the width of that last step, 0: NaN.
+    finals = FINAL_SIGMAS if options.get("solver_order", 1) < 3 else ("clean",)
+    for case in itertools.product(STEPS[1:], ("karras", "exponential"), finals):
         steps, sigmas, final = case
         scheduler = scheduler_class(
             sigma_schedule=sigmas,
             final_sigmas_type=FINAL_SIGMAS[final],
-            **({"lower_order_final": False} if "DPM" in scheduler_class.__name__ else {}),
+            **options,
         )
         scheduler.set_timesteps(steps)
         # With sigma_min the reference repeats the last row; see test_euler_that_ends_at_sigma_min.

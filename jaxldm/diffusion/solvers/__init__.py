@@ -7,19 +7,33 @@ from collections.abc import Callable
 
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.ddpm import ddpm
-from jaxldm.diffusion.solvers.dpmpp import dpmpp_2m, dpmpp_2s
-from jaxldm.diffusion.solvers.euler import euler
+from jaxldm.diffusion.solvers.deis import deis
+from jaxldm.diffusion.solvers.dpm2 import dpm2, dpm2_ancestral
+from jaxldm.diffusion.solvers.dpmpp import dpmpp_1s, dpmpp_2m, dpmpp_2s, dpmpp_3m
+from jaxldm.diffusion.solvers.euler import euler, euler_ancestral
 from jaxldm.diffusion.solvers.heun import heun
+from jaxldm.diffusion.solvers.lms import lms
+from jaxldm.diffusion.solvers.pndm import pndm
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
+from jaxldm.diffusion.solvers.unipc import unipc
 from jaxldm.errors import InvalidArgumentError, one_of
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,
+    "euler_ancestral": euler_ancestral,
     "heun": heun,
-    "dpmpp_2m": dpmpp_2m,
+    "dpm2": dpm2,
+    "dpm2_ancestral": dpm2_ancestral,
+    "lms": lms,
+    "pndm": pndm,
+    "deis": deis,
+    "dpmpp_1s": dpmpp_1s,
     "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc": unipc,
 }
 
 
@@ -50,14 +64,23 @@ __all__ = [
     "State",
     "ddim",
     "ddpm",
+    "deis",
     "divide",
+    "dpm2",
+    "dpm2_ancestral",
+    "dpmpp_1s",
     "dpmpp_2m",
     "dpmpp_2s",
+    "dpmpp_3m",
     "euler",
+    "euler_ancestral",
     "heun",
+    "lms",
     "make",
     "move",
     "noise_like",
     "path_of",
+    "pndm",
     "row",
+    "unipc",
 ]

@@ -1,7 +1,7 @@
-"""DPM-Solver++, second order: multistep 2M and singlestep 2S (Lu, Zhou, Bao, Chen, Li and Zhu 2022).
+"""DPM-Solver++: one-step 1S and 2S, multistep 2M and 3M (Lu, Zhou, Bao, Chen, Li and Zhu 2022).
 
-Both integrate x_0 as a function of lambda = log(alpha / sigma), half the log-SNR: a DDIM step taken with a
-corrected x_0. So both are finite at pure noise and at the clean row, where lambda is infinite.
+All integrate x_0 as a function of lambda = log(alpha / sigma), half the log-SNR: a DDIM step taken with a
+corrected x_0. So all are finite at pure noise and at the clean row, where lambda is infinite.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.solvers.ddim import ddim
+from jaxldm.diffusion.solvers.multistep import (
+    MultistepState,
+    begin,
+    difference,
+    exponential_moments,
+    order_of_step,
+    past_nodes,
+    polynomial_weights,
+    remember,
+)
 from jaxldm.diffusion.solvers.solver import Row, Solver, divide, move, row
+from jaxldm.errors import one_of
 
-
-class MultistepState(NamedTuple):
-    """x, the previous step's x_0, and how many steps have been taken."""
-
-    x: Float[Array, "B ..."]
-    x_0: Float[Array, "B ..."]
-    taken: Any
+SOLVER_TYPES = ("midpoint", "heun")
 
 
 class SinglestepState(NamedTuple):
@@ -42,18 +48,44 @@ def is_an_end(row: Row) -> Any:
     return (row.sigma == 0) | (row.alpha == 0)
 
 
-def dpmpp_2m(lower_order_final: bool = True) -> Solver:
+def slope_weight(h: Any, solver_type: str) -> Any:
+    """How much of x_0's slope (its change over the whole step h) goes into the corrected x_0.
+
+    "midpoint" takes 1/2; "heun" the exact integral 1/(1 - e^{-h}) - 1/h, which is near 1/2 for small h.
+    Either is of second order.
+    """
+    if solver_type == "midpoint":
+        return 0.5
+    whole, ramp = exponential_moments(h, 2)
+    return ramp / whole
+
+
+def dpmpp_1s() -> Solver:
+    """DPM-Solver++ of first order, which is DDIM (Lu et al. 2022, section 4) and so is `euler`.
+
+    x_s = (sigma_s / sigma_t) x_t - alpha_s (e^{-h} - 1) x_0 is alpha_s x_0 + sigma_s eps in other words.
+    """
+    return ddim(eta=0.0)
+
+
+def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
     """Lu et al. 2022, Algorithm 2: one evaluation a step, the previous x_0 gives the slope.
 
         D = (1 + 1/(2 r)) x_0 - 1/(2 r) x_0_previous,    r = h_previous / h,    h = lambda_s - lambda_t
         x_s = (sigma_s / sigma_t) x_t - alpha_s (e^{-h} - 1) D
 
-    The first step, and the step onto the clean row (h is infinite there), are of first order.
+    The first step, and the step onto the clean row (h is infinite there), are of first order. A run that is
+    cut and continued starts again at first order: the memory is lost.
 
     Args:
         lower_order_final: in runs of fewer than 15 steps that do not end clean, take the last step in first
             order too, for stability, as the authors do.
+        solver_type: "midpoint" is the printed 1/2 in D; "heun" the exact integral of the slope in its place.
+
+    Raises:
+        UnknownNameError: another solver_type.
     """
+    one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
         here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
@@ -63,14 +95,59 @@ def dpmpp_2m(lower_order_final: bool = True) -> Solver:
         first_order = (state.taken == 0) | is_an_end(there)
         if lower_order_final:
             first_order |= (i == num_steps - 1) & (num_steps < 15)
-        weight = jnp.where(first_order, 0, divide(h, 2 * h_previous, 0.0))
-        corrected = x_0 + weight * (x_0 - state.x_0)
-        return MultistepState(move(state.x, corrected, here, there), x_0, state.taken + 1)
+        weight = slope_weight(h, solver_type) * divide(h, h_previous, 0.0)
+        corrected = x_0 + jnp.where(first_order, 0, weight) * (x_0 - state.past[0])
+        return MultistepState(move(state.x, corrected, here, there), (x_0,), state.taken + 1)
 
-    return Solver(lambda x: MultistepState(x, jnp.zeros_like(x), jnp.int32(0)), step)
+    return Solver(lambda x: begin(x, 1), step)
 
 
-def dpmpp_2s() -> Solver:
+def dpmpp_3m(
+    lower_order_final: bool = True, solver_type: str = "midpoint", halve_curvature: bool = False
+) -> Solver:
+    """DPM-Solver++ of third order, multistep: the parabola through the last three x_0, integrated exactly.
+
+        x_s = (sigma_s / sigma_t) x_t + alpha_s sum_j c_j x_0_{i-j},    c_j = integral of h e^{-h (1 - u)} L_j
+
+    over u from 0 to 1, u = (lambda - lambda_t) / h, with L_j the Lagrange polynomials: the exponential
+    Adams-Bashforth method that Lu et al. 2022 write with Taylor's formula. One evaluation a step; the first
+    step is of first order, the second of second, as is what ends at the clean row. A run that is cut and
+    continued starts again at first order; one of fewer than 3 steps never reaches the third.
+
+    Args:
+        lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
+            and the last of first, for stability, as the authors do.
+        solver_type: of the steps of second order, see `dpmpp_2m`.
+        halve_curvature: take only half of the second difference, as the authors' program, k-diffusion and
+            diffusers do: they divide by r_0 + r_1 where Taylor's D_2 is twice that. It is of second order
+            then (tests/diffusion/test_solver_order.py measures both).
+
+    Raises:
+        UnknownNameError: another solver_type.
+    """
+    one_of("solver_type", solver_type, SOLVER_TYPES)
+
+    def step(state, denoise, grid, i, keys):
+        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        x_0 = denoise(state.x, here.t)
+        at_an_end = is_an_end(here) | is_an_end(there)
+        steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
+        reach = order_of_step(3, state.taken, at_an_end, steps_left)
+        nodes, counts = past_nodes(grid, i, half_log_snr, reach, 3)
+        h = jnp.where(at_an_end, 1, half_log_snr(there) - half_log_snr(here))
+        whole, ramp, square = exponential_moments(h, 3)
+        moments = [whole, ramp, square / 2 if halve_curvature else square]
+        weights = [divide(weight, whole, 0.0) for weight in polynomial_weights(nodes, counts, moments)]
+        second_order = divide(slope_weight(h, solver_type), nodes[1], 0.0)
+        weights[1] = jnp.where((reach == 2) & counts[1], second_order, weights[1])
+        corrected = x_0 + difference(weights, x_0, state.past)
+        x = move(state.x, corrected, here, there)
+        return MultistepState(x, remember(x_0, state.past), state.taken + 1)
+
+    return Solver(lambda x: begin(x, 2), step)
+
+
+def dpmpp_2s(solver_type: str = "midpoint") -> Solver:
     """Lu et al. 2022, Algorithm 1, with rows of the grid as intermediate points: one evaluation a step.
 
     Steps come in pairs from row t over row s to row u: a first-order step to s, then, from x_t again,
@@ -79,7 +156,14 @@ def dpmpp_2s() -> Solver:
         x_u = (sigma_u / sigma_t) x_t - alpha_u (e^{-h_u} - 1) D.
 
     A last step that has no partner, or that ends clean, is of first order. Cut its grids at even rows.
+
+    Args:
+        solver_type: "midpoint" is the printed 1/2 in D; "heun" the exact integral of the slope in its place.
+
+    Raises:
+        UnknownNameError: another solver_type.
     """
+    one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
         base, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
@@ -88,8 +172,10 @@ def dpmpp_2s() -> Solver:
         h_here = half_log_snr(here) - half_log_snr(base)
         h_there = half_log_snr(there) - half_log_snr(base)
         # From pure noise (or, inverting, from the clean row) both h are infinite, and their ratio goes to 1.
-        ratio = jnp.where(jnp.isfinite(h_here), divide(h_there, h_here, 1.0), 1)
-        weight = jnp.where(closes, 0.5 * ratio, 0)  # finite where it is not used, for the sake of gradients
+        from_an_end = ~jnp.isfinite(h_here)
+        ratio = jnp.where(from_an_end, 1, divide(h_there, h_here, 1.0))
+        slope = slope_weight(jnp.where(from_an_end, jnp.inf, h_there), solver_type)
+        weight = jnp.where(closes, slope * ratio, 0)  # finite where it is not used, for the sake of gradients
         corrected = state.base_x_0 + weight * (x_0 - state.base_x_0)
         x = jnp.where(closes, move(state.base_x, corrected, base, there), move(state.x, x_0, here, there))
         return SinglestepState(x, state.x, x_0, state.taken + 1)

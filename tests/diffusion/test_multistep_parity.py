@@ -1,0 +1,249 @@
+"""Multistep solvers against the schedulers of `diffusers` of the same name, on the same grid and network.
+
+Steps 1, 2, 5, 10, 20, 50, each prediction and each spacing or sigma option that both have; the largest
+difference must stay below 1e-4 of the largest value. Differences of convention are named where they are met.
+"""
+
+import itertools
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference_schedulers import (
+    FINAL_SIGMAS,
+    FRACTIONAL_SPACINGS,
+    LABELS,
+    LINEAR_BETAS,
+    MAX_STEPS,
+    OPEN_SPACINGS,
+    PREDICTIONS,
+    STEPS,
+    compare,
+    compare_in_float64,
+    compare_in_sigma_space,
+    jax_network,
+    near_zero_terminal_snr,
+    run_ours,
+    run_reference,
+    start_noise,
+    with_float64_schedule,
+)
+
+from jaxldm import diffusion as D
+
+VP, FLOW = D.vp_path(D.linear_betas()), D.flow_path()
+RESPACED = {"karras": "rounded", "exponential": "cut"}  # what the reference tells the network of such a t
+
+
+def flow_network(x, t):
+    """The reference cuts 1000 t to whole numbers."""
+    return jax_network(x, jnp.floor(1000 * t + 1e-4))
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_lms(order):
+    run = run_ours(D.solvers.lms(order), VP)
+    scheduler = with_float64_schedule(diffusers.LMSDiscreteScheduler(**LINEAR_BETAS))
+    for case in itertools.product(PREDICTIONS, STEPS, FRACTIONAL_SPACINGS, (None, "karras", "exponential")):
+        prediction, steps, spacing, sigmas = case
+        scheduler.register_to_config(
+            prediction_type=prediction,
+            timestep_spacing=spacing,
+            use_karras_sigmas=sigmas == "karras",
+            use_exponential_sigmas=sigmas == "exponential",
+        )
+        scheduler.set_timesteps(steps)
+        grid = D.make_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        compare_in_sigma_space(run, prediction, grid, scheduler, case, order=[order] * MAX_STEPS)
+
+
+# The reference steps T // N timesteps down, which are not linspace's own next ones; and by its very first
+# steps a run with Runge-Kutta needs four rows.
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("skips, counts", [(True, STEPS), (False, STEPS[2:])], ids=["plms", "runge_kutta"])
+def test_pndm(skips, counts, prediction):
+    # For a network that predicts v the reference averages v: test_solver_order.py shows what that costs.
+    run = run_ours(D.solvers.pndm(skip_prk_steps=skips, combine=prediction), VP, (prediction,))
+    spacings = (("leading", 0, "clean"), ("leading", 1, "sigma_min"), ("trailing", 0, "clean"))
+    for case in itertools.product(counts, spacings):
+        steps, (spacing, offset, final) = case
+        scheduler = diffusers.PNDMScheduler(
+            **LINEAR_BETAS,
+            prediction_type=prediction,
+            timestep_spacing=spacing,
+            steps_offset=offset,
+            set_alpha_to_one=final == "clean",
+            skip_prk_steps=skips,
+        )
+        scheduler.set_timesteps(steps)
+        grid = D.make_grid(VP, steps, spacing=spacing, steps_offset=offset, final=final)
+        compare(run, prediction, grid, scheduler, case)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_deis(order):
+    run = run_ours(D.solvers.deis(order), VP)
+    for case in itertools.product(PREDICTIONS, STEPS, OPEN_SPACINGS):
+        prediction, steps, spacing = case
+        scheduler = diffusers.DEISMultistepScheduler(
+            **LINEAR_BETAS, prediction_type=prediction, timestep_spacing=spacing, solver_order=order
+        )
+        with_float64_schedule(scheduler).set_timesteps(steps)
+        grid = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final="sigma_min")
+        compare_in_float64(run, prediction, grid, scheduler, case)
+
+
+def test_deis_with_respaced_sigmas():
+    # The reference repeats the last sigma, so its last step stands still: N of its steps are N - 1 of ours.
+    # It counts that one too when it lowers the order at the end, so here the order is kept.
+    run = run_ours(D.solvers.deis(3, lower_order_final=False), VP)
+    for case in itertools.product(PREDICTIONS, STEPS[1:], RESPACED.items()):
+        prediction, steps, (sigmas, label) = case
+        scheduler = diffusers.DEISMultistepScheduler(
+            **LINEAR_BETAS,
+            prediction_type=prediction,
+            solver_order=3,
+            lower_order_final=False,
+            **{f"use_{sigmas}_sigmas": True},
+        )
+        with_float64_schedule(scheduler).set_timesteps(steps)
+        assert scheduler.sigmas[-1] == scheduler.sigmas[-2]
+        grid = D.make_grid(VP, steps - 1, sigmas=sigmas, final="sigma_min")
+        np.testing.assert_array_equal(LABELS[label](grid.t, grid), scheduler.timesteps.numpy())
+        compare_in_float64(run, prediction, grid, scheduler, case, label)
+
+
+def test_deis_on_the_flow_path():
+    run = run_ours(D.solvers.deis(3, lower_order_final=False), FLOW, ("flow",), flow_network)
+    for steps in STEPS[1:]:
+        scheduler = diffusers.DEISMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, lower_order_final=False
+        )
+        scheduler.set_timesteps(steps)
+        grid = D.cut(D.make_grid(FLOW, timesteps=scheduler.sigmas[:-1].numpy()), 0, steps - 1)
+        compare(run, "flow", grid, scheduler, steps)
+
+
+def respaced_or_not(scheduler_class, prediction, steps, spacing, final, **options):
+    """The reference, our grid and what the network is told, for a spacing or a way to respace sigma."""
+    if spacing in RESPACED:
+        options[f"use_{spacing}_sigmas"] = True
+        grid, label = D.make_grid(VP, steps, sigmas=spacing, final=final), RESPACED[spacing]
+    else:
+        options["timestep_spacing"] = spacing
+        grid, label = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final), "exact"
+    scheduler = scheduler_class(
+        **LINEAR_BETAS, prediction_type=prediction, final_sigmas_type=FINAL_SIGMAS[final], **options
+    )
+    with_float64_schedule(scheduler).set_timesteps(steps)
+    np.testing.assert_array_equal(LABELS[label](grid.t[:steps], grid), scheduler.timesteps.numpy())
+    return grid, scheduler, label
+
+
+@pytest.mark.parametrize(
+    "order, solver_type, solver",
+    [
+        (2, "heun", D.solvers.dpmpp_2m(solver_type="heun")),
+        (3, "midpoint", D.solvers.dpmpp_3m(halve_curvature=True)),
+        (3, "heun", D.solvers.dpmpp_3m(solver_type="heun", halve_curvature=True)),
+    ],
+    ids=["2m_heun", "3m_midpoint", "3m_heun"],
+)
+def test_dpmpp_multistep(order, solver_type, solver):
+    # The reference takes half of the second difference: test_solver_order.py shows what that costs.
+    run = run_ours(solver, VP)
+    cases = list(itertools.product(PREDICTIONS, STEPS, OPEN_SPACINGS, FINAL_SIGMAS))
+    cases += itertools.product(PREDICTIONS, STEPS, RESPACED, ("clean",))
+    for case in cases:
+        grid, scheduler, label = respaced_or_not(
+            diffusers.DPMSolverMultistepScheduler, *case, solver_order=order, solver_type=solver_type
+        )
+        compare(run, case[0], grid, scheduler, case, label)
+
+
+def test_dpmpp_2s_heun():
+    run = run_ours(D.solvers.dpmpp_2s(solver_type="heun"), VP)
+    for case in itertools.product(PREDICTIONS, STEPS, FINAL_SIGMAS):
+        prediction, steps, final = case
+        scheduler = diffusers.DPMSolverSinglestepScheduler(
+            **LINEAR_BETAS,
+            prediction_type=prediction,
+            final_sigmas_type=FINAL_SIGMAS[final],
+            solver_type="heun",
+        )
+        with_float64_schedule(scheduler).set_timesteps(steps)
+        grid = D.make_grid(VP, steps, spacing="linspace_open", final=final)
+        compare(run, prediction, grid, scheduler, case)
+
+
+@pytest.mark.parametrize(
+    "order, solver_type, options",
+    [
+        (1, "bh2", {}),
+        (2, "bh1", {}),
+        (2, "bh2", {"disable_corrector": (0, 1)}),
+        (3, "bh2", {"lower_order_final": False}),
+        (3, "bh2", {}),
+    ],
+)
+def test_unipc(order, solver_type, options):
+    run = run_ours(D.solvers.unipc(order, solver_type, **options), VP)
+    # Onto the clean row h is infinite: there the reference makes NaN of bh1, and of orders above 1.
+    finite = solver_type == "bh2" and options.get("lower_order_final", True)
+    finals = FINAL_SIGMAS if finite else ("sigma_min",)
+    cases = list(itertools.product(PREDICTIONS, STEPS, OPEN_SPACINGS, finals))
+    if "clean" in finals:
+        cases += itertools.product(PREDICTIONS, STEPS, RESPACED, ("clean",))
+    for case in cases:
+        grid, scheduler, label = respaced_or_not(
+            diffusers.UniPCMultistepScheduler, *case, solver_order=order, solver_type=solver_type, **options
+        )
+        compare(run, case[0], grid, scheduler, case, label)
+
+
+def test_unipc_of_type_bh1_ends_clean_where_the_reference_is_not_a_number():
+    run = run_ours(D.solvers.unipc(solver_type="bh1"), VP, ("epsilon",))
+    case = ("epsilon", 5, "linspace", "clean")
+    grid, scheduler, _ = respaced_or_not(diffusers.UniPCMultistepScheduler, *case, solver_type="bh1")
+    assert np.isnan(run_reference(scheduler, torch.from_numpy(start_noise()))).all()
+    assert np.isfinite(run("epsilon", grid, start_noise())).all()
+
+
+def test_unipc_on_the_flow_path():
+    # The reference begins at sigma = 1 - 1e-6, for the sake of its logarithms.
+    run = run_ours(D.solvers.unipc(3), FLOW, ("flow",), flow_network)
+    for steps, shift in itertools.product(STEPS, (1.0, 3.0)):
+        scheduler = diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, flow_shift=shift
+        )
+        scheduler.set_timesteps(steps)
+        grid = D.make_grid(FLOW, timesteps=scheduler.sigmas[:-1].numpy())
+        compare(run, "flow", grid, scheduler, (steps, shift))
+
+
+@pytest.mark.parametrize(
+    "scheduler_class, solver, order",
+    [
+        (diffusers.DPMSolverMultistepScheduler, D.solvers.dpmpp_2m(), 2),
+        (diffusers.DPMSolverMultistepScheduler, D.solvers.dpmpp_3m(halve_curvature=True), 3),
+        (diffusers.UniPCMultistepScheduler, D.solvers.unipc(), 2),
+    ],
+    ids=["dpmpp_2m", "dpmpp_3m", "unipc"],
+)
+def test_near_zero_terminal_snr(scheduler_class, solver, order):
+    path = near_zero_terminal_snr()
+    predictions = ("sample", "v_prediction")
+    run = run_ours(solver, path, predictions)
+    for case in itertools.product(predictions, STEPS):
+        prediction, steps = case
+        scheduler = scheduler_class(
+            **LINEAR_BETAS,
+            prediction_type=prediction,
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=True,
+            solver_order=order,
+        )
+        scheduler.set_timesteps(steps)
+        compare(run, prediction, D.make_grid(path, steps, spacing="trailing"), scheduler, case)
