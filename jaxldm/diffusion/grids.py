@@ -6,6 +6,7 @@ number of steps without compiling again), or edit a column with `grid._replace(.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,19 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxldm.diffusion.paths import Path
+from jaxldm.diffusion.spacings import (
+    ALIGN_YOUR_STEPS,
+    SIGMAS,
+    SPACINGS,
+    align_your_steps,
+    respaced,
+    shifted,
+    spaced,
+    stretched,
+    times_of_levels,
+)
 from jaxldm.errors import InvalidArgumentError, one_of
 
-SPACINGS = ("leading", "trailing", "linspace", "linspace_fractional", "leading_open", "linspace_open")
-SIGMAS = ("karras", "exponential")
 FINALS = ("clean", "sigma_min")
 
 
@@ -52,30 +62,38 @@ def make_grid(
     steps_offset: int = 0,
     shift: float | None = None,
     timesteps: Sequence[float] | None = None,
-    rho: float = 7.0,
     max_steps: int | None = None,
+    rho: float = 7.0,
+    beta_shape: tuple[float, float] = (0.6, 0.6),
+    original_steps: int = 50,
+    shift_terminal: float | None = None,
+    shift_t_min_twice: bool = False,
 ) -> Grid:
     """The rows of a run of N steps along a path; float32 (float64 with x64), made in float64 on the host.
 
     Args:
-        path: from `vp_path`, `edm_path` or `flow_path`.
+        path: from `vp_path`, `edm_path`, `flow_path` and kin.
         num_inference_steps: N. May be left out where `timesteps` or a list of `sigmas` is given.
-        spacing: which t, after Lin et al. 2023, table 2. On a discrete path of T timesteps:
-            "trailing" (the default): T - k T/N - 1, rounded. Starts at the noisiest t: right for few steps.
-            "leading": k (T // N) + steps_offset. Does not start at the noisiest t.
-            "linspace": N integers from T - 1 to 0. Beware: for N = 1 it is t = 0, like "leading".
-            "linspace_fractional": not rounded; sigma / alpha linear between whole t (diffusers' Euler, Heun).
-            "leading_open", "linspace_open": N + 1 of them, less the cleanest (diffusers' DPM-Solver++).
-            On a continuous path the same, not rounded, from `path.t_noisy` to `path.t_min`.
-        sigmas: how to respace sigma / alpha between the ends that `spacing` names (the whole path when it
-            names none): "karras" (Karras et al. 2022, equation 5, with `rho`), "exponential" (evenly in log),
-            or the values themselves, noisiest first. None: evenly in t, but Karras on an EDM path.
+        spacing: which t, a name of `SPACINGS`, which says what each does: "trailing" (the default),
+            "leading",
+            "linspace", "linspace_fractional", "leading_open", "linspace_open", "beta", "lcm".
+        sigmas: a name of `SIGMAS`, which respaces the noise level between the ends of `spacing` (the whole
+            path when none is named): "karras" (the default on an EDM path), "exponential", "uniform_log_snr",
+            "beta"; a table, "ays_sd15", "ays_sdxl", "ays_svd"; or the levels themselves, noisiest first. The
+            level is sigma / alpha, or sigma itself on a flow path: see `spacings.noise_level`.
         final: "clean" adds the row alpha = 1, sigma = 0 behind N rows; "sigma_min" ends at `path.t_min`,
             which is never repeated (a repeated row is a wasted step).
         steps_offset: added to "leading" timesteps (1 in Stable Diffusion).
-        shift: multiplies sigma / alpha; on the flow path this is t' = shift t / (1 + (shift - 1) t) (SD3).
+        shift: multiplies sigma / alpha, before `sigmas` respaces; on the flow path this is t' = shift t / (1
+            + (shift - 1) t) (SD3). None: `path.default_shift`, and no shift where the rows are given.
         timesteps: the values of t themselves, noisiest first, N of them.
         max_steps: pad to this many steps, so that any N up to it runs in one compiled `sample`.
+        rho: of "karras".
+        beta_shape: (alpha, beta) of the beta distribution.
+        original_steps: of "lcm".
+        shift_terminal: stretch the shifted levels so that row N has this one (LTX-Video, Qwen-Image).
+        shift_t_min_twice: as diffusers' flow schedulers and Stability's SD3.5 code do with the last row of
+            "linspace": for parity alone.
 
     Raises:
         InvalidArgumentError: 0 steps, more steps than the path has, rows that are not finite or not strictly
@@ -87,9 +105,29 @@ def make_grid(
     array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
     """
     one_of("final", final, FINALS)
-    t = _choose_times(path, num_inference_steps, spacing, sigmas, final, steps_offset, timesteps, rho)
-    if shift is not None:
-        t = _shifted(path, t, shift)
+    t = _given_rows(path, num_inference_steps, spacing, sigmas, timesteps)
+    if t is not None:
+        t = t if shift is None else shifted(path, t, shift)
+    else:
+        sigmas = path.default_sigmas if sigmas is None and spacing is None else sigmas
+        _check_names(path, num_inference_steps, spacing, sigmas, shift)
+        factor = path.default_shift if shift is None else shift
+        start = _with_shifted_t_min(path, factor) if shift_t_min_twice else path
+
+        def times(count):
+            if sigmas in ALIGN_YOUR_STEPS:
+                return align_your_steps(path, count, sigmas)
+            if spacing is None and sigmas is not None:
+                t = np.array([start.t_noisy, start.t_min])
+            else:
+                t = spaced(start, count, spacing or "trailing", steps_offset, beta_shape, original_steps)
+            t = t if shift is None and factor == 1 else shifted(path, t, factor)
+            t = t if shift_terminal is None else stretched(path, t, shift_terminal)
+            return t if sigmas is None else respaced(path, count, sigmas, t[0], t[-1], rho, beta_shape)
+
+        t = times(num_inference_steps)
+        # A grid that stops at t_min takes it as row N + 1, rather than visiting it twice.
+        t = times(num_inference_steps + 1) if final == "sigma_min" and t[-1] == path.t_min else t
     if final == "clean":
         t = np.append(t, path.t_clean)
     elif t[-1] != path.t_min:
@@ -101,49 +139,33 @@ def make_grid(
     return grid if max_steps is None else pad(grid, max_steps)
 
 
-def _choose_times(path, count, spacing, sigmas, final, steps_offset, timesteps, rho) -> np.ndarray:
-    """The rows' t, float64, noisiest first, without the row that `final` adds."""
+def _given_rows(path, count, spacing, sigmas, timesteps) -> np.ndarray | None:
+    """The t of rows that the caller wrote down, float64, or None."""
     given = sigmas if sigmas is not None and not isinstance(sigmas, str) else None
     if timesteps is not None and (sigmas is not None or spacing is not None):
         raise InvalidArgumentError("timesteps=[...] says everything: leave out spacing and sigmas")
     if given is not None and spacing is not None:
         raise InvalidArgumentError("sigmas=[...] says everything: leave out spacing, or name 'karras'")
     values = timesteps if timesteps is not None else given
-    if values is not None:
-        values = np.asarray(values, np.float64).reshape(-1)
-        count = len(values) if count is None else count
-        if count != len(values):
-            raise InvalidArgumentError(f"num_inference_steps={count}, but {len(values)} values were given")
-        _check_count(path, count)
-        return values if timesteps is not None else _times_of_sigmas(path, values)
+    if values is None:
+        return None
+    values = np.asarray(values, np.float64).reshape(-1)
+    if count not in (None, len(values)):
+        raise InvalidArgumentError(f"num_inference_steps={count}, but {len(values)} values were given")
+    _check_count(path, len(values))
+    return values if timesteps is not None else times_of_levels(path, values)
+
+
+def _check_names(path, count, spacing, sigmas, shift) -> None:
     if count is None:
         raise InvalidArgumentError("give num_inference_steps, timesteps=[...] or sigmas=[...]")
     if spacing is not None:
         one_of("spacing", spacing, SPACINGS)
-    if isinstance(sigmas, str):
+    if sigmas is not None:
         one_of("sigmas", sigmas, SIGMAS)
     _check_count(path, count)
-    respaced = sigmas if spacing is not None else sigmas or path.default_sigmas
-
-    def times(count):
-        if respaced is None:
-            return _spaced(path, count, spacing or "trailing", steps_offset)
-        ends = _spaced(path, count, spacing, steps_offset) if spacing else (path.t_noisy, path.t_min)
-        return _respaced(path, count, respaced, ends[0], ends[-1], rho)
-
-    t = times(count)
-    # A grid that stops at t_min takes it as row N + 1, rather than visiting it twice.
-    return times(count + 1) if final == "sigma_min" and t[-1] == path.t_min else t
-
-
-def _times_of_sigmas(path: Path, sigmas: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        most = path.sigma(path.t_noisy) / path.alpha(path.t_noisy)
-    if sigmas.max() > most * (1 + 1e-6):
-        raise InvalidArgumentError(
-            f"sigmas up to {sigmas.max():g} are noisier than this {path.name} path, which ends at {most:g}"
-        )
-    return path.time(sigmas)
+    if sigmas in ALIGN_YOUR_STEPS and (spacing is not None or shift is not None):
+        raise InvalidArgumentError(f"{sigmas} is a whole table: leave out spacing and shift")
 
 
 def _check_count(path: Path, count: int) -> None:
@@ -156,60 +178,8 @@ def _check_count(path: Path, count: int) -> None:
         )
 
 
-def _spaced(path: Path, count: int, spacing: str, steps_offset: int) -> np.ndarray:
-    """N values of t, float64, noisiest first, by the named convention."""
-    if spacing.endswith("_open"):
-        return _spaced(path, count + 1, spacing.removesuffix("_open"), steps_offset)[:-1]
-    if path.num_train_timesteps is None:
-        if spacing == "leading":
-            return np.linspace(path.t_min, path.t_noisy, count, endpoint=False)[::-1]
-        if spacing == "trailing":
-            return np.linspace(path.t_noisy, path.t_clean, count, endpoint=False)
-        return np.linspace(path.t_noisy, path.t_min, count)
-    total = path.num_train_timesteps
-    if spacing == "leading":
-        return (np.arange(count) * (total // count))[::-1].astype(np.float64) + steps_offset
-    if spacing == "trailing":
-        return np.round(total - total / count * np.arange(count)) - 1
-    t = np.linspace(0, total - 1, count)[::-1]
-    if spacing == "linspace":
-        return np.round(t)
-    whole = np.arange(total, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        between = path.time(np.interp(t, whole, path.sigma(whole) / path.alpha(whole)))
-    return np.where(t == np.round(t), t, between)
-
-
-def _respaced(path: Path, count: int, sigmas: str, t_first: float, t_last: float, rho: float) -> np.ndarray:
-    """N values of t whose sigma / alpha falls evenly, in its 1/rho-th power or its log, between two t."""
-    ends = np.array([t_first, t_last])
-    with np.errstate(divide="ignore"):
-        first, last = path.sigma(ends) / path.alpha(ends)
-    if not np.isfinite(first):
-        raise InvalidArgumentError(
-            f"{sigmas} sigmas need a finite sigma / alpha, but this {path.name} path "
-            "ends in pure noise (alpha = 0): use spacing='trailing' or 'linspace'"
-        )
-    ramp = np.linspace(0, 1, count)
-    if sigmas == "karras":
-        ratio = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
-    else:
-        ratio = np.exp(np.log(first) + ramp * (np.log(last) - np.log(first)))
-    t = path.time(ratio)
-    t[-1], t[0] = t_last, t_first  # powers and logarithms are off by one rounding
-    return t
-
-
-def _shifted(path: Path, t: np.ndarray, shift: float) -> np.ndarray:
-    if not path.zero_terminal_snr:
-        raise InvalidArgumentError(
-            f"shift moves sigma / alpha beyond the noisy end of this {path.name} "
-            "path: it needs a path that ends in pure noise, such as flow_path()"
-        )
-    if not (np.isfinite(shift) and shift > 0):
-        raise InvalidArgumentError(f"shift must be a positive number, not {shift}")
-    with np.errstate(divide="ignore"):
-        return path.time(shift * path.sigma(t) / path.alpha(t))
+def _with_shifted_t_min(path: Path, shift: float) -> Path:
+    return dataclasses.replace(path, t_min=float(shifted(path, np.float64(path.t_min), shift)))
 
 
 def _check_times(path: Path, t: np.ndarray) -> None:
@@ -223,7 +193,8 @@ def _check_times(path: Path, t: np.ndarray) -> None:
     if not (np.diff(t) < 0).all():
         raise InvalidArgumentError(
             "the grid must fall strictly, from the noisiest row to the cleanest, with "
-            f"no row twice; its times: {np.array2string(t, precision=4, threshold=9)}"
+            f"no row twice; its times: {np.array2string(t, precision=4, threshold=9)}. Fewer steps, "
+            "or another spacing, keep the rows apart"
         )
 
 

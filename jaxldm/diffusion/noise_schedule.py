@@ -1,4 +1,4 @@
-"""How a trained network sees noise, as plain data: path and prediction, to and from scheduler_config.json."""
+"""How a trained network sees noise, as plain data: the path and prediction that recipes hold."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from jaxldm.diffusion import paths
+from jaxldm.diffusion import betas as beta_schedules
+from jaxldm.diffusion.interpolants import interpolant_path
+from jaxldm.diffusion.paths import Path, continuous_vp_path, edm_path, vp_path
 from jaxldm.diffusion.predictions import PREDICTIONS
+from jaxldm.diffusion.rectified_flow import flow_path, resolution_shift
 from jaxldm.diffusion.sampling import Denoiser, denoiser, edm_preconditioned
-from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, one_of
+from jaxldm.errors import InvalidArgumentError, one_of
 
-# Our name of a beta schedule -> the function, and its name in the scheduler_config.json that diffusers reads.
-BETAS: dict[str, tuple[Callable[..., np.ndarray], str]] = {
-    "linear": (paths.linear_betas, "linear"),
-    "scaled_linear": (paths.scaled_linear_betas, "scaled_linear"),
-    "cosine": (paths.cosine_betas, "squaredcos_cap_v2"),
-}
-# Path -> the scheduler of diffusers that walks it.
-_SCHEDULERS = {"vp": "DDIMScheduler", "edm": "EDMEulerScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
-# Other schedulers of diffusers that say the same of a model.
-_ALIASES = {
-    "DDPMScheduler": "vp",
-    "PNDMScheduler": "vp",
-    "DPMSolverMultistepScheduler": "vp",
-    "EulerDiscreteScheduler": "vp",
+PATHS = ("vp", "edm", "flow", "continuous_vp", "interpolant")
+# Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
+BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] = {
+    "linear": (beta_schedules.linear_betas, (1e-4, 0.02)),
+    "scaled_linear": (beta_schedules.scaled_linear_betas, (0.00085, 0.012)),
+    "cosine": (beta_schedules.cosine_betas, None),
+    "sigmoid": (beta_schedules.sigmoid_betas, (1e-4, 0.02)),
+    "sigmoid_alphas": (beta_schedules.sigmoid_alphas_betas, None),
+    "exponential": (beta_schedules.exponential_betas, None),
+    "laplace": (beta_schedules.laplace_betas, None),
+    "laplace_root": (functools.partial(beta_schedules.laplace_betas, square_root=True), None),
 }
 
 
@@ -35,11 +35,20 @@ _ALIASES = {
 class NoiseSchedule:
     """Path and prediction of a trained network.
 
-    path: "vp" (DDPM), "edm" or "flow".
+    path: "vp" (DDPM), "edm", "flow", "continuous_vp" or "interpolant".
     prediction: one of `jaxldm.diffusion.PREDICTIONS`; the network of an "edm" path is preconditioned instead.
     betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr: of the "vp" path alone; a beta_start
       or beta_end of None is the published one.
     sigma_data, sigma_min, sigma_max: of the "edm" path alone.
+    trained_betas: of "vp", the betas themselves, in place of betas ... beta_end.
+    beta_min, beta_max: of "continuous_vp".
+    interpolant, gamma: of "interpolant": "linear", "gvp" or "vp", and (smin, smax) or None.
+    t_min: of the continuous paths "flow", "continuous_vp" and "interpolant".
+    time_distribution: of training on "flow" and "interpolant".
+    shift: of "flow", static.
+    dynamic_shift: of "flow", (base_shift, max_shift, base_tokens, max_tokens) of `resolution_shift`, or None;
+      FLUX.1-dev has (0.5, 1.15, 256, 4096). Then `make_path` wants the number of image tokens.
+    dynamic_shift_kind: "exponential" or "linear".
     """
 
     path: str = "vp"
@@ -52,10 +61,31 @@ class NoiseSchedule:
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    trained_betas: tuple[float, ...] | None = None
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    interpolant: str = "linear"
+    gamma: tuple[float, float] | None = None
+    t_min: float = 1e-3
+    time_distribution: str = "uniform"
+    shift: float = 1.0
+    dynamic_shift: tuple[float, float, int, int] | None = None
+    dynamic_shift_kind: str = "exponential"
 
-    def make_path(self) -> paths.Path:
-        """The path itself. Raises `UnknownNameError` and `InvalidArgumentError` for what cannot be one."""
-        return _make_path(self)
+    def __post_init__(self):
+        for name in ("trained_betas", "gamma", "dynamic_shift"):  # lists, where they come from JSON
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, tuple):
+                object.__setattr__(self, name, tuple(value))
+
+    def make_path(self, num_image_tokens: int | None = None) -> Path:
+        """The path itself. Raises `UnknownNameError` and `InvalidArgumentError` for what cannot be one.
+
+        Args:
+            num_image_tokens: sets the shift of a flow path with `dynamic_shift`; without it the shift is
+                `shift`.
+        """
+        return _make_path(self, num_image_tokens if self.dynamic_shift is not None else None)
 
     def make_denoiser(self, predict: Callable[[Any, Any], Any]) -> Denoiser:
         """`denoise(x, t) -> x_0` of a network that was trained on this schedule."""
@@ -63,113 +93,71 @@ class NoiseSchedule:
             return edm_preconditioned(predict, self.sigma_data, self.make_path())
         return denoiser(predict, self.make_path(), self.prediction)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The entries of scheduler_config.json, in the words of diffusers, which opens it as a scheduler."""
-        config: dict[str, Any] = {"_class_name": _SCHEDULERS[self.path]}
-        if self.path == "vp":
-            betas = self._beta_options()
-            return (
-                config
-                | betas
-                | {
-                    "beta_schedule": BETAS[self.betas][1],
-                    "num_train_timesteps": self.num_train_timesteps,
-                    "prediction_type": self.prediction,
-                    "rescale_betas_zero_snr": self.zero_terminal_snr,
-                    "timestep_spacing": "trailing",
-                    "clip_sample": False,
-                    "set_alpha_to_one": True,
-                    "steps_offset": 0,
-                }
-            )
-        if self.path == "edm":
-            return config | {
-                "sigma_data": self.sigma_data,
-                "sigma_min": self.sigma_min,
-                "sigma_max": self.sigma_max,
-                "prediction_type": "epsilon",
-            }
-        return config | {"num_train_timesteps": 1000, "shift": 1.0, "_prediction_type": self.prediction}
+    def make_betas(self) -> np.ndarray:
+        """The betas of a "vp" path, float64 [T]."""
+        if self.trained_betas is not None:
+            betas = np.asarray(self.trained_betas, np.float64)
+        else:
+            function = BETAS[one_of("betas", self.betas, BETAS)][0]
+            if self.num_train_timesteps < 2:
+                raise InvalidArgumentError("num_train_timesteps must be 2 or more")
+            betas = function(self.num_train_timesteps, **self.beta_options())
+        return beta_schedules.rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+
+    def beta_options(self) -> dict[str, float]:
+        """beta_start and beta_end as numbers, the published ones where they were left out."""
+        published = BETAS[self.betas][1]
+        if published is None:
+            return {}
+        return {
+            "beta_start": published[0] if self.beta_start is None else self.beta_start,
+            "beta_end": published[1] if self.beta_end is None else self.beta_end,
+        }
+
+    def to_dict(self, grid_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The entries of scheduler_config.json, in the words of diffusers; see `to_scheduler_config`."""
+        from jaxldm.diffusion.scheduler_config import to_scheduler_config
+
+        return to_scheduler_config(self, grid_options)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """The inverse of `to_dict`; reads what diffusers writes for a DDPM model, too.
+        """The inverse of `to_dict`; reads what diffusers writes, too; see `from_scheduler_config`.
 
         Raises:
           CheckpointError: a scheduler or an option that is not known here.
         """
-        name = config.get("_class_name")
-        path = next((path for path, known in _SCHEDULERS.items() if known == name), _ALIASES.get(name))
-        if path is None:
-            raise CheckpointError(
-                f"scheduler_config.json has _class_name {name!r}; known: "
-                f"{', '.join([*_SCHEDULERS.values(), *_ALIASES])}"
-            )
-        try:
-            if path == "flow":
-                schedule = cls("flow", config.get("_prediction_type", "flow"))
-            elif path == "edm":
-                schedule = cls(
-                    "edm",
-                    **{
-                        key: float(config[key])
-                        for key in ("sigma_data", "sigma_min", "sigma_max")
-                        if key in config
-                    },
-                )
-            else:
-                schedule = cls._from_betas(config)
-            schedule.make_denoiser(lambda x, t: x)  # a path and a prediction that go together
-        except (JaxldmError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"scheduler_config.json does not describe a schedule known here: {error}"
-            ) from error
-        return schedule
+        from jaxldm.diffusion.scheduler_config import from_scheduler_config
 
-    @classmethod
-    def _from_betas(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        published = config.get("beta_schedule", "linear")
-        names = {theirs: ours for ours, (_, theirs) in BETAS.items()}
-        if config.get("trained_betas") is not None:
-            raise CheckpointError("trained_betas are not supported: use one of the named beta schedules")
-        betas = names[one_of("beta_schedule", published, names)]
-        # diffusers' own defaults stand where the file is silent; the cosine schedule has no start and end.
-        start, end = (
-            (None, None)
-            if betas == "cosine"
-            else (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-        )
-        return cls(
-            "vp",
-            config.get("prediction_type", "epsilon"),
-            betas,
-            config.get("num_train_timesteps", 1000),
-            start,
-            end,
-            bool(config.get("rescale_betas_zero_snr", False)),
-        )
-
-    def _beta_options(self) -> dict[str, float]:
-        """beta_start and beta_end as numbers, the published ones where they were left out."""
-        if self.betas == "cosine":
-            return {}
-        start, end = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[self.betas]
-        return {
-            "beta_start": start if self.beta_start is None else self.beta_start,
-            "beta_end": end if self.beta_end is None else self.beta_end,
-        }
+        return from_scheduler_config(config)[0]
 
 
 @functools.lru_cache
-def _make_path(schedule: NoiseSchedule) -> paths.Path:
-    one_of("path", schedule.path, _SCHEDULERS)
+def _make_path(schedule: NoiseSchedule, num_image_tokens: int | None) -> Path:
+    one_of("path", schedule.path, PATHS)
     one_of("prediction", schedule.prediction, PREDICTIONS)
     if schedule.path == "edm":
-        return paths.edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
+        return edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
+    if schedule.path == "continuous_vp":
+        return continuous_vp_path(schedule.beta_min, schedule.beta_max, schedule.t_min)
+    if schedule.path == "interpolant":
+        return interpolant_path(
+            schedule.interpolant,
+            gamma=schedule.gamma,
+            t_min=schedule.t_min,
+            time_distribution=schedule.time_distribution,
+        )
     if schedule.path == "flow":
-        return paths.flow_path()
-    function = BETAS[one_of("betas", schedule.betas, BETAS)][0]
-    if schedule.num_train_timesteps < 2:
-        raise InvalidArgumentError("num_train_timesteps must be 2 or more")
-    betas = function(schedule.num_train_timesteps, **schedule._beta_options())
-    return paths.vp_path(paths.rescale_zero_terminal_snr(betas) if schedule.zero_terminal_snr else betas)
+        shift = schedule.shift
+        if num_image_tokens is not None:
+            base_shift, max_shift, base_tokens, max_tokens = schedule.dynamic_shift
+            shift = resolution_shift(
+                num_image_tokens,
+                base_tokens=base_tokens,
+                max_tokens=max_tokens,
+                base_shift=base_shift,
+                max_shift=max_shift,
+                kind=schedule.dynamic_shift_kind,
+            )
+        return flow_path(schedule.t_min, schedule.time_distribution, shift=shift)
+    return vp_path(schedule.make_betas())

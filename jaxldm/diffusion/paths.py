@@ -17,62 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxldm.errors import InvalidArgumentError, one_of
-
-TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-
-
-def linear_betas(
-    num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> np.ndarray:
-    """Betas that rise linearly, float64 [T] (Ho et al. 2020, section 4).
-
-    Raises:
-        InvalidArgumentError: fewer than two timesteps, or betas outside (0, 1).
-    """
-    return _checked_betas(np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
-
-
-def scaled_linear_betas(
-    num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-) -> np.ndarray:
-    """Betas whose square roots rise linearly, float64 [T] (latent diffusion, Rombach et al. 2022)."""
-    roots = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64)
-    return _checked_betas(roots**2)
-
-
-def cosine_betas(num_train_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
-    """beta_t = min(1 - f(t+1)/f(t), max_beta), f(t) = cos^2(pi/2 (t/T + s)/(1 + s)), float64 [T].
-
-    Nichol and Dhariwal 2021, equation 17. The clip keeps the last beta below 1.
-    """
-    t = np.arange(num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps
-    f = np.cos((t + s) / (1 + s) * np.pi / 2) ** 2
-    return _checked_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
-
-
-def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shifts and scales sqrt(alphas_cumprod) so that its last value is 0 and its first is kept, float64 [T].
-
-    The last beta becomes exactly 1. A network that predicts epsilon tells nothing about x_0 there: train with
-    `v_prediction` and sample with `trailing` spacing (Lin et al. 2023, Algorithm 1).
-
-    >>> rescale_zero_terminal_snr(linear_betas())[-1]
-    np.float64(1.0)
-    """
-    root = np.sqrt(np.cumprod(1 - _checked_betas(betas)))
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    alphas_cumprod = root**2
-    return 1 - np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
-
-
-def _checked_betas(betas: Any) -> np.ndarray:
-    betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or betas.size < 2:
-        raise InvalidArgumentError(f"betas must be a list of at least 2 numbers, not of shape {betas.shape}")
-    if not np.all((betas > 0) & (betas[-1] <= 1)) or not np.all(betas[:-1] < 1):
-        raise InvalidArgumentError("every beta must lie in (0, 1); the last may be 1 (zero terminal SNR)")
-    return betas
+from jaxldm.diffusion.betas import checked_betas
+from jaxldm.errors import InvalidArgumentError
 
 
 def at_least_float32(x: Array) -> Array:
@@ -81,7 +27,7 @@ def at_least_float32(x: Array) -> Array:
     return x if wide else x.astype(jnp.float32)
 
 
-def _host_or_device(t: Any) -> tuple[Any, Any]:
+def host_or_device(t: Any) -> tuple[Any, Any]:
     """(numpy, float64 t) for host numbers, (jax.numpy, float32 or wider t) for JAX arrays and tracers."""
     if isinstance(t, jax.Array):
         return jnp, at_least_float32(t)
@@ -90,10 +36,10 @@ def _host_or_device(t: Any) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Path:
-    """x_t = alpha(t) x_0 + sigma(t) eps, and the range of t; made by `vp_path`, `edm_path`, `flow_path`.
+    """x_t = alpha(t) x_0 + sigma(t) eps, and the range of t; made by `vp_path`, `flow_path` and kin.
 
     Attributes:
-        name: "vp", "edm" or "flow".
+        name: "vp", "continuous_vp", "edm", "flow", or "linear_interpolant" and the like.
         t_clean: where alpha = 1 and sigma = 0: the data.
         t_min: the cleanest t that a network is trained on, where a grid with `final="sigma_min"` stops.
         t_noisy: the noisiest t.
@@ -102,6 +48,7 @@ class Path:
         coefficients: t -> (alpha, sigma), for NumPy or JAX.
         time_of: sigma / alpha -> t, the inverse, for NumPy or JAX.
         draw: (key, shape) -> t, the training distribution.
+        default_shift: the factor on sigma / alpha that `make_grid` uses when no shift is asked.
     """
 
     name: str
@@ -113,24 +60,45 @@ class Path:
     coefficients: Callable[[Any, Any], tuple[Any, Any]]
     time_of: Callable[[Any, Any], Any]
     draw: Callable[[Any, Any], Any]
+    default_shift: float = 1.0
 
     def alpha(self, t: Any) -> Any:
         """alpha(t), of t's shape."""
-        xp, t = _host_or_device(t)
+        xp, t = host_or_device(t)
         return self.coefficients(xp, t)[0]
 
     def sigma(self, t: Any) -> Any:
         """sigma(t), of t's shape."""
-        xp, t = _host_or_device(t)
+        xp, t = host_or_device(t)
         return self.coefficients(xp, t)[1]
 
     def time(self, sigma_over_alpha: Any) -> Any:
         """The t of that sigma / alpha; 0 gives `t_clean`. Discrete paths clamp at T - 1."""
-        xp, ratio = _host_or_device(sigma_over_alpha)
+        xp, ratio = host_or_device(sigma_over_alpha)
         return self.time_of(xp, ratio)
 
+    def derivatives(self, t: Any) -> tuple[Any, Any]:
+        """(d alpha/dt, d sigma/dt) at t, of t's shape, by automatic differentiation.
+
+        The velocity of the path is alpha' x_0 + sigma' eps. On a discrete path these are the slopes of the
+        interpolation between timesteps.
+
+        >>> from jaxldm import diffusion as D
+        >>> [round(float(slope), 3) for slope in D.edm_path().derivatives(3.0)]
+        [0.0, 1.0]
+        """
+
+        def slopes(t):
+            return jax.jvp(lambda t: self.coefficients(jnp, t), (t,), (jnp.ones_like(t),))[1]
+
+        if isinstance(t, jax.Array):
+            return slopes(at_least_float32(t))
+        with jax.enable_x64(True):
+            alpha, sigma = slopes(jnp.asarray(np.asarray(t, np.float64)))
+            return np.asarray(alpha), np.asarray(sigma)
+
     def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
-        """Draws t for training, one per example, float32: uniform on VP and flow, log-normal sigma on EDM."""
+        """Draws t for training, one per example, float32; log-normal on EDM, else uniform unless asked."""
         return self.draw(key, shape)
 
     @property
@@ -152,7 +120,7 @@ def vp_path(betas: np.ndarray) -> Path:
     Raises:
         InvalidArgumentError: betas outside (0, 1).
     """
-    alphas_cumprod = np.cumprod(1 - _checked_betas(betas))
+    alphas_cumprod = np.cumprod(1 - checked_betas(betas))
     last = len(alphas_cumprod) - 1
     ends_in_noise = bool(alphas_cumprod[-1] == 0)
     log_ratio = np.zeros(last + 1)
@@ -187,6 +155,54 @@ def vp_path(betas: np.ndarray) -> Path:
     return Path("vp", -1.0, 0.0, float(last), last + 1, None, coefficients, time_of, draw)
 
 
+def vp_sde_coefficients(xp: Any, t: Any, beta_min: float, beta_max: float) -> tuple[Any, Any]:
+    """exp(-B/2) and sqrt(1 - exp(-B)), B the integral of beta from 0 to t; see `continuous_vp_path`."""
+    integral = t * (beta_min + t * ((beta_max - beta_min) / 2))
+    return xp.exp(-integral / 2), safe_sqrt(xp, -xp.expm1(-integral))
+
+
+def vp_sde_time(xp: Any, ratio: Any, beta_min: float, beta_max: float) -> Any:
+    """The t in [0, 1] of a sigma / alpha: B(t) = log(1 + ratio^2), a quadratic in t."""
+    most = np.sqrt(np.expm1((beta_min + beta_max) / 2))
+    integral = xp.log1p(xp.minimum(ratio, float(most)) ** 2)
+    root = xp.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * integral)
+    return xp.minimum(2 * integral / (beta_min + root), 1.0)
+
+
+def safe_sqrt(xp: Any, x: Any) -> Any:
+    """sqrt(x), 0 at and below 0, with a gradient of 0 there instead of infinity."""
+    positive = x > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)
+
+
+def continuous_vp_path(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Path:
+    """The VP-SDE: alpha = exp(-B(t)/2), sigma = sqrt(1 - exp(-B(t))), t in [t_min, 1].
+
+    Song et al. 2021, equation 33. B(t) = beta_min t + (beta_max - beta_min) t^2 / 2 is the integral of
+    beta. It is the limit of `vp_path` of T betas from beta_min / T to beta_max / T, at t = (timestep + 1) /
+    T. The network is told t in [0, 1].
+
+    Raises:
+        InvalidArgumentError: unless 0 < beta_min <= beta_max and 0 < t_min < 1.
+    """
+    if not (0 < beta_min <= beta_max < np.inf and 0 < t_min < 1):
+        raise InvalidArgumentError(
+            f"continuous_vp_path needs 0 < beta_min <= beta_max and 0 < t_min < 1, not "
+            f"beta_min={beta_min}, beta_max={beta_max}, t_min={t_min}"
+        )
+
+    def coefficients(xp, t):
+        return vp_sde_coefficients(xp, t, beta_min, beta_max)
+
+    def time_of(xp, ratio):
+        return vp_sde_time(xp, ratio, beta_min, beta_max)
+
+    def draw(key, shape):
+        return jax.random.uniform(key, shape, jnp.float32, t_min, 1.0)
+
+    return Path("continuous_vp", 0.0, float(t_min), 1.0, None, None, coefficients, time_of, draw)
+
+
 def edm_path(
     sigma_data: float = 0.5,
     sigma_min: float = 0.002,
@@ -219,37 +235,6 @@ def edm_path(
         return jnp.exp(log_sigma_mean + log_sigma_std * jax.random.normal(key, shape, jnp.float32))
 
     return Path("edm", 0.0, float(sigma_min), float(sigma_max), None, "karras", coefficients, time_of, draw)
-
-
-def flow_path(t_min: float = 1e-3, time_distribution: str = "uniform") -> Path:
-    """The straight path of rectified flow: alpha = 1 - t, sigma = t, t in [0, 1] (Liu et al. 2022).
-
-    Args:
-        t_min: the cleanest t of `linspace` spacing and of grids with `final="sigma_min"`.
-        time_distribution: "uniform", or "logit_normal": t = sigmoid(N(0, 1)) (SD3, Esser et al. 2024, section
-            3.1).
-
-    Raises:
-        InvalidArgumentError: unless 0 < t_min < 1.
-        UnknownNameError: another time distribution.
-    """
-    one_of("time distribution", time_distribution, TIME_DISTRIBUTIONS)
-    if not 0 < t_min < 1:
-        raise InvalidArgumentError(f"flow_path needs 0 < t_min < 1, not {t_min}")
-
-    def coefficients(xp, t):
-        return 1 - t, t
-
-    def time_of(xp, ratio):
-        with np.errstate(divide="ignore"):
-            return 1 / (1 + 1 / ratio)  # finite at 0 and at infinity, where ratio / (1 + ratio) is not
-
-    def draw(key, shape):
-        if time_distribution == "uniform":
-            return jax.random.uniform(key, shape, jnp.float32)
-        return jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32))
-
-    return Path("flow", 0.0, float(t_min), 1.0, None, None, coefficients, time_of, draw)
 
 
 def per_image(values: Any, x: Any) -> Any:

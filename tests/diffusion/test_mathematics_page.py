@@ -36,7 +36,22 @@ def test_the_page_draws_what_it_says(page):
     assert page["inversion"].t[0] == 0
 
 
-@pytest.mark.parametrize("name", ["grids", "guidance", "paths", "sampling", "solvers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "betas",
+        "conversion",
+        "cutting",
+        "grids",
+        "guidance",
+        "interpolants",
+        "paths",
+        "rectified_flow",
+        "sampling",
+        "scheduler_config",
+        "solvers",
+    ],
+)
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"jaxldm.diffusion.{name}"))
     assert result.attempted > 0 and result.failed == 0

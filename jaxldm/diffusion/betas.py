@@ -1,0 +1,152 @@
+"""Beta schedules: how fast DDPM's discrete path loses the image, as float64 arrays [T] for `vp_path`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from jaxldm.errors import InvalidArgumentError
+
+
+def linear_betas(
+    num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
+    """Betas that rise linearly, float64 [T] (Ho et al. 2020, section 4).
+
+    Raises:
+        InvalidArgumentError: fewer than two timesteps, or betas outside (0, 1).
+    """
+    return checked_betas(np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
+
+
+def scaled_linear_betas(
+    num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> np.ndarray:
+    """Betas whose square roots rise linearly, float64 [T] (latent diffusion, Rombach et al. 2022)."""
+    roots = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64)
+    return checked_betas(roots**2)
+
+
+def sigmoid_betas(
+    num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
+    """Betas that rise along a sigmoid, float64 [T]: GeoDiff (Xu et al. 2022), "sigmoid" in diffusers.
+
+    Not the sigmoid schedule of Jabri et al.: there alphas_cumprod is the sigmoid, see `sigmoid_alphas_betas`.
+    """
+    rise = expit(np.linspace(-6, 6, num_train_timesteps, dtype=np.float64))
+    return checked_betas(beta_start + (beta_end - beta_start) * rise)
+
+
+def betas_from_alpha_bar(
+    alpha_bar: Callable[[np.ndarray], np.ndarray], num_train_timesteps: int = 1000, max_beta: float = 0.999
+) -> np.ndarray:
+    """beta_t = min(1 - f(t+1)/f(t), max_beta) for alphas_cumprod = f, float64 [T] (Nichol and Dhariwal 2021).
+
+    Args:
+        alpha_bar: f on [0, 1], falling from 1; NumPy in, NumPy out.
+        num_train_timesteps: T.
+        max_beta: keeps the last beta below 1 where f(1) = 0.
+
+    >>> round(float(betas_from_alpha_bar(lambda t: 1 - t, 4)[1]), 4)
+    0.3333
+    """
+    f = alpha_bar(np.arange(num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps)
+    return checked_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+
+
+def cosine_betas(num_train_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
+    """alphas_cumprod f(t) = cos^2(pi/2 (t/T + s)/(1 + s)), float64 [T] (Nichol and Dhariwal 2021, eq. 17)."""
+    return betas_from_alpha_bar(
+        lambda t: np.cos((t + s) / (1 + s) * np.pi / 2) ** 2, num_train_timesteps, max_beta
+    )
+
+
+def sigmoid_alphas_betas(
+    num_train_timesteps: int = 1000,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+) -> np.ndarray:
+    """alphas_cumprod falls along a sigmoid, float64 [T] (Jabri et al. 2022; code in Chen 2023, algorithm 1).
+
+    f(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)) with S(x) = sigmoid(x / tau). A small
+    tau leaves less time to the ends; it suits large images.
+
+    Raises:
+        InvalidArgumentError: unless start < end and tau > 0.
+    """
+    if not (start < end and tau > 0):
+        raise InvalidArgumentError(f"start < end and tau > 0 are needed, not {start}, {end} and {tau}")
+    low, high = expit(start / tau), expit(end / tau)
+    return betas_from_alpha_bar(
+        lambda t: (high - expit((start + t * (end - start)) / tau)) / (high - low),
+        num_train_timesteps,
+        max_beta,
+    )
+
+
+def exponential_betas(num_train_timesteps: int = 1000, rate: float = 12.0) -> np.ndarray:
+    """alphas_cumprod f(t) = exp(-rate t): one beta for all, float64 [T]; "exp" in diffusers."""
+    return betas_from_alpha_bar(lambda t: np.exp(-rate * t), num_train_timesteps)
+
+
+def laplace_betas(
+    num_train_timesteps: int = 1000,
+    mu: float = 0.0,
+    b: float = 0.5,
+    max_beta: float = 0.999,
+    *,
+    square_root: bool = False,
+) -> np.ndarray:
+    """The log-SNR of a uniform t is Laplace(mu, b): most training near mu, float64 [T] (Hang et al. 2024).
+
+    log SNR(t) = mu - b sign(1/2 - t) log(1 - 2 |t - 1/2|), alphas_cumprod = SNR / (1 + SNR).
+
+    Args:
+        mu, b: centre and width.
+        square_root: takes alpha = sqrt(SNR / (1 + SNR)) for alphas_cumprod, and 1e-6 inside the logarithm, as
+            the "laplace" schedule of diffusers does: for checkpoints that were trained with it.
+
+    Raises:
+        InvalidArgumentError: b <= 0.
+    """
+    if not b > 0:
+        raise InvalidArgumentError(f"b must be positive, not {b}")
+
+    def alpha_bar(t):
+        floor = 1e-6 if square_root else 0.0
+        with np.errstate(divide="ignore"):
+            log_snr = mu - b * np.copysign(1, 0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + floor)
+        return expit(log_snr) ** (0.5 if square_root else 1.0)
+
+    return betas_from_alpha_bar(alpha_bar, num_train_timesteps, max_beta)
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Shifts and scales sqrt(alphas_cumprod) so that its last value is 0 and its first is kept, float64 [T].
+
+    The last beta becomes exactly 1. A network that predicts epsilon tells nothing about x_0 there: train with
+    `v_prediction` and sample with `trailing` spacing (Lin et al. 2023, Algorithm 1).
+
+    >>> rescale_zero_terminal_snr(linear_betas())[-1]
+    np.float64(1.0)
+    """
+    root = np.sqrt(np.cumprod(1 - checked_betas(betas)))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas_cumprod = root**2
+    return 1 - np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+
+
+def checked_betas(betas: Any) -> np.ndarray:
+    """Betas as float64 [T], or `InvalidArgumentError`."""
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 2:
+        raise InvalidArgumentError(f"betas must be a list of at least 2 numbers, not of shape {betas.shape}")
+    if not np.all((betas > 0) & (betas[-1] <= 1)) or not np.all(betas[:-1] < 1):
+        raise InvalidArgumentError("every beta must lie in (0, 1); the last may be 1 (zero terminal SNR)")
+    return betas
