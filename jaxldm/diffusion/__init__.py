@@ -28,10 +28,22 @@ from jaxldm.diffusion.betas import (
     sigmoid_alphas_betas,
     sigmoid_betas,
 )
+from jaxldm.diffusion.classifier_guidance import classifier_guidance
 from jaxldm.diffusion.conversion import convert_time, on_path
 from jaxldm.diffusion.cutting import cut_by_strength, hand_over, split_at_snr
 from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
-from jaxldm.diffusion.guidance import classifier_free_guidance, guide, rescale_guidance
+from jaxldm.diffusion.guidance import (
+    Branches,
+    autoguidance,
+    classifier_free_guidance,
+    condition_branches,
+    guide,
+    guide_branches,
+    network_branches,
+    rescale_guidance,
+)
+from jaxldm.diffusion.guidance_schedules import cfg_plus_plus, guidance_interval, guidance_schedule
+from jaxldm.diffusion.inpainting import inpaint, resampling_grid
 from jaxldm.diffusion.interpolants import (
     INTERPOLANTS,
     from_sit,
@@ -41,12 +53,28 @@ from jaxldm.diffusion.interpolants import (
     velocity_to_x0,
 )
 from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr_weight
+from jaxldm.diffusion.masked_tokens import (
+    MASK_SCHEDULES,
+    Unmasking,
+    guided_logits,
+    make_unmasking,
+    mask_fraction,
+    mask_tokens,
+    masked_token_loss,
+    sample_tokens,
+)
 from jaxldm.diffusion.noise_schedule import NoiseSchedule
 from jaxldm.diffusion.paths import Path, continuous_vp_path, edm_path, vp_path
 from jaxldm.diffusion.predictions import PREDICTIONS, from_x0, target, to_x0
+from jaxldm.diffusion.projected_guidance import (
+    adaptive_projected_guidance,
+    project_guidance,
+    with_momentum,
+)
 from jaxldm.diffusion.rectified_flow import TIME_DISTRIBUTIONS, flow_path, resolution_shift
 from jaxldm.diffusion.sampling import (
     Denoiser,
+    bar_progress,
     denoiser,
     edm_preconditioned,
     image_keys,
@@ -55,21 +83,32 @@ from jaxldm.diffusion.sampling import (
 )
 from jaxldm.diffusion.scheduler_config import from_scheduler_config, to_scheduler_config
 from jaxldm.diffusion.solvers import Solver
+from jaxldm.diffusion.thresholding import change_x0, dynamic_threshold, static_threshold
 
 __all__ = [
     "FINALS",
     "INTERPOLANTS",
+    "MASK_SCHEDULES",
     "PREDICTIONS",
     "SIGMAS",
     "SPACINGS",
     "TIME_DISTRIBUTIONS",
+    "Branches",
     "Denoiser",
     "Grid",
     "NoiseSchedule",
     "Path",
     "Solver",
+    "Unmasking",
+    "adaptive_projected_guidance",
+    "autoguidance",
+    "bar_progress",
     "betas_from_alpha_bar",
+    "cfg_plus_plus",
+    "change_x0",
     "classifier_free_guidance",
+    "classifier_guidance",
+    "condition_branches",
     "continuous_vp_path",
     "convert_time",
     "cosine_betas",
@@ -78,6 +117,7 @@ __all__ = [
     "denoiser",
     "diffusion_loss",
     "drop_condition",
+    "dynamic_threshold",
     "edm_path",
     "edm_preconditioned",
     "exponential_betas",
@@ -89,28 +129,42 @@ __all__ = [
     "gaussian_mixture_denoiser",
     "gaussian_mixture_log_density",
     "gaussian_solution",
+    "guidance_interval",
+    "guidance_schedule",
     "guide",
+    "guide_branches",
+    "guided_logits",
     "hand_over",
     "image_keys",
     "initial_noise",
+    "inpaint",
     "interpolant_gamma",
     "interpolant_path",
     "laplace_betas",
     "linear_betas",
     "make_grid",
+    "make_unmasking",
+    "mask_fraction",
+    "mask_tokens",
+    "masked_token_loss",
     "min_snr_weight",
+    "network_branches",
     "on_path",
     "pad",
+    "project_guidance",
+    "resampling_grid",
     "rescale_guidance",
     "rescale_zero_terminal_snr",
     "resolution_shift",
     "reverse",
     "sample",
+    "sample_tokens",
     "scaled_linear_betas",
     "sigmoid_alphas_betas",
     "sigmoid_betas",
     "solvers",
     "split_at_snr",
+    "static_threshold",
     "steps_in",
     "target",
     "to_scheduler_config",
@@ -118,4 +172,5 @@ __all__ = [
     "velocity_denoiser",
     "velocity_to_x0",
     "vp_path",
+    "with_momentum",
 ]

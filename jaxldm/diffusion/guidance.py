@@ -1,9 +1,15 @@
-"""Guidance: functions from networks to `predict(x, t)`."""
+"""Guidance: functions from networks to `predict(x, t)`.
+
+Two answers to one question are mixed, the one to move away from and the one to move towards: `Branches`. The
+condition and its absence (classifier-free guidance) and a good network and a weak one (autoguidance) are
+branches; `guide_branches` and `adaptive_projected_guidance` are rules to mix any of them. The scale is a
+number, one per image, or a function of t, such as `guidance_schedule` and kin make.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +55,113 @@ def rescale_guidance(
     return phi * (factor * guided) + (1 - phi) * guided
 
 
+class Branches(NamedTuple):
+    """Two answers at once: what guidance moves away from, and what it moves towards.
+
+    Attributes:
+        both: (x [2B, ...], t [2B]) -> [2B, ...]; its first half answers for the branch to move away from.
+        towards: (x [B, ...], t [B]) -> [B, ...]; the other branch alone.
+    """
+
+    both: Callable[[Any, Any], Any]
+    towards: Callable[[Any, Any], Any]
+
+    def through(self, wrap: Callable[[Any], Any]) -> Branches:
+        """Both wrapped: networks become denoisers by `lambda network: D.denoiser(network, path)`."""
+        return Branches(wrap(self.both), wrap(self.towards))
+
+    def ask(self, x: Float[Array, "B ..."], t: Any) -> tuple[Any, Any]:
+        """(away, towards), each [B, ...], from one batch of 2B."""
+        t = jnp.broadcast_to(t, x.shape[:1])
+        answers = self.both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
+        return tuple(jnp.split(answers.astype(x.dtype), 2))
+
+
+def condition_branches(
+    network: Callable[[Any, Any, Any], Any], condition: Any, null_condition: Any
+) -> Branches:
+    """One network, told the null condition (or a negative one) and the condition (Ho and Salimans 2022).
+
+    Args:
+        network: (x [N, H, W, C], t [N], condition [N, ...]) -> output [N, H, W, C], N being 2B or B.
+        condition: an array [B, ...] or a tree of them (labels, text states, ...).
+        null_condition: what the unconditional branch is told, broadcast to the condition: the null class, or
+            a negative prompt. A negative condition is nothing more than this branch replaced.
+
+    Raises:
+        InvalidArgumentError: the two conditions differ in form.
+    """
+    condition = jax.tree.map(jnp.asarray, condition)
+    null_condition = broadcast_null(null_condition, condition)
+    both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
+    return Branches(lambda x, t: network(x, t, both), lambda x, t: network(x, t, condition))
+
+
+def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, Any], Any]) -> Branches:
+    """A weak network to move away from, and a good one (autoguidance, Karras et al. 2024).
+
+    Args:
+        network: (x [B, H, W, C], t [B]) -> output [B, H, W, C].
+        weak: the same of a smaller or less trained network, with the same condition and the same prediction.
+    """
+
+    def both(x, t):
+        half = x.shape[0] // 2
+        return jnp.concatenate([weak(x[:half], t[:half]), network(x[half:], t[half:])])
+
+    return Branches(both, network)
+
+
+def guide_branches(branches: Branches, guidance_scale: Any, rescale: Any = 0.0) -> Callable[[Any, Any], Any]:
+    """`predict(x, t)` that mixes any two branches by `guide`; where every scale is 1, one alone is asked.
+
+    Channels beyond x's own (a learned variance) are not guided: they stay those of the branch to move
+    towards.
+
+    Args:
+        branches: from `condition_branches`, `network_branches` or your own.
+        guidance_scale: w, a number or one per image [B], or a function of t [B] that gives either; may be
+            traced.
+        rescale: phi of `rescale_guidance`.
+
+    Raises:
+        InvalidArgumentError: w or phi is NaN, infinite or negative, or phi is above 1.
+    """
+    rescale = checked("guidance rescale", rescale, 1.0)
+
+    def mix(x, away, towards, w):
+        channels = x.shape[-1]
+        conditional = towards[..., :channels]
+        mixed = guide(away[..., :channels], conditional, w)
+        if not (isinstance(rescale, float) and rescale == 0):
+            mixed = rescale_guidance(mixed, conditional, jnp.asarray(rescale, x.dtype))
+        return jnp.concatenate([mixed, towards[..., channels:]], axis=-1)
+
+    return mix_branches(branches, guidance_scale, mix)
+
+
+def mix_branches(
+    branches: Branches, guidance_scale: Any, mix: Callable[[Any, Any, Any, Any], Any]
+) -> Callable[[Any, Any], Any]:
+    """`predict(x, t)` = mix(x, away, towards, w), or the branch `towards` alone where every w is 1."""
+    if not callable(guidance_scale):
+        guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+
+    def alone(x, t, w):
+        return branches.towards(x, t).astype(x.dtype)
+
+    def guided(x, t, w):
+        return mix(x, *branches.ask(x, t), w)
+
+    def predict(x, t):
+        w = scale_at(guidance_scale, t).astype(x.dtype)
+        if isinstance(guidance_scale, float):
+            return alone(x, t, w) if guidance_scale == 1 else guided(x, t, w)
+        return jax.lax.cond(jnp.all(w == 1), alone, guided, x, t, w)
+
+    return predict
+
+
 def classifier_free_guidance(
     network: Callable[[Any, Any, Any], Any],
     condition: Any,
@@ -59,14 +172,16 @@ def classifier_free_guidance(
     """`predict(x, t)` that asks the network once, for both branches in one batch of 2B, and guides.
 
     Where every scale is 1 the conditional branch is the answer, and it alone is computed, with a traced scale
-    too.
+    too. So outside a `guidance_interval` a step costs half.
 
     Args:
         network: (x [N, H, W, C], t [N], condition [N, ...]) -> output [N, H, W, C], N being 2B or B.
         condition: an array [B, ...] or a tree of them (labels, text states, ...).
         null_condition: what the unconditional branch is told, broadcast to the condition: the null class, or
             a negative prompt. A negative condition is nothing more than this branch replaced.
-        guidance_scale: w, a number or one per image [B]; may be traced. 0 is unconditional, 1 conditional.
+        guidance_scale: w, a number or one per image [B], or a function of t [B] that gives either, from
+            `guidance_schedule`, `guidance_interval`, `cfg_plus_plus`; may be traced. 0 is unconditional, 1
+            conditional.
         rescale: phi of `rescale_guidance`.
 
     Raises:
@@ -80,29 +195,27 @@ def classifier_free_guidance(
     >>> float(predict(jnp.ones((2, 4, 4, 1)), jnp.zeros(2))[0, 0, 0, 0])
     3.0
     """
-    guidance_scale = _checked("guidance_scale", guidance_scale, np.inf)
-    rescale = _checked("guidance rescale", rescale, 1.0)
-    condition = jax.tree.map(jnp.asarray, condition)
-    null_condition = broadcast_null(null_condition, condition)
-    both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
+    return guide_branches(condition_branches(network, condition, null_condition), guidance_scale, rescale)
 
-    def conditional_alone(x, t):
-        return network(x, t, condition).astype(x.dtype)
 
-    def guided(x, t):
-        output = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(x.dtype)
-        unconditional, conditional = jnp.split(output, 2)
-        mixed = guide(unconditional, conditional, jnp.asarray(guidance_scale, x.dtype))
-        if isinstance(rescale, float) and rescale == 0:
-            return mixed
-        return rescale_guidance(mixed, conditional, jnp.asarray(rescale, x.dtype))
+def autoguidance(
+    network: Callable[[Any, Any], Any],
+    weak: Callable[[Any, Any], Any],
+    guidance_scale: Any,
+    rescale: Any = 0.0,
+) -> Callable[[Any, Any], Any]:
+    """`predict(x, t)` = (1 - w) weak + w network: away from a network's own errors (Karras et al. 2024).
 
-    def predict(x, t):
-        if isinstance(guidance_scale, float):
-            return conditional_alone(x, t) if guidance_scale == 1 else guided(x, t)
-        return jax.lax.cond(jnp.all(guidance_scale == 1), conditional_alone, guided, x, t)
+    Args:
+        network: (x [B, H, W, C], t [B]) -> output [B, H, W, C]; may itself be guided.
+        weak: a smaller or less trained network with the same condition and prediction.
+        guidance_scale: w, as for `classifier_free_guidance`; 1 is the network itself, 0 the weak one.
+        rescale: phi of `rescale_guidance`.
 
-    return predict
+    Raises:
+        InvalidArgumentError: w or phi is NaN, infinite or negative, or phi is above 1.
+    """
+    return guide_branches(network_branches(network, weak), guidance_scale, rescale)
 
 
 def broadcast_null(null_condition: Any, condition: Any) -> Any:
@@ -128,11 +241,25 @@ def broadcast_null(null_condition: Any, condition: Any) -> Any:
     return jax.tree.map(one, null_condition, condition)
 
 
-def _checked(name: str, value: Any, highest: float) -> Any:
-    """A float, or the array given; refuses what is not finite, negative or too high. Tracers pass."""
-    if isinstance(value, jax.core.Tracer):
+def checked(name: str, value: Any, highest: float) -> Any:
+    """A float, or the array given; refuses what is not finite, negative or too high. Tracers pass.
+
+    Raises:
+        InvalidArgumentError: a number outside [0, highest].
+    """
+    if traced(value):
         return value
     numbers = np.asarray(value, np.float64)
     if not (np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers <= highest).all()):
         raise InvalidArgumentError(f"{name} must be a finite number from 0 to {highest:g}, not {value}")
     return float(numbers) if numbers.ndim == 0 else jnp.asarray(value)
+
+
+def traced(*values: Any) -> bool:
+    """Whether one of them is a JAX tracer, whose value cannot be checked."""
+    return any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def scale_at(guidance_scale: Any, t: Float[Array, " B"]) -> Array:
+    """w at t, of t's type: a number or one per image [B], given as such or as a function of t."""
+    return jnp.asarray(guidance_scale(t) if callable(guidance_scale) else guidance_scale, t.dtype)

@@ -32,10 +32,13 @@ class Denoiser:
     Attributes:
         function: (x [B, ...], t [B]) -> x_0 [B, ...].
         path: where x and t live.
+        with_variance: None, or for a network that learned its variance (x, t [B]) -> (x_0, v), both [B, ...],
+            v in [0, 1]: how far the log-variance lies from the posterior's (0) to the forward step's (1).
     """
 
     function: Callable[[Any, Any], Any]
     path: Path
+    with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, x: Float[Array, "B ..."], t: Any) -> Float[Array, "B ..."]:
         """x_0 for noisy x; t is one number or one per image [B]."""
@@ -44,7 +47,13 @@ class Denoiser:
         return x_0
 
 
-def denoiser(predict: Callable[[Any, Any], Any], path: Path, prediction: str = "epsilon") -> Denoiser:
+def denoiser(
+    predict: Callable[[Any, Any], Any],
+    path: Path,
+    prediction: str = "epsilon",
+    *,
+    learned_variance: bool = False,
+) -> Denoiser:
     """Turns a network that predicts eps, x_0, v or the flow into a denoiser.
 
     Args:
@@ -52,6 +61,9 @@ def denoiser(predict: Callable[[Any, Any], Any], path: Path, prediction: str = "
             over. The output may be bfloat16: it is converted to x's type before any arithmetic.
         path: the path that the network was trained on.
         prediction: "epsilon", "sample", "v_prediction" or "flow".
+        learned_variance: the output is [B, H, W, 2C]: the prediction, then 2 v - 1, where v places the
+            log-variance between its bounds (Nichol and Dhariwal 2021, equation 15; DiT). `ddpm("learned")`
+            uses both halves, every other solver the first.
 
     Raises:
         UnknownNameError: another prediction.
@@ -68,6 +80,14 @@ def denoiser(predict: Callable[[Any, Any], Any], path: Path, prediction: str = "
         chex.assert_equal_shape([x, output])
         return to_x0(prediction, output.astype(x.dtype), x, path.alpha(t), path.sigma(t))
 
+    def with_variance(x, t):
+        output = predict(x, t)
+        chex.assert_shape(output, (*x.shape[:-1], 2 * x.shape[-1]))
+        output, variance = jnp.split(output.astype(x.dtype), 2, axis=-1)
+        return to_x0(prediction, output, x, path.alpha(t), path.sigma(t)), (variance + 1) / 2
+
+    if learned_variance:
+        return Denoiser(lambda x, t: with_variance(x, t)[0], path, with_variance)
     return Denoiser(function, path)
 
 
@@ -135,7 +155,9 @@ def sample(
     x_T: Float[Array, "B ..."],
     *,
     return_trajectory: bool = False,
+    return_predictions: bool = False,
     callback: Callable[[Any, Any], None] | None = None,
+    progress: Callable[[Any, Any], None] | None = None,
 ) -> Any:
     """Walks the grid from x_T [B, H, W, C] to its last row, as one `jax.lax.scan`.
 
@@ -150,10 +172,16 @@ def sample(
         grid: from `make_grid`.
         x_T: the start, from `initial_noise`, or a noised image.
         return_trajectory: also return x at every row, [N + 1, B, H, W, C], x_T first.
-        callback: called on the host after each step with (row number, x), for progress bars and pictures.
+        return_predictions: also return x_0 as seen from the first row of every step, denoise(x_i, t_i), [N,
+            B, H, W, C]. In padded steps it is the last x. The solver asks the same, and XLA computes it once,
+            except behind the `lax.cond` of a traced guidance scale.
+        callback: called on the host after each step with (row number, x), for pictures.
+        progress: called on the host after each step with (steps done, steps in all), for progress bars: no
+            image leaves the device. See `bar_progress`.
 
     Returns:
-        x at the last row; with `return_trajectory` the pair (x, trajectory).
+        x at the last row; with `return_trajectory` or `return_predictions` a tuple: x, then the trajectory,
+        then the predictions, those that were asked for.
 
     >>> import jax
     >>> from jaxldm import diffusion as D
@@ -172,18 +200,63 @@ def sample(
     num_steps = steps_in(grid)
 
     def advance(state, i):
+        x_0 = _predict(solver, state, denoise, grid, i) if return_predictions else None
         number = jnp.asarray(grid.start + i, jnp.uint32)
         state = solver.step(state, denoise, grid, i, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
         if callback is not None:
             jax.debug.callback(callback, number, state.x)
-        return state
+        if progress is not None:
+            jax.debug.callback(progress, i + 1, num_steps)
+        return state, x_0
+
+    def stand_still(state, i):
+        return state, (state.x if return_predictions else None)
 
     def body(state, i):
         if grid.num_steps is None:
-            state = advance(state, i)
+            state, x_0 = advance(state, i)
         else:  # rows behind num_steps are padding: no network is called for them
-            state = jax.lax.cond(i < num_steps, advance, lambda state, i: state, state, i)
-        return state, (state.x if return_trajectory else None)
+            state, x_0 = jax.lax.cond(i < num_steps, advance, stand_still, state, i)
+        return state, (state.x if return_trajectory else None, x_0)
 
-    state, trajectory = jax.lax.scan(body, solver.init(x_T), jnp.arange(grid.t.shape[0] - 1, dtype=jnp.int32))
-    return (state.x, jnp.concatenate([x_T[None], trajectory])) if return_trajectory else state.x
+    rows = jnp.arange(grid.t.shape[0] - 1, dtype=jnp.int32)
+    state, (trajectory, predictions) = jax.lax.scan(body, solver.init(x_T), rows)
+    if trajectory is not None:
+        trajectory = jnp.concatenate([x_T[None], trajectory])
+    asked = [value for value in (trajectory, predictions) if value is not None]
+    return (state.x, *asked) if asked else state.x
+
+
+def _predict(solver, state, denoise, grid, i):
+    """x_0 as seen from row i."""
+    if solver.predict is not None:
+        return solver.predict(state, denoise, grid, i)
+    return denoise(state.x, grid.t[i])
+
+
+def bar_progress(bar: Any) -> Callable[[Any, Any], None]:
+    """What `sample(..., progress=)` calls, from a bar of tqdm: the bar is the caller's, to open and to close.
+
+    It sets the bar to the number of steps done, and never back, so that calls from several devices, or of
+    several runs under `vmap`, count once. Between two runs of one compiled function call `bar.reset()`.
+
+    Args:
+        bar: with `n`, `total`, `update(steps)` and `refresh()`, as tqdm's.
+
+    >>> import jax, tqdm
+    >>> from jaxldm import diffusion as D
+    >>> key, path = jax.random.key(0), D.flow_path()
+    >>> grid = D.make_grid(path, 20)
+    >>> x_T = D.initial_noise(key, (1, 8, 8, 1), grid)
+    >>> with tqdm.tqdm(disable=True) as bar:
+    ...     report = D.bar_progress(bar)
+    ...     x_0 = D.sample(key, D.gaussian_denoiser(path), D.solvers.ddim(), grid, x_T, progress=report)
+    """
+
+    def progress(done, total):
+        if bar.total != int(total):
+            bar.total = int(total)
+            bar.refresh()
+        bar.update(max(int(done) - bar.n, 0))
+
+    return progress

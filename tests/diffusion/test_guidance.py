@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,24 @@ def test_scale_one_is_conditional_and_zero_unconditional():
     np.testing.assert_array_equal(
         D.classifier_free_guidance(network, labels, NULL, 0.0)(X, T), network(X, T, jnp.full(3, 3.0))
     )
+
+
+@jax.jit
+def guided_and_branches(x, t, scales):
+    labels = LABELS.astype(jnp.float32)
+    guided = D.classifier_free_guidance(network, labels, NULL, scales)(x, t)
+    return guided, network(x, t, jnp.full(3, float(NULL))), network(x, t, labels)
+
+
+@given(w=st.floats(0, 20), t=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_each_image_has_its_own_guidance_1_and_0_and_all_between(w, t, seed):
+    x = np.random.default_rng(seed).standard_normal(X.shape).astype(np.float32)
+    guided, away, towards = guided_and_branches(
+        x, jnp.full(3, t, jnp.float32), jnp.array([0, 1, w], jnp.float32)
+    )
+    np.testing.assert_allclose(guided[0], away[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(guided[1], towards[1], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(guided[2], away[2] + w * (towards[2] - away[2]), rtol=1e-4, atol=1e-5)
 
 
 @given(scale=st.floats(0, 20), seed=st.integers(0, 1000))
@@ -86,37 +106,49 @@ def test_conditions_may_be_trees():
     )
 
 
+WEIGHTS, MEANS, STDS = np.array([0.4, 0.6]), np.array([[1.0, -0.5], [-1.0, 0.3]]), np.array([0.3, 0.6])
+
+
+@functools.cache
+def answers_and_scores(path):
+    """x_0 without and with the condition (which component made x), their scores, and that of the product."""
+
+    def log_density(x, t, only):
+        parts = [part[only] for part in (WEIGHTS, MEANS, STDS)]
+        return jnp.sum(D.gaussian_mixture_log_density(path, *parts, x, t))
+
+    def run(x, t, w):
+        everything, first = slice(None), slice(1)
+        u = D.gaussian_mixture_denoiser(path, WEIGHTS, MEANS, STDS)(x, t)
+        c = D.gaussian_denoiser(path, MEANS[0], STDS[0])(x, t)
+        scores = [jax.grad(log_density)(x, t, only) for only in (everything, first)]
+        product = jax.grad(lambda x: (1 - w) * log_density(x, t, everything) + w * log_density(x, t, first))(
+            x
+        )
+        return u, c, *scores, product
+
+    return jax.jit(run)
+
+
 @pytest.mark.parametrize(
     "path", [D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()], ids=["vp", "edm", "flow"]
 )
-def test_noise_score_and_probability_give_the_same_guidance(path, x64):
+@given(w=st.floats(0, 10), part=st.floats(0.1, 0.95), seed=st.integers(0, 1000))
+def test_noise_score_and_probability_give_the_same_guidance(path, w, part, seed):
     """Guiding eps, guiding the score, and the score of log p(x)^(1-w) p(x|c)^w by autodiff, as x_0."""
-    weights, means, stds = np.array([0.4, 0.6]), np.array([[1.0, -0.5], [-1.0, 0.3]]), np.array([0.3, 0.6])
-    w, t = 3.0, 0.4 * path.t_noisy
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    x = np.random.default_rng(1).standard_normal((4, 2)) * sigma
-
-    def log_density(x, only):
-        parts = [part[only] for part in (weights, means, stds)]
-        return jnp.sum(D.gaussian_mixture_log_density(path, *parts, x, t))
-
-    everything, first = slice(None), slice(1)  # the condition says which component made x
-
-    @jax.jit
-    def answers(x):
-        u = D.gaussian_mixture_denoiser(path, weights, means, stds)(x, t)
-        c = D.gaussian_denoiser(path, means[0], stds[0])(x, t)
-        products = jax.grad(lambda x: (1 - w) * log_density(x, everything) + w * log_density(x, first))
-        return u, c, jax.grad(log_density)(x, everything), jax.grad(log_density)(x, first), products(x)
-
-    u, c, score_u, score_c, score_of_products = (np.asarray(value) for value in answers(x))
+    with jax.enable_x64(True):
+        t = part * path.t_noisy
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        x = np.random.default_rng(seed).standard_normal((4, 2)) * np.hypot(alpha, sigma)
+        u, c, score_u, score_c, score_of_product = (
+            np.asarray(value) for value in answers_and_scores(path)(x, t, w)
+        )
     by_score = (x + sigma**2 * D.guide(score_u, score_c, w)) / alpha
-    np.testing.assert_allclose((x + sigma**2 * score_of_products) / alpha, by_score, rtol=1e-9, atol=1e-9)
+    close = {"rtol": 1e-8, "atol": 1e-8 * max(1, np.abs(by_score).max())}
+    np.testing.assert_allclose((x + sigma**2 * score_of_product) / alpha, by_score, **close)
     for prediction in D.PREDICTIONS:
         guided = D.guide(*(D.from_x0(prediction, x_0, x, alpha, sigma) for x_0 in (u, c)), w)
-        np.testing.assert_allclose(
-            D.to_x0(prediction, guided, x, alpha, sigma), by_score, rtol=1e-9, atol=1e-9
-        )
+        np.testing.assert_allclose(D.to_x0(prediction, guided, x, alpha, sigma), by_score, **close)
 
 
 @given(phi=st.floats(0, 1), seed=st.integers(0, 1000))
@@ -152,3 +184,65 @@ def test_impossible_guidance_is_refused(options, words):
     arguments = {"condition": LABELS, "null_condition": NULL, "guidance_scale": 2.0} | options
     with pytest.raises(InvalidArgumentError, match=words):
         D.classifier_free_guidance(network, **arguments)
+
+
+def test_away_from_a_weak_network():
+    def strong(x, t):
+        return jnp.sin(3 * x)
+
+    def weak(x, t):
+        return 0.5 * x + t.reshape(-1, 1, 1, 1)
+
+    scales = jnp.array([0.0, 1.0, 2.5])
+    answers = [D.autoguidance(strong, weak, scale)(X, T) for scale in (0.0, 1.0, 2.5)]
+    for k, scale in enumerate(scales):
+        np.testing.assert_allclose(answers[k], D.guide(weak(X, T), strong(X, T), scale), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            D.autoguidance(strong, weak, scales)(X, T)[k], answers[k][k], rtol=1e-5, atol=1e-6
+        )
+    np.testing.assert_array_equal(answers[0], weak(X, T))
+    np.testing.assert_array_equal(answers[1], strong(X, T))
+
+
+def test_guided_networks_may_be_guided_again():
+    """Autoguidance of a network under classifier-free guidance: both are affine, so scales multiply out."""
+    labels = LABELS.astype(jnp.float32)
+    inner = D.classifier_free_guidance(network, labels, NULL, 2.0)
+    outer = D.autoguidance(inner, lambda x, t: network(x, t, jnp.full(3, 3.0)), 1.5)
+    once = D.classifier_free_guidance(network, labels, NULL, 3.0)  # weak = unconditional: 2 x 1.5
+    np.testing.assert_allclose(outer(X, T), once(X, T), rtol=1e-5, atol=1e-5)
+
+
+def test_branches_become_denoisers():
+    path = D.vp_path(D.linear_betas())
+    labels, t = LABELS.astype(jnp.float32), 300 * T
+    branches = D.condition_branches(network, labels, NULL)
+    in_x0 = branches.through(lambda predict: D.denoiser(predict, path, "v_prediction"))
+    guided = D.Denoiser(D.guide_branches(in_x0, 4.0), path)
+    expected = D.denoiser(D.classifier_free_guidance(network, labels, NULL, 4.0), path, "v_prediction")
+    np.testing.assert_allclose(guided(X, t), expected(X, t), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, np.array([1.0, 2.0, 4.0])])
+def test_a_learned_variance_is_not_guided(scale):
+    def with_variance(x, t, labels):
+        return jnp.concatenate([network(x, t, labels), labels.reshape(-1, 1, 1, 1) + 0 * x], axis=-1)
+
+    labels = LABELS.astype(jnp.float32)
+    answer = D.classifier_free_guidance(with_variance, labels, NULL, scale, 0.7)(X, T)
+    plain = D.classifier_free_guidance(network, labels, NULL, scale, 0.7)(X, T)
+    np.testing.assert_allclose(answer[..., :2], plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(answer[..., 2:], labels.reshape(-1, 1, 1, 1) + jnp.zeros_like(X))
+
+
+@jax.jit
+def guided_by_time(w):
+    labels = LABELS.astype(jnp.float32)
+    by_time = D.classifier_free_guidance(network, labels, NULL, lambda t: w * t)
+    return by_time(X, T), D.classifier_free_guidance(network, labels, NULL, w * T)(X, T)
+
+
+@given(scales=st.lists(st.floats(0, 15), min_size=3, max_size=3))
+def test_a_scale_may_be_a_function_of_time(scales):
+    by_time, known = guided_by_time(jnp.array(scales, jnp.float32))
+    np.testing.assert_allclose(by_time, known, rtol=1e-5, atol=1e-5)

@@ -21,10 +21,13 @@ class Solver(NamedTuple):
         init: x [B, ...] -> state, any pytree with an attribute `x`.
         step: (state, denoise, grid, i, keys) -> state, from row i of the grid to row i + 1. `denoise(x, t)`
             gives x_0; `keys` [B] holds one key per image for this step.
+        predict: (state, denoise, grid, i) -> x_0 as seen from row i, where that takes more than
+            denoise(state.x, grid.t[i]).
     """
 
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Grid, Any, Any], Any]
+    predict: Callable[[Any, Any, Grid, Any], Any] | None = None
 
 
 class State(NamedTuple):

@@ -1,0 +1,55 @@
+"""Classifier guidance (Dhariwal and Nichol 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxldm.diffusion.guidance import checked, scale_at
+from jaxldm.diffusion.paths import per_image
+from jaxldm.diffusion.sampling import Denoiser
+from jaxldm.diffusion.solvers.solver import divide, path_of
+from jaxldm.diffusion.thresholding import change_x0
+
+
+def classifier_guidance(
+    denoise: Denoiser, log_probability: Callable[[Any, Any], Any], guidance_scale: Any
+) -> Denoiser:
+    """x_0 + w sigma^2 / alpha grad_x log p(c | x_t): Dhariwal and Nichol 2021, Algorithm 2, on every path.
+
+    Their eps - sqrt(1 - abar) w grad, carried over to x_0. With the exact classifier, w = 1 turns the
+    unconditional denoiser into the conditional one, and w gives that of p(x) p(c | x)^w. At pure noise (alpha
+    = 0) an image says nothing about its class, so no guidance is added there.
+
+    Args:
+        denoise: unconditional or not; it must know its path.
+        log_probability: (x_t [B, H, W, C], t [B]) -> log p(c | x_t) [B], of a classifier trained on noisy
+            images x_t of this path: such as `jax.nn.log_softmax(classifier(x, t))[jnp.arange(B), labels]`. An
+            image's number must depend on that image alone.
+        guidance_scale: w, a number or one per image [B], or a function of t [B] that gives either; may be
+            traced. 0 leaves the denoiser as it is.
+
+    Raises:
+        InvalidArgumentError: w is NaN, infinite or negative; a denoiser that does not say its path.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxldm import diffusion as D
+    >>> denoise = D.gaussian_denoiser(D.flow_path())
+    >>> bright = lambda x, t: jnp.log(jnp.clip(x.mean((1, 2, 3)), 1e-3))
+    >>> guided = D.classifier_guidance(denoise, bright, guidance_scale=2.0)
+    """
+    path = path_of(denoise, "classifier_guidance")
+    if not callable(guidance_scale):
+        guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+
+    def guided(x_0, x, t):
+        w = scale_at(guidance_scale, t)
+        gradient = jax.grad(lambda x: jnp.sum(log_probability(x, t)))(x)
+        strength = divide(path.sigma(t) ** 2, path.alpha(t), 0.0)
+        return x_0 + per_image(w * strength, x) * gradient.astype(x.dtype)
+
+    return change_x0(denoise, guided)

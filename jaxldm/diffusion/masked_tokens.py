@@ -1,0 +1,328 @@
+"""Masked tokens: images as token ids, drawn by unmasking the most certain first (MaskGIT, Chang et al. 2022).
+
+A mirror pair, as in diffusion: `masked_token_loss` trains a network to say what is under the mask, and
+`sample_tokens` walks from all masked to none along an `Unmasking`, which is data as a `Grid` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxldm.diffusion.guidance import broadcast_null, checked, guide, traced
+from jaxldm.diffusion.losses import drop_condition
+from jaxldm.diffusion.sampling import image_keys
+from jaxldm.errors import InvalidArgumentError, one_of
+
+# gamma(r): the part of the tokens that is masked when the part r of the way is done, from gamma(0) = 1 to
+# gamma(1) = 0 (Chang et al. 2022, section 3.3); functions of (numpy or jax.numpy, r).
+MASK_SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
+    "cosine": lambda xp, r: xp.cos(np.pi / 2 * r),
+    "linear": lambda xp, r: 1 - r,
+    "square": lambda xp, r: 1 - r**2,
+    "cubic": lambda xp, r: 1 - r**3,
+    "square_root": lambda xp, r: 1 - xp.sqrt(r),
+    "arccos": lambda xp, r: xp.arccos(r) / (np.pi / 2),
+}
+# Numbers that an image's key of a step folds in, one for each purpose.
+_TOKEN_NOISE, _CONFIDENCE_NOISE = 0, 1
+
+
+def mask_fraction(schedule: str, r: Any) -> Any:
+    """gamma(r) in [0, 1], of r in [0, 1]: float64 on the host for NumPy, of r's type for JAX.
+
+    "cosine" is MaskGIT's and aMUSEd's. It, "square" and "cubic" start slowly, with few tokens a step;
+    "square_root" starts fast.
+
+    Raises:
+        UnknownNameError: another schedule.
+
+    >>> float(mask_fraction("square", 0.5))
+    0.75
+    """
+    gamma = MASK_SCHEDULES[one_of("mask schedule", schedule, MASK_SCHEDULES)]
+    xp, r = (jnp, r) if isinstance(r, jax.Array) else (np, np.asarray(r, np.float64))
+    return xp.clip(gamma(xp, r), 0, 1)
+
+
+def mask_tokens(
+    key: PRNGKeyArray, tokens: Int[Array, "B ..."], mask_token: int, schedule: str = "cosine"
+) -> tuple[Int[Array, "B ..."], Array]:
+    """(tokens with some replaced by the mask token, where), gamma(r) N of them per example, r ~ U(0, 1).
+
+    Each example draws its own r and masks ceil(gamma(r) N) of its N tokens, at least one, chosen uniformly
+    (Chang et al. 2022, section 3.2).
+
+    Args:
+        tokens: ids, [B, N] or [B, H, W].
+        mask_token: the id that stands for "unknown".
+    """
+    ratio_key, order_key = jax.random.split(key)
+    batch, length = tokens.shape[0], tokens[0].size
+    fraction = mask_fraction(schedule, jax.random.uniform(ratio_key, (batch,)))
+    count = jnp.clip(jnp.ceil(fraction * length), 1, length).astype(jnp.int32)
+    rank = _rank(jax.random.uniform(order_key, (batch, length)))
+    masked = (rank < count[:, None]).reshape(tokens.shape)
+    return jnp.where(masked, jnp.asarray(mask_token, tokens.dtype), tokens), masked
+
+
+def masked_token_loss(
+    key: PRNGKeyArray,
+    network: Callable[[Any, Any], Any],
+    tokens: Int[Array, "B ..."],
+    condition: Any = None,
+    *,
+    mask_token: int,
+    schedule: str = "cosine",
+    label_smoothing: float = 0.1,
+    null_condition: Any = None,
+    condition_dropout: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean over the masked tokens of -sum_v q(v) log p(v), in float32 (Chang et al. 2022, equation 1).
+
+    q is (1 - e) on the true token, and e / V on each of the V. Tokens that are seen cost nothing.
+
+    Args:
+        key: split into one key each for the mask and for condition dropout.
+        network: (tokens [B, ...], condition) -> logits [B, ..., V], parameters closed over.
+        tokens: true ids below V, [B, N] or [B, H, W].
+        condition: an array [B, ...], a tree of them, or None.
+        mask_token: the id that stands for "unknown"; usually V.
+        schedule: the part that is masked, of a uniform number; see `mask_fraction`.
+        label_smoothing: e in [0, 1); 0.1 in MaskGIT, 0 in aMUSEd.
+        null_condition: what a dropped condition is replaced by.
+        condition_dropout: probability, per example, that the condition is dropped.
+
+    Returns:
+        (loss, {"cross_entropy": without smoothing, "accuracy": of the likeliest token, both over masked
+        tokens}).
+
+    Raises:
+        UnknownNameError: another schedule.
+        InvalidArgumentError: an option out of its range, dropout without a null condition.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise InvalidArgumentError(f"label_smoothing must be from 0 to below 1, not {label_smoothing}")
+    mask_key, dropout_key = jax.random.split(key)
+    if condition_dropout:
+        condition = drop_condition(dropout_key, condition, null_condition, condition_dropout)
+    seen, masked = mask_tokens(mask_key, tokens, mask_token, schedule)
+    logits = network(seen, condition)
+    chex.assert_shape(logits, (*tokens.shape, None))
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    entropy = -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    smoothed = (1 - label_smoothing) * entropy - label_smoothing * jnp.mean(log_p, axis=-1)
+
+    def mean(values):
+        return jnp.sum(jnp.where(masked, values, 0)) / jnp.sum(masked.astype(jnp.float32))
+
+    correct = (jnp.argmax(log_p, axis=-1).astype(tokens.dtype) == tokens).astype(jnp.float32)
+    return mean(smoothed), {"cross_entropy": mean(entropy), "accuracy": mean(correct)}
+
+
+class Unmasking(NamedTuple):
+    """How the tokens are unmasked, step by step: data, as a `Grid` is.
+
+    Attributes:
+        fraction: [N], the part of the unknown tokens that is still masked after each step; 0 after the last.
+        temperature: [N], of the noise on the confidence.
+        num_steps: None, or in padded arrays the number of steps that count.
+    """
+
+    fraction: Float[np.ndarray, " steps"]
+    temperature: Float[np.ndarray, " steps"]
+    num_steps: Any = None
+
+
+def make_unmasking(
+    num_inference_steps: int = 12,
+    schedule: str = "cosine",
+    temperature: float | Sequence[float] = (2.0, 0.0),
+    max_steps: int | None = None,
+) -> Unmasking:
+    """N steps that leave gamma((i + 1) / N) of the tokens masked, float32, made in float64 on the host.
+
+    Args:
+        num_inference_steps: N; 8 to 12 in MaskGIT, 12 in aMUSEd.
+        schedule: gamma, see `mask_fraction`.
+        temperature: of the noise on the confidence, from the first step to the last in a straight line:
+            (2, 0) is aMUSEd's, (4.5, 0) MaskGIT's. One number is kept throughout: 0 is greedy, and one far
+            above the range of confidences gives a random order.
+        max_steps: pad to this many steps, so that any N up to it runs in one compiled `sample_tokens`.
+
+    Raises:
+        InvalidArgumentError: fewer steps than 1 or more than max_steps, a temperature that is negative or not
+            finite.
+        UnknownNameError: another schedule.
+
+    >>> make_unmasking(4, "linear").fraction
+    array([0.75, 0.5 , 0.25, 0.  ], dtype=float32)
+    """
+    count = num_inference_steps
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+        raise InvalidArgumentError(f"num_inference_steps must be a whole number of at least 1, not {count!r}")
+    ends = np.atleast_1d(np.asarray(temperature, np.float64))
+    if ends.shape not in ((1,), (2,)) or not (np.isfinite(ends) & (ends >= 0)).all():
+        raise InvalidArgumentError(
+            f"temperature is one number or (first, last), each 0 or more, not {temperature}"
+        )
+    fraction = mask_fraction(schedule, np.arange(1, count + 1) / count)
+    fraction[-1] = 0  # cos(pi / 2) is not, quite
+    columns = [fraction.astype(np.float32), np.linspace(ends[0], ends[-1], count).astype(np.float32)]
+    if max_steps is None:
+        return Unmasking(*columns)
+    if count > max_steps:
+        raise InvalidArgumentError(f"{count} steps do not fit into max_steps={max_steps}")
+    return Unmasking(
+        *(np.pad(column, (0, max_steps - count)) for column in columns), num_steps=np.int32(count)
+    )
+
+
+def guided_logits(
+    network: Callable[[Any, Any], Any], condition: Any, null_condition: Any, guidance_scale: Any
+) -> Callable[[Any], Any]:
+    """`logits(tokens)` = (1 - w) unconditional + w conditional logits, both branches in one batch of 2B.
+
+    Where every scale is 1 the conditional branch alone is asked.
+
+    Args:
+        network: (tokens [N, ...], condition [N, ...]) -> logits [N, ..., V], N being 2B or B.
+        condition: an array [B, ...] or a tree of them.
+        null_condition: what the unconditional branch is told, broadcast to the condition; or a negative
+            prompt.
+        guidance_scale: w, a number or one per image [B]; may be traced. 10 in aMUSEd.
+
+    Raises:
+        InvalidArgumentError: w is NaN, infinite or negative; the two conditions differ in form.
+    """
+    guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+    condition = jax.tree.map(jnp.asarray, condition)
+    null_condition = broadcast_null(null_condition, condition)
+    both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
+
+    def alone(tokens):
+        return network(tokens, condition).astype(jnp.float32)
+
+    def guided(tokens):
+        answers = network(jnp.concatenate([tokens, tokens]), both).astype(jnp.float32)
+        return guide(*jnp.split(answers, 2), jnp.asarray(guidance_scale, jnp.float32))
+
+    def logits(tokens):
+        if isinstance(guidance_scale, float):
+            return alone(tokens) if guidance_scale == 1 else guided(tokens)
+        return jax.lax.cond(jnp.all(guidance_scale == 1), alone, guided, tokens)
+
+    return logits
+
+
+def sample_tokens(
+    key: Any,
+    logits: Callable[[Any], Any],
+    tokens: Int[Array, "B ..."],
+    unmasking: Unmasking,
+    *,
+    mask_token: int,
+    return_trajectory: bool = False,
+    callback: Callable[[Any, Any], None] | None = None,
+) -> Any:
+    """Unmasks the tokens, most confident first, as one `jax.lax.scan` (Chang et al. 2022, section 3.3).
+
+    In each step every unknown token is drawn from the softmax of its logits; those with the lowest confidence
+
+        log p(drawn token) + temperature Gumbel noise
+
+    are masked again, floor(M gamma((i + 1)/N)) of the M tokens that were unknown at the start, at least one
+    and at most all but one of those still unknown. The last step keeps all. Known tokens are never masked.
+
+    Args:
+        key: one key (image k uses fold_in(key, k)) or one per image [B].
+        logits: tokens [B, ...] -> [B, ..., V], such as `guided_logits` or `lambda tokens: network(tokens,
+            labels)`.
+        tokens: the start, [B, N] or [B, H, W]: the mask token where nothing is known, true ids elsewhere
+            (inpainting). All masked: `jnp.full((B, H, W), mask_token)`.
+        unmasking: from `make_unmasking`.
+        mask_token: the id that stands for "unknown". It is never drawn, even where the network has a logit
+            for it.
+        return_trajectory: also return the tokens after every step, [N + 1, B, ...], the start first.
+        callback: called on the host after each step with (steps done, tokens).
+
+    Returns:
+        tokens [B, ...]; with `return_trajectory` the pair (tokens, trajectory).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxldm import diffusion as D
+    >>> start = jnp.full((2, 4, 4), 16)
+    >>> flat = lambda tokens: jnp.zeros((*tokens.shape, 16))
+    >>> tokens = D.sample_tokens(jax.random.key(0), flat, start, D.make_unmasking(12), mask_token=16)
+    >>> tokens.shape, bool((tokens < 16).all())
+    ((2, 4, 4), True)
+    """
+    tokens = jnp.asarray(tokens)
+    keys = image_keys(key, tokens.shape[0])
+    count = unmasking.fraction.shape[0]
+    fraction, temperature = jnp.asarray(unmasking.fraction), jnp.asarray(unmasking.temperature)
+    num_steps = count if unmasking.num_steps is None else unmasking.num_steps
+    flat = (tokens.shape[0], -1)
+    unknown_at_start = _count((tokens == mask_token).reshape(flat))
+
+    def advance(tokens, i):
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i.astype(jnp.uint32))
+        known = (tokens != mask_token).reshape(flat)
+        drawn, log_p = _draw(step_keys, logits(tokens), tokens, mask_token)
+        confidence = log_p.reshape(flat) + temperature[i] * _gumbel(step_keys, known.shape[1:])
+        masked = _whole_part(unknown_at_start.astype(jnp.float32) * fraction[i])
+        masked = jnp.clip(masked, 1, jnp.maximum(_count(~known) - 1, 1))
+        masked = jnp.where(i == num_steps - 1, 0, masked)
+        again = (_rank(jnp.where(known, jnp.inf, confidence)) < masked[:, None]) & ~known
+        tokens = jnp.where(again.reshape(tokens.shape), jnp.asarray(mask_token, tokens.dtype), drawn)
+        if callback is not None:
+            jax.debug.callback(callback, i + 1, tokens)
+        return tokens
+
+    def body(tokens, i):
+        if unmasking.num_steps is None:
+            tokens = advance(tokens, i)
+        else:
+            tokens = jax.lax.cond(i < num_steps, advance, lambda tokens, i: tokens, tokens, i)
+        return tokens, (tokens if return_trajectory else None)
+
+    last, trajectory = jax.lax.scan(body, tokens, jnp.arange(count, dtype=jnp.int32))
+    return (last, jnp.concatenate([tokens[None], trajectory])) if return_trajectory else last
+
+
+def _draw(keys, logits, tokens, mask_token):
+    """The tokens with every unknown one drawn, and log p of each drawn one, float32."""
+    chex.assert_shape(logits, (*tokens.shape, None))
+    logits = logits.astype(jnp.float32)
+    if not traced(mask_token) and 0 <= mask_token < logits.shape[-1]:
+        logits = logits.at[..., mask_token].set(-jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(_TOKEN_NOISE))
+    drawn = jax.vmap(jax.random.categorical)(keys, logits)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)[..., 0]
+    return jnp.where(tokens == mask_token, drawn.astype(tokens.dtype), tokens), log_p
+
+
+def _gumbel(keys, shape):
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(_CONFIDENCE_NOISE))
+    return jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32))(keys)
+
+
+def _rank(values: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    """The place of each value in its sorted row, 0 for the lowest; equal values keep their order."""
+    order = jnp.argsort(values, axis=1, stable=True)
+    return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
+
+
+def _count(flags: Array) -> Int[Array, " B"]:
+    return jnp.sum(flags, axis=1, dtype=jnp.int32)
+
+
+def _whole_part(values: Float[Array, " B"]) -> Int[Array, " B"]:
+    """floor, but of a product of float32 numbers: 10 times 0.7 is 7, whichever way it was rounded."""
+    return jnp.floor(values * (1 + 4 * np.finfo(np.float32).eps)).astype(jnp.int32)

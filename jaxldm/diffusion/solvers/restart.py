@@ -1,0 +1,121 @@
+"""Restart sampling: go back up in noise, again and again, and solve the ODE down (Xu et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxldm.diffusion.grids import Grid
+from jaxldm.diffusion.paths import Path
+from jaxldm.diffusion.solvers.heun import heun
+from jaxldm.diffusion.solvers.solver import Solver, divide, noise_like, row
+from jaxldm.errors import InvalidArgumentError
+
+
+class Restart(NamedTuple):
+    """One interval of Xu et al. 2023, in sigma / alpha: from `lowest` back to `highest`, `times` times.
+
+    Attributes:
+        lowest: t_min; the run turns back at the grid's row that is nearest to it.
+        highest: t_max > t_min, where it turns down again.
+        num_steps: N_restart, the steps down each time.
+        times: K.
+    """
+
+    lowest: float
+    highest: float
+    num_steps: int
+    times: int = 1
+
+
+def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
+    """Xu et al. 2023, Algorithm 1: noise where the grid rises, another solver's step where it falls.
+
+    From row t up to the noisier row s of a grid from `restart_grid`, by the path's own forward transition,
+
+        x_s = (alpha_s / alpha_t) x_t + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) z,
+
+    without an evaluation. Noise shrinks the errors made before, which the ODE alone carries along. On a grid
+    that only falls this is `solver`.
+
+    Args:
+        solver: the one that walks down, `heun()` where none is given, as in the paper. A multistep solver
+            starts afresh after each rise.
+        s_noise: standard deviation of the added noise.
+
+    Raises:
+        InvalidArgumentError: a negative s_noise.
+
+    >>> from jaxldm import diffusion as D
+    >>> path = D.edm_path()
+    >>> grid = D.restart_grid(path, D.make_grid(path, 18), [D.Restart(0.06, 0.3, num_steps=3, times=2)])
+    >>> solver = D.solvers.restart(D.solvers.heun())
+    """
+    solver = heun() if solver is None else solver
+    if not 0 <= s_noise < float("inf"):
+        raise InvalidArgumentError(f"restart needs an s_noise of 0 or more, not {s_noise}")
+
+    def step(state, denoise, grid, i, keys):
+        here, there = row(grid, i), row(grid, i + 1)
+        q = divide(here.sigma * there.alpha, there.sigma * here.alpha, 0.0)  # below 1 where noise rises
+
+        def rise(state):
+            std = s_noise * there.sigma * jnp.sqrt(jnp.maximum((1 - q) * (1 + q), 0))
+            x = divide(there.alpha, here.alpha, 0.0) * state.x + std * noise_like(keys, state.x)
+            return solver.init(x)
+
+        rises = there.sigma * here.alpha > here.sigma * there.alpha
+        return jax.lax.cond(rises, rise, lambda state: solver.step(state, denoise, grid, i, keys), state)
+
+    return solver._replace(step=step)
+
+
+def restart_grid(path: Path, grid: Grid, restarts: Sequence[Restart], *, rho: float = 7.0) -> Grid:
+    """The grid with all restarts put in: K times back to t_max and N_restart steps down to t_min.
+
+    The rows down are spaced as in Karras et al. 2022, equation 5, in sigma / alpha, as the authors do.
+    Pad and cut it as any other grid.
+
+    Args:
+        path: of the grid.
+        grid: from `make_grid`, without padding.
+        restarts: `Restart(lowest, highest, num_steps, times)`, in sigma / alpha, in any order.
+        rho: of the Karras spacing.
+
+    Raises:
+        InvalidArgumentError: a padded grid, an interval that does not rise or that leaves the path, no steps.
+
+    >>> from jaxldm import diffusion as D
+    >>> grid = D.make_grid(D.edm_path(), sigmas=[8.0, 4.0, 2.0, 1.0])
+    >>> D.restart_grid(D.edm_path(), grid, [D.Restart(2.0, 4.0, num_steps=1, times=2)]).sigma
+    array([8., 4., 2., 4., 2., 4., 2., 1., 0.], dtype=float32)
+    """
+    if grid.num_steps is not None:
+        raise InvalidArgumentError("put the restarts in before padding the grid")
+    columns = np.stack([np.asarray(column, np.float64) for column in grid[:3]])
+    with np.errstate(divide="ignore"):
+        ratio = columns[2] / columns[1]
+        noisiest = path.sigma(path.t_noisy) / path.alpha(path.t_noisy)
+    # Of each row: itself, and what is put in behind it.
+    pieces = [[columns[:, k : k + 1]] for k in range(columns.shape[1])]
+    for lowest, highest, num_steps, times in restarts:
+        turn = int(np.argmin(np.abs(np.where(ratio > 0, ratio, np.inf) - lowest)))
+        if not (ratio[turn] < highest <= noisiest * (1 + 1e-6) and np.isfinite(highest)):
+            raise InvalidArgumentError(
+                f"a restart must rise within the path, which ends at {noisiest:g}: this one goes from "
+                f"{ratio[turn]:g}, the grid's sigma / alpha nearest to {lowest:g}, to {highest:g}"
+            )
+        if num_steps < 1 or times < 1:
+            raise InvalidArgumentError(
+                f"a restart takes 1 or more steps 1 or more times, not {num_steps}, {times}"
+            )
+        ramp = np.linspace(highest ** (1 / rho), ratio[turn] ** (1 / rho), num_steps + 1)[:-1] ** rho
+        t = np.minimum(path.time(ramp), path.t_noisy)
+        down = np.stack([t, path.alpha(t), path.sigma(t)])
+        pieces[turn] += [down, columns[:, turn : turn + 1]] * times
+    rows = np.concatenate([piece for of_row in pieces for piece in of_row], axis=1)
+    return Grid(*rows.astype(grid.t.dtype), start=grid.start)
