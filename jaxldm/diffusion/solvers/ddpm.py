@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxldm.diffusion.solvers.solver import Solver, State, divide, move, noise_like, row
-from jaxldm.errors import one_of
+from jaxldm.errors import InvalidArgumentError, one_of
 
-VARIANCES = ("small", "large")
+VARIANCES = ("small", "large", "learned")
 
 
 def ddpm(variance: str = "small") -> Solver:
@@ -21,19 +21,37 @@ def ddpm(variance: str = "small") -> Solver:
 
     Args:
         variance: "small" is the posterior's; "large" is the forward step's, sigma_t^2 (1 - q^2), the paper's
-            beta_t. Both are used by published checkpoints.
+            beta_t. "learned" lies between them, log variance = v log large + (1 - v) log small, where the
+            network says v for every number of the image (Nichol and Dhariwal 2021, equation 15): it needs
+            `denoiser(..., learned_variance=True)`. All three are used by published checkpoints.
 
     Raises:
         UnknownNameError: another variance.
+        InvalidArgumentError: "learned" with a denoiser that has no variance.
     """
     one_of("variance", variance, VARIANCES)
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
-        x_0 = denoise(state.x, here.t)
+        if variance == "learned":
+            x_0, v = predict_with_variance(denoise, state.x, here.t)
+        else:
+            x_0, v = denoise(state.x, here.t), 0.0 if variance == "small" else 1.0
         q = divide(there.sigma * here.alpha, here.sigma * there.alpha, 0.0)
         mean = move(state.x, x_0, here, there._replace(sigma=q * there.sigma))
-        scale = there.sigma if variance == "small" else jnp.where(there.sigma == 0, 0, here.sigma)
-        return State(mean + scale * jnp.sqrt((1 - q) * (1 + q)) * noise_like(keys, mean))
+        arrives = there.sigma == 0
+        scale = here.sigma**v * jnp.where(arrives, 1, there.sigma) ** (1 - v)
+        std = jnp.where(arrives, 0, scale * jnp.sqrt((1 - q) * (1 + q)))
+        return State(mean + std * noise_like(keys, mean))
 
     return Solver(State, step)
+
+
+def predict_with_variance(denoise, x, t):
+    """(x_0, v), both of x's shape."""
+    if getattr(denoise, "with_variance", None) is None:
+        raise InvalidArgumentError(
+            "ddpm('learned') needs a network that says its variance, 2C channels: "
+            "D.denoiser(..., learned_variance=True); for others use ddpm('small') or ddpm('large')"
+        )
+    return denoise.with_variance(x, jnp.full(x.shape[:1], t))

@@ -1,0 +1,60 @@
+"""Samplers of distilled models: latent consistency and trajectory consistency."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
+from jaxldm.errors import InvalidArgumentError
+
+
+def lcm() -> Solver:
+    """x_s = alpha_s x_0 + sigma_s z: to the clean image in one jump, and back up with fresh noise.
+
+    Multistep consistency sampling (Song et al. 2023, Algorithm 1; Luo et al. 2023, Algorithm 3). It is
+    exact for a consistency model, whose x_0 is where the ODE ends, so a few steps suffice; an ordinary
+    denoiser's x_0 is a mean, and samples made of it have too little variance. See `consistency_function`,
+    `lcm_timesteps`.
+    """
+
+    def step(state, denoise, grid, i, keys):
+        here, there = row(grid, i), row(grid, i + 1)
+        x_0 = denoise(state.x, here.t)
+        return State(there.alpha * x_0 + there.sigma * noise_like(keys, x_0))
+
+    return Solver(State, step)
+
+
+def tcd(gamma: float = 0.3) -> Solver:
+    """Beyond the next row s to r = (1 - gamma) s, then back up to s with fresh noise.
+
+        x_r = alpha_r x_0 + sigma_r eps
+        x_s = (alpha_s / alpha_r) x_r + sqrt(sigma_s^2 - (alpha_s / alpha_r)^2 sigma_r^2) z
+
+    Strategic stochastic sampling (Zheng et al. 2024, Algorithm 4). On discrete paths r is rounded down to a
+    timestep, as the authors do.
+
+    Args:
+        gamma: 0 is deterministic (`ddim`), 1 throws all of eps away (`lcm`). "eta" in other software.
+
+    Raises:
+        InvalidArgumentError: gamma outside [0, 1]; a denoiser that does not know its path.
+    """
+    if not 0 <= gamma <= 1:
+        raise InvalidArgumentError(f"gamma must lie between 0 (deterministic) and 1, not {gamma}")
+
+    def step(state, denoise, grid, i, keys):
+        path, here, there = path_of(denoise, "tcd"), row(grid, i), row(grid, i + 1)
+        x_0 = denoise(state.x, here.t)
+        if gamma == 0:
+            return State(move(state.x, x_0, here, there))
+        r = (1 - gamma) * there.t
+        r = r if path.num_train_timesteps is None else jnp.floor(r)
+        r = jnp.minimum(r, there.t)  # the clean row of a discrete path is at -1
+        beyond = Row(r, path.alpha(r), path.sigma(r))
+        x_r = move(state.x, x_0, here, beyond)
+        q = divide(beyond.sigma * there.alpha, there.sigma * beyond.alpha, 1.0)
+        std = there.sigma * jnp.sqrt(jnp.maximum((1 - q) * (1 + q), 0))
+        return State(there.alpha / beyond.alpha * x_r + std * noise_like(keys, x_r))
+
+    return Solver(State, step)

@@ -1,0 +1,135 @@
+"""The stochastic forms of DPM-Solver++, multistep: 2M and 3M.
+
+Both integrate the reverse SDE in lambda = log(alpha / sigma). What is linear in x, and the noise, is exact;
+x_0 is extrapolated from the answers at the rows before. Finite at pure noise and at the clean row.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.solvers.dpmpp import SOLVER_TYPES, half_log_snr, is_an_end, slope_weight
+from jaxldm.diffusion.solvers.multistep import (
+    MultistepState,
+    begin,
+    difference,
+    exponential_moments,
+    order_of_step,
+    past_nodes,
+    polynomial_weights,
+    remember,
+)
+from jaxldm.diffusion.solvers.solver import Solver, divide, move, noise_like, row
+from jaxldm.errors import InvalidArgumentError, one_of
+
+CURVATURES = ("exact", "k-diffusion", "diffusers")
+
+
+def dpmpp_2m_sde(
+    eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint", lower_order_final: bool = True
+) -> Solver:
+    """SDE-DPM-Solver++(2M), Lu et al. 2022, section 4.4, with k-diffusion's eta: one evaluation a step.
+
+        D = x_0 + w / r (x_0 - x_0_previous),    r = h_previous / h,    h = lambda_s - lambda_t
+        x_s = (sigma_s / sigma_t) e^{-eta h} x_t - alpha_s (e^{-(1 + eta) h} - 1) D
+              + sigma_s sqrt(1 - e^{-2 eta h}) s_noise z
+
+    Weak order 2. The first step, and the step onto the clean row (h is infinite there), are of first order.
+
+    Args:
+        eta: 0 is `dpmpp_2m`, which draws no noise; 1 the reverse SDE of the diffusion.
+        s_noise: standard deviation of the added noise.
+        solver_type: "midpoint" has w = 1/2; "heun" the exact integral of the slope, see `dpmpp_2m`.
+        lower_order_final: in runs of fewer than 15 steps that do not end clean, take the last step in first
+            order too.
+
+    Raises:
+        UnknownNameError: another solver_type.
+        InvalidArgumentError: a negative eta or s_noise.
+    """
+    check_noise("dpmpp_2m_sde", eta, s_noise)
+    one_of("solver_type", solver_type, SOLVER_TYPES)
+
+    def step(state, denoise, grid, i, keys):
+        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        x_0 = denoise(state.x, here.t)
+        h = half_log_snr(there) - half_log_snr(here)
+        h_previous = half_log_snr(here) - half_log_snr(row(grid, jnp.maximum(i - 1, 0)))
+        first_order = (state.taken == 0) | is_an_end(there)
+        if lower_order_final:
+            first_order |= (i == num_steps - 1) & (num_steps < 15)
+        weight = slope_weight((1 + eta) * h, solver_type) * divide(h, h_previous, 0.0)
+        corrected = x_0 + jnp.where(first_order, 0, weight) * (x_0 - state.past[0])
+        x = move_with_noise(state.x, corrected, here, there, eta, s_noise, keys)
+        return MultistepState(x, (x_0,), state.taken + 1)
+
+    return Solver(lambda x: begin(x, 1), step)
+
+
+def dpmpp_3m_sde(
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: str = "heun",
+    lower_order_final: bool = True,
+    curvature: str = "exact",
+) -> Solver:
+    """DPM-Solver++(3M) SDE, after k-diffusion's `sample_dpmpp_3m_sde`: the parabola through three x_0.
+
+    The step of `dpmpp_2m_sde`, with the D for which the parabola is integrated exactly, as in `dpmpp_3m`,
+    under the weight e^{-(1 + eta) h (1 - u)}. Third order for eta = 0. With noise the weak order stays 2:
+    the last increment of the noise says nothing of the next. The first step is of first order, the second
+    of second.
+
+    Args:
+        eta: 0 is `dpmpp_3m`, which draws no noise; 1 the reverse SDE of the diffusion.
+        s_noise: standard deviation of the added noise.
+        solver_type: of the steps of second order: "heun" as in k-diffusion, "midpoint" as in diffusers.
+        lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
+            and the last of first.
+        curvature: "exact", or what others compute of the second difference: "k-diffusion" has half of it (see
+            `dpmpp_3m`), "diffusers" a sign wrong besides, so that it does not even vanish with h.
+
+    Raises:
+        UnknownNameError: another solver_type or curvature.
+        InvalidArgumentError: a negative eta or s_noise.
+    """
+    check_noise("dpmpp_3m_sde", eta, s_noise)
+    one_of("solver_type", solver_type, SOLVER_TYPES)
+    one_of("curvature", curvature, CURVATURES)
+
+    def step(state, denoise, grid, i, keys):
+        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        x_0 = denoise(state.x, here.t)
+        at_an_end = is_an_end(here) | is_an_end(there)
+        steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
+        reach = order_of_step(3, state.taken, at_an_end, steps_left)
+        nodes, counts = past_nodes(grid, i, half_log_snr, reach, 3)
+        H = jnp.where(at_an_end, 1, (1 + eta) * (half_log_snr(there) - half_log_snr(here)))
+        whole, ramp, square = exponential_moments(H, 3)
+        square = {"exact": square, "k-diffusion": square / 2, "diffusers": square / 2 - 1}[curvature]
+        weights = polynomial_weights(nodes, counts, [whole, ramp, square])
+        weights = [divide(weight, whole, 0.0) for weight in weights]
+        second_order = divide(slope_weight(H, solver_type), nodes[1], 0.0)
+        weights[1] = jnp.where((reach == 2) & counts[1], second_order, weights[1])
+        corrected = x_0 + difference(weights, x_0, state.past)
+        x = move_with_noise(state.x, corrected, here, there, eta, s_noise, keys)
+        return MultistepState(x, remember(x_0, state.past), state.taken + 1)
+
+    return Solver(lambda x: begin(x, 2), step)
+
+
+def move_with_noise(x, x_0, here, there, eta, s_noise, keys):
+    """The exact step of the reverse SDE, made less or more noisy by eta, if x_0 stayed what it is."""
+    if eta == 0:
+        return move(x, x_0, here, there)
+    h = half_log_snr(there) - half_log_snr(here)
+    ratio = there.sigma / jnp.where(here.sigma == 0, 1, here.sigma)
+    x = ratio * jnp.exp(-eta * h) * x - there.alpha * jnp.expm1(-(1 + eta) * h) * x_0
+    return x + s_noise * there.sigma * jnp.sqrt(-jnp.expm1(-2 * eta * h)) * noise_like(keys, x)
+
+
+def check_noise(solver: str, eta: float, s_noise: float) -> None:
+    """Raises `InvalidArgumentError` unless both are finite and not negative."""
+    if not (0 <= eta < float("inf") and 0 <= s_noise < float("inf")):
+        raise InvalidArgumentError(f"{solver} needs eta and s_noise of 0 or more, not {eta} and {s_noise}")
