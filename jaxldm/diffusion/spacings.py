@@ -90,19 +90,13 @@ def _beta_quantiles(probabilities: np.ndarray, shape: tuple[float, float]) -> np
 
 def _lcm(path: Path, count: int, original_steps: int) -> np.ndarray:
     """N of the `original_steps` times that a consistency model was distilled on, evenly."""
-    total = path.num_train_timesteps
-    if total is None:
+    from jaxldm.diffusion.consistency import lcm_timesteps  # above this file: it knows denoisers
+
+    if path.num_train_timesteps is None:
         raise InvalidArgumentError(
             f"spacing='lcm' counts timesteps, and this {path.name} path has none: use 'trailing'"
         )
-    if not count <= original_steps <= total:
-        raise InvalidArgumentError(
-            f"spacing='lcm' needs num_inference_steps <= original_steps <= {total}, not {count} and "
-            f"{original_steps}"
-        )
-    distilled = (np.arange(1, original_steps + 1) * (total // original_steps) - 1)[::-1]
-    chosen = np.linspace(0, original_steps, count, endpoint=False).astype(int)
-    return distilled[chosen].astype(np.float64)
+    return lcm_timesteps(count, path.num_train_timesteps, original_steps).astype(np.float64)
 
 
 def noise_level(path: Path, t: Any) -> Any:

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
+
 VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
 ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
 STEPS = (1, 2, 3, 5, 7, 10, 20, 50, 300, 1000)

@@ -9,6 +9,8 @@ from scipy import stats
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
+
 VP = D.vp_path(D.linear_betas())
 ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.scaled_linear_betas()))
 PATHS = {

@@ -9,6 +9,8 @@ from scipy import special
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
+
 VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
 SD = D.vp_path(D.scaled_linear_betas())
 GVP = D.interpolant_path("gvp")
@@ -196,8 +198,8 @@ def test_given_levels():
         (lambda: D.make_grid(EDM, 10, sigmas="ays_svd"), "700, but this edm path ends at 80"),
         (lambda: D.make_grid(FLOW, sigmas=[1.5, 0.5]), "noisier than this flow path, which ends at 1"),
         (lambda: D.make_grid(FLOW, 5, spacing="lcm"), "use 'trailing'"),
-        (lambda: D.make_grid(VP, 60, spacing="lcm"), "num_inference_steps <= original_steps"),
-        (lambda: D.make_grid(VP, 5, spacing="lcm", original_steps=2000), "original_steps <= 1000"),
+        (lambda: D.make_grid(VP, 60, spacing="lcm"), "ask for 1 to 50 steps"),
+        (lambda: D.make_grid(VP, 5, spacing="lcm", original_steps=2000), "1 to 1000, not 2000"),
         (lambda: D.make_grid(VP, 5, spacing="beta", beta_shape=(0.0, 1.0)), "beta_shape"),
         (lambda: D.make_grid(VP, 900, spacing="beta"), "Fewer steps"),
         (lambda: D.make_grid(VP, 5, shift_terminal=0.1), "flow_path"),
