@@ -29,6 +29,7 @@ from jaxldm.diffusion.betas import (
     sigmoid_betas,
 )
 from jaxldm.diffusion.classifier_guidance import classifier_guidance
+from jaxldm.diffusion.consistency import consistency_function, lcm_timesteps
 from jaxldm.diffusion.conversion import convert_time, on_path
 from jaxldm.diffusion.cutting import cut_by_strength, hand_over, split_at_snr
 from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
@@ -82,7 +83,7 @@ from jaxldm.diffusion.sampling import (
     sample,
 )
 from jaxldm.diffusion.scheduler_config import from_scheduler_config, to_scheduler_config
-from jaxldm.diffusion.solvers import Solver
+from jaxldm.diffusion.solvers import Restart, Solver, restart_grid
 from jaxldm.diffusion.thresholding import change_x0, dynamic_threshold, static_threshold
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "Grid",
     "NoiseSchedule",
     "Path",
+    "Restart",
     "Solver",
     "Unmasking",
     "adaptive_projected_guidance",
@@ -109,6 +111,7 @@ __all__ = [
     "classifier_free_guidance",
     "classifier_guidance",
     "condition_branches",
+    "consistency_function",
     "continuous_vp_path",
     "convert_time",
     "cosine_betas",
@@ -141,6 +144,7 @@ __all__ = [
     "interpolant_gamma",
     "interpolant_path",
     "laplace_betas",
+    "lcm_timesteps",
     "linear_betas",
     "make_grid",
     "make_unmasking",
@@ -156,6 +160,7 @@ __all__ = [
     "rescale_guidance",
     "rescale_zero_terminal_snr",
     "resolution_shift",
+    "restart_grid",
     "reverse",
     "sample",
     "sample_tokens",

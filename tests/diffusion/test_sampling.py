@@ -19,10 +19,11 @@ VARIANTS = [(name, ()) for name in D.solvers.SOLVERS] + [
     ("ddim", (("eta", 0.7),)),
     ("heun", (("s_churn", 3.0),)),
 ]
-STOCHASTIC = {"ddpm", "euler_ancestral", "dpm2_ancestral"}
+STOCHASTIC = {"ddpm", "euler_ancestral", "dpm2_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "sit_sde"}
+STOCHASTIC |= {"lcm", "tcd", "restart"}  # restart adds noise where the grid rises
 DETERMINISTIC = [variant for variant in VARIANTS[: len(D.solvers.SOLVERS)] if variant[0] not in STOCHASTIC]
 # These remember past steps, so a run that is cut and continued starts again in first order.
-MULTISTEP = {"lms", "pndm", "deis", "dpmpp_2m", "dpmpp_3m", "unipc"}
+MULTISTEP = {"lms", "pndm", "deis", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc"}
 SAME_AS_DDIM = {"euler", "dpmpp_1s"}
 
 
@@ -53,7 +54,10 @@ class PathByNumber:
         self.number = number
 
     def __getattr__(self, name):
-        return lambda t: jax.lax.switch(self.number, [getattr(path, name) for path in PATHS], t)
+        values = [getattr(path, name) for path in PATHS]
+        if name in ("t_clean", "t_noisy"):
+            return jnp.asarray(values)[self.number]
+        return lambda t: jax.lax.switch(self.number, values, t)
 
 
 @functools.cache

@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+from jaxldm.diffusion.solvers.consistency import lcm, tcd
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.ddpm import ddpm
 from jaxldm.diffusion.solvers.deis import deis
 from jaxldm.diffusion.solvers.dpm2 import dpm2, dpm2_ancestral
 from jaxldm.diffusion.solvers.dpmpp import dpmpp_1s, dpmpp_2m, dpmpp_2s, dpmpp_3m
+from jaxldm.diffusion.solvers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde
 from jaxldm.diffusion.solvers.euler import euler, euler_ancestral
+from jaxldm.diffusion.solvers.flow import flow_euler, flow_heun
 from jaxldm.diffusion.solvers.heun import heun
 from jaxldm.diffusion.solvers.lms import lms
 from jaxldm.diffusion.solvers.pndm import pndm
+from jaxldm.diffusion.solvers.restart import Restart, restart, restart_grid
+from jaxldm.diffusion.solvers.sit import sit_sde
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
 from jaxldm.diffusion.solvers.unipc import unipc
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -34,6 +39,14 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_3m": dpmpp_3m,
     "unipc": unipc,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "lcm": lcm,
+    "tcd": tcd,
+    "flow_euler": flow_euler,
+    "flow_heun": flow_heun,
+    "sit_sde": sit_sde,
+    "restart": restart,
 }
 
 
@@ -59,6 +72,7 @@ def make(name: str, **options) -> Solver:
 
 __all__ = [
     "SOLVERS",
+    "Restart",
     "Row",
     "Solver",
     "State",
@@ -70,17 +84,26 @@ __all__ = [
     "dpm2_ancestral",
     "dpmpp_1s",
     "dpmpp_2m",
+    "dpmpp_2m_sde",
     "dpmpp_2s",
     "dpmpp_3m",
+    "dpmpp_3m_sde",
     "euler",
     "euler_ancestral",
+    "flow_euler",
+    "flow_heun",
     "heun",
+    "lcm",
     "lms",
     "make",
     "move",
     "noise_like",
     "path_of",
     "pndm",
+    "restart",
+    "restart_grid",
     "row",
+    "sit_sde",
+    "tcd",
     "unipc",
 ]

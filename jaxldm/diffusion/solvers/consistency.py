@@ -9,10 +9,10 @@ from jaxldm.errors import InvalidArgumentError
 
 
 def lcm() -> Solver:
-    """x_s = alpha_s x_0 + sigma_s z: to the clean image in one jump, and back up with fresh noise.
+    """Multistep consistency sampling (Luo et al. 2023): x_s = alpha_s x_0 + sigma_s z with fresh noise z.
 
-    Multistep consistency sampling (Song et al. 2023, Algorithm 1; Luo et al. 2023, Algorithm 3). It is
-    exact for a consistency model, whose x_0 is where the ODE ends, so a few steps suffice; an ordinary
+    To the clean image in one jump and back up (Song et al. 2023, Algorithm 1; Luo et al., Algorithm 3). Exact
+    for a consistency model, whose x_0 is where the ODE ends, so a few steps suffice; an ordinary
     denoiser's x_0 is a mean, and samples made of it have too little variance. See `consistency_function`,
     `lcm_timesteps`.
     """
@@ -26,13 +26,12 @@ def lcm() -> Solver:
 
 
 def tcd(gamma: float = 0.3) -> Solver:
-    """Beyond the next row s to r = (1 - gamma) s, then back up to s with fresh noise.
+    """Strategic stochastic sampling (Zheng et al. 2024): past row s to r = (1 - gamma) s, and back up.
 
         x_r = alpha_r x_0 + sigma_r eps
         x_s = (alpha_s / alpha_r) x_r + sqrt(sigma_s^2 - (alpha_s / alpha_r)^2 sigma_r^2) z
 
-    Strategic stochastic sampling (Zheng et al. 2024, Algorithm 4). On discrete paths r is rounded down to a
-    timestep, as the authors do.
+    The paper's Algorithm 4. On discrete paths r is rounded down to a timestep, as the authors do.
 
     Args:
         gamma: 0 is deterministic (`ddim`), 1 throws all of eps away (`lcm`). "eta" in other software.

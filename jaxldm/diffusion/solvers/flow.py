@@ -18,8 +18,9 @@ from jaxldm.diffusion.solvers.solver import Row, Solver, State, path_of, row
 
 
 def flow_euler() -> Solver:
-    """x_s = x_t + (s - t) v: Euler's method in t, first order, one evaluation a step (Liu et al. 2022).
+    """Euler's method in the path's own time, x_s = x_t + (s - t) v (Liu et al. 2022).
 
+    First order, one evaluation a step.
     v = alpha' x_0 + sigma' eps is the velocity of the probability-flow ODE on any path (Ma et al. 2024,
     equation 3; on the flow path eps - x_0). The grid's t, alpha and sigma must belong together.
 
@@ -36,7 +37,7 @@ def flow_euler() -> Solver:
 
 
 def flow_heun() -> Solver:
-    """Heun's method in t: a step of `flow_euler`, corrected by the mean of both ends' velocities.
+    """Heun's method in the path's own time: the step of `flow_euler` with the mean of both velocities.
 
     Second order, 2 N - 1 evaluations for N steps to the clean image: onto the clean row, where the noise in x
     cannot be seen, the step is Euler's. From pure noise it is Heun's.

@@ -33,7 +33,7 @@ class Restart(NamedTuple):
 
 
 def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
-    """Xu et al. 2023, Algorithm 1: noise where the grid rises, another solver's step where it falls.
+    """Restart sampling (Xu et al. 2023): noise where the grid rises, a solver's step where it falls.
 
     From row t up to the noisier row s of a grid from `restart_grid`, by the path's own forward transition,
 

@@ -22,8 +22,9 @@ LAST_STEPS = ("none", "mean", "tweedie", "euler")
 def sit_sde(
     method: str = "euler", diffusion: str = "sigma", norm: float = 1.0, last_step: str | None = "mean"
 ) -> Solver:
-    """dx = (v - D s) dt + sqrt(2 D) dW from noise to data: Ma et al. 2024, equation 5, their w being 2 D.
+    """SiT's reverse SDE with a diffusion of one's choice: dx = (v - D s) dt + sqrt(2 D) dW.
 
+    Ma et al. 2024, equation 5, with w = 2 D; time runs from noise to data.
     v = alpha' x_0 + sigma' eps is the velocity, s = -eps / sigma the score. Every D >= 0 leaves x_t
     distributed as it should be: 0 is the ODE, a larger one forgets more of the errors made before.
 
