@@ -26,9 +26,7 @@ SHAPE = (2, 3)
 VARIANTS = [
     ("pndm", {"skip_prk_steps": False}),
     ("pndm", {"combine": "v_prediction"}),
-    ("deis", {"order": 3, "lower_order_final": False}),
     ("dpmpp_2s", {"solver_type": "heun"}),
-    ("dpmpp_3m", {"solver_type": "heun", "lower_order_final": False}),
     ("unipc", {"order": 3, "solver_type": "bh1", "lower_order_final": False}),
     ("dpm2_ancestral", {"eta": 0.5, "form": "rectified_flow"}),
 ]

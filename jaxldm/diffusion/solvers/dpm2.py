@@ -30,8 +30,8 @@ def dpm2_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras")
     """k-diffusion's `sample_dpm_2_ancestral` on every path: DPM2 down to r_down, and noise back up to row s.
 
     r_down = kept r_s and the fresh noise are those of `euler_ancestral`, which describes the arguments; the
-    middle lies at sqrt(r_t r_down). With r_mid = sqrt(r_t r_down) the midpoint rule is the Euler step plus
-    alpha_s (r_t - r_down) / r_mid (x_0(x_mid) - x_0), and so it is written.
+    middle lies at r_mid = sqrt(r_t r_down), which is r_s for eta = 1. The midpoint rule is the Euler step
+    plus alpha_s (r_t - r_down) / r_mid (x_0(x_mid) - x_0), and so it is written.
 
     Args:
         eta: 0 is `dpm2` and draws no noise.

@@ -59,7 +59,8 @@ def unipc(
         order: p, 1 to 3. Runs of fewer steps never reach it.
         solver_type: "bh1" or "bh2".
         lower_order_final: let the order fall to 1 over the last steps, in runs of any length, as the authors
-            do.
+            do. That is stable, but with very many steps the last one is what is left of the error: measure
+            the order without.
         corrector: False leaves UniP alone, of order p.
         disable_corrector: numbers of steps (from 0, in the whole grid) after which there is no correction;
             with strong guidance the first few.
