@@ -34,22 +34,29 @@ def test_the_page_draws_what_it_says(page):
         D.sample(page["key"], page["guided"], D.solvers.ddim(), page["second_half"], page["x_T"])
     ).all()
     assert page["inversion"].t[0] == 0
+    assert page["predictions"].shape == (20, 2, 8, 8, 1) and np.isfinite(page["token_loss"])
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "betas",
+        "classifier_guidance",
         "conversion",
         "cutting",
         "grids",
         "guidance",
+        "guidance_schedules",
+        "inpainting",
         "interpolants",
+        "masked_tokens",
         "paths",
+        "projected_guidance",
         "rectified_flow",
         "sampling",
         "scheduler_config",
         "solvers",
+        "thresholding",
     ],
 )
 def test_examples_in_docstrings(name):
