@@ -40,8 +40,10 @@ def mini_unet(width: int = 1) -> Pair:
     ours = models.build(
         "mini-unet",
         sample_size=8,
-        block_out_channels=(64 // width, 96 // width),
+        block_out_channels=(48 // width, 96 // width),
+        time_embedding_dim=128 // width,
         attention_head_dim=32 // width,
+        norm_num_groups=8 if width == 1 else 4,
     )
     config = ours.config
     theirs = lambda: diffusers.UNet2DModel(  # noqa: E731
@@ -49,6 +51,7 @@ def mini_unet(width: int = 1) -> Pair:
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         block_out_channels=config.block_out_channels,
+        time_embedding_dim=config.time_embedding_dim,
         layers_per_block=config.layers_per_block,
         down_block_types=config.down_block_types,
         up_block_types=config.up_block_types,
