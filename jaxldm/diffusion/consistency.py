@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.diffusion.solvers.solver import path_of
+from jaxldm.diffusion.thresholding import change_x0
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -38,13 +37,12 @@ def consistency_function(
     if not sigma_data > 0:
         raise InvalidArgumentError(f"sigma_data must be above 0, not {sigma_data}")
 
-    def function(x, t):
+    def change(x_0, x, t):
         s = timestep_scaling * t
         total = s**2 + sigma_data**2
-        c_skip, c_out = sigma_data**2 / total, s / total**0.5
-        return per_image(c_skip, x) * x + per_image(c_out, x) * denoise(x, t)
+        return per_image(sigma_data**2 / total, x) * x + per_image(s / total**0.5, x) * x_0
 
-    return dataclasses.replace(denoise, function=function, with_variance=None)
+    return change_x0(denoise, change)
 
 
 def lcm_timesteps(
