@@ -138,6 +138,19 @@ def test_diffusers_masks_known_tokens_and_stumbles_over_ties(monkeypatch):
     assert ((ours[1] == MASK).sum(-1) == 14).all()
 
 
+def test_diffusers_leaves_one_too_few_where_its_cosine_is_rounded():
+    """16 cos(pi/3) is 8, and 7.9999995 in float32: so it is in step 8 of 12, aMUSEd's own number of steps."""
+    scheduler = AmusedScheduler(mask_token_id=MASK)
+    scheduler.set_timesteps(12, (2, 0))
+    logits = torch.from_numpy(np.random.default_rng(0).standard_normal((1, LENGTH, VOCABULARY)))
+    theirs = scheduler.step(
+        logits.float(), scheduler.timesteps[7], torch.full((1, LENGTH), MASK), return_dict=False
+    )
+    assert (theirs[0] == MASK).sum() == 7
+    _, trajectory = run(D.image_keys(KEY, BATCH), start(), D.make_unmasking(12, max_steps=MAX_STEPS))
+    assert ((np.asarray(trajectory[8]) == MASK).sum(-1) == 8).all()
+
+
 def chain():
     """p(tokens) of a Markov chain of 4 tokens of 3 values, [3, 3, 3, 3]."""
     generator = np.random.default_rng(2)
