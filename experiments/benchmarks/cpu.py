@@ -11,13 +11,8 @@ each round gives one ratio, and the table has their median and quartiles. Compil
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +23,13 @@ host.prepare()  # before anything is computed; the same that the command line do
 import diffusers  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 import pairs  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import tyro  # noqa: E402
 from pairs import NUM_CLASSES, Pair, forward  # noqa: E402
+from timing import Run, machine, measure_row  # noqa: E402
 
-import jaxldm  # noqa: E402
 from jaxldm import diffusion as D  # noqa: E402
 from jaxldm import models, training  # noqa: E402
 from jaxldm.training.autoencoder import autoencoder_loss  # noqa: E402
@@ -43,7 +37,6 @@ from jaxldm.training.mesh import batch_sharding, make_mesh, replicated  # noqa: 
 from jaxldm.training.step import compile_train_step  # noqa: E402
 
 LEARNING_RATE, MAX_GRAD_NORM, GUIDANCE_SCALE, BETA = 1e-4, 1.0, 3.0, 1e-6
-Run = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,43 +241,9 @@ def bare_convolutions(pair: Pair) -> tuple[Run, Run]:
 # ---------------------------------------------------------------- timing
 
 
-def first_call(run: Run) -> float:
-    """Seconds of the first call: tracing and compiling."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def turns(variants: dict[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per call of each variant in each round; the variants take turns."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            calls, start = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - start < seconds:
-                run()
-                calls += 1
-            times[name].append((time.perf_counter() - start) / calls * 1e3)
-            time.sleep(0.02)  # threads of one side that still spin would slow the other
-    return times
-
-
 def measure(title: str, variants: dict[str, Run], options: Cpu) -> dict[str, Any]:
     """A row: compile seconds, milliseconds and the ratios of every other variant to the first."""
-    compile_seconds = {name: first_call(run) for name, run in variants.items()}
-    for run in variants.values():
-        run()
-    times = turns(variants, options.rounds, options.seconds)
-    ours, *others = variants
-    ratios = {
-        other: np.percentile(np.divide(times[other], times[ours]), [25, 50, 75]).tolist() for other in others
-    }
-    row = {
-        "row": title,
-        "milliseconds": {name: float(np.median(values)) for name, values in times.items()},
-        "ratio_quartiles": ratios,
-        "first_call_seconds": compile_seconds,
-    }
+    row = measure_row(title, variants, options.rounds, options.seconds)
     print(as_line(row), flush=True)
     return row
 
@@ -306,35 +265,14 @@ COLUMNS = ("row", "jaxldm, ms", "eager, ms", "torch.compile, ms", "eager / jaxld
 HEAD = "| " + " | ".join([*COLUMNS, "first calls, s"]) + " |\n" + "|---" * 7 + "|"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["experiments/benchmarks/cpu.py", *sys.argv[1:]]),
-        "processor": cpu,
-        "threads": torch.get_num_threads(),
-        "jax_cpu_devices": jax.device_count(),
-        "versions": {
-            "jaxldm": jaxldm.__version__,
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
 def main(options: Cpu) -> None:
     if options.quick:
         options = dataclasses.replace(options, rounds=2, seconds=0.0, num_inference_steps=2)
     torch.set_num_threads(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     )
-    setting, rows = machine(), []
+    setting = machine("cpu.py", {"torch": torch.__version__, "diffusers": diffusers.__version__})
+    setting, rows = {**setting, "threads": torch.get_num_threads()}, []
     print(json.dumps(setting) + "\n\n" + HEAD, flush=True)
     for make in (pairs.mini_unet, pairs.tiny_dit, pairs.autoencoder):
         pair = make(4) if options.quick else make()
