@@ -153,7 +153,7 @@ def mode_cdf(t, scale):
             lambda t: 0.5 + 2 / np.pi * np.arctan(2 * t / (3 - 2 * t) - 1),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "cdf",
 )
 def test_training_times_of_flow_paths(options, cdf):
     t = D.flow_path(**options).sample_time(jax.random.key(1), (5000,))
