@@ -3,7 +3,7 @@
 Question: what does it cost that the last training step still shows a trace of the picture, and does the
           rescaling of the betas mend it?
 Command:  python experiments/lecture39/e4_zero_terminal_snr.py
-Needs:    a CPU, a minute; no trained model. What came out: README.md beside this file.
+Needs:    a CPU, two minutes; no trained model. What came out: README.md beside this file.
 
 Pictures of one brightness each, from black to white, with a little texture: their denoiser is known exactly,
 so whatever is wrong with the samples is the path's fault, or that of where sampling starts.

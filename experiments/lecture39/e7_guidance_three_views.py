@@ -41,6 +41,8 @@ class ThreeViews:
 
     output_dir: Path = Path("runs/lecture39/e7")
     """Where the picture is written."""
+    paths: tuple[str, ...] = ("DDPM", "flow", "EDM")
+    """On which the views are compared; samples are drawn on DDPM's."""
     guidance_scales: tuple[float, ...] = (0.0, 1.0, 3.0, 7.5)
     """w: 0 is unconditional, 1 conditional."""
     num_samples: int = 20_000
@@ -167,7 +169,9 @@ def compare(options: ThreeViews) -> None:
 
 def main(options: ThreeViews) -> None:
     with jax.enable_x64(True):
-        checks = [check for name in PATHS for w in options.guidance_scales for check in check_views(name, w)]
+        checks = [
+            check for name in options.paths for w in options.guidance_scales for check in check_views(name, w)
+        ]
         show("Noise, score and probability at every noise level (relative errors, float64)", checks)
     compare(options)
 

@@ -1,0 +1,188 @@
+"""Over-guidance, what the decoder makes of it, and cures (lecture 39, exercise E9).
+
+Question: what does a strong guidance do to contrast and to the latents that reach the decoder, and what
+          mends it?
+Command:  python experiments/lecture39/e9_over_guidance.py --run-dir runs/mini-ldm
+Needs:    a run of `make demo` (or `jaxldm train mini-ldm`); minutes and what came out: README.md beside this
+          file.
+
+Digits at rising w, as they come and under each cure: guidance rescale, x_0 kept within the range of real
+latents, and guidance only at middle noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxldm import checkpoints, data, metrics, models, pipelines, training
+from jaxldm import diffusion as D
+from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
+
+CURES = ("none", "rescale 0.7", "threshold", "interval")
+
+
+@dataclasses.dataclass(frozen=True)
+class OverGuidance:
+    """Draw digits at rising guidance scales, with and without cures, and measure saturation."""
+
+    run_dir: Path = Path("runs/mini-ldm")
+    """A finished run with an autoencoder, classes and a classifier."""
+    output_dir: Path = Path("runs/lecture39/e9")
+    """Where the pictures are written."""
+    guidance_scales: tuple[float, ...] = (1.0, 3.0, 7.5, 15.0, 30.0)
+    """w; 1 is the conditional model as trained."""
+    cures: tuple[str, ...] = CURES
+    """Which of "none", "rescale 0.7", "threshold" and "interval"."""
+    num_images: int = 100
+    """Drawn in each setting."""
+    num_inference_steps: int = 20
+    """DDIM steps."""
+
+
+def make_sampler(
+    pipe: pipelines.LatentDiffusion, options: OverGuidance, cure: str, bound: float
+) -> Callable[[Any, Any, Any], Any]:
+    """(parameters, labels [N], w) -> latents [N, h, w, c]; jitted once for all w."""
+    path = pipe.schedule.make_path()
+    grid = D.make_grid(path, options.num_inference_steps)
+    shape = (options.num_images, *pipe.latent_shape)
+
+    @jax.jit
+    def draw(params, labels, w):
+        def network(x, t, c):
+            return pipe.denoiser.apply({"params": params}, x, t, c)
+
+        scale = D.guidance_interval(path, w, 0.3, 5.0) if cure == "interval" else w
+        rescale = 0.7 if cure == "rescale 0.7" else 0.0
+        predict = D.classifier_free_guidance(network, labels, pipe.num_classes, scale, rescale)
+        denoise = pipe.schedule.make_denoiser(predict)
+        if cure == "threshold":
+            denoise = D.static_threshold(denoise, -bound, bound)
+        key = jax.random.key(0)
+        return D.sample(key, denoise, D.solvers.ddim(), grid, D.initial_noise(key, shape, grid))
+
+    return draw
+
+
+class Real(NamedTuple):
+    """Test digits, their labels and latents, and the |latent| that 999 of 1000 stay below."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    latents: np.ndarray
+    bound: float
+
+
+def real_digits(options: OverGuidance, encode: Callable[[Any], Any]) -> Real:
+    """The test set of the run."""
+    recipe = training.read_recipe(options.run_dir)
+    images, labels = data.load(recipe.data, image_size=recipe.image_size).arrays("test")
+    latents = np.asarray(encode(images))
+    return Real(images, labels, latents, float(np.quantile(np.abs(latents), 0.999)))
+
+
+FIGURES = {
+    "read as asked": ".0%",
+    "diversity": ".2f",  # of pixels within a class, as a ratio to real
+    "contrast": ".2f",  # standard deviation within a picture, as a ratio to real
+    "ink": ".2f",  # share of pixels above middle grey, as a ratio to real
+    "latents' std": ".2f",  # as a ratio to real
+    "latents out of range": ".1%",  # beyond what 99.9 % of the real ones stay below
+    "round trip": ".2f",  # rms of encode(decode(z)) - z
+}
+
+
+def measure(images, latents, labels, back, logits, real: Real) -> dict[str, float]:
+    """The figures above."""
+    return {
+        "read as asked": np.mean(logits.argmax(axis=1) == labels),
+        "diversity": metrics.diversity_ratio(images, labels, real.images, real.labels),
+        "contrast": images.std(axis=(1, 2, 3)).mean() / real.images.std(axis=(1, 2, 3)).mean(),
+        "ink": np.mean(images > 0) / np.mean(real.images > 0),
+        "latents' std": latents.std() / real.latents.std(),
+        "latents out of range": np.mean(np.abs(latents) > real.bound),
+        "round trip": np.sqrt(np.mean((back - latents) ** 2)),
+    }
+
+
+def run(options: OverGuidance, pipe: pipelines.LatentDiffusion) -> tuple[dict, np.ndarray]:
+    """({(cure, w): figures}, pictures): prints each row as it comes."""
+    decode = jax.jit(lambda z: jnp.clip(pipe.decode(z), -1, 1))
+    encode = jax.jit(lambda x: models.encode_latents(pipe.autoencoder, pipe.autoencoder_params, x))
+    classify = metrics.classifier_function(
+        *checkpoints.load(training.RunFolder(options.run_dir).stage("classifier").model)
+    )
+    real = real_digits(options, encode)
+    labels = np.arange(options.num_images, dtype=np.int32) % pipe.num_classes
+    print(f"|latent| of real digits: 99.9 % below {real.bound:.2f}\n")
+    print("| cure | w | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 2) + "|")
+
+    def row(cure, w, images, latents, labels):
+        _, logits = classify(images)
+        found = measure(images, latents, labels, np.asarray(encode(images)), logits, real)
+        print(f"| {cure} | {w} | " + " | ".join(format(found[name], f) for name, f in FIGURES.items()) + " |")
+        return found
+
+    row("(real, through the decoder)", "-", np.asarray(decode(real.latents)), real.latents, real.labels)
+    found, pictures = {}, []
+    for cure in options.cures:
+        draw = make_sampler(pipe, options, cure, real.bound)
+        for w in options.guidance_scales:
+            latents = np.asarray(draw(pipe.denoiser_params, labels, jnp.float32(w)))
+            images = np.asarray(decode(latents))
+            found[cure, w] = row(cure, f"{w:g}", images, latents, labels)
+            pictures.append(images[: pipe.num_classes])
+    return found, np.concatenate(pictures)
+
+
+def plot(path: Path, options: OverGuidance, found: dict) -> None:
+    """Contrast, ink, round trip and diversity against w, a line for each cure."""
+    from matplotlib.figure import Figure
+
+    names = ("contrast", "ink", "round trip", "diversity")
+    figure = Figure(figsize=(13, 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        for cure in options.cures:
+            axes.plot(
+                options.guidance_scales,
+                [found[cure, w][name] for w in options.guidance_scales],
+                "o-",
+                label=cure,
+            )
+        axes.set(title=name, xlabel="guidance scale w", xscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend(title="cure")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def main(options: OverGuidance) -> None:
+    pipe = pipelines.load(options.run_dir)
+    if pipe.autoencoder is None or pipe.num_classes is None:
+        raise InvalidArgumentError(f"{options.run_dir} must have an autoencoder and classes: `make demo`")
+    for cure in options.cures:
+        one_of("cure", cure, CURES)
+    found, pictures = run(options, pipe)
+    plot(options.output_dir / "over-guidance.png", options, found)
+    grid = metrics.image_grid(pictures, columns=min(pipe.num_classes, options.num_images))
+    metrics.save_png(options.output_dir / "digits.png", grid)
+    print(
+        f"\nLook at {options.output_dir}/over-guidance.png and digits.png: for each cure, a row for each w."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(OverGuidance))
+    except JaxldmError as error:
+        print(f"e9_over_guidance: {error}", file=sys.stderr)
+        sys.exit(2)
