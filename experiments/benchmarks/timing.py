@@ -52,6 +52,7 @@ def measure_row(title: str, variants: dict[str, Run], rounds: int, seconds: floa
     return {
         "row": title,
         "milliseconds": {name: float(np.median(values)) for name, values in times.items()},
+        "fastest": {name: min(values) for name, values in times.items()},
         "ratio_quartiles": ratios,
         "first_call_seconds": compile_seconds,
     }
