@@ -1,0 +1,44 @@
+"""Run folders of the smoke recipes around random networks: no training, and nothing starts at zero."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxldm import checkpoints, models, training
+from jaxldm.training.autoencoder import build_autoencoder
+from jaxldm.training.classifier import build_classifier
+from jaxldm.training.diffusion import build_denoiser
+
+SHAPE, CLASSES = (28, 28, 1), 10
+
+
+def random_params(module, seed):
+    """Normal numbers in every tensor: zero-initialised layers would make every answer 0."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda spec: (0.1 * rng.standard_normal(spec.shape)).astype(spec.dtype), models.shapes(module)
+    )
+
+
+@pytest.fixture
+def random_run(tmp_path):
+    """(name of a smoke recipe) -> a folder laid out as a finished run of it."""
+
+    def make(name):
+        recipe, folder = training.RECIPES[name], tmp_path / name
+        modules = {
+            "diffusion": build_denoiser(recipe, SHAPE, CLASSES),
+            "classifier": build_classifier(recipe, SHAPE, CLASSES),
+        }
+        if recipe.autoencoder is not None:
+            modules["autoencoder"] = build_autoencoder(recipe, SHAPE)
+        for seed, (stage, module) in enumerate(modules.items()):
+            checkpoints.save(folder / stage / "model", module, random_params(module, seed))
+        data = {"name": "mnist5k", "image_shape": SHAPE, "class_names": [str(k) for k in range(CLASSES)]}
+        config = {"format": 1, "recipe": recipe.to_dict(), "data": data, "versions": {}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
