@@ -43,7 +43,7 @@ class FlatLayout:
         self.num_in_matrices = sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
 
         # The gradient of a slice is a sum with zeros, once per array; that of all of them is one
-        # concatenation. concatenation.
+        # concatenation.
         self._unflatten = jax.custom_vjp(self.split)
         self._unflatten.defvjp(
             lambda vector: (self.split(vector), None), lambda _, tree: (self.flatten(tree),)

@@ -1,6 +1,5 @@
 """SiT's samplers against the paper's own equations, in the paper's own time (0 is noise, 1 is data)."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

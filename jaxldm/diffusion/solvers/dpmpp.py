@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
@@ -60,6 +60,58 @@ def slope_weight(h: Any, solver_type: str) -> Any:
     return ramp / whole
 
 
+def through_two(
+    x_0: Any,
+    state: MultistepState,
+    grid: Grid,
+    i: Any,
+    solver_type: str,
+    lower_order_final: bool,
+    eta: float = 0.0,
+) -> Any:
+    """The D of 2M: x_0 and its slope since the step before, under the weight e^{-(1 + eta) h (1 - u)}.
+
+    eta = 0 is the ODE's, `dpmpp_2m`; any other that of the SDE, `dpmpp_2m_sde`.
+    """
+    here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+    h = half_log_snr(there) - half_log_snr(here)
+    h_previous = half_log_snr(here) - half_log_snr(row(grid, jnp.maximum(i - 1, 0)))
+    first_order = (state.taken == 0) | is_an_end(there)
+    if lower_order_final:
+        first_order |= (i == num_steps - 1) & (num_steps < 15)
+    weight = slope_weight((1 + eta) * h, solver_type) * divide(h, h_previous, 0.0)
+    return x_0 + jnp.where(first_order, 0, weight) * (x_0 - state.past[0])
+
+
+def through_three(
+    x_0: Any,
+    state: MultistepState,
+    grid: Grid,
+    i: Any,
+    solver_type: str,
+    lower_order_final: bool,
+    curvature: str,
+    eta: float = 0.0,
+) -> Any:
+    """The D of 3M: x_0 with the parabola through the last three, under the weight of `through_two`.
+
+    `curvature` is that of `dpmpp_3m_sde`: "exact", or what other programs make of the second difference.
+    """
+    here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+    at_an_end = is_an_end(here) | is_an_end(there)
+    steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
+    reach = order_of_step(3, state.taken, at_an_end, steps_left)
+    nodes, counts = past_nodes(grid, i, half_log_snr, reach, 3)
+    H = jnp.where(at_an_end, 1, (1 + eta) * (half_log_snr(there) - half_log_snr(here)))
+    whole, ramp, square = exponential_moments(H, 3)
+    square = {"exact": square, "k-diffusion": square / 2, "diffusers": square / 2 - 1}[curvature]
+    weights = polynomial_weights(nodes, counts, [whole, ramp, square])
+    weights = [divide(weight, whole, 0.0) for weight in weights]
+    second_order = divide(slope_weight(H, solver_type), nodes[1], 0.0)
+    weights[1] = jnp.where((reach == 2) & counts[1], second_order, weights[1])
+    return x_0 + difference(weights, x_0, state.past)
+
+
 def dpmpp_1s() -> Solver:
     """DPM-Solver++ of first order, which is DDIM (Lu et al. 2022, section 4) and so is `euler`.
 
@@ -88,15 +140,9 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
-        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        h = half_log_snr(there) - half_log_snr(here)
-        h_previous = half_log_snr(here) - half_log_snr(row(grid, jnp.maximum(i - 1, 0)))
-        first_order = (state.taken == 0) | is_an_end(there)
-        if lower_order_final:
-            first_order |= (i == num_steps - 1) & (num_steps < 15)
-        weight = slope_weight(h, solver_type) * divide(h, h_previous, 0.0)
-        corrected = x_0 + jnp.where(first_order, 0, weight) * (x_0 - state.past[0])
+        corrected = through_two(x_0, state, grid, i, solver_type, lower_order_final)
         return MultistepState(move(state.x, corrected, here, there), (x_0,), state.taken + 1)
 
     return Solver(lambda x: begin(x, 1), step)
@@ -128,19 +174,10 @@ def dpmpp_3m(
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
-        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        at_an_end = is_an_end(here) | is_an_end(there)
-        steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
-        reach = order_of_step(3, state.taken, at_an_end, steps_left)
-        nodes, counts = past_nodes(grid, i, half_log_snr, reach, 3)
-        h = jnp.where(at_an_end, 1, half_log_snr(there) - half_log_snr(here))
-        whole, ramp, square = exponential_moments(h, 3)
-        moments = [whole, ramp, square / 2 if halve_curvature else square]
-        weights = [divide(weight, whole, 0.0) for weight in polynomial_weights(nodes, counts, moments)]
-        second_order = divide(slope_weight(h, solver_type), nodes[1], 0.0)
-        weights[1] = jnp.where((reach == 2) & counts[1], second_order, weights[1])
-        corrected = x_0 + difference(weights, x_0, state.past)
+        curvature = "k-diffusion" if halve_curvature else "exact"
+        corrected = through_three(x_0, state, grid, i, solver_type, lower_order_final, curvature)
         x = move(state.x, corrected, here, there)
         return MultistepState(x, remember(x_0, state.past), state.taken + 1)
 

@@ -8,19 +8,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxldm.diffusion.grids import steps_in
-from jaxldm.diffusion.solvers.dpmpp import SOLVER_TYPES, half_log_snr, is_an_end, slope_weight
-from jaxldm.diffusion.solvers.multistep import (
-    MultistepState,
-    begin,
-    difference,
-    exponential_moments,
-    order_of_step,
-    past_nodes,
-    polynomial_weights,
-    remember,
-)
-from jaxldm.diffusion.solvers.solver import Solver, divide, move, noise_like, row
+from jaxldm.diffusion.solvers.dpmpp import SOLVER_TYPES, half_log_snr, through_three, through_two
+from jaxldm.diffusion.solvers.multistep import MultistepState, begin, remember
+from jaxldm.diffusion.solvers.solver import Solver, move, noise_like, row
 from jaxldm.errors import InvalidArgumentError, one_of
 
 CURVATURES = ("exact", "k-diffusion", "diffusers")
@@ -52,15 +42,9 @@ def dpmpp_2m_sde(
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
-        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        h = half_log_snr(there) - half_log_snr(here)
-        h_previous = half_log_snr(here) - half_log_snr(row(grid, jnp.maximum(i - 1, 0)))
-        first_order = (state.taken == 0) | is_an_end(there)
-        if lower_order_final:
-            first_order |= (i == num_steps - 1) & (num_steps < 15)
-        weight = slope_weight((1 + eta) * h, solver_type) * divide(h, h_previous, 0.0)
-        corrected = x_0 + jnp.where(first_order, 0, weight) * (x_0 - state.past[0])
+        corrected = through_two(x_0, state, grid, i, solver_type, lower_order_final, eta)
         x = move_with_noise(state.x, corrected, here, there, eta, s_noise, keys)
         return MultistepState(x, (x_0,), state.taken + 1)
 
@@ -99,20 +83,9 @@ def dpmpp_3m_sde(
     one_of("curvature", curvature, CURVATURES)
 
     def step(state, denoise, grid, i, keys):
-        here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
+        here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        at_an_end = is_an_end(here) | is_an_end(there)
-        steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
-        reach = order_of_step(3, state.taken, at_an_end, steps_left)
-        nodes, counts = past_nodes(grid, i, half_log_snr, reach, 3)
-        H = jnp.where(at_an_end, 1, (1 + eta) * (half_log_snr(there) - half_log_snr(here)))
-        whole, ramp, square = exponential_moments(H, 3)
-        square = {"exact": square, "k-diffusion": square / 2, "diffusers": square / 2 - 1}[curvature]
-        weights = polynomial_weights(nodes, counts, [whole, ramp, square])
-        weights = [divide(weight, whole, 0.0) for weight in weights]
-        second_order = divide(slope_weight(H, solver_type), nodes[1], 0.0)
-        weights[1] = jnp.where((reach == 2) & counts[1], second_order, weights[1])
-        corrected = x_0 + difference(weights, x_0, state.past)
+        corrected = through_three(x_0, state, grid, i, solver_type, lower_order_final, curvature, eta)
         x = move_with_noise(state.x, corrected, here, there, eta, s_noise, keys)
         return MultistepState(x, remember(x_0, state.past), state.taken + 1)
 
