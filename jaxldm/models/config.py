@@ -18,11 +18,16 @@ class ModelConfig:
         which diffusers takes as private, so that it opens the folder without a warning.
       fixed: published keys that this implementation supports with one value only.
       ignored: published keys without meaning here.
+      library: whose layout the folder has: "diffusers" (`_class_name` in config.json) or "transformers"
+        (`architectures`, and `model_type`).
+      model_type: what transformers calls the architecture in its config.json.
     """
 
     published: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, Any]] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
+    library: ClassVar[str] = "diffusers"
+    model_type: ClassVar[str] = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of config.json, without `_class_name`."""

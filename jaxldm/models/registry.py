@@ -80,17 +80,25 @@ def count_params(name_or_module: str | nn.Module) -> int:
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """What config.json holds: `_class_name` and the fields, in the names of the published architecture."""
+    """What config.json holds: the class and the fields, in the names of the published architecture."""
+    if config.library == "transformers":
+        return {"architectures": [class_name(config)], "model_type": config.model_type, **config.to_dict()}
     return {"_class_name": class_name(config), **config.to_dict()}
 
 
 def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `config_to_dict`; reads config.json as diffusers writes it, too.
+    """The inverse of `config_to_dict`; reads config.json as diffusers and transformers write it, too.
 
     Raises:
-      CheckpointError: `_class_name` is missing or unknown, an unknown key, an unsupported value.
+      CheckpointError: the class is missing or unknown, an unknown key, an unsupported value.
     """
-    name = entries.get("_class_name")
+    entries = dict(entries)
+    architectures = entries.pop("architectures", None) or [None]
+    name = entries.get("_class_name", architectures[0])
     if name not in ARCHITECTURES:
-        raise CheckpointError(f"config.json has _class_name {name!r}; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name][1].from_dict(entries)
+        key = "_class_name" if "_class_name" in entries else "architectures"
+        raise CheckpointError(f"config.json has {key} {name!r}; known: {', '.join(ARCHITECTURES)}")
+    kind = ARCHITECTURES[name][1]
+    if kind.library == "transformers":
+        entries.pop("model_type", None)
+    return kind.from_dict(entries)

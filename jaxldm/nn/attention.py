@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import LawOfShape, fan_in_uniform, parameter
@@ -20,15 +22,20 @@ def dot_product_attention(
     value: Float[Array, "B M H D"],
     *,
     scale: float | None = None,
+    bias: Float[Array, "#B #H #N M"] | None = None,
+    mask: Bool[Array, "#B #H #N M"] | None = None,
     return_weights: bool = False,
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
-    """softmax(Q K^T scale) V for every head, the softmax in float32; scale is 1/sqrt(D) unless given.
+    """softmax(Q K^T scale + bias) V for every head, the softmax in float32; scale is 1/sqrt(D) unless given.
 
     Vaswani et al. 2017, eq. 1. On a CPU, or when the weights are asked for, two explicit batched matrix
     products; on accelerators `jax.nn.dot_product_attention`, with cuDNN's flash kernel where it serves the
     dtype and the head size.
 
     Args:
+      bias: added to the logits, as the relative positions of T5 are.
+      mask: False where a query may not look: padding, or the words to come. A query that may look nowhere
+        sees all alike.
       return_weights: also return the softmax, float32 `[B, H, N, M]`, whose rows sum to 1 (the attention
         maps).
     """
@@ -37,9 +44,10 @@ def dot_product_attention(
     chex.assert_equal_shape([query, key], dims=(0, 2, 3))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if return_weights or jax.default_backend() == "cpu":
-        out, weights = _explicit(query, key, value, scale)
+        out, weights = _explicit(query, key, value, scale, bias, mask)
         return (out, weights) if return_weights else out
-    return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=_kernel(query))
+    kernel = _kernel(query) if bias is None and mask is None else None
+    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=kernel)
 
 
 def _kernel(query: Float[Array, "B N H D"]) -> str | None:
@@ -52,7 +60,7 @@ def _on_cuda() -> bool:
     return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
-def _explicit(query, key, value, scale):
+def _explicit(query, key, value, scale, bias, mask):
     """Heads are folded into the batch so that both products are plain batched matrix products."""
     batch, length, heads, dim = query.shape
 
@@ -60,14 +68,23 @@ def _explicit(query, key, value, scale):
         return x.transpose(0, 2, 1, 3).reshape(batch * heads, x.shape[1], dim)
 
     logits = jnp.einsum("bnd,bmd->bnm", fold(query * scale), fold(key), preferred_element_type=jnp.float32)
+    if bias is not None or mask is not None:
+        by_head = logits.reshape(batch, heads, length, key.shape[1])
+        if bias is not None:
+            by_head = by_head + bias.astype(jnp.float32)
+        if mask is not None:
+            by_head = jnp.where(mask, by_head, jnp.finfo(jnp.float32).min)
+        logits = by_head.reshape(logits.shape)
     weights = jax.nn.softmax(logits, axis=-1)
     out = jnp.einsum("bnm,bmd->bnd", weights.astype(value.dtype), fold(value))
     out = out.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
     return out, weights.reshape(batch, heads, length, key.shape[1])
 
 
-def attend(module: nn.Module, query, key, value, num_heads: int) -> Float[Array, "B N C"]:
+def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any) -> Float[Array, "B N C"]:
     """Splits `[B, N, C]` projections into heads and attends. Keeps the weights for whoever asks.
+
+    The options are those of `dot_product_attention`: scale, bias, mask.
 
     A caller that runs the model with `mutable=["intermediates"]` finds them, `[B, heads, N, M]`, under the
     module's path as `attention_weights`; without it they are never formed on accelerators.
@@ -75,10 +92,10 @@ def attend(module: nn.Module, query, key, value, num_heads: int) -> Float[Array,
     batch, _, channels = query.shape
     heads = [x.reshape(batch, x.shape[1], num_heads, channels // num_heads) for x in (query, key, value)]
     if module.is_mutable_collection("intermediates"):
-        out, weights = dot_product_attention(*heads, return_weights=True)
+        out, weights = dot_product_attention(*heads, return_weights=True, **options)
         module.sow("intermediates", "attention_weights", weights)
     else:
-        out = dot_product_attention(*heads)
+        out = dot_product_attention(*heads, **options)
     return out.reshape(batch, -1, channels)
 
 

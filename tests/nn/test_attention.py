@@ -37,7 +37,7 @@ def test_flash_kernel_is_asked_for_what_it_serves_and_nothing_else(monkeypatch):
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
-        lambda q, k, v, *, scale, implementation: asked.append(implementation),
+        lambda q, k, v, bias, mask, *, scale, implementation: asked.append(implementation),
     )
     for dtype, dim in (
         ("bfloat16", 64),
@@ -48,7 +48,24 @@ def test_flash_kernel_is_asked_for_what_it_serves_and_nothing_else(monkeypatch):
     ):
         q = jnp.zeros((1, 4, 2, dim), dtype)
         nn.dot_product_attention(q, q, q)
-    assert asked == ["cudnn", None, "cudnn", None, None]
+    nn.dot_product_attention(*[jnp.zeros((1, 4, 2, 64), "bfloat16")] * 3, bias=jnp.zeros((1, 2, 4, 4)))
+    assert asked == ["cudnn", None, "cudnn", None, None, None]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_bias_and_mask_agree_with_torch(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    q, k, v = (heads(2, n, 4, 8, seed=i) for i, n in enumerate((3, 6, 6)))
+    bias, mask = (
+        heads(1, 4, 3, 6, seed=3),
+        np.arange(6).reshape(1, 1, 1, 6) < np.array([4, 6]).reshape(2, 1, 1, 1),
+    )
+    ours = nn.dot_product_attention(*map(jnp.asarray, (q, k, v)), bias=bias, mask=mask)
+    added = torch.from_numpy(np.where(mask, bias, -np.inf).astype(np.float32))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)), attn_mask=added
+    )
+    np.testing.assert_allclose(ours, expected.transpose(1, 2).numpy(), atol=1e-5)
 
 
 def test_weights_are_the_softmax_that_made_the_result():
