@@ -26,12 +26,12 @@ import jax.numpy as jnp  # noqa: E402
 import pairs  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-import tyro  # noqa: E402
 from pairs import NUM_CLASSES, Pair, forward  # noqa: E402
 from timing import Run, machine, measure_row  # noqa: E402
 
 from jaxldm import diffusion as D  # noqa: E402
 from jaxldm import models, training  # noqa: E402
+from jaxldm.commands.terminal import run_script  # noqa: E402
 from jaxldm.training.autoencoder import autoencoder_loss  # noqa: E402
 from jaxldm.training.mesh import batch_sharding, make_mesh, replicated  # noqa: E402
 from jaxldm.training.step import compile_train_step  # noqa: E402
@@ -303,4 +303,4 @@ def main(options: Cpu) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Cpu, config=(tyro.conf.FlagCreatePairsOff,)))
+    run_script(main, Cpu)

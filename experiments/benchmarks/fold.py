@@ -26,12 +26,12 @@ host.prepare()  # before anything is computed; the same that the command line do
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import tyro  # noqa: E402
 from timing import Run, machine, measure_row, turns  # noqa: E402
 
 from jaxldm import diffusion as D  # noqa: E402
 from jaxldm import models  # noqa: E402
 from jaxldm.checkpoints.storage import write_atomically  # noqa: E402
+from jaxldm.commands.terminal import run_script  # noqa: E402
 
 PATH = D.vp_path(D.linear_betas())
 # All that ask the network once a step; a test counts it. `euler` and `dpmpp_1s` are `ddim`.
@@ -251,4 +251,4 @@ def main(options: Fold) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Fold, config=(tyro.conf.FlagCreatePairsOff,)))
+    run_script(main, Fold)

@@ -20,12 +20,12 @@ from typing import Any
 import curves
 import jax
 import numpy as np
-import tyro
 from scipy.integrate import solve_ivp
 
 from jaxldm import diffusion as D
 from jaxldm import metrics
 from jaxldm.checkpoints.storage import write_atomically
+from jaxldm.commands.terminal import run_script
 from jaxldm.metrics.frechet import Gaussian
 
 # Four blobs on a plane; the class that is asked for is the last two.
@@ -252,4 +252,4 @@ def main(options: Mixture) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Mixture, config=(tyro.conf.FlagCreatePairsOff,)))
+    run_script(main, Mixture)

@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import diffusion as D
 from jaxldm import metrics
+from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -176,4 +176,4 @@ def main(options: ZeroTerminalSNR) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ZeroTerminalSNR))
+    run_script(main, ZeroTerminalSNR)

@@ -13,18 +13,17 @@ all judged by the same ruler, the Frechet distance of drawn latents from held-ou
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import data, metrics, models, pipelines, training
 from jaxldm import diffusion as D
+from jaxldm.commands.terminal import run_script
 from jaxldm.data import map_batches
-from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.errors import InvalidArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +174,4 @@ def main(options: MinSNR) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(MinSNR))
-    except JaxldmError as error:
-        print(f"e5_min_snr: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, MinSNR)

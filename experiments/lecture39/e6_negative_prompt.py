@@ -18,11 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import checkpoints, metrics, pipelines, training
 from jaxldm import diffusion as D
-from jaxldm.errors import JaxldmError
+from jaxldm.commands.terminal import run_script
 
 sys.path.append(str(Path(__file__).parents[1]))
 from checks import Check, distance, show
@@ -132,8 +131,4 @@ def main(options: NegativePrompt) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(NegativePrompt))
-    except JaxldmError as error:
-        print(f"e6_negative_prompt: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, NegativePrompt)

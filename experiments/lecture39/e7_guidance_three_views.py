@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import diffusion as D
+from jaxldm.commands.terminal import run_script
 
 sys.path.append(str(Path(__file__).parents[1]))
 from checks import Check, distance, show
@@ -177,4 +177,4 @@ def main(options: ThreeViews) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ThreeViews))
+    run_script(main, ThreeViews)

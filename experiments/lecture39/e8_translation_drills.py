@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import diffusion as D
 from jaxldm import nn
+from jaxldm.commands.terminal import run_script
 
 sys.path.append(str(Path(__file__).parents[1]))
 from checks import Check, distance, show
@@ -174,4 +174,4 @@ def main(options: Drills) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Drills))
+    run_script(main, Drills)

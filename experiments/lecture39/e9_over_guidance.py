@@ -13,7 +13,6 @@ latents, and guidance only at middle noise.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import checkpoints, data, metrics, models, pipelines, training
 from jaxldm import diffusion as D
-from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
+from jaxldm.commands.terminal import run_script
+from jaxldm.errors import InvalidArgumentError, one_of
 
 CURES = ("none", "rescale 0.7", "threshold", "interval")
 
@@ -181,8 +180,4 @@ def main(options: OverGuidance) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(OverGuidance))
-    except JaxldmError as error:
-        print(f"e9_over_guidance: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, OverGuidance)

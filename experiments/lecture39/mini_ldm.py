@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
 from jaxldm import checkpoints, data, host, metrics, pipelines, training
 from jaxldm.checkpoints.storage import write_atomically
-from jaxldm.errors import JaxldmError
+from jaxldm.commands.terminal import run_script
 from jaxldm.metrics import health
 from jaxldm.training.runs import RunFolder
 
@@ -176,8 +174,4 @@ def main(options: MiniLDM) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(MiniLDM, config=(tyro.conf.FlagCreatePairsOff,)))
-    except JaxldmError as error:
-        print(f"mini_ldm: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, MiniLDM)

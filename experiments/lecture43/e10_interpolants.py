@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxldm import diffusion as D
+from jaxldm.commands.terminal import run_script
 
 sys.path.append(str(Path(__file__).parents[1]))
 from checks import Check, distance, show
@@ -194,4 +194,4 @@ def main(options: Interpolants) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Interpolants))
+    run_script(main, Interpolants)

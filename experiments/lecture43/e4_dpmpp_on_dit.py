@@ -10,16 +10,15 @@ The same digits are asked for with each solver and number of steps; the run's cl
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
 from jaxldm import checkpoints, data, metrics, pipelines, training
-from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.commands.terminal import run_script
+from jaxldm.errors import InvalidArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +91,4 @@ def main(options: DPMppOnDiT) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DPMppOnDiT))
-    except JaxldmError as error:
-        print(f"e4_dpmpp_on_dit: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, DPMppOnDiT)

@@ -9,14 +9,11 @@ Needs:    the `mnist` extra; two CPU cores. Minutes and what came out: README.md
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
-
-import tyro
 
 from jaxldm import host, training
 from jaxldm.commands.eval import Eval
-from jaxldm.errors import JaxldmError
+from jaxldm.commands.terminal import run_script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +39,4 @@ def main(options: TinyDiT) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(TinyDiT, config=(tyro.conf.FlagCreatePairsOff,)))
-    except JaxldmError as error:
-        print(f"tiny_dit: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, TinyDiT)

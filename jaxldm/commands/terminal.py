@@ -7,10 +7,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, JaxldmError
 
 if TYPE_CHECKING:
     from jaxldm.metrics import Finding
@@ -90,3 +91,17 @@ def table(rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in texts)
     return "\n".join((indent + line).rstrip() for line in lines)
+
+
+def run_script(main: Callable[[Any], None], options: type) -> None:
+    """`main(options)` with the options as typed on the command line: what an experiment's script ends with.
+
+    A mistake of the caller's is one line on stderr and exit code 2, as for `jaxldm` itself.
+    """
+    import tyro
+
+    try:
+        main(tyro.cli(options, config=(tyro.conf.FlagCreatePairsOff,)))
+    except JaxldmError as error:
+        print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
