@@ -12,7 +12,7 @@ from jaxldm.nn.embeddings import (
     unpatchify,
 )
 from jaxldm.nn.linear import DTYPES, Embedding, Linear, compute_dtype
-from jaxldm.nn.normalization import GroupNorm, group_norm, layer_norm, modulate
+from jaxldm.nn.normalization import GroupNorm, LayerNorm, RMSNorm, group_norm, layer_norm, modulate
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "Downsample2D",
     "Embedding",
     "GroupNorm",
+    "LayerNorm",
     "Linear",
     "MidBlock2D",
     "PatchProjection",
+    "RMSNorm",
     "ResnetBlock2D",
     "SelfAttention",
     "TimestepEmbedding",

@@ -68,6 +68,38 @@ def layer_norm(x: Float[Array, "... C"], eps: float = 1e-6) -> Float[Array, "...
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """`layer_norm(x)` scale + bias, from 1 and 0. `[..., C]` -> the same shape, in `dtype`."""
+
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        scale = parameter(self, "scale", ones, (x.shape[-1],))
+        bias = parameter(self, "bias", zeros, (x.shape[-1],))
+        one_row = (1,) * (x.ndim - 1) + (-1,)
+        y = layer_norm(x.astype(jnp.float32), self.eps) * scale.astype(jnp.float32).reshape(one_row)
+        return (y + bias.astype(jnp.float32).reshape(one_row)).astype(compute_dtype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) scale over the last axis, statistics in float32, the same shape out.
+
+    Zhang & Sennrich 2019, eq. 4. The layer norm of T5: no mean, no bias.
+    """
+
+    eps: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        scale = parameter(self, "scale", ones, (x.shape[-1],)).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(compute_dtype(self.dtype))
+
+
 def modulate(
     x: Float[Array, "B N C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
 ) -> Float[Array, "B N C"]:

@@ -54,6 +54,20 @@ def test_layer_norm_agrees_with_torch():
     np.testing.assert_allclose(nn.layer_norm(jnp.asarray(x), 1e-6), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_learned_norms_agree_with_torch_with_parameters_of_16_bits(kind):
+    rng = np.random.default_rng(0)
+    x = (3 + rng.standard_normal((2, 3, 12))).astype(np.float32)
+    params = {"scale": jnp.asarray(rng.standard_normal(12), jnp.bfloat16)}
+    theirs = getattr(torch.nn, kind)(12, eps=1e-6)
+    if kind == "LayerNorm":
+        params["bias"] = jnp.asarray(rng.standard_normal(12), jnp.bfloat16)
+        theirs.bias.data = torch.from_numpy(np.asarray(params["bias"], np.float32))
+    theirs.weight.data = torch.from_numpy(np.asarray(params["scale"], np.float32))
+    ours = getattr(nn, kind)(eps=1e-6).apply({"params": params}, x)
+    np.testing.assert_allclose(ours, theirs(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
+
+
 def test_modulation_is_per_example_and_the_identity_at_zero():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)))
     np.testing.assert_array_equal(nn.modulate(x, jnp.zeros((2, 4)), jnp.zeros((2, 4))), x)
