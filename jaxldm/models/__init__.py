@@ -9,6 +9,12 @@ True
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.clip_text import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTextWithProjectionConfig,
+)
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.registry import (
@@ -21,6 +27,7 @@ from jaxldm.models.registry import (
     init,
     shapes,
 )
+from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.nn.embeddings import patchify, unpatchify
 
@@ -28,6 +35,10 @@ __all__ = [
     "PRESETS",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTextWithProjectionConfig",
     "ConvAutoencoder",
     "ConvAutoencoderConfig",
     "DiT",
@@ -35,6 +46,7 @@ __all__ = [
     "DiagonalGaussian",
     "DigitClassifier",
     "DigitClassifierConfig",
+    "TextEncoding",
     "UNet2DConfig",
     "UNet2DModel",
     "build",

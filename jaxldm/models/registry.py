@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array
 
 from jaxldm.errors import CheckpointError, UnknownNameError, one_of
-from jaxldm.models import autoencoder_conv, autoencoder_kl, digit_classifier, dit, unet_2d
+from jaxldm.models import autoencoder_conv, autoencoder_kl, clip_text, digit_classifier, dit, unet_2d
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.initialization import starting_values
 
@@ -21,6 +21,11 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "DiT": (dit.DiT, dit.DiTConfig),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
+    "CLIPTextModel": (clip_text.CLIPTextModel, clip_text.CLIPTextConfig),
+    "CLIPTextModelWithProjection": (
+        clip_text.CLIPTextModelWithProjection,
+        clip_text.CLIPTextWithProjectionConfig,
+    ),
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
 
@@ -30,6 +35,7 @@ PRESETS: dict[str, ModelConfig] = {
     **dit.PRESETS,
     **autoencoder_kl.PRESETS,
     **digit_classifier.PRESETS,
+    **clip_text.PRESETS,
 }
 
 

@@ -25,7 +25,8 @@ def compute_dtype(name: str) -> jnp.dtype:
 class Linear(nn.Module):
     """y = x W + b on the last axis, in `dtype`, the parameters in float32. `[..., in]` -> `[..., features]`.
 
-    `kernel_law` and `bias_law` say how the parameters start, by default `fan_in_uniform(in)`.
+    `kernel_law` and `bias_law` say how the parameters start, by default `fan_in_uniform(in)`. `output_dtype`:
+    of the result, where it must be wider than `dtype`; the sums of a product are float32 in any case.
     """
 
     features: int
@@ -33,21 +34,25 @@ class Linear(nn.Module):
     dtype: str = "float32"
     kernel_law: LawOfShape | None = None
     bias_law: LawOfShape | None = None
+    output_dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         dtype = compute_dtype(self.dtype)
+        output = compute_dtype(self.output_dtype or self.dtype)
         default = fan_in_uniform(x.shape[-1])
         kernel = parameter(self, "kernel", self.kernel_law or default, (x.shape[-1], self.features))
-        y = flat_matmul(x.astype(dtype), kernel.astype(dtype))
+        y = flat_matmul(x.astype(dtype), kernel.astype(dtype), output)
         if self.use_bias:
             bias = parameter(self, "bias", self.bias_law or default, (self.features,))
-            y = y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            y = y + bias.astype(output).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 
 
-def flat_matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
-    """x @ kernel as ONE matrix product, all leading axes joined into rows.
+def flat_matmul(
+    x: Float[Array, "... in"], kernel: Float[Array, "in out"], dtype: jnp.dtype | None = None
+) -> Float[Array, "... out"]:
+    """x @ kernel as ONE matrix product, all leading axes joined into rows; in the dtype of x unless given.
 
     The gradient of the kernel is then a plain matrix product as well. That of a batched product sums over
     two axes, for which XLA's CPU backend first transposes the whole input: a sixth of a DiT block's time.
@@ -57,7 +62,8 @@ def flat_matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Fl
         # Makes the gradient (g^T x)^T and not x^T g: to many rows and few columns XLA's CPU product runs at
         # half speed. The barrier keeps the compiler from turning it round again.
         kernel = jax.lax.optimization_barrier(kernel.T).T
-    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+    product = jnp.matmul(rows, kernel, preferred_element_type=dtype)
+    return product.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,137 @@
+"""Self-attention and encoder layers of the text and image encoders, named as their checkpoints name them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from jaxldm.nn.attention import attend
+from jaxldm.nn.initialization import LawOfShape, normal, zeros
+from jaxldm.nn.linear import Linear
+from jaxldm.nn.normalization import LayerNorm
+
+
+def quick_gelu(x: Array) -> Array:
+    """x sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with.
+
+    Hendrycks & Gimpel 2016, section 2.
+    """
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names that config.json uses. "gelu" is exact, with the error function; "gelu_new" its tanh form.
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class ProjectedAttention(nn.Module):
+    """Multi-head self-attention by projections with names of their own. x `[B, N, C]` -> the same shape.
+
+    names: of the projections to query, key and value and, unless it stands elsewhere, of the output.
+    head_dim: numbers per head, C / num_heads unless given (T5's heads do not add up to C).
+    laws: how the kernels start, one per name; biases start from 0.
+    output_dtype: of the output projection, `dtype` unless given.
+
+    The options of the call are those of `dot_product_attention`: scale, bias, mask.
+    """
+
+    names: tuple[str, ...]
+    num_heads: int
+    head_dim: int | None = None
+    use_bias: bool = True
+    dtype: str = "float32"
+    output_dtype: str | None = None
+    laws: tuple[LawOfShape | None, ...] = (None,) * 4
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], **options: Any) -> Float[Array, "B N C"]:
+        width = (self.head_dim or x.shape[-1] // self.num_heads) * self.num_heads
+
+        def project(h: Array, features: int, index: int, output_dtype: str | None = None) -> Array:
+            law, name = self.laws[index], self.names[index]
+            return Linear(features, self.use_bias, self.dtype, law, zeros, output_dtype, name=name)(h)
+
+        h = attend(self, *(project(x, width, index) for index in range(3)), self.num_heads, **options)
+        return project(h, x.shape[-1], 3, self.output_dtype) if len(self.names) == 4 else h
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))). `[B, N, C]` -> the same shape."""
+
+    features: int
+    act: str
+    dtype: str = "float32"
+    laws: tuple[LawOfShape | None, LawOfShape | None] = (None, None)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        up, down = self.laws
+        h = Linear(self.features, dtype=self.dtype, kernel_law=up, bias_law=zeros, name="fc1")(x)
+        options = {"dtype": self.dtype, "kernel_law": down, "bias_law": zeros}
+        return Linear(x.shape[-1], **options, name="fc2")(ACTIVATIONS[self.act](h))
+
+
+class PreNormLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Radford et al. 2021, section 2.4. `[B, N, C]`."""
+
+    num_heads: int
+    mlp_features: int
+    num_layers: int  # of the encoder that this layer is part of: it starts the smaller the more there are
+    act: str = "quick_gelu"
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], mask: Array | None = None) -> Float[Array, "B N C"]:
+        width = x.shape[-1] ** -0.5
+        deep = normal(width * (2 * self.num_layers) ** -0.5)
+        attention = ProjectedAttention(
+            ("q_proj", "k_proj", "v_proj", "out_proj"),
+            self.num_heads,
+            dtype=self.dtype,
+            laws=(deep, deep, deep, normal(width)),
+            name="self_attn",
+        )
+        x = x + attention(LayerNorm(self.eps, self.dtype, name="layer_norm1")(x), mask=mask)
+        laws = (normal(width * 2**-0.5), deep)
+        mlp = MLP(self.mlp_features, self.act, self.dtype, laws, name="mlp")
+        return x + mlp(LayerNorm(self.eps, self.dtype, name="layer_norm2")(x))
+
+
+class PreNormEncoder(nn.Module):
+    """`num_layers` pre-norm layers: both towers of CLIP. `[B, N, C]` -> the states, the input first."""
+
+    num_layers: int
+    num_heads: int
+    mlp_features: int
+    act: str = "quick_gelu"
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N C"], mask: Array | None = None
+    ) -> tuple[Float[Array, "B N C"], ...]:
+        states = [x]
+        for index in range(self.num_layers):
+            layer = PreNormLayer(
+                self.num_heads,
+                self.mlp_features,
+                self.num_layers,
+                self.act,
+                self.eps,
+                self.dtype,
+                name=f"layers_{index}",
+            )
+            states.append(layer(states[-1], mask))
+        return tuple(states)
