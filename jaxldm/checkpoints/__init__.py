@@ -4,5 +4,15 @@
 
 from jaxldm.checkpoints.folder import load, read_config, save
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
+from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 
-__all__ = ["from_state_dict", "load", "read_config", "save", "to_state_dict"]
+__all__ = [
+    "Tokenizer",
+    "Tokens",
+    "from_state_dict",
+    "load",
+    "load_tokenizer",
+    "read_config",
+    "save",
+    "to_state_dict",
+]

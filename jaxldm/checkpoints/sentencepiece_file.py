@@ -1,0 +1,97 @@
+"""The vocabulary of a `spiece.model`, as T5 publishes it: a protocol buffer, read without its library.
+
+A protocol buffer message is a row of fields, each a key and a value. The key holds the field's number and how
+its value is stored: 0 a number of variable length, 1 eight bytes, 2 a length and that many bytes, 5 four
+bytes. The numbers below are those of sentencepiece's `sentencepiece_model.proto`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxldm.errors import CheckpointError
+
+_MODEL_PIECE, _MODEL_TRAINER, _MODEL_NORMALIZER = 1, 2, 3
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
+_TRAINER_KIND, _NORMALIZER_CHARSMAP = 3, 2
+_UNKNOWN, _CONTROL = 2, 3  # kinds of piece
+_UNIGRAM = 1  # the kind of trainer; 2 is byte pairs
+
+
+class SentencePieces(NamedTuple):
+    """What a `spiece.model` says.
+
+    pieces: (text, log probability), the index is the token.
+    unknown: the token of what the pieces do not cover.
+    control: the tokens that no text is cut into: padding, end of text.
+    charsmap: the compiled rules of normalisation (compatibility forms and kinds of space), or nothing.
+    """
+
+    pieces: list[tuple[str, float]]
+    unknown: int
+    control: tuple[int, ...]
+    charsmap: bytes
+
+
+def read_sentencepieces(data: bytes) -> SentencePieces:
+    """The unigram vocabulary that the bytes of a `spiece.model` hold. Kudo & Richardson 2018.
+
+    Raises:
+      CheckpointError: not such a file, cut off, of another kind than unigram, or without an unknown piece.
+    """
+    pieces, kinds, trainer, charsmap = [], [], _UNIGRAM, b""
+    try:
+        for number, value in _fields(data):
+            if number == _MODEL_PIECE:
+                piece = dict(_fields(value))
+                score = struct.unpack("<f", piece.get(_PIECE_SCORE, bytes(4)))[0]
+                pieces.append((piece[_PIECE_TEXT].decode(), score))
+                kinds.append(piece.get(_PIECE_KIND, 1))
+            elif number == _MODEL_TRAINER:
+                trainer = dict(_fields(value)).get(_TRAINER_KIND, _UNIGRAM)
+            elif number == _MODEL_NORMALIZER:
+                charsmap = dict(_fields(value)).get(_NORMALIZER_CHARSMAP, b"")
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"not a sentencepiece model, or cut off: {error}") from error
+    if trainer != _UNIGRAM:
+        raise CheckpointError(
+            "a sentencepiece model of another kind than unigram: only T5's kind is supported"
+        )
+    if _UNKNOWN not in kinds:
+        raise CheckpointError("a sentencepiece model without an unknown piece")
+    control = tuple(token for token, kind in enumerate(kinds) if kind == _CONTROL)
+    return SentencePieces(pieces, kinds.index(_UNKNOWN), control, charsmap)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of each field; a repeated one comes again and again."""
+    at = 0
+    while at < len(message):
+        key, at = _number(message, at)
+        if key & 7 == 0:
+            value, at = _number(message, at)
+            yield key >> 3, value
+            continue
+        if key & 7 == 2:
+            length, at = _number(message, at)
+        elif key & 7 in (1, 5):
+            length = 8 if key & 7 == 1 else 4
+        else:
+            raise ValueError(f"a field of unknown kind {key & 7} at byte {at}")
+        if at + length > len(message):
+            raise ValueError(f"the field at byte {at} promises {length} bytes, {len(message) - at} are left")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _number(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, lowest first, the top bit set in all but the last; and where it ends."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

@@ -1,0 +1,349 @@
+"""Texts as tokens: the tokenizers of CLIP, T5 and BERT, from the files beside their published weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
+from jaxldm.checkpoints.storage import storage_errors, write_together
+from jaxldm.errors import CheckpointError, InvalidArgumentError
+
+
+class Tokens(NamedTuple):
+    """Texts as rows of tokens.
+
+    input_ids: int32 `[B, T]`, the special tokens at both ends included, padded to T.
+    attention_mask: int32 `[B, T]`, 0 at padding.
+    cut: for each text the words at its end that T had no room for, "" where all fitted.
+    """
+
+    input_ids: Int[np.ndarray, "B T"]
+    attention_mask: Int[np.ndarray, "B T"]
+    cut: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A published tokenizer, opened by `load_tokenizer`: texts -> `Tokens`.
+
+    max_length: tokens of a row unless the call says otherwise: 77 for CLIP.
+    pad_token_id: what fills a row: the end of text again in CLIP, "!" in OpenCLIP, a token of its own in T5.
+    backend: the `tokenizers.Tokenizer` that does the work.
+    files: name -> content of the files it came from, for `save`.
+    """
+
+    max_length: int
+    pad_token_id: int
+    backend: Any
+    files: Mapping[str, bytes]
+
+    def __call__(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
+        """The texts as tokens, each row of `max_length`.
+
+        Raises:
+          InvalidArgumentError: no texts, something else than texts, or no room for one token of a text.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise InvalidArgumentError(f"texts must be a list of strings, not {texts!r:.80}")
+        if not texts:
+            raise InvalidArgumentError("an empty list of texts: give at least one, '' for no words")
+        length = self.max_length if max_length is None else max_length
+        special = self.backend.num_special_tokens_to_add(False)
+        if length <= special:
+            raise InvalidArgumentError(
+                f"max_length={length} has no room for a text: {special} special tokens come first"
+            )
+        input_ids = np.full((len(texts), length), self.pad_token_id, np.int32)
+        attention_mask = np.zeros_like(input_ids)
+        cut = []
+        for row, encoding in enumerate(self.backend.encode_batch(list(texts))):
+            ids, words = _at_most(length, encoding, texts[row])
+            input_ids[row, : len(ids)], attention_mask[row, : len(ids)] = ids, 1
+            cut.append(words)
+        return Tokens(input_ids, attention_mask, tuple(cut))
+
+    def save(self, folder: Path | str) -> None:
+        """Writes the files that the tokenizer came from, and tokenizer.json where it was not among them.
+
+        `load_tokenizer`, transformers and whatever reads tokenizer.json (candle) open the folder.
+
+        Raises:
+          StorageError: disk full, no permission, a file where the folder should be.
+        """
+        folder = Path(folder)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        whole = {"tokenizer.json": self.backend.to_str(pretty=True).encode()} | dict(self.files)
+        write_together({folder / name: content for name, content in whole.items()})
+
+
+def _at_most(length: int, encoding: Any, text: str) -> tuple[list[int], str]:
+    """The tokens with the special ones at both ends kept, and the words that are cut off before the last."""
+    if len(encoding.ids) <= length:
+        return encoding.ids, ""
+    of_text = [index for index, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+    end = encoding.ids[of_text[-1] + 1 :]
+    keep = length - len(end)
+    first, word = keep, encoding.word_ids[keep]
+    while first > of_text[0] and word is not None and encoding.word_ids[first - 1] == word:
+        first -= 1  # a word that is cut in two is named whole
+    return encoding.ids[:keep] + end, text[encoding.offsets[first][0] :].strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What transformers takes for granted about a kind of tokenizer where its files are silent."""
+
+    tokenizer_class: str
+    max_length: int
+    special_tokens: Mapping[str, str]
+
+
+_END = "<|endoftext|>"
+KINDS = {
+    "BPE": _Kind(
+        "CLIPTokenizer",
+        77,
+        {"bos_token": "<|startoftext|>", "eos_token": _END, "unk_token": _END, "pad_token": _END},
+    ),
+    "Unigram": _Kind("T5Tokenizer", 512, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
+    "WordPiece": _Kind(
+        "BertTokenizer",
+        512,
+        {
+            "unk_token": "[UNK]",
+            "sep_token": "[SEP]",
+            "pad_token": "[PAD]",
+            "cls_token": "[CLS]",
+            "mask_token": "[MASK]",
+        },
+    ),
+}
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Opens the tokenizer folder of a published text encoder, as transformers writes it, old and new.
+
+    One of: tokenizer.json; vocab.json and merges.txt (CLIP); spiece.model (T5); vocab.txt (BERT); the first
+    of them that is there. tokenizer_config.json, special_tokens_map.json and added_tokens.json are honoured.
+
+    Raises:
+      CheckpointError: no such folder, none of these files, or one that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no tokenizer folder {folder}")
+    paths = [folder / name for name in (*_VOCABULARIES, *_SETTINGS)]
+    try:
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    try:
+        return _from_files(files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _from_files(files: dict[str, bytes]) -> Tokenizer:
+    settings = _json(files, "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:  # else the newest file says it all
+        settings |= _json(files, "special_tokens_map.json")
+    if settings.get("padding_side", "right") != "right":
+        raise CheckpointError(
+            "tokenizer_config.json asks for padding on the left: only the right is supported"
+        )
+    try:
+        backend, kind = _backend(files, settings)
+        special = {key: settings.get(key) or kind.special_tokens.get(key) for key in _SPECIAL}
+        _add_tokens(backend, settings, _json(files, "added_tokens.json"), special)
+    except CheckpointError:
+        raise
+    except Exception as error:  # `tokenizers` has no exception of its own
+        raise CheckpointError(f"the tokenizer's files do not fit together: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    longest = settings.get("model_max_length")
+    if not isinstance(longest, int | float) or longest > 1e6:  # transformers writes 1e30 for "unknown"
+        longest = kind.max_length
+    pad = backend.token_to_id(_content(special["pad_token"]))
+    if "tokenizer_config.json" not in files:
+        told = {key: _content(token) for key, token in special.items() if token}
+        told |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
+        files = files | {"tokenizer_config.json": json.dumps(told, indent=2).encode()}
+    return Tokenizer(int(longest), pad, backend, files)
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict:
+    try:
+        entries = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be read as JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{name} holds no JSON object")
+    return entries
+
+
+def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> tuple[Any, _Kind]:
+    """The `tokenizers.Tokenizer` of these files, without what the settings add to it, and its kind."""
+    import tokenizers
+
+    if "tokenizer.json" in files:
+        backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        kind = type(backend.model).__name__
+        if kind not in KINDS:
+            raise CheckpointError(f"tokenizer.json has a model of kind {kind}; known: {', '.join(KINDS)}")
+        return backend, KINDS[kind]
+    if "vocab.json" in files and "merges.txt" in files:
+        return _clip(files, settings), KINDS["BPE"]
+    if "spiece.model" in files:
+        return _t5(files, settings), KINDS["Unigram"]
+    if "vocab.txt" in files:
+        return _bert(files, settings), KINDS["WordPiece"]
+    raise CheckpointError(
+        "no tokenizer: it takes tokenizer.json, vocab.json with merges.txt, spiece.model or vocab.txt"
+    )
+
+
+def _clip(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
+    """Byte pairs of lower-case words, the last byte of a word marked. Radford et al. 2021, section 2.4."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = _json(files, "vocab.json")
+    lines = files["merges.txt"].decode().splitlines()
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    bos, eos, unknown = (
+        _content(settings.get(key) or KINDS["BPE"].special_tokens[key])
+        for key in ("bos_token", "eos_token", "unk_token")
+    )
+    for token in (bos, eos):
+        if token not in vocabulary:
+            raise CheckpointError(f"vocab.json has no {token!r}")
+    model = models.BPE(
+        vocabulary, pairs, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix="</w>"
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.RobertaProcessing(
+        (eos, vocabulary[eos]), (bos, vocabulary[bos]), trim_offsets=False, add_prefix_space=False
+    )
+    return backend
+
+
+def _t5(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
+    """The likeliest pieces of each word, a word beginning with "▁". Kudo 2018; Raffel et al. 2020, 2.2.1."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    found = read_sentencepieces(files["spiece.model"])
+    extra = [f"<extra_id_{index}>" for index in reversed(range(settings.get("extra_ids", 100)))]
+    pieces = found.pieces + [(text, 0.0) for text in extra]
+    backend = Tokenizer(models.Unigram(pieces, found.unknown))
+    if found.charsmap:
+        backend.normalizer = normalizers.Precompiled(found.charsmap)
+    metaspace = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
+    )
+    backend.decoder = decoders.Metaspace(**metaspace)
+    eos = _content(settings.get("eos_token") or KINDS["Unigram"].special_tokens["eos_token"])
+    number = backend.token_to_id(eos)
+    if number is None:
+        raise CheckpointError(f"spiece.model has no {eos!r}")
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", eos], pair=["$A", eos, "$B", eos], special_tokens=[(eos, number)]
+    )
+    control = [found.pieces[token][0] for token in (*found.control, found.unknown)]
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in control + extra])
+    return backend
+
+
+def _bert(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
+    """The longest known beginning of each word, then of what is left of it ("##..."). Devlin et al. 2019."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    lines = files["vocab.txt"].decode().split("\n")
+    vocabulary = {line.rstrip("\r"): index for index, line in enumerate(lines) if line}
+    unknown, cls, sep = (
+        _content(settings.get(key) or KINDS["WordPiece"].special_tokens[key])
+        for key in ("unk_token", "cls_token", "sep_token")
+    )
+    for token in (unknown, cls, sep):
+        if token not in vocabulary:
+            raise CheckpointError(f"vocab.txt has no {token!r}")
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
+    )
+    return backend
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    """The text of a token that is a string, or an object that also says how it is matched."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def _added_token(token: str | Mapping[str, Any], special: bool) -> Any:
+    from tokenizers import AddedToken
+
+    if isinstance(token, str):
+        return AddedToken(token, special=special, normalized=not special)
+    flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    return AddedToken(token["content"], special=token.get("special", special), **flags)
+
+
+def _add_tokens(
+    backend: Any, settings: Mapping[str, Any], added: Mapping[str, int], special: Mapping
+) -> None:
+    """Adds what is matched in a text before it is cut into pieces: the special tokens, and words added later.
+
+    A pad token is one of them: where it is "!", every "!" of a text becomes it, as in transformers.
+
+    Raises:
+      CheckpointError: an added token would not get the number that the files give it.
+    """
+    numbered = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
+    numbered |= {number: token for token, number in added.items()}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    names = {_content(token) for token in special.values() if token}
+    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or ()
+    extra = list(extra.values() if isinstance(extra, Mapping) else extra)
+    for token in (*(numbered[number] for number in sorted(numbered)), *special.values(), *extra):
+        if token and _content(token) not in known:
+            known.add(_content(token))
+            is_special = _content(token) in names or token in extra
+            backend.add_tokens([_added_token(token, is_special)])
+    for number, token in numbered.items():
+        if backend.token_to_id(_content(token)) != number:
+            raise CheckpointError(
+                f"the added token {_content(token)!r} should be number {number}, "
+                f"but is {backend.token_to_id(_content(token))} with this vocabulary"
+            )
