@@ -38,31 +38,24 @@ class ProjectedAttention(nn.Module):
     """Multi-head self-attention by projections with names of their own. x `[B, N, C]` -> the same shape.
 
     names: of the projections to query, key and value and, unless it stands elsewhere, of the output.
-    head_dim: numbers per head, C / num_heads unless given (T5's heads do not add up to C).
-    laws: how the kernels start, one per name; biases start from 0.
-    output_dtype: of the output projection, `dtype` unless given.
+    laws: how their kernels start; biases start from 0.
 
     The options of the call are those of `dot_product_attention`: scale, bias, mask.
     """
 
     names: tuple[str, ...]
     num_heads: int
-    head_dim: int | None = None
-    use_bias: bool = True
     dtype: str = "float32"
-    output_dtype: str | None = None
     laws: tuple[LawOfShape | None, ...] = (None,) * 4
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], **options: Any) -> Float[Array, "B N C"]:
-        width = (self.head_dim or x.shape[-1] // self.num_heads) * self.num_heads
-
-        def project(h: Array, features: int, index: int, output_dtype: str | None = None) -> Array:
-            law, name = self.laws[index], self.names[index]
-            return Linear(features, self.use_bias, self.dtype, law, zeros, output_dtype, name=name)(h)
-
-        h = attend(self, *(project(x, width, index) for index in range(3)), self.num_heads, **options)
-        return project(h, x.shape[-1], 3, self.output_dtype) if len(self.names) == 4 else h
+        query, key, value, *output = (
+            Linear(x.shape[-1], dtype=self.dtype, kernel_law=law, bias_law=zeros, name=name)
+            for name, law in zip(self.names, self.laws, strict=False)
+        )
+        h = attend(self, query(x), key(x), value(x), self.num_heads, **options)
+        return output[0](h) if output else h
 
 
 class MLP(nn.Module):

@@ -1,0 +1,199 @@
+"""The image tower of CLIP and the preparation of its images: what CLIP score compares texts with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.models.config import check
+from jaxldm.models.text_encoder import TransformersConfig
+from jaxldm.nn.embeddings import PatchProjection
+from jaxldm.nn.initialization import normal, parameter
+from jaxldm.nn.linear import Embedding, Linear, compute_dtype
+from jaxldm.nn.normalization import LayerNorm
+from jaxldm.nn.transformer_encoder import ACTIVATIONS, PreNormEncoder
+
+
+class ImageEncoding(NamedTuple):
+    """What an image encoder returns.
+
+    last_hidden_state: `[B, 1 + N, D]`, the class token and then the patches row by row, not normalised.
+    pooled: `[B, D]`, the class token, normalised.
+    image_embeds: `[B, P]`, its projection to the space that images share with texts.
+    hidden_states: the embeddings, then the output of every layer, each `[B, 1 + N, D]`.
+    """
+
+    last_hidden_state: Float[Array, "B N D"]
+    pooled: Float[Array, "B D"]
+    image_embeds: Float[Array, "B P"]
+    hidden_states: tuple[Float[Array, "B N D"], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(TransformersConfig):
+    """Config of `CLIPVisionModelWithProjection`; names and defaults are those of transformers."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    model_type: ClassVar[str] = "clip_vision_model"
+
+    def __post_init__(self):
+        check(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads",
+        )
+        check(
+            self.image_size % self.patch_size == 0,
+            f"images of {self.image_size} cannot be cut into whole patches of {self.patch_size}",
+        )
+        one_of("activation", self.hidden_act, ACTIVATIONS)
+        compute_dtype(self.dtype)
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """Images `[B, H, W, C]` -> class token and patches, positions added, `[B, 1 + N, D]`."""
+
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
+        config = self.config
+        width, law = config.hidden_size, normal(0.02)
+        patches = PatchProjection(
+            width, config.patch_size, config.dtype, use_bias=False, kernel_law=law, name="patch_embedding"
+        )(pixel_values)
+        token = parameter(self, "class_embedding", normal(width**-0.5), (width,)).astype(patches.dtype)
+        token = jnp.broadcast_to(token[None, None], (patches.shape[0], 1, width))
+        x = jnp.concatenate([token, patches], axis=1)
+        positions = Embedding(x.shape[1], width, config.dtype, law, name="position_embedding")
+        return x + positions(jnp.arange(x.shape[1]))[None]
+
+
+class CLIPVisionTransformer(nn.Module):
+    """Images -> hidden states and the normalised class token. Radford et al. 2021, section 2.4."""
+
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "B H W C"]) -> tuple[tuple[Array, ...], Array]:
+        config = self.config
+        embedded = CLIPVisionEmbeddings(config, name="embeddings")(pixel_values)
+        # The name in the published checkpoints, as it was misspelt there.
+        embedded = LayerNorm(config.layer_norm_eps, config.dtype, name="pre_layrnorm")(embedded)
+        states = PreNormEncoder(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.hidden_act,
+            config.layer_norm_eps,
+            config.dtype,
+            name="encoder",
+        )(embedded)
+        norm = LayerNorm(config.layer_norm_eps, config.dtype, name="post_layernorm")
+        return states, norm(states[-1][:, 0])
+
+
+class CLIPVisionModelWithProjection(nn.Module):
+    """CLIP's image tower, a vision transformer. Radford et al. 2021; Dosovitskiy et al. 2021.
+
+    Call: pixel_values `[B, image_size, image_size, 3]` as `clip_pixel_values` makes them ->
+    `ImageEncoding` in `config.dtype`. `image_embeds` has the length that the projection gave it.
+
+    Raises:
+      InvalidArgumentError: images of another size or number of channels.
+    """
+
+    config: CLIPVisionConfig
+
+    # Old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
+    ignored_tensors: ClassVar[tuple[str, ...]] = (r".*\.position_ids",)
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "B H W C"]) -> ImageEncoding:
+        config = self.config
+        wanted = (config.image_size, config.image_size, config.num_channels)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
+            raise InvalidArgumentError(
+                f"pixel_values must be [B, {', '.join(map(str, wanted))}], not {pixel_values.shape}: "
+                "make them with clip_pixel_values(images, image_size)"
+            )
+        states, pooled = CLIPVisionTransformer(config, name="vision_model")(pixel_values)
+        law = normal(config.hidden_size**-0.5)
+        project = Linear(config.projection_dim, False, config.dtype, law, name="visual_projection")
+        return ImageEncoding(states[-1], pooled, project(pooled), states)
+
+    def example_inputs(self) -> tuple:
+        """The shape of the images that `init` traces the model with."""
+        config = self.config
+        size = (1, config.image_size, config.image_size, config.num_channels)
+        return (jax.ShapeDtypeStruct(size, jnp.float32),)
+
+
+# Mean and standard deviation of the red, green and blue of CLIP's training images, in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixel_values(images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224) -> np.ndarray:
+    """Pictures as CLIP's image tower takes them: float32 `[B, image_size, image_size, 3]`, on the host.
+
+    Resized so that the shorter side has `image_size` (Pillow's bicubic filter, in grey levels of 8 bits), the
+    middle square cut out, divided by 255, mean and standard deviation of CLIP's training images taken off.
+    Radford et al. 2021.
+
+    Args:
+      images: uint8 `[B, H, W, 3]`, red, green, blue.
+
+    Raises:
+      InvalidArgumentError: something else than that.
+
+    >>> clip_pixel_values(np.zeros((2, 48, 32, 3), np.uint8), 16).shape
+    (2, 16, 16, 3)
+    """
+    from PIL import Image
+
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise InvalidArgumentError(
+            f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}: "
+            "for x in [-1, 1] give ((x + 1) * 127.5).round().astype('uint8')"
+        )
+    height, width = images.shape[1:3]
+    shorter = min(height, width)
+    size = (width * image_size // shorter, height * image_size // shorter)
+    left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+    pixels = np.stack(
+        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
+    )[:, top : top + image_size, left : left + image_size]
+    mean, std = (np.asarray(value, np.float32).reshape(1, 1, 1, 3) for value in (CLIP_MEAN, CLIP_STD))
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+PRESETS = {
+    # OpenAI's ViT-L/14 for CLIP score: 303,966,208 parameters, the projection (786,432) included.
+    "clip-l-vision": CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        projection_dim=768,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+    ),
+}
