@@ -12,19 +12,30 @@ Submodules carry their published names, so one rule serves every model, in both 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxldm.errors import CheckpointError
+from jaxldm.checkpoints.safetensors_file import Tensor
+from jaxldm.errors import CheckpointError, InvalidArgumentError
+
+Path = tuple[str, ...]
+Placement = (
+    None | jax.Device | jax.sharding.Sharding | Callable[[Path, tuple[int, ...]], jax.sharding.Sharding]
+)
 
 # The exceptions. Published names that end in _<number> without meaning "the n-th of a list":
-KEPT = frozenset({"linear_1", "linear_2"})
+KEPT = frozenset({"linear_1", "linear_2", "wi_0", "wi_1"})
 # Attention projections in checkpoints written by early diffusers:
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Transformers writes an encoder with the name of the tower in front of every tensor, or without it:
+TOWERS = ("text_model.", "vision_model.", "bert.")
 
 
 def published_name(path: tuple[str, ...]) -> str:
@@ -34,56 +45,143 @@ def published_name(path: tuple[str, ...]) -> str:
     return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
-def _published_axes(path: tuple[str, ...], rank: int) -> tuple[int, ...]:
+def _published_axes(path: Path, rank: int) -> tuple[int, ...]:
     """Where each axis of the published tensor stands in ours: (in, out) last here, (out, in) first there."""
     if path[-1] != "kernel" or rank < 2:
         return tuple(range(rank))
     return (rank - 1, rank - 2, *range(rank - 2))
 
 
+@dataclasses.dataclass(frozen=True)
+class PublishedTensor:
+    """A parameter in the layout of its published tensor: `np.asarray(it)` fetches it from its device."""
+
+    path: Path
+    value: Any
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Where each of its axes stands in the parameter."""
+        return _published_axes(self.path, len(self.value.shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As published."""
+        return tuple(self.value.shape[axis] for axis in self.axes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the parameter."""
+        return np.dtype(self.value.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.asarray(self.value).transpose(self.axes)
+        return np.array(array, dtype, copy=copy, order="C")
+
+
+def published(params: Mapping) -> dict[str, PublishedTensor]:
+    """Nested Flax parameters, or their shapes -> {published name: its tensor, not fetched yet}."""
+    flat = traverse_util.flatten_dict(params)
+    return {published_name(path): PublishedTensor(path, value) for path, value in flat.items()}
+
+
 def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
     """Nested Flax parameters -> {published name: tensor}, in host memory, values unchanged bit for bit."""
-    state = {}
-    for path, value in traverse_util.flatten_dict(params).items():
-        array = np.asarray(value)
-        state[published_name(path)] = np.asarray(
-            array.transpose(_published_axes(path, array.ndim)), order="C"
-        )
-    return state
+    return {name: np.asarray(tensor) for name, tensor in published(params).items()}
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], template_params: Mapping) -> dict:
+def from_state_dict(
+    state: Mapping[str, Tensor],
+    template_params: Mapping,
+    *,
+    dtype: str | None = None,
+    sharding: Placement = None,
+) -> dict:
     """{published name: tensor} -> nested Flax parameters like `template_params`, the inverse of
-    `to_state_dict`.
+    `to_state_dict`. One tensor at a time is read, converted and put where it belongs.
 
     Args:
+      state: arrays, or tensors that are still in a file.
       template_params: the parameters, or their `jax.ShapeDtypeStruct`; the result takes their dtypes.
+      dtype: another dtype, for all that are floating.
+      sharding: a device or a sharding for all, or a function of a parameter's path and shape to its
+        sharding; None: the default device. Of a split parameter each device gets its part alone.
 
     Raises:
       CheckpointError: tensors missing, left over or of another shape, each named with both shapes.
+      InvalidArgumentError: a parameter cannot be split as `sharding` says.
     """
-    template = traverse_util.flatten_dict(template_params)
-    names = {path: published_name(path) for path in template}
-    state = _with_current_names(state, set(names.values()))
-    axes = {path: _published_axes(path, len(spec.shape)) for path, spec in template.items()}
-    wanted = {names[path]: tuple(spec.shape[axis] for axis in axes[path]) for path, spec in template.items()}
-    _check(wanted, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    wanted = published(template_params)
+    state = _with_current_names(state, wanted)
+    _check(
+        {name: tensor.shape for name, tensor in wanted.items()},
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+    )
     params = {}
-    for path, spec in template.items():
-        ours = np.asarray(state[names[path]]).transpose(np.argsort(axes[path]))
-        params[path] = jax.numpy.asarray(np.asarray(ours, order="C"), dtype=spec.dtype)
+    for name, tensor in wanted.items():
+        floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
+        kind = np.dtype(dtype) if dtype is not None and floating else tensor.dtype
+        where = _placement(sharding, tensor.path, tuple(tensor.value.shape))
+        params[tensor.path] = _placed(state[name], np.argsort(tensor.axes), kind, where)
     return traverse_util.unflatten_dict(params)
 
 
-def _with_current_names(state: Mapping[str, np.ndarray], known: set[str]) -> dict[str, np.ndarray]:
-    def current(name: str) -> str:
-        renamed = ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
-        return renamed if name not in known and renamed in known else name
+def _placement(sharding: Placement, path: Path, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    if sharding is None:
+        sharding = (
+            jax.local_devices()[0] if jax.config.jax_default_device is None else jax.numpy.zeros(()).device
+        )
+    if not isinstance(sharding, jax.Device | jax.sharding.Sharding):
+        sharding = sharding(path, shape)
+    if isinstance(sharding, jax.Device):
+        return jax.sharding.SingleDeviceSharding(sharding)
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"{'/'.join(path)}, {shape}, cannot be split as {sharding} says ({error}): give a function "
+            "(path, shape) -> sharding that leaves such parameters whole"
+        ) from error
+    return sharding
 
-    return {current(name): tensor for name, tensor in state.items()}
+
+def _placed(tensor: Tensor, axes: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A published tensor as a parameter on its devices.
+
+    Waits for the transfer: the next tensor is read when this one has left the host's memory.
+    """
+    ours = np.asarray(tensor).transpose(axes)
+    array = jax.make_array_from_callback(
+        ours.shape, sharding, lambda part: _owned(ours[part], dtype), dtype=dtype
+    )
+    return array.block_until_ready()
 
 
-def _check(wanted: dict[str, tuple], given: dict[str, tuple]) -> None:
+def _owned(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous copy, aligned to 64 bytes: JAX on a CPU then keeps it and makes no further copy.
+
+    Never the view itself: that may be a file, which changes or ends while the parameters live.
+    """
+    size = math.prod(view.shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + size].view(dtype).reshape(view.shape)
+    np.copyto(copy, view, casting="unsafe")
+    return copy
+
+
+def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        current = ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+        current = current if name not in known and current in known else name
+        if current in renamed:
+            raise CheckpointError(f"the weights hold {current} under its present and under its early name")
+        renamed[current] = tensor
+    return renamed
+
+
+def _check(wanted: Mapping[str, tuple], given: Mapping[str, tuple]) -> None:
     problems = [f"missing: {name} {wanted[name]}" for name in wanted if name not in given]
     problems += [f"left over: {name} {given[name]}" for name in given if name not in wanted]
     problems += [
@@ -92,5 +190,4 @@ def _check(wanted: dict[str, tuple], given: dict[str, tuple]) -> None:
         if name in given and given[name] != shape
     ]
     if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CheckpointError("the weights do not fit the model: " + "; ".join(shown))
+        raise CheckpointError("the weights do not fit the model: " + "; ".join(problems))
