@@ -173,8 +173,9 @@ def _owned(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        current = ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
-        current = current if name not in known and current in known else name
+        early = ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+        within, alone = (tower + name for tower in TOWERS), (name.removeprefix(tower) for tower in TOWERS)
+        current = next((other for other in (name, early, *within, *alone) if other in known), name)
         if current in renamed:
             raise CheckpointError(f"the weights hold {current} under its present and under its early name")
         renamed[current] = tensor
