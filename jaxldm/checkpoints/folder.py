@@ -1,65 +1,116 @@
-"""A model as a folder that other programs open: config.json and diffusion_pytorch_model.safetensors."""
+"""A model as a folder that other programs open: config.json and safetensors, as diffusers and transformers
+lay them out.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
 
 from jaxldm import models
-from jaxldm.checkpoints.names import from_state_dict, to_state_dict
-from jaxldm.checkpoints.safetensors_file import read_safetensors, safetensors_bytes
+from jaxldm.checkpoints.names import Placement, from_state_dict, published
+from jaxldm.checkpoints.safetensors_file import StoredTensor
 from jaxldm.checkpoints.storage import storage_errors, write_together
+from jaxldm.checkpoints.weight_files import (
+    MAX_SHARD_SIZE,
+    open_weights,
+    read_json,
+    remove_other_weights,
+    weight_contents,
+)
 from jaxldm.errors import CheckpointError
+from jaxldm.nn.linear import compute_dtype
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # of a model in the layout of diffusers
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def save(folder: Path | str, module: nn.Module, params: dict) -> None:
-    """Writes a model's config and weights so that `load`, and for published architectures diffusers, open it.
+def save(
+    folder: Path | str, module: nn.Module, params: dict, *, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """Writes a model's config and weights so that `load` opens it, and for published architectures diffusers
+    or transformers.
 
-    Bit for bit; both files are whole under temporary names before either takes its place, so a failure leaves
-    an earlier model in that folder as it was.
+    Bit for bit, one tensor at a time. All files are whole under temporary names before the first takes its
+    place, so a failure leaves an earlier model in that folder as it was.
 
     Args:
       params: the nested dictionary inside `{"params": ...}`, in whatever dtype it has.
+      max_shard_size: bytes; larger models are written as several files and an index.
 
     Raises:
       StorageError: disk full, no permission, a file where the folder should be.
     """
     folder = Path(folder)
     config = models.config_to_dict(module.config)
-    content = {
-        folder / WEIGHTS_FILE: safetensors_bytes(to_state_dict(params) | dict(_constants(module))),
-        folder / CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
+    stem = _STEMS[module.config.library]
+    tensors = published(params) | dict(_constants(module))
+    contents = weight_contents(folder, stem, tensors, max_shard_size)
+    contents[folder / CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_together(content)
+    write_together(contents)
+    with storage_errors(folder):
+        remove_other_weights(folder, stem, contents)
 
 
-def load(folder: Path | str) -> tuple[nn.Module, dict]:
-    """Opens a model folder that `save` or diffusers wrote: (module, its float32 parameters).
+def load(
+    folder: Path | str,
+    *,
+    dtype: str | None = None,
+    sharding: Placement = None,
+    variant: str | None = None,
+) -> tuple[nn.Module, dict]:
+    """Opens a model folder that `save`, diffusers or transformers wrote: (module, its parameters).
+
+    Tensors are read from disk one at a time, each put on its device before the next is read: the host needs
+    memory for the largest of them, not for the model.
+
+    Args:
+      dtype: "float32", "bfloat16" or "float16", for the parameters and for what the module computes in. None:
+        float32 parameters, and what the config says.
+      sharding: a device or a `jax.sharding.Sharding` for every parameter, or a function (path, shape) ->
+        sharding, path being ("down_blocks_0", ..., "kernel"). Each device gets its part alone.
+      variant: "fp16" and the like, for `*.fp16.safetensors`; None: the plain files, or the only variant where
+        there are none.
 
     Raises:
-      CheckpointError: the folder, a file or a tensor is missing, damaged, left over or of another shape, or
-        the config asks for something that is not supported. The message names it.
+      CheckpointError: the folder, a file or a tensor is missing, damaged, left over or of another shape, the
+        weights are a pickle file, or the config asks for something that is not supported. The message names
+        it.
+      UnknownNameError: another dtype.
+      InvalidArgumentError: a parameter cannot be split as `sharding` says.
     """
     folder = Path(folder)
-    module = models.from_config(models.config_from_dict(read_config(folder)))
-    state = read_safetensors(folder / WEIGHTS_FILE)
-    for name, table in _constants(module).items():
-        if name in state and state[name].shape != table.shape:
-            shapes = f"{state[name].shape} in the file, {table.shape} in the model"
-            raise CheckpointError(f"the weights do not fit the model: {name} is {shapes}")
-        state.pop(name, None)
+    return load_as(read_config(folder), folder, dtype=dtype, sharding=sharding, variant=variant)
+
+
+def load_as(
+    entries: Mapping,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    sharding: Placement = None,
+    variant: str | None = None,
+) -> tuple[nn.Module, dict]:
+    """`load` with these entries instead of those of the folder's config.json."""
+    if dtype is not None:
+        compute_dtype(dtype)
+    config = models.config_from_dict(entries)
+    module = models.from_config(config if dtype is None else dataclasses.replace(config, dtype=dtype))
+    weights, stored = open_weights(folder, _STEMS[config.library], variant)
     try:
-        return module, from_state_dict(state, models.shapes(module))
+        state = _without_untrained(stored, module)
+        return module, from_state_dict(state, models.shapes(module), dtype=dtype, sharding=sharding)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: {error}") from error
+        raise CheckpointError(f"{weights}: {error}") from error
 
 
 def read_config(folder: Path | str) -> dict:
@@ -75,15 +126,35 @@ def read_config(folder: Path | str) -> dict:
         raise CheckpointError(
             f"{path.parent} has no {CONFIG_FILE}: it is not a model folder, or saving was interrupted"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return config
+    return read_json(path)
 
 
 def _constants(module: nn.Module) -> dict[str, np.ndarray]:
     """Tensors that published checkpoints of this architecture hold although nobody trains them."""
     return dict(module.constant_tensors()) if hasattr(module, "constant_tensors") else {}
+
+
+def _without_untrained(stored: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, StoredTensor]:
+    """The tensors that are parameters of the module, each under one name.
+
+    Left out are its constants (`constant_tensors()`), what it declares to hold nothing (`ignored_tensors`)
+    and the second names of tensors that bear two (`tied_tensors`).
+    """
+    state = dict(stored)
+    for name, table in _constants(module).items():
+        if name in state and state[name].shape != table.shape:
+            shapes = f"{state[name].shape} in the file, {table.shape} in the model"
+            raise CheckpointError(f"the weights do not fit the model: {name} is {shapes}")
+        state.pop(name, None)
+    for name, kept in getattr(module, "tied_tensors", {}).items():
+        if name not in state:
+            continue
+        second = state.pop(name)
+        if kept in state and np.asarray(second).tobytes() != np.asarray(state[kept]).tobytes():
+            raise CheckpointError(
+                f"the weights do not fit the model: {name} and {kept} are one tensor in it, in the file they "
+                "differ"
+            )
+        state.setdefault(kept, second)
+    ignored = [re.compile(pattern) for pattern in getattr(module, "ignored_tensors", ())]
+    return {name: tensor for name, tensor in state.items() if not any(p.fullmatch(name) for p in ignored)}

@@ -27,7 +27,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 Path = tuple[str, ...]
 Placement = (
-    None | jax.Device | jax.sharding.Sharding | Callable[[Path, tuple[int, ...]], jax.sharding.Sharding]
+    jax.Device | jax.sharding.Sharding | Callable[[Path, tuple[int, ...]], jax.sharding.Sharding] | None
 )
 
 # The exceptions. Published names that end in _<number> without meaning "the n-th of a list":
@@ -126,15 +126,13 @@ def from_state_dict(
     return traverse_util.unflatten_dict(params)
 
 
-def _placement(sharding: Placement, path: Path, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    if sharding is None:
-        sharding = (
-            jax.local_devices()[0] if jax.config.jax_default_device is None else jax.numpy.zeros(()).device
-        )
-    if not isinstance(sharding, jax.Device | jax.sharding.Sharding):
+def _placement(
+    sharding: Placement, path: Path, shape: tuple[int, ...]
+) -> jax.Device | jax.sharding.Sharding | None:
+    if not isinstance(sharding, jax.Device | jax.sharding.Sharding | None):
         sharding = sharding(path, shape)
-    if isinstance(sharding, jax.Device):
-        return jax.sharding.SingleDeviceSharding(sharding)
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return sharding
     try:
         sharding.shard_shape(shape)
     except ValueError as error:
@@ -145,15 +143,18 @@ def _placement(sharding: Placement, path: Path, shape: tuple[int, ...]) -> jax.s
     return sharding
 
 
-def _placed(tensor: Tensor, axes: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+def _placed(
+    tensor: Tensor, axes: np.ndarray, dtype: np.dtype, where: jax.Device | jax.sharding.Sharding | None
+) -> jax.Array:
     """A published tensor as a parameter on its devices.
 
     Waits for the transfer: the next tensor is read when this one has left the host's memory.
     """
     ours = np.asarray(tensor).transpose(axes)
-    array = jax.make_array_from_callback(
-        ours.shape, sharding, lambda part: _owned(ours[part], dtype), dtype=dtype
-    )
+    if isinstance(where, jax.sharding.Sharding):
+        array = jax.make_array_from_callback(ours.shape, where, lambda part: _owned(ours[part], dtype))
+    else:
+        array = jax.device_put(_owned(ours, dtype), where)
     return array.block_until_ready()
 
 
@@ -177,7 +178,7 @@ def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -
         within, alone = (tower + name for tower in TOWERS), (name.removeprefix(tower) for tower in TOWERS)
         current = next((other for other in (name, early, *within, *alone) if other in known), name)
         if current in renamed:
-            raise CheckpointError(f"the weights hold {current} under its present and under its early name")
+            raise CheckpointError(f"the weights hold {current} under two of its names")
         renamed[current] = tensor
     return renamed
 

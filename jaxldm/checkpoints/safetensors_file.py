@@ -1,39 +1,216 @@
-"""The safetensors file format: reading with errors for people, writing as bytes."""
+"""The safetensors file format: tensors found by the header alone and read when they are wanted; writing.
+
+A file is eight bytes (the length of the header), the header (JSON: name -> dtype, shape, first and last byte)
+and the bytes of the tensors. Nothing in it is code. https://github.com/huggingface/safetensors, "Format".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from jaxldm.errors import CheckpointError
 
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+        "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64, "C64": np.complex64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu, "BF16": ml_dtypes.bfloat16,
+        "F16": np.float16, "F32": np.float32, "F64": np.float64,
+    }.items()
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # as the format's own library has it
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
-def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, bit for bit, in host memory.
+
+class Tensor(Protocol):
+    """What can be written: an array, or anything else with a shape, a dtype and `np.asarray` of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read yet: `np.asarray(it)` maps its bytes into memory, read-only.
+
+    The mapping is of this tensor alone and ends with the last array that looks at it.
+    """
+
+    path: Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        if size == 0:
+            return np.zeros(self.shape, dtype or self.dtype)
+        try:
+            raw = np.memmap(self.path, np.uint8, "r", self.offset, (size,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} has changed while it was read: {error}") from error
+        array = np.asarray(raw).view(self.dtype).reshape(self.shape)
+        return np.array(array, dtype or self.dtype, copy=copy)
+
+
+class Contents(NamedTuple):
+    """A safetensors file: its tensors, unread, in the order of their bytes, and the texts beside them."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def open_safetensors(path: Path | str) -> Contents:
+    """What is in a safetensors file, by its header alone; the tensors are read when they are used.
 
     Raises:
-      CheckpointError: no such file; a header that is not one, or that promises more or less than the file
-        holds (a download or a copy that was cut off); a dtype that numpy does not have.
+      CheckpointError: no such file, a pickle file, a header that is not one or that claims more or less than
+        the file holds (a download or a copy that was cut off), tensors that overlap or are named twice, a
+        dtype that cannot be read here.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {path}")
+    refuse_pickle(path)
+    start = b""
     try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise _Damage(_too_long(start, length, size))
+            header = file.read(length)
+        return _read_header(path, header, 8 + length, size)
+    except _Damage as error:
+        refuse_pickle(path, start)
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is damaged ({error}): write or download it again"
+            f"{path} ({size} bytes) is damaged ({error}): write or download it again"
         ) from error
-    except (AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path} has tensors of a dtype that cannot be read here: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def safetensors_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The content of a safetensors file with these tensors (contiguous), marked as PyTorch's layout."""
-    return safetensors.numpy.save(dict(tensors), metadata={"format": "pt"})
+def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file, bit for bit, in host memory. Raises as `open_safetensors` does."""
+    return {name: np.array(tensor) for name, tensor in open_safetensors(path).tensors.items()}
+
+
+def refuse_pickle(path: Path, start: bytes = b"") -> None:
+    """Raises `CheckpointError` when the name or the first bytes of a file are those of a pickle file."""
+    if path.suffix not in _PICKLE_SUFFIXES and not start.startswith(_PICKLE_STARTS):
+        return
+    raise CheckpointError(
+        f"{path} is a pickle file: opening one runs whatever program is hidden in it, so it is not read "
+        "here. Take the .safetensors file of the same weights; where there is none, and you trust this one, "
+        "convert it once with PyTorch:  "
+        f"s = torch.load({path.name!r}, weights_only=True); s = s.get('state_dict', s); "
+        "safetensors.torch.save_file({k: v.contiguous() for k, v in s.items() if hasattr(v, 'shape')}, "
+        f"{path.with_suffix('.safetensors').name!r})"
+    )
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a safetensors file with these tensors, marked as PyTorch's layout unless told."""
+    return b"".join(safetensors_chunks(tensors, metadata))
+
+
+def safetensors_chunks(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The same piece by piece: the header, then one tensor at a time, each read when its turn comes."""
+    # Wide dtypes first: then every tensor is aligned, as the format asks of writers.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
+    end = 0
+    for name in order:
+        shape, dtype = tensors[name].shape, np.dtype(tensors[name].dtype)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        array = np.asarray(tensors[name])
+        assert array.shape == tuple(tensors[name].shape) and array.dtype == tensors[name].dtype, name
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+class _Damage(Exception):
+    """What is wrong with a file's bytes."""
+
+
+def _too_long(start: bytes, length: int, size: int) -> str:
+    if size < 8:
+        return "too short for a header"
+    if start.startswith(b"version "):
+        return "it is the pointer of Git LFS and not the file: fetch it with `git lfs pull`"
+    return f"its header claims {length} bytes, {size - 8} follow"
+
+
+def _read_header(path: Path, header: bytes, data_start: int, file_size: int) -> Contents:
+    if not header.startswith(b"{"):
+        raise _Damage("its header is no JSON object")
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _Damage(f"its header is no JSON: {error}") from error
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _Damage("its __metadata__ are not texts")
+    spans = {name: _span(name, entry) for name, entry in entries.items()}
+    end, before = 0, "the header"
+    tensors = {}
+    for name in sorted(spans, key=lambda name: spans[name][2:]):
+        dtype, shape, first, last = spans[name]
+        if first != end:
+            what = "overlaps" if first < end else "leaves a gap after"
+            raise _Damage(f"tensor {name!r} at bytes {first} to {last} {what} {before}, which ends at {end}")
+        tensors[name] = StoredTensor(path, name, dtype, shape, data_start + first)
+        end, before = last, repr(name)
+    if end != file_size - data_start:
+        raise _Damage(f"its header claims {end} bytes of tensors, {file_size - data_start} follow")
+    return Contents(tensors, metadata)
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise ValueError(f"{name!r} stands in it twice")
+        entries[name] = value
+    return entries
+
+
+def _span(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, the byte after the last) of a header's entry."""
+    try:
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _Damage(f"the header's entry of {name!r} is not a dtype, a shape and two offsets") from None
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise _Damage(f"the shape or the offsets of {name!r} are not counts: {list(shape)}, {first}, {last}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _Damage(f"tensor {name!r} is of dtype {dtype!r}; known here are {', '.join(DTYPES)}")
+    if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise _Damage(
+            f"tensor {name!r}, {dtype} {list(shape)}, has {last - first} bytes instead of "
+            f"{math.prod(shape) * DTYPES[dtype].itemsize}"
+        )
+    return DTYPES[dtype], shape, first, last

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jaxldm.errors import StorageError
@@ -62,16 +62,17 @@ def write_atomically(path: Path | str, content: bytes) -> None:
     write_together({Path(path): content})
 
 
-def write_together(contents: Mapping[Path, bytes]) -> None:
+def write_together(contents: Mapping[Path, bytes | Iterable[bytes | memoryview]]) -> None:
     """`write_atomically` for files that belong together: no rename before the last byte of all is on disk.
 
-    Raises `StorageError`, and then all the old files are as they were.
+    A content may come in pieces, each asked for when the one before is written. Raises `StorageError`, and
+    then all the old files are as they were.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
         for path, content in contents.items():
             with storage_errors(path), temporary[path].open("wb") as file:
-                file.write(content)
+                file.writelines([content] if isinstance(content, bytes) else content)
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:

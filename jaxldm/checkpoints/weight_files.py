@@ -1,0 +1,166 @@
+"""The weight files of a model folder: one file or several with an index, in one variant or another.
+
+| file | what it is |
+|---|---|
+| `STEM.safetensors` | all tensors |
+| `STEM.fp16.safetensors` | all tensors, in the variant fp16 |
+| `STEM-00001-of-00003.safetensors` ... | tensors of a large model, in several files (shards) |
+| `STEM.safetensors.index.json`, `STEM.safetensors.index.fp16.json` | which tensor is in which shard |
+
+STEM is `diffusion_pytorch_model` in folders of diffusers and `model` in those of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxldm.checkpoints.safetensors_file import (
+    StoredTensor,
+    Tensor,
+    open_safetensors,
+    refuse_pickle,
+    safetensors_chunks,
+    without_duplicates,
+)
+from jaxldm.errors import CheckpointError
+
+MAX_SHARD_SIZE = 10 * 10**9  # bytes, as in diffusers
+_PICKLES = ("{stem}*.bin", "pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
+
+
+def open_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[Path, dict[str, StoredTensor]]:
+    """The weight file of a folder, or the index of several, and all their tensors, unread.
+
+    Args:
+      variant: "fp16" and the like; None: the plain files, or the only variant where there are none.
+
+    Raises:
+      CheckpointError: no such files, only pickle files, several variants to choose from, a damaged file, an
+        index that does not agree with its shards.
+    """
+    if variant is None and not any(path.is_file() for path in _places(folder, stem, None)):
+        variant = _only_variant(folder, stem)
+    index, single = _places(folder, stem, variant)
+    if index.is_file():
+        return index, _open_shards(index)
+    if single.is_file():
+        return single, open_safetensors(single).tensors
+    raise CheckpointError(f"there is no weight file {single}{_what_is_there(folder, stem)}")
+
+
+def _places(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """Where a variant's index and its single file would be."""
+    middle = "" if variant is None else f".{variant}"
+    return folder / f"{stem}.safetensors.index{middle}.json", folder / f"{stem}{middle}.safetensors"
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    patterns = (rf"{stem}\.([\w-]+)\.safetensors", rf"{stem}\.safetensors\.index\.([\w-]+)\.json")
+    found = {
+        match[1]
+        for path in folder.iterdir()
+        for pattern in patterns
+        if (match := re.fullmatch(pattern, path.name)) and not re.search(r"-\d+-of-\d+$", match[1])
+    }
+    return sorted(found)
+
+
+def _only_variant(folder: Path, stem: str) -> str | None:
+    variants = _variants(folder, stem)
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{folder} has weights in the variants {', '.join(variants)} only: choose one, with "
+            f"variant={variants[0]!r}"
+        )
+    return variants[0] if variants else None
+
+
+def _what_is_there(folder: Path, stem: str) -> str:
+    """What stands in the folder instead; raises the refusal where that is a pickle file."""
+    variants = _variants(folder, stem)
+    if variants:
+        return f"; there are the variants {', '.join(variants)}"
+    shards = sorted(folder.glob(f"{stem}*-of-*.safetensors"))
+    if shards:
+        return f"; there is {shards[0].name}, but no {stem}.safetensors.index.json beside it: copy that too"
+    for pattern in _PICKLES:
+        for pickle in sorted(folder.glob(pattern.format(stem=stem))):
+            refuse_pickle(pickle)
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` when there is none, or one with a name twice."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return entries
+
+
+def _open_shards(index: Path) -> dict[str, StoredTensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    outside = sorted({place for place in places.values() if Path(place).name != place or place == ".."})
+    if outside:
+        raise CheckpointError(f"{index} names files outside its folder: {', '.join(outside)}")
+    shards = sorted(set(places.values()))
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise CheckpointError(f"{index} names files that are not there: {', '.join(absent)}")
+    contents = {shard: open_safetensors(index.parent / shard).tensors for shard in shards}
+    problems = [f"{name} is not in {place}" for name, place in places.items() if name not in contents[place]]
+    problems += [
+        f"{name} is in {shard} " + (f"and not only in {places[name]}" if name in places else "unannounced")
+        for shard, tensors in contents.items()
+        for name in tensors
+        if places.get(name) != shard
+    ]
+    if problems:
+        raise CheckpointError(f"{index} does not agree with its files: {'; '.join(problems)}")
+    return {name: contents[place][name] for name, place in places.items()}
+
+
+def weight_contents(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], max_shard_size: int = MAX_SHARD_SIZE
+) -> dict[Path, bytes | Iterable[bytes | memoryview]]:
+    """The files that hold these tensors, for `storage.write_together`: one, or shards and their index.
+
+    A shard has at most `max_shard_size` bytes of tensors, or one tensor that is larger.
+    """
+    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_size
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {folder / f"{stem}.safetensors": safetensors_chunks(tensors)}
+    files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    places = {name: file for file, shard in files.items() for name in shard}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    return {
+        **{
+            folder / file: safetensors_chunks({name: tensors[name] for name in shard})
+            for file, shard in files.items()
+        },
+        folder / f"{stem}.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode(),
+    }
+
+
+def remove_other_weights(folder: Path, stem: str, kept: Iterable[Path]) -> None:
+    """Removes plain weight files of an earlier save, which would otherwise be taken for this one's."""
+    numbered = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+    for path in {*_places(folder, stem, None), *numbered} - set(kept):
+        path.unlink(missing_ok=True)
