@@ -20,6 +20,7 @@ from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.registry import (
     PRESETS,
     build,
+    class_name,
     config_from_dict,
     config_to_dict,
     count_params,
@@ -29,6 +30,7 @@ from jaxldm.models.registry import (
 )
 from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
+from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxldm.nn.embeddings import patchify, unpatchify
 
 __all__ = [
@@ -47,9 +49,12 @@ __all__ = [
     "DigitClassifier",
     "DigitClassifierConfig",
     "TextEncoding",
+    "UNet2DConditionConfig",
+    "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
     "build",
+    "class_name",
     "config_from_dict",
     "config_to_dict",
     "count_params",

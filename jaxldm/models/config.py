@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 
+OWN_FIELDS = ("dtype", "remat")  # of every config that has them; no published config does
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -62,7 +64,7 @@ class ModelConfig:
 
     @classmethod
     def _written_name(cls, field: str) -> str:
-        return f"_{field}" if cls.published and field == "dtype" else field
+        return f"_{field}" if cls.published and field in OWN_FIELDS else field
 
 
 def _listed(value: Any) -> Any:

@@ -11,13 +11,25 @@ import jax
 from jaxtyping import Array
 
 from jaxldm.errors import CheckpointError, UnknownNameError, one_of
-from jaxldm.models import autoencoder_conv, autoencoder_kl, clip_text, digit_classifier, dit, unet_2d
+from jaxldm.models import (
+    autoencoder_conv,
+    autoencoder_kl,
+    clip_text,
+    digit_classifier,
+    dit,
+    unet_2d,
+    unet_2d_condition,
+)
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.initialization import starting_values
 
 # A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "UNet2DModel": (unet_2d.UNet2DModel, unet_2d.UNet2DConfig),
+    "UNet2DConditionModel": (
+        unet_2d_condition.UNet2DConditionModel,
+        unet_2d_condition.UNet2DConditionConfig,
+    ),
     "DiT": (dit.DiT, dit.DiTConfig),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
@@ -32,6 +44,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
 PRESETS: dict[str, ModelConfig] = {
     **autoencoder_conv.PRESETS,
     **unet_2d.PRESETS,
+    **unet_2d_condition.PRESETS,
     **dit.PRESETS,
     **autoencoder_kl.PRESETS,
     **digit_classifier.PRESETS,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
-from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, compute_dtype
@@ -131,10 +131,10 @@ class UNet2DModel(nn.Module):
         chex.assert_shape(t, (x.shape[0],))
         temb = self._embed(t, labels)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
-        h, skips = self._down(h, temb, train)
+        h, skips = walk_down(h, self._down_blocks(), temb, train)
         if config.mid_block_type is not None:
             h = self._mid()(h, temb, train)
-        h = self._up(h, skips, temb, train)
+        h = walk_up(h, skips, self._up_blocks(), temb, train)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(nn.silu(h))
         return h.astype(x.dtype)
@@ -163,14 +163,11 @@ class UNet2DModel(nn.Module):
             "dtype": config.dtype,
         }
 
-    def _down(self, h, temb, train):
+    def _down_blocks(self) -> list[DownBlock2D]:
         config = self.config
-        skips = [(h,)]
         last = len(config.block_out_channels) - 1
-        for i, (kind, channels) in enumerate(
-            zip(config.down_block_types, config.block_out_channels, strict=True)
-        ):
-            block = DownBlock2D(
+        return [
+            DownBlock2D(
                 out_channels=channels,
                 num_layers=config.layers_per_block,
                 attention=kind == "AttnDownBlock2D",
@@ -179,9 +176,10 @@ class UNet2DModel(nn.Module):
                 name=f"down_blocks_{i}",
                 **self._level_options(),
             )
-            h, outputs = block(h, temb, train)
-            skips.append(outputs)
-        return h, sum(skips, ())
+            for i, (kind, channels) in enumerate(
+                zip(config.down_block_types, config.block_out_channels, strict=True)
+            )
+        ]
 
     def _mid(self) -> MidBlock2D:
         config = self.config
@@ -192,24 +190,22 @@ class UNet2DModel(nn.Module):
             attention=config.add_attention, attention_groups=groups, name="mid_block", **self._level_options()
         )
 
-    def _up(self, h, skips, temb, train):
+    def _up_blocks(self) -> list[UpBlock2D]:
         config = self.config
-        layers = config.layers_per_block + 1
         last = len(config.block_out_channels) - 1
-        for i, (kind, channels) in enumerate(
-            zip(config.up_block_types, reversed(config.block_out_channels), strict=True)
-        ):
-            used, skips = skips[-layers:], skips[:-layers]
-            block = UpBlock2D(
+        return [
+            UpBlock2D(
                 out_channels=channels,
-                num_layers=layers,
+                num_layers=config.layers_per_block + 1,
                 attention=kind == "AttnUpBlock2D",
                 add_upsample=i < last,
                 name=f"up_blocks_{i}",
                 **self._level_options(),
             )
-            h = block(h, used, temb, train, output_size=skips[-1].shape[1:3] if skips else None)
-        return h
+            for i, (kind, channels) in enumerate(
+                zip(config.up_block_types, reversed(config.block_out_channels), strict=True)
+            )
+        ]
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of (x, t, labels) that `init` traces the model with."""

@@ -1,11 +1,12 @@
 """Layers that several models share. Channels last, parameters float32, compute dtype a string."""
 
-from jaxldm.nn.attention import Attention2D, SelfAttention, dot_product_attention
+from jaxldm.nn.attention import Attention2D, CrossAttention, SelfAttention, dot_product_attention
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
 from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4, conv_of_doubled, conv_transpose_4x4_stride_2
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TimestepEmbedding,
+    guidance_embedding,
     patchify,
     sincos_position_embedding_2d,
     timestep_embedding,
@@ -14,12 +15,14 @@ from jaxldm.nn.embeddings import (
 from jaxldm.nn.linear import DTYPES, Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import GroupNorm, LayerNorm, RMSNorm, group_norm, layer_norm, modulate
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
 
 __all__ = [
     "DTYPES",
     "Attention2D",
     "Conv2d",
     "ConvTranspose4x4",
+    "CrossAttention",
     "DownBlock2D",
     "Downsample2D",
     "Embedding",
@@ -32,6 +35,8 @@ __all__ = [
     "ResnetBlock2D",
     "SelfAttention",
     "TimestepEmbedding",
+    "Transformer2D",
+    "TransformerOptions",
     "UpBlock2D",
     "Upsample2D",
     "compute_dtype",
@@ -39,6 +44,7 @@ __all__ = [
     "conv_transpose_4x4_stride_2",
     "dot_product_attention",
     "group_norm",
+    "guidance_embedding",
     "layer_norm",
     "modulate",
     "patchify",

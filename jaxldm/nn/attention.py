@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -119,12 +120,61 @@ class _Projection(nn.Module):
     """The parameters of a Linear layer, so that several of them can run as one matrix product."""
 
     features: int
+    use_bias: bool
 
     @nn.compact
-    def __call__(self, channels: int) -> tuple[Array, Array]:
+    def __call__(self, channels: int) -> tuple[Array, ...]:
         law = fan_in_uniform(channels)
         kernel = parameter(self, "kernel", law, (channels, self.features))
-        return kernel, parameter(self, "bias", law, (self.features,))
+        return (kernel, parameter(self, "bias", law, (self.features,))) if self.use_bias else (kernel,)
+
+
+def projections(
+    x: Float[Array, "B N C"], names: Sequence[str], features: int, *, use_bias: bool, dtype: str
+) -> list[Float[Array, "B N features"]]:
+    """Linear maps of one input, a submodule by each name, run as one matrix product.
+
+    To be called inside the compact method of the module that has them.
+    """
+    parts = [_Projection(features, use_bias, name=name)(x.shape[-1]) for name in names]
+    number = compute_dtype(dtype)
+    kernel, *bias = (jnp.concatenate(part, axis=-1).astype(number) for part in zip(*parts, strict=True))
+    y = flat_matmul(x.astype(number), kernel)
+    return jnp.split(y + bias[0].reshape(1, 1, -1) if use_bias else y, len(names), axis=-1)
+
+
+class CrossAttention(nn.Module):
+    """to_out(softmax(Q K^T / sqrt(d)) V), Q from x and K, V from the context. `[B, N, C]` -> the same shape.
+
+    Vaswani et al. 2017, section 3.2; without a context it is self-attention. Parameters as in diffusers'
+    `Attention`: `to_q`, `to_k`, `to_v` without bias (those of one input run as one matrix product),
+    `to_out_0`.
+
+    Args of the call:
+      context: `[B, T, D]`, what to look at; None means x itself.
+      mask: `[B, T]`, nonzero where the context may be looked at. A row of zeros sees all tokens alike.
+    """
+
+    num_heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N C"],
+        context: Float[Array, "B T D"] | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, "B N C"]:
+        channels = x.shape[-1]
+        options = {"use_bias": False, "dtype": self.dtype}
+        if context is None:
+            query, key, value = projections(x, ("to_q", "to_k", "to_v"), channels, **options)
+        else:
+            (query,) = projections(x, ("to_q",), channels, **options)
+            key, value = projections(context, ("to_k", "to_v"), channels, **options)
+        allowed = None if mask is None else (mask != 0)[:, None, None, :]
+        h = attend(self, query, key, value, self.num_heads, mask=allowed)
+        return Linear(channels, dtype=self.dtype, name="to_out_0")(h)
 
 
 class Attention2D(nn.Module):
@@ -146,15 +196,11 @@ class Attention2D(nn.Module):
         head_dim = self.head_dim or channels
         if channels % head_dim:
             raise InvalidArgumentError(f"{channels} channels cannot be split into heads of {head_dim}")
-        dtype = compute_dtype(self.dtype)
         h = x
         if self.num_groups is not None:
             h = GroupNorm(self.num_groups, self.eps, self.dtype, name="group_norm")(x)
-        h = h.reshape(batch, height * width, channels).astype(dtype)
-        projections = [_Projection(channels, name=name)(channels) for name in ("to_q", "to_k", "to_v")]
-        kernel, bias = (
-            jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*projections, strict=True)
-        )
-        query, key, value = jnp.split(flat_matmul(h, kernel) + bias.reshape(1, 1, -1), 3, axis=-1)
+        h = h.reshape(batch, height * width, channels)
+        names = ("to_q", "to_k", "to_v")
+        query, key, value = projections(h, names, channels, use_bias=True, dtype=self.dtype)
         h = attend(self, query, key, value, channels // head_dim)
         return x + Linear(channels, dtype=self.dtype, name="to_out_0")(h).reshape(x.shape)

@@ -1,11 +1,13 @@
 """The levels of U-Nets and convolutional autoencoders: residual blocks, attention, a change of size.
 
-One class per direction serves what diffusers calls DownBlock2D, AttnDownBlock2D, DownEncoderBlock2D and
-UpBlock2D, AttnUpBlock2D, UpDecoderBlock2D: they differ only in attention, the time embedding and skip
-connections.
+One class per direction serves what diffusers calls DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D,
+DownEncoderBlock2D and UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, UpDecoderBlock2D: they differ only in
+attention, the time embedding and skip connections.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,24 +15,31 @@ from jaxtyping import Array, Float
 
 from jaxldm.nn.attention import Attention2D
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
 
 
-class _Level(nn.Module):
-    """What the levels share: how to make their residual and attention blocks under the published names."""
+class _Level(nn.Module, kw_only=True):
+    """What the levels share: how to make their residual and attention blocks under the published names.
 
-    out_channels: int
-    num_layers: int
+    `attention`: attention over the pixels after every residual block. `transformer`: a spatial transformer
+    in its place. `remat`: keep no activations inside residual and transformer blocks for the backward pass,
+    compute them again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
+
     num_groups: int = 32
     eps: float = 1e-5
     dropout: float = 0.0
     time_scale_shift: str = "default"
     attention: bool = False
     attention_head_dim: int | None = None
+    transformer: TransformerOptions | None = None
     dtype: str = "float32"
+    remat: bool = False
 
-    def resnet(self, index: int) -> ResnetBlock2D:
-        return ResnetBlock2D(
-            self.out_channels,
+    def resnet(self, index: int, channels: int, x, temb, train: bool) -> Float[Array, "B H W C"]:
+        kind = nn.remat(ResnetBlock2D, static_argnums=(3,)) if self.remat else ResnetBlock2D
+        block = kind(
+            channels,
             self.num_groups,
             self.eps,
             self.dropout,
@@ -38,32 +47,43 @@ class _Level(nn.Module):
             self.dtype,
             name=f"resnets_{index}",
         )
+        return block(x, temb, train)
 
-    def attend(self, index: int) -> Attention2D:
-        return Attention2D(
-            self.attention_head_dim, self.num_groups, self.eps, self.dtype, name=f"attentions_{index}"
-        )
+    def attend(self, index: int, groups: int | None, x, context, mask) -> Float[Array, "B H W C"]:
+        name = f"attentions_{index}"
+        if self.transformer is not None:
+            block = Transformer2D(self.transformer, self.num_groups, self.dtype, self.remat, name=name)
+            return block(x, context, mask)
+        if self.attention:
+            return Attention2D(self.attention_head_dim, groups, self.eps, self.dtype, name=name)(x)
+        return x
 
 
-class DownBlock2D(_Level):
+class DownBlock2D(_Level, kw_only=True):
     """`num_layers` residual blocks, each followed by attention if asked, then a stride-2 convolution.
 
     `[B, H, W, C]` -> (`[B, h, w, out_channels]`, the outputs of every layer and of the downsampler: the
-    skip connections).
+    skip connections). `context` and `mask` of the call are those of `Transformer2D`.
     """
 
+    out_channels: int
+    num_layers: int
     add_downsample: bool = True
     downsample_padding: int = 1
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B time"] | None = None, train: bool = False
+        self,
+        x: Float[Array, "B H W C"],
+        temb: Float[Array, "B time"] | None = None,
+        train: bool = False,
+        context: Float[Array, "B T D"] | None = None,
+        mask: Array | None = None,
     ) -> tuple[Float[Array, "B h w out"], tuple[Array, ...]]:
         skips = []
         for i in range(self.num_layers):
-            x = self.resnet(i)(x, temb, train)
-            if self.attention:
-                x = self.attend(i)(x)
+            x = self.resnet(i, self.out_channels, x, temb, train)
+            x = self.attend(i, self.num_groups, x, context, mask)
             skips.append(x)
         if self.add_downsample:
             x = Downsample2D(self.downsample_padding, self.dtype, name="downsamplers_0")(x)
@@ -71,14 +91,17 @@ class DownBlock2D(_Level):
         return x, tuple(skips)
 
 
-class UpBlock2D(_Level):
+class UpBlock2D(_Level, kw_only=True):
     """`num_layers` residual blocks, each fed a skip connection too, then nearest upsampling.
 
     Args of the call:
       skips: one array per layer, the last one first used; None for autoencoders, which have none.
+      context, mask: those of `Transformer2D`.
       output_size: (h, w) to upsample to, see `Upsample2D`.
     """
 
+    out_channels: int
+    num_layers: int
     add_upsample: bool = True
 
     @nn.compact
@@ -88,52 +111,68 @@ class UpBlock2D(_Level):
         skips: tuple[Array, ...] | None = None,
         temb: Float[Array, "B time"] | None = None,
         train: bool = False,
+        context: Float[Array, "B T D"] | None = None,
+        mask: Array | None = None,
         output_size: tuple[int, int] | None = None,
     ) -> Float[Array, "B h w out"]:
         for i in range(self.num_layers):
             if skips is not None:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
-            x = self.resnet(i)(x, temb, train)
-            if self.attention:
-                x = self.attend(i)(x)
+            x = self.resnet(i, self.out_channels, x, temb, train)
+            x = self.attend(i, self.num_groups, x, context, mask)
         if self.add_upsample:
             x = Upsample2D(self.dtype, name="upsamplers_0")(x, output_size)
         return x
 
 
-class MidBlock2D(nn.Module):
+class MidBlock2D(_Level, kw_only=True):
     """Residual block, attention, residual block. `[B, H, W, C]` -> the same shape.
 
-    `attention_groups` None leaves the attention without its group normalisation.
+    `attention_groups` None leaves the attention without its group normalisation. `context` and `mask` of the
+    call are those of `Transformer2D`.
     """
 
-    num_groups: int = 32
-    eps: float = 1e-5
-    dropout: float = 0.0
-    time_scale_shift: str = "default"
     attention: bool = True
-    attention_head_dim: int | None = None
     attention_groups: int | None = 32
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B time"] | None = None, train: bool = False
+        self,
+        x: Float[Array, "B H W C"],
+        temb: Float[Array, "B time"] | None = None,
+        train: bool = False,
+        context: Float[Array, "B T D"] | None = None,
+        mask: Array | None = None,
     ) -> Float[Array, "B H W C"]:
-        def resnet(name: str) -> ResnetBlock2D:
-            return ResnetBlock2D(
-                x.shape[-1],
-                self.num_groups,
-                self.eps,
-                self.dropout,
-                self.time_scale_shift,
-                self.dtype,
-                name=name,
-            )
+        channels = x.shape[-1]
+        x = self.resnet(0, channels, x, temb, train)
+        x = self.attend(0, self.attention_groups, x, context, mask)
+        return self.resnet(1, channels, x, temb, train)
 
-        x = resnet("resnets_0")(x, temb, train)
-        if self.attention:
-            x = Attention2D(
-                self.attention_head_dim, self.attention_groups, self.eps, self.dtype, name="attentions_0"
-            )(x)
-        return resnet("resnets_1")(x, temb, train)
+
+def walk_down(
+    x: Float[Array, "B H W C"], blocks: Sequence[DownBlock2D], *condition
+) -> tuple[Float[Array, "B h w c"], tuple[Array, ...]]:
+    """All down blocks of a U-Net: (the lowest level, the skip connections, x itself first).
+
+    `condition` is what every block is called with: temb, train, context, mask.
+    """
+    skips = (x,)
+    for block in blocks:
+        x, outputs = block(x, *condition)
+        skips += outputs
+    return x, skips
+
+
+def walk_up(
+    x: Float[Array, "B h w c"], skips: tuple[Array, ...], blocks: Sequence[UpBlock2D], *condition
+) -> Float[Array, "B H W C"]:
+    """All up blocks of a U-Net, each fed as many skip connections as it has layers, the last first.
+
+    A side that was halved to ceil(H / 2) comes back to H: every block upsamples to the size of the next
+    skip.
+    """
+    for block in blocks:
+        used, skips = skips[-block.num_layers :], skips[: -block.num_layers]
+        x = block(x, used, *condition, output_size=skips[-1].shape[1:3] if skips else None)
+    return x

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.initialization import parameter, xavier_uniform, zeros
+from jaxldm.nn.initialization import LawOfShape, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
 
 
@@ -38,14 +38,36 @@ def timestep_embedding(
     return jnp.pad(embedding, ((0, 0), (0, 1))) if dim % 2 else embedding
 
 
+def guidance_embedding(w: Float[Array, " B"], dim: int = 256) -> Float[Array, "B dim"]:
+    """The vector by which a distilled network is told its guidance: sines, then cosines, of 1000 w w_k.
+
+    Luo et al. 2023 (LCM), section 4.3, after Kingma et al. 2021 (VDM): w_k = 10000^(-k / (dim/2 - 1)). In the
+    teacher's prediction w multiplies cond - uncond on top of cond, so w = guidance_scale - 1.
+
+    >>> import jax.numpy as jnp
+    >>> guidance_embedding(jnp.array([7.5 - 1.0])).shape
+    (1, 256)
+    """
+    return timestep_embedding(1000.0 * w, dim, flip_sin_to_cos=False, downscale_freq_shift=1.0)
+
+
 class TimestepEmbedding(nn.Module):
-    """Linear, SiLU, Linear: `[B, in]` -> `[B, dim]`, submodules `linear_1` and `linear_2` as in diffusers."""
+    """Linear, SiLU, Linear: `[B, in]` -> `[B, dim]`, submodules `linear_1` and `linear_2` as in diffusers.
+
+    A second vector `condition` `[B, D]` enters through `cond_proj`, a linear map without bias that is added
+    to x: the guidance of LCM.
+    """
 
     dim: int
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B in"]) -> Float[Array, "B dim"]:
+    def __call__(
+        self, x: Float[Array, "B in"], condition: Float[Array, "B D"] | None = None
+    ) -> Float[Array, "B dim"]:
+        if condition is not None:
+            project = Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            x = x.astype(compute_dtype(self.dtype)) + project(condition)
         x = nn.silu(Linear(self.dim, dtype=self.dtype, name="linear_1")(x))
         return Linear(self.dim, dtype=self.dtype, name="linear_2")(x)
 
@@ -117,13 +139,16 @@ class PatchProjection(nn.Module):
     features: int
     patch_size: int
     dtype: str = "float32"
+    use_bias: bool = True
+    kernel_law: LawOfShape = xavier_uniform
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N features"]:
         dtype = compute_dtype(self.dtype)
         p = self.patch_size
         shape = (p, p, images.shape[-1], self.features)
-        kernel = parameter(self, "kernel", xavier_uniform, shape).astype(dtype)
-        bias = parameter(self, "bias", zeros, (self.features,)).astype(dtype)
-        tokens = patchify(images.astype(dtype), p)
-        return flat_matmul(tokens, kernel.reshape(-1, self.features)) + bias.reshape(1, 1, -1)
+        kernel = parameter(self, "kernel", self.kernel_law, shape).astype(dtype)
+        tokens = flat_matmul(patchify(images.astype(dtype), p), kernel.reshape(-1, self.features))
+        if not self.use_bias:
+            return tokens
+        return tokens + parameter(self, "bias", zeros, (self.features,)).astype(dtype).reshape(1, 1, -1)

@@ -36,8 +36,9 @@ def group_norm(
 
     mean = over_group(x32.mean((1, 2)))
     variance = over_group(jnp.square(x32).mean((1, 2))) - jnp.square(mean)
-    multiply = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps) * scale.reshape(1, -1)
-    add = bias.reshape(1, -1) - mean * multiply
+    scale, bias = (value.astype(jnp.float32).reshape(1, -1) for value in (scale, bias))
+    multiply = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps) * scale
+    add = bias - mean * multiply
     return (x32 * multiply[:, None, None, :] + add[:, None, None, :]).astype(x.dtype)
 
 

@@ -1,0 +1,402 @@
+"""The U-Net of Stable Diffusion 1, 2 and XL: `UNet2DConditionModel` of diffusers, for any image size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.models.config import ModelConfig, check, check_groups
+from jaxldm.models.inputs import image_shape
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
+from jaxldm.nn.convolution import Conv2d
+from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
+from jaxldm.nn.linear import Embedding, compute_dtype
+from jaxldm.nn.normalization import GroupNorm
+from jaxldm.nn.transformer_2d import TransformerOptions
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+PER_LEVEL = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(ModelConfig):
+    """Config of `UNet2DConditionModel`. Names and defaults are those of diffusers; a level per channel count.
+
+    layers_per_block, attention_head_dim, transformer_layers_per_block, only_cross_attention: one value for
+      all levels, or one for each.
+    attention_head_dim: the NUMBER of heads, in spite of its published name.
+    cross_attention_dim: width of the text encoder's hidden states.
+    addition_embed_type: "text_time" for SDXL's micro-conditioning: the pooled text and sinusoids of the
+      `time_ids`, `addition_time_embed_dim` wide each, `projection_class_embeddings_input_dim` in all.
+    class_embed_type: None with `num_class_embeds` for a table of embeddings (the noise level of the x4
+      upscaler), "timestep" for a sinusoid, "projection" for a vector (the image embedding of unCLIP).
+    time_cond_proj_dim: width of LCM's guidance embedding, see `jaxldm.nn.guidance_embedding`.
+    upcast_attention: kept for the folder's sake. Logits and softmax are float32 here in any case.
+    dtype: compute dtype.
+    remat: save memory in training by computing the activations inside of blocks twice.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = None
+    upcast_attention: bool | None = False
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    dtype: str = "float32"
+    remat: bool = False
+
+    published: ClassVar = True
+    fixed: ClassVar = {
+        "center_input_sample": False,
+        "mid_block_scale_factor": 1,
+        "act_fn": "silu",
+        "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "num_attention_heads": None,
+        "dual_cross_attention": False,
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+        "class_embeddings_concat": False,
+        "cross_attention_norm": None,
+    }
+    # Of embeddings and of a mid block that are not supported here.
+    ignored: ClassVar = frozenset({"addition_embed_type_num_heads", "mid_block_only_cross_attention"})
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        check(
+            len(self.down_block_types) == len(self.up_block_types) == levels,
+            f"{levels} block_out_channels need as many down_block_types and up_block_types",
+        )
+        for kinds, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
+            for kind in kinds:
+                one_of("block type", kind, known)
+        for name in PER_LEVEL:
+            value = getattr(self, name)
+            check(
+                not isinstance(value, tuple) or len(value) == levels,
+                f"{name} {value} should be one value, or one for each of the {levels} block_out_channels",
+            )
+        check(
+            self.mid_block_type in ("UNetMidBlock2DCrossAttn", None),
+            "mid_block_type is 'UNetMidBlock2DCrossAttn' or None",
+        )
+        check(isinstance(self.cross_attention_dim, int), "cross_attention_dim is one number for all levels")
+        one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+        check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
+        check_groups(self.block_out_channels, self.norm_num_groups)
+        self._check_embeddings()
+        compute_dtype(self.dtype)
+
+    def _check_embeddings(self):
+        one_of("class_embed_type", self.class_embed_type or "none", ("none", "timestep", "projection"))
+        one_of("addition_embed_type", self.addition_embed_type or "none", ("none", "text_time"))
+        if self.addition_embed_type or self.class_embed_type == "projection":
+            needed = {"projection_class_embeddings_input_dim": self.projection_class_embeddings_input_dim}
+            if self.addition_embed_type:
+                needed["addition_time_embed_dim"] = self.addition_time_embed_dim
+            for name, value in needed.items():
+                check(value is not None, f"{name} is missing, which the embeddings of this config need")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the network is called with `class_labels`."""
+        return self.class_embed_type is not None or self.num_class_embeds is not None
+
+    def of_level(self, name: str, level: int) -> Any:
+        """The value of a field that may be one for all levels or one for each."""
+        value = getattr(self, name)
+        return value[level] if isinstance(value, tuple) else value
+
+
+class UNet2DConditionModel(nn.Module):
+    """U-Net with spatial transformers. Rombach et al. 2022, section 3.3; Podell et al. 2023 (SDXL).
+
+    Args of the call:
+      x: `[B, H, W, in_channels]` latents, any H and W: a side that is halved to ceil(H / 2) comes back to H
+        on the way up. For inpainting (9 channels) and instructions (8) the latents come first, then the mask
+        and the latents of the given image.
+      t: `[B]` floating; times as the path counts them, may be fractional.
+      encoder_hidden_states: `[B, T, cross_attention_dim]` of the text encoder.
+      encoder_attention_mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
+      text_embeds: `[B, P]`, SDXL's pooled text.
+      time_ids: `[B, 6]` for SDXL: height and width of the original image, top and left of the crop, height
+        and width to draw, in pixels; `[B, 5]` for its refiner: the aesthetic score in place of the last two.
+      timestep_cond: `[B, time_cond_proj_dim]`, LCM's `guidance_embedding`; None leaves it out.
+      class_labels: int `[B]`, or `[B, projection_class_embeddings_input_dim]` for unCLIP.
+      train: draw dropout from the rng stream "dropout".
+
+    Returns `[B, H, W, out_channels]` in the dtype of x.
+
+    Raises:
+      InvalidArgumentError: an input is missing, given to a network that has no use for it, or of a width
+        that this network does not take.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxldm import models
+    >>> unet, params = models.build("sd15-unet"), models.shapes("sd15-unet")
+    >>> x, t, text = jnp.zeros((2, 64, 64, 4)), jnp.zeros(2), jnp.zeros((2, 77, 768))
+    >>> jax.eval_shape(unet.apply, {"params": params}, x, t, text).shape
+    (2, 64, 64, 4)
+    """
+
+    config: UNet2DConditionConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        encoder_hidden_states: Float[Array, "B T D"],
+        encoder_attention_mask: Array | None = None,
+        text_embeds: Float[Array, "B P"] | None = None,
+        time_ids: Float[Array, "B ids"] | None = None,
+        timestep_cond: Float[Array, "B W"] | None = None,
+        class_labels: Array | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B H W out"]:
+        config = self.config
+        chex.assert_rank([x, t, encoder_hidden_states], [4, 1, 3])
+        chex.assert_equal_shape_prefix([x, t, encoder_hidden_states], 1)
+        self._check_widths(x, encoder_hidden_states)
+        self._check_presence(text_embeds, time_ids, timestep_cond, class_labels)
+        temb = self._embed(t, timestep_cond)
+        if config.has_classes:
+            temb = temb + self._class_embedding(class_labels)
+        if config.addition_embed_type is not None:
+            temb = temb + self._text_time_embedding(text_embeds, time_ids)
+        condition = (temb, train, encoder_hidden_states, encoder_attention_mask)
+        h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
+        h, skips = walk_down(h, self._down_blocks(), *condition)
+        if config.mid_block_type is not None:
+            last = len(config.block_out_channels) - 1
+            options = self._level_options() | {"transformer": self._transformer(last, mid=True)}
+            h = MidBlock2D(name="mid_block", **options)(h, *condition)
+        h = walk_up(h, skips, self._up_blocks(), *condition)
+        h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
+        h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(nn.silu(h))
+        return h.astype(x.dtype)
+
+    def _sinusoid(self, t: Float[Array, " N"], dim: int) -> Float[Array, "N dim"]:
+        config = self.config
+        return timestep_embedding(
+            t, dim, flip_sin_to_cos=config.flip_sin_to_cos, downscale_freq_shift=config.freq_shift
+        )
+
+    @property
+    def _time_dim(self) -> int:
+        return self.config.time_embedding_dim or 4 * self.config.block_out_channels[0]
+
+    def _embed(self, t: Float[Array, " B"], timestep_cond: Array | None) -> Float[Array, "B time"]:
+        config = self.config
+        embedding = TimestepEmbedding(self._time_dim, config.dtype, name="time_embedding")
+        return embedding(self._sinusoid(t, config.block_out_channels[0]), timestep_cond)
+
+    def _class_embedding(self, labels: Array) -> Float[Array, "B time"]:
+        config, name = self.config, "class_embedding"
+        if config.class_embed_type is None:
+            return Embedding(config.num_class_embeds, self._time_dim, config.dtype, name=name)(labels)
+        if config.class_embed_type == "timestep":
+            labels = self._sinusoid(labels, config.block_out_channels[0])
+        return TimestepEmbedding(self._time_dim, config.dtype, name=name)(labels)
+
+    def _text_time_embedding(
+        self, text_embeds: Float[Array, "B P"], time_ids: Float[Array, "B ids"]
+    ) -> Float[Array, "B time"]:
+        """Podell et al. 2023, section 2.2: every number as a sinusoid, all joined with the pooled text."""
+        config = self.config
+        batch, count = time_ids.shape
+        dim, wanted = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+        pooled = text_embeds.shape[-1]
+        if pooled + count * dim != wanted:
+            raise InvalidArgumentError(
+                f"text_embeds {pooled} wide and {count} time_ids make {pooled} + {count} x {dim} numbers; "
+                f"this U-Net takes {wanted}: SDXL 1280 and 6 time_ids, its refiner 1280 and 5"
+            )
+        sinusoids = self._sinusoid(time_ids.reshape(-1), dim).reshape(batch, count * dim)
+        joined = jnp.concatenate([text_embeds.astype(jnp.float32), sinusoids], axis=-1)
+        return TimestepEmbedding(self._time_dim, config.dtype, name="add_embedding")(joined)
+
+    def _level_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "num_groups": config.norm_num_groups,
+            "eps": config.norm_eps,
+            "dropout": config.dropout,
+            "time_scale_shift": config.resnet_time_scale_shift,
+            "dtype": config.dtype,
+            "remat": config.remat,
+        }
+
+    def _transformer(self, level: int, mid: bool = False) -> TransformerOptions:
+        config = self.config
+        return TransformerOptions(
+            config.of_level("attention_head_dim", level),
+            config.of_level("transformer_layers_per_block", level),
+            config.use_linear_projection,
+            not mid and config.of_level("only_cross_attention", level),
+        )
+
+    def _down_blocks(self) -> list[DownBlock2D]:
+        config = self.config
+        last = len(config.block_out_channels) - 1
+        return [
+            DownBlock2D(
+                out_channels=config.block_out_channels[level],
+                num_layers=config.of_level("layers_per_block", level),
+                transformer=self._transformer(level) if kind == "CrossAttnDownBlock2D" else None,
+                add_downsample=level < last,
+                downsample_padding=config.downsample_padding,
+                name=f"down_blocks_{level}",
+                **self._level_options(),
+            )
+            for level, kind in enumerate(config.down_block_types)
+        ]
+
+    def _up_blocks(self) -> list[UpBlock2D]:
+        config = self.config
+        last = len(config.block_out_channels) - 1
+        return [
+            UpBlock2D(
+                out_channels=config.block_out_channels[last - i],
+                num_layers=config.of_level("layers_per_block", last - i) + 1,
+                transformer=self._transformer(last - i) if kind == "CrossAttnUpBlock2D" else None,
+                add_upsample=i < last,
+                name=f"up_blocks_{i}",
+                **self._level_options(),
+            )
+            for i, kind in enumerate(config.up_block_types)
+        ]
+
+    def _check_widths(self, x: Array, encoder_hidden_states: Array) -> None:
+        config = self.config
+        if x.shape[-1] != config.in_channels:
+            raise InvalidArgumentError(
+                f"x has {x.shape[-1]} channels; this U-Net takes {config.in_channels} (4: latents, 9: with "
+                "mask and masked image, 8: with the image to edit)"
+            )
+        if encoder_hidden_states.shape[-1] != config.cross_attention_dim:
+            raise InvalidArgumentError(
+                f"encoder_hidden_states are {encoder_hidden_states.shape[-1]} wide; this U-Net takes "
+                f"{config.cross_attention_dim}: they are of another text encoder"
+            )
+
+    def _check_presence(self, text_embeds, time_ids, timestep_cond, class_labels) -> None:
+        config = self.config
+        needs_text = config.addition_embed_type is not None
+        for name, value, needed, field in (
+            ("text_embeds", text_embeds, needs_text, "addition_embed_type"),
+            ("time_ids", time_ids, needs_text, "addition_embed_type"),
+            ("class_labels", class_labels, config.has_classes, "class_embed_type"),
+        ):
+            if needed and value is None:
+                raise InvalidArgumentError(f"this U-Net needs {name} ({field} of its config)")
+            if value is not None and not needed:
+                raise InvalidArgumentError(f"{name} given to a U-Net that has no {field}")
+        if timestep_cond is not None and config.time_cond_proj_dim is None:
+            raise InvalidArgumentError("timestep_cond given to a U-Net that has no time_cond_proj_dim")
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Shapes of the call's arrays, None for those that this network does not take, to trace it with."""
+        config = self.config
+
+        def row(width: int | None) -> jax.ShapeDtypeStruct | None:
+            return None if width is None else jax.ShapeDtypeStruct((1, width), jnp.float32)
+
+        text = time_ids = labels = None
+        if config.addition_embed_type is not None:  # how many time_ids there are, the config does not tell
+            total, dim = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+            text, time_ids = row(total - dim), row(1)
+        if config.class_embed_type == "projection":
+            labels = row(config.projection_class_embeddings_input_dim)
+        elif config.has_classes:
+            labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+        t = jax.ShapeDtypeStruct((1,), jnp.float32)
+        states = jax.ShapeDtypeStruct((1, 77, config.cross_attention_dim), jnp.float32)
+        x = image_shape(config)
+        return (*x, t, states, None, text, time_ids, row(config.time_cond_proj_dim), labels)
+
+
+_SD_15 = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)
+_SD_20 = dataclasses.replace(
+    _SD_15,
+    sample_size=96,
+    cross_attention_dim=1024,
+    attention_head_dim=(5, 10, 20, 20),
+    use_linear_projection=True,
+)
+_SDXL = UNet2DConditionConfig(
+    sample_size=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    cross_attention_dim=2048,
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    upcast_attention=None,
+    projection_class_embeddings_input_dim=2816,
+)
+
+PRESETS = {
+    # Stable Diffusion 1.5: 860 M parameters, predicts eps.
+    "sd15-unet": _SD_15,
+    # Stable Diffusion 2.0 and 2.1 for 768x768 images: 866 M, predict v.
+    "sd20-unet": _SD_20,
+    "sd21-unet": dataclasses.replace(_SD_20, upcast_attention=True),
+    # Stable Diffusion XL 1.0: 2.6 B, predicts eps; its refiner: 2.3 B.
+    "sdxl-unet": _SDXL,
+    "sdxl-refiner-unet": dataclasses.replace(
+        _SDXL,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(384, 768, 1536, 1536),
+        cross_attention_dim=1280,
+        transformer_layers_per_block=4,
+        attention_head_dim=(6, 12, 24, 24),
+        projection_class_embeddings_input_dim=2560,
+    ),
+    # Latent consistency models distilled from Stable Diffusion 1.5, told their guidance.
+    "lcm-unet": dataclasses.replace(_SD_15, time_cond_proj_dim=256),
+    # Playground v2.5: SDXL's architecture, trained anew in EDM's formulation.
+    "playground-unet": _SDXL,
+}

@@ -1,0 +1,122 @@
+"""The spatial transformer of latent diffusion: attention between the pixels of an image, and to a text.
+
+Rombach et al. 2022, appendix E.2.1. Submodules are named as in diffusers' `Transformer2DModel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.attention import CrossAttention
+from jaxldm.nn.convolution import Conv2d
+from jaxldm.nn.linear import Linear
+from jaxldm.nn.normalization import GroupNorm, LayerNorm
+
+EPS = 1e-6  # of the group norm in front; the layer norms have 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerOptions:
+    """How the transformers of one level of a U-Net are built.
+
+    num_heads: attention heads, each as wide as the channels allow.
+    num_layers: `BasicTransformerBlock`s.
+    linear_projection: `proj_in` and `proj_out` are linear layers (SD 2, SDXL) and not 1x1 convolutions
+      (SD 1); the arithmetic is the same.
+    only_cross_attention: the first attention of every block looks at the text as well (the x4 upscaler).
+    """
+
+    num_heads: int
+    num_layers: int = 1
+    linear_projection: bool = False
+    only_cross_attention: bool = False
+
+
+class GEGLU(nn.Module):
+    """a gelu(b), (a, b) = x W + c, with the exact GELU. `[B, N, C]` -> `[B, N, features]`.
+
+    Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+    """
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N features"]:
+        value, gate = jnp.split(Linear(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return value * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, then a linear layer back. `[B, N, C]` -> the same shape."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return Linear(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each x + f(layer_norm(x)). `[B, N, C]` both ways."""
+
+    options: TransformerOptions
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N C"], context: Float[Array, "B T D"], mask: Array | None = None
+    ) -> Float[Array, "B N C"]:
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(dtype=self.dtype, name=name)
+
+        heads = self.options.num_heads
+        first = (context, mask) if self.options.only_cross_attention else (None, None)
+        x = x + CrossAttention(heads, self.dtype, name="attn1")(norm("norm1")(x), *first)
+        x = x + CrossAttention(heads, self.dtype, name="attn2")(norm("norm2")(x), context, mask)
+        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """x + proj_out(blocks(proj_in(group_norm(x)))) over the pixels of an image. `[B, H, W, C]` both ways.
+
+    Args of the call:
+      context: `[B, T, D]`, what the cross-attention looks at: the hidden states of a text encoder.
+      mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
+
+    Raises:
+      InvalidArgumentError: the channels cannot be split into the heads.
+    """
+
+    options: TransformerOptions
+    num_groups: int = 32
+    dtype: str = "float32"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B T D"], mask: Array | None = None
+    ) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        if channels % self.options.num_heads:
+            raise InvalidArgumentError(
+                f"{channels} channels cannot be split into {self.options.num_heads} heads"
+            )
+
+        def project(y: Array, name: str) -> Array:
+            if self.options.linear_projection:
+                return Linear(channels, dtype=self.dtype, name=name)(y)
+            return Conv2d(channels, kernel_size=1, padding=0, dtype=self.dtype, name=name)(y)
+
+        h = project(GroupNorm(self.num_groups, EPS, self.dtype, name="norm")(x), "proj_in")
+        h = h.reshape(batch, height * width, channels)
+        block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
+        for i in range(self.options.num_layers):
+            h = block(self.options, self.dtype, name=f"transformer_blocks_{i}")(h, context, mask)
+        return x.astype(h.dtype) + project(h.reshape(batch, height, width, channels), "proj_out")
