@@ -29,8 +29,10 @@ from jaxldm.models.registry import (
     shapes,
 )
 from jaxldm.models.text_encoder import TextEncoding
+from jaxldm.models.tiling import Tiling
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encode_indices
 from jaxldm.nn.embeddings import patchify, unpatchify
 
 __all__ = [
@@ -49,16 +51,21 @@ __all__ = [
     "DigitClassifier",
     "DigitClassifierConfig",
     "TextEncoding",
+    "Tiling",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "VQModel",
+    "VQModelConfig",
     "build",
     "class_name",
     "config_from_dict",
     "config_to_dict",
     "count_params",
+    "decode_indices",
     "decode_latents",
+    "encode_indices",
     "encode_latents",
     "from_config",
     "init",

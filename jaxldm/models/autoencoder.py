@@ -1,4 +1,4 @@
-"""What every KL autoencoder shares: its diagonal Gaussian, and the scaled latents that diffusion works on."""
+"""What autoencoders share: the Gaussian of the KL kind, and the scaled latents that diffusion works on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+from jaxldm.models.config import ModelConfig
+from jaxldm.models.tiling import Tiling, sliced, tiled_decoder, tiled_encoder
 
 
 class DiagonalGaussian(NamedTuple):
@@ -36,24 +40,65 @@ def split_moments(moments: Float[Array, "B h w 2c"]) -> DiagonalGaussian:
 
 
 def encode_latents(
-    module: nn.Module, params: dict, images: Float[Array, "B H W C"], key: Array | None = None
+    module: nn.Module,
+    params: dict,
+    images: Float[Array, "B H W C"],
+    key: Array | None = None,
+    *,
+    tiling: Tiling | None = None,
+    slicing: bool = False,
 ) -> Float[Array, "B h w c"]:
     """The latents that diffusion models are trained on: (z - shift_factor) * scaling_factor.
 
-    Rombach et al. 2022, appendix G. The two factors live in `module.config`; no caller multiplies.
+    Rombach et al. 2022, appendix G. Where the config has them, (z - latents_mean) * scaling_factor /
+    latents_std, channel by channel. The factors live in `module.config`; no caller multiplies.
 
     Args:
       images: in [-1, 1].
-      key: draw z from q(z | x); None takes its mean.
+      key: draw z from q(z | x); None takes its mean. An autoencoder with a codebook has one z, before its
+        codebook, and no use for a key.
+      tiling: go through large images in squares.
+      slicing: one image at a time.
     """
-    posterior = module.apply({"params": params}, images, method="encode")
-    latents = posterior.mean if key is None else posterior.sample(key)
-    return (latents - (module.config.shift_factor or 0.0)) * module.config.scaling_factor
+
+    def encode(x: Array) -> DiagonalGaussian | Array:
+        return module.apply({"params": params}, x, method="encode")
+
+    if tiling is not None:
+        encode = tiled_encoder(encode, module.config, tiling)
+    encoded = (sliced(encode) if slicing else encode)(images)
+    if isinstance(encoded, DiagonalGaussian):
+        encoded = encoded.mean if key is None else encoded.sample(key)
+    shift, scale = _shift_and_scale(module.config, encoded)
+    return (encoded - shift) * scale
 
 
 def decode_latents(
-    module: nn.Module, params: dict, latents: Float[Array, "B h w c"]
+    module: nn.Module,
+    params: dict,
+    latents: Float[Array, "B h w c"],
+    *,
+    tiling: Tiling | None = None,
+    slicing: bool = False,
 ) -> Float[Array, "B H W C"]:
-    """The inverse of `encode_latents`: latents as diffusion models draw them -> images, about [-1, 1]."""
-    unscaled = latents / module.config.scaling_factor + (module.config.shift_factor or 0.0)
-    return module.apply({"params": params}, unscaled, method="decode")
+    """The inverse of `encode_latents`: latents as diffusion models draw them -> images, about [-1, 1].
+
+    An autoencoder with a codebook replaces z by the nearest entries first. `tiling`, `slicing`: as there.
+    """
+
+    def decode(z: Array) -> Array:
+        return module.apply({"params": params}, z, method="decode")
+
+    if tiling is not None:
+        decode = tiled_decoder(decode, module.config, tiling)
+    shift, scale = _shift_and_scale(module.config, latents)
+    return (sliced(decode) if slicing else decode)(latents / scale + shift)
+
+
+def _shift_and_scale(config: ModelConfig, like: Array) -> tuple[Array, Array]:
+    """Diffusion works on (z - shift) * scale; both broadcast against latents such as `like`."""
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None:
+        mean, std = getattr(config, "shift_factor", None) or 0.0, 1.0
+    scale = config.scaling_factor / np.asarray(std, np.float64)
+    return tuple(jnp.asarray(value, like.dtype).reshape(1, 1, 1, -1) for value in (mean, scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import chex
 import flax.linen as nn
@@ -20,15 +20,19 @@ from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.normalization import GroupNorm
 
 EPS = 1e-6  # of every normalisation in this architecture
+DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig(ModelConfig):
-    """Config of `AutoencoderKL`; names and defaults are those of diffusers. A level per channel count.
+class ImageAutoencoderConfig(ModelConfig):
+    """What `AutoencoderKL` and `VQModel` share; names are those of diffusers. A level per channel count.
 
-    scaling_factor, shift_factor: diffusion works on (z - shift_factor) * scaling_factor, see
-      `encode_latents`.
-    dtype: compute dtype. The SDXL weights overflow in float16: use float32 or bfloat16 with them.
+    scaling_factor: see `encode_latents`.
+    force_upcast: the weights make activations beyond the range of float16 (65504), those of SDXL do: where
+      float16 is asked for, encoder and decoder compute in float32. bfloat16 has the range. A config.json
+      without this key is older than it, and its autoencoder (SD 1.x) computes in float16 as asked.
+    dtype: compute dtype.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -41,15 +45,12 @@ class AutoencoderKLConfig(ModelConfig):
     latent_channels: int = 4
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
+    force_upcast: bool = False
     dtype: str = "float32"
 
     published: ClassVar = True
-    fixed: ClassVar = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
-    ignored: ClassVar = frozenset({"force_upcast"})
+    fixed: ClassVar = {"act_fn": "silu"}
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -57,16 +58,45 @@ class AutoencoderKLConfig(ModelConfig):
             len(self.down_block_types) == len(self.up_block_types) == levels,
             f"{levels} block_out_channels need as many down_block_types and up_block_types",
         )
-        for kind in self.down_block_types:
-            one_of("block type", kind, ("DownEncoderBlock2D",))
-        for kind in self.up_block_types:
-            one_of("block type", kind, ("UpDecoderBlock2D",))
+        for kinds, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
+            for kind in kinds:
+                one_of("block type", kind, known)
         check_groups(self.block_out_channels, self.norm_num_groups)
         check(self.scaling_factor > 0, "scaling_factor must be positive")
         compute_dtype(self.dtype)
 
+    def upcast(self) -> Self:
+        """This config with the dtype that is really computed in, see `force_upcast`."""
+        overflows = self.force_upcast and self.dtype == "float16"
+        return dataclasses.replace(self, dtype="float32") if overflows else self
 
-def _mid_block(config: AutoencoderKLConfig) -> MidBlock2D:
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig(ImageAutoencoderConfig):
+    """Config of `AutoencoderKL`.
+
+    scaling_factor, shift_factor, latents_mean, latents_std: what diffusion works on, see `encode_latents`.
+      The last two have a number per latent channel and come together (Playground v2.5).
+    """
+
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        statistics = self.latents_mean, self.latents_std
+        if statistics != (None, None):
+            check(
+                all(value is not None and len(value) == self.latent_channels for value in statistics),
+                f"latents_mean and latents_std come together, {self.latent_channels} numbers each",
+            )
+            check(not self.shift_factor, "shift_factor and latents_mean exclude each other")
+
+
+def _mid_block(config: ImageAutoencoderConfig) -> MidBlock2D:
     return MidBlock2D(
         num_groups=config.norm_num_groups,
         eps=EPS,
@@ -77,17 +107,18 @@ def _mid_block(config: AutoencoderKLConfig) -> MidBlock2D:
     )
 
 
-def _norm_out(config: AutoencoderKLConfig) -> GroupNorm:
+def _norm_out(config: ImageAutoencoderConfig) -> GroupNorm:
     return GroupNorm(config.norm_num_groups, EPS, config.dtype, name="conv_norm_out")
 
 
 class Encoder(nn.Module):
-    """Images `[B, H, W, in]` -> moments `[B, h, w, 2 latent_channels]`. Rombach et al. 2022, appendix G."""
+    """Images `[B, H, W, in]` -> features `[B, h, w, out_channels]`. Rombach et al. 2022, appendix G."""
 
-    config: AutoencoderKLConfig
+    config: ImageAutoencoderConfig
+    out_channels: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w 2c"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         config = self.config
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
         for i, channels in enumerate(config.block_out_channels):
@@ -96,19 +127,20 @@ class Encoder(nn.Module):
                 num_layers=config.layers_per_block,
                 num_groups=config.norm_num_groups,
                 eps=EPS,
+                attention=config.down_block_types[i] == "AttnDownEncoderBlock2D",
                 dtype=config.dtype,
                 add_downsample=i < len(config.block_out_channels) - 1,
                 downsample_padding=0,
                 name=f"down_blocks_{i}",
             )(h)
         h = nn.silu(_norm_out(config)(_mid_block(config)(h)))
-        return Conv2d(2 * config.latent_channels, dtype=config.dtype, name="conv_out")(h)
+        return Conv2d(self.out_channels, dtype=config.dtype, name="conv_out")(h)
 
 
 class Decoder(nn.Module):
     """Latents `[B, h, w, c]` -> images `[B, H, W, out]`: the encoder mirrored, one layer more per level."""
 
-    config: AutoencoderKLConfig
+    config: ImageAutoencoderConfig
 
     @nn.compact
     def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
@@ -121,6 +153,7 @@ class Decoder(nn.Module):
                 num_layers=config.layers_per_block + 1,
                 num_groups=config.norm_num_groups,
                 eps=EPS,
+                attention=config.up_block_types[i] == "AttnUpDecoderBlock2D",
                 dtype=config.dtype,
                 add_upsample=i < len(config.block_out_channels) - 1,
                 name=f"up_blocks_{i}",
@@ -140,8 +173,8 @@ class AutoencoderKL(nn.Module):
     config: AutoencoderKLConfig
 
     def setup(self):
-        config = self.config
-        self.encoder = Encoder(config)
+        config = self.config.upcast()
+        self.encoder = Encoder(config, 2 * config.latent_channels)
         self.decoder = Decoder(config)
         one_by_one = {"kernel_size": 1, "padding": 0, "dtype": config.dtype}
         self.quant_conv = Conv2d(2 * config.latent_channels, **one_by_one) if config.use_quant_conv else None
@@ -176,9 +209,21 @@ _STABLE_DIFFUSION = AutoencoderKLConfig(
     up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=2,
 )
+_SDXL = dataclasses.replace(_STABLE_DIFFUSION, sample_size=1024, scaling_factor=0.13025, force_upcast=True)
+_SIXTEEN_CHANNELS = dataclasses.replace(
+    _SDXL, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False
+)
 
+# The published autoencoders, all with f = 8 and 84 M parameters.
 PRESETS = {
-    # The published autoencoder of Stable Diffusion 1.x and 2.x: f = 8, 4 latent channels, 84 M parameters.
-    "sd-autoencoder": _STABLE_DIFFUSION,
-    "sdxl-autoencoder": dataclasses.replace(_STABLE_DIFFUSION, sample_size=1024, scaling_factor=0.13025),
+    "sd-vae": _STABLE_DIFFUSION,  # Stable Diffusion 1.x and 2.x
+    "sdxl-vae": _SDXL,
+    "playground-vae": dataclasses.replace(
+        _SDXL,
+        scaling_factor=0.5,
+        latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+        latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+    ),
+    "sd3-vae": dataclasses.replace(_SIXTEEN_CHANNELS, scaling_factor=1.5305, shift_factor=0.0609),
+    "flux-vae": dataclasses.replace(_SIXTEEN_CHANNELS, scaling_factor=0.3611, shift_factor=0.1159),
 }

@@ -19,6 +19,7 @@ from jaxldm.models import (
     dit,
     unet_2d,
     unet_2d_condition,
+    vq_model,
 )
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.initialization import starting_values
@@ -38,6 +39,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         clip_text.CLIPTextModelWithProjection,
         clip_text.CLIPTextWithProjectionConfig,
     ),
+    "VQModel": (vq_model.VQModel, vq_model.VQModelConfig),
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
 
@@ -47,6 +49,7 @@ PRESETS: dict[str, ModelConfig] = {
     **unet_2d_condition.PRESETS,
     **dit.PRESETS,
     **autoencoder_kl.PRESETS,
+    **vq_model.PRESETS,
     **digit_classifier.PRESETS,
     **clip_text.PRESETS,
 }

@@ -3,6 +3,7 @@ from functools import partial
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,11 +13,14 @@ from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 CONFIGS = {
-    "attention and quantisation convolutions": {
+    "attention, quantisation convolutions, latents per channel": {
         "block_out_channels": (8, 16),
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "latent_channels": 3,
+        "latents_mean": (-1.5, 2.0, 0.25),
+        "latents_std": (8.0, 5.5, 0.5),
+        "scaling_factor": 0.5,
     },
     "bare, three levels, another scale and shift": {
         "in_channels": 1,
@@ -67,34 +71,51 @@ def test_decoder_agrees_with_diffusers(pair):
 
 
 def test_scaled_latents_follow_the_reference_pipelines(pair):
-    """Pipelines of diffusers encode to (z - shift_factor) * scaling_factor and decode the inverse."""
+    """Pipelines of diffusers encode to (z - shift) * scale, channel by channel where the config says so."""
     theirs, module, params = pair
     x = images(1, 8, 8, module.config.in_channels)
     encode, decode = (jax.jit(partial(way, module)) for way in (models.encode_latents, models.decode_latents))
     latents = encode(params, x)
     shift, scale = theirs.config.shift_factor or 0.0, theirs.config.scaling_factor
+    if theirs.config.latents_mean is not None:
+        shift = torch.tensor(theirs.config.latents_mean).reshape(1, -1, 1, 1)
+        scale = scale / torch.tensor(theirs.config.latents_std).reshape(1, -1, 1, 1)
     with torch.no_grad():
         mean = theirs.encode(to_torch(x)).latent_dist.mean
         assert_agrees(latents, (mean - shift) * scale)
         assert_agrees(decode(params, latents), theirs.decode(mean).sample)
 
 
-def test_diffusers_opens_what_we_save(pair, tmp_path, caplog, recwarn):
+def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn):
     theirs, module, params = pair
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )
     checkpoints.save(tmp_path, module, params)
     diffusers.utils.logging.enable_propagation()
-    opened = diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    opened, report = diffusers.AutoencoderKL.from_pretrained(
+        tmp_path, low_cpu_mem_usage=False, output_loading_info=True
+    )
     assert [record.getMessage() for record in caplog.records] + [str(w.message) for w in recwarn] == []
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(opened.state_dict()[name], tensor), name
-    assert opened.config.scaling_factor == theirs.config.scaling_factor
-    assert opened.config.shift_factor == theirs.config.shift_factor
+    assert not any(report.values()), report
+    for name, tensor in checkpoints.to_state_dict(params).items():
+        assert np.array_equal(opened.state_dict()[name].numpy(), tensor), name
+    for key, value in theirs.config.items():
+        if not key.startswith("_"):
+            assert opened.config[key] == (list(value) if isinstance(value, tuple) else value), key
+    z = images(1, 3, 2, module.config.latent_channels)
+    ours = jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode"))(params, z)
+    with torch.no_grad():
+        assert_agrees(ours, opened.decode(to_torch(z)).sample)
+    again_module, again = checkpoints.load(tmp_path)
+    assert again_module == module
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_fresh_parameters_have_the_published_names_and_spread(tmp_path):
     """What `init` starts from fills diffusers' model exactly, with the spread of its own start."""
-    fields = CONFIGS["attention and quantisation convolutions"]
-    module = models.build("sd-autoencoder", sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2,
+    fields = CONFIGS["attention, quantisation convolutions, latents per channel"]
+    module = models.build("sd-vae", sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2,
                           up_block_types=("UpDecoderBlock2D",) * 2, **fields)  # fmt: skip
     state = checkpoints.to_state_dict(models.init(module, jax.random.key(0)))
     theirs = diffusers.AutoencoderKL(**models.config_to_dict(module.config) | {"_class_name": None})
@@ -109,11 +130,60 @@ def test_fresh_parameters_have_the_published_names_and_spread(tmp_path):
             assert abs(np.abs(tensor).max() / np.abs(reference).max() - 1) < 0.1, name
 
 
-def test_the_published_autoencoder_has_84_million_parameters():
-    config = models.config_to_dict(models.PRESETS["sd-autoencoder"])
+PUBLISHED_COUNTS = {
+    "sd-vae": 83_653_863,
+    "sdxl-vae": 83_653_863,
+    "playground-vae": 83_653_863,
+    "sd3-vae": 83_819_683,
+    "flux-vae": 83_819_683,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_COUNTS)
+def test_presets_have_the_published_parameters(name):
+    config = models.config_to_dict(models.PRESETS[name])
     with torch.device("meta"):
         theirs = diffusers.AutoencoderKL(**{key: value for key, value in config.items() if key[0] != "_"})
-    assert models.count_params("sd-autoencoder") == sum(p.numel() for p in theirs.parameters())
+    count = models.count_params(name)
+    assert count == sum(p.numel() for p in theirs.parameters()) == PUBLISHED_COUNTS[name]
+
+
+def test_a_config_older_than_force_upcast_computes_as_asked():
+    entries = models.config_to_dict(models.PRESETS["sdxl-vae"])
+    assert models.config_from_dict(entries).force_upcast
+    del entries["force_upcast"]
+    assert not models.config_from_dict(entries).force_upcast
+
+
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "gain", "finite"),
+    [
+        ("float16", True, 5e4, True),
+        ("bfloat16", True, 5e4, True),
+        ("float16", False, 5e4, False),
+        ("float16", False, 1.0, True),
+    ],
+)
+def test_activations_beyond_float16_survive(dtype, force_upcast, gain, finite):
+    """As in the SDXL autoencoder: a residual stream beyond 65504, though every weight fits float16."""
+    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    module = models.build(
+        "sdxl-vae", sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **kinds
+    )
+    params = models.init(module, jax.random.key(0))
+    for side in ("encoder", "decoder"):
+        params[side]["mid_block"]["resnets_0"]["conv2"]["kernel"] *= gain
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(half))
+    x = images(1, 8, 8, 3)
+    low = models.from_config(dataclasses.replace(module.config, dtype=dtype, force_upcast=force_upcast))
+    rounded = jax.jit(low.apply)({"params": half}, x.astype(dtype))
+    assert rounded.dtype == jnp.dtype(dtype)
+    assert bool(jnp.isfinite(rounded).all()) == finite
+    if finite:
+        exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+        expected = jax.jit(module.apply)({"params": exact}, x)
+        assert np.abs(rounded.astype(np.float32) - expected).max() < 0.1 * np.abs(expected).max()
 
 
 def test_configs_that_cannot_be(pair):
@@ -122,5 +192,11 @@ def test_configs_that_cannot_be(pair):
         dataclasses.replace(config, norm_num_groups=5)
     with pytest.raises(InvalidArgumentError, match="scaling_factor"):
         dataclasses.replace(config, scaling_factor=0.0)
-    with pytest.raises(CheckpointError, match="latents_mean"):
-        models.config_from_dict(models.config_to_dict(config) | {"latents_mean": [1.0]})
+    with pytest.raises(InvalidArgumentError, match="exclude"):
+        dataclasses.replace(
+            config, shift_factor=0.1, latents_mean=(1.0,) * 3, latents_std=(1.0,) * 3, latent_channels=3
+        )
+    with pytest.raises(CheckpointError, match="latents_mean and latents_std come together"):
+        models.config_from_dict(models.config_to_dict(config) | {"latents_mean": [1.0], "latents_std": None})
+    with pytest.raises(CheckpointError, match="act_fn"):
+        models.config_from_dict(models.config_to_dict(config) | {"act_fn": "gelu"})

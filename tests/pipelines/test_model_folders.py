@@ -85,7 +85,7 @@ def test_diffusers_opens_the_parts_and_they_compute_the_same(tmp_path):
     """UNet2DModel, AutoencoderKL and the scheduler of diffusers, on the exported folder as it is."""
     pipe = latent_pipeline(schedule=NoiseSchedule(betas="scaled_linear", prediction="v_prediction"))
     autoencoder = models.build(
-        "sd-autoencoder",
+        "sd-vae",
         block_out_channels=(4, 4),
         latent_channels=2,
         sample_size=8,

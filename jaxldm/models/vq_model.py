@@ -1,0 +1,161 @@
+"""The vector-quantised autoencoder of VQ-GAN, latent diffusion and aMUSEd: `VQModel` of diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxldm.models.autoencoder_kl import Decoder, Encoder, ImageAutoencoderConfig
+from jaxldm.models.config import check
+from jaxldm.models.inputs import image_shape
+from jaxldm.nn.convolution import Conv2d
+from jaxldm.nn.initialization import fan_in_uniform
+from jaxldm.nn.linear import Embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class VQModelConfig(ImageAutoencoderConfig):
+    """Config of `VQModel`; names and defaults are those of diffusers.
+
+    num_vq_embeddings, vq_embed_dim: entries of the codebook and their width; None: `latent_channels`.
+    lookup_from_codebook: the generating model makes indices (aMUSEd), not latents (latent diffusion).
+    """
+
+    latent_channels: int = 3
+    num_vq_embeddings: int = 256
+    vq_embed_dim: int | None = None
+    lookup_from_codebook: bool = False
+
+    fixed: ClassVar = ImageAutoencoderConfig.fixed | {"norm_type": "group"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.num_vq_embeddings > 0, "the codebook needs entries: num_vq_embeddings must be positive")
+
+    @property
+    def codebook_width(self) -> int:
+        """Width of the codebook's entries."""
+        return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook `[num_embeddings, features]` in float32, parameter `embedding`; starts as diffusers' does.
+
+    van den Oord et al. 2017, eq. 1-2: the index of z is argmin_k |z - e_k|.
+    """
+
+    num_embeddings: int
+    features: int
+
+    def setup(self):
+        law = fan_in_uniform(self.num_embeddings**2)  # U(-1/K, 1/K)
+        self.embedding = Embedding(self.num_embeddings, self.features, embedding_law=law)
+
+    def indices(self, z: Float[Array, "B h w c"]) -> Int[Array, "B h w"]:
+        """The nearest entry of each z, from |e|^2 - 2 z e; |z|^2 is the same for all entries."""
+        table = self.embedding(jnp.arange(self.num_embeddings))
+        products = jnp.einsum("bhwc,kc->bhwk", z.astype(jnp.float32), table, precision="highest")
+        distances = jnp.square(table).sum(-1).reshape(1, 1, 1, -1) - 2.0 * products
+        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+
+    def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        """The nearest entries themselves; gradients pass to z as if nothing had happened."""
+        nearest = self.embedding(self.indices(z)).astype(z.dtype)
+        return z + jax.lax.stop_gradient(nearest - z)
+
+
+class VQModel(nn.Module):
+    """Convolutional autoencoder whose latents are entries of a codebook. Esser et al. 2021, section 3.1.
+
+    `encode`: images `[B, H, W, in_channels]` in [-1, 1] -> latents `[B, h, w, codebook width]` before the
+    codebook, not scaled, h = H / 2^(levels - 1). `decode`: such latents -> nearest entries -> images, about
+    [-1, 1]. `encode_indices` and `decode_indices` are the same in indices, int32 `[B, h, w]`. The call is
+    decode(encode(x)), to start parameters.
+    """
+
+    config: VQModelConfig
+
+    def setup(self):
+        config = self.config.upcast()
+        one_by_one = {"kernel_size": 1, "padding": 0, "dtype": config.dtype}
+        self.encoder = Encoder(config, config.latent_channels)
+        self.quant_conv = Conv2d(config.codebook_width, **one_by_one)
+        self.quantize = VectorQuantizer(config.num_vq_embeddings, config.codebook_width)
+        self.post_quant_conv = Conv2d(config.latent_channels, **one_by_one)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        chex.assert_shape(x, (None, None, None, self.config.in_channels))
+        return self.quant_conv(self.encoder(x)).astype(x.dtype)
+
+    def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
+        chex.assert_shape(z, (None, None, None, self.config.codebook_width))
+        return self.decoder(self.post_quant_conv(self.quantize(z))).astype(z.dtype)
+
+    def encode_indices(self, x: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
+        chex.assert_shape(x, (None, None, None, self.config.in_channels))
+        return self.quantize.indices(self.quant_conv(self.encoder(x)))
+
+    def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
+        chex.assert_rank(indices, 3)
+        entries = self.quantize.embedding(indices)
+        return self.decoder(self.post_quant_conv(entries)).astype(jnp.float32)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return self.decode(self.encode(x))
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shape of the images that `init` traces the model with."""
+        return image_shape(self.config)
+
+
+def encode_indices(module: VQModel, params: dict, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
+    """Images in [-1, 1] -> the index of each latent's nearest codebook entry, in [0, num_vq_embeddings)."""
+    return module.apply({"params": params}, images, method="encode_indices")
+
+
+def decode_indices(module: VQModel, params: dict, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
+    """The codebook's entries at `indices` -> images, about [-1, 1], float32.
+
+    An index outside the codebook, such as aMUSEd's mask token, reads the nearest entry that there is.
+    """
+    return module.apply({"params": params}, indices, method="decode_indices")
+
+
+_LDM = VQModelConfig(sample_size=256, layers_per_block=2, scaling_factor=1.0)
+
+PRESETS = {
+    # First stages of the model zoo of latent diffusion, trained without a scaling factor.
+    "ldm-vq-f4": dataclasses.replace(
+        _LDM,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        num_vq_embeddings=8192,
+    ),
+    "ldm-vq-f8": dataclasses.replace(
+        _LDM,
+        block_out_channels=(128, 256, 256, 512),
+        down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+        latent_channels=4,
+        num_vq_embeddings=16384,
+    ),
+    "amused-vq": VQModelConfig(
+        block_out_channels=(128, 256, 256, 512, 768),
+        down_block_types=("DownEncoderBlock2D",) * 5,
+        up_block_types=("UpDecoderBlock2D",) * 5,
+        layers_per_block=2,
+        latent_channels=64,
+        num_vq_embeddings=8192,
+        mid_block_add_attention=False,
+        lookup_from_codebook=True,
+        force_upcast=True,
+    ),
+}
