@@ -9,11 +9,19 @@ True
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.bert import BertConfig, BertModel, sentence_embedding
+from jaxldm.models.clip import CLIPConfig, CLIPModel
 from jaxldm.models.clip_text import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTextWithProjectionConfig,
+)
+from jaxldm.models.clip_vision import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ImageEncoding,
+    clip_pixel_values,
 )
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
@@ -28,6 +36,7 @@ from jaxldm.models.registry import (
     init,
     shapes,
 )
+from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.tiling import Tiling
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
@@ -39,10 +48,16 @@ __all__ = [
     "PRESETS",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "BertConfig",
+    "BertModel",
+    "CLIPConfig",
+    "CLIPModel",
     "CLIPTextConfig",
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "CLIPTextWithProjectionConfig",
+    "CLIPVisionConfig",
+    "CLIPVisionModelWithProjection",
     "ConvAutoencoder",
     "ConvAutoencoderConfig",
     "DiT",
@@ -50,6 +65,9 @@ __all__ = [
     "DiagonalGaussian",
     "DigitClassifier",
     "DigitClassifierConfig",
+    "ImageEncoding",
+    "T5EncoderConfig",
+    "T5EncoderModel",
     "TextEncoding",
     "Tiling",
     "UNet2DConditionConfig",
@@ -60,6 +78,7 @@ __all__ = [
     "VQModelConfig",
     "build",
     "class_name",
+    "clip_pixel_values",
     "config_from_dict",
     "config_to_dict",
     "count_params",
@@ -70,6 +89,7 @@ __all__ = [
     "from_config",
     "init",
     "patchify",
+    "sentence_embedding",
     "shapes",
     "unpatchify",
 ]

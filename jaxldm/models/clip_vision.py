@@ -110,6 +110,16 @@ class CLIPVisionTransformer(nn.Module):
         return states, norm(states[-1][:, 0])
 
 
+def check_pixels(pixel_values: Float[Array, "B H W C"], config: CLIPVisionConfig) -> None:
+    """Raises `InvalidArgumentError` unless the images are as the tower takes them."""
+    wanted = (config.image_size, config.image_size, config.num_channels)
+    if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
+        raise InvalidArgumentError(
+            f"pixel_values must be [B, {', '.join(map(str, wanted))}], not {pixel_values.shape}: "
+            "make them with clip_pixel_values(images, image_size)"
+        )
+
+
 class CLIPVisionModelWithProjection(nn.Module):
     """CLIP's image tower, a vision transformer. Radford et al. 2021; Dosovitskiy et al. 2021.
 
@@ -128,12 +138,7 @@ class CLIPVisionModelWithProjection(nn.Module):
     @nn.compact
     def __call__(self, pixel_values: Float[Array, "B H W C"]) -> ImageEncoding:
         config = self.config
-        wanted = (config.image_size, config.image_size, config.num_channels)
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
-            raise InvalidArgumentError(
-                f"pixel_values must be [B, {', '.join(map(str, wanted))}], not {pixel_values.shape}: "
-                "make them with clip_pixel_values(images, image_size)"
-            )
+        check_pixels(pixel_values, config)
         states, pooled = CLIPVisionTransformer(config, name="vision_model")(pixel_values)
         law = normal(config.hidden_size**-0.5)
         project = Linear(config.projection_dim, False, config.dtype, law, name="visual_projection")

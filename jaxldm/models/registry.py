@@ -14,9 +14,13 @@ from jaxldm.errors import CheckpointError, UnknownNameError, one_of
 from jaxldm.models import (
     autoencoder_conv,
     autoencoder_kl,
+    bert,
+    clip,
     clip_text,
+    clip_vision,
     digit_classifier,
     dit,
+    t5_encoder,
     unet_2d,
     unet_2d_condition,
     vq_model,
@@ -34,11 +38,19 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "DiT": (dit.DiT, dit.DiTConfig),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
+    "CLIPModel": (clip.CLIPModel, clip.CLIPConfig),
     "CLIPTextModel": (clip_text.CLIPTextModel, clip_text.CLIPTextConfig),
     "CLIPTextModelWithProjection": (
         clip_text.CLIPTextModelWithProjection,
         clip_text.CLIPTextWithProjectionConfig,
     ),
+    "CLIPVisionModelWithProjection": (
+        clip_vision.CLIPVisionModelWithProjection,
+        clip_vision.CLIPVisionConfig,
+    ),
+    "T5EncoderModel": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),
+    "T5ForConditionalGeneration": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),  # its encoder
+    "BertModel": (bert.BertModel, bert.BertConfig),
     "VQModel": (vq_model.VQModel, vq_model.VQModelConfig),
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
@@ -52,6 +64,9 @@ PRESETS: dict[str, ModelConfig] = {
     **vq_model.PRESETS,
     **digit_classifier.PRESETS,
     **clip_text.PRESETS,
+    **clip_vision.PRESETS,
+    **t5_encoder.PRESETS,
+    **bert.PRESETS,
 }
 
 
