@@ -103,7 +103,10 @@ def load_as(
     """`load` with these entries instead of those of the folder's config.json."""
     if dtype is not None:
         compute_dtype(dtype)
-    config = models.config_from_dict(entries)
+    try:
+        config = models.config_from_dict(entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     module = models.from_config(config if dtype is None else dataclasses.replace(config, dtype=dtype))
     weights, stored = open_weights(folder, _STEMS[config.library], variant)
     try:

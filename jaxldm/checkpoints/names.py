@@ -122,7 +122,7 @@ def from_state_dict(
         floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
         kind = np.dtype(dtype) if dtype is not None and floating else tensor.dtype
         where = _placement(sharding, tensor.path, tuple(tensor.value.shape))
-        params[tensor.path] = _placed(state[name], np.argsort(tensor.axes), kind, where)
+        params[tensor.path] = placed(state[name], np.argsort(tensor.axes), kind, where)
     return traverse_util.unflatten_dict(params)
 
 
@@ -143,7 +143,7 @@ def _placement(
     return sharding
 
 
-def _placed(
+def placed(
     tensor: Tensor, axes: np.ndarray, dtype: np.dtype, where: jax.Device | jax.sharding.Sharding | None
 ) -> jax.Array:
     """A published tensor as a parameter on its devices.
