@@ -50,9 +50,7 @@ def describe_everything() -> str:
     from jaxldm.data.load import WELL_KNOWN
 
     recipes = [(name, describe_recipe(recipe)) for name, recipe in training.RECIPES.items()]
-    presets = [
-        (name, models.config_to_dict(config)["_class_name"]) for name, config in models.PRESETS.items()
-    ]
+    presets = [(name, models.class_name(config)) for name, config in models.PRESETS.items()]
     solvers = [(name, first_line(solver)) for name, solver in D.solvers.SOLVERS.items()]
     devices = [(device.id, device.platform, device.device_kind) for device in jax.devices()]
     sections = {
@@ -107,9 +105,10 @@ def describe_preset(name: str) -> str:
     """Parameters and config of a preset, without building it."""
     from jaxldm import models
 
-    config = models.config_to_dict(models.PRESETS[name])
-    head = f"{name} is a preset of {config.pop('_class_name')} with {models.count_params(name):,} parameters"
-    return head + "\n" + table(sorted(config.items()))
+    config, count = models.PRESETS[name], models.count_params(name)
+    head = f"{name} is a preset of {models.class_name(config)} with {count:,} parameters"
+    memory = f"{4 * count / 1e6:,.1f} MB in float32, {2 * count / 1e6:,.1f} MB in bfloat16 or float16"
+    return f"{head}: {memory}\n" + table(sorted(config.to_dict().items()))
 
 
 def describe_export(folder: Path) -> str:

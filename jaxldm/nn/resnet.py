@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm
@@ -88,6 +89,9 @@ class Upsample2D(nn.Module):
     `output_size` (h, w), each side 2H or 2H - 1, is the size of the skip connection that meets this output:
     a U-Net that halves 7 to 4 must come back to 7. Nearest interpolation to 2H - 1 is the doubled image
     without its last row.
+
+    Raises:
+      InvalidArgumentError: another `output_size`.
     """
 
     dtype: str = "float32"
@@ -100,6 +104,11 @@ class Upsample2D(nn.Module):
         if output_size is None or tuple(output_size) == (2 * height, 2 * width):
             return Conv2d(channels, dtype=self.dtype, doubled=True, name="conv")(x)
         for side, wanted in zip((height, width), output_size, strict=True):
-            assert 2 * side - 1 <= wanted <= 2 * side, f"cannot upsample {height}x{width} to {output_size}"
+            if not 2 * side - 1 <= wanted <= 2 * side:
+                size = "x".join(map(str, output_size))
+                raise InvalidArgumentError(
+                    f"{height}x{width} pixels cannot be doubled to {size}: without padding "
+                    "(downsample_padding 0) the sides must be even on every level"
+                )
         up = upsample_nearest(x)[:, : output_size[0], : output_size[1], :]
         return Conv2d(channels, dtype=self.dtype, name="conv")(up)

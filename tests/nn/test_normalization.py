@@ -43,6 +43,14 @@ def test_group_norm_takes_its_statistics_in_float32():
     assert abs(float(y.mean())) < 0.02 and abs(float(y.std()) - 1) < 0.02
 
 
+def test_group_norm_takes_parameters_of_16_bits():
+    x = np.random.default_rng(0).standard_normal((1, 4, 4, 8)).astype(np.float32)
+    scale, bias = jnp.linspace(0.5, 2, 8, dtype=jnp.bfloat16), jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16)
+    ours = nn.GroupNorm(2).apply({"params": {"scale": scale, "bias": bias}}, x)
+    expected = nn.group_norm(x, scale.astype(jnp.float32), bias.astype(jnp.float32), 2, 1e-5)
+    np.testing.assert_array_equal(ours, expected)
+
+
 def test_constant_images_become_the_bias():
     y = nn.group_norm(jnp.full((1, 4, 4, 8), 3.7), jnp.ones(8), jnp.arange(8.0), 2, 1e-5)
     np.testing.assert_allclose(y, np.broadcast_to(np.arange(8.0), (1, 4, 4, 8)), atol=5e-3)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jaxldm import nn
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import starting_values
 from jaxldm.nn.resnet import upsample_nearest
 
@@ -20,7 +21,7 @@ def test_nearest_upsampling_to_any_size_of_a_skip_agrees_with_torch():
         )
         np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-6)
     np.testing.assert_array_equal(upsample_nearest(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
-    with pytest.raises(AssertionError, match="cannot upsample"):
+    with pytest.raises(InvalidArgumentError, match="cannot be doubled"):
         nn.Upsample2D().apply({"params": identity}, x, (6, 6))
 
 
