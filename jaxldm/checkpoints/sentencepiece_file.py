@@ -56,9 +56,7 @@ def read_sentencepieces(data: bytes) -> SentencePieces:
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"not a sentencepiece model, or cut off: {error}") from error
     if trainer != _UNIGRAM:
-        raise CheckpointError(
-            "a sentencepiece model of another kind than unigram: only T5's kind is supported"
-        )
+        raise CheckpointError("a sentencepiece model of another kind than T5's: only unigram is supported")
     if _UNKNOWN not in kinds:
         raise CheckpointError("a sentencepiece model without an unknown piece")
     control = tuple(token for token, kind in enumerate(kinds) if kind == _CONTROL)

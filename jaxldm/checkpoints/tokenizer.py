@@ -336,11 +336,18 @@ def _add_tokens(
     names = {_content(token) for token in special.values() if token}
     extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or ()
     extra = list(extra.values() if isinstance(extra, Mapping) else extra)
-    for token in (*(numbered[number] for number in sorted(numbered)), *special.values(), *extra):
-        if token and _content(token) not in known:
-            known.add(_content(token))
-            is_special = _content(token) in names or token in extra
-            backend.add_tokens([_added_token(token, is_special)])
+    for number in sorted(numbered):
+        if _content(numbered[number]) not in known:
+            is_special = _content(numbered[number]) in names
+            backend.add_tokens([_added_token(numbered[number], is_special)])
+    known |= {_content(token) for token in numbered.values()}
+    done = []
+    for token in (*special.values(), *extra):
+        # One text may be given in two ways, and then the last holds: the end of text as an object that also
+        # matches in capitals and, to pad with, as a mere string that does not.
+        if token and _content(token) not in known and token not in done:
+            done.append(token)
+            backend.add_tokens([_added_token(token, special=True)])
     for number, token in numbered.items():
         if backend.token_to_id(_content(token)) != number:
             raise CheckpointError(

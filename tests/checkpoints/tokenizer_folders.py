@@ -1,0 +1,122 @@
+"""Small tokenizer folders in the layouts of published ones, made here: CLIP, T5, BERT."""
+
+import collections
+import io
+import itertools
+import json
+
+import sentencepiece
+from tokenizers.pre_tokenizers import ByteLevel
+
+SENTENCES = [
+    "a photo of a cat sitting on the mat, in the style of an old master",
+    "the cat's whiskers aren't long; they've been cut and we'll see",
+    "two dogs and 3 cats run in the park at night, 4k, highly detailed",
+    "naïve café: crème brûlée, Übergröße, señor",
+    "an astronaut riding a horse on mars, artstation, hd, dramatic lighting",
+]
+TRICKY = [
+    "",
+    " ",
+    "a photo of a cat",
+    "A Photo OF a CAT",
+    "  many   spaces\tand\n\nlines  ",
+    "the cat's dog's we're they've I'm she'll he'd don't 'quoted'",
+    "café cafe\u0301 naïve ÜBERGRÖSSE ß straße İstanbul ﬁne ½ ² №",
+    "1 22 333 4444 3.14 1,000,000 4k 8K 16:9",
+    "emoji 😀 👩‍👩‍👧‍👦 🇫🇷 ❤️ mixed😀in",
+    "漢字とかな 한국어 中文字符 ไทย עברית العربية",
+    "punctuation!!! ... ??? --- ((nested [brackets] {braces})) #tag @you <b>html</b> &amp;",
+    "zero\u200bwidth no\u00a0break \u3000wide soft\u00adhyphen \ufeffbom tab\u0009 nul\u0000end",
+    "<|startoftext|> typed <|endoftext|> by hand <|ENDOFTEXT|>",
+    "</s> <pad> <unk> <extra_id_0> [CLS] [SEP] [MASK] [PAD] ▁under▁score",
+    "!",
+    "wow! cats! dogs!",
+    "supercalifragilisticexpialidocious " * 3,
+    "cat " * 200,
+    "x" * 500,
+    "𝒎𝒂𝒕𝒉 ﷽ \U0001f600\u0301",
+]
+
+
+def clip_folder(folder, pad="<|endoftext|>", **settings):
+    """vocab.json and merges.txt: all bytes, all bytes at a word's end, the commonest pairs; 518 and more."""
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = letters + [letter + "</w>" for letter in letters]
+    merges = _common_pairs(60)
+    vocabulary += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({text: number for number, text in enumerate(vocabulary)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
+    tokens = {
+        "bos_token": {"content": "<|startoftext|>", "normalized": True, **flags},
+        "eos_token": {"content": "<|endoftext|>", "normalized": True, **flags},
+        "unk_token": {"content": "<|endoftext|>", "normalized": True, **flags},
+        "pad_token": pad,
+    }
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    marked = {k: v if isinstance(v, str) else {"__type": "AddedToken", **v} for k, v in tokens.items()}
+    settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **marked} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _common_pairs(number):
+    """Byte pairs as they are learned: the commonest, joined, again and again."""
+    words = collections.Counter(word.lower() for text in SENTENCES for word in text.split() if word.isascii())
+    parts = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    merges = []
+    for _ in range(number):
+        counts = collections.Counter()
+        for word, pieces in parts.items():
+            for pair in itertools.pairwise(pieces):
+                counts[pair] += words[word]
+        best = max(sorted(counts), key=counts.get)
+        merges.append(best)
+        parts = {word: _joined(pieces, best) for word, pieces in parts.items()}
+    return merges
+
+
+def _joined(pieces, pair):
+    out, index = [], 0
+    while index < len(pieces):
+        if pieces[index : index + 2] == pair:
+            out.append("".join(pair))
+            index += 2
+        else:
+            out.append(pieces[index])
+            index += 1
+    return tuple(out)
+
+
+def t5_folder(folder, **settings):
+    """spiece.model, learned by sentencepiece with the options and the normalisation of T5's."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 3),
+        model_writer=model,
+        vocab_size=75,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    settings = {"model_max_length": 512, "tokenizer_class": "T5Tokenizer", "extra_ids": 100} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def bert_folder(folder, **settings):
+    """vocab.txt: special tokens, letters alone and inside words, the words of the sentences."""
+    words = sorted({word.strip(",.;:") for text in SENTENCES for word in text.lower().split()})
+    letters = sorted({letter for text in TRICKY for letter in text.lower() if letter.isalnum()})
+    marks = list("!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~▁")
+    inside = ["##" + letter for letter in letters] + ["##ing", "##s", "##graph"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = list(dict.fromkeys([*special, *marks, *letters, *inside, *words]))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    settings = {"model_max_length": 512, "tokenizer_class": "BertTokenizer", "do_lower_case": True} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
