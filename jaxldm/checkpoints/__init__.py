@@ -4,6 +4,7 @@
 
 from jaxldm.checkpoints.folder import load, read_config, save
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
+from jaxldm.checkpoints.single_file import load_single_file, save_single_file
 from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "Tokens",
     "from_state_dict",
     "load",
+    "load_single_file",
     "load_tokenizer",
     "read_config",
     "save",
+    "save_single_file",
     "to_state_dict",
 ]

@@ -1,5 +1,5 @@
 import dataclasses
-from functools import partial
+import functools
 
 import diffusers
 import jax
@@ -74,7 +74,9 @@ def test_scaled_latents_follow_the_reference_pipelines(pair):
     """Pipelines of diffusers encode to (z - shift) * scale, channel by channel where the config says so."""
     theirs, module, params = pair
     x = images(1, 8, 8, module.config.in_channels)
-    encode, decode = (jax.jit(partial(way, module)) for way in (models.encode_latents, models.decode_latents))
+    encode, decode = (
+        jax.jit(functools.partial(way, module)) for way in (models.encode_latents, models.decode_latents)
+    )
     latents = encode(params, x)
     shift, scale = theirs.config.shift_factor or 0.0, theirs.config.scaling_factor
     if theirs.config.latents_mean is not None:
@@ -155,6 +157,15 @@ def test_a_config_older_than_force_upcast_computes_as_asked():
     assert not models.config_from_dict(entries).force_upcast
 
 
+@functools.cache
+def small_sdxl():
+    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    module = models.build(
+        "sdxl-vae", sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **kinds
+    )
+    return module, jax.jit(module.apply)
+
+
 @pytest.mark.parametrize(
     ("dtype", "force_upcast", "gain", "finite"),
     [
@@ -166,10 +177,7 @@ def test_a_config_older_than_force_upcast_computes_as_asked():
 )
 def test_activations_beyond_float16_survive(dtype, force_upcast, gain, finite):
     """As in the SDXL autoencoder: a residual stream beyond 65504, though every weight fits float16."""
-    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    module = models.build(
-        "sdxl-vae", sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **kinds
-    )
+    module, apply_exactly = small_sdxl()
     params = models.init(module, jax.random.key(0))
     for side in ("encoder", "decoder"):
         params[side]["mid_block"]["resnets_0"]["conv2"]["kernel"] *= gain
@@ -182,7 +190,7 @@ def test_activations_beyond_float16_survive(dtype, force_upcast, gain, finite):
     assert bool(jnp.isfinite(rounded).all()) == finite
     if finite:
         exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
-        expected = jax.jit(module.apply)({"params": exact}, x)
+        expected = apply_exactly({"params": exact}, x)
         assert np.abs(rounded.astype(np.float32) - expected).max() < 0.1 * np.abs(expected).max()
 
 
