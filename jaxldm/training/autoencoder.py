@@ -98,16 +98,19 @@ def autoencoder_loss(
 
 
 def latent_scale(
-    mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"]
+    mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"] | None
 ) -> tuple[float, float]:
     """(scaling_factor, shift_factor) that give latents drawn from these posteriors mean 0 and variance 1.
 
         shift = E[mean],  scale = 1 / sqrt(Var[mean] + E[exp(log_variance)])
 
     over all examples, places and channels. Source: Rombach et al. 2022, appendix G (there without the shift).
+    Without log_variance the second term is left out: for a diffusion model that is trained on the means,
+    which with a strong KL term vary much less than the draws.
     """
-    mean, log_variance = np.asarray(mean, np.float64), np.asarray(log_variance, np.float64)
-    return float(1 / np.sqrt(mean.var() + np.exp(log_variance).mean())), float(mean.mean())
+    mean = np.asarray(mean, np.float64)
+    spread = 0.0 if log_variance is None else np.exp(np.asarray(log_variance, np.float64)).mean()
+    return float(1 / np.sqrt(mean.var() + spread)), float(mean.mean())
 
 
 def build_autoencoder(recipe: Recipe, image_shape: tuple[int, int, int]) -> nn.Module:
@@ -160,7 +163,8 @@ def train_autoencoder(context: Context) -> None:
     loss_fn = make_loss(recipe, module, warmup_steps)
     params = train_network(context, STAGE, recipe, module, loss_fn, {"image": images}, on_sample)
     posterior = encode_all(module, params, images)
-    scale, shift = latent_scale(*posterior)
+    seen = posterior.log_variance if context.recipe.diffusion.sample_latents else None
+    scale, shift = latent_scale(posterior.mean, seen)
     context.say(
         f"autoencoder: latents have mean {shift:+.3f} and standard deviation {1 / scale:.3f}; "
         f"scaling_factor {scale:.4f}"

@@ -208,10 +208,10 @@ _MINI_AUTOENCODER = AutoencoderRecipe(
     epochs=5, learning_rate=2e-3, beta=0.08, beta_warmup_epochs=2, ema_decay=0.99
 )
 # The decoder forgives errors of a posterior's width, so what matters is the noisy end: no Min-SNR weights
-# (they turn to the clean end), and the posterior's mean for x_0.
+# (they turn to the clean end), and the posterior's mean for x_0, scaled to variance 1 by itself.
 _MINI_UNET = DiffusionRecipe(
     preset="mini-unet",
-    epochs=20,
+    epochs=18,
     batch_size=32,
     learning_rate=2e-3,
     warmup_epochs=1,
@@ -263,7 +263,7 @@ RECIPES: dict[str, Recipe] = {
         name="tiny-dit",
         diffusion=DiffusionRecipe(
             preset="tiny-dit",
-            epochs=80,
+            epochs=60,
             batch_size=128,
             learning_rate=5e-4,
             warmup_epochs=2,

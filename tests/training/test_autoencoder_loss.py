@@ -111,6 +111,9 @@ def test_latent_scale_makes_drawn_latents_unit_normal():
     latents = (np.asarray(moments.sample(jax.random.key(3)), np.float64) - shift) * scale
     # 40 000 numbers: the standard errors are 0.005 and 0.0035
     assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.015
+    scale, shift = latent_scale(moments.mean, None)
+    means = (np.asarray(moments.mean, np.float64) - shift) * scale
+    np.testing.assert_allclose([means.mean(), means.std()], [0, 1], atol=1e-5)
 
 
 def test_an_unknown_reconstruction_loss_is_refused():
