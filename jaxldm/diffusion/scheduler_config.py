@@ -157,15 +157,18 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     linspace, leading = _SPACINGS[family]
     names = {"trailing": "trailing", "linspace": linspace, "leading": leading}
     spacing = names[one_of("timestep_spacing", spacing, names)]
-    options = _read_sigmas(config)
+    options = {} if family == "whole" else _read_sigmas(config)
     if not (options and family == "open"):  # these respace the whole path, whatever their spacing
         options = {"spacing": spacing} | options
         if spacing.startswith("leading") and config.get("steps_offset"):
             options["steps_offset"] = config["steps_offset"]
-    keeps_noise = name == "DEISMultistepScheduler" or not config.get("set_alpha_to_one", True)
-    if keeps_noise or config.get("final_sigmas_type", "zero") == "sigma_min":
-        options["final"] = "sigma_min"
-    return options
+    # A scheduler made from another's config keeps that one's entries in its file; it does not heed them.
+    if family == "whole":
+        clean_at_the_end = {"DDIMScheduler": True, "PNDMScheduler": False}  # where the file is silent
+        keeps_noise = name in clean_at_the_end and not config.get("set_alpha_to_one", clean_at_the_end[name])
+    else:
+        keeps_noise = name == "DEISMultistepScheduler" or config.get("final_sigmas_type") == "sigma_min"
+    return options | ({"final": "sigma_min"} if keeps_noise else {})
 
 
 def _read_edm(config: Mapping[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]]:

@@ -76,6 +76,29 @@ def test_the_grid_is_the_schedulers(scheduler):
         np.testing.assert_allclose(ours[:count], theirs[:count], rtol=5e-4, atol=1e-6)
 
 
+_OF_PNDM = {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+_OF_UNIPC = {"use_karras_sigmas": True, "final_sigmas_type": "zero"}
+
+
+@pytest.mark.parametrize(
+    ("read_by", "foreign"),
+    [
+        ("DDIMScheduler", _OF_UNIPC),
+        ("DDIMScheduler", {"final_sigmas_type": "sigma_min"}),
+        ("DPMSolverMultistepScheduler", _OF_PNDM),
+        ("DPMSolverMultistepScheduler", _OF_UNIPC),
+        ("EulerDiscreteScheduler", _OF_PNDM),
+        ("EulerDiscreteScheduler", _OF_UNIPC),
+    ],
+)
+def test_entries_of_another_scheduler_are_not_heeded(read_by, foreign):
+    """`OtherScheduler.from_config(...)` keeps entries that the other one does not know."""
+    scheduler = getattr(diffusers, read_by).from_config(SD | foreign)
+    schedule, options = D.from_scheduler_config(SD | foreign | {"_class_name": read_by})
+    grid = D.make_grid(schedule.make_path(), 7, **options)
+    np.testing.assert_allclose(grid.sigma / grid.alpha, walk(scheduler, 7), rtol=5e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("karras", [False, True])
 def test_static_flow_shift(karras):
     """Stable Diffusion 3: the scheduler's own grid; its last t is shifted twice, ours once."""
