@@ -42,7 +42,7 @@ from jaxldm.models.tiling import Tiling
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encode_indices
-from jaxldm.nn.embeddings import patchify, unpatchify
+from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 
 __all__ = [
     "PRESETS",
@@ -87,6 +87,7 @@ __all__ = [
     "encode_indices",
     "encode_latents",
     "from_config",
+    "guidance_embedding",
     "init",
     "patchify",
     "sentence_embedding",

@@ -1,8 +1,8 @@
 """Many images through one compiled function: batches of one fixed size, split over the devices.
 
 XLA may round differently for batches of different sizes. Here every device always computes
-`IMAGES_PER_DEVICE` images at a time, so that an image is the same to the last bit however many are asked
-for, and nothing compiles anew for another number of them.
+`images_per_device` images at a time (`IMAGES_PER_DEVICE` for the small models), so that an image is the same
+to the last bit however many are asked for, and nothing compiles anew for another number of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from jaxldm.errors import InvalidArgumentError
 IMAGES_PER_DEVICE = 16
 
 
-def image_mesh(num_images: int, devices: Sequence[Any] | None = None) -> Mesh:
+def image_mesh(
+    num_images: int, devices: Sequence[Any] | None = None, images_per_device: int = IMAGES_PER_DEVICE
+) -> Mesh:
     """A mesh with the one axis "images": all `devices` (default: all of this process), or one if that is
     enough.
     """
     devices = list(jax.local_devices() if devices is None else devices)
     if not devices:
         raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
-    if num_images <= IMAGES_PER_DEVICE:
+    if num_images <= images_per_device:
         devices = devices[:1]
     return Mesh(np.asarray(devices), ("images",))
 
@@ -47,12 +49,16 @@ def over_images(function: Callable[..., Array], mesh: Mesh) -> Callable[..., Arr
 
 
 def in_fixed_batches(
-    function: Callable[[Any], Array], per_image: Any, mesh: Mesh, batch_size: int
+    function: Callable[[Any], Array],
+    per_image: Any,
+    mesh: Mesh,
+    batch_size: int,
+    images_per_device: int = IMAGES_PER_DEVICE,
 ) -> np.ndarray:
     """Runs `function` on the rows of the tree `per_image` [N, ...] and joins the results, [N, ...], on the
     host.
 
-    Batches are filled up to `IMAGES_PER_DEVICE` rows on each device by repeating the last row. As many
+    Batches are filled up to `images_per_device` rows on each device by repeating the last row. As many
     batches as `batch_size` images make are under way before the first result is waited for.
 
     Raises:
@@ -60,7 +66,7 @@ def in_fixed_batches(
     """
     if batch_size < 1:
         raise InvalidArgumentError(f"batch_size must be 1 or more, not {batch_size}")
-    rows_per_batch = IMAGES_PER_DEVICE * mesh.size
+    rows_per_batch = images_per_device * mesh.size
     num_rows = len(jax.tree.leaves(per_image)[0])
     under_way: list[Array] = []
     results: list[np.ndarray] = []

@@ -1,6 +1,6 @@
-"""Trained models on disk: a run folder or an exported folder -> `LatentDiffusion`, and the export itself.
+"""Models on disk -> pipelines: run folders, exported folders, and folders of text-to-image models.
 
-An exported folder is laid out as diffusers lays out a pipeline:
+An exported folder (`LatentDiffusion`) is laid out as diffusers lays out a pipeline:
 
     model_index.json                    which components there are
     vae/                                config.json, diffusion_pytorch_model.safetensors (absent for a model
@@ -21,32 +21,55 @@ import numpy as np
 from jaxldm import __version__, checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.storage import folder_written_whole
-from jaxldm.errors import CheckpointError, StorageError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.pipelines.latent_diffusion import LatentDiffusion
+from jaxldm.pipelines.text_folders import PIPELINES, load_text_to_image, save_text_to_image
+from jaxldm.pipelines.text_to_image import TextToImage
 
 PIPELINE_CLASS = "LatentDiffusionPipeline"
 INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 DENOISERS = ("unet", "transformer")
+EXPORTS = (PIPELINE_CLASS, "DDPMPipeline", "DDIMPipeline")  # the last two: of diffusers, without classes
 AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
-NOT_DENOISERS = (*AUTOENCODERS, "DigitClassifier")
+CLASS_CONDITIONAL = ("UNet2DModel", "DiT")  # networks that `LatentDiffusion` draws with
 # Architectures that diffusers has under the same name, with the same weights.
 _IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel")
 
 
-def load(folder: str | Path) -> LatentDiffusion:
-    """The trained model in a run folder (from training) or an exported folder (from `export`).
+def load(
+    folder: str | Path, *, dtype: str | None = None, variant: str | None = None
+) -> LatentDiffusion | TextToImage:
+    """The model in a run folder (from training), an exported one, or a text-to-image folder of diffusers.
+
+    Args:
+      folder: model_index.json, where there is one, says which pipeline it is: `PIPELINES`, or our own.
+      dtype: "float32", "bfloat16" or "float16", for parameters and computation of a text-to-image model;
+        None is float32 for both.
+      variant: "fp16" for the weight files of that variant, of a text-to-image model.
 
     Raises:
-      CheckpointError: the folder is missing, is neither, holds no finished model yet, is damaged, or is put
-        together from parts of different models.
+      CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
+        yet, is damaged, or is put together from parts of different models.
+      UnknownNameError, InvalidArgumentError: a dtype that does not exist, or that is not for this folder.
+
+    >>> from jaxldm import pipelines                                          # doctest: +SKIP
+    >>> pipe = pipelines.load("stable-diffusion-v1-5", dtype="bfloat16")      # doctest: +SKIP
+    >>> images = pipe(jax.random.key(0), prompt=["a cat"], solver="dpmpp_2m") # doctest: +SKIP
     """
     folder = Path(folder)
-    return _load_run(folder) if kind_of(folder) == "run" else _load_export(folder)
+    kind = kind_of(folder)
+    if kind == "text-to-image":
+        return load_text_to_image(folder, _read_json(folder / INDEX), dtype, variant)
+    if dtype is not None or variant is not None:
+        raise InvalidArgumentError(
+            f"dtype and variant are for text-to-image models: {folder} is another, leave them out"
+        )
+    return _load_run(folder) if kind == "run" else _load_export(folder)
 
 
 def kind_of(folder: str | Path) -> str:
-    """ "run" or "export". Raises `CheckpointError`, with the cure, for everything else."""
+    """ "run", "export" or "text-to-image". Raises `CheckpointError`, with the cure, for everything else."""
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(
@@ -58,7 +81,11 @@ def kind_of(folder: str | Path) -> str:
             f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`"
         )
     if (folder / INDEX).exists():
-        return "export"
+        name = _read_json(folder / INDEX).get("_class_name", PIPELINE_CLASS)
+        if name not in (*EXPORTS, *PIPELINES):
+            known = ", ".join((*EXPORTS, *PIPELINES))
+            raise CheckpointError(f"{folder} is a pipeline of an unknown class, {name!r}; known: {known}")
+        return "text-to-image" if name in PIPELINES else "export"
     if (folder / CONFIG).exists():
         return "run"
     raise CheckpointError(
@@ -66,8 +93,10 @@ def kind_of(folder: str | Path) -> str:
     )
 
 
-def save(pipe: LatentDiffusion, folder: str | Path) -> None:
+def save(pipe: LatentDiffusion | TextToImage, folder: str | Path) -> None:
     """Writes an exported folder: all of it or nothing. An earlier export in `folder` is replaced.
+
+    A text-to-image model becomes a folder that diffusers opens.
 
     Raises:
       StorageError: `folder` holds anything else, is a file, or cannot be written.
@@ -77,11 +106,14 @@ def save(pipe: LatentDiffusion, folder: str | Path) -> None:
     >>> pipe = pipelines.load("exported/mini-ldm")                 # doctest: +SKIP
     """
     folder = Path(os.path.abspath(folder))
+    if isinstance(pipe, TextToImage):
+        save_text_to_image(pipe, folder)
+        return
     check_export_folder(folder)
     index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
     with folder_written_whole(folder) as partial:
         for name, module, params in components(pipe):
-            index[name] = _library_and_class(models.config_to_dict(module.config)["_class_name"])
+            index[name] = _library_and_class(models.class_name(module.config))
             checkpoints.save(partial / name, module, params)
         scheduler = pipe.schedule.to_dict()
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
@@ -106,8 +138,11 @@ def check_export_folder(folder: str | Path) -> None:
         )
 
 
-def components(pipe: LatentDiffusion) -> Iterator[tuple[str, Any, Any]]:
+def components(pipe: LatentDiffusion | TextToImage) -> Iterator[tuple[str, Any, Any]]:
     """(name of the subfolder, module, parameters) of each network of a pipeline."""
+    if isinstance(pipe, TextToImage):
+        yield from ((name, part.module, part.params) for name, part in pipe.networks.items())
+        return
     if pipe.autoencoder is not None:
         yield "vae", pipe.autoencoder, pipe.autoencoder_params
     yield (
@@ -125,7 +160,9 @@ class TensorComparison(NamedTuple):
     difference: str
 
 
-def compare(first: LatentDiffusion, second: LatentDiffusion) -> list[TensorComparison]:
+def compare(
+    first: LatentDiffusion | TextToImage, second: LatentDiffusion | TextToImage
+) -> list[TensorComparison]:
     """Compares two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
     tensors = [
         {
@@ -206,13 +243,13 @@ def _load_parts(denoiser: Path, schedule: D.NoiseSchedule, autoencoder: Path | N
 
 
 def is_denoiser(config: Any) -> bool:
-    """Whether a model's config is that of a denoising network."""
-    return models.config_to_dict(config)["_class_name"] not in NOT_DENOISERS
+    """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
+    return models.class_name(config) in CLASS_CONDITIONAL
 
 
 def _check_parts_fit(pipe: LatentDiffusion, folder: Path) -> None:
     """Refuses parts of different models in one folder."""
-    kinds = [models.config_to_dict(module.config)["_class_name"] for _, module, _ in components(pipe)]
+    kinds = [models.class_name(module.config) for _, module, _ in components(pipe)]
     if not is_denoiser(pipe.denoiser.config) or (pipe.autoencoder and kinds[0] not in AUTOENCODERS):
         raise CheckpointError(
             f"{folder} holds {' and '.join(kinds)}: an autoencoder and a denoising network are needed"

@@ -277,14 +277,15 @@ def _rescale(guidance_rescale: float) -> np.float32 | None:
 
 
 @functools.lru_cache
-def named_solver(name: str, eta: float | None = None) -> D.Solver:
+def named_solver(name: str, eta: float | None = None, **options: Any) -> D.Solver:
     """The solver of that name; the same object each time, so that the compiled function is found again.
 
     Raises:
       UnknownNameError: no such solver.
-      InvalidArgumentError: a solver without eta, or an eta out of range.
+      InvalidArgumentError: an option that the solver does not have (eta, where it is None, is the solver's
+        own), or a value out of its range.
     """
-    return D.solvers.make(name, **({} if eta is None else {"eta": eta}))
+    return D.solvers.make(name, **options, **({} if eta is None else {"eta": eta}))
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "mesh", "on_step"))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import COMPILATIONS
 from tiny_models import SCHEDULE, latent_pipeline, pixel_pipeline
 
 from jaxldm import diffusion as D
@@ -145,20 +146,6 @@ def test_steering_away_from_the_asked_class_is_no_guidance(pipe):
         draw(guidance_scale=4.0, negative_labels=[1, 2]), draw(guidance_scale=1.0), atol=1e-4
     )
     assert np.abs(draw(guidance_scale=4.0) - draw(guidance_scale=1.0)).max() > 0.01
-
-
-class Compilations:
-    """Counts what XLA compiles, whoever asks for it."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event, duration, **kwargs):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-COMPILATIONS = Compilations()
 
 
 def draw_with_other_arguments(pipe, solver):

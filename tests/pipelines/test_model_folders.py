@@ -280,7 +280,10 @@ def test_weights_of_another_model(run):
     [
         (lambda out: truncate(out / "unet" / WEIGHTS), WEIGHTS),
         (lambda out: (out / "model_index.json").write_text("{"), "model_index.json"),
-        (lambda out: (out / "model_index.json").write_text('{"_class_name": "X"}'), "unet"),
+        (
+            lambda out: (out / "model_index.json").write_text('{"_class_name": "LatentDiffusionPipeline"}'),
+            "unet",
+        ),
         (lambda out: (out / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json is missing"),
         (
             lambda out: (out / "scheduler/scheduler_config.json").write_text('{"_class_name": "Y"}'),

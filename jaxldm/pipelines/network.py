@@ -1,0 +1,29 @@
+"""A module and its parameters as one value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+
+
+@flax.struct.dataclass
+class Network:
+    """A module with its parameters: a function of arrays, and a pytree that jit takes as an argument.
+
+    Example: `unet = Network(*checkpoints.load(folder))`, then `unet(x, t, encoder_hidden_states)`. Other
+    parameters of the same shapes compile nothing anew.
+    """
+
+    module: nn.Module = flax.struct.field(pytree_node=False)
+    params: Any
+
+    @property
+    def config(self) -> Any:
+        """The module's config."""
+        return self.module.config
+
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
+        """`module.apply` with these parameters."""
+        return self.module.apply({"params": self.params}, *inputs, **more)

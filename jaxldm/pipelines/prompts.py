@@ -1,0 +1,115 @@
+"""Texts -> what a text encoder makes of them, one text at a time."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.pipelines.network import Network
+
+
+class Encoded(NamedTuple):
+    """What a text encoder makes of P texts, on the host.
+
+    Attributes:
+      hidden: [P, T, D], a state for each token.
+      pooled: [P, E], one for the whole text: `text_embeds` of an encoder with a projection.
+    """
+
+    hidden: Float[np.ndarray, "P T D"]
+    pooled: Float[np.ndarray, "P E"]
+
+
+def as_texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
+    """One text or several as a list.
+
+    Raises:
+      InvalidArgumentError: no text at all, or something that is no text.
+
+    >>> as_texts("a cat")
+    ['a cat']
+    """
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if texts is None or isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__"):
+        raise InvalidArgumentError(f"{name} must be a text or a list of texts, not {prompt!r}")
+    texts = list(texts)
+    if not texts:
+        raise InvalidArgumentError(f"{name} is an empty list: give one text or more, as in {name}=['a cat']")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidArgumentError(f"{name} must hold texts, not {text!r}")
+    return texts
+
+
+def for_each(texts: str | Sequence[str] | None, prompts: Sequence[str], name: str) -> list[str] | None:
+    """A second kind of text, one for each prompt: one text serves all of them, and None stays None.
+
+    Raises:
+      InvalidArgumentError: another number of texts than of prompts.
+    """
+    if texts is None:
+        return None
+    texts = as_texts(texts, name)
+    if len(texts) == 1:
+        return texts * len(prompts)
+    if len(texts) != len(prompts):
+        raise InvalidArgumentError(
+            f"{len(texts)} texts in {name}, but {len(prompts)} prompts: give one for all, or one for each"
+        )
+    return texts
+
+
+def encode_texts(
+    encoder: Network,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    penultimate: bool = False,
+    warn: bool = True,
+) -> Encoded:
+    """The states of each text, and the state of the whole.
+
+    Every different text is encoded once, alone, so that it is the same to the last bit in every batch.
+
+    Args:
+      encoder: a CLIP text model.
+      tokenizer: from `checkpoints.load_tokenizer`.
+      texts: P of them.
+      penultimate: take the states before the last layer and its normalisation (SDXL), not those after it.
+      warn: warn (`UserWarning`) of words behind the encoder's last place, which it does not see.
+    """
+    places = getattr(encoder.config, "max_position_embeddings", tokenizer.max_length)
+    tokens = tokenizer(list(texts), max_length=min(tokenizer.max_length, places))
+    known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for text, ids, cut in zip(texts, np.asarray(tokens.input_ids), tokens.cut, strict=True):
+        if text in known:
+            continue
+        if warn and cut:
+            warnings.warn(
+                f"the prompt {_shortened(text)!r} is longer than the {len(ids)} tokens of the text encoder: "
+                f"it does not see {cut!r}",
+                stacklevel=2,
+            )
+        known[text] = tuple(np.asarray(part[0]) for part in _encode(encoder, ids[None], penultimate))
+    rows = [known[text] for text in texts]
+    return Encoded(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames="penultimate")
+def _encode(encoder: Network, input_ids: Any, penultimate: bool) -> Encoded:
+    encoding = encoder(input_ids)
+    hidden = encoding.hidden_states[-2] if penultimate else encoding.last_hidden_state
+    pooled = encoding.pooled if encoding.text_embeds is None else encoding.text_embeds
+    return Encoded(hidden.astype(jnp.float32), pooled.astype(jnp.float32))
+
+
+def _shortened(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[:most] + "..."

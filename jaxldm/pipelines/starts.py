@@ -1,0 +1,156 @@
+"""Where a run starts: pure noise, latents of the caller's, a noised image, or an image with a mask."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.models.config import height_width
+from jaxldm.pipelines.image_inputs import as_images, as_masks, check_rows, check_size, repeated
+from jaxldm.pipelines.latent_images import encode_images, scale_factor
+from jaxldm.pipelines.network import Network
+
+INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked image
+
+
+class Start(NamedTuple):
+    """What a call starts from; arrays have a row for each of N images, and None is what is not there.
+
+    Attributes:
+      size: (height, width) of the images.
+      latents: [N, h, w, c], x at the first row.
+      image: [N, h, w, c], latents to be noised.
+      known: [N, h, w, c], latents to be kept where `repaint` [N, h, w, 1] is 0.
+      channels: [N, h, w, c + 1], what an inpainting network is told besides x.
+    """
+
+    size: tuple[int, int]
+    latents: Float[np.ndarray, "N h w c"] | None = None
+    image: Float[np.ndarray, "N h w c"] | None = None
+    known: Float[np.ndarray, "N h w c"] | None = None
+    repaint: Float[np.ndarray, "N h w 1"] | None = None
+    channels: Float[np.ndarray, "N h w e"] | None = None
+
+
+def make_start(
+    unet: Network,
+    vae: Network,
+    num_images: int,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    image: Any = None,
+    strength: float | None = None,
+    mask_image: Any = None,
+    latents: Any = None,
+) -> Start:
+    """The start that the arguments of a pipeline's call ask for; `strength` is that of `strength_of`.
+
+    Raises:
+      InvalidArgumentError: arguments that exclude or need each other, or a size that does not fit.
+      DataError: arrays that are no images, masks or latents.
+    """
+    _check_together(unet, image, mask_image, latents)
+    factor, channels = scale_factor(vae), vae.config.latent_channels
+    masks, given = None, {}
+    if image is not None:
+        image = _pixels_or_latents(image, channels)
+        check_rows(image, num_images, "image")
+        given["image"] = tuple(n * (factor if image.shape[-1] == channels else 1) for n in image.shape[1:3])
+    if latents is not None:
+        latents = _four_axes(latents, channels)
+        check_rows(latents, num_images, "latents")
+        given["latents"] = tuple(n * factor for n in latents.shape[1:3])
+        latents = repeated(latents, num_images)
+    size = _size(height, width, tuple(n * factor for n in height_width(unet.config.sample_size)), given)
+    check_size(*size, factor)
+    if image is None:
+        return Start(size, latents)
+    if mask_image is not None:
+        masks = as_masks(mask_image, size)
+        check_rows(masks, num_images, "mask_image")
+    is_latents = image.shape[-1] == channels
+    tells_mask = unet.config.in_channels == INPAINTING_CHANNELS
+    if tells_mask and is_latents:
+        raise InvalidArgumentError("this inpainting network is told the masked pixels: give image as pixels")
+
+    code = repeated(image if is_latents else encode_images(vae, image), num_images)
+    if masks is None:
+        return Start(size, image=code)
+    repaint = repeated(masks[:, ::factor, ::factor], num_images)
+    # At strength 1 the start is pure noise, as such networks were trained.
+    start = Start(size, latents, code if strength < 1 and latents is None else None)
+    if not tells_mask:
+        return start._replace(known=code, repaint=repaint)
+    kept = repeated(encode_images(vae, image * (masks < 0.5)), num_images)
+    return start._replace(channels=np.concatenate([repaint, kept], axis=-1))
+
+
+def strength_of(image: Any, strength: float | None, mask_image: Any, default_strength: float) -> float | None:
+    """Which part of the grid is walked: as given, or the default; None, all of it, without an image.
+
+    Raises:
+      InvalidArgumentError: a strength outside (0, 1], or without an image.
+    """
+    if image is None:
+        if strength is not None:
+            raise InvalidArgumentError("strength says how far to leave an image: give image, or leave it out")
+        return None
+    if strength is None:
+        return default_strength if mask_image is None else 1.0
+    if not 0 < strength <= 1:
+        raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
+    return strength
+
+
+def _check_together(unet, image, mask_image, latents) -> None:
+    if mask_image is not None and image is None:
+        raise InvalidArgumentError("mask_image says which part of an image to draw anew: give image, too")
+    if latents is not None and image is not None and mask_image is None:
+        raise InvalidArgumentError("image and latents are both a start: give one of them")
+    if unet.config.in_channels == INPAINTING_CHANNELS and mask_image is None:
+        raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
+
+
+def _four_axes(latents: Any, channels: int) -> np.ndarray:
+    latents = np.asarray(latents, np.float32)
+    latents = latents[None] if latents.ndim == 3 else latents
+    if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
+        raise InvalidArgumentError(
+            f"latents must be [N, h, w, {channels}], channels last, not {list(latents.shape)}"
+        )
+    if not np.isfinite(latents).all():
+        raise InvalidArgumentError("latents hold NaN or infinity")
+    return latents
+
+
+def _pixels_or_latents(image: Any, channels: int) -> np.ndarray:
+    shape = np.shape(image) if not isinstance(image, (list, tuple)) else ()
+    if channels != 3 and len(shape) in (3, 4) and shape[-1] == channels:
+        return _four_axes(image, channels)
+    pixels = as_images(image)
+    if pixels.shape[-1] != 3:
+        raise InvalidArgumentError(f"image must have 3 channels (RGB), it has {pixels.shape[-1]}")
+    return pixels
+
+
+def _size(height, width, trained, given) -> tuple[int, int]:
+    """(height, width) that was asked for, or that of what was given, or the one of the training.
+
+    Args:
+      given: name -> (height, width) of the arrays that were handed in.
+    """
+    otherwise = next(iter(given.values()), trained)
+    size = tuple(
+        known if asked is None else asked for asked, known in zip((height, width), otherwise, strict=True)
+    )
+    for name, there in given.items():
+        if there != size:
+            raise InvalidArgumentError(
+                f"{name} is {there[0]}x{there[1]} pixels (height x width), not {size[0]}x{size[1]}: resize "
+                "it, or leave height and width out"
+            )
+    return size

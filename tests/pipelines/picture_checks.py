@@ -1,0 +1,47 @@
+"""What the tests of text-to-image pipelines share: the judge's latents and pictures, and how it is fed."""
+
+import jax
+import numpy as np
+import torch
+from reference_pipelines import LATENT, SIZE, ours, theirs
+
+from jaxldm import diffusion as D
+
+KEY = jax.random.key(7)
+
+
+def assert_latents_agree(drawn, tensor, tolerance=1e-3):
+    reference = ours(tensor)
+    assert drawn.shape == reference.shape and np.isfinite(reference).all()
+    error = np.abs(drawn - reference).max() / np.abs(reference).max()
+    assert error <= tolerance, f"latents differ by {error:.2e} of the largest value"
+
+
+def assert_images_agree(images, reference, latents):
+    """2 grey levels of 255, of what the reference decodes from its own latents."""
+    with torch.no_grad():
+        decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
+    grey = [np.rint((np.clip(side, -1, 1) + 1) * 127.5) for side in (images, ours(decoded))]
+    assert np.ptp(grey[1]) > 20  # not a flat picture
+    assert np.abs(grey[0] - grey[1]).max() <= 2
+
+
+def start_noise(count=1):
+    """The noise that a call with KEY starts from, before it is scaled."""
+    unit = D.Grid(np.zeros(2), np.zeros(2), np.ones(2))
+    return np.asarray(D.initial_noise(KEY, (count, LATENT, LATENT, 4), unit))
+
+
+def picture(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def as_tensor(pixels):
+    return theirs((pixels / np.float32(127.5) - np.float32(1))[None].astype(np.float32))
+
+
+def without_posterior_noise(monkeypatch, module, noises):
+    """The reference encodes to the mean, and draws these noises to start from."""
+    queue = list(noises)
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **options: encoded.latent_dist.mode())
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: queue.pop(0))

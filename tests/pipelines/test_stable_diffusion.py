@@ -1,0 +1,192 @@
+"""Stable Diffusion 1.x and 2.x against the pipelines of diffusers, on tiny random folders that it wrote."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img_module
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as inpaint_module
+from picture_checks import (
+    KEY,
+    as_tensor,
+    assert_images_agree,
+    assert_latents_agree,
+    picture,
+    start_noise,
+    without_posterior_noise,
+)
+from reference_pipelines import LATENT, REFERENCE, SIZE, noise, open_reference, theirs, write_sd
+
+from jaxldm import pipelines
+
+PROMPTS, NEGATIVE = ["a cat", "the dog sat, at last!"], "bad"
+STEPS = {"num_inference_steps": 5, "guidance_scale": 6.0}
+FAMILIES = {
+    "sd15": {},
+    "sd2": {"scheduler": "sd2", "use_linear_projection": True},
+    "inpainting": {"in_channels": 9},
+    "lcm": {"scheduler": "lcm", "time_cond_proj_dim": 256},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stable-diffusion")
+    return {name: write_sd(root / name, **options) for name, options in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def pipes(folders):
+    return {name: pipelines.load(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "solver"),
+    [
+        *(("sd15", name) for name in (None, *REFERENCE)),
+        *(("sd2", name) for name in (None, *list(REFERENCE)[1:])),
+    ],
+)
+def test_text_to_image(folders, pipes, family, solver):
+    """None is the folder's own: PNDM for SD 1.5, DDIM for SD 2."""
+    reference = open_reference(StableDiffusionPipeline, folders[family], solver)
+    start = noise(2)
+    rescale = {"guidance_rescale": 0.6} if family == "sd2" else {}
+    latents = reference(
+        PROMPTS,
+        negative_prompt=[NEGATIVE] * 2,
+        latents=theirs(start),
+        output_type="latent",
+        **STEPS,
+        **rescale,
+    ).images
+    plan = pipelines.make_plan(pipes[family].scheduler, solver)
+    scale = float(reference.scheduler.init_noise_sigma)
+    if scale != 1:  # it counts in x / alpha
+        scale *= pipes[family].make_grid(plan, 5).alpha[0]
+    call = dict(solver=solver, latents=scale * start, **STEPS, **rescale)
+    assert_latents_agree(pipes[family](KEY, PROMPTS, NEGATIVE, output="latents", **call), latents)
+    assert_images_agree(pipes[family](KEY, PROMPTS, NEGATIVE, **call), reference, latents)
+
+
+def test_without_guidance_the_negative_prompt_is_not_asked(folders, pipes):
+    reference = open_reference(StableDiffusionPipeline, folders["sd15"], "ddim")
+    start = noise()
+    latents = reference(
+        PROMPTS[0], latents=theirs(start), output_type="latent", num_inference_steps=3, guidance_scale=1.0
+    ).images
+    drawn = pipes["sd15"](
+        KEY,
+        PROMPTS[0],
+        latents=start,
+        output="latents",
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        solver="ddim",
+    )
+    assert_latents_agree(drawn, latents)
+
+
+def test_image_to_image(folders, pipes, monkeypatch):
+    reference = open_reference(StableDiffusionImg2ImgPipeline, folders["sd15"], "ddim")
+    without_posterior_noise(monkeypatch, img2img_module, [theirs(start_noise())])
+    latents = reference(
+        PROMPTS[0], image=as_tensor(picture()), strength=0.61, output_type="latent", **STEPS
+    ).images
+    drawn = pipes["sd15"](
+        KEY, PROMPTS[0], image=picture(), strength=0.61, output="latents", solver="ddim", **STEPS
+    )
+    assert_latents_agree(drawn, latents)
+
+
+def known_noise(count, first):
+    """What `D.inpaint` draws for the known part behind each step, of image 0 of KEY."""
+    key = jax.random.fold_in(KEY, 0)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, first + i), 2**32 - 2) for i in range(count)]
+    draw = [jax.random.normal(key, (1, LATENT, LATENT, 4)) for key in keys]
+    return [theirs(np.asarray(noise)) for noise in draw]
+
+
+def mask():
+    white = np.zeros((SIZE, SIZE), np.uint8)
+    white[4:12, 6:] = 255
+    return white
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_inpainting_by_putting_the_known_part_back(folders, pipes, monkeypatch, strength):
+    """The reference takes its first noise at every step, ours a fresh one: it is fed ours."""
+    reference = open_reference(StableDiffusionInpaintPipeline, folders["sd15"], "ddim")
+    without_posterior_noise(monkeypatch, inpaint_module, [theirs(start_noise())])
+    first = 5 - int(5 * strength)
+    noises = known_noise(5 - first, first)
+    if strength < 1:
+        noises.insert(0, theirs(start_noise()))
+    add_noise = reference.scheduler.add_noise
+    monkeypatch.setattr(
+        reference.scheduler, "add_noise", lambda image, _, t: add_noise(image, noises.pop(0), t)
+    )
+    white = torch.from_numpy(mask() / np.float32(255))[None, None]
+    common = dict(image=as_tensor(picture()), mask_image=white, strength=strength, height=SIZE, width=SIZE)
+    latents = reference(PROMPTS[0], output_type="latent", **common, **STEPS).images
+    drawn = pipes["sd15"](
+        KEY,
+        PROMPTS[0],
+        image=picture(),
+        mask_image=mask(),
+        strength=strength,
+        latents=start_noise() if strength == 1 else None,  # else scaled by sigma[0], which DDIM takes as 1
+        output="latents",
+        solver="ddim",
+        **STEPS,
+    )
+    assert_latents_agree(drawn, latents)
+    kept = mask()[::2, ::2] == 0
+    image = pipelines.encode_images(pipes["sd15"].vae, pipelines.as_images(picture()))
+    np.testing.assert_allclose(drawn[0][kept], image[0][kept], atol=1e-6)
+
+
+def test_inpainting_by_a_network_that_is_told_the_mask(folders, pipes, monkeypatch):
+    reference = open_reference(StableDiffusionInpaintPipeline, folders["inpainting"], "ddim")
+    without_posterior_noise(monkeypatch, inpaint_module, [theirs(noise())])
+    white = torch.from_numpy(mask() / np.float32(255))[None, None]
+    common = dict(image=as_tensor(picture()), mask_image=white, height=SIZE, width=SIZE)
+    latents = reference(PROMPTS[0], latents=theirs(noise()), output_type="latent", **common, **STEPS).images
+    drawn = pipes["inpainting"](
+        KEY,
+        PROMPTS[0],
+        image=picture(),
+        mask_image=mask(),
+        latents=noise(),
+        output="latents",
+        solver="ddim",
+        **STEPS,
+    )
+    assert_latents_agree(drawn, latents)
+
+
+def test_latent_consistency_model(folders, pipes, monkeypatch):
+    """The network is told the guidance; each step but the last adds fresh noise, and it is fed ours."""
+    from diffusers.schedulers import scheduling_lcm
+
+    reference = open_reference(LatentConsistencyModelPipeline, folders["lcm"])
+    keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(3)]
+    steps = [theirs(np.asarray(jax.random.normal(key, (1, LATENT, LATENT, 4)))) for key in keys]
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *args, **options: steps.pop(0))
+    latents = reference(
+        PROMPTS[0],
+        latents=theirs(noise()),
+        output_type="latent",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+    ).images
+    pipe = pipes["lcm"]
+    assert pipe.knows_guidance and pipe.default_steps() == 4
+    drawn = pipe(KEY, PROMPTS[0], latents=noise(), output="latents", guidance_scale=3.0)
+    assert_latents_agree(drawn, latents)

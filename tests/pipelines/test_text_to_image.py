@@ -1,0 +1,276 @@
+"""What all text-to-image pipelines promise: batches, keys, compilations, previews, folders, and mistakes."""
+
+import dataclasses
+import json
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from compilations import COMPILATIONS
+from diffusers import StableDiffusionPipeline
+from picture_checks import KEY, picture
+from reference_pipelines import LATENT, SIZE, noise, open_reference, write_sd
+
+from jaxldm import diffusion as D
+from jaxldm import pipelines
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
+
+PROMPTS = ["a cat", "the dog sat", "hello"]
+EULER = {"solver": "euler", "num_inference_steps": 4, "output": "latents"}
+
+
+def assert_near(drawn, expected, tolerance=1e-5):
+    """As a part of the largest number."""
+    assert np.abs(np.asarray(drawn) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_sd(tmp_path_factory.mktemp("text-to-image") / "sd")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return pipelines.load(folder)
+
+
+@pytest.fixture(scope="module")
+def three(pipe):
+    return pipe(KEY, PROMPTS, "bad", **EULER)
+
+
+def test_an_image_is_the_same_to_the_last_bit_alone_and_in_a_batch(pipe, three):
+    for k, prompt in enumerate(PROMPTS):
+        own_key = jax.random.fold_in(KEY, k)[None]
+        np.testing.assert_array_equal(pipe(own_key, prompt, "bad", **EULER)[0], three[k])
+    assert np.abs(three[0] - three[1]).max() > 0.1
+
+
+def test_several_images_a_prompt_and_a_negative_for_each(pipe, three):
+    twice = pipe(KEY, PROMPTS[:2], ["bad", "bad"], num_images_per_prompt=2, **EULER)
+    np.testing.assert_array_equal(twice[0], three[0])
+    same = pipe(jax.random.fold_in(KEY, 2)[None], PROMPTS[1], "bad", **EULER)
+    np.testing.assert_array_equal(twice[2], same[0])
+    assert len(twice) == 4 and np.abs(twice[0] - twice[1]).max() > 0.1
+
+
+def test_larger_batches_and_more_devices_draw_the_same(pipe, three):
+    drawn = pipe(KEY, PROMPTS, "bad", batch_size=2, devices=jax.devices()[:2], **EULER)
+    assert_near(drawn, three)
+
+
+def test_another_seed_scale_prompt_or_number_of_steps_compiles_nothing(pipe):
+    call = dict(solver="dpmpp_2m", guidance_rescale=0.1)
+    before = COMPILATIONS.count
+    pipe(KEY, "a cat", num_inference_steps=2, guidance_scale=3.0, **call)
+    first = COMPILATIONS.count
+    assert first > before
+    call["guidance_rescale"] = 0.7
+    pipe(jax.random.key(9), "a dog, at last", "sad", num_inference_steps=5, guidance_scale=7.5, **call)
+    assert COMPILATIONS.count == first
+
+
+def test_previews_are_x_0_as_seen_on_the_way(pipe):
+    """Euler's last step goes where x_0 is seen, so the last of as many previews as steps is the image."""
+    images, previews = pipe(KEY, "a cat", solver="euler", num_inference_steps=4, previews=4)
+    assert images.shape == (1, SIZE, SIZE, 3) and previews.shape == (1, 4, SIZE, SIZE, 3)
+    np.testing.assert_allclose(previews[:, -1], images, atol=1e-5)
+    apart = [np.abs(previews[0, k] - images[0]).mean() for k in range(4)]
+    assert apart == sorted(apart, reverse=True) and apart[0] > 0.01
+
+
+def test_the_caller_is_told_of_each_step(pipe):
+    steps, done = [], []
+    call = dict(num_inference_steps=4, solver="euler", output="latents")
+    latents = pipe(
+        KEY,
+        "a cat",
+        on_step=lambda i, x: steps.append((int(i), np.array(x))),
+        progress=lambda i, total: done.append((int(i), int(total))),
+        **call,
+    )
+    jax.effects_barrier()
+    assert sorted(done) == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    steps = dict(steps)
+    assert sorted(steps) == [0, 1, 2, 3]
+    np.testing.assert_array_equal(steps[3], latents)
+
+
+def test_latents_go_out_and_in(pipe):
+    """Decoding what came out is what the whole call draws; a start of one's own replaces the noise."""
+    images = pipe(KEY, "a cat", num_inference_steps=4, solver="euler")
+    latents = pipe(KEY, "a cat", **EULER)
+    np.testing.assert_array_equal(pipe.decode(latents), images)
+    plan = pipelines.make_plan(pipe.scheduler, "euler")
+    grid = pipe.make_grid(plan, 4)
+    start = D.initial_noise(KEY, (1, LATENT, LATENT, 4), grid)
+    assert_near(pipe(KEY, "a cat", latents=start, **EULER), latents)
+
+
+def test_both_parts_of_a_cut_run_are_the_whole_run(pipe):
+    whole = pipe(KEY, "a cat", **EULER)
+    first = pipe(KEY, "a cat", denoising_end=0.7, **EULER)
+    both = pipe(KEY, "a cat", latents=first, denoising_start=0.7, **EULER)
+    assert_near(both, whole)
+    assert np.abs(first - whole).max() > 0.01
+
+
+def test_a_part_is_swapped(pipe):
+    """Another solver object, other weights, another schedule: each is one replacement."""
+    flat = jax.tree.map(np.zeros_like, pipe.vae.params)
+    changed = dataclasses.replace(pipe, vae=pipe.vae.replace(params=flat))
+    assert not changed(KEY, "a cat", solver="euler", num_inference_steps=4).any()
+    own = pipe(KEY, "a cat", solver=D.solvers.ddim(), num_inference_steps=4, output="latents")
+    named = pipe(KEY, "a cat", num_inference_steps=4, output="latents", solver="ddim")
+    assert_near(own, named)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_stay_near(folder, three, dtype):
+    """Weights, text states and network in 16 bits; the arithmetic of the sampler stays in float32."""
+    pipe = pipelines.load(folder, dtype=dtype)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(pipe.unet.params)} == {dtype}
+    drawn = pipe(KEY, PROMPTS[0], "bad", **EULER)
+    assert drawn.dtype == np.float32
+    assert_near(drawn[0], three[0], 0.1)
+    images = pipe(KEY, PROMPTS[0], "bad", solver="euler", num_inference_steps=4)
+    assert np.isfinite(images).all() and images.dtype == np.float32
+
+
+def test_a_folder_that_ours_wrote_is_opened_by_diffusers(pipe, tmp_path):
+    pipelines.save(pipe, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference = open_reference(StableDiffusionPipeline, tmp_path / "out")
+    assert type(reference.scheduler).__name__ == "PNDMScheduler"
+    assert reference.tokenizer("a cat").input_ids == pipe.tokenizer(["a cat"], 4).input_ids[0].tolist()
+    again = pipelines.load(tmp_path / "out")
+    assert not any(row.difference for row in pipelines.compare(pipe, again))
+
+
+def test_words_that_the_encoder_does_not_see_are_named(pipe):
+    with pytest.warns(UserWarning, match="does not see 'zebra at last'"):
+        pipe.conditions(["cat " * 75 + "zebra at last"], None, (SIZE, SIZE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.conditions(["cat " * 75], None, (SIZE, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (dict(prompt=[]), ["prompt", "empty list"]),
+        (dict(prompt=[3]), ["texts", "3"]),
+        (dict(prompt=None), ["prompt", "None"]),
+        (dict(negative_prompt=["a", "b"]), ["negative_prompt", "2 texts", "1 prompts"]),
+        (dict(height=17), ["height 17", "16 and 18"]),
+        (dict(width=1), ["width 1", "2"]),
+        (dict(height=-8), ["height", "-8"]),
+        (dict(num_inference_steps=0), ["num_inference_steps", "at least 1"]),
+        (dict(num_inference_steps=1001), ["1001", "1000"]),
+        (dict(guidance_scale=float("nan")), ["guidance_scale", "finite"]),
+        (dict(guidance_scale=-1.0), ["0 or more"]),
+        (dict(guidance_rescale=2.0), ["between 0 and 1"]),
+        (dict(num_images_per_prompt=0), ["num_images_per_prompt"]),
+        (dict(batch_size=0), ["batch_size"]),
+        (dict(previews=-1), ["previews"]),
+        (dict(strength=0.5), ["strength", "image"]),
+        (dict(image=picture(), strength=0.0), ["(0, 1]"]),
+        (dict(image=picture(), strength=0.01), ["none of 50 steps"]),
+        (dict(mask_image=picture()), ["mask_image", "give image"]),
+        (dict(image=picture(), latents=noise()), ["both a start"]),
+        (dict(latents=noise()[..., :3]), ["latents", "4"]),
+        (dict(latents=noise() * np.nan), ["NaN"]),
+        (dict(latents=noise(2)), ["2 arrays in latents", "1 images"]),
+        (dict(image=picture(), height=32), ["image is 16x16", "32x16"]),
+        (dict(denoising_start=0.5), ["denoising_start", "latents"]),
+        (dict(denoising_end=1.5), ["denoising_end"]),
+        (dict(eta=0.5, solver="dpmpp_2m"), ["eta"]),
+        (dict(latents=noise(), eta=0.5, solver=D.solvers.ddim()), ["eta"]),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_compiled(pipe, call, words):
+    before = COMPILATIONS.count
+    with pytest.raises(InvalidArgumentError) as error:
+        pipe(KEY, **({"prompt": "a cat"} | call))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert COMPILATIONS.count - before <= 1  # keys and their kin, no network
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (dict(solver="dimm"), ["solver", "did you mean 'ddim'"]),
+        (dict(spacing="even"), ["spacing", "trailing"]),
+        (dict(output="pil"), ["output", "latents"]),
+        (dict(num_inference_step=3), ["num_inference_step", "did you mean 'num_inference_steps'"]),
+        (dict(prompt_2="a dog"), ["prompt_2", "StableDiffusion"]),
+    ],
+)
+def test_a_name_that_does_not_exist(pipe, call, words):
+    with pytest.raises(UnknownNameError) as error:
+        pipe(KEY, "a cat", **call)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(image=picture()[..., 0]),
+        dict(image="cat.png"),
+        dict(image=picture().astype(np.float32)),
+        dict(image=[picture(), picture()[:8]]),
+        dict(image=picture(), mask_image=picture()),
+        dict(image=picture(), mask_image=np.full((SIZE, SIZE), 2.0)),
+    ],
+)
+def test_what_is_no_picture(pipe, call):
+    with pytest.raises((DataError, InvalidArgumentError)):
+        pipe(KEY, "a cat", **call)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        (
+            "_class_name",
+            "KandinskyPipeline",
+            ["unknown class", "KandinskyPipeline", "StableDiffusionXLPipeline"],
+        ),
+        ("unet", [None, None], ["lacks unet"]),
+        ("tokenizer", [None, None], ["lacks tokenizer"]),
+    ],
+)
+def test_a_model_index_that_does_not_fit(folder, tmp_path, entry, value, words):
+    index = json.loads((folder / "model_index.json").read_text()) | {entry: value}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as error:
+        pipelines.load(tmp_path)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_an_unknown_dtype(folder):
+    with pytest.raises(UnknownNameError, match="bfloat16"):
+        pipelines.load(folder, dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "pndm"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "dpmpp_2m"),  # Playground v2.5
+        ({"_class_name": "LCMScheduler"}, "lcm"),
+    ],
+)
+def test_the_solver_that_a_folder_names(config, name):
+    assert pipelines.default_solver(config) == name
+
+
+def test_a_solver_that_a_folder_names_and_nobody_has_here():
+    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}
+    with pytest.raises(CheckpointError, match="name a solver"):
+        pipelines.make_plan(config)
+    assert pipelines.make_plan(config, "ddim").grid_options == {"spacing": "leading"}
