@@ -15,7 +15,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameErro
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a run folder, an exported folder or a preset is; alone, list all that can be named.
+    """Say what a model's folder or a preset is; alone, list all that can be named.
 
     For example:
       jaxldm info
@@ -23,8 +23,8 @@ class Info:
       jaxldm info exported/mini-ldm --compare runs/mini-ldm
     """
 
-    target: Annotated[Positional[str | None], shown("RUN|EXPORTED|PRESET", "lists everything")] = None
-    """A run folder, an exported folder, or the name of a preset or a recipe."""
+    target: Annotated[Positional[str | None], shown("FOLDER|PRESET", "lists everything")] = None
+    """A run folder, an exported or a text-to-image folder, or the name of a preset or a recipe."""
 
     compare: Annotated[str | None, shown("FOLDER", "no comparison")] = None
     """Another run or exported folder: say of each tensor whether all its bits are the same in both."""
@@ -86,11 +86,8 @@ def describe(target: str) -> str:
     if Path(target).exists():
         from jaxldm import pipelines
 
-        return (
-            describe_run(Path(target))
-            if pipelines.kind_of(target) == "run"
-            else describe_export(Path(target))
-        )
+        of_kind = {"run": describe_run, "export": describe_export, "text-to-image": describe_text_to_image}
+        return of_kind[pipelines.kind_of(target)](Path(target))
     if target in models.PRESETS:
         return describe_preset(target)
     if target in training.RECIPES:
@@ -117,6 +114,23 @@ def describe_export(folder: Path) -> str:
 
     pipe = pipelines.load(folder)
     return f"{folder} is an exported model\n{describe_pipeline(pipe)}\n{how_to_sample(folder, pipe)}"
+
+
+def describe_text_to_image(folder: Path) -> str:
+    """The networks of a text-to-image folder, what they weigh, and how to draw; no weights are read."""
+    from jaxldm import checkpoints, models, pipelines
+
+    index, rows, total = checkpoints.read_model_index(folder), [], 0
+    for name, module in pipelines.modules_in(folder).items():
+        count = models.count_params(module)
+        rows.append((name, type(module).__name__, f"{count:,} parameters"))
+        total += count
+    memory = f"{4 * total / 1e6:,.1f} MB in float32, {2 * total / 1e6:,.1f} MB in bfloat16 or float16"
+    return (
+        f"{folder} is a text-to-image model of {total:,} parameters: {memory}\n{table(rows)}\n"
+        f"{table([('scheduler', index['scheduler'][1])])}\n"
+        f'sample:  jaxldm sample {folder} --prompt "a cat in the snow" --output-dir samples'
+    )
 
 
 def describe_run(folder: Path) -> str:

@@ -1,0 +1,135 @@
+"""`jaxldm sample FOLDER --prompt ...` on a tiny random folder that diffusers wrote."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from command_lines import complaint, run
+from PIL import Image
+from reference_pipelines import SIZE, write_sd, write_sdxl
+
+from jaxldm import pipelines
+from jaxldm.commands.terminal import STEP_BAR
+from jaxldm.data import to_uint8
+
+# What the command passes on, so that what it compiled serves here, too.
+CALL = dict(num_inference_steps=2, solver="euler", progress=STEP_BAR.tick)
+FEW_STEPS = ["--num-inference-steps", "2", "--solver", "euler"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_sd(tmp_path_factory.mktemp("prompts") / "sd")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prompts-xl")
+    return [write_sdxl(root / name, refiner=name == "refiner") for name in ("base", "refiner")]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "cat.png")
+    mask = np.zeros((20, 24), np.uint8)
+    mask[:10] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def sample(capsys, folder, out, *words):
+    code, output, error = run(capsys, "sample", folder, "--output-dir", out, *words, *FEW_STEPS)
+    assert code == 0, error
+    return np.load(out / "samples.npz")["images"], output, error
+
+
+def test_prompts_repeat_and_are_what_the_pipeline_draws(capsys, folder, tmp_path):
+    words = ["--prompt", "a cat", "the dog", "--negative-prompt", "bad", "--num-images", "3", "--seed", "4"]
+    images, output, _ = sample(capsys, folder, tmp_path / "out", *words)
+    assert "3 images" in output and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "grid.png",
+        *(f"image-{k:05d}.png" for k in range(3)),
+        "samples.npz",
+    ]
+    expected = pipelines.load(folder)(jax.random.key(4), ["a cat", "the dog", "a cat"], "bad", **CALL)
+    np.testing.assert_array_equal(images, to_uint8(expected))
+
+
+def test_a_picture_is_resized_and_drawn_anew_where_the_mask_is_white(capsys, folder, pictures):
+    size = ["--height", SIZE, "--width", SIZE]
+    start = ["--prompt", "a cat", "--image", pictures / "cat.png", *size]
+    whole, *_ = sample(capsys, folder, pictures / "whole", *start, "--strength", "1")
+    part, *_ = sample(capsys, folder, pictures / "part", *start, "--mask", pictures / "mask.png")
+    assert whole.shape == part.shape == (1, SIZE, SIZE, 3)
+    with Image.open(pictures / "cat.png") as opened:
+        resized = np.asarray(opened.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    pipe = pipelines.load(folder)
+    mask = np.repeat(np.arange(SIZE) < SIZE // 2, SIZE).reshape(SIZE, SIZE)
+    expected = pipe(jax.random.key(0), "a cat", image=resized, mask_image=mask, **CALL)
+    np.testing.assert_array_equal(part, to_uint8(expected))
+
+
+def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
+    base, refiner = sdxl
+    words = ["--prompt", "a cat", "--refiner", refiner, "--hand-over", "0.5"]
+    images, *_ = sample(capsys, base, tmp_path / "out", *words)
+    key = jax.random.key(0)
+    latents = pipelines.load(base)(key, "a cat", denoising_end=0.5, output="latents", **CALL)
+    expected = pipelines.load(refiner)(key, "a cat", denoising_start=0.5, latents=latents, **CALL)
+    np.testing.assert_array_equal(images, to_uint8(expected))
+
+
+def test_words_that_are_not_seen_are_a_warning_on_stderr(capsys, folder, tmp_path):
+    _, _, error = sample(capsys, folder, tmp_path / "out", "--prompt", "cat " * 75 + "at last")
+    assert error.count("\n") == 1 and "jaxldm: warning" in error and "'at last'" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["draws from texts", "--prompt"]),
+        (["--prompt"], ["prompt"]),
+        (["--prompt", "a cat", "--class-labels", "3"], ["--class-labels", "draws from texts"]),
+        (["--prompt", "a cat", "--solver", "dimm"], ["ddim", "did you mean"]),
+        (["--prompt", "a cat", "--height", "17"], ["height 17", "16 and 18"]),
+        (["--prompt", "a cat", "--num-images", "0"], ["1 or more"]),
+        (["--prompt", "a cat", "--strength", "0.5"], ["strength", "image"]),
+        (["--prompt", "a cat", "--image", "nowhere.png"], ["no picture nowhere.png"]),
+        (["--prompt", "a cat", "--mask", "nowhere.png"], ["--image"]),
+        (["--prompt", "a cat", "b", "--negative-prompt", "a", "b", "c"], ["3 negative prompts", "2 prompts"]),
+        (["--prompt", "a cat", "--dtype", "half"], ["dtype", "float16"]),
+        (["--prompt", "a cat", "--refiner", "nowhere"], ["nowhere does not exist"]),
+        (["--prompt", "a cat", "--batch-size", "0"], ["batch_size"]),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, folder, tmp_path, words, expected):
+    line = complaint(capsys, "sample", folder, "--output-dir", tmp_path / "out", *words)
+    assert all(part in line for part in expected), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_picture(capsys, folder, tmp_path):
+    (tmp_path / "cat.png").write_text("no picture")
+    words = ["--prompt", "a cat", "--image", tmp_path / "cat.png"]
+    assert "cannot be read as a picture" in complaint(capsys, "sample", folder, *words)
+
+
+def test_info_says_what_a_folder_is_and_how_to_draw(capsys, sdxl):
+    code, out, _ = run(capsys, "info", sdxl[0])
+    count = sum(leaf.size for part in pipelines.load(sdxl[0]).networks.values() for leaf in _leaves(part))
+    assert code == 0 and f"{count:,} parameters" in out and f"jaxldm sample {sdxl[0]} --prompt" in out
+    assert all(
+        name in out for name in ("CLIPTextModelWithProjection", "AutoencoderKL", "EulerDiscreteSchedul")
+    )
+
+
+def _leaves(network):
+    return jax.tree.leaves(network.params)
+
+
+def test_a_folder_of_an_unknown_class(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    line = complaint(capsys, "sample", tmp_path, "--prompt", "a cat")
+    assert "KandinskyPipeline" in line and "StableDiffusionPipeline" in line
