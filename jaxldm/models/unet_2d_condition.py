@@ -110,8 +110,9 @@ class UNet2DConditionConfig(ModelConfig):
                 one_of("block type", kind, known)
         for name in PER_LEVEL:
             value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,) * levels
             check(
-                not isinstance(value, tuple) or len(value) == levels,
+                len(values) == levels and all(isinstance(one, int) for one in values),
                 f"{name} {value} should be one value, or one for each of the {levels} block_out_channels",
             )
         check(
@@ -171,7 +172,8 @@ class UNet2DConditionModel(nn.Module):
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
-    >>> unet, params = models.build("sd15-unet"), models.shapes("sd15-unet")
+    >>> unet = models.build("sd15-unet")
+    >>> params = models.shapes(unet)
     >>> x, t, text = jnp.zeros((2, 64, 64, 4)), jnp.zeros(2), jnp.zeros((2, 77, 768))
     >>> jax.eval_shape(unet.apply, {"params": params}, x, t, text).shape
     (2, 64, 64, 4)

@@ -147,7 +147,7 @@ def test_info_of_a_preset_counts_its_parameters(capsys):
     code, out, _ = run(capsys, "info", "mini-autoencoder")
     params = models.init(models.build("mini-autoencoder"), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert code == 0 and f"{count:,} parameters" in out
+    assert code == 0 and f"{count:,} parameters: {4 * count / 1e6:.1f} MB in float32" in out
     assert "jaxldm train smoke" in run(capsys, "info", "smoke")[1]
     assert "tiny-dit" in complaint(capsys, "info", "tiny-ditt")
 
