@@ -3,7 +3,9 @@
 """
 
 from jaxldm.checkpoints.folder import load, read_config, save
+from jaxldm.checkpoints.lora import load_lora, merge_lora
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
+from jaxldm.checkpoints.pipeline_folder import load_components, read_model_index, save_components
 from jaxldm.checkpoints.single_file import load_single_file, save_single_file
 from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 
@@ -12,10 +14,15 @@ __all__ = [
     "Tokens",
     "from_state_dict",
     "load",
+    "load_components",
+    "load_lora",
     "load_single_file",
     "load_tokenizer",
+    "merge_lora",
     "read_config",
+    "read_model_index",
     "save",
+    "save_components",
     "save_single_file",
     "to_state_dict",
 ]

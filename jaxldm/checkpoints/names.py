@@ -37,6 +37,8 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 # Transformers writes an encoder with the name of the tower in front of every tensor, or without it:
 TOWERS = ("text_model.", "vision_model.", "bert.")
 
+_BLOCK = 2**19  # bytes that are converted at a time
+
 
 def published_name(path: tuple[str, ...]) -> str:
     """("blocks_0", "attn", "qkv", "kernel") -> "blocks.0.attn.qkv.weight"."""
@@ -161,13 +163,22 @@ def placed(
 def _owned(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A contiguous copy, aligned to 64 bytes: JAX on a CPU then keeps it and makes no further copy.
 
-    Never the view itself: that may be a file, which changes or ends while the parameters live.
+    Never the view itself: that may be a file, which changes or ends while the parameters live. Written in
+    blocks that are contiguous in `view` and fit the processor's cache: converting and turning a whole tensor
+    at a time is two to eight times slower, or needs a second copy.
     """
     size = math.prod(view.shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + size].view(dtype).reshape(view.shape)
-    np.copyto(copy, view, casting="unsafe")
+    if view.size == 0 or view.ndim == 0:
+        copy[...] = view
+        return copy
+    axis = int(np.argmax(view.strides))
+    step = max(1, _BLOCK // (view.nbytes // view.shape[axis]))
+    for first in range(0, view.shape[axis], step):
+        block = (slice(None),) * axis + (slice(first, first + step),)
+        copy[block] = view[block].astype(dtype, order="K", copy=False)
     return copy
 
 

@@ -1,0 +1,323 @@
+"""LoRA files: small matrices that change the weights of a published model. Hu et al. 2021, arXiv:2106.09685.
+
+W' = W + scale * (alpha / r) * up @ down, with `down` of r rows and `up` of r columns. The files come from two
+families of programs, which name the same module differently:
+
+| written by | the U-Net's module `down_blocks.0.attentions.1...attn1.to_q` is |
+|---|---|
+| kohya's scripts | `lora_unet_down_blocks_0_attentions_1_..._to_q.lora_down.weight`, `.lora_up`, `.alpha` |
+| the same for XL | `lora_unet_input_blocks_4_1_..._to_q.lora_down.weight`: the names of the original files |
+| diffusers, PEFT | `unet.down_blocks.0.attentions.1...attn1.to_q.lora_A.weight`, `.lora_B.weight` |
+| older diffusers | `unet....attn1.to_q.lora.down.weight`, `....attn1.processor.to_q_lora.down.weight` |
+
+So the file's names are not taken apart. Each module of the model is spelled in every way, and looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jaxldm.checkpoints.names import TOWERS, PublishedTensor, placed, published
+from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
+from jaxldm.checkpoints.single_file_names import place_of, unet_table
+from jaxldm.checkpoints.weight_files import read_json
+from jaxldm.errors import CheckpointError, one_of
+from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
+
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
+# What kohya's names begin with, for each component.
+_KOHYA = {
+    "unet": ("lora_unet_",),
+    "transformer": ("lora_unet_", "lora_transformer_"),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
+}
+_DENOISERS = ("unet", "transformer")
+_TENSOR = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"\.lora_(?P<peft>[AB])(?:\.[\w-]+)?\.weight"  # the name of the adapter may stand between
+    r"|(?P<old>_lora)?\.(?:lora_linear_layer\.|lora\.|lora_)?(?P<part>down|up|mid)\.weight"
+    r"|(?P<alpha>\.alpha))"
+)
+_OLD_PROJECTIONS = {
+    "to_q_lora": ("to_q", "q_proj"),
+    "to_k_lora": ("to_k", "k_proj"),
+    "to_v_lora": ("to_v", "v_proj"),
+    "to_out_lora": ("to_out.0", "out_proj"),
+}
+
+
+class LoraLayer(NamedTuple):
+    """The change of one module's weight: `up @ down`, times `multiplier`.
+
+    down: `[r, in]`, or `[r, in, h, w]` for a convolution; up: `[out, r]` or `[out, r, 1, 1]`; mid: None, or
+    `[r, r, h, w]` between a `down` and an `up` that look at one pixel each. multiplier: alpha / r.
+    """
+
+    down: Tensor
+    up: Tensor
+    mid: Tensor | None
+    multiplier: float
+    tensors: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the change: `[out, in]` or `[out, in, h, w]`."""
+        spatial = self.down if self.mid is None else self.mid
+        return (self.up.shape[0], self.down.shape[1], *spatial.shape[2:])
+
+    def change(self) -> np.ndarray:
+        """multiplier * up @ mid @ down, float32, of `shape`."""
+        up, down = (np.asarray(part).astype(np.float32) for part in (self.up, self.down))
+        up, down = up.reshape(up.shape[:2]), down if self.mid is None else down.reshape(down.shape[:2])
+        if self.mid is None:
+            change = up @ down.reshape(down.shape[0], -1)
+        else:
+            mid = np.asarray(self.mid).astype(np.float32)
+            change = np.einsum("oa,abhw,bi->oihw", up, mid, down, optimize=True)
+        return self.multiplier * change.reshape(self.shape)
+
+
+class Lora(NamedTuple):
+    """A LoRA file, opened: module, as the file spells it -> its layer, not read yet."""
+
+    path: Path
+    layers: Mapping[str, LoraLayer]
+
+    def of(self, *components: str) -> Lora:
+        """The part of it that changes these components ("unet", "text_encoder", ...)."""
+        layers = {name: layer for name, layer in self.layers.items() if _component(name) in components}
+        return self._replace(layers=layers)
+
+
+def load_lora(path: Path | str) -> Lora:
+    """Opens a LoRA file of kohya's or of diffusers' kind, or the folder that holds one.
+
+    Raises:
+      CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that are
+        not of a plain LoRA (DoRA, LoHa, LoKr) or have no counterpart, all named.
+
+    >>> from jaxldm import checkpoints                                                   # doctest: +SKIP
+    >>> lora = checkpoints.load_lora("pixel-art.safetensors")                            # doctest: +SKIP
+    >>> components = checkpoints.merge_lora(checkpoints.load_components(folder), lora)   # doctest: +SKIP
+    """
+    path = _file(Path(path))
+    tensors, metadata = open_safetensors(path)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    foreign = []
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        role = match and ({"A": "down", "B": "up"}.get(match["peft"]) or match["part"] or "alpha")
+        module = match and _module(match["module"] + (match["old"] or ""))
+        if not match or role in modules.setdefault(module, {}):
+            foreign.append(f"{name} {tensor.shape}")
+        else:
+            modules[module][role] = tensor
+    modules = {module: parts for module, parts in modules.items() if parts}
+    foreign += [
+        f"{tensor.name} {tensor.shape}, without its counterpart"
+        for parts in modules.values()
+        if not {"down", "up"} <= parts.keys()
+        for tensor in parts.values()
+    ]
+    if foreign:
+        raise CheckpointError(
+            f"{path} holds tensors that are not of a plain LoRA (matrices down and up, one number alpha): "
+            + "; ".join(foreign)
+        )
+    if not modules:
+        raise CheckpointError(f"{path} holds no LoRA layers")
+    settings = _settings(path, metadata)
+    return Lora(path, {module: _layer(path, module, parts, settings) for module, parts in modules.items()})
+
+
+def merge_lora(
+    components: Mapping[str, Any], lora: Lora, scale: float | Mapping[str, float] = 1.0
+) -> dict[str, Any]:
+    """The components with W + scale * (alpha / r) * up @ down in place of W; everything else as it was.
+
+    One weight at a time, in float32, each back in its dtype and on its devices.
+
+    Args:
+      components: as `load_components` gives them: name -> (module, params); others pass through.
+      scale: for all, or of each component; those that it does not name are left as they are.
+
+    Raises:
+      CheckpointError: layers that match no module of the components, or are of another shape than its
+        weight: all named, and nothing is merged.
+      UnknownNameError: `scale` of a component that is not there.
+    """
+    networks = {name: part for name, part in components.items() if _is_network(part)}
+    if isinstance(scale, Mapping):
+        scales = {one_of("component", name, networks): float(number) for name, number in scale.items()}
+    else:
+        scales = dict.fromkeys(networks, float(scale))
+    places = _places(networks)
+    _check(lora, places)
+    changed: dict[str, dict] = {name: {} for name in networks}
+    for module, layer in lora.layers.items():
+        component, tensor = places[module]
+        if component not in scales:
+            continue
+        weight = PublishedTensor(tensor.path, changed[component].get(tensor.path, tensor.value))
+        change = (scales[component] * layer.change()).reshape(weight.shape)
+        changed[component][tensor.path] = _replaced(weight, np.asarray(weight).astype(np.float32) + change)
+    merged = dict(components)
+    for name, (module, params) in networks.items():
+        flat = traverse_util.flatten_dict(params) | changed[name]
+        merged[name] = (module, traverse_util.unflatten_dict(flat))
+    return merged
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    named = [path / name for name in FILE_NAMES if (path / name).is_file()]
+    found = named[:1] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        there = ", ".join(file.name for file in found) or "no .safetensors file"
+        raise CheckpointError(f"{path} holds {there}: give the path of the LoRA file")
+    return found[0]
+
+
+def _module(name: str) -> str:
+    """The file's name of a module, without what older versions put in or around it."""
+    name = name.removeprefix("base_model.model.").replace(".processor.", ".")
+    *parents, last = name.split(".")
+    if last in _OLD_PROJECTIONS:
+        in_unet, in_text_encoder = _OLD_PROJECTIONS[last]
+        last = in_text_encoder if "self_attn" in parents else in_unet
+    return ".".join([*parents, last])
+
+
+def _component(module: str) -> str:
+    """Which component the file's name of a module speaks of; a name that does not say is the denoiser's."""
+    for component, prefixes in _KOHYA.items():
+        if module.startswith(prefixes):
+            return component
+    first = module.split(".")[0]
+    return first if first in _KOHYA else "unet"
+
+
+def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What PEFT stores beside the tensors: the alpha of all modules, of some, and how it is divided."""
+    beside = path.with_name("adapter_config.json")
+    if path.name == FILE_NAMES[1] and beside.is_file():
+        return read_json(beside)
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its lora_adapter_metadata are no JSON: {error}") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _layer(
+    path: Path, module: str, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> LoraLayer:
+    down, up, mid = parts["down"], parts["up"], parts.get("mid")
+    rank = down.shape[0] if down.shape else 0
+    fits = len(down.shape) in (2, 4) and len(up.shape) in (2, 4) and up.shape[2:] in ((), (1, 1))
+    between = (rank, rank) if mid is None else mid.shape[:2]
+    joined = fits and between[1] == rank and up.shape[1] == between[0] and rank > 0
+    if not joined or (mid is not None and (len(mid.shape) != 4 or down.shape[2:] not in ((), (1, 1)))):
+        shapes = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in parts.values())
+        raise CheckpointError(f"{path}: the matrices of a layer do not fit together: {shapes}")
+    names = tuple(tensor.name for tensor in parts.values())
+    if "alpha" in parts:
+        alpha = np.asarray(parts["alpha"]).astype(np.float64)
+        if alpha.size != 1:
+            raise CheckpointError(f"{path}: {parts['alpha'].name} is {alpha.shape}, not one number")
+        return LoraLayer(down, up, mid, float(alpha.reshape(())) / rank, names)
+    return LoraLayer(down, up, mid, _multiplier(module, rank, settings), names)
+
+
+def _multiplier(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """alpha / r by PEFT's settings, 1 where there are none. rsLoRA divides by sqrt(r): arXiv:2312.03732."""
+    prefix = f"{_component(module)}."
+    own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    own = own or settings
+    patterns = own.get("alpha_pattern") or {}
+    fitting = [number for key, number in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
+    alpha = fitting[0] if fitting else own.get("lora_alpha", rank)
+    return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def _is_network(part: Any) -> bool:
+    return isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], nn.Module)
+
+
+def _places(networks: Mapping[str, tuple[nn.Module, dict]]) -> dict[str, tuple[str, PublishedTensor]]:
+    """Every spelling of every module with a weight matrix -> (component, the weight)."""
+    places: dict[str, tuple[str, PublishedTensor]] = {}
+    for component, (network, params) in networks.items():
+        matrices = {
+            name.removesuffix(".weight"): tensor
+            for name, tensor in published(params).items()
+            if tensor.path[-1] == "kernel"
+        }
+        bare = component in _DENOISERS or len(networks) == 1
+        original = _original_names(network.config, matrices)
+        for module, tensor in matrices.items():
+            for spelling in _spellings(component, module, original.get(module, module), bare):
+                places.setdefault(spelling, (component, tensor))
+    return places
+
+
+def _original_names(config: Any, modules: Iterable[str]) -> dict[str, str]:
+    """The modules' names in the original single files, of those U-Nets that have such."""
+    table = unet_table(config) if isinstance(config, UNet2DConditionConfig) else {}
+    names = {}
+    for module in modules:
+        with contextlib.suppress(CheckpointError):  # a module that the original layout does not have
+            names[module] = place_of(module, table).name
+    return names
+
+
+def _spellings(component: str, module: str, original: str, bare: bool) -> Iterator[str]:
+    names = {module, *(module.removeprefix(tower) for tower in TOWERS)}
+    if not module.startswith(TOWERS):
+        names |= {tower + module for tower in TOWERS}
+    yield from (f"{component}.{name}" for name in names)
+    if bare:
+        yield from names
+    for prefix in _KOHYA.get(component, ()):
+        yield from (prefix + name.replace(".", "_") for name in (*names, original))
+
+
+def _check(lora: Lora, places: Mapping[str, tuple[str, PublishedTensor]]) -> None:
+    strangers = [name for name in lora.layers if name not in places]
+    problems = [f"no such module: {tensor}" for name in strangers for tensor in lora.layers[name].tensors]
+    for name, layer in lora.layers.items():
+        if name in places and not _fits(layer.shape, places[name][1].shape):
+            shapes = f"{layer.shape} in the file, {places[name][1].shape} in the model"
+            problems.append(f"another shape: {name} is {shapes}")
+    if problems:
+        others = sorted({_component(name) for name in strangers} - {part for part, _ in places.values()})
+        hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
+        raise CheckpointError(f"{lora.path} does not fit the model: {'; '.join(problems)}{hint}")
+
+
+def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Equal, where a 1x1 convolution is as good as a matrix."""
+    plain = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (change, weight)]
+    return plain[0] == plain[1]
+
+
+def _replaced(weight: PublishedTensor, values: np.ndarray) -> Any:
+    """`values`, in the published layout, as a parameter of the dtype and on the devices of the one before."""
+    axes = np.argsort(weight.axes)
+    if not isinstance(weight.value, jax.Array):
+        return values.transpose(axes).astype(weight.dtype)
+    return placed(values, axes, weight.dtype, weight.value.sharding if weight.value.committed else None)

@@ -1,0 +1,166 @@
+"""A whole model as diffusers lays it out: model_index.json and a folder for each component.
+
+model_index.json says of each component which library and class it is, `[null, null]` where it is absent, and
+holds the pipeline's options beside them: `"unet": ["diffusers", "UNet2DConditionModel"]`,
+`"force_zeros_for_empty_prompt": true`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from jaxldm import __version__, models
+from jaxldm.checkpoints.folder import load_as, read_config, save
+from jaxldm.checkpoints.names import Placement
+from jaxldm.checkpoints.storage import folder_written_whole
+from jaxldm.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from jaxldm.checkpoints.weight_files import read_json
+from jaxldm.errors import CheckpointError, StorageError, one_of
+
+INDEX_FILE = "model_index.json"
+SCHEDULER_FILE = "scheduler_config.json"
+# Components that no picture needs: they judge pictures, or prepare images for what judges them.
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+
+Network = tuple[nn.Module, dict]
+Component = Network | Tokenizer | dict[str, Any]
+
+
+def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
+    """The components of a pipeline folder: name -> (library, class). Those that are null are left out.
+
+    Raises:
+      CheckpointError: no such folder, no model_index.json in it, or not one.
+    """
+    path = Path(folder) / INDEX_FILE
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no pipeline folder {path.parent}")
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {INDEX_FILE}: it is not a pipeline folder, or not whole")
+    components = {}
+    for name, entry in read_json(path).items():
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if len(entry) != 2 or not all(isinstance(text, str) for text in entry):
+            raise CheckpointError(f"{path} has {entry!r} as {name}; a component is [library, class]")
+        if Path(name).name != name or name == "..":
+            raise CheckpointError(f"{path} names a component outside its folder: {name}")
+        components[name] = (entry[0], entry[1])
+    return components
+
+
+def load_components(
+    pipeline_folder: Path | str,
+    dtype: str | None = None,
+    only: Iterable[str] | None = None,
+    *,
+    sharding: Placement = None,
+    variant: str | None = None,
+) -> dict[str, Component]:
+    """Opens the components of a pipeline folder that diffusers or `save_components` wrote.
+
+    Networks come as (module, params), tokenizers as `Tokenizer`, the scheduler as the dictionary of its
+    scheduler_config.json. Absent ones and those that no picture needs (`NOT_NEEDED`) are left out.
+
+    Args:
+      dtype, sharding, variant: as in `load`, for every network.
+      only: the names of the components to open, those of `NOT_NEEDED` among them; None: all the others.
+
+    Raises:
+      CheckpointError: the folder or a file in it is missing, damaged or of an unknown class.
+      UnknownNameError: `only` names a component that the folder does not have; another dtype.
+    """
+    folder = Path(pipeline_folder)
+    index = read_model_index(folder)
+    names = [name for name in index if name not in NOT_NEEDED] if only is None else list(only)
+    components: dict[str, Component] = {}
+    for name in names:
+        _, kind = index[one_of(f"component of {folder}", name, index)]
+        if kind.endswith("Scheduler"):
+            components[name] = {"_class_name": kind, **read_json(folder / name / SCHEDULER_FILE)}
+        elif "Tokenizer" in kind:
+            components[name] = load_tokenizer(folder / name)
+        else:
+            entries = _of_class(read_config(folder / name), kind)
+            components[name] = load_as(
+                entries, folder / name, dtype=dtype, sharding=sharding, variant=variant
+            )
+    return components
+
+
+def _of_class(entries: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A config.json's entries with the class that model_index.json names, which is the part that is used:
+    a text encoder's own config may name the whole model that it was cut out of.
+    """
+    key, value = ("_class_name", kind) if "_class_name" in entries else ("architectures", [kind])
+    return entries | {key: value}
+
+
+def save_components(
+    folder: Path | str, class_name: str, components: Mapping[str, Component | bool | int | float | str | None]
+) -> None:
+    """Writes a pipeline folder that `load_components` and diffusers open: all of it or nothing.
+
+    An earlier pipeline in `folder` is replaced.
+
+    Args:
+      class_name: the pipeline's in diffusers, "StableDiffusionPipeline" for one.
+      components: name -> (module, params), a `Tokenizer`, a scheduler's dictionary with its `_class_name`,
+        None for a component that is absent; or a number, a text or a truth value: an option of the pipeline.
+
+    Raises:
+      StorageError: the folder holds other files, is a file, or cannot be written.
+      CheckpointError: a scheduler's dictionary without `_class_name`.
+    """
+    folder = Path(os.path.abspath(folder))
+    _check_may_replace(folder)
+    index: dict[str, Any] = {"_class_name": class_name, "_jaxldm_version": __version__}
+    with folder_written_whole(folder) as partial:
+        for name, component in components.items():
+            index[name] = _save_component(partial / name, component)
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_component(folder: Path, component: Any) -> Any:
+    """Writes a component and returns its entry in model_index.json."""
+    if component is None:
+        return [None, None]
+    if isinstance(component, bool | int | float | str):
+        return component
+    if isinstance(component, Tokenizer):
+        component.save(folder)
+        settings = json.loads(component.files["tokenizer_config.json"])
+        return ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")]
+    if isinstance(component, Mapping):
+        if "_class_name" not in component:
+            raise CheckpointError(f"{folder.name} is a dictionary without _class_name: no scheduler's")
+        folder.mkdir(parents=True)
+        text = json.dumps(dict(component), indent=2) + "\n"
+        (folder / SCHEDULER_FILE).write_text(text, encoding="utf-8")
+        return ["diffusers", component["_class_name"]]
+    module, params = component
+    save(folder, module, params)
+    config = module.config
+    in_diffusers = config.library != "diffusers" or config.published
+    return [config.library if in_diffusers else "jaxldm", models.class_name(config)]
+
+
+def _check_may_replace(folder: Path) -> None:
+    """Raises `StorageError` unless the folder is new, empty, or a pipeline's and nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file: choose another folder")
+    there = set(os.listdir(folder)) if folder.exists() else set()
+    ours = {INDEX_FILE, *(read_model_index(folder) if INDEX_FILE in there else ())}
+    if INDEX_FILE in there:
+        there -= ours
+    if there:
+        raise StorageError(
+            f"{folder} already holds other files ({', '.join(sorted(there)[:3])}): choose a new or an empty "
+            "folder"
+        )
