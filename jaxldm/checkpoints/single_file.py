@@ -71,6 +71,8 @@ _NOTHING_TO_LOAD = re.compile(
     r"|.*\.(position_ids|logit_scale|attn_mask)"
     r"|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?"
 )
+# CLIP in files made with an early transformers, many fine-tunes of Stable Diffusion 1 among them.
+_EARLY_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
 _LATENT_STATISTICS = {"edm_mean": "latents_mean", "edm_std": "latents_std"}  # of Playground v2.5
 
 
@@ -91,7 +93,8 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
         left over in a component, or of another shape, each named.
       UnknownNameError: another dtype.
     """
-    state = open_safetensors(path).tensors
+    stored = open_safetensors(path).tensors
+    state = {_EARLY_CLIP.sub(r"\1text_model.", name): tensor for name, tensor in stored.items()}
     try:
         family = _family_of_file(state)
         parts = FAMILIES[family]

@@ -13,6 +13,7 @@ import transformers
 from diffusers.loaders import single_file_utils
 
 from jaxldm import models
+from jaxldm.checkpoints import single_file
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
 from jaxldm.checkpoints.safetensors_file import read_safetensors, safetensors_bytes
 from jaxldm.checkpoints.single_file import FAMILIES, load_single_file, save_single_file
@@ -371,6 +372,30 @@ def test_what_does_not_fit_is_named(tmp_path):
     path = rewritten(tmp_path, lambda state: state.pop("model.diffusion_model.out.2.weight"))
     with pytest.raises(CheckpointError, match=r"the unet is not whole.*out\.2\.weight"):
         load_single_file(path)
+
+
+def test_other_writings_of_the_same_weights_are_understood(tmp_path):
+    """CLIP without its tower's name, and attention of the autoencoder as linear layers."""
+
+    def rewrite(state):
+        for name in list(state):
+            if name.startswith("cond_stage_model."):
+                state[name.replace("transformer.text_model.", "transformer.")] = state.pop(name)
+            elif ".attn_1." in name and name.endswith("weight") and state[name].ndim == 4:
+                state[name] = state[name][:, :, 0, 0]
+
+    loaded = load_single_file(rewritten(tmp_path, rewrite))
+    for name, (module, params) in small().items():
+        assert loaded[name][0] == module
+        jax.tree.map(np.testing.assert_array_equal, loaded[name][1], params)
+
+
+@pytest.mark.parametrize(
+    ("width", "family"), [(768, "1.x"), (1024, "2.x"), (2048, "XL"), (1280, "XL refiner")]
+)
+def test_a_unet_alone_is_known_by_the_text_it_takes(width, family):
+    name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    assert single_file._family_of_file({name: np.zeros((640, width), np.int8)}) == family
 
 
 def test_strangers_outside_the_components_are_warned_of(tmp_path):
