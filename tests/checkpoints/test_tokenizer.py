@@ -16,6 +16,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError
 KINDS = {
     "CLIP": (transformers.CLIPTokenizer, clip_folder, {}),
     "OpenCLIP, padded with !": (transformers.CLIPTokenizer, clip_folder, {"pad": "!"}),
+    "OpenCLIP of XL": (transformers.CLIPTokenizer, clip_folder, {"pad": "!", "numbered": True}),
     "T5": (transformers.T5Tokenizer, t5_folder, {}),
     "BERT": (transformers.BertTokenizer, bert_folder, {}),
     "BERT with capitals and accents": (
@@ -135,13 +136,17 @@ def test_cut_names_the_words_that_did_not_fit(any_folder, words, length):
         if cut:
             assert text.endswith(cut) and count == length
             kept = text.removesuffix(cut)
+            if cut[0] != "字":  # to BERT every Chinese character is a word
+                assert not (kept[-1:].isalpha() and cut[0].isalpha())  # no word is cut in two
             assert tokenizer([kept], max_length=length).cut == ("",)
             assert tokenizer([kept + cut.split()[0]], max_length=length).cut != ("",)
 
 
 def test_cut_words_are_named_as_they_were_typed(any_folder):
     clip = any_folder[0][0]
-    assert clip(["A Cat, Übergröße and Ωmega", "a cat"], max_length=5).cut == ("Übergröße and Ωmega", "")
+    for length in (5, 7):  # one that ends with a word, one that ends inside the next
+        cut = clip(["A Cat, Übergröße and Ωmega", "a cat"], max_length=length).cut
+        assert cut == ("Übergröße and Ωmega", "")
 
 
 def test_words_that_were_added_keep_their_numbers(tmp_path):

@@ -39,8 +39,11 @@ TRICKY = [
 ]
 
 
-def clip_folder(folder, pad="<|endoftext|>", **settings):
-    """vocab.json and merges.txt: all bytes, all bytes at a word's end, the commonest pairs; 518 and more."""
+def clip_folder(folder, pad="<|endoftext|>", numbered=False, **settings):
+    """vocab.json and merges.txt: all bytes, all bytes at a word's end, the commonest pairs, 574 in all.
+
+    numbered: tokenizer_config.json also holds the special tokens by their numbers, as SDXL's does.
+    """
     letters = sorted(ByteLevel.alphabet())
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges = _common_pairs(60)
@@ -58,6 +61,12 @@ def clip_folder(folder, pad="<|endoftext|>", **settings):
     (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
     marked = {k: v if isinstance(v, str) else {"__type": "AddedToken", **v} for k, v in tokens.items()}
     settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **marked} | settings
+    if numbered:
+        contents = (pad, "<|startoftext|>", "<|endoftext|>")
+        settings["added_tokens_decoder"] = {
+            str(vocabulary.index(text)): {"content": text, "normalized": True, "special": True, **flags}
+            for text in contents
+        }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
