@@ -250,15 +250,9 @@ class TextToImage:
         how = Walk(
             plan.schedule, plan.solver, plan.timestep_scaling, shape, key_kind, previews, on_step, progress
         )
-        mesh = mesh_of(len(keys), devices, batch_size)
-        shared = jax.device_put((self.unet, settings), NamedSharding(mesh, PartitionSpec()))
-        drawn = in_fixed_batches(
-            lambda batch: _walk(*shared, batch, how=how, mesh=mesh), rows, mesh, batch_size, batch_size
-        )
+        drawn = self._draw(settings, rows, how, batch_size, devices)
         if output == "images":
-            flat = drawn.reshape(-1, *drawn.shape[2:])
-            images = self.decode(flat, tiling=tiling, batch_size=batch_size, devices=devices)
-            drawn = images.reshape(*drawn.shape[:2], *images.shape[1:])
+            drawn = self._decode_all(drawn, tiling=tiling, batch_size=batch_size, devices=devices)
         return (drawn[:, 0], drawn[:, 1:]) if previews else drawn[:, 0]
 
     @property
@@ -327,6 +321,18 @@ class TextToImage:
             grid = D.hand_over(grid, path, last)[0]
         walked = len(grid.t) - 1
         return D.pad(grid, -(-walked // STEPS_AT_ONCE) * STEPS_AT_ONCE)
+
+    def _draw(self, settings, rows, how, batch_size, devices) -> Float[np.ndarray, "N K h w c"]:
+        """`walk` in batches of one fixed size, split over the devices."""
+        mesh = mesh_of(len(rows.key), devices, batch_size)
+        shared = jax.device_put((self.unet, settings), NamedSharding(mesh, PartitionSpec()))
+        return in_fixed_batches(
+            lambda batch: _walk(*shared, batch, how=how, mesh=mesh), rows, mesh, batch_size, batch_size
+        )
+
+    def _decode_all(self, latents, **options) -> Float[np.ndarray, "N K H W C"]:
+        images = self.decode(latents.reshape(-1, *latents.shape[2:]), **options)
+        return images.reshape(*latents.shape[:2], *images.shape[1:])
 
     def _check(self, output, previews, batch_size, denoising_start, latents, condition) -> None:
         known = [*inspect.signature(self.__call__).parameters, *inspect.signature(self.conditions).parameters]

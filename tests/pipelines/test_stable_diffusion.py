@@ -5,13 +5,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.pipelines.latent_consistency_models import (
+    pipeline_latent_consistency_img2img as lcm_img2img_module,
+)
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img_module
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as inpaint_module
+from diffusers.schedulers import scheduling_lcm
 from picture_checks import (
     KEY,
     as_tensor,
@@ -171,22 +176,30 @@ def test_inpainting_by_a_network_that_is_told_the_mask(folders, pipes, monkeypat
     assert_latents_agree(drawn, latents)
 
 
-def test_latent_consistency_model(folders, pipes, monkeypatch):
-    """The network is told the guidance; each step but the last adds fresh noise, and it is fed ours."""
-    from diffusers.schedulers import scheduling_lcm
-
-    reference = open_reference(LatentConsistencyModelPipeline, folders["lcm"])
-    keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(3)]
+def feed_steps(monkeypatch, count):
+    """The reference draws at its steps what ours draws for image 0 of KEY."""
+    keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(count)]
     steps = [theirs(np.asarray(jax.random.normal(key, (1, LATENT, LATENT, 4)))) for key in keys]
     monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *args, **options: steps.pop(0))
-    latents = reference(
-        PROMPTS[0],
-        latents=theirs(noise()),
-        output_type="latent",
-        num_inference_steps=4,
-        guidance_scale=3.0,
-    ).images
-    pipe = pipes["lcm"]
+
+
+def test_latent_consistency_model(folders, pipes, monkeypatch):
+    """The network is told the guidance; each step but the last adds fresh noise."""
+    reference, pipe = open_reference(LatentConsistencyModelPipeline, folders["lcm"]), pipes["lcm"]
+    feed_steps(monkeypatch, 3)
+    call = dict(guidance_scale=3.0, num_inference_steps=4)
+    latents = reference(PROMPTS[0], latents=theirs(noise()), output_type="latent", **call).images
     assert pipe.knows_guidance and pipe.default_steps() == 4
     drawn = pipe(KEY, PROMPTS[0], latents=noise(), output="latents", guidance_scale=3.0)
+    assert_latents_agree(drawn, latents)
+
+
+def test_latent_consistency_model_from_an_image(folders, pipes, monkeypatch):
+    """The strength takes away the noisiest of the timesteps that the distillation visited."""
+    reference = open_reference(LatentConsistencyModelImg2ImgPipeline, folders["lcm"])
+    without_posterior_noise(monkeypatch, lcm_img2img_module, [theirs(start_noise())])
+    feed_steps(monkeypatch, 3)
+    call = dict(strength=0.7, guidance_scale=3.0, num_inference_steps=4)
+    latents = reference(PROMPTS[0], image=as_tensor(picture()), output_type="latent", **call).images
+    drawn = pipes["lcm"](KEY, PROMPTS[0], image=picture(), output="latents", **call)
     assert_latents_agree(drawn, latents)

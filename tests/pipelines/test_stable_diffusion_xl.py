@@ -1,9 +1,15 @@
 """SDXL's base, its refiner and the hand-over against the pipelines of diffusers, on tiny random folders."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EDMDPMSolverMultistepScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img as img2img_module
 from picture_checks import (
     KEY,
@@ -42,6 +48,17 @@ def test_text_to_image(folders, pipes, solver):
     assert_latents_agree(pipes["base"](KEY, PROMPT, output="latents", **call), latents)
     if solver is None:
         assert_images_agree(pipes["base"](KEY, PROMPT, **call), reference, latents)
+
+
+def test_playground_walks_the_path_of_edm(folders, pipes):
+    """The same U-Net, preconditioned as in EDM; the reference's autoencoder is left out."""
+    reference = open_reference(StableDiffusionXLPipeline, folders["base"])
+    reference.scheduler = EDMDPMSolverMultistepScheduler()
+    latents = reference(PROMPT, latents=theirs(noise()), output_type="latent", **STEPS).images
+    config = dict(reference.scheduler.config) | {"_class_name": "EDMDPMSolverMultistepScheduler"}
+    pipe = dataclasses.replace(pipes["base"], scheduler=config)
+    start = noise() * float(reference.scheduler.init_noise_sigma)
+    assert_latents_agree(pipe(KEY, PROMPT, latents=start, output="latents", **STEPS), latents)
 
 
 def test_other_texts_for_the_second_encoder_and_micro_conditioning(folders, pipes):

@@ -1,12 +1,14 @@
 """What all text-to-image pipelines promise: batches, keys, compilations, previews, folders, and mistakes."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from compilations import COMPILATIONS
 from diffusers import StableDiffusionPipeline
 from picture_checks import KEY, picture
@@ -147,6 +149,23 @@ def test_a_folder_that_ours_wrote_is_opened_by_diffusers(pipe, tmp_path):
     assert reference.tokenizer("a cat").input_ids == pipe.tokenizer(["a cat"], 4).input_ids[0].tolist()
     again = pipelines.load(tmp_path / "out")
     assert not any(row.difference for row in pipelines.compare(pipe, again))
+
+
+def test_a_lora_file_is_merged_into_a_copy(pipe, tmp_path):
+    module = ("down_blocks_0", "attentions_0", "transformer_blocks_0", "attn1", "to_q")
+    rng = np.random.default_rng(0)
+    down, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 8), (8, 2)))
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    safetensors.numpy.save_file(file, tmp_path / "lora.safetensors")
+    merged = pipelines.with_lora(pipe, tmp_path / "lora.safetensors", scale=0.5)
+
+    def weight(of):
+        return np.asarray(functools.reduce(lambda tree, key: tree[key], module, of.unet.params)["kernel"])
+
+    np.testing.assert_allclose(weight(merged), weight(pipe) + 0.5 * (up @ down).T, atol=1e-6)
+    changed = [row.name for row in pipelines.compare(pipe, merged) if row.difference]
+    assert changed == [name.replace("unet.", "unet/", 1) + ".weight"]
 
 
 def test_words_that_the_encoder_does_not_see_are_named(pipe):
