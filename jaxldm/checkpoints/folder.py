@@ -25,7 +25,6 @@ from jaxldm.checkpoints.weight_files import (
     weight_contents,
 )
 from jaxldm.errors import CheckpointError
-from jaxldm.nn.linear import compute_dtype
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # of a model in the layout of diffusers
@@ -102,7 +101,7 @@ def load_as(
 ) -> tuple[nn.Module, dict]:
     """`load` with these entries instead of those of the folder's config.json."""
     if dtype is not None:
-        compute_dtype(dtype)
+        models.compute_dtype(dtype)
     try:
         config = models.config_from_dict(entries)
     except CheckpointError as error:
@@ -153,7 +152,7 @@ def _without_untrained(stored: Mapping[str, StoredTensor], module: nn.Module) ->
         if name not in state:
             continue
         second = state.pop(name)
-        if kept in state and np.asarray(second).tobytes() != np.asarray(state[kept]).tobytes():
+        if kept in state and _bytes(second) != _bytes(state[kept]):
             raise CheckpointError(
                 f"the weights do not fit the model: {name} and {kept} are one tensor in it, in the file they "
                 "differ"
@@ -161,3 +160,8 @@ def _without_untrained(stored: Mapping[str, StoredTensor], module: nn.Module) ->
         state.setdefault(kept, second)
     ignored = [re.compile(pattern) for pattern in getattr(module, "ignored_tensors", ())]
     return {name: tensor for name, tensor in state.items() if not any(p.fullmatch(name) for p in ignored)}
+
+
+def _bytes(tensor: StoredTensor) -> memoryview:
+    """What stands in the file, mapped into memory and not copied."""
+    return np.asarray(tensor).reshape(-1).view(np.uint8).data

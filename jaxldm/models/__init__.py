@@ -43,6 +43,7 @@ from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encode_indices
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
+from jaxldm.nn.linear import compute_dtype
 
 __all__ = [
     "PRESETS",
@@ -79,6 +80,7 @@ __all__ = [
     "build",
     "class_name",
     "clip_pixel_values",
+    "compute_dtype",
     "config_from_dict",
     "config_to_dict",
     "count_params",

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxldm import checkpoints, models
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
@@ -38,7 +38,6 @@ _OPTIONAL: dict[type[TextToImage], tuple[str, ...]] = {
     StableDiffusionXL: ("text_encoder", "tokenizer"),
 }
 _FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_text_to_image(
@@ -57,7 +56,7 @@ def load_text_to_image(
       CheckpointError: a component is missing, damaged, or of another model.
     """
     if dtype is not None:
-        one_of("dtype", dtype, DTYPES)
+        models.compute_dtype(dtype)
     kind = PIPELINES[index["_class_name"]]
     there = [name for name in (*_NEEDED[kind], *_OPTIONAL[kind]) if _names_something(index.get(name))]
     missing = [name for name in _NEEDED[kind] if name not in there]

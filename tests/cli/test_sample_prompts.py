@@ -60,9 +60,8 @@ def test_prompts_repeat_and_are_what_the_pipeline_draws(capsys, folder, tmp_path
 def test_a_picture_is_resized_and_drawn_anew_where_the_mask_is_white(capsys, folder, pictures):
     size = ["--height", SIZE, "--width", SIZE]
     start = ["--prompt", "a cat", "--image", pictures / "cat.png", *size]
-    whole, *_ = sample(capsys, folder, pictures / "whole", *start, "--strength", "1")
     part, *_ = sample(capsys, folder, pictures / "part", *start, "--mask", pictures / "mask.png")
-    assert whole.shape == part.shape == (1, SIZE, SIZE, 3)
+    assert part.shape == (1, SIZE, SIZE, 3)
     with Image.open(pictures / "cat.png") as opened:
         resized = np.asarray(opened.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
     pipe = pipelines.load(folder)
