@@ -58,7 +58,8 @@ def clip_folder(folder, pad="<|endoftext|>", numbered=False, **settings):
         "unk_token": {"content": "<|endoftext|>", "normalized": True, **flags},
         "pad_token": pad,
     }
-    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    stale = {"pad_token": "a"} if numbered else {}  # nobody asks this file when the tokens are numbered
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens | stale))
     marked = {k: v if isinstance(v, str) else {"__type": "AddedToken", **v} for k, v in tokens.items()}
     settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **marked} | settings
     if numbered:
