@@ -13,7 +13,7 @@ families of programs, which name the same module differently:
 So the file's names are not taken apart. Each module of the model is spelled in every way, and looked up.
 
 Every layer has its own alpha, as kohya's scripts write and apply it. diffusers 0.42 loses those of attention
-layers where they differ within a file, and gives all of them the commonest: its fused weights are then others.
+layers where they differ within a file, and gives all of them the commonest, so its fused weights then differ.
 """
 
 from __future__ import annotations
