@@ -4,8 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Most of the suite's time is compiling; what is tested does not depend on how hard XLA optimises. (Set it to 0
-# for a run with the code that users run; it takes a third longer.)
+# Most of the suite's time is compiling; what is tested does not depend on how hard XLA optimises. (Set it to
+# 0 for a run with the code that users run; it takes a third longer.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax

@@ -10,9 +10,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from jaxldm.errors import one_of
 from jaxldm.models.autoencoder import DiagonalGaussian, split_moments
-from jaxldm.models.config import ModelConfig, check, check_groups
+from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
 from jaxldm.nn.convolution import Conv2d
@@ -53,14 +52,7 @@ class ImageAutoencoderConfig(ModelConfig):
     fixed: ClassVar = {"act_fn": "silu"}
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        check(
-            len(self.down_block_types) == len(self.up_block_types) == levels,
-            f"{levels} block_out_channels need as many down_block_types and up_block_types",
-        )
-        for kinds, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
-            for kind in kinds:
-                one_of("block type", kind, known)
+        check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         check_groups(self.block_out_channels, self.norm_num_groups)
         check(self.scaling_factor > 0, "scaling_factor must be positive")
         compute_dtype(self.dtype)

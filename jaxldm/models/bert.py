@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import one_of
-from jaxldm.models.config import check
+from jaxldm.models.config import check_heads
 from jaxldm.models.text_encoder import (
     TextEncoding,
     TransformersConfig,
@@ -45,10 +45,7 @@ class BertConfig(TransformersConfig):
     fixed: ClassVar = TransformersConfig.fixed | {"position_embedding_type": "absolute"}
 
     def __post_init__(self):
-        check(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads",
-        )
+        check_heads(self.hidden_size, self.num_attention_heads)
         one_of("activation", self.hidden_act, ACTIVATIONS)
         compute_dtype(self.dtype)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.models.config import check
+from jaxldm.models.config import check, check_heads
 from jaxldm.models.text_encoder import TransformersConfig
 from jaxldm.nn.embeddings import PatchProjection
 from jaxldm.nn.initialization import normal, parameter
@@ -55,10 +55,7 @@ class CLIPVisionConfig(TransformersConfig):
     model_type: ClassVar[str] = "clip_vision_model"
 
     def __post_init__(self):
-        check(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} heads",
-        )
+        check_heads(self.hidden_size, self.num_attention_heads)
         check(
             self.image_size % self.patch_size == 0,
             f"images of {self.image_size} cannot be cut into whole patches of {self.patch_size}",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
-from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
 OWN_FIELDS = ("dtype", "remat")  # of every config that has them; no published config does
 
@@ -75,6 +75,31 @@ def check(condition: bool, message: str) -> None:
     """Raises `InvalidArgumentError(message)` unless the condition holds."""
     if not condition:
         raise InvalidArgumentError(message)
+
+
+def check_levels(config: ModelConfig, down_blocks: Iterable[str], up_blocks: Iterable[str]) -> None:
+    """Raises unless `config` names one known block on the way down and one on the way up for each level.
+
+    Raises:
+      InvalidArgumentError: more or fewer of them than `block_out_channels`.
+      UnknownNameError: a block type that is not in `down_blocks` or `up_blocks`.
+    """
+    levels = len(config.block_out_channels)
+    check(
+        len(config.down_block_types) == len(config.up_block_types) == levels,
+        f"{levels} block_out_channels need as many down_block_types and up_block_types",
+    )
+    for kinds, known in ((config.down_block_types, down_blocks), (config.up_block_types, up_blocks)):
+        for kind in kinds:
+            one_of("block type", kind, known)
+
+
+def check_heads(hidden_size: int, num_attention_heads: int) -> None:
+    """Raises `InvalidArgumentError` unless the width can be split into so many heads."""
+    check(
+        hidden_size % num_attention_heads == 0,
+        f"hidden_size {hidden_size} cannot be split into {num_attention_heads} heads",
+    )
 
 
 def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> None:

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import one_of
-from jaxldm.models.config import ModelConfig, check, check_groups
+from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
 from jaxldm.nn.convolution import Conv2d
@@ -72,14 +72,7 @@ class UNet2DConfig(ModelConfig):
     ignored: ClassVar = frozenset({"num_train_timesteps"})
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        check(
-            len(self.down_block_types) == len(self.up_block_types) == levels,
-            f"{levels} block_out_channels need as many down_block_types and up_block_types",
-        )
-        for kinds, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
-            for kind in kinds:
-                one_of("block type", kind, known)
+        check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")
         check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.models.config import ModelConfig, check, check_groups
+from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
 from jaxldm.nn.convolution import Conv2d
@@ -100,14 +100,8 @@ class UNet2DConditionConfig(ModelConfig):
     ignored: ClassVar = frozenset({"addition_embed_type_num_heads", "mid_block_only_cross_attention"})
 
     def __post_init__(self):
+        check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         levels = len(self.block_out_channels)
-        check(
-            len(self.down_block_types) == len(self.up_block_types) == levels,
-            f"{levels} block_out_channels need as many down_block_types and up_block_types",
-        )
-        for kinds, known in ((self.down_block_types, DOWN_BLOCKS), (self.up_block_types, UP_BLOCKS)):
-            for kind in kinds:
-                one_of("block type", kind, known)
         for name in PER_LEVEL:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,) * levels

@@ -256,9 +256,9 @@ RECIPES: dict[str, Recipe] = {
         diffusion=dataclasses.replace(_MINI_UNET, preset="tiny-dit", overrides={"patch_size": 1}),
         classifier=_CLASSIFIER,
     ),
-    # Lecture 43.2: Tiny DiT on the pixels of 28x28 digits, patch 4, linear betas. The lecture's batches of 128
-    # at Adam's 1e-4 are for 60 000 images: on a fifteenth of them 1 900 such updates, even at 5e-4, leave
-    # patches that do not know of one another. Small batches make four times as many.
+    # Lecture 43.2: Tiny DiT on the pixels of 28x28 digits, patch 4, linear betas. The lecture's batches of
+    # 128 at Adam's 1e-4 are for 60 000 images: on a fifteenth of them 1 900 such updates, even at 5e-4,
+    # leave patches that do not know of one another. Small batches make three times as many.
     #   jaxldm train tiny-dit --run-dir runs/tiny-dit
     "tiny-dit": Recipe(
         name="tiny-dit",
