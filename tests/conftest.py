@@ -14,13 +14,22 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+HASTY = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+jax.config.update("jax_disable_most_optimizations", HASTY)
 
 # The first example of a property compiles; a deadline per example would only measure that.
 settings.register_profile(
     "jaxldm", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("jaxldm")
+
+
+@pytest.fixture
+def optimized():
+    """The code that users run, inside one test: for those whose bound leaves little room for rounding."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", HASTY)
 
 
 @pytest.fixture

@@ -134,7 +134,10 @@ def test_reads_what_diffusers_writes():
         ({"timestep_spacing": "even"}, "linspace"),
         ({"timestep_type": "continuous"}, "timestep_type"),
         ({"interpolation_type": "log_linear"}, "interpolation_type"),
-        ({"sigma_max": 700.0, "use_karras_sigmas": True}, "sigma_max"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0, "use_karras_sigmas": True},
+            "sigma_max",
+        ),
         ({"prediction_type": "noise"}, "v_prediction"),
         ({"num_train_timesteps": 1}, "num_train_timesteps"),
         ({"num_train_timesteps": "many"}, "scheduler_config"),

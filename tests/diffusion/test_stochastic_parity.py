@@ -198,7 +198,7 @@ def test_ddpm_with_learned_variance(monkeypatch):
         assert_close(np.asarray(run(PREDICTIONS.index(prediction), grid, NOISE)), x.numpy(), case)
 
 
-def test_lcm(monkeypatch):
+def test_lcm(monkeypatch, optimized):
     denoisers = [
         D.consistency_function(D.denoiser(jax_network, SCALED_VP, prediction)) for prediction in PREDICTIONS
     ]
