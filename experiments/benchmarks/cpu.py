@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import pairs  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from pairs import NUM_CLASSES, Pair, forward  # noqa: E402
-from timing import Run, machine, measure_row  # noqa: E402
+from timing import Run, cells, cores, machine, measure_row  # noqa: E402
 
 from jaxldm import diffusion as D  # noqa: E402
 from jaxldm import models, training  # noqa: E402
@@ -250,15 +249,8 @@ def measure(title: str, variants: dict[str, Run], options: Cpu) -> dict[str, Any
 
 def as_line(row: dict[str, Any]) -> str:
     """One line of the table."""
-    cells = [row["row"]]
-    cells += [f"{row['milliseconds'][name]:.1f}" for name in ("jaxldm", "eager")]
-    compiled = row["milliseconds"].get("torch.compile")
-    cells.append("" if compiled is None else f"{compiled:.1f}")
-    for name in ("eager", "torch.compile"):
-        quartiles = row["ratio_quartiles"].get(name)
-        cells.append("" if quartiles is None else "{1:.2f} ({0:.2f} to {2:.2f})".format(*quartiles))
-    cells.append(", ".join(f"{seconds:.1f}" for seconds in row["first_call_seconds"].values()))
-    return "| " + " | ".join(cells) + " |"
+    compiling = ", ".join(f"{seconds:.1f}" for seconds in row["first_call_seconds"].values())
+    return "| " + " | ".join([*cells(row, "jaxldm", "eager", "torch.compile"), compiling]) + " |"
 
 
 COLUMNS = ("row", "jaxldm, ms", "eager, ms", "torch.compile, ms", "eager / jaxldm", "torch.compile / jaxldm")
@@ -268,9 +260,7 @@ HEAD = "| " + " | ".join([*COLUMNS, "first calls, s"]) + " |\n" + "|---" * 7 + "
 def main(options: Cpu) -> None:
     if options.quick:
         options = dataclasses.replace(options, rounds=2, seconds=0.0, num_inference_steps=2)
-    torch.set_num_threads(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    torch.set_num_threads(cores())
     setting = machine("cpu.py", {"torch": torch.__version__, "diffusers": diffusers.__version__})
     setting, rows = {**setting, "threads": torch.get_num_threads()}, []
     print(json.dumps(setting) + "\n\n" + HEAD, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import sys
 import time
@@ -56,6 +57,21 @@ def measure_row(title: str, variants: dict[str, Run], rounds: int, seconds: floa
         "ratio_quartiles": ratios,
         "first_call_seconds": compile_seconds,
     }
+
+
+def cells(row: dict[str, Any], first: str, *others: str) -> list[str]:
+    """Cells of the table's line of a row: title, milliseconds and ratios; empty for a variant that is not."""
+    times, ratios = row["milliseconds"], row["ratio_quartiles"]
+    found = [f"{times[name]:.1f}" if name in times else "" for name in (first, *others)]
+    found += [
+        "{1:.2f} ({0:.2f} to {2:.2f})".format(*ratios[name]) if name in ratios else "" for name in others
+    ]
+    return [row["row"], *found]
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(script: str, versions: dict[str, str]) -> dict[str, Any]:

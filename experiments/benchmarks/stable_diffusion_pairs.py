@@ -1,0 +1,274 @@
+"""Stable Diffusion 1.5 and XL twice: jaxldm's and those of diffusers, at the same sizes, with random weights.
+
+`experiments/benchmarks/stable_diffusion.py` times them; `tests/benchmarks/test_stable_diffusion_benchmark.py`
+checks that with the same weights both sides draw the same picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from jaxldm import checkpoints, models, pipelines
+
+PROMPT = "a cat in the snow, by the river, at dawn"
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+# The small ones, for a CPU: one level with attention.
+_VAE = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_UNET = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": (2, 4),
+}
+
+
+class Family(NamedTuple):
+    """A model by the presets of its parts, (preset, fields of the small one)."""
+
+    title: str
+    parts: dict[str, tuple[str, dict[str, Any]]]
+    guidance_scale: float
+
+
+FAMILIES = {
+    "sd15": Family(
+        "SD 1.5",
+        {
+            "unet": (
+                "sd15-unet",
+                _UNET
+                | {
+                    "cross_attention_dim": 32,
+                    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+                },
+            ),
+            "vae": ("sd-vae", _VAE),
+            "text_encoder": ("clip-l", _TEXT),
+        },
+        7.5,
+    ),
+    "sdxl": Family(
+        "SDXL",
+        {
+            "unet": (
+                "sdxl-unet",
+                _UNET
+                | {
+                    "cross_attention_dim": 64,
+                    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                    "transformer_layers_per_block": (1, 2),
+                    "addition_time_embed_dim": 8,
+                    "projection_class_embeddings_input_dim": 32 + 6 * 8,
+                },
+            ),
+            "vae": ("sdxl-vae", _VAE),
+            "text_encoder": ("clip-l", _TEXT),
+            "text_encoder_2": ("openclip-bigg", _TEXT | {"projection_dim": 32}),
+        },
+        5.0,
+    ),
+}
+
+
+# ---------------------------------------------------------------- jaxldm's side
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_weight(key: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Uniform numbers of variance 1 / fan in, drawn in that dtype."""
+    bound = math.sqrt(3 / math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, jnp.dtype(dtype), -bound, bound)
+
+
+def random_network(module: Any, dtype: str, seed: int = 0) -> pipelines.Network:
+    """A module with weights that are drawn on the device, a tensor at a time: none is ever float32."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(models.shapes(module))
+    weights = []
+    for number, (path, spec) in enumerate(leaves):
+        if len(spec.shape) > 1:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            weights.append(random_weight(key, spec.shape, dtype))
+        else:
+            weights.append(jnp.full(spec.shape, 0.0 if path[-1].key == "bias" else 1.0, dtype))
+    return pipelines.Network(module, jax.tree.unflatten(tree, weights))
+
+
+def modules(family: str, dtype: str, quick: bool) -> dict[str, Any]:
+    """The modules of a model by the names of their folders."""
+    parts = FAMILIES[family].parts.items()
+    return {
+        name: models.build(preset, dtype=dtype, **(small if quick else {})) for name, (preset, small) in parts
+    }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer of letters, in the files that both sides open: 77 tokens like any other."""
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    names = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
+        ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
+    )
+    entries = names | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(entries))
+
+
+def our_pipeline(family: str, dtype: str, quick: bool, tokenizer_folder: Path) -> pipelines.TextToImage:
+    """A whole model with random weights."""
+    parts: dict[str, Any] = {
+        name: random_network(module, dtype) for name, module in modules(family, dtype, quick).items()
+    }
+    tokenizer = checkpoints.load_tokenizer(tokenizer_folder)
+    parts |= {"tokenizer": tokenizer} | ({"tokenizer_2": tokenizer} if "text_encoder_2" in parts else {})
+    parts["scheduler"] = SCHEDULER | {"_class_name": "DPMSolverMultistepScheduler"}
+    kind = pipelines.StableDiffusionXL if "text_encoder_2" in parts else pipelines.StableDiffusion
+    return kind(**parts)
+
+
+def our_draw(pipe: pipelines.TextToImage, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+    """Pixels [N, H, W, 3] in [0, 1], on the host."""
+    side = latents.shape[1] * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": "dpmpp_2m"}
+    images = pipe(jax.random.key(0), [PROMPT], latents=latents, height=side, width=side, **options)
+    return (images + 1) / 2
+
+
+def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
+    """What a U-Net is told in one step of one image with guidance: two rows of everything, float32."""
+    config, rng = module.config, np.random.default_rng(1)
+    shapes = {
+        "x": (side, side, config.in_channels),
+        "encoder_hidden_states": (77, config.cross_attention_dim),
+    }
+    inputs = {name: rng.standard_normal((2, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    inputs["t"] = np.full(2, 500, np.float32)
+    if config.addition_embed_type is not None:
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["text_embeds"] = rng.standard_normal((2, width)).astype(np.float32)
+        inputs["time_ids"] = np.tile(np.float32([1024, 1024, 0, 0, 1024, 1024]), (2, 1))
+    return inputs
+
+
+def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """One call of the U-Net, [2, h, w, c]."""
+    call = jax.jit(lambda network, inputs: network(**inputs))
+    inputs = jax.device_put(inputs)
+    return lambda: call(network, inputs).block_until_ready()
+
+
+# ---------------------------------------------------------------- PyTorch's side
+
+
+def their_module(config: Any, dtype: str, device: torch.device) -> torch.nn.Module:
+    """The same architecture with the random weights that it starts with, made on the device in that dtype."""
+    entries = models.config_to_dict(config)
+    entries = {
+        name: value
+        for name, value in entries.items()
+        if not name.startswith("_") and name not in ("architectures", "model_type")
+    }
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with device:
+            if config.library == "diffusers":
+                model = getattr(diffusers, models.class_name(config))(**entries)
+            else:
+                kind = getattr(transformers, models.class_name(config))
+                model = kind(kind.config_class(**entries))
+    finally:
+        torch.set_default_dtype(before)
+    if device.type == "cuda" and config.library == "diffusers":
+        model = model.to(memory_format=torch.channels_last)  # what diffusers advises for convolutions
+    return model.eval()
+
+
+def their_pipeline(
+    family: str, dtype: str, quick: bool, tokenizer_folder: Path, device: torch.device
+) -> diffusers.DiffusionPipeline:
+    """The same model in diffusers."""
+    parts: dict[str, Any] = {
+        name: their_module(module.config, dtype, device)
+        for name, module in modules(family, dtype, quick).items()
+    }
+    parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(**SCHEDULER)
+    parts["tokenizer"] = transformers.CLIPTokenizer.from_pretrained(tokenizer_folder)
+    if "text_encoder_2" in parts:
+        parts["tokenizer_2"] = parts["tokenizer"]
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = diffusers.StableDiffusionPipeline(**parts, **none)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def compiled(pipe: diffusers.DiffusionPipeline, backend: str, mode: str) -> diffusers.DiffusionPipeline:
+    """The same weights, with U-Net and decoder under torch.compile; what is left is text, milliseconds."""
+    options = {"mode": mode} if backend == "inductor" else {}
+    compile_ = functools.partial(torch.compile, backend=backend, **options)
+    vae, other = copy.copy(pipe.vae), copy.copy(pipe)
+    vae.decode = compile_(pipe.vae.decode)
+    other.unet, other.vae = compile_(pipe.unet), vae
+    return other
+
+
+def their_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+    """Pixels [N, H, W, 3] in [0, 1], on the host."""
+    x = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(pipe.device, pipe.vae.dtype)
+    side = latents.shape[1] * pipe.vae_scale_factor
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
+    return pipe([PROMPT], latents=x, height=side, width=side, **options).images
+
+
+def their_network(unet: Any, inputs: dict[str, np.ndarray], dtype: str) -> Callable[[], Any]:
+    """One call of the U-Net, [2, c, h, w]."""
+    device = next(unet.parameters()).device
+    given = {
+        name: torch.from_numpy(value).to(device, getattr(torch, dtype)) for name, value in inputs.items()
+    }
+    x, t, text = (
+        given.pop("x").permute(0, 3, 1, 2).contiguous(),
+        given.pop("t"),
+        given.pop("encoder_hidden_states"),
+    )
+    more = {"added_cond_kwargs": given} if given else {}
+
+    @torch.no_grad()
+    def run():
+        output = unet(x, t, text, return_dict=False, **more)[0]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return output
+
+    return run
