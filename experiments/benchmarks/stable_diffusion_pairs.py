@@ -115,7 +115,7 @@ def random_network(module: Any, dtype: str, seed: int = 0) -> pipelines.Network:
     weights = []
     for number, (path, spec) in enumerate(leaves):
         if len(spec.shape) > 1:
-            key = jax.random.fold_in(jax.random.key(seed), number)
+            key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), number)  # compiles sooner
             weights.append(random_weight(key, spec.shape, dtype))
         else:
             weights.append(jnp.full(spec.shape, 0.0 if path[-1].key == "bias" else 1.0, dtype))
