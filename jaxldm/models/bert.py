@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.errors import one_of
 from jaxldm.models.config import check_heads
 from jaxldm.models.text_encoder import (
+    POSITION_NUMBERS,
     TextEncoding,
     TransformersConfig,
     check_tokens,
@@ -158,8 +159,7 @@ class BertModel(nn.Module):
 
     config: BertConfig
 
-    # Old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
-    ignored_tensors: ClassVar[tuple[str, ...]] = (r".*\.position_ids",)
+    ignored_tensors: ClassVar[tuple[str, ...]] = POSITION_NUMBERS
 
     @nn.compact
     def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:

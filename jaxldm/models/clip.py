@@ -14,7 +14,13 @@ from jaxtyping import Array, Float, Int
 from jaxldm.errors import CheckpointError
 from jaxldm.models.clip_text import CLIPTextConfig, CLIPTextTransformer
 from jaxldm.models.clip_vision import CLIPVisionConfig, CLIPVisionTransformer, ImageEncoding, check_pixels
-from jaxldm.models.text_encoder import GENERIC, TextEncoding, TransformersConfig, token_shapes
+from jaxldm.models.text_encoder import (
+    GENERIC,
+    POSITION_NUMBERS,
+    TextEncoding,
+    TransformersConfig,
+    token_shapes,
+)
 from jaxldm.nn.initialization import Law, normal, parameter
 from jaxldm.nn.linear import Linear, compute_dtype
 
@@ -78,8 +84,7 @@ class CLIPModel(nn.Module):
 
     config: CLIPConfig
 
-    # Old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
-    ignored_tensors: ClassVar[tuple[str, ...]] = (r".*\.position_ids",)
+    ignored_tensors: ClassVar[tuple[str, ...]] = POSITION_NUMBERS
 
     def setup(self):
         config = self.config

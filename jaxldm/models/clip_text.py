@@ -12,16 +12,18 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxldm.errors import one_of
 from jaxldm.models.config import check_heads
 from jaxldm.models.text_encoder import (
+    POSITION_NUMBERS,
     TextEncoding,
     TransformersConfig,
     check_tokens,
     padding_mask,
+    pre_norm_encoder,
     token_shapes,
 )
 from jaxldm.nn.initialization import normal
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS, PreNormEncoder
+from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +87,7 @@ class CLIPTextTransformer(nn.Module):
     def setup(self):
         config = self.config
         self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = PreNormEncoder(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.intermediate_size,
-            config.hidden_act,
-            config.layer_norm_eps,
-            config.dtype,
-        )
+        self.encoder = pre_norm_encoder(config)
         self.final_layer_norm = LayerNorm(config.layer_norm_eps, config.dtype)
 
     def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
@@ -143,8 +138,7 @@ class CLIPTextModel(nn.Module):
 
     config: CLIPTextConfig
 
-    # Old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
-    ignored_tensors: ClassVar[tuple[str, ...]] = (r".*\.position_ids",)
+    ignored_tensors: ClassVar[tuple[str, ...]] = POSITION_NUMBERS
 
     def setup(self):
         self.text_model = CLIPTextTransformer(self.config)

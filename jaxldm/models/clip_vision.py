@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import check, check_heads
-from jaxldm.models.text_encoder import TransformersConfig
+from jaxldm.models.text_encoder import POSITION_NUMBERS, TransformersConfig, pre_norm_encoder
 from jaxldm.nn.embeddings import PatchProjection
 from jaxldm.nn.initialization import normal, parameter
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS, PreNormEncoder
+from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 class ImageEncoding(NamedTuple):
@@ -94,15 +94,7 @@ class CLIPVisionTransformer(nn.Module):
         embedded = CLIPVisionEmbeddings(config, name="embeddings")(pixel_values)
         # The name in the published checkpoints, as it was misspelt there.
         embedded = LayerNorm(config.layer_norm_eps, config.dtype, name="pre_layrnorm")(embedded)
-        states = PreNormEncoder(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.intermediate_size,
-            config.hidden_act,
-            config.layer_norm_eps,
-            config.dtype,
-            name="encoder",
-        )(embedded)
+        states = pre_norm_encoder(config, name="encoder")(embedded)
         norm = LayerNorm(config.layer_norm_eps, config.dtype, name="post_layernorm")
         return states, norm(states[-1][:, 0])
 
@@ -129,8 +121,7 @@ class CLIPVisionModelWithProjection(nn.Module):
 
     config: CLIPVisionConfig
 
-    # Old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
-    ignored_tensors: ClassVar[tuple[str, ...]] = (r".*\.position_ids",)
+    ignored_tensors: ClassVar[tuple[str, ...]] = POSITION_NUMBERS
 
     @nn.compact
     def __call__(self, pixel_values: Float[Array, "B H W C"]) -> ImageEncoding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig
+from jaxldm.nn.transformer_encoder import PreNormEncoder
 
 
 class TextEncoding(NamedTuple):
@@ -54,6 +55,23 @@ class TransformersConfig(ModelConfig):
     published: ClassVar[bool] = True
     fixed: ClassVar = {"is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
     ignored: ClassVar = frozenset(GENERIC.split())
+
+
+# For `ignored_tensors`: old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
+POSITION_NUMBERS = (r".*\.position_ids",)
+
+
+def pre_norm_encoder(config: Any, name: str | None = None) -> PreNormEncoder:
+    """The layers of one of CLIP's towers, by its config."""
+    return PreNormEncoder(
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.intermediate_size,
+        config.hidden_act,
+        config.layer_norm_eps,
+        config.dtype,
+        name=name,
+    )
 
 
 def token_shapes(length: int) -> tuple[jax.ShapeDtypeStruct]:
