@@ -15,6 +15,7 @@ from jaxldm.nn.embeddings import (
 from jaxldm.nn.linear import DTYPES, Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import GroupNorm, LayerNorm, RMSNorm, group_norm, layer_norm, modulate
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from jaxldm.nn.rotary import apply_rotary, rotary_embedding, rotary_embedding_of_axes
 from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "TransformerOptions",
     "UpBlock2D",
     "Upsample2D",
+    "apply_rotary",
     "compute_dtype",
     "conv_of_doubled",
     "conv_transpose_4x4_stride_2",
@@ -48,6 +50,8 @@ __all__ = [
     "layer_norm",
     "modulate",
     "patchify",
+    "rotary_embedding",
+    "rotary_embedding_of_axes",
     "sincos_position_embedding_2d",
     "timestep_embedding",
     "unpatchify",

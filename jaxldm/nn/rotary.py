@@ -1,0 +1,78 @@
+"""Rotary position embedding: queries and keys turned by angles that grow with their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxldm.errors import InvalidArgumentError
+
+
+def rotary_embedding(positions: np.ndarray, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin) of the angles p w_k, w_k = theta^(-2k/dim): float32 `[N, dim/2]` each, made on the host.
+
+    Su et al. 2021, "RoFormer", section 3.2.2. The angles are float64: in float32 they would be wrong by 1e-4
+    at a thousand tokens.
+
+    Args:
+      positions: `[N]`, whole numbers or not.
+      dim: width of the part of a head that is turned; its pairs have one angle each.
+      theta: the slowest pair turns by almost 1/theta a token.
+
+    Raises:
+      InvalidArgumentError: an odd `dim`.
+    """
+    if dim % 2:
+        raise InvalidArgumentError(f"rotary positions turn pairs of numbers: an even width, not {dim}")
+    frequencies = float(theta) ** (-np.arange(0, dim, 2) / dim)
+    angles = np.asarray(positions, np.float64).reshape(-1, 1) * frequencies[None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotary_embedding_of_axes(
+    positions: np.ndarray, dims: Sequence[int], theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin), float32 `[N, sum(dims)/2]`, for tokens with several coordinates, as row and column.
+
+    positions `[N, axes]`: the first dims[0] numbers of a head turn with the first coordinate, and so on.
+
+    >>> import numpy as np
+    >>> rows, columns = np.indices((4, 6)).reshape(2, -1)
+    >>> cos, sin = rotary_embedding_of_axes(np.stack([rows, columns], axis=1), (8, 8), theta=10000.0)
+    >>> cos.shape
+    (24, 8)
+    """
+    tables = [rotary_embedding(positions[:, axis], dim, theta) for axis, dim in enumerate(dims)]
+    cos, sin = (np.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
+    return cos, sin
+
+
+def apply_rotary(
+    x: Float[Array, "B N H D"],
+    cos: Float[Array, "*B N D/2"],
+    sin: Float[Array, "*B N D/2"],
+    *,
+    interleaved: bool = True,
+) -> Float[Array, "B N H D"]:
+    """Turns each pair (a, b) of a head to (a cos - b sin, a sin + b cos); in float32, the dtype of `x` out.
+
+    Su et al. 2021, eq. 34. The tables are `[N, D/2]`, or `[B, N, D/2]` where positions differ in a batch.
+
+    interleaved: pairs are neighbours (2k, 2k + 1), as in FLUX and Z-Image. False: (k, k + D/2), as in Llama
+      and Qwen; the same function with the channels of a head in another order.
+    """
+    x32 = x.astype(jnp.float32)
+    cos, sin = (jnp.asarray(table, jnp.float32)[..., None, :] for table in (cos, sin))
+    if cos.ndim == 3:
+        cos, sin = cos[None], sin[None]
+    if interleaved:
+        pairs = x32.reshape(*x.shape[:-1], -1, 2)
+        first, second, axis = pairs[..., 0], pairs[..., 1], -1
+    else:
+        pairs = x32.reshape(*x.shape[:-1], 2, -1)
+        first, second, axis = pairs[..., 0, :], pairs[..., 1, :], -2
+    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
+    return turned.reshape(x.shape).astype(x.dtype)
