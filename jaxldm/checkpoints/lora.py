@@ -22,7 +22,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,14 +169,14 @@ def merge_lora(
         scales = dict.fromkeys(networks, float(scale))
     places = _places(networks)
     _check(lora, places)
-    changed: dict[str, dict] = {name: {} for name in networks}
+    layers: dict[tuple[str, tuple[str, ...]], list[tuple[PublishedTensor, LoraLayer]]] = {}
     for module, layer in lora.layers.items():
         component, tensor = places[module]
-        if component not in scales:
-            continue
-        weight = PublishedTensor(tensor.path, changed[component].get(tensor.path, tensor.value))
-        change = (scales[component] * layer.change()).reshape(weight.shape)
-        changed[component][tensor.path] = _replaced(weight, np.asarray(weight).astype(np.float32) + change)
+        if component in scales:
+            layers.setdefault((component, tensor.path), []).append((tensor, layer))
+    changed: dict[str, dict] = {name: {} for name in networks}
+    for (component, path), of_one_parameter in layers.items():
+        changed[component][path] = _with_changes(of_one_parameter, scales[component])
     merged = dict(components)
     for name, (module, params) in networks.items():
         flat = traverse_util.flatten_dict(params) | changed[name]
@@ -318,9 +318,18 @@ def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return plain[0] == plain[1]
 
 
-def _replaced(weight: PublishedTensor, values: np.ndarray) -> Any:
-    """`values`, in the published layout, as a parameter of the dtype and on the devices of the one before."""
-    axes = np.argsort(weight.axes)
-    if not isinstance(weight.value, jax.Array):
-        return values.transpose(axes).astype(weight.dtype)
-    return placed(values, axes, weight.dtype, weight.value.sharding if weight.value.committed else None)
+def _with_changes(layers: Sequence[tuple[PublishedTensor, LoraLayer]], scale: float) -> Any:
+    """The parameter that these layers change, in its dtype and on its devices."""
+    first = layers[0][0]
+    blocks = []
+    for weight in first.all_blocks:
+        values = np.asarray(weight)
+        for tensor, layer in layers:
+            if tensor.block == weight.block:
+                change = (scale * layer.change()).reshape(weight.shape)
+                values = values.astype(np.float32) + change
+        blocks.append(values)
+    if isinstance(first.value, jax.Array):
+        return placed(blocks, first, first.dtype, first.value.sharding if first.value.committed else None)
+    ours = [values.transpose(np.argsort(first.axes)).astype(first.dtype) for values in blocks]
+    return ours[0] if first.block is None else np.stack(ours)

@@ -8,6 +8,8 @@ Submodules carry their published names, so one rule serves every model, in both 
 `[out, in, h, w]` | | `to_out_0/kernel` | `to_out.0.weight` | `[in, out]` -> `[out, in]` |
 | `norm1/scale`, `class_embedding/embedding` | `norm1.weight`, `class_embedding.weight` | as it is |
 | any other leaf: `bias`, `weight` (already in published layout), `pos_embed` | the same | as it is |
+| `blocks_0to27/mlp/fc1/kernel` | `blocks.0.mlp.fc1.weight` ... `blocks.27...` | `[28, in, out]` ->
+28 times `[out, in]`: blocks of one `nn.scan`, see `nn.blocks_in_a_row` |
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 TOWERS = ("text_model.", "vision_model.", "bert.")
 
 _BLOCK = 2**19  # bytes that are converted at a time
+_STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a module that stands for many: those of a scan
 
 
 def published_name(path: tuple[str, ...]) -> str:
@@ -56,35 +59,56 @@ def _published_axes(path: Path, rank: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedTensor:
-    """A parameter in the layout of its published tensor: `np.asarray(it)` fetches it from its device."""
+    """A parameter in the layout of its published tensor: `np.asarray(it)` fetches it from its device.
+
+    block: of a parameter that many blocks share as a stack `[blocks, ...]`, which of them; None for others.
+    """
 
     path: Path
     value: Any
+    block: int | None = None
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Where each of its axes stands in the parameter."""
-        return _published_axes(self.path, len(self.value.shape))
+        """Where each of its axes stands in the parameter, or in its block of the parameter."""
+        return _published_axes(self.path, len(self.value.shape) - (self.block is not None))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As published."""
-        return tuple(self.value.shape[axis] for axis in self.axes)
+        ours = self.value.shape if self.block is None else self.value.shape[1:]
+        return tuple(ours[axis] for axis in self.axes)
 
     @property
     def dtype(self) -> np.dtype:
         """That of the parameter."""
         return np.dtype(self.value.dtype)
 
+    @property
+    def all_blocks(self) -> list[PublishedTensor]:
+        """The tensors that the parameter stands for: itself alone, or one for each block."""
+        if self.block is None:
+            return [self]
+        return [dataclasses.replace(self, block=block) for block in range(self.value.shape[0])]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self.value).transpose(self.axes)
-        return np.array(array, dtype, copy=copy, order="C")
+        value = self.value if self.block is None else self.value[self.block]
+        return np.array(np.asarray(value).transpose(self.axes), dtype, copy=copy, order="C")
 
 
 def published(params: Mapping) -> dict[str, PublishedTensor]:
     """Nested Flax parameters, or their shapes -> {published name: its tensor, not fetched yet}."""
-    flat = traverse_util.flatten_dict(params)
-    return {published_name(path): PublishedTensor(path, value) for path, value in flat.items()}
+    tensors = {}
+    for path, value in traverse_util.flatten_dict(params).items():
+        place = next((n for n, name in enumerate(path) if _STACK.fullmatch(name)), None)
+        if place is None:
+            tensors[published_name(path)] = PublishedTensor(path, value)
+            continue
+        name, first, last = _STACK.fullmatch(path[place]).groups()
+        for block, number in enumerate(range(int(first), int(last) + 1)):
+            one = (*path[:place], f"{name}{number}", *path[place + 1 :])
+            tensors[published_name(one)] = PublishedTensor(path, value, block)
+    return tensors
 
 
 def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
@@ -119,12 +143,17 @@ def from_state_dict(
         {name: tensor.shape for name, tensor in wanted.items()},
         {name: tuple(tensor.shape) for name, tensor in state.items()},
     )
-    params = {}
+    stored: dict[Path, list[Tensor]] = {}
     for name, tensor in wanted.items():
+        stored.setdefault(tensor.path, []).append(state[name])
+    params = {}
+    for tensor in wanted.values():
+        if tensor.path in params:  # another block of a stack
+            continue
         floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
         kind = np.dtype(dtype) if dtype is not None and floating else tensor.dtype
         where = _placement(sharding, tensor.path, tuple(tensor.value.shape))
-        params[tensor.path] = placed(state[name], np.argsort(tensor.axes), kind, where)
+        params[tensor.path] = placed(stored[tensor.path], tensor, kind, where)
     return traverse_util.unflatten_dict(params)
 
 
@@ -146,40 +175,58 @@ def _placement(
 
 
 def placed(
-    tensor: Tensor, axes: np.ndarray, dtype: np.dtype, where: jax.Device | jax.sharding.Sharding | None
+    tensors: Sequence[Tensor],
+    like: PublishedTensor,
+    dtype: np.dtype,
+    where: jax.Device | jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """A published tensor as a parameter on its devices.
+    """A published tensor, or those of all blocks of a stack, as the parameter of `like`, on its devices.
 
     Waits for the transfer: the next tensor is read when this one has left the host's memory.
     """
-    ours = np.asarray(tensor).transpose(axes)
+    ours = [np.asarray(tensor).transpose(np.argsort(like.axes)) for tensor in tensors]
+    shape = tuple(like.value.shape)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if like.block is None:
+            return _owned([ours[0][index]], dtype)[0]
+        return _owned([block[index[1:]] for block in ours[index[0]]], dtype)
+
     if isinstance(where, jax.sharding.Sharding):
-        array = jax.make_array_from_callback(ours.shape, where, lambda part: _owned(ours[part], dtype))
+        array = jax.make_array_from_callback(shape, where, part)
     else:
-        array = jax.device_put(_owned(ours, dtype), where)
+        array = jax.device_put(part((slice(None),) * len(shape)), where)
     return array.block_until_ready()
 
 
-def _owned(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A contiguous copy, aligned to 64 bytes: JAX on a CPU then keeps it and makes no further copy.
+def _owned(views: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """A contiguous copy, one view after another along a new first axis, aligned to 64 bytes: JAX on a CPU
+    then keeps it and makes no further copy.
 
-    Never the view itself: that may be a file, which changes or ends while the parameters live. Written in
-    blocks that are contiguous in `view` and fit the processor's cache: converting and turning a whole tensor
-    at a time is two to eight times slower, or needs a second copy.
+    Never the views themselves: they may be a file, which changes or ends while the parameters live.
     """
-    size = math.prod(view.shape) * dtype.itemsize
+    shape = (len(views), *views[0].shape)
+    size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    copy = memory[start : start + size].view(dtype).reshape(view.shape)
+    copy = memory[start : start + size].view(dtype).reshape(shape)
+    for n, view in enumerate(views):
+        _fill(copy[n : n + 1].reshape(view.shape), view)
+    return copy
+
+
+def _fill(copy: np.ndarray, view: np.ndarray) -> None:
+    """Copies in blocks that are contiguous in `view` and fit the processor's cache: converting and turning a
+    whole tensor at a time is two to eight times slower, or needs a second copy.
+    """
     if view.size == 0 or view.ndim == 0:
         copy[...] = view
-        return copy
+        return
     axis = int(np.argmax(view.strides))
     step = max(1, _BLOCK // (view.nbytes // view.shape[axis]))
     for first in range(0, view.shape[axis], step):
         block = (slice(None),) * axis + (slice(first, first + step),)
-        copy[block] = view[block].astype(dtype, order="K", copy=False)
-    return copy
+        copy[block] = view[block].astype(copy.dtype, order="K", copy=False)
 
 
 def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
-OWN_FIELDS = ("dtype", "remat")  # of every config that has them; no published config does
+OWN_FIELDS = ("dtype", "remat", "scan")  # of every config that has them; no published config does
 
 
 @dataclasses.dataclass(frozen=True)

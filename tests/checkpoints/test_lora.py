@@ -6,9 +6,11 @@ Which module a name means, and with which alpha, is what diffusers' own conversi
 import json
 
 import diffusers
+import flax.linen
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
@@ -437,3 +439,31 @@ def test_files_that_are_no_lora(tmp_path):
     safetensors.torch.save_file({}, tmp_path / "d.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.safetensors, d\.safetensors: give the path"):
         checkpoints.load_lora(tmp_path)
+
+
+def test_a_layer_of_a_stack_of_blocks_is_merged_into_its_own_block(tmp_path):
+    """Parameters of a scan: the file names a block, the change goes there and nowhere else."""
+    rng = np.random.default_rng(0)
+    layers = {
+        f"transformer.blocks.{n}.mlp.lora_{part}.weight": rng.standard_normal(shape).astype(np.float32)
+        for n in (0, 2)
+        for part, shape in (("A", (2, 4)), ("B", (6, 2)))
+    }
+    safetensors.numpy.save_file(layers, tmp_path / "lora.safetensors")
+    kernel = rng.standard_normal((3, 4, 6)).astype(np.float32)
+
+    class Stack(flax.linen.Module):
+        config: object = None
+
+    merged = checkpoints.merge_lora(
+        {"transformer": (Stack(), {"blocks_0to2": {"mlp": {"kernel": jax.numpy.asarray(kernel)}}})},
+        checkpoints.load_lora(tmp_path / "lora.safetensors"),
+        0.5,
+    )
+    expected = kernel.copy()
+    for n in (0, 2):
+        up, down = (layers[f"transformer.blocks.{n}.mlp.lora_{part}.weight"] for part in "BA")
+        expected[n] += 0.5 * (up @ down).T
+    result = merged["transformer"][1]["blocks_0to2"]["mlp"]["kernel"]
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    np.testing.assert_array_equal(result[1], kernel[1])
