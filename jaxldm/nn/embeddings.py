@@ -60,6 +60,7 @@ class TimestepEmbedding(nn.Module):
 
     dim: int
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -68,16 +69,28 @@ class TimestepEmbedding(nn.Module):
         if condition is not None:
             project = Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
             x = x.astype(compute_dtype(self.dtype)) + project(condition)
-        x = nn.silu(Linear(self.dim, dtype=self.dtype, name="linear_1")(x))
-        return Linear(self.dim, dtype=self.dtype, name="linear_2")(x)
+        x = nn.silu(Linear(self.dim, self.use_bias, self.dtype, name="linear_1")(x))
+        return Linear(self.dim, self.use_bias, self.dtype, name="linear_2")(x)
 
 
-def sincos_position_embedding_2d(dim: int, height: int, width: int) -> np.ndarray:
+def sincos_position_embedding_2d(
+    dim: int,
+    height: int,
+    width: int,
+    *,
+    base_size: int | None = None,
+    interpolation_scale: float = 1.0,
+) -> np.ndarray:
     """Fixed 2-D position embedding, float32 `[height * width, dim]`, row by row.
 
     The first half of the channels encodes the column, the second half the row; each is
     [sin(p w_k), cos(p w_k)] with w_k = 10000^(-4k/dim). As in MAE (He et al. 2022) and DiT, whose tables put
     the column first.
+
+    Args:
+      base_size: positions along an axis of n are stretched to base_size, p = i base_size / n, so that grids
+        of any size share one range (PixArt, SD3); None: p = i.
+      interpolation_scale: divides the positions. Chen et al. 2024 (PixArt-Sigma), section 3.3.
 
     Raises:
       InvalidArgumentError: `dim` is not a multiple of 4.
@@ -85,7 +98,11 @@ def sincos_position_embedding_2d(dim: int, height: int, width: int) -> np.ndarra
     if dim % 4:
         raise InvalidArgumentError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+
+    def along(count: int) -> np.ndarray:
+        return np.arange(count) * ((base_size or count) / count / interpolation_scale)
+
+    rows, columns = np.meshgrid(along(height), along(width), indexing="ij")
 
     def one_axis(positions: np.ndarray) -> np.ndarray:
         angles = positions.reshape(-1, 1) * frequencies[None, :]

@@ -31,6 +31,20 @@ def test_positions_agree_with_diffusers(height, width):
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("grid", "options"),
+    [
+        ((7, 7), {"base_size": 7}),
+        ((3, 5), {"base_size": 4, "interpolation_scale": 2.0}),  # PixArt's other sizes
+        ((6, 6), {"base_size": 2, "interpolation_scale": 0.5}),
+    ],
+)
+def test_positions_stretched_to_a_common_range_agree_with_diffusers(grid, options):
+    ours = nn.sincos_position_embedding_2d(16, *grid, **options)
+    expected = get_2d_sincos_pos_embed(16, grid, output_type="pt", **options).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
 def test_positions_of_an_oblong_grid_read_row_by_row():
     table = nn.sincos_position_embedding_2d(8, 2, 3).reshape(2, 3, 8)
     np.testing.assert_allclose(table[1, 2, :2], np.sin([2.0, 2.0 / 100]), rtol=1e-6)  # the column
