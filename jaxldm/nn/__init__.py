@@ -2,7 +2,13 @@
 
 from jaxldm.nn.attention import Attention2D, CrossAttention, SelfAttention, dot_product_attention
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
-from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4, conv_of_doubled, conv_transpose_4x4_stride_2
+from jaxldm.nn.convolution import (
+    Conv2d,
+    ConvTranspose2x2,
+    ConvTranspose4x4,
+    conv_of_doubled,
+    conv_transpose_4x4_stride_2,
+)
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TimestepEmbedding,
@@ -13,7 +19,15 @@ from jaxldm.nn.embeddings import (
     unpatchify,
 )
 from jaxldm.nn.linear import DTYPES, Embedding, Linear, compute_dtype
-from jaxldm.nn.normalization import GroupNorm, LayerNorm, RMSNorm, group_norm, layer_norm, modulate
+from jaxldm.nn.normalization import (
+    GlobalResponseNorm,
+    GroupNorm,
+    LayerNorm,
+    RMSNorm,
+    group_norm,
+    layer_norm,
+    modulate,
+)
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxldm.nn.rotary import apply_rotary, rotary_embedding, rotary_embedding_of_axes
 from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
@@ -22,11 +36,13 @@ __all__ = [
     "DTYPES",
     "Attention2D",
     "Conv2d",
+    "ConvTranspose2x2",
     "ConvTranspose4x4",
     "CrossAttention",
     "DownBlock2D",
     "Downsample2D",
     "Embedding",
+    "GlobalResponseNorm",
     "GroupNorm",
     "LayerNorm",
     "Linear",

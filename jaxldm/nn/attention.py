@@ -147,8 +147,8 @@ class CrossAttention(nn.Module):
     """to_out(softmax(Q K^T / sqrt(d)) V), Q from x and K, V from the context. `[B, N, C]` -> the same shape.
 
     Vaswani et al. 2017, section 3.2; without a context it is self-attention. Parameters as in diffusers'
-    `Attention`: `to_q`, `to_k`, `to_v` without bias (those of one input run as one matrix product),
-    `to_out_0`.
+    `Attention`: `to_q`, `to_k`, `to_v` (those of one input run as one matrix product; with a bias if
+    `use_bias`), `to_out_0` (with one if `out_bias`).
 
     Args of the call:
       context: `[B, T, D]`, what to look at; None means x itself.
@@ -157,6 +157,8 @@ class CrossAttention(nn.Module):
 
     num_heads: int
     dtype: str = "float32"
+    use_bias: bool = False
+    out_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -166,7 +168,7 @@ class CrossAttention(nn.Module):
         mask: Array | None = None,
     ) -> Float[Array, "B N C"]:
         channels = x.shape[-1]
-        options = {"use_bias": False, "dtype": self.dtype}
+        options = {"use_bias": self.use_bias, "dtype": self.dtype}
         if context is None:
             query, key, value = projections(x, ("to_q", "to_k", "to_v"), channels, **options)
         else:
@@ -174,7 +176,7 @@ class CrossAttention(nn.Module):
             key, value = projections(context, ("to_k", "to_v"), channels, **options)
         allowed = None if mask is None else (mask != 0)[:, None, None, :]
         h = attend(self, query, key, value, self.num_heads, mask=allowed)
-        return Linear(channels, dtype=self.dtype, name="to_out_0")(h)
+        return Linear(channels, self.out_bias, self.dtype, name="to_out_0")(h)
 
 
 class Attention2D(nn.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.nn.initialization import fan_in_uniform, parameter
-from jaxldm.nn.linear import compute_dtype
+from jaxldm.nn.linear import compute_dtype, flat_matmul
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -19,7 +19,8 @@ class Conv2d(nn.Module):
     H' = floor((H + padding before + after - kernel_size) / stride) + 1. `padding` is one number for all
     four sides or `(before, after)` for both axes. A kernel of size 1 is a plain matrix product. Parameters
     (float32) start as PyTorch's. `doubled` (3x3, stride 1, padding 1 only): the convolution of the image
-    doubled by nearest neighbour, see `conv_of_doubled`.
+    doubled by nearest neighbour, see `conv_of_doubled`. `groups`: each part of the output channels sees its
+    part of the input channels alone; as many groups as channels is a depthwise convolution.
     """
 
     features: int
@@ -28,27 +29,35 @@ class Conv2d(nn.Module):
     padding: int | tuple[int, int] = 1
     dtype: str = "float32"
     doubled: bool = False
+    groups: int = 1
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         dtype = compute_dtype(self.dtype)
-        size, channels = self.kernel_size, x.shape[-1]
+        size, channels = self.kernel_size, x.shape[-1] // self.groups
         default = fan_in_uniform(size * size * channels)
         shape = (size, size, channels, self.features)
         kernel = parameter(self, "kernel", default, shape).astype(dtype)
-        bias = parameter(self, "bias", default, (self.features,)).astype(dtype)
         x = x.astype(dtype)
         if self.doubled:
-            assert (size, self.stride, self.padding) == (3, 1, 1)
+            assert (size, self.stride, self.padding, self.groups) == (3, 1, 1, 1)
             y = conv_of_doubled(x, kernel)
-        elif size == 1 and self.stride == 1 and self.padding == 0:
+        elif (size, self.stride, self.padding, self.groups) == (1, 1, 0, 1):
             y = x @ kernel[0, 0]
         else:
             sides = (self.padding, self.padding) if isinstance(self.padding, int) else self.padding
             y = jax.lax.conv_general_dilated(
-                x, kernel, (self.stride, self.stride), (sides, sides), dimension_numbers=DIMENSIONS
+                x,
+                kernel,
+                (self.stride, self.stride),
+                (sides, sides),
+                dimension_numbers=DIMENSIONS,
+                feature_group_count=self.groups,
             )
-        return y + bias.reshape(1, 1, 1, -1)
+        if not self.use_bias:
+            return y
+        return y + parameter(self, "bias", default, (self.features,)).astype(dtype).reshape(1, 1, 1, -1)
 
 
 def doubling_convolution(
@@ -125,3 +134,23 @@ class ConvTranspose4x4(nn.Module):
         weight = parameter(self, "weight", default, (x.shape[-1], self.features, 4, 4))
         bias = parameter(self, "bias", default, (self.features,)).astype(dtype)
         return conv_transpose_4x4_stride_2(x.astype(dtype), weight.astype(dtype)) + bias.reshape(1, 1, 1, -1)
+
+
+class ConvTranspose2x2(nn.Module):
+    """`torch.nn.ConvTranspose2d(C, features, 2, stride=2, bias=False)`. `[B, H, W, C]` -> `[B, 2H, 2W, out]`.
+
+    No two pixels reach the same output, so it is one matrix product, laid out anew. The parameter `weight`
+    keeps the published layout `[C, features, 2, 2]` and starts as PyTorch's does.
+    """
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W out"]:
+        dtype, out = compute_dtype(self.dtype), self.features
+        batch, height, width, channels = x.shape
+        weight = parameter(self, "weight", fan_in_uniform(4 * out), (channels, out, 2, 2)).astype(dtype)
+        y = flat_matmul(x.astype(dtype), weight.transpose(0, 2, 3, 1).reshape(channels, 4 * out))
+        y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
+        return y.reshape(batch, 2 * height, 2 * width, out)

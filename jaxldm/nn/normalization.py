@@ -74,14 +74,17 @@ class LayerNorm(nn.Module):
 
     eps: float = 1e-5
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         scale = parameter(self, "scale", ones, (x.shape[-1],))
-        bias = parameter(self, "bias", zeros, (x.shape[-1],))
         one_row = (1,) * (x.ndim - 1) + (-1,)
         y = layer_norm(x.astype(jnp.float32), self.eps) * scale.astype(jnp.float32).reshape(one_row)
-        return (y + bias.astype(jnp.float32).reshape(one_row)).astype(compute_dtype(self.dtype))
+        if self.use_bias:
+            bias = parameter(self, "bias", zeros, (x.shape[-1],))
+            y = y + bias.astype(jnp.float32).reshape(one_row)
+        return y.astype(compute_dtype(self.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -99,6 +102,28 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
         return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(compute_dtype(self.dtype))
+
+
+class GlobalResponseNorm(nn.Module):
+    """x + gamma x n + beta, n = |x_c| / (mean of it over the channels + 1e-6). `[B, H, W, C]` both ways.
+
+    |x_c| is the length of channel c over all pixels of an image, in float32: channels that answer strongly
+    inhibit the others. gamma and beta, [1, 1, 1, C], start at 0. Woo et al. 2023 (ConvNeXt V2), section 3.2.
+    """
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        chex.assert_rank(x, 4)
+        shape = (1, 1, 1, x.shape[-1])
+        gamma, beta = (parameter(self, name, zeros, shape).astype(jnp.float32) for name in ("gamma", "beta"))
+        x32 = x.astype(jnp.float32)
+        # Of a channel that is 0 everywhere the gradient is 0, and not that of a root at 0.
+        squares = jnp.maximum(jnp.square(x32).sum((1, 2), keepdims=True), jnp.finfo(jnp.float32).tiny)
+        length = jnp.sqrt(squares)
+        factor = 1 + gamma * (length / (length.mean(-1, keepdims=True) + 1e-6))
+        return (x32 * factor + beta).astype(compute_dtype(self.dtype))
 
 
 def modulate(

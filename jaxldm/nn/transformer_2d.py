@@ -6,17 +6,19 @@ Rombach et al. 2022, appendix E.2.1. Submodules are named as in diffusers' `Tran
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm, LayerNorm
 
+ACTIVATIONS = ("geglu", "gelu", "gelu-approximate")
 EPS = 1e-6  # of the group norm in front; the layer norms have 1e-5
 
 
@@ -45,22 +47,48 @@ class GEGLU(nn.Module):
 
     features: int
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N features"]:
-        value, gate = jnp.split(Linear(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        project = Linear(2 * self.features, self.use_bias, self.dtype, name="proj")
+        value, gate = jnp.split(project(x), 2, axis=-1)
         return value * nn.gelu(gate, approximate=False)
 
 
+class GELU(nn.Module):
+    """gelu(x W + c), exact or in its tanh form. `[B, N, C]` -> `[B, N, features]`."""
+
+    features: int
+    approximate: bool
+    dtype: str = "float32"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N features"]:
+        project = Linear(self.features, self.use_bias, self.dtype, name="proj")
+        return nn.gelu(project(x), approximate=self.approximate)
+
+
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, then a linear layer back. `[B, N, C]` -> the same shape."""
+    """Up to `inner_dim` (None: four times the width) and back by a linear layer. `[B, N, C]` both ways.
+
+    activation: of the way up, as diffusers calls it: "geglu", "gelu" or, its tanh form, "gelu-approximate".
+    """
 
     dtype: str = "float32"
+    inner_dim: int | None = None
+    use_bias: bool = True
+    activation: str = "geglu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return Linear(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        up = GEGLU
+        if one_of("activation", self.activation, ACTIVATIONS) != "geglu":
+            up = functools.partial(GELU, approximate=self.activation == "gelu-approximate")
+        options = {"use_bias": self.use_bias, "dtype": self.dtype}
+        h = up(self.inner_dim or 4 * x.shape[-1], **options, name="net_0")(x)
+        return Linear(x.shape[-1], **options, name="net_2")(h)
 
 
 class BasicTransformerBlock(nn.Module):

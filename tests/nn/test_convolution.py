@@ -30,6 +30,22 @@ def test_conv2d_agrees_with_torch(size, stride, padding):
     np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-4)
 
 
+def test_each_channel_by_itself_and_without_a_bias():
+    x, kernel = normal(2, 4, 5, 6), normal(3, 3, 1, 6, seed=1)
+    ours = nn.Conv2d(6, groups=6, use_bias=False).apply({"params": {"kernel": kernel}}, x)
+    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    expected = torch.nn.functional.conv2d(channels_first(x), weight, padding=1, groups=6)
+    np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (1, 1)])
+def test_transposed_convolution_of_pixels_that_do_not_meet(height, width):
+    x, weight = normal(2, height, width, 3), normal(3, 5, 2, 2, seed=1)
+    ours = nn.ConvTranspose2x2(5).apply({"params": {"weight": weight}}, x)
+    expected = torch.nn.functional.conv_transpose2d(channels_first(x), torch.from_numpy(weight), stride=2)
+    np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (1, 1), (4, 5), (2, 9)])
 def test_transposed_convolution_is_that_of_torch_with_its_gradients(height, width):
     x, weight, bias = normal(2, height, width, 3), normal(3, 5, 4, 4, seed=1), normal(5, seed=2)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.models.normalization import GlobalResponseNorm
 
 from jaxldm import nn
 
@@ -74,6 +75,26 @@ def test_learned_norms_agree_with_torch_with_parameters_of_16_bits(kind):
     theirs.weight.data = torch.from_numpy(np.asarray(params["scale"], np.float32))
     ours = getattr(nn, kind)(eps=1e-6).apply({"params": params}, x)
     np.testing.assert_allclose(ours, theirs(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
+
+
+def test_global_response_norm_and_its_gradient_agree_with_diffusers():
+    rng = np.random.default_rng(0)
+    x, direction = (rng.standard_normal((2, 3, 5, 6)).astype(np.float32) for _ in range(2))
+    x[1, :, :, 2] = 0  # a channel that says nothing about its image
+    params = {name: rng.standard_normal((1, 1, 1, 6)).astype(np.float32) for name in ("gamma", "beta")}
+    theirs = GlobalResponseNorm(6)
+    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
+    inputs = torch.from_numpy(x).requires_grad_()
+    expected = theirs(inputs)
+    expected.backward(torch.from_numpy(direction))
+
+    def along(x):
+        y = nn.GlobalResponseNorm().apply({"params": params}, x)
+        return jnp.vdot(y, direction), y
+
+    gradient, ours = jax.jit(jax.grad(along, has_aux=True))(x)
+    np.testing.assert_allclose(ours, expected.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(gradient, inputs.grad.numpy(), atol=1e-4)
 
 
 def test_modulation_is_per_example_and_the_identity_at_zero():
