@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import LawOfShape, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
+from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 def timestep_embedding(
@@ -71,6 +72,50 @@ class TimestepEmbedding(nn.Module):
             x = x.astype(compute_dtype(self.dtype)) + project(condition)
         x = nn.silu(Linear(self.dim, self.use_bias, self.dtype, name="linear_1")(x))
         return Linear(self.dim, self.use_bias, self.dtype, name="linear_2")(x)
+
+
+class TextProjection(nn.Module):
+    """linear_2(act(linear_1(x))), a text's vectors at the network's width: `[..., in]` -> `[..., dim]`.
+
+    act: "gelu_pytorch_tanh" for the hidden states of a text (PixArt), "silu" for a pooled text (SD3, FLUX).
+    """
+
+    dim: int
+    act: str = "gelu_pytorch_tanh"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... dim"]:
+        x = ACTIVATIONS[self.act](Linear(self.dim, dtype=self.dtype, name="linear_1")(x))
+        return Linear(self.dim, dtype=self.dtype, name="linear_2")(x)
+
+
+class TimestepTextEmbedding(nn.Module):
+    """What modulates the blocks of SD3 and FLUX: embeddings of t and the pooled text, added. `[B, dim]`.
+
+    Esser et al. 2024, figure 2a. Parts: `timestep_embedder`, `text_embedder` and, for a network that is told
+    its guidance (FLUX.1-dev), `guidance_embedder`. The sinusoids are 256 wide, cosines first.
+
+    Args of the call:
+      t, guidance: `[B]`, as the network counts them (0 to 1000 for t); guidance None where it is not told.
+      pooled: `[B, P]`.
+    """
+
+    dim: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, t: Float[Array, " B"], pooled: Float[Array, "B P"], guidance: Float[Array, " B"] | None = None
+    ) -> Float[Array, "B dim"]:
+        def of_number(value: Array, name: str) -> Array:
+            wave = timestep_embedding(value, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+            return TimestepEmbedding(self.dim, self.dtype, name=name)(wave)
+
+        embedding = of_number(t, "timestep_embedder")
+        if guidance is not None:
+            embedding = embedding + of_number(guidance, "guidance_embedder")
+        return embedding + TextProjection(self.dim, "silu", self.dtype, name="text_embedder")(pooled)
 
 
 def sincos_position_embedding_2d(

@@ -1,0 +1,62 @@
+"""Adaptive layer norm: scales, shifts and gates of a block that are read off the time and the condition."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.nn.initialization import zeros
+from jaxldm.nn.linear import Linear
+from jaxldm.nn.normalization import layer_norm, modulate
+
+ZERO = {"kernel_law": zeros, "bias_law": zeros}
+
+
+class Modulation(nn.Module):
+    """`count` vectors as wide as c, linear in silu(c): c `[B, C]` -> `count` arrays `[B, features]`.
+
+    Peebles & Xie 2023, section 3.2 (adaLN-Zero): the linear map starts at zero, so that scales, shifts and
+    gates do. It is the one of all adaptive norms of diffusers, whose parameter is called `linear` as here:
+
+    | there | vectors, in their order |
+    |---|---|
+    | `AdaLayerNormZero` | shift, scale, gate; shift, scale, gate of the feed-forward |
+    | `SD35AdaLayerNormZeroX` | the same; shift, scale, gate of the second attention |
+    | `AdaLayerNormZeroSingle` | shift, scale, gate |
+    | `AdaLayerNormContinuous` | scale, shift: see there |
+
+    features: width of each vector; None: that of c.
+    """
+
+    count: int
+    dtype: str = "float32"
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "B C"]) -> list[Float[Array, "B features"]]:
+        features = self.features or c.shape[-1]
+        vectors = Linear(self.count * features, dtype=self.dtype, **ZERO, name="linear")(nn.silu(c))
+        return jnp.split(vectors, self.count, axis=-1)
+
+
+class AdaLayerNormContinuous(nn.Module):
+    """layer_norm(x) (1 + scale) + shift with (scale, shift) read off c: x `[B, N, C]`, c `[B, D]`.
+
+    The norm in front of the last layer, and of a text that no further block reads. Unlike in the blocks the
+    scale comes first in the published tensor.
+    """
+
+    eps: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], c: Float[Array, "B D"]) -> Float[Array, "B N C"]:
+        both = Linear(2 * x.shape[-1], dtype=self.dtype, **ZERO, name="linear")(nn.silu(c))
+        scale, shift = jnp.split(both, 2, axis=-1)
+        return modulate(layer_norm(x, self.eps), shift, scale)
+
+
+def gated(x: Float[Array, "B N C"], gate: Float[Array, "B C"]) -> Float[Array, "B N C"]:
+    """x gate, the same for every token of an example: what a branch adds in adaLN-Zero."""
+    return x * gate[:, None, :]

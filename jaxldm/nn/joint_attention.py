@@ -1,0 +1,95 @@
+"""Attention of two kinds of tokens at once: text and image of MM-DiT, each with weights of its own."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxldm.nn.attention import attend, projections
+from jaxldm.nn.linear import Linear
+from jaxldm.nn.normalization import RMSNorm
+from jaxldm.nn.rotary import apply_rotary
+
+OF_IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+
+
+class JointAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V over [text, image], Q, K, V by weights of the text's and of the image's own.
+
+    Esser et al. 2024 (SD3), section 4 and figure 2b; without text it is self-attention. Parameters as in
+    diffusers' `Attention`: `to_q`, `to_k`, `to_v` and `to_out_0` for the image, `add_q_proj`, `add_k_proj`,
+    `add_v_proj` and `to_add_out` for the text, `norm_q`, `norm_k`, `norm_added_q`, `norm_added_k`. The three
+    projections of one input run as one matrix product.
+
+    Attributes:
+      num_heads: heads, all channels of x split among them.
+      qk_norm: an RMS norm over each head's queries and keys, with one scale for all heads (Dehghani et al.
+        2023; SD3, section 5.3.2).
+      project_out: False leaves out `to_out_0`, for blocks that project together with something else (FLUX's
+        single blocks).
+      project_text_out: False leaves out `to_add_out`, for a last block, whose text nobody reads.
+      use_bias: of all projections.
+
+    Args of the call:
+      x: `[B, N, C]`, the image.
+      text: `[B, T, C]`, which stands in front of x; None: x alone.
+      rotary: (cos, sin) of `rotary_embedding`, for all T + N tokens, text first; None: no rotation.
+      mask: `[B, T + N]`, True for the tokens that may be looked at; None: all.
+
+    Returns `[B, N, C]`, with a text also `[B, T, C]`: what each is told.
+    """
+
+    num_heads: int
+    qk_norm: bool = False
+    project_out: bool = True
+    project_text_out: bool = True
+    use_bias: bool = True
+    eps: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N C"],
+        text: Float[Array, "B T C"] | None = None,
+        rotary: tuple[Array, Array] | None = None,
+        mask: Bool[Array, "B M"] | None = None,
+    ) -> Float[Array, "B N C"] | tuple[Float[Array, "B N C"], Float[Array, "B T C"]]:
+        parts = self._query_key_value(x, OF_IMAGE)
+        if text is not None:
+            of_text = self._query_key_value(text, OF_TEXT)
+            parts = [jnp.concatenate(pair, axis=1) for pair in zip(of_text, parts, strict=True)]
+        query, key, value = parts
+        if rotary is not None:
+            query, key = (self._rotated(part, rotary) for part in (query, key))
+        allowed = None if mask is None else mask[:, None, None, :]
+        h = attend(self, query, key, value, self.num_heads, mask=allowed)
+        length = 0 if text is None else text.shape[1]
+        out = h[:, length:]
+        if self.project_out:
+            out = Linear(x.shape[-1], self.use_bias, self.dtype, name="to_out_0")(out)
+        if text is None:
+            return out
+        told = h[:, :length]
+        if self.project_text_out:
+            told = Linear(text.shape[-1], self.use_bias, self.dtype, name="to_add_out")(told)
+        return out, told
+
+    def _query_key_value(self, x: Float[Array, "B N C"], names: tuple[str, ...]) -> list[Array]:
+        *to_qkv, norm_q, norm_k = names
+        query, key, value = projections(x, to_qkv, x.shape[-1], use_bias=self.use_bias, dtype=self.dtype)
+        if self.qk_norm:
+            query = self._normalised(query, norm_q)
+            key = self._normalised(key, norm_k)
+        return [query, key, value]
+
+    def _normalised(self, x: Float[Array, "B N C"], name: str) -> Float[Array, "B N C"]:
+        return RMSNorm(self.eps, self.dtype, name=name)(self._heads(x)).reshape(x.shape)
+
+    def _rotated(self, x: Float[Array, "B N C"], rotary: tuple[Array, Array]) -> Float[Array, "B N C"]:
+        return apply_rotary(self._heads(x), *rotary).reshape(x.shape)
+
+    def _heads(self, x: Float[Array, "B N C"]) -> Float[Array, "B N H D"]:
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
