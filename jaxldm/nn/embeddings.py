@@ -57,11 +57,15 @@ class TimestepEmbedding(nn.Module):
 
     A second vector `condition` `[B, D]` enters through `cond_proj`, a linear map without bias that is added
     to x: the guidance of LCM.
+
+    hidden_dim: width in between; None: dim. names: of the two layers, where a checkpoint has others.
     """
 
     dim: int
     dtype: str = "float32"
     use_bias: bool = True
+    hidden_dim: int | None = None
+    names: tuple[str, str] = ("linear_1", "linear_2")
 
     @nn.compact
     def __call__(
@@ -70,8 +74,9 @@ class TimestepEmbedding(nn.Module):
         if condition is not None:
             project = Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
             x = x.astype(compute_dtype(self.dtype)) + project(condition)
-        x = nn.silu(Linear(self.dim, self.use_bias, self.dtype, name="linear_1")(x))
-        return Linear(self.dim, self.use_bias, self.dtype, name="linear_2")(x)
+        hidden, (first, second) = self.hidden_dim or self.dim, self.names
+        x = nn.silu(Linear(hidden, self.use_bias, self.dtype, name=first)(x))
+        return Linear(self.dim, self.use_bias, self.dtype, name=second)(x)
 
 
 class TextProjection(nn.Module):

@@ -74,6 +74,29 @@ class MLP(nn.Module):
         return Linear(x.shape[-1], **options, name="fc2")(ACTIVATIONS[self.act](h))
 
 
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) up(x)), all without biases. `[B, N, C]` -> the same shape.
+
+    Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+
+    names: of the layers gate, up and down. output_dtype: of the result, where it must be wider than `dtype`.
+    """
+
+    features: int
+    names: tuple[str, str, str]
+    dtype: str = "float32"
+    law: LawOfShape | None = None
+    output_dtype: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        gate, up, down = self.names
+        options = {"use_bias": False, "dtype": self.dtype, "kernel_law": self.law}
+        h = jax.nn.silu(Linear(self.features, **options, name=gate)(x))
+        h = h * Linear(self.features, **options, name=up)(x)
+        return Linear(x.shape[-1], **options, output_dtype=self.output_dtype, name=down)(h)
+
+
 class PreNormLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Radford et al. 2021, section 2.4. `[B, N, C]`."""
 
