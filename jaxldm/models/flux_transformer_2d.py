@@ -1,0 +1,283 @@
+"""The transformer of FLUX.1 (Black Forest Labs 2024): text and image in two streams, then in one.
+
+Described in Black Forest Labs et al. 2025, "FLUX.1 Kontext", section 2 (arXiv:2506.15742); the double blocks
+are MM-DiT's (Esser et al. 2024), the single ones run attention and feed-forward side by side (Dehghani et
+al. 2023, section 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.models.config import ModelConfig, check
+from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
+from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.embeddings import TimestepTextEmbedding, patchify, unpatchify
+from jaxldm.nn.joint_attention import JointAttention
+from jaxldm.nn.linear import Linear, compute_dtype
+from jaxldm.nn.normalization import layer_norm, modulate
+from jaxldm.nn.rotary import rotary_embedding_of_axes
+from jaxldm.nn.transformer_2d import FeedForward
+
+PATCH = 2  # latents are cut into tokens of 2x2; `patch_size` of the config counts what is cut already
+THETA = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxTransformer2DConfig(ModelConfig):
+    """Config of `FluxTransformer2DModel`; names and defaults are those of diffusers, FLUX.1-schnell's size.
+
+    in_channels: numbers of a token, 2 x 2 latents; `latent_channels` of the image are a quarter.
+    out_channels: None: as in_channels. Fewer where x carries a picture to look at behind the noisy latents.
+    num_layers, num_single_layers: double and single blocks.
+    guidance_embeds: the network is told its guidance (FLUX.1-dev, distilled).
+    axes_dims_rope: how many numbers of a head turn with each coordinate of a token: one that is 0 for all,
+      the row, the column.
+    remat: keep no activations inside the blocks for the backward pass.
+    scan: blocks of a kind are one `nn.scan`: see `jaxldm.nn.blocks_in_a_row`.
+    """
+
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    dtype: str = "float32"
+    remat: bool = False
+    scan: bool = True
+
+    published: ClassVar[bool] = True
+    fixed: ClassVar[Mapping[str, Any]] = {"patch_size": 1}
+
+    def __post_init__(self):
+        for channels in (self.in_channels, self.out_channels or self.in_channels):
+            check(channels % PATCH**2 == 0, f"a token of {channels} channels is not one of 2x2 latents")
+        check(
+            len(self.axes_dims_rope) == 3 and sum(self.axes_dims_rope) == self.attention_head_dim,
+            f"axes_dims_rope {self.axes_dims_rope} must be three numbers that add up to the "
+            f"{self.attention_head_dim} of attention_head_dim",
+        )
+        check(
+            all(dim % 2 == 0 for dim in self.axes_dims_rope), "axes_dims_rope turn pairs: even numbers alone"
+        )
+        check(self.num_layers >= 0 and self.num_single_layers >= 0, "a number of blocks cannot be negative")
+        compute_dtype(self.dtype)
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of x, as latents and not as tokens."""
+        return self.in_channels // PATCH**2
+
+
+def pack(latents: Float[Array, "B H W C"]) -> Float[Array, "B N 4*C"]:
+    """Latents -> tokens of 2x2 of them, row by row; in a token the channels stand outermost.
+
+    Raises:
+      InvalidArgumentError: an odd height or width.
+    """
+    tokens = patchify(latents, PATCH)
+    apart = tokens.reshape(*tokens.shape[:2], PATCH**2, latents.shape[-1])
+    return apart.swapaxes(2, 3).reshape(tokens.shape)
+
+
+def unpack(tokens: Float[Array, "B N 4*C"], height: int, width: int) -> Float[Array, "B height width C"]:
+    """The inverse of `pack`."""
+    apart = tokens.reshape(*tokens.shape[:2], -1, PATCH**2)
+    return unpatchify(apart.swapaxes(2, 3).reshape(tokens.shape), PATCH, height, width)
+
+
+def positions(num_text: int, rows: int, columns: int) -> np.ndarray:
+    """Coordinates [T + rows x columns, 3]: those of text are all 0, of an image's token (0, row, column)."""
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    image = np.stack([np.zeros_like(row), row, column], axis=1)
+    return np.concatenate([np.zeros((num_text, 3), image.dtype), image])
+
+
+def _held(x: Array) -> Array:
+    """In float16, numbers that grew beyond it stop at its largest."""
+    if x.dtype != jnp.float16:
+        return x
+    largest = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(x, -largest, largest)
+
+
+class FluxTransformerBlock(nn.Module):
+    """A double block: image and text attend together, all their weights apart.
+
+    (image `[B, N, C]`, text `[B, T, C]`), c `[B, C]`, cos and sin `[T + N, D/2]` -> (image, text).
+    """
+
+    config: FluxTransformer2DConfig
+
+    @nn.compact
+    def __call__(
+        self, streams: tuple[Array, Array], c: Float[Array, "B C"], cos: Array, sin: Array
+    ) -> tuple[Array, Array]:
+        config = self.config
+        image, text = streams
+        shift, scale, gate, *of_image = Modulation(6, config.dtype, name="norm1")(c)
+        text_shift, text_scale, text_gate, *of_text = Modulation(6, config.dtype, name="norm1_context")(c)
+        attention = JointAttention(config.num_attention_heads, qk_norm=True, dtype=config.dtype, name="attn")
+        told, text_told = attention(
+            modulate(layer_norm(image), shift, scale),
+            modulate(layer_norm(text), text_shift, text_scale),
+            rotary=(cos, sin),
+        )
+        image = self._feed_forward(image + gated(told, gate), of_image, "ff")
+        text = self._feed_forward(text + gated(text_told, text_gate), of_text, "ff_context")
+        return image, _held(text)
+
+    def _feed_forward(self, x: Float[Array, "B N C"], modulation: list[Array], name: str) -> Array:
+        shift, scale, gate = modulation
+        forward = FeedForward(self.config.dtype, activation="gelu-approximate", name=name)
+        return x + gated(forward(modulate(layer_norm(x), shift, scale)), gate)
+
+
+class FluxSingleTransformerBlock(nn.Module):
+    """A single block: attention and feed-forward of one input, side by side, brought back by one matrix.
+
+    x `[B, T + N, C]`, text first, c `[B, C]`, cos and sin `[T + N, D/2]` -> the same shape as x.
+    """
+
+    config: FluxTransformer2DConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B M C"], c: Float[Array, "B C"], cos: Array, sin: Array
+    ) -> Float[Array, "B M C"]:
+        config, width = self.config, x.shape[-1]
+        shift, scale, gate = Modulation(3, config.dtype, name="norm")(c)
+        h = modulate(layer_norm(x), shift, scale)
+        attention = JointAttention(
+            config.num_attention_heads, qk_norm=True, project_out=False, dtype=config.dtype, name="attn"
+        )
+        inner = nn.gelu(Linear(4 * width, dtype=config.dtype, name="proj_mlp")(h), approximate=True)
+        both = jnp.concatenate([attention(h, rotary=(cos, sin)), inner], axis=-1)
+        return _held(x + gated(Linear(width, dtype=config.dtype, name="proj_out")(both), gate))
+
+
+class FluxTransformer2DModel(nn.Module):
+    """The transformer of FLUX.1.
+
+    Args of the call:
+      x: `[B, H, W, latent_channels]`, noisy latents; H and W even.
+      t: `[B]`, 1 is noise, 0 is data: as the path of rectified flow counts.
+      encoder_hidden_states: `[B, T, joint_attention_dim]`, T5's states of the text, any T (512 in FLUX.1-dev,
+        256 in schnell); padding is looked at as well.
+      pooled_projections: `[B, pooled_projection_dim]`, CLIP's pooled state of the text.
+      guidance: `[B]`, the guidance scale to draw as under; only with `guidance_embeds`, and needed there.
+
+    Returns `[B, H, W, out_channels / 4]` in the dtype of x: the velocity, noise - data.
+
+    Raises:
+      InvalidArgumentError: odd sides, another number of channels, states of other text encoders, guidance
+        missing or given to a model that is not told it.
+
+    >>> from jaxldm import models
+    >>> small = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
+    >>> module = models.build("flux-dev", num_layers=1, num_single_layers=1, **small)
+    >>> module.config.inner_dim, module.config.latent_channels
+    (16, 16)
+    """
+
+    config: FluxTransformer2DConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        encoder_hidden_states: Float[Array, "B T D"],
+        pooled_projections: Float[Array, "B E"],
+        guidance: Float[Array, " B"] | None = None,
+    ) -> Float[Array, "B H W out"]:
+        config = self.config
+        self._check(x, t, encoder_hidden_states, pooled_projections, guidance)
+        options = {"scan": config.scan, "remat": config.remat}
+        height, width = x.shape[1:3]
+        image = Linear(config.inner_dim, dtype=config.dtype, name="x_embedder")(pack(x))
+        text = Linear(config.inner_dim, dtype=config.dtype, name="context_embedder")(encoder_hidden_states)
+        embed = TimestepTextEmbedding(config.inner_dim, config.dtype, name="time_text_embed")
+        c = embed(1000.0 * t, pooled_projections, None if guidance is None else 1000.0 * guidance)
+        num_text = text.shape[1]
+        where = positions(num_text, height // PATCH, width // PATCH)
+        tables = map(jnp.asarray, rotary_embedding_of_axes(where, config.axes_dims_rope, THETA))
+        shared = (c, *tables)
+        double, single = (
+            functools.partial(kind, config) for kind in (FluxTransformerBlock, FluxSingleTransformerBlock)
+        )
+        image, text = run_blocks(
+            double, "transformer_blocks", config.num_layers, (image, text), *shared, **options
+        )
+        h = jnp.concatenate([text, image], axis=1)
+        h = run_blocks(single, "single_transformer_blocks", config.num_single_layers, h, *shared, **options)
+        h = AdaLayerNormContinuous(dtype=config.dtype, name="norm_out")(h[:, num_text:], c)
+        features = config.out_channels or config.in_channels
+        tokens = Linear(features, dtype=config.dtype, name="proj_out")(h)
+        return unpack(tokens.astype(x.dtype), height, width)
+
+    def _check(self, x, t, encoder_hidden_states, pooled_projections, guidance) -> None:
+        config = self.config
+        chex.assert_rank([x, encoder_hidden_states, pooled_projections], [4, 3, 2])
+        chex.assert_shape(t, (x.shape[0],))
+        if x.shape[-1] != config.latent_channels:
+            raise InvalidArgumentError(
+                f"x has {x.shape[-1]} channels; this transformer takes {config.latent_channels}"
+            )
+        for name, value, width, field in (
+            (
+                "encoder_hidden_states",
+                encoder_hidden_states,
+                config.joint_attention_dim,
+                "joint_attention_dim",
+            ),
+            ("pooled_projections", pooled_projections, config.pooled_projection_dim, "pooled_projection_dim"),
+        ):
+            if value.shape[-1] != width:
+                raise InvalidArgumentError(
+                    f"{name} are {value.shape[-1]} wide; this transformer takes {width} ({field} of its "
+                    "config): they are of another text encoder"
+                )
+        if config.guidance_embeds and guidance is None:
+            raise InvalidArgumentError("this transformer needs guidance (guidance_embeds of its config)")
+        if guidance is not None:
+            if not config.guidance_embeds:
+                raise InvalidArgumentError("guidance given to a transformer that has no guidance_embeds")
+            chex.assert_shape(guidance, (x.shape[0],))
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Shapes of an image of 1024x1024 pixels and a text of 512 tokens, to trace the network with."""
+        config = self.config
+        shapes = [(1, 128, 128, config.latent_channels), (1,), (1, 512, config.joint_attention_dim)]
+        shapes += [(1, config.pooled_projection_dim), (1,)]
+        specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return tuple(specs) if config.guidance_embeds else (*specs[:-1], None)
+
+
+PRESETS = {
+    # 11,901,408,320 parameters.
+    "flux-dev": FluxTransformer2DConfig(guidance_embeds=True),
+    # 11,891,178,560 parameters.
+    "flux-schnell": FluxTransformer2DConfig(),
+}
