@@ -25,6 +25,7 @@ from jaxldm.models.clip_vision import (
 )
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
+from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.registry import (
     PRESETS,
     build,
@@ -67,6 +68,8 @@ __all__ = [
     "DigitClassifier",
     "DigitClassifierConfig",
     "ImageEncoding",
+    "PixArtTransformer2DConfig",
+    "PixArtTransformer2DModel",
     "T5EncoderConfig",
     "T5EncoderModel",
     "TextEncoding",

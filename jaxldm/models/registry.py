@@ -21,6 +21,7 @@ from jaxldm.models import (
     digit_classifier,
     dit,
     flux_transformer_2d,
+    pixart_transformer_2d,
     t5_encoder,
     unet_2d,
     unet_2d_condition,
@@ -41,6 +42,10 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         flux_transformer_2d.FluxTransformer2DModel,
         flux_transformer_2d.FluxTransformer2DConfig,
     ),
+    "PixArtTransformer2DModel": (
+        pixart_transformer_2d.PixArtTransformer2DModel,
+        pixart_transformer_2d.PixArtTransformer2DConfig,
+    ),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
     "CLIPModel": (clip.CLIPModel, clip.CLIPConfig),
@@ -60,12 +65,19 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
 
+# `Transformer2DModel`, as older folders name it: what diffusers calls it now, by its norm_type.
+TRANSFORMER_2D_MODELS = {
+    "ada_norm_zero": "DiTTransformer2DModel",
+    "ada_norm_single": "PixArtTransformer2DModel",
+}
+
 PRESETS: dict[str, ModelConfig] = {
     **autoencoder_conv.PRESETS,
     **unet_2d.PRESETS,
     **unet_2d_condition.PRESETS,
     **dit.PRESETS,
     **flux_transformer_2d.PRESETS,
+    **pixart_transformer_2d.PRESETS,
     **autoencoder_kl.PRESETS,
     **vq_model.PRESETS,
     **digit_classifier.PRESETS,
@@ -138,6 +150,12 @@ def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
     entries = dict(entries)
     architectures = entries.pop("architectures", None) or [None]
     name = entries.get("_class_name", architectures[0])
+    if name == "Transformer2DModel":
+        norm = entries.get("norm_type")
+        if norm not in TRANSFORMER_2D_MODELS:
+            known = ", ".join(TRANSFORMER_2D_MODELS)
+            raise CheckpointError(f"config.json has norm_type {norm!r}; known: {known}")
+        name = TRANSFORMER_2D_MODELS[norm]
     if name not in ARCHITECTURES:
         key = "_class_name" if "_class_name" in entries else "architectures"
         raise CheckpointError(f"config.json has {key} {name!r}; known: {', '.join(ARCHITECTURES)}")
