@@ -37,6 +37,7 @@ from jaxldm.models.registry import (
     init,
     shapes,
 )
+from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.tiling import Tiling
@@ -70,6 +71,8 @@ __all__ = [
     "ImageEncoding",
     "PixArtTransformer2DConfig",
     "PixArtTransformer2DModel",
+    "SD3Transformer2DConfig",
+    "SD3Transformer2DModel",
     "T5EncoderConfig",
     "T5EncoderModel",
     "TextEncoding",

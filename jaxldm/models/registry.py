@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import traverse_util
 from jaxtyping import Array
 
 from jaxldm.errors import CheckpointError, UnknownNameError, one_of
@@ -22,6 +23,7 @@ from jaxldm.models import (
     dit,
     flux_transformer_2d,
     pixart_transformer_2d,
+    sd3_transformer_2d,
     t5_encoder,
     unet_2d,
     unet_2d_condition,
@@ -45,6 +47,10 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "PixArtTransformer2DModel": (
         pixart_transformer_2d.PixArtTransformer2DModel,
         pixart_transformer_2d.PixArtTransformer2DConfig,
+    ),
+    "SD3Transformer2DModel": (
+        sd3_transformer_2d.SD3Transformer2DModel,
+        sd3_transformer_2d.SD3Transformer2DConfig,
     ),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
@@ -78,6 +84,7 @@ PRESETS: dict[str, ModelConfig] = {
     **dit.PRESETS,
     **flux_transformer_2d.PRESETS,
     **pixart_transformer_2d.PRESETS,
+    **sd3_transformer_2d.PRESETS,
     **autoencoder_kl.PRESETS,
     **vq_model.PRESETS,
     **digit_classifier.PRESETS,
@@ -131,7 +138,9 @@ def shapes(module: nn.Module) -> dict:
 def count_params(name_or_module: str | nn.Module) -> int:
     """Number of trained numbers in a model, from shapes alone: for presets larger than the memory, too."""
     module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes(module)))
+    untrained = getattr(module, "untrained", ())  # tables that are loaded and saved, and stay as they are
+    leaves = traverse_util.flatten_dict(shapes(module), sep="/")
+    return sum(leaf.size for path, leaf in leaves.items() if path not in untrained)
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
