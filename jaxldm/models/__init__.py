@@ -43,6 +43,7 @@ from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.tiling import Tiling
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from jaxldm.models.uvit_2d import UVit2DConfig, UVit2DModel
 from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encode_indices
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
@@ -81,6 +82,8 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "UVit2DConfig",
+    "UVit2DModel",
     "VQModel",
     "VQModelConfig",
     "build",

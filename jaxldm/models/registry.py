@@ -27,6 +27,7 @@ from jaxldm.models import (
     t5_encoder,
     unet_2d,
     unet_2d_condition,
+    uvit_2d,
     vq_model,
 )
 from jaxldm.models.config import ModelConfig
@@ -67,6 +68,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "T5EncoderModel": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),
     "T5ForConditionalGeneration": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),  # its encoder
     "BertModel": (bert.BertModel, bert.BertConfig),
+    "UVit2DModel": (uvit_2d.UVit2DModel, uvit_2d.UVit2DConfig),
     "VQModel": (vq_model.VQModel, vq_model.VQModelConfig),
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
@@ -87,6 +89,7 @@ PRESETS: dict[str, ModelConfig] = {
     **sd3_transformer_2d.PRESETS,
     **autoencoder_kl.PRESETS,
     **vq_model.PRESETS,
+    **uvit_2d.PRESETS,
     **digit_classifier.PRESETS,
     **clip_text.PRESETS,
     **clip_vision.PRESETS,

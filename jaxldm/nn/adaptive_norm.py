@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -45,16 +47,25 @@ class AdaLayerNormContinuous(nn.Module):
 
     The norm in front of the last layer, and of a text that no further block reads. Unlike in the blocks the
     scale comes first in the published tensor.
+
+    learned: a norm with parameters in place of the bare one, such as `RMSNorm` (aMUSEd); its submodule is
+      called `norm`.
     """
 
     eps: float = 1e-6
     dtype: str = "float32"
+    learned: Callable[..., nn.Module] | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], c: Float[Array, "B D"]) -> Float[Array, "B N C"]:
-        both = Linear(2 * x.shape[-1], dtype=self.dtype, **ZERO, name="linear")(nn.silu(c))
+        both = Linear(2 * x.shape[-1], self.use_bias, self.dtype, **ZERO, name="linear")(nn.silu(c))
         scale, shift = jnp.split(both, 2, axis=-1)
-        return modulate(layer_norm(x, self.eps), shift, scale)
+        if self.learned is None:
+            normed = layer_norm(x, self.eps)
+        else:
+            normed = self.learned(eps=self.eps, dtype=self.dtype, name="norm")(x)
+        return modulate(normed, shift, scale)
 
 
 def gated(x: Float[Array, "B N C"], gate: Float[Array, "B C"]) -> Float[Array, "B N C"]:
