@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import warnings
@@ -37,24 +38,24 @@ def draw_prompts(command: Sample) -> tuple[Any, float]:
     common = {
         "num_inference_steps": command.num_inference_steps,
         "guidance_scale": command.guidance_scale,
-        "guidance_rescale": command.guidance_rescale,
+        "guidance_rescale": command.guidance_rescale or None,
         "solver": command.solver,
         "eta": command.eta,
         "spacing": command.spacing,
         "batch_size": 1 if command.batch_size is None else command.batch_size,
-        "progress": STEP_BAR.tick,
     }
     start = {"image": image, "strength": command.strength, "mask_image": mask}
     start |= {"height": command.height, "width": command.width}
-    key = jax.random.key(command.seed)
-    with _warnings_as_lines(), STEP_BAR.showing(_steps(command, pipe, len(prompts)), "sampling"):
+    options = _known_to(pipe, start | common)
+    key, progress = jax.random.key(command.seed), {"progress": STEP_BAR.tick}
+    with _warnings_as_lines(), STEP_BAR.showing(pipe.count_ticks(len(prompts), options), "sampling"):
         if refiner is None:
-            images = pipe(key, prompts, negatives, **start, **common)
+            images = pipe(key, prompts, negatives, **options, **progress)
         else:
-            first = {"denoising_end": command.hand_over, "output": "latents"}
-            latents = pipe(key, prompts, negatives, **start, **first, **common)
-            second = {"denoising_start": command.hand_over, "latents": latents}
-            images = refiner(key, prompts, negatives, **second, **common)
+            first = _known_to(pipe, {"denoising_end": command.hand_over, "output": "latents"})
+            latents = pipe(key, prompts, negatives, **options, **first, **progress)
+            second = _known_to(refiner, {"denoising_start": command.hand_over, "latents": latents} | common)
+            images = refiner(key, prompts, negatives, **second, **progress)
     scale = pipe.default_guidance_scale if command.guidance_scale is None else command.guidance_scale
     return images, scale
 
@@ -103,13 +104,15 @@ def _cycled(prompts, negatives, num_images) -> tuple[list[str], list[str] | None
     return cycled[0], cycled[1] or None
 
 
-def _steps(command: Sample, pipe: Any, num_images: int) -> int:
-    """How often the bar will be told of a step."""
-    steps = command.num_inference_steps or pipe.default_steps(command.solver)
-    strength = 1.0 if command.image is None else command.strength
-    if strength is None:
-        strength = 1.0 if command.mask is not None else pipe.default_strength
-    return max(1, int(steps * strength)) * -(-num_images // max(command.batch_size or 1, 1))
+def _known_to(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given. Raises `InvalidArgumentError` for one that this kind of model has no use for."""
+    given = {name: value for name, value in options.items() if value is not None}
+    known = inspect.signature(pipe.__call__).parameters
+    for name in given:
+        if name not in known and name != "batch_size":
+            option = "mask" if name == "mask_image" else name.replace("_", "-")
+            raise InvalidArgumentError(f"--{option} is not for a model of the kind {type(pipe).__name__}")
+    return {name: value for name, value in given.items() if name in known}
 
 
 @contextmanager

@@ -87,11 +87,15 @@ class NoiseSchedule:
         """
         return _make_path(self, num_image_tokens if self.dynamic_shift is not None else None)
 
-    def make_denoiser(self, predict: Callable[[Any, Any], Any]) -> Denoiser:
-        """`denoise(x, t) -> x_0` of a network that was trained on this schedule."""
+    def make_denoiser(
+        self, predict: Callable[[Any, Any], Any], *, learned_variance: bool = False
+    ) -> Denoiser:
+        """`denoise(x, t) -> x_0` of a network that was trained on this schedule; see `denoiser`."""
         if self.path == "edm":
+            if learned_variance:
+                raise InvalidArgumentError("a network of an edm path has no learned variance")
             return edm_preconditioned(predict, self.sigma_data, self.make_path())
-        return denoiser(predict, self.make_path(), self.prediction)
+        return denoiser(predict, self.make_path(), self.prediction, learned_variance=learned_variance)
 
     def make_betas(self) -> np.ndarray:
         """The betas of a "vp" path, float64 [T]."""

@@ -29,6 +29,7 @@ from jaxldm.pipelines.schedulers import Plan, default_solver, make_plan
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_folders import PIPELINES, modules_in, with_lora
+from jaxldm.pipelines.text_pipeline import TextPipeline
 from jaxldm.pipelines.text_to_image import TextToImage
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusionXL",
     "TensorComparison",
+    "TextPipeline",
     "TextToImage",
     "as_images",
     "as_masks",

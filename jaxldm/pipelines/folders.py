@@ -24,7 +24,7 @@ from jaxldm.checkpoints.storage import folder_written_whole
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.pipelines.latent_diffusion import LatentDiffusion
 from jaxldm.pipelines.text_folders import PIPELINES, load_text_to_image, save_text_to_image
-from jaxldm.pipelines.text_to_image import TextToImage
+from jaxldm.pipelines.text_pipeline import TextPipeline
 
 PIPELINE_CLASS = "LatentDiffusionPipeline"
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -39,7 +39,7 @@ _IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel")
 
 def load(
     folder: str | Path, *, dtype: str | None = None, variant: str | None = None
-) -> LatentDiffusion | TextToImage:
+) -> LatentDiffusion | TextPipeline:
     """The model in a run folder (from training), an exported one, or a text-to-image folder of diffusers.
 
     Args:
@@ -93,7 +93,7 @@ def kind_of(folder: str | Path) -> str:
     )
 
 
-def save(pipe: LatentDiffusion | TextToImage, folder: str | Path) -> None:
+def save(pipe: LatentDiffusion | TextPipeline, folder: str | Path) -> None:
     """Writes an exported folder: all of it or nothing. An earlier export in `folder` is replaced.
 
     A text-to-image model becomes a folder that diffusers opens.
@@ -106,7 +106,7 @@ def save(pipe: LatentDiffusion | TextToImage, folder: str | Path) -> None:
     >>> pipe = pipelines.load("exported/mini-ldm")                 # doctest: +SKIP
     """
     folder = Path(os.path.abspath(folder))
-    if isinstance(pipe, TextToImage):
+    if isinstance(pipe, TextPipeline):
         save_text_to_image(pipe, folder)
         return
     check_export_folder(folder)
@@ -138,9 +138,9 @@ def check_export_folder(folder: str | Path) -> None:
         )
 
 
-def components(pipe: LatentDiffusion | TextToImage) -> Iterator[tuple[str, Any, Any]]:
+def components(pipe: LatentDiffusion | TextPipeline) -> Iterator[tuple[str, Any, Any]]:
     """(name of the subfolder, module, parameters) of each network of a pipeline."""
-    if isinstance(pipe, TextToImage):
+    if isinstance(pipe, TextPipeline):
         yield from ((name, part.module, part.params) for name, part in pipe.networks.items())
         return
     if pipe.autoencoder is not None:
@@ -161,7 +161,7 @@ class TensorComparison(NamedTuple):
 
 
 def compare(
-    first: LatentDiffusion | TextToImage, second: LatentDiffusion | TextToImage
+    first: LatentDiffusion | TextPipeline, second: LatentDiffusion | TextPipeline
 ) -> list[TensorComparison]:
     """Compares two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
     tensors = [

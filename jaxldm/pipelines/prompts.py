@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.network import Network
@@ -21,11 +21,14 @@ class Encoded(NamedTuple):
 
     Attributes:
       hidden: [P, T, D], a state for each token.
-      pooled: [P, E], one for the whole text: `text_embeds` of an encoder with a projection.
+      pooled: [P, E], one for the whole text: `text_embeds` of an encoder with a projection. None: there is
+        none (T5).
+      mask: [P, T], 1 for the tokens of the text, 0 for what fills its row; None unless it was asked for.
     """
 
     hidden: Float[np.ndarray, "P T D"]
-    pooled: Float[np.ndarray, "P E"]
+    pooled: Float[np.ndarray, "P E"] | None
+    mask: Int[np.ndarray, "P T"] | None = None
 
 
 def as_texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -74,22 +77,28 @@ def encode_texts(
     *,
     penultimate: bool = False,
     warn: bool = True,
+    max_length: int | None = None,
+    mask: bool = False,
 ) -> Encoded:
     """The states of each text, and the state of the whole.
 
     Every different text is encoded once, alone, so that it is the same to the last bit in every batch.
 
     Args:
-      encoder: a CLIP text model.
+      encoder: a text model: CLIP, T5 and the like.
       tokenizer: from `checkpoints.load_tokenizer`.
       texts: P of them.
       penultimate: take the states before the last layer and its normalisation (SDXL), not those after it.
-      warn: warn (`UserWarning`) of words behind the encoder's last place, which it does not see.
+      warn: warn (`UserWarning`) of words behind the last place, which the encoder does not see.
+      max_length: tokens of a text, those that fill its row among them; None: the tokenizer's own, or as many
+        as the encoder has places for.
+      mask: the encoder does not look at what fills a row, and the result says where that is.
     """
-    places = getattr(encoder.config, "max_position_embeddings", tokenizer.max_length)
-    tokens = tokenizer(list(texts), max_length=min(tokenizer.max_length, places))
-    known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for text, ids, cut in zip(texts, np.asarray(tokens.input_ids), tokens.cut, strict=True):
+    length = tokenizer.max_length if max_length is None else max_length
+    length = min(length, getattr(encoder.config, "max_position_embeddings", length))
+    tokens = tokenizer(list(texts), max_length=length)
+    known: dict[str, Encoded] = {}
+    for k, (text, ids, cut) in enumerate(zip(texts, np.asarray(tokens.input_ids), tokens.cut, strict=True)):
         if text in known:
             continue
         if warn and cut:
@@ -98,17 +107,17 @@ def encode_texts(
                 f"it does not see {cut!r}",
                 stacklevel=2,
             )
-        known[text] = tuple(np.asarray(part[0]) for part in _encode(encoder, ids[None], penultimate))
-    rows = [known[text] for text in texts]
-    return Encoded(*(np.stack(column) for column in zip(*rows, strict=True)))
+        told = np.asarray(tokens.attention_mask)[k : k + 1] if mask else None
+        known[text] = jax.tree.map(np.asarray, _encode(encoder, ids[None], told, penultimate))
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *(known[text] for text in texts))
 
 
 @functools.partial(jax.jit, static_argnames="penultimate")
-def _encode(encoder: Network, input_ids: Any, penultimate: bool) -> Encoded:
-    encoding = encoder(input_ids)
+def _encode(encoder: Network, input_ids: Any, mask: Any, penultimate: bool) -> Encoded:
+    encoding = encoder(input_ids) if mask is None else encoder(input_ids, mask)
     hidden = encoding.hidden_states[-2] if penultimate else encoding.last_hidden_state
     pooled = encoding.pooled if encoding.text_embeds is None else encoding.text_embeds
-    return Encoded(hidden.astype(jnp.float32), pooled.astype(jnp.float32))
+    return Encoded(hidden.astype(jnp.float32), None if pooled is None else pooled.astype(jnp.float32), mask)
 
 
 def _shortened(text: str, most: int = 40) -> str:

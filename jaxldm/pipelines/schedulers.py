@@ -8,7 +8,7 @@ the one that the other scheduler makes of the same file.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxldm import diffusion as D
@@ -69,23 +69,65 @@ _OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "disable_corrector": ("disable_corrector", ()),
     },
 }
+_OPTIONS["ddpm"] = {"variance": ("variance_type", "fixed_small")}
 _OPTIONS["dpmpp_3m"] = _OPTIONS["dpmpp_2m_sde"] = _OPTIONS["dpmpp_2m"]
+# `variance_type` of DDPMScheduler -> ours; the logarithms there are another way to write the same.
+_VARIANCES = {
+    "fixed_small": "small",
+    "fixed_small_log": "small",
+    "fixed_large": "large",
+    "fixed_large_log": "large",
+    "learned_range": "learned",
+}
+
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler")  # heed clip_sample
 
 
-class Plan(NamedTuple):
-    """How a run walks: the schedule of the network, arguments of `make_grid`, and the solver.
+class Sampler(NamedTuple):
+    """Solver and denoiser of a run, without its grid: what is compiled.
 
     Attributes:
       schedule: path and prediction.
-      grid_options: spacing, sigmas, ... of `D.make_grid`.
       solver: two pure functions.
       timestep_scaling: of the boundary condition of a consistency model, or None for other models.
+      threshold: (percentile, max_value) of `D.dynamic_threshold`, (low, high) of `D.static_threshold` where
+        `clips`, or None.
+      clips: which of the two.
+      learned_variance: the solver asks the network for its variance.
     """
 
     schedule: D.NoiseSchedule
-    grid_options: dict[str, Any]
     solver: D.Solver
     timestep_scaling: float | None = None
+    threshold: tuple[float, float] | None = None
+    clips: bool = False
+    learned_variance: bool = False
+
+    def make_denoiser(self, predict: Callable[[Any, Any], Any]) -> Any:
+        """`denoise(x, t) -> x_0` of a network's answers [N, h, w, c], or 2c channels with its variance."""
+        denoise = self.schedule.make_denoiser(predict, learned_variance=self.learned_variance)
+        if self.timestep_scaling is not None:
+            denoise = D.consistency_function(denoise, self.timestep_scaling)
+        if self.threshold is None:
+            return denoise
+        return (D.static_threshold if self.clips else D.dynamic_threshold)(denoise, *self.threshold)
+
+
+class Plan(NamedTuple):
+    """How a run walks: sampler, and arguments of `make_grid`: spacing, sigmas, ..."""
+
+    sampler: Sampler
+    grid_options: dict[str, Any]
+
+    @property
+    def schedule(self) -> D.NoiseSchedule:
+        """Path and prediction."""
+        return self.sampler.schedule
+
+    @property
+    def solver(self) -> D.Solver:
+        """Two pure functions."""
+        return self.sampler.solver
 
 
 def make_plan(
@@ -113,14 +155,21 @@ def make_plan(
         if eta is not None:
             raise InvalidArgumentError("eta is an option of the solvers by name: build yours with it instead")
         schedule, grid_options = D.from_scheduler_config(config)
-        return Plan(schedule, grid_options, solver)
+        return Plan(Sampler(schedule, solver, **_of_x0(config)), grid_options)
     name = default_solver(config) if solver is None else one_of("solver", solver, D.solvers.SOLVERS)
     options = _solver_options(config, name)
     if stops_early and "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
         options["lower_order_final"] = False
-    schedule, grid_options = D.from_scheduler_config(_config_for(config, name))
-    scaling = float(config.get("timestep_scaling", 10.0)) if name == "lcm" else None
-    return Plan(schedule, grid_options, named_solver(name, eta, **options), scaling)
+    own = _config_for(config, name)
+    schedule, grid_options = D.from_scheduler_config(own)
+    sampler = Sampler(
+        schedule,
+        named_solver(name, eta, **options),
+        float(config.get("timestep_scaling", 10.0)) if name == "lcm" else None,
+        learned_variance=options.get("variance") == "learned",
+        **_of_x0(own),
+    )
+    return Plan(sampler, grid_options)
 
 
 def default_solver(config: Mapping[str, Any]) -> str:
@@ -161,4 +210,19 @@ def _solver_options(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if scheduler in _OWN_GRID or name not in _OPTIONS or name != default_solver(config):
         return {}
     options = {ours: config.get(*there) for ours, there in _OPTIONS[name].items()}
+    if name == "ddpm":
+        options["variance"] = _VARIANCES[one_of("variance_type", options["variance"], _VARIANCES)]
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in options.items()}
+
+
+def _of_x0(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says is done to x_0, which models of pixels need. Where it is silent nothing is done,
+    although some schedulers of diffusers clip then: latents have no range.
+    """
+    if config.get("thresholding"):
+        percentile = config.get("dynamic_thresholding_ratio", 0.995)
+        return {"threshold": (float(percentile), float(config.get("sample_max_value", 1.0)))}
+    if config.get("clip_sample") and config.get("_class_name") in _CLIPPING:
+        bound = float(config.get("clip_sample_range", 1.0))
+        return {"threshold": (-bound, bound), "clips": True}
+    return {}

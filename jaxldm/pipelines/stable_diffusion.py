@@ -7,15 +7,15 @@ Rombach et al. 2022; SD 2 predicts v (Salimans and Ho 2022); LCM is Luo et al. 2
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import encode_texts
-from jaxldm.pipelines.text_to_image import TextToImage
+from jaxldm.pipelines.unet_text_to_image import UNetTextToImage
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class StableDiffusion(TextToImage):
+class StableDiffusion(UNetTextToImage):
     """A U-Net that is told the states of one CLIP text encoder.
 
     Attributes:
@@ -34,6 +34,20 @@ class StableDiffusion(TextToImage):
 
     text_encoder: Network
     tokenizer: Any
+
+    family: ClassVar[str] = "StableDiffusion"
+    class_names: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    )
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """7.5; 8.5 is told to a latent consistency model."""
+        return 8.5 if self.knows_guidance else 7.5
 
     def conditions(
         self, prompts: list[str], negative_prompts: list[str] | None, size: tuple[int, int]

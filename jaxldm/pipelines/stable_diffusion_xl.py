@@ -17,13 +17,13 @@ import numpy as np
 
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import Encoded, encode_texts, for_each
-from jaxldm.pipelines.text_to_image import TextToImage
+from jaxldm.pipelines.unet_text_to_image import UNetTextToImage
 
 Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class StableDiffusionXL(TextToImage):
+class StableDiffusionXL(UNetTextToImage):
     """A U-Net that is told the penultimate states of two text encoders, a pooled one, and a few numbers.
 
     Attributes:
@@ -41,8 +41,26 @@ class StableDiffusionXL(TextToImage):
     force_zeros_for_empty_prompt: bool = True
     requires_aesthetics_score: bool = False
 
-    default_guidance_scale: ClassVar[float] = 5.0
+    family: ClassVar[str] = "StableDiffusionXL"
+    class_names: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    )
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")  # the refiner has the second alone
+    flags: ClassVar[tuple[str, ...]] = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
     default_strength: ClassVar[float] = 0.3
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """5; 8.5 is told to a latent consistency model."""
+        return 8.5 if self.knows_guidance else 5.0
+
+    @property
+    def saved_class_name(self) -> str:
+        """The refiner is an image-to-image pipeline there."""
+        refines = self.text_encoder is None and not self.canvas.tells_mask
+        return f"{self.family}Img2ImgPipeline" if refines else super().saved_class_name
 
     def conditions(
         self,

@@ -8,12 +8,29 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.config import height_width
 from jaxldm.pipelines.image_inputs import as_images, as_masks, check_rows, check_size, repeated
-from jaxldm.pipelines.latent_images import encode_images, scale_factor
+from jaxldm.pipelines.latent_images import encode_images
 from jaxldm.pipelines.network import Network
 
 INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked image
+
+
+class Canvas(NamedTuple):
+    """What a start has to fit.
+
+    Attributes:
+      default_size: (height, width) in pixels, where nobody says another.
+      multiple: what heights and widths are divisible by.
+      factor: pixels that a latent is high and wide.
+      channels: of the latents; 3 where they are pixels.
+      tells_mask: the network was trained for inpainting and is told the mask.
+    """
+
+    default_size: tuple[int, int]
+    multiple: int
+    factor: int
+    channels: int
+    tells_mask: bool
 
 
 class Start(NamedTuple):
@@ -36,8 +53,8 @@ class Start(NamedTuple):
 
 
 def make_start(
-    unet: Network,
-    vae: Network,
+    canvas: Canvas,
+    vae: Network | None,
     num_images: int,
     height: int | None = None,
     width: int | None = None,
@@ -49,12 +66,14 @@ def make_start(
 ) -> Start:
     """The start that the arguments of a pipeline's call ask for; `strength` is that of `strength_of`.
 
+    Without an autoencoder pixels are the latents.
+
     Raises:
       InvalidArgumentError: arguments that exclude or need each other, or a size that does not fit.
       DataError: arrays that are no images, masks or latents.
     """
-    _check_together(unet, image, mask_image, latents)
-    factor, channels = scale_factor(vae), vae.config.latent_channels
+    _check_together(canvas, image, mask_image, latents)
+    factor, channels = canvas.factor, canvas.channels
     masks, given = None, {}
     if image is not None:
         image = _pixels_or_latents(image, channels)
@@ -65,16 +84,15 @@ def make_start(
         check_rows(latents, num_images, "latents")
         given["latents"] = tuple(n * factor for n in latents.shape[1:3])
         latents = repeated(latents, num_images)
-    size = _size(height, width, tuple(n * factor for n in height_width(unet.config.sample_size)), given)
-    check_size(*size, factor)
+    size = _size(height, width, canvas.default_size, given)
+    check_size(*size, canvas.multiple)
     if image is None:
         return Start(size, latents)
     if mask_image is not None:
         masks = as_masks(mask_image, size)
         check_rows(masks, num_images, "mask_image")
     is_latents = image.shape[-1] == channels
-    tells_mask = unet.config.in_channels == INPAINTING_CHANNELS
-    if tells_mask and is_latents:
+    if canvas.tells_mask and is_latents:
         raise InvalidArgumentError("this inpainting network is told the masked pixels: give image as pixels")
 
     code = repeated(image if is_latents else encode_images(vae, image), num_images)
@@ -83,7 +101,7 @@ def make_start(
     repaint = repeated(masks[:, ::factor, ::factor], num_images)
     # At strength 1 the start is pure noise, as such networks were trained.
     start = Start(size, latents, code if strength < 1 and latents is None else None)
-    if not tells_mask:
+    if not canvas.tells_mask:
         return start._replace(known=code, repaint=repaint)
     kept = repeated(encode_images(vae, image * (masks < 0.5)), num_images)
     return start._replace(channels=np.concatenate([repaint, kept], axis=-1))
@@ -106,12 +124,12 @@ def strength_of(image: Any, strength: float | None, mask_image: Any, default_str
     return strength
 
 
-def _check_together(unet, image, mask_image, latents) -> None:
+def _check_together(canvas, image, mask_image, latents) -> None:
     if mask_image is not None and image is None:
         raise InvalidArgumentError("mask_image says which part of an image to draw anew: give image, too")
     if latents is not None and image is not None and mask_image is None:
         raise InvalidArgumentError("image and latents are both a start: give one of them")
-    if unet.config.in_channels == INPAINTING_CHANNELS and mask_image is None:
+    if canvas.tells_mask and mask_image is None:
         raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
 
 

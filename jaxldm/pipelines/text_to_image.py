@@ -1,32 +1,35 @@
 """Text -> latents -> images: what the pipelines of all text-to-image families share.
 
 `TextToImage.__call__` is the composition: encode the condition, make grid and solver, `walk`, decode. A
-family is a subclass that says what its network is told of a prompt, in `conditions`.
+family is a subclass that says what its network is told of a prompt, in `conditions`, and where it differs
+from the U-Nets of Stable Diffusion.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.pipelines.fixed_batches import in_fixed_batches, over_images
+from jaxldm.models.config import height_width
+from jaxldm.pipelines.fixed_batches import in_fixed_batches
 from jaxldm.pipelines.latent_images import decode_images, mesh_of, scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.schedulers import Plan, make_plan
-from jaxldm.pipelines.starts import INPAINTING_CHANNELS, Start, make_start, strength_of
+from jaxldm.pipelines.starts import INPAINTING_CHANNELS, Canvas, Start, make_start, strength_of
+from jaxldm.pipelines.text_pipeline import TextPipeline
+from jaxldm.pipelines.walking import Rows, Settings, Walk, walk_on_devices
 
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
 STEPS_AT_ONCE = 64
@@ -34,124 +37,33 @@ OUTPUTS = ("images", "latents")
 _OWN = ("prompts", "negative_prompts", "size", "condition", "more")  # parameters that no caller gives
 
 
-class Settings(NamedTuple):
-    """What all images of a call share. All of it is data to the compiled function."""
-
-    grid: D.Grid
-    guidance_scale: Float[Array, ""]
-    guidance_rescale: Float[Array, ""]
-
-
-class Rows(NamedTuple):
-    """What each of N images has of its own; a part that is None is not there.
-
-    Attributes:
-      key: [N, 2], the numbers of its key.
-      condition: arrays [N, ...] by the names of the network's arguments; "channels" are added to x.
-      negative: the same for the branch to steer away from; None without guidance.
-      latents: [N, h, w, c], x at the first row of the grid, in place of noise.
-      image: [N, h, w, c], the latents of the image to start from, to be noised.
-      known: [N, h, w, c], the latents that are put back after each step where `repaint` is 0.
-      repaint: [N, h, w, 1].
-    """
-
-    key: UInt32[Any, "N 2"]
-    condition: dict[str, Any]
-    negative: dict[str, Any] | None
-    latents: Float[Any, "N h w c"] | None = None
-    image: Float[Any, "N h w c"] | None = None
-    known: Float[Any, "N h w c"] | None = None
-    repaint: Float[Any, "N h w 1"] | None = None
-
-
-class Walk(NamedTuple):
-    """What is compiled into a run, besides shapes; another value of it compiles anew. See `Plan`."""
-
-    schedule: D.NoiseSchedule
-    solver: D.Solver
-    timestep_scaling: float | None
-    latent_shape: tuple[int, int, int]
-    key_kind: Any
-    previews: int
-    on_step: Callable[[Any, Any], None] | None
-    progress: Callable[[Any, Any], None] | None
-
-
-def walk(unet: Network, settings: Settings, rows: Rows, how: Walk) -> Float[Array, "N K h w c"]:
-    """Latents of N images, and x_0 as it was seen on the way in K - 1 places, behind them. Pure; jit it."""
-    keys, grid, solver = jax.random.wrap_key_data(rows.key, impl=how.key_kind), settings.grid, how.solver
-    denoise = how.schedule.make_denoiser(guided(unet, settings, rows))
-    if how.timestep_scaling is not None:
-        denoise = D.consistency_function(denoise, how.timestep_scaling)
-    if rows.repaint is not None:
-        solver = D.inpaint(solver, rows.known, 1 - rows.repaint)
-    x = rows.latents
-    if x is None:
-        x = D.initial_noise(keys, (len(keys), *how.latent_shape), grid)
-        x = x if rows.image is None else grid.alpha[0] * rows.image + x
-    run = functools.partial(D.sample, keys, denoise, solver, grid, x, callback=how.on_step)
-    if how.previews:
-        latents, predictions = run(progress=how.progress, return_predictions=True)
-        places = (jnp.arange(how.previews) + 1) * grid.num_steps // (how.previews + 1)
-        predictions = jnp.moveaxis(predictions[places], 0, 1)
-    else:
-        latents, predictions = run(progress=how.progress), jnp.zeros((len(keys), 0, *how.latent_shape))
-    if rows.repaint is not None:  # a grid that ends at sigma_min would leave its noise in the known part
-        kept = (1 - rows.repaint) * (grid.t[-1] <= denoise.path.t_min).astype(jnp.float32)
-        latents = kept * rows.known + (1 - kept) * latents
-    return jnp.concatenate([latents[:, None], predictions], axis=1)
-
-
-def guided(unet: Network, settings: Settings, rows: Rows) -> Callable[[Any, Any], Any]:
-    """`predict(x, t)`: the network's answer, under classifier-free guidance where there is a negative."""
-
-    def network(x, t, condition):
-        condition = dict(condition)
-        channels = condition.pop("channels", None)
-        return unet(x if channels is None else jnp.concatenate([x, channels], axis=-1), t, **condition)
-
-    if rows.negative is None:
-        return lambda x, t: network(x, t, rows.condition)
-    branches = D.condition_branches(network, rows.condition, rows.negative)
-
-    def predict(x, t):
-        negative, positive = branches.ask(x, t)
-        mixed = D.guide(negative, positive, settings.guidance_scale)
-        return D.rescale_guidance(mixed, positive, settings.guidance_rescale)
-
-    return predict
-
-
-@functools.partial(jax.jit, static_argnames=("how", "mesh"))
-def _walk(unet, settings, rows, *, how, mesh):
-    def on_one_device(shared, rows):
-        return walk(*shared, rows, how)
-
-    return over_images(on_one_device, mesh)((unet, settings), rows)
-
-
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class TextToImage:
-    """A text-to-image model. `pipelines.load` makes one; `dataclasses.replace` swaps a part of it.
+class TextToImage(TextPipeline):
+    """A diffusion model of texts and images. `pipelines.load` makes one; a family adds its networks.
+
+    The denoising network is the field that `denoiser_name` names, the autoencoder is `vae`; a family without
+    one draws pixels.
 
     Attributes:
-      unet: the denoising network.
-      vae: the autoencoder.
       scheduler: the entries of scheduler_config.json: path, prediction, and the default grid and solver.
     """
 
-    unet: Network
-    vae: Network
     scheduler: Mapping[str, Any]
 
-    default_guidance_scale: ClassVar[float] = 7.5
-    default_strength: ClassVar[float] = 0.8
+    denoiser_name: ClassVar[str] = "transformer"
 
     def conditions(
         self, prompts: list[str], negative_prompts: list[str] | None, size: tuple[int, int], **more: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the network is told of P prompts, and of the P negatives: arrays [P, ...] by argument name."""
         raise NotImplementedError
+
+    @staticmethod
+    def ask(
+        network: Network, x: Float[Array, "N h w c"], t: Float[Array, " N"], **condition: Any
+    ) -> Float[Array, "N h w out"]:
+        """The network's answer as the scheduler means it: t is the path's, the sign the prediction's."""
+        return network(x, t, **condition)
 
     def __call__(
         self,
@@ -163,6 +75,7 @@ class TextToImage:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        true_cfg_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         solver: str | D.Solver | None = None,
@@ -195,12 +108,14 @@ class TextToImage:
           prompt: one text, or P of them.
           negative_prompt: what to steer away from: one text for all, or P of them. None: no text.
           num_images_per_prompt: N / P.
-          num_inference_steps: default 50, or 4 for the solvers of distilled models (lcm, tcd).
+          num_inference_steps: default 50 or the family's own, or 4 for the solvers of distilled models (lcm,
+            tcd).
           guidance_scale: 1 is the model as trained, without a negative prompt; None is the family's default.
-            A network that was distilled with guidance (LCM) is told the scale instead.
+            A network that was distilled with guidance (LCM, FLUX.1-dev) is told the scale instead.
           guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1].
-          height, width: in pixels, divisible by the autoencoder's factor (8); default the size of `image`,
-            or the one that the model was trained on.
+          true_cfg_scale: guidance by the negative prompt, on top, of a network that is told its scale.
+          height, width: in pixels, divisible by what one token or latent covers (8 or 16); default the size
+            of `image`, or the one that the model was trained on.
           solver: a name in `jaxldm.diffusion.solvers.SOLVERS`, a `Solver` of your own, or None for the
             scheduler that the folder names.
           eta: for the solvers that have this option.
@@ -236,48 +151,93 @@ class TextToImage:
 
         strength = strength_of(image, strength, mask_image, self.default_strength)
         plan = make_plan(self.scheduler, solver, eta=eta, stops_early=denoising_end < 1)
+        told_scale, scale = self._guidance_scales(guidance_scale, true_cfg_scale)
+        given = {"image": image, "strength": strength, "mask_image": mask_image, "latents": latents}
+        start = make_start(self.canvas, self.autoencoder, len(keys), height, width, **given)
         part = (denoising_start, denoising_end)
-        grid = self.make_grid(plan, num_inference_steps, spacing, sigmas, strength, part)
-        scale = self._guidance_scale(guidance_scale)
+        grid = self.make_grid(plan, num_inference_steps, spacing, sigmas, strength, part, start.size)
         settings = Settings(grid, np.float32(scale), _rescale(guidance_rescale))
 
-        given = {"image": image, "strength": strength, "mask_image": mask_image, "latents": latents}
-        start = make_start(self.unet, self.vae, len(keys), height, width, **given)
         told, away = self.conditions(prompts, negatives, start.size, **condition)
-        rows = self._rows(keys, told, away, scale, start, copies)
+        if told_scale is not None:
+            told, away = (branch | self.guidance_told(told_scale, len(prompts)) for branch in (told, away))
+        rows = self._rows(keys, told, None if scale == 1 else away, start, copies)
 
         shape, key_kind = self.latent_shape(start.size), jax.random.key_impl(keys)
-        how = Walk(
-            plan.schedule, plan.solver, plan.timestep_scaling, shape, key_kind, previews, on_step, progress
-        )
+        how = Walk(plan.sampler, self.ask, shape, key_kind, previews, on_step, progress)
         drawn = self._draw(settings, rows, how, batch_size, devices)
         if output == "images":
             drawn = self._decode_all(drawn, tiling=tiling, batch_size=batch_size, devices=devices)
         return (drawn[:, 0], drawn[:, 1:]) if previews else drawn[:, 0]
 
     @property
-    def networks(self) -> dict[str, Network]:
-        """The networks by the names of their fields, which are those of their folders."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: part for name, part in parts.items() if isinstance(part, Network)}
+    def denoiser(self) -> Network:
+        """The denoising network."""
+        return getattr(self, self.denoiser_name)
 
-    def decode(self, latents: Float[Any, "N h w c"], **options: Any) -> Float[np.ndarray, "N H W C"]:
-        """Images in [-1, 1] of latents; options `tiling`, `batch_size`, `devices` as there."""
-        return decode_images(self.vae, latents, **options)
+    @property
+    def autoencoder(self) -> Network | None:
+        """None where the denoising network draws pixels."""
+        return getattr(self, "vae", None)
 
-    def default_steps(self, solver: str | D.Solver | None = None) -> int:
-        """The number of steps of a call that names none: 4 for the solvers of distilled models, else 50."""
-        return _default_steps(make_plan(self.scheduler, solver))
+    @property
+    def latent_channels(self) -> int:
+        """Of x: those of the autoencoder, 3 for pixels."""
+        return 3 if self.autoencoder is None else self.autoencoder.config.latent_channels
 
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of images of that (height, width)."""
-        factor = scale_factor(self.vae)
-        return size[0] // factor, size[1] // factor, self.vae.config.latent_channels
+    @property
+    def network_channels(self) -> int:
+        """Of the network's input, before it packs anything into tokens."""
+        return self.denoiser.config.in_channels
+
+    @property
+    def size_multiple(self) -> int:
+        """What heights and widths are divisible by."""
+        return 1 if self.autoencoder is None else scale_factor(self.autoencoder)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the model was trained on."""
+        factor = 1 if self.autoencoder is None else scale_factor(self.autoencoder)
+        height, width = height_width(self.denoiser.config.sample_size)
+        return height * factor, width * factor
+
+    @property
+    def canvas(self) -> Canvas:
+        """What a start has to fit."""
+        factor = 1 if self.autoencoder is None else scale_factor(self.autoencoder)
+        tells_mask = self.network_channels == INPAINTING_CHANNELS
+        return Canvas(self.default_size, self.size_multiple, factor, self.latent_channels, tells_mask)
 
     @property
     def knows_guidance(self) -> bool:
-        """Whether the network is told the guidance scale, as distilled ones are (LCM)."""
-        return getattr(self.unet.config, "time_cond_proj_dim", None) is not None
+        """Whether the network is told the guidance scale, as distilled ones are (LCM, FLUX.1-dev)."""
+        return getattr(self.denoiser.config, "time_cond_proj_dim", None) is not None
+
+    def guidance_told(self, scale: float, count: int) -> dict[str, Any]:
+        """The scale, as a network that knows guidance is told it: arrays [count, ...] by argument name."""
+        w = jnp.full(count, scale - 1, jnp.float32)
+        embedding = models.guidance_embedding(w, self.denoiser.config.time_cond_proj_dim)
+        return {"timestep_cond": np.asarray(embedding)}
+
+    def num_image_tokens(self, size: tuple[int, int]) -> int | None:
+        """Tokens of an image of that (height, width), where the schedule shifts with them; else None."""
+        return None
+
+    def decode(self, latents: Float[Any, "N h w c"], **options: Any) -> Float[np.ndarray, "N H W C"]:
+        """Images in [-1, 1] of latents; options `tiling`, `batch_size`, `devices` as there."""
+        if self.autoencoder is None:
+            return np.clip(np.asarray(latents, np.float32), -1.0, 1.0)
+        return decode_images(self.autoencoder, latents, **options)
+
+    def default_steps(self, solver: str | D.Solver | None = None) -> int:
+        """The number of steps of a call that names none: 4 for the solvers of distilled models."""
+        return self._default_steps(make_plan(self.scheduler, solver))
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of images of that (height, width)."""
+        factor = self.canvas.factor
+        return size[0] // factor, size[1] // factor, self.latent_channels
 
     def make_grid(
         self,
@@ -287,16 +247,18 @@ class TextToImage:
         sigmas: str | None = None,
         strength: float | None = None,
         part: tuple[float, float] = (0.0, 1.0),
+        size: tuple[int, int] | None = None,
     ) -> D.Grid:
-        """The rows that a call walks, padded; see `__call__` for the arguments.
+        """The rows that a call walks, padded; see `__call__` for the arguments, `size` is (height, width).
 
         Raises:
           InvalidArgumentError: steps, strength or parts out of range, or that leave nothing to walk.
           UnknownNameError: no such spacing or sigmas.
         """
-        path, options = plan.schedule.make_path(), dict(plan.grid_options)
+        path = plan.schedule.make_path(self.num_image_tokens(size or self.default_size))
+        options = dict(plan.grid_options)
         distilled = options.get("spacing") == "lcm"
-        steps = _default_steps(plan) if num_inference_steps is None else num_inference_steps
+        steps = self._default_steps(plan) if num_inference_steps is None else num_inference_steps
         if spacing is not None or sigmas is not None:
             kept = {name: options[name] for name in ("final",) if name in options}
             options = kept | {"spacing": spacing, "sigmas": sigmas}
@@ -325,9 +287,13 @@ class TextToImage:
     def _draw(self, settings, rows, how, batch_size, devices) -> Float[np.ndarray, "N K h w c"]:
         """`walk` in batches of one fixed size, split over the devices."""
         mesh = mesh_of(len(rows.key), devices, batch_size)
-        shared = jax.device_put((self.unet, settings), NamedSharding(mesh, PartitionSpec()))
+        shared = jax.device_put((self.denoiser, settings), NamedSharding(mesh, PartitionSpec()))
         return in_fixed_batches(
-            lambda batch: _walk(*shared, batch, how=how, mesh=mesh), rows, mesh, batch_size, batch_size
+            lambda batch: walk_on_devices(*shared, batch, how=how, mesh=mesh),
+            rows,
+            mesh,
+            batch_size,
+            batch_size,
         )
 
     def _decode_all(self, latents, **options) -> Float[np.ndarray, "N K H W C"]:
@@ -343,46 +309,44 @@ class TextToImage:
         _count(batch_size, "batch_size", 1)
         if denoising_start and latents is None:
             raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
-        wanted = self.vae.config.latent_channels
-        known = (wanted, INPAINTING_CHANNELS)
-        if self.unet.config.in_channels not in known:
+        known = (self.latent_channels, INPAINTING_CHANNELS)
+        if self.network_channels not in known:
             raise CheckpointError(
-                f"the U-Net has {self.unet.config.in_channels} input channels; pipelines here know "
+                f"the {self.denoiser_name} has {self.network_channels} input channels; pipelines here know "
                 f"{known[0]} (text) and {known[1]} (inpainting)"
             )
 
-    def _guidance_scale(self, guidance_scale: float | None) -> float:
+    def _guidance_scales(
+        self, guidance_scale: float | None, true_cfg_scale: float
+    ) -> tuple[float | None, float]:
+        """(what the network is told or None, the scale of classifier-free guidance)."""
         if guidance_scale is None:
-            return 8.5 if self.knows_guidance else self.default_guidance_scale
-        if not (np.isfinite(guidance_scale) and guidance_scale >= 0):
+            guidance_scale = self.default_guidance_scale
+        for name, scale in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+            if not (np.isfinite(scale) and scale >= 0):
+                raise InvalidArgumentError(
+                    f"{name} must be a finite number of 0 or more, not {scale}: 1 is the model as trained, "
+                    f"{self.default_guidance_scale:g} is a good start"
+                )
+        if self.knows_guidance:
+            return float(guidance_scale), float(true_cfg_scale)
+        if true_cfg_scale != 1:
             raise InvalidArgumentError(
-                f"guidance_scale must be a finite number of 0 or more, not {guidance_scale}: 1 is the model "
-                f"as trained, {self.default_guidance_scale:g} is a good start"
+                "true_cfg_scale is for networks that are told their guidance: give guidance_scale alone"
             )
-        return float(guidance_scale)
+        return None, float(guidance_scale)
 
-    def _rows(self, keys, told, away, scale, start: Start, copies: int) -> Rows:
+    def _rows(self, keys, told, away, start: Start, copies: int) -> Rows:
         """The conditions of P prompts and the start of N = P x copies images, a row for each image."""
         told, away = jax.tree.map(lambda rows: np.repeat(rows, copies, axis=0), (told, away))
-        if self.knows_guidance:
-            w = jnp.full(len(keys), scale - 1, jnp.float32)
-            embedding = models.guidance_embedding(w, self.unet.config.time_cond_proj_dim)
-            told |= {"timestep_cond": np.asarray(embedding)}
         if start.channels is not None:
-            told, away = (branch | {"channels": start.channels} for branch in (told, away))
-        return Rows(
-            np.asarray(jax.random.key_data(keys)),
-            told,
-            None if self.knows_guidance or scale == 1 else away,
-            start.latents,
-            start.image,
-            start.known,
-            start.repaint,
-        )
+            beside = {"channels": start.channels}
+            told, away = told | beside, None if away is None else away | beside
+        key = np.asarray(jax.random.key_data(keys))
+        return Rows(key, told, away, start.latents, start.image, start.known, start.repaint)
 
-
-def _default_steps(plan: Plan) -> int:
-    return 4 if plan.grid_options.get("spacing") == "lcm" else 50
+    def _default_steps(self, plan: Plan) -> int:
+        return 4 if plan.grid_options.get("spacing") == "lcm" else self.default_num_inference_steps
 
 
 def _count(number: Any, name: str, lowest: int) -> int:
