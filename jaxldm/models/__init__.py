@@ -25,6 +25,7 @@ from jaxldm.models.clip_vision import (
 )
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
+from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.registry import (
     PRESETS,
@@ -45,6 +46,8 @@ from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxldm.models.uvit_2d import UVit2DConfig, UVit2DModel
 from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encode_indices
+from jaxldm.models.wuerstchen_diffnext import WuerstchenDiffNeXt, WuerstchenDiffNeXtConfig
+from jaxldm.models.wuerstchen_prior import WuerstchenPrior, WuerstchenPriorConfig
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
 
@@ -70,6 +73,8 @@ __all__ = [
     "DigitClassifier",
     "DigitClassifierConfig",
     "ImageEncoding",
+    "PaellaVQModel",
+    "PaellaVQModelConfig",
     "PixArtTransformer2DConfig",
     "PixArtTransformer2DModel",
     "SD3Transformer2DConfig",
@@ -86,6 +91,10 @@ __all__ = [
     "UVit2DModel",
     "VQModel",
     "VQModelConfig",
+    "WuerstchenDiffNeXt",
+    "WuerstchenDiffNeXtConfig",
+    "WuerstchenPrior",
+    "WuerstchenPriorConfig",
     "build",
     "class_name",
     "clip_pixel_values",

@@ -62,7 +62,7 @@ def encode_latents(
     """
 
     def encode(x: Array) -> DiagonalGaussian | Array:
-        return module.apply({"params": params}, x, method="encode")
+        return module.apply({"params": params}, _pixels(module.config, x), method="encode")
 
     if tiling is not None:
         encode = tiled_encoder(encode, module.config, tiling)
@@ -87,12 +87,22 @@ def decode_latents(
     """
 
     def decode(z: Array) -> Array:
-        return module.apply({"params": params}, z, method="decode")
+        images = module.apply({"params": params}, z, method="decode")
+        return 2 * images - 1 if _from_zero(module.config) else images
 
     if tiling is not None:
         decode = tiled_decoder(decode, module.config, tiling)
     shift, scale = _shift_and_scale(module.config, latents)
     return (sliced(decode) if slicing else decode)(latents / scale + shift)
+
+
+def _from_zero(config: ModelConfig) -> bool:
+    """Whether the autoencoder's own images lie in [0, 1] (Paella's), and not in [-1, 1]."""
+    return getattr(config, "pixels_from_zero", False)
+
+
+def _pixels(config: ModelConfig, images: Array) -> Array:
+    return images / 2 + 0.5 if _from_zero(config) else images
 
 
 def _shift_and_scale(config: ModelConfig, like: Array) -> tuple[Array, Array]:

@@ -22,6 +22,7 @@ from jaxldm.models import (
     digit_classifier,
     dit,
     flux_transformer_2d,
+    paella_vq_model,
     pixart_transformer_2d,
     sd3_transformer_2d,
     t5_encoder,
@@ -29,6 +30,8 @@ from jaxldm.models import (
     unet_2d_condition,
     uvit_2d,
     vq_model,
+    wuerstchen_diffnext,
+    wuerstchen_prior,
 )
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.initialization import starting_values
@@ -70,6 +73,12 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "BertModel": (bert.BertModel, bert.BertConfig),
     "UVit2DModel": (uvit_2d.UVit2DModel, uvit_2d.UVit2DConfig),
     "VQModel": (vq_model.VQModel, vq_model.VQModelConfig),
+    "WuerstchenPrior": (wuerstchen_prior.WuerstchenPrior, wuerstchen_prior.WuerstchenPriorConfig),
+    "WuerstchenDiffNeXt": (
+        wuerstchen_diffnext.WuerstchenDiffNeXt,
+        wuerstchen_diffnext.WuerstchenDiffNeXtConfig,
+    ),
+    "PaellaVQModel": (paella_vq_model.PaellaVQModel, paella_vq_model.PaellaVQModelConfig),
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
 
@@ -90,6 +99,9 @@ PRESETS: dict[str, ModelConfig] = {
     **autoencoder_kl.PRESETS,
     **vq_model.PRESETS,
     **uvit_2d.PRESETS,
+    **wuerstchen_prior.PRESETS,
+    **wuerstchen_diffnext.PRESETS,
+    **paella_vq_model.PRESETS,
     **digit_classifier.PRESETS,
     **clip_text.PRESETS,
     **clip_vision.PRESETS,

@@ -137,7 +137,7 @@ class ConvTranspose4x4(nn.Module):
 
 
 class ConvTranspose2x2(nn.Module):
-    """`torch.nn.ConvTranspose2d(C, features, 2, stride=2, bias=False)`. `[B, H, W, C]` -> `[B, 2H, 2W, out]`.
+    """`torch.nn.ConvTranspose2d(C, features, 2, stride=2, bias=use_bias)`: `[B, H, W, C]` to twice the size.
 
     No two pixels reach the same output, so it is one matrix product, laid out anew. The parameter `weight`
     keeps the published layout `[C, features, 2, 2]` and starts as PyTorch's does.
@@ -145,12 +145,17 @@ class ConvTranspose2x2(nn.Module):
 
     features: int
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W out"]:
         dtype, out = compute_dtype(self.dtype), self.features
         batch, height, width, channels = x.shape
-        weight = parameter(self, "weight", fan_in_uniform(4 * out), (channels, out, 2, 2)).astype(dtype)
+        law = fan_in_uniform(4 * out)
+        weight = parameter(self, "weight", law, (channels, out, 2, 2)).astype(dtype)
         y = flat_matmul(x.astype(dtype), weight.transpose(0, 2, 3, 1).reshape(channels, 4 * out))
         y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
-        return y.reshape(batch, 2 * height, 2 * width, out)
+        y = y.reshape(batch, 2 * height, 2 * width, out)
+        if not self.use_bias:
+            return y
+        return y + parameter(self, "bias", law, (out,)).astype(dtype).reshape(1, 1, 1, -1)

@@ -1,0 +1,48 @@
+"""Resizing of feature maps by cubic interpolation, as two small matrix products."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def resize_cubic(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
+    """x at another size by antialiased cubic interpolation, float32. `[B, H, W, C]` -> `[B, h, w, C]`.
+
+    It is PyTorch's `interpolate(mode="bicubic", antialias=True, align_corners=True)`, on which Wuerstchen's
+    decoder was trained; see `cubic_weights`.
+    """
+    rows, columns = (jnp.asarray(cubic_weights(x.shape[axis + 1], size[axis])) for axis in (0, 1))
+    x = jnp.einsum("ph,bhwc->bpwc", rows, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("qw,bpwc->bpqc", columns, x, precision="highest")
+
+
+@functools.lru_cache
+def cubic_weights(length: int, wanted: int) -> Float[np.ndarray, "wanted length"]:
+    """Which part each of `length` samples has in each of `wanted` ones; float32, every row sums to 1.
+
+    Keys 1981, with a = -1/2, stretched by the step where samples get fewer. The step is
+    (length - 1) / (wanted - 1), as where corners are aligned, but the samples are counted from the middle of
+    the first one, as where they are not: both ends of the result lie a little off. That is PyTorch's
+    arithmetic.
+    """
+    step = (length - 1) / (wanted - 1) if wanted > 1 else 0.0
+    stretch = max(step, 1.0)
+    centres = step * (np.arange(wanted) + 0.5)
+    weights = np.zeros((wanted, length))
+    for row, centre in enumerate(centres):
+        first = max(int(centre - 2 * stretch + 0.5), 0)
+        last = min(int(centre + 2 * stretch + 0.5), length)
+        weights[row, first:last] = _cubic((np.arange(first, last) - centre + 0.5) / stretch)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
+    """The cubic kernel of Keys 1981, equation 4 with another a: 1 at 0, and 0 from |x| = 2 on."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
