@@ -1,4 +1,4 @@
-"""What a caller hands in as pictures: sizes, images and masks, checked and made arrays."""
+"""What a caller hands in: numbers of things, sizes, images and masks, checked and made arrays."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from jaxtyping import Float
 
 from jaxldm.data.images import check_images, from_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
+
+
+def check_count(number: Any, name: str, lowest: int = 1) -> int:
+    """`number`. Raises `InvalidArgumentError` unless it is a whole one of at least `lowest`."""
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < lowest:
+        raise InvalidArgumentError(f"{name} must be a whole number of at least {lowest}, not {number!r}")
+    return int(number)
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

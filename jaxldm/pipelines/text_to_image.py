@@ -23,6 +23,7 @@ from jaxldm import models
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.fixed_batches import in_fixed_batches
+from jaxldm.pipelines.image_inputs import check_count
 from jaxldm.pipelines.latent_images import decode_images, mesh_of, scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import as_texts, for_each
@@ -145,7 +146,7 @@ class TextToImage(TextPipeline):
         """
         prompts = as_texts(prompt)
         negatives = for_each(negative_prompt, prompts, "negative_prompt")
-        copies = _count(num_images_per_prompt, "num_images_per_prompt", 1)
+        copies = check_count(num_images_per_prompt, "num_images_per_prompt", 1)
         keys = D.image_keys(key, copies * len(prompts))
         self._check(output, previews, batch_size, denoising_start, latents, condition)
 
@@ -265,7 +266,7 @@ class TextToImage(TextPipeline):
             distilled = spacing == "lcm"
         if distilled and strength is not None:
             # The timesteps of the distillation below the strength, and not a part of those of a whole run.
-            _count(steps, "num_inference_steps", 1)
+            check_count(steps, "num_inference_steps", 1)
             original = options.get("original_steps", 50)
             times = D.lcm_timesteps(steps, path.num_train_timesteps, original, strength)
             grid = D.make_grid(path, timesteps=times)
@@ -305,8 +306,8 @@ class TextToImage(TextPipeline):
         for name in condition:
             one_of(f"argument of {type(self).__name__}", name, [name for name in known if name not in _OWN])
         one_of("output", output, OUTPUTS)
-        _count(previews, "previews", 0)
-        _count(batch_size, "batch_size", 1)
+        check_count(previews, "previews", 0)
+        check_count(batch_size, "batch_size", 1)
         if denoising_start and latents is None:
             raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
         known = (self.latent_channels, INPAINTING_CHANNELS)
@@ -347,12 +348,6 @@ class TextToImage(TextPipeline):
 
     def _default_steps(self, plan: Plan) -> int:
         return 4 if plan.grid_options.get("spacing") == "lcm" else self.default_num_inference_steps
-
-
-def _count(number: Any, name: str, lowest: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < lowest:
-        raise InvalidArgumentError(f"{name} must be a whole number of at least {lowest}, not {number!r}")
-    return int(number)
 
 
 def _rescale(guidance_rescale: float) -> np.float32:
