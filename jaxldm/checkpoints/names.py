@@ -37,7 +37,7 @@ KEPT = frozenset({"linear_1", "linear_2", "channelwise_linear_1", "channelwise_l
 # Attention projections in checkpoints written by early diffusers:
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Transformers writes an encoder with the name of the tower in front of every tensor, or without it:
-TOWERS = ("text_model.", "vision_model.", "bert.")
+TOWERS = ("text_model.", "vision_model.", "bert.", "model.")
 
 _BLOCK = 2**19  # bytes that are converted at a time
 _STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a module that stands for many: those of a scan

@@ -27,6 +27,7 @@ from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfi
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
+from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
 from jaxldm.models.registry import (
     PRESETS,
     build,
@@ -48,6 +49,7 @@ from jaxldm.models.uvit_2d import UVit2DConfig, UVit2DModel
 from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encode_indices
 from jaxldm.models.wuerstchen_diffnext import WuerstchenDiffNeXt, WuerstchenDiffNeXtConfig
 from jaxldm.models.wuerstchen_prior import WuerstchenPrior, WuerstchenPriorConfig
+from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig, ZImageTransformer2DModel
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
 
@@ -77,6 +79,8 @@ __all__ = [
     "PaellaVQModelConfig",
     "PixArtTransformer2DConfig",
     "PixArtTransformer2DModel",
+    "Qwen3Config",
+    "Qwen3Model",
     "SD3Transformer2DConfig",
     "SD3Transformer2DModel",
     "T5EncoderConfig",
@@ -95,6 +99,8 @@ __all__ = [
     "WuerstchenDiffNeXtConfig",
     "WuerstchenPrior",
     "WuerstchenPriorConfig",
+    "ZImageTransformer2DConfig",
+    "ZImageTransformer2DModel",
     "build",
     "class_name",
     "clip_pixel_values",

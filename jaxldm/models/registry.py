@@ -24,6 +24,7 @@ from jaxldm.models import (
     flux_transformer_2d,
     paella_vq_model,
     pixart_transformer_2d,
+    qwen3,
     sd3_transformer_2d,
     t5_encoder,
     unet_2d,
@@ -32,6 +33,7 @@ from jaxldm.models import (
     vq_model,
     wuerstchen_diffnext,
     wuerstchen_prior,
+    z_image_transformer_2d,
 )
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.initialization import starting_values
@@ -70,6 +72,12 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
     "T5EncoderModel": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),
     "T5ForConditionalGeneration": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),  # its encoder
+    "Qwen3Model": (qwen3.Qwen3Model, qwen3.Qwen3Config),
+    "Qwen3ForCausalLM": (qwen3.Qwen3Model, qwen3.Qwen3Config),  # without its last layer
+    "ZImageTransformer2DModel": (
+        z_image_transformer_2d.ZImageTransformer2DModel,
+        z_image_transformer_2d.ZImageTransformer2DConfig,
+    ),
     "BertModel": (bert.BertModel, bert.BertConfig),
     "UVit2DModel": (uvit_2d.UVit2DModel, uvit_2d.UVit2DConfig),
     "VQModel": (vq_model.VQModel, vq_model.VQModelConfig),
@@ -106,6 +114,8 @@ PRESETS: dict[str, ModelConfig] = {
     **clip_text.PRESETS,
     **clip_vision.PRESETS,
     **t5_encoder.PRESETS,
+    **qwen3.PRESETS,
+    **z_image_transformer_2d.PRESETS,
     **bert.PRESETS,
 }
 

@@ -1,0 +1,200 @@
+"""Qwen3, a language model: the text encoder of Z-Image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxldm.errors import CheckpointError, one_of
+from jaxldm.models.clip_text import causal_mask
+from jaxldm.models.config import check
+from jaxldm.models.text_encoder import (
+    GENERIC,
+    TextEncoding,
+    TransformersConfig,
+    check_tokens,
+    padding_mask,
+    token_shapes,
+)
+from jaxldm.nn.attention import attend
+from jaxldm.nn.initialization import normal, zeros
+from jaxldm.nn.linear import Embedding, Linear, compute_dtype
+from jaxldm.nn.normalization import RMSNorm
+from jaxldm.nn.rotary import apply_rotary, rotary_embedding
+from jaxldm.nn.transformer_encoder import SwiGLU
+
+FULL = "full_attention"
+LAW = normal(0.02)  # of all matrices at the start
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config(TransformersConfig):
+    """Config of `Qwen3Model`; names and defaults are those of transformers.
+
+    num_key_value_heads: keys and values have fewer heads than queries, each of which serves
+      num_attention_heads / num_key_value_heads of them; None: as many.
+    head_dim: numbers per head; num_attention_heads * head_dim need not be hidden_size.
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    dtype: str = "float32"
+
+    model_type: ClassVar[str] = "qwen3"
+    fixed: ClassVar = TransformersConfig.fixed | {"use_sliding_window": False, "rope_scaling": None}
+    ignored: ClassVar = frozenset(GENERIC.split()) | {"sliding_window", "max_window_layers"}
+
+    def __post_init__(self):
+        one_of("hidden_act", self.hidden_act, ("silu",))
+        check(
+            self.num_attention_heads % self.key_value_heads == 0,
+            f"{self.num_attention_heads} heads of queries cannot share {self.key_value_heads} of keys",
+        )
+        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even: pairs of numbers are turned")
+        compute_dtype(self.dtype)
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+        """As in `ModelConfig`; transformers 5 writes the rotary settings as `rope_parameters`.
+
+        Raises:
+          CheckpointError: an unknown key, a window of attention, or scaled positions.
+        """
+        entries = dict(entries)
+        rope = dict(entries.pop("rope_parameters", None) or {})
+        if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
+            raise CheckpointError(f"config.json has rope_parameters {rope}; only rope_theta is supported")
+        rope.pop("rope_type", None)
+        layers = entries.pop("layer_types", None) or [FULL]
+        if set(layers) != {FULL}:
+            other = next(kind for kind in layers if kind != FULL)
+            raise CheckpointError(f"config.json asks for layer_types {other!r}; only {FULL!r} is supported")
+        return super().from_dict(entries | rope)
+
+
+class Qwen3Attention(nn.Module):
+    """Causal attention, queries and keys normalised and turned by their places. x `[B, T, D]` -> float32.
+
+    Grouped queries: Ainslie et al. 2023, section 2.2.
+    """
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], mask: Array) -> Float[Array, "B T D"]:
+        config = self.config
+        heads, shared, length = config.num_attention_heads, config.key_value_heads, x.shape[1]
+        cos, sin = rotary_embedding(np.arange(length), config.head_dim, config.rope_theta)
+
+        def project(name: str, count: int) -> Float[Array, "B T H D"]:
+            linear = Linear(
+                count * config.head_dim, config.attention_bias, config.dtype, LAW, zeros, name=name
+            )
+            return linear(x).reshape(*x.shape[:2], count, config.head_dim)
+
+        def placed(name: str, part: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+            part = RMSNorm(config.rms_norm_eps, config.dtype, name=name)(part)
+            return apply_rotary(part, cos, sin, interleaved=False)
+
+        query = placed("q_norm", project("q_proj", heads))
+        key, value = placed("k_norm", project("k_proj", shared)), project("v_proj", shared)
+        key, value = (jnp.repeat(part, heads // shared, axis=2) for part in (key, value))
+        rows = (part.reshape(*x.shape[:2], -1) for part in (query, key, value))
+        h = attend(self, *rows, heads, mask=mask)
+        options = {"kernel_law": LAW, "bias_law": zeros, "output_dtype": "float32"}
+        return Linear(x.shape[-1], config.attention_bias, config.dtype, **options, name="o_proj")(h)
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). x `[B, T, D]`, float32 as T5's states are."""
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], mask: Array) -> Float[Array, "B T D"]:
+        config = self.config
+
+        def norm(name: str, x: Array) -> Array:
+            return RMSNorm(config.rms_norm_eps, config.dtype, name=name)(x)
+
+        x = x + Qwen3Attention(config, name="self_attn")(norm("input_layernorm", x), mask)
+        names = ("gate_proj", "up_proj", "down_proj")
+        mlp = SwiGLU(config.intermediate_size, names, config.dtype, LAW, "float32", name="mlp")
+        return x + mlp(norm("post_attention_layernorm", x))
+
+
+class Qwen3Model(nn.Module):
+    """Qwen3 without its last layer, which predicts words. Qwen Team 2025, arXiv:2505.09388, section 2.
+
+    Call: input_ids int32 `[B, T]`; attention_mask `[B, T]`, 0 at padding, which follows the text, or None ->
+    `TextEncoding` without `pooled` and `text_embeds`. `last_hidden_state` and `hidden_states[-1]` are the
+    same, normalised, in `config.dtype`; the other states are float32, whatever the dtype, since they outgrow
+    float16.
+
+    Raises:
+      InvalidArgumentError: more tokens than `max_position_embeddings`.
+
+    >>> import jax
+    >>> from jaxldm import models
+    >>> module = models.build("qwen3-4b", hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+    ...                       num_attention_heads=4, num_key_value_heads=2, head_dim=4, vocab_size=50)
+    >>> params = models.init(module, jax.random.key(0))
+    >>> module.apply({"params": params}, jax.numpy.array([[37, 7, 1]])).hidden_states[-2].shape
+    (1, 3, 8)
+    """
+
+    config: Qwen3Config
+
+    # A whole language model has the layer that predicts words as well.
+    ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight",)
+
+    @nn.compact
+    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+        config = self.config
+        check_tokens(input_ids, config.max_position_embeddings)
+        mask, padding = causal_mask(input_ids.shape[1]), padding_mask(attention_mask)
+        mask = mask if padding is None else mask & padding
+        embed = Embedding(config.vocab_size, config.hidden_size, config.dtype, LAW, name="embed_tokens")
+        states = [embed(input_ids).astype(jnp.float32)]
+        for index in range(config.num_hidden_layers):
+            states.append(Qwen3DecoderLayer(config, name=f"layers_{index}")(states[-1], mask))
+        last = RMSNorm(config.rms_norm_eps, config.dtype, name="norm")(states[-1])
+        return TextEncoding(last, None, None, (*states[:-1], last))
+
+    def example_inputs(self) -> tuple:
+        """The shape of the tokens that `init` traces the model with."""
+        return token_shapes(8)
+
+
+PRESETS = {
+    # 4,022,468,096 parameters: the text encoder of Z-Image.
+    "qwen3-4b": Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_key_value_heads=8,
+        max_position_embeddings=40960,
+        rope_theta=1000000.0,
+    ),
+}
