@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL as one file, in the layout of the original code."""
+"""Stable Diffusion 1.x, 2.x and XL, and FLUX.1, as one file, in the layout of the original code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from jaxldm.checkpoints import single_file_configs as configs
 from jaxldm.checkpoints import single_file_names as names
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
+from jaxldm.checkpoints.single_file_flux import flux_config, flux_table
 from jaxldm.checkpoints.storage import storage_errors, write_together
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig
+from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
 
 
 class Part(NamedTuple):
@@ -47,6 +49,10 @@ def _openclip(prefix: str, preset: str) -> Part:
     return Part(prefix, names.openclip_table, configs.openclip_config, preset)
 
 
+def _t5(prefix: str) -> Part:
+    return Part(prefix, names.t5_table, configs.t5_config, "t5-xxl")
+
+
 FAMILIES: dict[str, dict[str, Part]] = {
     "1.x": _family("sd15-unet", "sd-vae", text_encoder=_clip("cond_stage_model.transformer.")),
     "2.x": _family("sd21-unet", "sd-vae", text_encoder=_openclip("cond_stage_model.model.", "openclip-h")),
@@ -61,7 +67,17 @@ FAMILIES: dict[str, dict[str, Part]] = {
         "sdxl-vae",
         text_encoder_2=_openclip("conditioner.embedders.0.model.", "openclip-bigg"),
     ),
+    "FLUX": {
+        "transformer": Part("model.diffusion_model.", flux_table, flux_config, "flux-dev"),
+        "vae": Part("vae.", names.vae_table, configs.vae_config, "flux-vae"),
+        "text_encoder": _clip("text_encoders.clip_l.transformer."),
+        "text_encoder_2": _t5("text_encoders.t5xxl.transformer."),
+    },
 }
+# How names begin that only the denoiser of a family has.
+_SIGNS = {"model.diffusion_model.double_blocks.": "FLUX"}
+# FLUX is published as files of one component, whose names have no prefix: how they begin.
+_ALONE = {"double_blocks.": ("FLUX", "transformer"), "decoder.up.": ("FLUX", "vae")}
 
 # What files hold beside the components: the noise schedule, averages of weights, training losses, buffers.
 _NOTHING_TO_LOAD = re.compile(
@@ -70,6 +86,8 @@ _NOTHING_TO_LOAD = re.compile(
     r"|edm_(mean|std)"
     r"|.*\.(position_ids|logit_scale|attn_mask)"
     r"|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?"
+    r"|text_encoders\.clip_l\.transformer\.text_projection\.weight"
+    r"|text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight"
 )
 # CLIP in files made with an early transformers, many fine-tunes of Stable Diffusion 1 among them.
 _EARLY_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
@@ -77,12 +95,14 @@ _LATENT_STATISTICS = {"edm_mean": "latents_mean", "edm_std": "latents_std"}  # o
 
 
 def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str, tuple[nn.Module, dict]]:
-    """Opens an original single file: name -> (module, params) for unet, vae, text_encoder, text_encoder_2.
+    """Opens an original single file: name -> (module, params) for unet or transformer, vae, text_encoder,
+    text_encoder_2: those that it holds.
 
     The file holds no config. Sizes are read from its shapes, the rest is that of the family's preset: heads
-    of 64 (8 heads in Stable Diffusion 1), 32 groups, the published factors of the autoencoder. Whether the
-    U-Net predicts eps or v, the file does not tell. Of two sets of U-Net weights the plain one is loaded, not
-    the average (`model_ema`). Stable Diffusion 2's last text layer, which nothing uses, is left out.
+    of 64 (8 heads in Stable Diffusion 1), 32 groups, the published factors of the autoencoder (FLUX's, where
+    it is alone in the file). Whether the U-Net predicts eps or v, the file does not tell. Of two sets of
+    U-Net weights the plain one is loaded, not the average (`model_ema`). Stable Diffusion 2's last text
+    layer, which nothing uses, is left out.
 
     Args:
       dtype: "float32", "bfloat16" or "float16", for the parameters and for what the modules compute in;
@@ -96,8 +116,7 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
     stored = open_safetensors(path).tensors
     state = {_EARLY_CLIP.sub(r"\1text_model.", name): tensor for name, tensor in stored.items()}
     try:
-        family = _family_of_file(state)
-        parts = FAMILIES[family]
+        parts = _parts_of_file(state)
         components, used = {}, set()
         for name, part in parts.items():
             own = {
@@ -118,14 +137,16 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
     """Writes components as one original file, the inverse of `load_single_file`; whole or not at all.
 
     Any of unet, vae, text_encoder, text_encoder_2. The text encoders say which layout it is: both, XL; only
-    the second, XL's refiner; one of OpenCLIP ("gelu"), 2.x; otherwise 1.x.
+    the second, XL's refiner; one of OpenCLIP ("gelu"), 2.x; otherwise 1.x. With FLUX's transformer it is
+    FLUX's layout, as ComfyUI has it; the transformer alone, or its autoencoder (one without `quant_conv`),
+    gets the names of Black Forest Labs' own files, flux1-dev.safetensors and ae.safetensors.
 
     Raises:
       UnknownNameError: a component of another name.
-      CheckpointError: a tensor that has no place in the original layout.
+      CheckpointError: a tensor or a transformer that has no place in an original layout.
       StorageError: disk full, no permission, a folder of that name.
     """
-    parts = FAMILIES[_family_of_components(components)]
+    parts = _parts_of_components(components)
     tensors: dict[str, Tensor] = {}
     for name, (module, params) in components.items():
         part = parts[one_of("component of a single file", name, parts)]
@@ -172,8 +193,22 @@ def _load_part(
     return (module, params), taken
 
 
+def _alone(family: str, name: str) -> dict[str, Part]:
+    return {name: FAMILIES[family][name]._replace(prefix="")}
+
+
+def _parts_of_file(state: Mapping[str, Tensor]) -> Mapping[str, Part]:
+    for sign, (family, name) in _ALONE.items():
+        if any(key.startswith(sign) for key in state):
+            return _alone(family, name)
+    return FAMILIES[_family_of_file(state)]
+
+
 def _family_of_file(state: Mapping[str, Tensor]) -> str:
-    """The family whose text encoders the file holds; without any, whose text the U-Net takes."""
+    """The family of the denoiser, or whose text encoders the file holds, or whose text the U-Net takes."""
+    for sign, family in _SIGNS.items():
+        if any(key.startswith(sign) for key in state):
+            return family
     texts = {
         family: [part.prefix for name, part in parts.items() if name.startswith("text_encoder")]
         for family, parts in FAMILIES.items()
@@ -188,15 +223,30 @@ def _family_of_file(state: Mapping[str, Tensor]) -> str:
         if key.startswith(unet) and key.endswith(".attn2.to_k.weight")
     }
     for family, parts in FAMILIES.items():
-        if widths == {models.PRESETS[parts["unet"].preset].cross_attention_dim}:
+        if "unet" in parts and widths == {models.PRESETS[parts["unet"].preset].cross_attention_dim}:
             return family
     raise CheckpointError(
-        "not a single file of Stable Diffusion 1.x, 2.x or XL: it has no text encoder and no U-Net of these "
-        f"under their original names; its first tensors are {', '.join(sorted(state)[:3]) or 'none at all'}"
+        "not a single file of Stable Diffusion 1.x, 2.x, XL or FLUX: it has no text encoder and no denoiser "
+        "of these under their original names; its first tensors are "
+        f"{', '.join(sorted(state)[:3]) or 'none at all'}"
     )
 
 
+def _parts_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> Mapping[str, Part]:
+    family = _family_of_components(components)
+    if family == "FLUX" and len(components) == 1:
+        return _alone(family, next(iter(components)))
+    return FAMILIES[family]
+
+
 def _family_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> str:
+    if "transformer" in components:
+        config = components["transformer"][0].config
+        if not isinstance(config, FluxTransformer2DConfig):
+            raise CheckpointError(f"a {models.class_name(config)} has no original single-file layout here")
+        return "FLUX"
+    if set(components) == {"vae"} and not components["vae"][0].config.use_quant_conv:
+        return "FLUX"
     if "text_encoder_2" in components:
         return "XL" if "text_encoder" in components else "XL refiner"
     if "text_encoder" in components:
@@ -208,7 +258,7 @@ def _check_left_over(
     path: Path | str, state: Mapping[str, Tensor], used: set[str], parts: Mapping[str, Part]
 ) -> None:
     left = sorted(key for key in state if key not in used and not _NOTHING_TO_LOAD.fullmatch(key))
-    roots = tuple({part.prefix.split(".")[0] + "." for part in parts.values()})
+    roots = tuple({part.prefix and part.prefix.split(".")[0] + "." for part in parts.values()})
     inside = [f"{key} {tuple(state[key].shape)}" for key in left if key.startswith(roots)]
     if inside:
         shown = inside[:8] + ([f"and {len(inside) - 8} more"] if len(inside) > 8 else [])

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxldm.models.autoencoder_kl import AutoencoderKLConfig
 from jaxldm.models.clip_text import CLIPTextConfig
+from jaxldm.models.t5_encoder import T5EncoderConfig
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # of one component, by original name, its prefix removed
@@ -98,6 +99,23 @@ def openclip_config(shapes: Shapes, preset: CLIPTextConfig) -> CLIPTextConfig:
         layers=layers,
     )
     return config if projection is None else dataclasses.replace(config, projection_dim=projection[1])
+
+
+def t5_config(shapes: Shapes, preset: T5EncoderConfig) -> T5EncoderConfig:
+    """The encoder of T5."""
+    vocab_size, d_model = shapes["shared.weight"]
+    attention, forward = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return dataclasses.replace(
+        preset,
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=shapes[f"{attention}.q.weight"][0] // heads,
+        d_ff=shapes[f"{forward}.wo.weight"][1],
+        num_layers=count(shapes, r"encoder\.block\.(\d+)\."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
 
 
 def has_projection(config: CLIPTextConfig) -> bool:

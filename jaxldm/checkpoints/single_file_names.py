@@ -1,4 +1,4 @@
-"""The names of tensors in the original single files of Stable Diffusion, beside their published names.
+"""The names of tensors in original single files, beside their published names.
 
 A table per architecture, made from its config: published module (or tensor) -> where it stands in the
 original layout. Both directions read the same table; below an entry's module, names are the same.
@@ -16,18 +16,20 @@ from jaxldm.checkpoints.safetensors_file import Tensor
 from jaxldm.errors import CheckpointError
 from jaxldm.models.autoencoder_kl import AutoencoderKLConfig
 from jaxldm.models.clip_text import CLIPTextConfig
+from jaxldm.models.t5_encoder import T5EncoderConfig
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
 
 
 class Original(NamedTuple):
     """Where a published tensor stands in an original file.
 
-    form: "same"; "pixelwise", a linear layer that is a 1x1 convolution there; "transposed"; or 0, 1, 2: the
-      first, second, third part of the rows of a tensor that holds three.
+    form: "same"; "pixelwise", a linear layer that is a 1x1 convolution there; "transposed"; "swapped", the
+      two halves of its rows in the other order; 0, 1, 2: the first, second, third part of the rows of a
+      tensor that holds three; or (k, sizes): part k of one that holds several, as many rows as `sizes` say.
     """
 
     name: str
-    form: str | int = "same"
+    form: str | int | tuple[int, tuple[int, ...]] = "same"
 
 
 Table = Mapping[str, Original]
@@ -146,6 +148,11 @@ def openclip_table(config: CLIPTextConfig) -> Table:
     return table
 
 
+def t5_table(config: T5EncoderConfig) -> Table:
+    """T5 stands in original files as transformers publishes it."""
+    return {"shared": Original("shared"), "encoder": Original("encoder")}
+
+
 def place_of(name: str, table: Table) -> Original:
     """Where the published tensor `name` stands: its own entry, or that of the innermost module with one.
 
@@ -159,7 +166,7 @@ def place_of(name: str, table: Table) -> Original:
         module = table.get(".".join(parts[:length]))
         if module is not None:
             return Original(".".join([module.name, *parts[length:]]), module.form)
-    raise CheckpointError(f"the original layout of Stable Diffusion has no place for {name}")
+    raise CheckpointError(f"the original layout has no place for {name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,29 +203,44 @@ def to_original(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     for name, tensor in state.items():
         place = place_of(name, table)
         shape = tuple(tensor.shape)
-        if isinstance(place.form, int):
-            parts.setdefault(place.name, {})[place.form] = tensor
+        if isinstance(place.form, int | tuple):
+            parts.setdefault(place.name, {})[_of_rows(place.form)[0]] = tensor
         elif place.form == "pixelwise":
             tensors[place.name] = Changed((tensor,), (*shape, 1, 1), lambda array: array[:, :, None, None])
         elif place.form == "transposed":
             tensors[place.name] = Changed((tensor,), shape[::-1], np.transpose)
+        elif place.form == "swapped":
+            tensors[place.name] = Changed((tensor,), shape, _swapped)
         else:
             tensors[place.name] = tensor
     for name, by_part in parts.items():
-        three = tuple(by_part[part] for part in range(3))
-        shape = (sum(tensor.shape[0] for tensor in three), *three[0].shape[1:])
-        tensors[name] = Changed(three, shape, lambda *arrays: np.concatenate(arrays))
+        in_order = tuple(by_part[part] for part in sorted(by_part))
+        shape = (sum(tensor.shape[0] for tensor in in_order), *in_order[0].shape[1:])
+        tensors[name] = Changed(in_order, shape, lambda *arrays: np.concatenate(arrays))
     return tensors
 
 
-def _published(tensor: Tensor, form: str | int) -> Tensor:
+def _of_rows(form: int | tuple[int, tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:
+    return (form, (1, 1, 1)) if isinstance(form, int) else form
+
+
+def _swapped(array: np.ndarray) -> np.ndarray:
+    return np.concatenate(np.split(array, 2)[::-1])
+
+
+def _published(tensor: Tensor, form: str | int | tuple[int, tuple[int, ...]]) -> Tensor:
     """In the published form; where its shape does not allow that, as it is: the error shows the shape."""
     shape = tuple(tensor.shape)
     if form == "transposed":
         return Changed((tensor,), shape[::-1], np.transpose)
     if form == "pixelwise" and set(shape[2:]) == {1}:
         return Changed((tensor,), shape[:2], lambda array: array.reshape(shape[:2]))
-    if isinstance(form, int) and shape and shape[0] % 3 == 0:
-        rows = shape[0] // 3
-        return Changed((tensor,), (rows, *shape[1:]), lambda array: array[form * rows : (form + 1) * rows])
+    if form == "swapped" and shape and shape[0] % 2 == 0:
+        return Changed((tensor,), shape, _swapped)
+    if isinstance(form, int | tuple) and shape:
+        part, sizes = _of_rows(form)
+        unit, rest = divmod(shape[0], sum(sizes))
+        first, last = unit * sum(sizes[:part]), unit * sum(sizes[: part + 1])
+        if rest == 0:
+            return Changed((tensor,), (last - first, *shape[1:]), lambda array: array[first:last])
     return tensor

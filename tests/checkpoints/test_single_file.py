@@ -140,7 +140,7 @@ def ours(model, preset):
     return module, from_state_dict(published_state(model), models.shapes(module))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=UNETS)
 def written(request, tmp_path_factory):
     """(family, the reference's models, ours, the file that we wrote of them)."""
     theirs = references(request.param)
@@ -324,7 +324,7 @@ def original_shapes(part, config):
     return shapes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_presets_stand_in_the_published_files(family):
     """Names, shapes and number of tensors; and from them, the presets are found again."""
     everything = {}

@@ -1,0 +1,95 @@
+"""FLUX.1's transformer in its original layout: `double_blocks.N...`, `single_blocks.N...`.
+
+What Black Forest Labs publishes, and what candle and ComfyUI read. Queries, keys and values are one tensor
+there; in the single blocks the way up of the feed-forward is in it as well. The last norm has its shift
+first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxldm.checkpoints.single_file_configs import Shapes, count
+from jaxldm.checkpoints.single_file_names import Original, Table
+from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
+
+# linear1 of a single block: queries, keys, values, and the feed-forward at four times the width.
+_LINEAR_1 = (1, 1, 1, 4)
+_EMBEDDINGS = {
+    "timestep_embedder": "time_in",
+    "guidance_embedder": "guidance_in",
+    "text_embedder": "vector_in",
+}
+# Of a double block: what belongs to the image, and to the text.
+_STREAMS = {
+    "img": {
+        "norm1.linear": "mod.lin",
+        "attn.to_out.0": "attn.proj",
+        "ff.net.0.proj": "mlp.0",
+        "ff.net.2": "mlp.2",
+        "attn.norm_q.weight": "attn.norm.query_norm.scale",
+        "attn.norm_k.weight": "attn.norm.key_norm.scale",
+    },
+    "txt": {
+        "norm1_context.linear": "mod.lin",
+        "attn.to_add_out": "attn.proj",
+        "ff_context.net.0.proj": "mlp.0",
+        "ff_context.net.2": "mlp.2",
+        "attn.norm_added_q.weight": "attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "attn.norm.key_norm.scale",
+    },
+}
+_PROJECTIONS = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "proj_out": "linear2",
+}
+
+
+def flux_table(config: FluxTransformer2DConfig) -> Table:
+    """Published module or tensor -> where it stands in the original file."""
+    table = {
+        "x_embedder": Original("img_in"),
+        "context_embedder": Original("txt_in"),
+        "norm_out.linear": Original("final_layer.adaLN_modulation.1", "swapped"),
+        "proj_out": Original("final_layer.linear"),
+    }
+    for published, original in _EMBEDDINGS.items():
+        for ours, theirs in (("linear_1", "in_layer"), ("linear_2", "out_layer")):
+            table[f"time_text_embed.{published}.{ours}"] = Original(f"{original}.{theirs}")
+    for n in range(config.num_layers):
+        block, original = f"transformer_blocks.{n}", f"double_blocks.{n}"
+        for stream, names in _STREAMS.items():
+            for ours, theirs in names.items():
+                table[f"{block}.{ours}"] = Original(f"{original}.{stream}_{theirs}")
+            for part, ours in enumerate(_PROJECTIONS[stream]):
+                table[f"{block}.attn.{ours}"] = Original(f"{original}.{stream}_attn.qkv", part)
+    for n in range(config.num_single_layers):
+        block, original = f"single_transformer_blocks.{n}", f"single_blocks.{n}"
+        for ours, theirs in _SINGLE.items():
+            table[f"{block}.{ours}"] = Original(f"{original}.{theirs}")
+        for part, ours in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
+            table[f"{block}.{ours}"] = Original(f"{original}.linear1", (part, _LINEAR_1))
+    return table
+
+
+def flux_config(shapes: Shapes, preset: FluxTransformer2DConfig) -> FluxTransformer2DConfig:
+    """The config that the shapes tell; how a head's numbers are split among row and column, they do not."""
+    width, in_channels = shapes["img_in.weight"]
+    out_channels = shapes["final_layer.linear.weight"][0]
+    double, single = (count(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
+    head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    return dataclasses.replace(
+        preset,
+        in_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=head,
+        num_attention_heads=width // head,
+        joint_attention_dim=shapes["txt_in.weight"][1],
+        pooled_projection_dim=shapes["vector_in.in_layer.weight"][1],
+        guidance_embeds="guidance_in.in_layer.weight" in shapes,
+    )
