@@ -33,7 +33,18 @@ Placement = (
 )
 
 # The exceptions. Published names that end in _<number> without meaning "the n-th of a list":
-KEPT = frozenset({"linear_1", "linear_2", "channelwise_linear_1", "channelwise_linear_2", "wi_0", "wi_1"})
+KEPT = frozenset(
+    {
+        "linear_1",
+        "linear_2",
+        "proj_out_1",
+        "proj_out_2",
+        "channelwise_linear_1",
+        "channelwise_linear_2",
+        "wi_0",
+        "wi_1",
+    }
+)
 # Attention projections in checkpoints written by early diffusers:
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Transformers writes an encoder with the name of the tower in front of every tensor, or without it:
