@@ -99,13 +99,26 @@ def describe(target: str) -> str:
 
 
 def describe_preset(name: str) -> str:
-    """Parameters and config of a preset, without building it."""
+    """Parameters, multiply-accumulates, memory and config of a preset, without building it."""
     from jaxldm import models
 
     config, count = models.PRESETS[name], models.count_params(name)
     head = f"{name} is a preset of {models.class_name(config)} with {count:,} parameters"
     memory = f"{4 * count / 1e6:,.1f} MB in float32, {2 * count / 1e6:,.1f} MB in bfloat16 or float16"
-    return f"{head}: {memory}\n" + table(sorted(config.to_dict().items()))
+    return f"{head}: {memory}\n{describe_cost(name)}\n" + table(sorted(config.to_dict().items()))
+
+
+def describe_cost(name: str) -> str:
+    """What a forward pass of a preset costs; the memory where compiling is a matter of seconds (scans)."""
+    from jaxldm import models
+
+    module = models.build(name)
+    x = "x".join(str(side) for side in module.example_inputs()[0].shape)
+    line = f"a forward pass ({x}) is {models.count_macs(module) / 1e9:,.3f} G multiply-accumulates"
+    if not getattr(module.config, "scan", False):
+        return line
+    temporary = models.forward_memory(module).temporary
+    return f"{line} and needs {temporary / 1e6:,.1f} MB beside the weights (in {module.config.dtype})"
 
 
 def describe_export(folder: Path) -> str:

@@ -23,8 +23,10 @@ from jaxldm.models.clip_vision import (
     ImageEncoding,
     clip_pixel_values,
 )
+from jaxldm.models.cost import count_macs, forward_memory, macs_of
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
+from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
@@ -40,6 +42,7 @@ from jaxldm.models.registry import (
     shapes,
 )
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
+from jaxldm.models.sit import SiT, SiTConfig
 from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.tiling import Tiling
@@ -71,6 +74,8 @@ __all__ = [
     "ConvAutoencoderConfig",
     "DiT",
     "DiTConfig",
+    "DiTTransformer2DConfig",
+    "DiTTransformer2DModel",
     "DiagonalGaussian",
     "DigitClassifier",
     "DigitClassifierConfig",
@@ -83,6 +88,8 @@ __all__ = [
     "Qwen3Model",
     "SD3Transformer2DConfig",
     "SD3Transformer2DModel",
+    "SiT",
+    "SiTConfig",
     "T5EncoderConfig",
     "T5EncoderModel",
     "TextEncoding",
@@ -107,14 +114,17 @@ __all__ = [
     "compute_dtype",
     "config_from_dict",
     "config_to_dict",
+    "count_macs",
     "count_params",
     "decode_indices",
     "decode_latents",
     "encode_indices",
     "encode_latents",
+    "forward_memory",
     "from_config",
     "guidance_embedding",
     "init",
+    "macs_of",
     "patchify",
     "sentence_embedding",
     "shapes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import chex
@@ -16,6 +17,7 @@ from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.attention import SelfAttention
+from jaxldm.nn.blocks_in_a_row import run_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     sincos_position_embedding_2d,
@@ -42,6 +44,7 @@ class DiTConfig(ModelConfig):
     position_embedding: "sincos" (fixed) or "learned" (from N(0, 0.02^2), as in ViT).
     freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`): set 1 to agree with it.
     norm_eps: 1e-6 as published.
+    scan, remat: the blocks as one scan; less memory in training. See `nn.blocks_in_a_row`.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -59,6 +62,8 @@ class DiTConfig(ModelConfig):
     norm_eps: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
+    scan: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         for side in height_width(self.sample_size):
@@ -75,9 +80,14 @@ class DiTConfig(ModelConfig):
         compute_dtype(self.dtype)
 
     @property
-    def out_channels(self) -> int:
-        """Channels of the output: in_channels, or twice as many with `learn_sigma`."""
+    def head_channels(self) -> int:
+        """Channels of the last layer: in_channels, or twice as many with `learn_sigma`."""
         return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output, those of the last layer."""
+        return self.head_channels
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -168,7 +178,7 @@ class FinalLayer(nn.Module):
             nn.silu(c)
         )
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        features = config.patch_size**2 * config.out_channels
+        features = config.patch_size**2 * config.head_channels
         return Linear(features, dtype=config.dtype, name="linear", **ZERO)(
             modulate(layer_norm(x), shift, scale)
         )
@@ -215,8 +225,9 @@ class DiT(nn.Module):
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is not None:
             c = c + LabelEmbedder(config, name="y_embedder")(labels)
-        for i in range(config.depth):
-            h = DiTBlock(config, name=f"blocks_{i}")(h, c, train)
+        block = functools.partial(DiTBlock, config)
+        how = {"scan": config.scan, "remat": config.remat}
+        h = run_blocks(block, "blocks", config.depth, h, c, train, **how)
         tokens = FinalLayer(config, name="final_layer")(h, c)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
 
@@ -254,12 +265,14 @@ class PatchEmbed(nn.Module):
         )(x)
 
 
-_SIZES = {
+# Peebles & Xie 2023, table 1. A scan compiles one block and not 28.
+SIZES = {
     "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
     "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
+PATCH_SIZES = (2, 4, 8)
 
 PRESETS = {
     # Lecture 43's small DiT for 28x28 digits: 49 tokens of width 128.
@@ -273,10 +286,10 @@ PRESETS = {
         num_classes=10,
         learn_sigma=False,
     ),
-    # Peebles & Xie 2023, table 1, for 32x32x4 latents.
+    # For 32x32x4 latents: images of 256x256 in Stable Diffusion's autoencoder.
     **{
-        f"dit-{size}-{patch}": DiTConfig(patch_size=patch, **widths)
-        for size, widths in _SIZES.items()
-        for patch in (2, 4, 8)
+        f"dit-{size}-{patch}": DiTConfig(patch_size=patch, scan=True, **widths)
+        for size, widths in SIZES.items()
+        for patch in PATCH_SIZES
     },
 }

@@ -1,0 +1,126 @@
+"""What a forward pass costs, from shapes alone: multiply-accumulates and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.models.registry import build, shapes
+
+
+def count_macs(name_or_module: str | nn.Module, *inputs: Any, **options: Any) -> int:
+    """Multiply-accumulates of one forward pass, as papers count their "Gflops"; nothing is computed.
+
+    A model is counted on its `example_inputs()`, one image of the config's size, unless inputs are given:
+    arrays or their shapes, and options of `module.apply` such as `method`. See `macs_of` for what counts.
+
+    >>> from jaxldm import models
+    >>> models.count_macs("dit-xl-2") // 10**6
+    118621
+    """
+    module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
+    inputs = inputs or module.example_inputs()
+    return macs_of(
+        lambda params, *x: module.apply({"params": params}, *x, **options), shapes(module), *inputs
+    )
+
+
+def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
+    """Multiply-accumulates of `function(*inputs)`, which is traced and not run.
+
+    Matrix products and convolutions count, with everything inside of scans as often as they go round;
+    additions, norms, activations and the softmax, a few per cent of a network, do not. Of a condition the
+    dearest branch counts, of a dilated convolution the pixels without the zeros between them.
+
+    Args:
+      inputs: arrays or `jax.ShapeDtypeStruct`, in trees of any form; None where the function takes None.
+
+    Raises:
+      InvalidArgumentError: a loop whose rounds are not known before it runs (`jax.lax.while_loop`).
+    """
+    return _macs(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+
+class Memory(NamedTuple):
+    """Bytes that a compiled forward pass needs on its device.
+
+    Attributes:
+      weights: the parameters.
+      inputs_and_outputs: x, t, the condition and the answer.
+      temporary: what XLA sets aside for everything in between.
+    """
+
+    weights: int
+    inputs_and_outputs: int
+    temporary: int
+
+
+def forward_memory(
+    name_or_module: str | nn.Module, *inputs: Any, dtype: str = "float32", **options: Any
+) -> Memory:
+    """Memory of one forward pass as XLA compiles it for this platform; no weights are made.
+
+    Compiling takes seconds for blocks in a scan (`config.scan`), and up to minutes for a large model without.
+
+    Args:
+      inputs: as for `count_macs`.
+      dtype: of the parameters; what is computed in is the config's `dtype`.
+    """
+    module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
+    inputs = inputs or module.example_inputs()
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes(module))
+    forward = jax.jit(lambda params, *x: module.apply({"params": params}, *x, **options))
+    analysis = forward.lower(params, *inputs).compile().memory_analysis()
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    moved = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return Memory(weights, moved - weights, analysis.temp_size_in_bytes)
+
+
+def _macs(jaxpr: Any) -> int:
+    return sum(_macs_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _macs_of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        features = params["dimension_numbers"].rhs_spec[0]
+        kernel = equation.invars[1].aval.shape
+        taps = math.prod(kernel) // kernel[features]
+        return _size(equation.outvars[0]) * taps // math.prod(params["lhs_dilation"])
+    if name.startswith("dot_product_attention_fwd"):  # cuDNN's kernel: query, key, value [B, N, H, D]
+        query, key = (variable.aval.shape for variable in equation.invars[:2])
+        return 2 * math.prod(query) * key[1]
+    if name == "scan":
+        return params["length"] * _macs(params["jaxpr"].jaxpr)
+    inner = [_macs(jaxpr) for jaxpr in _jaxprs_in(params.values())]
+    if name == "while" and any(inner):
+        raise InvalidArgumentError(
+            "the number of rounds of a while loop is not known before it runs, so its multiply-accumulates "
+            "cannot be counted: count the function inside"
+        )
+    return max(inner, default=0) if name == "cond" else sum(inner)
+
+
+def _jaxprs_in(values: Any) -> Iterator[Any]:
+    """The functions that an equation calls, which stand among its parameters, alone or in a tuple."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _jaxprs_in(value)
+        elif hasattr(value, "jaxpr"):
+            yield value.jaxpr
+        elif hasattr(value, "eqns"):
+            yield value
+
+
+def _size(variable: Any) -> int:
+    return math.prod(variable.aval.shape)

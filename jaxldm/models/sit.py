@@ -1,0 +1,56 @@
+"""SiT (Ma et al. 2024): DiT's network trained to say the velocity of a stochastic interpolant."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxtyping import Array, Float, Int
+
+from jaxldm.models.dit import PATCH_SIZES, SIZES, DiT, DiTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SiTConfig(DiTConfig):
+    """Config of `SiT`: that of `DiT`, and the same parameters.
+
+    learn_sigma: the last layer makes 2 x in_channels, as published, although nothing reads the second half.
+    """
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: the velocity's alone."""
+        return self.in_channels
+
+
+class SiT(DiT):
+    """The velocity of an interpolant by a diffusion transformer. Ma et al. 2024, section 2.1 and 3.
+
+    Parameters and inputs are those of `DiT`, but time is counted as published: t `[B]` in [0, 1] is 0 at
+    noise and 1 at data, and the output `[B, H, W, in_channels]` points from noise to data.
+    `jaxldm.diffusion.from_sit` turns both round to what every path of this library counts.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxldm import models
+    >>> sit = models.build("sit-xl-2")
+    >>> x, t, labels = jnp.zeros((2, 32, 32, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
+    >>> jax.eval_shape(sit.apply, {"params": models.shapes(sit)}, x, t, labels).shape
+    (2, 32, 32, 4)
+    """
+
+    config: SiTConfig
+
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        labels: Int[Array, " B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B H W C"]:
+        return super().__call__(x, t, labels, train)[..., : x.shape[-1]]
+
+
+PRESETS = {
+    f"sit-{size}-{patch}": SiTConfig(patch_size=patch, scan=True, **widths)
+    for size, widths in SIZES.items()
+    for patch in PATCH_SIZES
+}
