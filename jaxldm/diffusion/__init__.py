@@ -31,6 +31,7 @@ from jaxldm.diffusion.betas import (
 from jaxldm.diffusion.classifier_guidance import classifier_guidance
 from jaxldm.diffusion.consistency import consistency_function, lcm_timesteps
 from jaxldm.diffusion.conversion import convert_time, on_path
+from jaxldm.diffusion.cosine_path import cosine_path
 from jaxldm.diffusion.cutting import cut_by_strength, hand_over, split_at_snr
 from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
 from jaxldm.diffusion.guidance import (
@@ -59,6 +60,7 @@ from jaxldm.diffusion.masked_tokens import (
     Unmasking,
     guided_logits,
     make_unmasking,
+    mask_by_chance,
     mask_fraction,
     mask_tokens,
     masked_token_loss,
@@ -115,6 +117,7 @@ __all__ = [
     "continuous_vp_path",
     "convert_time",
     "cosine_betas",
+    "cosine_path",
     "cut",
     "cut_by_strength",
     "denoiser",
@@ -148,6 +151,7 @@ __all__ = [
     "linear_betas",
     "make_grid",
     "make_unmasking",
+    "mask_by_chance",
     "mask_fraction",
     "mask_tokens",
     "masked_token_loss",

@@ -30,8 +30,10 @@ MASK_SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
     "square_root": lambda xp, r: 1 - xp.sqrt(r),
     "arccos": lambda xp, r: xp.arccos(r) / (np.pi / 2),
 }
-# Numbers that an image's key of a step folds in, one for each purpose.
+# Numbers that an image's key of a step folds in, one for each purpose; the key itself folds in the number of
+# the step, and for the start one that no step reaches.
 _TOKEN_NOISE, _CONFIDENCE_NOISE = 0, 1
+_START = 2**32 - 1
 
 
 def mask_fraction(schedule: str, r: Any) -> Any:
@@ -70,6 +72,23 @@ def mask_tokens(
     rank = _rank(jax.random.uniform(order_key, (batch, length)))
     masked = (rank < count[:, None]).reshape(tokens.shape)
     return jnp.where(masked, jnp.asarray(mask_token, tokens.dtype), tokens), masked
+
+
+def mask_by_chance(key: Any, tokens: Int[Array, "B ..."], share: Any, mask_token: int) -> Int[Array, "B ..."]:
+    """The tokens, each masked with probability `share`, whatever becomes of the others.
+
+    How a run starts from an image: share = gamma(r) leaves about as many as a run has behind it at r
+    (Patil et al. 2024, arXiv:2401.01808).
+
+    Args:
+        key: one key (image k uses fold_in(key, k)) or one per image [B].
+        tokens: [B, N] or [B, H, W].
+        share: in [0, 1]; may be traced.
+        mask_token: the id that stands for "unknown".
+    """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(image_keys(key, tokens.shape[0]), np.uint32(_START))
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
+    return jnp.where(drawn < share, jnp.asarray(mask_token, tokens.dtype), tokens)
 
 
 def masked_token_loss(
@@ -133,11 +152,13 @@ class Unmasking(NamedTuple):
         fraction: [N], the part of the unknown tokens that is still masked after each step; 0 after the last.
         temperature: [N], of the noise on the confidence.
         num_steps: None, or in padded arrays the number of steps that count.
+        start: the part that is masked before the first step: 1, or less where a run starts from an image.
     """
 
     fraction: Float[np.ndarray, " steps"]
     temperature: Float[np.ndarray, " steps"]
     num_steps: Any = None
+    start: Any = np.float32(1)
 
 
 def make_unmasking(
@@ -145,6 +166,7 @@ def make_unmasking(
     schedule: str = "cosine",
     temperature: float | Sequence[float] = (2.0, 0.0),
     max_steps: int | None = None,
+    strength: float = 1.0,
 ) -> Unmasking:
     """N steps that leave gamma((i + 1) / N) of the tokens masked, float32, made in float64 on the host.
 
@@ -155,10 +177,11 @@ def make_unmasking(
             (2, 0) is aMUSEd's, (4.5, 0) MaskGIT's. One number is kept throughout: 0 is greedy, and one far
             above the range of confidences gives a random order.
         max_steps: pad to this many steps, so that any N up to it runs in one compiled `sample_tokens`.
+        strength: in (0, 1]; the last int(N strength) steps alone, for a start from an image.
 
     Raises:
         InvalidArgumentError: fewer steps than 1 or more than max_steps, a temperature that is negative or not
-            finite.
+            finite, a strength outside (0, 1] or that leaves no step.
         UnknownNameError: another schedule.
 
     >>> make_unmasking(4, "linear").fraction
@@ -172,16 +195,29 @@ def make_unmasking(
         raise InvalidArgumentError(
             f"temperature is one number or (first, last), each 0 or more, not {temperature}"
         )
-    fraction = mask_fraction(schedule, np.arange(1, count + 1) / count)
+    first = _first_step(count, strength)
+    fraction = mask_fraction(schedule, np.arange(count + 1) / count).astype(np.float32)
     fraction[-1] = 0  # cos(pi / 2) is not, quite
-    columns = [fraction.astype(np.float32), np.linspace(ends[0], ends[-1], count).astype(np.float32)]
+    temperatures = np.linspace(ends[0], ends[-1], count).astype(np.float32)
+    columns, start = [fraction[first + 1 :], temperatures[first:]], fraction[first]
     if max_steps is None:
-        return Unmasking(*columns)
+        return Unmasking(*columns, start=start)
+    count -= first
     if count > max_steps:
         raise InvalidArgumentError(f"{count} steps do not fit into max_steps={max_steps}")
-    return Unmasking(
-        *(np.pad(column, (0, max_steps - count)) for column in columns), num_steps=np.int32(count)
-    )
+    padded = (np.pad(column, (0, max_steps - count)) for column in columns)
+    return Unmasking(*padded, num_steps=np.int32(count), start=start)
+
+
+def _first_step(count: int, strength: float) -> int:
+    """The number of the first of the last int(count strength) steps."""
+    if not 0 < strength <= 1:
+        raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
+    if int(count * strength) == 0:
+        raise InvalidArgumentError(
+            f"strength {strength} of {count} steps leaves none: take {int(np.ceil(1 / strength))} or more"
+        )
+    return count - int(count * strength)
 
 
 def guided_logits(
@@ -228,8 +264,10 @@ def sample_tokens(
     unmasking: Unmasking,
     *,
     mask_token: int,
+    total: Any = None,
     return_trajectory: bool = False,
     callback: Callable[[Any, Any], None] | None = None,
+    progress: Callable[[Any, Any], None] | None = None,
 ) -> Any:
     """Unmasks the tokens, most confident first, as one `jax.lax.scan` (Chang et al. 2022, section 3.3).
 
@@ -237,8 +275,9 @@ def sample_tokens(
 
         log p(drawn token) + temperature Gumbel noise
 
-    are masked again, floor(M gamma((i + 1)/N)) of the M tokens that were unknown at the start, at least one
-    and at most all but one of those still unknown. The last step keeps all. Known tokens are never masked.
+    are masked again, floor(M gamma((i + 1)/N)) of the M tokens that were unknown at the start (or of the
+    `total`), at least one and at most all but one of those still unknown. The last step keeps all. Known
+    tokens are never masked.
 
     Args:
         key: one key (image k uses fold_in(key, k)) or one per image [B].
@@ -249,8 +288,12 @@ def sample_tokens(
         unmasking: from `make_unmasking`.
         mask_token: the id that stands for "unknown". It is never drawn, even where the network has a logit
             for it.
+        total: M, the number of tokens that the fractions are parts of, one or one per image [B]; None: those
+            unknown at the start. All tokens of the image, where the start has lost some of them by chance.
         return_trajectory: also return the tokens after every step, [N + 1, B, ...], the start first.
         callback: called on the host after each step with (steps done, tokens).
+        progress: called on the host after each step with (steps done, steps in all): no image leaves the
+            device.
 
     Returns:
         tokens [B, ...]; with `return_trajectory` the pair (tokens, trajectory).
@@ -269,20 +312,23 @@ def sample_tokens(
     fraction, temperature = jnp.asarray(unmasking.fraction), jnp.asarray(unmasking.temperature)
     num_steps = count if unmasking.num_steps is None else unmasking.num_steps
     flat = (tokens.shape[0], -1)
-    unknown_at_start = _count((tokens == mask_token).reshape(flat))
+    total = _count((tokens == mask_token).reshape(flat)) if total is None else jnp.asarray(total)
+    total = jnp.broadcast_to(total, tokens.shape[:1]).astype(jnp.float32)
 
     def advance(tokens, i):
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i.astype(jnp.uint32))
         known = (tokens != mask_token).reshape(flat)
         drawn, log_p = _draw(step_keys, logits(tokens), tokens, mask_token)
         confidence = log_p.reshape(flat) + temperature[i] * _gumbel(step_keys, known.shape[1:])
-        masked = _whole_part(unknown_at_start.astype(jnp.float32) * fraction[i])
+        masked = _whole_part(total * fraction[i])
         masked = jnp.clip(masked, 1, jnp.maximum(_count(~known) - 1, 1))
         masked = jnp.where(i == num_steps - 1, 0, masked)
         again = (_rank(jnp.where(known, jnp.inf, confidence)) < masked[:, None]) & ~known
         tokens = jnp.where(again.reshape(tokens.shape), jnp.asarray(mask_token, tokens.dtype), drawn)
         if callback is not None:
             jax.debug.callback(callback, i + 1, tokens)
+        if progress is not None:
+            jax.debug.callback(progress, i + 1, num_steps)
         return tokens
 
     def body(tokens, i):

@@ -249,13 +249,47 @@ def test_images_of_tokens_and_a_logit_for_the_mask():
     def with_mask_logit(tokens):
         return jnp.zeros((*tokens.shape, VOCABULARY + 1)).at[..., MASK].set(50.0)
 
-    seen = []
+    seen, told = [], []
     tokens = D.sample_tokens(
         KEY, with_mask_logit, jnp.full((2, 4, 4), MASK), D.make_unmasking(5), mask_token=MASK,
         callback=lambda done, tokens: seen.append(int(done)),
+        progress=lambda done, total: told.append((int(done), int(total))),
     )  # fmt: skip
     jax.effects_barrier()
     assert tokens.shape == (2, 4, 4) and (tokens < MASK).all() and sorted(seen) == [1, 2, 3, 4, 5]
+    assert sorted(told) == [(done, 5) for done in range(1, 6)]
+
+
+def test_a_part_of_the_steps_starts_where_the_steps_before_it_end():
+    whole, last = D.make_unmasking(10, max_steps=12), D.make_unmasking(10, max_steps=12, strength=0.35)
+    assert last.num_steps == 3 and whole.start == 1 and last.start == whole.fraction[6]
+    np.testing.assert_array_equal(last.fraction[:4], whole.fraction[7:11])
+    np.testing.assert_array_equal(last.temperature[:3], whole.temperature[7:10])
+    assert D.make_unmasking(12).fraction.shape == (12,)
+
+
+def test_a_start_that_lost_tokens_by_chance_is_unmasked_by_the_schedule_of_all():
+    tokens = jax.random.randint(KEY, (BATCH, LENGTH), 0, VOCABULARY)
+    for share, lost in ((0.0, 0), (1.0, LENGTH)):
+        assert ((D.mask_by_chance(KEY, tokens, share, MASK) == MASK).sum(1) == lost).all()
+    many = D.mask_by_chance(KEY, jnp.zeros((4000, LENGTH), jnp.int32), 0.3, MASK) == MASK
+    assert abs(many.mean() - 0.3) < 0.01 and many.sum(1).min() < 3 and many.sum(1).max() > 8
+
+    unmasking = D.make_unmasking(8, max_steps=MAX_STEPS, strength=0.75)  # starts from cos(pi / 8) of all
+    begin = D.mask_by_chance(KEY, tokens, unmasking.start, MASK)
+    draw = jax.jit(
+        lambda unmasking: D.sample_tokens(
+            KEY, network, begin, unmasking, mask_token=MASK, total=LENGTH, return_trajectory=True
+        )[1]
+    )
+    left = (np.asarray(draw(unmasking)) == MASK).sum(-1)
+    asked = [math.floor(LENGTH * math.cos(math.pi / 2 * r / 8)) for r in range(3, 8)]
+    for image in range(BATCH):
+        still = left[0, image]
+        for count, number in zip([*asked, 0], left[1:, image], strict=False):
+            still = max(1, min(count, still - 1)) if count else 0
+            assert number == still
+    assert (np.asarray(draw(unmasking))[-1] != MASK).all()
 
 
 @given(schedule=st.sampled_from(sorted(D.MASK_SCHEDULES)), r=st.floats(0, 1))
@@ -333,6 +367,8 @@ def test_seen_tokens_cost_nothing_and_conditions_are_dropped():
     [
         (lambda: D.make_unmasking(0), "at least 1"),
         (lambda: D.make_unmasking(9, max_steps=8), "max_steps"),
+        (lambda: D.make_unmasking(4, strength=0), "strength must lie in"),
+        (lambda: D.make_unmasking(4, strength=0.2), "leaves none: take 5 or more"),
         (lambda: D.make_unmasking(4, temperature=-1.0), "temperature"),
         (lambda: D.make_unmasking(4, temperature=(1.0, np.nan)), "temperature"),
         (lambda: D.make_unmasking(4, temperature=(1.0, 2.0, 3.0)), "temperature"),
