@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 1, 2 and XL: `UNet2DConditionModel` of diffusers, for any image size."""
+"""The U-Net of Stable Diffusion 1, 2 and XL and of DeepFloyd IF: `UNet2DConditionModel` of diffusers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from jaxtyping import Array, Float
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
+from jaxldm.nn.added_kv_attention import AddedKVOptions, TextPoolingEmbedding
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
-from jaxldm.nn.linear import Embedding, compute_dtype
+from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import GroupNorm
 from jaxldm.nn.transformer_2d import TransformerOptions
+from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
-DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+RESNET_DOWN_BLOCKS = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
+RESNET_UP_BLOCKS = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", *RESNET_DOWN_BLOCKS)
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D", *RESNET_UP_BLOCKS)
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn")
 PER_LEVEL = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
 
 
@@ -32,10 +37,18 @@ class UNet2DConditionConfig(ModelConfig):
 
     layers_per_block, attention_head_dim, transformer_layers_per_block, only_cross_attention: one value for
       all levels, or one for each.
-    attention_head_dim: the NUMBER of heads, in spite of its published name.
-    cross_attention_dim: width of the text encoder's hidden states.
+    attention_head_dim: the NUMBER of heads, in spite of its published name; in the SimpleCrossAttn blocks
+      of DeepFloyd IF the channels per head, one number for all levels.
+    cross_attention_dim: width of the text that the attention looks at: of the text encoder's hidden states,
+      or what `encoder_hid_proj` makes of them where they are `encoder_hid_dim` wide.
     addition_embed_type: "text_time" for SDXL's micro-conditioning: the pooled text and sinusoids of the
       `time_ids`, `addition_time_embed_dim` wide each, `projection_class_embeddings_input_dim` in all.
+      "text" for IF: the text pooled by attention of `addition_embed_type_num_heads` heads.
+    act_fn: a name in `ACTIVATIONS`; time_embedding_act_fn: one for the finished time embedding as well, None
+      for no such step; resnet_skip_time_act: then the residual blocks take it as it is.
+    resnet_out_scale_factor, mid_block_scale_factor: what the sums of residual blocks are divided by, those
+      of IF's blocks and those of the middle.
+    cross_attention_norm: "group_norm" for the text in front of SimpleCrossAttn blocks' attention, or None.
     class_embed_type: None with `num_class_embeds` for a table of embeddings (the noise level of the x4
       upscaler), "timestep" for a sinusoid, "projection" for a vector (the image embedding of unCLIP).
     time_cond_proj_dim: width of LCM's guidance embedding, see `jaxldm.nn.guidance_embedding`.
@@ -56,11 +69,15 @@ class UNet2DConditionConfig(ModelConfig):
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
     downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
     dropout: float = 0.0
+    act_fn: str = "silu"
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     class_embed_type: str | None = None
@@ -69,35 +86,31 @@ class UNet2DConditionConfig(ModelConfig):
     num_class_embeds: int | None = None
     upcast_attention: bool | None = False
     resnet_time_scale_shift: str = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
     time_embedding_dim: int | None = None
+    time_embedding_act_fn: str | None = None
     time_cond_proj_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    mid_block_only_cross_attention: bool | None = None
+    cross_attention_norm: str | None = None
+    addition_embed_type_num_heads: int = 64
     dtype: str = "float32"
     remat: bool = False
 
     published: ClassVar = True
     fixed: ClassVar = {
         "center_input_sample": False,
-        "mid_block_scale_factor": 1,
-        "act_fn": "silu",
         "reverse_transformer_layers_per_block": None,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
         "num_attention_heads": None,
         "dual_cross_attention": False,
-        "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0,
         "time_embedding_type": "positional",
-        "time_embedding_act_fn": None,
         "timestep_post_act": None,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "attention_type": "default",
         "class_embeddings_concat": False,
-        "cross_attention_norm": None,
     }
-    # Of embeddings and of a mid block that are not supported here.
-    ignored: ClassVar = frozenset({"addition_embed_type_num_heads", "mid_block_only_cross_attention"})
 
     def __post_init__(self):
         check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
@@ -109,23 +122,45 @@ class UNet2DConditionConfig(ModelConfig):
                 len(values) == levels and all(isinstance(one, int) for one in values),
                 f"{name} {value} should be one value, or one for each of the {levels} block_out_channels",
             )
-        check(
-            self.mid_block_type in ("UNetMidBlock2DCrossAttn", None),
-            "mid_block_type is 'UNetMidBlock2DCrossAttn' or None",
-        )
+        if self.mid_block_type is not None:
+            one_of("mid_block_type", self.mid_block_type, MID_BLOCKS)
         check(isinstance(self.cross_attention_dim, int), "cross_attention_dim is one number for all levels")
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
         check_groups(self.block_out_channels, self.norm_num_groups)
         self._check_embeddings()
+        self._check_resnet_blocks()
         compute_dtype(self.dtype)
+
+    def _check_resnet_blocks(self):
+        """What the blocks of IF have of their own: two switches that diffusers' other blocks do not heed."""
+        for name in ("act_fn", "time_embedding_act_fn"):
+            one_of(name, getattr(self, name) or "silu", ACTIVATIONS)
+        one_of("cross_attention_norm", self.cross_attention_norm or "none", ("none", "group_norm"))
+        kinds = {*self.down_block_types, *self.up_block_types, self.mid_block_type} - {None}
+        simple = {kind for kind in kinds if "Simple" in kind}
+        check(
+            not simple or isinstance(self.attention_head_dim, int),
+            "attention_head_dim is one number, the channels per head, where there are SimpleCrossAttn blocks",
+        )
+        others = sorted(kinds - {*RESNET_DOWN_BLOCKS, *RESNET_UP_BLOCKS, MID_BLOCKS[1]})
+        check(
+            not others or not (self.resnet_skip_time_act or self.resnet_out_scale_factor != 1),
+            "resnet_skip_time_act and resnet_out_scale_factor are for Resnet...sampleBlock2D and "
+            f"SimpleCrossAttn blocks, not for {', '.join(others)}",
+        )
 
     def _check_embeddings(self):
         one_of("class_embed_type", self.class_embed_type or "none", ("none", "timestep", "projection"))
-        one_of("addition_embed_type", self.addition_embed_type or "none", ("none", "text_time"))
-        if self.addition_embed_type or self.class_embed_type == "projection":
+        one_of("addition_embed_type", self.addition_embed_type or "none", ("none", "text_time", "text"))
+        one_of("encoder_hid_dim_type", self.encoder_hid_dim_type or "none", ("none", "text_proj"))
+        check(
+            self.encoder_hid_dim is not None or self.encoder_hid_dim_type is None,
+            "encoder_hid_dim_type 'text_proj' needs encoder_hid_dim, the width of the text encoder's states",
+        )
+        if self.addition_embed_type == "text_time" or self.class_embed_type == "projection":
             needed = {"projection_class_embeddings_input_dim": self.projection_class_embeddings_input_dim}
-            if self.addition_embed_type:
+            if self.addition_embed_type == "text_time":
                 needed["addition_time_embed_dim"] = self.addition_time_embed_dim
             for name, value in needed.items():
                 check(value is not None, f"{name} is missing, which the embeddings of this config need")
@@ -134,6 +169,17 @@ class UNet2DConditionConfig(ModelConfig):
     def has_classes(self) -> bool:
         """Whether the network is called with `class_labels`."""
         return self.class_embed_type is not None or self.num_class_embeds is not None
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the `encoder_hidden_states` that the network is called with."""
+        return self.cross_attention_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
+
+    @property
+    def size_multiple(self) -> int:
+        """What the image's sides must be divisible by: residual blocks double exactly what they halved."""
+        whole = {*RESNET_DOWN_BLOCKS, *RESNET_UP_BLOCKS} & {*self.down_block_types, *self.up_block_types}
+        return 2 ** (len(self.block_out_channels) - 1) if whole else 1
 
     def of_level(self, name: str, level: int) -> Any:
         """The value of a field that may be one for all levels or one for each."""
@@ -144,25 +190,30 @@ class UNet2DConditionConfig(ModelConfig):
 class UNet2DConditionModel(nn.Module):
     """U-Net with spatial transformers. Rombach et al. 2022, section 3.3; Podell et al. 2023 (SDXL).
 
+    With the SimpleCrossAttn blocks of DeepFloyd IF, the efficient U-Net of Imagen: Saharia et al. 2022,
+    sections 2.3-2.5 and appendix B.
+
     Args of the call:
       x: `[B, H, W, in_channels]` latents, any H and W: a side that is halved to ceil(H / 2) comes back to H
-        on the way up. For inpainting (9 channels) and instructions (8) the latents come first, then the mask
-        and the latents of the given image.
+        on the way up (IF's blocks: multiples of `config.size_multiple`). For inpainting (9 channels) and
+        instructions (8) the latents come first, then the mask and the latents of the given image; for
+        IF's super-resolution (6) the noisy pixels, then those of the small image, enlarged.
       t: `[B]` floating; times as the path counts them, may be fractional.
-      encoder_hidden_states: `[B, T, cross_attention_dim]` of the text encoder.
+      encoder_hidden_states: `[B, T, config.text_dim]` of the text encoder.
       encoder_attention_mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
       text_embeds: `[B, P]`, SDXL's pooled text.
       time_ids: `[B, 6]` for SDXL: height and width of the original image, top and left of the crop, height
         and width to draw, in pixels; `[B, 5]` for its refiner: the aesthetic score in place of the last two.
       timestep_cond: `[B, time_cond_proj_dim]`, LCM's `guidance_embedding`; None leaves it out.
-      class_labels: int `[B]`, or `[B, projection_class_embeddings_input_dim]` for unCLIP.
+      class_labels: int `[B]`, or `[B, projection_class_embeddings_input_dim]` for unCLIP; for IF's
+        super-resolution the time up to which the small image was noised.
       train: draw dropout from the rng stream "dropout".
 
     Returns `[B, H, W, out_channels]` in the dtype of x.
 
     Raises:
       InvalidArgumentError: an input is missing, given to a network that has no use for it, or of a width
-        that this network does not take.
+        or size that this network does not take.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -196,18 +247,25 @@ class UNet2DConditionModel(nn.Module):
         temb = self._embed(t, timestep_cond)
         if config.has_classes:
             temb = temb + self._class_embedding(class_labels)
-        if config.addition_embed_type is not None:
+        if config.addition_embed_type == "text_time":
             temb = temb + self._text_time_embedding(text_embeds, time_ids)
+        elif config.addition_embed_type == "text":
+            heads = config.addition_embed_type_num_heads
+            pool = TextPoolingEmbedding(self._time_dim, heads, config.dtype, name="add_embedding")
+            temb = temb + pool(encoder_hidden_states)
+        if config.time_embedding_act_fn is not None:
+            temb = ACTIVATIONS[config.time_embedding_act_fn](temb)
+        if config.encoder_hid_dim is not None:
+            project = Linear(config.cross_attention_dim, dtype=config.dtype, name="encoder_hid_proj")
+            encoder_hidden_states = project(encoder_hidden_states)
         condition = (temb, train, encoder_hidden_states, encoder_attention_mask)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
         h, skips = walk_down(h, self._down_blocks(), *condition)
         if config.mid_block_type is not None:
-            last = len(config.block_out_channels) - 1
-            options = self._level_options() | {"transformer": self._transformer(last, mid=True)}
-            h = MidBlock2D(name="mid_block", **options)(h, *condition)
+            h = self._mid_block()(h, *condition)
         h = walk_up(h, skips, self._up_blocks(), *condition)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
-        h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(nn.silu(h))
+        h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(ACTIVATIONS[config.act_fn](h))
         return h.astype(x.dtype)
 
     def _sinusoid(self, t: Float[Array, " N"], dim: int) -> Float[Array, "N dim"]:
@@ -222,16 +280,17 @@ class UNet2DConditionModel(nn.Module):
 
     def _embed(self, t: Float[Array, " B"], timestep_cond: Array | None) -> Float[Array, "B time"]:
         config = self.config
-        embedding = TimestepEmbedding(self._time_dim, config.dtype, name="time_embedding")
+        embedding = TimestepEmbedding(self._time_dim, config.dtype, act=config.act_fn, name="time_embedding")
         return embedding(self._sinusoid(t, config.block_out_channels[0]), timestep_cond)
 
     def _class_embedding(self, labels: Array) -> Float[Array, "B time"]:
         config, name = self.config, "class_embedding"
         if config.class_embed_type is None:
             return Embedding(config.num_class_embeds, self._time_dim, config.dtype, name=name)(labels)
+        act = "silu"
         if config.class_embed_type == "timestep":
-            labels = self._sinusoid(labels, config.block_out_channels[0])
-        return TimestepEmbedding(self._time_dim, config.dtype, name=name)(labels)
+            labels, act = self._sinusoid(labels, config.block_out_channels[0]), config.act_fn
+        return TimestepEmbedding(self._time_dim, config.dtype, act=act, name=name)(labels)
 
     def _text_time_embedding(
         self, text_embeds: Float[Array, "B P"], time_ids: Float[Array, "B ids"]
@@ -257,18 +316,40 @@ class UNet2DConditionModel(nn.Module):
             "eps": config.norm_eps,
             "dropout": config.dropout,
             "time_scale_shift": config.resnet_time_scale_shift,
+            "act": config.act_fn,
+            "skip_time_act": config.resnet_skip_time_act,
+            "output_scale_factor": config.resnet_out_scale_factor,
             "dtype": config.dtype,
             "remat": config.remat,
         }
 
-    def _transformer(self, level: int, mid: bool = False) -> TransformerOptions:
+    def _block_options(self, kind: str, level: int) -> dict[str, Any]:
+        """What follows from the type of a block: its attention, and how it changes the size."""
         config = self.config
-        return TransformerOptions(
-            config.of_level("attention_head_dim", level),
-            config.of_level("transformer_layers_per_block", level),
-            config.use_linear_projection,
-            not mid and config.of_level("only_cross_attention", level),
-        )
+        head_dim = config.of_level("attention_head_dim", level)
+        only_cross_attention = config.of_level("only_cross_attention", level)
+        if kind == "UNetMidBlock2DCrossAttn":
+            only_cross_attention = False
+        elif kind == "UNetMidBlock2DSimpleCrossAttn":
+            only_cross_attention = config.mid_block_only_cross_attention
+            if only_cross_attention is None:
+                only_cross_attention = config.only_cross_attention is True
+        options: dict[str, Any] = {"resnet_resampling": kind in (*RESNET_DOWN_BLOCKS, *RESNET_UP_BLOCKS)}
+        if "SimpleCrossAttn" in kind:
+            context_norm = config.cross_attention_norm is not None
+            options["added_kv"] = AddedKVOptions(head_dim, only_cross_attention, context_norm)
+        elif "CrossAttn" in kind:
+            layers = config.of_level("transformer_layers_per_block", level)
+            options["transformer"] = TransformerOptions(
+                head_dim, layers, config.use_linear_projection, only_cross_attention
+            )
+        return options
+
+    def _mid_block(self) -> MidBlock2D:
+        config = self.config
+        options = self._level_options() | {"output_scale_factor": config.mid_block_scale_factor}
+        options |= self._block_options(config.mid_block_type, len(config.block_out_channels) - 1)
+        return MidBlock2D(name="mid_block", **options)
 
     def _down_blocks(self) -> list[DownBlock2D]:
         config = self.config
@@ -277,11 +358,11 @@ class UNet2DConditionModel(nn.Module):
             DownBlock2D(
                 out_channels=config.block_out_channels[level],
                 num_layers=config.of_level("layers_per_block", level),
-                transformer=self._transformer(level) if kind == "CrossAttnDownBlock2D" else None,
                 add_downsample=level < last,
                 downsample_padding=config.downsample_padding,
                 name=f"down_blocks_{level}",
                 **self._level_options(),
+                **self._block_options(kind, level),
             )
             for level, kind in enumerate(config.down_block_types)
         ]
@@ -293,10 +374,10 @@ class UNet2DConditionModel(nn.Module):
             UpBlock2D(
                 out_channels=config.block_out_channels[last - i],
                 num_layers=config.of_level("layers_per_block", last - i) + 1,
-                transformer=self._transformer(last - i) if kind == "CrossAttnUpBlock2D" else None,
                 add_upsample=i < last,
                 name=f"up_blocks_{i}",
                 **self._level_options(),
+                **self._block_options(kind, last - i),
             )
             for i, kind in enumerate(config.up_block_types)
         ]
@@ -306,17 +387,23 @@ class UNet2DConditionModel(nn.Module):
         if x.shape[-1] != config.in_channels:
             raise InvalidArgumentError(
                 f"x has {x.shape[-1]} channels; this U-Net takes {config.in_channels} (4: latents, 9: with "
-                "mask and masked image, 8: with the image to edit)"
+                "mask and masked image, 8: with the image to edit; DeepFloyd IF 3: pixels, 6: with the "
+                "small image)"
             )
-        if encoder_hidden_states.shape[-1] != config.cross_attention_dim:
+        if encoder_hidden_states.shape[-1] != config.text_dim:
             raise InvalidArgumentError(
                 f"encoder_hidden_states are {encoder_hidden_states.shape[-1]} wide; this U-Net takes "
-                f"{config.cross_attention_dim}: they are of another text encoder"
+                f"{config.text_dim}: they are of another text encoder"
+            )
+        multiple, (height, width) = config.size_multiple, x.shape[1:3]
+        if height % multiple or width % multiple:
+            raise InvalidArgumentError(
+                f"images of {height}x{width}; this U-Net takes sides that are multiples of {multiple}"
             )
 
     def _check_presence(self, text_embeds, time_ids, timestep_cond, class_labels) -> None:
         config = self.config
-        needs_text = config.addition_embed_type is not None
+        needs_text = config.addition_embed_type == "text_time"
         for name, value, needed, field in (
             ("text_embeds", text_embeds, needs_text, "addition_embed_type"),
             ("time_ids", time_ids, needs_text, "addition_embed_type"),
@@ -337,7 +424,7 @@ class UNet2DConditionModel(nn.Module):
             return None if width is None else jax.ShapeDtypeStruct((1, width), jnp.float32)
 
         text = time_ids = labels = None
-        if config.addition_embed_type is not None:  # how many time_ids there are, the config does not tell
+        if config.addition_embed_type == "text_time":  # how many time_ids there are, the config does not tell
             total, dim = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
             text, time_ids = row(total - dim), row(1)
         if config.class_embed_type == "projection":
@@ -345,7 +432,7 @@ class UNet2DConditionModel(nn.Module):
         elif config.has_classes:
             labels = jax.ShapeDtypeStruct((1,), jnp.int32)
         t = jax.ShapeDtypeStruct((1,), jnp.float32)
-        states = jax.ShapeDtypeStruct((1, 77, config.cross_attention_dim), jnp.float32)
+        states = jax.ShapeDtypeStruct((1, 77, config.text_dim), jnp.float32)
         x = image_shape(config)
         return (*x, t, states, None, text, time_ids, row(config.time_cond_proj_dim), labels)
 

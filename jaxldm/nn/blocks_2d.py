@@ -1,8 +1,9 @@
 """The levels of U-Nets and convolutional autoencoders: residual blocks, attention, a change of size.
 
 One class per direction serves what diffusers calls DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D,
-DownEncoderBlock2D and UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, UpDecoderBlock2D: they differ only in
-attention, the time embedding and skip connections.
+DownEncoderBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D and UpBlock2D, AttnUpBlock2D,
+CrossAttnUpBlock2D, UpDecoderBlock2D, ResnetUpsampleBlock2D, SimpleCrossAttnUpBlock2D: they differ only in
+attention, the time embedding, skip connections and what changes the size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.nn.added_kv_attention import AddedKVAttention, AddedKVOptions
 from jaxldm.nn.attention import Attention2D
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
@@ -22,8 +24,11 @@ class _Level(nn.Module, kw_only=True):
     """What the levels share: how to make their residual and attention blocks under the published names.
 
     `attention`: attention over the pixels after every residual block. `transformer`: a spatial transformer
-    in its place. `remat`: keep no activations inside residual and transformer blocks for the backward pass,
-    compute them again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    in its place. `added_kv`: attention to the text and the pixels in its place. `resnet_resampling`: a
+    residual block changes the size, not a convolution. `act`, `skip_time_act`, `output_scale_factor`: of the
+    residual blocks, see `ResnetBlock2D`. `remat`: keep no activations inside residual and transformer blocks
+    for the backward pass, compute them again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+    Cost").
     """
 
     num_groups: int = 32
@@ -33,10 +38,15 @@ class _Level(nn.Module, kw_only=True):
     attention: bool = False
     attention_head_dim: int | None = None
     transformer: TransformerOptions | None = None
+    added_kv: AddedKVOptions | None = None
+    resnet_resampling: bool = False
+    act: str = "silu"
+    skip_time_act: bool = False
+    output_scale_factor: float = 1.0
     dtype: str = "float32"
     remat: bool = False
 
-    def resnet(self, index: int, channels: int, x, temb, train: bool) -> Float[Array, "B H W C"]:
+    def resnet(self, name: str, channels: int, x, temb, train: bool, resample: str | None = None) -> Array:
         kind = nn.remat(ResnetBlock2D, static_argnums=(3,)) if self.remat else ResnetBlock2D
         block = kind(
             channels,
@@ -45,7 +55,11 @@ class _Level(nn.Module, kw_only=True):
             self.dropout,
             self.time_scale_shift,
             self.dtype,
-            name=f"resnets_{index}",
+            self.act,
+            self.skip_time_act,
+            self.output_scale_factor,
+            resample,
+            name=name,
         )
         return block(x, temb, train)
 
@@ -54,6 +68,9 @@ class _Level(nn.Module, kw_only=True):
         if self.transformer is not None:
             block = Transformer2D(self.transformer, self.num_groups, self.dtype, self.remat, name=name)
             return block(x, context, mask)
+        if self.added_kv is not None:
+            kind = nn.remat(AddedKVAttention) if self.remat else AddedKVAttention
+            return kind(self.added_kv, self.num_groups, self.dtype, name=name)(x, context, mask)
         if self.attention:
             return Attention2D(self.attention_head_dim, groups, self.eps, self.dtype, name=name)(x)
         return x
@@ -82,11 +99,14 @@ class DownBlock2D(_Level, kw_only=True):
     ) -> tuple[Float[Array, "B h w out"], tuple[Array, ...]]:
         skips = []
         for i in range(self.num_layers):
-            x = self.resnet(i, self.out_channels, x, temb, train)
+            x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
             x = self.attend(i, self.num_groups, x, context, mask)
             skips.append(x)
         if self.add_downsample:
-            x = Downsample2D(self.downsample_padding, self.dtype, name="downsamplers_0")(x)
+            if self.resnet_resampling:
+                x = self.resnet("downsamplers_0", self.out_channels, x, temb, train, "down")
+            else:
+                x = Downsample2D(self.downsample_padding, self.dtype, name="downsamplers_0")(x)
             skips.append(x)
         return x, tuple(skips)
 
@@ -97,7 +117,7 @@ class UpBlock2D(_Level, kw_only=True):
     Args of the call:
       skips: one array per layer, the last one first used; None for autoencoders, which have none.
       context, mask: those of `Transformer2D`.
-      output_size: (h, w) to upsample to, see `Upsample2D`.
+      output_size: (h, w) to upsample to, see `Upsample2D`; residual blocks always double.
     """
 
     out_channels: int
@@ -118,9 +138,11 @@ class UpBlock2D(_Level, kw_only=True):
         for i in range(self.num_layers):
             if skips is not None:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
-            x = self.resnet(i, self.out_channels, x, temb, train)
+            x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
             x = self.attend(i, self.num_groups, x, context, mask)
-        if self.add_upsample:
+        if self.add_upsample and self.resnet_resampling:
+            x = self.resnet("upsamplers_0", self.out_channels, x, temb, train, "up")
+        elif self.add_upsample:
             x = Upsample2D(self.dtype, name="upsamplers_0")(x, output_size)
         return x
 
@@ -145,9 +167,9 @@ class MidBlock2D(_Level, kw_only=True):
         mask: Array | None = None,
     ) -> Float[Array, "B H W C"]:
         channels = x.shape[-1]
-        x = self.resnet(0, channels, x, temb, train)
+        x = self.resnet("resnets_0", channels, x, temb, train)
         x = self.attend(0, self.attention_groups, x, context, mask)
-        return self.resnet(1, channels, x, temb, train)
+        return self.resnet("resnets_1", channels, x, temb, train)
 
 
 def walk_down(

@@ -59,6 +59,7 @@ class TimestepEmbedding(nn.Module):
     to x: the guidance of LCM.
 
     hidden_dim: width in between; None: dim. names: of the two layers, where a checkpoint has others.
+    act: a name in `ACTIVATIONS`, in place of SiLU.
     """
 
     dim: int
@@ -66,6 +67,7 @@ class TimestepEmbedding(nn.Module):
     use_bias: bool = True
     hidden_dim: int | None = None
     names: tuple[str, str] = ("linear_1", "linear_2")
+    act: str = "silu"
 
     @nn.compact
     def __call__(
@@ -75,7 +77,7 @@ class TimestepEmbedding(nn.Module):
             project = Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
             x = x.astype(compute_dtype(self.dtype)) + project(condition)
         hidden, (first, second) = self.hidden_dim or self.dim, self.names
-        x = nn.silu(Linear(hidden, self.use_bias, self.dtype, name=first)(x))
+        x = ACTIVATIONS[self.act](Linear(hidden, self.use_bias, self.dtype, name=first)(x))
         return Linear(self.dim, self.use_bias, self.dtype, name=second)(x)
 
 

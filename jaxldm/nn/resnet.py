@@ -11,14 +11,21 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm
+from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 class ResnetBlock2D(nn.Module):
-    """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))). `[B, H, W, C]` in.
+    """shortcut(x) + conv2(dropout(act(norm2(conv1(act(norm1(x))) + time)))). `[B, H, W, C]` in.
 
-    Ho et al. 2020, appendix B. The time embedding enters as `time_emb_proj(silu(temb))`: added before `norm2`
+    Ho et al. 2020, appendix B. The time embedding enters as `time_emb_proj(act(temb))`: added before `norm2`
     ("default"), or as (1 + scale) and shift after it ("scale_shift", Dhariwal & Nichol 2021, section 4.3).
-    Returns `[B, H, W, out_channels]`; the shortcut is a 1x1 convolution where the channels change.
+    Returns `[B, h, w, out_channels]`; the shortcut is a 1x1 convolution where the channels change.
+
+    act: a name in `ACTIVATIONS`.
+    skip_time_act: the time embedding is through its activation already.
+    output_scale_factor: the sum is divided by it: sqrt(2) keeps the variance (Song et al. 2021, appendix H).
+    resample: "down" halves the image in front of `conv1` and in the shortcut, by the mean of 2x2 pixels (an
+      odd side loses its last row), "up" doubles it by nearest neighbour (Song et al. 2021, as in BigGAN).
 
     Args of the call:
       temb: `[B, time]`, or None for blocks without time (autoencoders).
@@ -31,33 +38,44 @@ class ResnetBlock2D(nn.Module):
     dropout: float = 0.0
     time_scale_shift: str = "default"
     dtype: str = "float32"
+    act: str = "silu"
+    skip_time_act: bool = False
+    output_scale_factor: float = 1.0
+    resample: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], temb: Float[Array, "B time"] | None = None, train: bool = False
-    ) -> Float[Array, "B H W out"]:
+    ) -> Float[Array, "B h w out"]:
         chex.assert_rank(x, 4)
+        act = ACTIVATIONS[self.act]
         norm = {"num_groups": self.num_groups, "eps": self.eps, "dtype": self.dtype}
-        h = nn.silu(GroupNorm(**norm, name="norm1")(x))
-        h = Conv2d(self.out_channels, dtype=self.dtype, name="conv1")(h)
+        h = act(GroupNorm(**norm, name="norm1")(x))
+        if self.resample == "down":
+            x, h = average_2x2(x), average_2x2(h)
+        doubled = self.resample == "up"  # h by the convolution itself
+        x = upsample_nearest(x) if doubled else x
+        h = Conv2d(self.out_channels, dtype=self.dtype, doubled=doubled, name="conv1")(h)
         scale_shift = self.time_scale_shift == "scale_shift"
         time = None
         if temb is not None:
             features = 2 * self.out_channels if scale_shift else self.out_channels
-            time = Linear(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+            temb = temb if self.skip_time_act else act(temb)
+            time = Linear(features, dtype=self.dtype, name="time_emb_proj")(temb)[:, None, None, :]
         if time is not None and not scale_shift:
             h = h + time
         h = GroupNorm(**norm, name="norm2")(h)
         if time is not None and scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
             h = h * (1 + scale) + shift
-        h = nn.silu(h)
+        h = act(h)
         if self.dropout > 0.0:
             h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv2d(self.out_channels, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.out_channels:
             x = Conv2d(self.out_channels, kernel_size=1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
-        return x.astype(h.dtype) + h
+        h = x.astype(h.dtype) + h
+        return h if self.output_scale_factor == 1.0 else h / self.output_scale_factor
 
 
 class Downsample2D(nn.Module):
@@ -74,6 +92,14 @@ class Downsample2D(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
         sides = (1, 1) if self.padding == 1 else (0, 1)
         return Conv2d(x.shape[-1], stride=2, padding=sides, dtype=self.dtype, name="conv")(x)
+
+
+def average_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Every 2x2 square becomes its mean, in float32; the last row or column of an odd side is left out."""
+    batch, height, width, channels = x.shape
+    squares = x[:, : height // 2 * 2, : width // 2 * 2].astype(jnp.float32)
+    squares = squares.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return squares.mean((2, 4)).astype(x.dtype)
 
 
 def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:

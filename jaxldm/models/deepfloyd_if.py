@@ -1,0 +1,71 @@
+"""The U-Nets of DeepFloyd IF, the open Imagen: presets of `UNet2DConditionModel`. Saharia et al. 2022.
+
+Stage I draws 64x64 pixels from a text; stage II makes 256x256 of them, told how much noise was put on the
+small image. All look at T5-XXL's hidden states, 77 tokens of 4096 numbers, and say eps and a variance.
+"""
+
+from __future__ import annotations
+
+from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
+
+_SQRT_2 = 1 / 0.7071  # as the published configs round it
+
+
+def _stage_1(width: int) -> UNet2DConditionConfig:
+    return UNet2DConditionConfig(
+        sample_size=64,
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=(*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+        block_out_channels=(width, 2 * width, 3 * width, 4 * width),
+        layers_per_block=3,
+        act_fn="gelu",
+        cross_attention_dim=4 * width,
+        encoder_hid_dim=4096,
+        encoder_hid_dim_type="text_proj",
+        attention_head_dim=64,
+        addition_embed_type="text",
+        resnet_time_scale_shift="scale_shift",
+        cross_attention_norm="group_norm",
+    )
+
+
+def _stage_2(width: int) -> UNet2DConditionConfig:
+    channels = (width, 2 * width, 4 * width, 6 * width, 8 * width)
+    return UNet2DConditionConfig(
+        sample_size=256,
+        in_channels=6,
+        out_channels=6,
+        down_block_types=(*("ResnetDownsampleBlock2D",) * 3, *("SimpleCrossAttnDownBlock2D",) * 2),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=(*("SimpleCrossAttnUpBlock2D",) * 2, *("ResnetUpsampleBlock2D",) * 3),
+        block_out_channels=channels,
+        layers_per_block=(2, 2, 3, 5, 5),
+        mid_block_scale_factor=_SQRT_2,
+        act_fn="gelu",
+        cross_attention_dim=channels[-1],
+        encoder_hid_dim=4096,
+        encoder_hid_dim_type="text_proj",
+        attention_head_dim=64,
+        class_embed_type="timestep",
+        addition_embed_type="text",
+        resnet_time_scale_shift="scale_shift",
+        resnet_skip_time_act=True,
+        resnet_out_scale_factor=_SQRT_2,
+        time_embedding_dim=channels[-1],
+        time_embedding_act_fn="gelu",
+        cross_attention_norm="group_norm",
+    )
+
+
+PRESETS = {
+    # Stage I: 4.3 B, 900 M and 400 M parameters on their cards.
+    "if-i-xl": _stage_1(704),
+    "if-i-l": _stage_1(320),
+    "if-i-m": _stage_1(192),
+    # Stage II: 1.2 B and 450 M.
+    "if-ii-l": _stage_2(160),
+    "if-ii-m": _stage_2(96),
+}
