@@ -24,6 +24,7 @@ from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_fo
 from jaxldm.pipelines.latent_diffusion import Images, LatentDiffusion, Settings, draw, named_solver
 from jaxldm.pipelines.latent_images import decode_images, encode_images
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.schedulers import Plan, default_solver, make_plan
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
@@ -37,6 +38,8 @@ __all__ = [
     "Images",
     "LatentDiffusion",
     "Network",
+    "PixArtAlpha",
+    "PixArtSigma",
     "Plan",
     "Settings",
     "StableDiffusion",

@@ -12,6 +12,7 @@ import flax.linen as nn
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_pipeline import TextPipeline
@@ -20,6 +21,8 @@ from jaxldm.pipelines.text_pipeline import TextPipeline
 FAMILIES: tuple[type[TextPipeline], ...] = (
     StableDiffusion,
     StableDiffusionXL,
+    PixArtSigma,
+    PixArtAlpha,
 )
 # `_class_name` of model_index.json -> the pipeline here.
 PIPELINES: dict[str, type[TextPipeline]] = {name: kind for kind in FAMILIES for name in kind.class_names}
