@@ -2,6 +2,12 @@
 (`checkpoints.training_store`).
 """
 
+from jaxldm.checkpoints.dit_files import (
+    dit_from_diffusers,
+    dit_to_diffusers,
+    load_dit_file,
+    save_dit_file,
+)
 from jaxldm.checkpoints.folder import load, read_config, save
 from jaxldm.checkpoints.lora import load_lora, merge_lora
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
@@ -12,9 +18,12 @@ from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 __all__ = [
     "Tokenizer",
     "Tokens",
+    "dit_from_diffusers",
+    "dit_to_diffusers",
     "from_state_dict",
     "load",
     "load_components",
+    "load_dit_file",
     "load_lora",
     "load_single_file",
     "load_tokenizer",
@@ -23,6 +32,7 @@ __all__ = [
     "read_model_index",
     "save",
     "save_components",
+    "save_dit_file",
     "save_single_file",
     "to_state_dict",
 ]
