@@ -31,7 +31,7 @@ from jaxldm.diffusion.betas import (
 from jaxldm.diffusion.classifier_guidance import classifier_guidance
 from jaxldm.diffusion.consistency import consistency_function, lcm_timesteps
 from jaxldm.diffusion.conversion import convert_time, on_path
-from jaxldm.diffusion.cosine_path import cosine_path
+from jaxldm.diffusion.cosine import cosine_path
 from jaxldm.diffusion.cutting import cut_by_strength, hand_over, split_at_snr
 from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
 from jaxldm.diffusion.guidance import (

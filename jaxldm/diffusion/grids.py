@@ -76,7 +76,7 @@ def make_grid(
         num_inference_steps: N. May be left out where `timesteps` or a list of `sigmas` is given.
         spacing: which t, a name of `SPACINGS`, which says what each does: "trailing" (the default),
             "leading",
-            "linspace", "linspace_fractional", "leading_open", "linspace_open", "beta", "lcm".
+            "linspace", "linspace_fractional", "leading_open", "linspace_open", "beta", "stage_c", "lcm".
         sigmas: a name of `SIGMAS`, which respaces the noise level between the ends of `spacing` (the whole
             path when none is named): "karras" (the default on an EDM path), "exponential", "uniform_log_snr",
             "beta"; a table, "ays_sd15", "ays_sdxl", "ays_svd"; or the levels themselves, noisiest first. The

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxldm.diffusion import betas as beta_schedules
+from jaxldm.diffusion.cosine import cosine_path
 from jaxldm.diffusion.interpolants import interpolant_path
 from jaxldm.diffusion.paths import Path, continuous_vp_path, edm_path, vp_path
 from jaxldm.diffusion.predictions import PREDICTIONS
@@ -17,7 +18,7 @@ from jaxldm.diffusion.rectified_flow import flow_path, resolution_shift
 from jaxldm.diffusion.sampling import Denoiser, denoiser, edm_preconditioned
 from jaxldm.errors import InvalidArgumentError, one_of
 
-PATHS = ("vp", "edm", "flow", "continuous_vp", "interpolant")
+PATHS = ("vp", "edm", "flow", "continuous_vp", "interpolant", "cosine")
 # Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
 BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] = {
     "linear": (beta_schedules.linear_betas, (1e-4, 0.02)),
@@ -35,7 +36,7 @@ BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] =
 class NoiseSchedule:
     """Path and prediction of a trained network.
 
-    path: "vp" (DDPM), "edm", "flow", "continuous_vp" or "interpolant".
+    path: "vp" (DDPM), "edm", "flow", "continuous_vp", "interpolant" or "cosine".
     prediction: one of `jaxldm.diffusion.PREDICTIONS`; the network of an "edm" path is preconditioned instead.
     betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr: of the "vp" path alone; a beta_start
       or beta_end of None is the published one.
@@ -49,6 +50,7 @@ class NoiseSchedule:
     dynamic_shift: of "flow", (base_shift, max_shift, base_tokens, max_tokens) of `resolution_shift`, or None;
       FLUX.1-dev has (0.5, 1.15, 256, 4096). Then `make_path` wants the number of image tokens.
     dynamic_shift_kind: "exponential" or "linear".
+    offset, scaler: of "cosine".
     """
 
     path: str = "vp"
@@ -71,6 +73,8 @@ class NoiseSchedule:
     shift: float = 1.0
     dynamic_shift: tuple[float, float, int, int] | None = None
     dynamic_shift_kind: str = "exponential"
+    offset: float = 0.008
+    scaler: float = 1.0
 
     def __post_init__(self):
         for name in ("trained_betas", "gamma", "dynamic_shift"):  # lists, where they come from JSON
@@ -142,6 +146,8 @@ def _make_path(schedule: NoiseSchedule, num_image_tokens: int | None) -> Path:
     one_of("prediction", schedule.prediction, PREDICTIONS)
     if schedule.path == "edm":
         return edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
+    if schedule.path == "cosine":
+        return cosine_path(schedule.offset, schedule.scaler)
     if schedule.path == "continuous_vp":
         return continuous_vp_path(schedule.beta_min, schedule.beta_max, schedule.t_min)
     if schedule.path == "interpolant":

@@ -45,6 +45,7 @@ _DISCRETE = {
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _CONTINUOUS_VP = "ScoreSdeVpScheduler"
+_COSINE = "DDPMWuerstchenScheduler"
 _OURS = "NoiseSchedule"  # paths that no scheduler there walks
 _SIGMAS = {
     "karras": "use_karras_sigmas",
@@ -72,7 +73,7 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
     {'spacing': 'leading', 'steps_offset': 1}
     """
     name = config.get("_class_name")
-    known = [*_DISCRETE, *_EDM, *_FLOW, _CONTINUOUS_VP, _OURS]
+    known = [*_DISCRETE, *_EDM, *_FLOW, _CONTINUOUS_VP, _COSINE, _OURS]
     if name not in known:
         raise CheckpointError(f"scheduler_config.json has _class_name {name!r}; known: {', '.join(known)}")
     try:
@@ -102,6 +103,12 @@ def _read(name: str, config: Mapping[str, Any]) -> tuple[NoiseSchedule, dict[str
             beta_max=config.get("beta_max", 20.0),
             t_min=t_min,
         ), {"spacing": config.get("_spacing", "linspace")}
+    if name == _COSINE:
+        offset, scaler = config.get("s", 0.008), config.get("scaler", 1.0)
+        options = {"final": config.get("_final", "sigma_min")}
+        options |= {"spacing": config["_spacing"]} if "_spacing" in config else {}
+        prediction = config.get("_prediction_type", "epsilon")
+        return NoiseSchedule("cosine", prediction, offset=offset, scaler=scaler), options
     if name in _EDM:
         return _read_edm(config)
     if name in _FLOW:
@@ -210,6 +217,8 @@ def _read_flow(config: Mapping[str, Any]) -> tuple[NoiseSchedule, dict[str, Any]
     options |= _read_sigmas(config)
     if config.get("shift_terminal"):
         options["shift_terminal"] = config["shift_terminal"]
+    if config.get("_shift_t_min_twice"):  # our own entry, for those who want the rows of diffusers
+        options["shift_t_min_twice"] = True
     return schedule, options
 
 
@@ -253,6 +262,8 @@ def to_scheduler_config(
             "_prediction_type": schedule.prediction,
             "_spacing": options.pop("spacing", None) or "trailing",
         }
+    elif schedule.path == "cosine":
+        config = _written_cosine(schedule, options)
     else:
         config = {"_class_name": _OURS} | {
             field.name: getattr(schedule, field.name)
@@ -265,6 +276,14 @@ def to_scheduler_config(
             "leave it out of grid_options and pass it to make_grid"
         )
     return config
+
+
+def _written_cosine(schedule: NoiseSchedule, options: dict[str, Any]) -> dict[str, Any]:
+    config = {"_class_name": _COSINE, "s": schedule.offset, "scaler": schedule.scaler}
+    own = {"_prediction_type": schedule.prediction, "_final": options.pop("final", "clean")}
+    own["_spacing"] = options.pop("spacing", None)
+    usual = {"_prediction_type": "epsilon", "_final": "sigma_min", "_spacing": None}
+    return config | {entry: value for entry, value in own.items() if usual[entry] != value}
 
 
 def _written_betas(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -339,4 +358,6 @@ def _written_flow(schedule: NoiseSchedule, options: dict[str, Any]) -> dict[str,
         config[_SIGMAS[options.pop("sigmas")]] = True
     if "shift_terminal" in options:
         config["shift_terminal"] = options.pop("shift_terminal")
+    if options.pop("shift_t_min_twice", False):
+        config["_shift_t_min_twice"] = True
     return config

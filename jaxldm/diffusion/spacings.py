@@ -23,6 +23,7 @@ SPACINGS = {
     "leading_open": "N + 1 of leading, less the cleanest (diffusers' DPM-Solver++)",
     "linspace_open": "N + 1 of linspace, less the cleanest (diffusers' DPM-Solver++)",
     "beta": "(T - 1) x the quantile 1 - k/N of Beta(0.6, 0.6), rounded: dense at both ends (Lee et al. 2024)",
+    "stage_c": "19/29 of the steps in the noisiest third of t, evenly, and the others evenly (Wuerstchen)",
     "lcm": "evenly N of the original_steps times that a consistency model was distilled on (Luo et al. 2023)",
 }
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
@@ -65,6 +66,8 @@ def spaced(
             return np.linspace(path.t_noisy, start, count, endpoint=False)
         if spacing == "beta":
             return start + (path.t_noisy - start) * _beta_quantiles(1 - np.arange(count) / count, beta_shape)
+        if spacing == "stage_c":
+            return start + (path.t_noisy - start) * _stage_c(count)
         return np.linspace(path.t_noisy, path.t_min, count)
     total = path.num_train_timesteps
     if spacing == "leading":
@@ -73,6 +76,8 @@ def spaced(
         return np.round(total - total / count * np.arange(count)) - 1
     if spacing == "beta":
         return np.round((total - 1) * _beta_quantiles(1 - np.arange(count) / count, beta_shape))
+    if spacing == "stage_c":
+        return np.round((total - 1) * _stage_c(count))
     t = np.linspace(0, total - 1, count)[::-1]
     if spacing == "linspace":
         return np.round(t)
@@ -86,6 +91,12 @@ def _beta_quantiles(probabilities: np.ndarray, shape: tuple[float, float]) -> np
     if not (shape[0] > 0 and shape[1] > 0):
         raise InvalidArgumentError(f"beta_shape must be two positive numbers, not {shape}")
     return special.betaincinv(*shape, probabilities)
+
+
+def _stage_c(count: int) -> np.ndarray:
+    """From 1 to 2/3 in 19/29 of the steps, and to 0 in the others; the 0 itself is left out."""
+    noisy = max(round(count * 19 / 29), 1)
+    return np.append(np.linspace(1, 2 / 3, noisy + 1)[:-1], np.linspace(2 / 3, 0, count - noisy + 1)[:-1])
 
 
 def _lcm(path: Path, count: int, original_steps: int) -> np.ndarray:

@@ -44,6 +44,7 @@ _OWN_GRID = {
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
     "FlowMatchHeunDiscreteScheduler": "flow_heun",
     "ScoreSdeVpScheduler": "ddim",
+    "DDPMWuerstchenScheduler": "ddpm",
     "NoiseSchedule": "ddim",
 }
 _DPM_SOLVERS = {
@@ -160,6 +161,8 @@ def make_plan(
     options = _solver_options(config, name)
     if stops_early and "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
         options["lower_order_final"] = False
+    if stops_early:
+        options.pop("final_noise", None)
     own = _config_for(config, name)
     schedule, grid_options = D.from_scheduler_config(own)
     sampler = Sampler(
@@ -207,6 +210,8 @@ def _config_for(config: Mapping[str, Any], solver: str) -> Mapping[str, Any]:
 def _solver_options(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the file says about its own solver; another solver has its own defaults."""
     scheduler = config.get("_class_name")
+    if scheduler == "DDPMWuerstchenScheduler" and name == "ddpm":
+        return {"final_noise": False}
     if scheduler in _OWN_GRID or name not in _OPTIONS or name != default_solver(config):
         return {}
     options = {ours: config.get(*there) for ours, there in _OPTIONS[name].items()}

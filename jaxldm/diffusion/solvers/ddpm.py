@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.solver import Solver, State, divide, move, noise_like, row
 from jaxldm.errors import InvalidArgumentError, one_of
 
 VARIANCES = ("small", "large", "learned")
 
 
-def ddpm(variance: str = "small") -> Solver:
+def ddpm(variance: str = "small", final_noise: bool = True) -> Solver:
     """Ho et al. 2020, equations 6 and 7, between any two rows of any path.
 
     With q = (sigma_s / alpha_s) / (sigma_t / alpha_t), the posterior q(x_s | x_t, x_0) is
@@ -24,6 +25,8 @@ def ddpm(variance: str = "small") -> Solver:
             beta_t. "learned" lies between them, log variance = v log large + (1 - v) log small, where the
             network says v for every number of the image (Nichol and Dhariwal 2021, equation 15): it needs
             `denoiser(..., learned_variance=True)`. All three are used by published checkpoints.
+        final_noise: False adds none on arrival at the last row, wherever it lies: Wuerstchen ends at a mean
+            that is not quite clean.
 
     Raises:
         UnknownNameError: another variance.
@@ -40,6 +43,8 @@ def ddpm(variance: str = "small") -> Solver:
         q = divide(there.sigma * here.alpha, here.sigma * there.alpha, 0.0)
         mean = move(state.x, x_0, here, there._replace(sigma=q * there.sigma))
         arrives = there.sigma == 0
+        if not final_noise:
+            arrives |= i + 1 == steps_in(grid)
         scale = here.sigma**v * jnp.where(arrives, 1, there.sigma) ** (1 - v)
         std = jnp.where(arrives, 0, scale * jnp.sqrt((1 - q) * (1 + q)))
         return State(mean + std * noise_like(keys, mean))
