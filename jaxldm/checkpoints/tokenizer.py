@@ -1,4 +1,4 @@
-"""Texts as tokens: the tokenizers of CLIP, T5 and BERT, from the files beside their published weights."""
+"""Texts as tokens: the tokenizers of CLIP, T5, BERT and Qwen, from the files beside published weights."""
 
 from __future__ import annotations
 
@@ -107,12 +107,14 @@ class _Kind:
 
 
 _END = "<|endoftext|>"
+_BYTES = "BPE of bytes"  # of Qwen; its tokenizer.json calls the model BPE, as CLIP's does
 KINDS = {
     "BPE": _Kind(
         "CLIPTokenizer",
         77,
         {"bos_token": "<|startoftext|>", "eos_token": _END, "unk_token": _END, "pad_token": _END},
     ),
+    _BYTES: _Kind("Qwen2Tokenizer", 32768, {"eos_token": _END, "unk_token": _END, "pad_token": _END}),
     "Unigram": _Kind("T5Tokenizer", 512, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
     "WordPiece": _Kind(
         "BertTokenizer",
@@ -128,14 +130,20 @@ KINDS = {
 }
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# How Qwen cuts a text into words before it joins bytes: a space belongs to the word behind it.
+_WORDS_WITH_SPACES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Opens the tokenizer folder of a published text encoder, as transformers writes it, old and new.
 
-    One of: tokenizer.json; vocab.json and merges.txt (CLIP); spiece.model (T5); vocab.txt (BERT); the first
-    of them that is there. tokenizer_config.json, special_tokens_map.json and added_tokens.json are honoured.
+    One of: tokenizer.json; vocab.json and merges.txt (CLIP, Qwen); spiece.model (T5); vocab.txt (BERT); the
+    first of them that is there. tokenizer_config.json, special_tokens_map.json and added_tokens.json are
+    honoured. A chat template is kept, not applied.
 
     Raises:
       CheckpointError: no such folder, none of these files, or one that cannot be read.
@@ -202,8 +210,12 @@ def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> tuple[A
         kind = type(backend.model).__name__
         if kind not in KINDS:
             raise CheckpointError(f"tokenizer.json has a model of kind {kind}; known: {', '.join(KINDS)}")
+        if kind == "BPE" and not backend.model.end_of_word_suffix:
+            kind = _BYTES
         return backend, KINDS[kind]
     if "vocab.json" in files and "merges.txt" in files:
+        if str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
+            return _qwen(files), KINDS[_BYTES]
         return _clip(files, settings), KINDS["BPE"]
     if "spiece.model" in files:
         return _t5(files, settings), KINDS["Unigram"]
@@ -218,9 +230,7 @@ def _clip(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
     """Byte pairs of lower-case words, the last byte of a word marked. Radford et al. 2021, section 2.4."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = _json(files, "vocab.json")
-    lines = files["merges.txt"].decode().splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    vocabulary, pairs = _byte_pairs(files)
     bos, eos, unknown = (
         _content(settings.get(key) or KINDS["BPE"].special_tokens[key])
         for key in ("bos_token", "eos_token", "unk_token")
@@ -246,6 +256,26 @@ def _clip(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
     backend.post_processor = processors.RobertaProcessing(
         (eos, vocabulary[eos]), (bos, vocabulary[bos]), trim_offsets=False, add_prefix_space=False
     )
+    return backend
+
+
+def _byte_pairs(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """The numbers of vocab.json, and the pairs of merges.txt in the order in which they are joined."""
+    lines = files["merges.txt"].decode().splitlines()
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    return _json(files, "vocab.json"), pairs
+
+
+def _qwen(files: Mapping[str, bytes]) -> Any:
+    """Byte pairs, capitals and spaces kept, nothing added at the ends. Qwen Team 2023, section 2.2."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(models.BPE(*_byte_pairs(files), continuing_subword_prefix="", end_of_word_suffix=""))
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(_WORDS_WITH_SPACES), behavior="isolated", invert=False)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 

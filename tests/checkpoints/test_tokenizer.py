@@ -7,7 +7,7 @@ import sentencepiece
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_folders import SENTENCES, TRICKY, bert_folder, clip_folder, t5_folder
+from tokenizer_folders import SENTENCES, TRICKY, bert_folder, clip_folder, qwen_folder, t5_folder
 
 from jaxldm import checkpoints
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
@@ -24,6 +24,7 @@ KINDS = {
         bert_folder,
         {"do_lower_case": False, "tokenize_chinese_chars": False, "strip_accents": False},
     ),
+    "Qwen": (transformers.Qwen2Tokenizer, qwen_folder, {}),
 }
 
 
@@ -104,7 +105,7 @@ def test_what_is_saved_is_the_same_and_transformers_opens_it(published, tmp_path
     np.testing.assert_array_equal(input_ids, again(TRICKY, max_length=77).input_ids)
 
 
-@pytest.mark.parametrize("name", ["CLIP", "T5", "BERT"])
+@pytest.mark.parametrize("name", ["CLIP", "T5", "BERT", "Qwen"])
 def test_a_single_file_is_enough(name, tmp_path):
     """tokenizer.json alone, as programs in Rust have it; the rest follows from its kind."""
     kind, make, options = KINDS[name]

@@ -1,4 +1,4 @@
-"""Small tokenizer folders in the layouts of published ones, made here: CLIP, T5, BERT."""
+"""Small tokenizer folders in the layouts of published ones, made here: CLIP, T5, BERT, Qwen."""
 
 import collections
 import io
@@ -29,6 +29,7 @@ TRICKY = [
     "punctuation!!! ... ??? --- ((nested [brackets] {braces})) #tag @you <b>html</b> &amp;",
     "zero\u200bwidth no\u00a0break \u3000wide soft\u00adhyphen \ufeffbom tab\u0009 nul\u0000end",
     "<|startoftext|> typed <|endoftext|> by hand <|ENDOFTEXT|>",
+    "<|im_start|>user\nA cat<|im_end|>\n<|im_start|>assistant\n",
     "</s> <pad> <unk> <extra_id_0> [CLS] [SEP] [MASK] [PAD] ▁under▁score",
     "!",
     "wow! cats! dogs!",
@@ -97,6 +98,52 @@ def _joined(pieces, pair):
             out.append(pieces[index])
             index += 1
     return tuple(out)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + "
+    "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)  # what Qwen3's own comes to for one question
+
+
+def qwen_folder(folder, **settings):
+    """vocab.json and merges.txt as Qwen's: all bytes, the commonest pairs, 320 in all, then added tokens."""
+    merges = []
+    for first, second in _common_pairs(60):
+        pair = (first.removesuffix("</w>"), second.removesuffix("</w>"))
+        if pair not in merges:
+            merges.append(pair)
+    merges.append(("Ġ", "cat"))
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = list(dict.fromkeys([*letters, *("".join(pair) for pair in merges)]))
+    (folder / "vocab.json").write_text(json.dumps({text: number for number, text in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges) + "\n")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(len(vocabulary) + number): {"content": text, "special": text in special, **flags}
+        for number, text in enumerate([*special, "<think>", "</think>"])
+    }
+    settings = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": special[1:],
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    } | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(vocabulary) + len(added)
 
 
 def t5_folder(folder, **settings):
