@@ -28,6 +28,7 @@ from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.schedulers import Plan, default_solver, make_plan
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
+from jaxldm.pipelines.stable_diffusion_3 import StableDiffusion3
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_folders import PIPELINES, modules_in, with_lora
 from jaxldm.pipelines.text_pipeline import TextPipeline
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "Settings",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
     "TensorComparison",
     "TextPipeline",

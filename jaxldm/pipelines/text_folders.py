@@ -14,6 +14,7 @@ from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
+from jaxldm.pipelines.stable_diffusion_3 import StableDiffusion3
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_pipeline import TextPipeline
 
@@ -21,6 +22,7 @@ from jaxldm.pipelines.text_pipeline import TextPipeline
 FAMILIES: tuple[type[TextPipeline], ...] = (
     StableDiffusion,
     StableDiffusionXL,
+    StableDiffusion3,
     PixArtSigma,
     PixArtAlpha,
 )

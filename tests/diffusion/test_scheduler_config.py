@@ -106,8 +106,10 @@ def test_static_flow_shift(karras):
     schedule, options = D.from_scheduler_config(written(scheduler))
     assert (schedule.path, schedule.prediction, schedule.shift) == ("flow", "flow", 3.0)
     scheduler.set_timesteps(28)
-    parity = D.make_grid(schedule.make_path(), 28, **options, shift_t_min_twice=True)
-    np.testing.assert_allclose(parity.t, scheduler.sigmas, rtol=3e-6)
+    schedule, parity = D.from_scheduler_config(written(scheduler) | {"_shift_t_min_twice": True})
+    assert parity == options | {"shift_t_min_twice": True}
+    grid = D.make_grid(schedule.make_path(), 28, **parity)
+    np.testing.assert_allclose(grid.t, scheduler.sigmas, rtol=3e-6)
 
 
 def test_dynamic_flow_shift():
@@ -162,6 +164,7 @@ def test_options_of_the_continuous_paths_are_read_again():
         (D.NoiseSchedule("edm"), {"sigmas": "exponential"}),
         (D.NoiseSchedule("edm"), {"sigmas": "karras", "rho": 5.0}),
         (D.NoiseSchedule("flow", "flow"), {"spacing": "linspace", "sigmas": "beta", "shift_terminal": 0.02}),
+        (D.NoiseSchedule("flow", "flow", shift=3.0), {"spacing": "linspace", "shift_t_min_twice": True}),
         (D.NoiseSchedule("continuous_vp"), {"spacing": "linspace"}),
     ):
         config = json.loads(json.dumps(D.to_scheduler_config(schedule, options)))

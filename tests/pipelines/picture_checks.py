@@ -20,16 +20,32 @@ def assert_latents_agree(drawn, tensor, tolerance=1e-3):
 def assert_images_agree(images, reference, latents):
     """2 grey levels of 255, of what the reference decodes from its own latents."""
     with torch.no_grad():
-        decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
+        config = reference.vae.config
+        shift = config.shift_factor or 0.0
+        decoded = reference.vae.decode(latents / config.scaling_factor + shift).sample
     grey = [np.rint((np.clip(side, -1, 1) + 1) * 127.5) for side in (images, ours(decoded))]
     assert np.ptp(grey[1]) > 20  # not a flat picture
     assert np.abs(grey[0] - grey[1]).max() <= 2
 
 
-def start_noise(count=1):
+def start_noise(count=1, channels=4):
     """The noise that a call with KEY starts from, before it is scaled."""
     unit = D.Grid(np.zeros(2), np.zeros(2), np.ones(2))
-    return np.asarray(D.initial_noise(KEY, (count, LATENT, LATENT, 4), unit))
+    return np.asarray(D.initial_noise(KEY, (count, LATENT, LATENT, channels), unit))
+
+
+def known_noise(count, first, channels=4):
+    """What `D.inpaint` draws for the known part behind each step, of image 0 of KEY."""
+    key = jax.random.fold_in(KEY, 0)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, first + i), 2**32 - 2) for i in range(count)]
+    draw = [jax.random.normal(key, (1, LATENT, LATENT, channels)) for key in keys]
+    return [theirs(np.asarray(noise)) for noise in draw]
+
+
+def mask():
+    white = np.zeros((SIZE, SIZE), np.uint8)
+    white[4:12, 6:] = 255
+    return white
 
 
 def picture(seed=0):

@@ -177,20 +177,20 @@ def _saved(pipe, folder, scheduler):
     return folder
 
 
-def open_reference(kind, folder, solver=None):
-    """A pipeline of diffusers on a folder, with the scheduler of a solver's name."""
+def open_reference(kind, folder, solver=None, **more):
+    """A pipeline of diffusers on a folder, with the scheduler of a solver's name; more parts, or None."""
     index = json.loads((folder / "model_index.json").read_text())
     options = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
-    pipe = kind.from_pretrained(folder, **options)
+    pipe = kind.from_pretrained(folder, **options, **more)
     pipe.set_progress_bar_config(disable=True)
     if solver is not None:
         pipe.scheduler = REFERENCE[solver].from_config(pipe.scheduler.config)
     return pipe
 
 
-def noise(count=1, seed=0):
+def noise(count=1, seed=0, channels=4):
     """[N, h, w, c], as ours are laid out."""
-    shape = (count, LATENT, LATENT, 4)
+    shape = (count, LATENT, LATENT, channels)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 

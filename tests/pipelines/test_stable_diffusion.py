@@ -22,6 +22,8 @@ from picture_checks import (
     as_tensor,
     assert_images_agree,
     assert_latents_agree,
+    known_noise,
+    mask,
     picture,
     start_noise,
     without_posterior_noise,
@@ -108,20 +110,6 @@ def test_image_to_image(folders, pipes, monkeypatch):
         KEY, PROMPTS[0], image=picture(), strength=0.61, output="latents", solver="ddim", **STEPS
     )
     assert_latents_agree(drawn, latents)
-
-
-def known_noise(count, first):
-    """What `D.inpaint` draws for the known part behind each step, of image 0 of KEY."""
-    key = jax.random.fold_in(KEY, 0)
-    keys = [jax.random.fold_in(jax.random.fold_in(key, first + i), 2**32 - 2) for i in range(count)]
-    draw = [jax.random.normal(key, (1, LATENT, LATENT, 4)) for key in keys]
-    return [theirs(np.asarray(noise)) for noise in draw]
-
-
-def mask():
-    white = np.zeros((SIZE, SIZE), np.uint8)
-    white[4:12, 6:] = 255
-    return white
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
