@@ -21,15 +21,19 @@ class TextPipeline:
         do there: text-to-image, image-to-image and inpainting.
       optional: components that a folder may lack; None then.
       flags: fields that are options in model_index.json and no components; absent ones keep their default.
+      draws_images: False for a stage whose call takes or gives something else than texts and images.
       default_guidance_scale, default_strength, default_num_inference_steps: of calls that name none.
+      rounds_strength_up: a part of a step that `strength` leaves is walked, and not left out.
     """
 
     class_names: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     flags: ClassVar[tuple[str, ...]] = ()
+    draws_images: ClassVar[bool] = True
     default_guidance_scale: ClassVar[float] = 7.5
     default_strength: ClassVar[float] = 0.8
     default_num_inference_steps: ClassVar[int] = 50
+    rounds_strength_up: ClassVar[bool] = False
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
@@ -61,4 +65,5 @@ class TextPipeline:
         if options.get("image") is None or (strength is None and options.get("mask_image") is not None):
             strength = 1.0
         strength = self.default_strength if strength is None else strength
-        return max(1, int(steps * strength)) * -(-num_images // max(options.get("batch_size") or 1, 1))
+        walked = steps - int(steps - steps * strength) if self.rounds_strength_up else int(steps * strength)
+        return max(1, walked) * -(-num_images // max(options.get("batch_size") or 1, 1))

@@ -47,11 +47,17 @@ class TextToImage(TextPipeline):
 
     Attributes:
       scheduler: the entries of scheduler_config.json: path, prediction, and the default grid and solver.
+
+    Class attributes:
+      denoiser_name: the field of the denoising network.
+      has_true_cfg: classifier-free guidance is `true_cfg_scale` in every model of the family, those that are
+        told no guidance among them (FLUX).
     """
 
     scheduler: Mapping[str, Any]
 
     denoiser_name: ClassVar[str] = "transformer"
+    has_true_cfg: ClassVar[bool] = False
 
     def conditions(
         self, prompts: list[str], negative_prompts: list[str] | None, size: tuple[int, int], **more: Any
@@ -123,8 +129,9 @@ class TextToImage(TextPipeline):
           spacing, sigmas: as in `jaxldm.diffusion.make_grid`, in place of what the folder says.
           image: start from this image: 8-bit pixels or floats in [-1, 1], [H, W, 3] or [N, H, W, 3], PIL
             images, or latents [N, h, w, c].
-          strength: in (0, 1]; the last int(steps x strength) steps are walked, from the noised image. Default
-            0.8 (0.3 for SDXL), or 1 with a mask, which starts from pure noise.
+          strength: in (0, 1]; the last steps x strength steps are walked, from the noised image: rounded
+            down, or up where the family's published pipelines do (SD3, FLUX). Default 0.8 (0.3 for SDXL, 0.6
+            for SD3 and FLUX), or 1 with a mask, which starts from pure noise.
           mask_image: white (1) where `image` is drawn anew, black (0) where it stays. A network trained for
             it (9 channels) is told the mask; with any other the known part is put back after each step.
           latents: [N, h, w, c], x at the first row of the grid, as it is: noise of your own, or what another
@@ -272,7 +279,8 @@ class TextToImage(TextPipeline):
             grid = D.make_grid(path, timesteps=times)
         else:
             grid = D.make_grid(path, steps, **options)
-            grid = grid if strength is None else D.cut_by_strength(grid, strength)
+            if strength is not None:
+                grid = D.cut_by_strength(grid, strength, round_up=self.rounds_strength_up)
         first, last = part
         if not 0 <= first < last <= 1:
             raise InvalidArgumentError(
@@ -329,8 +337,8 @@ class TextToImage(TextPipeline):
                     f"{name} must be a finite number of 0 or more, not {scale}: 1 is the model as trained, "
                     f"{self.default_guidance_scale:g} is a good start"
                 )
-        if self.knows_guidance:
-            return float(guidance_scale), float(true_cfg_scale)
+        if self.knows_guidance or self.has_true_cfg:
+            return float(guidance_scale) if self.knows_guidance else None, float(true_cfg_scale)
         if true_cfg_scale != 1:
             raise InvalidArgumentError(
                 "true_cfg_scale is for networks that are told their guidance: give guidance_scale alone"
