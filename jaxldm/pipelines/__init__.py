@@ -9,6 +9,7 @@ pipe = pipelines.load("stable-diffusion-xl-base-1.0", dtype="bfloat16")    # a f
 images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solver="dpmpp_2m")
 """
 
+from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.folders import (
     TensorComparison,
     check_export_folder,
@@ -36,6 +37,7 @@ from jaxldm.pipelines.text_to_image import TextToImage
 
 __all__ = [
     "PIPELINES",
+    "Flux",
     "Images",
     "LatentDiffusion",
     "Network",

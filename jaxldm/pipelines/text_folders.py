@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError
+from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
 from jaxldm.pipelines.stable_diffusion import StableDiffusion
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[TextPipeline], ...] = (
     StableDiffusion,
     StableDiffusionXL,
     StableDiffusion3,
+    Flux,
     PixArtSigma,
     PixArtAlpha,
 )
