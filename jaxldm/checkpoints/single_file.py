@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL, and FLUX.1, as one file, in the layout of the original code."""
+"""Stable Diffusion 1.x, 2.x, XL and 3, and FLUX.1, as one file, in the layout of the original code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from jaxldm import models
 from jaxldm.checkpoints import single_file_configs as configs
 from jaxldm.checkpoints import single_file_names as names
+from jaxldm.checkpoints import single_file_sd3 as sd3
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.single_file_flux import flux_config, flux_table
@@ -22,6 +23,7 @@ from jaxldm.checkpoints.storage import storage_errors, write_together
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
+from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig
 
 
 class Part(NamedTuple):
@@ -67,6 +69,23 @@ FAMILIES: dict[str, dict[str, Part]] = {
         "sdxl-vae",
         text_encoder_2=_openclip("conditioner.embedders.0.model.", "openclip-bigg"),
     ),
+    "SD3": {
+        "transformer": Part("model.diffusion_model.", sd3.sd3_table, sd3.sd3_config, "sd3-medium"),
+        "vae": Part("first_stage_model.", names.vae_table, configs.vae_config, "sd3-vae"),
+        "text_encoder": Part(
+            "text_encoders.clip_l.transformer.",
+            sd3.unprojected_clip_table,
+            sd3.unprojected_clip_config,
+            "clip-l",
+        ),
+        "text_encoder_2": Part(
+            "text_encoders.clip_g.transformer.",
+            sd3.projected_clip_table,
+            sd3.projected_clip_config,
+            "openclip-bigg",
+        ),
+        "text_encoder_3": _t5("text_encoders.t5xxl.transformer."),
+    },
     "FLUX": {
         "transformer": Part("model.diffusion_model.", flux_table, flux_config, "flux-dev"),
         "vae": Part("vae.", names.vae_table, configs.vae_config, "flux-vae"),
@@ -75,9 +94,17 @@ FAMILIES: dict[str, dict[str, Part]] = {
     },
 }
 # How names begin that only the denoiser of a family has.
-_SIGNS = {"model.diffusion_model.double_blocks.": "FLUX"}
+_SIGNS = {
+    "model.diffusion_model.double_blocks.": "FLUX",
+    "model.diffusion_model.joint_blocks.": "SD3",
+}
 # FLUX is published as files of one component, whose names have no prefix: how they begin.
-_ALONE = {"double_blocks.": ("FLUX", "transformer"), "decoder.up.": ("FLUX", "vae")}
+_ALONE = {
+    "double_blocks.": ("FLUX", "transformer"),
+    "joint_blocks.": ("SD3", "transformer"),
+    "decoder.up.": ("FLUX", "vae"),
+}
+_TRANSFORMERS = {FluxTransformer2DConfig: "FLUX", SD3Transformer2DConfig: "SD3"}
 
 # What files hold beside the components: the noise schedule, averages of weights, training losses, buffers.
 _NOTHING_TO_LOAD = re.compile(
@@ -96,13 +123,13 @@ _LATENT_STATISTICS = {"edm_mean": "latents_mean", "edm_std": "latents_std"}  # o
 
 def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str, tuple[nn.Module, dict]]:
     """Opens an original single file: name -> (module, params) for unet or transformer, vae, text_encoder,
-    text_encoder_2: those that it holds.
+    text_encoder_2, text_encoder_3: those that it holds.
 
     The file holds no config. Sizes are read from its shapes, the rest is that of the family's preset: heads
     of 64 (8 heads in Stable Diffusion 1), 32 groups, the published factors of the autoencoder (FLUX's, where
     it is alone in the file). Whether the U-Net predicts eps or v, the file does not tell. Of two sets of
     U-Net weights the plain one is loaded, not the average (`model_ema`). Stable Diffusion 2's last text
-    layer, which nothing uses, is left out.
+    layer, which nothing uses, is left out, and so is the projection of Stable Diffusion 3's smaller CLIP.
 
     Args:
       dtype: "float32", "bfloat16" or "float16", for the parameters and for what the modules compute in;
@@ -136,10 +163,11 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
 def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module, dict]]) -> None:
     """Writes components as one original file, the inverse of `load_single_file`; whole or not at all.
 
-    Any of unet, vae, text_encoder, text_encoder_2. The text encoders say which layout it is: both, XL; only
-    the second, XL's refiner; one of OpenCLIP ("gelu"), 2.x; otherwise 1.x. With FLUX's transformer it is
-    FLUX's layout, as ComfyUI has it; the transformer alone, or its autoencoder (one without `quant_conv`),
-    gets the names of Black Forest Labs' own files, flux1-dev.safetensors and ae.safetensors.
+    Any of unet, transformer, vae, text_encoder, text_encoder_2, text_encoder_3. The text encoders say which
+    layout it is: three of them, SD3; both, XL; only the second, XL's refiner; one of OpenCLIP ("gelu"), 2.x;
+    otherwise 1.x. With the transformer of SD3 or FLUX it is theirs, FLUX's as ComfyUI has it; FLUX's alone,
+    or its autoencoder (one without `quant_conv`), gets the names of Black Forest Labs' own files,
+    flux1-dev.safetensors and ae.safetensors.
 
     Raises:
       UnknownNameError: a component of another name.
@@ -226,8 +254,8 @@ def _family_of_file(state: Mapping[str, Tensor]) -> str:
         if "unet" in parts and widths == {models.PRESETS[parts["unet"].preset].cross_attention_dim}:
             return family
     raise CheckpointError(
-        "not a single file of Stable Diffusion 1.x, 2.x, XL or FLUX: it has no text encoder and no denoiser "
-        "of these under their original names; its first tensors are "
+        "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, or FLUX: it has no text encoder and no "
+        "denoiser of these under their original names; its first tensors are "
         f"{', '.join(sorted(state)[:3]) or 'none at all'}"
     )
 
@@ -242,9 +270,11 @@ def _parts_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> Ma
 def _family_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> str:
     if "transformer" in components:
         config = components["transformer"][0].config
-        if not isinstance(config, FluxTransformer2DConfig):
+        if type(config) not in _TRANSFORMERS:
             raise CheckpointError(f"a {models.class_name(config)} has no original single-file layout here")
-        return "FLUX"
+        return _TRANSFORMERS[type(config)]
+    if "text_encoder_3" in components:
+        return "SD3"
     if set(components) == {"vae"} and not components["vae"][0].config.use_quant_conv:
         return "FLUX"
     if "text_encoder_2" in components:

@@ -7,7 +7,7 @@ original layout. Both directions read the same table; below an entry's module, n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ class Original(NamedTuple):
 
     form: "same"; "pixelwise", a linear layer that is a 1x1 convolution there; "transposed"; "swapped", the
       two halves of its rows in the other order; 0, 1, 2: the first, second, third part of the rows of a
-      tensor that holds three; or (k, sizes): part k of one that holds several, as many rows as `sizes` say.
+      tensor that holds three; (k, sizes): part k of one that holds several, as many rows as `sizes` say;
+      or "identity", a matrix that changes nothing, and that no file needs.
     """
 
     name: str
@@ -186,18 +187,26 @@ class Changed:
         return np.array(self.change(*map(np.asarray, self.parts)), dtype, copy=copy)
 
 
-def from_original(tensors: Mapping[str, Tensor], names: Iterable[str], table: Table) -> dict[str, Tensor]:
-    """Those of the published tensors called `names` that are there, not read yet."""
-    places = {name: place_of(name, table) for name in names}
-    return {
+def from_original(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], table: Table
+) -> dict[str, Tensor]:
+    """Those of the published tensors named and shaped like `wanted` that are there, not read yet."""
+    places = {name: place_of(name, table) for name in wanted}
+    found = {
         name: _published(tensors[place.name], place.form)
         for name, place in places.items()
         if place.name in tensors
     }
+    neutral = [name for name, place in places.items() if place.form == "identity"]
+    return found | {name: np.eye(*wanted[name].shape, dtype=np.float32) for name in neutral}
 
 
 def to_original(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
-    """The inverse of `from_original`: every published tensor under its original name and in that form."""
+    """The inverse of `from_original`: every published tensor under its original name and in that form.
+
+    Raises:
+      CheckpointError: a tensor that has no place there, or that the original model does not have.
+    """
     tensors: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
@@ -211,6 +220,9 @@ def to_original(state: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
             tensors[place.name] = Changed((tensor,), shape[::-1], np.transpose)
         elif place.form == "swapped":
             tensors[place.name] = Changed((tensor,), shape, _swapped)
+        elif place.form == "identity":
+            if not np.array_equal(np.asarray(tensor), np.eye(*shape)):
+                raise CheckpointError(f"the original layout has no place for {name}, which is no identity")
         else:
             tensors[place.name] = tensor
     for name, by_part in parts.items():
