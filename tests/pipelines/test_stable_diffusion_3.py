@@ -105,7 +105,7 @@ def test_a_shift_by_the_number_of_tokens(reference, pipe):
 def test_image_to_image(folder, pipe, monkeypatch):
     reference = open_reference(diffusers.StableDiffusion3Img2ImgPipeline, folder)
     without_posterior_noise(monkeypatch, img2img_module, [theirs(start_noise(channels=CHANNELS))])
-    call = dict(strength=0.6, **STEPS, **MORE)
+    call = dict(strength=0.5, **STEPS, **MORE)
     latents = reference(PROMPT, image=as_tensor(picture()), output_type="latent", **call).images
     drawn = pipe(KEY, PROMPT, image=picture(), output="latents", **call)
     assert_latents_agree(drawn, latents)
@@ -121,7 +121,7 @@ def test_inpainting(folder, pipe, monkeypatch):
     monkeypatch.setattr(reference.scheduler, "scale_noise", lambda x, t, _: scale(x, t, noises.pop(0)))
     white = torch.from_numpy(mask() / np.float32(255))[None, None]
     common = dict(image=as_tensor(picture()), mask_image=white, height=SIZE, width=SIZE)
-    call = dict(strength=0.6, **STEPS, **MORE)
+    call = dict(strength=0.5, **STEPS, **MORE)
     latents = reference(PROMPT, output_type="latent", **common, **call).images
     drawn = pipe(KEY, PROMPT, image=picture(), mask_image=mask(), output="latents", **call)
     assert_latents_agree(drawn, latents)
