@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from random_networks import random_network, their_module
 
 from jaxldm import checkpoints, models, pipelines
 
@@ -47,6 +47,10 @@ _UNET = {
     "norm_num_groups": 8,
     "attention_head_dim": (2, 4),
 }
+
+
+SAMPLER = "DPM-Solver++ 2M with guidance"  # in words, as are the sizes of the small models
+SMALL = "models of 32 and 64 channels"
 
 
 class Family(NamedTuple):
@@ -99,27 +103,18 @@ FAMILIES = {
 }
 
 
+def both_sides(
+    family: str, dtype: str, quick: bool, device: torch.device | None
+) -> tuple[pipelines.TextToImage, diffusers.DiffusionPipeline | None]:
+    """(ours, theirs), None where PyTorch has no device."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokenizer(folder)
+        ours = our_pipeline(family, dtype, quick, folder)
+        return ours, None if device is None else their_pipeline(family, dtype, quick, folder, device)
+
+
 # ---------------------------------------------------------------- jaxldm's side
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def random_weight(key: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """Uniform numbers of variance 1 / fan in, drawn in that dtype."""
-    bound = math.sqrt(3 / math.prod(shape[:-1]))
-    return jax.random.uniform(key, shape, jnp.dtype(dtype), -bound, bound)
-
-
-def random_network(module: Any, dtype: str, seed: int = 0) -> pipelines.Network:
-    """A module with weights that are drawn on the device, a tensor at a time: none is ever float32."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(models.shapes(module))
-    weights = []
-    for number, (path, spec) in enumerate(leaves):
-        if len(spec.shape) > 1:
-            key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), number)  # compiles sooner
-            weights.append(random_weight(key, spec.shape, dtype))
-        else:
-            weights.append(jnp.full(spec.shape, 0.0 if path[-1].key == "bias" else 1.0, dtype))
-    return pipelines.Network(module, jax.tree.unflatten(tree, weights))
 
 
 def modules(family: str, dtype: str, quick: bool) -> dict[str, Any]:
@@ -163,6 +158,16 @@ def our_draw(pipe: pipelines.TextToImage, latents: np.ndarray, steps: int, guida
     return (images + 1) / 2
 
 
+def latent_shape(pipe: pipelines.TextToImage, pixels: int) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of square images."""
+    return pipe.latent_shape((pixels, pixels))
+
+
+def our_denoiser(pipe: pipelines.TextToImage) -> pipelines.Network:
+    """The U-Net."""
+    return pipe.unet
+
+
 def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
     """What a U-Net is told in one step of one image with guidance: two rows of everything, float32."""
     config, rng = module.config, np.random.default_rng(1)
@@ -187,30 +192,6 @@ def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Ca
 
 
 # ---------------------------------------------------------------- PyTorch's side
-
-
-def their_module(config: Any, dtype: str, device: torch.device) -> torch.nn.Module:
-    """The same architecture with the random weights that it starts with, made on the device in that dtype."""
-    entries = models.config_to_dict(config)
-    entries = {
-        name: value
-        for name, value in entries.items()
-        if not name.startswith("_") and name not in ("architectures", "model_type")
-    }
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with device:
-            if config.library == "diffusers":
-                model = getattr(diffusers, models.class_name(config))(**entries)
-            else:
-                kind = getattr(transformers, models.class_name(config))
-                model = kind(kind.config_class(**entries))
-    finally:
-        torch.set_default_dtype(before)
-    if device.type == "cuda" and config.library == "diffusers":
-        model = model.to(memory_format=torch.channels_last)  # what diffusers advises for convolutions
-    return model.eval()
 
 
 def their_pipeline(
@@ -241,6 +222,11 @@ def compiled(pipe: diffusers.DiffusionPipeline, backend: str, mode: str) -> diff
     vae.decode = compile_(pipe.vae.decode)
     other.unet, other.vae = compile_(pipe.unet), vae
     return other
+
+
+def their_denoiser(pipe: diffusers.DiffusionPipeline) -> Any:
+    """The U-Net."""
+    return pipe.unet
 
 
 def their_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:

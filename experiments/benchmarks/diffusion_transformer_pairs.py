@@ -1,0 +1,296 @@
+"""DiT-XL/2, SD3 medium and FLUX.1-dev twice: jaxldm's and those of diffusers, with random weights.
+
+`diffusion_transformers.py` times them; `tests/benchmarks/test_diffusion_transformers_benchmark.py` checks
+that with the same weights both sides answer and draw the same. Texts are given as random states of their
+encoders, so that what is timed is the transformer, the sampler and the decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffusers
+import jax
+import numpy as np
+import torch
+from random_networks import random_network, their_module
+
+from jaxldm import diffusion as D
+from jaxldm import models, pipelines
+
+SAMPLER = "the published sampler (DiT: DPM-Solver++ 2M with guidance; flows: Euler, with guidance or told it)"
+SMALL = "models of 32 to 64 channels and two layers"
+LABEL = 207
+_SMALL_VAE = {
+    "block_out_channels": (16, 16, 32, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+class Family(NamedTuple):
+    """A model by the configs of its parts, and its text.
+
+    tokens: of the text, None for labels; branches: how many rows a step of one image asks for.
+    """
+
+    title: str
+    transformer: Any
+    small: dict[str, Any]
+    vae: str
+    guidance_scale: float
+    tokens: int | None
+    branches: int
+    scheduler: dict[str, Any]
+
+
+FAMILIES = {
+    "dit-xl": Family(
+        "DiT-XL/2",
+        models.DiTTransformer2DConfig(out_channels=8),
+        {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "sample_size": 2},
+        "sd-vae",
+        4.0,
+        None,
+        2,
+        _BETAS | {"_class_name": "DPMSolverMultistepScheduler"},
+    ),
+    "sd3": Family(
+        "SD3 medium",
+        models.PRESETS["sd3-medium"],
+        {
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 16,
+            "caption_projection_dim": 64,
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 32,
+        },
+        "sd3-vae",
+        7.0,
+        333,
+        2,
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    ),
+    "flux": Family(
+        "FLUX.1-dev",
+        models.PRESETS["flux-dev"],
+        {
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "axes_dims_rope": (8, 12, 12),
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 32,
+        },
+        "flux-vae",
+        3.5,
+        512,
+        1,
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
+    ),
+}
+
+
+class FixedText:
+    """A pipeline whose text is given as the arrays that its network is told."""
+
+    def conditions(self, prompts, negative_prompts, size):
+        """The same for the prompt and for the branch to steer away from, but for the sign."""
+        return self.told, {name: -array for name, array in self.told.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FixedTextSD3(FixedText, pipelines.StableDiffusion3):
+    told: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FixedTextFlux(FixedText, pipelines.Flux):
+    told: dict[str, np.ndarray]
+
+
+def modules(family: str, dtype: str, quick: bool) -> dict[str, Any]:
+    """The transformer and the autoencoder by the names of their folders."""
+    entry = FAMILIES[family]
+    config = dataclasses.replace(entry.transformer, dtype=dtype, **(entry.small if quick else {}))
+    vae = models.build(entry.vae, dtype=dtype, **(_SMALL_VAE if quick else {}))
+    return {"transformer": models.from_config(config), "vae": vae}
+
+
+def text_states(family: str, config: Any) -> dict[str, np.ndarray]:
+    """The states of one text, float32, by the names of the network's arguments."""
+    rng, tokens = np.random.default_rng(2), FAMILIES[family].tokens
+    shapes = {
+        "encoder_hidden_states": (1, tokens, config.joint_attention_dim),
+        "pooled_projections": (1, config.pooled_projection_dim),
+    }
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def both_sides(
+    family: str, dtype: str, quick: bool, device: torch.device | None
+) -> tuple[Any, diffusers.DiffusionPipeline | None]:
+    """(ours, theirs), None where PyTorch has no device."""
+    parts = modules(family, dtype, quick)
+    networks = {name: random_network(module, dtype) for name, module in parts.items()}
+    ours = our_pipeline(family, networks)
+    return ours, None if device is None else their_pipeline(family, parts, dtype, device)
+
+
+def latent_shape(pipe: Any, pixels: int) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of square images."""
+    if isinstance(pipe, pipelines.LatentDiffusion):
+        return pipe.latent_shape
+    return pipe.latent_shape((pixels, pixels))
+
+
+# ---------------------------------------------------------------- jaxldm's side
+
+
+def our_pipeline(family: str, networks: dict[str, pipelines.Network]) -> Any:
+    """The model with these networks."""
+    transformer, vae = networks["transformer"], networks["vae"]
+    scheduler = FAMILIES[family].scheduler
+    if family == "dit-xl":
+        schedule = D.NoiseSchedule.from_dict(scheduler)
+        return pipelines.LatentDiffusion(
+            transformer.module, transformer.params, schedule, vae.module, vae.params
+        )
+    told = text_states(family, transformer.config)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "told": told}
+    if family == "sd3":
+        return FixedTextSD3(**parts)
+    encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return FixedTextFlux(**parts, **encoders)
+
+
+def our_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+    """Pixels [N, H, W, 3] in [0, 1], on the host."""
+    options = {"num_inference_steps": steps, "guidance_scale": guidance}
+    if isinstance(pipe, pipelines.LatentDiffusion):
+        images = pipe(jax.random.key(0), [LABEL], solver="dpmpp_2m", batch_size=1, **options)
+    else:
+        side = latents.shape[1] * pipe.canvas.factor
+        images = pipe(jax.random.key(0), "", latents=latents, height=side, width=side, **options)
+    return (images + 1) / 2
+
+
+def our_denoiser(pipe: Any) -> pipelines.Network:
+    """The transformer."""
+    if isinstance(pipe, pipelines.LatentDiffusion):
+        return pipelines.Network(pipe.denoiser, pipe.denoiser_params)
+    return pipe.transformer
+
+
+def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
+    """What a transformer is told in one step of one image, float32: a row for each branch of guidance."""
+    kind = type(module).__name__
+    family = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}.get(kind, "dit-xl")
+    rows, rng = FAMILIES[family].branches, np.random.default_rng(1)
+    channels = getattr(module.config, "latent_channels", module.config.in_channels)
+    inputs = {"x": rng.standard_normal((rows, side, side, channels)).astype(np.float32)}
+    inputs["t"] = np.full(rows, 0.5 if family == "flux" else 500, np.float32)
+    if family == "dit-xl":
+        return inputs | {"labels": np.asarray([LABEL, 1000], np.int32)}
+    states = text_states(family, module.config)
+    inputs |= {name: np.repeat(array, rows, axis=0) for name, array in states.items()}
+    return inputs | ({"guidance": np.full(rows, 3.5, np.float32)} if family == "flux" else {})
+
+
+def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """One call of the transformer, [rows, h, w, c]."""
+    call = jax.jit(lambda network, inputs: network(**inputs))
+    inputs = jax.device_put(inputs)
+    return lambda: call(network, inputs).block_until_ready()
+
+
+# ---------------------------------------------------------------- PyTorch's side
+
+
+def their_pipeline(
+    family: str, parts: dict[str, Any], dtype: str, device: torch.device
+) -> diffusers.DiffusionPipeline:
+    """The same model in diffusers, with the random weights that it starts with."""
+    modules = {name: their_module(module.config, dtype, device) for name, module in parts.items()}
+    entries = dict(FAMILIES[family].scheduler)
+    modules["scheduler"] = getattr(diffusers, entries.pop("_class_name"))(**entries)
+    if family == "dit-xl":
+        pipe = diffusers.DiTPipeline(**modules)
+    elif family == "sd3":
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2")
+        pipe = diffusers.StableDiffusion3Pipeline(**modules, **dict.fromkeys((*names, "tokenizer_3")))
+    else:
+        names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        pipe = diffusers.FluxPipeline(**modules, **dict.fromkeys(names))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def their_denoiser(pipe: diffusers.DiffusionPipeline) -> Any:
+    """The transformer."""
+    return pipe.transformer
+
+
+def compiled(pipe: diffusers.DiffusionPipeline, backend: str, mode: str) -> diffusers.DiffusionPipeline:
+    """The same weights, with transformer and decoder under torch.compile."""
+    options = {"mode": mode} if backend == "inductor" else {}
+    compile_ = functools.partial(torch.compile, backend=backend, **options)
+    vae, other = copy.copy(pipe.vae), copy.copy(pipe)
+    vae.decode = compile_(pipe.vae.decode)
+    other.transformer, other.vae = compile_(pipe.transformer), vae
+    return other
+
+
+def their_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+    """Pixels [N, H, W, 3] in [0, 1], on the host."""
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
+    if isinstance(pipe, diffusers.DiTPipeline):
+        return pipe([LABEL], **options).images
+    device, dtype = pipe.vae.device, pipe.vae.dtype
+    side = latents.shape[1] * pipe.vae_scale_factor
+    x = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(device, dtype)
+    flux = isinstance(pipe, diffusers.FluxPipeline)
+    if flux:
+        x = pipe._pack_latents(x, *x.shape)
+    states = text_states("flux" if flux else "sd3", pipe.transformer.config)
+    text, pooled = (torch.from_numpy(array).to(device, dtype) for array in states.values())
+    given = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+    if not flux:
+        given |= {"negative_prompt_embeds": -text, "negative_pooled_prompt_embeds": -pooled}
+    return pipe(latents=x, height=side, width=side, **given, **options).images
+
+
+def their_network(transformer: Any, inputs: dict[str, np.ndarray], dtype: str) -> Callable[[], Any]:
+    """One call of the transformer, as its pipeline asks it."""
+    device = next(transformer.parameters()).device
+    given = {}
+    for name, value in inputs.items():
+        tensor = torch.from_numpy(value).to(device)
+        given[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+    x, t = given.pop("x").permute(0, 3, 1, 2).contiguous(), given.pop("t")
+    if "labels" in given:
+        call = functools.partial(transformer, x, t, class_labels=given["labels"])
+    elif "guidance" in given:
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        ids = diffusers.FluxPipeline._prepare_latent_image_ids(len(x), rows, columns, device, x.dtype)
+        texts = torch.zeros(given["encoder_hidden_states"].shape[1], 3, device=device, dtype=x.dtype)
+        tokens = diffusers.FluxPipeline._pack_latents(x, *x.shape)
+        call = functools.partial(transformer, tokens, timestep=t, img_ids=ids, txt_ids=texts, **given)
+    else:
+        call = functools.partial(transformer, x, timestep=t, **given)
+
+    @torch.no_grad()
+    def run():
+        output = call(return_dict=False)[0]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return output
+
+    return run
