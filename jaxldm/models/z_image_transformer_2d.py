@@ -91,6 +91,11 @@ class ZImageTransformer2DConfig(ModelConfig):
         """Side of the square of latents that is one token."""
         return self.all_patch_size[0]
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that leaves a place for the image behind it."""
+        return (self.axes_lens[0] - 2) // TOKENS_AT_ONCE * TOKENS_AT_ONCE
+
 
 class ZImageTransformerBlock(nn.Module):
     """x + gate norm(attention(norm(x) scale)), then the same with the feed-forward. x `[B, N, C]`.
@@ -299,16 +304,15 @@ class ZImageTransformer2DModel(nn.Module):
             raise InvalidArgumentError(
                 f"encoder_hidden_states must be [B, T, {config.cap_feat_dim}], not {states.shape}"
             )
-        places, rows, columns = config.axes_lens
+        _, rows, columns = config.axes_lens
         most = (rows * config.patch_size, columns * config.patch_size)
         if x.shape[1] > most[0] or x.shape[2] > most[1]:
             raise InvalidArgumentError(
                 f"latents of {x.shape[1]}x{x.shape[2]}, but axes_lens reach to {most[0]}x{most[1]}"
             )
-        if _rounded_up(states.shape[1]) + 2 > places:
+        if states.shape[1] > config.longest_text:
             raise InvalidArgumentError(
-                f"a text of {states.shape[1]} tokens, but axes_lens reach to "
-                f"{(places - 2) // TOKENS_AT_ONCE * TOKENS_AT_ONCE}"
+                f"a text of {states.shape[1]} tokens, but axes_lens reach to {config.longest_text}"
             )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:

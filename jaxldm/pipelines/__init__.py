@@ -34,6 +34,7 @@ from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_folders import PIPELINES, modules_in, with_lora
 from jaxldm.pipelines.text_pipeline import TextPipeline
 from jaxldm.pipelines.text_to_image import TextToImage
+from jaxldm.pipelines.z_image import ZImage
 
 __all__ = [
     "PIPELINES",
@@ -51,6 +52,7 @@ __all__ = [
     "TensorComparison",
     "TextPipeline",
     "TextToImage",
+    "ZImage",
     "as_images",
     "as_masks",
     "check_drawn",

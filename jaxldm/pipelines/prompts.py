@@ -79,6 +79,7 @@ def encode_texts(
     warn: bool = True,
     max_length: int | None = None,
     mask: bool = False,
+    template: str = "{}",
 ) -> Encoded:
     """The states of each text, and the state of the whole.
 
@@ -93,14 +94,17 @@ def encode_texts(
       max_length: tokens of a text, those that fill its row among them; None: the tokenizer's own, or as many
         as the encoder has places for.
       mask: the encoder does not look at what fills a row, and the result says where that is.
+      template: what is encoded of a text, which stands in it as {}.
     """
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
-    tokens = tokenizer(list(texts), max_length=length)
+    tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length)
+    behind = template.split("{}")[1].strip()
     known: dict[str, Encoded] = {}
     for k, (text, ids, cut) in enumerate(zip(texts, np.asarray(tokens.input_ids), tokens.cut, strict=True)):
         if text in known:
             continue
+        cut = "" if behind.endswith(cut) else cut.removesuffix(behind).strip()
         if warn and cut:
             warnings.warn(
                 f"the prompt {_shortened(text)!r} is longer than the {len(ids)} tokens of the text encoder: "

@@ -18,6 +18,7 @@ from jaxldm.pipelines.stable_diffusion import StableDiffusion
 from jaxldm.pipelines.stable_diffusion_3 import StableDiffusion3
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_pipeline import TextPipeline
+from jaxldm.pipelines.z_image import ZImage
 
 # A new family adds one line.
 FAMILIES: tuple[type[TextPipeline], ...] = (
@@ -27,6 +28,7 @@ FAMILIES: tuple[type[TextPipeline], ...] = (
     Flux,
     PixArtSigma,
     PixArtAlpha,
+    ZImage,
 )
 # `_class_name` of model_index.json -> the pipeline here.
 PIPELINES: dict[str, type[TextPipeline]] = {name: kind for kind in FAMILIES for name in kind.class_names}

@@ -1,0 +1,148 @@
+"""Z-Image and Z-Image-Turbo (Z-Image Team 2025, arXiv:2511.22699).
+
+pipe = pipelines.load("Z-Image-Turbo", dtype="bfloat16")
+images = pipe(key, "a red fox in the snow", num_inference_steps=8, guidance_scale=1)
+
+Scales of guidance count from 1 here, as for all models: what is 0 on a model card of Z-Image is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jaxtyping import Array, Float
+
+from jaxldm import diffusion as D
+from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.schedulers import Plan
+from jaxldm.pipelines.text_to_image import TextToImage
+
+# What Qwen3's chat template comes to for one question, its answer about to begin.
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ZImage(TextToImage):
+    """A transformer through which text and latents go as one row of tokens.
+
+    Text-to-image, image-to-image and inpainting are one call; see `TextToImage.__call__`. Z-Image-Turbo was
+    distilled with its guidance: 8 steps, `guidance_scale=1`.
+
+    Attributes:
+      transformer: the denoising network.
+      vae: the autoencoder, of 16 channels as published.
+      text_encoder, tokenizer: Qwen3-4B, of which the states before the last layer are told.
+    """
+
+    transformer: Network
+    vae: Network
+    text_encoder: Network
+    tokenizer: Any
+
+    class_names: ClassVar[tuple[str, ...]] = (
+        "ZImagePipeline",
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+    )
+    default_guidance_scale: ClassVar[float] = 6.0  # 5 as diffusers counts it
+    default_strength: ClassVar[float] = 0.6
+    rounds_strength_up: ClassVar[bool] = True
+
+    def conditions(
+        self,
+        prompts: list[str],
+        negative_prompts: list[str] | None,
+        size: tuple[int, int],
+        *,
+        max_sequence_length: int = 512,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The text encoder's states and which of them are there; without a negative prompt the empty text's.
+
+        Texts are put to the encoder as a question in a chat, as the model was trained.
+
+        Args:
+          max_sequence_length: tokens of a text, the chat's own 8 or so among them. Each length compiles
+            anew, so it is the same for all texts.
+
+        Raises:
+          InvalidArgumentError: no room for a token, or more than the transformer has places for.
+        """
+        most = self.transformer.config.longest_text
+        if not 1 <= max_sequence_length <= most:
+            raise InvalidArgumentError(
+                f"max_sequence_length must lie between 1 and {most}, not {max_sequence_length}"
+            )
+        told, away = (
+            encode_texts(
+                self.text_encoder,
+                self.tokenizer,
+                texts,
+                penultimate=True,
+                max_length=max_sequence_length,
+                mask=True,
+                template=TEMPLATE,
+            )
+            for texts in (prompts, negative_prompts or [""] * len(prompts))
+        )
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        return tuple(dict(zip(names, (part.hidden, part.mask), strict=True)) for part in (told, away))
+
+    @staticmethod
+    def ask(
+        network: Network, x: Float[Array, "N h w c"], t: Float[Array, " N"], **condition: Any
+    ) -> Float[Array, "N h w c"]:
+        """The velocity noise - data at the path's t; the network's own goes the other way, as does its t."""
+        return -network(x, 1.0 - t, **condition)
+
+    def make_grid(self, plan: Plan, *args: Any, **options: Any) -> D.Grid:
+        """As in `TextToImage`, from even values 1 to 1/N before the shift, whatever the shift.
+
+        The folder's scheduler, left alone, would go down to its smallest t.
+        """
+        spacing = {"spacing": self.scheduler.get("_spacing", "trailing")}
+        return super().make_grid(plan._replace(grid_options=plan.grid_options | spacing), *args, **options)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that a token is high and wide."""
+        return super().size_multiple * self.transformer.config.patch_size
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """1024x1024; the config says nothing of it."""
+        return 1024, 1024
+
+    def num_image_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of that (height, width)."""
+        return (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
+
+    def check_parts(self) -> None:
+        """The texts' states and the latents must be as wide as the transformer takes them.
+
+        Raises:
+          CheckpointError: parts of different models.
+        """
+        config, width = self.transformer.config, self.text_encoder.config.hidden_size
+        if width != config.cap_feat_dim:
+            raise CheckpointError(
+                f"its text encoder gives states {width} wide, its transformer takes {config.cap_feat_dim}"
+            )
+        if config.in_channels != self.latent_channels:
+            raise CheckpointError(
+                f"its autoencoder has {self.latent_channels} latent channels, its transformer takes "
+                f"{config.in_channels}"
+            )
+
+    def _guidance_scales(
+        self, guidance_scale: float | None, true_cfg_scale: float
+    ) -> tuple[float | None, float]:
+        """Refuses what would steer towards the negative prompt, and was meant as on a model card."""
+        if guidance_scale is not None and 0 <= guidance_scale < 1:
+            raise InvalidArgumentError(
+                f"guidance_scale counts from 1, the model as trained: for the {guidance_scale:g} of a model "
+                f"card of Z-Image write {guidance_scale + 1:g}"
+            )
+        return super()._guidance_scales(guidance_scale, true_cfg_scale)
