@@ -23,7 +23,7 @@ from jaxldm.models.clip_vision import (
     ImageEncoding,
     clip_pixel_values,
 )
-from jaxldm.models.cost import count_macs, forward_memory, macs_of
+from jaxldm.models.cost import compile_forward, count_macs, forward_memory, macs_of, memory_of
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
@@ -111,6 +111,7 @@ __all__ = [
     "build",
     "class_name",
     "clip_pixel_values",
+    "compile_forward",
     "compute_dtype",
     "config_from_dict",
     "config_to_dict",
@@ -125,6 +126,7 @@ __all__ = [
     "guidance_embedding",
     "init",
     "macs_of",
+    "memory_of",
     "patchify",
     "sentence_embedding",
     "shapes",

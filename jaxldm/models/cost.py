@@ -66,6 +66,16 @@ def forward_memory(
 ) -> Memory:
     """Memory of one forward pass as XLA compiles it for this platform; no weights are made.
 
+    The arguments are those of `compile_forward`.
+    """
+    return memory_of(compile_forward(name_or_module, *inputs, dtype=dtype, **options))
+
+
+def compile_forward(
+    name_or_module: str | nn.Module, *inputs: Any, dtype: str = "float32", **options: Any
+) -> jax.stages.Compiled:
+    """A forward pass, compiled from shapes alone: a function of parameters and inputs.
+
     Compiling takes seconds for blocks in a scan (`config.scan`), and up to minutes for a large model without.
 
     Args:
@@ -76,8 +86,14 @@ def forward_memory(
     inputs = inputs or module.example_inputs()
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes(module))
     forward = jax.jit(lambda params, *x: module.apply({"params": params}, *x, **options))
-    analysis = forward.lower(params, *inputs).compile().memory_analysis()
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return forward.lower(params, *inputs).compile()
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+    """Memory of a function whose first argument is the weights, compiled by `compile_forward` or by hand."""
+    (params, *_), _ = compiled.args_info
+    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    analysis = compiled.memory_analysis()
     moved = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     return Memory(weights, moved - weights, analysis.temp_size_in_bytes)
 
