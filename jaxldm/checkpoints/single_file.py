@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x, XL and 3, and FLUX.1, as one file, in the layout of the original code."""
+"""Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1 and Z-Image as one file, in the layout of the original code."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxldm import models
 from jaxldm.checkpoints import single_file_configs as configs
 from jaxldm.checkpoints import single_file_names as names
 from jaxldm.checkpoints import single_file_sd3 as sd3
+from jaxldm.checkpoints import single_file_z_image as z_image
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.single_file_flux import flux_config, flux_table
@@ -24,6 +25,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig
+from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig
 
 
 class Part(NamedTuple):
@@ -92,19 +94,34 @@ FAMILIES: dict[str, dict[str, Part]] = {
         "text_encoder": _clip("text_encoders.clip_l.transformer."),
         "text_encoder_2": _t5("text_encoders.t5xxl.transformer."),
     },
+    "Z-Image": {
+        "transformer": Part(
+            "model.diffusion_model.", z_image.z_image_table, z_image.z_image_config, "z-image"
+        ),
+        "vae": Part("vae.", names.vae_table, configs.vae_config, "flux-vae"),
+        "text_encoder": Part(
+            "text_encoders.qwen3_4b.transformer.", z_image.qwen3_table, z_image.qwen3_config, "qwen3-4b"
+        ),
+    },
 }
 # How names begin that only the denoiser of a family has.
 _SIGNS = {
     "model.diffusion_model.double_blocks.": "FLUX",
     "model.diffusion_model.joint_blocks.": "SD3",
+    "model.diffusion_model.cap_pad_token": "Z-Image",
 }
-# FLUX is published as files of one component, whose names have no prefix: how they begin.
+# FLUX and Z-Image come as files of one component, whose names have no prefix: how they begin.
 _ALONE = {
     "double_blocks.": ("FLUX", "transformer"),
     "joint_blocks.": ("SD3", "transformer"),
+    "cap_pad_token": ("Z-Image", "transformer"),
     "decoder.up.": ("FLUX", "vae"),
 }
-_TRANSFORMERS = {FluxTransformer2DConfig: "FLUX", SD3Transformer2DConfig: "SD3"}
+_TRANSFORMERS = {
+    FluxTransformer2DConfig: "FLUX",
+    SD3Transformer2DConfig: "SD3",
+    ZImageTransformer2DConfig: "Z-Image",
+}
 
 # What files hold beside the components: the noise schedule, averages of weights, training losses, buffers.
 _NOTHING_TO_LOAD = re.compile(
@@ -115,6 +132,7 @@ _NOTHING_TO_LOAD = re.compile(
     r"|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?text_projection(\.weight)?"
     r"|text_encoders\.clip_l\.transformer\.text_projection\.weight"
     r"|text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight"
+    r"|(model\.diffusion_model\.)?norm_final\.weight|text_encoders\.qwen3_4b\.transformer\.lm_head\.weight"
 )
 # CLIP in files made with an early transformers, many fine-tunes of Stable Diffusion 1 among them.
 _EARLY_CLIP = re.compile(r"^(cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
@@ -165,9 +183,9 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
 
     Any of unet, transformer, vae, text_encoder, text_encoder_2, text_encoder_3. The text encoders say which
     layout it is: three of them, SD3; both, XL; only the second, XL's refiner; one of OpenCLIP ("gelu"), 2.x;
-    otherwise 1.x. With the transformer of SD3 or FLUX it is theirs, FLUX's as ComfyUI has it; FLUX's alone,
-    or its autoencoder (one without `quant_conv`), gets the names of Black Forest Labs' own files,
-    flux1-dev.safetensors and ae.safetensors.
+    otherwise 1.x. With the transformer of SD3, FLUX or Z-Image it is theirs, the last two as ComfyUI has
+    them; FLUX's alone, or its autoencoder (one without `quant_conv`), gets the names of Black Forest Labs' own files,
+    flux1-dev.safetensors and ae.safetensors, and Z-Image's alone those of z_image_turbo_bf16.safetensors.
 
     Raises:
       UnknownNameError: a component of another name.
@@ -254,15 +272,15 @@ def _family_of_file(state: Mapping[str, Tensor]) -> str:
         if "unet" in parts and widths == {models.PRESETS[parts["unet"].preset].cross_attention_dim}:
             return family
     raise CheckpointError(
-        "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, or FLUX: it has no text encoder and no "
-        "denoiser of these under their original names; its first tensors are "
+        "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or Z-Image: it has no text encoder "
+        "and no denoiser of these under their original names; its first tensors are "
         f"{', '.join(sorted(state)[:3]) or 'none at all'}"
     )
 
 
 def _parts_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> Mapping[str, Part]:
     family = _family_of_components(components)
-    if family == "FLUX" and len(components) == 1:
+    if family in ("FLUX", "Z-Image") and len(components) == 1:
         return _alone(family, next(iter(components)))
     return FAMILIES[family]
 
