@@ -184,8 +184,8 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
     Any of unet, transformer, vae, text_encoder, text_encoder_2, text_encoder_3. The text encoders say which
     layout it is: three of them, SD3; both, XL; only the second, XL's refiner; one of OpenCLIP ("gelu"), 2.x;
     otherwise 1.x. With the transformer of SD3, FLUX or Z-Image it is theirs, the last two as ComfyUI has
-    them; FLUX's alone, or its autoencoder (one without `quant_conv`), gets the names of Black Forest Labs' own files,
-    flux1-dev.safetensors and ae.safetensors, and Z-Image's alone those of z_image_turbo_bf16.safetensors.
+    them; FLUX's alone, or its autoencoder (one without `quant_conv`), gets the names of Black Forest Labs'
+    own files, flux1-dev.safetensors and ae.safetensors, and Z-Image's alone those of its published file.
 
     Raises:
       UnknownNameError: a component of another name.
