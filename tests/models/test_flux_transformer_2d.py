@@ -40,17 +40,17 @@ def inputs(config: FluxTransformer2DConfig, batch: int, height: int, width: int,
     return images(batch, height, width, config.latent_channels, seed=seed), t, states, pooled, guidance
 
 
-def reference(theirs, x, t, states, pooled, guidance):
+def reference(theirs, x, t, states, pooled, guidance, dtype=torch.float32):
     """Theirs on the same, packed, numbered and unpacked as their pipeline does it: [B, C, H, W]."""
     batch, height, width, channels = x.shape
-    tokens = FluxPipeline._pack_latents(to_torch(x), batch, channels, height, width)
+    tokens = FluxPipeline._pack_latents(to_torch(x), batch, channels, height, width).to(dtype)
     ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32)
     told = {} if guidance is None else {"guidance": torch.from_numpy(guidance)}
     with torch.no_grad():
         out = theirs(
             tokens,
-            encoder_hidden_states=torch.from_numpy(states),
-            pooled_projections=torch.from_numpy(pooled),
+            encoder_hidden_states=torch.from_numpy(states).to(dtype),
+            pooled_projections=torch.from_numpy(pooled).to(dtype),
             timestep=torch.from_numpy(t),
             img_ids=ids,
             txt_ids=torch.zeros(states.shape[1], 3),
@@ -207,3 +207,23 @@ def test_tensors_that_do_not_fit(pair, harm):
         state[name] = state[name][:-1]
     with pytest.raises(CheckpointError, match=f"{harm}: {name}"):
         checkpoints.from_state_dict(state, models.shapes(module))
+
+
+def test_times_are_told_exactly_in_sixteen_bits():
+    """The reference rounds t to the network's dtype before it is embedded: 0.999 is 1 to it."""
+    theirs = randomised(diffusers.FluxTransformer2DModel(**CONFIGS["dev: told its guidance"])).bfloat16()
+    module = models.build("flux-dev", **CONFIGS["dev: told its guidance"], dtype="bfloat16")
+    params = checkpoints.from_state_dict(
+        {name: tensor.float().numpy() for name, tensor in theirs.state_dict().items()}, models.shapes(module)
+    )
+    x, _, states, pooled, guidance = inputs(module.config, 1, 2, 2)
+    call = jax.jit(lambda t: module.apply({"params": params}, x, t, states, pooled, guidance))
+    ours, rounded = (
+        [draw(np.array([t], np.float32)) for t in (0.999, 1.0)]
+        for draw in (
+            call,
+            lambda t: reference(theirs, x, t, states, pooled, guidance, torch.bfloat16).float().numpy(),
+        )
+    )
+    np.testing.assert_array_equal(*rounded)
+    assert np.abs(ours[0] - ours[1]).max() > 0
