@@ -221,11 +221,17 @@ def _first_step(count: int, strength: float) -> int:
 
 
 def guided_logits(
-    network: Callable[[Any, Any], Any], condition: Any, null_condition: Any, guidance_scale: Any
+    network: Callable[[Any, Any], Any],
+    condition: Any,
+    null_condition: Any,
+    guidance_scale: Any,
+    *,
+    alone_at_1: bool = True,
 ) -> Callable[[Any], Any]:
     """`logits(tokens)` = (1 - w) unconditional + w conditional logits, both branches in one batch of 2B.
 
-    Where every scale is 1 the conditional branch alone is asked.
+    Where every scale is 1 the conditional branch alone is asked, unless `alone_at_1` is False, which saves
+    compiling it where the scale is traced.
 
     Args:
         network: (tokens [N, ...], condition [N, ...]) -> logits [N, ..., V], N being 2B or B.
@@ -251,7 +257,9 @@ def guided_logits(
 
     def logits(tokens):
         if isinstance(guidance_scale, float):
-            return alone(tokens) if guidance_scale == 1 else guided(tokens)
+            return alone(tokens) if guidance_scale == 1 and alone_at_1 else guided(tokens)
+        if not alone_at_1:
+            return guided(tokens)
         return jax.lax.cond(jnp.all(guidance_scale == 1), alone, guided, tokens)
 
     return logits

@@ -83,8 +83,8 @@ class UVit2DConfig(ModelConfig):
         )
         check(self.downsample == self.upsample, "downsample and upsample go together: a logit for each token")
         check(
-            self.vocab_size > self.codebook_size > 0,
-            f"vocab_size {self.vocab_size} must hold the codebook's {self.codebook_size} and the mask token",
+            self.vocab_size >= self.codebook_size > 0,
+            f"vocab_size {self.vocab_size} must hold the {self.codebook_size} tokens of the codebook",
         )
         check(
             self.micro_cond_embed_dim % self.micro_cond_encode_dim == 0,

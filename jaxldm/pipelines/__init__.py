@@ -9,6 +9,7 @@ pipe = pipelines.load("stable-diffusion-xl-base-1.0", dtype="bfloat16")    # a f
 images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solver="dpmpp_2m")
 """
 
+from jaxldm.pipelines.amused import Amused
 from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.folders import (
     TensorComparison,
@@ -38,6 +39,7 @@ from jaxldm.pipelines.z_image import ZImage
 
 __all__ = [
     "PIPELINES",
+    "Amused",
     "Flux",
     "Images",
     "LatentDiffusion",

@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError
+from jaxldm.pipelines.amused import Amused
 from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
@@ -22,6 +23,7 @@ from jaxldm.pipelines.z_image import ZImage
 
 # A new family adds one line.
 FAMILIES: tuple[type[TextPipeline], ...] = (
+    Amused,
     StableDiffusion,
     StableDiffusionXL,
     StableDiffusion3,

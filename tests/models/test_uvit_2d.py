@@ -138,7 +138,7 @@ def test_inputs_that_do_not_fit():
     ("changes", "words"),
     [
         ({"upsample": True}, "go together"),
-        ({"codebook_size": 24}, "mask token"),
+        ({"codebook_size": 25}, "must hold the 25 tokens"),
         ({"num_attention_heads": 5}, "24 cannot be split into 5 heads"),
         ({"block_num_heads": 5}, "16 cannot be split into 5 heads"),
         ({"micro_cond_embed_dim": 21}, "multiple of micro_cond_encode_dim"),
