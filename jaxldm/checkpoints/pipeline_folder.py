@@ -103,7 +103,11 @@ def _of_class(entries: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def save_components(
-    folder: Path | str, class_name: str, components: Mapping[str, Component | bool | int | float | str | None]
+    folder: Path | str,
+    class_name: str,
+    components: Mapping[str, Component | bool | int | float | str | None],
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a pipeline folder that `load_components` and diffusers open: all of it or nothing.
 
@@ -113,6 +117,7 @@ def save_components(
       class_name: the pipeline's in diffusers, "StableDiffusionPipeline" for one.
       components: name -> (module, params), a `Tokenizer`, a scheduler's dictionary with its `_class_name`,
         None for a component that is absent; or a number, a text or a truth value: an option of the pipeline.
+      options: more entries of model_index.json, dictionaries among them (DiT's `id2label`).
 
     Raises:
       StorageError: the folder holds other files, is a file, or cannot be written.
@@ -121,6 +126,7 @@ def save_components(
     folder = Path(os.path.abspath(folder))
     _check_may_replace(folder)
     index: dict[str, Any] = {"_class_name": class_name, "_jaxldm_version": __version__}
+    index |= options or {}
     with folder_written_whole(folder) as partial:
         for name, component in components.items():
             index[name] = _save_component(partial / name, component)

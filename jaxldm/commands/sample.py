@@ -175,7 +175,7 @@ class Sample:
                 guidance_scale=guidance_scale,
                 guidance_rescale=self.guidance_rescale,
                 negative_labels=self.negative_class_labels,
-                solver=self.solver or "ddim",
+                solver=self.solver,
                 eta=self.eta,
                 spacing=self.spacing,
                 batch_size=64 if self.batch_size is None else self.batch_size,

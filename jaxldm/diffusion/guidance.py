@@ -112,7 +112,9 @@ def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, An
     return Branches(both, network)
 
 
-def guide_branches(branches: Branches, guidance_scale: Any, rescale: Any = 0.0) -> Callable[[Any, Any], Any]:
+def guide_branches(
+    branches: Branches, guidance_scale: Any, rescale: Any = 0.0, guided_channels: int | None = None
+) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` that mixes any two branches by `guide`; where every scale is 1, one alone is asked.
 
     Channels beyond x's own (a learned variance) are not guided: they stay those of the branch to move
@@ -123,6 +125,8 @@ def guide_branches(branches: Branches, guidance_scale: Any, rescale: Any = 0.0) 
         guidance_scale: w, a number or one per image [B], or a function of t [B] that gives either; may be
             traced.
         rescale: phi of `rescale_guidance`.
+        guided_channels: how many of x's channels are guided, from the first on; None: all. The samplers that
+            the authors of DiT and SiT published guide three of the four latent channels.
 
     Raises:
         InvalidArgumentError: w or phi is NaN, infinite or negative, or phi is above 1.
@@ -130,7 +134,7 @@ def guide_branches(branches: Branches, guidance_scale: Any, rescale: Any = 0.0) 
     rescale = checked("guidance rescale", rescale, 1.0)
 
     def mix(x, away, towards, w):
-        channels = x.shape[-1]
+        channels = x.shape[-1] if guided_channels is None else guided_channels
         conditional = towards[..., :channels]
         mixed = guide(away[..., :channels], conditional, w)
         if not (isinstance(rescale, float) and rescale == 0):
@@ -168,6 +172,7 @@ def classifier_free_guidance(
     null_condition: Any,
     guidance_scale: Any,
     rescale: Any = 0.0,
+    guided_channels: int | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` that asks the network once, for both branches in one batch of 2B, and guides.
 
@@ -183,6 +188,7 @@ def classifier_free_guidance(
             `guidance_schedule`, `guidance_interval`, `cfg_plus_plus`; may be traced. 0 is unconditional, 1
             conditional.
         rescale: phi of `rescale_guidance`.
+        guided_channels: of x, from the first on; None: all. See `guide_branches`.
 
     Raises:
         InvalidArgumentError: w or phi is NaN, infinite or negative, or phi is above 1; the two conditions
@@ -195,7 +201,8 @@ def classifier_free_guidance(
     >>> float(predict(jnp.ones((2, 4, 4, 1)), jnp.zeros(2))[0, 0, 0, 0])
     3.0
     """
-    return guide_branches(condition_branches(network, condition, null_condition), guidance_scale, rescale)
+    branches = condition_branches(network, condition, null_condition)
+    return guide_branches(branches, guidance_scale, rescale, guided_channels)
 
 
 def autoguidance(

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxldm.diffusion import betas as beta_schedules
 from jaxldm.diffusion.cosine import cosine_path
-from jaxldm.diffusion.interpolants import interpolant_path
+from jaxldm.diffusion.interpolants import interpolant_path, velocity_denoiser
 from jaxldm.diffusion.paths import Path, continuous_vp_path, edm_path, vp_path
 from jaxldm.diffusion.predictions import PREDICTIONS
 from jaxldm.diffusion.rectified_flow import flow_path, resolution_shift
@@ -19,6 +19,7 @@ from jaxldm.diffusion.sampling import Denoiser, denoiser, edm_preconditioned
 from jaxldm.errors import InvalidArgumentError, one_of
 
 PATHS = ("vp", "edm", "flow", "continuous_vp", "interpolant", "cosine")
+VELOCITY = "velocity"
 # Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
 BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] = {
     "linear": (beta_schedules.linear_betas, (1e-4, 0.02)),
@@ -38,6 +39,7 @@ class NoiseSchedule:
 
     path: "vp" (DDPM), "edm", "flow", "continuous_vp", "interpolant" or "cosine".
     prediction: one of `jaxldm.diffusion.PREDICTIONS`; the network of an "edm" path is preconditioned instead.
+      On continuous paths also "velocity", alpha' x_0 + sigma' eps: what SiT says on each of its interpolants.
     betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr: of the "vp" path alone; a beta_start
       or beta_end of None is the published one.
     sigma_data, sigma_min, sigma_max: of the "edm" path alone.
@@ -99,6 +101,10 @@ class NoiseSchedule:
             if learned_variance:
                 raise InvalidArgumentError("a network of an edm path has no learned variance")
             return edm_preconditioned(predict, self.sigma_data, self.make_path())
+        if self.prediction == VELOCITY:
+            if learned_variance:
+                raise InvalidArgumentError("a network that predicts a velocity has no learned variance")
+            return velocity_denoiser(predict, self.make_path())
         return denoiser(predict, self.make_path(), self.prediction, learned_variance=learned_variance)
 
     def make_betas(self) -> np.ndarray:
@@ -143,7 +149,7 @@ class NoiseSchedule:
 @functools.lru_cache
 def _make_path(schedule: NoiseSchedule, num_image_tokens: int | None) -> Path:
     one_of("path", schedule.path, PATHS)
-    one_of("prediction", schedule.prediction, PREDICTIONS)
+    one_of("prediction", schedule.prediction, (*PREDICTIONS, VELOCITY))
     if schedule.path == "edm":
         return edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
     if schedule.path == "cosine":

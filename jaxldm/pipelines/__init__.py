@@ -10,6 +10,7 @@ images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solve
 """
 
 from jaxldm.pipelines.amused import Amused
+from jaxldm.pipelines.class_folders import load_original
 from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.folders import (
     TensorComparison,
@@ -71,6 +72,7 @@ __all__ = [
     "is_denoiser",
     "kind_of",
     "load",
+    "load_original",
     "make_plan",
     "modules_in",
     "named_solver",

@@ -78,9 +78,9 @@ def in_fixed_batches(
     return np.concatenate(results)[:num_rows]
 
 
-def num_batches(num_images: int, mesh: Mesh) -> int:
+def num_batches(num_images: int, mesh: Mesh, images_per_device: int = IMAGES_PER_DEVICE) -> int:
     """How many fixed batches `num_images` need."""
-    return -(-num_images // (IMAGES_PER_DEVICE * mesh.size))
+    return -(-num_images // (images_per_device * mesh.size))
 
 
 def _batches(per_image: Any, num_rows: int, rows_per_batch: int) -> Iterator[Any]:

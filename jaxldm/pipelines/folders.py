@@ -22,6 +22,14 @@ from jaxldm import __version__, checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.storage import folder_written_whole
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
+from jaxldm.pipelines.class_folders import (
+    DIT_CLASS,
+    is_dit_pipeline,
+    load_dit,
+    read_options,
+    save_dit,
+    written_options,
+)
 from jaxldm.pipelines.latent_diffusion import LatentDiffusion
 from jaxldm.pipelines.text_folders import PIPELINES, load_text_to_image, save_text_to_image
 from jaxldm.pipelines.text_pipeline import TextPipeline
@@ -30,11 +38,14 @@ PIPELINE_CLASS = "LatentDiffusionPipeline"
 INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 DENOISERS = ("unet", "transformer")
-EXPORTS = (PIPELINE_CLASS, "DDPMPipeline", "DDIMPipeline")  # the last two: of diffusers, without classes
+# The last three are of diffusers, two of them without classes.
+EXPORTS = (PIPELINE_CLASS, DIT_CLASS, "DDPMPipeline", "DDIMPipeline")
 AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
-CLASS_CONDITIONAL = ("UNet2DModel", "DiT")  # networks that `LatentDiffusion` draws with
+# Networks that `LatentDiffusion` draws with; the last is not trained here.
+TRAINED = ("UNet2DModel", "DiT", "SiT")
+CLASS_CONDITIONAL = (*TRAINED, "DiTTransformer2DModel")
 # Architectures that diffusers has under the same name, with the same weights.
-_IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel")
+_IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel", "DiTTransformer2DModel")
 
 
 def load(
@@ -61,9 +72,13 @@ def load(
     kind = kind_of(folder)
     if kind == "text-to-image":
         return load_text_to_image(folder, _read_json(folder / INDEX), dtype, variant)
+    if kind == "export" and _read_json(folder / INDEX).get("_class_name") == DIT_CLASS:
+        pipe = load_dit(folder, dtype, variant)
+        _check_parts_fit(pipe, folder)
+        return pipe
     if dtype is not None or variant is not None:
         raise InvalidArgumentError(
-            f"dtype and variant are for text-to-image models: {folder} is another, leave them out"
+            f"dtype and variant are for folders of diffusers: {folder} is another, leave them out"
         )
     return _load_run(folder) if kind == "run" else _load_export(folder)
 
@@ -109,12 +124,16 @@ def save(pipe: LatentDiffusion | TextPipeline, folder: str | Path) -> None:
     if isinstance(pipe, TextPipeline):
         save_text_to_image(pipe, folder)
         return
+    if is_dit_pipeline(pipe):
+        save_dit(pipe, folder)
+        return
     check_export_folder(folder)
     index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
     with folder_written_whole(folder) as partial:
         for name, module, params in components(pipe):
             index[name] = _library_and_class(models.class_name(module.config))
             checkpoints.save(partial / name, module, params)
+        index |= written_options(pipe)
         scheduler = pipe.schedule.to_dict()
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         (partial / SCHEDULER_CONFIG).parent.mkdir()
@@ -233,7 +252,7 @@ def _load_export(folder: Path) -> LatentDiffusion:
     schedule = D.NoiseSchedule.from_dict(_read_json(folder / SCHEDULER_CONFIG))
     pipe = _load_parts(folder / denoisers[0], schedule, folder / "vae" if "vae" in index else None)
     _check_parts_fit(pipe, folder)
-    return pipe
+    return pipe.replace(**read_options(folder, pipe.num_classes))
 
 
 def _load_parts(denoiser: Path, schedule: D.NoiseSchedule, autoencoder: Path | None) -> LatentDiffusion:
@@ -244,13 +263,13 @@ def _load_parts(denoiser: Path, schedule: D.NoiseSchedule, autoencoder: Path | N
 
 def is_denoiser(config: Any) -> bool:
     """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
-    return models.class_name(config) in CLASS_CONDITIONAL
+    return models.class_name(config) in TRAINED
 
 
 def _check_parts_fit(pipe: LatentDiffusion, folder: Path) -> None:
     """Refuses parts of different models in one folder."""
     kinds = [models.class_name(module.config) for _, module, _ in components(pipe)]
-    if not is_denoiser(pipe.denoiser.config) or (pipe.autoencoder and kinds[0] not in AUTOENCODERS):
+    if kinds[-1] not in CLASS_CONDITIONAL or (pipe.autoencoder and kinds[0] not in AUTOENCODERS):
         raise CheckpointError(
             f"{folder} holds {' and '.join(kinds)}: an autoencoder and a denoising network are needed"
         )

@@ -16,27 +16,44 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.data import check_labels
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import height_width
-from jaxldm.pipelines.fixed_batches import image_mesh, in_fixed_batches, num_batches, over_images
+from jaxldm.pipelines.fixed_batches import (
+    IMAGES_PER_DEVICE,
+    image_mesh,
+    in_fixed_batches,
+    num_batches,
+    over_images,
+)
+from jaxldm.pipelines.schedulers import Sampler, make_plan, named_solver
 
 # Grids on a continuous path are padded to this many steps, so that another number of steps compiles nothing
 # anew. (Those on a discrete path are padded to all of its timesteps.)
 MAX_STEPS = 1000
+OUTPUTS = ("images", "latents")
 
 
 class Images(NamedTuple):
-    """What is asked of each image of a batch: its number, its label, and the label to steer away from."""
+    """What is asked of each image of a batch.
+
+    Attributes:
+      number: which image it is.
+      label: its class, None for a model without classes.
+      negative_label: the class to steer away from.
+      latents: x at the first row of the grid, in place of noise; None: noise.
+    """
 
     number: Int[Array, " B"]
     label: Int[Array, " B"] | None
     negative_label: Int[Array, " B"] | None
+    latents: Float[Array, "B h w c"] | None = None
 
 
 class Settings(NamedTuple):
@@ -52,19 +69,25 @@ def draw(
     pipe: LatentDiffusion,
     settings: Settings,
     images: Images,
-    solver: D.Solver,
+    sampler: Sampler,
     on_step: Callable[[Any, Any], None] | None = None,
+    output: str = "images",
 ) -> Float[Array, "B H W C"]:
-    """Images in [-1, 1]: noise, walked along the grid by the solver under guidance, and decoded. Pure; jit
-    it."""
+    """Images in [-1, 1]: noise, walked along the grid by the sampler's solver under guidance, and decoded.
+
+    Pure; jit it. With `output="latents"` they are not decoded.
+    """
 
     def network(x, t, labels):
         output = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
-        return output[..., : x.shape[-1]]  # a network with a learned variance has it in the second half
+        # A network with a learned variance has it in the second half.
+        return output if sampler.learned_variance else output[..., : x.shape[-1]]
 
+    if isinstance(pipe.denoiser, models.SiT):
+        network = D.from_sit(network)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(settings.key, images.number)
     if images.label is None:
-        predict = functools.partial(network, labels=None)
+        predict = lambda x, t: network(x, t, None)  # noqa: E731
     else:
         predict = D.classifier_free_guidance(
             network,
@@ -72,11 +95,14 @@ def draw(
             images.negative_label,
             settings.guidance_scale,
             rescale=0.0 if settings.guidance_rescale is None else settings.guidance_rescale,
+            guided_channels=pipe.guided_channels,
         )
-    denoise = pipe.schedule.make_denoiser(predict)
-    noise = D.initial_noise(keys, (len(keys), *pipe.latent_shape), settings.grid)
-    latents = D.sample(keys, denoise, solver, settings.grid, noise, callback=on_step)
-    return jnp.clip(pipe.decode(latents), -1.0, 1.0)
+    denoise = sampler.make_denoiser(predict)
+    x = images.latents
+    if x is None:
+        x = D.initial_noise(keys, (len(keys), *pipe.latent_shape), settings.grid)
+    latents = D.sample(keys, denoise, sampler.solver, settings.grid, x, callback=on_step)
+    return latents if output == "latents" else jnp.clip(pipe.decode(latents), -1.0, 1.0)
 
 
 @flax.struct.dataclass
@@ -90,6 +116,13 @@ class LatentDiffusion:
       autoencoder: decodes latents into images; None where the network draws pixels.
       autoencoder_params: its parameters, or None.
       class_names: one for each label; empty when nobody named them.
+      scheduler: the entries of the folder's scheduler_config.json, which name the solver and the grid of
+        calls that name none; None: DDIM on the grid that fits the path.
+      scale: of guidance, where a call names none.
+      guided_channels: how many of the network's channels are guided, from the first on; None: all of them.
+        The authors' samplers of DiT and SiT guide 3 of 4: `pipe.replace(guided_channels=3)`.
+      images_per_device: images that a device always computes at once, see `fixed_batches`. 1 for the large
+        models of folders; more is faster on a large device.
 
     >>> import jax                                                                            # doctest: +SKIP
     >>> from jaxldm import pipelines                                                          # doctest: +SKIP
@@ -105,6 +138,10 @@ class LatentDiffusion:
     autoencoder: nn.Module | None = flax.struct.field(pytree_node=False, default=None)
     autoencoder_params: Any = None
     class_names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    scheduler: FrozenDict | None = flax.struct.field(pytree_node=False, default=None)
+    scale: float = flax.struct.field(pytree_node=False, default=3.0)
+    guided_channels: int | None = flax.struct.field(pytree_node=False, default=None)
+    images_per_device: int = flax.struct.field(pytree_node=False, default=IMAGES_PER_DEVICE)
 
     @property
     def num_classes(self) -> int | None:
@@ -126,8 +163,14 @@ class LatentDiffusion:
 
     @property
     def default_guidance_scale(self) -> float:
-        """3, or 1 for a model without classes."""
-        return 1.0 if self.num_classes is None else 3.0
+        """`scale`, or 1 for a model without classes."""
+        return 1.0 if self.num_classes is None else self.scale
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network says its variance, too: twice as many channels (Nichol & Dhariwal 2021)."""
+        channels = self.denoiser.config.in_channels
+        return getattr(self.denoiser.config, "out_channels", None) == 2 * channels
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         """Latents -> images, about [-1, 1]; a model of pixels has nothing to decode."""
@@ -145,10 +188,13 @@ class LatentDiffusion:
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         negative_labels: int | Sequence[int] | None = None,
-        solver: str | D.Solver = "ddim",
+        solver: str | D.Solver | None = None,
         eta: float | None = None,
+        variance: str | None = None,
         spacing: str | None = None,
         sigmas: str | None = None,
+        latents: Any = None,
+        output: str = "images",
         batch_size: int = 64,
         devices: Sequence[Any] | None = None,
         on_step: Callable[[Any, Any], None] | None = None,
@@ -169,9 +215,13 @@ class LatentDiffusion:
           guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1].
           negative_labels: told to the unconditional branch in place of the null class: one label, or several,
             repeated like `class_labels`.
-          solver: a name in `jaxldm.diffusion.solvers.SOLVERS`, or a `Solver` of your own.
+          solver: a name in `jaxldm.diffusion.solvers.SOLVERS`, a `Solver` of your own, or None for the
+            scheduler that the folder names (ddim where it names none).
           eta: for the solvers that have this option.
-          spacing, sigmas: as in `jaxldm.diffusion.make_grid`; None is what fits the path.
+          variance: of solver "ddpm": "small", "large" or "learned", for networks that learned it (DiT).
+          spacing, sigmas: as in `jaxldm.diffusion.make_grid`; None is what the folder says, or fits the path.
+          latents: [N, h, w, c], x at the first row of the grid, as it is: noise of your own.
+          output: "images", or "latents" as they are behind the last step, [N, h, w, c].
           batch_size: images under way at once; it is rounded up to whole fixed batches.
           devices: default all devices of this process.
           on_step: called on the host as on_step(step, x), by each device after each step of each batch.
@@ -179,29 +229,33 @@ class LatentDiffusion:
         Raises:
           UnknownNameError, InvalidArgumentError, DataError: always before anything is compiled.
         """
-        images = self._images(class_labels, negative_labels, num_images)
-        mesh = image_mesh(len(images.number), devices)
-        pipe, key = jax.device_put((self, key), NamedSharding(mesh, PartitionSpec()))
+        one_of("output", output, OUTPUTS)
+        images = self._with_latents(self._images(class_labels, negative_labels, num_images), latents)
+        mesh = image_mesh(len(images.number), devices, self.images_per_device)
+        compiled = self.replace(scheduler=None, class_names=())  # what it does not depend on
+        pipe, key = jax.device_put((compiled, key), NamedSharding(mesh, PartitionSpec()))
+        sampler, grid_options = self._plan(solver, eta, variance)
         settings = Settings(
             key,
-            self._grid(num_inference_steps, spacing, sigmas),
+            self._grid(num_inference_steps, spacing, sigmas, grid_options),
             np.float32(self.check_guidance_scale(guidance_scale)),
             _rescale(guidance_rescale),
         )
-        solver = solver if isinstance(solver, D.Solver) else named_solver(solver, eta)
+        how = {"sampler": sampler, "mesh": mesh, "on_step": on_step, "output": output}
         return in_fixed_batches(
-            lambda batch: _draw(pipe, settings, batch, solver=solver, mesh=mesh, on_step=on_step),
+            lambda batch: _draw(pipe, settings, batch, **how),
             images,
             mesh,
             batch_size,
+            self.images_per_device,
         )
 
     def count_steps(
         self, num_images: int, num_inference_steps: int, devices: Sequence[Any] | None = None
     ) -> int:
         """How often `on_step` will be called: the length of a progress bar."""
-        mesh = image_mesh(num_images, devices)
-        return num_batches(num_images, mesh) * mesh.size * num_inference_steps
+        mesh = image_mesh(num_images, devices, self.images_per_device)
+        return num_batches(num_images, mesh, self.images_per_device) * mesh.size * num_inference_steps
 
     def cycle_labels(
         self, class_labels: Sequence[int] | None, num_images: int | None
@@ -243,7 +297,41 @@ class LatentDiffusion:
             negative = np.resize(self._checked(negative_labels, "negative labels"), len(labels))
         return Images(np.arange(len(labels), dtype=np.int32), labels, negative)
 
-    def _grid(self, num_inference_steps, spacing, sigmas) -> D.Grid:
+    def _with_latents(self, images: Images, latents: Any) -> Images:
+        if latents is None:
+            return images
+        latents, wanted = np.asarray(latents, np.float32), (len(images.number), *self.latent_shape)
+        if latents.shape != wanted:
+            raise InvalidArgumentError(
+                f"latents must be {list(wanted)}, channels last, one for each image; they are "
+                f"{list(latents.shape)}"
+            )
+        return images._replace(latents=latents)
+
+    def _plan(
+        self, solver: str | D.Solver | None, eta: float | None, variance: str | None
+    ) -> tuple[Sampler, dict[str, Any]]:
+        """What walks the grid, and arguments of `make_grid`."""
+        if variance is not None and solver not in ("ddpm", None):
+            raise InvalidArgumentError('variance is an option of solver="ddpm"')
+        if variance == "learned" and not self.learns_variance:
+            raise InvalidArgumentError(
+                'this network says no variance, half of 2C channels: leave variance="learned" out'
+            )
+        if variance is not None:
+            solver = "ddpm"
+        if self.scheduler is not None:
+            sampler, grid_options = make_plan(self.scheduler, solver, eta=eta)
+        else:
+            if not isinstance(solver, D.Solver):
+                solver = named_solver(solver or "ddim", eta)
+            sampler, grid_options = Sampler(self.schedule, solver), {}
+        if variance is not None:
+            sampler = sampler._replace(solver=named_solver("ddpm", eta, variance=variance))
+        learned = self.learns_variance and self.schedule.path != "edm"
+        return sampler._replace(learned_variance=learned), grid_options
+
+    def _grid(self, num_inference_steps, spacing, sigmas, grid_options) -> D.Grid:
         path = self.schedule.make_path()
         most = path.num_train_timesteps or MAX_STEPS
         if num_inference_steps > most:
@@ -251,7 +339,9 @@ class LatentDiffusion:
                 f"num_inference_steps={num_inference_steps} is more than the {most} steps that "
                 "this model can be walked in: ask for that many or fewer"
             )
-        return D.make_grid(path, num_inference_steps, spacing=spacing, sigmas=sigmas, max_steps=most)
+        if spacing is not None or sigmas is not None:
+            grid_options = {"spacing": spacing, "sigmas": sigmas}
+        return D.make_grid(path, num_inference_steps, **grid_options, max_steps=most)
 
     def check_guidance_scale(self, guidance_scale: float | None) -> float:
         """The scale, or the default for None. Raises `InvalidArgumentError` unless finite and 0 or more."""
@@ -276,23 +366,11 @@ def _rescale(guidance_rescale: float) -> np.float32 | None:
     return np.float32(guidance_rescale) if guidance_rescale else None
 
 
-@functools.lru_cache
-def named_solver(name: str, eta: float | None = None, **options: Any) -> D.Solver:
-    """The solver of that name; the same object each time, so that the compiled function is found again.
-
-    Raises:
-      UnknownNameError: no such solver.
-      InvalidArgumentError: an option that the solver does not have (eta, where it is None, is the solver's
-        own), or a value out of its range.
-    """
-    return D.solvers.make(name, **options, **({} if eta is None else {"eta": eta}))
-
-
-@functools.partial(jax.jit, static_argnames=("solver", "mesh", "on_step"))
-def _draw(pipe, settings, images, *, solver, mesh, on_step):
+@functools.partial(jax.jit, static_argnames=("sampler", "mesh", "on_step", "output"))
+def _draw(pipe, settings, images, *, sampler, mesh, on_step, output):
     """`draw`, with the images split over the devices of the mesh."""
 
     def on_one_device(shared, images):
-        return draw(*shared, images, solver, on_step)
+        return draw(*shared, images, sampler, on_step, output)
 
     return over_images(on_one_device, mesh)((pipe, settings), images)

@@ -7,13 +7,13 @@ the one that the other scheduler makes of the same file.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.pipelines.latent_diffusion import named_solver
 
 # The scheduler of diffusers that makes the grid for a solver. Solvers that have none keep the folder's grid.
 SCHEDULER_OF = {
@@ -129,6 +129,18 @@ class Plan(NamedTuple):
     def solver(self) -> D.Solver:
         """Two pure functions."""
         return self.sampler.solver
+
+
+@functools.lru_cache
+def named_solver(name: str, eta: float | None = None, **options: Any) -> D.Solver:
+    """The solver of that name; the same object each time, so that the compiled function is found again.
+
+    Raises:
+      UnknownNameError: no such solver.
+      InvalidArgumentError: an option that the solver does not have (eta, where it is None, is the solver's
+        own), or a value out of its range.
+    """
+    return D.solvers.make(name, **options, **({} if eta is None else {"eta": eta}))
 
 
 def make_plan(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.data.latents import cached, fingerprint
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.metrics.pictures import image_grid, save_png
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
@@ -54,7 +55,7 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
     noise.make_denoiser(lambda x, t: x)  # refuses unknown names, and epsilon where the path ends in noise
     D.make_grid(noise.make_path(), recipe.diffusion.sample_steps)  # refuses more steps than the path has
     shape = latent_shape(recipe, image_shape)
-    return build_model(
+    module = build_model(
         recipe.diffusion,
         sample_size=sample_size(shape),
         in_channels=shape[-1],
@@ -62,6 +63,12 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         num_classes=num_classes,
         learn_sigma=False,
     )
+    if isinstance(module, models.SiT) and noise.make_path().num_train_timesteps is not None:
+        raise InvalidArgumentError(
+            'SiT counts time from 0 to 1: train it on a continuous path, noise path "flow" with prediction '
+            '"flow", or train a DiT'
+        )
+    return module
 
 
 def make_loss(recipe: DiffusionRecipe, module: nn.Module):
@@ -81,6 +88,8 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
         def network(x, t, labels):
             return module.apply({"params": params}, x, t, labels, train=True, rngs={"dropout": dropout_key})
 
+        if isinstance(module, models.SiT):  # its time and its velocity run the other way
+            network = D.from_sit(network)
         return D.diffusion_loss(
             loss_key,
             network,
@@ -139,6 +148,7 @@ def make_sampler(
     @jax.jit
     def draw(params, decoder_params, key):
         network = lambda x, t, c: module.apply({"params": params}, x, t, c)  # noqa: E731
+        network = D.from_sit(network) if isinstance(module, models.SiT) else network
         scale = recipe.sample_guidance_scale
         predict = D.classifier_free_guidance(network, labels, jnp.int32(num_classes), scale)
         denoise, x_T = recipe.noise.make_denoiser(predict), D.initial_noise(key, shape, grid)

@@ -1,0 +1,50 @@
+"""SiT in training: it is told its own time, and asked for the velocity towards the data."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxldm import models
+from jaxldm.diffusion import NoiseSchedule
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.training import RECIPES
+from jaxldm.training.diffusion import build_denoiser, make_loss
+
+SMOKE = RECIPES["smoke-dit"]
+TINY = {"hidden_size": 16, "depth": 1, "num_heads": 2}
+
+
+def recipe_with(noise):
+    diffusion = dataclasses.replace(
+        SMOKE.diffusion, preset="sit-s-8", overrides=TINY, noise=noise, condition_dropout=0.0
+    )
+    return dataclasses.replace(SMOKE, diffusion=diffusion)
+
+
+class Exact(models.SiT):
+    """Knows that every image is 0: x = (1 - s) eps at its time s, so the velocity to the data is -eps."""
+
+    def __call__(self, x, t, labels=None, train=False):
+        return -x / (1 - t)[:, None, None, None]
+
+
+def test_the_exact_velocity_has_no_loss():
+    recipe = recipe_with(NoiseSchedule("flow", "flow"))
+    module = build_denoiser(recipe, (8, 8, 1), 3)
+    assert type(module) is models.SiT and not module.config.learn_sigma
+    batch = {"mean": np.zeros((16, 8, 8, 1), np.float32), "label": np.zeros(16, np.int32)}
+    losses = [
+        make_loss(recipe.diffusion, one)(params, jax.random.key(0), batch, 0)[0]
+        for one, params in (
+            (Exact(module.config), {}),
+            (module, models.init(module, jax.random.key(1))),
+        )
+    ]
+    assert losses[0] < 1e-8 and 0.5 < losses[1] < 2  # a fresh network says 0: the loss is that of eps
+
+
+def test_a_discrete_path_is_refused():
+    with pytest.raises(InvalidArgumentError, match="continuous path"):
+        build_denoiser(recipe_with(NoiseSchedule()), (8, 8, 1), 3)
