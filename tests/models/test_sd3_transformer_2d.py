@@ -95,10 +95,9 @@ def test_diffusers_opens_what_we_changed_and_saved(pair, tmp_path, caplog, recwa
     jax.tree.map(np.testing.assert_array_equal, params_again, changed)
 
 
-@pytest.mark.parametrize("pair", ["SD 3.5 medium"], indirect=True)
+@pytest.mark.parametrize("pair", ["dual to the last"], indirect=True)
 def test_one_image_in_bfloat16_stays_near_float32(pair):
     theirs, module, params, _ = pair
-    assert [first for first, *_ in module.config.runs] == [0, 2, 4]
     inputs = inputs_for(module.config, 1, (4, 6))
     half = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
     lower = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
@@ -125,7 +124,7 @@ def test_remat_reaches_every_run_of_blocks():
 
 
 def test_fresh_networks_have_the_positions_of_diffusers_and_predict_nothing():
-    config = models.SD3Transformer2DConfig(**CONFIGS["SD 3"])
+    config = models.SD3Transformer2DConfig(**CONFIGS["SD 3"] | {"num_layers": 1})
     module = models.from_config(config)
     params = models.init(module, jax.random.key(0))
     expected = get_2d_sincos_pos_embed(16, 8, base_size=6, output_type="pt").numpy()
