@@ -154,7 +154,8 @@ def _save_component(folder: Path, component: Any) -> Any:
     save(folder, module, params)
     config = module.config
     in_diffusers = config.library != "diffusers" or config.published
-    return [config.library if in_diffusers else "jaxldm", models.class_name(config)]
+    library = config.package or config.library
+    return [library if in_diffusers else "jaxldm", models.class_name(config)]
 
 
 def _check_may_replace(folder: Path) -> None:

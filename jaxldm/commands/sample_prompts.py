@@ -32,6 +32,11 @@ def draw_prompts(command: Sample) -> tuple[Any, float]:
     if command.refiner is not None and pipelines.kind_of(command.refiner) != "text-to-image":
         raise InvalidArgumentError(f"--refiner {command.refiner} is no text-to-image model")
     pipe = pipelines.load(command.folder, dtype=command.dtype)
+    if not pipe.draws_images:
+        raise InvalidArgumentError(
+            f"{command.folder} holds one stage of a model, a {type(pipe).__name__}: put all of them into one "
+            "folder, as the page on the model says"
+        )
     if command.lora is not None:
         pipe = pipelines.with_lora(pipe, command.lora, command.lora_scale)
     refiner = None if command.refiner is None else pipelines.load(command.refiner, dtype=command.dtype)

@@ -20,6 +20,8 @@ class ModelConfig:
         which diffusers takes as private, so that it opens the folder without a warning.
       fixed: published keys that this implementation supports with one value only.
       ignored: published keys without meaning here.
+      package: what model_index.json calls the library of a class that diffusers keeps beside one pipeline
+        ("wuerstchen"); None for its public classes.
       library: whose layout the folder has: "diffusers" (`_class_name` in config.json) or "transformers"
         (`architectures`, and `model_type`).
       model_type: what transformers calls the architecture in its config.json.
@@ -28,6 +30,7 @@ class ModelConfig:
     published: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, Any]] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
+    package: ClassVar[str | None] = None
     library: ClassVar[str] = "diffusers"
     model_type: ClassVar[str] = ""
 

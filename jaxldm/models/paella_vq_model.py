@@ -45,6 +45,7 @@ class PaellaVQModelConfig(ModelConfig):
     dtype: str = "float32"
 
     published: ClassVar[bool] = True
+    package: ClassVar[str] = "wuerstchen"
     pixels_from_zero: ClassVar[bool] = True  # images in [0, 1]
 
     def __post_init__(self):

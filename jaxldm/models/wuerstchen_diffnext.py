@@ -61,6 +61,7 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
     remat: bool = False
 
     published: ClassVar[bool] = True
+    package: ClassVar[str] = "wuerstchen"
 
     def __post_init__(self):
         lists = ("nhead", "blocks", "level_config", "inject_effnet")

@@ -45,6 +45,7 @@ class WuerstchenPriorConfig(ModelConfig):
     remat: bool = False
 
     published: ClassVar[bool] = True
+    package: ClassVar[str] = "wuerstchen"
 
     def __post_init__(self):
         check(self.c % self.nhead == 0, f"c {self.c} cannot be split into {self.nhead} heads")

@@ -36,6 +36,7 @@ from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_folders import PIPELINES, modules_in, with_lora
 from jaxldm.pipelines.text_pipeline import TextPipeline
 from jaxldm.pipelines.text_to_image import TextToImage
+from jaxldm.pipelines.wuerstchen import Wuerstchen, WuerstchenDecoder, WuerstchenPrior
 from jaxldm.pipelines.z_image import ZImage
 
 __all__ = [
@@ -55,6 +56,9 @@ __all__ = [
     "TensorComparison",
     "TextPipeline",
     "TextToImage",
+    "Wuerstchen",
+    "WuerstchenDecoder",
+    "WuerstchenPrior",
     "ZImage",
     "as_images",
     "as_masks",

@@ -21,14 +21,14 @@ class Canvas(NamedTuple):
     Attributes:
       default_size: (height, width) in pixels, where nobody says another.
       multiple: what heights and widths are divisible by.
-      factor: pixels that a latent is high and wide.
+      factor: pixels that a latent is high and wide; not whole in Wuerstchen's prior.
       channels: of the latents; 3 where they are pixels.
       tells_mask: the network was trained for inpainting and is told the mask.
     """
 
     default_size: tuple[int, int]
     multiple: int
-    factor: int
+    factor: float
     channels: int
     tells_mask: bool
 
@@ -78,11 +78,12 @@ def make_start(
     if image is not None:
         image = _pixels_or_latents(image, channels)
         check_rows(image, num_images, "image")
-        given["image"] = tuple(n * (factor if image.shape[-1] == channels else 1) for n in image.shape[1:3])
+        by = factor if image.shape[-1] == channels else 1
+        given["image"] = tuple(int(n * by) for n in image.shape[1:3])
     if latents is not None:
         latents = _four_axes(latents, channels)
         check_rows(latents, num_images, "latents")
-        given["latents"] = tuple(n * factor for n in latents.shape[1:3])
+        given["latents"] = tuple(int(n * factor) for n in latents.shape[1:3])
         latents = repeated(latents, num_images)
     size = _size(height, width, canvas.default_size, given)
     check_size(*size, canvas.multiple)

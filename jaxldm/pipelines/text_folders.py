@@ -19,6 +19,7 @@ from jaxldm.pipelines.stable_diffusion import StableDiffusion
 from jaxldm.pipelines.stable_diffusion_3 import StableDiffusion3
 from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
 from jaxldm.pipelines.text_pipeline import TextPipeline
+from jaxldm.pipelines.wuerstchen import Wuerstchen, WuerstchenDecoder, WuerstchenPrior
 from jaxldm.pipelines.z_image import ZImage
 
 # A new family adds one line.
@@ -30,6 +31,9 @@ FAMILIES: tuple[type[TextPipeline], ...] = (
     Flux,
     PixArtSigma,
     PixArtAlpha,
+    Wuerstchen,
+    WuerstchenPrior,
+    WuerstchenDecoder,
     ZImage,
 )
 # `_class_name` of model_index.json -> the pipeline here.
