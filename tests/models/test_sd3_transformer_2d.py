@@ -149,6 +149,13 @@ def test_presets_have_the_published_tensors(preset):
     }
 
 
+def test_all_parts_without_t5_are_as_many_as_keras_publishes():
+    """Of its preset stable_diffusion_3_medium, which counts the table of positions, too."""
+    clips = models.count_params("clip-l") + 768**2 + models.count_params("openclip-bigg")
+    parts = clips + models.count_params("sd3-vae") + models.count_params("sd3-medium")
+    assert parts + 192 * 192 * 1536 == 2_987_080_931
+
+
 def test_published_config_files_are_the_presets():
     large = {
         "_class_name": "SD3Transformer2DModel",
