@@ -72,6 +72,18 @@ class TextToImage(TextPipeline):
         """The network's answer as the scheduler means it: t is the path's, the sign the prediction's."""
         return network(x, t, **condition)
 
+    @staticmethod
+    def mix(
+        negative: Float[Array, "N h w c"],
+        positive: Float[Array, "N h w c"],
+        t: Float[Array, ...],
+        condition: Mapping[str, Any],
+        settings: Settings,
+    ) -> Float[Array, "N h w c"]:
+        """The answers to the negative and to the prompt as one; `condition` is what the latter is told."""
+        mixed = D.guide(negative, positive, settings.guidance_scale)
+        return D.rescale_guidance(mixed, positive, settings.guidance_rescale)
+
     def __call__(
         self,
         key: Key[Array, ...],
@@ -172,7 +184,7 @@ class TextToImage(TextPipeline):
         rows = self._rows(keys, told, None if scale == 1 else away, start, copies)
 
         shape, key_kind = self.latent_shape(start.size), jax.random.key_impl(keys)
-        how = Walk(plan.sampler, self.ask, shape, key_kind, previews, on_step, progress)
+        how = Walk(plan.sampler, self.ask, self.mix, shape, key_kind, previews, on_step, progress)
         drawn = self._draw(settings, rows, how, batch_size, devices)
         if output == "images":
             drawn = self._decode_all(drawn, tiling=tiling, batch_size=batch_size, devices=devices)

@@ -52,6 +52,7 @@ class Walk(NamedTuple):
     Attributes:
       sampler: solver and denoiser.
       ask: (network, x, t, **condition) -> its answer at the path's t.
+      mix: (negative, positive, t, condition, settings) -> the two answers as one, under guidance.
       latent_shape: (h, w, c).
       key_kind: which random numbers.
       previews: how often x_0 is kept on the way.
@@ -60,6 +61,7 @@ class Walk(NamedTuple):
 
     sampler: Sampler
     ask: Callable[..., Any]
+    mix: Callable[..., Any]
     latent_shape: tuple[int, int, int]
     key_kind: Any
     previews: int
@@ -116,8 +118,7 @@ def guided(
         else:
             negative, answer = branches.ask(x, t)
             positive = answer[..., :channels]
-            mixed = D.guide(negative[..., :channels], positive, settings.guidance_scale)
-            mixed = D.rescale_guidance(mixed, positive, settings.guidance_rescale)
+            mixed = how.mix(negative[..., :channels], positive, t, rows.condition, settings)
             answer = jnp.concatenate([mixed, answer[..., channels:].astype(mixed.dtype)], axis=-1)
         return answer if how.sampler.learned_variance else answer[..., :channels]
 

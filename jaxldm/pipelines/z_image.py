@@ -9,8 +9,11 @@ Scales of guidance count from 1 here, as for all models: what is 0 on a model ca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm import diffusion as D
@@ -19,6 +22,7 @@ from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.schedulers import Plan
 from jaxldm.pipelines.text_to_image import TextToImage
+from jaxldm.pipelines.walking import Settings
 
 # What Qwen3's chat template comes to for one question, its answer about to begin.
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -58,6 +62,8 @@ class ZImage(TextToImage):
         size: tuple[int, int],
         *,
         max_sequence_length: int = 512,
+        cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The text encoder's states and which of them are there; without a negative prompt the empty text's.
 
@@ -66,16 +72,22 @@ class ZImage(TextToImage):
         Args:
           max_sequence_length: tokens of a text, the chat's own 8 or so among them. Each length compiles
             anew, so it is the same for all texts.
+          cfg_normalization: the guided velocity is at most this many times as long as that of the prompt
+            alone; 0: any length.
+          cfg_truncation: no guidance behind this part of the way from noise to data, by t.
 
         Raises:
-          InvalidArgumentError: no room for a token, or more than the transformer has places for.
+          InvalidArgumentError: no room for a token, or more than the transformer has places for; a negative
+            cfg_normalization.
         """
         most = self.transformer.config.longest_text
         if not 1 <= max_sequence_length <= most:
             raise InvalidArgumentError(
                 f"max_sequence_length must lie between 1 and {most}, not {max_sequence_length}"
             )
-        told, away = (
+        if not cfg_normalization >= 0:
+            raise InvalidArgumentError(f"cfg_normalization must be 0 or more, not {cfg_normalization}")
+        encoded = (
             encode_texts(
                 self.text_encoder,
                 self.tokenizer,
@@ -87,15 +99,44 @@ class ZImage(TextToImage):
             )
             for texts in (prompts, negative_prompts or [""] * len(prompts))
         )
-        names = ("encoder_hidden_states", "encoder_attention_mask")
-        return tuple(dict(zip(names, (part.hidden, part.mask), strict=True)) for part in (told, away))
+        guidance = {
+            "longest": np.full(len(prompts), float(cfg_normalization) or np.inf, np.float32),
+            "guided_until": np.full(len(prompts), cfg_truncation, np.float32),
+        }
+        told, away = (
+            {"encoder_hidden_states": part.hidden, "encoder_attention_mask": part.mask, **guidance}
+            for part in encoded
+        )
+        return told, away
 
     @staticmethod
     def ask(
-        network: Network, x: Float[Array, "N h w c"], t: Float[Array, " N"], **condition: Any
+        network: Network,
+        x: Float[Array, "N h w c"],
+        t: Float[Array, " N"],
+        *,
+        longest: Any = None,
+        guided_until: Any = None,
+        **condition: Any,
     ) -> Float[Array, "N h w c"]:
         """The velocity noise - data at the path's t; the network's own goes the other way, as does its t."""
         return -network(x, 1.0 - t, **condition)
+
+    @staticmethod
+    def mix(
+        negative: Float[Array, "N h w c"],
+        positive: Float[Array, "N h w c"],
+        t: Float[Array, ...],
+        condition: Mapping[str, Any],
+        settings: Settings,
+    ) -> Float[Array, "N h w c"]:
+        """Classifier-free guidance up to a length and up to a part of the way, see `conditions`."""
+        off = 1.0 - jnp.broadcast_to(t, positive.shape[:1]) > condition["guided_until"]
+        mixed = D.guide(negative, positive, jnp.where(off, 1.0, settings.guidance_scale))
+        there, wanted = (jnp.sqrt(jnp.square(part).sum((1, 2, 3))) for part in (mixed, positive))
+        wanted = wanted * condition["longest"]
+        shorter = jnp.where((there > wanted) & ~off, wanted / jnp.where(there == 0, 1.0, there), 1.0)
+        return D.rescale_guidance(mixed * shorter[:, None, None, None], positive, settings.guidance_rescale)
 
     def make_grid(self, plan: Plan, *args: Any, **options: Any) -> D.Grid:
         """As in `TextToImage`, from even values 1 to 1/N before the shift, whatever the shift.

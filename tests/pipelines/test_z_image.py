@@ -91,6 +91,19 @@ def test_another_solver(folder, pipe, monkeypatch):
     assert_latents_agree(own(KEY, PROMPTS[0], **given, **OURS), latents)
 
 
+def test_guidance_up_to_a_length_and_a_part_of_the_way(pipe, reference, their_latents):
+    limits = {"cfg_normalization": 0.9, "cfg_truncation": 0.35}
+    call = dict(negative_prompt=["bad", "bad"], latents=theirs(NOISE), output_type="latent")
+    latents = reference(list(PROMPTS), **call, **limits, **THEIRS).images
+    drawn, *others = (
+        pipe(KEY, PROMPTS, "bad", latents=NOISE, output="latents", **options, **OURS)
+        for options in (limits, {"cfg_normalization": 0.9}, {"cfg_truncation": 0.35}, {})
+    )
+    assert_latents_agree(drawn, latents)
+    for other in others:  # both act
+        assert np.abs(other - drawn).max() > 0.01
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_turbo_is_not_guided(pipe, reference, dynamic):
     """And a scheduler that shifts by the number of tokens, 4 x 2 in an oblong picture."""
@@ -180,12 +193,13 @@ def test_texts_that_are_too_long_are_cut_as_theirs_are(pipe, reference, length, 
         ({"guidance_scale": 0.5}, "write 1.5"),
         ({"max_sequence_length": 97}, "between 1 and 96, not 97"),
         ({"height": 18, "width": 16}, "18"),
+        ({"cfg_normalization": -0.5}, "0 or more, not -0.5"),
         ({"latents": noise(channels=4)}, r"latents must be \[N, h, w, 16\]"),
     ],
 )
 def test_calls_that_cannot_be(pipe, call, message):
     with pytest.raises(InvalidArgumentError, match=message):
-        pipe(KEY, PROMPTS[0], **call)
+        pipe(KEY, PROMPTS[0], **{"max_sequence_length": 64} | call)
 
 
 @pytest.mark.parametrize(
