@@ -61,7 +61,7 @@ class ZImage(TextToImage):
         negative_prompts: list[str] | None,
         size: tuple[int, int],
         *,
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         cfg_normalization: float = 0.0,
         cfg_truncation: float = 1.0,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,8 +70,8 @@ class ZImage(TextToImage):
         Texts are put to the encoder as a question in a chat, as the model was trained.
 
         Args:
-          max_sequence_length: tokens of a text, the chat's own 8 or so among them. Each length compiles
-            anew, so it is the same for all texts.
+          max_sequence_length: tokens of a text, the chat's own 8 or so among them; default 512, or as many as
+            the transformer has places for. Each length compiles anew, so it is the same for all texts.
           cfg_normalization: the guided velocity is at most this many times as long as that of the prompt
             alone; 0: any length.
           cfg_truncation: no guidance behind this part of the way from noise to data, by t.
@@ -81,10 +81,9 @@ class ZImage(TextToImage):
             cfg_normalization.
         """
         most = self.transformer.config.longest_text
-        if not 1 <= max_sequence_length <= most:
-            raise InvalidArgumentError(
-                f"max_sequence_length must lie between 1 and {most}, not {max_sequence_length}"
-            )
+        length = min(512, most) if max_sequence_length is None else max_sequence_length
+        if not 1 <= length <= most:
+            raise InvalidArgumentError(f"max_sequence_length must lie between 1 and {most}, not {length}")
         if not cfg_normalization >= 0:
             raise InvalidArgumentError(f"cfg_normalization must be 0 or more, not {cfg_normalization}")
         encoded = (
@@ -93,7 +92,7 @@ class ZImage(TextToImage):
                 self.tokenizer,
                 texts,
                 penultimate=True,
-                max_length=max_sequence_length,
+                max_length=length,
                 mask=True,
                 template=TEMPLATE,
             )
