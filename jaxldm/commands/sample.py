@@ -16,6 +16,7 @@ OF_CLASSES = ("class_labels", "negative_class_labels")
 OF_TEXTS = (
     "prompt",
     "negative_prompt",
+    "true_cfg_scale",
     "height",
     "width",
     "image",
@@ -23,7 +24,6 @@ OF_TEXTS = (
     "mask",
     "refiner",
     "lora",
-    "dtype",
 )
 
 
@@ -78,7 +78,7 @@ class Sample:
     """How much of --lora to merge."""
 
     dtype: Annotated[str | None, shown("NAME", "that of the files")] = None
-    """float32, bfloat16 or float16, for text-to-image models: of the weights and the computation."""
+    """float32, bfloat16 or float16, for folders of diffusers: of the weights and the computation."""
 
     class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "every class once")] = None
     """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
@@ -91,6 +91,9 @@ class Sample:
 
     guidance_scale: Annotated[float | None, shown("FLOAT", "3 for classes, 7.5 or 5 for texts")] = None
     """How strongly the class or text steers: 1 is the model as trained, more is clearer and varies less."""
+
+    true_cfg_scale: Annotated[float | None, shown("FLOAT", "1")] = None
+    """How strongly to steer away from --negative-prompt, for models that are told --guidance-scale (FLUX)."""
 
     guidance_rescale: float = 0.0
     """Between 0 and 1: how far the contrast that a strong guidance adds is taken back (0.7 is usual)."""
@@ -161,7 +164,7 @@ class Sample:
 
         from jaxldm import pipelines
 
-        pipe = pipelines.load(self.folder)
+        pipe = pipelines.load(self.folder, dtype=self.dtype)
         labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
         guidance_scale = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale

@@ -30,7 +30,7 @@ def test_a_scan_counts_as_its_blocks_do():
     plain = models.build("dit-s-8", scan=False)
     assert models.count_macs("dit-s-8") == models.count_macs(plain) == models.count_macs("sit-s-8")
     x, t = jax.ShapeDtypeStruct((5, 32, 32, 4), jnp.float32), jax.ShapeDtypeStruct((5,), jnp.float32)
-    assert models.count_macs(plain, x, t) == 5 * models.count_macs(plain)
+    assert models.count_macs("dit-s-8", x, t) == 5 * models.count_macs("dit-s-8")
 
 
 def test_pytorch_counts_the_same_in_a_transformer_and_a_convolutional_network():
@@ -112,5 +112,3 @@ def test_memory_does_not_grow_with_the_blocks_of_a_scan():
     activation = 4 * 16 * 4 * 384  # the widest: 16 tokens in the middle of the MLP
     one_block = (deep.weights - shallow.weights) // 6
     assert activation <= deep.temporary < shallow.temporary + one_block
-    half = models.forward_memory(models.build("dit-s-8", depth=2), dtype="bfloat16")
-    assert 2 * half.weights == shallow.weights

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 
 import diffusers
@@ -181,7 +180,7 @@ def test_bfloat16_stays_near_float32():
     assert 0 < np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
 
 
-def test_a_scan_with_remat_has_the_same_tensors_answers_and_gradients(tmp_path):
+def test_a_scan_with_remat_has_the_same_tensors_and_answers(tmp_path):
     plain, scanned = small(), small(scan=True, remat=True)
     params = random_params(plain)
     checkpoints.save(tmp_path, plain, params)
@@ -190,30 +189,16 @@ def test_a_scan_with_remat_has_the_same_tensors_answers_and_gradients(tmp_path):
     loaded, stacked = checkpoints.load(tmp_path)
     assert loaded == scanned and stacked["blocks_0to1"]["mlp"]["fc1"]["kernel"].shape == (2, 32, 128)
     x, t, labels = images(2, 8, 8, 3), np.array([1.0, 999.0], np.float32), np.array([3, 10])
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def answer_and_gradient(params, module):
-        def loss(params):
-            answer = module.apply({"params": params}, x, t, labels, train=True)
-            return jnp.square(answer).mean(), answer
-
-        (_, answer), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return answer, gradient
-
-    (ours, gradient), (expected, wanted) = (
-        answer_and_gradient(*pair) for pair in ((stacked, scanned), (params, plain))
-    )
+    ours = jax.jit(scanned.apply)({"params": stacked}, x, t, labels)
+    expected = jax.jit(plain.apply)({"params": params}, x, t, labels)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
-    wanted = checkpoints.to_state_dict(wanted)
-    for name, tensor in checkpoints.to_state_dict(gradient).items():
-        np.testing.assert_allclose(tensor, wanted[name], atol=1e-4 * np.abs(wanted[name]).max())
 
 
 def test_dropout_draws_from_its_own_numbers_in_a_scan():
     module = small(scan=True, dropout=0.5)
     variables, x, t = {"params": random_params(module)}, images(2, 8, 8, 3), np.ones(2, np.float32)
-    keys = [{"dropout": jax.random.key(seed)} for seed in (0, 0, 1)]
-    first, again, other = (module.apply(variables, x, t, train=True, rngs=rngs) for rngs in keys)
+    train = jax.jit(lambda key: module.apply(variables, x, t, train=True, rngs={"dropout": key}))
+    first, again, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01 and np.isfinite(first).all()
 

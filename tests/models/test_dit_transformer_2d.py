@@ -67,6 +67,7 @@ def test_agrees_with_diffusers(pair):
     assert stacked == module.config.scan
 
 
+@pytest.mark.parametrize("pair", ["learned variance, blocks in a scan"], indirect=True)
 def test_positions_are_stretched_to_other_sides(pair):
     theirs, module, params, apply = pair
     given = inputs(module, batch=1, side=8)
@@ -95,12 +96,14 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.parametrize("pair", ["odd sides, written-out blocks"], indirect=True)
 def test_without_labels_it_is_the_null_class(pair):
     _, module, params, apply = pair
     x, t, _ = inputs(module)
     np.testing.assert_array_equal(apply(params, x, t, None), apply(params, x, t, np.full(3, 5)))
 
 
+@pytest.mark.parametrize("pair", ["odd sides, written-out blocks"], indirect=True)
 def test_bfloat16_stays_near_float32(pair):
     _, module, params, apply = pair
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))

@@ -10,55 +10,16 @@ import pytest
 import torch
 from diffusers.pipelines.dit import pipeline_dit
 from diffusers.schedulers import scheduling_ddpm
+from dit_folders import NULL, write_dit
 from picture_checks import KEY, assert_images_agree, assert_latents_agree
-from reference_pipelines import LATENT, REFERENCE, autoencoder, noise, shaken, theirs
+from reference_pipelines import LATENT, REFERENCE, noise, theirs
 
 from jaxldm import checkpoints, models, pipelines
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, StorageError, UnknownNameError
 
 LABELS = [207, 3]
-NULL = 1000
-SCHEDULER = {  # as published
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "trained_betas": None,
-}
 STEPS = {"num_inference_steps": 5, "guidance_scale": 4.0}
-
-
-def write_dit(folder):
-    """A DiTPipeline folder; its blocks share their embedders, as published ones do."""
-    torch.manual_seed(0)
-    transformer = shaken(
-        diffusers.DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            num_layers=2,
-            out_channels=8,
-            sample_size=LATENT,
-            norm_eps=1e-6,
-        ),
-        seed=1,
-        scale=0.1,
-    )
-    state = transformer.state_dict()
-    for name in [name for name in state if ".1.norm1.emb." in name]:
-        state[name].copy_(state[name.replace(".1.", ".0.", 1)])
-    pipe = diffusers.DiTPipeline(transformer, autoencoder(), diffusers.DDIMScheduler())
-    pipe.save_pretrained(folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    index = json.loads((folder / "model_index.json").read_text())
-    index["id2label"] = {str(label): f"animal {label}, beast {label}" for label in range(NULL)}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +132,14 @@ def test_a_folder_that_ours_wrote_is_opened_by_diffusers(folder, pipe, reference
     assert (again.guided_channels, again.scale, again.images_per_device) == (3, 4.0, 1)
 
 
-def test_bfloat16_draws(folder):
+def test_weights_and_computation_in_sixteen_bits(folder):
     low = pipelines.load(folder, dtype="bfloat16")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(low.denoiser_params)} == {"bfloat16"}
-    latents = low(KEY, [1], num_inference_steps=2, output="latents")
-    assert latents.dtype == np.float32 and np.isfinite(latents).all()
+    for module, params in (
+        (low.denoiser, low.denoiser_params),
+        (low.autoencoder, low.autoencoder_params),
+    ):
+        assert module.config.dtype == "bfloat16"
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +170,7 @@ def sit_run(transformer, diffusion=False):
     return x
 
 
-@pytest.mark.parametrize("interpolant", [None, "linear", "gvp"])
+@pytest.mark.parametrize("interpolant", [None, "gvp"])
 def test_sit_by_euler(sit, reference, interpolant):
     """A velocity is followed alike on every path."""
     if interpolant is not None:
