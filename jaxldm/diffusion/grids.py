@@ -60,6 +60,7 @@ def make_grid(
     sigmas: str | Sequence[float] | None = None,
     final: str = "clean",
     steps_offset: int = 0,
+    lambda_min: float | None = None,
     shift: float | None = None,
     timesteps: Sequence[float] | None = None,
     max_steps: int | None = None,
@@ -84,6 +85,8 @@ def make_grid(
         final: "clean" adds the row alpha = 1, sigma = 0 behind N rows; "sigma_min" ends at `path.t_min`,
             which is never repeated (a repeated row is a wasted step).
         steps_offset: added to "leading" timesteps (1 in Stable Diffusion).
+        lambda_min: `spacing` spreads over the t whose log(alpha / sigma) is at least this, on a discrete
+            path: cosine betas end in noise that fast solvers should not start from (diffusers' DPM-Solver++).
         shift: multiplies sigma / alpha, before `sigmas` respaces; on the flow path this is t' = shift t / (1
             + (shift - 1) t) (SD3). None: `path.default_shift`, and no shift where the rows are given.
         timesteps: the values of t themselves, noisiest first, N of them.
@@ -113,12 +116,17 @@ def make_grid(
         _check_names(path, num_inference_steps, spacing, sigmas, shift)
         factor = path.default_shift if shift is None else shift
         start = _with_shifted_t_min(path, factor) if shift_t_min_twice else path
+        start = start if lambda_min is None else _without_noisiest(start, lambda_min)
 
         def times(count):
             if sigmas in ALIGN_YOUR_STEPS:
                 return align_your_steps(path, count, sigmas)
             if spacing is None and sigmas is not None:
                 t = np.array([start.t_noisy, start.t_min])
+            elif lambda_min is not None and spacing in ("trailing", None):
+                # Steps as long as on the whole path, so that it may be one or two fewer.
+                t = np.round(start.num_train_timesteps - path.num_train_timesteps / count * np.arange(count))
+                t = t[t >= 1] - 1
             else:
                 t = spaced(start, count, spacing or "trailing", steps_offset, beta_shape, original_steps)
             t = t if shift is None and factor == 1 else shifted(path, t, factor)
@@ -180,6 +188,17 @@ def _check_count(path: Path, count: int) -> None:
 
 def _with_shifted_t_min(path: Path, shift: float) -> Path:
     return dataclasses.replace(path, t_min=float(shifted(path, np.float64(path.t_min), shift)))
+
+
+def _without_noisiest(path: Path, lambda_min: float) -> Path:
+    if path.num_train_timesteps is None:
+        raise InvalidArgumentError(f"lambda_min counts timesteps, and this {path.name} path has none")
+    t = np.arange(path.num_train_timesteps, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        kept = int((np.log(path.alpha(t) / path.sigma(t)) >= lambda_min).sum())
+    if kept < 1:
+        raise InvalidArgumentError(f"lambda_min {lambda_min} leaves no timestep of this {path.name} path")
+    return dataclasses.replace(path, num_train_timesteps=kept, t_noisy=float(kept - 1))
 
 
 def _check_times(path: Path, t: np.ndarray) -> None:

@@ -7,6 +7,7 @@ grid that its authors sample on (arguments of `make_grid`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,6 +170,8 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         options = {"spacing": spacing} | options
         if spacing.startswith("leading") and config.get("steps_offset"):
             options["steps_offset"] = config["steps_offset"]
+        if name.startswith("DPMSolver") and config.get("lambda_min_clipped", -math.inf) > -math.inf:
+            options["lambda_min"] = config["lambda_min_clipped"]
     # A scheduler made from another's config keeps that one's entries in its file; it does not heed them.
     if family == "whole":
         clean_at_the_end = {"DDIMScheduler": True, "PNDMScheduler": False}  # where the file is silent
@@ -231,7 +234,7 @@ def to_scheduler_config(
         schedule: the path and the prediction. An interpolant is written in our own words: diffusers has no
             scheduler for it.
         grid_options: arguments of `make_grid` to write down with it: spacing, sigmas, final, steps_offset,
-            original_steps, shift_terminal, rho. Which scheduler is named depends on them.
+            lambda_min, original_steps, shift_terminal, rho. Which scheduler is named depends on them.
 
     Raises:
         InvalidArgumentError: options that no scheduler of diffusers has.
@@ -315,6 +318,7 @@ def _written_discrete_grid(options: dict[str, Any]) -> dict[str, Any]:
             for family, names in _SPACINGS.items()
             if ("trailing" if spacing is None else spacing) in (*names, "trailing")
             and (sigmas is None or family == ("open" if whole else "fractional"))
+            and ("lambda_min" not in options or family == "open")
         ),
         None,
     )
@@ -332,6 +336,8 @@ def _written_discrete_grid(options: dict[str, Any]) -> dict[str, Any]:
         return config | {"_class_name": "DDIMScheduler", "set_alpha_to_one": final == "clean"}
     name = "DPMSolverMultistepScheduler" if family == "open" else "EulerDiscreteScheduler"
     config |= {"_class_name": name, "final_sigmas_type": "zero" if final == "clean" else "sigma_min"}
+    if family == "open" and "lambda_min" in options:
+        config["lambda_min_clipped"] = options.pop("lambda_min")
     if sigmas is not None:
         entry = _SIGMAS["exponential" if sigmas == "uniform_log_snr" and not whole else sigmas]
         config |= {entry: True}

@@ -55,6 +55,7 @@ from jaxldm.models.wuerstchen_prior import WuerstchenPrior, WuerstchenPriorConfi
 from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig, ZImageTransformer2DModel
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
+from jaxldm.nn.resizing import resize_linear
 
 __all__ = [
     "PRESETS",
@@ -128,6 +129,7 @@ __all__ = [
     "macs_of",
     "memory_of",
     "patchify",
+    "resize_linear",
     "sentence_embedding",
     "shapes",
     "unpatchify",

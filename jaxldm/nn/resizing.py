@@ -1,4 +1,4 @@
-"""Resizing of feature maps by cubic interpolation, as two small matrix products."""
+"""Resizing of images and feature maps by interpolation, as two small matrix products."""
 
 from __future__ import annotations
 
@@ -15,9 +15,28 @@ def resize_cubic(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Arr
     It is PyTorch's `interpolate(mode="bicubic", antialias=True, align_corners=True)`, on which Wuerstchen's
     decoder was trained; see `cubic_weights`.
     """
-    rows, columns = (jnp.asarray(cubic_weights(x.shape[axis + 1], size[axis])) for axis in (0, 1))
-    x = jnp.einsum("ph,bhwc->bpwc", rows, x.astype(jnp.float32), precision="highest")
-    return jnp.einsum("qw,bpwc->bpqc", columns, x, precision="highest")
+    return _resized(x, *(cubic_weights(x.shape[axis + 1], size[axis]) for axis in (0, 1)))
+
+
+def resize_linear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
+    """x at another size by linear interpolation, float32. `[B, H, W, C]` -> `[B, h, w, C]`.
+
+    The corners stay what they are, as in PyTorch's `interpolate(mode="bilinear", align_corners=True)`; not
+    antialiased, so for larger sizes alone.
+    """
+    return _resized(x, *(linear_weights(x.shape[axis + 1], size[axis]) for axis in (0, 1)))
+
+
+def _resized(x, rows: np.ndarray, columns: np.ndarray) -> Array:
+    x = jnp.einsum("ph,bhwc->bpwc", jnp.asarray(rows), x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("qw,bpwc->bpqc", jnp.asarray(columns), x, precision="highest")
+
+
+@functools.lru_cache
+def linear_weights(length: int, wanted: int) -> Float[np.ndarray, "wanted length"]:
+    """Which part each of `length` samples has in each of `wanted` ones, from first to last; float32."""
+    places = np.linspace(0, length - 1, wanted)
+    return np.maximum(1 - np.abs(places[:, None] - np.arange(length)), 0).astype(np.float32)
 
 
 @functools.lru_cache

@@ -12,6 +12,7 @@ import flax.linen as nn
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.amused import Amused
+from jaxldm.pipelines.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
 from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
@@ -31,6 +32,8 @@ FAMILIES: tuple[type[TextPipeline], ...] = (
     Flux,
     PixArtSigma,
     PixArtAlpha,
+    DeepFloydIF,
+    DeepFloydIFSuperResolution,
     Wuerstchen,
     WuerstchenPrior,
     WuerstchenDecoder,
