@@ -4,6 +4,7 @@ import dataclasses
 
 import diffusers
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -155,6 +156,19 @@ def test_the_file_reads_back_as_it_was(components, path, tmp_path):
     }
     (tmp_path / "more.safetensors").write_bytes(safetensors_bytes(dict(state) | extra))
     assert_same(load_single_file(tmp_path / "more.safetensors"), components)
+
+
+def test_a_t5_of_eight_bits(components, path, tmp_path):
+    """As in sd3_medium_incl_clips_t5xxlfp8.safetensors."""
+    state = dict(read_safetensors(path))
+    for name in [name for name in state if ".t5xxl." in name]:
+        state[name] = np.asarray(state[name]).astype(ml_dtypes.float8_e4m3fn)
+    (tmp_path / "fp8.safetensors").write_bytes(safetensors_bytes(state))
+    found = load_single_file(tmp_path / "fp8.safetensors", dtype="bfloat16")
+    module, params = found["text_encoder_3"]
+    expected = state["text_encoders.t5xxl.transformer.shared.weight"].astype(np.float32)
+    assert module.config.dtype == "bfloat16" and found.keys() == components.keys()
+    np.testing.assert_array_equal(params["shared"]["embedding"].astype(np.float32), expected)
 
 
 def test_parts_of_it(components, tmp_path):
