@@ -43,6 +43,7 @@ def draw_prompts(command: Sample) -> tuple[Any, float]:
     common = {
         "num_inference_steps": command.num_inference_steps,
         "guidance_scale": command.guidance_scale,
+        "true_cfg_scale": command.true_cfg_scale,
         "guidance_rescale": command.guidance_rescale or None,
         "solver": command.solver,
         "eta": command.eta,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -172,6 +173,8 @@ class TextToImage(TextPipeline):
         strength = strength_of(image, strength, mask_image, self.default_strength)
         plan = make_plan(self.scheduler, solver, eta=eta, stops_early=denoising_end < 1)
         told_scale, scale = self._guidance_scales(guidance_scale, true_cfg_scale)
+        if negatives is not None and scale == 1 and self.has_true_cfg:
+            warnings.warn("the negative prompt is not heeded: give true_cfg_scale=2 or so", stacklevel=2)
         given = {"image": image, "strength": strength, "mask_image": mask_image, "latents": latents}
         start = make_start(self.canvas, self.autoencoder, len(keys), height, width, **given)
         part = (denoising_start, denoising_end)

@@ -101,6 +101,7 @@ def test_words_that_are_not_seen_are_a_warning_on_stderr(capsys, folder, tmp_pat
         (["--prompt", "a cat", "--dtype", "half"], ["dtype", "float16"]),
         (["--prompt", "a cat", "--refiner", "nowhere"], ["nowhere does not exist"]),
         (["--prompt", "a cat", "--batch-size", "0"], ["batch_size"]),
+        (["--prompt", "a cat", "--true-cfg-scale", "2"], ["true_cfg_scale", "give guidance_scale alone"]),
     ],
 )
 def test_a_mistake_is_one_line(capsys, folder, tmp_path, words, expected):

@@ -109,6 +109,9 @@ def test_dev(folders, pipes):
     assert pipes["dev"].num_image_tokens((SIZE, SIZE // 2)) == 8
     other = pipes["dev"](KEY, PROMPT, latents=start, output="latents", **STEPS | {"guidance_scale": 1.0})
     assert np.abs(other - drawn).max() > 1e-3  # it is heeded
+    with pytest.warns(UserWarning, match="not heeded: give true_cfg_scale"):
+        again = pipes["dev"](KEY, PROMPT, "bad", latents=start, output="latents", **STEPS)
+    np.testing.assert_array_equal(again, drawn)
     assert_images_agree(pipes["dev"].decode(drawn), reference, latents)
 
 
