@@ -1,14 +1,25 @@
 """The exercises of lecture 43 run to their end with tiny settings; each checks what it shows by itself."""
 
+import json
 import pathlib
+import shutil
 import sys
 
+import numpy as np
 import pytest
+import torch
+import transformers
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "lecture43"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "pipelines"))
 import e4_dpmpp_on_dit
+import e7_prompts
+import e8_self_test
 import e10_interpolants
+from amused_folders import write_amused
 
+from jaxldm import data, models
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -34,3 +45,55 @@ def test_dpmpp_on_dit(random_run, tmp_path, capsys):
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"tiny_dit\.py"):
         e4_dpmpp_on_dit.main(e4_dpmpp_on_dit.DPMppOnDiT(tmp_path / "missing"))
+
+
+def test_self_test(capsys):
+    e8_self_test.main(e8_self_test.SelfTest(num_images=64, steps=(1, 2, 8, 12)))
+    shown = capsys.readouterr().out
+    assert "FAIL" not in shown and shown.count("PASS") == 17
+
+
+def test_prompts_on_a_masked_image_model(tmp_path, capsys, monkeypatch):
+    """On random weights; CLIP's folder has the tokenizer of the text encoder."""
+    folder, clip = write_amused(tmp_path / "amused"), tmp_path / "clip"
+    shutil.copytree(folder / "tokenizer", clip)
+    vocabulary = len(json.loads((clip / "vocab.json").read_text()))
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=tower | {"vocab_size": vocabulary, "eos_token_id": vocabulary - 1},
+        vision_config=tower | {"image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    transformers.CLIPModel(config).save_pretrained(clip)
+    prompts = ("a cat", "the bat sat", "dog, dog!")
+    options = e7_prompts.Prompts(
+        folder, clip, prompts, num_images=2, num_inference_steps=3, output_dir=tmp_path / "out"
+    )
+    find, found = e7_prompts.clip_cosines, []
+
+    def spy(folder, images, prompts):
+        found.extend([images, find(folder, images, prompts)])
+        return found[1]
+
+    monkeypatch.setattr(e7_prompts, "clip_cosines", spy)
+    e7_prompts.main(options)
+    shown = capsys.readouterr().out
+    assert "6 images in 3 steps" in shown and all(f"| {prompt} | " in shown for prompt in prompts)
+    with Image.open(tmp_path / "out" / "prompts.png") as picture:
+        assert picture.size == (2 * 8 + 3 * 2, 3 * 8 + 4 * 2)
+    # The score is the cosine that transformers finds.
+    images, cosines = found
+    tokenizer, reference = (
+        kind.from_pretrained(clip) for kind in (transformers.CLIPTokenizer, transformers.CLIPModel)
+    )
+    pixels = models.clip_pixel_values(data.to_uint8(images), 16).transpose(0, 3, 1, 2)
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = reference(input_ids=tokens, pixel_values=torch.from_numpy(pixels.copy())).logits_per_image
+        expected = logits / reference.logit_scale.exp()
+    np.testing.assert_allclose(cosines, expected.numpy(), atol=1e-4)
+
+
+def test_without_the_model_it_says_where_to_find_it(tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"amused\.md"):
+        e7_prompts.main(e7_prompts.Prompts(tmp_path / "missing"))
