@@ -72,19 +72,21 @@ def padded(texts, length, width=10, filling=7.0):
     return rows, mask
 
 
-@pytest.mark.parametrize("shape", [(12, 12), (6, 10)])
-def test_agrees_with_diffusers_on_one_text_of_any_length(pair, shape):
-    """36 patches, which are filled up, and 15, or with patches of one latent 144 and 60."""
+def test_agrees_with_diffusers_on_one_text(pair):
+    """37 tokens, which are filled up to 64, and 15 patches, or with patches of one latent 60."""
     theirs, _, params, apply, _ = pair
-    x, text = images(1, *shape, 4), images(1, 37, 10, seed=1)
+    x, text = images(1, 6, 10, 4), images(1, 37, 10, seed=1)
     drawn = apply({"params": params}, x, TIMES[:1], text)
     assert_agrees(drawn, theirs_of(theirs, x, TIMES[:1], text))
 
 
 def test_agrees_with_diffusers_on_texts_of_different_lengths(pair):
-    """3 tokens, 32, which need no filling, and 45: the image's place differs within the batch."""
+    """3 tokens, 32, which need no filling, and 45: the image's place differs within the batch.
+
+    Its 8 patches are filled up; the 32 of one latent are not.
+    """
     theirs, _, params, apply, _ = pair
-    x = images(3, 8, 6, 4)
+    x = images(3, 8, 4, 4)
     texts = [images(length, 10, seed=length) for length in (3, 32, 45)]
     drawn = apply({"params": params}, x, TIMES, *padded(texts, 50))
     assert_agrees(drawn, theirs_of(theirs, x, TIMES, texts))
@@ -113,6 +115,8 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
 
 def test_bfloat16_stays_near_float32(pair):
     _, module, params, apply, _ = pair
+    if not module.config.scan:
+        pytest.skip("the same numbers")
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     x, text = images(1, 6, 10, 4), images(1, 37, 10, seed=1)
@@ -122,12 +126,12 @@ def test_bfloat16_stays_near_float32(pair):
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_activations_are_computed_again_where_asked(pair):
-    _, module, _, _, _ = pair
-    again = models.from_config(dataclasses.replace(module.config, remat=True))
-    inputs = ({"params": models.shapes(module)}, *module.example_inputs())
-    assert "remat" in str(jax.make_jaxpr(again.apply)(*inputs))
-    assert "remat" not in str(jax.make_jaxpr(module.apply)(*inputs))
+def test_activations_are_computed_again_where_asked():
+    for remat in (True, False):
+        config = dataclasses.replace(models.ZImageTransformer2DConfig.from_dict(SMALL), remat=remat)
+        module = models.from_config(config)
+        inputs = ({"params": models.shapes(module)}, *module.example_inputs())
+        assert ("remat" in str(jax.make_jaxpr(module.apply)(*inputs))) == remat
 
 
 def test_the_preset_has_the_published_parameters():
