@@ -93,7 +93,8 @@ def kind_of(folder: str | Path) -> str:
         )
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`"
+            f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`; an original "
+            "file of DiT or SiT opens with pipelines.load_original"
         )
     if (folder / INDEX).exists():
         name = _read_json(folder / INDEX).get("_class_name", PIPELINE_CLASS)

@@ -6,6 +6,7 @@ and calls `draw` in batches of one fixed size.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.data import check_labels
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.fixed_batches import (
     IMAGES_PER_DEVICE,
@@ -181,13 +182,13 @@ class LatentDiffusion:
     def __call__(
         self,
         key: Key[Array, ""],
-        class_labels: Sequence[int] | None = None,
+        class_labels: Sequence[int | str] | None = None,
         *,
         num_images: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
-        negative_labels: int | Sequence[int] | None = None,
+        negative_labels: int | str | Sequence[int | str] | None = None,
         solver: str | D.Solver | None = None,
         eta: float | None = None,
         variance: str | None = None,
@@ -206,8 +207,8 @@ class LatentDiffusion:
 
         Args:
           key: image k draws its random numbers from fold_in(key, k).
-          class_labels: in [0, num_classes), repeated in this order until there are `num_images`. None: every
-            class once; always None for a model without classes.
+          class_labels: in [0, num_classes), or names of classes, repeated in this order until there are
+            `num_images`. None: every class once; always None for a model without classes.
           num_images: default one for each label.
           num_inference_steps: at most as many as the path has timesteps (1000 on a continuous path).
           guidance_scale: 1 is the conditional model, 0 the unconditional one. Default 3, or 1 without
@@ -258,13 +259,14 @@ class LatentDiffusion:
         return num_batches(num_images, mesh, self.images_per_device) * mesh.size * num_inference_steps
 
     def cycle_labels(
-        self, class_labels: Sequence[int] | None, num_images: int | None
+        self, class_labels: Sequence[int | str] | None, num_images: int | None
     ) -> Int[np.ndarray, " N"] | None:
         """The label of each image, int32 [N]: the labels given, over and over. None for a model without
         classes.
 
         Raises:
           DataError: a label that is no class of this model.
+          UnknownNameError: a name that is none.
           InvalidArgumentError: labels for a model without classes, none at all, or fewer than one image.
         """
         if num_images is not None and num_images < 1:
@@ -280,10 +282,26 @@ class LatentDiffusion:
 
     def _checked(self, labels: Any, name: str) -> Int[np.ndarray, " K"]:
         """One label or several as int32 [K], all of them classes of this model."""
+        labels = [labels] if isinstance(labels, str) else labels
+        if not np.isscalar(labels):
+            labels = [self._label(label) if isinstance(label, str) else label for label in labels]
         labels = np.atleast_1d(np.asarray(labels))
         if labels.size == 0:
             raise InvalidArgumentError(f"no {name} were given: leave the option out, or give one or more")
         return check_labels(labels, len(labels), self.num_classes, name)
+
+    def _label(self, name: str) -> int:
+        """The label of a class by its name, or by one of several: "tench" of "tench, Tinca tinca"."""
+        names = {
+            one.strip(): label
+            for label, several in enumerate(self.class_names)
+            for one in (several, *several.split(","))
+        }
+        if not names:
+            raise InvalidArgumentError(f"nobody named the classes of this model: give {name!r} as a number")
+        if name not in names:  # a thousand choices are no help
+            raise UnknownNameError("class", name, difflib.get_close_matches(name, names, 8, 0.0))
+        return names[name]
 
     def _images(self, class_labels, negative_labels, num_images) -> Images:
         labels = self.cycle_labels(class_labels, num_images)

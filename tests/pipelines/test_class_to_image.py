@@ -109,6 +109,15 @@ def test_the_folder_says_what_calls_leave_out(pipe, reference):
     assert pipe.image_shape == (16, 16, 3) and pipe.num_classes == NULL
 
 
+def test_classes_by_their_names(pipe, sit):
+    labels = pipe.cycle_labels(["animal 207", "beast 3", 4, "animal 5, beast 5"], None)
+    assert labels.tolist() == [207, 3, 4, 5]
+    with pytest.raises(UnknownNameError, match="did you mean 'beast 20"):
+        pipe.cycle_labels(["beats 207"], None)
+    with pytest.raises(InvalidArgumentError, match="nobody named"):
+        sit.cycle_labels(["animal 207"], None)
+
+
 def test_a_folder_that_ours_wrote_is_opened_by_diffusers(folder, pipe, reference, tmp_path, caplog, recwarn):
     pipelines.save(pipe.replace(guided_channels=3), tmp_path / "dit")
     diffusers.utils.logging.enable_propagation()
