@@ -32,8 +32,8 @@ TINY = {
 }
 # Where the convolutions are as wide as the transformer the text goes to both of them as it is.
 CONFIGS = {
-    "256": TINY | {"block_out_channels": 16, "num_res_blocks": 2},
-    "512": TINY | {"block_out_channels": 24, "num_res_blocks": 1, "downsample": True, "upsample": True},
+    "256": TINY | {"block_out_channels": 16, "num_res_blocks": 1},
+    "512": TINY | {"block_out_channels": 24, "num_res_blocks": 2, "downsample": True, "upsample": True},
 }
 
 
@@ -62,12 +62,13 @@ def pair(request, tmp_path_factory):
 
 
 def test_logits_agree_with_diffusers(pair):
+    """Of three images, and in the next test of one."""
     theirs, module, params, apply = pair
-    for shape in ((1, 6, 4), (3, 2, 8)) if module.config.downsample else ((1, 5, 3), (3, 2, 4)):
-        given = inputs(*shape)
-        ours = apply(params, *given)
-        assert ours.dtype == jnp.float32 and ours.shape == (*shape, 20)
-        assert_agrees(ours, reference_logits(theirs, *given))
+    shape = (3, 2, 8) if module.config.downsample else (3, 5, 3)
+    given = inputs(*shape)
+    ours = apply(params, *given)
+    assert ours.dtype == jnp.float32 and ours.shape == (*shape, 20)
+    assert_agrees(ours, reference_logits(theirs, *given))
 
 
 def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn):
@@ -96,7 +97,7 @@ def test_sixteen_bits_stay_near_float32(pair):
     _, module, params, apply = pair
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    given = inputs(1, 5, 3)
+    given = inputs(3, 5, 3)
     rounded, expected = jax.jit(low.apply)({"params": half}, *given), apply(params, *given)
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - expected).max() < 0.1 * np.abs(expected).max()
