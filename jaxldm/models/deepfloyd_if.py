@@ -61,11 +61,11 @@ def _stage_2(width: int) -> UNet2DConditionConfig:
 
 
 PRESETS = {
-    # Stage I: 4.3 B, 900 M and 400 M parameters on their cards.
-    "if-i-xl": _stage_1(704),
-    "if-i-l": _stage_1(320),
-    "if-i-m": _stage_1(192),
-    # Stage II: 1.2 B and 450 M.
-    "if-ii-l": _stage_2(160),
-    "if-ii-m": _stage_2(96),
+    # "if-i-xl" and "if-ii-l" are the published files. Of the others no file was at hand: theirs are the
+    # widths that come near the numbers of parameters on their cards.
+    "if-i-xl": _stage_1(704),  # 4,304,695,110 parameters, "4.3B"
+    "if-i-l": _stage_1(320),  # 935,365,830, "900M"
+    "if-i-m": _stage_1(192),  # 371,605,830, "400M"
+    "if-ii-l": _stage_2(160),  # 1,243,277,190, "1.2B"
+    "if-ii-m": _stage_2(96),  # 482,483,334, "450M"
 }

@@ -11,6 +11,7 @@ images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solve
 
 from jaxldm.pipelines.amused import Amused
 from jaxldm.pipelines.class_folders import load_original
+from jaxldm.pipelines.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
 from jaxldm.pipelines.flux import Flux
 from jaxldm.pipelines.folders import (
     TensorComparison,
@@ -42,6 +43,8 @@ from jaxldm.pipelines.z_image import ZImage
 __all__ = [
     "PIPELINES",
     "Amused",
+    "DeepFloydIF",
+    "DeepFloydIFSuperResolution",
     "Flux",
     "Images",
     "LatentDiffusion",

@@ -212,13 +212,12 @@ def test_stage_2(folders, pipes, monkeypatch, noise_level):
     """Two prompts, a small image for each, enlarged with its corners where they are, and noised."""
     reference = opened(IFSuperResolutionPipeline, folders["II"])
     prompts, small = ["a cat", "the cat at the zoo, a dog!"], picture(3, 2)
-    start, on_the_image, each = noises(2, 4)
+    start, on_the_image, each = noises(2, 27)
     feed(monkeypatch, pipeline_if_superresolution, [start, on_the_image], each)
-    call = dict(noise_level=noise_level, **STEPS)
-    expected = reference(prompts, image=as_tensor(small), **call, **AS_IT_IS).images
-    call |= {"latents": ours(start), "output": "latents", "batch_size": 2}
-    drawn = pipes["II"](KEY, prompts, image=small, **call)
-    assert_latents_agree(drawn, expected)
+    call = {"image": as_tensor(small), "noise_level": noise_level, "guidance_scale": 4.0}
+    expected = reference(prompts, timesteps=timesteps.super27_timesteps, **call, **AS_IT_IS).images
+    call |= {"image": small, "spacing": "super27"}
+    assert_latents_agree(pipes["II"](KEY, prompts, output="latents", **call), expected)
 
 
 def test_stage_2_from_a_large_image(folders, pipes, monkeypatch):
