@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import Primitive
 from torch.utils.flop_counter import FlopCounterMode
 
 from jaxldm import models
@@ -82,6 +83,15 @@ def test_control_flow_and_nesting():
 
     with pytest.raises(InvalidArgumentError, match="while loop"):
         models.macs_of(as_long_as_it_takes, a, square)
+
+
+def test_the_flash_kernel_counts_as_its_two_products():
+    """On an NVIDIA device attention is one operation, by this name, of `jax.nn.dot_product_attention`."""
+    kernel = Primitive("dot_product_attention_fwd_wrapper")
+    kernel.def_abstract_eval(lambda query, key, value: query)
+    query, key = np.ones((2, 5, 3, 8), np.float32), np.ones((2, 7, 3, 8), np.float32)
+    explicit = models.macs_of(nn.dot_product_attention, query, key, key)
+    assert models.macs_of(kernel.bind, query, key, key) == explicit == 2 * 2 * 3 * 5 * 7 * 8
 
 
 @pytest.mark.parametrize("stride", [1, 2])
