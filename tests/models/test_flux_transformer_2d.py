@@ -1,6 +1,9 @@
 """FLUX's transformer against diffusers, on small random models."""
 
+import copy
 import dataclasses
+import functools
+import tempfile
 
 import diffusers
 import jax
@@ -13,7 +16,7 @@ from torch_reference import assert_agrees, images, randomised, to_torch
 
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError, InvalidArgumentError
-from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, pack, unpack
+from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, _held, pack, unpack
 
 SMALL = {
     "attention_head_dim": 16,
@@ -59,13 +62,19 @@ def reference(theirs, x, t, states, pooled, guidance, dtype=torch.float32):
     return FluxPipeline._unpack_latents(out, 8 * height, 8 * width, 8)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def pair(request, tmp_path_factory):
-    theirs = randomised(diffusers.FluxTransformer2DModel(**CONFIGS[request.param]))
-    folder = tmp_path_factory.mktemp("flux")
-    theirs.save_pretrained(folder)
-    module, params = checkpoints.load(folder)
+@functools.cache
+def opened(name):
+    """(theirs, our module, its parameters, the function compiled), by way of a folder that they saved."""
+    theirs = randomised(diffusers.FluxTransformer2DModel(**CONFIGS[name]))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        module, params = checkpoints.load(folder)
     return theirs, module, params, jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    return opened(request.param)
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(3, 6, 10), (1, 2, 14)])
@@ -75,22 +84,13 @@ def test_agrees_with_diffusers(pair, batch, height, width):
     assert_agrees(jitted(params, *given), reference(theirs, *given))
 
 
-def test_without_scan_it_is_the_same(pair):
-    theirs, module, params, _ = pair
-    written_out = models.from_config(dataclasses.replace(module.config, scan=False, remat=True))
-    theirs_by_block = checkpoints.from_state_dict(
-        checkpoints.to_state_dict(params), models.shapes(written_out)
-    )
-    given = inputs(module.config, 1, 4, 6, seed=1)
-    ours = jax.jit(written_out.apply)({"params": theirs_by_block}, *given)
-    assert_agrees(ours, reference(theirs, *given))
-
-
 def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn):
     theirs, module, params, jitted = pair
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
-    )
+
+    def waved(leaf):
+        return leaf + 0.01 * np.sin(np.arange(leaf.size).reshape(leaf.shape)).astype(leaf.dtype)
+
+    params = jax.tree.map(waved, jax.device_get(params))
     checkpoints.save(tmp_path, module, params)
     diffusers.utils.logging.enable_propagation()
     opened, report = diffusers.FluxTransformer2DModel.from_pretrained(
@@ -108,16 +108,41 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_sixteen_bits_stay_near_float32(pair):
-    _, module, params, jitted = pair
-    dtype = "bfloat16" if module.config.guidance_embeds else "float16"
-    low = models.from_config(dataclasses.replace(module.config, dtype=dtype))
-    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    given = inputs(module.config, 1, 2, 14)
-    rounded = jax.jit(low.apply)({"params": half}, *given)
-    expected = jitted(params, *given)
+@pytest.fixture(scope="module")
+def dev():
+    return opened("dev: told its guidance")
+
+
+def test_without_scan_it_is_the_same(dev):
+    theirs, module, params, _ = dev
+    written_out = models.from_config(dataclasses.replace(module.config, scan=False, remat=True))
+    state = checkpoints.to_state_dict(params)
+    by_block = checkpoints.from_state_dict(state, models.shapes(written_out))
+    given = inputs(module.config, 1, 2, 14, seed=1)
+    assert_agrees(jax.jit(written_out.apply)({"params": by_block}, *given), reference(theirs, *given))
+
+
+def test_sixteen_bits_stay_near_float32_and_are_told_times_exactly(dev):
+    """The reference rounds t to the network's dtype before it is embedded: 0.999 is 1 to it."""
+    theirs, module, params, jitted = dev
+    low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax.device_get(params))
+    x, _, *told = inputs(module.config, 1, 2, 14)
+    near, one = np.array([0.999], np.float32), np.array([1.0], np.float32)
+    draw = jax.jit(lambda t: low.apply({"params": half}, x, t, *told))
+    rounded, expected = draw(near), jitted(params, x, near, *told)
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - expected).max() < 0.1 * np.abs(expected).max()
+    assert np.abs(rounded - draw(one)).max() > 0
+    theirs = copy.deepcopy(theirs).bfloat16()
+    same = [reference(theirs, x, t, *told, torch.bfloat16) for t in (near, one)]
+    assert torch.equal(*same)
+
+
+def test_numbers_beyond_float16_stop_at_its_largest():
+    grown = jnp.array([-jnp.inf, 1.0, jnp.inf], jnp.float16)
+    np.testing.assert_array_equal(_held(grown), np.array([-65504, 1, 65504], np.float16))
+    assert np.isinf(_held(grown.astype(jnp.bfloat16))[0])
 
 
 def test_latents_are_packed_as_there():
@@ -207,23 +232,3 @@ def test_tensors_that_do_not_fit(pair, harm):
         state[name] = state[name][:-1]
     with pytest.raises(CheckpointError, match=f"{harm}: {name}"):
         checkpoints.from_state_dict(state, models.shapes(module))
-
-
-def test_times_are_told_exactly_in_sixteen_bits():
-    """The reference rounds t to the network's dtype before it is embedded: 0.999 is 1 to it."""
-    theirs = randomised(diffusers.FluxTransformer2DModel(**CONFIGS["dev: told its guidance"])).bfloat16()
-    module = models.build("flux-dev", **CONFIGS["dev: told its guidance"], dtype="bfloat16")
-    params = checkpoints.from_state_dict(
-        {name: tensor.float().numpy() for name, tensor in theirs.state_dict().items()}, models.shapes(module)
-    )
-    x, _, states, pooled, guidance = inputs(module.config, 1, 2, 2)
-    call = jax.jit(lambda t: module.apply({"params": params}, x, t, states, pooled, guidance))
-    ours, rounded = (
-        [draw(np.array([t], np.float32)) for t in (0.999, 1.0)]
-        for draw in (
-            call,
-            lambda t: reference(theirs, x, t, states, pooled, guidance, torch.bfloat16).float().numpy(),
-        )
-    )
-    np.testing.assert_array_equal(*rounded)
-    assert np.abs(ours[0] - ours[1]).max() > 0
