@@ -15,7 +15,7 @@ from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.checkpoints.weight_files import read_json
-from jaxldm.errors import CheckpointError
+from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.latent_diffusion import LatentDiffusion
 
 DIT_CLASS = "DiTPipeline"
@@ -113,6 +113,11 @@ def load_original(
     decoder = vae if isinstance(vae, tuple) else checkpoints.load(vae, dtype=dtype)
     schedule = SCHEDULES[architecture] if schedule is None else schedule
     schedule.make_denoiser(lambda x, t: x)  # refuses what goes with no path
+    if architecture == "SiT" and schedule.make_path().num_train_timesteps is not None:
+        raise InvalidArgumentError(
+            'SiT counts time from 0 to 1: give it a continuous path, NoiseSchedule("flow", "flow") or '
+            'NoiseSchedule("interpolant", "velocity", interpolant=...)'
+        )
     return LatentDiffusion(
         module, params, schedule, *decoder, class_names=tuple(class_names), **OF_LARGE_MODELS
     )

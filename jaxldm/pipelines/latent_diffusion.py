@@ -80,9 +80,9 @@ def draw(
     """
 
     def network(x, t, labels):
-        output = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
+        answer = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
         # A network with a learned variance has it in the second half.
-        return output if sampler.learned_variance else output[..., : x.shape[-1]]
+        return answer if sampler.learned_variance else answer[..., : x.shape[-1]]
 
     if isinstance(pipe.denoiser, models.SiT):
         network = D.from_sit(network)
@@ -231,6 +231,7 @@ class LatentDiffusion:
           UnknownNameError, InvalidArgumentError, DataError: always before anything is compiled.
         """
         one_of("output", output, OUTPUTS)
+        self._check_guided_channels()
         images = self._with_latents(self._images(class_labels, negative_labels, num_images), latents)
         mesh = image_mesh(len(images.number), devices, self.images_per_device)
         compiled = self.replace(scheduler=None, class_names=())  # what it does not depend on
@@ -314,6 +315,14 @@ class LatentDiffusion:
         else:
             negative = np.resize(self._checked(negative_labels, "negative labels"), len(labels))
         return Images(np.arange(len(labels), dtype=np.int32), labels, negative)
+
+    def _check_guided_channels(self) -> None:
+        channels = self.latent_shape[-1]
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
+            raise InvalidArgumentError(
+                f"guided_channels must lie between 1 and the network's {channels} channels, or be None for "
+                f"all of them, not {self.guided_channels}"
+            )
 
     def _with_latents(self, images: Images, latents: Any) -> Images:
         if latents is None:

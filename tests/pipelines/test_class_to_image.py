@@ -230,9 +230,12 @@ def test_what_cannot_be_drawn(pipe, wrong, error, words):
         pipe(KEY, **({"class_labels": LABELS} | wrong))
 
 
-def test_a_variance_that_nobody_learned(sit):
+def test_a_variance_that_nobody_learned_and_channels_that_are_not_there(sit):
     with pytest.raises(InvalidArgumentError, match="says no variance"):
         sit(KEY, LABELS, variance="learned")
+    for wrong in (0, 5):
+        with pytest.raises(InvalidArgumentError, match="between 1 and the network's 4 channels"):
+            sit.replace(guided_channels=wrong)(KEY, LABELS)
 
 
 def test_folders_that_are_not_whole(folder, pipe, tmp_path):
@@ -249,13 +252,15 @@ def test_folders_that_are_not_whole(folder, pipe, tmp_path):
 
     assert "lacks vae: a DiTPipeline needs transformer, vae, scheduler" in changed("a", vae=[None, None])
     assert "each of its network's 1000 classes" in changed("b", id2label={"0": "tench"})
-    with pytest.raises(InvalidArgumentError, match="velocity"):
-        pipelines.load_original(
-            _file(pipe, tmp_path),
-            vae=(pipe.autoencoder, pipe.autoencoder_params),
-            num_heads=2,
-            schedule=D.NoiseSchedule(prediction="velocity"),
-        )
+    vae = (pipe.autoencoder, pipe.autoencoder_params)
+    for architecture, schedule, words in (
+        ("DiT", D.NoiseSchedule(prediction="velocity"), "discrete path has no velocity"),
+        ("SiT", D.NoiseSchedule(), "continuous path"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            pipelines.load_original(
+                _file(pipe, tmp_path), architecture, vae=vae, num_heads=2, schedule=schedule
+            )
     (tmp_path / "taken").write_text("")
     with pytest.raises(StorageError, match="taken"):
         pipelines.save(pipe, tmp_path / "taken")
