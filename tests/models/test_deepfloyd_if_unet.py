@@ -186,6 +186,14 @@ def test_16_bit_parameters_and_arithmetic_stay_near_float32():
     assert 0 < error < 0.1
 
 
+def test_remat_keeps_nothing_inside_blocks():
+    module = models.from_config(models.UNet2DConditionConfig(**STAGE_1, remat=True))
+    inputs = inputs_for(module.config, 1, (4, 4))
+    equations = str(jax.make_jaxpr(compiled(module))(models.shapes(module), inputs))
+    changes_of_size, residual_blocks, attentions = 2, 1 + 1 + 2 + 2 + 2, 1 + 1 + 2
+    assert equations.count("remat") == changes_of_size + residual_blocks + attentions
+
+
 # Their cards say 4.3 B, 900 M and 400 M; 1.2 B and 450 M.
 NUMBERS = {
     "if-i-xl": 4_304_695_110,

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     IFImg2ImgPipeline,
     IFImg2ImgSuperResolutionPipeline,
+    IFInpaintingPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
 )
@@ -197,14 +198,24 @@ def test_stage_1_from_an_image(folders, pipes, monkeypatch):
     assert_latents_agree(drawn, expected)
 
 
-def test_inpainting_keeps_what_the_mask_leaves(pipes):
+def test_inpainting_keeps_what_the_mask_leaves(folders, pipes):
     """Noised to the level of each step, as other families do; the reference shows it clean throughout."""
-    mask = np.zeros((SIZE, SIZE), bool)
-    mask[:, :4] = True
-    image = as_tensor(picture()).numpy().transpose(0, 2, 3, 1)
-    drawn = pipes["I"](KEY, "a cat", image=picture(), mask_image=mask, **STEPS)
-    np.testing.assert_allclose(drawn[:, :, 4:], image[:, :, 4:], atol=1e-5)
-    assert np.abs(drawn - image)[:, :, :4].mean() > 0.1
+    mask = np.zeros((SIZE, SIZE), np.float32)
+    mask[:, :4] = 1
+    image = as_tensor(picture())
+    clean = ours(image)[:, :, 4:]
+    seen = {"ours": [], "theirs": []}
+    call = {"on_step": lambda step, x: seen["ours"].append(np.asarray(x)[:, :, 4:]), **STEPS}
+    drawn = pipes["I"](KEY, "a cat", image=picture(), mask_image=mask, **call)
+    np.testing.assert_allclose(drawn[:, :, 4:], clean, atol=1e-5)
+    assert np.abs(drawn - ours(image))[:, :, :4].mean() > 0.1
+    reference = opened(IFInpaintingPipeline, folders["I"])
+    call = {"callback": lambda step, t, x: seen["theirs"].append(ours(x)[:, :, 4:]), **STEPS}
+    reference("a cat", image=image, mask_image=torch.from_numpy(mask)[None, None], **call, **AS_IT_IS)
+    assert [len(states) for states in seen.values()] == [4, 4]
+    for our_state, their_state in zip(seen["ours"][:2], seen["theirs"][:2], strict=True):
+        assert (our_state - clean).std() > 0.1
+        np.testing.assert_array_equal(their_state, clean)
 
 
 @pytest.mark.parametrize("noise_level", [250, 0])
