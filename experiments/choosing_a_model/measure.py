@@ -5,8 +5,9 @@ Command:  python experiments/choosing_a_model/measure.py
 Needs:    jaxldm alone; weights are random. Minutes and what came out: README.md beside this file.
           --quick measures the two networks of digits, to see that it runs.
 
-Memory is what XLA plans for every network, from shapes alone. Those that fit under --most-gigabytes
-and --most-tera-macs are also run, each in a process of its own, whose largest memory is what is measured.
+Temporary memory is what XLA plans for every network, from shapes alone; libraries that it calls may take
+more for themselves. Those that fit under --most-gigabytes and --most-tera-macs are also run, each in a
+process of its own, whose largest memory is measured.
 Finished rows stay in models.json: a second call with other --parts adds to them.
 """
 
@@ -129,24 +130,25 @@ def measured(name: str, dtype: str, options: Measure) -> dict[str, Any]:
         return pool.submit(measure, name, dtype, options).result()
 
 
-def networks_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """A line for each network: what both dtypes have in common, then each dtype's figures."""
-    head = ["network", "parameters, M", "G multiply-accumulates"]
-    for short in ("f32", "bf16"):
-        head += [f"weights {short}, GB", f"temporary {short}, GB", f"process {short}, GB", f"seconds {short}"]
+def report(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """models.md: a table of networks for each dtype, and one of pictures."""
+    dtypes = dict.fromkeys(dtype for _, dtype in rows)
+    parts = [f"Networks, {dtype}\n\n{networks_table(rows, dtype)}" for dtype in dtypes]
+    return "\n".join([*parts, f"Pictures, float32\n\n{pictures_table(rows)}"])
+
+
+def networks_table(rows: dict[tuple[str, str], dict[str, Any]], dtype: str) -> str:
+    """A line for each network that was measured in that dtype."""
+    head = ["network", "parameters, M", "G multiply-accumulates", "weights, GB", "temporary, GB"]
     body = []
     for name in families.PARTS:
-        found = [rows.get((name, dtype), {}) for dtype in ("float32", "bfloat16")]
-        known = found[0] or found[1]
-        if not known:
+        row = rows.get((name, dtype))
+        if row is None:
             continue
-        line = [name, f"{known['parameters'] / 1e6:,.1f}", f"{known['macs'] / 1e9:,.3g}"]
-        for row in found:
-            kinds = ("weights", "temporary", "process")
-            line += [number(row.get(f"{kind}_bytes"), 1e9) for kind in kinds]
-            line += [number(row.get("seconds"))]
-        body.append(line)
-    return markdown(head, body)
+        line = [name, f"{row['parameters'] / 1e6:,.1f}", number(row["macs"], 1e9)]
+        line += [number(row.get(f"{kind}_bytes"), 1e9) for kind in ("weights", "temporary", "process")]
+        body.append([*line, number(row.get("seconds"))])
+    return markdown([*head, "process, GB", "seconds"], body)
 
 
 def pictures_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
@@ -212,7 +214,7 @@ def main(options: Measure) -> None:
             row = measured(name, dtype, options) | {"machine": where, "versions": versions}
             rows[name, dtype] = row
             print(name, dtype, f"{number(row.get('seconds'))} s", row.get("not_run", ""), flush=True)
-            text = networks_table(rows) + "\n" + pictures_table(rows)
+            text = report(rows)
             content = json.dumps({"rows": list(rows.values())}, indent=1)
             write_atomically(path, content.encode())
             write_atomically(options.output_dir / "models.md", text.encode())
