@@ -186,6 +186,8 @@ def test_an_image_is_its_own_and_nothing_compiles_again(pipe):
     pipe(KEY, "bat", image=picture(), mask_image=mask(), mask_schedule="arccos", output="latents")
     assert COMPILATIONS.count == before
     np.testing.assert_array_equal(alone[0], four[2])
+    on_two = pipe(keys, PROMPTS, devices=jax.devices()[:2], **call)
+    np.testing.assert_array_equal(on_two, four)
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked(pipe):
