@@ -53,8 +53,8 @@ class Memory(NamedTuple):
     Attributes:
       weights: the parameters.
       inputs_and_outputs: x, t, the condition and the answer.
-      temporary: what XLA sets aside for everything in between. A lower bound on a CPU, where libraries that it
-        calls take more for themselves: with 4096 tokens about two arrays of attention weights.
+      temporary: what XLA sets aside for everything in between. A lower bound on a CPU, where libraries that
+        it calls take more for themselves: with 4096 tokens about two arrays of attention weights.
     """
 
     weights: int
