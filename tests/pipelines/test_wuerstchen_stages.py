@@ -111,13 +111,17 @@ def test_decoder(references, pipes, monkeypatch, scale):
 
 
 def test_decoder_of_several_prompts(references, pipes, monkeypatch):
-    """The reference repeats each prompt for every embedding, and fails; alone each prompt is drawn."""
+    """The reference repeats each prompt for every embedding, and no embedding for its images: it fails with
+    two of either. One after the other they are drawn.
+    """
     x, embeddings = noise(2, LATENTS, 1), 3 * noise(2, EMBEDDINGS, 2)
     keys = D.image_keys(KEY, 2)
     feed(monkeypatch, *((keys[k : k + 1], 2, LATENTS, False) for k in range(2)))
     told = dict(num_inference_steps=2, output_type="latent")
     with pytest.raises(RuntimeError):
         references.decoder(theirs(embeddings), PROMPTS, latents=theirs(x), **told)
+    with pytest.raises(RuntimeError):
+        references.decoder(theirs(embeddings[:1]), "a", num_images_per_prompt=2, latents=theirs(x), **told)
     call = dict(num_inference_steps=2, output="latents", latents=x, image_embeddings=embeddings)
     drawn = pipes["decoder"](KEY, PROMPTS, **call)
     for k, prompt in enumerate(PROMPTS):
