@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -111,14 +112,15 @@ def small_numbers(spec: Any) -> jax.Array:
     """251 numbers evenly between -0.025 and 0.025, over and over; zeros for labels and tokens."""
     if not jnp.issubdtype(spec.dtype, jnp.floating):
         return jnp.zeros(spec.shape, spec.dtype)
+    return _filled(spec.shape, spec.dtype).block_until_ready()
 
-    @jax.jit  # one loop that writes the array: a process's largest memory is that of the call
-    def fill():
-        count = jax.lax.iota(jnp.uint32, math.prod(spec.shape))
-        values = (count % jnp.uint32(251)).astype(jnp.float32) * 2e-4 - 0.025
-        return values.astype(spec.dtype).reshape(spec.shape)
 
-    return fill().block_until_ready()
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _filled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """One loop that writes the array, so that a process's largest memory is that of the call."""
+    count = jax.lax.iota(jnp.uint32, math.prod(shape))
+    values = (count % jnp.uint32(251)).astype(jnp.float32) * 2e-4 - 0.025
+    return values.astype(dtype).reshape(shape)
 
 
 def measured(name: str, dtype: str, options: Measure) -> dict[str, Any]:
