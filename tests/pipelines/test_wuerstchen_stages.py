@@ -67,12 +67,12 @@ def test_prior(references, pipes, monkeypatch):
     np.testing.assert_allclose(embeddings, 42 * latents - 1, rtol=1e-6)
 
 
-def test_prior_without_guidance_on_the_published_timesteps(references, pipes, monkeypatch):
+def test_prior_on_the_published_timesteps(references, pipes, monkeypatch):
     x = noise(1, EMBEDDINGS)
     feed(monkeypatch, (D.image_keys(KEY, 1), 29, EMBEDDINGS, False))
     times = wuerstchen.DEFAULT_STAGE_C_TIMESTEPS
-    expected = references.prior(PROMPTS[0], latents=theirs(x), timesteps=times, guidance_scale=1.0, **SIZE)
-    call = dict(num_inference_steps=29, spacing="stage_c", guidance_scale=1.0, **SIZE)
+    expected = references.prior(PROMPTS[0], latents=theirs(x), timesteps=times, **SIZE)
+    call = dict(num_inference_steps=29, spacing="stage_c", **SIZE)  # under the default guidance of both
     assert_latents_agree(pipes["prior"](KEY, PROMPTS[0], latents=x, **call), expected.image_embeddings)
 
 
