@@ -77,14 +77,9 @@ def log_densities(path, x, t, label):
     return everything, classes[label], classes[label] + jnp.log(0.5) - everything
 
 
-def check_views(name: str, w: float) -> list[Check]:
-    """The three views against each other on one path, for one class, at all x and t at once."""
-    path, label = PATHS[name](), 1
-    levels = np.repeat([0.1, 0.5, 1.0, 3.0, 10.0], 41)  # sigma / alpha
-    t = jnp.asarray(path.time(levels))
-    alpha, sigma = (of(t).reshape(-1, 1, 1, 1) for of in (path.alpha, path.sigma))
-    x = alpha * jnp.tile(jnp.linspace(-3, 3, 41), 5).reshape(-1, 1, 1, 1) * jnp.sqrt(1 + (sigma / alpha) ** 2)
-    labels = jnp.full(len(t), label)
+def views(path, x, t, w, label: int):
+    """(eps_w as guided noise, three guided scores, x_0 by each prediction), each [B, 1, 1, 1]."""
+    labels, alpha, sigma = jnp.full(len(t), label), path.alpha(t), path.sigma(t)
 
     def guided(prediction):
         network = exact_network(path, prediction)
@@ -93,32 +88,47 @@ def check_views(name: str, w: float) -> list[Check]:
     def gradient(log_density):
         return jax.grad(lambda x: jnp.sum(log_density(*log_densities(path, x, t, label))))(x)
 
-    noise_view = guided("epsilon")
-    score_view = D.guide(
-        gradient(lambda everything, of_class, posterior: everything),
-        gradient(lambda everything, of_class, posterior: of_class),
-        w,
+    outputs = {prediction: guided(prediction) for prediction in D.PREDICTIONS}
+    scores = (
+        D.guide(
+            gradient(lambda everything, of_class, posterior: everything),
+            gradient(lambda everything, of_class, posterior: of_class),
+            w,
+        ),
+        gradient(lambda everything, of_class, posterior: (1 - w) * everything + w * of_class),
+        gradient(lambda everything, of_class, posterior: everything + w * posterior),
     )
-    powers = gradient(lambda everything, of_class, posterior: (1 - w) * everything + w * of_class)
-    bayes = gradient(lambda everything, of_class, posterior: everything + w * posterior)
-    x_0 = D.to_x0("epsilon", noise_view, x, path.alpha(t), path.sigma(t))
-    others = [
-        D.to_x0(prediction, guided(prediction), x, path.alpha(t), path.sigma(t))
-        for prediction in ("sample", "v_prediction", "flow")
-    ]
-    of = f"{name:>4s}, w = {w:<4g}"
-    return [
-        Check(
-            f"{of} score: (1-w) s_u + w s_c = -eps_w / sigma", distance(-noise_view / sigma, score_view), 1e-9
-        ),
-        Check(f"{of} probability: = grad log p^(1-w) p(x|c)^w", distance(powers, score_view), 1e-9),
-        Check(f"{of} ... = grad [log p(x) + w log p(c|x)]", distance(bayes, score_view), 1e-9),
-        Check(
-            f"{of} guiding x_0, v or flow instead of eps gives the same x_0",
-            max(distance(other, x_0) for other in others),
-            1e-9,
-        ),
-    ]
+    x_0 = {name: D.to_x0(name, output, x, alpha, sigma) for name, output in outputs.items()}
+    return outputs["epsilon"], scores, x_0
+
+
+def check_views(name: str, scales: tuple[float, ...]) -> list[Check]:
+    """The three views against each other on one path, for one class, at all x and t at once."""
+    path, checks = PATHS[name](), []
+    levels = np.repeat([0.1, 0.5, 1.0, 3.0, 10.0], 41)  # sigma / alpha
+    t = jnp.asarray(path.time(levels))
+    alpha, sigma = (of(t).reshape(-1, 1, 1, 1) for of in (path.alpha, path.sigma))
+    x = alpha * jnp.tile(jnp.linspace(-3, 3, 41), 5).reshape(-1, 1, 1, 1) * jnp.sqrt(1 + (sigma / alpha) ** 2)
+    of_scale = jax.jit(lambda w: views(path, x, t, w, label=1))
+    for w in scales:
+        noise_view, (score_view, powers, bayes), x_0 = of_scale(w)
+        others = [x_0[prediction] for prediction in ("sample", "v_prediction", "flow")]
+        of = f"{name:>4s}, w = {w:<4g}"
+        checks += [
+            Check(
+                f"{of} score: (1-w) s_u + w s_c = -eps_w / sigma",
+                distance(-noise_view / sigma, score_view),
+                1e-9,
+            ),
+            Check(f"{of} probability: = grad log p^(1-w) p(x|c)^w", distance(powers, score_view), 1e-9),
+            Check(f"{of} ... = grad [log p(x) + w log p(c|x)]", distance(bayes, score_view), 1e-9),
+            Check(
+                f"{of} guiding x_0, v or flow instead of eps gives the same x_0",
+                max(distance(other, x_0["epsilon"]) for other in others),
+                1e-9,
+            ),
+        ]
+    return checks
 
 
 def draw(options: ThreeViews, w: float) -> np.ndarray:
@@ -169,9 +179,7 @@ def compare(options: ThreeViews) -> None:
 
 def main(options: ThreeViews) -> None:
     with jax.enable_x64(True):
-        checks = [
-            check for name in options.paths for w in options.guidance_scales for check in check_views(name, w)
-        ]
+        checks = [check for name in options.paths for check in check_views(name, options.guidance_scales)]
         show("Noise, score and probability at every noise level (relative errors, float64)", checks)
     compare(options)
 

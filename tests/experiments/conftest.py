@@ -1,12 +1,13 @@
 """Run folders of the smoke recipes around random networks: no training, and nothing starts at zero."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from jaxldm import checkpoints, models, training
+from jaxldm import checkpoints, data, models, training
 from jaxldm.training.autoencoder import build_autoencoder
 from jaxldm.training.classifier import build_classifier
 from jaxldm.training.diffusion import build_denoiser
@@ -22,9 +23,19 @@ def random_params(module, seed):
     )
 
 
+def few_digits(name, load=data.load, **options):
+    """The data set with an eighth of its digits."""
+    dataset = load(name, **options)
+    parts = {
+        split: dataclasses.replace(rows, records=rows.records[::8]) for split, rows in dataset.parts.items()
+    }
+    return dataclasses.replace(dataset, parts=parts)
+
+
 @pytest.fixture
-def random_run(tmp_path):
-    """(name of a smoke recipe) -> a folder laid out as a finished run of it."""
+def random_run(tmp_path, monkeypatch):
+    """(name of a smoke recipe) -> a folder laid out as a finished run of it; the data set is small, too."""
+    monkeypatch.setattr(data, "load", few_digits)
 
     def make(name):
         recipe, folder = training.RECIPES[name], tmp_path / name
