@@ -80,7 +80,7 @@ class Sample:
     dtype: Annotated[str | None, shown("NAME", "that of the files")] = None
     """float32, bfloat16 or float16, for folders of diffusers: of the weights and the computation."""
 
-    class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "every class once")] = None
+    class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "each of up to 100 once")] = None
     """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
 
     num_images: Annotated[int | None, shown("INT", "one for each label")] = None

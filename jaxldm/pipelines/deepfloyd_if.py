@@ -26,6 +26,7 @@ from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import as_texts, encode_texts, for_each
 from jaxldm.pipelines.schedulers import Plan, make_plan
 from jaxldm.pipelines.starts import Start
+from jaxldm.pipelines.text_pipeline import WITHOUT_SAFETY_CHECKER
 from jaxldm.pipelines.text_to_image import TextToImage
 from jaxldm.pipelines.walking import Rows
 
@@ -84,6 +85,7 @@ class DeepFloydIF(TextToImage):
     denoiser_name: ClassVar[str] = "unet"
     class_names: ClassVar[tuple[str, ...]] = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
     optional: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    saved_options: ClassVar[Mapping[str, bool]] = WITHOUT_SAFETY_CHECKER
     default_guidance_scale: ClassVar[float] = 7.0
     default_num_inference_steps: ClassVar[int] = 100
     default_strength: ClassVar[float] = 0.7

@@ -38,6 +38,7 @@ from jaxldm.pipelines.schedulers import Sampler, make_plan, named_solver
 # Grids on a continuous path are padded to this many steps, so that another number of steps compiles nothing
 # anew. (Those on a discrete path are padded to all of its timesteps.)
 MAX_STEPS = 1000
+MOST_CLASSES_AT_ONCE = 100  # that are drawn, once each, for a call that names none
 OUTPUTS = ("images", "latents")
 
 
@@ -208,7 +209,8 @@ class LatentDiffusion:
         Args:
           key: image k draws its random numbers from fold_in(key, k).
           class_labels: in [0, num_classes), or names of classes, repeated in this order until there are
-            `num_images`. None: every class once; always None for a model without classes.
+            `num_images`. None: every class once, of up to 100; always None for a model without
+            classes.
           num_images: default one for each label.
           num_inference_steps: at most as many as the path has timesteps (1000 on a continuous path).
           guidance_scale: 1 is the conditional model, 0 the unconditional one. Default 3, or 1 without
@@ -268,10 +270,16 @@ class LatentDiffusion:
         Raises:
           DataError: a label that is no class of this model.
           UnknownNameError: a name that is none.
-          InvalidArgumentError: labels for a model without classes, none at all, or fewer than one image.
+          InvalidArgumentError: labels for a model without classes, none at all, fewer than one image, or
+            every class of a model with many.
         """
         if num_images is not None and num_images < 1:
             raise InvalidArgumentError(f"num_images must be 1 or more, not {num_images}")
+        if class_labels is None and num_images is None and (self.num_classes or 0) > MOST_CLASSES_AT_ONCE:
+            raise InvalidArgumentError(
+                f"this model knows {self.num_classes} classes: say which to draw (class labels, as 207 360), "
+                "or how many images"
+            )
         if self.num_classes is None:
             if class_labels is not None:
                 raise InvalidArgumentError("this model knows no classes: leave the class labels out")

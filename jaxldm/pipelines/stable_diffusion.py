@@ -7,10 +7,12 @@ Rombach et al. 2022; SD 2 predicts v (Salimans and Ho 2022); LCM is Luo et al. 2
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.text_pipeline import WITHOUT_SAFETY_CHECKER
 from jaxldm.pipelines.unet_text_to_image import UNetTextToImage
 
 
@@ -36,6 +38,7 @@ class StableDiffusion(UNetTextToImage):
     tokenizer: Any
 
     family: ClassVar[str] = "StableDiffusion"
+    saved_options: ClassVar[Mapping[str, bool]] = WITHOUT_SAFETY_CHECKER
     class_names: ClassVar[tuple[str, ...]] = (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",

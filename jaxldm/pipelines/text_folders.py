@@ -98,7 +98,7 @@ def modules_in(folder: str | Path) -> dict[str, nn.Module]:
 
 def save_text_to_image(pipe: TextPipeline, folder: Path) -> None:
     """Writes a folder that `pipelines.load` and diffusers open, under the class name that fits the model."""
-    components = {}
+    components = dict(pipe.saved_options)
     for name in (*pipe.component_names(), *pipe.flags):
         part = getattr(pipe, name)
         components[name] = (part.module, part.params) if isinstance(part, Network) else part

@@ -8,6 +8,10 @@ from typing import Any, ClassVar
 
 from jaxldm.pipelines.network import Network
 
+# Of families that were published with a judge of pictures, which is not read or written here: without this
+# diffusers opens the folder with a line about it.
+WITHOUT_SAFETY_CHECKER = {"requires_safety_checker": False}
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TextPipeline:
@@ -21,6 +25,7 @@ class TextPipeline:
         do there: text-to-image, image-to-image and inpainting.
       optional: components that a folder may lack; None then.
       flags: fields that are options in model_index.json and no components; absent ones keep their default.
+      saved_options: options that diffusers wants to find there besides.
       draws_images: False for a stage whose call takes or gives something else than texts and images.
       default_guidance_scale, default_strength, default_num_inference_steps: of calls that name none.
       rounds_strength_up: a part of a step that `strength` leaves is walked, and not left out.
@@ -29,6 +34,7 @@ class TextPipeline:
     class_names: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     flags: ClassVar[tuple[str, ...]] = ()
+    saved_options: ClassVar[Mapping[str, bool]] = {}
     draws_images: ClassVar[bool] = True
     default_guidance_scale: ClassVar[float] = 7.5
     default_strength: ClassVar[float] = 0.8

@@ -118,6 +118,12 @@ def test_classes_by_their_names(pipe, sit):
         sit.cycle_labels(["animal 207"], None)
 
 
+def test_a_thousand_classes_are_not_drawn_by_mistake(pipe):
+    with pytest.raises(InvalidArgumentError, match="1000 classes: say which"):
+        pipe(KEY)
+    assert pipe.cycle_labels(None, 3).tolist() == [0, 1, 2]
+
+
 def test_a_folder_that_ours_wrote_is_opened_by_diffusers(folder, pipe, reference, tmp_path, caplog, recwarn):
     pipelines.save(pipe.replace(guided_channels=3), tmp_path / "dit")
     diffusers.utils.logging.enable_propagation()

@@ -116,7 +116,8 @@ def pipes(folders):
 
 def opened(kind, folder):
     judges = dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
-    pipe = kind.from_pretrained(folder, **judges, requires_safety_checker=False)
+    pipe = kind.from_pretrained(folder, **judges)
+    assert not pipe.config.requires_safety_checker  # diffusers would say that there is none
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -145,6 +145,7 @@ def test_a_folder_that_ours_wrote_is_opened_by_diffusers(pipe, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reference = open_reference(StableDiffusionPipeline, tmp_path / "out")
+    assert not reference.config.requires_safety_checker  # diffusers would say that there is none
     assert type(reference.scheduler).__name__ == "PNDMScheduler"
     assert reference.tokenizer("a cat").input_ids == pipe.tokenizer(["a cat"], 4).input_ids[0].tolist()
     again = pipelines.load(tmp_path / "out")
