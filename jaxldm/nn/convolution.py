@@ -20,7 +20,8 @@ class Conv2d(nn.Module):
     four sides or `(before, after)` for both axes. A kernel of size 1 is a plain matrix product. Parameters
     (float32) start as PyTorch's. `doubled` (3x3, stride 1, padding 1 only): the convolution of the image
     doubled by nearest neighbour, see `conv_of_doubled`. `groups`: each part of the output channels sees its
-    part of the input channels alone; as many groups as channels is a depthwise convolution.
+    part of the input channels alone; as many groups as channels is a depthwise convolution, which runs as
+    `shifted_products` on a CPU.
     """
 
     features: int
@@ -45,8 +46,10 @@ class Conv2d(nn.Module):
             y = conv_of_doubled(x, kernel)
         elif (size, self.stride, self.padding, self.groups) == (1, 1, 0, 1):
             y = x @ kernel[0, 0]
+        elif self._is_depthwise(x) and jax.default_backend() == "cpu":
+            y = shifted_products(x, kernel, self._sides())
         else:
-            sides = (self.padding, self.padding) if isinstance(self.padding, int) else self.padding
+            sides = self._sides()
             y = jax.lax.conv_general_dilated(
                 x,
                 kernel,
@@ -58,6 +61,33 @@ class Conv2d(nn.Module):
         if not self.use_bias:
             return y
         return y + parameter(self, "bias", default, (self.features,)).astype(dtype).reshape(1, 1, 1, -1)
+
+    def _is_depthwise(self, x: Array) -> bool:
+        return self.groups == x.shape[-1] == self.features and self.stride == 1
+
+    def _sides(self) -> tuple[int, int]:
+        return (self.padding, self.padding) if isinstance(self.padding, int) else self.padding
+
+
+def shifted_products(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k 1 C"], sides: tuple[int, int]
+) -> Float[Array, "B h w C"]:
+    """A depthwise convolution of stride 1 as a sum of the shifted image times each tap, in float32.
+
+    XLA's CPU backend makes one loop of it, twenty times faster than its own grouped convolution (24x24
+    pixels, 1536 channels, one core: 1.3 ms, not 27.6), with gradients four to thirteen times. `sides`:
+    padding before and after both axes.
+    """
+    size = kernel.shape[0]
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), sides, sides, (0, 0)))
+    height, width = (length - size + 1 for length in padded.shape[1:3])
+    taps = kernel.astype(jnp.float32)
+    y = sum(
+        padded[:, row : row + height, column : column + width] * taps[row, column][None, None]
+        for row in range(size)
+        for column in range(size)
+    )
+    return y.astype(x.dtype)
 
 
 def doubling_convolution(

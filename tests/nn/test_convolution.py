@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jaxldm import nn
+from jaxldm.nn import convolution
 
 
 def normal(*shape, seed=0):
@@ -36,6 +37,34 @@ def test_each_channel_by_itself_and_without_a_bias():
     weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
     expected = torch.nn.functional.conv2d(channels_first(x), weight, padding=1, groups=6)
     np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(3, 1), (5, (2, 0)), (3, 0)])
+def test_shifted_products_are_the_convolution_with_its_gradients(size, padding):
+    """On a CPU they stand for XLA's own, which other devices run."""
+    x, kernel = normal(2, 6, 5, 4), normal(size, size, 1, 4, seed=1)
+    sides = (padding, padding) if isinstance(padding, int) else padding
+
+    def grouped(x, kernel):
+        options = {"dimension_numbers": convolution.DIMENSIONS, "feature_group_count": 4}
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), (sides, sides), **options)
+
+    def shifted(x, kernel):
+        return convolution.shifted_products(x, kernel, sides)
+
+    def with_gradients(function):
+        return jax.jit(lambda x, kernel: jax.vjp(function, x, kernel)[1](jnp.cos(function(x, kernel))))
+
+    np.testing.assert_allclose(shifted(x, kernel), grouped(x, kernel), atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        with_gradients(shifted)(x, kernel),
+        with_gradients(grouped)(x, kernel),
+    )
+    module = nn.Conv2d(4, size, padding=padding, groups=4, use_bias=False, dtype="bfloat16")
+    rounded = module.apply({"params": {"kernel": kernel}}, x)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(jnp.float32), grouped(x, kernel), atol=0.1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 4), (1, 1)])
