@@ -24,6 +24,7 @@ from jaxldm import diffusion as D
 from jaxldm.commands.terminal import run_script
 from jaxldm.data import map_batches
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.training.flat import FlatLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +84,20 @@ def learning_curve(
         depth=options.depth,
         num_classes=num_classes,
     )
+    key = jax.random.key(options.seed)
+    params = models.init(module, key)
+    layout = FlatLayout(params)
     path = D.vp_path(D.linear_betas())
     grid = D.make_grid(path, 20)
     drawn_labels = jnp.arange(options.num_images, dtype=jnp.int32) % num_classes
 
-    def network(params):
-        return lambda x, t, c: module.apply({"params": params}, x, t, c)
+    def network(vector):
+        return lambda x, t, c: module.apply({"params": layout.unflatten(vector)}, x, t, c)
 
-    def loss(params, key, batch, step):
+    def loss(vector, key, batch, step):
         image, label = batch
         return D.diffusion_loss(
-            key, network(params), path, image, label, prediction=prediction, min_snr_gamma=gamma
+            key, network(vector), path, image, label, prediction=prediction, min_snr_gamma=gamma
         )
 
     adam = training.optimizer(options.learning_rate, min(20, options.num_updates), options.num_updates)
@@ -109,14 +113,13 @@ def learning_curve(
         return jax.lax.scan(update, state, length=options.look_every)[0]
 
     @jax.jit
-    def draw(params):
-        denoise = D.denoiser(lambda x, t: network(params)(x, t, drawn_labels), path, prediction)
+    def draw(vector):
+        denoise = D.denoiser(lambda x, t: network(vector)(x, t, drawn_labels), path, prediction)
         key = jax.random.key(options.seed + 2)
         x_T = D.initial_noise(key, (options.num_images, *x_0.shape[1:]), grid)
         return D.sample(key, denoise, D.solvers.ddim(), grid, x_T)
 
-    key = jax.random.key(options.seed)
-    state, curve = training.create_train_state(key, models.init(module, key), adam), []
+    state, curve = training.create_train_state(key, layout.flatten(params), adam), []
     for _ in range(options.num_updates // options.look_every):
         state = train(state)
         drawn = np.asarray(draw(state.evaluation_params))

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -24,13 +25,22 @@ def pair(tmp_path_factory):
     return saved_pair(transformers.CLIPModel, config, tmp_path_factory.mktemp("clip"))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(module, params, input_ids, x):
+    """(logits of every image for every text, embeddings of texts, of images)."""
+    logits, texts, pictures = (
+        module.apply({"params": params}, *inputs, method=method)
+        for inputs, method in (((input_ids, x), None), ((input_ids,), "encode_text"), ((x,), "encode_image"))
+    )
+    return logits, texts.text_embeds, pictures.image_embeds
+
+
 def assert_compares_alike(theirs, module, params):
     input_ids, x = np.random.default_rng(0).integers(0, 60, (2, 9)).astype(np.int32), images(3, 8, 8, 3)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(input_ids).long(), to_torch(x))
-    assert_agrees(jax.jit(module.apply)({"params": params}, input_ids, x), expected.logits_per_image)
-    texts = module.apply({"params": params}, input_ids, method="encode_text").text_embeds
-    pictures = module.apply({"params": params}, x, method="encode_image").image_embeds
+    logits, texts, pictures = apply(module, params, input_ids, x)
+    assert_agrees(logits, expected.logits_per_image)
     for ours, reference in ((texts, expected.text_embeds), (pictures, expected.image_embeds)):
         assert_agrees(ours / np.linalg.norm(ours, axis=-1, keepdims=True), reference)
 
