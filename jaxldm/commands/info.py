@@ -118,7 +118,7 @@ def describe_cost(name: str) -> str:
     if not getattr(module.config, "scan", False):
         return line
     temporary = models.forward_memory(module).temporary
-    return f"{line} and needs {temporary / 1e6:,.1f} MB beside the weights (in {module.config.dtype})"
+    return f"{line}; XLA plans {temporary / 1e6:,.1f} MB for it beside the weights (in {module.config.dtype})"
 
 
 def describe_export(folder: Path) -> str:

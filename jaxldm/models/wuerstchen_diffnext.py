@@ -202,10 +202,12 @@ class WuerstchenDiffNeXt(nn.Module):
         return Conv2d(features, kernel_size=1, padding=0, dtype=self.config.dtype, name=name)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, image_embeddings, encoder_hidden_states) that `init` traces the model with."""
+        """Shapes of (x, t, image_embeddings, encoder_hidden_states) to trace the network with: those of
+        1024x1024 pixels.
+        """
         config = self.config
-        side = config.shrinks
-        shapes = ((1, side, side, config.c_in), (1,), (1, 2, 2, config.effnet_embd), (1, 4, config.clip_embd))
+        x, embeddings = (1, 256, 256, config.c_in), (1, 24, 24, config.effnet_embd)
+        shapes = (x, (1,), embeddings, (1, 77, config.clip_embd))
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 

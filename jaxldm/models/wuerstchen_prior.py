@@ -106,8 +106,8 @@ class WuerstchenPrior(nn.Module):
         return ((x.astype(jnp.float32) - a) / (jnp.abs(1.0 - b) + 1e-5)).astype(x.dtype)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, encoder_hidden_states) that `init` traces the model with."""
-        shapes = ((1, 4, 4, self.config.c_in), (1,), (1, 4, self.config.c_cond))
+        """Shapes of (x, t, encoder_hidden_states) to trace the network with: those of 1024x1024 pixels."""
+        shapes = ((1, 24, 24, self.config.c_in), (1,), (1, 77, self.config.c_cond))
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 

@@ -316,9 +316,11 @@ class ZImageTransformer2DModel(nn.Module):
             )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, encoder_hidden_states) that `init` traces the model with."""
-        config, side = self.config, 4 * self.config.patch_size
-        shapes = ((1, side, side, config.in_channels), (1,), (1, TOKENS_AT_ONCE, config.cap_feat_dim))
+        """Shapes of (x, t, encoder_hidden_states) to trace the network with: 1024x1024 pixels, 128 tokens."""
+        config = self.config
+        side = config.patch_size * min(64, *config.axes_lens[1:])
+        tokens = min(4 * TOKENS_AT_ONCE, config.longest_text)
+        shapes = ((1, side, side, config.in_channels), (1,), (1, tokens, config.cap_feat_dim))
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
