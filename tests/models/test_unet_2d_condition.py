@@ -212,7 +212,7 @@ def test_remat_changes_no_gradient():
         nn.DownBlock2D(**options, transformer=nn.TransformerOptions(2), remat=remat)
         for remat in (False, True)
     )
-    params = plain.init(jax.random.key(0), x, temb, False, text)
+    params = jax.jit(plain.init, static_argnums=3)(jax.random.key(0), x, temb, False, text)
 
     def gradient(block):
         return jax.grad(lambda x: jnp.square(block.apply(params, x, temb, False, text)[0]).mean())
