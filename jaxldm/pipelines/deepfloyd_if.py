@@ -170,11 +170,8 @@ class DeepFloydIF(TextToImage):
             )
         if make_plan(self.scheduler).sampler.learned_variance and config.out_channels == channels:
             raise CheckpointError("its scheduler wants a learned variance, which its U-Net does not say")
-        if self.text_encoder is not None and self.text_encoder.config.d_model != config.text_dim:
-            raise CheckpointError(
-                f"its text encoder gives states {self.text_encoder.config.d_model} wide, its U-Net takes "
-                f"{config.text_dim}"
-            )
+        if self.text_encoder is not None:
+            self.check_text_width(self.text_encoder.config.d_model, config.text_dim)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

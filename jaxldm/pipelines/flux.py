@@ -132,11 +132,7 @@ class Flux(TextToImage):
         ):
             if given != taken:
                 raise CheckpointError(f"{what} {given} wide, its transformer takes {taken}")
-        if config.latent_channels != self.latent_channels:
-            raise CheckpointError(
-                f"its autoencoder has {self.latent_channels} latent channels, its transformer takes "
-                f"{config.latent_channels}"
-            )
+        self.check_latent_channels(config.latent_channels)
 
     def _encode(
         self, texts: list[str], second_texts: list[str] | None, max_sequence_length: int

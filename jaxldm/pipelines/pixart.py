@@ -120,11 +120,8 @@ class PixArtSigma(TextToImage):
         Raises:
           CheckpointError: parts of different models.
         """
-        config, width = self.transformer.config, self.text_encoder.config.d_model
-        if width != config.text_width:
-            raise CheckpointError(
-                f"its text encoder gives states {width} wide, its transformer takes {config.text_width}"
-            )
+        config = self.transformer.config
+        self.check_text_width(self.text_encoder.config.d_model, config.text_width)
         channels, out = self.latent_channels, config.out_channels or config.in_channels
         if config.in_channels != channels or out not in (channels, 2 * channels):
             raise CheckpointError(

@@ -121,11 +121,7 @@ class StableDiffusion3(TextToImage):
           CheckpointError: parts of different models, or no text encoder at all.
         """
         config = self.transformer.config
-        if config.in_channels != self.latent_channels:
-            raise CheckpointError(
-                f"its autoencoder has {self.latent_channels} latent channels, its transformer takes "
-                f"{config.in_channels}"
-            )
+        self.check_latent_channels(config.in_channels)
         if not any(name in self.networks for name in ENCODERS):
             raise CheckpointError(f"without a text encoder: at least one of {', '.join(ENCODERS)} is needed")
         for encoder, tokenizer in zip(ENCODERS, ("tokenizer", "tokenizer_2", "tokenizer_3"), strict=True):
@@ -137,12 +133,8 @@ class StableDiffusion3(TextToImage):
                 f"its CLIPs give states {states} and a pooled state {pooled} wide, its transformer takes "
                 f"up to {config.joint_attention_dim} and {config.pooled_projection_dim}"
             )
-        t5 = self.text_encoder_3
-        if t5 is not None and t5.config.d_model != config.joint_attention_dim:
-            raise CheckpointError(
-                f"its T5 gives states {t5.config.d_model} wide, its transformer takes "
-                f"{config.joint_attention_dim}"
-            )
+        if self.text_encoder_3 is not None:
+            self.check_text_width(self.text_encoder_3.config.d_model, config.joint_attention_dim, "T5")
 
     def _clip_widths(self) -> list[tuple[int, int]]:
         """(states, pooled state) of each CLIP. One that is left out is as wide as the other leaves room."""

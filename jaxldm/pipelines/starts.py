@@ -81,7 +81,7 @@ def make_start(
         by = factor if image.shape[-1] == channels else 1
         given["image"] = tuple(int(n * by) for n in image.shape[1:3])
     if latents is not None:
-        latents = _four_axes(latents, channels)
+        latents = four_axes(latents, channels)
         check_rows(latents, num_images, "latents")
         given["latents"] = tuple(int(n * factor) for n in latents.shape[1:3])
         latents = repeated(latents, num_images)
@@ -134,22 +134,27 @@ def _check_together(canvas, image, mask_image, latents) -> None:
         raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
 
 
-def _four_axes(latents: Any, channels: int) -> np.ndarray:
-    latents = np.asarray(latents, np.float32)
-    latents = latents[None] if latents.ndim == 3 else latents
-    if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
+def four_axes(array: Any, channels: int, name: str = "latents") -> Float[np.ndarray, "N h w c"]:
+    """Finite numbers [N, h, w, channels] out of these or of [h, w, channels].
+
+    Raises:
+      InvalidArgumentError: another shape, NaN or infinity.
+    """
+    array = np.asarray(array, np.float32)
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or array.shape[-1] != channels or 0 in array.shape:
         raise InvalidArgumentError(
-            f"latents must be [N, h, w, {channels}], channels last, not {list(latents.shape)}"
+            f"{name} must be [N, h, w, {channels}], channels last, not {list(array.shape)}"
         )
-    if not np.isfinite(latents).all():
-        raise InvalidArgumentError("latents hold NaN or infinity")
-    return latents
+    if not np.isfinite(array).all():
+        raise InvalidArgumentError(f"{name} hold NaN or infinity")
+    return array
 
 
 def _pixels_or_latents(image: Any, channels: int) -> np.ndarray:
     shape = np.shape(image) if not isinstance(image, (list, tuple)) else ()
     if channels != 3 and len(shape) in (3, 4) and shape[-1] == channels:
-        return _four_axes(image, channels)
+        return four_axes(image, channels)
     pixels = as_images(image)
     if pixels.shape[-1] != 3:
         raise InvalidArgumentError(f"image must have 3 channels (RGB), it has {pixels.shape[-1]}")

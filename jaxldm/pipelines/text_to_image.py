@@ -36,6 +36,7 @@ from jaxldm.pipelines.walking import Rows, Settings, Walk, walk_on_devices
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
 STEPS_AT_ONCE = 64
 OUTPUTS = ("images", "latents")
+_TITLES = {"unet": "U-Net"}  # of denoising networks in messages, where it is not the field's name
 _OWN = ("prompts", "negative_prompts", "size", "condition", "more")  # parameters that no caller gives
 
 
@@ -236,6 +237,20 @@ class TextToImage(TextPipeline):
     def knows_guidance(self) -> bool:
         """Whether the network is told the guidance scale, as distilled ones are (LCM, FLUX.1-dev)."""
         return getattr(self.denoiser.config, "time_cond_proj_dim", None) is not None
+
+    def check_text_width(self, width: int, taken: int, encoder: str = "text encoder") -> None:
+        """Raises `CheckpointError` unless an encoder's states are as wide as the network takes them."""
+        if width != taken:
+            network = _TITLES.get(self.denoiser_name, self.denoiser_name)
+            raise CheckpointError(f"its {encoder} gives states {width} wide, its {network} takes {taken}")
+
+    def check_latent_channels(self, taken: int) -> None:
+        """Raises `CheckpointError` unless the autoencoder has the latent channels that the network takes."""
+        if self.latent_channels != taken:
+            network = _TITLES.get(self.denoiser_name, self.denoiser_name)
+            raise CheckpointError(
+                f"its autoencoder has {self.latent_channels} latent channels, its {network} takes {taken}"
+            )
 
     def guidance_told(self, scale: float, count: int) -> dict[str, Any]:
         """The scale, as a network that knows guidance is told it: arrays [count, ...] by argument name."""

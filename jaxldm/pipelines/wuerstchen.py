@@ -23,7 +23,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.pipelines.image_inputs import check_count
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import as_texts, encode_texts
-from jaxldm.pipelines.starts import Canvas
+from jaxldm.pipelines.starts import Canvas, four_axes
 from jaxldm.pipelines.text_pipeline import TextPipeline
 from jaxldm.pipelines.text_to_image import TextToImage
 
@@ -68,13 +68,6 @@ class _Stage(TextToImage):
     def _states(self, texts: list[str]) -> dict[str, Any]:
         encoded = encode_texts(self.text_encoder, self.tokenizer, texts, mask=True)
         return {"encoder_hidden_states": encoded.hidden}
-
-    def _check_text_width(self, wanted: int) -> None:
-        width = self.text_encoder.config.hidden_size
-        if width != wanted:
-            raise CheckpointError(
-                f"its text encoder gives states {width} wide, its {self.denoiser_name} takes {wanted}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,7 +119,7 @@ class WuerstchenPrior(_Stage):
 
     def check_parts(self) -> None:
         """The texts' states must be as wide as the prior takes them."""
-        self._check_text_width(self.prior.config.c_cond)
+        self.check_text_width(self.text_encoder.config.hidden_size, self.prior.config.c_cond)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -264,19 +257,11 @@ class WuerstchenDecoder(_Stage):
                 "the decoder draws from image embeddings: give image_embeddings=, as the prior draws them, "
                 "or draw with both, Wuerstchen.of(prior, decoder)"
             )
-        embeddings, width = np.asarray(given, np.float32), self.decoder.config.effnet_embd
-        embeddings = embeddings[None] if embeddings.ndim == 3 else embeddings
-        if embeddings.ndim != 4 or embeddings.shape[-1] != width or 0 in embeddings.shape:
-            raise InvalidArgumentError(
-                f"image_embeddings must be [N, h, w, {width}], channels last, not {list(np.shape(given))}"
-            )
-        if not np.isfinite(embeddings).all():
-            raise InvalidArgumentError("image_embeddings hold NaN or infinity")
-        return embeddings
+        return four_axes(given, self.decoder.config.effnet_embd, "image_embeddings")
 
     def check_parts(self) -> None:
         """The texts' states and the latents must be as wide as the decoder takes them."""
-        self._check_text_width(self.decoder.config.clip_embd)
+        self.check_text_width(self.text_encoder.config.hidden_size, self.decoder.config.clip_embd)
         channels, taken = self.vqgan.config.latent_channels, self.decoder.config.c_in
         if channels != taken:
             raise CheckpointError(

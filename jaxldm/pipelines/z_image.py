@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm import diffusion as D
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.schedulers import Plan
@@ -165,16 +165,9 @@ class ZImage(TextToImage):
         Raises:
           CheckpointError: parts of different models.
         """
-        config, width = self.transformer.config, self.text_encoder.config.hidden_size
-        if width != config.cap_feat_dim:
-            raise CheckpointError(
-                f"its text encoder gives states {width} wide, its transformer takes {config.cap_feat_dim}"
-            )
-        if config.in_channels != self.latent_channels:
-            raise CheckpointError(
-                f"its autoencoder has {self.latent_channels} latent channels, its transformer takes "
-                f"{config.in_channels}"
-            )
+        config = self.transformer.config
+        self.check_text_width(self.text_encoder.config.hidden_size, config.cap_feat_dim)
+        self.check_latent_channels(config.in_channels)
 
     def _guidance_scales(
         self, guidance_scale: float | None, true_cfg_scale: float
