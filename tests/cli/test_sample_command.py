@@ -207,7 +207,9 @@ def test_eval_needs_a_run_with_a_judge(capsys, exported, run_folder):
 
 def test_true_processes_with_one_device_and_with_eight_draw_the_same(exported, tmp_path):
     for devices in (1, 8):
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        # of a flag that is given twice the last counts
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": flags}
         words = [
             "sample",
             exported,
