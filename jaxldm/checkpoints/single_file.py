@@ -189,7 +189,8 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
 
     Raises:
       UnknownNameError: a component of another name.
-      CheckpointError: a tensor or a transformer that has no place in an original layout.
+      CheckpointError: a tensor or a transformer that has no place in an original layout; an autoencoder alone
+        with other factors than FLUX's.
       StorageError: disk full, no permission, a folder of that name.
     """
     parts = _parts_of_components(components)
@@ -281,8 +282,20 @@ def _family_of_file(state: Mapping[str, Tensor]) -> str:
 def _parts_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> Mapping[str, Part]:
     family = _family_of_components(components)
     if family in ("FLUX", "Z-Image") and len(components) == 1:
+        if "vae" in components:
+            _check_factors(components["vae"][0].config)
         return _alone(family, next(iter(components)))
     return FAMILIES[family]
+
+
+def _check_factors(config: Any) -> None:
+    """A file of an autoencoder alone does not hold its factors, and is read as FLUX's."""
+    flux, given = ((of.scaling_factor, of.shift_factor) for of in (models.PRESETS["flux-vae"], config))
+    if given != flux:
+        raise CheckpointError(
+            f"a file of an autoencoder alone is read with FLUX's scaling_factor and shift_factor, {flux}; "
+            f"this one has {given}: save it as a folder (checkpoints.save), or together with its transformer"
+        )
 
 
 def _family_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> str:

@@ -221,3 +221,11 @@ def test_transformers_without_an_original_layout_are_refused(tmp_path):
     dit = models.build("tiny-dit", depth=1)
     with pytest.raises(CheckpointError, match="a DiT has no original single-file layout"):
         save_single_file(tmp_path / "x.safetensors", {"transformer": (dit, {})})
+
+
+def test_an_autoencoder_alone_that_would_be_read_with_other_factors_is_refused(components, tmp_path):
+    module, params = components["vae"]
+    other = type(module)(dataclasses.replace(module.config, scaling_factor=1.5305, shift_factor=0.0609))
+    with pytest.raises(CheckpointError, match=r"this one has \(1.5305, 0.0609\): save it as a folder"):
+        save_single_file(tmp_path / "ae.safetensors", {"vae": (other, params)})
+    assert not list(tmp_path.iterdir())
