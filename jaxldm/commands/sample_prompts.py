@@ -48,7 +48,7 @@ def draw_prompts(command: Sample) -> tuple[Any, float]:
         "solver": command.solver,
         "eta": command.eta,
         "spacing": command.spacing,
-        "batch_size": 1 if command.batch_size is None else command.batch_size,
+        "batch_size": command.batch_size,
     }
     start = {"image": image, "strength": command.strength, "mask_image": mask}
     start |= {"height": command.height, "width": command.width}
@@ -115,10 +115,10 @@ def _known_to(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     known = inspect.signature(pipe.__call__).parameters
     for name in given:
-        if name not in known and name != "batch_size":
+        if name not in known:
             option = "mask" if name == "mask_image" else name.replace("_", "-")
             raise InvalidArgumentError(f"--{option} is not for a model of the kind {type(pipe).__name__}")
-    return {name: value for name, value in given.items() if name in known}
+    return given
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxldm import diffusion as D
@@ -23,9 +23,9 @@ from jaxldm import models
 from jaxldm.diffusion.guidance import checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.config import height_width
-from jaxldm.pipelines.fixed_batches import in_fixed_batches, over_images
+from jaxldm.pipelines.fixed_batches import over_images
 from jaxldm.pipelines.image_inputs import check_count, check_rows, repeated
-from jaxldm.pipelines.latent_images import mesh_of, scale_factor
+from jaxldm.pipelines.latent_images import on_devices, scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import as_texts, encode_texts, for_each
 from jaxldm.pipelines.starts import Canvas, make_start, strength_of
@@ -284,12 +284,7 @@ class Amused(TextPipeline):
         devices: Sequence[Any] | None = None,
     ) -> Float[np.ndarray, "N H W C"]:
         """Images in [-1, 1] of tokens."""
-        mesh = mesh_of(len(tokens), devices, batch_size)
-        vqvae = jax.device_put(self.vqvae, NamedSharding(mesh, PartitionSpec()))
-        rows = np.asarray(tokens, np.int32)
-        return in_fixed_batches(
-            lambda batch: _decode(vqvae, batch, mesh=mesh), rows, mesh, batch_size, batch_size
-        )
+        return on_devices(_decode, self.vqvae, np.asarray(tokens, np.int32), batch_size, devices)
 
     def check_parts(self) -> None:
         """Raises `CheckpointError` where the parts are of different models."""
@@ -364,19 +359,16 @@ class Amused(TextPipeline):
 
     def _draw(self, settings, rows, how, batch_size, devices) -> Int[np.ndarray, "N h w"]:
         """`unmask` in batches of one fixed size, split over the devices."""
-        mesh = mesh_of(len(rows.key), devices, batch_size)
-        shared = jax.device_put((self.transformer, settings), NamedSharding(mesh, PartitionSpec()))
-        return in_fixed_batches(
-            lambda batch: _unmask(*shared, batch, how=how, mesh=mesh), rows, mesh, batch_size, batch_size
-        )
+        unmasked = functools.partial(_unmask, how=how)
+        return on_devices(unmasked, (self.transformer, settings), rows, batch_size, devices)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "mesh"))
-def _unmask(transformer, settings, rows, *, how, mesh):
+def _unmask(shared, rows, *, how, mesh):
     def on_one_device(shared, rows):
         return unmask(*shared, rows, how)
 
-    return over_images(on_one_device, mesh)((transformer, settings), rows)
+    return over_images(on_one_device, mesh)(shared, rows)
 
 
 @jax.jit

@@ -72,8 +72,8 @@ def save_dit(pipe: LatentDiffusion, folder: Path) -> None:
 
 def is_dit_pipeline(pipe: LatentDiffusion) -> bool:
     """Whether diffusers has a pipeline for it: its own DiT, in the latents of an AutoencoderKL."""
-    kinds = (models.DiTTransformer2DModel, models.AutoencoderKL)
-    return isinstance(pipe.denoiser, kinds[0]) and isinstance(pipe.autoencoder, kinds[1])
+    is_theirs = isinstance(pipe.denoiser, models.DiTTransformer2DModel)
+    return is_theirs and isinstance(pipe.autoencoder, models.AutoencoderKL)
 
 
 def load_original(

@@ -11,7 +11,7 @@ from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.latent_images import scale_factor
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.prompts import encode_texts, for_each
+from jaxldm.pipelines.prompts import check_sequence_length, encode_texts, for_each
 from jaxldm.pipelines.schedulers import Plan
 from jaxldm.pipelines.text_to_image import TextToImage
 
@@ -42,6 +42,7 @@ class Flux(TextToImage):
     default_strength: ClassVar[float] = 0.6
     rounds_strength_up: ClassVar[bool] = True
     has_true_cfg: ClassVar[bool] = True
+    shifts_with_size: ClassVar[bool] = True
 
     @property
     def default_num_inference_steps(self) -> int:
@@ -70,10 +71,7 @@ class Flux(TextToImage):
         """
         if max_sequence_length is None:
             max_sequence_length = 512 if self.knows_guidance else 256
-        if not 1 <= max_sequence_length <= 512:
-            raise InvalidArgumentError(
-                f"max_sequence_length must lie between 1 and 512, not {max_sequence_length}"
-            )
+        check_sequence_length(max_sequence_length)
         second = for_each(prompt_2, prompts, "prompt_2")
         negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
         told = self._encode(prompts, second, max_sequence_length)
@@ -102,10 +100,6 @@ class Flux(TextToImage):
         side = 128 * scale_factor(self.vae)
         return side, side
 
-    def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens of an image of that (height, width), which choose dev's shift."""
-        return (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
-
     @property
     def knows_guidance(self) -> bool:
         """Whether the transformer is told the guidance scale: dev is, schnell is not."""
@@ -122,16 +116,12 @@ class Flux(TextToImage):
           CheckpointError: parts of different models.
         """
         config = self.transformer.config
-        for what, given, taken in (
-            ("its T5 gives states", self.text_encoder_2.config.d_model, config.joint_attention_dim),
-            (
-                "its CLIP gives a pooled state",
-                self.text_encoder.config.hidden_size,
-                config.pooled_projection_dim,
-            ),
-        ):
-            if given != taken:
-                raise CheckpointError(f"{what} {given} wide, its transformer takes {taken}")
+        self.check_text_width(self.text_encoder_2.config.d_model, config.joint_attention_dim, "T5")
+        given, taken = self.text_encoder.config.hidden_size, config.pooled_projection_dim
+        if given != taken:
+            raise CheckpointError(
+                f"its CLIP gives a pooled state {given} wide, its transformer takes {taken}"
+            )
         self.check_latent_channels(config.latent_channels)
 
     def _encode(

@@ -292,25 +292,21 @@ class LatentDiffusion:
     def _checked(self, labels: Any, name: str) -> Int[np.ndarray, " K"]:
         """One label or several as int32 [K], all of them classes of this model."""
         labels = [labels] if isinstance(labels, str) else labels
-        if not np.isscalar(labels):
-            labels = [self._label(label) if isinstance(label, str) else label for label in labels]
+        if not np.isscalar(labels) and any(isinstance(label, str) for label in labels):
+            names = self._labels_by_name()
+            labels = [_label(label, names) if isinstance(label, str) else label for label in labels]
         labels = np.atleast_1d(np.asarray(labels))
         if labels.size == 0:
             raise InvalidArgumentError(f"no {name} were given: leave the option out, or give one or more")
         return check_labels(labels, len(labels), self.num_classes, name)
 
-    def _label(self, name: str) -> int:
+    def _labels_by_name(self) -> dict[str, int]:
         """The label of a class by its name, or by one of several: "tench" of "tench, Tinca tinca"."""
-        names = {
+        return {
             one.strip(): label
             for label, several in enumerate(self.class_names)
             for one in (several, *several.split(","))
         }
-        if not names:
-            raise InvalidArgumentError(f"nobody named the classes of this model: give {name!r} as a number")
-        if name not in names:  # a thousand choices are no help
-            raise UnknownNameError("class", name, difflib.get_close_matches(name, names, 8, 0.0))
-        return names[name]
 
     def _images(self, class_labels, negative_labels, num_images) -> Images:
         labels = self.cycle_labels(class_labels, num_images)
@@ -393,6 +389,14 @@ class LatentDiffusion:
                 "guidance scale out"
             )
         return guidance_scale
+
+
+def _label(name: str, labels_by_name: dict[str, int]) -> int:
+    if not labels_by_name:
+        raise InvalidArgumentError(f"nobody named the classes of this model: give {name!r} as a number")
+    if name not in labels_by_name:  # a thousand choices are no help
+        raise UnknownNameError("class", name, difflib.get_close_matches(name, labels_by_name, 8, 0.0))
+    return labels_by_name[name]
 
 
 def _rescale(guidance_rescale: float) -> np.float32 | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,24 @@ def mesh_of(num_images: int, devices: Sequence[Any] | None, batch_size: int) -> 
     return image_mesh(num_images, jax.local_devices()[:1] if devices is None else devices, batch_size)
 
 
+def on_devices(
+    compiled: Callable[..., Array], shared: Any, rows: Any, batch_size: int, devices: Sequence[Any] | None
+) -> np.ndarray:
+    """`compiled(shared, batch, mesh=mesh)` of N rows, in batches of one fixed size, split over the devices.
+
+    Args:
+      shared: a tree that every device gets whole.
+      rows: a tree of arrays [N, ...].
+      batch_size: rows that a device computes at once.
+      devices: None is the first.
+    """
+    mesh = mesh_of(len(jax.tree.leaves(rows)[0]), devices, batch_size)
+    shared = jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
+    return in_fixed_batches(
+        lambda batch: compiled(shared, batch, mesh=mesh), rows, mesh, batch_size, batch_size
+    )
+
+
 def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarray, "N h w c"]:
     """The latents of images in [-1, 1]: the mean of q(z | x), scaled as diffusion models have them."""
     rows = np.asarray(images, np.float32)
@@ -42,12 +60,8 @@ def decode_images(
     devices: Sequence[Any] | None = None,
 ) -> Float[np.ndarray, "N H W C"]:
     """Images, float32 in [-1, 1], of latents as diffusion models draw them."""
-    mesh = mesh_of(len(latents), devices, batch_size)
-    vae = jax.device_put(vae, NamedSharding(mesh, PartitionSpec()))
     rows = np.asarray(latents, np.float32)
-    return in_fixed_batches(
-        lambda batch: _decode(vae, batch, tiling=tiling, mesh=mesh), rows, mesh, batch_size, batch_size
-    )
+    return on_devices(functools.partial(_decode, tiling=tiling), vae, rows, batch_size, devices)
 
 
 @jax.jit

@@ -70,6 +70,14 @@ def for_each(texts: str | Sequence[str] | None, prompts: Sequence[str], name: st
     return texts
 
 
+def check_sequence_length(max_sequence_length: int, most: int = 512) -> None:
+    """Raises `InvalidArgumentError` unless a text gets from 1 to `most` tokens."""
+    if not 1 <= max_sequence_length <= most:
+        raise InvalidArgumentError(
+            f"max_sequence_length must lie between 1 and {most}, not {max_sequence_length}"
+        )
+
+
 def encode_texts(
     encoder: Network,
     tokenizer: Any,

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm import diffusion as D
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.prompts import Encoded, encode_texts, for_each
+from jaxldm.pipelines.prompts import Encoded, check_sequence_length, encode_texts, for_each
 from jaxldm.pipelines.schedulers import Plan
 from jaxldm.pipelines.text_to_image import TextToImage
 
@@ -57,6 +57,7 @@ class StableDiffusion3(TextToImage):
     default_strength: ClassVar[float] = 0.6
     rounds_strength_up: ClassVar[bool] = True
     default_num_inference_steps: ClassVar[int] = 28
+    shifts_with_size: ClassVar[bool] = True
 
     def conditions(
         self,
@@ -79,10 +80,7 @@ class StableDiffusion3(TextToImage):
         Raises:
           InvalidArgumentError: a number of texts or of tokens that does not fit.
         """
-        if not 1 <= max_sequence_length <= 512:
-            raise InvalidArgumentError(
-                f"max_sequence_length must lie between 1 and 512, not {max_sequence_length}"
-            )
+        check_sequence_length(max_sequence_length)
         others = (for_each(prompt_2, prompts, "prompt_2"), for_each(prompt_3, prompts, "prompt_3"))
         negative_others = (
             for_each(negative_prompt_2, prompts, "negative_prompt_2"),
@@ -103,10 +101,6 @@ class StableDiffusion3(TextToImage):
     def size_multiple(self) -> int:
         """The pixels that a token covers."""
         return super().size_multiple * self.transformer.config.patch_size
-
-    def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens of an image of that (height, width)."""
-        return (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
 
     def make_grid(self, plan: Plan, *arguments: Any, **options: Any) -> D.Grid:
         """The rows that a call walks: even in t to the last that was trained, whatever shifts them."""

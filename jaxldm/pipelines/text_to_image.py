@@ -8,6 +8,7 @@ from the U-Nets of Stable Diffusion.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +17,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.config import height_width
-from jaxldm.pipelines.fixed_batches import in_fixed_batches
 from jaxldm.pipelines.image_inputs import check_count
-from jaxldm.pipelines.latent_images import decode_images, mesh_of, scale_factor
+from jaxldm.pipelines.latent_images import decode_images, on_devices, scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.schedulers import Plan, make_plan
@@ -54,12 +53,14 @@ class TextToImage(TextPipeline):
       denoiser_name: the field of the denoising network.
       has_true_cfg: classifier-free guidance is `true_cfg_scale` in every model of the family, those that are
         told no guidance among them (FLUX).
+      shifts_with_size: a schedule that shifts with the number of image tokens is told it.
     """
 
     scheduler: Mapping[str, Any]
 
     denoiser_name: ClassVar[str] = "transformer"
     has_true_cfg: ClassVar[bool] = False
+    shifts_with_size: ClassVar[bool] = False
 
     def conditions(
         self, prompts: list[str], negative_prompts: list[str] | None, size: tuple[int, int], **more: Any
@@ -210,6 +211,11 @@ class TextToImage(TextPipeline):
         return 3 if self.autoencoder is None else self.autoencoder.config.latent_channels
 
     @property
+    def latent_factor(self) -> int:
+        """Pixels that a latent is high and wide; 1 for pixels."""
+        return 1 if self.autoencoder is None else scale_factor(self.autoencoder)
+
+    @property
     def network_channels(self) -> int:
         """Of the network's input, before it packs anything into tokens."""
         return self.denoiser.config.in_channels
@@ -217,21 +223,20 @@ class TextToImage(TextPipeline):
     @property
     def size_multiple(self) -> int:
         """What heights and widths are divisible by."""
-        return 1 if self.autoencoder is None else scale_factor(self.autoencoder)
+        return self.latent_factor
 
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) of the images that the model was trained on."""
-        factor = 1 if self.autoencoder is None else scale_factor(self.autoencoder)
         height, width = height_width(self.denoiser.config.sample_size)
-        return height * factor, width * factor
+        return height * self.latent_factor, width * self.latent_factor
 
     @property
     def canvas(self) -> Canvas:
         """What a start has to fit."""
-        factor = 1 if self.autoencoder is None else scale_factor(self.autoencoder)
         tells_mask = self.network_channels == INPAINTING_CHANNELS
-        return Canvas(self.default_size, self.size_multiple, factor, self.latent_channels, tells_mask)
+        sizes = (self.default_size, self.size_multiple, self.latent_factor)
+        return Canvas(*sizes, self.latent_channels, tells_mask)
 
     @property
     def knows_guidance(self) -> bool:
@@ -260,7 +265,9 @@ class TextToImage(TextPipeline):
 
     def num_image_tokens(self, size: tuple[int, int]) -> int | None:
         """Tokens of an image of that (height, width), where the schedule shifts with them; else None."""
-        return None
+        if not self.shifts_with_size:
+            return None
+        return (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
 
     def decode(self, latents: Float[Any, "N h w c"], **options: Any) -> Float[np.ndarray, "N H W C"]:
         """Images in [-1, 1] of latents; options `tiling`, `batch_size`, `devices` as there."""
@@ -325,15 +332,8 @@ class TextToImage(TextPipeline):
 
     def _draw(self, settings, rows, how, batch_size, devices) -> Float[np.ndarray, "N K h w c"]:
         """`walk` in batches of one fixed size, split over the devices."""
-        mesh = mesh_of(len(rows.key), devices, batch_size)
-        shared = jax.device_put((self.denoiser, settings), NamedSharding(mesh, PartitionSpec()))
-        return in_fixed_batches(
-            lambda batch: walk_on_devices(*shared, batch, how=how, mesh=mesh),
-            rows,
-            mesh,
-            batch_size,
-            batch_size,
-        )
+        walked = functools.partial(walk_on_devices, how=how)
+        return on_devices(walked, (self.denoiser, settings), rows, batch_size, devices)
 
     def _decode_all(self, latents, **options) -> Float[np.ndarray, "N K H W C"]:
         images = self.decode(latents.reshape(-1, *latents.shape[2:]), **options)

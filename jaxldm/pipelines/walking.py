@@ -128,10 +128,10 @@ def guided(
 
 
 @functools.partial(jax.jit, static_argnames=("how", "mesh"))
-def walk_on_devices(denoiser, settings, rows, *, how, mesh):
-    """`walk`, with the images split over the devices of the mesh."""
+def walk_on_devices(shared, rows, *, how, mesh):
+    """`walk` of shared (denoiser, settings), with the images split over the devices of the mesh."""
 
     def on_one_device(shared, rows):
         return walk(*shared, rows, how)
 
-    return over_images(on_one_device, mesh)((denoiser, settings), rows)
+    return over_images(on_one_device, mesh)(shared, rows)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
 from jaxldm.pipelines.schedulers import Plan
 from jaxldm.pipelines.text_to_image import TextToImage
 from jaxldm.pipelines.walking import Settings
@@ -54,6 +54,7 @@ class ZImage(TextToImage):
     default_guidance_scale: ClassVar[float] = 6.0  # 5 as diffusers counts it
     default_strength: ClassVar[float] = 0.6
     rounds_strength_up: ClassVar[bool] = True
+    shifts_with_size: ClassVar[bool] = True
 
     def conditions(
         self,
@@ -82,8 +83,7 @@ class ZImage(TextToImage):
         """
         most = self.transformer.config.longest_text
         length = min(512, most) if max_sequence_length is None else max_sequence_length
-        if not 1 <= length <= most:
-            raise InvalidArgumentError(f"max_sequence_length must lie between 1 and {most}, not {length}")
+        check_sequence_length(length, most)
         if not cfg_normalization >= 0:
             raise InvalidArgumentError(f"cfg_normalization must be 0 or more, not {cfg_normalization}")
         encoded = (
@@ -154,10 +154,6 @@ class ZImage(TextToImage):
     def default_size(self) -> tuple[int, int]:
         """1024x1024; the config says nothing of it."""
         return 1024, 1024
-
-    def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens of an image of that (height, width)."""
-        return (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
 
     def check_parts(self) -> None:
         """The texts' states and the latents must be as wide as the transformer takes them.
