@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers_reference import opened_by_diffusers
 from torch_reference import assert_agrees, images, randomised, to_torch
 
 from jaxldm import checkpoints, models
@@ -80,15 +81,7 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
         lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
     )
     checkpoints.save(tmp_path, module, params)
-    diffusers.utils.logging.enable_propagation()
-    opened, report = diffusers.DiTTransformer2DModel.from_pretrained(
-        tmp_path, low_cpu_mem_usage=False, output_loading_info=True
-    )
-    assert [record.getMessage() for record in caplog.records] + [str(w.message) for w in recwarn] == []
-    assert not any(report.values()), report
-    for key, value in theirs.config.items():
-        if not key.startswith("_"):
-            assert opened.config[key] == value, key
+    opened = opened_by_diffusers(theirs, tmp_path, caplog, recwarn)
     given = inputs(module)
     assert_agrees(apply(params, *given), answers(opened, *given))
     again_module, again = checkpoints.load(tmp_path)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers_reference import opened_by_diffusers
 from torch_reference import assert_agrees, images, randomised, to_torch
 
 from jaxldm import checkpoints, models
@@ -92,15 +93,7 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
 
     params = jax.tree.map(waved, jax.device_get(params))
     checkpoints.save(tmp_path, module, params)
-    diffusers.utils.logging.enable_propagation()
-    opened, report = diffusers.FluxTransformer2DModel.from_pretrained(
-        tmp_path, low_cpu_mem_usage=False, output_loading_info=True
-    )
-    assert [record.getMessage() for record in caplog.records] + [str(w.message) for w in recwarn] == []
-    assert not any(report.values()), report
-    for key, value in theirs.config.items():
-        if not key.startswith("_"):
-            assert opened.config[key] == (list(value) if isinstance(value, tuple) else value), key
+    opened = opened_by_diffusers(theirs, tmp_path, caplog, recwarn)
     given = inputs(module.config, 1, 2, 14, seed=2)
     assert_agrees(jitted(params, *given), reference(opened, *given))
     again_module, again = checkpoints.load(tmp_path)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers_reference import opened_by_diffusers
 from torch_reference import assert_agrees, images, randomised, to_torch
 
 from jaxldm import checkpoints, models
@@ -130,15 +131,7 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
         lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
     )
     checkpoints.save(tmp_path, module, params)
-    diffusers.utils.logging.enable_propagation()
-    opened, report = diffusers.VQModel.from_pretrained(
-        tmp_path, low_cpu_mem_usage=False, output_loading_info=True
-    )
-    assert [record.getMessage() for record in caplog.records] + [str(w.message) for w in recwarn] == []
-    assert not any(report.values()), report
-    for key, value in theirs.config.items():
-        if not key.startswith("_"):
-            assert opened.config[key] == (list(value) if isinstance(value, tuple) else value), key
+    opened = opened_by_diffusers(theirs, tmp_path, caplog, recwarn)
     z = 0.3 * images(1, 3, 2, module.config.codebook_width)
     with torch.no_grad():
         assert_agrees(jitted["decode"](params, z), opened.decode(to_torch(z)).sample)

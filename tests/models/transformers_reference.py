@@ -15,12 +15,12 @@ def saved_pair(kind, config, folder):
     return theirs, *checkpoints.load(folder)
 
 
-def opened_in_silence(kind, folder, caplog, recwarn, **options):
+def opened_in_silence(kind, folder, caplog, recwarn):
     """The model in a folder as transformers opens it, with nothing to warn of, to miss or to leave over."""
     transformers.utils.logging.enable_propagation()
     caplog.clear()
     recwarn.clear()
-    model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
     assert [record.getMessage() for record in caplog.records] + [str(w.message) for w in recwarn] == []
     assert not any(report.values()), report
     return model.eval()
