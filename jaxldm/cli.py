@@ -130,7 +130,7 @@ def one_line(complaint: str) -> str:
 
 def describe_os_error(error: OSError) -> str:
     """One line for what a library could not read or write, with the cure where it is known."""
-    from jaxldm.checkpoints.storage import storage_error
+    from jaxldm.files import storage_error
 
     target = error.filename or "the output"
     return str(storage_error(error, target) or f"{target}: {error.strerror or error}")

@@ -12,17 +12,19 @@ import jaxldm
 
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
+GROUND_FLOOR = {"errors", "files", "host"}
 MAY_IMPORT = {
     "errors": set(),
-    "host": {"errors"},
-    "diffusion": {"errors"},
-    "nn": {"errors"},
-    "models": {"errors", "nn"},
-    "data": {"errors", "checkpoints"},
-    "checkpoints": {"errors", "models"},
-    "metrics": {"errors", "data", "checkpoints"},
-    "pipelines": {"errors", "diffusion", "models", "data", "checkpoints", "metrics"},
-    "training": {"errors", "diffusion", "models", "data", "checkpoints", "metrics", "host"},
+    "files": {"errors"},
+    "host": {"errors", "files"},
+    "diffusion": GROUND_FLOOR,
+    "nn": GROUND_FLOOR,
+    "models": GROUND_FLOOR | {"nn"},
+    "data": GROUND_FLOOR,
+    "checkpoints": GROUND_FLOOR | {"models"},
+    "metrics": GROUND_FLOOR | {"data"},
+    "pipelines": GROUND_FLOOR | {"diffusion", "models", "data", "checkpoints", "metrics"},
+    "training": GROUND_FLOOR | {"diffusion", "models", "data", "checkpoints", "metrics"},
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}
 

@@ -35,8 +35,8 @@ from random_networks import random_weight  # noqa: E402
 from timing import Run, cells, cores, machine, measure_row  # noqa: E402
 
 from jaxldm import models  # noqa: E402
-from jaxldm.checkpoints.storage import write_atomically  # noqa: E402
 from jaxldm.errors import InvalidArgumentError, one_of  # noqa: E402
+from jaxldm.files import write_atomically  # noqa: E402
 from jaxldm.models.cost import macs_of  # noqa: E402
 
 QUICK_PIXELS = 16  # The pixels of the small models are divided by it.

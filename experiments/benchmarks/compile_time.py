@@ -25,8 +25,8 @@ import jax  # noqa: E402
 from timing import cores, machine  # noqa: E402
 
 from jaxldm import models  # noqa: E402
-from jaxldm.checkpoints.storage import write_atomically  # noqa: E402
 from jaxldm.commands.terminal import run_script  # noqa: E402
+from jaxldm.files import write_atomically  # noqa: E402
 
 NETWORKS = ("flux-dev", "sd3-medium", "sd35-large", "dit-xl-2")
 # The fields that say how many blocks a network has.

@@ -30,8 +30,8 @@ from timing import Run, machine, measure_row, turns  # noqa: E402
 
 from jaxldm import diffusion as D  # noqa: E402
 from jaxldm import models  # noqa: E402
-from jaxldm.checkpoints.storage import write_atomically  # noqa: E402
 from jaxldm.commands.terminal import run_script  # noqa: E402
+from jaxldm.files import write_atomically  # noqa: E402
 
 PATH = D.vp_path(D.linear_betas())
 # All that ask the network once a step; a test counts it. `euler` and `dpmpp_1s` are `ddim`.

@@ -34,9 +34,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from jaxldm import models  # noqa: E402
-from jaxldm.checkpoints.storage import write_atomically  # noqa: E402
 from jaxldm.commands.terminal import run_script  # noqa: E402
 from jaxldm.errors import one_of  # noqa: E402
+from jaxldm.files import write_atomically  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import timing  # noqa: E402

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxldm import diffusion as D
-from jaxldm.checkpoints.storage import write_atomically
+from jaxldm.files import write_atomically
 
 # `euler` and `dpmpp_1s` take the same step as `ddim`.
 DETERMINISTIC = {

@@ -30,8 +30,8 @@ import numpy as np  # noqa: E402
 
 from jaxldm import checkpoints, data, metrics, pipelines, training  # noqa: E402
 from jaxldm import diffusion as D  # noqa: E402
-from jaxldm.checkpoints.storage import write_atomically  # noqa: E402
 from jaxldm.commands.terminal import run_script  # noqa: E402
+from jaxldm.files import write_atomically  # noqa: E402
 from jaxldm.training.runs import RunFolder  # noqa: E402
 
 ALL = {**curves.DETERMINISTIC, **curves.STOCHASTIC}

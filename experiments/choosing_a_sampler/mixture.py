@@ -24,8 +24,8 @@ from scipy.integrate import solve_ivp
 
 from jaxldm import diffusion as D
 from jaxldm import metrics
-from jaxldm.checkpoints.storage import write_atomically
 from jaxldm.commands.terminal import run_script
+from jaxldm.files import write_atomically
 from jaxldm.metrics.frechet import Gaussian
 
 # Four blobs on a plane; the class that is asked for is the last two.

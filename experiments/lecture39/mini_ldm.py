@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from jaxldm import checkpoints, data, host, metrics, pipelines, training
-from jaxldm.checkpoints.storage import write_atomically
 from jaxldm.commands.terminal import run_script
+from jaxldm.files import write_atomically
 from jaxldm.metrics import health
 from jaxldm.training.runs import RunFolder
 

@@ -19,8 +19,8 @@ from jaxldm.checkpoints.names import Placement, from_state_dict, published, to_s
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.single_file_configs import Shapes, count
 from jaxldm.checkpoints.single_file_names import Original, Table, from_original, to_original
-from jaxldm.checkpoints.storage import storage_errors, write_together
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.files import storage_errors, write_together
 
 ARCHITECTURES = {"DiT": models.DiTConfig, "SiT": models.SiTConfig}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S to XL

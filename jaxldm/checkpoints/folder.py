@@ -16,7 +16,6 @@ import numpy as np
 from jaxldm import models
 from jaxldm.checkpoints.names import Placement, from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import StoredTensor
-from jaxldm.checkpoints.storage import storage_errors, write_together
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
     open_weights,
@@ -25,6 +24,7 @@ from jaxldm.checkpoints.weight_files import (
     weight_contents,
 )
 from jaxldm.errors import CheckpointError
+from jaxldm.files import storage_errors, write_together
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # of a model in the layout of diffusers

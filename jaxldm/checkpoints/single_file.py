@@ -20,8 +20,8 @@ from jaxldm.checkpoints import single_file_z_image as z_image
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.single_file_flux import flux_config, flux_table
-from jaxldm.checkpoints.storage import storage_errors, write_together
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.files import storage_errors, write_together
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
-from jaxldm.checkpoints.storage import storage_errors, write_together
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.files import storage_errors, write_together
 
 
 class Tokens(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxldm.checkpoints.storage import folder_written_whole, storage_error
 from jaxldm.errors import CheckpointError, StorageError
+from jaxldm.files import folder_written_whole, storage_error
 
 MANIFEST = "manifest.json"
 _MARGIN = 1_000_000  # bytes, for the metadata

@@ -132,7 +132,7 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
 def weight_contents(
     folder: Path, stem: str, tensors: Mapping[str, Tensor], max_shard_size: int = MAX_SHARD_SIZE
 ) -> dict[Path, bytes | Iterable[bytes | memoryview]]:
-    """The files that hold these tensors, for `storage.write_together`: one, or shards and their index.
+    """The files that hold these tensors, for `files.write_together`: one, or shards and their index.
 
     A shard has at most `max_shard_size` bytes of tensors, or one tensor that is larger.
     """

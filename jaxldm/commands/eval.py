@@ -55,7 +55,7 @@ class Eval:
     def run(self) -> None:
         """Checks everything, then draws and measures at each scale, prints and saves."""
         from jaxldm import data, metrics, pipelines, training
-        from jaxldm.checkpoints.storage import write_together
+        from jaxldm.files import write_together
 
         out = Path(self.output_dir or Path(self.folder) / "eval")
         check_seed(self.seed)

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxldm.files import storage_errors, write_atomically
+
 Columns = dict[str, Shaped[np.ndarray, "N ..."]]
 _FINGERPRINT = "__fingerprint__"
 
@@ -75,8 +77,6 @@ def _read(path: pathlib.Path, key: str) -> Columns | None:
 
 
 def _write(path: pathlib.Path, key: str, columns: Columns) -> None:
-    from jaxldm.checkpoints.storage import storage_errors, write_atomically  # late: brings the models with it
-
     content = io.BytesIO()
     np.savez(content, **{_FINGERPRINT: np.array(key)}, **columns)
     with storage_errors(path):

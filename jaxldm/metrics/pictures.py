@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 
 from jaxldm.data.images import to_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.files import storage_errors, write_atomically
 from jaxldm.metrics.scores import nearest_neighbour_distances
 
 BORDER = 32  # the grey between images: neither the black nor the white of a digit
@@ -88,8 +89,6 @@ def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> No
     Raises `DataError` for another shape or type, `StorageError` if it cannot be written.
     """
     from PIL import Image
-
-    from jaxldm.checkpoints.storage import storage_errors, write_atomically  # late: brings the models with it
 
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):

@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxldm import __version__, checkpoints, models
 from jaxldm import diffusion as D
-from jaxldm.checkpoints.storage import folder_written_whole
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
+from jaxldm.files import folder_written_whole
 from jaxldm.pipelines.class_folders import (
     DIT_CLASS,
     is_dit_pipeline,

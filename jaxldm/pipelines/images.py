@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxldm.checkpoints.storage import storage_errors
 from jaxldm.data import to_uint8
 from jaxldm.errors import DataError, StorageError
+from jaxldm.files import storage_errors
 from jaxldm.metrics import Finding, health, image_grid, save_png
 
 _PICTURE = re.compile(r"image-\d{5,}(-class-\d+)?\.png")

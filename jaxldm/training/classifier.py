@@ -6,7 +6,7 @@ import json
 
 import flax.linen as nn
 
-from jaxldm.checkpoints.storage import write_atomically
+from jaxldm.files import write_atomically
 from jaxldm.metrics.evaluate import classifier_function
 from jaxldm.metrics.scores import accuracy
 from jaxldm.models.digit_classifier import LIGHT, classification_loss

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxldm.checkpoints.storage import storage_errors, write_atomically
 from jaxldm.errors import CheckpointError
+from jaxldm.files import storage_errors, write_atomically
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
 

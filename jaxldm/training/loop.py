@@ -11,9 +11,9 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxldm.checkpoints.storage import storage_errors
 from jaxldm.checkpoints.training_store import TrainingStore
 from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
+from jaxldm.files import storage_errors
 from jaxldm.training.interruption import StopRequest
 from jaxldm.training.log import CsvLog
 from jaxldm.training.mesh import batch_sharding, make_mesh, replicated

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm.checkpoints.storage import write_atomically
+from jaxldm.files import write_atomically
 from jaxldm.training.log import read_log
 
 

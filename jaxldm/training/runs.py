@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxldm import __version__
-from jaxldm.checkpoints.storage import storage_errors, write_atomically
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
+from jaxldm.files import storage_errors, write_atomically
 from jaxldm.training.recipes import Recipe
 
 FORMAT = 1  # of config.json

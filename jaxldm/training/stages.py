@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from jaxldm import checkpoints, models
-from jaxldm.checkpoints.storage import folder_written_whole, write_atomically
 from jaxldm.data import Batches, Dataset
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.files import folder_written_whole, write_atomically
 from jaxldm.metrics.health import Finding, check_loss, report
 from jaxldm.training.flat import FlatLayout
 from jaxldm.training.loop import Plan, fit

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxldm.checkpoints import training_store
-from jaxldm.checkpoints.storage import folder_written_whole, write_atomically
 from jaxldm.checkpoints.training_store import TrainingStore
 from jaxldm.errors import CheckpointError, StorageError
+from jaxldm.files import folder_written_whole, write_atomically
 
 
 def tree(seed=0):
