@@ -12,12 +12,14 @@ from jaxtyping import Array, Float
 from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.solvers.restart import restart
 from jaxldm.diffusion.solvers.solver import Solver, noise_like, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 # Folded into the key of a step; no solver reaches this number for its own noises.
 _KNOWN_NOISE = 2**32 - 2
 
 
+@equal_by_call
 def inpaint(solver: Solver, image: Any, mask: Any) -> Solver:
     """A solver that puts the known part of an image back after each step (Lugmayr et al. 2022, Algorithm 1).
 

@@ -14,6 +14,7 @@ from jaxldm.diffusion.guidance import Branches, checked, mix_branches, scale_at,
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.diffusion.solvers.solver import Solver, divide
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -137,6 +138,7 @@ class MomentumState(NamedTuple):
     average: Float[Array, "B ..."]
 
 
+@equal_by_call
 def with_momentum(solver: Solver) -> Solver:
     """A solver that also keeps the memory of `adaptive_projected_guidance(..., momentum=)`.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
+@equal_by_call
 def lcm() -> Solver:
     """Multistep consistency sampling (Luo et al. 2023): x_s = alpha_s x_0 + sigma_s z with fresh noise z.
 
@@ -25,6 +27,7 @@ def lcm() -> Solver:
     return Solver(State, step)
 
 
+@equal_by_call
 def tcd(gamma: float = 0.3) -> Solver:
     """Strategic stochastic sampling (Zheng et al. 2024): past row s to r = (1 - gamma) s, and back up.
 

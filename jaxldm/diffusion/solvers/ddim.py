@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxldm.diffusion.solvers.solver import Solver, State, divide, move, noise_like, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
+@equal_by_call
 def ddim(eta: float = 0.0) -> Solver:
     """Song et al. 2021, equations 12 and 16, on every path.
 

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.solver import Solver, State, divide, move, noise_like, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
 
 VARIANCES = ("small", "large", "learned")
 
 
+@equal_by_call
 def ddpm(variance: str = "small", final_noise: bool = True) -> Solver:
     """Ho et al. 2020, equations 6 and 7, between any two rows of any path.
 

@@ -19,8 +19,10 @@ from jaxldm.diffusion.solvers.multistep import (
     remember,
 )
 from jaxldm.diffusion.solvers.solver import Solver, divide, move, row
+from jaxldm.diffusion.values import equal_by_call
 
 
+@equal_by_call
 def deis(order: int = 2, lower_order_final: bool = True) -> Solver:
     """Exponential Adams-Bashforth: eps is a polynomial in log rho, rho = sigma / alpha.
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from jaxldm.diffusion.solvers.euler import ancestral_split, check_ancestral
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
+from jaxldm.diffusion.values import equal_by_call
 
 
+@equal_by_call
 def dpm2() -> Solver:
     """The midpoint method for d(x/alpha) / dr = eps, r = sigma / alpha, with its middle in log r.
 
@@ -26,6 +28,7 @@ def dpm2() -> Solver:
     return dpm2_ancestral(eta=0.0)
 
 
+@equal_by_call
 def dpm2_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras") -> Solver:
     """k-diffusion's `sample_dpm_2_ancestral` on every path: DPM2 down to r_down, and noise back up to row s.
 

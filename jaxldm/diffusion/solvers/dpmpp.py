@@ -24,6 +24,7 @@ from jaxldm.diffusion.solvers.multistep import (
     remember,
 )
 from jaxldm.diffusion.solvers.solver import Row, Solver, divide, move, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
 
 SOLVER_TYPES = ("midpoint", "heun")
@@ -112,6 +113,7 @@ def through_three(
     return x_0 + difference(weights, x_0, state.past)
 
 
+@equal_by_call
 def dpmpp_1s() -> Solver:
     """DPM-Solver++ of first order, which is DDIM (Lu et al. 2022, section 4) and so is `euler`.
 
@@ -120,6 +122,7 @@ def dpmpp_1s() -> Solver:
     return ddim(eta=0.0)
 
 
+@equal_by_call
 def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
     """Lu et al. 2022, Algorithm 2: one evaluation a step, the previous x_0 gives the slope.
 
@@ -148,6 +151,7 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
     return Solver(lambda x: begin(x, 1), step)
 
 
+@equal_by_call
 def dpmpp_3m(
     lower_order_final: bool = True, solver_type: str = "midpoint", halve_curvature: bool = False
 ) -> Solver:
@@ -184,6 +188,7 @@ def dpmpp_3m(
     return Solver(lambda x: begin(x, 2), step)
 
 
+@equal_by_call
 def dpmpp_2s(solver_type: str = "midpoint") -> Solver:
     """Lu et al. 2022, Algorithm 1, with rows of the grid as intermediate points: one evaluation a step.
 

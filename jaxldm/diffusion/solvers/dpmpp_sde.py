@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jaxldm.diffusion.solvers.dpmpp import SOLVER_TYPES, half_log_snr, through_three, through_two
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, remember
 from jaxldm.diffusion.solvers.solver import Solver, move, noise_like, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
 
 CURVATURES = ("exact", "k-diffusion", "diffusers")
 
 
+@equal_by_call
 def dpmpp_2m_sde(
     eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint", lower_order_final: bool = True
 ) -> Solver:
@@ -51,6 +53,7 @@ def dpmpp_2m_sde(
     return Solver(lambda x: begin(x, 1), step)
 
 
+@equal_by_call
 def dpmpp_3m_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,

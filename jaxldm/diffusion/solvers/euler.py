@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
 
 ANCESTRAL_FORMS = ("karras", "rectified_flow")
 
 
+@equal_by_call
 def euler() -> Solver:
     """Euler's method for d(x/alpha) / d(sigma/alpha) = eps: first order, one evaluation a step.
 
@@ -23,6 +25,7 @@ def euler() -> Solver:
     return ddim(eta=0.0)
 
 
+@equal_by_call
 def euler_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras") -> Solver:
     """k-diffusion's `sample_euler_ancestral` on every path: a longer Euler step, and noise back up.
 

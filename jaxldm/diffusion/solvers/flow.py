@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.predictions import from_x0
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, path_of, row
+from jaxldm.diffusion.values import equal_by_call
 
 
+@equal_by_call
 def flow_euler() -> Solver:
     """Euler's method in the path's own time, x_s = x_t + (s - t) v (Liu et al. 2022).
 
@@ -36,6 +38,7 @@ def flow_euler() -> Solver:
     return Solver(State, step)
 
 
+@equal_by_call
 def flow_heun() -> Solver:
     """Heun's method in the path's own time: the step of `flow_euler` with the mean of both velocities.
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, move, noise_like, path_of, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
+@equal_by_call
 def heun(
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0
 ) -> Solver:

@@ -14,8 +14,10 @@ from jaxldm.diffusion.solvers.multistep import (
     remember,
 )
 from jaxldm.diffusion.solvers.solver import Row, Solver, divide, move, row
+from jaxldm.diffusion.values import equal_by_call
 
 
+@equal_by_call
 def lms(order: int = 4) -> Solver:
     """Adams-Bashforth on uneven steps for d(x/alpha) / dr = eps, r = sigma / alpha: one evaluation a step.
 

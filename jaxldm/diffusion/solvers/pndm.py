@@ -9,6 +9,7 @@ from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.predictions import from_x0, x0_error_per_output_error
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, difference, remember
 from jaxldm.diffusion.solvers.solver import Row, Solver, move, path_of, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
 
 COMBINES = ("epsilon", "v_prediction")
@@ -21,6 +22,7 @@ ADAMS_BASHFORTH = (
 )
 
 
+@equal_by_call
 def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
     """Liu et al. 2022: a classical method averages eps, and the DDIM step ("transfer part") carries it over.
 

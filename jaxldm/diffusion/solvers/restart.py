@@ -13,6 +13,7 @@ from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.solvers.heun import heun
 from jaxldm.diffusion.solvers.solver import Solver, divide, noise_like, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -32,6 +33,7 @@ class Restart(NamedTuple):
     times: int = 1
 
 
+@equal_by_call
 def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
     """Restart sampling (Xu et al. 2023): noise where the grid rises, a solver's step where it falls.
 

@@ -12,6 +12,7 @@ from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.predictions import from_x0
 from jaxldm.diffusion.solvers.flow import rates
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, noise_like, path_of, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
 
 METHODS = ("euler", "heun", "stochastic_heun")
@@ -19,6 +20,7 @@ DIFFUSIONS = ("SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", 
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 
 
+@equal_by_call
 def sit_sde(
     method: str = "euler", diffusion: str = "sigma", norm: float = 1.0, last_step: str | None = "mean"
 ) -> Solver:

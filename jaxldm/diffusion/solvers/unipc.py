@@ -20,6 +20,7 @@ from jaxldm.diffusion.solvers.multistep import (
     remember,
 )
 from jaxldm.diffusion.solvers.solver import Solver, divide, move, row
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
 
 UNIPC_TYPES = ("bh1", "bh2")
@@ -35,6 +36,7 @@ class UniPCState(NamedTuple):
     taken: Any
 
 
+@equal_by_call
 def unipc(
     order: int = 2,
     solver_type: str = "bh2",
