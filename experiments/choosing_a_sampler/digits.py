@@ -13,6 +13,7 @@ share read as asked. The seconds are those of the sampling alone, on this machin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jaxldm import checkpoints, data, metrics, pipelines, training  # noqa: E402
+from jaxldm import checkpoints, data, metrics, models, pipelines, training  # noqa: E402
 from jaxldm import diffusion as D  # noqa: E402
 from jaxldm.commands.terminal import run_script  # noqa: E402
 from jaxldm.files import write_atomically  # noqa: E402
@@ -89,7 +90,7 @@ class Judge:
         pipe, null = self.pipe, np.int32(self.pipe.num_classes)
 
         def draw(params, grid, w):
-            network = lambda x, t, labels: pipe.denoiser.apply({"params": params}, x, t, labels)  # noqa: E731
+            network = functools.partial(models.network(pipe.denoiser), params)
             predict = D.classifier_free_guidance(network, self.labels, null, w)
             noise = D.initial_noise(self.keys, (len(self.labels), *pipe.latent_shape), grid)
             return D.sample(self.keys, pipe.schedule.make_denoiser(predict), solver, grid, noise)

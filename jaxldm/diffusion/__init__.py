@@ -48,7 +48,6 @@ from jaxldm.diffusion.guidance_schedules import cfg_plus_plus, guidance_interval
 from jaxldm.diffusion.inpainting import inpaint, resampling_grid
 from jaxldm.diffusion.interpolants import (
     INTERPOLANTS,
-    from_sit,
     interpolant_gamma,
     interpolant_path,
     velocity_denoiser,
@@ -129,7 +128,6 @@ __all__ = [
     "exponential_betas",
     "flow_path",
     "from_scheduler_config",
-    "from_sit",
     "from_x0",
     "gaussian_denoiser",
     "gaussian_mixture_denoiser",

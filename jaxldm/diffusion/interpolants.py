@@ -1,7 +1,7 @@
 """Stochastic interpolants (Albergo et al. 2023; SiT, Ma et al. 2024) as paths.
 
 Here t = 1 is noise and t = 0 data, as on every path of this library; SiT counts the other way, t_SiT = 1 - t,
-and its velocity has the opposite sign: `from_sit` turns such a network round.
+and its velocity has the opposite sign.
 """
 
 from __future__ import annotations
@@ -161,14 +161,6 @@ def _solve_time(xp, coefficients, ratio):
     return jnp.clip(t - (found - angle) / jax.lax.stop_gradient(slope), 0.0, 1.0)
 
 
-def from_sit(velocity: Callable[..., Any]) -> Callable[..., Any]:
-    """A SiT network, velocity(x, 1 - t, ...) towards data, as (x, t, ...) -> velocity towards noise.
-
-    Running it twice gives the network back. SiT's own prediction goes into `velocity_denoiser`.
-    """
-    return lambda x, t, *condition: -velocity(x, 1 - t, *condition)
-
-
 def velocity_to_x0(velocity: Any, x_t: Any, t: Any, path: Path) -> Any:
     """The clean image [B, H, W, C] that a velocity alpha' x_0 + sigma' eps at x_t stands for, on any path.
 
@@ -188,7 +180,7 @@ def velocity_denoiser(predict: Callable[[Any, Any], Any], path: Path) -> Denoise
     continuous path, gamma included (sigma sigma' = beta beta' + gamma gamma').
 
     Args:
-        predict: (x [B, H, W, C], t [B]) -> velocity [B, H, W, C]; `from_sit` turns SiT's own round.
+        predict: (x [B, H, W, C], t [B]) -> velocity [B, H, W, C].
 
     Raises:
         InvalidArgumentError: a discrete path, which has no velocity.

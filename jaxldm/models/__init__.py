@@ -24,6 +24,7 @@ from jaxldm.models.clip_vision import (
     clip_pixel_values,
 )
 from jaxldm.models.cost import compile_forward, count_macs, forward_memory, macs_of, memory_of
+from jaxldm.models.denoising_network import Convention, convention, network
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
@@ -73,6 +74,7 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "ConvAutoencoder",
     "ConvAutoencoderConfig",
+    "Convention",
     "DiT",
     "DiTConfig",
     "DiTTransformer2DConfig",
@@ -116,6 +118,7 @@ __all__ = [
     "compute_dtype",
     "config_from_dict",
     "config_to_dict",
+    "convention",
     "count_macs",
     "count_params",
     "decode_indices",
@@ -128,6 +131,7 @@ __all__ = [
     "init",
     "macs_of",
     "memory_of",
+    "network",
     "patchify",
     "resize_linear",
     "sentence_embedding",

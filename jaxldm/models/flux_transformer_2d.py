@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
+from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
 from jaxldm.nn.blocks_in_a_row import run_blocks
 from jaxldm.nn.embeddings import TimestepTextEmbedding, patchify, unpatchify
@@ -202,6 +203,8 @@ class FluxTransformer2DModel(nn.Module):
     """
 
     config: FluxTransformer2DConfig
+
+    convention: ClassVar[Convention] = UNIT_TIME
 
     @nn.compact
     def __call__(

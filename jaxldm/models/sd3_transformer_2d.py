@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
+from jaxldm.models.denoising_network import Convention
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
 from jaxldm.nn.blocks_in_a_row import run_blocks
 from jaxldm.nn.embeddings import (
@@ -202,7 +203,7 @@ class SD3Transformer2DModel(nn.Module):
 
     Args of the call:
       x: `[B, H, W, in_channels]` latents, H and W multiples of the patch size, up to that of the positions.
-      t: `[B]` floating, 0 (data) to 1000 (noise).
+      t: `[B]` floating, 0 (data) to 1000 (noise); a path's t in [0, 1] goes through `models.network`.
       encoder_hidden_states: `[B, T, joint_attention_dim]`, the text's tokens.
       pooled_projections: `[B, pooled_projection_dim]`, the pooled text.
 
@@ -224,6 +225,7 @@ class SD3Transformer2DModel(nn.Module):
 
     config: SD3Transformer2DConfig
 
+    convention: ClassVar[Convention] = Convention(time=lambda t: 1000.0 * t, continuous=True)
     untrained: ClassVar = ("pos_embed/pos_embed",)  # parameters that `count_params` leaves out
 
     @nn.compact

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from jaxtyping import Array, Float, Int
 
+from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
 from jaxldm.models.dit import PATCH_SIZES, SIZES, DiT, DiTConfig
 
 
@@ -27,7 +29,7 @@ class SiT(DiT):
 
     Parameters and inputs are those of `DiT`, but time is counted as published: t `[B]` in [0, 1] is 0 at
     noise and 1 at data, and the output `[B, H, W, in_channels]` points from noise to data.
-    `jaxldm.diffusion.from_sit` turns both round to what every path of this library counts.
+    `models.network` turns both to what every path of this library counts.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -38,6 +40,8 @@ class SiT(DiT):
     """
 
     config: SiTConfig
+
+    convention: ClassVar[Convention] = FROM_NOISE_TO_DATA
 
     def __call__(
         self,

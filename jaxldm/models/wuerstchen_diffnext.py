@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
+from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.models.wuerstchen_blocks import (
     AttnBlock,
     ResBlock,
@@ -154,6 +155,8 @@ class WuerstchenDiffNeXt(nn.Module):
     """
 
     config: WuerstchenDiffNeXtConfig
+
+    convention: ClassVar[Convention] = UNIT_TIME
 
     @nn.compact
     def __call__(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.models.config import ModelConfig, check
+from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.models.wuerstchen_blocks import (
     AttnBlock,
     ResBlock,
@@ -71,6 +72,8 @@ class WuerstchenPrior(nn.Module):
     """
 
     config: WuerstchenPriorConfig
+
+    convention: ClassVar[Convention] = UNIT_TIME
 
     @nn.compact
     def __call__(

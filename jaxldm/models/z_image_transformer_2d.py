@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
+from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
 from jaxldm.nn.adaptive_norm import gated
 from jaxldm.nn.blocks_in_a_row import run_blocks
 from jaxldm.nn.embeddings import TimestepEmbedding, patchify, timestep_embedding, unpatchify
@@ -168,7 +169,7 @@ class ZImageTransformer2DModel(nn.Module):
 
     Args of the call:
       x: `[B, H, W, in_channels]`, H and W multiples of the patch size.
-      t: `[B]` in [0, 1]: 0 is noise and 1 is data.
+      t: `[B]` in [0, 1]: 0 is noise and 1 is data, unlike on a path; see `models.network`.
       encoder_hidden_states: `[B, T, cap_feat_dim]`, the states of a text, from the last layer but one of
         Qwen3.
       encoder_attention_mask: `[B, T]`, nonzero for the first n tokens of each text, those that are there;
@@ -194,6 +195,8 @@ class ZImageTransformer2DModel(nn.Module):
     """
 
     config: ZImageTransformer2DConfig
+
+    convention: ClassVar[Convention] = FROM_NOISE_TO_DATA
 
     @nn.compact
     def __call__(

@@ -81,12 +81,10 @@ def draw(
     """
 
     def network(x, t, labels):
-        answer = pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
+        answer = models.network(pipe.denoiser)(pipe.denoiser_params, x, t, labels)
         # A network with a learned variance has it in the second half.
         return answer if sampler.learned_variance else answer[..., : x.shape[-1]]
 
-    if isinstance(pipe.denoiser, models.SiT):
-        network = D.from_sit(network)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(settings.key, images.number)
     if images.label is None:
         predict = lambda x, t: network(x, t, None)  # noqa: E731

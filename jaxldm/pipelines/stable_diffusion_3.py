@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
@@ -89,13 +88,6 @@ class StableDiffusion3(TextToImage):
         told = self._encode(prompts, others, max_sequence_length)
         away = self._encode(negative_prompts or [""] * len(prompts), negative_others, max_sequence_length)
         return _arguments(told), _arguments(away)
-
-    @staticmethod
-    def ask(
-        network: Network, x: Float[Array, "N h w c"], t: Float[Array, " N"], **condition: Any
-    ) -> Float[Array, "N h w c"]:
-        """The velocity at the path's t in [0, 1], which the transformer counts to 1000."""
-        return network(x, 1000.0 * t, **condition)
 
     @property
     def size_multiple(self) -> int:

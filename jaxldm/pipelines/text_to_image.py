@@ -73,7 +73,7 @@ class TextToImage(TextPipeline):
         network: Network, x: Float[Array, "N h w c"], t: Float[Array, " N"], **condition: Any
     ) -> Float[Array, "N h w out"]:
         """The network's answer as the scheduler means it: t is the path's, the sign the prediction's."""
-        return network(x, t, **condition)
+        return models.network(network.module)(network.params, x, t, condition)
 
     @staticmethod
     def mix(

@@ -118,8 +118,8 @@ class ZImage(TextToImage):
         guided_until: Any = None,
         **condition: Any,
     ) -> Float[Array, "N h w c"]:
-        """The velocity noise - data at the path's t; the network's own goes the other way, as does its t."""
-        return -network(x, 1.0 - t, **condition)
+        """The velocity, without what guidance alone uses of the condition."""
+        return TextToImage.ask(network, x, t, **condition)
 
     @staticmethod
     def mix(

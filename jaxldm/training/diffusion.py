@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -63,10 +64,10 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         num_classes=num_classes,
         learn_sigma=False,
     )
-    if isinstance(module, models.SiT) and noise.make_path().num_train_timesteps is not None:
+    if models.convention(module).continuous and noise.make_path().num_train_timesteps is not None:
         raise InvalidArgumentError(
-            'SiT counts time from 0 to 1: train it on a continuous path, noise path "flow" with prediction '
-            '"flow", or train a DiT'
+            f"{type(module).__name__} counts time from 0 to 1: train it on a continuous path, noise path "
+            '"flow" with prediction "flow", or train a DiT'
         )
     return module
 
@@ -86,10 +87,8 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
             x_0 = x_0 + batch["std"] * jax.random.normal(latent_key, x_0.shape)
 
         def network(x, t, labels):
-            return module.apply({"params": params}, x, t, labels, train=True, rngs={"dropout": dropout_key})
+            return models.network(module)(params, x, t, labels, dropout_key=dropout_key)
 
-        if isinstance(module, models.SiT):  # its time and its velocity run the other way
-            network = D.from_sit(network)
         return D.diffusion_loss(
             loss_key,
             network,
@@ -147,8 +146,7 @@ def make_sampler(
 
     @jax.jit
     def draw(params, decoder_params, key):
-        network = lambda x, t, c: module.apply({"params": params}, x, t, c)  # noqa: E731
-        network = D.from_sit(network) if isinstance(module, models.SiT) else network
+        network = functools.partial(models.network(module), params)
         scale = recipe.sample_guidance_scale
         predict = D.classifier_free_guidance(network, labels, jnp.int32(num_classes), scale)
         denoise, x_T = recipe.noise.make_denoiser(predict), D.initial_noise(key, shape, grid)

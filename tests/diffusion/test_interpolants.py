@@ -104,12 +104,6 @@ def test_the_exact_velocity_gives_the_exact_denoiser(x64, name, gamma):
     exact = D.gaussian_denoiser(path, m, s)(x, t)
     np.testing.assert_allclose(D.velocity_denoiser(velocity, path)(x, t), exact, rtol=1e-8, atol=1e-10)
 
-    def sit(x, t):  # the same network as SiT would train it: from noise to data
-        return -velocity(x, 1 - t)
-
-    np.testing.assert_allclose(D.velocity_denoiser(D.from_sit(sit), path)(x, t), exact, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(D.from_sit(D.from_sit(sit))(x, t), sit(x, t), rtol=1e-12)
-
 
 def test_velocity_is_a_known_prediction_on_two_interpolants():
     x_0, eps, t = jnp.float32(0.7), jnp.float32(-1.3), jnp.float32(0.4)

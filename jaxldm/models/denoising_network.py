@@ -1,0 +1,91 @@
+"""One way to call every denoising network: t and sign as the paths of this library have them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Key
+
+from jaxldm.errors import InvalidArgumentError
+
+
+class Convention(NamedTuple):
+    """How a published network counts time and signs its output: class attribute `convention` of its module.
+
+    On a path t grows from data to noise, and a velocity points from data to noise. A module without the
+    attribute takes and returns just that.
+
+    Attributes:
+        time: the path's t `[B]` -> t as the network was published.
+        output: the network's output -> the output with this library's sign.
+        continuous: the network was trained on a continuous path, with t in [0, 1], and breaks on timesteps.
+    """
+
+    time: Callable[[Float[Array, " B"]], Float[Array, " B"]] = lambda t: t
+    output: Callable[[Float[Array, "B H W C"]], Float[Array, "B H W C"]] = lambda output: output
+    continuous: bool = False
+
+
+UNIT_TIME = Convention(continuous=True)
+FROM_NOISE_TO_DATA = Convention(time=lambda t: 1 - t, output=lambda velocity: -velocity, continuous=True)
+
+
+def convention(module: nn.Module) -> Convention:
+    """How the module counts time and signs its output."""
+    return getattr(module, "convention", Convention())
+
+
+def network(module: nn.Module) -> Callable[..., Float[Array, "B H W out"]]:
+    """A denoising network as a function `(params, x, t, condition=None, *, dropout_key=None) -> output`.
+
+    t `[B]` and the output are the path's, whatever the published form of the module: t is 0 (or the first
+    timestep) at the data, 1 (or the last timestep) at the noise, and a velocity points to the noise. This is
+    the one place where a module is called as a denoiser, in training and in every pipeline.
+
+    The function takes:
+        params: the module's parameters, what is inside of `{"params": ...}`.
+        x: `[B, H, W, C]`, noisy images or latents.
+        t: `[B]` floating.
+        condition: None; an array, the module's argument after t (labels `[B]`, or a text's states); or a
+            mapping of the module's keyword arguments to arrays.
+        dropout_key: a key turns dropout on, for training.
+
+    It returns `[B, H, W, C]`, or 2C channels of a network with learned variance. It raises
+    `InvalidArgumentError` for a condition that lacks an argument of the module, or has one too many.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxldm import models
+    >>> sit = models.build("sit-s-8")
+    >>> x, t, labels = jnp.zeros((2, 32, 32, 4)), jnp.ones(2), jnp.zeros(2, jnp.int32)
+    >>> jax.eval_shape(models.network(sit), models.shapes(sit), x, t, labels).shape
+    (2, 32, 32, 4)
+    """
+    counts, signature = convention(module), inspect.signature(module.__call__)
+
+    def call(
+        params: Any,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        condition: Array | Mapping[str, Any] | None = None,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B H W out"]:
+        more = dict(condition) if isinstance(condition, Mapping) else {}
+        inputs = (x, counts.time(t))
+        if condition is not None and not isinstance(condition, Mapping):
+            inputs = (*inputs, condition)
+        rngs = None
+        if dropout_key is not None:
+            more, rngs = more | {"train": True}, {"dropout": dropout_key}
+        try:
+            signature.bind(*inputs, **more)
+        except TypeError as error:
+            raise InvalidArgumentError(
+                f"the condition does not fit {type(module).__name__}: {error}"
+            ) from error
+        return counts.output(module.apply({"params": params}, *inputs, **more, rngs=rngs))
+
+    return call
