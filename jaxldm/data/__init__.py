@@ -1,5 +1,6 @@
 """Data: datasets by TFDS name, batches pure in the step, checks on images, and the cache of latents."""
 
+from jaxldm.data.augmentation import Augmentation, augment
 from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_images, check_labels, from_uint8, to_uint8
@@ -8,9 +9,11 @@ from jaxldm.data.load import data_folder, load
 
 __all__ = [
     "ArrayRows",
+    "Augmentation",
     "Batches",
     "Dataset",
     "Rows",
+    "augment",
     "cached",
     "check_images",
     "check_labels",

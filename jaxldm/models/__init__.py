@@ -28,6 +28,7 @@ from jaxldm.models.denoising_network import Convention, convention, network
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
+from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
@@ -82,6 +83,8 @@ __all__ = [
     "DiagonalGaussian",
     "DigitClassifier",
     "DigitClassifierConfig",
+    "FluxTransformer2DConfig",
+    "FluxTransformer2DModel",
     "ImageEncoding",
     "PaellaVQModel",
     "PaellaVQModelConfig",

@@ -1,15 +1,14 @@
-"""A small convolutional classifier, the judge of generated digits, with its loss and its augmentation."""
+"""A small convolutional classifier of digits, whose features and logits the metrics use."""
+
+from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.nn.convolution import Conv2d
@@ -39,9 +38,8 @@ class DigitClassifierConfig(ModelConfig):
 class DigitClassifier(nn.Module):
     """Convolutions 5x5 and 3x3 of stride 2, one 3x3, then two linear layers; SiLU between.
 
-    Images `[B, H, W, in_channels]` in [-1, 1] -> logits `[B, num_classes]`. `features` are the 64 numbers
-    of the
-    last but one layer before its SiLU: nearer to a Gaussian than after it, as the Fréchet distance assumes.
+    Images `[B, H, W, in_channels]` in [-1, 1] -> logits `[B, num_classes]`. `features` are the outputs of the
+    penultimate layer before its SiLU: closer to a Gaussian than after it, as the Fréchet distance assumes.
     """
 
     config: DigitClassifierConfig
@@ -74,74 +72,6 @@ class DigitClassifier(nn.Module):
         """The shape of the images that `init` traces the model with."""
         height, width = height_width(self.config.sample_size)
         return (jax.ShapeDtypeStruct((1, height, width, self.config.in_channels), jnp.float32),)
-
-
-class Augmentation(NamedTuple):
-    """Largest random change of an image: rotation in degrees, share of its size, shift in pixels."""
-
-    degrees: float = 10.0
-    scale: float = 0.1
-    shift: float = 2.0
-
-
-LIGHT = Augmentation()
-
-
-def augment(
-    key: Array, images: Float[Array, "B H W C"], strength: Augmentation = LIGHT, fill: float = -1.0
-) -> Float[Array, "B H W C"]:
-    """Turns, scales and shifts each image by its own random amounts, with bilinear interpolation.
-
-    Output pixel p reads the input at s R(angle) (p - centre) + centre + shift; angle, s - 1 and the two
-    shifts are uniform in plus or minus `strength`. What lies outside the image is `fill`, the background.
-    """
-    batch, height, width, channels = images.shape
-    angle, scale, down, right = jax.random.uniform(key, (4 * batch,), minval=-1.0, maxval=1.0).reshape(
-        4, batch, 1, 1
-    )
-    angle, scale = jnp.deg2rad(strength.degrees) * angle, 1 + strength.scale * scale
-    cosine, sine = scale * jnp.cos(angle), scale * jnp.sin(angle)
-    centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
-    y = jnp.arange(height, dtype=jnp.float32).reshape(1, height, 1) - centre_y
-    x = jnp.arange(width, dtype=jnp.float32).reshape(1, 1, width) - centre_x
-    # A border of one pixel of `fill` on each side: clipping to it reads background, wherever the point lies.
-    rows = jnp.clip(cosine * y - sine * x + strength.shift * down + centre_y + 1, 0, height + 1)
-    columns = jnp.clip(sine * y + cosine * x + strength.shift * right + centre_x + 1, 0, width + 1)
-    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill)
-    padded = padded.reshape(batch, (height + 2) * (width + 2), channels)
-    top, left = jnp.clip(jnp.floor(rows), 0, height), jnp.clip(jnp.floor(columns), 0, width)
-    lower, righter = (rows - top)[..., None], (columns - left)[..., None]
-    top, left = top.astype(jnp.int32), left.astype(jnp.int32)
-
-    def pixel(row, column):
-        index = (row * (width + 2) + column).reshape(batch, height * width, 1)
-        return jnp.take_along_axis(padded, index, axis=1).reshape(batch, height, width, channels)
-
-    upper_row = (1 - righter) * pixel(top, left) + righter * pixel(top, left + 1)
-    lower_row = (1 - righter) * pixel(top + 1, left) + righter * pixel(top + 1, left + 1)
-    return (1 - lower) * upper_row + lower * lower_row
-
-
-def classification_loss(
-    key: Array,
-    classify: Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]],
-    images: Float[Array, "B H W C"],
-    labels: Int[Array, "B"],
-    augmentation: Augmentation | None = LIGHT,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Returns the mean cross-entropy -log p(label | augmented image), and {"accuracy": share read right}.
-
-    Args:
-      key: draws the augmentation.
-      classify: images -> logits, closed over the parameters: `lambda x: module.apply({"params": params}, x)`.
-      augmentation: None trains on the images as they are.
-    """
-    if augmentation is not None:
-        images = augment(key, images, augmentation)
-    logits = classify(images)
-    chex.assert_shape(logits, (labels.shape[0], None))
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, {"accuracy": (jnp.argmax(logits, axis=-1) == labels).mean()}
 
 
 PRESETS = {"digit-classifier": DigitClassifierConfig()}

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
+import chex
 import flax.linen as nn
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
 
+from jaxldm.data.augmentation import LIGHT, Augmentation, augment
 from jaxldm.files import write_atomically
 from jaxldm.metrics.evaluate import classifier_function
 from jaxldm.metrics.scores import accuracy
-from jaxldm.models.digit_classifier import LIGHT, classification_loss
 from jaxldm.training.recipes import ClassifierRecipe, Recipe
 from jaxldm.training.stages import Context, build_model, sample_size, save_finished, train_network
 
 STAGE = "classifier"
+
+
+def classification_loss(
+    key: Key[Array, ""],
+    classify: Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]],
+    images: Float[Array, "B H W C"],
+    labels: Int[Array, " B"],
+    augmentation: Augmentation | None = LIGHT,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean cross-entropy -log p(label | augmented image), and {"accuracy": share classified correctly}.
+
+    Args:
+        key: draws the augmentation.
+        classify: images -> logits, closed over the parameters.
+        images: `[B, H, W, C]` in [-1, 1].
+        labels: `[B]`.
+        augmentation: None trains on the images as they are.
+    """
+    if augmentation is not None:
+        images = augment(key, images, augmentation)
+    logits = classify(images)
+    chex.assert_shape(logits, (labels.shape[0], None))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, {"accuracy": (jnp.argmax(logits, axis=-1) == labels).mean()}
 
 
 def build_classifier(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
