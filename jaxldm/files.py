@@ -13,21 +13,21 @@ from jaxldm.errors import StorageError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EDQUOT: "the disk quota is exceeded: free some space",
     errno.EFBIG: "the file would be larger than this process may write: raise `ulimit -f`",
-    errno.EACCES: "no permission to write there: choose another folder",
-    errno.EPERM: "no permission to write there: choose another folder",
+    errno.EACCES: "no permission to write: choose another folder",
+    errno.EPERM: "no permission to write: choose another folder",
     errno.EROFS: "the disk is read-only: choose another folder",
-    errno.ENOTDIR: "a part of that path is a file and not a folder: choose another path",
+    errno.ENOTDIR: "part of that path is a file and not a folder: choose another path",
     errno.EISDIR: "there is a folder of that name: choose another path",
     errno.EEXIST: "there is a file of that name: choose another path",
 }
 
 
 def storage_error(error: BaseException, target: Path | str) -> StorageError | None:
-    """The `StorageError` that says why writing `target` failed, or None when `error` is of another kind.
+    """The `StorageError` that says why writing `target` failed; None for an error of another kind.
 
-    Looks through causes and contexts, and into the text where a library passes on only that.
+    Looks through causes and contexts, and at the text where a library passes on only that.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -55,20 +55,23 @@ def storage_errors(target: Path | str) -> Iterator[None]:
 
 
 def write_atomically(path: Path | str, content: bytes) -> None:
-    """Writes `content` under a temporary name, then renames: `path` holds all the old bytes or all the new.
+    """Writes a file under a temporary name, then renames it: `path` holds all the old bytes or all the new.
 
-    Raises `StorageError`, and then the old file is as it was.
+    Folders are made where needed. Raises `StorageError`, and then the old file is as it was.
     """
     write_together({Path(path): content})
 
 
 def write_together(contents: Mapping[Path, bytes | Iterable[bytes | memoryview]]) -> None:
-    """`write_atomically` for files that belong together: no rename before the last byte of all is on disk.
+    """Writes files that belong together: none is renamed before the last byte of all of them is on disk.
 
-    A content may come in pieces, each asked for when the one before is written. Raises `StorageError`, and
-    then all the old files are as they were.
+    Folders are made where needed. A content may be an iterable of pieces; each is requested when the one
+    before is written. Raises `StorageError`, and then all the old files are as they were.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    for folder in {path.parent for path in contents}:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     try:
         for path, content in contents.items():
             with storage_errors(path), temporary[path].open("wb") as file:
@@ -86,9 +89,9 @@ def write_together(contents: Mapping[Path, bytes | Iterable[bytes | memoryview]]
 
 @contextlib.contextmanager
 def folder_written_whole(folder: Path | str) -> Iterator[Path]:
-    """Gives a temporary folder to fill; when the block ends well, it takes the place of `folder`.
+    """Yields a temporary folder to fill, which replaces `folder` when the block ends without an error.
 
-    So `folder` exists only when everything in it was written. Leftovers of a killed attempt are cleared.
+    So `folder` exists only when everything in it was written. Leftovers of a killed attempt are removed.
     Raises `StorageError`, and then an earlier `folder` is as it was.
     """
     folder = Path(folder)

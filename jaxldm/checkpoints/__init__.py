@@ -1,18 +1,17 @@
-"""Weights on disk: safetensors folders for the world, Orbax for a training run
-(`checkpoints.training_store`).
-"""
+"""Weights on disk: folders in the layout of diffusers, original single files, LoRA files and tokenizers."""
 
-from jaxldm.checkpoints.dit_files import (
-    dit_from_diffusers,
-    dit_to_diffusers,
-    load_dit_file,
-    save_dit_file,
-)
 from jaxldm.checkpoints.folder import load, read_config, save
 from jaxldm.checkpoints.lora import load_lora, merge_lora
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
+from jaxldm.checkpoints.original import (
+    dit_from_diffusers,
+    dit_to_diffusers,
+    load_dit_file,
+    load_single_file,
+    save_dit_file,
+    save_single_file,
+)
 from jaxldm.checkpoints.pipeline_folder import load_components, read_model_index, save_components
-from jaxldm.checkpoints.single_file import load_single_file, save_single_file
 from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [

@@ -53,8 +53,6 @@ def save(
     tensors = published(params) | dict(_constants(module))
     contents = weight_contents(folder, stem, tensors, max_shard_size)
     contents[folder / CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     write_together(contents)
     with storage_errors(folder):
         remove_other_weights(folder, stem, contents)

@@ -32,8 +32,9 @@ import numpy as np
 from flax import traverse_util
 
 from jaxldm.checkpoints.names import TOWERS, PublishedTensor, placed, published
+from jaxldm.checkpoints.original.layout import place_of
+from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
-from jaxldm.checkpoints.single_file_names import place_of, unet_table
 from jaxldm.checkpoints.weight_files import read_json
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
 from jaxldm.errors import CheckpointError, InvalidArgumentError
-from jaxldm.files import storage_errors, write_together
+from jaxldm.files import write_together
 
 
 class Tokens(NamedTuple):
@@ -78,8 +78,6 @@ class Tokenizer:
           StorageError: disk full, no permission, a file where the folder should be.
         """
         folder = Path(folder)
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         whole = {"tokenizer.json": self.backend.to_str(pretty=True).encode()} | dict(self.files)
         write_together({folder / name: content for name, content in whole.items()})
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxldm.files import storage_errors, write_atomically
+from jaxldm.files import write_atomically
 
 Columns = dict[str, Shaped[np.ndarray, "N ..."]]
 _FINGERPRINT = "__fingerprint__"
@@ -79,6 +79,4 @@ def _read(path: pathlib.Path, key: str) -> Columns | None:
 def _write(path: pathlib.Path, key: str, columns: Columns) -> None:
     content = io.BytesIO()
     np.savez(content, **{_FINGERPRINT: np.array(key)}, **columns)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())

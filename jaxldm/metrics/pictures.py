@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 
 from jaxldm.data.images import to_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
-from jaxldm.files import storage_errors, write_atomically
+from jaxldm.files import write_atomically
 from jaxldm.metrics.scores import nearest_neighbour_distances
 
 BORDER = 32  # the grey between images: neither the black nor the white of a digit
@@ -98,6 +98,4 @@ def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> No
     content = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(content, format="PNG")
     path = pathlib.Path(path)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())

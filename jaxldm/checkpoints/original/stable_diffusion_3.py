@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 in their original layout: `joint_blocks.N.{x,context}_block...`.
 
-What Stability publishes, and what candle and ComfyUI read. Queries, keys and values are one tensor there;
-norms that only scale and shift have the shift first.
+Published by Stability, read by candle and ComfyUI. Queries, keys and values are one tensor; norms with only a
+scale and a shift have the shift first.
 """
 
 from __future__ import annotations
@@ -9,8 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxldm.checkpoints.single_file_configs import Shapes, clip_config, count
-from jaxldm.checkpoints.single_file_names import Original, Table, clip_table
+from jaxldm.checkpoints.original.autoencoder import vae
+from jaxldm.checkpoints.original.layout import (
+    IDENTITY,
+    SWAPPED,
+    Component,
+    Family,
+    Place,
+    Shapes,
+    Table,
+    count,
+    rows,
+)
+from jaxldm.checkpoints.original.text_encoders import TEXT_ENCODER_COPIES, clip_config, clip_table, t5
 from jaxldm.models.clip_text import CLIPTextConfig, CLIPTextWithProjectionConfig
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig
 
@@ -45,34 +56,34 @@ _PROJECTIONS = {
 
 
 def sd3_table(config: SD3Transformer2DConfig) -> Table:
-    """Published module or tensor -> where it stands in the original file."""
+    """Published module or tensor -> its place in the original file."""
     table = {
-        "pos_embed.pos_embed": Original("pos_embed"),
-        "pos_embed.proj": Original("x_embedder.proj"),
-        "context_embedder": Original("context_embedder"),
-        "norm_out.linear": Original("final_layer.adaLN_modulation.1", "swapped"),
-        "proj_out": Original("final_layer.linear"),
+        "pos_embed.pos_embed": Place("pos_embed"),
+        "pos_embed.proj": Place("x_embedder.proj"),
+        "context_embedder": Place("context_embedder"),
+        "norm_out.linear": Place("final_layer.adaLN_modulation.1", SWAPPED),
+        "proj_out": Place("final_layer.linear"),
     }
     for published, original in _EMBEDDINGS.items():
         for ours, theirs in (("linear_1", "mlp.0"), ("linear_2", "mlp.2")):
-            table[f"time_text_embed.{published}.{ours}"] = Original(f"{original}.{theirs}")
+            table[f"time_text_embed.{published}.{ours}"] = Place(f"{original}.{theirs}")
     for n in range(config.num_layers):
         block, original = f"transformer_blocks.{n}", f"joint_blocks.{n}"
         for stream, names in _STREAMS.items():
             for ours, theirs in names.items():
-                table[f"{block}.{ours}"] = Original(f"{original}.{stream}.{theirs}")
+                table[f"{block}.{ours}"] = Place(f"{original}.{stream}.{theirs}")
         for (stream, attention), names in _PROJECTIONS.items():
             for part, ours in enumerate(names):
-                place = Original(f"{original}.{stream}.{attention}.qkv", part)
+                place = Place(f"{original}.{stream}.{attention}.qkv", rows(part))
                 table[f"{block}.{attention}.{ours}"] = place
-    # The text of the last block is only looked at, so that its norm scales and shifts alone.
+    # The last block does not change the text, so that its norm has only a scale and a shift.
     last = f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear"
-    table[last] = table[last]._replace(form="swapped")
+    table[last] = table[last]._replace(form=SWAPPED)
     return table
 
 
 def sd3_config(shapes: Shapes, preset: SD3Transformer2DConfig) -> SD3Transformer2DConfig:
-    """The config that the shapes tell; heads are as wide as the preset's where no norm of theirs shows it."""
+    """The config by its shapes; where no norm shows the width of a head, it is the preset's."""
     width, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     layers = count(shapes, r"joint_blocks\.(\d+)\.")
     norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
@@ -96,23 +107,23 @@ def sd3_config(shapes: Shapes, preset: SD3Transformer2DConfig) -> SD3Transformer
 
 
 def unprojected_clip_table(config: CLIPTextWithProjectionConfig) -> Table:
-    """The smaller CLIP, whose pooled state SD3 takes without a projection: the published one changes nothing.
+    """The smaller CLIP. SD3 uses its pooled state without a projection; the published one is the identity.
 
-    A file that holds OpenAI's projection all the same holds more than the model uses.
+    The projection of OpenAI, which some files hold, is not used.
     """
-    return clip_table(config) | {"text_projection.weight": Original("text_projection.weight", "identity")}
+    return clip_table(config) | {"text_projection.weight": Place("text_projection.weight", IDENTITY)}
 
 
 def unprojected_clip_config(shapes: Shapes, preset: CLIPTextConfig) -> CLIPTextWithProjectionConfig:
-    """The smaller CLIP, with a projection as wide as it is."""
+    """The smaller CLIP, with a square projection."""
     found = clip_config(shapes, preset)
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     return CLIPTextWithProjectionConfig(**fields | {"projection_dim": found.hidden_size})
 
 
 def projected_clip_table(config: CLIPTextWithProjectionConfig) -> Table:
-    """The larger CLIP, under the names of transformers, its projection too."""
-    return clip_table(config) | {"text_projection": Original("text_projection")}
+    """The larger CLIP, whose names are those of transformers, with its projection."""
+    return clip_table(config) | {"text_projection": Place("text_projection")}
 
 
 def projected_clip_config(
@@ -121,3 +132,22 @@ def projected_clip_config(
     """The larger CLIP."""
     found = clip_config(shapes, preset)
     return dataclasses.replace(found, projection_dim=shapes["text_projection.weight"][0])
+
+
+SD3 = Family(
+    "SD3",
+    {
+        "transformer": Component("model.diffusion_model.", sd3_table, sd3_config, "sd3-medium"),
+        "vae": vae("first_stage_model.", "sd3-vae"),
+        "text_encoder": Component(
+            "text_encoders.clip_l.transformer.", unprojected_clip_table, unprojected_clip_config, "clip-l"
+        ),
+        "text_encoder_2": Component(
+            "text_encoders.clip_g.transformer.", projected_clip_table, projected_clip_config, "openclip-bigg"
+        ),
+        "text_encoder_3": t5("text_encoders.t5xxl.transformer."),
+    },
+    signature="model.diffusion_model.joint_blocks.",
+    bare={"transformer": "joint_blocks."},
+    ignored=TEXT_ENCODER_COPIES,
+)

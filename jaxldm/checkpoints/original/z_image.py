@@ -1,40 +1,40 @@
-"""Z-Image's transformer and text encoder as one file has them: the names that ComfyUI reads.
+"""Z-Image in the layout that ComfyUI reads: the transformer and the text encoder Qwen3.
 
-Queries, keys and values are one tensor there, and a patch size is not in the names.
+Queries, keys and values are one tensor, and names do not hold the patch size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from jaxldm.checkpoints.single_file_configs import Shapes, count
-from jaxldm.checkpoints.single_file_names import Original, Table
+from jaxldm.checkpoints.original.autoencoder import vae
+from jaxldm.checkpoints.original.layout import Component, Family, Place, Shapes, Table, count, places, rows
 from jaxldm.models.qwen3 import Qwen3Config
 from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig
 
-_ALIKE = ("t_embedder", "cap_embedder", "x_pad_token", "cap_pad_token")
+_SAME_NAMES = ("t_embedder", "cap_embedder", "x_pad_token", "cap_pad_token")
 _ATTENTION = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
 
 
 def z_image_table(config: ZImageTransformer2DConfig) -> Table:
-    """Published module or tensor -> where it stands in the original file."""
-    table = {name: Original(name) for name in _ALIKE}
+    """Published module or tensor -> its place in the original file."""
+    table = places({name: name for name in _SAME_NAMES})
     for published, original in (("all_x_embedder", "x_embedder"), ("all_final_layer", "final_layer")):
-        table[f"{published}.{config.patch_size}-1"] = Original(original)
+        table[f"{published}.{config.patch_size}-1"] = Place(original)
     refiners = config.n_refiner_layers
     counts = {"noise_refiner": refiners, "context_refiner": refiners, "layers": config.n_layers}
     for blocks, number in counts.items():
-        table[blocks] = Original(blocks)
+        table[blocks] = Place(blocks)
         for attention in (f"{blocks}.{n}.attention" for n in range(number)):
             for ours, theirs in _ATTENTION.items():
-                table[f"{attention}.{ours}"] = Original(f"{attention}.{theirs}")
+                table[f"{attention}.{ours}"] = Place(f"{attention}.{theirs}")
             for part, ours in enumerate(("to_q", "to_k", "to_v")):
-                table[f"{attention}.{ours}"] = Original(f"{attention}.qkv", part)
+                table[f"{attention}.{ours}"] = Place(f"{attention}.qkv", rows(part))
     return table
 
 
 def z_image_config(shapes: Shapes, preset: ZImageTransformer2DConfig) -> ZImageTransformer2DConfig:
-    """The config that the shapes tell; how a head's numbers are split among the axes, they do not."""
+    """The config by its shapes; the split of a head's width among the axes is the preset's."""
     dim, patch = shapes["x_embedder.weight"]
     (head,) = shapes.get("layers.0.attention.q_norm.weight", (sum(preset.axes_dims),))
     return dataclasses.replace(
@@ -51,12 +51,12 @@ def z_image_config(shapes: Shapes, preset: ZImageTransformer2DConfig) -> ZImageT
 
 
 def qwen3_table(config: Qwen3Config) -> Table:
-    """Qwen3 stands in such files as the language model that it is a part of."""
-    return {name: Original(f"model.{name}") for name in ("embed_tokens", "layers", "norm")}
+    """Qwen3, whose names are those within the whole language model."""
+    return places({name: f"model.{name}" for name in ("embed_tokens", "layers", "norm")})
 
 
 def qwen3_config(shapes: Shapes, preset: Qwen3Config) -> Qwen3Config:
-    """The config that the shapes tell."""
+    """The config by its shapes."""
     vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
     attention = "model.layers.0.self_attn"
     (head,) = shapes[f"{attention}.q_norm.weight"]
@@ -71,3 +71,22 @@ def qwen3_config(shapes: Shapes, preset: Qwen3Config) -> Qwen3Config:
         head_dim=head,
         attention_bias=f"{attention}.q_proj.bias" in shapes,
     )
+
+
+Z_IMAGE = Family(
+    "Z-Image",
+    {
+        "transformer": Component("model.diffusion_model.", z_image_table, z_image_config, "z-image"),
+        "vae": vae("vae.", "flux-vae"),
+        "text_encoder": Component(
+            "text_encoders.qwen3_4b.transformer.", qwen3_table, qwen3_config, "qwen3-4b"
+        ),
+    },
+    signature="model.diffusion_model.cap_pad_token",
+    bare={"transformer": "cap_pad_token"},
+    writes_bare=True,
+    ignored=(
+        r"(model\.diffusion_model\.)?norm_final\.weight"
+        r"|text_encoders\.qwen3_4b\.transformer\.lm_head\.weight"
+    ),
+)

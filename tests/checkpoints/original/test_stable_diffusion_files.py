@@ -1,4 +1,4 @@
-"""Original single files: diffusers reads what we write, and we read back every bit."""
+"""Original files of Stable Diffusion 1.x, 2.x and XL: diffusers reads ours, and we read back every bit."""
 
 import dataclasses
 import functools
@@ -13,11 +13,11 @@ import transformers
 from diffusers.loaders import single_file_utils
 
 from jaxldm import models
-from jaxldm.checkpoints import single_file
 from jaxldm.checkpoints.names import from_state_dict, to_state_dict
+from jaxldm.checkpoints.original import load_single_file, save_single_file, single_file
+from jaxldm.checkpoints.original.layout import to_original
+from jaxldm.checkpoints.original.single_file import FAMILIES
 from jaxldm.checkpoints.safetensors_file import read_safetensors, safetensors_bytes
-from jaxldm.checkpoints.single_file import FAMILIES, load_single_file, save_single_file
-from jaxldm.checkpoints.single_file_names import place_of
 from jaxldm.errors import CheckpointError, UnknownNameError
 
 XL = {
@@ -123,8 +123,8 @@ def ours(model, preset):
         entries = {key: value for key, value in model.config.items() if key[0] != "_"}
         entries["_class_name"] = type(model).__name__
     config = models.config_from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in entries.items()})
-    # What no file tells, a loaded one has from the preset of its family.
-    untold = (
+    # What files do not hold, a loaded model takes from the preset of its family.
+    not_in_files = (
         "sample_size",
         "upcast_attention",
         "force_upcast",
@@ -133,7 +133,7 @@ def ours(model, preset):
         "pad_token_id",
     )
     fields = {field.name for field in dataclasses.fields(config)}
-    kept = {name: getattr(models.PRESETS[preset], name) for name in untold if name in fields}
+    kept = {name: getattr(models.PRESETS[preset], name) for name in not_in_files if name in fields}
     if not type(model).__name__.endswith("WithProjection") and "projection_dim" in fields:
         kept["projection_dim"] = models.PRESETS[preset].projection_dim
     module = models.from_config(dataclasses.replace(config, **kept))
@@ -144,7 +144,9 @@ def ours(model, preset):
 def written(request, tmp_path_factory):
     """(family, the reference's models, ours, the file that we wrote of them)."""
     theirs = references(request.param)
-    components = {name: ours(model, FAMILIES[request.param][name].preset) for name, model in theirs.items()}
+    components = {
+        name: ours(model, FAMILIES[request.param].components[name].preset) for name, model in theirs.items()
+    }
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
     save_single_file(path, components)
     return request.param, theirs, components, path
@@ -166,7 +168,7 @@ def test_diffusers_loads_the_file(written, tmp_path, name):
 
 def test_diffusers_finds_the_text_encoders_in_the_file(written, tmp_path):
     family, theirs, _, path = written
-    prefixes = {name: part.prefix for name, part in FAMILIES[family].items()}
+    prefixes = {name: part.prefix for name, part in FAMILIES[family].components.items()}
     for name in TEXT_ENCODERS[family]:
         checkpoint = {key: torch.from_numpy(tensor) for key, tensor in read_safetensors(path).items()}
         if theirs[name].config.hidden_act == "gelu":
@@ -222,7 +224,7 @@ def test_a_random_file_of_that_layout_is_read_as_diffusers_reads_it(written, tmp
             convert = functools.partial(
                 single_file_utils.convert_open_clip_checkpoint,
                 theirs[name],
-                prefix=FAMILIES[family][name].prefix,
+                prefix=FAMILIES[family].components[name].prefix,
             )
         assert_same_tensors(to_state_dict(params), convert(dict(checkpoint)))
 
@@ -311,24 +313,17 @@ def original_shapes(part, config):
     kind = getattr(transformers if config.library == "transformers" else diffusers, models.class_name(config))
     with torch.device("meta"):
         model = kind(transformers.CLIPTextConfig(**entries)) if "hidden_act" in entries else kind(**entries)
-    table, shapes = part.table(config), {}
-    for name, shape in published_shapes(model).items():
-        place = place_of(name, table)
-        if place.form == "transposed":
-            shape = shape[::-1]
-        elif place.form == "pixelwise":
-            shape = (*shape, 1, 1)
-        elif isinstance(place.form, int):
-            shape = (3 * shape[0], *shape[1:])
-        shapes[place.name] = shape
-    return shapes
+    tensors = {
+        name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in published_shapes(model).items()
+    }
+    return {name: tensor.shape for name, tensor in to_original(tensors, part.table(config)).items()}
 
 
 @pytest.mark.parametrize("family", UNETS)
 def test_presets_stand_in_the_published_files(family):
     """Names, shapes and number of tensors; and from them, the presets are found again."""
     everything = {}
-    for name, part in FAMILIES[family].items():
+    for name, part in FAMILIES[family].components.items():
         preset = models.PRESETS[part.preset]
         shapes = original_shapes(part, preset)
         assert len(shapes) == TENSORS[family][name]
@@ -344,7 +339,7 @@ def test_presets_stand_in_the_published_files(family):
 def small():
     """Components of the first family, and what is in their file."""
     theirs = references("1.x")
-    return {name: ours(model, FAMILIES["1.x"][name].preset) for name, model in theirs.items()}
+    return {name: ours(model, FAMILIES["1.x"].components[name].preset) for name, model in theirs.items()}
 
 
 def rewritten(tmp_path, change):
@@ -374,8 +369,8 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_single_file(path)
 
 
-def test_other_writings_of_the_same_weights_are_understood(tmp_path):
-    """CLIP without its tower's name, and attention of the autoencoder as linear layers."""
+def test_other_layouts_of_the_same_weights_are_read(tmp_path):
+    """CLIP without `text_model.`, and attention of the autoencoder as linear layers."""
 
     def rewrite(state):
         for name in list(state):
@@ -395,10 +390,11 @@ def test_other_writings_of_the_same_weights_are_understood(tmp_path):
 )
 def test_a_unet_alone_is_known_by_the_text_it_takes(width, family):
     name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    assert single_file._family_of_file({name: np.zeros((640, width), np.int8)}) == family
+    found, bare = single_file._family_of_file({name: np.zeros((640, width), np.int8)})
+    assert found.name == family and bare is None
 
 
-def test_strangers_outside_the_components_are_warned_of(tmp_path):
+def test_tensors_outside_the_components_are_warned_of(tmp_path):
     path = rewritten(tmp_path, lambda state: state.update({"embedding_manager.x": np.zeros(3)}))
     with pytest.warns(UserWarning, match=r"not loaded, of no component: embedding_manager\.x"):
         assert load_single_file(path).keys() == small().keys()
@@ -433,7 +429,7 @@ def test_what_has_no_place_is_refused(tmp_path):
 
 def test_playground_keeps_its_latent_statistics(tmp_path):
     theirs, path = references("XL"), tmp_path / "playground.safetensors"
-    components = {name: ours(model, FAMILIES["XL"][name].preset) for name, model in theirs.items()}
+    components = {name: ours(model, FAMILIES["XL"].components[name].preset) for name, model in theirs.items()}
     module, params = components["vae"]
     statistics = {"latents_mean": (1.5, -2.0, 0.25, 3.0), "latents_std": (8.0, 4.0, 2.0, 0.5)}
     vae = models.from_config(dataclasses.replace(module.config, scaling_factor=0.5, **statistics))

@@ -1,7 +1,7 @@
-"""DiT and SiT in their original layout: one plain file, or the layout of diffusers turned into it and back.
+"""DiT and SiT in their original layout: plain files, and conversion from and to the layout of diffusers.
 
-The authors publish pickled state dicts; as safetensors they are read here. A file holds no config: widths
-and depths are read off its shapes. DiT and SiT have the same tensors, so which of them it is must be said.
+The authors publish pickled state dicts; this module reads them as safetensors. A file holds no config: widths
+and depths follow from its shapes. DiT and SiT have the same tensors, so the caller names the architecture.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ import numpy as np
 
 from jaxldm import models
 from jaxldm.checkpoints.names import Placement, from_state_dict, published, to_state_dict
+from jaxldm.checkpoints.original.layout import (
+    Place,
+    Shapes,
+    Table,
+    count,
+    from_original,
+    places,
+    rows,
+    to_original,
+)
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
-from jaxldm.checkpoints.single_file_configs import Shapes, count
-from jaxldm.checkpoints.single_file_names import Original, Table, from_original, to_original
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.files import storage_errors, write_together
+from jaxldm.files import write_together
 
 ARCHITECTURES = {"DiT": models.DiTConfig, "SiT": models.SiTConfig}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S to XL
@@ -41,15 +49,17 @@ def load_dit_file(
     """(module, parameters) of an original DiT or SiT: its plain state dict as a .safetensors file.
 
     Args:
-      architecture: "DiT" or "SiT".
-      num_heads: of another width than the published ones, whose heads are known.
-      dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is float32 for both.
-      sharding: as in `load`.
+        path: a .safetensors file.
+        architecture: "DiT" or "SiT".
+        num_heads: needed for widths other than the published ones.
+        dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is float32 for both.
+        sharding: as in `load`.
 
     Raises:
-      CheckpointError: no such file, a pickle file, or tensors that are missing, left over or of other shapes.
-      InvalidArgumentError: a width whose number of heads nobody said.
-      UnknownNameError: another architecture or dtype.
+        CheckpointError: no such file, a pickle file, or tensors that are missing, left over or of other
+            shapes.
+        InvalidArgumentError: an unpublished width without `num_heads`.
+        UnknownNameError: another architecture or dtype.
 
     >>> from jaxldm import checkpoints                                                       # doctest: +SKIP
     >>> module, params = checkpoints.load_dit_file("SiT-XL-2-256.safetensors", "SiT")        # doctest: +SKIP
@@ -63,7 +73,7 @@ def load_dit_file(
         config = dit_config({name: tuple(tensor.shape) for name, tensor in state.items()}, kind, num_heads)
     except KeyError as error:
         raise CheckpointError(
-            f"{path} is no original file of DiT or SiT: it has no tensor {error.args[0]}"
+            f"{path} is not an original file of DiT or SiT: it has no tensor {error.args[0]}"
         ) from error
     config = dataclasses.replace(config, dtype=dtype or "float32")
     module = models.from_config(config)
@@ -77,31 +87,29 @@ def load_dit_file(
 
 
 def save_dit_file(path: Path | str, module: nn.Module, params: dict) -> None:
-    """Writes a DiT or SiT so that the authors' code opens it (`safetensors.torch.load_file`), bit for bit.
+    """Writes a DiT or SiT as the authors' code loads it (`safetensors.torch.load_file`), bit for bit.
 
     Raises:
-      InvalidArgumentError: a network of another architecture.
-      StorageError: disk full, no permission, ...
+        InvalidArgumentError: a network of another architecture.
+        StorageError: disk full, no permission, ...
     """
     if type(module.config) not in ARCHITECTURES.values():
         raise InvalidArgumentError(
-            f"{models.class_name(module.config)} is not in the original layout: turn a DiTTransformer2DModel "
-            "into a DiT with checkpoints.dit_from_diffusers first"
+            f"{models.class_name(module.config)} is not in the original layout: convert a "
+            "DiTTransformer2DModel with checkpoints.dit_from_diffusers first"
         )
-    path = Path(path)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     tensors = published(params) | dict(module.constant_tensors())
-    write_together({path: safetensors_chunks(tensors)})
+    write_together({Path(path): safetensors_chunks(tensors)})
 
 
 def dit_config(
     shapes: Shapes, kind: type[models.DiTConfig] = models.DiTConfig, num_heads: int | None = None
 ) -> models.DiTConfig:
-    """The config that tensors of these shapes, by original name, belong to. A `KeyError` names a lacking one.
+    """The config for tensors of these shapes, by original name.
 
     Raises:
-      InvalidArgumentError: a width whose number of heads nobody said, or shapes of no model.
+        KeyError: a tensor is missing; names it.
+        InvalidArgumentError: an unpublished width without `num_heads`, or shapes of no model.
     """
     hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
     tokens, outputs = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
@@ -109,8 +117,8 @@ def dit_config(
     if num_heads is None and hidden not in HEADS:
         known = ", ".join(map(str, HEADS))
         raise InvalidArgumentError(
-            f"a file does not say its number of heads, which is known for the widths {known} alone and not "
-            f"for {hidden}: say it, with num_heads="
+            f"the file does not hold the number of heads, which is known only for the widths {known} and not "
+            f"for {hidden}: give num_heads=..."
         )
     classes = shapes.get("y_embedder.embedding_table.weight")
     return kind(
@@ -131,17 +139,21 @@ def dit_config(
 def dit_from_diffusers(
     module: models.DiTTransformer2DModel, params: Mapping, *, freq_shift: int = 0
 ) -> tuple[models.DiT, dict]:
-    """A `DiTTransformer2DModel` in the original layout: the embedders, repeated in each block there, once.
+    """Converts a `DiTTransformer2DModel` to the original layout.
+
+    diffusers repeats the embedders in each block, the original has them once. `norm_eps` of the config is
+    used in both norms of a block; diffusers uses it in one, and 1e-6 in the other.
 
     Args:
-      freq_shift: 0: the frequencies of time that the original, and so the published weights, were trained
-        with. 1: those of diffusers, which is then agreed with. `norm_eps` is the config's for both norms of a
-        block; diffusers heeds it for one and has 1e-6 in the other.
+        module: the model in the layout of diffusers.
+        params: its parameters.
+        freq_shift: 0: the frequencies of the timestep embedding that the original, and so the published
+            weights, were trained with. 1: those of diffusers, for the same outputs as diffusers.
 
     Raises:
-      CheckpointError: embedders that differ from block to block.
-      InvalidArgumentError: attention without biases, another activation, or an odd number of outputs, which
-        the original does not have.
+        CheckpointError: embedders that differ from block to block.
+        InvalidArgumentError: attention without biases, another activation, or an odd number of outputs, which
+            the original does not have.
     """
     config = module.config
     outputs = config.out_channels or config.in_channels
@@ -175,13 +187,13 @@ def dit_from_diffusers(
 
 
 def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTransformer2DModel, dict]:
-    """A `DiT` in the layout of diffusers, its embedders repeated in each block: the inverse of the above.
+    """Converts a `DiT` to the layout of diffusers: the inverse of `dit_from_diffusers`.
 
-    diffusers then answers with its own frequencies of time, see `DiTTransformer2DModel`.
+    diffusers then uses its own frequencies in the timestep embedding, see `DiTTransformer2DModel`.
 
     Raises:
-      InvalidArgumentError: a model without classes, of rectangles, with learned positions or widths of the
-        MLP or the sinusoids that diffusers does not have.
+        InvalidArgumentError: a model without classes, for rectangles, with learned positions or widths of the
+            MLP or the sinusoids that diffusers does not have.
     """
     config = module.config
     fits = (
@@ -193,7 +205,7 @@ def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTra
     )
     if not fits:
         raise InvalidArgumentError(
-            "diffusers has DiTs with classes alone, for squares, with sin-cos positions, mlp_ratio 4, "
+            "diffusers has DiTs with classes only, for squares, with sin-cos positions, mlp_ratio 4, "
             f"frequency_embedding_size 256 and no dropout; this one is {config}"
         )
     theirs = models.DiTTransformer2DModel(
@@ -218,13 +230,13 @@ def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTra
 
 
 def _table(layers: int) -> Table:
-    """Names of diffusers -> original names; the embedders of all blocks have one place."""
+    """Names of diffusers -> original names; the embedders of all blocks share one place."""
     modules = {
         "pos_embed.proj": "x_embedder.proj",
         "proj_out_1": "final_layer.adaLN_modulation.1",
         "proj_out_2": "final_layer.linear",
     }
-    parts: dict[str, Original] = {}
+    parts: dict[str, Place] = {}
     for layer in range(layers):
         ours, theirs = f"transformer_blocks.{layer}", f"blocks.{layer}"
         modules |= {f"{ours}.norm1.emb.{name}": place for name, place in _EMBEDDERS.items()}
@@ -237,8 +249,8 @@ def _table(layers: int) -> Table:
         }
         for part, name in enumerate(("to_q", "to_k", "to_v")):
             for leaf in ("weight", "bias"):
-                parts[f"{ours}.attn1.{name}.{leaf}"] = Original(f"{theirs}.attn.qkv.{leaf}", part)
-    return {name: Original(place) for name, place in modules.items()} | parts
+                parts[f"{ours}.attn1.{name}.{leaf}"] = Place(f"{theirs}.attn.qkv.{leaf}", rows(part))
+    return places(modules) | parts
 
 
 def _check_embedders(state: Mapping[str, np.ndarray], layers: int) -> None:
@@ -257,7 +269,7 @@ def _check_positions(positions: Tensor | None, module: models.DiT) -> None:
     table = module.constant_tensors()["pos_embed"]
     if positions is None or np.abs(np.asarray(positions, np.float32) - table).max() > 1e-2:
         raise CheckpointError(
-            "pos_embed is not the sin-cos table of DiT: learned positions are not known here"
+            "pos_embed is not the sin-cos table of DiT: learned positions are not supported"
         )
 
 

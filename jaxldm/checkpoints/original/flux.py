@@ -1,19 +1,20 @@
-"""FLUX.1's transformer in its original layout: `double_blocks.N...`, `single_blocks.N...`.
+"""FLUX.1 in its original layout: `double_blocks.N...`, `single_blocks.N...`.
 
-What Black Forest Labs publishes, and what candle and ComfyUI read. Queries, keys and values are one tensor
-there; in the single blocks the way up of the feed-forward is in it as well. The last norm has its shift
-first.
+Black Forest Labs publishes the transformer and the autoencoder as a file each, without prefixes; candle and
+ComfyUI read them. ComfyUI's files hold all components. Queries, keys and values are one tensor; in the single
+blocks, that tensor also holds the first matrix of the feed-forward. The last norm has its shift first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from jaxldm.checkpoints.single_file_configs import Shapes, count
-from jaxldm.checkpoints.single_file_names import Original, Table
+from jaxldm.checkpoints.original.autoencoder import vae
+from jaxldm.checkpoints.original.layout import SWAPPED, Component, Family, Place, Shapes, Table, count, rows
+from jaxldm.checkpoints.original.text_encoders import TEXT_ENCODER_COPIES, clip, t5
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
 
-# linear1 of a single block: queries, keys, values, and the feed-forward at four times the width.
+# The rows of linear1 in a single block: queries, keys, values, and the feed-forward of four times the width.
 _LINEAR_1 = (1, 1, 1, 4)
 _EMBEDDINGS = {
     "timestep_embedder": "time_in",
@@ -49,34 +50,34 @@ _SINGLE = {
 
 
 def flux_table(config: FluxTransformer2DConfig) -> Table:
-    """Published module or tensor -> where it stands in the original file."""
+    """Published module or tensor -> its place in the original file."""
     table = {
-        "x_embedder": Original("img_in"),
-        "context_embedder": Original("txt_in"),
-        "norm_out.linear": Original("final_layer.adaLN_modulation.1", "swapped"),
-        "proj_out": Original("final_layer.linear"),
+        "x_embedder": Place("img_in"),
+        "context_embedder": Place("txt_in"),
+        "norm_out.linear": Place("final_layer.adaLN_modulation.1", SWAPPED),
+        "proj_out": Place("final_layer.linear"),
     }
     for published, original in _EMBEDDINGS.items():
         for ours, theirs in (("linear_1", "in_layer"), ("linear_2", "out_layer")):
-            table[f"time_text_embed.{published}.{ours}"] = Original(f"{original}.{theirs}")
+            table[f"time_text_embed.{published}.{ours}"] = Place(f"{original}.{theirs}")
     for n in range(config.num_layers):
         block, original = f"transformer_blocks.{n}", f"double_blocks.{n}"
         for stream, names in _STREAMS.items():
             for ours, theirs in names.items():
-                table[f"{block}.{ours}"] = Original(f"{original}.{stream}_{theirs}")
+                table[f"{block}.{ours}"] = Place(f"{original}.{stream}_{theirs}")
             for part, ours in enumerate(_PROJECTIONS[stream]):
-                table[f"{block}.attn.{ours}"] = Original(f"{original}.{stream}_attn.qkv", part)
+                table[f"{block}.attn.{ours}"] = Place(f"{original}.{stream}_attn.qkv", rows(part))
     for n in range(config.num_single_layers):
         block, original = f"single_transformer_blocks.{n}", f"single_blocks.{n}"
         for ours, theirs in _SINGLE.items():
-            table[f"{block}.{ours}"] = Original(f"{original}.{theirs}")
+            table[f"{block}.{ours}"] = Place(f"{original}.{theirs}")
         for part, ours in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
-            table[f"{block}.{ours}"] = Original(f"{original}.linear1", (part, _LINEAR_1))
+            table[f"{block}.{ours}"] = Place(f"{original}.linear1", rows(part, _LINEAR_1))
     return table
 
 
 def flux_config(shapes: Shapes, preset: FluxTransformer2DConfig) -> FluxTransformer2DConfig:
-    """The config that the shapes tell; how a head's numbers are split among row and column, they do not."""
+    """The config by its shapes; the split of a head's width among row and column is the preset's."""
     width, in_channels = shapes["img_in.weight"]
     out_channels = shapes["final_layer.linear.weight"][0]
     double, single = (count(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
@@ -93,3 +94,18 @@ def flux_config(shapes: Shapes, preset: FluxTransformer2DConfig) -> FluxTransfor
         pooled_projection_dim=shapes["vector_in.in_layer.weight"][1],
         guidance_embeds="guidance_in.in_layer.weight" in shapes,
     )
+
+
+FLUX = Family(
+    "FLUX",
+    {
+        "transformer": Component("model.diffusion_model.", flux_table, flux_config, "flux-dev"),
+        "vae": vae("vae.", "flux-vae"),
+        "text_encoder": clip("text_encoders.clip_l.transformer."),
+        "text_encoder_2": t5("text_encoders.t5xxl.transformer."),
+    },
+    signature="model.diffusion_model.double_blocks.",
+    bare={"transformer": "double_blocks.", "vae": "decoder.up."},
+    writes_bare=True,
+    ignored=TEXT_ENCODER_COPIES,
+)

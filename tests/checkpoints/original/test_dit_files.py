@@ -1,4 +1,4 @@
-"""DiT's original layout beside that of diffusers, and files in it."""
+"""DiT in its original layout and in that of diffusers, and files in the former."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ import safetensors.numpy
 import torch
 
 from jaxldm import checkpoints, models
-from jaxldm.checkpoints.dit_files import dit_config
 from jaxldm.checkpoints.names import published
+from jaxldm.checkpoints.original.dit import dit_config
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 
 FIELDS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 6}
@@ -64,7 +64,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(pair):
-    """x, t, labels, and what diffusers says, channels last."""
+    """x, t, labels, and the output of diffusers, channels last."""
     rng = np.random.default_rng(0)
     x, t = rng.standard_normal((3, 6, 6, 4)).astype(np.float32), np.array([0.0, 400.0, 999.0], np.float32)
     labels = np.array([0, 5, 3])
@@ -86,7 +86,7 @@ def test_the_original_layout_answers_as_diffusers_does_with_its_frequencies(pair
 
 
 def test_the_frequencies_of_diffusers_are_not_the_original_ones(pair, answers):
-    """Peebles & Xie's code has w_k = 10000^(-k / 128); the port tells the same weights other sinusoids."""
+    """Peebles & Xie's code has w_k = 10000^(-k / 128); the port gives the same weights other sinusoids."""
     assert largest_difference(pair, answers, freq_shift=0) > 1e-2
     t, k = torch.tensor([999.0]), torch.arange(128)
     original = torch.cos(999.0 * torch.exp(-np.log(10000.0) * k / 128))
@@ -192,7 +192,7 @@ def test_what_cannot_be_read(file, tmp_path):
             checkpoints.load_dit_file(path, num_heads=2)
         return str(caught.value)
 
-    assert "no original file of DiT or SiT: it has no tensor x_embedder.proj.weight" in changed(
+    assert "not an original file of DiT or SiT: it has no tensor x_embedder.proj.weight" in changed(
         **{"x_embedder.proj.weight": None}
     )
     assert "missing: blocks.1.attn.qkv.bias (48,)" in changed(**{"blocks.1.attn.qkv.bias": None})

@@ -1,0 +1,224 @@
+"""Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1 and Z-Image as one file in the layout of the original code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from jaxldm import models
+from jaxldm.checkpoints.names import from_state_dict, published
+from jaxldm.checkpoints.original import autoencoder
+from jaxldm.checkpoints.original.flux import FLUX
+from jaxldm.checkpoints.original.layout import Component, Family, from_original, place_of, to_original
+from jaxldm.checkpoints.original.stable_diffusion import SD1, SD2, SDXL, SDXL_REFINER
+from jaxldm.checkpoints.original.stable_diffusion_3 import SD3
+from jaxldm.checkpoints.original.z_image import Z_IMAGE
+from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.files import write_together
+
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SDXL_REFINER, SD3, FLUX, Z_IMAGE)}
+# What files hold beside the components: noise schedules, averages of weights, training losses, buffers.
+_TRAINING_LEFTOVERS = (
+    r"(model_ema|first_stage_model\.(loss|model_ema)|denoiser)\..*"
+    r"|betas|alphas_cumprod(_prev)?|(sqrt|log)_.*|posterior_.*|lvlb_weights|logvar|scale_factor"
+    r"|.*\.(position_ids|logit_scale|attn_mask)"
+)
+
+
+def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str, tuple[nn.Module, dict]]:
+    """Opens an original single file.
+
+    The file holds no config. Sizes are read from its shapes, the rest is that of the family's preset: heads
+    of width 64 (8 heads in Stable Diffusion 1), 32 groups, the published factors of the autoencoder (FLUX's
+    where it is alone in the file). The file does not say whether the U-Net predicts eps or v. Of two sets of
+    U-Net weights the plain one is loaded, not the average (`model_ema`). The last text layer of Stable
+    Diffusion 2, which nothing uses, is left out, and so is the projection of Stable Diffusion 3's smaller
+    CLIP.
+
+    Args:
+        path: a .safetensors file.
+        dtype: "float32", "bfloat16" or "float16", for the parameters and for the computation; None is
+            float32.
+
+    Returns:
+        name -> (module, params), for those of unet, transformer, vae, text_encoder, text_encoder_2 and
+        text_encoder_3 that the file holds.
+
+    Raises:
+        CheckpointError: no such file, a damaged or a pickled one; not one of the layouts; tensors missing,
+            left over in a component, or of another shape, each named.
+        UnknownNameError: another dtype.
+    """
+    stored = open_safetensors(path).tensors
+    try:
+        family, bare = _family_of_file(stored)
+        state = {family.rename(name): tensor for name, tensor in stored.items()}
+        components = _bare(family, bare) if bare else family.components
+        loaded, used = {}, set()
+        for name, component in components.items():
+            own = {
+                key.removeprefix(component.prefix): tensor
+                for key, tensor in state.items()
+                if key.startswith(component.prefix)
+            }
+            if own:
+                loaded[name], read = _load_component(name, component, own, state, dtype)
+                used |= {component.prefix + key for key in read}
+        left = _left_over(family, components, state.keys() - used, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if left:
+        warnings.warn(f"{path}: not loaded, of no component: {', '.join(left[:8])}", stacklevel=2)
+    return loaded
+
+
+def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module, dict]]) -> None:
+    """Writes components as one original file, the inverse of `load_single_file`; all of it or nothing.
+
+    The layout follows from the components. A transformer has that of its own family. Without one, three text
+    encoders have SD3's layout; two, XL's; the second alone, that of XL's refiner; one OpenCLIP ("gelu"),
+    2.x's; an autoencoder alone without `quant_conv`, FLUX's; all others, 1.x's. FLUX and Z-Image are written
+    as ComfyUI has them; a component of theirs alone, with the names of the published files of that component
+    (flux1-dev.safetensors, ae.safetensors).
+
+    Args:
+        path: the file to write.
+        components: any of unet, transformer, vae, text_encoder, text_encoder_2, text_encoder_3.
+
+    Raises:
+        UnknownNameError: a component of another name.
+        CheckpointError: a tensor or a transformer that has no place in an original layout; an autoencoder
+            alone with other factors than FLUX's.
+        StorageError: disk full, no permission, a folder of that name.
+    """
+    family = _family_of_components(components)
+    layout = family.components
+    alone = next(iter(components)) if len(components) == 1 else None
+    if family.writes_bare and alone in family.bare:
+        if alone == "vae":
+            autoencoder.check_factors(components["vae"][0].config)
+        layout = _bare(family, alone)
+    tensors: dict[str, Tensor] = {}
+    for name, (module, params) in components.items():
+        component = layout[one_of("component of a single file", name, layout)]
+        original = to_original(published(params), component.table(module.config))
+        tensors |= {component.prefix + key: tensor for key, tensor in original.items()}
+        if name == "vae":
+            tensors |= autoencoder.statistics(module.config)
+    write_together({Path(path): safetensors_chunks(tensors)})
+
+
+def _bare(family: Family, name: str) -> dict[str, Component]:
+    """The only component of a file whose names have no prefix."""
+    return {name: family.components[name]._replace(prefix="")}
+
+
+def _load_component(
+    name: str,
+    component: Component,
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    dtype: str | None,
+) -> tuple[tuple[nn.Module, dict], set[str]]:
+    """((module, params), the original names that were read)."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    try:
+        config: Any = component.config(shapes, models.PRESETS[component.preset])
+    except KeyError as error:
+        missing = f"{component.prefix}{error.args[0]}"
+        raise CheckpointError(f"the {name} is not whole: it has no tensor {missing}") from error
+    except InvalidArgumentError as error:
+        raise CheckpointError(f"the {name} has shapes of no model: {error}") from error
+    if name == "vae":
+        config = autoencoder.with_statistics(config, state)
+    module = models.from_config(config if dtype is None else dataclasses.replace(config, dtype=dtype))
+    template = models.shapes(module)
+    wanted, table = published(template), component.table(config)
+    try:
+        params = from_state_dict(from_original(own, wanted, table), template, dtype=dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    read = {place_of(tensor, table).name for tensor in wanted}
+    unused = component.unused(config)
+    if unused is not None:
+        read |= {key for key in own if re.match(unused, key)}
+    return (module, params), read
+
+
+def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
+    """(family, the only component where the names have no prefix).
+
+    Recognised by names that only this component or this denoiser has, else by the prefixes of the text
+    encoders, else by the width of the text that the U-Net takes.
+    """
+    for family in FAMILIES.values():
+        for name, start in family.bare.items():
+            if _has(state, start):
+                return family, name
+    for family in FAMILIES.values():
+        if family.signature is not None and _has(state, family.signature):
+            return family, None
+    for family in FAMILIES.values():
+        encoders = [part for name, part in family.components.items() if name.startswith("text_encoder")]
+        if all(_has(state, part.prefix) for part in encoders):
+            return family, None
+    widths = {
+        tensor.shape[-1]
+        for key, tensor in state.items()
+        if key.startswith(SD1.components["unet"].prefix) and key.endswith(".attn2.to_k.weight")
+    }
+    for family in FAMILIES.values():
+        unet = family.components.get("unet")
+        if unet and widths == {models.PRESETS[unet.preset].cross_attention_dim}:
+            return family, None
+    raise CheckpointError(
+        "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or Z-Image: it has no text encoder "
+        "and no denoiser of these under their original names; its first tensors are "
+        f"{', '.join(sorted(state)[:3]) or 'none at all'}"
+    )
+
+
+def _has(state: Mapping[str, Tensor], start: str) -> bool:
+    return any(key.startswith(start) for key in state)
+
+
+def _family_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> Family:
+    configs: dict[str, Any] = {name: module.config for name, (module, _) in components.items()}
+    if "transformer" in configs:
+        kind = type(configs["transformer"])
+        for family in FAMILIES.values():
+            transformer = family.components.get("transformer")
+            if transformer and type(models.PRESETS[transformer.preset]) is kind:
+                return family
+        name = models.class_name(configs["transformer"])
+        raise CheckpointError(f"a {name} has no original single-file layout here")
+    if "text_encoder_3" in configs:
+        return SD3
+    if configs.keys() == {"vae"} and not configs["vae"].use_quant_conv:
+        return FLUX
+    if "text_encoder_2" in configs:
+        return SDXL if "text_encoder" in configs else SDXL_REFINER
+    if "text_encoder" in configs and configs["text_encoder"].hidden_act == "gelu":
+        return SD2
+    return SD1
+
+
+def _left_over(
+    family: Family, components: Mapping[str, Component], unread: set[str], state: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of unread tensors of no component. Raises `CheckpointError` for those within one."""
+    ignored = re.compile("|".join(filter(None, (_TRAINING_LEFTOVERS, family.ignored))))
+    left = sorted(key for key in unread if not ignored.fullmatch(key))
+    roots = tuple({part.prefix and part.prefix.split(".")[0] + "." for part in components.values()})
+    inside = [f"{key} {tuple(state[key].shape)}" for key in left if key.startswith(roots)]
+    if inside:
+        shown = inside[:8] + ([f"and {len(inside) - 8} more"] if len(inside) > 8 else [])
+        raise CheckpointError("the weights do not fit the model: left over: " + "; ".join(shown))
+    return left
