@@ -2,31 +2,58 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-optimized test-core lint types docs bench clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/lecture39/mini_ldm.py --run-dir runs/mini-ldm
 
-test: .venv/.test
-	$(BIN)/ruff check .
+# Everything, compiled in the quick way (see tests/conftest.py).
+test: .venv/.test lint
 	$(BIN)/python -m pytest -n 2
+
+# Everything, compiled as users run it: weekly, and before a release.
+test-optimized: .venv/.test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2
+
+# What needs no PyTorch.
+test-core: .venv/.test-core
+	$(BIN)/python -m pytest -n 2 -m "not torch"
+
+lint: .venv/.test-core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/cpu.py
-
-lint: .venv/.test
-	$(BIN)/ruff check .
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -e '.[mnist]'
+	$(BIN)/python -m pip install -e '.[demo]'
 	touch $@
+
+.venv/.test-core: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[test-core]'
+	touch $@ .venv/.demo
 
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[test]'
-	touch $@ .venv/.demo
+	touch $@ .venv/.test-core .venv/.demo
+
+.venv/.docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ .venv/.test .venv/.test-core .venv/.demo .venv/.docs
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

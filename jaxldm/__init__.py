@@ -6,7 +6,7 @@ The rooms (`jaxldm.diffusion`, `jaxldm.models`, `jaxldm.data`, ...) are imported
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "checkpoints",
     "data",

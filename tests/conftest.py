@@ -1,14 +1,21 @@
 """Every test runs with strict rank and dtype promotion, on eight virtual CPU devices."""
 
+import ast
+import ctypes
+import functools
+import gc
 import os
+import pathlib
+import sys
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Most of the suite's time is compiling; what is tested does not depend on how hard XLA optimises, nor on
-# which of its two generators of code it takes: the older one compiles in half the time. (Set it to 0 for
-# a run with the code that users run; it takes much longer.) XLA refuses to start with a flag that it does not
-# know, so only the version that these were tried with is told them.
+# Most of the suite's time is compiling, so XLA compiles the quick way here: with most of its optimizations
+# off, and with the older of its two code generators, which takes half the time. `make test-optimized` sets
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 to compile as users do, and takes much longer; the fixture `optimized`
+# below does so for the tests where it matters. XLA refuses to start with a flag that it does not know, so
+# only the version that these flags were tried with is given them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -20,8 +27,8 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-HASTY = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
-jax.config.update("jax_disable_most_optimizations", HASTY)
+UNOPTIMIZED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
 
 # The first example of a property compiles; a deadline per example would only measure that.
 settings.register_profile(
@@ -29,13 +36,26 @@ settings.register_profile(
 )
 settings.load_profile("jaxldm")
 
+ROOT = pathlib.Path(__file__).parents[1]
+REFERENCES = ("torch", "diffusers", "transformers")
+MEMORY_LIMIT = 1.2e9  # bytes
+
 
 @pytest.fixture
 def optimized():
-    """The code that users run, inside one test: for those whose bound leaves little room for rounding."""
+    """Compile as users do, inside one test.
+
+    A whole file asks for it with `pytestmark = pytest.mark.usefixtures("optimized")`. What was compiled
+    before is dropped at both ends, as compiled functions do not remember the setting.
+    """
+    if not UNOPTIMIZED:
+        yield
+        return
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", HASTY)
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -43,3 +63,74 @@ def x64():
     """Double precision inside one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """After a file of tests, drops what was compiled, if the process has grown large.
+
+    JAX keeps every compiled function while the process lives, which is gigabytes for the whole suite.
+    """
+    yield
+    if resident_memory() > MEMORY_LIMIT:
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory otherwise
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has in use; 0 where the system does not say."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@functools.cache
+def helper_files() -> dict[str, pathlib.Path]:
+    """Name of a module -> its file, for everything in tests/ and experiments/."""
+    return {path.stem: path for room in ("tests", "experiments") for path in (ROOT / room).rglob("*.py")}
+
+
+@functools.cache
+def uses_reference(path: pathlib.Path) -> bool:
+    """Whether a file imports PyTorch, diffusers or transformers, itself or through a helper of the tests."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = {part for name in names if not name.startswith("jaxldm") for part in name.split(".")}
+    if parts & set(REFERENCES):
+        return True
+    helpers = [helper_files()[part] for part in parts if part in helper_files()]
+    return any(uses_reference(helper) for helper in helpers if helper != path)
+
+
+def without_torch(config) -> bool:
+    return "not torch" in (config.getoption("markexpr") or "")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m "not torch"`, files that compare with PyTorch are not imported: it may not be there."""
+    if without_torch(config) and collection_path.name.startswith("test_") and uses_reference(collection_path):
+        return True
+    return None
+
+
+def pytest_report_header(config):
+    if without_torch(config):
+        left_out = [path for path in (ROOT / "tests").rglob("test_*.py") if uses_reference(path)]
+        return (
+            f"left out: {len(left_out)} files of tests that compare with PyTorch, diffusers or transformers"
+        )
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if uses_reference(item.path):
+            item.add_marker("torch")

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -27,6 +28,21 @@ MAY_IMPORT = {
     "training": GROUND_FLOOR | {"diffusion", "models", "data", "checkpoints", "metrics"},
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}
+DATA = {"tensorflow_datasets", "grain", "array_record", "mlxtend", "PIL"}
+PLOTS = {"matplotlib"}
+TEXT = {"tokenizers"}
+TRAINING = {"optax", "orbax", "tqdm"}
+# What a user types -> packages that it must not load: each is imported by the function that needs it.
+LIGHT = {
+    "import jaxldm": DATA | PLOTS | TEXT | TRAINING | {"jax", "flax", "numpy", "scipy"},
+    "import jaxldm.cli": DATA | PLOTS | TEXT | TRAINING | {"jax", "flax", "numpy", "scipy", "tyro"},
+    "from jaxldm import diffusion": DATA | PLOTS | TEXT | TRAINING | {"flax"},
+    "from jaxldm import nn": DATA | PLOTS | TEXT | TRAINING | {"scipy"},
+    "from jaxldm import data, metrics": DATA | PLOTS | TEXT | TRAINING | {"flax", "scipy"},
+    "from jaxldm import pipelines": DATA | PLOTS | TEXT | TRAINING,
+    "from jaxldm import training": DATA | PLOTS | TEXT | {"orbax"},
+    "from jaxldm import diffusion, models, training, pipelines": DATA | PLOTS | TEXT | {"orbax"},
+}
 
 
 def imported_modules(path: pathlib.Path) -> set[str]:
@@ -59,12 +75,26 @@ def test_imports_run_downward(path):
     assert ours <= MAY_IMPORT[room] | {room}, f"{room} must not import {ours - MAY_IMPORT[room] - {room}}"
 
 
-@pytest.mark.parametrize(
-    "statement", ["import jaxldm", "from jaxldm import diffusion, models, training, pipelines"]
-)
-def test_import_pulls_no_other_framework(statement):
-    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
-    loaded = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
-    assert not NEVER_IMPORTED & set(loaded)
-    if statement == "import jaxldm":
-        assert "jax" not in loaded, "the package itself imports its rooms only when they are touched"
+def modules_after(statement: str) -> set[str]:
+    """The top-level packages that a new process has loaded after a statement."""
+    code = (
+        f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+    return set(json.loads(out))
+
+
+@pytest.mark.parametrize("statement", LIGHT)
+def test_importing_a_room_loads_only_what_it_needs(statement):
+    loaded = modules_after(statement)
+    assert not loaded & (NEVER_IMPORTED | LIGHT[statement])
+
+
+def test_the_version_has_one_source():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "jaxldm.__version__"}
+    citation = (PACKAGE.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {jaxldm.__version__}\n" in citation
+    changelog = (PACKAGE.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {jaxldm.__version__}" in changelog

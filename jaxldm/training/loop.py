@@ -17,7 +17,7 @@ from jaxldm.files import storage_errors
 from jaxldm.training.interruption import StopRequest
 from jaxldm.training.log import CsvLog
 from jaxldm.training.mesh import batch_sharding, make_mesh, replicated
-from jaxldm.training.plots import plot_log
+from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import Progress
 from jaxldm.training.state import TrainState
 from jaxldm.training.step import TrainStep, compile_train_step
@@ -117,7 +117,7 @@ def fit(
             )
         finally:
             progress.close()
-    plot_log(log.path)
+    plot_log_or_report(log.path, say)
     return state
 
 
@@ -162,7 +162,7 @@ class _Loop:
 
     def end_early(self, step: int) -> None:
         self.store.wait()
-        plot_log(self.run_dir / "log.csv")
+        plot_log_or_report(self.run_dir / "log.csv", self.say)
         message = (
             f"stopped after step {step} of {self.plan.num_steps} and saved in {self.run_dir}: "
             "to go on, type the same command with --resume"
@@ -172,7 +172,7 @@ class _Loop:
 
     def end_diverged(self) -> None:
         self.store.wait()
-        plot_log(self.run_dir / "log.csv")
+        plot_log_or_report(self.run_dir / "log.csv", self.say)
         step, metrics = self.progress.diverged
         why = f": {self.explain_divergence(step, metrics)}" if self.explain_divergence else ""
         kept = self.store.steps()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.errors import MissingDependencyError
 from jaxldm.files import write_atomically
 from jaxldm.training.log import read_log
 
@@ -23,7 +25,7 @@ def moving_average(values: Float[np.ndarray, " N"], window: int) -> Float[np.nda
 def plot_log(log_path: Path | str) -> None:
     """Draws `loss.png` and `grad_norm.png` beside a training log; does nothing while the log has no rows.
 
-    Raises `StorageError` when the pictures cannot be written.
+    Raises `StorageError` when the pictures cannot be written, `MissingDependencyError` without matplotlib.
     """
     log_path = Path(log_path)
     log = read_log(log_path)
@@ -33,8 +35,19 @@ def plot_log(log_path: Path | str) -> None:
     _plot_curve(log_path.with_name("grad_norm.png"), log, "grad_norm", "gradient norm (before clipping)")
 
 
+def plot_log_or_report(log_path: Path | str, report: Callable[[str], None]) -> None:
+    """`plot_log` for a training that must not end because matplotlib is not installed: `report` says so."""
+    try:
+        plot_log(log_path)
+    except MissingDependencyError as error:
+        report(f"no curves beside {log_path}: {error}")
+
+
 def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str) -> None:
-    from matplotlib.figure import Figure  # late: half a second, and a server may lack it
+    try:
+        from matplotlib.figure import Figure  # late: half a second, and a server may lack it
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "plots", "drawing the curves of a training run") from error
 
     steps, values = log["step"], log[column]
     figure = Figure(figsize=(7, 4), layout="constrained")

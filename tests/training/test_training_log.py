@@ -1,11 +1,13 @@
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxldm.errors import CheckpointError
+from jaxldm.errors import CheckpointError, MissingDependencyError
 from jaxldm.training.log import COLUMNS, CsvLog, read_log
-from jaxldm.training.plots import moving_average, plot_log
+from jaxldm.training.plots import moving_average, plot_log, plot_log_or_report
 
 
 def metrics(loss, **more):
@@ -85,3 +87,13 @@ def test_curves(tmp_path):
     for name in ("loss.png", "grad_norm.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (700, 400)
+
+
+def test_without_matplotlib_training_goes_on_and_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # import then raises ImportError
+    write(tmp_path / "log.csv")
+    said = []
+    plot_log_or_report(tmp_path / "log.csv", said.append)
+    assert "pip install 'jaxldm[plots]'" in said[0]
+    with pytest.raises(MissingDependencyError, match="matplotlib"):
+        plot_log(tmp_path / "log.csv")
