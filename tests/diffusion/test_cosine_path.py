@@ -1,6 +1,5 @@
 """Wuerstchen's path, grid and sampler against DDPMWuerstchenScheduler of diffusers."""
 
-import doctest
 import json
 
 import diffusers
@@ -23,7 +22,6 @@ from reference_schedulers import (
 )
 
 from jaxldm import diffusion as D
-from jaxldm.diffusion import cosine
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 PATH = D.cosine_path()
@@ -145,8 +143,3 @@ def test_scheduler_config_is_read_and_written():
         D.from_scheduler_config(published | {"s": -1.0})
     with pytest.raises(InvalidArgumentError, match="scaler=0"):
         D.cosine_path(scaler=0.0)
-
-
-def test_examples_in_docstrings_run():
-    result = doctest.testmod(cosine)
-    assert result.attempted and not result.failed

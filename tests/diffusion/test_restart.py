@@ -1,7 +1,5 @@
 """Restart sampling: its grid, its noise, and the algorithm as Xu et al. 2023 print it."""
 
-import doctest
-import importlib
 import itertools
 
 import jax
@@ -158,8 +156,3 @@ def test_a_multistep_solver_starts_afresh_after_a_rise():
 def test_refusals(call, words):
     with pytest.raises(InvalidArgumentError, match=words):
         call()
-
-
-def test_examples_in_docstrings():
-    result = doctest.testmod(importlib.import_module("jaxldm.diffusion.solvers.restart"))
-    assert result.attempted > 0 and result.failed == 0

@@ -1,7 +1,6 @@
 """PixArt's transformer against diffusers, through folders, both ways."""
 
 import dataclasses
-import doctest
 import json
 
 import diffusers
@@ -16,7 +15,6 @@ from torch_reference import assert_agrees, images, randomised, to_torch
 from jaxldm import checkpoints, models
 from jaxldm.checkpoints.names import published
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
-from jaxldm.models import pixart_transformer_2d
 
 SIGMA = {
     "num_attention_heads": 2,
@@ -285,8 +283,3 @@ def test_attention_maps_are_kept_for_whoever_asks():
     }
     assert found["transformer_blocks_1/attn1/attention_weights"] == (2, 2, 6, 6)
     assert found["transformer_blocks_1/attn2/attention_weights"] == (2, 2, 6, 3)
-
-
-def test_examples_in_docstrings_run():
-    result = doctest.testmod(pixart_transformer_2d)
-    assert result.attempted and not result.failed

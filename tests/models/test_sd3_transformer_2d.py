@@ -1,5 +1,4 @@
 import dataclasses
-import doctest
 import json
 
 import diffusers
@@ -200,11 +199,6 @@ def test_attention_maps_are_kept_for_whoever_asks():
         "transformer_blocks_2to3/attn/attention_weights": (2, 2, 2, 11, 11),
         "transformer_blocks_4/attn/attention_weights": (2, 2, 11, 11),
     }
-
-
-def test_examples_in_docstrings_run():
-    result = doctest.testmod(sd3_transformer_2d)
-    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize(

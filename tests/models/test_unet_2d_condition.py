@@ -1,5 +1,4 @@
 import dataclasses
-import doctest
 
 import diffusers
 import jax
@@ -14,8 +13,6 @@ from torch_reference import assert_agrees, images, randomised, to_torch
 from jaxldm import checkpoints, models, nn
 from jaxldm.checkpoints.names import published_name
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
-from jaxldm.models import unet_2d_condition
-from jaxldm.nn import embeddings
 
 COMMON = {"sample_size": 8, "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 12}
 SD1 = COMMON | {
@@ -303,12 +300,6 @@ def test_our_own_fields_survive_the_folder():
     entries = models.config_to_dict(config)
     assert entries["_remat"] is True and "remat" not in entries
     assert models.config_from_dict(entries) == config
-
-
-def test_examples_in_docstrings_run():
-    for module in (unet_2d_condition, embeddings):
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed
 
 
 def test_guidance_embedding_is_that_of_lcm():

@@ -1,7 +1,6 @@
 """DeepFloyd IF's pipelines against those of diffusers, on tiny random folders."""
 
 import dataclasses
-import doctest
 import json
 import shutil
 
@@ -347,8 +346,3 @@ def test_parts_of_other_models_are_refused(folders, tmp_path):
         part.save_pretrained(folder / name)
         with pytest.raises(CheckpointError, match=f"mixes two models: .*{message}"):
             pipelines.load(folder)
-
-
-def test_examples_in_docstrings_run():
-    result = doctest.testmod(deepfloyd_if)
-    assert result.attempted and not result.failed
