@@ -53,6 +53,7 @@ from jaxldm.diffusion.interpolants import (
     velocity_denoiser,
     velocity_to_x0,
 )
+from jaxldm.diffusion.listeners import Listener, listening
 from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr_weight
 from jaxldm.diffusion.masked_tokens import (
     MASK_SCHEDULES,
@@ -82,6 +83,7 @@ from jaxldm.diffusion.sampling import (
     image_keys,
     initial_noise,
     sample,
+    sample_step,
 )
 from jaxldm.diffusion.scheduler_config import from_scheduler_config, to_scheduler_config
 from jaxldm.diffusion.solvers import Restart, Solver, restart_grid
@@ -98,6 +100,7 @@ __all__ = [
     "Branches",
     "Denoiser",
     "Grid",
+    "Listener",
     "NoiseSchedule",
     "Path",
     "Restart",
@@ -147,6 +150,7 @@ __all__ = [
     "laplace_betas",
     "lcm_timesteps",
     "linear_betas",
+    "listening",
     "make_grid",
     "make_unmasking",
     "mask_by_chance",
@@ -165,6 +169,7 @@ __all__ = [
     "restart_grid",
     "reverse",
     "sample",
+    "sample_step",
     "sample_tokens",
     "scaled_linear_betas",
     "sigmoid_alphas_betas",

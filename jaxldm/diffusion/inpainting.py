@@ -51,11 +51,11 @@ def inpaint(solver: Solver, image: Any, mask: Any) -> Solver:
     _check_known(image, mask)
 
     def step(state, denoise, grid, i, keys):
-        state, there = solver.step(state, denoise, grid, i, keys), row(grid, i + 1)
+        (state, x_0), there = solver.step(state, denoise, grid, i, keys), row(grid, i + 1)
         x = state.x
         known, m = (_fit(name, value, x) for name, value in (("image", image), ("mask", mask)))
         z = noise_like(jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(_KNOWN_NOISE)), x)
-        return state._replace(x=m * (there.alpha * known + there.sigma * z) + (1 - m) * x)
+        return state._replace(x=m * (there.alpha * known + there.sigma * z) + (1 - m) * x), x_0
 
     return restart(solver._replace(step=step))
 

@@ -153,15 +153,11 @@ def with_momentum(solver: Solver) -> Solver:
             )
         return denoise.remembering(x, jnp.broadcast_to(t, x.shape[:1]), state.average)
 
-    def predict(state, denoise, grid, i):
-        return guided(state, denoise, state.x, grid.t[i])[0]
-
     def step(state, denoise, grid, i, keys):
-        _, average = guided(
-            state, denoise, state.x, grid.t[i]
-        )  # the solver asks it again: XLA computes it once
+        # The solver calls the network with the same x and t again: XLA computes it once.
+        _, average = guided(state, denoise, state.x, grid.t[i])
         steady = Denoiser(lambda x, t: guided(state, denoise, x, t)[0], denoise.path)
-        inner = solver.step(state.inner._replace(x=state.x), steady, grid, i, keys)
-        return MomentumState(inner.x, inner, average)
+        inner, x_0 = solver.step(state.inner._replace(x=state.x), steady, grid, i, keys)
+        return MomentumState(inner.x, inner, average), x_0
 
-    return Solver(lambda x: MomentumState(x, solver.init(x), jnp.zeros_like(x)), step, predict)
+    return Solver(lambda x: MomentumState(x, solver.init(x), jnp.zeros_like(x)), step)

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxldm.diffusion.checks import check_sampling
+from jaxldm.diffusion.compiling import compile_once, traced
 from jaxldm.diffusion.grids import Grid, steps_in
+from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.paths import Path, at_least_float32, edm_path, per_image
 from jaxldm.diffusion.predictions import check_edm, check_prediction, edm_coefficients, to_x0
 from jaxldm.diffusion.solvers.solver import Solver, noise_like
@@ -44,7 +47,7 @@ class Denoiser:
         """x_0 for noisy x; t is one number or one per image [B]."""
         x_0 = self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
         chex.assert_equal_shape([x, x_0])
-        return x_0
+        return x_0.astype(x.dtype)  # a network may answer in bfloat16
 
 
 def denoiser(
@@ -159,22 +162,25 @@ def sample(
     callback: Callable[[Any, Any], None] | None = None,
     progress: Callable[[Any, Any], None] | None = None,
 ) -> Any:
-    """Walks the grid from x_T [B, H, W, C] to its last row, as one `jax.lax.scan`.
+    """The sampling loop: from x_T [B, H, W, C] over the rows of the grid to its last, as one `jax.lax.scan`.
 
-    jit, vmap, pmap and grad all work; the arithmetic is float32 or wider, whatever the network computes in.
-    With grids padded to one length, another seed, scale or number of steps compiles nothing new.
+    jit, vmap, pmap, shard_map and grad all work; the arithmetic is float32 or wider, whatever the network
+    computes in. With grids padded to one length, another seed, scale or number of steps compiles nothing new.
+    Outside of jit, neither do another callback, another solver from an equal call, nor other weights of the
+    same shapes: see `compile_once`. With a callback or progress the loop then runs on the host, over one
+    compiled step; inside of jit both are part of the program, unless they are listeners (`listening`).
 
     Args:
         key: one key (image k uses fold_in(key, k)) or one per image [B]. The noise of step i of image k
             depends on (key of image k, grid.start + i) alone, not on the batch, nor on where a grid was cut.
         denoise: (x, t) -> x_0, from `denoiser` or your own.
         solver: from `jaxldm.diffusion.solvers`.
-        grid: from `make_grid`.
+        grid: from `make_grid`, on the path of the denoiser.
         x_T: the start, from `initial_noise`, or a noised image.
         return_trajectory: also return x at every row, [N + 1, B, H, W, C], x_T first.
-        return_predictions: also return x_0 as seen from the first row of every step, denoise(x_i, t_i), [N,
-            B, H, W, C]. In padded steps it is the last x. The solver asks the same, and XLA computes it once,
-            except behind the `lax.cond` of a traced guidance scale.
+        return_predictions: also return the x_0 that every step starts from, denoise(x_i, t_i), [N, B, H, W,
+            C]. In padded steps it is the last x, in steps that only add noise (`restart`) the noisy x. It
+            costs no evaluation.
         callback: called on the host after each step with (row number, x), for pictures.
         progress: called on the host after each step with (steps done, steps in all), for progress bars: no
             image leaves the device. See `bar_progress`.
@@ -182,6 +188,10 @@ def sample(
     Returns:
         x at the last row; with `return_trajectory` or `return_predictions` a tuple: x, then the trajectory,
         then the predictions, those that were asked for.
+
+    Raises:
+        InvalidArgumentError: a solver that is a name or a function that makes one, images with their channels
+            first, or a grid that belongs to another path than the denoiser's (where its rows can be seen).
 
     >>> import jax
     >>> from jaxldm import diffusion as D
@@ -192,46 +202,118 @@ def sample(
     (4, 8, 8, 1)
     """
     x_T = at_least_float32(jnp.asarray(x_T))
-    columns = [jnp.asarray(column, x_T.dtype) for column in (grid.t, grid.alpha, grid.sigma)]
+    check_sampling(denoise, solver, grid, x_T.shape)
+    columns = [jnp.asarray(column, x_T.dtype) for column in grid[:3]]
     chex.assert_equal_shape(columns)
     chex.assert_rank(columns, 1)
     grid = Grid(*columns, grid.num_steps, grid.start)
     keys = image_keys(key, x_T.shape[0])
-    num_steps = steps_in(grid)
 
-    def advance(state, i):
-        x_0 = _predict(solver, state, denoise, grid, i) if return_predictions else None
-        number = jnp.asarray(grid.start + i, jnp.uint32)
-        state = solver.step(state, denoise, grid, i, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+    def scan(keys, grid, x_T):
+        def advance(state, i):
+            state, x_0 = sample_step(keys, denoise, solver, grid, state, i)
+            report(callback, jnp.asarray(grid.start + i, jnp.uint32), state.x)
+            report(progress, i + 1, steps_in(grid))
+            return state, (x_0 if return_predictions else None)
+
+        def skip(state, i):
+            return state, (state.x if return_predictions else None)
+
+        def body(state, i):
+            if grid.num_steps is None:
+                state, x_0 = advance(state, i)
+            else:  # rows behind num_steps are padding: no network is called for them
+                state, x_0 = jax.lax.cond(i < grid.num_steps, advance, skip, state, i)
+            return state, (state.x if return_trajectory else None, x_0)
+
+        rows = jnp.arange(grid.t.shape[0] - 1, dtype=jnp.int32)
+        state, (trajectory, predictions) = jax.lax.scan(body, solver.init(x_T), rows)
+        if return_trajectory:
+            trajectory = jnp.concatenate([x_T[None], trajectory])
+        return state.x, trajectory, predictions
+
+    if traced((keys, grid, x_T)):
+        results = scan(keys, grid, x_T)
+    elif callback is None and progress is None:
+        results = compile_once(scan, keys, grid, x_T)(keys, grid, x_T)
+    else:
+        wanted = (return_trajectory, return_predictions)
+        results = _loop_on_the_host(keys, denoise, solver, grid, x_T, callback, progress, wanted)
+        results = scan(keys, grid, x_T) if results is None else results
+    x, *rest = (value for value in results if value is not None)
+    return (x, *rest) if rest else x
+
+
+def sample_step(
+    keys: Key[Array, " B"],
+    denoise: Callable[[Any, Any], Any],
+    solver: Solver,
+    grid: Grid,
+    state: Any,
+    i: Any,
+) -> tuple[Any, Float[Array, "B ..."]]:
+    """(state, x_0) after step i of `sample`: for a sampling loop of one's own.
+
+    Args:
+        keys: one per image [B], from `image_keys`.
+        denoise: (x, t) -> x_0.
+        solver: gives the first state, solver.init(x_T).
+        grid: from `make_grid`.
+        state: of the solver; state.x is the image at row i.
+        i: the number of the row, int32; may be traced.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxldm import diffusion as D
+    >>> path, solver = D.flow_path(), D.solvers.ddim()
+    >>> grid, keys = D.make_grid(path, 4), D.image_keys(jax.random.key(0), 2)
+    >>> exact = D.gaussian_denoiser(path)
+    >>> step = jax.jit(lambda state, i: D.sample_step(keys, exact, solver, grid, state, i))
+    >>> state = solver.init(D.initial_noise(keys, (2, 8, 8, 1), grid))
+    >>> for i in range(4):
+    ...     state, x_0 = step(state, jnp.int32(i))
+    """
+    grid = Grid(*(jnp.asarray(column, state.x.dtype) for column in grid[:3]), grid.num_steps, grid.start)
+    number = jnp.asarray(grid.start + i, jnp.uint32)
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    if not hasattr(denoise, "path"):
+        denoise = _in_type_of_x(denoise)
+    return solver.step(state, denoise, grid, i, step_keys)
+
+
+def _in_type_of_x(denoise: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A plain function whose x_0 has x's shape and type, though a network may answer in bfloat16."""
+
+    def function(x, t):
+        x_0 = jnp.asarray(denoise(x, t))
+        chex.assert_equal_shape([x, x_0])
+        return x_0.astype(x.dtype)
+
+    return function
+
+
+def _loop_on_the_host(keys, denoise, solver, grid, x_T, callback, progress, wanted) -> Any:
+    """(x, trajectory, predictions) of `sample`, or None where the step cannot be compiled by itself."""
+
+    def step(keys, grid, state, i):
+        return sample_step(keys, denoise, solver, grid, state, i)
+
+    state, total = solver.init(x_T), int(steps_in(grid))
+    run = compile_once(step, keys, grid, state, np.int32(0))
+    if run is step and not jax.config.jax_disable_jit:
+        return None
+    trajectory, predictions = [x_T], []
+    for i in range(total):
+        state, x_0 = run(keys, grid, state, np.int32(i))
+        trajectory += [state.x] * wanted[0]
+        predictions += [x_0] * wanted[1]
         if callback is not None:
-            jax.debug.callback(callback, number, state.x)
+            callback(np.uint32(grid.start + i), state.x)
         if progress is not None:
-            jax.debug.callback(progress, i + 1, num_steps)
-        return state, x_0
-
-    def stand_still(state, i):
-        return state, (state.x if return_predictions else None)
-
-    def body(state, i):
-        if grid.num_steps is None:
-            state, x_0 = advance(state, i)
-        else:  # rows behind num_steps are padding: no network is called for them
-            state, x_0 = jax.lax.cond(i < num_steps, advance, stand_still, state, i)
-        return state, (state.x if return_trajectory else None, x_0)
-
-    rows = jnp.arange(grid.t.shape[0] - 1, dtype=jnp.int32)
-    state, (trajectory, predictions) = jax.lax.scan(body, solver.init(x_T), rows)
-    if trajectory is not None:
-        trajectory = jnp.concatenate([x_T[None], trajectory])
-    asked = [value for value in (trajectory, predictions) if value is not None]
-    return (state.x, *asked) if asked else state.x
-
-
-def _predict(solver, state, denoise, grid, i):
-    """x_0 as seen from row i."""
-    if solver.predict is not None:
-        return solver.predict(state, denoise, grid, i)
-    return denoise(state.x, grid.t[i])
+            jax.block_until_ready(state.x)
+            progress(i + 1, total)
+    padding = [state.x] * (grid.t.shape[0] - 1 - total)
+    trajectory = jnp.stack(trajectory + padding) if wanted[0] else None
+    return state.x, trajectory, (jnp.stack(predictions + padding) if wanted[1] else None)
 
 
 def bar_progress(bar: Any) -> Callable[[Any, Any], None]:

@@ -27,7 +27,7 @@ def moments_of(solver, denoise, mean, std, max_steps):
 
         def body(state, i):
             keys = pair[(jnp.arange(images, dtype=jnp.int32) == i).astype(jnp.int32)]
-            new = solver.step(state, denoise, grid, i, keys)
+            new, _ = solver.step(state, denoise, grid, i, keys)
             return jax.tree.map(lambda a, b: jnp.where(i < grid.num_steps, a, b), new, state), None
 
         x = jax.lax.scan(body, solver.init(x), jnp.arange(max_steps, dtype=jnp.int32))[0].x

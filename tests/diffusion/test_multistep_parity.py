@@ -10,6 +10,7 @@ import itertools
 import diffusers
 import jax.numpy as jnp
 import numpy as np
+import other_programs
 import pytest
 import torch
 from reference_schedulers import (
@@ -150,8 +151,8 @@ def respaced_or_not(scheduler_class, prediction, steps, spacing, final, **option
     "order, solver_type, solver",
     [
         (2, "heun", D.solvers.dpmpp_2m(solver_type="heun")),
-        (3, "midpoint", D.solvers.dpmpp_3m(halve_curvature=True)),
-        (3, "heun", D.solvers.dpmpp_3m(solver_type="heun", halve_curvature=True)),
+        (3, "midpoint", other_programs.dpmpp_3m("halved")),
+        (3, "heun", other_programs.dpmpp_3m("halved", solver_type="heun")),
     ],
     ids=["2m_heun", "3m_midpoint", "3m_heun"],
 )
@@ -231,7 +232,7 @@ def test_unipc_on_the_flow_path():
     "scheduler_class, solver, order",
     [
         (diffusers.DPMSolverMultistepScheduler, D.solvers.dpmpp_2m(), 2),
-        (diffusers.DPMSolverMultistepScheduler, D.solvers.dpmpp_3m(halve_curvature=True), 3),
+        (diffusers.DPMSolverMultistepScheduler, other_programs.dpmpp_3m("halved"), 3),
         (diffusers.UniPCMultistepScheduler, D.solvers.unipc(), 2),
     ],
     ids=["dpmpp_2m", "dpmpp_3m", "unipc"],

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import other_programs
 import pytest
 from mixture_reference import MEANS, STDS, WEIGHTS, solve_exactly
 
@@ -37,9 +38,10 @@ ORDERS = [
     ("unipc", {"order": 3, **KEEP}, 4),
     ("unipc", {"corrector": False, **KEEP}, 2),
     # What others compute under the same names, and why it is not what we do unless asked.
-    ("dpmpp_3m", {"halve_curvature": True}, 2),
+    ("dpmpp_3m of other programs", {"curvature": "halved"}, 2),
     ("pndm", {"combine": "v_prediction"}, 1),
 ]
+OTHER_PROGRAMS = {"dpmpp_3m of other programs": other_programs.dpmpp_3m}
 SAME_AS = {"euler": "ddim", "dpmpp_1s": "ddim"}
 STEPS = (64, 128, 256, 512)
 PATHS = {
@@ -100,8 +102,9 @@ def test_order(name, options, order, x64):
     @jax.jit
     def run(number, grid, x, mixture):
         denoise = D.gaussian_mixture_denoiser(PathByNumber(number), *mixture)
-        return D.sample(jax.random.key(0), denoise, D.solvers.make(name, **options), grid, x)
+        return D.sample(jax.random.key(0), denoise, make(**options), grid, x)
 
+    make = OTHER_PROGRAMS.get(name) or functools.partial(D.solvers.make, name)
     for number, path_name in enumerate(PATHS):
         grids, x, exact = problem(path_name)
         for mixture, solution in exact.items():

@@ -10,6 +10,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import other_programs
 import pytest
 import torch
 from reference_schedulers import (
@@ -224,7 +225,7 @@ def test_dpmpp_with_respaced_sigmas(sigmas, label, scheduler_class, solver):
         (diffusers.EDMDPMSolverMultistepScheduler, D.solvers.dpmpp_2m(False), {"lower_order_final": False}),
         (
             diffusers.EDMDPMSolverMultistepScheduler,
-            D.solvers.dpmpp_3m(False, halve_curvature=True),
+            other_programs.dpmpp_3m("halved", lower_order_final=False),
             {"lower_order_final": False, "solver_order": 3},
         ),
     ],

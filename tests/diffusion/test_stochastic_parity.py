@@ -13,6 +13,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import other_programs
 import pytest
 import torch
 from diffusers.schedulers import (
@@ -66,10 +67,11 @@ def sde_scheduler(prediction, order, **options):
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_dpmpp_sde(order, solver_type):
-    # Of third order the reference's own coefficient of the second difference is wrong, and ours only on
-    # request: test_stochastic_solvers.py measures what it is worth.
-    options = {"curvature": "diffusers"} if order == 3 else {}
-    solver = D.solvers.make(f"dpmpp_{order}m_sde", solver_type=solver_type, **options)
+    # Of third order the reference's own coefficient of the second difference is wrong:
+    # test_stochastic_solvers.py measures what it is worth.
+    solver = D.solvers.dpmpp_2m_sde(solver_type=solver_type)
+    if order == 3:
+        solver = other_programs.dpmpp_3m("diffusers", eta=1.0, solver_type=solver_type)
     run = run_ours(solver, VP)
     spacings = OPEN_SPACINGS if solver_type == "midpoint" else ("trailing",)  # one is enough for the other
     for case in itertools.product(PREDICTIONS, STEPS, spacings, FINAL_SIGMAS):

@@ -1,10 +1,12 @@
 """Stochastic solvers on Gaussian data, where a run's distribution is known: weak order, samples, twins."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import other_programs
 import pytest
 from affine_runs import marginal, weak_order
 from reference_schedulers import SEED, assert_close, jax_network, network, start_noise, step_noise
@@ -59,12 +61,17 @@ ORDERS = {
     # What other programs compute under the name: half of the second difference costs an order (without noise,
     # where there is one to lose), and a wrong sign leaves a step of first order.
     "3m_sde eta 0 of k-diffusion, vp": (
-        D.solvers.dpmpp_3m_sde(0.0, curvature="k-diffusion"),
+        other_programs.dpmpp_3m("halved", eta=0.0, solver_type="heun"),
         VP,
         even_in_log_snr,
         2,
     ),
-    "3m_sde of diffusers, vp": (D.solvers.dpmpp_3m_sde(curvature="diffusers"), VP, even_in_log_snr, 1),
+    "3m_sde of diffusers, vp": (
+        other_programs.dpmpp_3m("diffusers", eta=1.0, solver_type="heun"),
+        VP,
+        even_in_log_snr,
+        1,
+    ),
 }
 
 
@@ -135,15 +142,9 @@ def k_diffusion(order, sigmas, eta, s_noise, solver_type):
 
 @pytest.mark.parametrize("order, solver_type", [(2, "midpoint"), (2, "heun"), (3, "heun")])
 def test_as_k_diffusion_prints_them(order, solver_type):
-    options = {"curvature": "k-diffusion"} if order == 3 else {}
-    solver = D.solvers.make(
-        f"dpmpp_{order}m_sde",
-        eta=0.6,
-        s_noise=1.2,
-        solver_type=solver_type,
-        lower_order_final=False,
-        **options,
-    )
+    options = {"eta": 0.6, "s_noise": 1.2, "solver_type": solver_type, "lower_order_final": False}
+    make = D.solvers.dpmpp_2m_sde if order == 2 else functools.partial(other_programs.dpmpp_3m, "halved")
+    solver = make(**options)
     denoise = D.edm_preconditioned(jax_network, sigma_data=0.5)
     run = jax.jit(lambda grid, x: D.sample(KEY, denoise, solver, grid, x))
     for steps in (1, 2, 5, 20):
@@ -154,9 +155,14 @@ def test_as_k_diffusion_prints_them(order, solver_type):
 
 TWINS = {
     "2m": (D.solvers.dpmpp_2m_sde(0.0), D.solvers.dpmpp_2m()),
-    "3m k-diffusion": (
-        D.solvers.dpmpp_3m_sde(0.0, solver_type="midpoint", curvature="k-diffusion"),
-        D.solvers.dpmpp_3m(halve_curvature=True),
+    "3m": (D.solvers.dpmpp_3m_sde(0.0, solver_type="midpoint"), D.solvers.dpmpp_3m()),
+    "3m, Lagrange": (
+        other_programs.dpmpp_3m("exact", solver_type="heun"),
+        D.solvers.dpmpp_3m(solver_type="heun"),
+    ),
+    "3m_sde, Lagrange": (
+        other_programs.dpmpp_3m("exact", eta=0.7),
+        D.solvers.dpmpp_3m_sde(0.7, solver_type="midpoint"),
     ),
 }
 
@@ -215,7 +221,7 @@ def test_learned_variance_lies_between_the_small_and_the_large():
         (lambda: D.solvers.dpmpp_2m_sde(eta=-0.1), InvalidArgumentError, "eta"),
         (lambda: D.solvers.dpmpp_3m_sde(s_noise=float("nan")), InvalidArgumentError, "s_noise"),
         (lambda: D.solvers.dpmpp_2m_sde(solver_type="bh1"), UnknownNameError, "midpoint, heun"),
-        (lambda: D.solvers.dpmpp_3m_sde(curvature="none"), UnknownNameError, "exact"),
+        (lambda: D.solvers.dpmpp_3m_sde(solver_type="none"), UnknownNameError, "midpoint, heun"),
         (
             lambda: D.sample(
                 KEY, D.denoiser(jax_network, VP), D.solvers.ddpm("learned"), D.make_grid(VP, 2), NOISE

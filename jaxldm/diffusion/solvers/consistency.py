@@ -22,7 +22,7 @@ def lcm() -> Solver:
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        return State(there.alpha * x_0 + there.sigma * noise_like(keys, x_0))
+        return State(there.alpha * x_0 + there.sigma * noise_like(keys, x_0)), x_0
 
     return Solver(State, step)
 
@@ -49,7 +49,7 @@ def tcd(gamma: float = 0.3) -> Solver:
         path, here, there = path_of(denoise, "tcd"), row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
         if gamma == 0:
-            return State(move(state.x, x_0, here, there))
+            return State(move(state.x, x_0, here, there)), x_0
         r = (1 - gamma) * there.t
         r = r if path.num_train_timesteps is None else jnp.floor(r)
         r = jnp.minimum(r, there.t)  # the clean row of a discrete path is at -1
@@ -57,6 +57,6 @@ def tcd(gamma: float = 0.3) -> Solver:
         x_r = move(state.x, x_0, here, beyond)
         q = divide(beyond.sigma * there.alpha, there.sigma * beyond.alpha, 1.0)
         std = there.sigma * jnp.sqrt(jnp.maximum((1 - q) * (1 + q), 0))
-        return State(there.alpha / beyond.alpha * x_r + std * noise_like(keys, x_r))
+        return State(there.alpha / beyond.alpha * x_r + std * noise_like(keys, x_r)), x_0
 
     return Solver(State, step)

@@ -34,11 +34,11 @@ def ddim(eta: float = 0.0) -> Solver:
         here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
         if eta == 0:
-            return State(move(state.x, x_0, here, there))
+            return State(move(state.x, x_0, here, there)), x_0
         q = divide(there.sigma * here.alpha, here.sigma * there.alpha, 0.0)
         std = eta * there.sigma * jnp.sqrt((1 - q) * (1 + q))
         direction = there.sigma * jnp.sqrt(1 - eta**2 * (1 - q) * (1 + q))
         x = move(state.x, x_0, here, there._replace(sigma=direction))
-        return State(x + std * noise_like(keys, x))
+        return State(x + std * noise_like(keys, x)), x_0
 
     return Solver(State, step)

@@ -49,7 +49,7 @@ def ddpm(variance: str = "small", final_noise: bool = True) -> Solver:
             arrives |= i + 1 == steps_in(grid)
         scale = here.sigma**v * jnp.where(arrives, 1, there.sigma) ** (1 - v)
         std = jnp.where(arrives, 0, scale * jnp.sqrt((1 - q) * (1 + q)))
-        return State(mean + std * noise_like(keys, mean))
+        return State(mean + std * noise_like(keys, mean)), x_0
 
     return Solver(State, step)
 

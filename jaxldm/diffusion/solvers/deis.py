@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.predictions import from_x0
-from jaxldm.diffusion.solvers.dpmpp import half_log_snr, is_an_end
+from jaxldm.diffusion.solvers.dpmpp import at_boundary, half_log_snr
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
     begin,
@@ -49,16 +49,16 @@ def deis(order: int = 2, lower_order_final: bool = True) -> Solver:
         here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
         x_0 = denoise(state.x, here.t)
         epsilon = from_x0("epsilon", x_0, state.x, here.alpha, here.sigma)
-        at_an_end = is_an_end(here) | is_an_end(there)
+        ends = at_boundary(here) | at_boundary(there)
         steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, order)
-        reach = order_of_step(order, state.taken, at_an_end, steps_left)
-        nodes, counts = past_nodes(grid, i, half_log_snr, reach, order)
-        h = jnp.where(at_an_end, 1, half_log_snr(there) - half_log_snr(here))
+        reach = order_of_step(order, state.taken, ends, steps_left)
+        nodes, valid = past_nodes(grid, i, half_log_snr, reach, order)
+        h = jnp.where(ends, 1, half_log_snr(there) - half_log_snr(here))
         # d rho = -rho_t h e^{-h u} du: seen from row s, with v = 1 - u, the weight is h e^{-h (1 - v)}.
         moments = exponential_moments(h, order)
-        weights = polynomial_weights([1 - node for node in nodes], counts, moments)
+        weights = polynomial_weights([1 - node for node in nodes], valid, moments)
         width = -there.alpha * divide(here.sigma, here.alpha, 0.0)
         x = move(state.x, x_0, here, there) + width * difference(weights, epsilon, state.past)
-        return MultistepState(x, remember(epsilon, state.past), state.taken + 1)
+        return MultistepState(x, remember(epsilon, state.past), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, order - 1), step)

@@ -66,6 +66,6 @@ def dpm2_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras")
         x = jax.lax.cond(q > 0, midpoint, lambda euler: euler, euler)
         if eta > 0:
             x = x + s_noise * fresh * there.sigma * noise_like(keys, x)
-        return State(x)
+        return State(x), x_0
 
     return Solver(State, step)

@@ -1,28 +1,20 @@
 """DPM-Solver++: one-step 1S and 2S, multistep 2M and 3M (Lu, Zhou, Bao, Chen, Li and Zhu 2022).
 
-All integrate x_0 as a function of lambda = log(alpha / sigma), half the log-SNR: a DDIM step taken with a
-corrected x_0. So all are finite at pure noise and at the clean row, where lambda is infinite.
+All integrate x_0 as a function of lambda = log(alpha / sigma), half the log-SNR: a DDIM step with a corrected
+x_0, called D. So all are finite at pure noise and at the clean row, where lambda is infinite.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.diffusion.grids import Grid, steps_in
+from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.ddim import ddim
-from jaxldm.diffusion.solvers.multistep import (
-    MultistepState,
-    begin,
-    difference,
-    exponential_moments,
-    order_of_step,
-    past_nodes,
-    polynomial_weights,
-    remember,
-)
+from jaxldm.diffusion.solvers.multistep import MultistepState, begin, exponential_moments, order_of_step
 from jaxldm.diffusion.solvers.solver import Row, Solver, divide, move, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
@@ -44,7 +36,7 @@ def half_log_snr(row: Row) -> Float[Array, ""]:
     return jnp.log(row.alpha) - jnp.log(row.sigma)
 
 
-def is_an_end(row: Row) -> Any:
+def at_boundary(row: Row) -> Any:
     """Whether lambda is infinite here: the clean row, or pure noise."""
     return (row.sigma == 0) | (row.alpha == 0)
 
@@ -59,58 +51,6 @@ def slope_weight(h: Any, solver_type: str) -> Any:
         return 0.5
     whole, ramp = exponential_moments(h, 2)
     return ramp / whole
-
-
-def through_two(
-    x_0: Any,
-    state: MultistepState,
-    grid: Grid,
-    i: Any,
-    solver_type: str,
-    lower_order_final: bool,
-    eta: float = 0.0,
-) -> Any:
-    """The D of 2M: x_0 and its slope since the step before, under the weight e^{-(1 + eta) h (1 - u)}.
-
-    eta = 0 is the ODE's, `dpmpp_2m`; any other that of the SDE, `dpmpp_2m_sde`.
-    """
-    here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
-    h = half_log_snr(there) - half_log_snr(here)
-    h_previous = half_log_snr(here) - half_log_snr(row(grid, jnp.maximum(i - 1, 0)))
-    first_order = (state.taken == 0) | is_an_end(there)
-    if lower_order_final:
-        first_order |= (i == num_steps - 1) & (num_steps < 15)
-    weight = slope_weight((1 + eta) * h, solver_type) * divide(h, h_previous, 0.0)
-    return x_0 + jnp.where(first_order, 0, weight) * (x_0 - state.past[0])
-
-
-def through_three(
-    x_0: Any,
-    state: MultistepState,
-    grid: Grid,
-    i: Any,
-    solver_type: str,
-    lower_order_final: bool,
-    curvature: str,
-    eta: float = 0.0,
-) -> Any:
-    """The D of 3M: x_0 with the parabola through the last three, under the weight of `through_two`.
-
-    `curvature` is that of `dpmpp_3m_sde`: "exact", or what other programs make of the second difference.
-    """
-    here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
-    at_an_end = is_an_end(here) | is_an_end(there)
-    steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
-    reach = order_of_step(3, state.taken, at_an_end, steps_left)
-    nodes, counts = past_nodes(grid, i, half_log_snr, reach, 3)
-    H = jnp.where(at_an_end, 1, (1 + eta) * (half_log_snr(there) - half_log_snr(here)))
-    whole, ramp, square = exponential_moments(H, 3)
-    square = {"exact": square, "k-diffusion": square / 2, "diffusers": square / 2 - 1}[curvature]
-    weights = polynomial_weights(nodes, counts, [whole, ramp, square])
-    weights = [divide(weight, whole, 0.0) for weight in weights]
-    second_order = divide(slope_weight(H, solver_type), nodes[1], 0.0)
-    weights[1] = jnp.where((reach == 2) & counts[1], second_order, weights[1])
-    return x_0 + difference(weights, x_0, state.past)
 
 
 @equal_by_call
@@ -143,34 +83,41 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
-        here, there = row(grid, i), row(grid, i + 1)
-        x_0 = denoise(state.x, here.t)
-        corrected = through_two(x_0, state, grid, i, solver_type, lower_order_final)
-        return MultistepState(move(state.x, corrected, here, there), (x_0,), state.taken + 1)
+        before, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
+        h = half_log_snr(there) - half_log_snr(here)
+        h_previous = half_log_snr(here) - half_log_snr(before)
+        num_steps = steps_in(grid)
+        first_order = (state.taken == 0) | at_boundary(there)
+        if lower_order_final:
+            first_order |= (i == num_steps - 1) & (num_steps < 15)
+
+        x_0, (x_0_previous,) = denoise(state.x, here.t), state.past
+        slope = slope_weight(h, solver_type) * divide(h, h_previous, 0.0)
+        D = x_0 + jnp.where(first_order, 0, slope) * (x_0 - x_0_previous)
+        return MultistepState(move(state.x, D, here, there), (x_0,), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 1), step)
 
 
 @equal_by_call
-def dpmpp_3m(
-    lower_order_final: bool = True, solver_type: str = "midpoint", halve_curvature: bool = False
-) -> Solver:
+def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
     """DPM-Solver++ of third order, multistep: the parabola through the last three x_0, integrated exactly.
 
-        x_s = (sigma_s / sigma_t) x_t + alpha_s sum_j c_j x_0_{i-j},    c_j = integral of h e^{-h (1 - u)} L_j
+    With u = (lambda - lambda_t) / h, Newton's form of the parabola through u = 0, -r_0 and -(r_0 + r_1) is
 
-    over u from 0 to 1, u = (lambda - lambda_t) / h, with L_j the Lagrange polynomials: the exponential
-    Adams-Bashforth method that Lu et al. 2022 write with Taylor's formula. One evaluation a step; the first
-    step is of first order, the second of second, as is what ends at the clean row. A run that is cut and
-    continued starts again at first order; one of fewer than 3 steps never reaches the third.
+        x_0(u) = x_0 + u D_1 + u (u + r_0) D_2,    r_0 = h_previous / h,    r_1 = h_before_previous / h
+        D_1 = (x_0 - x_0_previous) / r_0,    D_2 = (D_1 - D_1_previous) / (r_0 + r_1)
+
+    and D is its mean under the weight h e^{-h (1 - u)} over u from 0 to 1: the exponential Adams-Bashforth
+    method that Lu et al. 2022 write with Taylor's formula, x_s as in `dpmpp_2m`. (The authors' program,
+    k-diffusion and diffusers take half of the D_2 term, which leaves second order.) One evaluation a step;
+    the first step is of first order, the second of second, as is what ends at the clean row. A run that is
+    cut and continued starts again at first order; one of fewer than 3 steps never reaches the third.
 
     Args:
         lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
             and the last of first, for stability, as the authors do.
         solver_type: of the steps of second order, see `dpmpp_2m`.
-        halve_curvature: take only half of the second difference, as the authors' program, k-diffusion and
-            diffusers do: they divide by r_0 + r_1 where Taylor's D_2 is twice that. It is of second order
-            then (tests/diffusion/test_solver_order.py measures both).
 
     Raises:
         UnknownNameError: another solver_type.
@@ -179,13 +126,44 @@ def dpmpp_3m(
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
-        x_0 = denoise(state.x, here.t)
-        curvature = "k-diffusion" if halve_curvature else "exact"
-        corrected = through_three(x_0, state, grid, i, solver_type, lower_order_final, curvature)
-        x = move(state.x, corrected, here, there)
-        return MultistepState(x, remember(x_0, state.past), state.taken + 1)
+        order = third_order_step(state, grid, i, lower_order_final)
+        h, r_0, r_1 = relative_steps(grid, i, order)
+
+        x_0, (x_1, x_2) = denoise(state.x, here.t), state.past
+        slope, parabola = parabola_weights(h, r_0, order, solver_type)
+        D_1 = divide(1.0, r_0, 0.0) * (x_0 - x_1)
+        D_2 = divide(1.0, r_0 + r_1, 0.0) * (D_1 - divide(1.0, r_1, 0.0) * (x_1 - x_2))
+        D = x_0 + slope * D_1 + parabola * D_2
+        return MultistepState(move(state.x, D, here, there), (x_0, x_1), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 2), step)
+
+
+def third_order_step(state: MultistepState, grid: Any, i: Any, lower_order_final: bool) -> Any:
+    """The order of step i of a third-order run, 1 to 3; may be traced."""
+    num_steps = steps_in(grid)
+    ends = at_boundary(row(grid, i)) | at_boundary(row(grid, i + 1))
+    steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
+    return order_of_step(3, state.taken, ends, steps_left)
+
+
+def relative_steps(grid: Any, i: Any, order: Any) -> tuple[Any, Any, Any]:
+    """(h, r_0, r_1): step i in lambda, and the two steps before it over h; 1 where they are not used.
+
+    A row at pure noise is infinitely far away: r is infinite, and its divided difference 0.
+    """
+    lambdas = [half_log_snr(row(grid, jnp.maximum(i + k, 0))) for k in (1, 0, -1, -2)]
+    h, h_0, h_1 = (b - a for b, a in itertools.pairwise(lambdas))
+    h = jnp.where(at_boundary(row(grid, i)) | at_boundary(row(grid, i + 1)), 1, h)
+    return h, jnp.where(order >= 2, h_0 / h, 1), jnp.where(order >= 3, h_1 / h, 1)
+
+
+def parabola_weights(h: Any, r_0: Any, order: Any, solver_type: str) -> tuple[Any, Any]:
+    """The means of u and of u (u + r_0) under the weight h e^{-h (1 - u)}; 0 beyond the order of the step."""
+    whole, ramp, square = exponential_moments(h, 3)
+    second_order = 0.5 if solver_type == "midpoint" else ramp / whole
+    slope = jnp.where(order >= 3, ramp / whole, jnp.where(order == 2, second_order, 0))
+    return slope, jnp.where(order >= 3, (square + r_0 * ramp) / whole, 0)
 
 
 @equal_by_call
@@ -210,16 +188,16 @@ def dpmpp_2s(solver_type: str = "midpoint") -> Solver:
     def step(state, denoise, grid, i, keys):
         base, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        closes = (state.taken % 2 == 1) & ~is_an_end(there)
+        closes = (state.taken % 2 == 1) & ~at_boundary(there)
         h_here = half_log_snr(here) - half_log_snr(base)
         h_there = half_log_snr(there) - half_log_snr(base)
         # From pure noise (or, inverting, from the clean row) both h are infinite, and their ratio goes to 1.
-        from_an_end = ~jnp.isfinite(h_here)
-        ratio = jnp.where(from_an_end, 1, divide(h_there, h_here, 1.0))
-        slope = slope_weight(jnp.where(from_an_end, jnp.inf, h_there), solver_type)
+        from_boundary = ~jnp.isfinite(h_here)
+        ratio = jnp.where(from_boundary, 1, divide(h_there, h_here, 1.0))
+        slope = slope_weight(jnp.where(from_boundary, jnp.inf, h_there), solver_type)
         weight = jnp.where(closes, slope * ratio, 0)  # finite where it is not used, for the sake of gradients
-        corrected = state.base_x_0 + weight * (x_0 - state.base_x_0)
-        x = jnp.where(closes, move(state.base_x, corrected, base, there), move(state.x, x_0, here, there))
-        return SinglestepState(x, state.x, x_0, state.taken + 1)
+        D = state.base_x_0 + weight * (x_0 - state.base_x_0)
+        x = jnp.where(closes, move(state.base_x, D, base, there), move(state.x, x_0, here, there))
+        return SinglestepState(x, state.x, x_0, state.taken + 1), x_0
 
     return Solver(lambda x: SinglestepState(x, x, jnp.zeros_like(x), jnp.int32(0)), step)

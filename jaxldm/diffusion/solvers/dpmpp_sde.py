@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxldm.diffusion.solvers.dpmpp import SOLVER_TYPES, half_log_snr, through_three, through_two
-from jaxldm.diffusion.solvers.multistep import MultistepState, begin, remember
-from jaxldm.diffusion.solvers.solver import Solver, move, noise_like, row
+from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.solvers.dpmpp import (
+    SOLVER_TYPES,
+    at_boundary,
+    half_log_snr,
+    parabola_weights,
+    relative_steps,
+    slope_weight,
+    third_order_step,
+)
+from jaxldm.diffusion.solvers.multistep import MultistepState, begin
+from jaxldm.diffusion.solvers.solver import Solver, divide, move, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
-
-CURVATURES = ("exact", "k-diffusion", "diffusers")
 
 
 @equal_by_call
@@ -44,29 +51,33 @@ def dpmpp_2m_sde(
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
-        here, there = row(grid, i), row(grid, i + 1)
-        x_0 = denoise(state.x, here.t)
-        corrected = through_two(x_0, state, grid, i, solver_type, lower_order_final, eta)
-        x = move_with_noise(state.x, corrected, here, there, eta, s_noise, keys)
-        return MultistepState(x, (x_0,), state.taken + 1)
+        before, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
+        h = half_log_snr(there) - half_log_snr(here)
+        h_previous = half_log_snr(here) - half_log_snr(before)
+        num_steps = steps_in(grid)
+        first_order = (state.taken == 0) | at_boundary(there)
+        if lower_order_final:
+            first_order |= (i == num_steps - 1) & (num_steps < 15)
+
+        x_0, (x_0_previous,) = denoise(state.x, here.t), state.past
+        slope = slope_weight((1 + eta) * h, solver_type) * divide(h, h_previous, 0.0)
+        D = x_0 + jnp.where(first_order, 0, slope) * (x_0 - x_0_previous)
+        x = move_with_noise(state.x, D, here, there, eta, s_noise, keys)
+        return MultistepState(x, (x_0,), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 1), step)
 
 
 @equal_by_call
 def dpmpp_3m_sde(
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    solver_type: str = "heun",
-    lower_order_final: bool = True,
-    curvature: str = "exact",
+    eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "heun", lower_order_final: bool = True
 ) -> Solver:
     """DPM-Solver++(3M) SDE, after k-diffusion's `sample_dpmpp_3m_sde`: the parabola through three x_0.
 
-    The step of `dpmpp_2m_sde`, with the D for which the parabola is integrated exactly, as in `dpmpp_3m`,
-    under the weight e^{-(1 + eta) h (1 - u)}. Third order for eta = 0. With noise the weak order stays 2:
-    the last increment of the noise says nothing of the next. The first step is of first order, the second
-    of second.
+    The step of `dpmpp_2m_sde`, with the D of `dpmpp_3m` under the weight e^{-(1 + eta) h (1 - u)}. Third
+    order for eta = 0. With noise the weak order stays 2: the last increment of the noise does not determine
+    the next. The first step is of first order, the second of second. (k-diffusion takes half of the D_2 term,
+    see `dpmpp_3m`; diffusers gives that half another sign as well, so that it does not vanish with h.)
 
     Args:
         eta: 0 is `dpmpp_3m`, which draws no noise; 1 the reverse SDE of the diffusion.
@@ -74,23 +85,26 @@ def dpmpp_3m_sde(
         solver_type: of the steps of second order: "heun" as in k-diffusion, "midpoint" as in diffusers.
         lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
             and the last of first.
-        curvature: "exact", or what others compute of the second difference: "k-diffusion" has half of it (see
-            `dpmpp_3m`), "diffusers" a sign wrong besides, so that it does not even vanish with h.
 
     Raises:
-        UnknownNameError: another solver_type or curvature.
+        UnknownNameError: another solver_type.
         InvalidArgumentError: a negative eta or s_noise.
     """
     check_noise("dpmpp_3m_sde", eta, s_noise)
     one_of("solver_type", solver_type, SOLVER_TYPES)
-    one_of("curvature", curvature, CURVATURES)
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
-        x_0 = denoise(state.x, here.t)
-        corrected = through_three(x_0, state, grid, i, solver_type, lower_order_final, curvature, eta)
-        x = move_with_noise(state.x, corrected, here, there, eta, s_noise, keys)
-        return MultistepState(x, remember(x_0, state.past), state.taken + 1)
+        order = third_order_step(state, grid, i, lower_order_final)
+        h, r_0, r_1 = relative_steps(grid, i, order)
+
+        x_0, (x_1, x_2) = denoise(state.x, here.t), state.past
+        slope, parabola = parabola_weights((1 + eta) * h, r_0, order, solver_type)
+        D_1 = divide(1.0, r_0, 0.0) * (x_0 - x_1)
+        D_2 = divide(1.0, r_0 + r_1, 0.0) * (D_1 - divide(1.0, r_1, 0.0) * (x_1 - x_2))
+        D = x_0 + slope * D_1 + parabola * D_2
+        x = move_with_noise(state.x, D, here, there, eta, s_noise, keys)
+        return MultistepState(x, (x_0, x_1), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 2), step)
 

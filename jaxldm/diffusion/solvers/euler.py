@@ -55,10 +55,10 @@ def euler_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras"
         here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
         if eta == 0:
-            return State(move(state.x, x_0, here, there))
+            return State(move(state.x, x_0, here, there)), x_0
         kept, fresh = ancestral_split(here, there, eta, form)
         mean = move(state.x, x_0, here, there._replace(sigma=kept * there.sigma))
-        return State(mean + s_noise * fresh * there.sigma * noise_like(keys, mean))
+        return State(mean + s_noise * fresh * there.sigma * noise_like(keys, mean)), x_0
 
     return Solver(State, step)
 

@@ -32,8 +32,9 @@ def flow_euler() -> Solver:
 
     def step(state, denoise, grid, i, keys):
         path, here, there = path_of(denoise, "flow_euler"), row(grid, i), row(grid, i + 1)
-        v = velocity(state.x, denoise(state.x, here.t), path, here, there)
-        return State(state.x + (there.t - here.t) * v)
+        x_0 = denoise(state.x, here.t)
+        v = velocity(state.x, x_0, path, here, there)
+        return State(state.x + (there.t - here.t) * v), x_0
 
     return Solver(State, step)
 
@@ -52,13 +53,14 @@ def flow_heun() -> Solver:
     def step(state, denoise, grid, i, keys):
         path, here, there = path_of(denoise, "flow_heun"), row(grid, i), row(grid, i + 1)
         width = there.t - here.t
-        v = velocity(state.x, denoise(state.x, here.t), path, here, there)
+        x_0 = denoise(state.x, here.t)
+        v = velocity(state.x, x_0, path, here, there)
         euler = state.x + width * v
 
         def trapezoid(euler):
             return state.x + width / 2 * (v + velocity(euler, denoise(euler, there.t), path, there, here))
 
-        return State(jax.lax.cond(there.sigma > 0, trapezoid, lambda euler: euler, euler))
+        return State(jax.lax.cond(there.sigma > 0, trapezoid, lambda euler: euler, euler)), x_0
 
     return Solver(State, step)
 

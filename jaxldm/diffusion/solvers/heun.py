@@ -41,9 +41,9 @@ def heun(
             gamma = jnp.minimum(s_churn / jnp.asarray(steps_in(grid), x.dtype), 2**0.5 - 1)
             finite = here._replace(alpha=jnp.where(here.alpha == 0, 1, here.alpha))
             ratio = finite.sigma / finite.alpha
-            churned = raise_noise(x, finite, path, gamma, s_noise, keys)
-            stirs = (ratio >= s_tmin) & (ratio <= s_tmax) & (here.alpha > 0)
-            x, here = jax.tree.map(lambda new, old: jnp.where(stirs, new, old), churned, (x, here))
+            raised = raise_noise(x, finite, path, gamma, s_noise, keys)
+            churn = (ratio >= s_tmin) & (ratio <= s_tmax) & (here.alpha > 0)
+            x, here = jax.tree.map(lambda new, old: jnp.where(churn, new, old), raised, (x, here))
         x_0 = denoise(x, here.t)
         euler = move(x, x_0, here, there)
 
@@ -55,7 +55,7 @@ def heun(
             return euler + 0.5 * width * (second - first)
 
         corrects = (there.sigma > 0) & (here.sigma > 0) & (here.alpha > 0)
-        return State(jax.lax.cond(corrects, trapezoid, lambda euler: euler, euler))
+        return State(jax.lax.cond(corrects, trapezoid, lambda euler: euler, euler)), x_0
 
     return Solver(State, step)
 

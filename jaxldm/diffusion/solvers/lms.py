@@ -43,11 +43,11 @@ def lms(order: int = 4) -> Solver:
         x_0 = denoise(state.x, here.t)
         epsilon = from_x0("epsilon", x_0, state.x, here.alpha, here.sigma)
         reach = order_of_step(order, state.taken, (here.alpha == 0) | (there.alpha == 0))
-        nodes, counts = past_nodes(grid, i, noise_ratio, reach, order)
-        weights = polynomial_weights(nodes, counts, [1 / (p + 1) for p in range(order)])
+        nodes, valid = past_nodes(grid, i, noise_ratio, reach, order)
+        weights = polynomial_weights(nodes, valid, [1 / (p + 1) for p in range(order)])
         width = there.sigma - there.alpha * divide(here.sigma, here.alpha, 0.0)  # alpha_s (r_s - r_t)
         x = move(state.x, x_0, here, there) + width * difference(weights, epsilon, state.past)
-        return MultistepState(x, remember(epsilon, state.past), state.taken + 1)
+        return MultistepState(x, remember(epsilon, state.past), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, order - 1), step)
 

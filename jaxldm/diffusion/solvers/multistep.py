@@ -45,57 +45,57 @@ def check_order(solver: str, order: int, highest: int) -> None:
         )
 
 
-def order_of_step(order: int, taken: Any, at_an_end: Any, steps_left: Any = None) -> Any:
+def order_of_step(order: int, taken: Any, at_boundary: Any, steps_left: Any = None) -> Any:
     """The order that a step can have: as much as it remembers, 1 from or onto an end of the path.
 
     Args:
         order: what was asked for; a run of fewer steps never reaches it.
         taken: steps before this one.
-        at_an_end: whether the variable of the polynomial is infinite at either row.
+        at_boundary: whether the variable of the polynomial is infinite at either row.
         steps_left: falls to 1 at the last step; None where the last steps keep their order.
     """
     possible = jnp.minimum(order, taken + 1)
     if steps_left is not None:
         possible = jnp.minimum(possible, steps_left)
-    return jnp.where(at_an_end, 1, possible)
+    return jnp.where(at_boundary, 1, possible)
 
 
 def past_nodes(
     grid: Grid, i: Any, coordinate: Callable[[Row], Any], order: Any, most: int
 ) -> tuple[list[Any], list[Any]]:
-    """Where rows i, i - 1, ... lie, seen from row i in units of the step to row i + 1; and which count.
+    """Where rows i, i - 1, ... lie, seen from row i in units of the step to row i + 1; and which are valid.
 
-    `order` of them count in this step (it may be traced), out of `most`. A row where the coordinate is
-    infinite does not: that is the limit of the interpolating polynomial as the row goes there.
+    `order` of them are used in this step (it may be traced), out of `most`. A row where the coordinate is
+    infinite is not: that is the limit of the interpolating polynomial as the row goes there.
     """
     here = coordinate(row(grid, i))
     width = coordinate(row(grid, i + 1)) - here
-    nodes, counts = [], []
+    nodes, valid = [], []
     for m in range(most):
         distance = coordinate(row(grid, jnp.maximum(i - m, 0))) - here
-        counts.append((m < order) & jnp.isfinite(distance))
-        nodes.append(jnp.where(counts[m], divide(distance, width, -m), -m))
-    return nodes, counts
+        valid.append((m < order) & jnp.isfinite(distance))
+        nodes.append(jnp.where(valid[m], divide(distance, width, -m), -m))
+    return nodes, valid
 
 
-def polynomial_weights(nodes: Sequence[Any], counts: Sequence[Any], moments: Sequence[Any]) -> list[Any]:
-    """The integral of each Lagrange polynomial: quadrature weights for values at the nodes that count.
+def polynomial_weights(nodes: Sequence[Any], valid: Sequence[Any], moments: Sequence[Any]) -> list[Any]:
+    """The integral of each Lagrange polynomial: quadrature weights for values at the valid nodes.
 
-    moments[p] is the integral of u^p under the weight function of the quadrature; nodes that do not count
-    get weight 0.
+    moments[p] is the integral of u^p under the weight function of the quadrature; nodes that are not
+    valid get weight 0.
     """
     weights = []
     for j in range(len(nodes)):
         polynomial = [1.0]  # its coefficients, of 1, u, u^2, ...
         for m in range(len(nodes)):
             if m != j:
-                both = counts[j] & counts[m]
+                both = valid[j] & valid[m]
                 slope = jnp.where(both, divide(1.0, nodes[j] - nodes[m], 0.0), 0)
                 constant = jnp.where(both, -slope * nodes[m], 1)
                 same, raised = [*polynomial, 0.0], [0.0, *polynomial]
                 polynomial = [constant * c + slope * r for c, r in zip(same, raised, strict=True)]
         total = sum(c * moment for c, moment in zip(polynomial, moments, strict=True))
-        weights.append(jnp.where(counts[j], total, 0))
+        weights.append(jnp.where(valid[j], total, 0))
     return weights
 
 

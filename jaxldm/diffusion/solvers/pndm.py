@@ -90,6 +90,6 @@ def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
             x = jax.lax.cond(starts & (state.taken == 0) & (i < steps_in(grid) - 1), heun, multistep)
         else:
             x = jax.lax.cond(starts & (state.taken < 3), runge_kutta, multistep)
-        return MultistepState(x, remember(answer, state.past), state.taken + 1)
+        return MultistepState(x, remember(answer, state.past), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 3), step)

@@ -41,8 +41,8 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
 
         x_s = (alpha_s / alpha_t) x_t + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) z,
 
-    without an evaluation. Noise shrinks the errors made before, which the ODE alone carries along. On a grid
-    that only falls this is `solver`.
+    without an evaluation: such a step returns x_t as its x_0. Noise shrinks the errors made before, which the
+    ODE alone carries along. On a grid that only falls this is `solver`.
 
     Args:
         solver: the one that walks down, `heun()` where none is given, as in the paper. A multistep solver
@@ -68,7 +68,7 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
         def rise(state):
             std = s_noise * there.sigma * jnp.sqrt(jnp.maximum((1 - q) * (1 + q), 0))
             x = divide(there.alpha, here.alpha, 0.0) * state.x + std * noise_like(keys, state.x)
-            return solver.init(x)
+            return solver.init(x), state.x
 
         rises = there.sigma * here.alpha > here.sigma * there.alpha
         return jax.lax.cond(rises, rise, lambda state: solver.step(state, denoise, grid, i, keys), state)

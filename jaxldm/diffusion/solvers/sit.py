@@ -81,7 +81,7 @@ def sit_sde(
             "euler": x + h * drift(x, x_0, path, here, there, 0.0),
         }[last_step]
         x_s = jnp.where(arrives, last, mean if method == "heun" else mean + noise)
-        return State(jnp.where(forgets, there.alpha * x_0 + there.sigma * z, x_s))
+        return State(jnp.where(forgets, there.alpha * x_0 + there.sigma * z, x_s)), x_0
 
     return Solver(State, step)
 

@@ -19,15 +19,13 @@ class Solver(NamedTuple):
 
     Attributes:
         init: x [B, ...] -> state, any pytree with an attribute `x`.
-        step: (state, denoise, grid, i, keys) -> state, from row i of the grid to row i + 1. `denoise(x, t)`
-            gives x_0; `keys` [B] holds one key per image for this step.
-        predict: (state, denoise, grid, i) -> x_0 as seen from row i, where that takes more than
-            denoise(state.x, grid.t[i]).
+        step: (state, denoise, grid, i, keys) -> (state, x_0), from row i of the grid to row i + 1.
+            `denoise(x, t)` gives x_0; `keys` [B] holds one key per image for this step. The x_0 [B, ...]
+            returned is the first that the step asked for, at row i: what previews show.
     """
 
     init: Callable[[Any], Any]
-    step: Callable[[Any, Any, Grid, Any, Any], Any]
-    predict: Callable[[Any, Any, Grid, Any], Any] | None = None
+    step: Callable[[Any, Any, Grid, Any, Any], tuple[Any, Any]]
 
 
 class State(NamedTuple):

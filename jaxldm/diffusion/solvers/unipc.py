@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.diffusion.grids import steps_in
-from jaxldm.diffusion.solvers.dpmpp import half_log_snr, is_an_end
+from jaxldm.diffusion.solvers.dpmpp import at_boundary, half_log_snr
 from jaxldm.diffusion.solvers.multistep import (
     check_order,
     difference,
@@ -76,26 +76,25 @@ def unipc(
     corrector_off = tuple(disable_corrector)
 
     def step(state, denoise, grid, i, keys):
-        here, there = row(grid, i), row(grid, i + 1)
-        x_0 = denoise(state.x, here.t)
-        x, past = state.x, state.past
+        before, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
+        x, past, x_0 = state.x, state.past, denoise(state.x, here.t)
+
+        # UniC: with the x_0 found here, the polynomial of the step to this row is one degree higher.
         if corrector:
-            corrects = (state.taken > 0) & ~is_an_end(here)
+            weights = corrector_weights(grid, jnp.maximum(i - 1, 0), state.order, order, solver_type)
+            D = past[0] + difference(weights, past[0], (*past[1:], x_0))
+            corrects = (state.taken > 0) & ~at_boundary(here)
             for number in corrector_off:
                 corrects &= grid.start + i - 1 != number
-            before = row(grid, jnp.maximum(i - 1, 0))
-            weights = unipc_weights(
-                grid, jnp.maximum(i - 1, 0), state.order, order, solver_type, corrects=True
-            )
-            corrected = past[0] + difference(weights, past[0], (*past[1:], x_0))
-            x = jnp.where(corrects, move(state.base_x, corrected, before, here), x)
-        at_an_end = is_an_end(here) | is_an_end(there)
+            x = jnp.where(corrects, move(state.base_x, D, before, here), x)
+
+        # UniP: the polynomial through this row and those before it gives the next x.
         steps_left = steps_in(grid) - i if lower_order_final else None
-        reach = order_of_step(order, state.taken, at_an_end, steps_left)
+        order_here = order_of_step(order, state.taken, at_boundary(here) | at_boundary(there), steps_left)
         past = remember(x_0, past)
-        weights = unipc_weights(grid, i, reach, order, solver_type, corrects=False)
-        x_s = move(x, x_0 + difference(weights, x_0, past[1:]), here, there)
-        return UniPCState(x_s, x, past, reach, state.taken + 1)
+        weights = predictor_weights(grid, i, order_here, order, solver_type)
+        D = x_0 + difference(weights, x_0, past[1:])
+        return UniPCState(move(x, D, here, there), x, past, order_here, state.taken + 1), x_0
 
     def init(x):
         return UniPCState(x, x, (jnp.zeros_like(x),) * order, jnp.int32(1), jnp.int32(0))
@@ -103,26 +102,43 @@ def unipc(
     return Solver(init, step)
 
 
-def unipc_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str, corrects: bool) -> list[Any]:
-    """Weights of x_0 at rows i, i - 1, ... and, to correct, at row i + 1, as parts of a first-order step's.
+def predictor_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str) -> list[Any]:
+    """UniP: weights of x_0 at rows i, i - 1, ..., as parts of a first-order step's.
 
-    `order` of the `most` past rows count; it may be traced.
+    `order` of the `most` past rows are used; it may be traced.
     """
-    here, there = row(grid, i), row(grid, i + 1)
-    at_an_end = is_an_end(here) | is_an_end(there)
-    h = jnp.where(at_an_end, 1, half_log_snr(there) - half_log_snr(here))
-    nodes, counts = past_nodes(grid, i, half_log_snr, order, most)
-    counts[0] = jnp.bool_(True)
-    moments = exponential_moments(h, most + corrects)
-    half = 0.5 * (h / moments[0] if solver_type == "bh1" else jnp.ones_like(h))
-    if corrects:
-        nodes, counts = [*nodes, jnp.ones_like(h)], [*counts, ~at_an_end]
-    weights = [divide(weight, moments[0], 0.0) for weight in polynomial_weights(nodes, counts, moments)]
-    if corrects:
-        # From pure noise h is infinite: bh2's limit is 1/2, bh1 has none and is left uncorrected.
-        at_pure_noise = 0.5 if solver_type == "bh2" else 0.0
-        weights[-1] = jnp.where(order == 1, half, weights[-1])
-        weights[-1] = jnp.where(at_an_end, at_pure_noise, weights[-1])
-    elif most > 1:
-        weights[1] = jnp.where((order == 2) & counts[1], divide(half, nodes[1], 0.0), weights[1])
+    h, nodes, valid = nodes_behind(grid, i, order, most)
+    moments = exponential_moments(h, most)
+    weights = [divide(weight, moments[0], 0.0) for weight in polynomial_weights(nodes, valid, moments)]
+    if most > 1:
+        slope = divide(half_b(h, moments[0], solver_type), nodes[1], 0.0)
+        weights[1] = jnp.where((order == 2) & valid[1], slope, weights[1])
     return weights
+
+
+def corrector_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str) -> list[Any]:
+    """UniC: weights of x_0 at rows i, i - 1, ... and at row i + 1, as parts of a first-order step's."""
+    h, nodes, valid = nodes_behind(grid, i, order, most)
+    moments = exponential_moments(h, most + 1)
+    ends = at_boundary(row(grid, i)) | at_boundary(row(grid, i + 1))
+    nodes, valid = [*nodes, jnp.ones_like(h)], [*valid, ~ends]
+    weights = [divide(weight, moments[0], 0.0) for weight in polynomial_weights(nodes, valid, moments)]
+    # From pure noise h is infinite: bh2's limit is 1/2, bh1 has none and is left uncorrected.
+    at_pure_noise = 0.5 if solver_type == "bh2" else 0.0
+    slope = jnp.where(ends, at_pure_noise, half_b(h, moments[0], solver_type))
+    weights[-1] = jnp.where((order == 1) | ends, slope, weights[-1])
+    return weights
+
+
+def nodes_behind(grid: Any, i: Any, order: Any, most: int) -> tuple[Any, list[Any], list[Any]]:
+    """(h, nodes, valid): step i in lambda (1 at a boundary), and `past_nodes` with row i always valid."""
+    here, there = row(grid, i), row(grid, i + 1)
+    nodes, valid = past_nodes(grid, i, half_log_snr, order, most)
+    ends = at_boundary(here) | at_boundary(there)
+    h = jnp.where(ends, 1, half_log_snr(there) - half_log_snr(here))
+    return h, nodes, [jnp.bool_(True), *valid[1:]]
+
+
+def half_b(h: Any, whole: Any, solver_type: str) -> Any:
+    """B(h) / 2 as a part of a first-order step, whole = 1 - e^{-h}: what the authors fix one weight at."""
+    return 0.5 * (h / whole if solver_type == "bh1" else jnp.ones_like(h))

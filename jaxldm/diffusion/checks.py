@@ -1,0 +1,68 @@
+"""What `sample` refuses before anything is compiled, in one line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxldm.diffusion.compiling import traced
+from jaxldm.diffusion.grids import Grid
+from jaxldm.diffusion.paths import Path
+from jaxldm.errors import InvalidArgumentError
+
+# A grid is another path's when a row is off by more than this part of its length, sqrt(alpha^2 + sigma^2).
+# Published programs give networks rounded timesteps, and that is well below.
+_MOST_OFF_PATH = 0.1
+
+
+def check_sampling(denoise: Any, solver: Any, grid: Any, shape: tuple[int, ...]) -> None:
+    """Raises `InvalidArgumentError` for what cannot be sampled with: see `sample`."""
+    check_solver(solver)
+    if not isinstance(grid, Grid):
+        raise InvalidArgumentError(f"grid must be a Grid, got {grid!r}: write D.make_grid(path, 50)")
+    if not callable(denoise):
+        raise InvalidArgumentError(
+            f"denoise must be a function (x, t) -> x_0, got {denoise!r}: D.denoiser(...)"
+        )
+    check_channels_last(shape)
+    check_path_of_grid(getattr(denoise, "path", None), grid)
+
+
+def check_solver(solver: Any) -> None:
+    """Raises `InvalidArgumentError` for a name and for a function that makes solvers."""
+    if isinstance(solver, str):
+        raise InvalidArgumentError(
+            f"solver must be a Solver, got the name {solver!r}: write D.solvers.make({solver!r})"
+        )
+    if not (hasattr(solver, "init") and hasattr(solver, "step")):
+        name = getattr(solver, "__name__", None)
+        hint = f"the function {name}: write {name}()" if callable(solver) and name else f"{solver!r}"
+        raise InvalidArgumentError(f"solver must be a Solver, got {hint}")
+
+
+def check_channels_last(shape: tuple[int, ...]) -> None:
+    """Raises `InvalidArgumentError` for [B, C, H, W] with 1, 3, 4 or 16 channels of square images."""
+    if len(shape) == 4 and shape[1] in (1, 3, 4, 16) and shape[2] == shape[3] > 16:
+        raise InvalidArgumentError(
+            f"images must be [B, H, W, C], got shape {shape}, which looks like [B, C, H, W]: "
+            "write jnp.moveaxis(x, 1, -1)"
+        )
+
+
+def check_path_of_grid(path: Any, grid: Grid) -> None:
+    """Raises `InvalidArgumentError` where the rows can be seen and are not those of the path at their t."""
+    columns = grid[:3]
+    if not isinstance(path, Path) or traced(columns):
+        return
+    t, alpha, sigma = (np.asarray(column, np.float64) for column in columns)
+    wanted_alpha, wanted_sigma = path.alpha(t), path.sigma(t)
+    length = np.maximum(np.hypot(alpha, sigma), np.finfo(np.float64).tiny)
+    off = np.hypot(alpha - wanted_alpha, sigma - wanted_sigma) / length
+    worst = int(np.argmax(off))
+    if off[worst] > _MOST_OFF_PATH:
+        row = f"at t = {t[worst]:g} it has alpha, sigma = {alpha[worst]:.3g}, {sigma[worst]:.3g}"
+        raise InvalidArgumentError(
+            f"the grid must lie on the denoiser's {path.name} path, but {row} where the path has "
+            f"{wanted_alpha[worst]:.3g}, {wanted_sigma[worst]:.3g}: write D.make_grid(denoise.path, ...)"
+        )
