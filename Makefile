@@ -27,7 +27,7 @@ types: .venv/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/.docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/cpu.py

@@ -68,7 +68,7 @@ def cached(path: str | os.PathLike, key: str, compute: Callable[[], Columns]) ->
 def _read(path: pathlib.Path, key: str) -> Columns | None:
     """Returns the arrays, or None if the file is missing, of another key or, by its checksums, damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if str(archive[_FINGERPRINT]) != key:
                 return None
             return {name: archive[name] for name in archive.files if name != _FINGERPRINT}
