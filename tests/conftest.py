@@ -1,6 +1,7 @@
 """Every test runs with strict rank and dtype promotion, on eight virtual CPU devices."""
 
 import ast
+import contextlib
 import ctypes
 import functools
 import gc
@@ -41,21 +42,29 @@ REFERENCES = ("torch", "diffusers", "transformers")
 MEMORY_LIMIT = 1.2e9  # bytes
 
 
-@pytest.fixture
-def optimized():
-    """Compile as users do, inside one test.
+@contextlib.contextmanager
+def optimizing():
+    """Compile as users do, here and in child processes.
 
-    A whole file asks for it with `pytestmark = pytest.mark.usefixtures("optimized")`. What was compiled
-    before is dropped at both ends, as compiled functions do not remember the setting.
+    What was compiled before is dropped at both ends, as compiled functions do not remember the setting.
     """
     if not UNOPTIMIZED:
         yield
         return
     jax.clear_caches()
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.clear_caches()
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimized():
+    """Compile one test as users do. A file with `OPTIMIZED = True` does so for all, its fixtures too."""
+    with optimizing():
+        yield
 
 
 @pytest.fixture
@@ -66,12 +75,13 @@ def x64():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bounded_memory():
-    """After a file of tests, drops what was compiled, if the process has grown large.
+def one_file(request):
+    """Around a file of tests: `OPTIMIZED`, and at the end a bound on the memory of the process.
 
     JAX keeps every compiled function while the process lives, which is gigabytes for the whole suite.
     """
-    yield
+    with optimizing() if getattr(request.module, "OPTIMIZED", False) else contextlib.nullcontext():
+        yield
     if resident_memory() > MEMORY_LIMIT:
         jax.clear_caches()
         gc.collect()

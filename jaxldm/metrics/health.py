@@ -135,8 +135,8 @@ def check_guided(
 
 def check_loss(losses: Sequence[float]) -> list[Finding]:
     """Looks whether every logged loss is finite."""
-    losses = np.asarray(losses, np.float64)
-    bad = np.flatnonzero(~np.isfinite(losses))
+    values = np.asarray(losses, np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
     seen = (
         f"{len(losses)} finite losses, the last is {losses[-1]:.4g}"
         if len(losses) and not len(bad)
@@ -217,7 +217,7 @@ def check_diversity(
     ratios = {label: drawn[label] / real[label] for label in drawn if real.get(label, 0) > 0}
     if not ratios:
         raise DataError("the diversity check needs a class with at least two generated and two real images")
-    worst = min(ratios, key=ratios.get)
+    worst = min(ratios, key=lambda label: ratios[label])
     seen = (
         f"within-class diversity is {np.mean(list(ratios.values())):.2f} of the real one on average, "
         f"{ratios[worst]:.2f} in class {worst}"
@@ -291,7 +291,7 @@ def _rows(images) -> Float[np.ndarray, "N D"]:
 
 
 def _finite_rows(values) -> np.ndarray:
-    return np.isfinite(_rows(values)).all(axis=1)
+    return np.asarray(np.isfinite(_rows(values)).all(axis=1))
 
 
 def _mean_square_frequency(images) -> float:

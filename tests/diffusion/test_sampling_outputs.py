@@ -1,6 +1,7 @@
 """What `sample` gives beside the last x, trajectory, predictions of x_0, progress, and on many devices."""
 
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def test_progress_reaches_the_caller_from_a_compiled_fold():
 
 
 def test_a_bar_of_tqdm():
-    with tqdm.tqdm(disable=False, file=open("/dev/null", "w")) as bar:
+    with tqdm.tqdm(disable=False, file=io.StringIO()) as bar:
         report = D.bar_progress(bar)
         run = jax.jit(lambda grid, x: D.sample(KEY, DENOISE, D.solvers.ddim(), grid, x, progress=report))
         for steps in (4, 6):
