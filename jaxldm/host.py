@@ -44,8 +44,9 @@ def use_every_core() -> bool:
     as many devices as cores, a batch keeps all of them busy. It must come before the first computation:
     afterwards, and where the number was chosen by XLA_FLAGS or JAX_NUM_CPU_DEVICES, it stays as it is.
     """
+    chosen: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if in_flags or jax.config.read("jax_num_cpu_devices") > 0:
+    if in_flags or chosen > 0:
         return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
