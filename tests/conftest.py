@@ -1,9 +1,7 @@
 """Every test runs with strict rank and dtype promotion, on eight virtual CPU devices."""
 
-import ast
 import contextlib
 import ctypes
-import functools
 import gc
 import os
 import pathlib
@@ -24,6 +22,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").sta
 
 import jax
 import pytest
+import references
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,8 +36,6 @@ settings.register_profile(
 )
 settings.load_profile("jaxldm")
 
-ROOT = pathlib.Path(__file__).parents[1]
-REFERENCES = ("torch", "diffusers", "transformers")
 MEMORY_LIMIT = 1.2e9  # bytes
 
 
@@ -98,49 +95,35 @@ def resident_memory() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@functools.cache
-def helper_files() -> dict[str, pathlib.Path]:
-    """Name of a module -> its file, for everything in tests/ and experiments/."""
-    return {path.stem: path for room in ("tests", "experiments") for path in (ROOT / room).rglob("*.py")}
-
-
-@functools.cache
-def uses_reference(path: pathlib.Path) -> bool:
-    """Whether a file imports PyTorch, diffusers or transformers, itself or through a helper of the tests."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    parts = {part for name in names if not name.startswith("jaxldm") for part in name.split(".")}
-    if parts & set(REFERENCES):
-        return True
-    helpers = [helper_files()[part] for part in parts if part in helper_files()]
-    return any(uses_reference(helper) for helper in helpers if helper != path)
-
-
 def without_torch(config) -> bool:
     return "not torch" in (config.getoption("markexpr") or "")
 
 
-def pytest_ignore_collect(collection_path, config):
-    """With `-m "not torch"`, files that compare with PyTorch are not imported: it may not be there."""
-    if without_torch(config) and collection_path.name.startswith("test_") and uses_reference(collection_path):
-        return True
-    return None
-
-
-def pytest_report_header(config):
+def pytest_configure(config):
     if without_torch(config):
-        left_out = [path for path in (ROOT / "tests").rglob("test_*.py") if uses_reference(path)]
-        return (
-            f"left out: {len(left_out)} files of tests that compare with PyTorch, diffusers or transformers"
-        )
+        references.stand_in_for_missing()
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.name.startswith("test_") and without_torch(config):
+        return references.needs_reference_everywhere(collection_path) or None
     return None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if without_torch(config):
+        files = (references.ROOT / "tests").rglob("test_*.py")
+        count = sum(references.needs_reference_everywhere(path) for path in files)
+        terminalreporter.write_line(
+            f"left out by -m 'not torch': {count} whole files, and what was deselected"
+        )
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if uses_reference(item.path):
+        if getattr(item, "originalname", None) in references.dependents(item.path):
             item.add_marker("torch")
+
+
+def pytest_collection_finish():
+    references.StandIn.collecting = False
