@@ -1,8 +1,8 @@
 """The command line: `jaxldm train | sample | eval | export | info`.
 
-Each command is a frozen dataclass in `jaxldm.commands`; tyro makes the options and the help from its fields
-and their docstrings. A mistake of the caller's is one line on stderr and exit code 2, never a traceback.
-Nothing heavy is imported here, so that `--help` answers at once.
+Each command is a frozen dataclass in `jaxldm.commands`; tyro derives the options and the help from its fields
+and their docstrings. A user error is one line on stderr and exit code 2, without a traceback. Nothing heavy
+is imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
 
 HELP = """usage: jaxldm COMMAND ...
 
-Latent diffusion: train a model, draw with it, measure it, hand it on.
+Latent diffusion: train a model, sample from it, evaluate it, export it.
 
 commands:
 {commands}
@@ -32,15 +32,18 @@ A first session (about ten minutes without an accelerator):
   jaxldm eval runs/mini-ldm
   jaxldm export runs/mini-ldm exported/mini-ldm
 
-`jaxldm COMMAND --help` explains the options of a command, `jaxldm --version` says which version this is."""
+Compiled functions are kept in the user's cache folder (`jaxldm info` shows it; at most 2 GiB), so that the
+same command does not compile twice. JAXLDM_COMPILATION_CACHE is another folder for them, or "off".
+
+`jaxldm COMMAND --help` explains the options of a command, `jaxldm --version` prints the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code.
+    """Runs one command.
 
-    0: done. 2: something is to mend in what was typed, in a file or on the disk; stderr says what in one
-      line.
-    130: interrupted with Ctrl-C.
+    Returns:
+        0: done. 2: invalid arguments, files, or a full disk, described in one line on stderr. 130:
+        interrupted with Ctrl-C.
     """
     own_process = argv is None
     argv = list(sys.argv[1:] if own_process else argv)
@@ -51,24 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from jaxldm import host
 
                 host.prepare()
+                host.use_compilation_cache()
             command.run()
         return 0
     except JaxldmError as error:
-        return complain(str(error))
-    except BrokenPipeError:  # the reader of our stdout, `head` say, has gone: nobody is left to tell
+        return print_error(str(error))
+    except BrokenPipeError:  # the reader of our stdout, for example `head`, has ended
         sys.stdout = None
         return 0
     except OSError as error:
-        return complain(describe_os_error(error))
+        return print_error(describe_os_error(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return complain("out of memory: ask for fewer images, a smaller batch or a smaller model")
+        return print_error("out of memory: use fewer images, a smaller batch or a smaller model")
     except KeyboardInterrupt:
-        resume = "; the same command with --resume goes on from the last checkpoint"
+        resume = "; the same command with --resume continues from the last checkpoint"
         print(f"\njaxldm: interrupted{resume if argv[:1] == ['train'] else ''}", file=sys.stderr)
         if own_process:
-            # A computation under way cannot be stopped, and would call back into an interpreter that is gone.
+            # A running computation cannot be stopped, and would call back into an interpreter that has ended.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(130)
@@ -76,13 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: list[str]):
-    """Turns the words typed into a command dataclass; prints and returns None for `--help` and `--version`.
+    """Parses the arguments into a command dataclass; prints and returns None for `--help` and `--version`.
 
-    Raises `UnknownNameError` for a command or option that does not exist, and `InvalidArgumentError` for
-    values that cannot be read.
+    Raises:
+        UnknownNameError: a command or option that does not exist.
+        InvalidArgumentError: values that cannot be parsed.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:8}{what}" for name, what in COMMANDS.items())))
+        print_help()
         return None
     if argv[0] == "--version":
         print(f"jaxldm {__version__}")
@@ -94,16 +99,22 @@ def parse(argv: list[str]):
 
     import tyro
 
-    complaint = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 command_class, prog=f"jaxldm {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,)
             )
     except SystemExit as end:
         if not end.code:
             return None
-        raise InvalidArgumentError(f"{one_line(complaint.getvalue())} (see `jaxldm {name} --help`)") from None
+        raise InvalidArgumentError(f"{one_line(stderr.getvalue())} (see `jaxldm {name} --help`)") from None
+
+
+def print_help() -> None:
+    """Prints the commands and a first session."""
+    commands = "\n".join(f"  {name:8}{description}" for name, description in COMMANDS.items())
+    print(HELP.format(commands=commands))
 
 
 def check_options(words: list[str], command_class: type, name: str) -> None:
@@ -121,22 +132,22 @@ def check_options(words: list[str], command_class: type, name: str) -> None:
             one_of(f"option of `jaxldm {name}`", word.split("=")[0].replace("_", "-"), options)
 
 
-def one_line(complaint: str) -> str:
-    """tyro's framed complaint as one line: frame, title, argument help and closing advice taken away."""
-    lines = [line.strip("│|╭╮╰╯─+- ") for line in complaint.splitlines()[1:]]
+def one_line(message: str) -> str:
+    """An error message of tyro as one line, without frame, title, argument help and closing advice."""
+    lines = [line.strip("│|╭╮╰╯─+- ") for line in message.splitlines()[1:]]
     text = " ".join(line for line in lines if line)
     return re.split(r"Argument helptext|For full helptext|Perhaps you meant|Got errors", text)[0].strip(" :.")
 
 
 def describe_os_error(error: OSError) -> str:
-    """One line for what a library could not read or write, with the cure where it is known."""
+    """One line about a file that a library could not read or write, with the fix where it is known."""
     from jaxldm.files import storage_error
 
     target = error.filename or "the output"
     return str(storage_error(error, target) or f"{target}: {error.strerror or error}")
 
 
-def complain(message: str) -> int:
+def print_error(message: str) -> int:
     """Prints one line on stderr and returns exit code 2."""
     print("jaxldm: " + " ".join(message.split()), file=sys.stderr)
     return 2

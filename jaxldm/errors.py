@@ -1,7 +1,7 @@
-"""Errors for people: each says what was given, what is allowed and what to type instead.
+"""User errors: each message says what was given, what is allowed and what to type instead.
 
-One type per kind of mistake, all raised before anything is compiled or written. The command line catches
-`JaxldmError`, prints its one line and exits with code 2.
+One type per kind of error, raised before anything is compiled or written. The command line catches
+`JaxldmError`, prints its message as one line and exits with code 2.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class JaxldmError(Exception):
-    """Base of every error that is the caller's to mend."""
+    """Base class of all user errors."""
 
 
 class UnknownNameError(JaxldmError, KeyError):
-    """A solver, preset, dataset, spacing, ... of that name does not exist."""
+    """There is no solver, preset, dataset, spacing, ... of that name."""
 
     def __init__(self, kind: str, given: object, choices: Iterable[str]):
         choices = list(choices)
@@ -28,7 +28,7 @@ class UnknownNameError(JaxldmError, KeyError):
 
 
 class InvalidArgumentError(JaxldmError, ValueError):
-    """A number or an option is outside what is allowed, or two options exclude each other."""
+    """A value or an option is not allowed, or two options exclude each other."""
 
 
 class DataError(JaxldmError, ValueError):
@@ -36,15 +36,15 @@ class DataError(JaxldmError, ValueError):
 
 
 class CheckpointError(JaxldmError, OSError):
-    """A run folder, checkpoint or weight file is missing, half-written, corrupted or of another model."""
+    """A run folder, checkpoint or weight file is missing, incomplete, damaged or of another model."""
 
 
 class StorageError(JaxldmError, OSError):
-    """Writing failed: disk full, no permission, not a folder."""
+    """Writing failed: the disk is full, permission is missing, a folder is a file."""
 
 
 class DivergenceError(JaxldmError, ArithmeticError):
-    """Training made a loss or a gradient that is not finite; the message holds the likely cause and cure."""
+    """A loss or gradient of training is not finite; the message holds the likely cause and its fix."""
 
 
 class MissingDependencyError(JaxldmError, ImportError):

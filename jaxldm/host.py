@@ -1,34 +1,39 @@
-"""How a program uses the processor it runs on: for the command line and scripts, not for `import jaxldm`."""
+"""Settings of the process for the command line and scripts; `import jaxldm` does not change any."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import sys
+from pathlib import Path
 
 import jax
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-MOST_DEVICES = 8
+MAX_DEVICES = 8
+COMPILATION_CACHE = "JAXLDM_COMPILATION_CACHE"  # an environment variable: a folder, or "off"
+MAX_CACHE_BYTES = 2 * 2**30
+_MIN_COMPILE_SECONDS = 0.2  # smaller functions compile about as fast as they are read
 
 
 def prepare() -> None:
-    """Makes JAX quick on a CPU: call it once, first thing in a program; elsewhere it changes nothing.
+    """Makes JAX fast on a CPU; without effect on other devices. Call it once, at the start of a program.
 
-    See `keep_freed_memory` and `use_every_core`; `experiments/benchmarks/README.md` has what each is worth.
+    See `keep_freed_memory` and `use_every_core`; `experiments/benchmarks/README.md` shows the gain of each.
     """
     keep_freed_memory()
     use_every_core()
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep the memory that is freed rather than to hand it back; returns whether it was told.
+    """Makes glibc keep freed memory instead of returning it to the system. Returns whether it did.
 
-    XLA allocates the temporary buffer of a compiled function anew in each call. By default glibc asks the
-    kernel for it every time, and every page of it is then faulted in again: a third of a training step. One
-    arena, no mmap and no trimming (mallopt(3)) end that. It must come before the threads of JAX's CPU client
-    are made. Other C libraries and systems are left as they are.
+    XLA allocates the temporary buffer of a compiled function in each call. By default glibc gets it from the
+    kernel every time, which faults in every page: a third of a training step. One arena, no mmap and no
+    trimming (mallopt(3)) avoid that. Call it before the threads of JAX's CPU client start. Other C libraries
+    and systems are not changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -38,11 +43,11 @@ def keep_freed_memory() -> bool:
 
 
 def use_every_core() -> bool:
-    """Shows JAX the CPU as one device per core: a power of two, at most 8. Returns whether it did.
+    """Makes JAX use the CPU as one device per core: a power of two, at most 8. Returns whether it did.
 
-    XLA runs the small convolutions of a small model on one thread, however many cores there are; split over
-    as many devices as cores, a batch keeps all of them busy. It must come before the first computation:
-    afterwards, and where the number was chosen by XLA_FLAGS or JAX_NUM_CPU_DEVICES, it stays as it is.
+    XLA runs the small convolutions of a small model on one thread, whatever the number of cores; a batch that
+    is split over as many devices as cores uses all of them. Call it before the first computation: after it,
+    and where XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number, nothing changes.
     """
     chosen: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -50,7 +55,56 @@ def use_every_core() -> bool:
         return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        jax.config.update("jax_num_cpu_devices", min(MOST_DEVICES, 1 << (cores.bit_length() - 1)))
-    except RuntimeError:  # JAX has computed something already: its devices are what they are
+        jax.config.update("jax_num_cpu_devices", min(MAX_DEVICES, 1 << (cores.bit_length() - 1)))
+    except RuntimeError:  # JAX has computed something already, which fixes its devices
         return False
     return True
+
+
+def user_cache_folder() -> Path:
+    """The folder in which programs of this user cache files, by the conventions of the system."""
+    if sys.platform == "win32":
+        folder = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        folder = "~/Library/Caches"
+    else:
+        folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder).expanduser()
+
+
+def compilation_cache_folder() -> Path | None:
+    """The folder of compiled functions that `JAXLDM_COMPILATION_CACHE` names, by default one of the user's.
+
+    None where the variable is "off".
+    """
+    setting = os.environ.get(COMPILATION_CACHE, "")
+    if setting.lower() in ("off", "0", "no", "false"):
+        return None
+    return Path(setting).expanduser() if setting else user_cache_folder() / "jaxldm" / "compiled"
+
+
+def use_compilation_cache() -> Path | None:
+    """Makes JAX keep compiled functions on disk, so that the next process does not compile them again.
+
+    At most `MAX_CACHE_BYTES`: JAX removes the functions that were not used for longest. A cache folder that
+    the environment already gives to JAX (JAX_COMPILATION_CACHE_DIR) stays as it is. A folder that cannot be
+    written is not used.
+
+    Returns:
+        The folder, or None without one.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = compilation_cache_folder()
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # compiling again is slower, and no reason to stop
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return None
+    jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder

@@ -1,11 +1,14 @@
-"""How programs prepare the processor, seen from fresh processes."""
+"""Settings of a process: devices, memory and the compilation cache, seen from new processes."""
 
 import os
 import platform
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from jaxldm import host
 
 SHOW = "import jax; print(jax.local_device_count())"
 PREPARE = "from jaxldm import host; print(host.use_every_core());"
@@ -25,8 +28,8 @@ def run(code: str, *arguments: str, **environment: str) -> list[str]:
 
 def test_one_device_per_core():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    told, devices = run(PREPARE + SHOW)
-    assert told == "True"
+    done, devices = run(PREPARE + SHOW)
+    assert done == "True"
     assert int(devices) <= min(cores, 8) < 2 * int(devices) or int(devices) == 8
 
 
@@ -47,7 +50,7 @@ def test_freed_memory_is_kept():
     code = """
 import ctypes, sys
 from jaxldm import host
-told = host.keep_freed_memory() if sys.argv[1:] == ["keep"] else None
+done = host.keep_freed_memory() if sys.argv[1:] == ["keep"] else None
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 class Info(ctypes.Structure):  # struct mallinfo2: hblks, the number of mapped blocks, is the fourth
@@ -55,9 +58,45 @@ class Info(ctypes.Structure):  # struct mallinfo2: hblks, the number of mapped b
 libc.mallinfo2.restype = Info
 before = libc.mallinfo2().hblks
 assert libc.malloc(ctypes.c_size_t(64 << 20))
-print(told, libc.mallinfo2().hblks - before)
+print(done, libc.mallinfo2().hblks - before)
 """
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc")
     assert run(code, "keep") == ["True", "0"]
     assert run(code) == ["None", "1"]
+
+
+COMPILE = """
+import sys, time
+from jaxldm import host
+folder = host.use_compilation_cache()
+import jax
+from jax import numpy as jnp
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+f = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, y: jnp.linalg.qr(y @ x)[0], x).sum())
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+f(jnp.eye(8))
+print(folder, events.count("cache_hits") > 0, jax.config.jax_compilation_cache_max_size)
+"""
+
+
+def test_a_second_process_does_not_compile_again(tmp_path):
+    """Without an environment variable, in the user's cache folder, of bounded size."""
+    folder = tmp_path / "cache" / "jaxldm" / "compiled"
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), host.COMPILATION_CACHE: ""}
+    if sys.platform != "linux":
+        pytest.skip("another cache folder")
+    assert run(COMPILE, **environment) == [str(folder), "False", str(host.MAX_CACHE_BYTES)]
+    assert run(COMPILE, **environment) == [str(folder), "True", str(host.MAX_CACHE_BYTES)]
+
+
+def test_the_folder_of_compiled_functions(monkeypatch, tmp_path):
+    monkeypatch.setenv(host.COMPILATION_CACHE, str(tmp_path / "mine"))
+    assert host.compilation_cache_folder() == tmp_path / "mine"
+    monkeypatch.setenv(host.COMPILATION_CACHE, "off")
+    assert host.compilation_cache_folder() is None and host.use_compilation_cache() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv(host.COMPILATION_CACHE, str(tmp_path / "file" / "folder"))
+    (tmp_path / "file").write_text("")
+    assert host.use_compilation_cache() is None

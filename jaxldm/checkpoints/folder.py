@@ -1,6 +1,4 @@
-"""A model as a folder that other programs open: config.json and safetensors, as diffusers and transformers
-lay them out.
-"""
+"""A model as a folder: config.json and safetensors, in the layout of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -34,18 +32,19 @@ _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 def save(
     folder: Path | str, module: nn.Module, params: dict, *, max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
-    """Writes a model's config and weights so that `load` opens it, and for published architectures diffusers
-    or transformers.
+    """Writes a model's config and weights for `load`, and for diffusers or transformers where they have it.
 
-    Bit for bit, one tensor at a time. All files are whole under temporary names before the first takes its
-    place, so a failure leaves an earlier model in that folder as it was.
+    Bit for bit, one tensor at a time. All files are complete under temporary names before the first is
+    renamed, so that a failure leaves an earlier model in that folder as it was.
 
     Args:
-      params: the nested dictionary inside `{"params": ...}`, in whatever dtype it has.
-      max_shard_size: bytes; larger models are written as several files and an index.
+        folder: a new folder, or that of an earlier model.
+        module: the network.
+        params: the nested dictionary inside `{"params": ...}`, of any dtype.
+        max_shard_size: bytes; larger models are written as several files and an index.
 
     Raises:
-      StorageError: disk full, no permission, a file where the folder should be.
+        StorageError: disk full, no permission, a file where the folder should be.
     """
     folder = Path(folder)
     config = models.config_to_dict(module.config)
@@ -71,19 +70,19 @@ def load(
     memory for the largest of them, not for the model.
 
     Args:
-      dtype: "float32", "bfloat16" or "float16", for the parameters and for what the module computes in. None:
-        float32 parameters, and what the config says.
-      sharding: a device or a `jax.sharding.Sharding` for every parameter, or a function (path, shape) ->
-        sharding, path being ("down_blocks_0", ..., "kernel"). Each device gets its part alone.
-      variant: "fp16" and the like, for `*.fp16.safetensors`; None: the plain files, or the only variant where
-        there are none.
+        folder: of the model.
+        dtype: "float32", "bfloat16" or "float16", for the parameters and for the computation. None: float32
+            parameters, and the computation of the config.
+        sharding: a device or a `jax.sharding.Sharding` for every parameter, or a function (path, shape) ->
+            sharding, with paths like ("down_blocks_0", ..., "kernel"). Each device gets only its part.
+        variant: for example "fp16", for `*.fp16.safetensors`; None: the plain files, or the only variant.
 
     Raises:
-      CheckpointError: the folder, a file or a tensor is missing, damaged, left over or of another shape, the
-        weights are a pickle file, or the config asks for something that is not supported. The message names
-        it.
-      UnknownNameError: another dtype.
-      InvalidArgumentError: a parameter cannot be split as `sharding` says.
+        CheckpointError: the folder, a file or a tensor is missing, damaged, left over or of another shape,
+            the weights are a pickle file, or the config has something that is not supported. The message
+            names it.
+        UnknownNameError: another dtype.
+        InvalidArgumentError: a parameter cannot be split by its `sharding`.
     """
     folder = Path(folder)
     return load_as(read_config(folder), folder, dtype=dtype, sharding=sharding, variant=variant)
@@ -117,7 +116,7 @@ def read_config(folder: Path | str) -> dict:
     """The entries of a model folder's config.json.
 
     Raises:
-      CheckpointError: no such folder, no config.json in it, or not JSON.
+        CheckpointError: no such folder, no config.json in it, or not JSON.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.parent.is_dir():
@@ -130,15 +129,15 @@ def read_config(folder: Path | str) -> dict:
 
 
 def _constants(module: nn.Module) -> dict[str, np.ndarray]:
-    """Tensors that published checkpoints of this architecture hold although nobody trains them."""
+    """Tensors of published checkpoints of this architecture that are not trained."""
     return dict(module.constant_tensors()) if hasattr(module, "constant_tensors") else {}
 
 
 def _without_untrained(stored: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, StoredTensor]:
     """The tensors that are parameters of the module, each under one name.
 
-    Left out are its constants (`constant_tensors()`), what it declares to hold nothing (`ignored_tensors`)
-    and the second names of tensors that bear two (`tied_tensors`).
+    Left out are its constants (`constant_tensors()`), tensors that it declares unused (`ignored_tensors`),
+    and the second names of tensors with two (`tied_tensors`).
     """
     state = dict(stored)
     for name, table in _constants(module).items():
@@ -152,8 +151,8 @@ def _without_untrained(stored: Mapping[str, StoredTensor], module: nn.Module) ->
         second = state.pop(name)
         if kept in state and _bytes(second) != _bytes(state[kept]):
             raise CheckpointError(
-                f"the weights do not fit the model: {name} and {kept} are one tensor in it, in the file they "
-                "differ"
+                f"the weights do not fit the model: {name} and {kept} are one tensor in the model, and "
+                "differ in the file"
             )
         state.setdefault(kept, second)
     ignored = [re.compile(pattern) for pattern in getattr(module, "ignored_tensors", ())]
@@ -161,5 +160,5 @@ def _without_untrained(stored: Mapping[str, StoredTensor], module: nn.Module) ->
 
 
 def _bytes(tensor: StoredTensor) -> memoryview:
-    """What stands in the file, mapped into memory and not copied."""
+    """The bytes in the file, mapped into memory and not copied."""
     return np.asarray(tensor).reshape(-1).view(np.uint8).data

@@ -10,10 +10,10 @@ families of programs, which name the same module differently:
 | diffusers, PEFT | `unet.down_blocks.0.attentions.1...attn1.to_q.lora_A.weight`, `.lora_B.weight` |
 | older diffusers | `unet....attn1.to_q.lora.down.weight`, `....attn1.processor.to_q_lora.down.weight` |
 
-So the file's names are not taken apart. Each module of the model is spelled in every way, and looked up.
+So the names in the file are not parsed: every module of the model is spelled in every way and looked up.
 
-Every layer has its own alpha, as kohya's scripts write and apply it. diffusers 0.42 loses those of attention
-layers where they differ within a file, and gives all of them the commonest, so its fused weights then differ.
+Every layer has its own alpha, as in kohya's scripts. diffusers 0.42 replaces those of attention layers, where
+they differ within a file, by the most common one, so that its fused weights differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxldm.checkpoints.names import TOWERS, PublishedTensor, placed, published
+from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, placed, published
 from jaxldm.checkpoints.original.layout import place_of
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
@@ -51,7 +51,7 @@ _KOHYA = {
 _DENOISERS = ("unet", "transformer")
 _TENSOR = re.compile(
     r"(?P<module>.+?)(?:"
-    r"\.lora_(?P<peft>[AB])(?:\.[\w-]+)?\.weight"  # the name of the adapter may stand between
+    r"\.lora_(?P<peft>[AB])(?:\.[\w-]+)?\.weight"  # with the name of the adapter in between, or without
     r"|(?P<old>_lora)?\.(?:lora_linear_layer\.|lora\.|lora_)?(?P<part>down|up|mid)\.weight"
     r"|(?P<alpha>\.alpha))"
 )
@@ -66,8 +66,12 @@ _OLD_PROJECTIONS = {
 class LoraLayer(NamedTuple):
     """The change of one module's weight: `up @ down`, times `multiplier`.
 
-    down: `[r, in]`, or `[r, in, h, w]` for a convolution; up: `[out, r]` or `[out, r, 1, 1]`; mid: None, or
-    `[r, r, h, w]` between a `down` and an `up` that look at one pixel each. multiplier: alpha / r.
+    Attributes:
+        down: `[r, in]`, or `[r, in, h, w]` for a convolution.
+        up: `[out, r]` or `[out, r, 1, 1]`.
+        mid: None, or `[r, r, h, w]` between a `down` and an `up` of 1x1.
+        multiplier: alpha / r.
+        tensors: the names of its tensors in the file.
     """
 
     down: Tensor
@@ -78,12 +82,12 @@ class LoraLayer(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the change: `[out, in]` or `[out, in, h, w]`."""
+        """The shape of the change: `[out, in]` or `[out, in, h, w]`."""
         spatial = self.down if self.mid is None else self.mid
         return (self.up.shape[0], self.down.shape[1], *spatial.shape[2:])
 
     def change(self) -> np.ndarray:
-        """multiplier * up @ mid @ down, float32, of `shape`."""
+        """The change: multiplier * up @ mid @ down, float32, of shape `shape`."""
         up, down = (np.asarray(part).astype(np.float32) for part in (self.up, self.down))
         up, down = up.reshape(up.shape[:2]), down if self.mid is None else down.reshape(down.shape[:2])
         if self.mid is None:
@@ -95,23 +99,28 @@ class LoraLayer(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """A LoRA file, opened: module, as the file spells it -> its layer, not read yet."""
+    """A LoRA file, opened.
+
+    Attributes:
+        path: of the file.
+        layers: module, as the file spells it -> its layer, not read yet.
+    """
 
     path: Path
     layers: Mapping[str, LoraLayer]
 
     def of(self, *components: str) -> Lora:
-        """The part of it that changes these components ("unet", "text_encoder", ...)."""
+        """The layers of these components ("unet", "text_encoder", ...)."""
         layers = {name: layer for name, layer in self.layers.items() if _component(name) in components}
         return self._replace(layers=layers)
 
 
 def load_lora(path: Path | str) -> Lora:
-    """Opens a LoRA file of kohya's or of diffusers' kind, or the folder that holds one.
+    """Opens a LoRA file in the format of kohya's scripts or of diffusers, or the folder that holds one.
 
     Raises:
-      CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that are
-        not of a plain LoRA (DoRA, LoHa, LoKr) or have no counterpart, all named.
+        CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that do
+            not belong to a plain LoRA (DoRA, LoHa, LoKr) or have no counterpart, all named.
 
     >>> from jaxldm import checkpoints                                                   # doctest: +SKIP
     >>> lora = checkpoints.load_lora("pixel-art.safetensors")                            # doctest: +SKIP
@@ -120,26 +129,26 @@ def load_lora(path: Path | str) -> Lora:
     path = _file(Path(path))
     tensors, metadata = open_safetensors(path)
     modules: dict[str, dict[str, StoredTensor]] = {}
-    foreign = []
+    unknown = []
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         role = match and ({"A": "down", "B": "up"}.get(match["peft"]) or match["part"] or "alpha")
         module = match and _module(match["module"] + (match["old"] or ""))
         if not match or role in modules.setdefault(module, {}):
-            foreign.append(f"{name} {tensor.shape}")
+            unknown.append(f"{name} {tensor.shape}")
         else:
             modules[module][role] = tensor
     modules = {module: parts for module, parts in modules.items() if parts}
-    foreign += [
+    unknown += [
         f"{tensor.name} {tensor.shape}, without its counterpart"
         for parts in modules.values()
         if not {"down", "up"} <= parts.keys()
         for tensor in parts.values()
     ]
-    if foreign:
+    if unknown:
         raise CheckpointError(
             f"{path} holds tensors that are not of a plain LoRA (matrices down and up, one number alpha): "
-            + "; ".join(foreign)
+            + "; ".join(unknown)
         )
     if not modules:
         raise CheckpointError(f"{path} holds no LoRA layers")
@@ -150,18 +159,22 @@ def load_lora(path: Path | str) -> Lora:
 def merge_lora(
     components: Mapping[str, Any], lora: Lora, scale: float | Mapping[str, float] = 1.0
 ) -> dict[str, Any]:
-    """The components with W + scale * (alpha / r) * up @ down in place of W; everything else as it was.
+    """Adds a LoRA to the weights: W + scale * (alpha / r) * up @ down in place of W.
 
-    One weight at a time, in float32, each back in its dtype and on its devices.
+    One weight at a time, in float32; each keeps its dtype and its devices.
 
     Args:
-      components: as `load_components` gives them: name -> (module, params); others pass through.
-      scale: for all, or of each component; those that it does not name are left as they are.
+        components: of `load_components`: name -> (module, params); entries that are no networks pass through.
+        lora: of `load_lora`.
+        scale: one number for all components, or one for each; components that it does not name are unchanged.
+
+    Returns:
+        The components with the changed weights.
 
     Raises:
-      CheckpointError: layers that match no module of the components, or are of another shape than its
-        weight: all named, and nothing is merged.
-      UnknownNameError: `scale` of a component that is not there.
+        CheckpointError: layers that match no module of the components, or have another shape than its weight:
+            all are named, and nothing is merged.
+        UnknownNameError: `scale` names a component that is not given.
     """
     networks = {name: part for name, part in components.items() if _is_network(part)}
     if isinstance(scale, Mapping):
@@ -191,13 +204,13 @@ def _file(path: Path) -> Path:
     named = [path / name for name in FILE_NAMES if (path / name).is_file()]
     found = named[:1] or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        there = ", ".join(file.name for file in found) or "no .safetensors file"
-        raise CheckpointError(f"{path} holds {there}: give the path of the LoRA file")
+        names = ", ".join(file.name for file in found) or "no .safetensors file"
+        raise CheckpointError(f"{path} holds {names}: give the path of the LoRA file")
     return found[0]
 
 
 def _module(name: str) -> str:
-    """The file's name of a module, without what older versions put in or around it."""
+    """The name of a module without the additions of older versions."""
     name = name.removeprefix("base_model.model.").replace(".processor.", ".")
     *parents, last = name.split(".")
     if last in _OLD_PROJECTIONS:
@@ -207,7 +220,7 @@ def _module(name: str) -> str:
 
 
 def _component(module: str) -> str:
-    """Which component the file's name of a module speaks of; a name that does not say is the denoiser's."""
+    """The component of a module by its name in the file: the denoiser, where the name does not tell."""
     for component, prefixes in _KOHYA.items():
         if module.startswith(prefixes):
             return component
@@ -216,14 +229,14 @@ def _component(module: str) -> str:
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What PEFT stores beside the tensors: the alpha of all modules, of some, and how it is divided."""
-    beside = path.with_name("adapter_config.json")
-    if path.name == FILE_NAMES[1] and beside.is_file():
-        return read_json(beside)
+    """The settings of PEFT next to the tensors: alpha, exceptions by module, and what divides it."""
+    config = path.with_name("adapter_config.json")
+    if path.name == FILE_NAMES[1] and config.is_file():
+        return read_json(config)
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: its lora_adapter_metadata are no JSON: {error}") from error
+        raise CheckpointError(f"{path}: its lora_adapter_metadata is not JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -248,7 +261,7 @@ def _layer(
 
 
 def _multiplier(module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """alpha / r by PEFT's settings, 1 where there are none. rsLoRA divides by sqrt(r): arXiv:2312.03732."""
+    """alpha / r by the settings of PEFT, 1 without settings. rsLoRA divides by sqrt(r): arXiv:2312.03732."""
     prefix = f"{_component(module)}."
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
     own = own or settings
@@ -280,7 +293,7 @@ def _places(networks: Mapping[str, tuple[nn.Module, dict]]) -> dict[str, tuple[s
 
 
 def _original_names(config: Any, modules: Iterable[str]) -> dict[str, str]:
-    """The modules' names in the original single files, of those U-Nets that have such."""
+    """The names of the modules in original files, for U-Nets with such a layout."""
     table = unet_table(config) if isinstance(config, UNet2DConditionConfig) else {}
     names = {}
     for module in modules:
@@ -290,9 +303,9 @@ def _original_names(config: Any, modules: Iterable[str]) -> dict[str, str]:
 
 
 def _spellings(component: str, module: str, original: str, bare: bool) -> Iterator[str]:
-    names = {module, *(module.removeprefix(tower) for tower in TOWERS)}
-    if not module.startswith(TOWERS):
-        names |= {tower + module for tower in TOWERS}
+    names = {module, *(module.removeprefix(prefix) for prefix in ENCODER_PREFIXES)}
+    if not module.startswith(ENCODER_PREFIXES):
+        names |= {prefix + module for prefix in ENCODER_PREFIXES}
     yield from (f"{component}.{name}" for name in names)
     if bare:
         yield from names
@@ -301,20 +314,20 @@ def _spellings(component: str, module: str, original: str, bare: bool) -> Iterat
 
 
 def _check(lora: Lora, places: Mapping[str, tuple[str, PublishedTensor]]) -> None:
-    strangers = [name for name in lora.layers if name not in places]
-    problems = [f"no such module: {tensor}" for name in strangers for tensor in lora.layers[name].tensors]
+    unmatched = [name for name in lora.layers if name not in places]
+    problems = [f"no such module: {tensor}" for name in unmatched for tensor in lora.layers[name].tensors]
     for name, layer in lora.layers.items():
         if name in places and not _fits(layer.shape, places[name][1].shape):
             shapes = f"{layer.shape} in the file, {places[name][1].shape} in the model"
             problems.append(f"another shape: {name} is {shapes}")
     if problems:
-        others = sorted({_component(name) for name in strangers} - {part for part, _ in places.values()})
+        others = sorted({_component(name) for name in unmatched} - {part for part, _ in places.values()})
         hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
         raise CheckpointError(f"{lora.path} does not fit the model: {'; '.join(problems)}{hint}")
 
 
 def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Equal, where a 1x1 convolution is as good as a matrix."""
+    """Whether the shapes are equal, a 1x1 convolution counting as a matrix."""
     plain = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (change, weight)]
     return plain[0] == plain[1]
 

@@ -2,14 +2,15 @@
 
 Submodules carry their published names, so one rule serves every model, in both directions:
 
-| ours | published | tensor |
+| parameter | published name | tensor |
 |---|---|---|
-| `down_blocks_0/resnets_1/conv1/kernel` | `down_blocks.0.resnets.1.conv1.weight` | `[h, w, in, out]` ->
-`[out, in, h, w]` | | `to_out_0/kernel` | `to_out.0.weight` | `[in, out]` -> `[out, in]` |
-| `norm1/scale`, `class_embedding/embedding` | `norm1.weight`, `class_embedding.weight` | as it is |
-| any other leaf: `bias`, `weight` (already in published layout), `pos_embed` | the same | as it is |
-| `blocks_0to27/mlp/fc1/kernel` | `blocks.0.mlp.fc1.weight` ... `blocks.27...` | `[28, in, out]` ->
-28 times `[out, in]`: blocks of one `nn.scan`, see `nn.blocks_in_a_row` |
+| `down_blocks_0/conv1/kernel` | `down_blocks.0.conv1.weight` | `[h, w, in, out]` -> `[out, in, h, w]` |
+| `to_out_0/kernel` | `to_out.0.weight` | `[in, out]` -> `[out, in]` |
+| `norm1/scale`, `class_embedding/embedding` | `norm1.weight`, `class_embedding.weight` | unchanged |
+| other leaves: `bias`, `weight` (already in published layout), `pos_embed` | the same | unchanged |
+| `blocks_0to27/fc1/kernel` | `blocks.0.fc1.weight` to `blocks.27...` | `[28, in, out]` -> 28 `[out, in]` |
+
+The last row is a stack of blocks in one `nn.scan`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ Placement = (
     jax.Device | jax.sharding.Sharding | Callable[[Path, tuple[int, ...]], jax.sharding.Sharding] | None
 )
 
-# The exceptions. Published names that end in _<number> without meaning "the n-th of a list":
-KEPT = frozenset(
+# Published names that end in _<number> and are no item of a list, so that the number stays:
+NAMES_WITH_NUMBERS = frozenset(
     {
         "linear_1",
         "linear_2",
@@ -47,22 +48,22 @@ KEPT = frozenset(
 )
 # Attention projections in checkpoints written by early diffusers:
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Transformers writes an encoder with the name of the tower in front of every tensor, or without it:
-TOWERS = ("text_model.", "vision_model.", "bert.", "model.")
+# Transformers writes an encoder with one of these in front of every tensor, or without it:
+ENCODER_PREFIXES = ("text_model.", "vision_model.", "bert.", "model.")
 
 _BLOCK = 2**19  # bytes that are converted at a time
-_STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a module that stands for many: those of a scan
+_STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a stack of modules: the blocks of a scan
 
 
 def published_name(path: tuple[str, ...]) -> str:
     """("blocks_0", "attn", "qkv", "kernel") -> "blocks.0.attn.qkv.weight"."""
     *modules, leaf = path
-    modules = [name if name in KEPT else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
+    modules = [name if name in NAMES_WITH_NUMBERS else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
     return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
 def _published_axes(path: Path, rank: int) -> tuple[int, ...]:
-    """Where each axis of the published tensor stands in ours: (in, out) last here, (out, in) first there."""
+    """The axis of the parameter for each axis of the published tensor, which has (out, in) first."""
     if path[-1] != "kernel" or rank < 2:
         return tuple(range(rank))
     return (rank - 1, rank - 2, *range(rank - 2))
@@ -72,7 +73,10 @@ def _published_axes(path: Path, rank: int) -> tuple[int, ...]:
 class PublishedTensor:
     """A parameter in the layout of its published tensor: `np.asarray(it)` fetches it from its device.
 
-    block: of a parameter that many blocks share as a stack `[blocks, ...]`, which of them; None for others.
+    Attributes:
+        path: of the parameter.
+        value: the parameter, or its shape and dtype.
+        block: the index in a parameter that is a stack of blocks `[blocks, ...]`; None for other parameters.
     """
 
     path: Path
@@ -81,7 +85,7 @@ class PublishedTensor:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Where each of its axes stands in the parameter, or in its block of the parameter."""
+        """The axis of the parameter, or of its block of the parameter, for each axis of this tensor."""
         return _published_axes(self.path, len(self.value.shape) - (self.block is not None))
 
     @property
@@ -97,7 +101,7 @@ class PublishedTensor:
 
     @property
     def all_blocks(self) -> list[PublishedTensor]:
-        """The tensors that the parameter stands for: itself alone, or one for each block."""
+        """The tensors of the parameter: this one, or one for each block of a stack."""
         if self.block is None:
             return [self]
         return [dataclasses.replace(self, block=block) for block in range(self.value.shape[0])]
@@ -134,19 +138,21 @@ def from_state_dict(
     dtype: str | None = None,
     sharding: Placement = None,
 ) -> dict:
-    """{published name: tensor} -> nested Flax parameters like `template_params`, the inverse of
-    `to_state_dict`. One tensor at a time is read, converted and put where it belongs.
+    """{published name: tensor} -> nested Flax parameters: the inverse of `to_state_dict`.
+
+    One tensor at a time is read, converted and put on its device.
 
     Args:
-      state: arrays, or tensors that are still in a file.
-      template_params: the parameters, or their `jax.ShapeDtypeStruct`; the result takes their dtypes.
-      dtype: another dtype, for all that are floating.
-      sharding: a device or a sharding for all, or a function of a parameter's path and shape to its
-        sharding; None: the default device. Of a split parameter each device gets its part alone.
+        state: arrays, or tensors in a file that are not read yet.
+        template_params: parameters of the same structure, or their `jax.ShapeDtypeStruct`; the result has
+            their dtypes.
+        dtype: another dtype, for all floating-point parameters.
+        sharding: a device or a sharding for all parameters, or a function (path, shape) -> sharding; None:
+            the default device. Each device gets only its part of a split parameter.
 
     Raises:
-      CheckpointError: tensors missing, left over or of another shape, each named with both shapes.
-      InvalidArgumentError: a parameter cannot be split as `sharding` says.
+        CheckpointError: tensors missing, left over or of another shape, each named with both shapes.
+        InvalidArgumentError: a parameter cannot be split by its `sharding`.
     """
     wanted = published(template_params)
     state = _with_current_names(state, wanted)
@@ -179,8 +185,8 @@ def _placement(
         sharding.shard_shape(shape)
     except ValueError as error:
         raise InvalidArgumentError(
-            f"{'/'.join(path)}, {shape}, cannot be split as {sharding} says ({error}): give a function "
-            "(path, shape) -> sharding that leaves such parameters whole"
+            f"{'/'.join(path)}, {shape}, cannot be split by {sharding} ({error}): give a function "
+            "(path, shape) -> sharding that does not split such parameters"
         ) from error
     return sharding
 
@@ -191,9 +197,9 @@ def placed(
     dtype: np.dtype,
     where: jax.Device | jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """A published tensor, or those of all blocks of a stack, as the parameter of `like`, on its devices.
+    """A published tensor, or those of all blocks of a stack, as a parameter like `like`, on its devices.
 
-    Waits for the transfer: the next tensor is read when this one has left the host's memory.
+    Waits for the transfer, so that the next tensor is read after this one has left the host's memory.
     """
     ours = [np.asarray(tensor).transpose(np.argsort(like.axes)) for tensor in tensors]
     shape = tuple(like.value.shape)
@@ -211,10 +217,10 @@ def placed(
 
 
 def _owned(views: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """A contiguous copy, one view after another along a new first axis, aligned to 64 bytes: JAX on a CPU
-    then keeps it and makes no further copy.
+    """A contiguous copy of the views along a new first axis, aligned to 64 bytes.
 
-    Never the views themselves: they may be a file, which changes or ends while the parameters live.
+    JAX on a CPU uses aligned memory without a further copy. The views themselves may be a file, which can
+    change or end while the parameters are in use.
     """
     shape = (len(views), *views[0].shape)
     size = math.prod(shape) * dtype.itemsize
@@ -227,8 +233,9 @@ def _owned(views: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
 
 
 def _fill(copy: np.ndarray, view: np.ndarray) -> None:
-    """Copies in blocks that are contiguous in `view` and fit the processor's cache: converting and turning a
-    whole tensor at a time is two to eight times slower, or needs a second copy.
+    """Copies in blocks that are contiguous in `view` and fit the processor's cache.
+
+    Converting and transposing a whole tensor at once is two to eight times slower, or needs a second copy.
     """
     if view.size == 0 or view.ndim == 0:
         copy[...] = view
@@ -244,8 +251,9 @@ def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         early = ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
-        within, alone = (tower + name for tower in TOWERS), (name.removeprefix(tower) for tower in TOWERS)
-        current = next((other for other in (name, early, *within, *alone) if other in known), name)
+        longer = (prefix + name for prefix in ENCODER_PREFIXES)
+        shorter = (name.removeprefix(prefix) for prefix in ENCODER_PREFIXES)
+        current = next((other for other in (name, early, *longer, *shorter) if other in known), name)
         if current in renamed:
             raise CheckpointError(f"the weights hold {current} under two of its names")
         renamed[current] = tensor

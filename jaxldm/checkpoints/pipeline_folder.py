@@ -1,8 +1,7 @@
-"""A whole model as diffusers lays it out: model_index.json and a folder for each component.
+"""A pipeline in the layout of diffusers: model_index.json and a folder for each component.
 
-model_index.json says of each component which library and class it is, `[null, null]` where it is absent, and
-holds the pipeline's options beside them: `"unet": ["diffusers", "UNet2DConditionModel"]`,
-`"force_zeros_for_empty_prompt": true`.
+model_index.json holds the library and class of each component, as in `"unet": ["diffusers", "UNet2DModel"]`,
+or `[null, null]` for an absent one, and options of the pipeline: `"force_zeros_for_empty_prompt": true`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jaxldm.files import folder_written_whole
 
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"
-# Components that no picture needs: they judge pictures, or prepare images for what judges them.
+# Components that no image needs: safety checkers, and what prepares images for them.
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 Network = tuple[nn.Module, dict]
@@ -33,16 +32,18 @@ Component = Network | Tokenizer | dict[str, Any]
 
 
 def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
-    """The components of a pipeline folder: name -> (library, class). Those that are null are left out.
+    """The components of a pipeline folder: name -> (library, class). Absent ones are left out.
 
     Raises:
-      CheckpointError: no such folder, no model_index.json in it, or not one.
+        CheckpointError: no such folder, no model_index.json in it, or not one.
     """
     path = Path(folder) / INDEX_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no pipeline folder {path.parent}")
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {INDEX_FILE}: it is not a pipeline folder, or not whole")
+        raise CheckpointError(
+            f"{path.parent} has no {INDEX_FILE}: it is not a pipeline folder, or it is not complete"
+        )
     components = {}
     for name, entry in read_json(path).items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
@@ -65,16 +66,19 @@ def load_components(
 ) -> dict[str, Component]:
     """Opens the components of a pipeline folder that diffusers or `save_components` wrote.
 
-    Networks come as (module, params), tokenizers as `Tokenizer`, the scheduler as the dictionary of its
-    scheduler_config.json. Absent ones and those that no picture needs (`NOT_NEEDED`) are left out.
+    Absent ones and those that no image needs (`NOT_NEEDED`) are left out.
 
     Args:
-      dtype, sharding, variant: as in `load`, for every network.
-      only: the names of the components to open, those of `NOT_NEEDED` among them; None: all the others.
+        pipeline_folder: with model_index.json.
+        dtype: as in `load`, for every network; so are `sharding` and `variant`.
+        only: the names of the components to open, which may be in `NOT_NEEDED`; None: all others.
+
+    Returns:
+        name -> (module, params) for a network, a `Tokenizer`, or the dictionary of scheduler_config.json.
 
     Raises:
-      CheckpointError: the folder or a file in it is missing, damaged or of an unknown class.
-      UnknownNameError: `only` names a component that the folder does not have; another dtype.
+        CheckpointError: the folder or a file in it is missing, damaged or of an unknown class.
+        UnknownNameError: `only` names a component that the folder does not have; another dtype.
     """
     folder = Path(pipeline_folder)
     index = read_model_index(folder)
@@ -95,8 +99,9 @@ def load_components(
 
 
 def _of_class(entries: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A config.json's entries with the class that model_index.json names, which is the part that is used:
-    a text encoder's own config may name the whole model that it was cut out of.
+    """The entries of config.json with the class that model_index.json names.
+
+    The config of a text encoder may name the whole model that the encoder is a part of.
     """
     key, value = ("_class_name", kind) if "_class_name" in entries else ("architectures", [kind])
     return entries | {key: value}
@@ -114,14 +119,15 @@ def save_components(
     An earlier pipeline in `folder` is replaced.
 
     Args:
-      class_name: the pipeline's in diffusers, "StableDiffusionPipeline" for one.
-      components: name -> (module, params), a `Tokenizer`, a scheduler's dictionary with its `_class_name`,
-        None for a component that is absent; or a number, a text or a truth value: an option of the pipeline.
-      options: more entries of model_index.json, dictionaries among them (DiT's `id2label`).
+        folder: to write.
+        class_name: of the pipeline in diffusers, for example "StableDiffusionPipeline".
+        components: name -> (module, params), a `Tokenizer`, a scheduler's dictionary with `_class_name`, or
+            None for an absent component; or a number, string or bool: an option of the pipeline.
+        options: more entries of model_index.json, which may be dictionaries (DiT's `id2label`).
 
     Raises:
-      StorageError: the folder holds other files, is a file, or cannot be written.
-      CheckpointError: a scheduler's dictionary without `_class_name`.
+        StorageError: the folder holds other files, is a file, or cannot be written.
+        CheckpointError: a scheduler's dictionary without `_class_name`.
     """
     folder = Path(os.path.abspath(folder))
     _check_may_replace(folder)
@@ -145,7 +151,7 @@ def _save_component(folder: Path, component: Any) -> Any:
         return ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")]
     if isinstance(component, Mapping):
         if "_class_name" not in component:
-            raise CheckpointError(f"{folder.name} is a dictionary without _class_name: no scheduler's")
+            raise CheckpointError(f"{folder.name} is a dictionary without _class_name, so not a scheduler")
         folder.mkdir(parents=True)
         text = json.dumps(dict(component), indent=2) + "\n"
         (folder / SCHEDULER_FILE).write_text(text, encoding="utf-8")
@@ -162,12 +168,11 @@ def _check_may_replace(folder: Path) -> None:
     """Raises `StorageError` unless the folder is new, empty, or a pipeline's and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file: choose another folder")
-    there = set(os.listdir(folder)) if folder.exists() else set()
-    ours = {INDEX_FILE, *(read_model_index(folder) if INDEX_FILE in there else ())}
-    if INDEX_FILE in there:
-        there -= ours
-    if there:
+    files = set(os.listdir(folder)) if folder.exists() else set()
+    if INDEX_FILE in files:
+        files -= {INDEX_FILE, *read_model_index(folder)}
+    if files:
         raise StorageError(
-            f"{folder} already holds other files ({', '.join(sorted(there)[:3])}): choose a new or an empty "
+            f"{folder} already holds other files ({', '.join(sorted(files)[:3])}): choose a new or an empty "
             "folder"
         )

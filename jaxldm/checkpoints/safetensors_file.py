@@ -1,7 +1,7 @@
-"""The safetensors file format: tensors found by the header alone and read when they are wanted; writing.
+"""The safetensors file format: opening by the header, reading tensors when they are used, and writing.
 
 A file is eight bytes (the length of the header), the header (JSON: name -> dtype, shape, first and last byte)
-and the bytes of the tensors. Nothing in it is code. https://github.com/huggingface/safetensors, "Format".
+and the bytes of the tensors. It holds no code. https://github.com/huggingface/safetensors, "Format".
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # as the format's own library has it
+_LONGEST_HEADER = 100_000_000  # the limit of the format's own library
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class Tensor(Protocol):
-    """What can be written: an array, or anything else with a shape, a dtype and `np.asarray` of it."""
+    """An array, or anything else with a shape and a dtype that `np.asarray` accepts."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -48,7 +48,7 @@ class Tensor(Protocol):
 class StoredTensor:
     """A tensor in a file, not read yet: `np.asarray(it)` maps its bytes into memory, read-only.
 
-    The mapping is of this tensor alone and ends with the last array that looks at it.
+    The mapping covers only this tensor and ends with the last array that uses it.
     """
 
     path: Path
@@ -70,19 +70,24 @@ class StoredTensor:
 
 
 class Contents(NamedTuple):
-    """A safetensors file: its tensors, unread, in the order of their bytes, and the texts beside them."""
+    """A safetensors file.
+
+    Attributes:
+        tensors: not read yet, in the order of their bytes.
+        metadata: the strings stored with them.
+    """
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
 def open_safetensors(path: Path | str) -> Contents:
-    """What is in a safetensors file, by its header alone; the tensors are read when they are used.
+    """Reads the header of a safetensors file; the tensors are read when they are used.
 
     Raises:
-      CheckpointError: no such file, a pickle file, a header that is not one or that claims more or less than
-        the file holds (a download or a copy that was cut off), tensors that overlap or are named twice, a
-        dtype that cannot be read here.
+        CheckpointError: no such file, a pickle file, an invalid header or one that claims more or less than
+            the file holds (an incomplete download or copy), tensors that overlap or are named twice, an
+            unknown dtype.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,9 +122,9 @@ def refuse_pickle(path: Path, start: bytes = b"") -> None:
     if path.suffix not in _PICKLE_SUFFIXES and not start.startswith(_PICKLE_STARTS):
         return
     raise CheckpointError(
-        f"{path} is a pickle file: opening one runs whatever program is hidden in it, so it is not read "
-        "here. Take the .safetensors file of the same weights; where there is none, and you trust this one, "
-        "convert it once with PyTorch:  "
+        f"{path} is a pickle file, which can run any program when it is opened, so it is not read. Take "
+        "the .safetensors file of the same weights; if there is none, and you trust this one, convert it "
+        "once with PyTorch:  "
         f"s = torch.load({path.name!r}, weights_only=True); s = s.get('state_dict', s); "
         "safetensors.torch.save_file({k: v.contiguous() for k, v in s.items() if hasattr(v, 'shape')}, "
         f"{path.with_suffix('.safetensors').name!r})"
@@ -127,14 +132,14 @@ def refuse_pickle(path: Path, start: bytes = b"") -> None:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The content of a safetensors file with these tensors, marked as PyTorch's layout unless told."""
+    """The content of a safetensors file; by default, `metadata` marks it as in the layout of PyTorch."""
     return b"".join(safetensors_chunks(tensors, metadata))
 
 
 def safetensors_chunks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The same piece by piece: the header, then one tensor at a time, each read when its turn comes."""
+    """The same in pieces: the header, then one tensor after the other, each read when it is requested."""
     # Wide dtypes first: then every tensor is aligned, as the format asks of writers.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
@@ -166,14 +171,14 @@ def _too_long(start: bytes, length: int, size: int) -> str:
 
 def _read_header(path: Path, header: bytes, data_start: int, file_size: int) -> Contents:
     if not header.startswith(b"{"):
-        raise _Damage("its header is no JSON object")
+        raise _Damage("its header is not a JSON object")
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _Damage(f"its header is no JSON: {error}") from error
+        raise _Damage(f"its header is not JSON: {error}") from error
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _Damage("its __metadata__ are not texts")
+        raise _Damage("its __metadata__ are not strings")
     spans = {name: _span(name, entry) for name, entry in entries.items()}
     end, before = 0, "the header"
     tensors = {}
@@ -193,7 +198,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, value in pairs:
         if name in entries:
-            raise ValueError(f"{name!r} stands in it twice")
+            raise ValueError(f"{name!r} occurs twice")
         entries[name] = value
     return entries
 
@@ -207,7 +212,7 @@ def _span(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
         raise _Damage(f"the shape or the offsets of {name!r} are not counts: {list(shape)}, {first}, {last}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Damage(f"tensor {name!r} is of dtype {dtype!r}; known here are {', '.join(DTYPES)}")
+        raise _Damage(f"tensor {name!r} is of dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
         raise _Damage(
             f"tensor {name!r}, {dtype} {list(shape)}, has {last - first} bytes instead of "

@@ -1,8 +1,8 @@
-"""The vocabulary of a `spiece.model`, as T5 publishes it: a protocol buffer, read without its library.
+"""The vocabulary in a `spiece.model` of T5: a protocol buffer, read without the protobuf library.
 
-A protocol buffer message is a row of fields, each a key and a value. The key holds the field's number and how
-its value is stored: 0 a number of variable length, 1 eight bytes, 2 a length and that many bytes, 5 four
-bytes. The numbers below are those of sentencepiece's `sentencepiece_model.proto`.
+A protocol buffer message is a sequence of fields, each a key and a value. The key holds the field's number
+and the type of its value: 0 is a number of variable length, 1 eight bytes, 2 a length and that many bytes, 5
+four bytes. The numbers below are those of sentencepiece's `sentencepiece_model.proto`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ _MODEL_PIECE, _MODEL_TRAINER, _MODEL_NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
 _TRAINER_KIND, _NORMALIZER_CHARSMAP = 3, 2
 _UNKNOWN, _CONTROL = 2, 3  # kinds of piece
-_UNIGRAM = 1  # the kind of trainer; 2 is byte pairs
+_UNIGRAM = 1  # the type of trainer; 2 is byte pairs
 
 
 class SentencePieces(NamedTuple):
-    """What a `spiece.model` says.
+    """The content of a `spiece.model`.
 
-    pieces: (text, log probability), the index is the token.
-    unknown: the token of what the pieces do not cover.
-    control: the tokens that no text is cut into: padding, end of text.
-    charsmap: the compiled rules of normalisation (compatibility forms and kinds of space), or nothing.
+    Attributes:
+        pieces: (text, log probability); the index is the token.
+        unknown: the token for text that the pieces do not cover.
+        control: the tokens that no text is split into: padding, end of text.
+        charsmap: the compiled rules of normalisation (compatibility forms and kinds of space), or empty.
     """
 
     pieces: list[tuple[str, float]]
@@ -36,10 +37,10 @@ class SentencePieces(NamedTuple):
 
 
 def read_sentencepieces(data: bytes) -> SentencePieces:
-    """The unigram vocabulary that the bytes of a `spiece.model` hold. Kudo & Richardson 2018.
+    """Reads the unigram vocabulary of a `spiece.model`. Kudo & Richardson 2018.
 
     Raises:
-      CheckpointError: not such a file, cut off, of another kind than unigram, or without an unknown piece.
+        CheckpointError: no such model, an incomplete one, another type than unigram, or no unknown piece.
     """
     pieces, kinds, trainer, charsmap = [], [], _UNIGRAM, b""
     try:
@@ -56,7 +57,7 @@ def read_sentencepieces(data: bytes) -> SentencePieces:
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"not a sentencepiece model, or cut off: {error}") from error
     if trainer != _UNIGRAM:
-        raise CheckpointError("a sentencepiece model of another kind than T5's: only unigram is supported")
+        raise CheckpointError("a sentencepiece model of another type than T5's: only unigram is supported")
     if _UNKNOWN not in kinds:
         raise CheckpointError("a sentencepiece model without an unknown piece")
     control = tuple(token for token, kind in enumerate(kinds) if kind == _CONTROL)
@@ -64,7 +65,7 @@ def read_sentencepieces(data: bytes) -> SentencePieces:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field; a repeated one comes again and again."""
+    """(number, value) of each field, in order; a field may be repeated."""
     at = 0
     while at < len(message):
         key, at = _number(message, at)
@@ -77,7 +78,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif key & 7 in (1, 5):
             length = 8 if key & 7 == 1 else 4
         else:
-            raise ValueError(f"a field of unknown kind {key & 7} at byte {at}")
+            raise ValueError(f"a field of unknown type {key & 7} at byte {at}")
         if at + length > len(message):
             raise ValueError(f"the field at byte {at} promises {length} bytes, {len(message) - at} are left")
         yield key >> 3, message[at : at + length]
@@ -85,7 +86,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _number(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, the top bit set in all but the last; and where it ends."""
+    """(number, position after it): seven bits a byte, lowest first, the top bit set in all but the last."""
     value = shift = 0
     while True:
         byte = message[at]

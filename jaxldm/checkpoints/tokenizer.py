@@ -1,4 +1,4 @@
-"""Texts as tokens: the tokenizers of CLIP, T5, BERT and Qwen, from the files beside published weights."""
+"""Tokenizers of CLIP, T5, BERT and Qwen, from the files that are published with the weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from jaxldm.files import write_together
 
 
 class Tokens(NamedTuple):
-    """Texts as rows of tokens.
+    """Tokenized texts.
 
-    input_ids: int32 `[B, T]`, the special tokens at both ends included, padded to T.
-    attention_mask: int32 `[B, T]`, 0 at padding.
-    cut: for each text the words at its end that T had no room for, "" where all fitted.
+    Attributes:
+        input_ids: int32 `[B, T]`, with the special tokens at both ends, padded to T.
+        attention_mask: int32 `[B, T]`, 0 at padding.
+        cut: for each text the words at its end that did not fit into T tokens, "" where all did.
     """
 
     input_ids: Int[np.ndarray, "B T"]
@@ -33,10 +34,11 @@ class Tokens(NamedTuple):
 class Tokenizer:
     """A published tokenizer, opened by `load_tokenizer`: texts -> `Tokens`.
 
-    max_length: tokens of a row unless the call says otherwise: 77 for CLIP.
-    pad_token_id: what fills a row: the end of text again in CLIP, "!" in OpenCLIP, a token of its own in T5.
-    backend: the `tokenizers.Tokenizer` that does the work.
-    files: name -> content of the files it came from, for `save`.
+    Attributes:
+        max_length: the default length of a row, 77 for CLIP.
+        pad_token_id: of the padding: the end of text in CLIP, "!" in OpenCLIP, a token of its own in T5.
+        backend: the `tokenizers.Tokenizer` that does the work.
+        files: name -> content of the files it was read from, for `save`.
     """
 
     max_length: int
@@ -45,45 +47,45 @@ class Tokenizer:
     files: Mapping[str, bytes]
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
-        """The texts as tokens, each row of `max_length`.
+        """Tokenizes texts, each as a row of `max_length`.
 
         Raises:
-          InvalidArgumentError: no texts, something else than texts, or no room for one token of a text.
+            InvalidArgumentError: no texts, something other than strings, or no room for one token of a text.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise InvalidArgumentError(f"texts must be a list of strings, not {texts!r:.80}")
         if not texts:
-            raise InvalidArgumentError("an empty list of texts: give at least one, '' for no words")
+            raise InvalidArgumentError("an empty list of texts: give at least one; '' is the empty text")
         length = self.max_length if max_length is None else max_length
         special = self.backend.num_special_tokens_to_add(False)
         if length <= special:
             raise InvalidArgumentError(
-                f"max_length={length} has no room for a text: {special} special tokens come first"
+                f"max_length={length} has no room for a text: there are {special} special tokens"
             )
         input_ids = np.full((len(texts), length), self.pad_token_id, np.int32)
         attention_mask = np.zeros_like(input_ids)
         cut = []
         for row, encoding in enumerate(self.backend.encode_batch(list(texts))):
-            ids, words = _at_most(length, encoding, texts[row])
+            ids, words = _truncate(length, encoding, texts[row])
             input_ids[row, : len(ids)], attention_mask[row, : len(ids)] = ids, 1
             cut.append(words)
         return Tokens(input_ids, attention_mask, tuple(cut))
 
     def save(self, folder: Path | str) -> None:
-        """Writes the files that the tokenizer came from, and tokenizer.json where it was not among them.
+        """Writes the files that the tokenizer was read from, and tokenizer.json.
 
-        `load_tokenizer`, transformers and whatever reads tokenizer.json (candle) open the folder.
+        `load_tokenizer`, transformers and readers of tokenizer.json (candle) open the folder.
 
         Raises:
-          StorageError: disk full, no permission, a file where the folder should be.
+            StorageError: disk full, no permission, a file where the folder should be.
         """
         folder = Path(folder)
-        whole = {"tokenizer.json": self.backend.to_str(pretty=True).encode()} | dict(self.files)
-        write_together({folder / name: content for name, content in whole.items()})
+        files = {"tokenizer.json": self.backend.to_str(pretty=True).encode()} | dict(self.files)
+        write_together({folder / name: content for name, content in files.items()})
 
 
-def _at_most(length: int, encoding: Any, text: str) -> tuple[list[int], str]:
-    """The tokens with the special ones at both ends kept, and the words that are cut off before the last."""
+def _truncate(length: int, encoding: Any, text: str) -> tuple[list[int], str]:
+    """(tokens, words cut off): the special tokens at both ends stay."""
     if len(encoding.ids) <= length:
         return encoding.ids, ""
     of_text = [index for index, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
@@ -91,13 +93,13 @@ def _at_most(length: int, encoding: Any, text: str) -> tuple[list[int], str]:
     keep = length - len(end)
     first, word = keep, encoding.word_ids[keep]
     while first > of_text[0] and word is not None and encoding.word_ids[first - 1] == word:
-        first -= 1  # a word that is cut in two is named whole
+        first -= 1  # a word that is cut in two is reported as a whole
     return encoding.ids[:keep] + end, text[encoding.offsets[first][0] :].strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What transformers takes for granted about a kind of tokenizer where its files are silent."""
+    """The defaults of transformers for a kind of tokenizer."""
 
     tokenizer_class: str
     max_length: int
@@ -105,7 +107,7 @@ class _Kind:
 
 
 _END = "<|endoftext|>"
-_BYTES = "BPE of bytes"  # of Qwen; its tokenizer.json calls the model BPE, as CLIP's does
+_BYTES = "BPE of bytes"  # of Qwen; the model in its tokenizer.json is called BPE, as CLIP's is
 KINDS = {
     "BPE": _Kind(
         "CLIPTokenizer",
@@ -129,7 +131,7 @@ KINDS = {
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# How Qwen cuts a text into words before it joins bytes: a space belongs to the word behind it.
+# How Qwen splits a text into words before it merges bytes: a space belongs to the word after it.
 _WORDS_WITH_SPACES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -137,14 +139,14 @@ _WORDS_WITH_SPACES = (
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Opens the tokenizer folder of a published text encoder, as transformers writes it, old and new.
+    """Opens the tokenizer folder of a published text encoder, written by any version of transformers.
 
-    One of: tokenizer.json; vocab.json and merges.txt (CLIP, Qwen); spiece.model (T5); vocab.txt (BERT); the
-    first of them that is there. tokenizer_config.json, special_tokens_map.json and added_tokens.json are
-    honoured. A chat template is kept, not applied.
+    Reads the first of tokenizer.json, vocab.json with merges.txt (CLIP, Qwen), spiece.model (T5) and
+    vocab.txt (BERT) that exists, and applies tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json. A chat template is kept, not applied.
 
     Raises:
-      CheckpointError: no such folder, none of these files, or one that cannot be read.
+        CheckpointError: no such folder, none of these files, or one that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -162,12 +164,10 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 def _from_files(files: dict[str, bytes]) -> Tokenizer:
     settings = _json(files, "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:  # else the newest file says it all
+    if "added_tokens_decoder" not in settings:  # a newer tokenizer_config.json holds them all
         settings |= _json(files, "special_tokens_map.json")
     if settings.get("padding_side", "right") != "right":
-        raise CheckpointError(
-            "tokenizer_config.json asks for padding on the left: only the right is supported"
-        )
+        raise CheckpointError("tokenizer_config.json has padding on the left: only the right is supported")
     try:
         backend, kind = _backend(files, settings)
         special = {key: settings.get(key) or kind.special_tokens.get(key) for key in _SPECIAL}
@@ -183,9 +183,9 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
         longest = kind.max_length
     pad = backend.token_to_id(_content(special["pad_token"]))
     if "tokenizer_config.json" not in files:
-        told = {key: _content(token) for key, token in special.items() if token}
-        told |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
-        files = files | {"tokenizer_config.json": json.dumps(told, indent=2).encode()}
+        written = {key: _content(token) for key, token in special.items() if token}
+        written |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
+        files = files | {"tokenizer_config.json": json.dumps(written, indent=2).encode()}
     return Tokenizer(int(longest), pad, backend, files)
 
 
@@ -195,12 +195,12 @@ def _json(files: Mapping[str, bytes], name: str) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be read as JSON: {error}") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{name} holds no JSON object")
+        raise CheckpointError(f"{name} does not hold a JSON object")
     return entries
 
 
 def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> tuple[Any, _Kind]:
-    """The `tokenizers.Tokenizer` of these files, without what the settings add to it, and its kind."""
+    """The `tokenizers.Tokenizer` of these files, before the settings are applied, and its kind."""
     import tokenizers
 
     if "tokenizer.json" in files:
@@ -258,7 +258,7 @@ def _clip(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
 
 
 def _byte_pairs(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, ...]]]:
-    """The numbers of vocab.json, and the pairs of merges.txt in the order in which they are joined."""
+    """The tokens of vocab.json, and the pairs of merges.txt in the order in which they are merged."""
     lines = files["merges.txt"].decode().splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     return _json(files, "vocab.json"), pairs
@@ -335,7 +335,7 @@ def _bert(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
-    """The text of a token that is a string, or an object that also says how it is matched."""
+    """The text of a token: a string, or an object that also describes how it is matched."""
     return token if isinstance(token, str) else token["content"]
 
 
@@ -356,7 +356,7 @@ def _add_tokens(
     A pad token is one of them: where it is "!", every "!" of a text becomes it, as in transformers.
 
     Raises:
-      CheckpointError: an added token would not get the number that the files give it.
+        CheckpointError: an added token would not get the number that the files give it.
     """
     numbered = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
     numbered |= {number: token for token, number in added.items()}

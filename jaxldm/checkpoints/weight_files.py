@@ -1,10 +1,10 @@
-"""The weight files of a model folder: one file or several with an index, in one variant or another.
+"""The weight files of a model folder: one file, or shards with an index, in one or several variants.
 
-| file | what it is |
+| file | content |
 |---|---|
 | `STEM.safetensors` | all tensors |
 | `STEM.fp16.safetensors` | all tensors, in the variant fp16 |
-| `STEM-00001-of-00003.safetensors` ... | tensors of a large model, in several files (shards) |
+| `STEM-00001-of-00003.safetensors` ... | the tensors of a large model, in several files (shards) |
 | `STEM.safetensors.index.json`, `STEM.safetensors.index.fp16.json` | which tensor is in which shard |
 
 STEM is `diffusion_pytorch_model` in folders of diffusers and `model` in those of transformers.
@@ -34,14 +34,16 @@ _PICKLES = ("{stem}*.bin", "pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[Path, dict[str, StoredTensor]]:
-    """The weight file of a folder, or the index of several, and all their tensors, unread.
+    """The weight file of a folder, or the index of its shards, and all tensors, not read yet.
 
     Args:
-      variant: "fp16" and the like; None: the plain files, or the only variant where there are none.
+        folder: of the model.
+        stem: `STEM` in the table above.
+        variant: for example "fp16"; None: the plain files, or the only variant.
 
     Raises:
-      CheckpointError: no such files, only pickle files, several variants to choose from, a damaged file, an
-        index that does not agree with its shards.
+        CheckpointError: no such files, only pickle files, several variants to choose from, a damaged file, an
+            index that does not agree with its shards.
     """
     if variant is None and not any(path.is_file() for path in _places(folder, stem, None)):
         variant = _only_variant(folder, stem)
@@ -50,11 +52,11 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[P
         return index, _open_shards(index)
     if single.is_file():
         return single, open_safetensors(single).tensors
-    raise CheckpointError(f"there is no weight file {single}{_what_is_there(folder, stem)}")
+    raise CheckpointError(f"there is no weight file {single}{_what_is_found(folder, stem)}")
 
 
 def _places(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
-    """Where a variant's index and its single file would be."""
+    """The paths of a variant's index and single file."""
     middle = "" if variant is None else f".{variant}"
     return folder / f"{stem}.safetensors.index{middle}.json", folder / f"{stem}{middle}.safetensors"
 
@@ -80,14 +82,14 @@ def _only_variant(folder: Path, stem: str) -> str | None:
     return variants[0] if variants else None
 
 
-def _what_is_there(folder: Path, stem: str) -> str:
-    """What stands in the folder instead; raises the refusal where that is a pickle file."""
+def _what_is_found(folder: Path, stem: str) -> str:
+    """What the folder holds instead, for a message. Raises `CheckpointError` for a pickle file."""
     variants = _variants(folder, stem)
     if variants:
         return f"; there are the variants {', '.join(variants)}"
     shards = sorted(folder.glob(f"{stem}*-of-*.safetensors"))
     if shards:
-        return f"; there is {shards[0].name}, but no {stem}.safetensors.index.json beside it: copy that too"
+        return f"; there is {shards[0].name}, but no {stem}.safetensors.index.json: copy that, too"
     for pattern in _PICKLES:
         for pickle in sorted(folder.glob(pattern.format(stem=stem))):
             refuse_pickle(pickle)
@@ -95,13 +97,13 @@ def _what_is_there(folder: Path, stem: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` when there is none, or one with a name twice."""
+    """The object in a JSON file. Raises `CheckpointError` for anything else, or a name that occurs twice."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} does not hold a JSON object")
     return entries
 
 
@@ -115,11 +117,12 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     shards = sorted(set(places.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
-        raise CheckpointError(f"{index} names files that are not there: {', '.join(absent)}")
+        raise CheckpointError(f"{index} names files that do not exist: {', '.join(absent)}")
     contents = {shard: open_safetensors(index.parent / shard).tensors for shard in shards}
     problems = [f"{name} is not in {place}" for name, place in places.items() if name not in contents[place]]
     problems += [
-        f"{name} is in {shard} " + (f"and not only in {places[name]}" if name in places else "unannounced")
+        f"{name} is in {shard} "
+        + (f"and not only in {places[name]}" if name in places else "but not in the index")
         for shard, tensors in contents.items()
         for name in tensors
         if places.get(name) != shard
@@ -132,9 +135,9 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
 def weight_contents(
     folder: Path, stem: str, tensors: Mapping[str, Tensor], max_shard_size: int = MAX_SHARD_SIZE
 ) -> dict[Path, bytes | Iterable[bytes | memoryview]]:
-    """The files that hold these tensors, for `files.write_together`: one, or shards and their index.
+    """The content of the files for these tensors, for `files.write_together`: one, or shards and an index.
 
-    A shard has at most `max_shard_size` bytes of tensors, or one tensor that is larger.
+    A shard has at most `max_shard_size` bytes of tensors, or a single larger tensor.
     """
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -160,7 +163,7 @@ def weight_contents(
 
 
 def remove_other_weights(folder: Path, stem: str, kept: Iterable[Path]) -> None:
-    """Removes plain weight files of an earlier save, which would otherwise be taken for this one's."""
+    """Removes the plain weight files of an earlier save, which would be read with those of this one."""
     numbered = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
     for path in {*_places(folder, stem, None), *numbered} - set(kept):
         path.unlink(missing_ok=True)

@@ -1,18 +1,16 @@
-"""The commands of `jaxldm`, one file each: a frozen dataclass whose fields are the options and whose `run`
-does it.
-"""
+"""The commands of `jaxldm`, one file each: a frozen dataclass of the options with a method `run`."""
 
 from __future__ import annotations
 
 import importlib
 
-# name -> what `jaxldm --help` says of it. The modules are imported only when their command is typed.
+# name -> its line in `jaxldm --help`. A module is imported when its command is used.
 COMMANDS = {
-    "train": "Train a model from a recipe, or go on with a training that was interrupted.",
-    "sample": "Draw images with a trained model: a grid, one PNG per image and an .npz.",
-    "eval": "Measure a trained model: class accuracy, Frechet distance, diversity, memorisation.",
-    "export": "Write a trained model as safetensors and JSON, in a layout that other programs read.",
-    "info": "Say what a run, an exported folder or a preset is; alone, list all there is.",
+    "train": "Train a model from a recipe, or resume an interrupted training.",
+    "sample": "Sample images from a model: a grid, one PNG per image and an .npz.",
+    "eval": "Evaluate a trained model: class accuracy, Frechet distance, diversity, memorisation.",
+    "export": "Write a trained model as safetensors and JSON, in the layout of diffusers.",
+    "info": "Describe a run, an exported folder or a preset; without argument, list all names.",
 }
 
 

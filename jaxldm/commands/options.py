@@ -1,4 +1,4 @@
-"""How options look in `--help`."""
+"""Options that several commands have, and how options are shown in `--help`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,34 @@ from typing import Any
 
 import tyro
 
+from jaxldm.errors import InvalidArgumentError
+
 
 def shown(metavar: str, default: str | None = None) -> Any:
-    """An option whose value is called `metavar`, and whose default is told in words."""
+    """An option with its value shown as `metavar` and its default described by `default`."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else None)
+
+
+def first_devices(count: int | None) -> list[Any] | None:
+    """The first `count` devices of JAX; None, which leaves the choice to the library, for None.
+
+    Raises `InvalidArgumentError` for more devices than there are.
+    """
+    if count is None:
+        return None
+    import jax
+
+    if not 1 <= count <= jax.device_count():
+        raise InvalidArgumentError(f"devices must be between 1 and {jax.device_count()}, got {count}")
+    return jax.devices()[:count]
+
+
+def numbers_or_none(texts: tuple[str, ...] | None, option: str) -> list[float] | None:
+    """The numbers of an option, as typed: separated by spaces or commas."""
+    if texts is None:
+        return None
+    words = [word for text in texts for word in text.replace(",", " ").split()]
+    try:
+        return [float(word) for word in words]
+    except ValueError as error:
+        raise InvalidArgumentError(f"--{option} must be numbers, got {' '.join(words)}") from error

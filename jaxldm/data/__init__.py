@@ -1,4 +1,4 @@
-"""Data: datasets by TFDS name, batches pure in the step, checks on images, and the cache of latents."""
+"""Data: datasets by TFDS name, batches as pure functions of the step, checks, the cache of latents."""
 
 from jaxldm.data.augmentation import Augmentation, augment
 from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch

@@ -1,7 +1,6 @@
-"""Batches as a pure function of the step: `batches[step]` depends on the data, the key and the step alone.
+"""Batches as a pure function of the step: `batches[step]` depends only on the data, the key and the step.
 
-So a run resumed in the middle of an epoch sees the very batches it would have seen, with no place of an
-iterator to save.
+So a run resumed in the middle of an epoch sees the same batches, and no position of an iterator is saved.
 """
 
 import dataclasses
@@ -17,12 +16,13 @@ from jaxldm.errors import DataError, InvalidArgumentError
 
 @runtime_checkable
 class Rows(Protocol):
-    """Examples that can be read at random, from memory or from disk."""
+    """Examples with random access, in memory or on disk."""
 
     def __len__(self) -> int: ...
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
         """Returns the named columns of the examples `rows`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Batches:
     """Shuffled batches of equal size: `batches[step]` for any step >= 0.
 
     Epoch e = step // len(batches) visits every example at most once, in the order
-    `jax.random.permutation(fold_in(key, e), N)`. The examples that do not fill a last batch are left out,
-    other ones in each epoch. `len(batches)` is the number of steps in an epoch.
+    `jax.random.permutation(fold_in(key, e), N)`. The last examples, which do not fill a batch, are left out;
+    they differ from epoch to epoch. `len(batches)` is the number of steps in an epoch.
 
     Args:
         rows: named arrays with a row per example, `{"image": [N, H, W, C], "label": [N]}`, or any `Rows`,
@@ -88,7 +88,7 @@ class Batches:
         kept_epoch, order = self._order  # read once: threads of `prefetch` share it
         if self.shuffle and kept_epoch != epoch:
             order = np.asarray(jax.random.permutation(jax.random.fold_in(self.key, epoch), len(self.rows)))
-            self._order = (epoch, order)  # drawing it takes milliseconds, so the last one is kept
+            self._order = (epoch, order)  # takes milliseconds to draw, so the last one is cached
         return order
 
     def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
@@ -107,8 +107,8 @@ def map_batches(
 ) -> Any:
     """Returns function(rows) [N, ...], computed `batch_size` rows at a time, as numpy arrays.
 
-    `function` maps [B, ...] to a pytree of arrays [B, ...], each row by itself. The last batch is filled up
-    with copies of its last row, so a jitted function compiles once.
+    `function` maps [B, ...] to a pytree of arrays [B, ...], row by row. The last batch is padded with copies
+    of its last row, so that a jitted function compiles once.
     """
     if len(rows) == 0:
         raise DataError("there are no rows to map over")
@@ -127,7 +127,7 @@ def prefetch(
 ) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
     """Yields `batches[start]`, ..., `batches[stop - 1]`, read ahead by threads of `grain`.
 
-    Worth it for rows on disk; arrays in memory are quicker without.
+    For rows on disk; arrays in memory are faster without.
     """
     import grain
 

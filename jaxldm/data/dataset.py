@@ -1,4 +1,4 @@
-"""A dataset: named splits of labelled images, read whole into memory or at random from disk."""
+"""A dataset: named splits of labelled images, in memory or read from disk by index."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ MAX_BYTES_IN_MEMORY = 16 * 2**30
 
 @dataclasses.dataclass(frozen=True)
 class RecordRows:
-    """Records read at random, as columns `image` float32 [B, H, W, C] in [-1, 1] and `label` int32 [B].
+    """Records with random access, as columns `image` float32 [B, H, W, C] in [-1, 1] and `label` int32 [B].
 
     Attributes:
         source: records with `__getitems__`, as `tfds.data_source` returns them; images uint8 [h, w, C].
@@ -75,19 +75,19 @@ class Dataset:
         return tuple(self.parts)
 
     def rows(self, split: str) -> Rows:
-        """Returns the rows of a split, for `Batches` that read from disk. Raises `UnknownNameError`."""
+        """Returns the rows of a split, from which `Batches` read from disk. Raises `UnknownNameError`."""
         return self.parts[one_of(f"split of {self.name}", split, self.parts)]
 
     def arrays(self, split: str) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]:
         """Returns a whole split in memory: images float32 [N, H, W, C] in [-1, 1] and labels int32 [N].
 
-        Raises `UnknownNameError` for another split name and `DataError` if the split would take over 16 GiB.
+        Raises `UnknownNameError` for another split name, `DataError` if the split needs more than 16 GiB.
         """
         rows = self.rows(split)
         size = 4 * len(rows) * int(np.prod(self.image_shape))
         if size > MAX_BYTES_IN_MEMORY:
             raise DataError(
-                f"{self.name} {split} would take {size / 2**30:.0f} GiB of memory: give Batches "
+                f"{self.name} {split} needs {size / 2**30:.0f} GiB of memory: give Batches "
                 f"dataset.rows({split!r}) instead of arrays"
             )
         columns = rows.take(np.arange(len(rows)))

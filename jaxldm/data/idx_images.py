@@ -1,7 +1,7 @@
-"""TFDS builder for MNIST and its relatives, made from the original IDX files without TensorFlow.
+"""TFDS builder for MNIST and similar data sets from their original IDX files, without TensorFlow.
 
 The builders of these names in tensorflow_datasets read and encode the images with TensorFlow; this one needs
-numpy only. Importing this module imports tensorflow_datasets, so `jaxldm.data.load` does it late.
+only numpy. Importing this module imports tensorflow_datasets, so `jaxldm.data.load` imports it late.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ KANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 @dataclasses.dataclass
 class IdxConfig(tfds.core.BuilderConfig):
-    """Where the four files lie and what the ten classes are called."""
+    """The address of the four files and the names of the ten classes."""
 
     url: str = ""
     class_names: tuple[str, ...] = DIGITS
@@ -46,19 +46,19 @@ class IdxConfig(tfds.core.BuilderConfig):
 def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
     """Returns the uint8 array of a gzipped IDX file, the format of the original MNIST files.
 
-    Two zero bytes, the type (8 for uint8), the number of axes, each extent as a big-endian 32-bit number,
-    the bytes. Raises `DataError` if the file is not that, or cut short.
+    The format: two zero bytes, the type (8 for uint8), the number of axes, each extent as a big-endian 32-bit
+    number, the values. Raises `DataError` for another or an incomplete file.
     """
     try:
         with gzip.open(path) as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({error}): delete it and run again") from error
+        raise DataError(f"{path} is not a complete gzip file ({error}): delete it and run again") from error
     axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = np.frombuffer(content[4 : 4 + 4 * axes], dtype=">u4")
     numbers = np.frombuffer(content[4 + 4 * axes :], dtype=np.uint8)
     if axes == 0 or len(shape) < axes or numbers.size != np.prod(shape.astype(np.int64)):
-        raise DataError(f"{path} is not a whole IDX file of bytes: delete it and run again")
+        raise DataError(f"{path} is not a complete IDX file of bytes: delete it and run again")
     return numbers.reshape(shape)
 
 

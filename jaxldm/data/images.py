@@ -1,11 +1,11 @@
-"""Images as numbers: 8-bit pictures to [-1, 1] and back, and the checks on what a caller hands in."""
+"""Images as numbers: 8-bit pixels to [-1, 1] and back, and checks of images and labels."""
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jaxldm.errors import DataError
 
-TOLERANCE = 1e-3  # how far rounding may carry a value outside [-1, 1]
+TOLERANCE = 1e-3  # how far a value may be outside [-1, 1], by rounding
 
 
 def from_uint8(pixels: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
@@ -20,17 +20,22 @@ def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W
     """
     images = np.asarray(images, dtype=np.float32)
     if np.isnan(images).any():
-        raise DataError("cannot turn images with NaN into a picture")
+        raise DataError("images with NaN cannot be converted to 8-bit pixels")
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def check_images(
     images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None, name: str = "images"
 ) -> Float[np.ndarray, "B H W C"]:
-    """Returns `images` as float32 if they are [B, H, W, C] in [-1, 1], with no NaN.
+    """Returns `images` as float32 if they are [B, H, W, C] in [-1, 1], without NaN.
 
-    `shape` is the (H, W, C) they must have, None for any. Raises `DataError` that says what is wrong, in
-    which image, and how to mend it.
+    Args:
+        images: to check.
+        shape: the (H, W, C) they must have; None allows any.
+        name: of the images, for the message.
+
+    Raises:
+        DataError: what is wrong, in which image, and how to fix it.
     """
     images = np.asarray(images)
     if images.ndim != 4 or 0 in images.shape:
@@ -40,18 +45,22 @@ def check_images(
             f"{name} must be {_extents(shape)} (height x width x channels), got {_extents(images.shape[1:])}"
         )
     if not np.issubdtype(images.dtype, np.floating):
-        cure = ": use jaxldm.data.from_uint8" if images.dtype == np.uint8 else ""
-        raise DataError(f"{name} must be floats in [-1, 1], got {images.dtype}{cure}")
+        fix = ": use jaxldm.data.from_uint8" if images.dtype == np.uint8 else ""
+        raise DataError(f"{name} must be floats in [-1, 1], got {images.dtype}{fix}")
     images = images.astype(np.float32)
     wrong = ~np.isfinite(images).all(axis=(1, 2, 3))
     if wrong.any():
-        raise DataError(f"{name} have NaN or infinity, first in image {np.argmax(wrong)} of {len(images)}")
+        raise DataError(
+            f"{name} have NaN or infinity: {name}[{np.argmax(wrong)}] is the first of {wrong.sum()}"
+        )
     outside = np.abs(images).max(axis=(1, 2, 3)) > 1 + TOLERANCE
     if outside.any():
         first = np.argmax(outside)
         low, high = images[first].min(), images[first].max()
-        cure = "use jaxldm.data.from_uint8 on the 8-bit pixels" if high > 2 else "rescale or cut them"
-        raise DataError(f"{name} must be in [-1, 1], but image {first} is in [{low:.4g}, {high:.4g}]: {cure}")
+        fix = "use jaxldm.data.from_uint8 on the 8-bit pixels" if high > 2 else "rescale or clip them"
+        raise DataError(
+            f"{name} must be in [-1, 1], but {name}[{first}] is in [{low:.4g}, {high:.4g}]: {fix}"
+        )
     return images
 
 
@@ -60,7 +69,7 @@ def check_labels(
 ) -> Int[np.ndarray, "B"]:
     """Returns `labels` as int32 [B] if there is one per image and all are in [0, num_classes).
 
-    Raises `DataError` that names the first wrong one.
+    Raises `DataError` with the first invalid one.
     """
     labels = np.asarray(labels)
     if labels.shape != (num_images,):
@@ -70,7 +79,7 @@ def check_labels(
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         first = np.argmax(outside)
-        raise DataError(f"{name} must be in [0, {num_classes - 1}], but number {first} is {labels[first]}")
+        raise DataError(f"{name} must be in [0, {num_classes - 1}], but {name}[{first}] is {labels[first]}")
     return labels.astype(np.int32)
 
 

@@ -1,9 +1,7 @@
-"""The cache of latents: stage two reads what the autoencoder made of the images, instead of encoding them
-anew.
+"""The cache of latents: the second stage reads the encoded images instead of encoding them again.
 
-The file is keyed by a hash of all that it depends on. A cache of other weights or other images, or one cut
-short
-by a crash or a full disk, is never used: it is computed again.
+The file is keyed by a hash of everything it depends on. A cache of other weights or images, or one left
+incomplete by a crash or a full disk, is not used: the latents are computed again.
 """
 
 import hashlib
@@ -26,8 +24,8 @@ _FINGERPRINT = "__fingerprint__"
 
 
 def fingerprint(*parts: Any) -> str:
-    """Returns a SHA-256 of arrays, nested dictionaries of arrays, strings and numbers: names, types,
-    shapes, values.
+    """Returns a SHA-256 of arrays, nested dictionaries of arrays, strings and numbers: names, types, shapes,
+    values.
 
     >>> fingerprint({"w": np.zeros(2)}, "mini") == fingerprint({"w": np.zeros(2)}, "mini")
     True
@@ -45,17 +43,17 @@ def fingerprint(*parts: Any) -> str:
 
 
 def cached(path: str | os.PathLike, key: str, compute: Callable[[], Columns]) -> Columns:
-    """Returns the arrays kept in the .npz file `path` under the fingerprint `key`, or computes and keeps
+    """Returns the arrays stored in the .npz file `path` under the fingerprint `key`, or computes and stores
     them.
 
     Args:
         path: the cache file, for example runs/mini-ldm/latents.npz.
         key: `fingerprint(autoencoder params, config, images)`.
-        compute: called when the file is missing, of another key or damaged; gives named arrays.
+        compute: called when the file is missing, damaged or of another key; returns named arrays.
 
     Raises:
-        StorageError: the file cannot be written (no space, no permission). An older whole file stays as it
-            was.
+        StorageError: the file cannot be written (no space, no permission). An earlier complete file stays as
+            it was.
     """
     path = pathlib.Path(path)
     columns = _read(path, key)

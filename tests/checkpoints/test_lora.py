@@ -300,7 +300,7 @@ def test_attention_processors_alone_are_the_unets(sd15, tmp_path):
     assert_merged(checkpoints.merge_lora(components, lora), before, {"unet": wanted["unet"]})
 
 
-def test_alphas_that_peft_stores_beside_the_tensors(sd15, tmp_path):
+def test_alphas_that_peft_stores_next_to_the_tensors(sd15, tmp_path):
     components, before = sd15
     first, second = list(modules(before["unet"], "attn1.to_q"))[:2]
     down, up = matrices(before["unet"][f"{first}.weight"].shape)

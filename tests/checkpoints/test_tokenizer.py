@@ -198,7 +198,7 @@ def damaged(name, content):
     ("damage", "message"),
     [
         (damaged("vocab.json", b"{"), "vocab.json cannot be read as JSON"),
-        (damaged("vocab.json", b"[]"), "vocab.json holds no JSON object"),
+        (damaged("vocab.json", b"[]"), "vocab.json does not hold a JSON object"),
         (damaged("vocab.json", b'{"a": 0}'), "vocab.json has no '<|startoftext|>'"),
         (damaged("merges.txt", b"#version: 0.2\nq zz\n"), "do not fit together"),
         (damaged("merges.txt", b"\xff\xfe"), "do not fit together"),

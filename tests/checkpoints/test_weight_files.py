@@ -123,14 +123,14 @@ def a_shard(folder, number=0):
 
 
 WRONG_INDEX = {
-    "a shard is missing": (lambda f: a_shard(f, 1).unlink(), r"not there: .*-00002-of-"),
+    "a shard is missing": (lambda f: a_shard(f, 1).unlink(), r"do not exist: .*-00002-of-"),
     "a name without a tensor": (
         lambda f: edit_index(f, lambda index: index["weight_map"].update(ghost=a_shard(f).name)),
         "ghost is not in .*-00001-of-",
     ),
     "a tensor without a name": (
         lambda f: edit_index(f, lambda index: index["weight_map"].pop("encoder.conv_in.bias")),
-        r"encoder\.conv_in\.bias is in .* unannounced",
+        r"encoder\.conv_in\.bias is in .* but not in the index",
     ),
     "a tensor in two shards": (
         lambda f: safetensors.torch.save_file(
@@ -148,9 +148,9 @@ WRONG_INDEX = {
     "no JSON": (lambda f: (f / INDEX).write_text("{"), "cannot be read as JSON"),
     "a name twice": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'),
-        "'a' stands in it twice",
+        "'a' occurs twice",
     ),
-    "no index": (lambda f: (f / INDEX).unlink(), r"no .*index\.json beside it"),
+    "no index": (lambda f: (f / INDEX).unlink(), r"no .*index\.json: copy that, too"),
     "a shard cut off": (lambda f: os.truncate(a_shard(f, 2), 900), r"00003-of.*damaged"),
 }
 

@@ -41,10 +41,10 @@ def with_value(value):
         (np.zeros([2, 5, 4, 1], np.float32), "must be 4x4x1 .* got 5x4x1"),
         (np.zeros([2, 4, 4, 1], np.uint8), "uint8.*from_uint8"),
         (np.zeros([2, 4, 4, 1], np.int64), "int64"),
-        (with_value(np.nan), "NaN or infinity, first in image 1 of 3"),
-        (with_value(-np.inf), "NaN or infinity, first in image 1"),
-        (with_value(255), r"image 1 is in \[0, 255\].*from_uint8"),
-        (with_value(-1.5), r"image 1 is in \[-1.5, 0\]: rescale"),
+        (with_value(np.nan), r"NaN or infinity: images\[1\] is the first of 1"),
+        (with_value(-np.inf), r"NaN or infinity: images\[1\]"),
+        (with_value(255), r"images\[1\] is in \[0, 255\].*from_uint8"),
+        (with_value(-1.5), r"images\[1\] is in \[-1.5, 0\]: rescale"),
     ],
 )
 def test_bad_images_are_named(images, message):
@@ -57,8 +57,8 @@ def test_bad_images_are_named(images, message):
     [
         (np.array([1, 2]), r"one per image, \[3\]"),
         (np.array([0.0, 1.0, 2.0]), "whole numbers"),
-        (np.array([0, 10, 2]), "number 1 is 10"),
-        (np.array([0, 1, -1]), "number 2 is -1"),
+        (np.array([0, 10, 2]), r"labels\[1\] is 10"),
+        (np.array([0, 1, -1]), r"labels\[2\] is -1"),
     ],
 )
 def test_bad_labels_are_named(labels, message):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -270,9 +271,9 @@ def test_a_name_that_cannot_be_one_is_a_clear_error(tmp_path, name):
         data.load(name, data_dir=tmp_path)
 
 
-def test_a_folder_without_its_description_is_half_prepared(copy):
+def test_a_folder_without_its_description_is_incomplete(copy):
     (copy / "dataset_info.json").unlink()
-    with pytest.raises(DataError, match=f"{copy} is half-prepared: delete it"):
+    with pytest.raises(DataError, match=f"{copy} is incomplete: delete it"):
         data.load("mnist5k", data_dir=copy.parents[1])
 
 
@@ -301,6 +302,16 @@ def test_what_cannot_be_prepared_is_one_clear_line(tmp_path, monkeypatch, failur
     with pytest.raises(DataError, match=message) as caught:
         data.load("tiny_pictures", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_message_comes_within_seconds(tmp_path, monkeypatch):
+    """With the retries of tensorflow_datasets alone it takes minutes."""
+    (config,) = [config for config in idx_images.IdxImages.BUILDER_CONFIGS if config.name == "kmnist"]
+    monkeypatch.setattr(config, "url", "http://127.0.0.1:9/")  # nothing listens on that port
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"no answer from 127\.0\.0\.1.*needs a network"):
+        data.load("kmnist", data_dir=tmp_path)
+    assert time.monotonic() - start < 60
 
 
 def test_another_process_may_prepare_the_data_first(tmp_path, monkeypatch):

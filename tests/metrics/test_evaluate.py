@@ -109,7 +109,7 @@ def test_a_classifier_that_reads_badly_is_warned_about():
     [
         (np.zeros([2, 5, 4, 1], np.float32), np.zeros(2, int), "generated images must be 4x4x1"),
         (np.full([2, 4, 4, 1], np.nan, np.float32), np.zeros(2, int), "NaN"),
-        (np.zeros([2, 4, 4, 1], np.float32), np.array([0, 4]), r"in \[0, 3\], but number 1 is 4"),
+        (np.zeros([2, 4, 4, 1], np.float32), np.array([0, 4]), r"in \[0, 3\], but labels\[1\] is 4"),
     ],
 )
 def test_bad_images_and_labels_are_refused(images, labels, message):
