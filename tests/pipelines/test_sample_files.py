@@ -10,6 +10,11 @@ from jaxldm.errors import DataError, StorageError
 from jaxldm.pipelines import check_output_folder, columns_for, images, save_samples
 
 
+def pixels_of(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
 def random_images(count, channels=1, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (count, 4, 6, channels)).astype(np.float32)
 
@@ -28,9 +33,9 @@ def test_the_files_hold_the_images(tmp_path, channels):
         ["grid.png", "samples.npz", *(f"image-{k:05d}-class-{labels[k]}.png" for k in range(5))]
     )
     for k in range(5):
-        picture = np.asarray(Image.open(tmp_path / "new" / "out" / f"image-{k:05d}-class-{labels[k]}.png"))
+        picture = pixels_of(tmp_path / "new" / "out" / f"image-{k:05d}-class-{labels[k]}.png")
         np.testing.assert_array_equal(picture.reshape(4, 6, channels), saved["images"][k])
-    assert Image.open(tmp_path / "new" / "out" / "grid.png").size == (2 * 8 + 2, 3 * 6 + 2)
+    assert pixels_of(tmp_path / "new" / "out" / "grid.png").shape[:2] == (3 * 6 + 2, 2 * 8 + 2)
 
 
 def test_without_classes_the_labels_are_minus_one(tmp_path):

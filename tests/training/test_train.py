@@ -199,8 +199,11 @@ class StandIn:
     class config:
         num_classes = 3
 
-    def apply(self, variables, x, t, labels, train, rngs):
+    def __call__(self, x, t, labels, train=False):
         return x
+
+    def apply(self, variables, x, t, labels, train, rngs):
+        return self(x, t, labels, train)
 
 
 def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch):
