@@ -27,7 +27,7 @@ def test_the_example_of_sample_runs():
 def test_the_example_of_a_solver_is_ddim():
     names = {}
     exec(next(code for code in PYTHON if "def plain_ddim" in code), names)
-    path = D.flow_path()
+    path = D.Flow()
     grid = D.make_grid(path, 7)
     denoise = D.gaussian_denoiser(path, mean=0.3, std=0.5)
     key = jax.random.key(1)

@@ -63,11 +63,11 @@ def our_training(pair: Pair) -> Run:
     optimizer = training.optimizer(LEARNING_RATE, 0, 10**6, 0.01, MAX_GRAD_NORM)
     params = models.init(pair.ours, jax.random.key(0))
     state = training.create_train_state(jax.random.key(1), params, optimizer)
-    path = D.vp_path(D.linear_betas())
+    path = D.VP(D.linear_betas())
 
     def denoising_loss(params, key, batch, step):
         network = lambda x, t, labels: pair.ours.apply({"params": params}, x, t, labels)  # noqa: E731
-        return D.diffusion_loss(key, network, path, batch["image"], batch["label"])
+        return D.diffusion_loss(key, network, D.epsilon(path), batch["image"], batch["label"])
 
     def reconstruction_loss(params, key, batch, step):
         apply = lambda method: lambda x: pair.ours.apply({"params": params}, x, method=method)  # noqa: E731
@@ -98,7 +98,7 @@ def our_sampling(pair: Pair, num_inference_steps: int) -> Run:
         latents = jax.device_put(latents, batch_sharding(mesh))
         decode = jax.jit(lambda params, z: models.decode_latents(pair.ours, params, z))
         return lambda: decode(params, latents).block_until_ready()
-    path = D.vp_path(D.linear_betas())
+    path = D.VP(D.linear_betas())
     grid = D.make_grid(path, num_inference_steps)
     solver = D.solvers.ddim()
 
@@ -106,7 +106,7 @@ def our_sampling(pair: Pair, num_inference_steps: int) -> Run:
         network = lambda x, t, c: pair.ours.apply({"params": params}, x, t, c)  # noqa: E731
         null = jnp.int32(NUM_CLASSES)
         predict = D.classifier_free_guidance(network, labels, null, GUIDANCE_SCALE)
-        return D.sample(key, D.denoiser(predict, path), solver, grid, noise)
+        return D.sample(key, D.denoiser(predict, D.epsilon(path)), solver, grid, noise)
 
     rows = jax.sharding.PartitionSpec(("data", "fsdp"))
     whole = jax.sharding.PartitionSpec()

@@ -33,7 +33,7 @@ from jaxldm import models  # noqa: E402
 from jaxldm.commands.terminal import run_script  # noqa: E402
 from jaxldm.files import write_atomically  # noqa: E402
 
-PATH = D.vp_path(D.linear_betas())
+PATH = D.VP(D.linear_betas())
 # All that ask the network once a step; a test counts it. `euler` and `dpmpp_1s` are `ddim`.
 ONE_EVALUATION = (
     "ddpm",
@@ -133,7 +133,7 @@ def draw(network: Network, solver: str) -> Callable[..., Any]:
     """(params, grid, key, x_T) -> x_0 by `sample`."""
 
     def run(params, grid, key, x):
-        denoise = D.denoiser(lambda x, t: network.apply(params, x, t), PATH)
+        denoise = D.denoiser(lambda x, t: network.apply(params, x, t), D.epsilon(PATH))
         return D.sample(key, denoise, D.solvers.make(solver), grid, x)
 
     return run

@@ -50,7 +50,7 @@ SPACINGS = {
         "beta": {"sigmas": "beta"},
     },
 }
-PATHS = {"vp": D.vp_path(D.linear_betas(1000, 1e-4, 0.02)), "flow": D.flow_path()}
+PATHS = {"vp": D.VP(D.linear_betas(1000, 1e-4, 0.02)), "flow": D.Flow()}
 Run = Callable[[Any, Any, Any], Any]
 
 
@@ -90,7 +90,7 @@ def solve_exactly(path: D.Path, noise: np.ndarray, guidance_scale: float) -> np.
     In the angle a = atan(sigma / alpha), for z = x / norm, every path has alpha = cos a and sigma = sin a:
     dz/da = cos(a) eps - sin(a) x_0 = (cos(a) z - x_0) / sin(a).
     """
-    circle = D.interpolant_path("gvp")
+    circle = D.Interpolant("gvp")
     predict = jax.jit(lambda z, angle: guided_denoiser(circle, guidance_scale)(z, angle * 2 / np.pi))
     alpha, sigma = path.alpha(path.t_noisy), path.sigma(path.t_noisy)
 

@@ -57,7 +57,7 @@ def check_betas() -> list[Check]:
         print(f"| {name} | {abar[0]:.6g} | {abar[-1]:.6g} |")
     refused = 1.0
     try:
-        D.denoiser(lambda x, t: x, D.vp_path(D.rescale_zero_terminal_snr(betas)), "epsilon")
+        D.denoiser(lambda x, t: x, D.epsilon(D.VP(D.rescale_zero_terminal_snr(betas))))
     except InvalidArgumentError:
         refused = 0.0
     return [
@@ -95,7 +95,7 @@ def draw(
 def run(options: ZeroTerminalSNR) -> tuple[dict, dict]:
     """(brightness [N], a few pictures) for each side, target and way to draw."""
     betas = D.scaled_linear_betas()
-    ordinary, rescaled = D.vp_path(betas), D.vp_path(D.rescale_zero_terminal_snr(betas))
+    ordinary, rescaled = D.VP(betas), D.VP(D.rescale_zero_terminal_snr(betas))
     ways = {
         "ordinary": (ordinary, False),
         "ordinary, true start": (ordinary, True),

@@ -87,7 +87,8 @@ def learning_curve(
     key = jax.random.key(options.seed)
     params = models.init(module, key)
     layout = FlatLayout(params)
-    path = D.vp_path(D.linear_betas())
+    path = D.VP.named("linear")
+    meaning, weight = D.prediction(prediction, path), None if gamma is None else D.min_snr(gamma)
     grid = D.make_grid(path, 20)
     drawn_labels = jnp.arange(options.num_images, dtype=jnp.int32) % num_classes
 
@@ -96,9 +97,7 @@ def learning_curve(
 
     def loss(vector, key, batch, step):
         image, label = batch
-        return D.diffusion_loss(
-            key, network(vector), path, image, label, prediction=prediction, min_snr_gamma=gamma
-        )
+        return D.diffusion_loss(key, network(vector), meaning, image, label, weight=weight)
 
     adam = training.optimizer(options.learning_rate, min(20, options.num_updates), options.num_updates)
     train_step = training.make_train_step(loss, adam, ema_decay=0.99)
@@ -114,7 +113,7 @@ def learning_curve(
 
     @jax.jit
     def draw(vector):
-        denoise = D.denoiser(lambda x, t: network(vector)(x, t, drawn_labels), path, prediction)
+        denoise = D.denoiser(lambda x, t: network(vector)(x, t, drawn_labels), meaning)
         key = jax.random.key(options.seed + 2)
         x_T = D.initial_noise(key, (options.num_images, *x_0.shape[1:]), grid)
         return D.sample(key, denoise, D.solvers.ddim(), grid, x_T)

@@ -29,9 +29,9 @@ from checks import Check, distance, show
 CENTRES = np.array([[-1.0, 0.6], [0.0, 1.2]])
 STDS = np.full((2, 2), 0.3)
 PATHS = {
-    "DDPM": lambda: D.vp_path(D.linear_betas()),
-    "flow": D.flow_path,
-    "EDM": D.edm_path,
+    "DDPM": lambda: D.VP(D.linear_betas()),
+    "flow": D.Flow,
+    "EDM": D.EDM,
 }
 
 
@@ -64,7 +64,7 @@ def exact_network(path, prediction):
 
     def network(x, t, labels):
         x_0 = jnp.stack([denoise(x, t) for denoise in denoisers])[labels, jnp.arange(x.shape[0])]
-        return D.from_x0(prediction, x_0, x, path.alpha(t), path.sigma(t))
+        return D.from_x0(prediction, x_0, x, t)
 
     return network
 
@@ -79,7 +79,10 @@ def log_densities(path, x, t, label):
 
 def views(path, x, t, w, label: int):
     """(eps_w as guided noise, three guided scores, x_0 by each prediction), each [B, 1, 1, 1]."""
-    labels, alpha, sigma = jnp.full(len(t), label), path.alpha(t), path.sigma(t)
+    labels = jnp.full(len(t), label)
+    # The noise level is never pure noise here, so that epsilon has a meaning on the flow path too.
+    predictions = {name: D.prediction(name, path) for name in ("sample", "v_prediction", "flow")}
+    predictions["epsilon"] = D.linear_prediction("epsilon", path, lambda t: (0, 1))
 
     def guided(prediction):
         network = exact_network(path, prediction)
@@ -88,7 +91,7 @@ def views(path, x, t, w, label: int):
     def gradient(log_density):
         return jax.grad(lambda x: jnp.sum(log_density(*log_densities(path, x, t, label))))(x)
 
-    outputs = {prediction: guided(prediction) for prediction in D.PREDICTIONS}
+    outputs = {name: guided(prediction) for name, prediction in predictions.items()}
     scores = (
         D.guide(
             gradient(lambda everything, of_class, posterior: everything),
@@ -98,7 +101,7 @@ def views(path, x, t, w, label: int):
         gradient(lambda everything, of_class, posterior: (1 - w) * everything + w * of_class),
         gradient(lambda everything, of_class, posterior: everything + w * posterior),
     )
-    x_0 = {name: D.to_x0(name, output, x, alpha, sigma) for name, output in outputs.items()}
+    x_0 = {name: predictions[name].to_x0(output, x, t) for name, output in outputs.items()}
     return outputs["epsilon"], scores, x_0
 
 
@@ -139,16 +142,16 @@ def draw(options: ThreeViews, w: float) -> np.ndarray:
 
     @jax.jit
     def run(key):
-        predict = D.classifier_free_guidance(exact_network(path, "epsilon"), labels, 2, w)
+        predict = D.classifier_free_guidance(exact_network(path, D.epsilon(path)), labels, 2, w)
         x_T = D.initial_noise(key, (options.num_samples, 1, 1, 1), grid)
-        return D.sample(key, D.denoiser(predict, path), D.solvers.dpmpp_2m(), grid, x_T)
+        return D.sample(key, D.denoiser(predict, D.epsilon(path)), D.solvers.dpmpp_2m(), grid, x_T)
 
     return np.asarray(run(jax.random.key(0))).reshape(-1)
 
 
 def powered_density(w: float, x: np.ndarray) -> np.ndarray:
     """p(x)^(1-w) p(x|1)^w of the clean data, with area 1, on an even grid x."""
-    clean = D.flow_path()
+    clean = D.Flow()
     everything, of_class, _ = log_densities(clean, jnp.asarray(x).reshape(-1, 1, 1, 1), clean.t_clean, 1)
     log_density = np.asarray((1 - w) * everything + w * of_class, np.float64)
     density = np.exp(log_density - log_density.max())

@@ -76,14 +76,13 @@ def cross_attention(Q: np.ndarray, K: np.ndarray, V: np.ndarray) -> np.ndarray:
 def drill_forward(rng: np.random.Generator) -> list[Check]:
     """Equation, library, and the chain of single steps; then the targets of eps, x_0 and v."""
     betas = D.linear_betas(1000, 1e-4, 0.02)
-    path, t = D.vp_path(betas), np.array([0, 10, 500, 999])
+    path, t = D.VP(betas), np.array([0, 10, 500, 999])
     x_0, eps = rng.normal(size=(2, 4, 3, 3, 1))
     alpha, sigma = (of(t).reshape(-1, 1, 1, 1) for of in (path.alpha, path.sigma))
     x_t = alpha * x_0 + sigma * eps
     chains = [forward_moments(betas, s) for s in t]
-    v = D.target("v_prediction", x_0, eps, path.alpha(t), path.sigma(t))
-    back = [D.to_x0("epsilon", eps, x_t, path.alpha(t), path.sigma(t))]
-    back.append(D.to_x0("v_prediction", v, x_t, path.alpha(t), path.sigma(t)))
+    v = D.v(path).target(x_0, eps, t)
+    back = [D.epsilon(path).to_x0(eps, x_t, t), D.v(path).to_x0(v, x_t, t)]
     return [
         Check(
             "x_t: path.alpha(t) x_0 + path.sigma(t) eps",
@@ -96,9 +95,15 @@ def drill_forward(rng: np.random.Generator) -> list[Check]:
             1e-12,
         ),
         Check(
-            "v = sqrt(abar) eps - sqrt(1 - abar) x_0: D.target", distance(v, alpha * eps - sigma * x_0), 1e-12
+            "v = sqrt(abar) eps - sqrt(1 - abar) x_0: D.v(path).target",
+            distance(v, alpha * eps - sigma * x_0),
+            1e-12,
         ),
-        Check("D.to_x0 gives x_0 back from eps and from v", max(distance(b, x_0) for b in back), 1e-12),
+        Check(
+            "to_x0 of D.epsilon(path) and of D.v(path) gives x_0 back",
+            max(distance(b, x_0) for b in back),
+            1e-12,
+        ),
     ]
 
 

@@ -58,7 +58,7 @@ def check_middle() -> list[Check]:
     checks, h = [], 1e-5
     print("\n| interpolant | alpha | sigma | alpha' | sigma' |\n|---|---|---|---|---|")
     for name, expected in by_hand().items():
-        path = D.interpolant_path(name)
+        path = D.Interpolant(name)
         found = (path.alpha(HALF), path.sigma(HALF), *path.derivatives(HALF))
         print(f"| {name}, t = 0.5 | " + " | ".join(f"{value:.6f}" for value in found) + " |")
         differences = [(of(HALF + h) - of(HALF - h)) / (2 * h) for of in (path.alpha, path.sigma)]
@@ -77,7 +77,7 @@ def check_middle() -> list[Check]:
 def check_gamma() -> list[Check]:
     """With gamma > 0, x_t given x_0 is Gaussian with standard deviation sqrt(beta^2 + gamma^2)."""
     t = np.linspace(0.02, 0.98, 25)
-    path = D.interpolant_path("linear", gamma=GAMMA)
+    path = D.Interpolant("linear", gamma=GAMMA)
     gamma = GAMMA[0] + (GAMMA[1] - GAMMA[0]) * np.sqrt(t * (1 - t))
     rng, x_0 = np.random.default_rng(0), 0.7
     eps, z = rng.normal(size=(2, 400_000, 1))
@@ -90,7 +90,7 @@ def check_gamma() -> list[Check]:
 
 def check_flow() -> list[Check]:
     """gamma = 0 is flow matching: one path, one training target, one sampler."""
-    ours, flow = D.interpolant_path("linear", gamma=(0.0, 0.0)), D.flow_path()
+    ours, flow = D.Interpolant("linear", gamma=(0.0, 0.0)), D.Flow()
     t = np.linspace(0, 1, 101)
     shape = (16, 4, 4, 1)
     x_0, eps = jax.random.normal(jax.random.key(0), (2, *shape))
@@ -103,7 +103,7 @@ def check_flow() -> list[Check]:
         denoise = D.gaussian_denoiser(path, MEAN, STD)
         samples.append(D.sample(jax.random.key(1), denoise, D.solvers.ddim(), grid, eps))
     levels = [(path.alpha(t), path.sigma(t)) for path in (ours, flow)]
-    target = D.target("flow", x_0, eps, flow.alpha(at), flow.sigma(at))
+    target = D.flow(flow).target(x_0, eps, at)
     return [
         Check("gamma = 0: alpha and sigma of flow matching at 101 t", distance(*levels), 1e-12),
         Check("gamma = 0: alpha' x_0 + sigma' eps = eps - x_0", distance(velocity, target), 1e-12),
@@ -113,9 +113,9 @@ def check_flow() -> list[Check]:
 
 def check_ddpm() -> list[Check]:
     """The VP interpolant at t = (k + 1)/T against DDPM's product of T betas: the distance falls as 1/T."""
-    path, gaps = D.interpolant_path("vp"), {}
+    path, gaps = D.Interpolant("vp"), {}
     for T in (100, 1000, 10_000):
-        ddpm = D.vp_path(D.linear_betas(T, 0.1 / T, 20 / T))
+        ddpm = D.VP(D.linear_betas(T, 0.1 / T, 20 / T))
         k = np.arange(T, dtype=np.float64)
         gaps[T] = np.abs(ddpm.alpha(k) - path.alpha((k + 1) / T)).max()
         print(f"VP interpolant against DDPM with T = {T:>6d}: largest difference of alpha {gaps[T]:.1e}")
@@ -130,7 +130,7 @@ def check_score() -> list[Check]:
     checks = []
     for name in D.INTERPOLANTS:
         for gamma in (None, GAMMA):
-            path = D.interpolant_path(name, gamma=gamma)
+            path = D.Interpolant(name, gamma=gamma)
             x, t = jnp.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), jnp.linspace(0.1, 0.9, 9)
             alpha, sigma = (of(t).reshape(x.shape) for of in (path.alpha, path.sigma))
             slopes = [slope.reshape(x.shape) for slope in path.derivatives(t)]
@@ -148,7 +148,7 @@ def check_sde(options: Interpolants) -> list[Check]:
     """The SDE with the score, and a D(t) that is free, draws the data; so does the ODE."""
     checks = []
     for gamma in (None, GAMMA):
-        path = D.interpolant_path("linear", gamma=gamma)
+        path = D.Interpolant("linear", gamma=gamma)
         grid = D.make_grid(path, options.num_inference_steps)
         for name, norm in (("the ODE", 0.0), ("the SDE with D = sigma", 1.0)):
             solver = D.solvers.sit_sde(diffusion="sigma", norm=norm)
@@ -170,7 +170,7 @@ def plot(path: Path) -> None:
     *panels, last = figure.subplots(1, 4)
     for axes, name in zip(panels, D.INTERPOLANTS, strict=True):
         for label, gamma in (("gamma = 0", None), ("with gamma", GAMMA)):
-            interpolant = D.interpolant_path(name, gamma=gamma)
+            interpolant = D.Interpolant(name, gamma=gamma)
             style = "-" if gamma is None else "--"
             axes.plot(t, interpolant.sigma(t), f"C1{style}", label=f"sigma, {label}")
         axes.plot(t, interpolant.alpha(t), "C0", label="alpha")

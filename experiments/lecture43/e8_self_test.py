@@ -125,7 +125,7 @@ def _unchanged(after, before) -> float:
 
 def check_solver() -> list[Check]:
     """On a mixture, whose denoiser is exact: 20 steps of second order come nearer than 50 of first."""
-    path = D.vp_path(D.linear_betas())
+    path = D.VP(D.linear_betas())
     means = jnp.array([-1.0, 0.6]).reshape(2, 1, 1, 1)
     denoise = D.gaussian_mixture_denoiser(path, jnp.array([0.3, 0.7]), means, jnp.array([0.2, 0.2]))
     x_T = jax.random.normal(jax.random.key(0), (512, 1, 1, 1))

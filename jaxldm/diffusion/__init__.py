@@ -2,9 +2,9 @@
 
     from jaxldm import diffusion as D
 
-    path = D.vp_path(D.linear_betas())
+    path = D.VP.named("linear")
     grid = D.make_grid(path, 50)
-    denoise = D.denoiser(predict, path, prediction="epsilon")
+    denoise = D.denoiser(network, D.epsilon(path))
     x_0 = D.sample(key, denoise, D.solvers.ddim(), grid, D.initial_noise(key, (16, 32, 32, 3), grid))
 
 No network lives here. See docs/mathematics.md.
@@ -18,6 +18,8 @@ from jaxldm.diffusion.analytic import (
     gaussian_solution,
 )
 from jaxldm.diffusion.betas import (
+    BETAS,
+    BetaSchedule,
     betas_from_alpha_bar,
     cosine_betas,
     exponential_betas,
@@ -29,10 +31,33 @@ from jaxldm.diffusion.betas import (
     sigmoid_betas,
 )
 from jaxldm.diffusion.classifier_guidance import classifier_guidance
+from jaxldm.diffusion.compat import (
+    continuous_vp_path,
+    cosine_path,
+    denoiser,
+    diffusion_loss,
+    edm_path,
+    edm_preconditioned,
+    flow_path,
+    from_x0,
+    interpolant_path,
+    target,
+    to_x0,
+    velocity_denoiser,
+    vp_path,
+)
 from jaxldm.diffusion.consistency import consistency_function, lcm_timesteps
 from jaxldm.diffusion.conversion import convert_time, on_path
-from jaxldm.diffusion.cosine import cosine_path
+from jaxldm.diffusion.cosine import Cosine
 from jaxldm.diffusion.cutting import cut_by_strength, hand_over, split_at_snr
+from jaxldm.diffusion.denoiser import Denoiser
+from jaxldm.diffusion.entries import (
+    PATHS,
+    path_from_dict,
+    path_to_dict,
+    prediction_of_0_1,
+    prediction_to_dict,
+)
 from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
 from jaxldm.diffusion.guidance import (
     Branches,
@@ -46,15 +71,9 @@ from jaxldm.diffusion.guidance import (
 )
 from jaxldm.diffusion.guidance_schedules import cfg_plus_plus, guidance_interval, guidance_schedule
 from jaxldm.diffusion.inpainting import inpaint, resampling_grid
-from jaxldm.diffusion.interpolants import (
-    INTERPOLANTS,
-    interpolant_gamma,
-    interpolant_path,
-    velocity_denoiser,
-    velocity_to_x0,
-)
+from jaxldm.diffusion.interpolants import INTERPOLANTS, Interpolant, interpolant_gamma
 from jaxldm.diffusion.listeners import Listener, listening
-from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr_weight
+from jaxldm.diffusion.losses import drop_condition, min_snr
 from jaxldm.diffusion.masked_tokens import (
     MASK_SCHEDULES,
     Unmasking,
@@ -67,42 +86,64 @@ from jaxldm.diffusion.masked_tokens import (
     sample_tokens,
 )
 from jaxldm.diffusion.noise_schedule import NoiseSchedule
-from jaxldm.diffusion.paths import Path, continuous_vp_path, edm_path, vp_path
-from jaxldm.diffusion.predictions import PREDICTIONS, from_x0, target, to_x0
+from jaxldm.diffusion.paths import EDM, VP, ContinuousVP, Path
+from jaxldm.diffusion.predictions import (
+    PREDICTIONS,
+    Prediction,
+    edm,
+    epsilon,
+    flow,
+    implied_noise,
+    linear_prediction,
+    prediction,
+    v,
+    velocity,
+    x0,
+)
 from jaxldm.diffusion.projected_guidance import (
     adaptive_projected_guidance,
     project_guidance,
     with_momentum,
 )
-from jaxldm.diffusion.rectified_flow import TIME_DISTRIBUTIONS, flow_path, resolution_shift
-from jaxldm.diffusion.sampling import (
-    Denoiser,
-    bar_progress,
-    denoiser,
-    edm_preconditioned,
-    image_keys,
-    initial_noise,
-    sample,
-    sample_step,
-)
+from jaxldm.diffusion.rectified_flow import Flow, resolution_shift
+from jaxldm.diffusion.sampling import bar_progress, image_keys, initial_noise, sample, sample_step
 from jaxldm.diffusion.scheduler_config import from_scheduler_config, to_scheduler_config
 from jaxldm.diffusion.solvers import Restart, Solver, restart_grid
 from jaxldm.diffusion.thresholding import change_x0, dynamic_threshold, static_threshold
+from jaxldm.diffusion.training_times import (
+    TRAINING_TIMES,
+    cosmap,
+    log_normal,
+    logit_normal,
+    mode,
+    training_times,
+    uniform,
+)
 
 __all__ = [
+    "BETAS",
+    "EDM",
     "FINALS",
     "INTERPOLANTS",
     "MASK_SCHEDULES",
+    "PATHS",
     "PREDICTIONS",
     "SIGMAS",
     "SPACINGS",
-    "TIME_DISTRIBUTIONS",
+    "TRAINING_TIMES",
+    "VP",
+    "BetaSchedule",
     "Branches",
+    "ContinuousVP",
+    "Cosine",
     "Denoiser",
+    "Flow",
     "Grid",
+    "Interpolant",
     "Listener",
     "NoiseSchedule",
     "Path",
+    "Prediction",
     "Restart",
     "Solver",
     "Unmasking",
@@ -120,15 +161,19 @@ __all__ = [
     "convert_time",
     "cosine_betas",
     "cosine_path",
+    "cosmap",
     "cut",
     "cut_by_strength",
     "denoiser",
     "diffusion_loss",
     "drop_condition",
     "dynamic_threshold",
+    "edm",
     "edm_path",
     "edm_preconditioned",
+    "epsilon",
     "exponential_betas",
+    "flow",
     "flow_path",
     "from_scheduler_config",
     "from_x0",
@@ -143,6 +188,7 @@ __all__ = [
     "guided_logits",
     "hand_over",
     "image_keys",
+    "implied_noise",
     "initial_noise",
     "inpaint",
     "interpolant_gamma",
@@ -150,17 +196,26 @@ __all__ = [
     "laplace_betas",
     "lcm_timesteps",
     "linear_betas",
+    "linear_prediction",
     "listening",
+    "log_normal",
+    "logit_normal",
     "make_grid",
     "make_unmasking",
     "mask_by_chance",
     "mask_fraction",
     "mask_tokens",
     "masked_token_loss",
-    "min_snr_weight",
+    "min_snr",
+    "mode",
     "network_branches",
     "on_path",
     "pad",
+    "path_from_dict",
+    "path_to_dict",
+    "prediction",
+    "prediction_of_0_1",
+    "prediction_to_dict",
     "project_guidance",
     "resampling_grid",
     "rescale_guidance",
@@ -181,8 +236,12 @@ __all__ = [
     "target",
     "to_scheduler_config",
     "to_x0",
+    "training_times",
+    "uniform",
+    "v",
+    "velocity",
     "velocity_denoiser",
-    "velocity_to_x0",
     "vp_path",
     "with_momentum",
+    "x0",
 ]

@@ -1,6 +1,6 @@
 """Closed forms: data whose denoiser and probability-flow ODE are known exactly, on any path.
 
-They are the judge of every solver and a network-free playground: `denoiser` without a network.
+They test every solver, and they are denoisers without a network, to try things with.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, per_image
-from jaxldm.diffusion.sampling import Denoiser
 
 
 def gaussian_denoiser(path: Path, mean: Any = 0.0, std: Any = 1.0) -> Denoiser:
@@ -49,7 +49,7 @@ def gaussian_solution(
 
 
 def gaussian_mixture_denoiser(path: Path, weights: Any, means: Any, stds: Any) -> Denoiser:
-    """E[x_0 | x_t] for data sum_k w_k N(m_k, s_k^2 I): the single answers, weighed by who may have made x_t.
+    """E[x_0 | x_t] for data sum_k w_k N(m_k, s_k^2 I): those of the components, weighed by their posterior.
 
     The posterior of component k is proportional to w_k N(x_t; alpha m_k, (alpha^2 s_k^2 + sigma^2) I).
 
@@ -101,6 +101,6 @@ def _components(path, weights, means, stds, x, t):
 
 
 def _per_pixel(values: Any, x: Float[Array, "B ..."]) -> Any:
-    """A number, or an image [H, W, C] as [1, H, W, C] beside x [B, H, W, C]."""
+    """A number, or an image [H, W, C] as [1, H, W, C] for x [B, H, W, C]."""
     values = jnp.asarray(values, x.dtype)
     return values if values.ndim == 0 else values[None]

@@ -1,14 +1,15 @@
-"""Beta schedules: how fast DDPM's discrete path loses the image, as float64 arrays [T] for `vp_path`."""
+"""Beta schedules: how fast DDPM's discrete path loses the image, as float64 arrays [T] for `VP`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import expit
 
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 
 
 def linear_betas(
@@ -81,7 +82,7 @@ def sigmoid_alphas_betas(
         InvalidArgumentError: unless start < end and tau > 0.
     """
     if not (start < end and tau > 0):
-        raise InvalidArgumentError(f"start < end and tau > 0 are needed, not {start}, {end} and {tau}")
+        raise InvalidArgumentError(f"start < end and tau > 0 are needed, got {start}, {end} and {tau}")
     low, high = expit(start / tau), expit(end / tau)
     return betas_from_alpha_bar(
         lambda t: (high - expit((start + t * (end - start)) / tau)) / (high - low),
@@ -116,7 +117,7 @@ def laplace_betas(
         InvalidArgumentError: b <= 0.
     """
     if not b > 0:
-        raise InvalidArgumentError(f"b must be positive, not {b}")
+        raise InvalidArgumentError(f"b must be > 0, got {b}")
 
     def alpha_bar(t):
         floor = 1e-6 if square_root else 0.0
@@ -130,7 +131,7 @@ def laplace_betas(
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Shifts and scales sqrt(alphas_cumprod) so that its last value is 0 and its first is kept, float64 [T].
 
-    The last beta becomes exactly 1. A network that predicts epsilon tells nothing about x_0 there: train with
+    The last beta becomes exactly 1. Epsilon prediction leaves x_0 undefined there: train with
     `v_prediction` and sample with `trailing` spacing (Lin et al. 2023, Algorithm 1).
 
     >>> rescale_zero_terminal_snr(linear_betas())[-1]
@@ -146,7 +147,55 @@ def checked_betas(betas: Any) -> np.ndarray:
     """Betas as float64 [T], or `InvalidArgumentError`."""
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 2:
-        raise InvalidArgumentError(f"betas must be a list of at least 2 numbers, not of shape {betas.shape}")
+        raise InvalidArgumentError(f"betas must be a list of at least 2 numbers, got shape {betas.shape}")
     if not np.all((betas > 0) & (betas[-1] <= 1)) or not np.all(betas[:-1] < 1):
         raise InvalidArgumentError("every beta must lie in (0, 1); the last may be 1 (zero terminal SNR)")
     return betas
+
+
+# Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
+BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] = {
+    "linear": (linear_betas, (1e-4, 0.02)),
+    "scaled_linear": (scaled_linear_betas, (0.00085, 0.012)),
+    "cosine": (cosine_betas, None),
+    "sigmoid": (sigmoid_betas, (1e-4, 0.02)),
+    "sigmoid_alphas": (sigmoid_alphas_betas, None),
+    "exponential": (exponential_betas, None),
+    "laplace": (laplace_betas, None),
+    "laplace_root": (functools.partial(laplace_betas, square_root=True), None),
+}
+
+
+class BetaSchedule(NamedTuple):
+    """How betas were made, in names and numbers: see `VP.named`.
+
+    Attributes:
+        name: in `BETAS`.
+        num_train_timesteps: T.
+        beta_start, beta_end: None is the published number, or none where the schedule has no such option.
+        zero_terminal_snr: rescaled so that the noisy end is pure noise.
+    """
+
+    name: str = "linear"
+    num_train_timesteps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+    zero_terminal_snr: bool = False
+
+    def make(self) -> np.ndarray:
+        """The betas, float64 [T]. Raises `UnknownNameError` and `InvalidArgumentError`."""
+        function = BETAS[one_of("betas", self.name, BETAS)][0]
+        if self.num_train_timesteps < 2:
+            raise InvalidArgumentError(f"num_train_timesteps must be >= 2, got {self.num_train_timesteps}")
+        betas = function(self.num_train_timesteps, **self.ends())
+        return rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+
+    def ends(self) -> dict[str, float]:
+        """beta_start and beta_end as numbers, the published ones where none were given."""
+        published = BETAS[self.name][1]
+        if published is None:
+            return {}
+        return {
+            "beta_start": published[0] if self.beta_start is None else self.beta_start,
+            "beta_end": published[1] if self.beta_end is None else self.beta_end,
+        }

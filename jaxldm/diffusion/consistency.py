@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import per_image
-from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.diffusion.solvers.solver import path_of
 from jaxldm.diffusion.thresholding import change_x0
 from jaxldm.errors import InvalidArgumentError
@@ -80,7 +80,7 @@ def lcm_timesteps(
     if not 1 <= num_inference_steps <= len(visited):
         raise InvalidArgumentError(
             f"num_inference_steps={num_inference_steps}, but original_inference_steps x strength is "
-            f"{len(visited)}: ask for 1 to {len(visited)} steps"
+            f"{len(visited)}: use 1 to {len(visited)} steps"
         )
     places = np.linspace(0, len(visited), num_inference_steps, endpoint=False).astype(int)
     return visited[::-1][places]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, host_or_device, per_image
-from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -25,7 +25,7 @@ def convert_time(t: Any, from_path: Path, to_path: Path) -> tuple[Any, Any]:
             cannot be looked at: they are clamped to the noisy end of `to_path`.
 
     >>> from jaxldm import diffusion as D
-    >>> t, scale = convert_time(3.0, D.edm_path(), D.flow_path())
+    >>> t, scale = convert_time(3.0, D.EDM(), D.Flow())
     >>> float(t), float(scale)
     (0.75, 0.25)
     """
@@ -48,8 +48,8 @@ def on_path(denoise: Denoiser, path: Path) -> Denoiser:
     network's path goes are answered as at its noisy end.
 
     Args:
-        denoise: knows its path, as everything from `denoiser` and `edm_preconditioned` does.
-        path: where x and t shall live from now on; make the grid on it.
+        denoise: knows its path, as everything from `denoiser` does.
+        path: where x and t live from now on; make the grid on it.
 
     Raises:
         InvalidArgumentError: a plain function, whose path is not known.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm.diffusion.paths import Path
+from jaxldm.diffusion.paths import VP, Path
 from jaxldm.diffusion.spacings import (
     ALIGN_YOUR_STEPS,
     SIGMAS,
@@ -198,7 +198,7 @@ def _without_noisiest(path: Path, lambda_min: float) -> Path:
         kept = int((np.log(path.alpha(t) / path.sigma(t)) >= lambda_min).sum())
     if kept < 1:
         raise InvalidArgumentError(f"lambda_min {lambda_min} leaves no timestep of this {path.name} path")
-    return dataclasses.replace(path, num_train_timesteps=kept, t_noisy=float(kept - 1))
+    return VP(path.betas[:kept])
 
 
 def _check_times(path: Path, t: np.ndarray) -> None:

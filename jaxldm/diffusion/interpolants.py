@@ -6,7 +6,7 @@ and its velocity has the opposite sign.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,14 +15,13 @@ import numpy as np
 
 from jaxldm.diffusion.paths import (
     Path,
+    as_floats,
     host_or_device,
-    per_image,
     safe_sqrt,
     vp_sde_coefficients,
     vp_sde_time,
 )
-from jaxldm.diffusion.rectified_flow import check_time_distribution, draw_time, flow_time
-from jaxldm.diffusion.sampling import Denoiser
+from jaxldm.diffusion.rectified_flow import flow_time
 from jaxldm.errors import InvalidArgumentError, one_of
 
 INTERPOLANTS = ("linear", "gvp", "vp")
@@ -46,76 +45,84 @@ def _gamma(xp, t, smin, smax):
     return smin + (smax - smin) * safe_sqrt(xp, t * (1 - t))
 
 
-def interpolant_path(
-    name: str = "linear",
-    *,
-    gamma: tuple[float, float] | None = None,
-    t_min: float = 1e-3,
-    time_distribution: str = "uniform",
-) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Interpolant(Path):
     """SiT's interpolants: x_t = alpha(t) x_0 + beta(t) eps + gamma(t) z, t in [0, 1] (Ma et al. 2024).
 
     "linear": alpha = 1 - t, beta = t (rectified flow). "gvp": alpha = cos(pi t/2), beta = sin(pi t/2). "vp":
-    the VP-SDE of `continuous_vp_path()`. eps and z are independent, so given x_0 the marginal is Gaussian and
-    all that a denoiser or solver can see is sigma(t) = sqrt(beta^2 + gamma^2).
+    the VP-SDE of `ContinuousVP()`. eps and z are independent, so given x_0 the marginal is Gaussian and all
+    that a denoiser or solver can see is sigma(t) = sqrt(beta^2 + gamma^2).
 
-    Args:
-        name: "linear", "gvp" or "vp".
+    Attributes:
+        kind: "linear", "gvp" or "vp".
         gamma: (smin, smax) of `interpolant_gamma`, or None for gamma = 0. With smin > 0 the image keeps noise
-            smin at t = 0; sigma falls to 0 at `t_clean` = -smin, where no network is asked.
-        t_min: the cleanest t that is trained, and the end of grids with `final="sigma_min"`.
-        time_distribution: of training, see `flow_path`; "vp" draws uniformly from [t_min, 1].
+            smin at t = 0; sigma falls to 0 at `t_clean` = -smin, where no network is called.
+        t_min: the end of grids with `final="sigma_min"`. Training draws t from 0 on ("vp": from t_min on).
 
     Raises:
-        UnknownNameError: another name or time distribution.
+        UnknownNameError: another kind.
         InvalidArgumentError: unless 0 < t_min < 1 and 0 <= smin <= smax, or where smax is so large that
             sigma / alpha would fall somewhere.
 
     >>> from jaxldm import diffusion as D
-    >>> [round(float(f(0.5)), 4) for f in (D.interpolant_path("gvp").alpha, D.interpolant_path("gvp").sigma)]
+    >>> [round(float(f(0.5)), 4) for f in (D.Interpolant("gvp").alpha, D.Interpolant("gvp").sigma)]
     [0.7071, 0.7071]
     """
-    one_of("interpolant", name, INTERPOLANTS)
-    check_time_distribution(time_distribution)
-    if not 0 < t_min < 1:
-        raise InvalidArgumentError(f"interpolant_path needs 0 < t_min < 1, not {t_min}")
-    smin, smax = _checked_gamma(gamma)
 
-    def coefficients(xp, t):
-        if gamma is None:
-            return _interpolant(xp, name, t)
+    kind: str = "linear"
+    gamma: tuple[float, float] | None = dataclasses.field(default=None, kw_only=True)
+    t_min: float = dataclasses.field(default=1e-3, kw_only=True)
+
+    def __post_init__(self):
+        as_floats(self)
+        one_of("interpolant", self.kind, INTERPOLANTS)
+        if not 0 < self.t_min < 1:
+            raise InvalidArgumentError(f"Interpolant needs 0 < t_min < 1, got t_min={self.t_min}")
+        if self.gamma is None:
+            return
+        smin, smax = (float(value) for value in self.gamma)
+        if not 0 <= smin <= smax < np.inf:
+            raise InvalidArgumentError(f"gamma is (smin, smax) with 0 <= smin <= smax, got {self.gamma}")
+        object.__setattr__(self, "gamma", (smin, smax))
+        alpha, sigma = self.coefficients(np, np.linspace(-smin, 1, 4097))
+        if not (np.diff(np.arctan2(sigma, alpha)) > 0).all():
+            raise InvalidArgumentError(
+                f"gamma={self.gamma} is too large for the {self.kind} interpolant: sigma / alpha would not "
+                "grow with t"
+            )
+
+    @property
+    def name(self) -> str:
+        """ "linear_interpolant" and so on."""
+        return f"{self.kind}_interpolant"
+
+    @property
+    def t_clean(self) -> float:
+        """-smin, or 0 without gamma."""
+        return 0.0 if self.gamma is None else 0.0 - self.gamma[0]
+
+    @property
+    def t_train_min(self) -> float:
+        """0, except for "vp", whose velocity is infinite there."""
+        return self.t_min if self.kind == "vp" else 0.0
+
+    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+        """alpha and sqrt(beta^2 + gamma^2)."""
+        if self.gamma is None:
+            return _interpolant(xp, self.kind, t)
         inside = xp.clip(t, 0.0, 1.0)
-        alpha, beta = _interpolant(xp, name, inside)
-        sigma = safe_sqrt(xp, beta**2 + _gamma(xp, inside, smin, smax) ** 2)
-        return alpha, xp.where(t < 0, smin + t, sigma)
+        alpha, beta = _interpolant(xp, self.kind, inside)
+        sigma = safe_sqrt(xp, beta**2 + _gamma(xp, inside, *self.gamma) ** 2)
+        return alpha, xp.where(t < 0, self.gamma[0] + t, sigma)
 
-    def time_of(xp, ratio):
-        if gamma is None:
-            return _interpolant_time(xp, name, ratio)
-        t = _solve_time(xp, coefficients, xp.maximum(ratio, smin))
+    def time_of(self, xp: Any, ratio: Any) -> Any:
+        """In closed form without gamma, by halving with it."""
+        if self.gamma is None:
+            return _interpolant_time(xp, self.kind, ratio)
+        smin = self.gamma[0]
+        t = _solve_time(xp, self.coefficients, xp.maximum(ratio, smin))
         t = xp.where(xp.isinf(ratio), 1.0, t)
         return xp.where(ratio <= smin, ratio - smin, t)
-
-    def draw(key, shape):
-        if name == "vp":
-            return jax.random.uniform(key, shape, jnp.float32, t_min, 1.0)
-        return draw_time(key, shape, time_distribution)
-
-    alpha, sigma = coefficients(np, np.linspace(-smin, 1, 4097))
-    if not (np.diff(np.arctan2(sigma, alpha)) > 0).all():
-        raise InvalidArgumentError(
-            f"gamma={gamma} is too large for the {name} interpolant: sigma / alpha would not grow with t"
-        )
-    return Path(f"{name}_interpolant", 0.0 - smin, float(t_min), 1.0, None, None, coefficients, time_of, draw)
-
-
-def _checked_gamma(gamma: tuple[float, float] | None) -> tuple[float, float]:
-    if gamma is None:
-        return 0.0, 0.0
-    smin, smax = (float(value) for value in gamma)
-    if not 0 <= smin <= smax < np.inf:
-        raise InvalidArgumentError(f"gamma is (smin, smax) with 0 <= smin <= smax, not {gamma}")
-    return smin, smax
 
 
 def _interpolant(xp, name, t):
@@ -159,34 +166,3 @@ def _solve_time(xp, coefficients, ratio):
     t = jax.lax.stop_gradient((low + high) / 2)
     found, slope = jax.jvp(lambda t: jnp.arctan2(*coefficients(xp, t)[::-1]), (t,), (jnp.ones_like(t),))
     return jnp.clip(t - (found - angle) / jax.lax.stop_gradient(slope), 0.0, 1.0)
-
-
-def velocity_to_x0(velocity: Any, x_t: Any, t: Any, path: Path) -> Any:
-    """The clean image [B, H, W, C] that a velocity alpha' x_0 + sigma' eps at x_t stands for, on any path.
-
-    x_0 = (sigma' x_t - sigma velocity) / (sigma' alpha - sigma alpha'); t is a number or one per image [B].
-    """
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    alpha_slope, sigma_slope = path.derivatives(t)
-    x_scale = sigma_slope / (sigma_slope * alpha - sigma * alpha_slope)
-    velocity_scale = sigma / (sigma_slope * alpha - sigma * alpha_slope)
-    return per_image(x_scale, x_t) * x_t - per_image(velocity_scale, x_t) * velocity
-
-
-def velocity_denoiser(predict: Callable[[Any, Any], Any], path: Path) -> Denoiser:
-    """`denoise(x, t) -> x_0` of a network that predicts alpha' x_0 + sigma' eps, SiT's objective.
-
-    On the linear path that is the `flow` prediction, on GVP pi/2 times `v_prediction`; this one serves every
-    continuous path, gamma included (sigma sigma' = beta beta' + gamma gamma').
-
-    Args:
-        predict: (x [B, H, W, C], t [B]) -> velocity [B, H, W, C].
-
-    Raises:
-        InvalidArgumentError: a discrete path, which has no velocity.
-    """
-    if path.num_train_timesteps is not None:
-        raise InvalidArgumentError(
-            "a discrete path has no velocity: use D.denoiser(predict, path, prediction='v_prediction')"
-        )
-    return Denoiser(lambda x, t: velocity_to_x0(predict(x, t).astype(x.dtype), x, t, path), path)

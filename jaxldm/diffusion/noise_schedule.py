@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxldm.diffusion import betas as beta_schedules
-from jaxldm.diffusion.cosine import cosine_path
-from jaxldm.diffusion.interpolants import interpolant_path, velocity_denoiser
-from jaxldm.diffusion.paths import Path, continuous_vp_path, edm_path, vp_path
-from jaxldm.diffusion.predictions import PREDICTIONS
-from jaxldm.diffusion.rectified_flow import flow_path, resolution_shift
-from jaxldm.diffusion.sampling import Denoiser, denoiser, edm_preconditioned
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.diffusion.betas import BETAS, BetaSchedule
+from jaxldm.diffusion.cosine import Cosine
+from jaxldm.diffusion.denoiser import Denoiser, denoiser
+from jaxldm.diffusion.interpolants import Interpolant
+from jaxldm.diffusion.paths import EDM, VP, ContinuousVP, Path
+from jaxldm.diffusion.predictions import PREDICTIONS, Prediction, prediction
+from jaxldm.diffusion.rectified_flow import Flow, resolution_shift
+from jaxldm.diffusion.training_times import TrainingTimes, default_training_times, training_times
+from jaxldm.errors import one_of
 
 PATHS = ("vp", "edm", "flow", "continuous_vp", "interpolant", "cosine")
-VELOCITY = "velocity"
-# Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
-BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] = {
-    "linear": (beta_schedules.linear_betas, (1e-4, 0.02)),
-    "scaled_linear": (beta_schedules.scaled_linear_betas, (0.00085, 0.012)),
-    "cosine": (beta_schedules.cosine_betas, None),
-    "sigmoid": (beta_schedules.sigmoid_betas, (1e-4, 0.02)),
-    "sigmoid_alphas": (beta_schedules.sigmoid_alphas_betas, None),
-    "exponential": (beta_schedules.exponential_betas, None),
-    "laplace": (beta_schedules.laplace_betas, None),
-    "laplace_root": (functools.partial(beta_schedules.laplace_betas, square_root=True), None),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,40 +82,44 @@ class NoiseSchedule:
         """
         return _make_path(self, num_image_tokens if self.dynamic_shift is not None else None)
 
+    def make_prediction(self, num_image_tokens: int | None = None) -> Prediction:
+        """What the network's output means, on the path. Raises as `make_path` does."""
+        path = self.make_path(num_image_tokens)
+        if self.path == "edm":
+            return prediction("edm", path, sigma_data=self.sigma_data)
+        return prediction(self.prediction, path)
+
+    def make_training_times(self) -> TrainingTimes:
+        """The distribution of t in training. Raises `UnknownNameError`."""
+        if self.time_distribution == "uniform":
+            return default_training_times(self.make_path())
+        return training_times(self.time_distribution)
+
     def make_denoiser(
         self, predict: Callable[[Any, Any], Any], *, learned_variance: bool = False
     ) -> Denoiser:
         """`denoise(x, t) -> x_0` of a network that was trained on this schedule; see `denoiser`."""
-        if self.path == "edm":
-            if learned_variance:
-                raise InvalidArgumentError("a network of an edm path has no learned variance")
-            return edm_preconditioned(predict, self.sigma_data, self.make_path())
-        if self.prediction == VELOCITY:
-            if learned_variance:
-                raise InvalidArgumentError("a network that predicts a velocity has no learned variance")
-            return velocity_denoiser(predict, self.make_path())
-        return denoiser(predict, self.make_path(), self.prediction, learned_variance=learned_variance)
+        return denoiser(predict, self.make_prediction(), learned_variance=learned_variance)
 
     def make_betas(self) -> np.ndarray:
         """The betas of a "vp" path, float64 [T]."""
         if self.trained_betas is not None:
             betas = np.asarray(self.trained_betas, np.float64)
-        else:
-            function = BETAS[one_of("betas", self.betas, BETAS)][0]
-            if self.num_train_timesteps < 2:
-                raise InvalidArgumentError("num_train_timesteps must be 2 or more")
-            betas = function(self.num_train_timesteps, **self.beta_options())
-        return beta_schedules.rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+            return beta_schedules.rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+        return self._beta_schedule().make()
 
     def beta_options(self) -> dict[str, float]:
         """beta_start and beta_end as numbers, the published ones where they were left out."""
-        published = BETAS[self.betas][1]
-        if published is None:
-            return {}
-        return {
-            "beta_start": published[0] if self.beta_start is None else self.beta_start,
-            "beta_end": published[1] if self.beta_end is None else self.beta_end,
-        }
+        return self._beta_schedule().ends()
+
+    def _beta_schedule(self) -> BetaSchedule:
+        return BetaSchedule(
+            one_of("betas", self.betas, BETAS),
+            self.num_train_timesteps,
+            self.beta_start,
+            self.beta_end,
+            self.zero_terminal_snr,
+        )
 
     def to_dict(self, grid_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The entries of scheduler_config.json, in the words of diffusers; see `to_scheduler_config`."""
@@ -146,23 +139,17 @@ class NoiseSchedule:
         return from_scheduler_config(config)[0]
 
 
-@functools.lru_cache
 def _make_path(schedule: NoiseSchedule, num_image_tokens: int | None) -> Path:
     one_of("path", schedule.path, PATHS)
-    one_of("prediction", schedule.prediction, (*PREDICTIONS, VELOCITY))
+    one_of("prediction", schedule.prediction, PREDICTIONS)
     if schedule.path == "edm":
-        return edm_path(schedule.sigma_data, schedule.sigma_min, schedule.sigma_max)
+        return EDM(sigma_min=schedule.sigma_min, sigma_max=schedule.sigma_max)
     if schedule.path == "cosine":
-        return cosine_path(schedule.offset, schedule.scaler)
+        return Cosine(offset=schedule.offset, scaler=schedule.scaler)
     if schedule.path == "continuous_vp":
-        return continuous_vp_path(schedule.beta_min, schedule.beta_max, schedule.t_min)
+        return ContinuousVP(beta_min=schedule.beta_min, beta_max=schedule.beta_max, t_min=schedule.t_min)
     if schedule.path == "interpolant":
-        return interpolant_path(
-            schedule.interpolant,
-            gamma=schedule.gamma,
-            t_min=schedule.t_min,
-            time_distribution=schedule.time_distribution,
-        )
+        return Interpolant(schedule.interpolant, gamma=schedule.gamma, t_min=schedule.t_min)
     if schedule.path == "flow":
         shift = schedule.shift
         if num_image_tokens is not None:
@@ -175,5 +162,5 @@ def _make_path(schedule: NoiseSchedule, num_image_tokens: int | None) -> Path:
                 max_shift=max_shift,
                 kind=schedule.dynamic_shift_kind,
             )
-        return flow_path(schedule.t_min, schedule.time_distribution, shift=shift)
-    return vp_path(schedule.make_betas())
+        return Flow(shift=shift, t_min=schedule.t_min)
+    return VP(schedule.make_betas())

@@ -1,23 +1,25 @@
 """Paths: how data turns into noise, x_t = alpha(t) x_0 + sigma(t) eps with eps ~ N(0, I).
 
-A path is a frozen value. On every path `alpha(t_clean) = 1`, `sigma(t_clean) = 0`, and sigma / alpha grows
-with t. NumPy numbers in give float64 NumPy numbers out (schedules are made on the host); JAX arrays in give
-JAX arrays of their own float type out, never less than float32 (a bfloat16 schedule ruins the last steps).
+A path is a small frozen value: hashable, and equal to another with equal fields. On every path
+`alpha(t_clean) = 1`, `sigma(t_clean) = 0`, and sigma / alpha grows with t. NumPy numbers in give float64
+NumPy numbers out (schedules are made on the host); JAX arrays in give JAX arrays of their own float type out,
+never less than float32 (a bfloat16 schedule ruins the last steps).
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
-from jaxldm.diffusion.betas import checked_betas
+from jaxldm.diffusion.betas import BetaSchedule, checked_betas
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -34,33 +36,54 @@ def host_or_device(t: Any) -> tuple[Any, Any]:
     return np, np.asarray(t, np.float64)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Path:
-    """x_t = alpha(t) x_0 + sigma(t) eps, and the range of t; made by `vp_path`, `flow_path` and kin.
+class Path(abc.ABC):
+    """x_t = alpha(t) x_0 + sigma(t) eps, and the range of t.
+
+    Subclass it for a path of your own, as a frozen dataclass with two methods, for NumPy and JAX alike:
+
+        @dataclasses.dataclass(frozen=True)
+        class Quadratic(D.Path):  # alpha = 1 - t^2, sigma = t
+            name = "quadratic"
+            t_min: float = 1e-3
+
+            def coefficients(self, xp, t):
+                return 1 - t**2, t
+
+            def time_of(self, xp, ratio):  # the positive root of ratio t^2 + t = ratio
+                ratio = xp.minimum(ratio, 1e12)
+                return 2 * ratio / (1 + xp.sqrt(1 + 4 * ratio**2))
 
     Attributes:
-        name: "vp", "continuous_vp", "edm", "flow", or "linear_interpolant" and the like.
+        name: for messages.
         t_clean: where alpha = 1 and sigma = 0: the data.
-        t_min: the cleanest t that a network is trained on, where a grid with `final="sigma_min"` stops.
+        t_min: the cleanest t that a grid with `final="sigma_min"` stops at, above `t_clean`.
         t_noisy: the noisiest t.
+        t_train_min: the cleanest t that training draws; `t_min` unless the path says otherwise.
         num_train_timesteps: T for discrete paths, None for continuous ones.
-        default_sigmas: how `make_grid` spaces sigma / alpha when nothing is asked; None is "evenly in t".
-        coefficients: t -> (alpha, sigma), for NumPy or JAX.
-        time_of: sigma / alpha -> t, the inverse, for NumPy or JAX.
-        draw: (key, shape) -> t, the training distribution.
-        default_shift: the factor on sigma / alpha that `make_grid` uses when no shift is asked.
+        default_shift: the factor on sigma / alpha of training's draws and, by default, of grids.
+        default_sigmas: how grids space sigma / alpha by default; None is "evenly in t".
     """
 
-    name: str
-    t_clean: float
-    t_min: float
-    t_noisy: float
-    num_train_timesteps: int | None
-    default_sigmas: str | None
-    coefficients: Callable[[Any, Any], tuple[Any, Any]]
-    time_of: Callable[[Any, Any], Any]
-    draw: Callable[[Any, Any], Any]
+    name: str = "path"
+    t_clean: float = 0.0
+    t_min: float = 1e-3
+    t_noisy: float = 1.0
+    num_train_timesteps: int | None = None
     default_shift: float = 1.0
+    default_sigmas: str | None = None
+
+    @abc.abstractmethod
+    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+        """(alpha, sigma) at t, each of t's shape and type; `xp` is numpy or jax.numpy."""
+
+    @abc.abstractmethod
+    def time_of(self, xp: Any, ratio: Any) -> Any:
+        """The t of a sigma / alpha in [0, inf], of its shape and type: the inverse of `coefficients`."""
+
+    @property
+    def t_train_min(self) -> float:
+        """The cleanest t that training draws."""
+        return self.t_min
 
     def alpha(self, t: Any) -> Any:
         """alpha(t), of t's shape."""
@@ -84,7 +107,7 @@ class Path:
         interpolation between timesteps.
 
         >>> from jaxldm import diffusion as D
-        >>> [round(float(slope), 3) for slope in D.edm_path().derivatives(3.0)]
+        >>> [round(float(slope), 3) for slope in D.EDM().derivatives(3.0)]
         [0.0, 1.0]
         """
 
@@ -97,66 +120,204 @@ class Path:
             alpha, sigma = slopes(jnp.asarray(np.asarray(t, np.float64)))
             return np.asarray(alpha), np.asarray(sigma)
 
-    def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
-        """Draws t for training, one per example, float32; log-normal on EDM, else uniform unless asked."""
-        return self.draw(key, shape)
-
     @property
     def zero_terminal_snr(self) -> bool:
         """True where the noisy end is pure noise: epsilon prediction is undefined there."""
         return bool(self.alpha(self.t_noisy) == 0)
 
 
-def vp_path(betas: np.ndarray) -> Path:
+@dataclasses.dataclass(frozen=True)
+class VP(Path):
     """DDPM's variance-preserving path: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t), t in [0, T - 1].
 
     abar is the running product of 1 - beta (Ho et al. 2020, equation 4). Between two integers log(sigma /
     alpha) is linear in t, as in k-diffusion; below t = 0, sigma / alpha falls linearly to the clean image at
     t = -1, and with zero terminal SNR alpha / sigma falls linearly to 0 over the last step.
 
-    Args:
-        betas: [T], from `linear_betas` and kin or from a checkpoint.
+    Attributes:
+        betas: [T], from `linear_betas` and related functions or from a checkpoint; kept as a tuple.
+        schedule: the names that the betas were made from, where they are known (see `named`); it takes no
+            part in comparison.
 
     Raises:
         InvalidArgumentError: betas outside (0, 1).
     """
-    alphas_cumprod = np.cumprod(1 - checked_betas(betas))
-    last = len(alphas_cumprod) - 1
-    ends_in_noise = bool(alphas_cumprod[-1] == 0)
-    log_ratio = np.zeros(last + 1)
-    finite = slice(0, last if ends_in_noise else last + 1)
-    log_ratio[finite] = 0.5 * (np.log1p(-alphas_cumprod[finite]) - np.log(alphas_cumprod[finite]))
-    log_ratio[-1] = log_ratio[-2] if ends_in_noise else log_ratio[-1]
 
-    def coefficients(xp, t):
-        table = xp.asarray(log_ratio, t.dtype)
+    betas: tuple[float, ...]
+    schedule: BetaSchedule | None = dataclasses.field(default=None, compare=False, kw_only=True)
+    name = "vp"
+    t_clean = -1.0
+    t_min = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(checked_betas(self.betas).tolist()))
+
+    @classmethod
+    def named(
+        cls,
+        betas: str,
+        num_train_timesteps: int = 1000,
+        *,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        zero_terminal_snr: bool = False,
+    ) -> VP:
+        """The path of a published beta schedule, which remembers its name for files.
+
+        Args:
+            betas: a name of `jaxldm.diffusion.betas.BETAS`: "linear", "scaled_linear", "cosine", ...
+            num_train_timesteps: T.
+            beta_start: None is the published one.
+            beta_end: None is the published one.
+            zero_terminal_snr: rescale the betas so that alpha is 0 at T - 1 (`rescale_zero_terminal_snr`).
+
+        Raises:
+            UnknownNameError: no schedule of that name.
+            InvalidArgumentError: fewer than two timesteps, or betas outside (0, 1).
+
+        >>> VP.named("scaled_linear").num_train_timesteps
+        1000
+        """
+        schedule = BetaSchedule(betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr)
+        return cls(schedule.make(), schedule=schedule)
+
+    def __repr__(self):
+        return f"VP({self.schedule or f'<{len(self.betas)} betas>'})"
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    @property
+    def t_noisy(self) -> float:
+        """T - 1."""
+        return float(len(self.betas) - 1)
+
+    @functools.cached_property
+    def _log_ratio(self) -> np.ndarray:
+        """log(sigma / alpha) at t = 0 ... T - 1; at pure noise the value before it stands in for infinity."""
+        alphas_cumprod = np.cumprod(1 - np.asarray(self.betas))
+        finite = alphas_cumprod[:-1] if self._ends_in_noise else alphas_cumprod
+        log_ratio = 0.5 * (np.log1p(-finite) - np.log(finite))
+        return np.append(log_ratio, log_ratio[-1]) if self._ends_in_noise else log_ratio
+
+    @property
+    def _ends_in_noise(self) -> bool:
+        return self.betas[-1] == 1
+
+    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+        """sqrt(abar_t) and sqrt(1 - abar_t)."""
+        table, last = xp.asarray(self._log_ratio, t.dtype), len(self.betas) - 1
         low = xp.clip(xp.floor(t), 0, last - 1).astype(np.int32)
         value = table[low] + (t - low.astype(t.dtype)) * (table[low + 1] - table[low])
         with np.errstate(divide="ignore", over="ignore"):
             value = xp.where(t < 0, table[0] + xp.log(xp.clip(t + 1, 0, 1)), value)
-            if ends_in_noise:
+            if self._ends_in_noise:
                 value = xp.where(t > last - 1, table[-1] - xp.log(xp.clip(last - t, 0, 1)), value)
             # 1 / sqrt(1 + e^{2 l}) is finite at both ends, l = -inf and l = +inf.
             return 1 / xp.sqrt(1 + xp.exp(2 * value)), 1 / xp.sqrt(1 + xp.exp(-2 * value))
 
-    def time_of(xp, ratio):
-        table = xp.asarray(log_ratio[finite], ratio.dtype)
+    def time_of(self, xp: Any, ratio: Any) -> Any:
+        """The timestep, between two of them interpolated in log(sigma / alpha)."""
+        last = len(self.betas) - 1
+        table = xp.asarray(self._log_ratio[: last if self._ends_in_noise else last + 1], ratio.dtype)
         steps = xp.arange(len(table), dtype=ratio.dtype)
         with np.errstate(divide="ignore"):
             t = xp.interp(xp.log(ratio), table, steps)
             t = xp.where(ratio < xp.exp(table[0]), ratio / xp.exp(table[0]) - 1, t)
-            if ends_in_noise:
+            if self._ends_in_noise:
                 t = xp.where(ratio > xp.exp(table[-1]), last - xp.exp(table[-1]) / ratio, t)
         return t
 
-    def draw(key, shape):
-        return jax.random.randint(key, shape, 0, last + 1).astype(jnp.float32)
 
-    return Path("vp", -1.0, 0.0, float(last), last + 1, None, coefficients, time_of, draw)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContinuousVP(Path):
+    """The VP-SDE: alpha = exp(-B(t)/2), sigma = sqrt(1 - exp(-B(t))), t in [t_min, 1].
+
+    Song et al. 2021, equation 33. B(t) = beta_min t + (beta_max - beta_min) t^2 / 2 is the integral of
+    beta. It is the limit of `VP` of T betas from beta_min / T to beta_max / T, at t = (timestep + 1) / T. The
+    network's t lies in [0, 1].
+
+    Raises:
+        InvalidArgumentError: unless 0 < beta_min <= beta_max and 0 < t_min < 1.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+    name = "continuous_vp"
+
+    def __post_init__(self):
+        as_floats(self)
+        if not (0 < self.beta_min <= self.beta_max < np.inf and 0 < self.t_min < 1):
+            raise InvalidArgumentError(
+                f"ContinuousVP needs 0 < beta_min <= beta_max and 0 < t_min < 1, got "
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}, t_min={self.t_min}"
+            )
+
+    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+        """exp(-B/2) and sqrt(1 - exp(-B))."""
+        return vp_sde_coefficients(xp, t, self.beta_min, self.beta_max)
+
+    def time_of(self, xp: Any, ratio: Any) -> Any:
+        """The root of a quadratic in t."""
+        return vp_sde_time(xp, ratio, self.beta_min, self.beta_max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EDM(Path):
+    """EDM's variance-exploding path: alpha = 1, sigma = t, t in [sigma_min, sigma_max] (Karras et al. 2022).
+
+    Grids are Karras grids by default. The standard deviation of the data belongs to the
+    prediction, `edm(path, sigma_data)`.
+
+    Raises:
+        InvalidArgumentError: unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    name = "edm"
+    default_sigmas = "karras"
+
+    def __post_init__(self):
+        as_floats(self)
+        if not 0 < self.sigma_min < self.sigma_max < np.inf:
+            raise InvalidArgumentError(
+                f"EDM needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
+                f"sigma_max={self.sigma_max}"
+            )
+
+    @property
+    def t_min(self) -> float:
+        """sigma_min."""
+        return self.sigma_min
+
+    @property
+    def t_noisy(self) -> float:
+        """sigma_max."""
+        return self.sigma_max
+
+    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+        """1 and t."""
+        return xp.ones_like(t), t
+
+    def time_of(self, xp: Any, ratio: Any) -> Any:
+        """The ratio itself."""
+        return ratio
+
+
+def as_floats(path: Path) -> None:
+    """Turns the numbers among a dataclass's fields into floats, so that equal paths look alike too."""
+    for field in dataclasses.fields(path):
+        value = getattr(path, field.name)
+        if isinstance(value, (int, float, np.number)):
+            object.__setattr__(path, field.name, float(value))
 
 
 def vp_sde_coefficients(xp: Any, t: Any, beta_min: float, beta_max: float) -> tuple[Any, Any]:
-    """exp(-B/2) and sqrt(1 - exp(-B)), B the integral of beta from 0 to t; see `continuous_vp_path`."""
+    """exp(-B/2) and sqrt(1 - exp(-B)), B the integral of beta from 0 to t; see `ContinuousVP`."""
     integral = t * (beta_min + t * ((beta_max - beta_min) / 2))
     return xp.exp(-integral / 2), safe_sqrt(xp, -xp.expm1(-integral))
 
@@ -175,70 +336,8 @@ def safe_sqrt(xp: Any, x: Any) -> Any:
     return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)
 
 
-def continuous_vp_path(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Path:
-    """The VP-SDE: alpha = exp(-B(t)/2), sigma = sqrt(1 - exp(-B(t))), t in [t_min, 1].
-
-    Song et al. 2021, equation 33. B(t) = beta_min t + (beta_max - beta_min) t^2 / 2 is the integral of
-    beta. It is the limit of `vp_path` of T betas from beta_min / T to beta_max / T, at t = (timestep + 1) /
-    T. The network is told t in [0, 1].
-
-    Raises:
-        InvalidArgumentError: unless 0 < beta_min <= beta_max and 0 < t_min < 1.
-    """
-    if not (0 < beta_min <= beta_max < np.inf and 0 < t_min < 1):
-        raise InvalidArgumentError(
-            f"continuous_vp_path needs 0 < beta_min <= beta_max and 0 < t_min < 1, not "
-            f"beta_min={beta_min}, beta_max={beta_max}, t_min={t_min}"
-        )
-
-    def coefficients(xp, t):
-        return vp_sde_coefficients(xp, t, beta_min, beta_max)
-
-    def time_of(xp, ratio):
-        return vp_sde_time(xp, ratio, beta_min, beta_max)
-
-    def draw(key, shape):
-        return jax.random.uniform(key, shape, jnp.float32, t_min, 1.0)
-
-    return Path("continuous_vp", 0.0, float(t_min), 1.0, None, None, coefficients, time_of, draw)
-
-
-def edm_path(
-    sigma_data: float = 0.5,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    log_sigma_mean: float = -1.2,
-    log_sigma_std: float = 1.2,
-) -> Path:
-    """EDM's variance-exploding path: alpha = 1, sigma = t, t in [sigma_min, sigma_max] (Karras et al. 2022).
-
-    Training draws ln sigma ~ N(log_sigma_mean, log_sigma_std^2) (table 1). Grids are Karras grids unless
-    another spacing is asked. `sigma_data`, the standard deviation of the data, belongs to
-    `edm_preconditioned`; it is checked here so that both can be given the same settings.
-
-    Raises:
-        InvalidArgumentError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
-    """
-    if not (0 < sigma_min < sigma_max < np.inf and sigma_data > 0):
-        raise InvalidArgumentError(
-            f"edm_path needs 0 < sigma_min < sigma_max and sigma_data > 0, not "
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}, sigma_data={sigma_data}"
-        )
-
-    def coefficients(xp, t):
-        return xp.ones_like(t), t
-
-    def time_of(xp, ratio):
-        return ratio
-
-    def draw(key, shape):
-        return jnp.exp(log_sigma_mean + log_sigma_std * jax.random.normal(key, shape, jnp.float32))
-
-    return Path("edm", 0.0, float(sigma_min), float(sigma_max), None, "karras", coefficients, time_of, draw)
-
-
 def per_image(values: Any, x: Any) -> Any:
-    """Numbers per image [B] as [B, 1, 1, 1] beside x [B, H, W, C]; scalars pass unchanged."""
+    """Numbers per image [B] as [B, 1, 1, 1] next to x [B, H, W, C]; scalars pass unchanged."""
     if np.ndim(values) == 0:
         return values
     chex.assert_shape(values, np.shape(x)[:1])

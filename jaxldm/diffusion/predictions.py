@@ -1,146 +1,250 @@
 """Predictions: what a network's output means, and nowhere else.
 
-With x_t = alpha x_0 + sigma eps and n = sqrt(alpha^2 + sigma^2) (1 on the variance-preserving path):
+Every prediction is one combination of the clean image and the noise, output = a x_0 + b eps. With x_t =
+alpha x_0 + sigma eps, n = sqrt(alpha^2 + sigma^2) (1 on the variance-preserving path), d = sigma_data:
 
-| name           | output                         | x_0                                  |
-|----------------|--------------------------------|--------------------------------------|
-| `epsilon`      | eps                            | (x_t - sigma output) / alpha         |
-| `sample`       | x_0                            | output                               |
-| `v_prediction` | (alpha eps - sigma x_0) / n    | (alpha x_t - sigma n output) / n^2   |
-| `flow`         | eps - x_0                      | (x_t - sigma output)/(alpha + sigma) |
+| maker      | name           | a                         | b                     |
+|------------|----------------|---------------------------|-----------------------|
+| `epsilon`  | "epsilon"      | 0                         | 1                     |
+| `x0`       | "sample"       | 1                         | 0                     |
+| `v`        | "v_prediction" | -sigma / n                | alpha / n             |
+| `flow`     | "flow"         | -1                        | 1                     |
+| `velocity` | "velocity"     | d alpha / dt              | d sigma / dt          |
+| `edm`      | "edm"          | t / (d sqrt(t^2 + d^2))   | -d / sqrt(t^2 + d^2)  |
 
-`v_prediction` is Salimans and Ho 2022 (appendix D); dividing by n makes it theirs on every path: the v of the
-variance-preserving point on the same ray. `flow` is the velocity of the straight path (Liu et al. 2022).
+The rest follows: x_0 = (b x_t - sigma output) / (alpha b - sigma a), and |d x_0 / d output| = |sigma / (alpha
+b - sigma a)|.
 
-alpha and sigma are numbers, or one per image [B]. Arrays may be NumPy or JAX.
+`v` is Salimans and Ho 2022 (appendix D); dividing by n makes it theirs on every path: the v of the
+variance-preserving point on the same ray. `flow` is the velocity of the straight path (Liu et al. 2022),
+`velocity` that of any continuous path (Ma et al. 2024, SiT), and `edm` is the F of Karras et al. 2022.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.diffusion.paths import Path, per_image
+from jaxldm.diffusion.paths import EDM, Path, per_image
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
+
+class Prediction(NamedTuple):
+    """What a network's output means on a path; equal calls of a maker give equal, hashable values.
+
+    Arrays may be NumPy or JAX; t is a number or one per image [B].
+
+    Attributes:
+        name: in `PREDICTIONS`, for files and messages.
+        path: where the network was trained.
+        precondition: (x_t [B, H, W, C], t [B]) -> (the network's input, the network's t).
+        to_x0: (output, x_t, t) -> x_0, each image [B, H, W, C].
+        target: (x_0, epsilon, t) -> the output that is wanted, [B, H, W, C].
+        gain: t -> |d x_0 / d output|, of t's shape: how far x_0 moves when the output is off by one. Its
+            square carries weights on the error of x_0 over to the error of the output; it is 1 / SNR for
+            epsilon and 1 / (SNR + 1) for v, with SNR = alpha^2 / sigma^2.
+        sigma_data: of "edm", the standard deviation of the data.
+    """
+
+    name: str
+    path: Path
+    precondition: Callable[[Any, Any], tuple[Any, Any]]
+    to_x0: Callable[[Any, Any, Any], Any]
+    target: Callable[[Any, Any, Any], Any]
+    gain: Callable[[Any], Any]
+    sigma_data: float | None = None
 
 
-def to_x0(prediction: str, output: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
-    """The clean image [B, H, W, C] that a network's output stands for; see the table above.
-
-    `epsilon` divides by alpha and has no answer at alpha = 0; the other three are finite there.
+@equal_by_call
+def epsilon(path: Path) -> Prediction:
+    """The output is the noise eps (Ho et al. 2020): x_0 = (x_t - sigma output) / alpha.
 
     Raises:
-        UnknownNameError: a prediction not in `PREDICTIONS`.
+        InvalidArgumentError: a path with zero terminal SNR, where x_0 would be divided by alpha = 0.
     """
-    one_of("prediction", prediction, PREDICTIONS)
-    alpha, sigma = per_image(alpha, x_t), per_image(sigma, x_t)
-    if prediction == "epsilon":
-        return (x_t - sigma * output) / alpha
-    if prediction == "v_prediction":
-        square = alpha**2 + sigma**2
-        return (alpha * x_t - sigma * square**0.5 * output) / square
-    if prediction == "flow":
-        return (x_t - sigma * output) / (alpha + sigma)
-    return output
+    if path.zero_terminal_snr:
+        raise InvalidArgumentError(
+            f"epsilon prediction leaves x_0 undefined at the noisy end of this {path.name} path, where "
+            "alpha = 0 (zero terminal SNR): use v_prediction, flow or sample (D.v, D.flow, D.x0)"
+        )
+    return linear_prediction("epsilon", path, lambda t: LEVEL_COEFFICIENTS["epsilon"](None, None))
 
 
-def from_x0(prediction: str, x_0: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
-    """The output of a network that would have said x_0 [B, H, W, C] at x_t: the inverse of `to_x0`.
-
-    At sigma = 0 the noise in x_t cannot be seen; it is taken to be zero there, so that the result stays
-    finite.
-
-    Raises:
-        UnknownNameError: a prediction not in `PREDICTIONS`.
-    """
-    one_of("prediction", prediction, PREDICTIONS)
-    if prediction == "sample":
-        return x_0
-    alpha_x, sigma_x = per_image(alpha, x_t), per_image(sigma, x_t)
-    if isinstance(sigma_x, jax.Array):
-        divisor = jnp.where(sigma_x == 0, 1, sigma_x)
-    else:
-        divisor = sigma_x + (sigma_x == 0)
-    return target(prediction, x_0, (x_t - alpha_x * x_0) / divisor, alpha, sigma)
+@equal_by_call
+def x0(path: Path) -> Prediction:
+    """The output is the clean image x_0 itself: "sample" in diffusers."""
+    prediction = linear_prediction("sample", path, lambda t: LEVEL_COEFFICIENTS["sample"](None, None))
+    # The general formula would divide sigma by sigma, which is 0 / 0 at the clean row.
+    return prediction._replace(to_x0=lambda output, x_t, t: output, gain=lambda t: path.alpha(t) * 0 + 1)
 
 
-def target(prediction: str, x_0: Any, epsilon: Any, alpha: Any, sigma: Any) -> Any:
-    """What the network should have said, [B, H, W, C], given the clean image and the noise that was added.
-
-    Raises:
-        UnknownNameError: a prediction not in `PREDICTIONS`.
-    """
-    one_of("prediction", prediction, PREDICTIONS)
-    alpha, sigma = per_image(alpha, x_0), per_image(sigma, x_0)
-    if prediction == "epsilon":
-        return epsilon
-    if prediction == "v_prediction":
-        return (alpha * epsilon - sigma * x_0) / (alpha**2 + sigma**2) ** 0.5
-    if prediction == "flow":
-        return epsilon - x_0
-    return x_0
-
-
-def x0_error_per_output_error(prediction: str, alpha: Any, sigma: Any) -> Any:
-    """|d x_0 / d output|: how far x_0 moves when the output is off by one.
-
-    It carries weights on the error of x_0 over to the error of the output.
-
-    Its square is 1 / SNR for `epsilon` and 1 / (SNR + 1) for `v_prediction`, with SNR = alpha^2 / sigma^2.
-    """
-    one_of("prediction", prediction, PREDICTIONS)
-    if prediction == "epsilon":
-        return sigma / alpha
-    if prediction == "v_prediction":
-        return sigma / (alpha**2 + sigma**2) ** 0.5
-    if prediction == "flow":
-        return sigma / (alpha + sigma)
-    return sigma * 0 + 1
-
-
-class EDMCoefficients(NamedTuple):
-    """x_0 = skip x_t + out F(scale_in x_t, noise), with numbers per image [B]."""
-
-    skip: Any
-    out: Any
-    scale_in: Any
-    noise: Any
-
-
-def edm_coefficients(sigma: Float[Array, " B"], sigma_data: float) -> EDMCoefficients:
-    """EDM's preconditioning (Karras et al. 2022, table 1), where alpha = 1; s = sigma, d = sigma_data.
-
-    c_skip = d^2/(s^2 + d^2), c_out = s d/sqrt(s^2 + d^2), c_in = 1/sqrt(s^2 + d^2), c_noise = ln(s)/4: the
-    network sees and answers with unit variance at every noise level. c_noise is kept finite at s = 0.
-    """
-    total = sigma**2 + sigma_data**2
-    noise = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4
-    return EDMCoefficients(
-        sigma_data**2 / total, sigma * sigma_data * jax.lax.rsqrt(total), jax.lax.rsqrt(total), noise
+@equal_by_call
+def v(path: Path) -> Prediction:
+    """The output is (alpha eps - sigma x_0) / n (Salimans and Ho 2022); finite at pure noise."""
+    return linear_prediction(
+        "v_prediction",
+        path,
+        lambda t: LEVEL_COEFFICIENTS["v_prediction"](path.alpha(t), path.sigma(t)),
     )
 
 
-def check_edm(path: Path, sigma_data: float) -> None:
-    """Raises `InvalidArgumentError` unless EDM's preconditioning fits the path."""
-    if path.name != "edm" or not sigma_data > 0:
-        raise InvalidArgumentError("EDM's preconditioning needs an edm_path() and a sigma_data above 0")
+@equal_by_call
+def flow(path: Path) -> Prediction:
+    """The output is eps - x_0, the velocity of the straight path (Liu et al. 2022); on any path."""
+    return linear_prediction("flow", path, lambda t: LEVEL_COEFFICIENTS["flow"](None, None))
 
 
-def check_prediction(prediction: str, path: Path) -> None:
-    """Refuses unknown predictions, and epsilon where the path ends in pure noise.
+@equal_by_call
+def velocity(path: Path) -> Prediction:
+    """The output is dx_t/dt = alpha' x_0 + sigma' eps, towards noise (Ma et al. 2024, SiT).
+
+    On the straight path that is `flow`, on GVP pi/2 times `v`; gamma of an interpolant is included (sigma
+    sigma' = beta beta' + gamma gamma').
 
     Raises:
-        UnknownNameError: a prediction not in `PREDICTIONS`.
-        InvalidArgumentError: `epsilon` on a path with zero terminal SNR, where x_0 = (x_t - sigma eps) / 0.
+        InvalidArgumentError: a discrete path, which has no velocity.
+
+    >>> from jaxldm import diffusion as D
+    >>> prediction = D.velocity(D.Interpolant("linear"))
+    >>> float(prediction.target(0.25, 1.0, 0.5))  # eps - x_0
+    0.75
     """
-    one_of("prediction", prediction, PREDICTIONS)
-    if prediction == "epsilon" and path.zero_terminal_snr:
+    if path.num_train_timesteps is not None:
         raise InvalidArgumentError(
-            f"epsilon prediction says nothing about x_0 at the noisy end of this {path.name} path, where "
-            "alpha = 0 (zero terminal SNR): use prediction='v_prediction', 'flow' or 'sample'"
+            f"this {path.name} path is discrete and has no velocity: use v_prediction (D.v)"
         )
+    return linear_prediction("velocity", path, path.derivatives)
+
+
+@equal_by_call
+def edm(path: Path, sigma_data: float = 0.5) -> Prediction:
+    """The output is F of EDM's preconditioning (Karras et al. 2022, table 1); d = sigma_data.
+
+        x_0 = c_skip x_t + c_out F(c_in x_t, c_noise),
+        c_skip = d^2/(t^2 + d^2), c_out = t d/sqrt(t^2 + d^2), c_in = 1/sqrt(t^2 + d^2), c_noise = ln(t)/4:
+
+    the network's input and output have unit variance at every noise level. c_noise is kept finite at t = 0.
+
+    Args:
+        path: an `EDM` path.
+        sigma_data: the standard deviation of the data.
+
+    Raises:
+        InvalidArgumentError: another path, or sigma_data <= 0.
+    """
+    if not isinstance(path, EDM) or not sigma_data > 0:
+        raise InvalidArgumentError(
+            f"EDM's preconditioning needs an EDM path and sigma_data > 0, got a {path.name} path and "
+            f"sigma_data={sigma_data}"
+        )
+
+    def root(t):
+        return (t**2 + sigma_data**2) ** 0.5
+
+    def precondition(x_t, t):
+        t = jnp.asarray(t)
+        noise = jnp.log(jnp.maximum(t, jnp.finfo(t.dtype).tiny)) / 4
+        return x_t / per_image(root(t), x_t), noise
+
+    prediction = linear_prediction("edm", path, lambda t: (t / (sigma_data * root(t)), -sigma_data / root(t)))
+    return prediction._replace(precondition=precondition, sigma_data=float(sigma_data))
+
+
+# Name, for files and the command line -> maker.
+PREDICTIONS: dict[str, Callable[..., Prediction]] = {
+    "epsilon": epsilon,
+    "sample": x0,
+    "v_prediction": v,
+    "flow": flow,
+    "velocity": velocity,
+    "edm": edm,
+}
+
+
+def prediction(name: str, path: Path, **options: Any) -> Prediction:
+    """The prediction of that name on a path; the only option is `sigma_data` of "edm".
+
+    Raises:
+        UnknownNameError: a name that is not in `PREDICTIONS`.
+        InvalidArgumentError: a path that the prediction is undefined on, or another option.
+    """
+    maker = PREDICTIONS[one_of("prediction", name, PREDICTIONS)]
+    unknown = set(options) - ({"sigma_data"} if name == "edm" else set())
+    if unknown:
+        raise InvalidArgumentError(f"prediction {name!r} has no option {sorted(unknown)[0]!r}")
+    return maker(path, **options)
+
+
+def from_x0(prediction: Prediction, x_0: Any, x_t: Any, t: Any, *old: Any) -> Any:
+    """The output [B, H, W, C] that stands for x_0 at x_t: the inverse of `prediction.to_x0`.
+
+    At sigma = 0 the noise in x_t is undefined; it is taken to be zero there, so that the result is finite.
+    """
+    if isinstance(prediction, str):  # temporary: see compat.py
+        from jaxldm.diffusion import compat
+
+        return compat.from_x0(prediction, x_0, x_t, t, *old)
+    path = prediction.path
+    return prediction.target(x_0, implied_noise(x_0, x_t, path.alpha(t), path.sigma(t)), t)
+
+
+def implied_noise(x_0: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
+    """eps = (x_t - alpha x_0) / sigma [B, H, W, C]: the noise in x_t if x_0 is the clean image.
+
+    At sigma = 0, where x_t holds none, it is x_t - alpha x_0, which is then 0.
+
+    Args:
+        x_0, x_t: [B, H, W, C].
+        alpha, sigma: numbers, or one per image [B].
+    """
+    alpha, sigma = per_image(alpha, x_t), per_image(sigma, x_t)
+    divisor = jnp.where(sigma == 0, 1, sigma) if isinstance(sigma, jax.Array) else sigma + (sigma == 0)
+    return (x_t - alpha * x_0) / divisor
+
+
+# Of the predictions that depend on the noise level alone: (alpha, sigma) -> (a, b).
+LEVEL_COEFFICIENTS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
+    "epsilon": lambda alpha, sigma: (0, 1),
+    "sample": lambda alpha, sigma: (1, 0),
+    "v_prediction": lambda alpha, sigma: (
+        -sigma / (alpha**2 + sigma**2) ** 0.5,
+        alpha / (alpha**2 + sigma**2) ** 0.5,
+    ),
+    "flow": lambda alpha, sigma: (-1, 1),
+}
+
+
+def linear_prediction(name: str, path: Path, coefficients: Callable[[Any], tuple[Any, Any]]) -> Prediction:
+    """A prediction of your own: output = a x_0 + b eps, with `coefficients`: t -> (a, b).
+
+    a and b are numbers or of t's shape, and alpha b - sigma a must not be 0 at any t.
+    """
+
+    def to_x0(output, x_t, t):
+        a, b = coefficients(t)
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        whole = alpha * b - sigma * a
+        return per_image(b / whole, x_t) * x_t - per_image(sigma / whole, x_t) * output
+
+    def target(x_0, epsilon, t):
+        a, b = coefficients(t)
+        return per_image(a, x_0) * x_0 + per_image(b, x_0) * epsilon
+
+    def gain(t) -> Float[Array, " B"]:
+        a, b = coefficients(t)
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return abs(sigma / (alpha * b - sigma * a))
+
+    return Prediction(name, path, lambda x_t, t: (x_t, t), to_x0, target, gain)
+
+
+def x0_error_per_output_error(name: str, alpha: Any, sigma: Any) -> Any:
+    """Temporary: see compat.py."""
+    from jaxldm.diffusion import compat
+
+    return compat.x0_error_per_output_error(name, alpha, sigma)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,110 +13,15 @@ from jaxtyping import Array, Float, Key
 
 from jaxldm.diffusion.checks import check_sampling
 from jaxldm.diffusion.compiling import compile_once, traced
+from jaxldm.diffusion.denoiser import Denoiser  # noqa: F401 (temporary: it was defined here)
 from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.listeners import report
-from jaxldm.diffusion.paths import Path, at_least_float32, edm_path, per_image
-from jaxldm.diffusion.predictions import check_edm, check_prediction, edm_coefficients, to_x0
+from jaxldm.diffusion.paths import at_least_float32
 from jaxldm.diffusion.solvers.solver import Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
 
 # Step i of an image draws from fold_in(image key, i); its first noise from a number that no step reaches.
 _INITIAL_NOISE = 2**32 - 1
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Denoiser:
-    """A function `denoise(x, t) -> x_0` that knows its path.
-
-    Solvers accept any function of (x [B, ...], t scalar); those that look between the rows of a grid need the
-    path.
-
-    Attributes:
-        function: (x [B, ...], t [B]) -> x_0 [B, ...].
-        path: where x and t live.
-        with_variance: None, or for a network that learned its variance (x, t [B]) -> (x_0, v), both [B, ...],
-            v in [0, 1]: how far the log-variance lies from the posterior's (0) to the forward step's (1).
-    """
-
-    function: Callable[[Any, Any], Any]
-    path: Path
-    with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
-
-    def __call__(self, x: Float[Array, "B ..."], t: Any) -> Float[Array, "B ..."]:
-        """x_0 for noisy x; t is one number or one per image [B]."""
-        x_0 = self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
-        chex.assert_equal_shape([x, x_0])
-        return x_0.astype(x.dtype)  # a network may answer in bfloat16
-
-
-def denoiser(
-    predict: Callable[[Any, Any], Any],
-    path: Path,
-    prediction: str = "epsilon",
-    *,
-    learned_variance: bool = False,
-) -> Denoiser:
-    """Turns a network that predicts eps, x_0, v or the flow into a denoiser.
-
-    Args:
-        predict: (x [B, H, W, C], t [B]) -> output [B, H, W, C]; parameters, condition and guidance closed
-            over. The output may be bfloat16: it is converted to x's type before any arithmetic.
-        path: the path that the network was trained on.
-        prediction: "epsilon", "sample", "v_prediction" or "flow".
-        learned_variance: the output is [B, H, W, 2C]: the prediction, then 2 v - 1, where v places the
-            log-variance between its bounds (Nichol and Dhariwal 2021, equation 15; DiT). `ddpm("learned")`
-            uses both halves, every other solver the first.
-
-    Raises:
-        UnknownNameError: another prediction.
-        InvalidArgumentError: epsilon on a path that ends in pure noise.
-
-    >>> from jaxldm import diffusion as D
-    >>> path = D.flow_path()
-    >>> denoise = D.denoiser(lambda x, t: x, path, prediction="flow")
-    """
-    check_prediction(prediction, path)
-
-    def function(x, t):
-        output = predict(x, t)
-        chex.assert_equal_shape([x, output])
-        return to_x0(prediction, output.astype(x.dtype), x, path.alpha(t), path.sigma(t))
-
-    def with_variance(x, t):
-        output = predict(x, t)
-        chex.assert_shape(output, (*x.shape[:-1], 2 * x.shape[-1]))
-        output, variance = jnp.split(output.astype(x.dtype), 2, axis=-1)
-        return to_x0(prediction, output, x, path.alpha(t), path.sigma(t)), (variance + 1) / 2
-
-    if learned_variance:
-        return Denoiser(lambda x, t: with_variance(x, t)[0], path, with_variance)
-    return Denoiser(function, path)
-
-
-def edm_preconditioned(
-    network: Callable[[Any, Any], Any], sigma_data: float = 0.5, path: Path | None = None
-) -> Denoiser:
-    """x_0 = c_skip x + c_out F(c_in x, c_noise), EDM's preconditioning (Karras et al. 2022, table 1).
-
-    Train F with `diffusion_loss(..., sigma_data=sigma_data)`.
-
-    Args:
-        network: F, (x [B, H, W, C], c_noise [B]) -> [B, H, W, C].
-        sigma_data: the standard deviation of the data, > 0.
-        path: the `edm_path` the network was trained on; the published one where none is given.
-
-    Raises:
-        InvalidArgumentError: another path, or sigma_data <= 0.
-    """
-    path = edm_path() if path is None else path
-    check_edm(path, sigma_data)
-
-    def function(x, sigma):
-        c = edm_coefficients(sigma, sigma_data)
-        output = network(per_image(c.scale_in, x) * x, c.noise).astype(x.dtype)
-        return per_image(c.skip, x) * x + per_image(c.out, x) * output
-
-    return Denoiser(function, path)
 
 
 def image_keys(key: Any, batch_size: int) -> Key[Array, " B"]:
@@ -195,7 +99,7 @@ def sample(
 
     >>> import jax
     >>> from jaxldm import diffusion as D
-    >>> key, path = jax.random.key(0), D.flow_path()
+    >>> key, path = jax.random.key(0), D.Flow()
     >>> grid = D.make_grid(path, 20)
     >>> x_T = D.initial_noise(key, (4, 8, 8, 1), grid)
     >>> D.sample(key, D.gaussian_denoiser(path), D.solvers.ddim(), grid, x_T).shape
@@ -327,7 +231,7 @@ def bar_progress(bar: Any) -> Callable[[Any, Any], None]:
 
     >>> import jax, tqdm
     >>> from jaxldm import diffusion as D
-    >>> key, path = jax.random.key(0), D.flow_path()
+    >>> key, path = jax.random.key(0), D.Flow()
     >>> grid = D.make_grid(path, 20)
     >>> x_T = D.initial_noise(key, (1, 8, 8, 1), grid)
     >>> with tqdm.tqdm(disable=True) as bar:

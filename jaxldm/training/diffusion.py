@@ -78,7 +78,8 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
     `batch`: `mean` `[B, h, w, c]`, `label` int32 `[B]` and, to draw x_0 = mean + std N(0, 1) anew each time,
     `std`.
     """
-    path = recipe.noise.make_path()
+    prediction, time = recipe.noise.make_prediction(), recipe.noise.make_training_times()
+    weight = None if recipe.min_snr_gamma is None else D.min_snr(recipe.min_snr_gamma)
 
     def loss_fn(params, key, batch, step):
         latent_key, loss_key, dropout_key = jax.random.split(key, 3)
@@ -92,12 +93,11 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
         return D.diffusion_loss(
             loss_key,
             network,
-            path,
+            prediction,
             x_0,
             batch["label"],
-            prediction=recipe.noise.prediction,
-            sigma_data=recipe.noise.sigma_data if recipe.noise.path == "edm" else None,
-            min_snr_gamma=recipe.min_snr_gamma,
+            weight=weight,
+            time=time,
             noise_offset=recipe.noise_offset,
             null_condition=jnp.int32(module.config.num_classes),
             condition_dropout=recipe.condition_dropout,

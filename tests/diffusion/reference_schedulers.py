@@ -1,6 +1,5 @@
 """Drives the schedulers of `diffusers` with a stand-in network, to compare our solvers with them."""
 
-import dataclasses
 import functools
 
 import jax
@@ -84,7 +83,7 @@ def run_ours(solver, path, predictions=PREDICTIONS, network_of=jax_network):
             shown = [lambda t, of=of: of(t, grid) for of in LABELS.values()]
             return network_of(x, jax.lax.switch(label, shown, t))
 
-        denoisers = [D.denoiser(network, path, prediction) for prediction in predictions]
+        denoisers = [D.denoiser(network, D.prediction(prediction, path)) for prediction in predictions]
 
         def function(x, t):
             return jax.lax.switch(index, denoisers, x, t)
@@ -118,20 +117,21 @@ def compare_in_sigma_space(
     assert_close(ours, run_reference(scheduler, torch.from_numpy(start), **step_options), case, tolerance)
 
 
-def near_zero_terminal_snr():
+class NearZeroTerminalSNR(D.VP):
     """The path of the rescaled betas with the reference's alphas_cumprod = 2^-24 in the place of 0.
 
     The reference needs it to keep its logarithms finite. From a true zero ours stays finite without it
     (test_sampling.py).
     """
-    path = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
 
-    def coefficients(xp, t):
-        alpha, sigma = path.coefficients(xp, t)
-        last = t == path.t_noisy
+    def coefficients(self, xp, t):
+        alpha, sigma = super().coefficients(xp, t)
+        last = t == self.t_noisy
         return xp.where(last, 2.0**-12, alpha), xp.where(last, (1 - 2.0**-24) ** 0.5, sigma)
 
-    return dataclasses.replace(path, coefficients=coefficients)
+
+def near_zero_terminal_snr():
+    return NearZeroTerminalSNR(D.rescale_zero_terminal_snr(D.linear_betas()))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from mixture_reference import MEANS, STDS, WEIGHTS, mixture_x0, solve_exactly
 
 from jaxldm import diffusion as D
 
-PATHS = {"vp": D.vp_path(D.linear_betas()), "edm": D.edm_path(), "flow": D.flow_path()}
+PATHS = {"vp": D.VP(D.linear_betas()), "edm": D.EDM(), "flow": D.Flow()}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 

@@ -27,7 +27,7 @@ from reference_schedulers import (
 
 from jaxldm import diffusion as D
 
-VP, FLOW = D.vp_path(D.linear_betas()), D.flow_path()
+VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 PREDICTIONS = ("epsilon", "v_prediction")  # these schedulers know no other
 
 

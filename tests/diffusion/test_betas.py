@@ -42,7 +42,7 @@ def test_schedules_are_those_of_diffusers(name, rescale):
     betas = D.rescale_zero_terminal_snr(betas) if rescale else betas
     assert betas.dtype == np.float64
     np.testing.assert_allclose(betas, reference.betas, rtol=1e-3 if rescale else 1e-6, atol=2e-7)
-    path, steps = D.vp_path(betas), np.arange(len(betas))
+    path, steps = D.VP(betas), np.arange(len(betas))
     # The reference multiplies in float32: its small alphas_cumprod are off by some 1e-5 of themselves.
     np.testing.assert_allclose(path.alpha(steps) ** 2, reference.alphas_cumprod, rtol=2e-4, atol=1e-7)
     np.testing.assert_allclose(path.sigma(steps) ** 2, 1 - reference.alphas_cumprod, rtol=1e-3, atol=3e-7)
@@ -92,8 +92,8 @@ def test_zero_terminal_snr_shifts_and_scales_the_root(betas):
     assert rescaled[0] == pytest.approx(root[0], rel=1e-12)
     slopes = np.diff(rescaled) / np.diff(root)  # an affine map has one slope
     np.testing.assert_allclose(slopes, root[0] / (root[0] - root[-1]), rtol=1e-6)
-    assert D.vp_path(D.rescale_zero_terminal_snr(betas)).zero_terminal_snr
-    assert not D.vp_path(betas).zero_terminal_snr
+    assert D.VP(D.rescale_zero_terminal_snr(betas)).zero_terminal_snr
+    assert not D.VP(betas).zero_terminal_snr
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_zero_terminal_snr_shifts_and_scales_the_root(betas):
         (lambda: D.linear_betas(1), "at least 2"),
         (lambda: D.sigmoid_alphas_betas(start=1.0, end=1.0), "start < end"),
         (lambda: D.sigmoid_alphas_betas(tau=0.0), "tau > 0"),
-        (lambda: D.laplace_betas(b=0.0), "b must be positive"),
+        (lambda: D.laplace_betas(b=0.0), "b must be > 0"),
         (lambda: D.betas_from_alpha_bar(lambda t: t), "beta"),
     ],
 )

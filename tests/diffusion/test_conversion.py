@@ -11,13 +11,13 @@ from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
 PATHS = {
-    "vp": D.vp_path(D.linear_betas()),
-    "zero_snr": D.vp_path(D.rescale_zero_terminal_snr(D.scaled_linear_betas())),
-    "continuous_vp": D.continuous_vp_path(),
-    "edm": D.edm_path(),
-    "flow": D.flow_path(),
-    "gvp": D.interpolant_path("gvp"),
-    "gamma": D.interpolant_path("linear", gamma=(0.001, 0.1)),
+    "vp": D.VP(D.linear_betas()),
+    "zero_snr": D.VP(D.rescale_zero_terminal_snr(D.scaled_linear_betas())),
+    "continuous_vp": D.ContinuousVP(),
+    "edm": D.EDM(),
+    "flow": D.Flow(),
+    "gvp": D.Interpolant("gvp"),
+    "gamma": D.Interpolant("linear", gamma=(0.001, 0.1)),
 }
 names = st.sampled_from(sorted(PATHS))
 

@@ -1,6 +1,5 @@
 """Wuerstchen's path, grid and sampler against DDPMWuerstchenScheduler of diffusers."""
 
-import json
 
 import diffusers
 import jax
@@ -22,9 +21,9 @@ from reference_schedulers import (
 )
 
 from jaxldm import diffusion as D
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError
 
-PATH = D.cosine_path()
+PATH = D.Cosine()
 OPTIONS = {"final": "sigma_min"}  # as the published files are read
 
 
@@ -32,7 +31,7 @@ OPTIONS = {"final": "sigma_min"}  # as the published files are read
 def test_alphas_are_those_of_diffusers(scaler):
     """Between its two ends, where it cuts; ours cuts at the noisy one alone, and ends in a clean image."""
     reference = diffusers.DDPMWuerstchenScheduler(s=0.01, scaler=scaler)
-    path = D.cosine_path(0.01, scaler)
+    path = D.Cosine(offset=0.01, scaler=scaler)
     t = np.linspace(path.t_min, 1, 257)
     theirs = reference._alpha_cumprod(torch.from_numpy(t), torch.device("cpu")).numpy()
     np.testing.assert_allclose(path.alpha(t) ** 2, theirs, rtol=2e-5)
@@ -63,7 +62,7 @@ def test_device_agrees_with_host_near_the_clean_end():
     np.testing.assert_allclose(PATH.time(jnp.asarray(ratio, jnp.float32)), PATH.time(ratio), atol=1e-6)
     slopes = jnp.stack(PATH.derivatives(jnp.asarray(t)))
     assert np.isfinite(slopes).all()
-    draws = np.asarray(PATH.sample_time(jax.random.key(0), (2000,)))
+    draws = np.asarray(D.uniform()(jax.random.key(0), (2000,), PATH))
     assert PATH.t_min < draws.min() < 0.01 and 0.99 < draws.max() < 1 and abs(draws.mean() - 0.5) < 0.02
 
 
@@ -83,14 +82,14 @@ def test_stage_c_spacing_is_the_published_list(monkeypatch):
         t = D.make_grid(PATH, count, spacing="stage_c").t
         assert len(t) == count + 1 and t[0] == 1 and t[-1] == 0
         assert abs((t[:-1] > 2 / 3).sum() / count - 19 / 29) < 0.5 / count + 0.01
-    discrete = D.make_grid(D.vp_path(D.linear_betas()), 29, spacing="stage_c").t[:-1]
+    discrete = D.make_grid(D.VP(D.linear_betas()), 29, spacing="stage_c").t[:-1]
     np.testing.assert_allclose(discrete, published[:-1] * 999, atol=0.5)
 
 
 @jax.jit
 def run_ours(grid, x):
     """A network that is told 1000 t, as the reference's is."""
-    denoise = D.denoiser(lambda x, t: jax_network(x, 1000 * t), PATH)
+    denoise = D.denoiser(lambda x, t: jax_network(x, 1000 * t), D.epsilon(PATH))
     return D.sample(jax.random.key(SEED), denoise, D.solvers.ddpm(final_noise=False), grid, x)
 
 
@@ -125,21 +124,6 @@ def test_final_noise_is_left_out_of_the_last_step_alone():
     assert not both(D.pad(D.make_grid(PATH, 4), 6)).any()  # the clean row takes none in either case
 
 
-def test_scheduler_config_is_read_and_written():
-    published = {"_class_name": "DDPMWuerstchenScheduler", "_diffusers_version": "0.21.0.dev0"}
-    published |= {"s": 0.008, "scaler": 1.0}
-    schedule, options = D.from_scheduler_config(published)
-    assert (schedule, options) == (D.NoiseSchedule("cosine"), OPTIONS)
-    assert schedule.make_path().alpha(0.4) == PATH.alpha(0.4)
-    written = schedule.to_dict(options)
-    assert written == {key: value for key, value in published.items() if key != "_diffusers_version"}
-    other = D.NoiseSchedule("cosine", "v_prediction", offset=0.02, scaler=2.0)
-    for options in ({"final": "clean"}, {"final": "sigma_min", "spacing": "stage_c"}):
-        config = json.loads(json.dumps(other.to_dict(options)))
-        assert D.from_scheduler_config(config) == (other, options)
-        opened = diffusers.DDPMWuerstchenScheduler.from_config(config)
-        assert float(opened.s) == pytest.approx(0.02) and opened.scaler == 2.0
-    with pytest.raises(CheckpointError, match="offset > 0"):
-        D.from_scheduler_config(published | {"s": -1.0})
+def test_a_scaler_of_0_is_refused():
     with pytest.raises(InvalidArgumentError, match="scaler=0"):
-        D.cosine_path(scaler=0.0)
+        D.Cosine(scaler=0.0)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
-VP, FLOW = D.vp_path(D.scaled_linear_betas()), D.flow_path()
+VP, FLOW = D.VP(D.scaled_linear_betas()), D.Flow()
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.3, 0.58, 0.75, 0.999, 1.0])

@@ -13,7 +13,7 @@ from jaxldm.errors import InvalidArgumentError
 MEAN, STD = np.array([0.7, -0.4]), np.array([0.3, 0.8])
 KEY = jax.random.key(SEED)
 NOISE = start_noise()
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
 PATHS = {"vp": VP, "edm": EDM, "flow": FLOW}
 
 
@@ -52,7 +52,7 @@ def test_tcd_keeps_the_noise_that_each_row_should_have(path, gamma, x64):
 
 
 def test_tcd_lies_between_ddim_and_lcm():
-    denoise = D.denoiser(jax_network, FLOW, "flow")
+    denoise = D.denoiser(jax_network, D.flow(FLOW))
     grid = D.make_grid(FLOW, 5)
 
     def run(solver):
@@ -64,12 +64,14 @@ def test_tcd_lies_between_ddim_and_lcm():
 
 def test_consistency_function_is_the_identity_at_timestep_0():
     x = jnp.asarray(NOISE)
-    denoise = D.consistency_function(D.denoiser(jax_network, VP), timestep_scaling=10.0, sigma_data=0.5)
+    denoise = D.consistency_function(
+        D.denoiser(jax_network, D.epsilon(VP)), timestep_scaling=10.0, sigma_data=0.5
+    )
     np.testing.assert_array_equal(denoise(x, 0.0), x)
     # s = 10 at timestep 1: c_skip = 0.25 / 100.25, c_out = 10 / sqrt(100.25).
-    plain = D.denoiser(jax_network, VP)(x, 1.0)
+    plain = D.denoiser(jax_network, D.epsilon(VP))(x, 1.0)
     np.testing.assert_allclose(denoise(x, 1.0), 0.25 / 100.25 * x + 10 / 100.25**0.5 * plain, rtol=1e-5)
-    np.testing.assert_allclose(denoise(x, 999.0), D.denoiser(jax_network, VP)(x, 999.0), rtol=1e-5)
+    np.testing.assert_allclose(denoise(x, 999.0), D.denoiser(jax_network, D.epsilon(VP))(x, 999.0), rtol=1e-5)
     assert denoise.path is VP
 
 
@@ -86,8 +88,11 @@ def test_lcm_timesteps():
         (lambda: D.lcm_timesteps(0), "1 to 50 steps"),
         (lambda: D.lcm_timesteps(4, strength=0.0), "strength"),
         (lambda: D.lcm_timesteps(4, original_inference_steps=2000), "1000"),
-        (lambda: D.consistency_function(D.denoiser(jax_network, FLOW, "flow")), "number of a timestep"),
-        (lambda: D.consistency_function(D.denoiser(jax_network, VP), sigma_data=0.0), "sigma_data"),
+        (lambda: D.consistency_function(D.denoiser(jax_network, D.flow(FLOW))), "number of a timestep"),
+        (
+            lambda: D.consistency_function(D.denoiser(jax_network, D.epsilon(VP)), sigma_data=0.0),
+            "sigma_data",
+        ),
         (lambda: D.solvers.tcd(1.5), "gamma"),
         (lambda: D.solvers.tcd(-0.5), "gamma"),
     ],

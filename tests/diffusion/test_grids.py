@@ -9,8 +9,8 @@ from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
-ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
+ZERO_SNR = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
 STEPS = (1, 2, 3, 5, 7, 10, 20, 50, 300, 1000)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from every_prediction import predictions_on
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,9 +131,7 @@ def answers_and_scores(path):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize(
-    "path", [D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()], ids=["vp", "edm", "flow"]
-)
+@pytest.mark.parametrize("path", [D.VP(D.linear_betas()), D.EDM(), D.Flow()], ids=["vp", "edm", "flow"])
 @given(w=st.floats(0, 10), part=st.floats(0.1, 0.95), seed=st.integers(0, 1000))
 def test_noise_score_and_probability_give_the_same_guidance(path, w, part, seed):
     """Guiding eps, guiding the score, and the score of log p(x)^(1-w) p(x|c)^w by autodiff, as x_0."""
@@ -146,9 +145,9 @@ def test_noise_score_and_probability_give_the_same_guidance(path, w, part, seed)
     by_score = (x + sigma**2 * D.guide(score_u, score_c, w)) / alpha
     close = {"rtol": 1e-8, "atol": 1e-8 * max(1, np.abs(by_score).max())}
     np.testing.assert_allclose((x + sigma**2 * score_of_product) / alpha, by_score, **close)
-    for prediction in D.PREDICTIONS:
-        guided = D.guide(*(D.from_x0(prediction, x_0, x, alpha, sigma) for x_0 in (u, c)), w)
-        np.testing.assert_allclose(D.to_x0(prediction, guided, x, alpha, sigma), by_score, **close)
+    for prediction in predictions_on(path):
+        guided = D.guide(*(D.from_x0(prediction, x_0, x, t) for x_0 in (u, c)), w)
+        np.testing.assert_allclose(prediction.to_x0(guided, x, t), by_score, **close)
 
 
 @given(phi=st.floats(0, 1), seed=st.integers(0, 1000))
@@ -214,12 +213,12 @@ def test_guided_networks_may_be_guided_again():
 
 
 def test_branches_become_denoisers():
-    path = D.vp_path(D.linear_betas())
+    path = D.VP(D.linear_betas())
     labels, t = LABELS.astype(jnp.float32), 300 * T
     branches = D.condition_branches(network, labels, NULL)
-    in_x0 = branches.through(lambda predict: D.denoiser(predict, path, "v_prediction"))
+    in_x0 = branches.through(lambda predict: D.denoiser(predict, D.v(path)))
     guided = D.Denoiser(D.guide_branches(in_x0, 4.0), path)
-    expected = D.denoiser(D.classifier_free_guidance(network, labels, NULL, 4.0), path, "v_prediction")
+    expected = D.denoiser(D.classifier_free_guidance(network, labels, NULL, 4.0), D.v(path))
     np.testing.assert_allclose(guided(X, t), expected(X, t), rtol=1e-5, atol=1e-5)
 
 

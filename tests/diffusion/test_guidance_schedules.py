@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
-ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
+ZERO_SNR = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
 KEY = jax.random.key(5)
 SHAPE = (3, 2, 2, 1)
 LABELS, NULL = jnp.array([0.5, 1.0, 2.0]), 0.0
@@ -24,12 +24,12 @@ def network(x, t, labels):
 
 
 def branch(path, labels):
-    return D.denoiser(lambda x, t: network(x, t, labels), path, "v_prediction")
+    return D.denoiser(lambda x, t: network(x, t, labels), D.v(path))
 
 
 def guided(path, scale):
     predict = D.classifier_free_guidance(network, LABELS, NULL, scale)
-    return D.denoiser(predict, path, "v_prediction")
+    return D.denoiser(predict, D.v(path))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from jaxldm.diffusion.inpainting import _KNOWN_NOISE
 from jaxldm.diffusion.solvers.restart import restart
 from jaxldm.errors import InvalidArgumentError
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
 KEY = jax.random.key(4)
 SHAPE = (3, 4, 4, 1)
 IMAGE = np.random.default_rng(0).uniform(-1, 1, SHAPE).astype(np.float32)
@@ -26,7 +26,7 @@ def network(x, t):
     return jnp.sin(2 * x + 0.3 * jnp.roll(x, 1, axis=1)) + 0.001 * t.reshape(-1, 1, 1, 1)
 
 
-DENOISERS = {path: D.denoiser(network, path, "v_prediction") for path in (VP, EDM, FLOW)}
+DENOISERS = {path: D.denoiser(network, D.v(path)) for path in (VP, EDM, FLOW)}
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def test_resampling_brings_both_parts_to_agree():
 def test_the_jumps_are_those_of_diffusers(steps, jump_length, resamplings):
     scheduler = RePaintScheduler(num_train_timesteps=steps)
     scheduler.set_timesteps(steps, jump_length, resamplings)
-    path = D.vp_path(D.linear_betas(steps))
+    path = D.VP(D.linear_betas(steps))
     t = D.resampling_grid(D.make_grid(path, steps), jump_length, resamplings).t.astype(int)
     # They climb one timestep after the other; ours in one, and the end is a row of its own.
     singly = [t[0]]
@@ -133,7 +133,7 @@ def test_every_move_is_that_of_diffusers(monkeypatch):
     steps = 12
     scheduler = RePaintScheduler(num_train_timesteps=steps, eta=0.0, clip_sample=False)
     scheduler.set_timesteps(steps, 3, 2)
-    path = D.vp_path(D.linear_betas(steps))
+    path = D.VP(D.linear_betas(steps))
     labels = scheduler.timesteps.tolist()
     # Where the reference's image is: after the step at t it is at t - 1, and each move up raises that by one.
     levels, before = [labels[0]], labels[0] + 1
@@ -144,7 +144,7 @@ def test_every_move_is_that_of_diffusers(monkeypatch):
     grid = D.Grid(*(column.astype(np.float32) for column in (at, path.alpha(at), path.sigma(at))))
     keys = D.image_keys(KEY, 3)
     x = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
-    denoise, mask = D.denoiser(network, path, "epsilon"), np.broadcast_to(HALF, SHAPE)
+    denoise, mask = D.denoiser(network, D.epsilon(path)), np.broadcast_to(HALF, SHAPE)
     ours = jax.jit(lambda grid: D.sample(keys, denoise, D.inpaint(D.solvers.ddim(), IMAGE, mask), grid, x))(
         D.pad(grid, MAX_STEPS)
     )
@@ -180,7 +180,7 @@ def test_diffusers_adds_the_noise_of_other_timesteps(monkeypatch):
     monkeypatch.setattr(scheduling_repaint, "randn_tensor", lambda shape, **options: torch.zeros(shape))
     low, high = 40, 50  # its image is at 40 when it undoes the step that it took at 50
     theirs = float(scheduler.undo_step(torch.ones(1), high))
-    path = D.vp_path(D.linear_betas(100))
+    path = D.VP(D.linear_betas(100))
     at = np.array([low, high], np.float64)
     grid = D.Grid(*(column.astype(np.float32) for column in (at, path.alpha(at), path.sigma(at))))
     rise = D.sample(KEY, network, restart(s_noise=0.0), grid, jnp.ones((1, 4, 4, 1)))

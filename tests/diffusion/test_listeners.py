@@ -14,14 +14,14 @@ import pytest
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
-PATH = D.flow_path()
+PATH = D.Flow()
 KEY = jax.random.key(3)
 SHAPE = (2, 4, 4, 4)
 WEIGHTS = jnp.eye(4) * 0.5
 
 
 def make_denoiser(weights):
-    return D.denoiser(lambda x, t: jnp.tanh(x @ weights), PATH, "sample")
+    return D.denoiser(lambda x, t: jnp.tanh(x @ weights), D.x0(PATH))
 
 
 GRID = D.make_grid(PATH, 5)
@@ -80,7 +80,7 @@ def test_equal_calls_compile_once_whatever_the_weights(compilations):
 
 def test_a_changed_closure_is_seen():
     weights = {"w": WEIGHTS}
-    denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights["w"]), PATH, "sample")
+    denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights["w"]), D.x0(PATH))
     first = D.sample(KEY, denoise, D.solvers.ddim(), GRID, X)
     weights["w"] = 3 * WEIGHTS
     assert not np.allclose(D.sample(KEY, denoise, D.solvers.ddim(), GRID, X), first)
@@ -153,7 +153,7 @@ import jax.numpy as jnp
 from jaxldm import diffusion as D
 events = []
 jax.monitoring.register_event_listener(lambda event, **kwargs: events.append(event))
-path, key = D.flow_path(), jax.random.key(0)
+path, key = D.Flow(), jax.random.key(0)
 weights, grid = jnp.eye(4), D.make_grid(path, 3)
 x = D.initial_noise(key, (2, 4, 4, 4), grid)
 denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights), path, "sample")
@@ -187,8 +187,8 @@ def test_impossible_requests_are_refused():
         (lambda: call(solver=D.solvers.ddim), r"got the function ddim: write ddim\(\)"),
         (lambda: call(solver=3), "got 3"),
         (lambda: call(x=jnp.ones((2, 4, 32, 32))), r"write jnp\.moveaxis\(x, 1, -1\)"),
-        (lambda: call(grid=D.make_grid(D.edm_path(), 5)), "must lie on the denoiser's flow path"),
-        (lambda: call(grid=D.make_grid(D.vp_path(D.linear_betas()), 5)), "flow path"),
+        (lambda: call(grid=D.make_grid(D.EDM(), 5)), "must lie on the denoiser's flow path"),
+        (lambda: call(grid=D.make_grid(D.VP(D.linear_betas()), 5)), "flow path"),
         (lambda: call(grid=GRID.t), "must be a Grid"),
         (lambda: call(denoise=None), "must be a function"),
     ]

@@ -42,7 +42,7 @@ def test_every_solver_has_its_row():
 
 
 def test_the_added_solver_is_of_second_order(page, x64):
-    path = D.edm_path()
+    path = D.EDM()
     x = 80 * np.random.default_rng(0).standard_normal((4, 3))
     denoise = D.gaussian_denoiser(path, 0.3, 0.5)
     exact = D.gaussian_solution(path, 0.3, 0.5, jnp.asarray(x), path.t_noisy, path.t_min)
@@ -57,7 +57,7 @@ def test_the_added_solver_is_of_second_order(page, x64):
 
 
 def test_the_added_solver_is_finite_at_both_ends(page):
-    path = D.flow_path()
+    path = D.Flow()
     x_0 = D.sample(
         jax.random.key(0),
         D.gaussian_denoiser(path, 0.3, 0.5),

@@ -34,7 +34,7 @@ from reference_schedulers import (
 
 from jaxldm import diffusion as D
 
-VP, FLOW = D.vp_path(D.linear_betas()), D.flow_path()
+VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 RESPACED = {"karras": "rounded", "exponential": "cut"}  # what the reference tells the network of such a t
 
 

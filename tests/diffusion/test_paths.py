@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +13,40 @@ from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
-VP = D.vp_path(D.linear_betas())
-ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.scaled_linear_betas()))
+VP = D.VP(D.linear_betas())
+ZERO_SNR = D.VP(D.rescale_zero_terminal_snr(D.scaled_linear_betas()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic(D.Path):
+    """A path of one's own: the example of `D.Path`."""
+
+    name = "quadratic"
+    t_min: float = 1e-3
+
+    def coefficients(self, xp, t):
+        return 1 - t**2, t
+
+    def time_of(self, xp, ratio):
+        ratio = xp.minimum(ratio, 1e12)
+        return 2 * ratio / (1 + xp.sqrt(1 + 4 * ratio**2))
+
+
 PATHS = {
     "vp": VP,
     "zero_snr": ZERO_SNR,
-    "cosine": D.vp_path(D.cosine_betas()),
-    "edm": D.edm_path(),
-    "flow": D.flow_path(),
-    "continuous_vp": D.continuous_vp_path(),
-    "constant_vp": D.continuous_vp_path(3.0, 3.0),
-    "linear": D.interpolant_path("linear"),
-    "gvp": D.interpolant_path("gvp"),
-    "vp_interpolant": D.interpolant_path("vp"),
-    "linear_gamma": D.interpolant_path("linear", gamma=(0.001, 0.1)),
-    "gvp_gamma": D.interpolant_path("gvp", gamma=(0.001, 0.1)),
-    "vp_gamma": D.interpolant_path("vp", gamma=(0.0, 0.3)),
+    "cosine": D.VP(D.cosine_betas()),
+    "edm": D.EDM(),
+    "flow": D.Flow(),
+    "continuous_vp": D.ContinuousVP(),
+    "constant_vp": D.ContinuousVP(beta_min=3.0, beta_max=3.0),
+    "linear": D.Interpolant("linear"),
+    "gvp": D.Interpolant("gvp"),
+    "vp_interpolant": D.Interpolant("vp"),
+    "linear_gamma": D.Interpolant("linear", gamma=(0.001, 0.1)),
+    "gvp_gamma": D.Interpolant("gvp", gamma=(0.001, 0.1)),
+    "vp_gamma": D.Interpolant("vp", gamma=(0.0, 0.3)),
+    "own": Quadratic(),
 }
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
@@ -37,7 +57,7 @@ def test_the_ends_of_a_path(path):
     assert path.time(0.0) == path.t_clean
     assert path.t_clean < path.t_min < path.t_noisy
     if path.zero_terminal_snr:
-        assert path.time(np.inf) == path.t_noisy
+        assert path.time(np.inf) == pytest.approx(path.t_noisy, rel=1e-11)
     t = np.linspace(path.t_clean, path.t_noisy, 3001)
     assert (np.diff(np.arctan2(path.sigma(t), path.alpha(t))) > 0).all()
 
@@ -102,9 +122,9 @@ def test_derivatives_between_timesteps_are_slopes():
 
 def test_the_continuous_path_is_the_limit_of_ddpm():
     """T betas from 0.1 / T to 20 / T: the distance to the VP-SDE falls like 1 / T."""
-    continuous, errors = D.continuous_vp_path(0.1, 20.0), []
+    continuous, errors = D.ContinuousVP(beta_min=0.1, beta_max=20.0), []
     for total in (1000, 10000):
-        discrete = D.vp_path(D.linear_betas(total, 0.1 / total, 20 / total))
+        discrete = D.VP(D.linear_betas(total, 0.1 / total, 20 / total))
         at = np.arange(total // 10 - 1, total, total // 10)
         errors.append(np.abs(discrete.alpha(at) - continuous.alpha((at + 1) / total)).max())
     assert errors[0] < 1e-2 and errors[0] / errors[1] == pytest.approx(10, rel=0.05)
@@ -117,15 +137,41 @@ def test_schedules_never_run_in_bfloat16(path):
     assert path.sigma(t) == pytest.approx(float(path.sigma(np.float32(t))), rel=1e-5)
 
 
+def drawn(path, time=None, count=5000, seed=0):
+    time = D.uniform() if time is None else time
+    return np.asarray(time(jax.random.key(seed), (count,), path))
+
+
 def test_training_times():
-    key = jax.random.key(0)
-    draws = np.asarray(VP.sample_time(key, (20000,)))
+    draws = drawn(VP, count=20000)
     assert draws.dtype == np.float32 and set(draws) <= set(range(1000))
     assert stats.chisquare(np.bincount(draws.astype(int), minlength=1000)).pvalue > 1e-3
-    assert stats.kstest(np.log(D.edm_path().sample_time(key, (5000,))), "norm", (-1.2, 1.2)).pvalue > 1e-3
-    assert stats.kstest(np.asarray(D.flow_path().sample_time(key, (5000,))), "uniform").pvalue > 1e-3
-    for path in (D.continuous_vp_path(t_min=0.2), D.interpolant_path("vp", t_min=0.2)):
-        assert stats.kstest(np.asarray(path.sample_time(key, (5000,))), "uniform", (0.2, 0.8)).pvalue > 1e-3
+    for path in (D.Flow(), D.Interpolant("gvp", gamma=(0.1, 0.2))):
+        assert stats.kstest(drawn(path), "uniform").pvalue > 1e-3
+    for path in (D.ContinuousVP(t_min=0.2), D.Interpolant("vp", t_min=0.2), Quadratic(0.2)):
+        assert stats.kstest(drawn(path), "uniform", (0.2, 0.8)).pvalue > 1e-3
+    logits = drawn(Quadratic(0.2), D.logit_normal())
+    assert stats.kstest((logits - 0.2) / 0.8, lambda t: stats.norm.cdf(np.log(t / (1 - t)))).pvalue > 1e-3
+
+
+def test_log_normal_levels_on_every_continuous_path():
+    """ln(sigma / alpha) ~ N(-1.2, 1.2^2), EDM's, on EDM's path and on others."""
+    for path in (D.EDM(), D.Flow(), D.Interpolant("gvp")):
+        t = drawn(path, D.log_normal()).astype(np.float64)
+        level = np.log(path.sigma(t) / path.alpha(t))
+        assert stats.kstest(level, "norm", (-1.2, 1.2)).pvalue > 1e-3
+
+
+def test_training_times_by_name():
+    for name in D.TRAINING_TIMES:
+        np.testing.assert_array_equal(
+            drawn(D.Flow(), D.training_times(name)), drawn(D.Flow(), D.TRAINING_TIMES[name]())
+        )
+    options = {"mean": 0.5, "std": 0.7}
+    np.testing.assert_array_equal(
+        drawn(D.Flow(), D.training_times("logit_normal", **options)),
+        drawn(D.Flow(), D.logit_normal(0.5, 0.7)),
+    )
 
 
 # The distribution function of t, from its quantile function where it has no closed form (SD3, section 3.1).
@@ -135,30 +181,71 @@ def mode_cdf(t, scale):
 
 
 @pytest.mark.parametrize(
-    "options, cdf",
+    "time, shift, cdf",
     [
-        ({"time_distribution": "logit_normal"}, lambda t: stats.norm.cdf(np.log(t / (1 - t)))),
-        (
-            {"time_distribution": "logit_normal", "logit_mean": 0.5, "logit_std": 0.7},
-            lambda t: stats.norm.cdf(np.log(t / (1 - t)), 0.5, 0.7),
-        ),
-        ({"time_distribution": "mode"}, lambda t: mode_cdf(t, 1.29)),
-        ({"time_distribution": "mode", "mode_scale": -1.0}, lambda t: mode_cdf(t, -1.0)),
+        (D.logit_normal(), 1.0, lambda t: stats.norm.cdf(np.log(t / (1 - t)))),
+        (D.logit_normal(0.5, 0.7), 1.0, lambda t: stats.norm.cdf(np.log(t / (1 - t)), 0.5, 0.7)),
+        (D.mode(), 1.0, lambda t: mode_cdf(t, 1.29)),
+        (D.mode(-1.0), 1.0, lambda t: mode_cdf(t, -1.0)),
         # The density 2 / (pi - 2 pi t + 2 pi t^2), integrated.
-        ({"time_distribution": "cosmap"}, lambda t: 0.5 + 2 / np.pi * np.arctan(2 * t - 1)),
+        (D.cosmap(), 1.0, lambda t: 0.5 + 2 / np.pi * np.arctan(2 * t - 1)),
         # The shift maps t to 3 t / (1 + 2 t); back it is t / (3 - 2 t).
-        ({"shift": 3.0}, lambda t: t / (3 - 2 * t)),
-        (
-            {"time_distribution": "cosmap", "shift": 3.0},
-            lambda t: 0.5 + 2 / np.pi * np.arctan(2 * t / (3 - 2 * t) - 1),
-        ),
+        (D.uniform(), 3.0, lambda t: t / (3 - 2 * t)),
+        (D.cosmap(), 3.0, lambda t: 0.5 + 2 / np.pi * np.arctan(2 * t / (3 - 2 * t) - 1)),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "cdf",
+    ids=["logit_normal", "logit_normal(0.5, 0.7)", "mode", "mode(-1)", "cosmap", "shift", "cosmap and shift"],
 )
-def test_training_times_of_flow_paths(options, cdf):
-    t = D.flow_path(**options).sample_time(jax.random.key(1), (5000,))
-    assert t.dtype == jnp.float32 and (t >= 0).all() and (t <= 1).all()
-    assert stats.kstest(np.asarray(t, np.float64), cdf).pvalue > 1e-3
+def test_training_times_of_flow_paths(time, shift, cdf):
+    t = drawn(D.Flow(shift=shift), time, seed=1)
+    assert t.dtype == np.float32 and (t >= 0).all() and (t <= 1).all()
+    assert stats.kstest(t.astype(np.float64), cdf).pvalue > 1e-3
+
+
+def test_equal_paths_are_equal():
+    again = [
+        (D.VP(D.linear_betas().tolist()), D.VP.named("linear")),
+        (D.EDM(), D.EDM(sigma_max=80)),
+        (D.Flow(shift=3), D.Flow(shift=3.0)),
+        (D.ContinuousVP(), D.ContinuousVP(beta_max=20)),
+        (D.Interpolant("gvp", gamma=[0, 1e-3]), D.Interpolant("gvp", gamma=(0.0, 0.001))),
+        (D.Cosine(), D.Cosine(scaler=1)),
+        (Quadratic(), Quadratic()),
+    ]
+    for one, other in again:
+        assert one == other and hash(one) == hash(other) and repr(one)
+    assert len({path for pair in again for path in pair}) == len(again)
+    assert D.Flow(shift=3) != D.Flow() and D.VP.named("linear") != D.VP.named("scaled_linear")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        D.Flow().shift = 2.0
+
+
+def test_named_betas_are_remembered():
+    path = D.VP.named("scaled_linear", 500, beta_end=0.02, zero_terminal_snr=True)
+    betas = D.rescale_zero_terminal_snr(D.scaled_linear_betas(500, 0.00085, 0.02))
+    assert path == D.VP(betas) and path.zero_terminal_snr
+    assert path.schedule == D.BetaSchedule("scaled_linear", 500, None, 0.02, True)
+    assert D.VP(betas).schedule is None and "scaled_linear" in repr(path) and len(repr(D.VP(betas))) < 40
+    for name in D.BETAS:
+        assert D.VP.named(name, 10).num_train_timesteps == 10
+
+
+def test_a_path_of_ones_own_trains_and_samples():
+    """The exact denoiser, through its velocity: DDIM's steps on it are those of the same grid on GVP."""
+    path, other = Quadratic(), D.Interpolant("gvp")
+    exact = D.gaussian_denoiser(path, 0.3, 0.5)
+    prediction = D.velocity(path)
+    denoise = D.denoiser(lambda x, t: D.from_x0(prediction, exact(x, t), x, t), prediction)
+    grid = D.make_grid(path, 6)
+    same = D.make_grid(
+        other, timesteps=other.time(np.minimum(grid.sigma, 1e9) / np.maximum(grid.alpha, 1e-9))[:-1]
+    )
+    key, x = jax.random.key(0), jnp.linspace(-2, 2, 6).reshape(2, 3)
+    on_other = D.sample(key, D.gaussian_denoiser(other, 0.3, 0.5), D.solvers.ddim(), same, x)
+    np.testing.assert_allclose(
+        D.sample(key, denoise, D.solvers.ddim(), grid, x), on_other, rtol=1e-4, atol=1e-5
+    )
+    loss, _ = D.diffusion_loss(key, lambda x, t, c: x, prediction, x)
+    assert np.isfinite(loss)
 
 
 def test_shift_grows_with_the_resolution():
@@ -170,22 +257,26 @@ def test_shift_grows_with_the_resolution():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: D.vp_path(np.array([0.1, 1.5])), "beta"),
-        (lambda: D.vp_path(np.array([0.1, np.nan])), "beta"),
-        (lambda: D.vp_path(np.array([1.0, 0.1])), "only the last|the last may be 1"),
-        (lambda: D.vp_path(np.array([0.1])), "at least 2"),
-        (lambda: D.edm_path(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
-        (lambda: D.edm_path(sigma_data=0.0), "sigma_data"),
-        (lambda: D.flow_path(t_min=0.0), "t_min"),
-        (lambda: D.flow_path(shift=0.0), "shift must be a positive"),
-        (lambda: D.flow_path(shift=np.nan), "shift must be a positive"),
-        (lambda: D.flow_path(time_distribution="mode", mode_scale=2.0), "1.75"),
-        (lambda: D.flow_path(time_distribution="logit_normal", logit_std=0.0), "logit_std"),
-        (lambda: D.continuous_vp_path(beta_min=0.0), "beta_min"),
-        (lambda: D.continuous_vp_path(t_min=1.0), "t_min"),
-        (lambda: D.interpolant_path(t_min=1.0), "t_min"),
-        (lambda: D.interpolant_path(gamma=(0.2, 0.1)), "smin <= smax"),
-        (lambda: D.interpolant_path("vp", gamma=(0.0, 20.0)), "too large"),
+        (lambda: D.VP(np.array([0.1, 1.5])), "beta"),
+        (lambda: D.VP(np.array([0.1, np.nan])), "beta"),
+        (lambda: D.VP(np.array([1.0, 0.1])), "only the last|the last may be 1"),
+        (lambda: D.VP(np.array([0.1])), "at least 2"),
+        (lambda: D.EDM(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
+        (lambda: D.EDM(sigma_min=0.0), "sigma_min"),
+        (lambda: D.Flow(t_min=0.0), "t_min"),
+        (lambda: D.Flow(shift=0.0), "shift must be a positive"),
+        (lambda: D.Flow(shift=np.nan), "shift must be a positive"),
+        (lambda: D.mode(2.0), "1.75"),
+        (lambda: D.logit_normal(std=0.0), "std > 0"),
+        (lambda: D.log_normal(std=-1.0), "std > 0"),
+        (lambda: drawn(VP, D.logit_normal()), "use uniform"),
+        (lambda: drawn(VP, D.log_normal()), "use uniform"),
+        (lambda: D.VP.named("linear", 1), "num_train_timesteps must be >= 2"),
+        (lambda: D.ContinuousVP(beta_min=0.0), "beta_min"),
+        (lambda: D.ContinuousVP(t_min=1.0), "t_min"),
+        (lambda: D.Interpolant(t_min=1.0), "t_min"),
+        (lambda: D.Interpolant(gamma=(0.2, 0.1)), "smin <= smax"),
+        (lambda: D.Interpolant("vp", gamma=(0.0, 20.0)), "too large"),
         (lambda: D.resolution_shift(0), "at least 1 token"),
         (lambda: D.resolution_shift(64, kind="linear", base_shift=-1.0), "not positive"),
         (lambda: D.resolution_shift(64, base_tokens=9, max_tokens=9), "two different ends"),
@@ -199,9 +290,9 @@ def test_impossible_paths_are_refused(make, words):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: D.flow_path(time_distribution="unifrom"), "did you mean 'uniform'"),
-        (lambda: D.interpolant_path(time_distribution="mod"), "did you mean 'mode'"),
-        (lambda: D.interpolant_path("gpv"), "did you mean 'gvp'"),
+        (lambda: D.training_times("unifrom"), "did you mean 'uniform'"),
+        (lambda: D.VP.named("linaer"), "did you mean 'linear'"),
+        (lambda: D.Interpolant("gpv"), "did you mean 'gvp'"),
         (lambda: D.resolution_shift(256, kind="linaer"), "did you mean 'linear'"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
-VP = D.vp_path(D.linear_betas())
+VP = D.VP(D.linear_betas())
 KEY = jax.random.key(2)
 SHAPE = (3, 4, 4, 2)
 LABELS, NULL = jnp.array([0.5, 1.0, 2.0]), 0.0
@@ -22,7 +22,7 @@ def network(x, t, labels):
 
 
 def as_denoisers(predict):
-    return D.denoiser(predict, VP, "v_prediction")
+    return D.denoiser(predict, D.v(VP))
 
 
 BRANCHES = D.condition_branches(network, LABELS, NULL).through(as_denoisers)

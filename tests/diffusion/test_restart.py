@@ -12,7 +12,7 @@ from reference_schedulers import SEED, assert_close, jax_network, network, start
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
-EDM, FLOW = D.edm_path(), D.flow_path(t_min=0.05)
+EDM, FLOW = D.EDM(), D.Flow(t_min=0.05)
 NOISE = start_noise()
 KEY = jax.random.key(SEED)
 RESTARTS = [D.Restart(0.3, 2.0, num_steps=3, times=2), D.Restart(9.0, 20.0, num_steps=2)]
@@ -71,7 +71,7 @@ def published(grid, restarts, rho=7.0):
 
 
 def test_as_published():
-    denoise = D.edm_preconditioned(jax_network, sigma_data=0.5)
+    denoise = D.denoiser(jax_network, D.edm(D.EDM(), 0.5))
     grid = D.make_grid(EDM, 10)
     whole = D.restart_grid(EDM, grid, RESTARTS)
     run = jax.jit(lambda grid, x: D.sample(KEY, denoise, D.solvers.restart(), grid, x))
@@ -123,7 +123,7 @@ def test_restarts_repair_what_a_coarse_start_spoilt(x64):
 
 
 def test_a_grid_that_only_falls_is_the_inner_solver():
-    denoise, grid, inner = D.denoiser(jax_network, FLOW, "flow"), D.make_grid(FLOW, 6), D.solvers.dpmpp_2m()
+    denoise, grid, inner = D.denoiser(jax_network, D.flow(FLOW)), D.make_grid(FLOW, 6), D.solvers.dpmpp_2m()
     ours, theirs = (
         jax.jit(lambda x, s=s: D.sample(KEY, denoise, s, grid, x))(NOISE)
         for s in (D.solvers.restart(inner), inner)
@@ -132,7 +132,7 @@ def test_a_grid_that_only_falls_is_the_inner_solver():
 
 
 def test_a_multistep_solver_starts_afresh_after_a_rise():
-    denoise = D.denoiser(jax_network, FLOW, "flow")
+    denoise = D.denoiser(jax_network, D.flow(FLOW))
     solver = D.solvers.dpmpp_2m(lower_order_final=False)
     whole = D.restart_grid(FLOW, D.make_grid(FLOW, 8), [D.Restart(0.5, 1.5, 4)])
     top = int(np.flatnonzero(np.diff(whole.sigma) > 0)[0]) + 1

@@ -9,8 +9,8 @@ import pytest
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
-ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
+ZERO_SNR = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
 KEY = jax.random.key(11)
 SHAPE = (3, 2, 2, 1)
 MAX_STEPS = 16
@@ -63,7 +63,7 @@ class PathByNumber:
 @functools.cache
 def runner(variant):
     """A compiled run(key, grid, x, path=0), kept for all the tests of this file."""
-    denoisers = [D.denoiser(network, path, "v_prediction") for path in PATHS]
+    denoisers = [D.denoiser(network, D.v(path)) for path in PATHS]
 
     def run(key, grid, x, path=0):
         denoise = D.Denoiser(lambda x, t: jax.lax.switch(path, denoisers, x, t), PathByNumber(path))
@@ -130,7 +130,7 @@ def test_jit_equals_eager(variant):
     grid = D.make_grid(VP, 3)
     x = D.initial_noise(KEY, SHAPE, grid)
     with jax.disable_jit():
-        eager = D.sample(KEY, D.denoiser(network, VP, "v_prediction"), solver_of(variant), grid, x)
+        eager = D.sample(KEY, D.denoiser(network, D.v(VP)), solver_of(variant), grid, x)
     np.testing.assert_allclose(runner(variant)(KEY, D.pad(grid, MAX_STEPS), x), eager, rtol=1e-4, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_gradients_agree_with_differences(variant, x64):
 
     @jax.jit
     def loss(scale, x):
-        denoise = D.denoiser(lambda x, t: scale * network(x, t), FLOW, "v_prediction")
+        denoise = D.denoiser(lambda x, t: scale * network(x, t), D.v(FLOW))
         return jnp.sum(D.sample(KEY, denoise, solver, grid, x) ** 2)
 
     by_scale, by_x = jax.grad(loss, (0, 1))(0.8, x)
@@ -223,7 +223,7 @@ def test_second_calls_compile_nothing(caplog):
             lambda x, t, c: network(x, t) * c.reshape(-1, 1, 1, 1).astype(x.dtype), labels, 10, guidance_scale
         )
         x = D.initial_noise(key, SHAPE, grid)
-        return D.sample(key, D.denoiser(guided, VP, "epsilon"), D.solvers.dpmpp_2m(), grid, x)
+        return D.sample(key, D.denoiser(guided, D.epsilon(VP)), D.solvers.dpmpp_2m(), grid, x)
 
     def compilations(call):
         caplog.clear()
@@ -275,7 +275,7 @@ def test_network_evaluations(name, options, evaluations):
     grid = D.make_grid(VP, 6, max_steps=9)
     x = D.initial_noise(KEY, SHAPE, grid)
     solver = D.solvers.make(name, **options)
-    D.sample(KEY, D.denoiser(predict, VP, "v_prediction"), solver, grid, x).block_until_ready()
+    D.sample(KEY, D.denoiser(predict, D.v(VP)), solver, grid, x).block_until_ready()
     jax.effects_barrier()
     assert len(calls) == evaluations
 
@@ -289,7 +289,7 @@ def test_trajectory_and_callback():
     def run(grid, x):
         return D.sample(
             KEY,
-            D.denoiser(network, VP, "v_prediction"),
+            D.denoiser(network, D.v(VP)),
             D.solvers.ddpm(),
             grid,
             x,
@@ -313,10 +313,12 @@ def test_bfloat16_networks_leave_the_arithmetic_in_float32():
 
     grid = D.make_grid(VP, 4)
     x = D.initial_noise(KEY, SHAPE, grid)
-    low = D.sample(KEY, D.denoiser(predict, VP), D.solvers.heun(), grid, x)
+    low = D.sample(KEY, D.denoiser(predict, D.epsilon(VP)), D.solvers.heun(), grid, x)
     assert low.dtype == jnp.float32
     assert (
-        D.sample(KEY, D.denoiser(predict, VP), D.solvers.ddim(), grid, x.astype(jnp.bfloat16)).dtype
+        D.sample(
+            KEY, D.denoiser(predict, D.epsilon(VP)), D.solvers.ddim(), grid, x.astype(jnp.bfloat16)
+        ).dtype
         == jnp.float32
     )
 
@@ -342,12 +344,12 @@ def test_edm_preconditioning():
         return jnp.zeros_like(x)
 
     # For data of standard deviation sigma_data a network that says 0 is the exact denoiser, c_skip x.
-    denoise = D.edm_preconditioned(silent, sigma_data=0.5)
+    denoise = D.denoiser(silent, D.edm(D.EDM(), 0.5))
     np.testing.assert_allclose(denoise(x, sigma), D.gaussian_denoiser(EDM, 0.0, 0.5)(x, sigma), rtol=1e-5)
     np.testing.assert_allclose(seen[0][0].std(axis=(1, 2, 3)), 1, rtol=0.05)
     np.testing.assert_allclose(seen[0][1], np.log(sigma) / 4, rtol=1e-5)
     # What it has to learn has unit variance too.
-    unit = D.edm_preconditioned(lambda x, noise: jnp.ones_like(x), sigma_data=0.5)
+    unit = D.denoiser(lambda x, noise: jnp.ones_like(x), D.edm(D.EDM(), 0.5))
     wanted = (x_0 - denoise(x, sigma)) / (unit(x, sigma) - denoise(x, sigma))
     np.testing.assert_allclose(wanted.std(axis=(1, 2, 3)), 1, rtol=0.05)
     assert np.isfinite(denoise(x, 0.0)).all()
@@ -362,8 +364,8 @@ def test_edm_preconditioning():
         (lambda: D.solvers.make("euler", eta=1), "none"),
         (lambda: D.image_keys(jax.random.split(KEY, 3), 2), "one key, or one per image"),
         (lambda: D.image_keys(7, 2), r"jax\.random\.key\(7\)"),
-        (lambda: D.edm_preconditioned(lambda x, t: x, 0.5, VP), "edm_path"),
-        (lambda: D.edm_preconditioned(lambda x, t: x, -0.5), "sigma_data"),
+        (lambda: D.denoiser(lambda x, t: x, D.edm(VP, 0.5)), "EDM path"),
+        (lambda: D.denoiser(lambda x, t: x, D.edm(D.EDM(), -0.5)), "sigma_data"),
         (
             lambda: D.sample(
                 KEY, lambda x, t: x, D.solvers.heun(s_churn=1.0), D.make_grid(EDM, 3), jnp.ones(SHAPE)
@@ -386,5 +388,7 @@ def test_unknown_names():
 
 def test_a_network_that_answers_in_another_shape_is_caught_before_compiling():
     grid = D.make_grid(VP, 3)
-    with pytest.raises(AssertionError, match="shape"):
-        D.sample(KEY, D.denoiser(lambda x, t: x[..., 0], VP), D.solvers.ddim(), grid, jnp.ones(SHAPE))
+    with pytest.raises(InvalidArgumentError, match="shape"):
+        D.sample(
+            KEY, D.denoiser(lambda x, t: x[..., 0], D.epsilon(VP)), D.solvers.ddim(), grid, jnp.ones(SHAPE)
+        )

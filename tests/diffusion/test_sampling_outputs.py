@@ -11,7 +11,7 @@ import tqdm
 
 from jaxldm import diffusion as D
 
-VP, FLOW = D.vp_path(D.linear_betas()), D.flow_path()
+VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 KEY = jax.random.key(11)
 SHAPE = (3, 2, 2, 1)
 MAX_STEPS = 6
@@ -22,7 +22,7 @@ def network(x, t):
     return jnp.sin(2 * x + 0.3 * jnp.roll(x, 1, axis=1)) + 0.001 * t.reshape(-1, 1, 1, 1)
 
 
-DENOISE = D.denoiser(network, VP, "v_prediction")
+DENOISE = D.denoiser(network, D.v(VP))
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def test_predictions_are_what_the_network_sees_at_each_row(name):
 def test_the_last_prediction_is_the_image():
     grid = D.make_grid(FLOW, 5)
     x = D.initial_noise(KEY, SHAPE, grid)
-    denoise = D.denoiser(network, FLOW, "flow")
+    denoise = D.denoiser(network, D.flow(FLOW))
     x_0, predictions = D.sample(KEY, denoise, D.solvers.ddim(), grid, x, return_predictions=True)
     assert predictions.shape == (5, *SHAPE)
     np.testing.assert_allclose(predictions[-1], x_0, rtol=1e-6)  # onto the clean row DDIM goes to x_0
@@ -64,7 +64,7 @@ def test_the_last_prediction_is_the_image():
 
 def test_predictions_cost_no_second_evaluation():
     weights = jnp.eye(64) * 0.1
-    denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights), VP, "v_prediction")
+    denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights), D.v(VP))
     x, grid = jnp.ones((4, 64)), D.make_grid(VP, 4)
 
     def flops(asked):
@@ -121,7 +121,7 @@ def guided_run(key, grid, x, scale, labels):
         return (network(x, t) * (1 + labels.reshape(-1, 1, 1, 1))).astype(jnp.bfloat16)
 
     predict = D.classifier_free_guidance(low, labels, 0.0, scale, rescale=0.5)
-    denoise = D.static_threshold(D.denoiser(predict, VP, "v_prediction"), -2.0, 2.0)
+    denoise = D.static_threshold(D.denoiser(predict, D.v(VP)), -2.0, 2.0)
     return D.sample(
         key, denoise, D.solvers.dpmpp_2m(), grid, x, return_trajectory=True, return_predictions=True,
         progress=lambda done, total: None,
@@ -175,7 +175,7 @@ def test_gradients_through_guidance_and_predictions(x64):
         predict = D.classifier_free_guidance(
             lambda x, t, labels: network(x, t) * (1 + labels.reshape(-1, 1, 1, 1)), labels, 0.0, scale, 0.3
         )
-        denoise = D.denoiser(predict, FLOW, "v_prediction")
+        denoise = D.denoiser(predict, D.v(FLOW))
         x_0, predictions = D.sample(
             KEY, denoise, D.solvers.heun(), grid, x, return_predictions=True, progress=lambda *numbers: None
         )

@@ -98,7 +98,7 @@ def test_the_cases_cover_everything():
 
 @pytest.mark.parametrize("name, method, diffusion, last_step", CASES)
 def test_as_published(name, method, diffusion, last_step):
-    path = D.interpolant_path(name)
+    path = D.Interpolant(name)
     t_first = 0.2 if diffusion == "SBDM" else 0.0  # at pure noise SBDM divides by 0 in the authors' code
     timesteps = 1 - np.linspace(t_first, 1 - LAST_STEP_SIZE, NUM_STEPS)
     grid = D.make_grid(path, timesteps=timesteps)
@@ -113,7 +113,7 @@ def test_as_published(name, method, diffusion, last_step):
     "method, twin", [("euler", "flow_euler"), ("heun", "flow_heun"), ("stochastic_heun", "flow_heun")]
 )
 def test_without_diffusion_it_is_the_ode(method, twin):
-    path = D.interpolant_path("gvp")
+    path = D.Interpolant("gvp")
     grid = D.make_grid(path, 7)
     denoise = D.Denoiser(lambda x, t: clean_image(x, t.reshape(-1, 1, 1, 1), jnp), path)
     solvers = D.solvers.sit_sde(method, "SBDM", norm=0.0), D.solvers.make(twin)
@@ -129,12 +129,12 @@ def test_sbdm_is_the_forward_sde():
         at = D.solvers.Row(t, path.alpha(t), path.sigma(t))
         return 2 * diffusion_coefficient("SBDM", path, at, at._replace(t=t - 0.1))
 
-    np.testing.assert_allclose(twice_d(D.interpolant_path("vp"), t), 0.1 + 19.9 * t, rtol=1e-3)
-    np.testing.assert_allclose(twice_d(D.edm_path(), t), 2 * t, rtol=1e-5)
+    np.testing.assert_allclose(twice_d(D.Interpolant("vp"), t), 0.1 + 19.9 * t, rtol=1e-3)
+    np.testing.assert_allclose(twice_d(D.EDM(), t), 2 * t, rtol=1e-5)
 
 
 def test_from_pure_noise_sbdm_forgets_its_start():
-    path = D.flow_path()
+    path = D.Flow()
     denoise = D.Denoiser(lambda x, t: 0 * x + 0.3, path)
     grid = D.make_grid(path, 4)
     run = jax.jit(lambda x: D.sample(KEY, denoise, D.solvers.sit_sde("heun", "SBDM"), D.cut(grid, 0, 1), x))
@@ -146,8 +146,8 @@ def test_from_pure_noise_sbdm_forgets_its_start():
 
 
 def test_rates_at_the_ends_and_kinks():
-    zero_snr = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
-    for path in (D.vp_path(D.linear_betas()), zero_snr, D.flow_path(), D.interpolant_path("vp")):
+    zero_snr = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
+    for path in (D.VP(D.linear_betas()), zero_snr, D.Flow(), D.Interpolant("vp")):
         for t in (path.t_noisy, path.t_clean, (path.t_noisy + path.t_clean) / 2):
             other = path.t_clean if t > path.t_clean else path.t_noisy
             here, there = (
@@ -171,9 +171,7 @@ def test_rates_at_the_ends_and_kinks():
         (lambda: D.solvers.sit_sde(norm=-1.0), InvalidArgumentError, "norm"),
         (lambda: D.solvers.sit_sde(norm=float("nan")), InvalidArgumentError, "norm"),
         (
-            lambda: D.sample(
-                KEY, lambda x, t: x, D.solvers.flow_heun(), D.make_grid(D.flow_path(), 2), NOISE
-            ),
+            lambda: D.sample(KEY, lambda x, t: x, D.solvers.flow_heun(), D.make_grid(D.Flow(), 2), NOISE),
             InvalidArgumentError,
             r"D\.Denoiser",
         ),

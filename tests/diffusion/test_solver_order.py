@@ -45,9 +45,9 @@ OTHER_PROGRAMS = {"dpmpp_3m of other programs": other_programs.dpmpp_3m}
 SAME_AS = {"euler": "ddim", "dpmpp_1s": "ddim"}
 STEPS = (64, 128, 256, 512)
 PATHS = {
-    "vp": (D.vp_path(D.linear_betas()), "exponential"),
-    "edm": (D.edm_path(), "karras"),
-    "flow": (D.flow_path(t_min=0.01), np.geomspace),
+    "vp": (D.VP(D.linear_betas()), "exponential"),
+    "edm": (D.EDM(), "karras"),
+    "flow": (D.Flow(t_min=0.01), np.geomspace),
 }
 MEAN, STD = np.array([0.7, -0.4]), 0.3
 MIXTURES = {
@@ -142,7 +142,7 @@ def test_same_as(name, same):
 )
 def test_from_pure_noise_to_the_clean_image_nothing_spoils_the_order(name, least, x64):
     # Here log-SNR is infinite at both ends; the end steps are of first order, but short.
-    path = D.flow_path()
+    path = D.Flow()
     x = np.random.default_rng(0).standard_normal((16, 2))
     almost = D.Grid(np.array([1.0, 1e-9]), np.array([0.0, 1 - 1e-9]), np.array([1.0, 1e-9]))
     exact = solve_exactly(x, almost, WEIGHTS, MEANS, STDS)
@@ -160,7 +160,7 @@ def test_from_pure_noise_to_the_clean_image_nothing_spoils_the_order(name, least
 @pytest.mark.parametrize("skips", [True, False])
 def test_pndm_on_even_steps_of_sigma(skips, x64):
     # Its weights are those of even steps: there they are Adams and Bashforth's, of order 4.
-    path, steps = D.edm_path(sigma_min=1.0), (32, 64, 128, 256)
+    path, steps = D.EDM(sigma_min=1.0), (32, 64, 128, 256)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 2)) * 4)
     denoise = D.gaussian_denoiser(path, MEAN, STD)
     exact = D.gaussian_solution(path, MEAN, STD, x, 4.0, 1.0)

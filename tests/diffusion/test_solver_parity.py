@@ -38,8 +38,8 @@ from jaxldm import diffusion as D
 
 BETAS = {**LINEAR_BETAS, "clip_sample": False}
 NOISE = start_noise()
-VP = D.vp_path(D.linear_betas())
-ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+VP = D.VP(D.linear_betas())
+ZERO_SNR = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4])
@@ -232,8 +232,8 @@ def test_dpmpp_with_respaced_sigmas(sigmas, label, scheduler_class, solver):
     ids=["euler", "dpmpp_2m", "dpmpp_3m"],
 )
 def test_edm(scheduler_class, solver, options):
-    path = D.edm_path()
-    denoise = D.edm_preconditioned(jax_network, sigma_data=0.5)
+    path = D.EDM()
+    denoise = D.denoiser(jax_network, D.edm(D.EDM(), 0.5))
     run = jax.jit(lambda grid, x: D.sample(jax.random.key(0), denoise, solver, grid, x))
     start = 80 * NOISE
     # Third order divides by the width of that last step, 0: NaN.
@@ -261,7 +261,7 @@ def test_edm(scheduler_class, solver, options):
 def test_flow_euler(shift, shifts_t_min_twice):
     # Left to itself the reference shifts t_min = 1/1000 before it shifts the whole grid. Ours shifts once,
     # or, with t_min shifted by hand, does the same.
-    path = D.flow_path(t_min=shift * 1e-3 / (1 + (shift - 1) * 1e-3) if shifts_t_min_twice else 1e-3)
+    path = D.Flow(t_min=shift * 1e-3 / (1 + (shift - 1) * 1e-3) if shifts_t_min_twice else 1e-3)
     run = run_ours(D.solvers.euler(), path, ("flow",), network_of=lambda x, t: jax_network(x, 1000 * t))
     for steps in STEPS:
         grid = D.make_grid(path, steps, spacing="linspace", shift=shift)
@@ -279,7 +279,7 @@ def test_flow_euler(shift, shifts_t_min_twice):
     ],
 )
 def test_flow_dpmpp(scheduler_class, solver):
-    path = D.flow_path()
+    path = D.Flow()
     run = run_ours(
         solver, path, ("flow",), network_of=lambda x, t: jax_network(x, jnp.floor(1000 * t + 1e-3))
     )

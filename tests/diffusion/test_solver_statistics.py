@@ -53,13 +53,13 @@ def ddim_moments(grid, eta, variance_type):
     ids=["ddim", "ddpm_small", "ddpm_large"],
 )
 def test_every_step_has_the_printed_moments(solver, eta, variance_type):
-    path = D.vp_path(D.linear_betas())
+    path = D.VP(D.linear_betas())
     grid = D.make_grid(path, 12)
     assert_moments(draw(path, solver, grid), *ddim_moments(grid, eta, variance_type))
 
 
 @pytest.mark.parametrize(
-    "path", [D.vp_path(D.scaled_linear_betas()), D.edm_path(), D.flow_path()], ids=["vp", "edm", "flow"]
+    "path", [D.VP(D.scaled_linear_betas()), D.EDM(), D.Flow()], ids=["vp", "edm", "flow"]
 )
 def test_heun_with_churn_ends_in_the_data(path):
     grid = D.make_grid(path, 64, sigmas=None if path.name == "flow" else "karras")
@@ -87,14 +87,14 @@ def conditioned_moments(grid):
     raise AssertionError("the grid must end clean")
 
 
-@pytest.mark.parametrize("path", [D.edm_path(), D.flow_path()], ids=["edm", "flow"])
+@pytest.mark.parametrize("path", [D.EDM(), D.Flow()], ids=["edm", "flow"])
 def test_ddpm_on_the_other_paths(path):
     grid = D.make_grid(path, 12)
     assert_moments(draw(path, D.solvers.ddpm(), grid), *conditioned_moments(grid))
 
 
 def test_churn_between_its_bounds_alone():
-    path = D.edm_path()
+    path = D.EDM()
     grid = D.make_grid(path, 8)
     x = D.initial_noise(KEY, (4, 3), grid)
     run = lambda solver: D.sample(KEY, D.gaussian_denoiser(path, MEAN, STD), solver, grid, x)  # noqa: E731
@@ -107,7 +107,7 @@ def test_churn_raises_the_noise_as_published():
     """Karras et al. 2022, Algorithm 2, lines 4 to 6, on a path where sigma / alpha is not t."""
     from jaxldm.diffusion.solvers.heun import raise_noise
 
-    path = D.flow_path()
+    path = D.Flow()
     x_0 = 0.3 * jnp.ones((COUNT, 3))
     t, gamma = jnp.float32(0.4), 0.3
     x = (1 - t) * x_0 + t * jax.random.normal(jax.random.key(7), x_0.shape)

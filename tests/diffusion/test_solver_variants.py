@@ -18,8 +18,8 @@ from jaxldm.diffusion.solvers.euler import ancestral_split
 from jaxldm.diffusion.solvers.multistep import exponential_moments, polynomial_weights
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
-ZERO_SNR = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
+ZERO_SNR = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
 PATHS = (VP, ZERO_SNR, FLOW, EDM)
 KEY = jax.random.key(5)
 SHAPE = (2, 3)

@@ -11,9 +11,9 @@ from jaxldm.errors import InvalidArgumentError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
-SD = D.vp_path(D.scaled_linear_betas())
-GVP = D.interpolant_path("gvp")
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
+SD = D.VP(D.scaled_linear_betas())
+GVP = D.Interpolant("gvp")
 STEPS = (2, 3, 5, 7, 10, 20, 50)
 LEVELS = {
     "karras": "use_karras_sigmas",
@@ -95,7 +95,7 @@ def test_align_your_steps_tables(ours, theirs):
 
 
 def test_align_your_steps_for_video_and_between_the_rows():
-    path = D.edm_path(sigma_max=700.0)
+    path = D.EDM(sigma_max=700.0)
     grid = D.make_grid(path, 10, sigmas="ays_svd")
     np.testing.assert_allclose(grid.sigma, AysSchedules["StableDiffusionVideoSigmas"], rtol=1e-6)
     twenty = D.make_grid(path, 20, sigmas="ays_svd")
@@ -123,7 +123,7 @@ def test_flow_match_euler(shift, sigmas):
         np.testing.assert_allclose(parity.t, reference.sigmas, rtol=3e-6)
         np.testing.assert_allclose(parity.sigma, reference.sigmas, rtol=3e-6)
         assert reference.sigmas[-2] == pytest.approx(once(once(0.001)), rel=1e-5)
-        grid = D.make_grid(D.flow_path(shift=shift), steps, spacing="linspace", sigmas=sigmas)
+        grid = D.make_grid(D.Flow(shift=shift), steps, spacing="linspace", sigmas=sigmas)
         assert grid.t[-2] == pytest.approx(once(0.001), rel=1e-5)
         if sigmas is None:
             np.testing.assert_allclose(grid.t[:-1], once(np.linspace(1, 0.001, steps)), rtol=1e-6)
@@ -158,7 +158,7 @@ def test_shift_terminal():
 
 
 def test_a_path_brings_its_own_shift():
-    path = D.flow_path(shift=3.0)
+    path = D.Flow(shift=3.0)
     np.testing.assert_array_equal(D.make_grid(path, 9).t, D.make_grid(FLOW, 9, shift=3.0).t)
     np.testing.assert_array_equal(D.make_grid(path, 9, shift=1.0).t, D.make_grid(FLOW, 9).t)
     # Rows that are written down mean what they say, unless a shift is asked for.
@@ -166,7 +166,7 @@ def test_a_path_brings_its_own_shift():
     np.testing.assert_allclose(D.make_grid(path, timesteps=[1.0, 0.5], shift=3.0).t, [1, 0.75, 0])
 
 
-@pytest.mark.parametrize("path", [FLOW, GVP, D.interpolant_path("linear", gamma=(0.001, 0.1))])
+@pytest.mark.parametrize("path", [FLOW, GVP, D.Interpolant("linear", gamma=(0.001, 0.1))])
 @pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
 def test_levels_of_paths_that_end_in_pure_noise(path, sigmas):
     """sigma / alpha is infinite there: sigma / (alpha + sigma) is respaced, as if on the flow path."""
@@ -186,7 +186,7 @@ def test_levels_of_paths_that_end_in_pure_noise(path, sigmas):
 def test_given_levels():
     np.testing.assert_allclose(D.make_grid(FLOW, sigmas=[1.0, 0.75, 0.2]).t, [1, 0.75, 0.2, 0], rtol=1e-6)
     np.testing.assert_allclose(ratio(D.make_grid(SD, sigmas=[14.0, 1.0])), [14, 1, 0], rtol=1e-5)
-    zero_snr = D.vp_path(D.rescale_zero_terminal_snr(D.linear_betas()))
+    zero_snr = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
     np.testing.assert_allclose(D.make_grid(zero_snr, sigmas=[np.inf, 3.0]).alpha[0], 0)
 
 

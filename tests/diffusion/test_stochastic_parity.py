@@ -47,8 +47,8 @@ from reference_schedulers import (
 from jaxldm import diffusion as D
 
 SCALED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
-VP = D.vp_path(D.linear_betas())
-SCALED_VP = D.vp_path(D.scaled_linear_betas())
+VP = D.VP(D.linear_betas())
+SCALED_VP = D.VP(D.scaled_linear_betas())
 NOISE = start_noise()
 
 
@@ -101,7 +101,7 @@ def test_dpmpp_sde_with_respaced_sigmas():
 
 
 def test_flow_dpmpp_sde():
-    path = D.flow_path()
+    path = D.Flow()
     run = run_ours(
         D.solvers.dpmpp_2m_sde(),
         path,
@@ -118,8 +118,8 @@ def test_flow_dpmpp_sde():
 
 
 def test_edm_dpmpp_sde(monkeypatch):
-    path = D.edm_path()
-    denoise = D.edm_preconditioned(jax_network, sigma_data=0.5)
+    path = D.EDM()
+    denoise = D.denoiser(jax_network, D.edm(D.EDM(), 0.5))
     solver = D.solvers.dpmpp_2m_sde(lower_order_final=False)
     run = jax.jit(lambda grid, x: D.sample(jax.random.key(SEED), denoise, solver, grid, x))
     start = 80 * NOISE
@@ -138,7 +138,7 @@ def test_cosine_dpm_solver(monkeypatch):
     # Its noise comes from a Brownian tree of the package torchsde, not needed when the noise is fed.
     monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
     module = importlib.import_module("diffusers.schedulers.scheduling_cosine_dpmsolver_multistep")
-    path = D.edm_path(sigma_min=0.3, sigma_max=500.0)
+    path = D.EDM(sigma_min=0.3, sigma_max=500.0)
 
     def function(x, sigma):
         sigma = sigma.reshape(-1, 1, 1, 1)
@@ -163,7 +163,9 @@ def test_ddpm_with_learned_variance(monkeypatch):
 
     denoisers = [
         D.denoiser(
-            lambda x, t: two_outputs(x, t.reshape(-1, 1, 1, 1), jnp), VP, prediction, learned_variance=True
+            lambda x, t: two_outputs(x, t.reshape(-1, 1, 1, 1), jnp),
+            D.prediction(prediction, VP),
+            learned_variance=True,
         )
         for prediction in PREDICTIONS
     ]
@@ -202,7 +204,8 @@ def test_ddpm_with_learned_variance(monkeypatch):
 
 def test_lcm(monkeypatch, optimized):
     denoisers = [
-        D.consistency_function(D.denoiser(jax_network, SCALED_VP, prediction)) for prediction in PREDICTIONS
+        D.consistency_function(D.denoiser(jax_network, D.prediction(prediction, SCALED_VP)))
+        for prediction in PREDICTIONS
     ]
 
     @jax.jit
@@ -251,7 +254,7 @@ def test_tcd(gamma, monkeypatch):
 def test_flow_lcm(monkeypatch):
     # The Euler scheduler's stochastic_sampling is the same renoising under another name. Both schedulers
     # shift t_min = 1/1000 before they shift the whole grid, unless they are given the sigmas.
-    path = D.flow_path()
+    path = D.Flow()
     run = run_ours(D.solvers.lcm(), path, ("flow",), network_of=lambda x, t: jax_network(x, 1000 * t))
     for case in itertools.product(STEPS, (1.0, 3.0), ("lcm", "stochastic_euler")):
         steps, shift, name = case
@@ -275,10 +278,10 @@ def test_flow_lcm(monkeypatch):
 def test_flow_euler_and_heun(name, scheduler_class):
     # Heun's scheduler takes no sigmas, so both are left to shift t_min twice; the grid's path copies that.
     solver = D.solvers.make(name)
-    run = run_ours(solver, D.flow_path(), ("flow",), network_of=lambda x, t: jax_network(x, 1000 * t))
+    run = run_ours(solver, D.Flow(), ("flow",), network_of=lambda x, t: jax_network(x, 1000 * t))
     for case in itertools.product(STEPS, (1.0, 3.0)):
         steps, shift = case
-        path = D.flow_path(t_min=shift * 1e-3 / (1 + (shift - 1) * 1e-3))
+        path = D.Flow(t_min=shift * 1e-3 / (1 + (shift - 1) * 1e-3))
         scheduler = scheduler_class(shift=shift)
         scheduler.set_timesteps(steps)
         compare(run, "flow", D.make_grid(path, steps, spacing="linspace", shift=shift), scheduler, case)

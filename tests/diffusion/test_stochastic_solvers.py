@@ -17,8 +17,8 @@ from jaxldm.errors import InvalidArgumentError, UnknownNameError
 MEAN, STD = np.array([0.7, -0.4]), np.array([0.3, 0.8])
 KEY = jax.random.key(SEED)
 NOISE = start_noise()
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path(t_min=0.05)
-GVP = D.interpolant_path("gvp", t_min=0.05)
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow(t_min=0.05)
+GVP = D.Interpolant("gvp", t_min=0.05)
 STEPS = (32, 64, 128, 256)
 
 
@@ -40,7 +40,7 @@ def even_in_time(path):
 
 
 SIT = D.solvers.sit_sde
-VP_INTERPOLANT = D.interpolant_path("vp", t_min=0.05)
+VP_INTERPOLANT = D.Interpolant("vp", t_min=0.05)
 # solver, path, spacing, weak order
 ORDERS = {
     "2m_sde, vp": (D.solvers.dpmpp_2m_sde(), VP, even_in_log_snr, 2),
@@ -145,7 +145,7 @@ def test_as_k_diffusion_prints_them(order, solver_type):
     options = {"eta": 0.6, "s_noise": 1.2, "solver_type": solver_type, "lower_order_final": False}
     make = D.solvers.dpmpp_2m_sde if order == 2 else functools.partial(other_programs.dpmpp_3m, "halved")
     solver = make(**options)
-    denoise = D.edm_preconditioned(jax_network, sigma_data=0.5)
+    denoise = D.denoiser(jax_network, D.edm(D.EDM(), 0.5))
     run = jax.jit(lambda grid, x: D.sample(KEY, denoise, solver, grid, x))
     for steps in (1, 2, 5, 20):
         grid = D.make_grid(EDM, steps)
@@ -169,7 +169,7 @@ TWINS = {
 
 @pytest.mark.parametrize("name", TWINS)
 def test_without_noise_they_are_their_deterministic_twins(name):
-    denoise = D.denoiser(jax_network, FLOW, "flow")
+    denoise = D.denoiser(jax_network, D.flow(FLOW))
     ours, twin = (jax.jit(lambda grid, x, s=s: D.sample(KEY, denoise, s, grid, x)) for s in TWINS[name])
     for steps in (3, 20):
         grid = D.make_grid(FLOW, steps, max_steps=20)
@@ -177,7 +177,7 @@ def test_without_noise_they_are_their_deterministic_twins(name):
 
 
 def test_euler_on_the_flow_path_is_the_same_in_both_variables():
-    denoise, grid = D.denoiser(jax_network, FLOW, "flow"), D.make_grid(FLOW, 9)
+    denoise, grid = D.denoiser(jax_network, D.flow(FLOW)), D.make_grid(FLOW, 9)
     ours, twin = (
         jax.jit(lambda x, s=s: D.sample(KEY, denoise, s, grid, x))(NOISE)
         for s in (D.solvers.flow_euler(), D.solvers.euler())
@@ -197,14 +197,14 @@ def test_a_cut_run_draws_the_noise_of_the_whole(solver):
 
 
 def test_learned_variance_lies_between_the_small_and_the_large():
-    grid, plain = D.make_grid(VP, 6), D.denoiser(jax_network, VP, "v_prediction")
+    grid, plain = D.make_grid(VP, 6), D.denoiser(jax_network, D.v(VP))
 
     @jax.jit
     def learned(v, x):
         def predict(x, t):
             return jnp.concatenate([jax_network(x, t), 0 * x + 2 * v - 1], axis=-1)
 
-        denoise = D.denoiser(predict, VP, "v_prediction", learned_variance=True)
+        denoise = D.denoiser(predict, D.v(VP), learned_variance=True)
         # Solvers that know of no variance see the prediction alone.
         return D.sample(KEY, denoise, D.solvers.ddpm("learned"), grid, x), denoise(x, 400.0) - plain(x, 400.0)
 
@@ -224,7 +224,11 @@ def test_learned_variance_lies_between_the_small_and_the_large():
         (lambda: D.solvers.dpmpp_3m_sde(solver_type="none"), UnknownNameError, "midpoint, heun"),
         (
             lambda: D.sample(
-                KEY, D.denoiser(jax_network, VP), D.solvers.ddpm("learned"), D.make_grid(VP, 2), NOISE
+                KEY,
+                D.denoiser(jax_network, D.epsilon(VP)),
+                D.solvers.ddpm("learned"),
+                D.make_grid(VP, 2),
+                NOISE,
             ),
             InvalidArgumentError,
             "learned_variance=True",

@@ -10,7 +10,7 @@ import pytest
 from jaxldm import diffusion as D
 from jaxldm.diffusion.values import MadeFunction, equal_by_call
 
-PATH = D.flow_path()
+PATH = D.Flow()
 # Calls that must be equal to themselves, and to no other in the list.
 CALLS = {
     "restart": lambda: D.solvers.restart(D.solvers.heun(s_churn=10.0)),

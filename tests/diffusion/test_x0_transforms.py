@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
-VP, EDM, FLOW = D.vp_path(D.linear_betas()), D.edm_path(), D.flow_path()
+VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
 KEY = jax.random.key(2)
 WEIGHTS, MEANS, STDS = np.array([0.4, 0.6]), np.array([[1.0, -0.5], [-1.0, 0.3]]), np.array([0.3, 0.6])
 
@@ -92,7 +92,7 @@ def test_transforms_compose_and_keep_what_a_denoiser_knows():
     predict = D.classifier_free_guidance(network, jnp.array([1.0, 2.0]), 0.0, 7.5, rescale=0.7)
     stronger = D.autoguidance(predict, lambda x, t: 0.5 * jnp.tanh(x), 2.0)
     bright = D.classifier_guidance(
-        D.denoiser(stronger, VP, "v_prediction"), lambda x, t: -jnp.sum((x - 0.5) ** 2, (1, 2, 3)), 0.1
+        D.denoiser(stronger, D.v(VP)), lambda x, t: -jnp.sum((x - 0.5) ** 2, (1, 2, 3)), 0.1
     )
     denoise = D.dynamic_threshold(D.static_threshold(bright, -2.0, 2.0), 0.9)
     assert denoise.path is VP
@@ -109,7 +109,7 @@ def test_a_plain_function_stays_one_and_a_learned_variance_is_kept():
     def network(x, t):
         return jnp.concatenate([4 * x, 0 * x], axis=-1)
 
-    learned = D.denoiser(network, VP, "sample", learned_variance=True)
+    learned = D.denoiser(network, D.x0(VP), learned_variance=True)
     x, t = jnp.ones((2, 4, 4, 1)), jnp.zeros(2)
     x_0, variance = D.static_threshold(learned).with_variance(x, t)
     np.testing.assert_array_equal(x_0, np.ones((2, 4, 4, 1)))

@@ -123,10 +123,10 @@ class ExactSiT(models.SiT):
 @pytest.mark.parametrize("gamma", [None, (0.001, 0.1)])
 @pytest.mark.parametrize("name", D.interpolants.INTERPOLANTS)
 def test_the_exact_sit_denoises_exactly(name, gamma, x64):
-    path = D.interpolant_path(name, gamma=gamma)
+    path = D.Interpolant(name, gamma=gamma)
     sit = ExactSiT(models.SiTConfig(), path=path)
     x, t = jnp.linspace(-2, 2, 12).reshape(4, 3), jnp.array([0.01, 0.4, 0.8, 0.99])
-    denoise = D.velocity_denoiser(functools.partial(models.network(sit), {}), path)
+    denoise = D.denoiser(functools.partial(models.network(sit), {}), D.velocity(path))
     exact = D.gaussian_denoiser(path, sit.mean, sit.std)(x, t)
     np.testing.assert_allclose(denoise(x, t), exact, rtol=1e-8, atol=1e-10)
     counts = models.convention(sit)  # the way there and back

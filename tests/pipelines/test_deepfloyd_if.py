@@ -277,7 +277,7 @@ def test_timesteps_of_dpm_solver_on_cosine_betas():
             np.testing.assert_array_equal(grid.t[:-1], scheduler.timesteps.numpy())
             assert D.from_scheduler_config(schedule.to_dict(options)) == (schedule, options)
     with pytest.raises(InvalidArgumentError, match="counts timesteps"):
-        D.make_grid(D.flow_path(), 4, lambda_min=-5.0)
+        D.make_grid(D.Flow(), 4, lambda_min=-5.0)
     with pytest.raises(InvalidArgumentError, match="leaves no timestep"):
         D.make_grid(schedule.make_path(), 4, lambda_min=100.0)
 

@@ -106,7 +106,7 @@ def test_the_pipeline_is_the_composition_written_by_hand(pipe, drawn):
     def draw_one(key, label):
         predict = D.classifier_free_guidance(network, label, jnp.array([3]), 3.0)
         noise = D.initial_noise(key, (1, 4, 4, 2), grid)
-        latents = D.sample(key, D.denoiser(predict, path), D.solvers.ddpm(), grid, noise)
+        latents = D.sample(key, D.denoiser(predict, D.epsilon(path)), D.solvers.ddpm(), grid, noise)
         z = latents / pipe.autoencoder.config.scaling_factor + pipe.autoencoder.config.shift_factor
         return pipe.autoencoder.apply({"params": pipe.autoencoder_params}, z, method="decode")
 
@@ -184,7 +184,7 @@ def test_guidance_rescale_is_that_of_the_published_formula(rescale):
         return rescale * rescaled + (1 - rescale) * guided
 
     noise = D.initial_noise(KEY, (1, 2, 2, 1), grid)
-    expected = D.sample(KEY, D.denoiser(predict, path), D.solvers.ddim(), grid, noise)
+    expected = D.sample(KEY, D.denoiser(predict, D.epsilon(path)), D.solvers.ddim(), grid, noise)
     np.testing.assert_allclose(images, np.clip(expected, -1, 1), atol=2e-5)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from jaxldm import checkpoints, data, models
@@ -210,8 +211,10 @@ def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch
     """x_0 = mean + std eps, with another eps at each update; every option of the recipe reaches the loss."""
     seen = {}
 
-    def diffusion_loss(key, network, path, x_0, condition, **options):
-        seen.update(options, x_0=x_0, path=path, output=network(x_0, jnp.zeros(len(x_0)), condition))
+    def diffusion_loss(key, network, prediction, x_0, condition, **options):
+        seen.update(
+            options, x_0=x_0, prediction=prediction, output=network(x_0, jnp.zeros(len(x_0)), condition)
+        )
         return jnp.float32(0), {}
 
     monkeypatch.setattr(diffusion_stage.D, "diffusion_loss", diffusion_loss)
@@ -233,21 +236,16 @@ def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch
     np.testing.assert_allclose([first.mean(), first.std()], [3.0, 0.5], atol=0.02)
     loss_fn({}, jax.random.key(1), batch, 0)
     assert not np.array_equal(first, seen["x_0"])
-    assert seen["path"].name == "flow" and seen["sigma_data"] is None and int(seen["null_condition"]) == 3
-    options = {
-        name: seen[name] for name in ("prediction", "min_snr_gamma", "noise_offset", "condition_dropout")
-    }
-    assert options == {
-        "prediction": "flow",
-        "min_snr_gamma": 5.0,
-        "noise_offset": 0.1,
-        "condition_dropout": 0.2,
-    }
+    assert seen["prediction"] == D.flow(D.Flow()) and int(seen["null_condition"]) == 3
+    assert (seen["noise_offset"], seen["condition_dropout"]) == (0.1, 0.2)
+    assert seen["weight"](jnp.log(4.0)) == pytest.approx(4.0) and seen["weight"](jnp.inf) == 5.0  # Min-SNR
+    t = seen["time"](jax.random.key(0), (1000,), D.Flow())
+    assert scipy.stats.kstest(np.asarray(t), "uniform").pvalue > 1e-3
     del batch["std"]
     make_loss(dataclasses.replace(recipe, noise=D.NoiseSchedule("edm", sigma_data=0.7)), StandIn())(
         {}, jax.random.key(2), batch, 0
     )
-    assert seen["path"].name == "edm" and seen["sigma_data"] == 0.7
+    assert seen["prediction"] == D.edm(D.EDM(), 0.7)
     np.testing.assert_array_equal(seen["x_0"], batch["mean"])
 
 

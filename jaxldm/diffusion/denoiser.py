@@ -1,0 +1,99 @@
+"""Denoisers: functions (x_t, t) -> x_0, made of a network and what its output means."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxldm.diffusion.paths import Path
+from jaxldm.diffusion.predictions import Prediction
+from jaxldm.errors import InvalidArgumentError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A function `denoise(x, t) -> x_0` that knows its path.
+
+    Solvers accept any function of (x [B, ...], t scalar); those that look between the rows of a grid need the
+    path.
+
+    Attributes:
+        function: (x [B, ...], t [B]) -> x_0 [B, ...].
+        path: where x and t live.
+        with_variance: None, or for a network with learned variance (x, t [B]) -> (x_0, v), both [B, ...], v
+            in [0, 1]: how far the log-variance lies from the posterior's (0) to the forward step's (1).
+    """
+
+    function: Callable[[Any, Any], Any]
+    path: Path
+    with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
+
+    def __call__(self, x: Float[Array, "B ..."], t: Any) -> Float[Array, "B ..."]:
+        """x_0 for noisy x; t is one number or one per image [B]."""
+        x_0 = self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
+        if x_0.shape != x.shape:
+            raise InvalidArgumentError(f"denoise(x, t) must have the shape of x, {x.shape}, got {x_0.shape}")
+        return x_0.astype(x.dtype)  # a network may answer in bfloat16
+
+
+def denoiser(
+    network: Callable[[Any, Any], Any], prediction: Prediction, *, learned_variance: bool = False
+) -> Denoiser:
+    """`denoise(x, t) -> x_0` of a network, from what its output means.
+
+    Args:
+        network: (x [B, H, W, C], t [B]) -> output [B, H, W, C]; parameters, condition and guidance closed
+            over. The output may be bfloat16: it is converted to x's type before any arithmetic.
+        prediction: `epsilon(path)`, `v(path)` and so on, on the path that the network was trained on.
+        learned_variance: the output is [B, H, W, 2C]: the prediction, then 2 v - 1, where v places the
+            log-variance between its bounds (Nichol and Dhariwal 2021, equation 15; DiT). `ddpm("learned")`
+            uses both halves, every other solver the first.
+
+    Raises:
+        InvalidArgumentError: a string or a path in place of the prediction; when called, an output of
+            another shape.
+
+    >>> from jaxldm import diffusion as D
+    >>> denoise = D.denoiser(lambda x, t: x, D.flow(D.Flow()))
+    """
+    check_is_prediction(prediction)
+
+    def call(x, t):
+        output = network(*prediction.precondition(x, t))
+        check_output_shape(output, x, learned_variance)
+        return output.astype(x.dtype)
+
+    def with_variance(x, t):
+        output, variance = jnp.split(call(x, t), 2, axis=-1)
+        return prediction.to_x0(output, x, t), (variance + 1) / 2
+
+    if learned_variance:
+        return Denoiser(lambda x, t: with_variance(x, t)[0], prediction.path, with_variance)
+    return Denoiser(lambda x, t: prediction.to_x0(call(x, t), x, t), prediction.path)
+
+
+def check_is_prediction(prediction: Any) -> None:
+    """Raises `InvalidArgumentError` for a name or a path where a `Prediction` is needed."""
+    if not isinstance(prediction, Prediction):
+        raise InvalidArgumentError(
+            f"a prediction is needed, such as D.epsilon(path) or D.prediction('epsilon', path), got "
+            f"{prediction!r}"
+        )
+
+
+def check_output_shape(output: Any, x: Any, learned_variance: bool = False) -> None:
+    """Raises `InvalidArgumentError` unless a network's output goes with its input x [B, ..., C]."""
+    wanted = (*x.shape[:-1], 2 * x.shape[-1]) if learned_variance else x.shape
+    if output.shape == wanted:
+        return
+    hint = ""
+    if not learned_variance and output.shape == (*x.shape[:-1], 2 * x.shape[-1]):
+        hint = ": for a network with learned variance (2C channels) use denoiser(..., learned_variance=True)"
+    raise InvalidArgumentError(
+        f"the network's output for x of shape {x.shape} must have the shape {wanted}, got "
+        f"{output.shape}{hint}"
+    )
