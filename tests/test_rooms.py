@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "data": GROUND_FLOOR,
     "checkpoints": GROUND_FLOOR | {"models"},
     "metrics": GROUND_FLOOR | {"data"},
-    "pipelines": GROUND_FLOOR | {"diffusion", "models", "data", "checkpoints", "metrics"},
-    "training": GROUND_FLOOR | {"diffusion", "models", "data", "checkpoints", "metrics"},
+    "schedulers": GROUND_FLOOR | {"diffusion"},
+    "pipelines": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},
+    "training": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}
 DATA = {"tensorflow_datasets", "grain", "array_record", "mlxtend", "PIL"}

@@ -1,0 +1,292 @@
+"""From the entries of a scheduler_config.json, and perhaps the name of another solver, to a `Scheduler`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxldm import diffusion as D
+from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, one_of
+from jaxldm.schedulers.grids import GridRule
+from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
+from jaxldm.schedulers.table import (
+    DISCRETE,
+    LEVELS,
+    OWN,
+    OWN_OF_0_1,
+    SCHEDULER_OF,
+    SCHEDULERS,
+    SPACINGS,
+    VARIANCES,
+    class_name,
+    default_solver,
+)
+
+# Our name of a beta schedule -> its name in diffusers, whose "laplace" is alphas_cumprod's root.
+BETAS = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+    "laplace_root": "laplace",
+}
+PREDICTIONS = {"flow": "flow_prediction"}  # the names that differ
+
+
+def from_config(
+    config: Mapping[str, Any],
+    solver: str | D.Solver | None = None,
+    *,
+    eta: float | None = None,
+    stops_early: bool = False,
+) -> Scheduler:
+    """The path, prediction, grid and solver of the entries of a scheduler_config.json.
+
+        scheduler = schedulers.from_config(json.load(file))
+        denoise, grid = scheduler.sampler.denoiser(network), scheduler.make_grid(50)
+
+    The grid is the one that the named scheduler would use. Another solver's name has the meaning of
+    `OtherScheduler.from_config(scheduler.config)` in diffusers: betas and prediction stay, and the grid is
+    the one that the other scheduler makes of the same file.
+
+    Args:
+        config: the entries.
+        solver: a name of `D.solvers.SOLVERS`, a `Solver` of your own on the file's grid, or None for the
+            scheduler that the file names, with its options.
+        eta: for the solvers that have this option.
+        stops_early: the run ends before the clean row, so that the solver need not lower its order there.
+
+    Raises:
+        UnknownNameError: no such solver.
+        CheckpointError: a scheduler, or an option that changes the path or the grid, that is not known here.
+        InvalidArgumentError: eta for a solver without it, or for one of your own.
+
+    >>> config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "steps_offset": 1}
+    >>> from_config(config).grid.options()
+    {'spacing': 'leading', 'steps_offset': 1}
+    """
+    if isinstance(solver, D.Solver):
+        if eta is not None:
+            raise InvalidArgumentError("eta is an option of the solvers by name: build yours with it instead")
+        prediction, grid, shift = _read(config)
+        return Scheduler(Sampler(prediction, solver, **_x0_options(config)), grid, shift)
+    name = default_solver(config) if solver is None else one_of("solver", solver, D.solvers.SOLVERS)
+    options = _solver_options(config, name)
+    if stops_early:
+        if "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
+            options["lower_order_final"] = False
+        options.pop("final_noise", None)
+    options |= {} if eta is None else {"eta": eta}
+    own = _config_of(config, name)
+    prediction, grid, shift = _read(own)
+    sampler = Sampler(
+        prediction,
+        D.solvers.make(name, **options),
+        learned_variance=options.get("variance") == "learned",
+        timestep_scaling=float(config.get("timestep_scaling", 10.0)) if name == "lcm" else None,
+        **_x0_options(own),
+    )
+    return Scheduler(sampler, grid, shift)
+
+
+def _config_of(config: Mapping[str, Any], solver: str) -> Mapping[str, Any]:
+    """The same entries, under the name of the scheduler that spaces the rows for this solver."""
+    name = class_name(config)
+    if name not in SCHEDULERS or SCHEDULERS[name].rows not in DISCRETE or solver not in SCHEDULER_OF:
+        return config
+    return {**config, "_class_name": SCHEDULER_OF[solver]}
+
+
+def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
+    """What the file says about its own solver; another solver has its own defaults."""
+    scheduler = class_name(config)
+    if scheduler == "DDPMWuerstchenScheduler" and solver == "ddpm":
+        return {"final_noise": False}
+    entries = SCHEDULERS[scheduler].options.get(solver, {}) if scheduler in SCHEDULERS else {}
+    if not entries or solver != default_solver(config):
+        return {}
+    options = {ours: config.get(*entry) for ours, entry in entries.items()}
+    if "variance" in options:
+        if options["variance"] not in VARIANCES:
+            known = ", ".join(VARIANCES)
+            raise CheckpointError(
+                f"scheduler_config.json has variance_type {options['variance']!r}; known: {known}"
+            )
+        options["variance"] = VARIANCES[options["variance"]]
+    return {ours: tuple(value) if isinstance(value, list) else value for ours, value in options.items()}
+
+
+def _x0_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says is done to x_0, which models of pixels need. Where it is silent nothing is done,
+    although some schedulers of diffusers clip then: latents have no range.
+    """
+    if config.get("thresholding"):
+        percentile = config.get("dynamic_thresholding_ratio", 0.995)
+        return {"threshold": (float(percentile), float(config.get("sample_max_value", 1.0)))}
+    known = SCHEDULERS.get(class_name(config))
+    if config.get("clip_sample") and known is not None and known.clips:
+        bound = float(config.get("clip_sample_range", 1.0))
+        return {"threshold": (-bound, bound), "clips": True}
+    return {}
+
+
+def _read(config: Mapping[str, Any]) -> tuple[D.Prediction, GridRule, DynamicShift | None]:
+    """What the file says about path, prediction and grid, or `CheckpointError`."""
+    name = class_name(config)
+    for entry, plain in (("timestep_type", "discrete"), ("interpolation_type", "linear")):
+        if config.get(entry, plain) != plain:
+            raise CheckpointError(f"scheduler_config.json has {entry} {config[entry]!r}, known: {plain!r}")
+    try:
+        return _readers()[name if name in (OWN, OWN_OF_0_1) else SCHEDULERS[name].rows](name, config)
+    except CheckpointError:
+        raise
+    except (JaxldmError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"scheduler_config.json does not describe a scheduler known here: {error}"
+        ) from error
+
+
+def _readers() -> dict[str, Any]:
+    return {
+        **dict.fromkeys(DISCRETE, _read_discrete),
+        "edm": _read_edm,
+        "flow": _read_flow,
+        "continuous_vp": _read_continuous_vp,
+        "cosine": _read_cosine,
+        OWN: _read_own,
+        OWN_OF_0_1: _read_own_of_0_1,
+    }
+
+
+def _read_discrete(name, config):
+    if config.get("use_flow_sigmas"):
+        path = D.Flow(shift=config.get("flow_shift", 1.0))
+        return (
+            D.prediction(_prediction_name(config, "flow"), path),
+            GridRule(levels=_read_levels(config)),
+            None,
+        )
+    prediction = D.prediction(_prediction_name(config, "epsilon"), read_betas(config))
+    return prediction, _read_discrete_grid(name, config), None
+
+
+def _prediction_name(config: Mapping[str, Any], default: str) -> str:
+    theirs = config.get("prediction_type", default)
+    return {theirs: ours for ours, theirs in PREDICTIONS.items()}.get(theirs, theirs)
+
+
+def read_betas(config: Mapping[str, Any]) -> D.VP:
+    """The discrete path of a file."""
+    zero_terminal_snr = bool(config.get("rescale_betas_zero_snr"))
+    steps, given = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    if "_betas" in config:  # a schedule without a name in diffusers: its betas are given too
+        return D.VP.named(config["_betas"], steps, zero_terminal_snr=zero_terminal_snr)
+    if given is not None:
+        path = D.VP(given)
+        rescale = zero_terminal_snr and not path.zero_terminal_snr
+        return D.VP(D.rescale_zero_terminal_snr(path.betas)) if rescale else path
+    names = {theirs: ours for ours, theirs in BETAS.items()}
+    betas = names[one_of("beta_schedule", config.get("beta_schedule", "linear"), names)]
+    # Its own defaults stand where the file is silent; the cosine schedule has no start and end.
+    has_ends = betas in ("linear", "scaled_linear", "sigmoid")
+    ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    return D.VP.named(betas, steps, zero_terminal_snr=zero_terminal_snr, **(ends if has_ends else {}))
+
+
+def _read_levels(config: Mapping[str, Any]) -> str | None:
+    for entry in ("sigma_min", "sigma_max"):
+        if config.get(entry) is not None:
+            raise CheckpointError(f"scheduler_config.json has a {entry} of its own, which is not known here")
+    return next((ours for ours, theirs in LEVELS.items() if config.get(theirs)), None)
+
+
+def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> GridRule:
+    known = SCHEDULERS[name]
+    if known.rows == "lcm":
+        return GridRule(spacing="lcm", original_steps=config.get("original_inference_steps", 50))
+    names = SPACINGS[known.rows]
+    default = "leading" if known.rows == "whole" else "linspace"
+    spacing = names[one_of("timestep_spacing", config.get("timestep_spacing", default), names)]
+    levels = None if known.rows == "whole" else _read_levels(config)
+    options: dict[str, Any] = {"levels": levels}
+    if levels is None or known.rows != "open":  # those respace the whole path, whatever their spacing
+        options["spacing"] = spacing
+        if spacing.startswith("leading") and config.get("steps_offset"):
+            options["steps_offset"] = config["steps_offset"]
+        if name.startswith("DPMSolver") and config.get("lambda_min_clipped", -math.inf) > -math.inf:
+            options["lambda_min"] = config["lambda_min_clipped"]
+    # A scheduler made from another's config keeps that one's entries in its file, and ignores them.
+    if known.rows == "whole":
+        reads_it = name in ("DDIMScheduler", "PNDMScheduler")
+        keeps_noise = reads_it and not config.get("set_alpha_to_one", known.ends_clean)
+    else:
+        keeps_noise = name == "DEISMultistepScheduler" or config.get("final_sigmas_type") == "sigma_min"
+    return GridRule(**options, final="sigma_min" if keeps_noise else "clean")
+
+
+def _read_edm(name, config):
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise CheckpointError(
+            f"EDM's preconditioning with prediction_type {config['prediction_type']!r} is not known here"
+        )
+    path = D.EDM(**{key: config[key] for key in ("sigma_min", "sigma_max") if key in config})
+    grid = GridRule(
+        levels=config.get("sigma_schedule", "karras"),
+        rho=config.get("rho", 7.0),
+        final="sigma_min" if config.get("final_sigmas_type", "zero") == "sigma_min" else "clean",
+    )
+    return D.edm(path, float(config.get("sigma_data", 0.5))), grid, None
+
+
+def _read_flow(name, config):
+    if config.get("invert_sigmas"):
+        raise CheckpointError("scheduler_config.json has invert_sigmas, which is not known here")
+    t_min = config.get("_t_min", 1 / config.get("num_train_timesteps", 1000))
+    path = D.Flow(shift=config.get("shift", 1.0), t_min=t_min)
+    shift = None
+    if config.get("use_dynamic_shifting"):
+        shift = DynamicShift(
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("time_shift_type", "exponential"),
+        )
+    # Pipelines with a static shift let the scheduler choose, evenly to its last t; the others start at 1 and
+    # give N even values.
+    grid = GridRule(
+        spacing=config.get("_spacing", "linspace" if shift is None else "trailing"),
+        levels=_read_levels(config),
+        shift_terminal=config.get("shift_terminal") or None,
+        shift_t_min_twice=bool(config.get("_shift_t_min_twice")),  # our own entry
+    )
+    return D.prediction(config.get("_prediction_type", "flow"), path), grid, shift
+
+
+def _read_continuous_vp(name, config):
+    path = D.ContinuousVP(
+        beta_min=config.get("beta_min", 0.1),
+        beta_max=config.get("beta_max", 20.0),
+        t_min=config.get("sampling_eps", 1e-3),
+    )
+    grid = GridRule(spacing=config.get("_spacing", "linspace"))
+    return D.prediction(config.get("_prediction_type", "epsilon"), path), grid, None
+
+
+def _read_cosine(name, config):
+    path = D.Cosine(offset=config.get("s", 0.008), scaler=config.get("scaler", 1.0))
+    grid = GridRule(spacing=config.get("_spacing"), final=config.get("_final", "sigma_min"))
+    return D.prediction(config.get("_prediction_type", "epsilon"), path), grid, None
+
+
+def _read_own(name, config):
+    options = {"sigma_data": config["sigma_data"]} if "sigma_data" in config else {}
+    prediction = D.prediction(config["prediction"], D.path_from_dict(config["path"]), **options)
+    return prediction, GridRule(**config.get("grid", {})), None
+
+
+def _read_own_of_0_1(name, config):
+    entries = {key: value for key, value in config.items() if not key.startswith("_")}
+    return D.prediction_of_0_1(entries), GridRule(), None

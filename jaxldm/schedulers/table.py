@@ -1,0 +1,155 @@
+"""The schedulers of diffusers: for each, its solver here, how it spaces its rows, and its options by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxldm.errors import CheckpointError
+
+# How a scheduler of the discrete path spaces t -> our spacings by their `timestep_spacing`.
+SPACINGS = {
+    "whole": {"trailing": "trailing", "linspace": "linspace", "leading": "leading"},
+    "fractional": {"trailing": "trailing", "linspace": "linspace_fractional", "leading": "leading"},
+    "open": {"trailing": "trailing", "linspace": "linspace_open", "leading": "leading_open"},
+}
+# Our rule for the noise levels -> the entry that switches it on.
+LEVELS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "uniform_log_snr": "use_lu_lambdas",
+}
+_MULTISTEP = {"solver_type": ("solver_type", "midpoint"), "lower_order_final": ("lower_order_final", True)}
+
+
+class Known(NamedTuple):
+    """A scheduler of diffusers.
+
+    Attributes:
+        solvers: names in `D.solvers.SOLVERS`; the first is the scheduler's own, unless its options say more.
+        rows: on the discrete path "whole" timesteps, "fractional" ones, "open" (N + 1 without the cleanest)
+            or "lcm"; otherwise the path that it is for: "edm", "flow", "continuous_vp", "cosine".
+        options: solver -> our option -> (its entry, what the scheduler does where the file is silent).
+        ends_clean: for "whole" rows, where the file is silent about `set_alpha_to_one`.
+        clips: it reads `clip_sample`.
+    """
+
+    solvers: tuple[str, ...]
+    rows: str
+    options: Mapping[str, Mapping[str, tuple[str, Any]]] = {}
+    ends_clean: bool = True
+    clips: bool = False
+
+
+SCHEDULERS: dict[str, Known] = {
+    "DDPMScheduler": Known(
+        ("ddpm",), "whole", {"ddpm": {"variance": ("variance_type", "fixed_small")}}, clips=True
+    ),
+    "DDIMScheduler": Known(("ddim",), "whole", clips=True),
+    "PNDMScheduler": Known(
+        ("pndm",),
+        "whole",
+        {
+            "pndm": {
+                "skip_prk_steps": ("skip_prk_steps", False),
+                "combine": ("prediction_type", "epsilon"),
+            }
+        },
+        ends_clean=False,
+    ),
+    "LCMScheduler": Known(("lcm",), "lcm", clips=True),
+    "TCDScheduler": Known(("tcd",), "lcm", clips=True),
+    "EulerDiscreteScheduler": Known(("euler",), "fractional"),
+    "EulerAncestralDiscreteScheduler": Known(("euler_ancestral",), "fractional"),
+    "HeunDiscreteScheduler": Known(("heun",), "fractional"),
+    "KDPM2DiscreteScheduler": Known(("dpm2",), "fractional"),
+    "KDPM2AncestralDiscreteScheduler": Known(("dpm2_ancestral",), "fractional"),
+    "LMSDiscreteScheduler": Known(("lms",), "fractional"),
+    "DEISMultistepScheduler": Known(
+        ("deis",),
+        "open",
+        {"deis": {"order": ("solver_order", 2), "lower_order_final": ("lower_order_final", True)}},
+    ),
+    "DPMSolverSinglestepScheduler": Known(
+        ("dpmpp_2s",), "open", {"dpmpp_2s": {"solver_type": ("solver_type", "midpoint")}}
+    ),
+    "DPMSolverMultistepScheduler": Known(
+        ("dpmpp_2m", "dpmpp_1s", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"),
+        "open",
+        {"dpmpp_2m": _MULTISTEP, "dpmpp_3m": _MULTISTEP, "dpmpp_2m_sde": _MULTISTEP},
+    ),
+    "UniPCMultistepScheduler": Known(
+        ("unipc",),
+        "open",
+        {
+            "unipc": {
+                "order": ("solver_order", 2),
+                "solver_type": ("solver_type", "bh2"),
+                "lower_order_final": ("lower_order_final", True),
+                "disable_corrector": ("disable_corrector", ()),
+            }
+        },
+    ),
+    "EDMEulerScheduler": Known(("euler",), "edm"),
+    "EDMDPMSolverMultistepScheduler": Known(("dpmpp_2m",), "edm"),
+    "FlowMatchEulerDiscreteScheduler": Known(("flow_euler",), "flow"),
+    "FlowMatchHeunDiscreteScheduler": Known(("flow_heun",), "flow"),
+    "ScoreSdeVpScheduler": Known(("ddim",), "continuous_vp"),
+    "DDPMWuerstchenScheduler": Known(("ddpm",), "cosine"),
+}
+OWN = "PathScheduler"  # for paths and predictions that no scheduler of diffusers has
+OWN_OF_0_1 = "NoiseSchedule"  # what 0.1 wrote for them
+DISCRETE = ("whole", "fractional", "open", "lcm")
+# The algorithm and order of DPMSolverMultistepScheduler -> solver.
+DPM_SOLVERS = {
+    ("dpmsolver++", 1): "dpmpp_1s",
+    ("dpmsolver++", 2): "dpmpp_2m",
+    ("dpmsolver++", 3): "dpmpp_3m",
+    ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
+    ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
+}
+# `variance_type` of DDPMScheduler -> ours; the logarithms there are another way to write the same.
+VARIANCES = {
+    "fixed_small": "small",
+    "fixed_small_log": "small",
+    "fixed_large": "large",
+    "fixed_large_log": "large",
+    "learned_range": "learned",
+}
+# The scheduler that spaces the rows for a solver. Solvers that have none keep the folder's.
+SCHEDULER_OF = {
+    solver: name for name, known in SCHEDULERS.items() if known.rows in DISCRETE for solver in known.solvers
+}
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The scheduler that a file names. Raises `CheckpointError` for one that is not known here."""
+    name = config.get("_class_name")
+    if name not in SCHEDULERS and name not in (OWN, OWN_OF_0_1):
+        known = ", ".join([*SCHEDULERS, OWN])
+        raise CheckpointError(f"scheduler_config.json has _class_name {name!r}; known: {known}")
+    return name
+
+
+def default_solver(config: Mapping[str, Any]) -> str:
+    """Our name of the solver that a scheduler_config.json names.
+
+    Raises:
+        CheckpointError: a scheduler, or an algorithm of it, that is not known here.
+
+    >>> default_solver({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3})
+    'dpmpp_3m'
+    """
+    scheduler = class_name(config)
+    if scheduler in (OWN, OWN_OF_0_1):
+        return "ddim"
+    if scheduler != "DPMSolverMultistepScheduler":
+        return SCHEDULERS[scheduler].solvers[0]
+    asked = (config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2))
+    if asked not in DPM_SOLVERS:
+        raise CheckpointError(
+            f"scheduler_config.json asks for {asked[0]} of order {asked[1]}, which is not known here: "
+            f"name a solver, such as {', '.join(DPM_SOLVERS.values())}"
+        )
+    return DPM_SOLVERS[asked]
