@@ -9,6 +9,8 @@ from command_lines import complaint, run
 
 from jaxldm import cli
 
+OPTIMIZED = True  # compiled as users do, see tests/conftest.py
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -7,6 +7,8 @@ import torch
 from jaxldm import nn
 from jaxldm.nn import attention
 
+OPTIMIZED = True  # compiled as users do, see tests/conftest.py
+
 
 def heads(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)

@@ -17,6 +17,8 @@ from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 
+OPTIMIZED = True  # compiled as users do, see tests/conftest.py
+
 
 def run(folder, plan=None, *, width=8, batches=None, **options):
     state, train_step = toy(width=width)
