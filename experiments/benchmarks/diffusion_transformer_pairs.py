@@ -21,6 +21,9 @@ from random_networks import random_network, their_module
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
+from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE
+from jaxldm.pipelines.families.flux import FLUX
+from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 
 SAMPLER = "the published sampler (DiT: DPM-Solver++ 2M with guidance; flows: Euler, with guidance or told it)"
 SMALL = "models of 32 to 64 channels and two layers"
@@ -98,22 +101,12 @@ FAMILIES = {
 }
 
 
-class FixedText:
-    """A pipeline whose text is given as the arrays that its network is told."""
-
-    def conditions(self, prompts, negative_prompts, size):
-        """The same for the prompt and for the branch to steer away from, but for the sign."""
-        return self.told, {name: -array for name, array in self.told.items()}
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class FixedTextSD3(FixedText, pipelines.StableDiffusion3):
-    told: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class FixedTextFlux(FixedText, pipelines.Flux):
-    told: dict[str, np.ndarray]
+def with_fixed_text(family: pipelines.Family, cond: dict[str, np.ndarray]) -> pipelines.Family:
+    """The family with the arrays that its network takes in place of any text; the negative has their sign
+    changed.
+    """
+    uncond = {name: -array for name, array in cond.items()}
+    return family._replace(encode=lambda pipe, request: (cond, uncond))
 
 
 def modules(family: str, dtype: str, quick: bool) -> dict[str, Any]:
@@ -146,46 +139,40 @@ def both_sides(
 
 def latent_shape(pipe: Any, pixels: int) -> tuple[int, int, int]:
     """(h, w, c) of the latents of square images."""
-    if isinstance(pipe, pipelines.LatentDiffusion):
-        return pipe.latent_shape
-    return pipe.latent_shape((pixels, pixels))
+    return pipe.latent_shape() if pipe.family is CLASS_TO_IMAGE else pipe.latent_shape((pixels, pixels))
 
 
 # ---------------------------------------------------------------- jaxldm's side
 
 
-def our_pipeline(family: str, networks: dict[str, pipelines.Network]) -> Any:
+def our_pipeline(family: str, networks: dict[str, pipelines.Network]) -> pipelines.Pipeline:
     """The model with these networks."""
     transformer, vae = networks["transformer"], networks["vae"]
     scheduler = FAMILIES[family].scheduler
     if family == "dit-xl":
         schedule = D.NoiseSchedule.from_dict(scheduler)
-        return pipelines.LatentDiffusion(
-            transformer.module, transformer.params, schedule, vae.module, vae.params
-        )
-    told = text_states(family, transformer.config)
-    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "told": told}
+        return pipelines.class_to_image(transformer, schedule, vae)
+    cond = text_states(family, transformer.config)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
     if family == "sd3":
-        return FixedTextSD3(**parts)
+        return pipelines.Pipeline(with_fixed_text(STABLE_DIFFUSION_3, cond), parts)
     encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return FixedTextFlux(**parts, **encoders)
+    return pipelines.Pipeline(with_fixed_text(FLUX, cond), parts | encoders)
 
 
 def our_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
     """Pixels [N, H, W, 3] in [0, 1], on the host."""
     options = {"num_inference_steps": steps, "guidance_scale": guidance}
-    if isinstance(pipe, pipelines.LatentDiffusion):
+    if pipe.family is CLASS_TO_IMAGE:
         images = pipe(jax.random.key(0), [LABEL], solver="dpmpp_2m", batch_size=1, **options)
     else:
-        side = latents.shape[1] * pipe.canvas.factor
+        side = latents.shape[1] * pipe.latent_spec.factor
         images = pipe(jax.random.key(0), "", latents=latents, height=side, width=side, **options)
     return (images + 1) / 2
 
 
 def our_denoiser(pipe: Any) -> pipelines.Network:
     """The transformer."""
-    if isinstance(pipe, pipelines.LatentDiffusion):
-        return pipelines.Network(pipe.denoiser, pipe.denoiser_params)
     return pipe.transformer
 
 

@@ -22,6 +22,8 @@ import transformers
 from random_networks import random_network, their_module
 
 from jaxldm import checkpoints, models, pipelines
+from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from jaxldm.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 
 PROMPT = "a cat in the snow, by the river, at dawn"
 SCHEDULER = {
@@ -105,7 +107,7 @@ FAMILIES = {
 
 def both_sides(
     family: str, dtype: str, quick: bool, device: torch.device | None
-) -> tuple[pipelines.TextToImage, diffusers.DiffusionPipeline | None]:
+) -> tuple[pipelines.Pipeline, diffusers.DiffusionPipeline | None]:
     """(ours, theirs), None where PyTorch has no device."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -138,7 +140,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
 
 
-def our_pipeline(family: str, dtype: str, quick: bool, tokenizer_folder: Path) -> pipelines.TextToImage:
+def our_pipeline(family: str, dtype: str, quick: bool, tokenizer_folder: Path) -> pipelines.Pipeline:
     """A whole model with random weights."""
     parts: dict[str, Any] = {
         name: random_network(module, dtype) for name, module in modules(family, dtype, quick).items()
@@ -146,11 +148,10 @@ def our_pipeline(family: str, dtype: str, quick: bool, tokenizer_folder: Path) -
     tokenizer = checkpoints.load_tokenizer(tokenizer_folder)
     parts |= {"tokenizer": tokenizer} | ({"tokenizer_2": tokenizer} if "text_encoder_2" in parts else {})
     parts["scheduler"] = SCHEDULER | {"_class_name": "DPMSolverMultistepScheduler"}
-    kind = pipelines.StableDiffusionXL if "text_encoder_2" in parts else pipelines.StableDiffusion
-    return kind(**parts)
+    return pipelines.Pipeline(STABLE_DIFFUSION_XL if "text_encoder_2" in parts else STABLE_DIFFUSION, parts)
 
 
-def our_draw(pipe: pipelines.TextToImage, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
+def our_draw(pipe: pipelines.Pipeline, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
     """Pixels [N, H, W, 3] in [0, 1], on the host."""
     side = latents.shape[1] * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "solver": "dpmpp_2m"}
@@ -158,12 +159,12 @@ def our_draw(pipe: pipelines.TextToImage, latents: np.ndarray, steps: int, guida
     return (images + 1) / 2
 
 
-def latent_shape(pipe: pipelines.TextToImage, pixels: int) -> tuple[int, int, int]:
+def latent_shape(pipe: pipelines.Pipeline, pixels: int) -> tuple[int, int, int]:
     """(h, w, c) of the latents of square images."""
     return pipe.latent_shape((pixels, pixels))
 
 
-def our_denoiser(pipe: pipelines.TextToImage) -> pipelines.Network:
+def our_denoiser(pipe: pipelines.Pipeline) -> pipelines.Network:
     """The U-Net."""
     return pipe.unet
 

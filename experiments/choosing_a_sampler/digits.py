@@ -90,14 +90,14 @@ class Judge:
         pipe, null = self.pipe, np.int32(self.pipe.num_classes)
 
         def draw(params, grid, w):
-            network = functools.partial(models.network(pipe.denoiser), params)
+            network = functools.partial(models.network(pipe.denoiser.module), params)
             predict = D.classifier_free_guidance(network, self.labels, null, w)
-            noise = D.initial_noise(self.keys, (len(self.labels), *pipe.latent_shape), grid)
+            noise = D.initial_noise(self.keys, (len(self.labels), *pipe.latent_shape()), grid)
             return D.sample(self.keys, pipe.schedule.make_denoiser(predict), solver, grid, noise)
 
         def arguments(steps, w):
             grid = D.make_grid(self.path, steps, max_steps=max_steps)
-            return pipe.denoiser_params, grid, jnp.float32(w)
+            return pipe.denoiser.params, grid, jnp.float32(w)
 
         compiled = jax.jit(draw).lower(*arguments(max_steps, 1.0)).compile()
 
@@ -111,7 +111,7 @@ class Judge:
 
     def row(self, name, steps, evaluations, w, latents, seconds, reference=None) -> dict[str, Any]:
         """All figures of one run."""
-        images = np.clip(np.asarray(jax.jit(self.pipe.decode)(latents)), -1, 1)
+        images = self.pipe.decode(latents, batch_size=len(latents))
         report = metrics.evaluate(images, self.labels, self.classify, self.dataset)
         distance = None if reference is None else curves.relative_rms(latents, reference)
         row = {"solver": name, "w": w, "steps": steps, "evaluations": evaluations, "distance": distance}

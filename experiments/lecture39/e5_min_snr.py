@@ -63,7 +63,7 @@ def latents_of(options: MinSNR) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if pipe.autoencoder is None or pipe.num_classes is None:
         raise InvalidArgumentError(f"{options.run_dir} must have an autoencoder and classes: `make demo`")
     dataset = data.load(recipe.data, image_size=recipe.image_size)
-    encode = jax.jit(lambda x: models.encode_latents(pipe.autoencoder, pipe.autoencoder_params, x))
+    encode = jax.jit(lambda x: models.encode_latents(pipe.autoencoder.module, pipe.autoencoder.params, x))
     splits = {name: dataset.arrays(name) for name in ("train", "validation", "test")}
     return {name: (map_batches(encode, images), labels) for name, (images, labels) in splits.items()}
 

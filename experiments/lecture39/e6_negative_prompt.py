@@ -45,14 +45,14 @@ class NegativePrompt:
     """DDIM steps."""
 
 
-def check_algebra(pipe: pipelines.LatentDiffusion, asked: int, negative: int, w: float) -> list[Check]:
+def check_algebra(pipe: pipelines.Pipeline, asked: int, negative: int, w: float) -> list[Check]:
     """What (1 - w) eps(negative) + w eps(asked) is in other words, on the network of the run."""
-    shape = (8, *pipe.latent_shape)
+    shape = (8, *pipe.latent_shape())
     x, t = jax.random.normal(jax.random.key(0), shape), jnp.linspace(0, 999, 8)
 
     @jax.jit
     def network(x, t, labels):
-        return pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
+        return pipe.denoiser.module.apply({"params": pipe.denoiser.params}, x, t, labels)
 
     def guided(label, null, scale):
         return D.classifier_free_guidance(network, jnp.full(8, label), null, scale)(x, t)
@@ -81,7 +81,7 @@ def check_algebra(pipe: pipelines.LatentDiffusion, asked: int, negative: int, w:
 
 
 def draw(
-    pipe: pipelines.LatentDiffusion, options: NegativePrompt, asked: int, negative: int | None
+    pipe: pipelines.Pipeline, options: NegativePrompt, asked: int, negative: int | None
 ) -> np.ndarray:
     """Digits [N, H, W, 1] of one class; the same noise with and without a negative class."""
     return pipe(
@@ -93,7 +93,7 @@ def draw(
     )
 
 
-def measure(options: NegativePrompt, pipe: pipelines.LatentDiffusion) -> np.ndarray:
+def measure(options: NegativePrompt, pipe: pipelines.Pipeline) -> np.ndarray:
     """Prints how the judge reads the digits; returns rows of pictures, without and with the negative."""
     classify = metrics.classifier_function(
         *checkpoints.load(training.RunFolder(options.run_dir).stage("classifier").model)

@@ -48,17 +48,17 @@ class OverGuidance:
 
 
 def make_sampler(
-    pipe: pipelines.LatentDiffusion, options: OverGuidance, cure: str, bound: float
+    pipe: pipelines.Pipeline, options: OverGuidance, cure: str, bound: float
 ) -> Callable[[Any, Any, Any], Any]:
     """(parameters, labels [N], w) -> latents [N, h, w, c]; jitted once for all w."""
     path = pipe.schedule.make_path()
     grid = D.make_grid(path, options.num_inference_steps)
-    shape = (options.num_images, *pipe.latent_shape)
+    shape = (options.num_images, *pipe.latent_shape())
 
     @jax.jit
     def draw(params, labels, w):
         def network(x, t, c):
-            return pipe.denoiser.apply({"params": params}, x, t, c)
+            return pipe.denoiser.module.apply({"params": params}, x, t, c)
 
         scale = D.guidance_interval(path, w, 0.3, 5.0) if cure == "interval" else w
         rescale = 0.7 if cure == "rescale 0.7" else 0.0
@@ -113,10 +113,13 @@ def measure(images, latents, labels, back, logits, real: Real) -> dict[str, floa
     }
 
 
-def run(options: OverGuidance, pipe: pipelines.LatentDiffusion) -> tuple[dict, np.ndarray]:
+def run(options: OverGuidance, pipe: pipelines.Pipeline) -> tuple[dict, np.ndarray]:
     """({(cure, w): figures}, pictures): prints each row as it comes."""
-    decode = jax.jit(lambda z: jnp.clip(pipe.decode(z), -1, 1))
-    encode = jax.jit(lambda x: models.encode_latents(pipe.autoencoder, pipe.autoencoder_params, x))
+
+    def decode(latents):
+        return pipe.decode(latents, batch_size=len(latents))
+
+    encode = jax.jit(lambda x: models.encode_latents(pipe.autoencoder.module, pipe.autoencoder.params, x))
     classify = metrics.classifier_function(
         *checkpoints.load(training.RunFolder(options.run_dir).stage("classifier").model)
     )
@@ -136,7 +139,7 @@ def run(options: OverGuidance, pipe: pipelines.LatentDiffusion) -> tuple[dict, n
     for cure in options.cures:
         draw = make_sampler(pipe, options, cure, real.bound)
         for w in options.guidance_scales:
-            latents = np.asarray(draw(pipe.denoiser_params, labels, jnp.float32(w)))
+            latents = np.asarray(draw(pipe.denoiser.params, labels, jnp.float32(w)))
             images = np.asarray(decode(latents))
             found[cure, w] = row(cure, f"{w:g}", images, latents, labels)
             pictures.append(images[: pipe.num_classes])

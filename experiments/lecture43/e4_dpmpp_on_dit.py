@@ -43,7 +43,7 @@ class DPMppOnDiT:
     """Drawn with each."""
 
 
-def draw(pipe: pipelines.LatentDiffusion, options: DPMppOnDiT, solver: str, steps: int) -> np.ndarray:
+def draw(pipe: pipelines.Pipeline, options: DPMppOnDiT, solver: str, steps: int) -> np.ndarray:
     """Digits [N, 28, 28, 1], the same labels and first noise for all."""
     return pipe(
         jax.random.key(0),

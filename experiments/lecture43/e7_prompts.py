@@ -21,6 +21,7 @@ import numpy as np
 from jaxldm import checkpoints, data, metrics, models, pipelines
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.pipelines.families.amused import AMUSED
 
 PROMPTS = (
     "a photo of a red apple on a wooden table",
@@ -71,7 +72,7 @@ def clip_cosines(folder: Path, images: np.ndarray, prompts: tuple[str, ...]) -> 
     return np.concatenate(logits) / np.exp(params["logit_scale"])
 
 
-def draw(pipe: pipelines.Amused, options: Prompts) -> tuple[np.ndarray, float]:
+def draw(pipe: pipelines.Pipeline, options: Prompts) -> tuple[np.ndarray, float]:
     """(images [K num_images, H, W, 3], seconds an image without compiling)."""
     call = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     key = jax.random.key(options.seed)
@@ -90,9 +91,9 @@ def main(options: Prompts) -> None:
             "with --model-dir"
         )
     pipe = pipelines.load(options.model_dir, dtype=options.dtype)
-    if not isinstance(pipe, pipelines.Amused):
+    if pipe.family is not AMUSED:
         raise InvalidArgumentError(
-            f"{options.model_dir} holds a {type(pipe).__name__}, no masked image model"
+            f"{options.model_dir} holds a {pipe.family.name}, no masked image model"
         )
     images, seconds = draw(pipe, options)
     print(f"{len(images)} images in {options.num_inference_steps} steps, {seconds:.2f} seconds each\n")

@@ -86,7 +86,7 @@ def load_components(
     components: dict[str, Component] = {}
     for name in names:
         _, kind = index[one_of(f"component of {folder}", name, index)]
-        if kind.endswith("Scheduler"):
+        if kind.endswith("Scheduler") or name.endswith("scheduler"):
             components[name] = {"_class_name": kind, **read_json(folder / name / SCHEDULER_FILE)}
         elif "Tokenizer" in kind:
             components[name] = load_tokenizer(folder / name)

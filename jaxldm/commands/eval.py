@@ -102,7 +102,8 @@ class Eval:
 
         labels = pipe.cycle_labels(None, self.num_images)
         with STEP_BAR.showing(
-            pipe.count_steps(self.num_images, self.num_inference_steps), f"w = {guidance_scale:g}"
+            pipe.num_callbacks(self.num_images, num_inference_steps=self.num_inference_steps),
+            f"w = {guidance_scale:g}",
         ):
             images = pipe(
                 jax.random.key(self.seed),
@@ -112,7 +113,7 @@ class Eval:
                 guidance_scale=guidance_scale,
                 solver=self.solver,
                 batch_size=self.batch_size,
-                on_step=STEP_BAR.tick,
+                progress=STEP_BAR.tick,
             )
         print_findings(pipelines.check_drawn(images, guidance_scale))
         return images, np.zeros(len(images), np.int32) if labels is None else labels
@@ -157,13 +158,15 @@ def measure_reconstruction(pipe: Any, dataset: Any) -> tuple[dict[str, float], s
 
     images, _ = dataset.arrays("test")
 
+    module, params = pipe.autoencoder.module, pipe.autoencoder.params
+
     @jax.jit
     def reconstruct(params, batch):
-        latents = models.encode_latents(pipe.autoencoder, params, batch)
-        return models.decode_latents(pipe.autoencoder, params, latents)
+        latents = models.encode_latents(module, params, batch)
+        return models.decode_latents(module, params, latents)
 
     error = metrics.reconstruction_error(
-        images, map_batches(lambda batch: reconstruct(pipe.autoencoder_params, batch), images, 250)
+        images, map_batches(lambda batch: reconstruct(params, batch), images, 250)
     )
     figures = {name: float(value) for name, value in error._asdict().items()}
     words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())

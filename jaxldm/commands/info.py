@@ -197,9 +197,9 @@ def describe_pipeline(pipe: Any) -> str:
     kind = f"{schedule.path} path" + (
         f", {schedule.betas} betas, {schedule.num_train_timesteps} timesteps" if schedule.path == "vp" else ""
     )
-    latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape)} latents -> "
+    latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape())} latents -> "
     facts = [
-        ("draws", f"{latents}{size(pipe.image_shape)} images"),
+        ("draws", f"{latents}{size(pipe.image_shape())} images"),
         ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
         ("noise", f"{kind}, predicts {schedule.prediction}"),
     ]

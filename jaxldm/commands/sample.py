@@ -169,7 +169,8 @@ class Sample:
         num_images = (self.num_images or 1) if labels is None else len(labels)
         guidance_scale = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         steps = 50 if self.num_inference_steps is None else self.num_inference_steps
-        with STEP_BAR.showing(pipe.count_steps(num_images, steps), "sampling"):
+        callbacks = pipe.num_callbacks(num_images, num_inference_steps=steps)
+        with STEP_BAR.showing(callbacks, "sampling"):
             images = pipe(
                 jax.random.key(self.seed),
                 labels,
@@ -182,7 +183,7 @@ class Sample:
                 eta=self.eta,
                 spacing=self.spacing,
                 batch_size=64 if self.batch_size is None else self.batch_size,
-                on_step=STEP_BAR.tick,
+                progress=STEP_BAR.tick,
             )
         columns = pipelines.columns_for(num_images, len(self.class_labels or ()) or pipe.num_classes or 1)
         return images, guidance_scale, labels, columns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import sys
 import warnings
@@ -32,9 +31,9 @@ def draw_prompts(command: Sample) -> tuple[Any, float]:
     if command.refiner is not None and pipelines.kind_of(command.refiner) != "text-to-image":
         raise InvalidArgumentError(f"--refiner {command.refiner} is no text-to-image model")
     pipe = pipelines.load(command.folder, dtype=command.dtype)
-    if not pipe.draws_images:
+    if not pipe.family.draws_images:
         raise InvalidArgumentError(
-            f"{command.folder} holds one stage of a model, a {type(pipe).__name__}: put all of them into one "
+            f"{command.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
             "folder, as the page on the model says"
         )
     if command.lora is not None:
@@ -54,7 +53,7 @@ def draw_prompts(command: Sample) -> tuple[Any, float]:
     start |= {"height": command.height, "width": command.width}
     options = _known_to(pipe, start | common)
     key, progress = jax.random.key(command.seed), {"progress": STEP_BAR.tick}
-    with _warnings_as_lines(), STEP_BAR.showing(pipe.count_ticks(len(prompts), options), "sampling"):
+    with _warnings_as_lines(), STEP_BAR.showing(pipe.num_callbacks(len(prompts), **options), "sampling"):
         if refiner is None:
             images = pipe(key, prompts, negatives, **options, **progress)
         else:
@@ -113,11 +112,11 @@ def _cycled(prompts, negatives, num_images) -> tuple[list[str], list[str] | None
 def _known_to(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Those that were given. Raises `InvalidArgumentError` for one that this kind of model has no use for."""
     given = {name: value for name, value in options.items() if value is not None}
-    known = inspect.signature(pipe.__call__).parameters
+    known = pipe.call_options()
     for name in given:
         if name not in known:
             option = "mask" if name == "mask_image" else name.replace("_", "-")
-            raise InvalidArgumentError(f"--{option} is not for a model of the kind {type(pipe).__name__}")
+            raise InvalidArgumentError(f"--{option} is not for a model of the family {pipe.family.name}")
     return given
 
 

@@ -1,4 +1,4 @@
-"""Pipelines: conditions -> latents -> images. What a person calls.
+"""Pipelines: labels or texts -> latents -> images. What a person calls.
 
 from jaxldm import pipelines
 
@@ -7,12 +7,14 @@ images = pipe(jax.random.key(0), class_labels=[3, 7], num_images=16, guidance_sc
 
 pipe = pipelines.load("stable-diffusion-xl-base-1.0", dtype="bfloat16")    # a folder with model_index.json
 images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solver="dpmpp_2m")
+
+`generate.py` is the call on one screen, `families/` has what differs from family to family, and
+`pipeline.py` how to add one.
 """
 
-from jaxldm.pipelines.amused import Amused
-from jaxldm.pipelines.class_folders import load_original
-from jaxldm.pipelines.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
-from jaxldm.pipelines.flux import Flux
+from jaxldm.pipelines.families import FAMILIES, PIPELINES
+from jaxldm.pipelines.families.class_to_image import class_to_image
+from jaxldm.pipelines.families.wuerstchen import join_wuerstchen
 from jaxldm.pipelines.folders import (
     TensorComparison,
     check_export_folder,
@@ -21,68 +23,54 @@ from jaxldm.pipelines.folders import (
     is_denoiser,
     kind_of,
     load,
+    load_original,
+    modules_in,
     save,
+    with_lora,
 )
-from jaxldm.pipelines.image_inputs import as_images, as_masks
+from jaxldm.pipelines.generate import Call, Request, generate
 from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_for, save_samples
-from jaxldm.pipelines.latent_diffusion import Images, LatentDiffusion, Settings, draw, named_solver
-from jaxldm.pipelines.latent_images import decode_images, encode_images
+from jaxldm.pipelines.inputs import LatentSpec, as_images, as_masks
+from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.pixart import PixArtAlpha, PixArtSigma
+from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline, default_latent_spec
 from jaxldm.pipelines.prompts import encode_texts
-from jaxldm.pipelines.schedulers import Plan, default_solver, make_plan
-from jaxldm.pipelines.stable_diffusion import StableDiffusion
-from jaxldm.pipelines.stable_diffusion_3 import StableDiffusion3
-from jaxldm.pipelines.stable_diffusion_xl import StableDiffusionXL
-from jaxldm.pipelines.text_folders import PIPELINES, modules_in, with_lora
-from jaxldm.pipelines.text_pipeline import TextPipeline
-from jaxldm.pipelines.text_to_image import TextToImage
-from jaxldm.pipelines.wuerstchen import Wuerstchen, WuerstchenDecoder, WuerstchenPrior
-from jaxldm.pipelines.z_image import ZImage
+from jaxldm.pipelines.schedulers import default_solver, make_plan
 
 __all__ = [
+    "FAMILIES",
     "PIPELINES",
-    "Amused",
-    "DeepFloydIF",
-    "DeepFloydIFSuperResolution",
-    "Flux",
-    "Images",
-    "LatentDiffusion",
+    "Call",
+    "Defaults",
+    "Family",
+    "Folder",
+    "LatentSpec",
     "Network",
-    "PixArtAlpha",
-    "PixArtSigma",
-    "Plan",
-    "Settings",
-    "StableDiffusion",
-    "StableDiffusion3",
-    "StableDiffusionXL",
+    "Pipeline",
+    "Request",
     "TensorComparison",
-    "TextPipeline",
-    "TextToImage",
-    "Wuerstchen",
-    "WuerstchenDecoder",
-    "WuerstchenPrior",
-    "ZImage",
     "as_images",
     "as_masks",
     "check_drawn",
     "check_export_folder",
     "check_output_folder",
+    "class_to_image",
     "columns_for",
     "compare",
     "components",
     "decode_images",
+    "default_latent_spec",
     "default_solver",
-    "draw",
     "encode_images",
     "encode_texts",
+    "generate",
     "is_denoiser",
+    "join_wuerstchen",
     "kind_of",
     "load",
     "load_original",
     "make_plan",
     "modules_in",
-    "named_solver",
     "save",
     "save_samples",
     "with_lora",

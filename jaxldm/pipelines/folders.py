@@ -1,90 +1,100 @@
-"""Models on disk -> pipelines: run folders, exported folders, and folders of text-to-image models.
+"""Models on disk -> pipelines: run folders, exported folders, and the folders of diffusers.
 
-An exported folder (`LatentDiffusion`) is laid out as diffusers lays out a pipeline:
+All but a run folder are laid out as diffusers lays out a pipeline:
 
-    model_index.json                    which components there are
-    vae/                                config.json, diffusion_pytorch_model.safetensors (absent for a model
-    of pixels) unet/ or transformer/               the same
+    model_index.json                    the class of the pipeline, its parts, and its options
+    unet/, transformer/, vae/, ...      config.json, diffusion_pytorch_model.safetensors
+    tokenizer/                          as transformers has it
     scheduler/scheduler_config.json     the noise schedule and what the network predicts
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
-from jaxldm import __version__, checkpoints, models
+from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
+from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
+from jaxldm.checkpoints.weight_files import read_json
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
-from jaxldm.files import folder_written_whole
-from jaxldm.pipelines.class_folders import (
-    DIT_CLASS,
-    is_dit_pipeline,
-    load_dit,
-    read_options,
-    save_dit,
-    written_options,
+from jaxldm.pipelines.families import FAMILIES, OF_CLASSES, PIPELINES
+from jaxldm.pipelines.families.class_to_image import (
+    CLASS_TO_IMAGE,
+    EXPORT_CLASS,
+    OF_LARGE_MODELS,
+    TRAINED,
+    class_to_image,
 )
-from jaxldm.pipelines.latent_diffusion import LatentDiffusion
-from jaxldm.pipelines.text_folders import PIPELINES, load_text_to_image, save_text_to_image
-from jaxldm.pipelines.text_pipeline import TextPipeline
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pipeline import Family, Pipeline
 
-PIPELINE_CLASS = "LatentDiffusionPipeline"
-INDEX, CONFIG = "model_index.json", "config.json"
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
-DENOISERS = ("unet", "transformer")
-# The last three are of diffusers, two of them without classes.
-EXPORTS = (PIPELINE_CLASS, DIT_CLASS, "DDPMPipeline", "DDIMPipeline")
-AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
-# Networks that `LatentDiffusion` draws with; the last is not trained here.
-TRAINED = ("UNet2DModel", "DiT", "SiT")
-CLASS_CONDITIONAL = (*TRAINED, "DiTTransformer2DModel")
-# Architectures that diffusers has under the same name, with the same weights.
-_IN_DIFFUSERS = ("AutoencoderKL", "UNet2DModel", "DiTTransformer2DModel")
+RUN_CONFIG = "config.json"
+# What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
+SCHEDULES = {"DiT": D.NoiseSchedule(beta_start=1e-4, beta_end=0.02), "SiT": D.NoiseSchedule("flow", "flow")}
 
 
-def load(
-    folder: str | Path, *, dtype: str | None = None, variant: str | None = None
-) -> LatentDiffusion | TextPipeline:
-    """The model in a run folder (from training), an exported one, or a text-to-image folder of diffusers.
+def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = None) -> Pipeline:
+    """The model in a run folder (from training), an exported one, or a folder of diffusers.
 
     Args:
-      folder: model_index.json, where there is one, says which pipeline it is: `PIPELINES`, or our own.
-      dtype: "float32", "bfloat16" or "float16", for parameters and computation of a text-to-image model;
-        None is float32 for both.
-      variant: "fp16" for the weight files of that variant, of a text-to-image model.
+        folder: its model_index.json names the pipeline, see `PIPELINES`; a run folder has none.
+        dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is that of the config.
+        variant: "fp16" for the weight files of that variant.
 
     Raises:
-      CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
-        yet, is damaged, or is put together from parts of different models.
-      UnknownNameError, InvalidArgumentError: a dtype that does not exist, or that is not for this folder.
+        CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
+            yet, is damaged, or is put together from parts of different models.
+        UnknownNameError: a dtype that does not exist.
 
     >>> from jaxldm import pipelines                                          # doctest: +SKIP
     >>> pipe = pipelines.load("stable-diffusion-v1-5", dtype="bfloat16")      # doctest: +SKIP
     >>> images = pipe(jax.random.key(0), prompt=["a cat"], solver="dpmpp_2m") # doctest: +SKIP
     """
     folder = Path(folder)
-    kind = kind_of(folder)
-    if kind == "text-to-image":
-        return load_text_to_image(folder, _read_json(folder / INDEX), dtype, variant)
-    if kind == "export" and _read_json(folder / INDEX).get("_class_name") == DIT_CLASS:
-        pipe = load_dit(folder, dtype, variant)
-        _check_parts_fit(pipe, folder)
-        return pipe
-    if dtype is not None or variant is not None:
-        raise InvalidArgumentError(
-            f"dtype and variant are for folders of diffusers: {folder} is another, leave them out"
-        )
-    return _load_run(folder) if kind == "run" else _load_export(folder)
+    if dtype is not None:
+        models.compute_dtype(dtype)
+    if kind_of(folder) == "run":
+        return _load_run(folder, dtype)
+    index = read_json(folder / INDEX_FILE)
+    name = index.get("_class_name", EXPORT_CLASS)
+    family = PIPELINES[name]
+    layout, named = family.folder, checkpoints.read_model_index(folder)
+    _check_named(folder, name, family, named)
+    only = [part for part in (*layout.parts, *layout.optional) if part in named]
+    loaded = checkpoints.load_components(folder, dtype=dtype, only=only, variant=variant)
+    parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
+    try:
+        pipe = Pipeline(family, parts, layout.read_options(index, layout))
+        pipe.check_parts()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} mixes two models: {error}") from error
+    return pipe
+
+
+def _check_named(folder: Path, name: str, family: Family, named: Mapping[str, Any]) -> None:
+    """Refuse a model_index.json that does not name what the family needs."""
+    needed = [part for part in family.folder.parts if part not in family.denoisers]
+    missing = [part for part in needed if part not in named]
+    if not set(family.denoisers) & set(named):
+        missing.insert(0, " or ".join(family.denoisers))
+    if missing:
+        several = len(family.denoisers) > 1
+        needed = [" or ".join(family.denoisers), *needed] if several else family.folder.parts
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: a {name} needs {', '.join(needed)}")
 
 
 def kind_of(folder: str | Path) -> str:
-    """ "run", "export" or "text-to-image". Raises `CheckpointError`, with the cure, for everything else."""
+    """ "run", "export" (of a class-to-image model) or "text-to-image".
+
+    Raises:
+        CheckpointError: everything else, with what to do.
+    """
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(
@@ -96,94 +106,151 @@ def kind_of(folder: str | Path) -> str:
             f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`; an original "
             "file of DiT or SiT opens with pipelines.load_original"
         )
-    if (folder / INDEX).exists():
-        name = _read_json(folder / INDEX).get("_class_name", PIPELINE_CLASS)
-        if name not in (*EXPORTS, *PIPELINES):
-            known = ", ".join((*EXPORTS, *PIPELINES))
+    if (folder / INDEX_FILE).exists():
+        name = read_json(folder / INDEX_FILE).get("_class_name", EXPORT_CLASS)
+        if name not in PIPELINES:
+            known = ", ".join(PIPELINES)
             raise CheckpointError(f"{folder} is a pipeline of an unknown class, {name!r}; known: {known}")
-        return "text-to-image" if name in PIPELINES else "export"
-    if (folder / CONFIG).exists():
+        return "export" if PIPELINES[name] in OF_CLASSES else "text-to-image"
+    if (folder / RUN_CONFIG).exists():
         return "run"
     raise CheckpointError(
-        f"{folder} is neither a run folder (no {CONFIG}) nor an exported folder (no {INDEX})"
+        f"{folder} is neither a run folder (no {RUN_CONFIG}) nor an exported folder (no {INDEX_FILE})"
     )
 
 
-def save(pipe: LatentDiffusion | TextPipeline, folder: str | Path) -> None:
-    """Writes an exported folder: all of it or nothing. An earlier export in `folder` is replaced.
-
-    A text-to-image model becomes a folder that diffusers opens.
+def save(pipe: Pipeline, folder: str | Path) -> None:
+    """Write a folder that `load` and diffusers open: all of it or nothing. An earlier export is replaced.
 
     Raises:
-      StorageError: `folder` holds anything else, is a file, or cannot be written.
+        StorageError: `folder` holds anything else, is a file, or cannot be written.
 
     >>> from jaxldm import pipelines                               # doctest: +SKIP
     >>> pipelines.save(pipe, "exported/mini-ldm")                  # doctest: +SKIP
     >>> pipe = pipelines.load("exported/mini-ldm")                 # doctest: +SKIP
     """
-    folder = Path(os.path.abspath(folder))
-    if isinstance(pipe, TextPipeline):
-        save_text_to_image(pipe, folder)
-        return
-    if is_dit_pipeline(pipe):
-        save_dit(pipe, folder)
-        return
-    check_export_folder(folder)
-    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
-    with folder_written_whole(folder) as partial:
-        for name, module, params in components(pipe):
-            index[name] = _library_and_class(models.class_name(module.config))
-            checkpoints.save(partial / name, module, params)
-        index |= written_options(pipe)
-        scheduler = pipe.schedule.to_dict()
-        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-        (partial / SCHEDULER_CONFIG).parent.mkdir()
-        _write_json(partial / SCHEDULER_CONFIG, scheduler)
-        _write_json(partial / INDEX, index)
+    layout, folder = pipe.family.folder, Path(os.path.abspath(folder))
+    name = layout.class_name(pipe)
+    check_export_folder(folder, PIPELINES[name])
+    parts = {
+        part: (value.module, value.params) if isinstance(value, Network) else value
+        for part, value in pipe.parts.items()
+        if value is not None or pipe.family not in OF_CLASSES  # diffusers wants to read [null, null]
+    }
+    options = dict(layout.constants) | layout.write_options(pipe)
+    checkpoints.save_components(folder, name, parts, options=options)
 
 
-def check_export_folder(folder: str | Path) -> None:
-    """Raises `StorageError` unless `folder` is new, empty, or an export that may be replaced."""
+def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> None:
+    """Raise `StorageError` unless `folder` is new, empty, or one of the family that `save` wrote."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file: choose another folder to export to")
-    ours = {INDEX, "vae", "scheduler", *DENOISERS}
-    there = set(os.listdir(folder)) if folder.exists() else set()
-    if there and (
-        INDEX not in there or there - ours or _read_json(folder / INDEX).get("_class_name") != PIPELINE_CLASS
-    ):
+    found = set(os.listdir(folder)) if folder.exists() else set()
+    if not found:
+        return
+    ours = {INDEX_FILE, *family.folder.parts, *family.folder.optional}
+    index = read_json(folder / INDEX_FILE) if INDEX_FILE in found else {}
+    same = index.get("_class_name") in family.folder.class_names and "_jaxldm_version" in index
+    if not same or found - ours:
         raise StorageError(
-            f"{folder} already holds other files ({', '.join(sorted(there - ours or there)[:3])}): choose "
+            f"{folder} already holds other files ({', '.join(sorted(found - ours or found)[:3])}): choose "
             "a new or empty folder to export to"
         )
 
 
-def components(pipe: LatentDiffusion | TextPipeline) -> Iterator[tuple[str, Any, Any]]:
-    """(name of the subfolder, module, parameters) of each network of a pipeline."""
-    if isinstance(pipe, TextPipeline):
-        yield from ((name, part.module, part.params) for name, part in pipe.networks.items())
-        return
-    if pipe.autoencoder is not None:
-        yield "vae", pipe.autoencoder, pipe.autoencoder_params
-    yield (
-        "unet" if type(pipe.denoiser).__name__.startswith("UNet") else "transformer",
-        pipe.denoiser,
-        pipe.denoiser_params,
-    )
+def components(pipe: Pipeline) -> Iterator[tuple[str, Any, Any]]:
+    """(name of the subfolder, module, parameters) of each network of a pipeline, the denoiser last."""
+    names = sorted(pipe.networks, key=lambda name: name == pipe.denoiser_name)
+    yield from ((name, pipe.networks[name].module, pipe.networks[name].params) for name in names)
+
+
+def modules_in(folder: str | Path) -> dict[str, nn.Module]:
+    """The networks that a folder of diffusers names, from their configs alone: no weights are read.
+
+    Raises:
+        CheckpointError: a config is missing, damaged or of an unknown class.
+    """
+    folder = Path(folder)
+    known = {part for family in FAMILIES for part in (*family.folder.parts, *family.folder.optional)}
+    return {
+        name: models.from_config(models.config_from_dict(checkpoints.read_config(folder / name)))
+        for name, (_, kind) in checkpoints.read_model_index(folder).items()
+        if name in known and not kind.endswith("Scheduler") and "Tokenizer" not in kind
+    }
+
+
+def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> Pipeline:
+    """The model with a LoRA file merged into its weights; the one that was given stays as it is.
+
+    Args:
+        path: a file of kohya's or of diffusers' kind, see `checkpoints.load_lora`.
+        scale: of all networks, or of each by name ("unet", "text_encoder", ...).
+
+    Raises:
+        CheckpointError: no such file, or one that does not fit the model.
+        UnknownNameError: a scale for a network that the model lacks.
+    """
+    parts = {name: (network.module, network.params) for name, network in pipe.networks.items()}
+    merged = checkpoints.merge_lora(parts, checkpoints.load_lora(path), scale)
+    return pipe.replace(**{name: Network(*part) for name, part in merged.items()})
+
+
+def load_original(
+    path: str | Path,
+    architecture: str = "DiT",
+    *,
+    vae: str | Path | tuple[nn.Module, Any],
+    schedule: D.NoiseSchedule | None = None,
+    class_names: Sequence[str] = (),
+    num_heads: int | None = None,
+    dtype: str | None = None,
+) -> Pipeline:
+    """A pipeline around an original file of DiT or SiT, which holds the network alone.
+
+    `save` writes it as a folder that `load` opens.
+
+    Args:
+        path: the state dict as a .safetensors file.
+        architecture: "DiT" or "SiT"; the file does not tell.
+        vae: the folder of the autoencoder (sd-vae-ft-ema, or -mse), or (module, parameters).
+        schedule: None is what the authors trained with: DDPM's linear betas and eps for DiT, for SiT the
+            straight path. SiT on another: `NoiseSchedule("interpolant", "velocity", interpolant="gvp")`.
+        class_names: one for each label.
+        num_heads, dtype: as in `checkpoints.load_dit_file`.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged or of another architecture, or that does not go with
+            the autoencoder.
+        UnknownNameError, InvalidArgumentError: as in `checkpoints.load_dit_file`.
+
+    >>> from jaxldm import pipelines                                                     # doctest: +SKIP
+    >>> file, vae = "SiT-XL-2-256.safetensors", "sd-vae-ft-ema"                          # doctest: +SKIP
+    >>> pipe = pipelines.load_original(file, "SiT", vae=vae)                             # doctest: +SKIP
+    >>> images = pipe(jax.random.key(0), [207, 360], solver="flow_heun")                 # doctest: +SKIP
+    """
+    network = Network(*checkpoints.load_dit_file(path, architecture, num_heads=num_heads, dtype=dtype))
+    decoder = Network(*(vae if isinstance(vae, tuple) else checkpoints.load(vae, dtype=dtype)))
+    schedule = SCHEDULES[architecture] if schedule is None else schedule
+    schedule.make_denoiser(lambda x, t: x)  # refuses what goes with no path
+    if architecture == "SiT" and schedule.make_path().num_train_timesteps is not None:
+        raise InvalidArgumentError(
+            'SiT counts time from 0 to 1: give it a continuous path, NoiseSchedule("flow", "flow") or '
+            'NoiseSchedule("interpolant", "velocity", interpolant=...)'
+        )
+    return class_to_image(network, schedule, decoder, class_names=tuple(class_names), **OF_LARGE_MODELS)
 
 
 class TensorComparison(NamedTuple):
-    """One tensor in two places. `difference` says in words what differs; empty where all bits are equal."""
+    """One tensor in two places. `difference` describes what differs; empty where all bits are equal."""
 
     name: str
     shape: tuple[int, ...]
     difference: str
 
 
-def compare(
-    first: LatentDiffusion | TextPipeline, second: LatentDiffusion | TextPipeline
-) -> list[TensorComparison]:
-    """Compares two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
+def compare(first: Pipeline, second: Pipeline) -> list[TensorComparison]:
+    """Compare two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
     tensors = [
         {
             f"{name}/{key}": np.asarray(value)
@@ -214,92 +281,38 @@ def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | No
     )
 
 
-def _load_run(folder: Path) -> LatentDiffusion:
-    config = _read_json(folder / CONFIG)
+def is_denoiser(config: Any) -> bool:
+    """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
+    return models.class_name(config) in TRAINED
+
+
+def _load_run(folder: Path, dtype: str | None) -> Pipeline:
+    """The pipeline of a run: its recipe names the schedule, its stages hold the networks."""
+    config = read_json(folder / RUN_CONFIG)
     try:
         recipe, data = config["recipe"], config["data"]
         schedule = D.NoiseSchedule(**recipe["diffusion"]["noise"])
         has_autoencoder = recipe["autoencoder"] is not None
         shape, num_classes = tuple(data["image_shape"]), len(data["class_names"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is no config.json of a run ({error!r})") from error
+        raise CheckpointError(f"{folder / RUN_CONFIG} is no config.json of a run ({error!r})") from error
     if not (folder / "diffusion" / "model").is_dir():
         raise CheckpointError(
             f"{folder} holds no finished model yet: go on with its training, with "
             f"`jaxldm train {recipe.get('name', 'RECIPE')} --run-dir {folder} --resume`"
         )
-    pipe = _load_parts(
-        folder / "diffusion" / "model",
-        schedule,
-        folder / "autoencoder" / "model" if has_autoencoder else None,
-    )
-    _check_parts_fit(pipe, folder)
-    if pipe.image_shape != shape or pipe.num_classes not in (None, num_classes):
+    autoencoder = None
+    if has_autoencoder:
+        autoencoder = Network(*checkpoints.load(folder / "autoencoder" / "model", dtype=dtype))
+    denoiser = Network(*checkpoints.load(folder / "diffusion" / "model", dtype=dtype))
+    try:
+        pipe = class_to_image(denoiser, schedule, autoencoder)
+        pipe.check_parts()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} mixes two models: {error}") from error
+    if pipe.image_shape() != shape or pipe.num_classes not in (None, num_classes):
         raise CheckpointError(
-            f"{folder} mixes two models: its networks draw {pipe.image_shape} images of {pipe.num_classes} "
-            f"classes, its {CONFIG} speaks of {shape} and {num_classes}"
+            f"{folder} mixes two models: its networks draw {pipe.image_shape()} images of {pipe.num_classes} "
+            f"classes, its {RUN_CONFIG} has {shape} and {num_classes}"
         )
     return pipe
-
-
-def _load_export(folder: Path) -> LatentDiffusion:
-    index = _read_json(folder / INDEX)
-    denoisers = [name for name in DENOISERS if name in index]
-    if len(denoisers) != 1 or "scheduler" not in index:
-        named = ", ".join(key for key in index if not key.startswith("_")) or "nothing"
-        raise CheckpointError(
-            f"{folder / INDEX} should name a scheduler and one of {', '.join(DENOISERS)}; it names {named}"
-        )
-    schedule = D.NoiseSchedule.from_dict(_read_json(folder / SCHEDULER_CONFIG))
-    pipe = _load_parts(folder / denoisers[0], schedule, folder / "vae" if "vae" in index else None)
-    _check_parts_fit(pipe, folder)
-    return pipe.replace(**read_options(folder, pipe.num_classes))
-
-
-def _load_parts(denoiser: Path, schedule: D.NoiseSchedule, autoencoder: Path | None) -> LatentDiffusion:
-    module_and_params = (None, None) if autoencoder is None else checkpoints.load(autoencoder)
-    denoiser_and_params = checkpoints.load(denoiser)
-    return LatentDiffusion(*denoiser_and_params, schedule, *module_and_params)
-
-
-def is_denoiser(config: Any) -> bool:
-    """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
-    return models.class_name(config) in TRAINED
-
-
-def _check_parts_fit(pipe: LatentDiffusion, folder: Path) -> None:
-    """Refuses parts of different models in one folder."""
-    kinds = [models.class_name(module.config) for _, module, _ in components(pipe)]
-    if kinds[-1] not in CLASS_CONDITIONAL or (pipe.autoencoder and kinds[0] not in AUTOENCODERS):
-        raise CheckpointError(
-            f"{folder} holds {' and '.join(kinds)}: an autoencoder and a denoising network are needed"
-        )
-    if pipe.autoencoder is not None and pipe.autoencoder.config.latent_channels != pipe.latent_shape[-1]:
-        raise CheckpointError(
-            f"{folder} mixes two models: its autoencoder has {pipe.autoencoder.config.latent_channels} "
-            f"latent channels, its denoising network works on {pipe.latent_shape[-1]}"
-        )
-
-
-def _library_and_class(name: str) -> list[str]:
-    return ["diffusers" if name in _IN_DIFFUSERS else "jaxldm", name]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is not whole; copy or export it again"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged, it is no JSON ({error}): copy or export it again"
-        ) from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, it holds a {type(entries).__name__}")
-    return entries
-
-
-def _write_json(path: Path, entries: dict[str, Any]) -> None:
-    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

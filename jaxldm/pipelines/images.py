@@ -35,7 +35,7 @@ def columns_for(num_images: int, num_labels: int = 1) -> int:
 def check_drawn(images: Float[np.ndarray, "N H W C"], guidance_scale: float = 1.0) -> list[Finding]:
     """Looks for NaN, and for blank (black, white, grey) images, among those drawn at a guidance scale.
 
-    Raises `DataError`, with the likely cause and the cure, when there is NaN: that is no picture to save.
+    Raises `DataError`, with the likely cause and what to do, when there is NaN: that is no picture to save.
     """
     nan, *_ = findings = [*health.check_guided(images, guidance_scale), *health.check_blank(images)]
     if not nan.ok:
@@ -69,13 +69,13 @@ def save_samples(
     disk.
 
     Args:
-      images: in [-1, 1].
-      labels: the class of each image, or None.
-      columns: of the grid; None for a square.
+        images: in [-1, 1].
+        labels: the class of each image, or None.
+        columns: of the grid; None for a square.
 
     Raises:
-      DataError: NaN, or images that are no pictures.
-      StorageError: the disk is full, ...; what lay in the folder is then as it was.
+        DataError: NaN, or images that are no pictures.
+        StorageError: the disk is full, ...; what lay in the folder is then as it was.
     """
     folder = check_output_folder(folder)
     pictures = to_uint8(images)

@@ -13,7 +13,7 @@ class Network:
     """A module with its parameters: a function of arrays, and a pytree that jit takes as an argument.
 
     Example: `unet = Network(*checkpoints.load(folder))`, then `unet(x, t, encoder_hidden_states)`. Other
-    parameters of the same shapes compile nothing anew.
+    parameters of the same shapes compile nothing new.
     """
 
     module: nn.Module = flax.struct.field(pytree_node=False)

@@ -20,10 +20,10 @@ class Encoded(NamedTuple):
     """What a text encoder makes of P texts, on the host.
 
     Attributes:
-      hidden: [P, T, D], a state for each token.
-      pooled: [P, E], one for the whole text: `text_embeds` of an encoder with a projection. None: there is
-        none (T5).
-      mask: [P, T], 1 for the tokens of the text, 0 for what fills its row; None unless it was asked for.
+        hidden: [P, T, D], a state for each token.
+        pooled: [P, E], one for the whole text: `text_embeds` of an encoder with a projection. None: there is
+            none (T5).
+        mask: [P, T], 1 for the tokens of the text, 0 for what fills its row; None unless it was requested.
     """
 
     hidden: Float[np.ndarray, "P T D"]
@@ -35,7 +35,7 @@ def as_texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     """One text or several as a list.
 
     Raises:
-      InvalidArgumentError: no text at all, or something that is no text.
+        InvalidArgumentError: no text at all, or something that is no text.
 
     >>> as_texts("a cat")
     ['a cat']
@@ -56,7 +56,7 @@ def for_each(texts: str | Sequence[str] | None, prompts: Sequence[str], name: st
     """A second kind of text, one for each prompt: one text serves all of them, and None stays None.
 
     Raises:
-      InvalidArgumentError: another number of texts than of prompts.
+        InvalidArgumentError: another number of texts than of prompts.
     """
     if texts is None:
         return None
@@ -94,15 +94,15 @@ def encode_texts(
     Every different text is encoded once, alone, so that it is the same to the last bit in every batch.
 
     Args:
-      encoder: a text model: CLIP, T5 and the like.
-      tokenizer: from `checkpoints.load_tokenizer`.
-      texts: P of them.
-      penultimate: take the states before the last layer and its normalisation (SDXL), not those after it.
-      warn: warn (`UserWarning`) of words behind the last place, which the encoder does not see.
-      max_length: tokens of a text, those that fill its row among them; None: the tokenizer's own, or as many
-        as the encoder has places for.
-      mask: the encoder does not look at what fills a row, and the result says where that is.
-      template: what is encoded of a text, which stands in it as {}.
+        encoder: a text model: CLIP, T5 and the like.
+        tokenizer: from `checkpoints.load_tokenizer`.
+        texts: P of them.
+        penultimate: take the states before the last layer and its normalisation (SDXL), not those after it.
+        warn: warn (`UserWarning`) of words behind the last place, which the encoder does not see.
+        max_length: tokens of a text, those that fill its row among them; None: the tokenizer's own, or as
+            many as the encoder has places for.
+        mask: the encoder does not look at what fills a row, and the result has the mask.
+        template: what is encoded of a text, which stands in it as {}.
     """
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
@@ -119,8 +119,8 @@ def encode_texts(
                 f"it does not see {cut!r}",
                 stacklevel=2,
             )
-        told = np.asarray(tokens.attention_mask)[k : k + 1] if mask else None
-        known[text] = jax.tree.map(np.asarray, _encode(encoder, ids[None], told, penultimate))
+        own = np.asarray(tokens.attention_mask)[k : k + 1] if mask else None
+        known[text] = jax.tree.map(np.asarray, _encode(encoder, ids[None], own, penultimate))
     return jax.tree.map(lambda *rows: np.concatenate(rows), *(known[text] for text in texts))
 
 

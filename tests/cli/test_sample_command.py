@@ -55,7 +55,7 @@ def test_what_is_written(capsys, exported, tmp_path):
     picture = np.asarray(Image.open(tmp_path / "a" / "b" / "image-00003-class-0.png"))
     np.testing.assert_array_equal(picture, saved["images"][3, ..., 0])
     pipe = pipelines.load(exported)
-    images = pipe(jax.random.key(4), [2, 0], num_images=5, num_inference_steps=2, on_step=STEP_BAR.tick)
+    images = pipe(jax.random.key(4), [2, 0], num_images=5, num_inference_steps=2, progress=STEP_BAR.tick)
     np.testing.assert_array_equal(saved["images"], to_uint8(images))
 
 
@@ -84,9 +84,9 @@ def test_a_run_folder_serves_as_well_as_its_export(capsys, run_folder, tmp_path)
 
 def test_compare_fails_and_names_the_tensors_that_differ(capsys, exported, run_folder, tmp_path):
     pipe = pipelines.load(exported)
-    params = jax.tree.map(np.array, pipe.denoiser_params)
+    params = jax.tree.map(np.array, pipe.denoiser.params)
     params["x_embedder"]["proj"]["bias"][3] += 1.0
-    pipelines.save(pipe.replace(denoiser_params=params), tmp_path / "other")
+    pipelines.save(pipe.replace(denoiser=pipe.denoiser.replace(params=params)), tmp_path / "other")
     line = complaint(capsys, "info", tmp_path / "other", "--compare", exported)
     assert "transformer/x_embedder.proj.bias" in line and "1 of 21" in line
     assert "two folders" in complaint(capsys, "info", "--compare", exported)
@@ -102,8 +102,8 @@ def test_info_says_what_a_folder_is_and_how_to_sample_from_it(capsys, exported, 
 
 def test_a_warning_of_the_health_checks_reaches_the_screen(capsys, tmp_path):
     pipe = latent_pipeline()
-    blank = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), pipe.autoencoder_params)
-    pipelines.save(pipe.replace(autoencoder_params=blank), tmp_path / "blank")
+    blank = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), pipe.autoencoder.params)
+    pipelines.save(pipe.replace(autoencoder=pipe.autoencoder.replace(params=blank)), tmp_path / "blank")
     code, _, err = run(capsys, "sample", tmp_path / "blank", *FEW_STEPS, "--output-dir", tmp_path / "out")
     assert code == 0 and "3 of 3 images are blank" in err and "cure" in err
     assert (tmp_path / "out" / "grid.png").exists()
@@ -111,8 +111,8 @@ def test_a_warning_of_the_health_checks_reaches_the_screen(capsys, tmp_path):
 
 def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
     pipe = latent_pipeline()
-    nan = jax.tree.map(lambda x: np.full_like(np.asarray(x), np.nan), pipe.denoiser_params)
-    pipelines.save(pipe.replace(denoiser_params=nan), tmp_path / "nan")
+    nan = jax.tree.map(lambda x: np.full_like(np.asarray(x), np.nan), pipe.denoiser.params)
+    pipelines.save(pipe.replace(denoiser=pipe.denoiser.replace(params=nan)), tmp_path / "nan")
     line = complaint(capsys, "sample", tmp_path / "nan", *FEW_STEPS, "--output-dir", tmp_path / "out")
     assert "3 of 3" in line and "NaN" in line and not (tmp_path / "out").exists()
 

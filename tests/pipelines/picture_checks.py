@@ -1,4 +1,4 @@
-"""What the tests of text-to-image pipelines share: the judge's latents and pictures, and how it is fed."""
+"""What the tests of text-to-image pipelines share: latents, pictures and noise of the reference."""
 
 import jax
 import numpy as np

@@ -1,6 +1,5 @@
 """DeepFloyd IF's pipelines against those of diffusers, on tiny random folders."""
 
-import dataclasses
 import json
 import shutil
 
@@ -31,7 +30,7 @@ from t5_parts import t5_encoder, t5_tokenizer
 from jaxldm import diffusion as D
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
-from jaxldm.pipelines import deepfloyd_if
+from jaxldm.pipelines.families import deepfloyd_if
 
 # scheduler_config.json as published; stage II has a sample_max_value of 1.
 DDPM = {
@@ -124,7 +123,7 @@ def opened(kind, folder):
 def noises(count, steps, size=(SIZE, SIZE), first=0):
     """What our run draws: the noise to start from, that of the enlarged image, and that of each step.
 
-    The first is of variance 1, as the reference starts, who takes no heed of the first timestep's variance:
+    The first is of variance 1, as the reference starts, which ignores the first timestep's variance:
     where both shall agree to the end, ours is handed it as `latents`.
     """
     keys = D.image_keys(KEY, count)
@@ -141,8 +140,8 @@ def noises(count, steps, size=(SIZE, SIZE), first=0):
 def feed(monkeypatch, module, at_the_start, steps):
     """The reference draws these in place of its own: the pipeline's first ones, and the scheduler's."""
     queues = {module: list(at_the_start), scheduling_ddpm: list(steps)}
-    for there, queue in queues.items():
-        monkeypatch.setattr(there, "randn_tensor", lambda *args, queue=queue, **more: queue.pop(0))
+    for module, queue in queues.items():
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, queue=queue, **more: queue.pop(0))
 
 
 def picture(size=SIZE, count=1, seed=0):
@@ -257,12 +256,12 @@ def test_an_image_is_the_same_in_every_batch(pipes):
 def test_grids_are_the_published_ones(pipes, name):
     published = getattr(timesteps, f"{name}_timesteps")
     assert deepfloyd_if.respaced_timesteps(deepfloyd_if.RESPACINGS[name]) == published
-    ticks = pipes["II"].count_ticks(3, {"spacing": name, "image": picture(), "batch_size": 2})
-    assert ticks == 2 * len(published)
+    callbacks = pipes["II"].num_callbacks(3, spacing=name, image=picture(), batch_size=2)
+    assert callbacks == 2 * len(published)
 
 
 def test_timesteps_of_dpm_solver_on_cosine_betas():
-    """`lambda_min_clipped`, under all spacings, for both schedulers that heed it."""
+    """`lambda_min_clipped`, under all spacings, for both schedulers that use it."""
     for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler):
         spacings = (
             ("linspace", "leading", "trailing") if kind.__name__ == "DPMSolverMultistepScheduler" else ()
@@ -288,7 +287,7 @@ def test_a_folder_that_ours_wrote_is_opened_by_diffusers(pipes, tmp_path):
         reference = opened(kind, tmp_path / stage)
         assert reference.scheduler.config.variance_type == "learned_range"
         again = pipelines.load(tmp_path / stage)
-        assert type(again) is type(pipes[stage]) and again.scheduler == pipes[stage].scheduler
+        assert again.family is pipes[stage].family and again.scheduler == pipes[stage].scheduler
         assert not [row for row in pipelines.compare(again, pipes[stage]) if row.difference]
 
 
@@ -304,7 +303,7 @@ def test_a_text_encoder_may_be_shared(folders, pipes, tmp_path):
     with pytest.raises(InvalidArgumentError, match="without a text encoder"):
         alone(KEY, "a cat", **call)
     shared = {name: getattr(pipes["I"], name) for name in ("text_encoder", "tokenizer")}
-    drawn = dataclasses.replace(alone, **shared)(KEY, "a cat", **call)
+    drawn = alone.replace(**shared)(KEY, "a cat", **call)
     np.testing.assert_array_equal(drawn, pipes["II"](KEY, "a cat", **call))
 
 
@@ -333,7 +332,7 @@ def test_parts_of_other_models_are_refused(folders, tmp_path):
     for stage, name, change, message in (
         ("I", "text_encoder", None, "24 wide, its U-Net takes 16"),
         ("I", "unet", {"in_channels": 6}, "takes 6 channels and draws 6"),
-        ("II", "unet", {"in_channels": 6}, "not told a noise level"),
+        ("II", "unet", {"in_channels": 6}, "takes no noise level"),
         ("I", "unet", {"in_channels": 3, "out_channels": 3}, "wants a learned variance"),
     ):
         folder = tmp_path / f"{stage}-{message[:4]}"

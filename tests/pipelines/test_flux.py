@@ -100,7 +100,7 @@ def reference_latents(reference, **call):
 
 
 def test_dev(folders, pipes):
-    """Told its guidance, on the grid that the number of tokens shifts: those of an oblong picture."""
+    """Its guidance is an input, on the grid that the number of tokens shifts: those of an oblong picture."""
     reference = open_reference(diffusers.FluxPipeline, folders["dev"])
     size, start = {"height": SIZE, "width": SIZE // 2}, START[:, :, : LATENT // 2]
     latents = reference_latents(reference, latents=packed(theirs(start)), **size, **STEPS)
@@ -108,15 +108,15 @@ def test_dev(folders, pipes):
     assert_latents_agree(drawn, latents)
     assert pipes["dev"].num_image_tokens((SIZE, SIZE // 2)) == 8
     other = pipes["dev"](KEY, PROMPT, latents=start, output="latents", **STEPS | {"guidance_scale": 1.0})
-    assert np.abs(other - drawn).max() > 1e-3  # it is heeded
-    with pytest.warns(UserWarning, match="not heeded: give true_cfg_scale"):
+    assert np.abs(other - drawn).max() > 1e-3  # it is used
+    with pytest.warns(UserWarning, match="ignored: give true_cfg_scale"):
         again = pipes["dev"](KEY, PROMPT, "bad", latents=start, output="latents", **STEPS)
     np.testing.assert_array_equal(again, drawn)
     assert_images_agree(pipes["dev"].decode(drawn), reference, latents)
 
 
 class UniPCOnThisGrid(diffusers.UniPCMultistepScheduler):
-    """Their pipeline lets it choose its grid and cut its times to whole ones; here it walks FLUX's
+    """Their pipeline lets it choose its grid and cut its times to whole ones; here it has FLUX's
     grid, at its own times.
     """
 
@@ -137,26 +137,26 @@ def test_another_solver(folders, pipes):
 
 
 def test_schnell(folders, pipes):
-    """Four steps without a shift, and without guidance; the reference is told a scale and ignores it."""
+    """Four steps without a shift, and without guidance; the reference is given a scale and ignores it."""
     reference = open_reference(diffusers.FluxPipeline, folders["schnell"])
     assert pipes["schnell"].default_steps() == 4 and pipes["dev"].default_steps() == 28
     call = {"max_sequence_length": 20, "guidance_scale": 0.0}
     latents = reference_latents(reference, latents=TOKENS, num_inference_steps=4, **SQUARE, **call)
     drawn = pipes["schnell"](KEY, PROMPT, latents=START, output="latents", **call)
     assert_latents_agree(drawn, latents)
-    with pytest.raises(InvalidArgumentError, match=r"told no guidance.*which is 3\.5; true_cfg_scale"):
+    with pytest.raises(InvalidArgumentError, match=r"takes no guidance.*which is 3\.5; true_cfg_scale"):
         pipes["schnell"](KEY, PROMPT, guidance_scale=3.5)
 
 
 def test_texts_are_as_long_as_in_training(pipes):
     for name, tokens in (("dev", 512), ("schnell", 256)):
-        told, away = pipes[name].conditions([PROMPT, "a hat"], None, (SIZE, SIZE))
-        assert told["encoder_hidden_states"].shape == away["encoder_hidden_states"].shape == (2, tokens, 24)
+        cond, uncond = pipes[name].encode_prompts([PROMPT, "a hat"], None, (SIZE, SIZE))
+        assert cond["encoder_hidden_states"].shape == uncond["encoder_hidden_states"].shape == (2, tokens, 24)
     assert pipes["dev"].default_size == (128 * 2, 128 * 2)  # 1024 pixels at the published factor of 8
 
 
 def test_image_to_image_with_true_guidance_and_other_texts_for_t5(folders, pipes, monkeypatch):
-    """2.5 of 5 steps: the half is walked, too."""
+    """2.5 of 5 steps: the half is taken, too."""
     reference = open_reference(diffusers.FluxImg2ImgPipeline, folders["dev"])
     without_posterior_noise(monkeypatch, img2img_module, [theirs(start_noise(channels=CHANNELS))])
     texts = dict(negative_prompt="bad", prompt_2="the cat sat.", negative_prompt_2="dogs!")
@@ -167,7 +167,7 @@ def test_image_to_image_with_true_guidance_and_other_texts_for_t5(folders, pipes
     drawn = pipes["dev"](KEY, PROMPT, image=picture(), output="latents", **call)
     jax.effects_barrier()
     assert_latents_agree(drawn, latents)
-    assert max(steps) == 3 == pipes["dev"].count_ticks(1, call | {"image": picture()})
+    assert max(steps) == 3 == pipes["dev"].num_callbacks(1, **call, image=picture())
 
 
 def test_inpainting(folders, pipes, monkeypatch):
@@ -215,7 +215,7 @@ def test_parts_of_different_models_are_refused(pipes, changes, message):
     transformer = pipes["dev"].transformer
     config = dataclasses.replace(transformer.config, **changes)
     module = dataclasses.replace(transformer.module, config=config)
-    mixed = dataclasses.replace(pipes["dev"], transformer=dataclasses.replace(transformer, module=module))
+    mixed = pipes["dev"].replace(transformer=dataclasses.replace(transformer, module=module))
     with pytest.raises(CheckpointError, match=message):
         mixed.check_parts()
 

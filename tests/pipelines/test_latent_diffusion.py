@@ -13,9 +13,8 @@ from tiny_models import SCHEDULE, latent_pipeline, pixel_pipeline
 from jaxldm import diffusion as D
 from jaxldm.data import to_uint8
 from jaxldm.diffusion import NoiseSchedule
-from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError, UnknownNameError
-from jaxldm.pipelines import LatentDiffusion
-from jaxldm.pipelines.fixed_batches import IMAGES_PER_DEVICE
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, JaxldmError, UnknownNameError
+from jaxldm.pipelines import Network, class_to_image
 
 KEY = jax.random.key(5)
 MEANS = (0.3, -0.25, 0.1)  # of the two classes, and of the null class
@@ -42,7 +41,8 @@ class ExactEpsilon(nn.Module):
         return sigma * (x - alpha * mean) / (alpha**2 * STD**2 + sigma**2)
 
 
-EXACT = LatentDiffusion(ExactEpsilon(), {}, SCHEDULE)
+EXACT = class_to_image(Network(ExactEpsilon(), {}), SCHEDULE)
+IMAGES_PER_DEVICE = EXACT.images_per_device
 
 
 def first_noise(number):
@@ -100,7 +100,7 @@ def test_the_pipeline_is_the_composition_written_by_hand(pipe, drawn):
     grid = D.make_grid(path, 3)
 
     def network(x, t, labels):
-        return pipe.denoiser.apply({"params": pipe.denoiser_params}, x, t, labels)
+        return pipe.denoiser(x, t, labels)
 
     @jax.jit
     def draw_one(key, label):
@@ -108,10 +108,10 @@ def test_the_pipeline_is_the_composition_written_by_hand(pipe, drawn):
         noise = D.initial_noise(key, (1, 4, 4, 2), grid)
         latents = D.sample(key, D.denoiser(predict, D.epsilon(path)), D.solvers.ddpm(), grid, noise)
         z = latents / pipe.autoencoder.config.scaling_factor + pipe.autoencoder.config.shift_factor
-        return pipe.autoencoder.apply({"params": pipe.autoencoder_params}, z, method="decode")
+        return pipe.autoencoder(z, method="decode")
 
     image = draw_one(jax.random.fold_in(KEY, 17)[None], jnp.array([17 % 3]))
-    assert pipe.image_shape == image.shape[1:] == (8, 8, 1)
+    assert pipe.image_shape() == image.shape[1:] == (8, 8, 1)
     np.testing.assert_allclose(drawn[17], image[0], atol=2e-4)
 
 
@@ -138,7 +138,7 @@ def test_images_differ_from_each_other_and_from_those_of_another_seed(pipe, draw
     assert (np.abs(other - drawn[:3]).max(axis=(1, 2, 3)) > 0.01).all()
 
 
-def test_steering_away_from_the_asked_class_is_no_guidance(pipe):
+def test_steering_away_from_the_requested_class_is_no_guidance(pipe):
     def draw(**options):
         return pipe(KEY, [1, 2], num_inference_steps=3, solver="ddpm", **options)
 
@@ -160,7 +160,7 @@ def draw_with_other_arguments(pipe, solver):
 
 @pytest.mark.parametrize("solver", sorted(D.solvers.SOLVERS))
 def test_another_seed_scale_class_or_number_of_steps_compiles_nothing(solver):
-    fresh = EXACT.replace(denoiser=ExactEpsilon(ExactConfig(sample_size=3)))
+    fresh = EXACT.replace(denoiser=Network(ExactEpsilon(ExactConfig(sample_size=3)), {}))
     first, others = draw_with_other_arguments(fresh, solver)
     same_call = solver in ("dpmpp_1s", "euler")  # as ddim(eta=0), which may have been compiled before
     assert (first > 0 or same_call) and others == 0
@@ -178,7 +178,7 @@ def test_guidance_rescale_is_that_of_the_published_formula(rescale):
     grid = D.make_grid(path, 4)
 
     def predict(x, t):
-        null, conditional = (EXACT.denoiser.apply({}, x, t, jnp.full(1, label)) for label in (2, 0))
+        null, conditional = (EXACT.denoiser(x, t, jnp.full(1, label)) for label in (2, 0))
         guided = null + 3.0 * (conditional - null)
         rescaled = guided * jnp.std(conditional) / jnp.std(guided)
         return rescale * rescaled + (1 - rescale) * guided
@@ -211,8 +211,8 @@ def test_a_learned_variance_is_left_aside():
     plain = pixel_pipeline(learn_sigma=False)
     learned = pixel_pipeline(learn_sigma=True)
     # The same network, with the variance channels (the second half of each pixel's outputs) put behind.
-    params = jax.tree.map(lambda x: x, plain.denoiser_params)
-    shapes = jax.tree.map(np.shape, learned.denoiser_params)
+    params = jax.tree.map(lambda x: x, plain.denoiser.params)
+    shapes = jax.tree.map(np.shape, learned.denoiser.params)
     linear = params["final_layer"]["linear"]
     pixels = linear["kernel"].reshape(16, 16, 1)
     linear = {
@@ -227,7 +227,9 @@ def test_a_learned_variance_is_left_aside():
         },
     }
     assert jax.tree.map(np.shape, params) == shapes
-    images = learned.replace(denoiser_params=params)(KEY, [0, 1], num_inference_steps=2)
+    images = learned.replace(denoiser=learned.denoiser.replace(params=params))(
+        KEY, [0, 1], num_inference_steps=2
+    )
     np.testing.assert_allclose(images, plain(KEY, [0, 1], num_inference_steps=2), atol=1e-5)
 
 
@@ -240,7 +242,7 @@ def test_a_model_without_classes():
             pipe(KEY, **wrong)
 
 
-def test_on_step_is_called_as_often_as_the_bar_is_long():
+def test_on_step_is_called_by_each_device():
     steps = []
     EXACT(
         KEY,
@@ -251,8 +253,19 @@ def test_on_step_is_called_as_often_as_the_bar_is_long():
         devices=jax.devices()[:2],
     )
     jax.effects_barrier()
-    assert len(steps) == EXACT.count_steps(20, 3, jax.devices()[:2]) == 6
+    assert len(steps) == 6
     assert sorted(steps) == [(step, (IMAGES_PER_DEVICE, 2, 2, 1)) for step in (0, 0, 1, 1, 2, 2)]
+
+
+def test_progress_is_called_as_often_as_the_bar_is_long():
+    """And another callback compiles nothing."""
+    done, call = [], dict(num_images=20, num_inference_steps=3, devices=jax.devices()[:1])
+    EXACT(KEY, [0], **call)
+    before = COMPILATIONS.count
+    EXACT(KEY, [0], progress=lambda step, total: done.append((step, total)), **call)
+    assert done == 2 * [(1, 3), (2, 3), (3, 3)] and len(done) == EXACT.num_callbacks(**call)
+    EXACT(KEY, [0], progress=lambda step, total: None, **call)
+    assert COMPILATIONS.count == before
 
 
 @pytest.mark.parametrize(
@@ -289,5 +302,5 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_compiled(pipe, wrong
 
 def test_zero_terminal_snr_with_epsilon_is_refused():
     pipe = pixel_pipeline(schedule=NoiseSchedule(zero_terminal_snr=True))
-    with pytest.raises(InvalidArgumentError, match="v_prediction"):
+    with pytest.raises(CheckpointError, match="v_prediction"):
         pipe(KEY, [0])

@@ -73,10 +73,9 @@ def test_text_to_image(folders, pipes, family, solver):
         **STEPS,
         **rescale,
     ).images
-    plan = pipelines.make_plan(pipes[family].scheduler, solver)
     scale = float(reference.scheduler.init_noise_sigma)
     if scale != 1:  # it counts in x / alpha
-        scale *= pipes[family].make_grid(plan, 5).alpha[0]
+        scale *= pipes[family].grid(solver=solver, num_inference_steps=5)[1].alpha[0]
     call = dict(solver=solver, latents=scale * start, **STEPS, **rescale)
     assert_latents_agree(pipes[family](KEY, PROMPTS, NEGATIVE, output="latents", **call), latents)
     assert_images_agree(pipes[family](KEY, PROMPTS, NEGATIVE, **call), reference, latents)
@@ -145,7 +144,7 @@ def test_inpainting_by_putting_the_known_part_back(folders, pipes, monkeypatch, 
     np.testing.assert_allclose(drawn[0][kept], image[0][kept], atol=1e-6)
 
 
-def test_inpainting_by_a_network_that_is_told_the_mask(folders, pipes, monkeypatch):
+def test_inpainting_by_a_network_that_takes_the_mask(folders, pipes, monkeypatch):
     reference = open_reference(StableDiffusionInpaintPipeline, folders["inpainting"], "ddim")
     without_posterior_noise(monkeypatch, inpaint_module, [theirs(noise())])
     white = torch.from_numpy(mask() / np.float32(255))[None, None]
@@ -172,12 +171,12 @@ def feed_steps(monkeypatch, count):
 
 
 def test_latent_consistency_model(folders, pipes, monkeypatch):
-    """The network is told the guidance; each step but the last adds fresh noise."""
+    """The network takes the guidance scale; each step but the last adds fresh noise."""
     reference, pipe = open_reference(LatentConsistencyModelPipeline, folders["lcm"]), pipes["lcm"]
     feed_steps(monkeypatch, 3)
     call = dict(guidance_scale=3.0, num_inference_steps=4)
     latents = reference(PROMPTS[0], latents=theirs(noise()), output_type="latent", **call).images
-    assert pipe.knows_guidance and pipe.default_steps() == 4
+    assert pipe.is_guidance_distilled and pipe.default_steps() == 4
     drawn = pipe(KEY, PROMPTS[0], latents=noise(), output="latents", guidance_scale=3.0)
     assert_latents_agree(drawn, latents)
 

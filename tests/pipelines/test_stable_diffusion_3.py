@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 def opened(folder):
     """Ours, on the rows of diffusers, which shifts the last one twice."""
     pipe = pipelines.load(folder)
-    return dataclasses.replace(pipe, scheduler=pipe.scheduler | {"_shift_t_min_twice": True})
+    return pipe.replace(scheduler=pipe.scheduler | {"_shift_t_min_twice": True})
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_shift_by_the_number_of_tokens(reference, pipe):
         latents = reference(PROMPT, latents=theirs(start), output_type="latent", **call).images
     finally:
         reference.scheduler = plain
-    dynamic = dataclasses.replace(pipe, scheduler=config)
+    dynamic = pipe.replace(scheduler=config)
     drawn = dynamic(KEY, PROMPT, latents=start, output="latents", **STEPS, **MORE)
     assert_latents_agree(drawn, latents)
     assert dynamic.num_image_tokens((SIZE, SIZE // 2)) == 8
@@ -127,16 +127,16 @@ def test_inpainting(folder, pipe, monkeypatch):
     assert_latents_agree(drawn, latents)
 
 
-def told(pipe, **options):
-    """(states, pooled) as the network is told them."""
-    return tuple(pipe.conditions([PROMPT], None, (SIZE, SIZE), **MORE, **options)[0].values())
+def encoded(pipe, **options):
+    """(states, pooled) as the network takes them."""
+    return tuple(pipe.encode_prompts([PROMPT], None, (SIZE, SIZE), **MORE, **options)[0].values())
 
 
 @pytest.mark.parametrize("missing", ["text_encoder", "text_encoder_2", "text_encoder_3"])
 def test_any_encoder_may_be_left_out(pipe, reference, missing):
     """It is zeros then, and nothing else changes; of T5 diffusers says the same."""
-    whole, whole_pooled = told(pipe)
-    states, pooled = told(dataclasses.replace(pipe, **{missing: None}))
+    whole, whole_pooled = encoded(pipe)
+    states, pooled = encoded(pipe.replace(**{missing: None}))
     zeroed, zeroed_pooled = whole.copy(), whole_pooled.copy()
     if missing == "text_encoder_3":
         zeroed[:, 77:] = 0
@@ -155,9 +155,9 @@ def test_any_encoder_may_be_left_out(pipe, reference, missing):
         np.testing.assert_allclose(states, expected[0].detach(), atol=1e-4)
         np.testing.assert_allclose(pooled, expected[2].detach(), atol=1e-4)
     only = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
-    alone = dataclasses.replace(pipe, **only | {missing: getattr(pipe, missing)})
+    alone = pipe.replace(**only | {missing: getattr(pipe, missing)})
     alone.check_parts()
-    states, pooled = told(alone)
+    states, pooled = encoded(alone)
     np.testing.assert_array_equal(states, whole - zeroed)
     np.testing.assert_array_equal(pooled, whole_pooled - zeroed_pooled)
 
@@ -204,7 +204,7 @@ def test_parts_of_different_models_are_refused(pipe, changes, message):
         module = dataclasses.replace(pipe.transformer.module, config=config)
         changes = {"transformer": dataclasses.replace(pipe.transformer, module=module)}
     with pytest.raises(CheckpointError, match=message):
-        dataclasses.replace(pipe, **changes).check_parts()
+        pipe.replace(**changes).check_parts()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """SDXL's base, its refiner and the hand-over against the pipelines of diffusers, on tiny random folders."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -41,7 +39,7 @@ def pipes(folders):
 
 @pytest.mark.parametrize("solver", [None, "ddim", "dpmpp_2m", "unipc"])
 def test_text_to_image(folders, pipes, solver):
-    """None is the folder's own, Euler. Without a negative prompt the other branch is told zeros."""
+    """None is the folder's own, Euler. Without a negative prompt the other branch takes zeros."""
     reference = open_reference(StableDiffusionXLPipeline, folders["base"], solver)
     latents = reference(PROMPT, latents=theirs(noise()), output_type="latent", **STEPS).images
     call = dict(latents=noise(), solver=solver, **STEPS)
@@ -57,7 +55,7 @@ def test_playground_walks_the_path_of_edm(folders, pipes):
     reference.scheduler = EDMDPMSolverMultistepScheduler()
     latents = reference(PROMPT, latents=theirs(noise()), output_type="latent", **STEPS).images
     config = dict(reference.scheduler.config) | {"_class_name": "EDMDPMSolverMultistepScheduler"}
-    pipe = dataclasses.replace(pipes["base"], scheduler=config)
+    pipe = pipes["base"].replace(scheduler=config)
     start = noise() * float(reference.scheduler.init_noise_sigma)
     assert_latents_agree(pipe(KEY, PROMPT, latents=start, output="latents", **STEPS), latents)
 
@@ -78,7 +76,7 @@ def test_other_texts_for_the_second_encoder_and_micro_conditioning(folders, pipe
     drawn = pipes["base"](KEY, PROMPT, latents=noise(), output="latents", **call)
     assert_latents_agree(drawn, latents)
     plain = pipes["base"](KEY, PROMPT, latents=noise(), output="latents", **texts, **STEPS)
-    assert np.abs(plain - drawn).max() > 0.01  # the numbers are heeded
+    assert np.abs(plain - drawn).max() > 0.01  # the numbers are used
 
 
 def test_base_hands_over_to_the_refiner(folders, pipes):

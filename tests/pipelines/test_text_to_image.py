@@ -1,6 +1,5 @@
 """What all text-to-image pipelines promise: batches, keys, compilations, previews, folders, and mistakes."""
 
-import dataclasses
 import functools
 import json
 import warnings
@@ -73,6 +72,38 @@ def test_another_seed_scale_prompt_or_number_of_steps_compiles_nothing(pipe):
     assert COMPILATIONS.count == first
 
 
+def test_another_callback_compiles_nothing(pipe):
+    """Nor does the first one: callbacks run between the calls of the compiled function."""
+    call = dict(solver="euler", num_inference_steps=3, output="latents")
+    pipe(KEY, "a cat", **call)
+    before, seen = COMPILATIONS.count, []
+    pipe(KEY, "a cat", progress=lambda done, total: seen.append(done), **call)
+    pipe(KEY, "a cat", progress=lambda done, total: seen.append(-done), **call)
+    pipe(KEY, "a cat", on_step=lambda step, x: seen.append(x.shape), **call)
+    assert seen == [1, 2, 3, -1, -2, -3] + 3 * [(1, LATENT, LATENT, 4)]
+    assert COMPILATIONS.count == before
+
+
+def test_after_a_warm_up_nothing_is_compiled(pipe):
+    """And it takes no step: with an image to start from, what is decoded is that image under noise."""
+    own = pipe.replace(scheduler=dict(pipe.scheduler) | {"beta_end": 0.0121})  # not compiled by other tests
+    before, seen = COMPILATIONS.count, []
+    own.warm_up("a dog", solver="heun", num_inference_steps=4, progress=lambda *steps: seen.append(steps))
+    first = COMPILATIONS.count
+    assert first > before and not seen
+    images = own(KEY, "a cat", "bad", solver="heun", num_inference_steps=6, guidance_scale=3.0)
+    assert COMPILATIONS.count == first
+    assert images.shape == (1, SIZE, SIZE, 3)
+
+
+def test_karras_may_be_typed_as_a_spacing(pipe):
+    drawn, expected = (
+        pipe(KEY, "a cat", **option, **EULER) for option in (dict(spacing="karras"), dict(sigmas="karras"))
+    )
+    np.testing.assert_array_equal(drawn, expected)
+    assert np.abs(drawn - pipe(KEY, "a cat", **EULER)).max() > 0.01
+
+
 def test_previews_are_x_0_as_seen_on_the_way(pipe):
     """Euler's last step goes where x_0 is seen, so the last of as many previews as steps is the image."""
     images, previews = pipe(KEY, "a cat", solver="euler", num_inference_steps=4, previews=4)
@@ -82,7 +113,7 @@ def test_previews_are_x_0_as_seen_on_the_way(pipe):
     assert apart == sorted(apart, reverse=True) and apart[0] > 0.01
 
 
-def test_the_caller_is_told_of_each_step(pipe):
+def test_callbacks_are_called_after_each_step(pipe):
     steps, done = [], []
     call = dict(num_inference_steps=4, solver="euler", output="latents")
     latents = pipe(
@@ -104,8 +135,7 @@ def test_latents_go_out_and_in(pipe):
     images = pipe(KEY, "a cat", num_inference_steps=4, solver="euler")
     latents = pipe(KEY, "a cat", **EULER)
     np.testing.assert_array_equal(pipe.decode(latents), images)
-    plan = pipelines.make_plan(pipe.scheduler, "euler")
-    grid = pipe.make_grid(plan, 4)
+    _, grid = pipe.grid(solver="euler", num_inference_steps=4)
     start = D.initial_noise(KEY, (1, LATENT, LATENT, 4), grid)
     assert_near(pipe(KEY, "a cat", latents=start, **EULER), latents)
 
@@ -121,7 +151,7 @@ def test_both_parts_of_a_cut_run_are_the_whole_run(pipe):
 def test_a_part_is_swapped(pipe):
     """Another solver object, other weights, another schedule: each is one replacement."""
     flat = jax.tree.map(np.zeros_like, pipe.vae.params)
-    changed = dataclasses.replace(pipe, vae=pipe.vae.replace(params=flat))
+    changed = pipe.replace(vae=pipe.vae.replace(params=flat))
     assert not changed(KEY, "a cat", solver="euler", num_inference_steps=4).any()
     own = pipe(KEY, "a cat", solver=D.solvers.ddim(), num_inference_steps=4, output="latents")
     named = pipe(KEY, "a cat", num_inference_steps=4, output="latents", solver="ddim")
@@ -171,10 +201,10 @@ def test_a_lora_file_is_merged_into_a_copy(pipe, tmp_path):
 
 def test_words_that_the_encoder_does_not_see_are_named(pipe):
     with pytest.warns(UserWarning, match="does not see 'zebra at last'"):
-        pipe.conditions(["cat " * 75 + "zebra at last"], None, (SIZE, SIZE))
+        pipe.encode_prompts(["cat " * 75 + "zebra at last"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe.conditions(["cat " * 75], None, (SIZE, SIZE))
+        pipe.encode_prompts(["cat " * 75])
 
 
 @pytest.mark.parametrize(
@@ -215,7 +245,7 @@ def test_a_mistake_is_named_before_anything_is_compiled(pipe, call, words):
     with pytest.raises(InvalidArgumentError) as error:
         pipe(KEY, **({"prompt": "a cat"} | call))
     assert all(word in str(error.value) for word in words), str(error.value)
-    assert COMPILATIONS.count - before <= 1  # keys and their kin, no network
+    assert COMPILATIONS.count - before <= 1  # keys and the like, no network
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from z_image_folders import write_z_image
 
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.pipelines.families.z_image import TEMPLATE
 from jaxldm.pipelines.prompts import encode_texts
-from jaxldm.pipelines.z_image import TEMPLATE
 
 CHANNELS = 16
 NOISE = noise(2, channels=CHANNELS)
@@ -74,7 +74,7 @@ def test_text_to_image(pipe, reference, their_latents):
 
 
 def test_another_solver(folder, pipe, monkeypatch):
-    """Heun's scheduler takes no sigmas: both walk the grid that it makes itself, its last t shifted twice."""
+    """Heun's scheduler takes no sigmas: both use the grid that it makes itself, its last t shifted twice."""
     reference = open_reference(diffusers.ZImagePipeline, folder)
     reference.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(reference.scheduler.config)
 
@@ -86,7 +86,7 @@ def test_another_solver(folder, pipe, monkeypatch):
     call = dict(latents=theirs(NOISE[:1]), output_type="latent", **THEIRS)
     latents = reference(PROMPTS[0], **call).images
     rows = {"_spacing": "linspace", "_shift_t_min_twice": True}
-    own = dataclasses.replace(pipe, scheduler=dict(pipe.scheduler) | rows)
+    own = pipe.replace(scheduler=dict(pipe.scheduler) | rows)
     given = dict(solver="flow_heun", latents=NOISE[:1], output="latents")
     assert_latents_agree(own(KEY, PROMPTS[0], **given, **OURS), latents)
 
@@ -115,7 +115,7 @@ def test_turbo_is_not_guided(pipe, reference):
         latents = reference(PROMPTS[0], latents=theirs(start), **call).images
     finally:
         reference.scheduler = plain
-    own = dataclasses.replace(pipe, scheduler=config)
+    own = pipe.replace(scheduler=config)
     drawn = own(KEY, PROMPTS[0], guidance_scale=1.0, latents=start, output="latents", **given)
     assert_latents_agree(drawn, latents)
     assert own.num_image_tokens((SIZE, SIZE // 2)) == 8
@@ -212,4 +212,4 @@ def test_parts_of_different_models_are_refused(pipe, part, change, message):
     network = getattr(pipe, part)
     module = type(network.module)(dataclasses.replace(network.config, **change))
     with pytest.raises(CheckpointError, match=message):
-        dataclasses.replace(pipe, **{part: network.replace(module=module)}).check_parts()
+        pipe.replace(**{part: network.replace(module=module)}).check_parts()

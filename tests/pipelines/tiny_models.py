@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxldm import models
 from jaxldm.diffusion import NoiseSchedule
-from jaxldm.pipelines import LatentDiffusion
+from jaxldm.pipelines import Network, Pipeline, class_to_image
 
 SCHEDULE = NoiseSchedule()
 UNET = dict(
@@ -36,16 +36,15 @@ def random_params(module, seed=0):
     )
 
 
-def latent_pipeline(seed=0, schedule=SCHEDULE, **unet) -> LatentDiffusion:
+def latent_pipeline(seed=0, schedule=SCHEDULE, **unet) -> Pipeline:
     """A class-conditional U-Net in the latents of a convolutional autoencoder: 4x4x2 -> 8x8x1."""
     denoiser = models.build("mini-unet", **{**UNET, **unet})
     autoencoder = models.build("mini-autoencoder", **AUTOENCODER, scaling_factor=0.7, shift_factor=0.1)
-    return LatentDiffusion(
-        denoiser, random_params(denoiser, seed), schedule, autoencoder, random_params(autoencoder, seed + 1)
-    )
+    networks = (denoiser, random_params(denoiser, seed)), (autoencoder, random_params(autoencoder, seed + 1))
+    return class_to_image(Network(*networks[0]), schedule, Network(*networks[1]))
 
 
-def pixel_pipeline(seed=0, schedule=SCHEDULE, **dit) -> LatentDiffusion:
+def pixel_pipeline(seed=0, schedule=SCHEDULE, **dit) -> Pipeline:
     """A DiT that draws 8x8x1 pixels."""
     denoiser = models.build("tiny-dit", **{**DIT, **dit})
-    return LatentDiffusion(denoiser, random_params(denoiser, seed), schedule)
+    return class_to_image(Network(denoiser, random_params(denoiser, seed)), schedule)

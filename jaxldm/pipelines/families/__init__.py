@@ -1,0 +1,35 @@
+"""The families of models: one file each, read from top to bottom like the authors' own sampling script."""
+
+from jaxldm.pipelines.families.amused import AMUSED
+from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
+from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
+from jaxldm.pipelines.families.flux import FLUX
+from jaxldm.pipelines.families.pixart import PIXART_ALPHA, PIXART_SIGMA
+from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
+from jaxldm.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
+from jaxldm.pipelines.families.wuerstchen import WUERSTCHEN, WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR
+from jaxldm.pipelines.families.z_image import Z_IMAGE
+from jaxldm.pipelines.pipeline import Family
+
+# Class-to-image families, which `jaxldm sample` draws from labels.
+OF_CLASSES: tuple[Family, ...] = (CLASS_TO_IMAGE, DIT)
+# A new family adds one line.
+FAMILIES: tuple[Family, ...] = (
+    *OF_CLASSES,
+    AMUSED,
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    STABLE_DIFFUSION_3,
+    FLUX,
+    PIXART_SIGMA,
+    PIXART_ALPHA,
+    DEEPFLOYD_IF,
+    DEEPFLOYD_IF_SUPER_RESOLUTION,
+    WUERSTCHEN,
+    WUERSTCHEN_PRIOR,
+    WUERSTCHEN_DECODER,
+    Z_IMAGE,
+)
+# `_class_name` of model_index.json -> the family.
+PIPELINES: dict[str, Family] = {name: family for family in FAMILIES for name in family.folder.class_names}

@@ -1,0 +1,334 @@
+"""aMUSEd: images as tokens, unmasked in a few steps, the most certain first.
+
+Patil et al. 2024 (arXiv:2401.01808), after MUSE (Chang et al. 2023). No path, no solver: `D.sample_tokens`
+takes the steps of an `Unmasking`, and the codebook makes pixels of the tokens. Text-to-image, image-to-image
+and inpainting are one call. `latents=` and `output="latents"` are tokens, int32 [N, h, w]; the mask token
+(`pipe.mask_token()`) stands where nothing is known.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt32
+
+from jaxldm import diffusion as D
+from jaxldm import models
+from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.models.config import height_width
+from jaxldm.pipelines.generate import STEPS_AT_ONCE, Call, ImageKeys, Request
+from jaxldm.pipelines.inputs import Inputs, LatentSpec, Size, check_count, check_rows, read_inputs, repeated
+from jaxldm.pipelines.latents import in_batches, over_images, scale_factor
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.prompts import encode_texts
+
+SCHEDULER = "AmusedScheduler"
+TEMPERATURE = (2.0, 0.0)
+
+
+class InitialTokens(NamedTuple):
+    """Where N images start.
+
+    Attributes:
+        tokens: [N, h, w], the mask token where nothing is known.
+        total: [N], the number of tokens that the steps' fractions are parts of.
+        by_chance: the part of the tokens that is masked by chance before the first step is the unmasking's.
+    """
+
+    tokens: Int[np.ndarray, "N h w"]
+    total: Int[np.ndarray, " N"]
+    by_chance: bool = False
+
+
+class PerCall(NamedTuple):
+    """What all images of a call share. All of it is data to the compiled function."""
+
+    unmasking: D.Unmasking
+    masked_by_chance: Float[Array, ""]
+    guidance_scale: Float[Array, ""]
+
+
+class PerImage(NamedTuple):
+    """What each of N images has of its own: its key's numbers, and the rest as in `InitialTokens`."""
+
+    key: UInt32[Any, "N 2"]
+    tokens: Int[Any, "N h w"]
+    total: Int[Any, " N"]
+    cond: dict[str, Any]
+    uncond: dict[str, Any] | None
+
+
+class Compiled(NamedTuple):
+    """What is compiled into the token loop, besides shapes: another value of it compiles again."""
+
+    mask_token: int
+    key_impl: Any
+    on_step: Any
+    progress: Any
+
+
+def encode(
+    pipe: Pipeline,
+    request: Request,
+    *,
+    original_size: Size | None = None,
+    crops_coords_top_left: Size = (0, 0),
+    aesthetic_score: float = 6.0,
+    temperature: float | Sequence[float] = TEMPERATURE,
+    mask_schedule: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """CLIP's penultimate states and its projected pooled state, and the micro-conditions.
+
+    Args:
+        original_size, crops_coords_top_left, aesthetic_score: (height, width) of a training picture as it
+            was, default the size drawn; (top, left) where it was cut; and its score.
+        temperature: of the noise on the confidence, from the first step to the last, or one for all: for
+            `unmasking`.
+        mask_schedule: a name of `D.MASK_SCHEDULES`, for `unmasking`; default the folder's ("cosine"), or
+            "linear" with a mask, as published.
+    """
+    height, width = original_size or request.size
+    # Width and height, but top and left: so the training counted them.
+    numbers = np.float32([width, height, *crops_coords_top_left, aesthetic_score])
+
+    def condition(texts: list[str]) -> dict[str, Any]:
+        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, penultimate=True)
+        return {
+            "encoder_hidden_states": encoded.hidden,
+            "pooled_text_emb": encoded.pooled,
+            "micro_conds": np.tile(numbers, (len(texts), 1)),
+        }
+
+    return request.both(condition)
+
+
+def unmasking(pipe: Pipeline, call: Call, size: Size) -> D.Unmasking:
+    """The steps of a call, padded."""
+    schedule = call.own.get("mask_schedule") or _schedule(pipe, call.mask_image is not None)
+    steps = (
+        pipe.defaults.num_inference_steps if call.num_inference_steps is None else call.num_inference_steps
+    )
+    padded = -(-check_count(steps, "num_inference_steps") // STEPS_AT_ONCE) * STEPS_AT_ONCE
+    strength = 1.0 if call.strength is None else call.strength
+    return D.make_unmasking(steps, schedule, call.own.get("temperature", TEMPERATURE), padded, strength)
+
+
+def _schedule(pipe: Pipeline, with_mask: bool = False) -> str:
+    """The folder's mask schedule; the published pipeline for inpainting has its own."""
+    name = pipe.scheduler.get("masking_schedule", "cosine")
+    if name not in D.MASK_SCHEDULES:
+        raise CheckpointError(f"scheduler_config.json has masking_schedule {name!r}, which is not known")
+    return "linear" if with_mask else name
+
+
+def token_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
+    """The size, the image and mask in pixels, and the tokens that a call starts from."""
+    spec, tokens, height, width = pipe.latent_spec, call.latents, call.height, call.width
+    if tokens is not None:
+        if call.image is not None:
+            raise InvalidArgumentError("image and latents are both a start: give one of them")
+        tokens = _as_tokens(pipe, tokens)
+        check_rows(tokens, num_images, "latents")
+        given = tuple(n * int(spec.factor) for n in tokens.shape[1:])
+        height, width = given[0] if height is None else height, given[1] if width is None else width
+    pixels = spec._replace(factor=1, channels=3)
+    images = {"image": call.image, "mask_image": call.mask_image}
+    inputs = read_inputs(pixels, num_images, height=height, width=width, **images)
+    shape = spec.shape(inputs.size)[:2]
+    if tokens is not None and tokens.shape[1:] != shape:
+        given, wanted = ("x".join(map(str, sides)) for sides in (tokens.shape[1:], shape))
+        raise InvalidArgumentError(f"latents are {given} tokens, {wanted} are needed")
+    return inputs._replace(latents=tokens)
+
+
+def _as_tokens(pipe: Pipeline, tokens: Any) -> Int[np.ndarray, "N h w"]:
+    tokens, vocabulary = np.asarray(tokens), pipe.transformer.config.vocab_size
+    tokens = tokens[None] if tokens.ndim == 2 else tokens
+    if tokens.ndim != 3 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
+        raise InvalidArgumentError(
+            f"latents are tokens here: whole numbers [N, h, w], not {tokens.dtype} {list(tokens.shape)}"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise InvalidArgumentError(
+            f"latents hold tokens from {tokens.min()} to {tokens.max()}; this model knows 0 to "
+            f"{vocabulary - 1}, the mask token is {mask_token(pipe)}"
+        )
+    return tokens.astype(np.int32)
+
+
+def initial_tokens(pipe: Pipeline, call: Call, inputs: Inputs, num_images: int) -> InitialTokens:
+    """All masked, the caller's, those of an image, or those of the part of an image that stays."""
+    mask, (height, width, _) = mask_token(pipe), pipe.latent_shape(inputs.size)
+    if inputs.latents is not None:
+        tokens = repeated(inputs.latents, num_images)
+    elif inputs.image is None:
+        tokens = np.full((num_images, height, width), mask, np.int32)
+    else:
+        tokens = image_tokens(pipe, repeated(inputs.image, num_images))
+        if inputs.mask is None:
+            return InitialTokens(tokens, np.full(num_images, height * width, np.int32), by_chance=True)
+        factor = int(pipe.latent_spec.factor)
+        pixels = repeated(inputs.mask, num_images).reshape(num_images, height, factor, width, factor)
+        # A token is drawn again where half of its pixels or more are white.
+        tokens = np.where(pixels.mean((2, 4)) >= 0.5, np.int32(mask), tokens)
+    return InitialTokens(tokens, (tokens == mask).sum((1, 2), dtype=np.int32))
+
+
+def unmask_tokens(
+    pipe: Pipeline,
+    call: Call,
+    unmasking: D.Unmasking,
+    guidance_scale: float,
+    keys: ImageKeys,
+    condition: tuple[dict[str, Any], dict[str, Any] | None],
+    start: InitialTokens,
+    latent_shape: tuple[int, int, int],
+) -> tuple[Int[np.ndarray, "N h w"], None]:
+    """The tokens of a call, in batches of one fixed size, split over the devices."""
+    by_chance = unmasking.start if start.by_chance else np.float32(0)
+    if call.compile_only:
+        unmasking = unmasking._replace(num_steps=np.int32(0))
+    shared = (pipe.transformer, PerCall(unmasking, by_chance, np.float32(guidance_scale)))
+    per_image = PerImage(keys.data, start.tokens, start.total, *condition)
+    compiled = Compiled(mask_token(pipe), keys.impl, call.on_step, call.progress)
+
+    def run(shared: Any, batch: PerImage, mesh: Mesh) -> Any:
+        return _unmask(shared, batch, compiled=compiled, mesh=mesh)
+
+    return in_batches(run, shared, per_image, call.batch_size, call.devices, call.in_flight), None
+
+
+@functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
+def _unmask(shared: Any, per_image: PerImage, *, compiled: Compiled, mesh: Mesh) -> Int[Array, "N h w"]:
+    def on_one_device(shared, per_image):
+        return unmask(*shared, per_image, compiled)
+
+    return over_images(on_one_device, mesh)(shared, per_image)
+
+
+def unmask(
+    transformer: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled
+) -> Int[Array, "N h w"]:
+    """The tokens of N images. Pure; jit it."""
+    keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
+
+    def network(tokens, condition):
+        return transformer(tokens, **condition)
+
+    if per_image.uncond is None:
+        logits = functools.partial(network, condition=per_image.cond)
+    else:
+        branches = (per_image.cond, per_image.uncond)
+        logits = D.guided_logits(network, *branches, per_call.guidance_scale, alone_at_1=False)
+    tokens = D.mask_by_chance(keys, per_image.tokens, per_call.masked_by_chance, compiled.mask_token)
+    more = {"total": per_image.total, "callback": compiled.on_step, "progress": compiled.progress}
+    return D.sample_tokens(keys, logits, tokens, per_call.unmasking, mask_token=compiled.mask_token, **more)
+
+
+def decode(pipe: Pipeline, tokens: Int[Any, "N h w"], **options: Any) -> Float[np.ndarray, "N H W C"]:
+    """Images in [-1, 1] of tokens; options batch_size, devices, in_flight as in `in_batches`."""
+
+    def run(vqvae: Network, batch: Any, mesh: Mesh) -> Any:
+        return _decode(vqvae, batch, mesh=mesh)
+
+    return in_batches(run, pipe.vqvae, np.asarray(tokens, np.int32), **options)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _decode(vqvae: Network, tokens: Int[Array, "N h w"], *, mesh: Mesh) -> Float[Array, "N H W C"]:
+    def on_one_device(vqvae, tokens):
+        images = models.decode_indices(vqvae.module, vqvae.params, tokens)
+        return 2 * jnp.clip(images, 0.0, 1.0) - 1
+
+    return over_images(on_one_device, mesh)(vqvae, tokens)
+
+
+def image_tokens(pipe: Pipeline, images: Float[Any, "N H W C"]) -> Int[np.ndarray, "N h w"]:
+    """The tokens of images in [-1, 1]. Every different image is encoded once, alone."""
+    known: dict[bytes, np.ndarray] = {}
+    images = [np.asarray(image, np.float32) for image in images]
+    for image in images:
+        if image.tobytes() not in known:
+            known[image.tobytes()] = np.asarray(_encode(pipe.vqvae, image[None]))[0]
+    return np.stack([known[image.tobytes()] for image in images])
+
+
+@jax.jit
+def _encode(vqvae: Network, images: Float[Array, "N H W C"]) -> Int[Array, "N h w"]:
+    return models.encode_indices(vqvae.module, vqvae.params, (images + 1) / 2)
+
+
+def mask_token(pipe: Pipeline) -> int:
+    """The id that stands for "unknown"."""
+    return int(pipe.scheduler["mask_token_id"])
+
+
+def latent_spec(pipe: Pipeline) -> LatentSpec:
+    """Tokens; in the model for 512 pixels the transformer halves them once more."""
+    factor, config = scale_factor(pipe.vqvae), pipe.transformer.config
+    size = tuple(side * factor for side in height_width(config.sample_size))
+    return LatentSpec(size, factor * (2 if config.downsample else 1), factor, 1)
+
+
+def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
+    """How often a call with these options calls its `progress`: the length of a progress bar."""
+    steps = options.get("num_inference_steps") or pipe.defaults.num_inference_steps
+    strength = options.get("strength")
+    if options.get("image") is None or (strength is None and options.get("mask_image") is not None):
+        strength = 1.0
+    strength = pipe.defaults.strength if strength is None else strength
+    return max(1, int(steps * strength)) * -(-num_images // max(options.get("batch_size") or 1, 1))
+
+
+def check(pipe: Pipeline) -> None:
+    """Raise `CheckpointError` where the parts are of different models."""
+    config = pipe.transformer.config
+    kind = pipe.scheduler.get("_class_name")
+    if kind != SCHEDULER or "mask_token_id" not in pipe.scheduler:
+        raise CheckpointError(f"its scheduler is a {kind}; an {SCHEDULER} with a mask_token_id is needed")
+    _schedule(pipe)
+    if not 0 <= mask_token(pipe) < config.vocab_size:
+        raise CheckpointError(
+            f"its scheduler's mask is token {mask_token(pipe)}, its transformer knows {config.vocab_size}"
+        )
+    text, entries = pipe.text_encoder.config, pipe.vqvae.config.num_vq_embeddings
+    for what, width, wanted in (
+        ("text encoder gives states", text.hidden_size, config.encoder_hidden_size),
+        ("text encoder gives a pooled text", text.projection_dim, config.cond_embed_dim),
+        ("autoencoder has a codebook", entries, config.codebook_size),
+    ):
+        if width != wanted:
+            raise CheckpointError(f"its {what} of {width}, its transformer takes {wanted}")
+
+
+AMUSED = Family(
+    name="Amused",
+    folder=Folder(
+        class_names=("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline"),
+        parts=("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler"),  # CLIP ViT-L/14
+        check=check,
+    ),
+    defaults=lambda pipe: Defaults(guidance_scale=10.0, strength=0.5, num_inference_steps=12),
+    encode=encode,
+    autoencoder="vqvae",
+    latent_spec=latent_spec,
+    grid=unmasking,
+    is_guidance_distilled=lambda pipe: False,
+    read_inputs=token_inputs,
+    initial_latents=initial_tokens,
+    denoise=unmask_tokens,
+    decode=decode,
+    num_callbacks=count_callbacks,
+    unused=(
+        *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews"),
+        *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end"),
+    ),
+    methods={"mask_token": mask_token, "image_tokens": image_tokens},
+)

@@ -1,0 +1,80 @@
+"""Stable Diffusion 1.x and 2.x, and latent consistency models distilled from them.
+
+Rombach et al. 2022; SD 2 predicts v (Salimans and Ho 2022); LCM is Luo et al. 2023. Text-to-image,
+image-to-image and inpainting are one call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxldm.errors import CheckpointError
+from jaxldm.pipelines.generate import Request
+from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.prompts import encode_texts
+
+# Of families that were published with a safety checker, which is not read or written here: without this
+# diffusers opens the folder with a line about it.
+WITHOUT_SAFETY_CHECKER = {"requires_safety_checker": False}
+
+
+def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states behind the encoder's last layer; where there is no negative prompt, of the empty one."""
+
+    def states(texts: list[str]) -> dict[str, Any]:
+        return {"encoder_hidden_states": encode_texts(pipe.text_encoder, pipe.tokenizer, texts).hidden}
+
+    return request.both(states)
+
+
+def defaults(pipe: Pipeline) -> Defaults:
+    """A scale of 7.5; a latent consistency model takes 8.5 as an input."""
+    return Defaults(guidance_scale=8.5 if pipe.is_guidance_distilled else 7.5)
+
+
+def check(pipe: Pipeline) -> None:
+    """The texts' states and the latents must be as wide as the U-Net takes them.
+
+    Raises:
+        CheckpointError: parts of different models.
+    """
+    unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
+    encoders = [part for name, part in pipe.networks.items() if name.startswith("text_encoder")]
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    if width != unet.cross_attention_dim:
+        raise CheckpointError(
+            f"its text encoders give states {width} wide, its U-Net takes {unet.cross_attention_dim}"
+        )
+    if unet.out_channels != channels:
+        raise CheckpointError(
+            f"its autoencoder has {channels} latent channels, its U-Net draws {unet.out_channels}"
+        )
+
+
+def class_name(pipe: Pipeline) -> str:
+    """Inpainting and guidance-distilled networks have a class of their own in diffusers."""
+    if pipe.latent_spec.takes_mask:
+        return f"{pipe.family.name}InpaintPipeline"
+    return "LatentConsistencyModelPipeline" if pipe.is_guidance_distilled else f"{pipe.family.name}Pipeline"
+
+
+STABLE_DIFFUSION = Family(
+    name="StableDiffusion",
+    folder=Folder(
+        class_names=(
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
+        ),
+        # The text encoder is CLIP ViT-L/14 (SD 1.x), or OpenCLIP ViT-H/14 without its last layer (SD 2.x).
+        parts=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        constants=WITHOUT_SAFETY_CHECKER,
+        check=check,
+        class_name=class_name,
+    ),
+    denoisers=("unet",),
+    encode=encode,
+    defaults=defaults,
+)

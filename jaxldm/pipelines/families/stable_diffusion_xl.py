@@ -1,0 +1,132 @@
+"""Stable Diffusion XL: base, refiner, and one grid that both share (Podell et al. 2023).
+
+    base, refiner = pipelines.load("sdxl-base"), pipelines.load("sdxl-refiner")
+    steps = dict(num_inference_steps=40, solver="euler")
+    latents = base(key, prompt, denoising_end=0.8, output="latents", **steps)
+    images = refiner(key, prompt, latents=latents, denoising_start=0.8, **steps)
+
+Playground v2.5 is an SDXL base on EDM's path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxldm.pipelines.families import stable_diffusion
+from jaxldm.pipelines.generate import Request
+from jaxldm.pipelines.inputs import Size
+from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.prompts import Encoded, encode_texts, for_each
+
+
+def encode(
+    pipe: Pipeline,
+    request: Request,
+    *,
+    prompt_2: str | list[str] | None = None,
+    negative_prompt_2: str | list[str] | None = None,
+    original_size: Size | None = None,
+    crops_coords_top_left: Size = (0, 0),
+    target_size: Size | None = None,
+    aesthetic_score: float = 6.0,
+    negative_original_size: Size | None = None,
+    negative_crops_coords_top_left: Size | None = None,
+    negative_target_size: Size | None = None,
+    negative_aesthetic_score: float = 2.5,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The penultimate states of both text encoders, the pooled one of the second, and the micro-conditioning.
+
+    Args:
+        prompt_2, negative_prompt_2: other texts for the second encoder.
+        original_size, crops_coords_top_left, target_size: (height, width) of a training picture as it was,
+            (top, left) where it was cut, and the (height, width) to draw; default the size drawn, and (0, 0).
+        aesthetic_score: of the refiner, in place of target_size.
+        negative_original_size, negative_crops_coords_top_left, negative_target_size,
+            negative_aesthetic_score: the same for the negative branch; default as for the other one.
+
+    Raises:
+        InvalidArgumentError: a number of texts that does not fit.
+    """
+    prompts, negatives, _, size = request
+    second = for_each(prompt_2, prompts, "prompt_2")
+    negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
+    cond = _encode_both(pipe, prompts, second)
+    if negatives is None and negative_second is None and pipe.force_zeros_for_empty_prompt:
+        uncond = Encoded(*(np.zeros_like(part) for part in cond))
+    else:
+        uncond = _encode_both(pipe, negatives or [""] * len(prompts), negative_second)
+
+    original, target = original_size or size, target_size or size
+    numbers = (*original, *crops_coords_top_left)
+    negative_numbers = (
+        *(negative_original_size or original),
+        *(negative_crops_coords_top_left or crops_coords_top_left),
+    )
+    if pipe.requires_aesthetics_score:
+        numbers += (aesthetic_score,)
+        negative_numbers += (negative_aesthetic_score,)
+    else:
+        numbers += tuple(target)
+        negative_numbers += tuple(negative_target_size or target)
+    return _arguments(cond, numbers), _arguments(uncond, negative_numbers)
+
+
+def _encode_both(pipe: Pipeline, texts: list[str], second_texts: list[str] | None) -> Encoded:
+    """Penultimate states, side by side, and the pooled state of the second encoder."""
+    second = encode_texts(
+        pipe.text_encoder_2,
+        pipe.tokenizer_2,
+        second_texts or texts,
+        penultimate=True,
+        warn=second_texts is not None or pipe.text_encoder is None,  # the same text has the same tokens
+    )
+    if pipe.text_encoder is None:
+        return second
+    first = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, penultimate=True)
+    return Encoded(np.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
+
+
+def _arguments(encoded: Encoded, numbers: tuple[float, ...]) -> dict[str, Any]:
+    time_ids = np.tile(np.asarray(numbers, np.float32), (len(encoded.hidden), 1))
+    return {
+        "encoder_hidden_states": encoded.hidden,
+        "text_embeds": encoded.pooled,
+        "time_ids": time_ids,
+    }
+
+
+def defaults(pipe: Pipeline) -> Defaults:
+    """A scale of 5; a latent consistency model takes 8.5 as an input."""
+    return Defaults(guidance_scale=8.5 if pipe.is_guidance_distilled else 5.0, strength=0.3)
+
+
+def class_name(pipe: Pipeline) -> str:
+    """The refiner is an image-to-image pipeline in diffusers."""
+    if pipe.text_encoder is None and not pipe.latent_spec.takes_mask:
+        return "StableDiffusionXLImg2ImgPipeline"
+    return stable_diffusion.class_name(pipe)
+
+
+STABLE_DIFFUSION_XL = Family(
+    name="StableDiffusionXL",
+    folder=Folder(
+        class_names=(
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+        ),
+        # CLIP ViT-L/14, and OpenCLIP ViT-bigG/14 with its projection; the refiner has the second alone.
+        parts=("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"),
+        optional=("text_encoder", "tokenizer"),
+        # Without a negative prompt the other branch takes zeros, not the empty text; the refiner takes a
+        # score in place of the target size.
+        options={"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False},
+        check=stable_diffusion.check,
+        class_name=class_name,
+    ),
+    denoisers=("unet",),
+    encode=encode,
+    defaults=defaults,
+)

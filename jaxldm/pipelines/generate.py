@@ -1,0 +1,449 @@
+"""From texts or labels to images: `generate`, which every family's call goes through, and its stages.
+
+encode -> grid -> initial latents -> denoise -> decode
+
+A stage is a field of the family (`pipeline.Family`), and the functions here are what most families have in
+it. A family that differs calls them with something changed, or has a function of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt32
+
+from jaxldm import diffusion as D
+from jaxldm import models
+from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.pipelines.inputs import (
+    InitialLatents,
+    Inputs,
+    Size,
+    check_count,
+    initial_latents,
+    read_inputs,
+    strength_of,
+)
+from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, Progress, decode_images, denoise
+from jaxldm.pipelines.prompts import as_texts, for_each
+from jaxldm.pipelines.schedulers import Plan, Sampler, make_plan, named_solver
+
+if TYPE_CHECKING:
+    from jaxldm.pipelines.pipeline import Pipeline
+
+# Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
+STEPS_AT_ONCE = KEYS_AT_ONCE = 64
+OUTPUTS = ("images", "latents")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """The options of a call that all families share; each is a keyword of `pipe(key, prompt, ...)`.
+
+    Attributes:
+        num_images_per_prompt: N / P, of N images and P prompts.
+        num_inference_steps: default the family's own, or 4 for the solvers of distilled models (lcm, tcd).
+        guidance_scale: 1 is the model as trained, without a negative prompt; None is the family's default. A
+            network that was distilled with guidance (LCM, FLUX.1-dev) takes the scale as an input instead.
+        guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1].
+        true_cfg_scale: classifier-free guidance, on top, of a network that takes its scale as an input.
+        height, width: in pixels, divisible by what one token or latent covers (8 or 16); default the size of
+            `image`, or the one that the model was trained on.
+        solver: a name in `D.solvers.SOLVERS`, "package.module:function", a `D.Solver`, or None for the
+            scheduler that the folder names.
+        eta: for the solvers that have this option.
+        variance: of solver "ddpm": "small", "large" or "learned", for networks with a learned variance.
+        spacing, sigmas: as in `D.make_grid`, in place of the folder's own.
+        timesteps: the rows themselves, noisiest first, in place of a spacing.
+        image: start from this image: 8-bit pixels or floats in [-1, 1], [H, W, 3] or [N, H, W, 3], PIL
+            images, or latents [N, h, w, c].
+        strength: in (0, 1]; the last steps x strength steps are taken, from the noised image: rounded down,
+            or up where the family's published pipelines do (SD3, FLUX). Default the family's own, or 1 with a
+            mask, which starts from pure noise.
+        mask_image: white (1) where `image` is drawn again, black (0) where it stays. A network trained for it
+            (9 channels) takes the mask; with any other the known part is put back after each step.
+        latents: [N, h, w, c], x at the first row of the grid, as it is: noise of your own, or what another
+            model left.
+        denoising_start, denoising_end: use this part of the grid alone. The base model of SDXL ends at 0.8
+            with `output="latents"`, and its refiner starts at 0.8 with `latents=` these.
+        output: "images", or "latents" as they are behind the last step, [N, h, w, c].
+        previews: K > 0 returns (images, previews [N, K, H, W, 3]): x_0 as it was seen on the way.
+        tiling: decode large images in squares, in less memory.
+        batch_size: images that a device computes at once. An image does not depend on the other images of its
+            batch, but larger batches may be rounded differently; they are faster on a large device.
+        devices: default the first device; the weights are copied to each.
+        in_flight: images under way before the first is waited for, at least a batch.
+        on_step: called as on_step(step, latents) after each step of each batch on each device.
+        progress: called as progress(steps done, steps in all) after each step of each batch; no latents leave
+            the device for it.
+        compile_only: take no step; see `Pipeline.warm_up`.
+        own: the options of the family, for its `encode`.
+    """
+
+    num_images_per_prompt: int = 1
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    true_cfg_scale: float = 1.0
+    height: int | None = None
+    width: int | None = None
+    solver: str | D.Solver | None = None
+    eta: float | None = None
+    variance: str | None = None
+    spacing: str | None = None
+    sigmas: str | None = None
+    timesteps: Sequence[float] | None = None
+    image: Any = None
+    strength: float | None = None
+    mask_image: Any = None
+    latents: Any = None
+    denoising_start: float = 0.0
+    denoising_end: float = 1.0
+    output: str = "images"
+    previews: int = 0
+    tiling: models.Tiling | None = None
+    batch_size: int = 1
+    devices: Sequence[Any] | None = None
+    in_flight: int | None = None
+    on_step: Callable[[Any, Any], None] | None = None
+    progress: Callable[[Any, Any], None] | None = None
+    compile_only: bool = False
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class ImageKeys(NamedTuple):
+    """The keys of N images on the host: their numbers [N, 2], and which random numbers they are for."""
+
+    data: UInt32[np.ndarray, "N 2"]
+    impl: Any
+
+    def wrapped(self) -> Key[Array, " N"]:
+        """As JAX has them."""
+        return jax.random.wrap_key_data(self.data, impl=self.impl)
+
+
+class Request(NamedTuple):
+    """What `encode` is given: P prompts (texts, or labels), P negatives or None, N keys, (height, width)."""
+
+    prompts: Sequence[Any]
+    negatives: Sequence[Any] | None
+    keys: ImageKeys | None
+    size: Size
+
+    def both(self, condition: Callable[[Sequence[Any]], dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+        """(cond, uncond): `condition` of the prompts, and of the negatives or the empty text."""
+        return condition(self.prompts), condition(self.negatives or [""] * len(self.prompts))
+
+
+def generate(
+    pipe: Pipeline,
+    key: Key[Array, ...],
+    prompt: str | Sequence[Any],
+    negative_prompt: str | Sequence[Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Draw images, float32 [N, H, W, 3] in [-1, 1]: those of the first prompt, of the second, ...
+
+    Image k depends on (key, k), its prompt and the options alone: not on the number of images. Another seed,
+    guidance scale, prompt, callback or number of steps (within the same 64) compiles nothing new; the first
+    guidance scale of 1 does, because it calls the network on half as much.
+
+    Args:
+        key: image k draws its random numbers from fold_in(key, k); or N keys, one for each image.
+        prompt: one text, or P of them.
+        negative_prompt: what to steer away from: one text for all, or P of them. None: no text.
+        options: the attributes of `Call`, and those of the family's `encode`.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError, DataError: always before the network is compiled.
+    """
+    family, call, spec = pipe.family, read_call(pipe, options), pipe.latent_spec
+    prompts, negatives = family.read_prompts(prompt, negative_prompt)
+    num_images = check_count(call.num_images_per_prompt, "num_images_per_prompt") * len(prompts)
+    inputs = family.read_inputs(pipe, call, num_images)
+    guidance_input, guidance_scale = read_guidance(pipe, call, negatives)
+    schedule = family.grid(pipe, call, inputs.size)
+    keys = image_keys(key, num_images)
+
+    cond, uncond = family.encode(pipe, Request(prompts, negatives, keys, inputs.size), **call.own)
+    if guidance_input is not None:
+        scales = family.guidance_condition(pipe, guidance_input, len(prompts))
+        cond, uncond = cond | scales, uncond | scales
+    start = family.initial_latents(pipe, call, inputs, num_images)
+    condition = rows(num_images, cond, None if guidance_scale == 1 else uncond)
+    shape = spec.shape(inputs.size)
+    latents, previews = family.denoise(pipe, call, schedule, guidance_scale, keys, condition, start, shape)
+    if call.output == "images":
+        latents, previews = decode_all(pipe, call, latents, previews)
+    return (latents, previews) if call.previews else latents
+
+
+def image_keys(key: Key[Array, ...], num_images: int) -> ImageKeys:
+    """The key of each image, as `D.image_keys`; another number of images compiles nothing."""
+    padded = num_images if np.ndim(key) else -(-num_images // KEYS_AT_ONCE) * KEYS_AT_ONCE
+    keys = D.image_keys(key, padded)
+    return ImageKeys(np.asarray(jax.random.key_data(keys))[:num_images], jax.random.key_impl(keys))
+
+
+def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
+    """The options of a call, checked one by one.
+
+    Raises:
+        UnknownNameError: an option that neither `Call` nor the family has.
+        InvalidArgumentError: one that is out of range.
+    """
+    known = call_options(pipe.family.call, pipe.family.encode)
+    for name in options:
+        one_of(f"argument of {pipe.family.name}", name, known)
+    for name in pipe.family.unused:
+        if options.get(name) is not None:
+            raise InvalidArgumentError(f"{name} is not for {pipe.family.name}: leave it out")
+    shared = _SHARED.intersection(options)
+    own = {name: value for name, value in options.items() if name not in shared}
+    call = Call(**{name: options[name] for name in shared}, own=own)
+    one_of("output", call.output, OUTPUTS)
+    check_count(call.previews, "previews", 0)
+    check_count(call.batch_size, "batch_size", 1)
+    if not 0 <= call.guidance_rescale <= 1:
+        raise InvalidArgumentError(f"guidance_rescale must lie between 0 and 1, not {call.guidance_rescale}")
+    if call.denoising_start and call.latents is None:
+        raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
+    strength = strength_of(call.image, call.strength, call.mask_image, pipe.defaults.strength)
+    return dataclasses.replace(call, strength=strength)
+
+
+_SHARED = {field.name for field in dataclasses.fields(Call)} - {"own"}
+
+
+def call_options(function: Callable[..., Any], encode: Callable[..., Any]) -> list[str]:
+    """The names of the options that a family's call takes.
+
+    Args:
+        function: its call; one that ends in `**options` hands these on to `generate`.
+        encode: its `encode`, of which the keywords are options, too.
+    """
+
+    def keywords(function: Callable[..., Any]) -> Iterable[str]:
+        parameters = inspect.signature(function).parameters.values()
+        return (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    parameters = inspect.signature(function).parameters.values()
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pipe"]
+    names = dict.fromkeys([*first, *keywords(function)])
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        names |= dict.fromkeys([*(field.name for field in dataclasses.fields(Call)), *keywords(encode)])
+    return [name for name in names if name != "own"]
+
+
+def read_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | None]:
+    """P prompts, and P negatives or None."""
+    prompts = as_texts(prompt)
+    return prompts, for_each(negative_prompt, prompts, "negative_prompt")
+
+
+def read_call_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
+    """The images, masks and latents of a call, checked; see `read_inputs`."""
+    names = ("height", "width", "image", "mask_image", "latents")
+    return read_inputs(pipe.latent_spec, num_images, **{name: getattr(call, name) for name in names})
+
+
+def encode_inputs(pipe: Pipeline, call: Call, inputs: Inputs, num_images: int) -> InitialLatents:
+    """Where the images of a call start; see `initial_latents`."""
+    return initial_latents(pipe.latent_spec, pipe.autoencoder, inputs, num_images, call.strength)
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | None, float]:
+    """(the scale that the network takes as an input, or None; the scale of classifier-free guidance)."""
+    family = pipe.family
+    family.check_guidance(pipe, call)
+    scale = pipe.defaults.guidance_scale if call.guidance_scale is None else call.guidance_scale
+    for name, value in (("guidance_scale", scale), ("true_cfg_scale", call.true_cfg_scale)):
+        if not (np.isfinite(value) and value >= 0):
+            raise InvalidArgumentError(
+                f"{name} must be a finite number of 0 or more, not {value}: 1 is the model as trained, "
+                f"{pipe.defaults.guidance_scale:g} is a good start"
+            )
+    distilled = family.is_guidance_distilled(pipe)
+    if not (distilled or family.true_cfg):
+        if call.true_cfg_scale != 1:
+            raise InvalidArgumentError(
+                "true_cfg_scale is for networks that take guidance_scale as an input: give guidance_scale "
+                "alone"
+            )
+        if negatives is not None and call.guidance_scale == 1:
+            warnings.warn("the negative prompt is ignored: guidance_scale is 1", stacklevel=4)
+        return None, float(scale)
+    if negatives is not None and call.true_cfg_scale == 1:
+        warnings.warn("the negative prompt is ignored: give true_cfg_scale=2 or so", stacklevel=4)
+    return float(scale) if distilled else None, float(call.true_cfg_scale)
+
+
+def has_guidance_embedding(pipe: Pipeline) -> bool:
+    """Whether the U-Net takes the guidance scale, as latent consistency models do."""
+    return getattr(pipe.denoiser.config, "time_cond_proj_dim", None) is not None
+
+
+def guidance_embedding(pipe: Pipeline, scale: float, count: int) -> dict[str, Any]:
+    """The scale as such a U-Net takes it: arrays [count, ...] by argument name (Luo et al. 2023)."""
+    w = jnp.full(count, scale - 1, jnp.float32)
+    return {
+        "timestep_cond": np.asarray(models.guidance_embedding(w, pipe.denoiser.config.time_cond_proj_dim))
+    }
+
+
+# ---------------------------------------------------------------- grid
+
+
+def read_scheduler(pipe: Pipeline, call: Call) -> Plan:
+    """Path, prediction, solver and grid options of the folder's scheduler and the call's solver.
+
+    Raises:
+        UnknownNameError: no such solver.
+        InvalidArgumentError: an option that it does not have.
+    """
+    solver = pipe.defaults.solver if call.solver is None else call.solver
+    if call.variance is not None and call.solver not in ("ddpm", None):
+        raise InvalidArgumentError('variance is an option of solver="ddpm"')
+    if call.variance == "learned" and not pipe.has_learned_variance:
+        raise InvalidArgumentError('this network has no learned variance: leave variance="learned" out')
+    if isinstance(solver, str) and ":" in solver:
+        solver = D.solvers.make(solver)
+    if call.variance is None:
+        return make_plan(pipe.scheduler, solver, eta=call.eta, stops_early=call.denoising_end < 1)
+    plan = make_plan(pipe.scheduler, "ddpm", eta=call.eta)
+    own = named_solver("ddpm", call.eta, variance=call.variance)
+    return plan._replace(
+        sampler=plan.sampler._replace(solver=own, learned_variance=call.variance == "learned")
+    )
+
+
+def grid(pipe: Pipeline, call: Call, size: Size, plan: Plan | None = None) -> tuple[Sampler, D.Grid]:
+    """Solver and denoiser, and the rows of the run, padded.
+
+    Args:
+        size: (height, width), which some schedules shift with.
+        plan: from `read_scheduler`, changed.
+
+    Raises:
+        InvalidArgumentError: steps, strength or parts out of range, or that leave no step.
+        UnknownNameError: no such spacing or sigmas.
+    """
+    plan = read_scheduler(pipe, call) if plan is None else plan
+    path = plan.schedule.make_path(pipe.num_image_tokens(size))
+    options = dict(plan.grid_options)
+    steps, distilled = call.num_inference_steps, options.get("spacing") == "lcm"
+    if steps is None:
+        steps = 4 if distilled else pipe.defaults.num_inference_steps
+    if call.spacing is not None or call.sigmas is not None:
+        kept = {name: options[name] for name in ("final",) if name in options}
+        spacing, sigmas = call.spacing, call.sigmas
+        if spacing in D.SIGMAS and sigmas is None:  # the word that people type
+            spacing, sigmas = None, spacing
+        options = kept | {"spacing": spacing, "sigmas": sigmas}
+        distilled = spacing == "lcm"
+    if call.timesteps is not None:
+        if call.spacing is not None or call.sigmas is not None:
+            raise InvalidArgumentError("timesteps cannot be combined with spacing or sigmas")
+        rows = D.make_grid(path, call.num_inference_steps, timesteps=call.timesteps)
+    elif distilled and call.strength is not None:
+        # The timesteps of the distillation below the strength, and not a part of those of a whole run.
+        check_count(steps, "num_inference_steps", 1)
+        original = options.get("original_steps", 50)
+        times = D.lcm_timesteps(steps, path.num_train_timesteps, original, call.strength)
+        rows = D.make_grid(path, timesteps=times)
+    else:
+        rows = D.make_grid(path, steps, **options)
+    if call.strength is not None and not distilled:
+        rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
+    rows = _part(rows, path, call.denoising_start, call.denoising_end)
+    length = len(rows.t) - 1
+    return plan.sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
+
+
+def _part(rows: D.Grid, path: D.Path, first: float, last: float) -> D.Grid:
+    """The rows between two fractions of the noise."""
+    if not 0 <= first < last <= 1:
+        raise InvalidArgumentError(
+            f"denoising_start and denoising_end must be 0 <= start < end <= 1, not {first} and {last}"
+        )
+    if first > 0:
+        rows = D.hand_over(rows, path, first)[1]
+    return D.hand_over(rows, path, last)[0] if last < 1 else rows
+
+
+def num_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
+    """How often a call with these options calls its `progress`: the length of a progress bar."""
+    given = {name: value for name, value in options.items() if name in _SHARED and value is not None}
+    call = read_call(pipe, {name: value for name, value in given.items() if name not in pipe.family.unused})
+    _, rows = pipe.family.grid(pipe, call, pipe.latent_spec.default_size)
+    devices = 1 if call.devices is None else len(call.devices)
+    devices = devices if num_images > call.batch_size else 1
+    return int(D.steps_in(rows)) * -(-num_images // (call.batch_size * devices))
+
+
+# ---------------------------------------------------------------- denoise and decode
+
+
+def rows(
+    num_images: int, cond: dict[str, Any], uncond: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The conditions of P prompts (or of N images already), a row for each of N images."""
+
+    def each(leaf: Any) -> Any:
+        return leaf if len(leaf) == num_images else np.repeat(leaf, num_images // len(leaf), axis=0)
+
+    return jax.tree.map(each, (cond, uncond))
+
+
+def denoise_latents(
+    pipe: Pipeline,
+    call: Call,
+    schedule: tuple[Sampler, D.Grid],
+    guidance_scale: float,
+    keys: ImageKeys,
+    condition: tuple[dict[str, Any], dict[str, Any] | None],
+    start: InitialLatents,
+    latent_shape: tuple[int, int, int],
+) -> tuple[Float[np.ndarray, "N h w c"], Float[np.ndarray, "N K h w c"]]:
+    """Latents and previews of a call; see `latents.denoise`."""
+    (cond, uncond), (sampler, grid) = condition, schedule
+    if start.extra_channels is not None:
+        extra = {"extra_channels": start.extra_channels}
+        cond, uncond = cond | extra, None if uncond is None else uncond | extra
+    guided_channels = pipe.options.get("guided_channels") or latent_shape[-1]
+    return denoise(
+        pipe.denoiser,
+        PerCall(grid, np.float32(guidance_scale), np.float32(call.guidance_rescale)),
+        PerImage(keys.data, cond, uncond, start.latents, start.image, start.known, start.repaint),
+        Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews),
+        Progress(call.on_step, call.progress, call.compile_only),
+        batch_size=call.batch_size,
+        devices=call.devices,
+        in_flight=call.in_flight,
+    )
+
+
+def decode(pipe: Pipeline, latents: Float[Any, "N h w c"], **options: Any) -> Float[np.ndarray, "N H W C"]:
+    """Images in [-1, 1] of latents; options as in `decode_images`."""
+    return decode_images(pipe.autoencoder, latents, **options)
+
+
+def decode_all(pipe: Pipeline, call: Call, latents: Any, previews: Any) -> tuple[Any, Any]:
+    """Latents and previews as images."""
+    names = ("tiling", "batch_size", "devices", "in_flight")
+    options = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
+    images = pipe.family.decode(pipe, latents, **options)
+    if not call.previews:
+        return images, previews
+    flat = pipe.family.decode(pipe, previews.reshape(-1, *previews.shape[2:]), **options)
+    return images, flat.reshape(*previews.shape[:2], *flat.shape[1:])

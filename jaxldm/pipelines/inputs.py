@@ -1,0 +1,296 @@
+"""What a caller hands in besides texts: sizes, images, masks and latents, checked and made arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxldm.data.images import check_images, from_uint8
+from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.pipelines.latents import encode_images
+from jaxldm.pipelines.network import Network
+
+Size = tuple[int, int]  # (height, width)
+INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked image
+
+
+class LatentSpec(NamedTuple):
+    """The latents that a denoising network draws, and the images that they stand for.
+
+    Attributes:
+        default_size: (height, width) in pixels of the images that the model was trained on.
+        multiple: what heights and widths are divisible by: the pixels that a token or latent covers.
+        factor: pixels that a latent is high and wide; not a whole number in Wuerstchen's prior.
+        channels: of the latents; 3 where they are pixels.
+        takes_mask: the network was trained for inpainting and takes the mask.
+    """
+
+    default_size: Size
+    multiple: int
+    factor: float
+    channels: int
+    takes_mask: bool = False
+
+    def shape(self, size: Size) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of images of that (height, width)."""
+        return math.ceil(size[0] / self.factor), math.ceil(size[1] / self.factor), self.channels
+
+
+class Inputs(NamedTuple):
+    """What a call starts from, checked and not yet encoded; None is what was not given.
+
+    Attributes:
+        size: (height, width) of the images.
+        image: [N or 1, H, W, 3] in [-1, 1], or latents [N or 1, h, w, c].
+        mask: [N or 1, H, W, 1], 1 where the image is drawn again.
+        latents: [N, h, w, c], x at the first row.
+    """
+
+    size: Size
+    image: Float[np.ndarray, "N H W C"] | None = None
+    mask: Float[np.ndarray, "N H W 1"] | None = None
+    latents: Float[np.ndarray, "N h w c"] | None = None
+
+
+class InitialLatents(NamedTuple):
+    """Where the sampling loop starts; arrays have a row for each of N images. All None: pure noise.
+
+    Attributes:
+        latents: [N, h, w, c], x at the first row.
+        image: [N, h, w, c], latents to be noised.
+        known: [N, h, w, c], latents to be kept where `repaint` [N, h, w, 1] is 0.
+        extra_channels: [N, h, w, c + 1], what an inpainting network takes besides x.
+    """
+
+    latents: Float[np.ndarray, "N h w c"] | None = None
+    image: Float[np.ndarray, "N h w c"] | None = None
+    known: Float[np.ndarray, "N h w c"] | None = None
+    repaint: Float[np.ndarray, "N h w 1"] | None = None
+    extra_channels: Float[np.ndarray, "N h w e"] | None = None
+
+
+def read_inputs(
+    spec: LatentSpec,
+    num_images: int,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    image: Any = None,
+    mask_image: Any = None,
+    latents: Any = None,
+) -> Inputs:
+    """The inputs of a call, checked against each other and the model.
+
+    Raises:
+        InvalidArgumentError: arguments that exclude or need each other, or a size that does not fit.
+        DataError: arrays that are no images, masks or latents.
+    """
+    _check_together(spec, image, mask_image, latents)
+    mask, given = None, {}
+    if image is not None:
+        image = _pixels_or_latents(image, spec.channels)
+        check_rows(image, num_images, "image")
+        by = spec.factor if image.shape[-1] == spec.channels else 1
+        given["image"] = tuple(int(n * by) for n in image.shape[1:3])
+    if latents is not None:
+        latents = four_axes(latents, spec.channels)
+        check_rows(latents, num_images, "latents")
+        given["latents"] = tuple(int(n * spec.factor) for n in latents.shape[1:3])
+        latents = repeated(latents, num_images)
+    size = _size(height, width, spec.default_size, given)
+    check_size(*size, spec.multiple)
+    if mask_image is not None:
+        mask = as_masks(mask_image, size)
+        check_rows(mask, num_images, "mask_image")
+    if spec.takes_mask and image.shape[-1] == spec.channels:
+        raise InvalidArgumentError("this inpainting network takes the masked pixels: give image as pixels")
+    return Inputs(size, image, mask, latents)
+
+
+def initial_latents(
+    spec: LatentSpec, vae: Network | None, inputs: Inputs, num_images: int, strength: float | None
+) -> InitialLatents:
+    """Where N images start. Without an autoencoder pixels are the latents.
+
+    Args:
+        strength: from `strength_of`.
+    """
+    image, mask, latents = inputs.image, inputs.mask, inputs.latents
+    if image is None:
+        return InitialLatents(latents)
+    is_latents = image.shape[-1] == spec.channels
+    code = repeated(image if is_latents else encode_images(vae, image), num_images)
+    if mask is None:
+        return InitialLatents(image=code)
+    repaint = repeated(mask[:, :: spec.factor, :: spec.factor], num_images)
+    # At strength 1 the start is pure noise, as such networks were trained.
+    start = InitialLatents(latents, code if strength < 1 and latents is None else None)
+    if not spec.takes_mask:
+        return start._replace(known=code, repaint=repaint)
+    kept = repeated(encode_images(vae, image * (mask < 0.5)), num_images)
+    return start._replace(extra_channels=np.concatenate([repaint, kept], axis=-1))
+
+
+def strength_of(image: Any, strength: float | None, mask_image: Any, default_strength: float) -> float | None:
+    """Which part of the grid is used: as given, or the default; None, all of it, without an image.
+
+    Raises:
+        InvalidArgumentError: a strength outside (0, 1], or without an image.
+    """
+    if image is None:
+        if strength is not None:
+            raise InvalidArgumentError(
+                "strength is how far to move from an image: give image, or no strength"
+            )
+        return None
+    if strength is None:
+        return default_strength if mask_image is None else 1.0
+    if not 0 < strength <= 1:
+        raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
+    return strength
+
+
+def _check_together(spec: LatentSpec, image: Any, mask_image: Any, latents: Any) -> None:
+    if mask_image is not None and image is None:
+        raise InvalidArgumentError("mask_image marks the part of image= to draw again: give image, too")
+    if latents is not None and image is not None and mask_image is None:
+        raise InvalidArgumentError("image and latents are both a start: give one of them")
+    if spec.takes_mask and mask_image is None:
+        raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
+
+
+def four_axes(array: Any, channels: int, name: str = "latents") -> Float[np.ndarray, "N h w c"]:
+    """Finite numbers [N, h, w, channels] out of these or of [h, w, channels].
+
+    Raises:
+        InvalidArgumentError: another shape, NaN or infinity.
+    """
+    array = np.asarray(array, np.float32)
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or array.shape[-1] != channels or 0 in array.shape:
+        raise InvalidArgumentError(
+            f"{name} must be [N, h, w, {channels}], channels last, not {list(array.shape)}"
+        )
+    if not np.isfinite(array).all():
+        raise InvalidArgumentError(f"{name} hold NaN or infinity")
+    return array
+
+
+def _pixels_or_latents(image: Any, channels: int) -> np.ndarray:
+    shape = np.shape(image) if not isinstance(image, (list, tuple)) else ()
+    if channels != 3 and len(shape) in (3, 4) and shape[-1] == channels:
+        return four_axes(image, channels)
+    pixels = as_images(image)
+    if pixels.shape[-1] != 3:
+        raise InvalidArgumentError(f"image must have 3 channels (RGB), it has {pixels.shape[-1]}")
+    return pixels
+
+
+def _size(height: int | None, width: int | None, trained: Size, given: dict[str, Size]) -> Size:
+    """(height, width) as requested, or that of what was given, or the one of the training.
+
+    Args:
+        given: name -> (height, width) of the arrays that were handed in.
+    """
+    otherwise = next(iter(given.values()), trained)
+    size = tuple(
+        known if wanted is None else wanted for wanted, known in zip((height, width), otherwise, strict=True)
+    )
+    for name, found in given.items():
+        if found != size:
+            raise InvalidArgumentError(
+                f"{name} is {found[0]}x{found[1]} pixels (height x width), not {size[0]}x{size[1]}: resize "
+                "it, or leave height and width out"
+            )
+    return size
+
+
+def check_count(number: Any, name: str, lowest: int = 1) -> int:
+    """`number`. Raises `InvalidArgumentError` unless it is a whole one of at least `lowest`."""
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < lowest:
+        raise InvalidArgumentError(f"{name} must be a whole number of at least {lowest}, not {number!r}")
+    return int(number)
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises `InvalidArgumentError`, with the nearest sizes, unless both are multiples of `multiple`.
+
+    >>> check_size(512, 768, 8)
+    """
+    for name, size in (("height", height), ("width", width)):
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise InvalidArgumentError(f"{name} must be a whole number of pixels, not {size!r}")
+        below = size // multiple * multiple
+        if below != size:
+            nearest = f"{below} and {below + multiple}" if below else f"{multiple}"
+            raise InvalidArgumentError(
+                f"{name} {size} is not divisible by {multiple}, as this model needs: the nearest is {nearest}"
+            )
+
+
+def as_images(images: Any, name: str = "image") -> Float[np.ndarray, "N H W C"]:
+    """Pictures as float32 [N, H, W, C] in [-1, 1].
+
+    Args:
+        images: one or several, [H, W, C] or [N, H, W, C]: 8-bit pixels, floats in [-1, 1], or what numpy
+            turns into such an array: a PIL image, or a list of arrays or of PIL images.
+
+    Raises:
+        DataError: shapes or values that are no images.
+    """
+    images = _stacked(images, name)
+    images = images[None] if images.ndim == 3 else images
+    return check_images(from_uint8(images) if images.dtype == np.uint8 else images, name=name)
+
+
+def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
+    """Masks as float32 [N, H, W, 1]: 1 where the mask is white (half or more), 0 elsewhere.
+
+    Args:
+        masks: [H, W], [N, H, W] or [N, H, W, 1]: booleans, 8-bit pixels, floats in [0, 1], PIL images.
+        size: (H, W), of the image that they belong to.
+
+    Raises:
+        DataError: another size, another number of channels, or values out of range.
+    """
+    masks = _stacked(masks, "mask_image")
+    if masks.ndim == 2:
+        masks = masks[None]
+    if masks.ndim == 3:
+        masks = masks[..., None]
+    if masks.ndim != 4 or masks.shape[1:] != (*size, 1):
+        raise DataError(
+            f"mask_image must be {size[0]}x{size[1]} (height x width, as the image) with one channel, "
+            f"got shape {list(masks.shape)}"
+        )
+    masks = masks / np.float32(255) if masks.dtype == np.uint8 else masks.astype(np.float32)
+    if not ((masks >= 0) & (masks <= 1)).all():
+        raise DataError("mask_image must hold numbers from 0 (kept) to 1 (drawn again), or 8-bit pixels")
+    return (masks >= 0.5).astype(np.float32)
+
+
+def check_rows(rows: np.ndarray, num_images: int, name: str) -> None:
+    """Raises `InvalidArgumentError` unless there is one row for all images, or one for each."""
+    if len(rows) not in (1, num_images):
+        raise InvalidArgumentError(
+            f"{len(rows)} arrays in {name}, but {num_images} images to draw: give one for all or one each"
+        )
+
+
+def repeated(rows: np.ndarray, num_images: int) -> np.ndarray:
+    """`num_images` rows out of one for all, or one for each."""
+    return np.broadcast_to(rows, (num_images, *rows.shape[1:]))
+
+
+def _stacked(images: Any, name: str) -> np.ndarray:
+    try:
+        several = isinstance(images, (list, tuple))
+        array = np.stack([np.asarray(image) for image in images]) if several else np.asarray(images)
+    except ValueError as error:
+        raise DataError(f"{name} holds pictures of different sizes, or none: {error}") from error
+    if array.dtype == object or array.size == 0:
+        raise DataError(f"{name} must hold pictures, not {type(images).__name__}")
+    return array

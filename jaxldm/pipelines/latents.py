@@ -1,0 +1,354 @@
+"""From noise to latents, and between latents and images: every network call, in batches of one fixed size.
+
+XLA may round differently for batches of different sizes. Here a device always computes the same number of
+images at a time, so that an image is the same to the last bit however many are drawn, and another number
+of them compiles nothing new.
+
+The sampling loop is one compiled function that takes the steps `first` to `last` of a grid. A call without
+callbacks takes all of them at once. A call with callbacks takes one at a time and tells the caller between
+two of them, on the host: a callback is never compiled into anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt32
+
+from jaxldm import diffusion as D
+from jaxldm import models
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.schedulers import Sampler
+
+IMAGES, EVERYWHERE = PartitionSpec("images"), PartitionSpec()
+
+
+class PerCall(NamedTuple):
+    """What all images of a call share. All of it is data to the compiled function."""
+
+    grid: D.Grid
+    guidance_scale: Float[Array, ""]
+    guidance_rescale: Float[Array, ""]
+
+
+class PerImage(NamedTuple):
+    """What each of N images has of its own; a part that does not apply is None.
+
+    Attributes:
+        key: [N, 2], the numbers of its key.
+        cond: arrays [N, ...] by the names of the network's arguments; "extra_channels" are added to x, and
+            names that begin with "_" are for the guidance rule alone.
+        uncond: the same for the unconditional or negative branch; None without guidance.
+        latents: [N, h, w, c], x at the first row of the grid, in place of noise.
+        image: [N, h, w, c], the latents of the image to start from, to be noised.
+        known: [N, h, w, c], the latents that are put back after each step where `repaint` is 0.
+        repaint: [N, h, w, 1].
+    """
+
+    key: UInt32[Any, "N 2"]
+    cond: dict[str, Any]
+    uncond: dict[str, Any] | None
+    latents: Float[Any, "N h w c"] | None = None
+    image: Float[Any, "N h w c"] | None = None
+    known: Float[Any, "N h w c"] | None = None
+    repaint: Float[Any, "N h w 1"] | None = None
+
+
+class Compiled(NamedTuple):
+    """What is compiled into the sampling loop, besides shapes: another value of it compiles again.
+
+    Attributes:
+        sampler: solver and denoiser.
+        combine: (uncond, cond, t, condition, per_call) -> the two outputs as one, under guidance.
+        latent_shape: (h, w, c).
+        guided_channels: how many channels of the output are guided, from the first on.
+        key_impl: which random numbers.
+        previews: how often x_0 is kept on the way.
+    """
+
+    sampler: Sampler
+    combine: Callable[..., Any]
+    latent_shape: tuple[int, int, int]
+    guided_channels: int
+    key_impl: Any
+    previews: int = 0
+
+
+class Progress(NamedTuple):
+    """Whom to tell of each step, and whether to take any."""
+
+    on_step: Callable[[Any, Any], None] | None = None
+    progress: Callable[[Any, Any], None] | None = None
+    compile_only: bool = False
+
+
+def classifier_free_guidance(
+    uncond: Float[Array, "N h w c"],
+    cond: Float[Array, "N h w c"],
+    t: Float[Array, ...],
+    condition: Mapping[str, Any],
+    per_call: PerCall,
+) -> Float[Array, "N h w c"]:
+    """(1 - w) uncond + w cond (Ho and Salimans 2022), rescaled as in Lin et al. 2023."""
+    return D.rescale_guidance(D.guide(uncond, cond, per_call.guidance_scale), cond, per_call.guidance_rescale)
+
+
+def denoise(
+    network: Network,
+    per_call: PerCall,
+    per_image: PerImage,
+    compiled: Compiled,
+    progress: Progress,
+    *,
+    batch_size: int = 1,
+    devices: Sequence[Any] | None = None,
+    in_flight: int | None = None,
+) -> tuple[Float[np.ndarray, "N h w c"], Float[np.ndarray, "N K h w c"]]:
+    """Latents of N images, and K previews: x_0 as it was seen on the way.
+
+    Args:
+        batch_size, devices, in_flight: as in `in_batches`.
+    """
+    steps = D.steps_in(per_call.grid)
+    last = 0 if progress.compile_only else int(steps)
+
+    def run(shared, batch, mesh):
+        carry = _empty_carry(shared, batch, compiled, mesh)
+        take = functools.partial(_take_steps, shared, batch, compiled=compiled, mesh=mesh)
+        if (progress.on_step is None and progress.progress is None) or last == 0:
+            return take(carry, np.int32(0), np.int32(last))[1]
+        for i in range(last):
+            carry, (x, previews) = take(carry, np.int32(i), np.int32(i + 1))
+            x.block_until_ready()
+            if progress.on_step is not None:
+                for shard in x.addressable_shards:
+                    progress.on_step(int(per_call.grid.start) + i, np.asarray(shard.data))
+            if progress.progress is not None:
+                progress.progress(i + 1, last)
+        return x, previews
+
+    return in_batches(run, (network, per_call), per_image, batch_size, devices, in_flight)
+
+
+def _first_carry(per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Any:
+    """The solver's state at the first row, and empty previews."""
+    keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
+    grid, x = per_call.grid, per_image.latents
+    if x is None:
+        x = D.initial_noise(keys, (len(keys), *compiled.latent_shape), grid)
+        x = x if per_image.image is None else grid.alpha[0] * per_image.image + x
+    x = jnp.asarray(x, jnp.float32)
+    previews = jnp.zeros((len(keys), compiled.previews, *compiled.latent_shape), x.dtype)
+    return _solver(per_image, compiled).init(x), previews
+
+
+def _solver(per_image: PerImage, compiled: Compiled) -> D.Solver:
+    if per_image.repaint is None:
+        return compiled.sampler.solver
+    return D.inpaint(compiled.sampler.solver, per_image.known, 1 - per_image.repaint)
+
+
+def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -> Any:
+    """Zeros in the shape of `_first_carry` on each device; the first step does not read them."""
+    local = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(a) // mesh.size, *a.shape[1:]), a.dtype), batch)
+    carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), shared[1], local)
+    zeros = jax.tree.map(lambda leaf: np.zeros((mesh.size, *leaf.shape), leaf.dtype), carry)
+    return jax.device_put(zeros, NamedSharding(mesh, IMAGES))  # as later carries are: one compilation
+
+
+@functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
+def _take_steps(shared, per_image, carry, first, last, *, compiled, mesh):
+    """(carry, (x, previews)) behind step `last` - 1. The carry has an axis for the devices in front."""
+
+    def on_one_device(shared, bounds, rows):
+        per_image, carry = rows
+        carry = jax.tree.map(lambda leaf: leaf[0], carry)
+        carry = take_steps(*shared, per_image, carry, *bounds, compiled)
+        x, previews = carry[0].x, carry[1]
+        if per_image.repaint is not None:
+            x = _with_known_part(x, shared[1].grid, bounds[1], per_image, compiled)
+        return jax.tree.map(lambda leaf: leaf[None], carry), (x, previews)
+
+    specs = (EVERYWHERE, EVERYWHERE, IMAGES)
+    # check_vma: a solver's state starts the same on all devices and then differs, which the check refuses.
+    split = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=IMAGES, check_vma=False)
+    return split(shared, (first, last), (per_image, carry))
+
+
+def take_steps(
+    network: Network,
+    per_call: PerCall,
+    per_image: PerImage,
+    carry: Any,
+    first: Any,
+    last: Any,
+    compiled: Compiled,
+) -> Any:
+    """The carry (solver state, previews) after the steps `first` to `last` - 1 of the grid. Pure.
+
+    `D.sample` in pieces. Before step 0 the carry is not read.
+    """
+    grid, solver = per_call.grid, _solver(per_image, compiled)
+    keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
+    denoiser = compiled.sampler.make_denoiser(guided(network, per_call, per_image, compiled))
+    places = (jnp.arange(compiled.previews) + 1) * D.steps_in(grid) // (compiled.previews + 1)
+
+    def step(i, carry):
+        state, previews = carry
+        state, x_0 = D.sample_step(keys, denoiser, solver, grid, state, i)
+        here = (places == i)[None, :, None, None, None]
+        return state, jnp.where(here, x_0[:, None], previews)
+
+    carry = jax.lax.cond(first == 0, lambda: _first_carry(per_call, per_image, compiled), lambda: carry)
+    return jax.lax.fori_loop(first, last, step, carry)
+
+
+def _with_known_part(x: Any, grid: D.Grid, last: Any, per_image: PerImage, compiled: Compiled) -> Any:
+    """At the end, the known part without noise: a grid that ends at sigma_min would leave its own there."""
+    clean = (grid.t[-1] <= compiled.sampler.schedule.make_path().t_min) & (last == D.steps_in(grid))
+    kept = (1 - per_image.repaint) * clean.astype(jnp.float32)
+    return kept * per_image.known + (1 - kept) * x
+
+
+def guided(
+    network: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled
+) -> Callable[[Any, Any], Float[Array, "N h w out"]]:
+    """`predict(x, t)`: the network's output, under classifier-free guidance where there is an uncond.
+
+    Of a network with learned variance the prediction alone is guided; the variance, where the solver wants
+    it, is the one under the condition (Saharia et al. 2022, section 2.2, as published models do it).
+    """
+    channels, guided_channels = compiled.latent_shape[-1], compiled.guided_channels
+
+    def call(x, t, condition):
+        arguments = {name: value for name, value in condition.items() if not name.startswith("_")}
+        extra = arguments.pop("extra_channels", None)
+        x = x if extra is None else jnp.concatenate([x, extra], axis=-1)
+        return models.network(network.module)(network.params, x, t, arguments)
+
+    def predict(x, t):
+        if per_image.uncond is None:
+            output = call(x, t, per_image.cond)
+        else:
+            uncond, output = branches.ask(x, t)
+            cond = output[..., :guided_channels]
+            mixed = compiled.combine(uncond[..., :guided_channels], cond, t, per_image.cond, per_call)
+            output = jnp.concatenate([mixed, output[..., guided_channels:].astype(mixed.dtype)], axis=-1)
+        return output if compiled.sampler.learned_variance else output[..., :channels]
+
+    if per_image.uncond is not None:
+        branches = D.condition_branches(call, per_image.cond, per_image.uncond)
+    return predict
+
+
+def scale_factor(vae: Network) -> int:
+    """How many pixels high and wide one latent is: 8 in Stable Diffusion."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarray, "N h w c"]:
+    """The latents of images in [-1, 1]: the mean of q(z | x), scaled as diffusion models have them."""
+    rows = np.asarray(images, np.float32)
+    return np.concatenate([np.asarray(_encode(vae, rows[k : k + 1])) for k in range(len(rows))])
+
+
+def decode_images(
+    vae: Network | None,
+    latents: Float[Any, "N h w c"],
+    *,
+    tiling: models.Tiling | None = None,
+    **batches: Any,
+) -> Float[np.ndarray, "N H W C"]:
+    """Images, float32 in [-1, 1], of latents as diffusion models draw them.
+
+    Args:
+        vae: None where the latents are pixels.
+        tiling: decode large images in squares, in less memory.
+        batches: batch_size, devices, in_flight of `in_batches`.
+    """
+    latents = np.asarray(latents, np.float32)
+    if vae is None:
+        return np.clip(latents, -1.0, 1.0)
+
+    def run(vae, batch, mesh):
+        return _decode(vae, batch, tiling=tiling, mesh=mesh)
+
+    return in_batches(run, vae, latents, **batches)
+
+
+@jax.jit
+def _encode(vae: Network, images: Float[Array, "N H W C"]) -> Float[Array, "N h w c"]:
+    return models.encode_latents(vae.module, vae.params, images).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("tiling", "mesh"))
+def _decode(
+    vae: Network, latents: Float[Array, "N h w c"], *, tiling: models.Tiling | None, mesh: Mesh
+) -> Float[Array, "N H W C"]:
+    def on_one_device(vae, latents):
+        images = models.decode_latents(vae.module, vae.params, latents, tiling=tiling)
+        return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+
+    return over_images(on_one_device, mesh)(vae, latents)
+
+
+def over_images(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function(shared, per_image)` with the rows of `per_image` and of the result split over the mesh.
+
+    Each device runs the same program on its own rows; nothing passes between devices.
+    """
+    specs = (EVERYWHERE, IMAGES)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=IMAGES, check_vma=False)
+
+
+def in_batches(
+    run: Callable[[Any, Any, Mesh], Any],
+    shared: Any,
+    per_image: Any,
+    batch_size: int = 1,
+    devices: Sequence[Any] | None = None,
+    in_flight: int | None = None,
+) -> Any:
+    """`run(shared, batch, mesh)` on batches of the rows of the tree `per_image` [N, ...], joined on the host.
+
+    Batches are filled up to `batch_size` rows on each device by repeating the last row.
+
+    Args:
+        run: returns a tree of arrays with a row for each row of the batch.
+        shared: a tree that every device gets whole.
+        batch_size: rows that a device computes at once.
+        devices: None is the first alone, as weights are large.
+        in_flight: as many batches as make this many images are started before the first result is waited
+            for; None: one batch.
+
+    Raises:
+        InvalidArgumentError: no device at all.
+    """
+    num_rows = len(jax.tree.leaves(per_image)[0])
+    devices = list(jax.local_devices()[:1] if devices is None else devices)
+    if not devices:
+        raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
+    mesh = Mesh(np.asarray(devices if num_rows > batch_size else devices[:1]), ("images",))
+    shared = jax.device_put(shared, NamedSharding(mesh, EVERYWHERE))
+    rows_per_batch = batch_size * mesh.size
+    started: list[Any] = []
+    results: list[Any] = []
+    for batch in _batches(per_image, num_rows, rows_per_batch):
+        started.append(run(shared, batch, mesh))
+        if len(started) * rows_per_batch >= (in_flight or 1):
+            results.append(jax.tree.map(np.asarray, started.pop(0)))
+    results += [jax.tree.map(np.asarray, result) for result in started]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
+
+
+def _batches(per_image: Any, num_rows: int, rows_per_batch: int) -> Iterator[Any]:
+    for start in range(0, num_rows, rows_per_batch):
+        rows = np.minimum(np.arange(start, start + rows_per_batch), num_rows - 1)
+        yield jax.tree.map(lambda column, rows=rows: np.asarray(column)[rows], per_image)
