@@ -93,8 +93,9 @@ def use_compilation_cache() -> Path | None:
     Returns:
         The folder, or None without one.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return Path(jax.config.jax_compilation_cache_dir)
+    given: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if given is not None:
+        return Path(given)
     folder = compilation_cache_folder()
     if folder is None:
         return None

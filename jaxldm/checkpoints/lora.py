@@ -91,7 +91,7 @@ class LoraLayer(NamedTuple):
         up, down = (np.asarray(part).astype(np.float32) for part in (self.up, self.down))
         up, down = up.reshape(up.shape[:2]), down if self.mid is None else down.reshape(down.shape[:2])
         if self.mid is None:
-            change = up @ down.reshape(down.shape[0], -1)
+            change = up @ down.reshape(len(down), -1)
         else:
             mid = np.asarray(self.mid).astype(np.float32)
             change = np.einsum("oa,abhw,bi->oihw", up, mid, down, optimize=True)
@@ -133,8 +133,8 @@ def load_lora(path: Path | str) -> Lora:
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         role = match and ({"A": "down", "B": "up"}.get(match["peft"]) or match["part"] or "alpha")
-        module = match and _module(match["module"] + (match["old"] or ""))
-        if not match or role in modules.setdefault(module, {}):
+        module = _module(match["module"] + (match["old"] or "")) if match else ""
+        if not role or role in modules.setdefault(module, {}):
             unknown.append(f"{name} {tensor.shape}")
         else:
             modules[module][role] = tensor

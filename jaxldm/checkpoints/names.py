@@ -19,7 +19,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -29,8 +29,12 @@ from jaxldm.checkpoints.safetensors_file import Tensor
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 Path = tuple[str, ...]
-Placement = (
-    jax.Device | jax.sharding.Sharding | Callable[[Path, tuple[int, ...]], jax.sharding.Sharding] | None
+if TYPE_CHECKING:
+    Device: TypeAlias = Any  # jax.Device is no type to a type checker
+else:
+    Device = jax.Device
+Placement: TypeAlias = (
+    Device | jax.sharding.Sharding | Callable[[Path, tuple[int, ...]], jax.sharding.Sharding] | None
 )
 
 # Published names that end in _<number> and are no item of a list, so that the number stays:
@@ -119,7 +123,7 @@ def published(params: Mapping) -> dict[str, PublishedTensor]:
         if place is None:
             tensors[published_name(path)] = PublishedTensor(path, value)
             continue
-        name, first, last = _STACK.fullmatch(path[place]).groups()
+        name, first, last = _STACK.fullmatch(path[place]).groups()  # pyright: ignore[reportOptionalMemberAccess]
         for block, number in enumerate(range(int(first), int(last) + 1)):
             one = (*path[:place], f"{name}{number}", *path[place + 1 :])
             tensors[published_name(one)] = PublishedTensor(path, value, block)
@@ -176,8 +180,8 @@ def from_state_dict(
 
 def _placement(
     sharding: Placement, path: Path, shape: tuple[int, ...]
-) -> jax.Device | jax.sharding.Sharding | None:
-    if not isinstance(sharding, jax.Device | jax.sharding.Sharding | None):
+) -> Device | jax.sharding.Sharding | None:
+    if callable(sharding):
         sharding = sharding(path, shape)
     if not isinstance(sharding, jax.sharding.Sharding):
         return sharding
@@ -195,7 +199,7 @@ def placed(
     tensors: Sequence[Tensor],
     like: PublishedTensor,
     dtype: np.dtype,
-    where: jax.Device | jax.sharding.Sharding | None,
+    where: Device | jax.sharding.Sharding | None,
 ) -> jax.Array:
     """A published tensor, or those of all blocks of a stack, as a parameter like `like`, on its devices.
 
@@ -204,7 +208,7 @@ def placed(
     ours = [np.asarray(tensor).transpose(np.argsort(like.axes)) for tensor in tensors]
     shape = tuple(like.value.shape)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if like.block is None:
             return _owned([ours[0][index]], dtype)[0]
         return _owned([block[index[1:]] for block in ours[index[0]]], dtype)

@@ -38,10 +38,13 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 class Tensor(Protocol):
     """An array, or anything else with a shape and a dtype that `np.asarray` accepts."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __array__(self, /, *args: Any, **kwargs: Any) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)

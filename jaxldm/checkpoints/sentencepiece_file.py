@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxldm.errors import CheckpointError
 
@@ -64,8 +64,8 @@ def read_sentencepieces(data: bytes) -> SentencePieces:
     return SentencePieces(pieces, kinds.index(_UNKNOWN), control, charsmap)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field, in order; a field may be repeated."""
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field, in order; a field may be repeated. Values are int or bytes."""
     at = 0
     while at < len(message):
         key, at = _number(message, at)

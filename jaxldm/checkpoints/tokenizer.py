@@ -181,7 +181,7 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
     longest = settings.get("model_max_length")
     if not isinstance(longest, int | float) or longest > 1e6:  # transformers writes 1e30 for "unknown"
         longest = kind.max_length
-    pad = backend.token_to_id(_content(special["pad_token"]))
+    pad = backend.token_to_id(_content(special["pad_token"] or ""))
     if "tokenizer_config.json" not in files:
         written = {key: _content(token) for key, token in special.items() if token}
         written |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
@@ -257,7 +257,7 @@ def _clip(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
     return backend
 
 
-def _byte_pairs(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+def _byte_pairs(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[Any]]:
     """The tokens of vocab.json, and the pairs of merges.txt in the order in which they are merged."""
     lines = files["merges.txt"].decode().splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

@@ -1,7 +1,8 @@
 """A dataset: named splits of labelled images, in memory or read from disk by index."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ class RecordRows:
         where: the folder, for error messages.
     """
 
-    source: Sequence
+    source: Any
     records: Int[np.ndarray, "N"]
     image_key: str
     label_key: str | None

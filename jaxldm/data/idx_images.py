@@ -77,18 +77,24 @@ class IdxImages(tfds.core.GeneratorBasedBuilder):
         IdxConfig(name="kmnist", url="http://codh.rois.ac.jp/kmnist/dataset/kmnist/", class_names=KANA),
     )
 
+    @property
+    def _config(self) -> IdxConfig:
+        assert isinstance(self.builder_config, IdxConfig)
+        return self.builder_config
+
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8),
-                "label": tfds.features.ClassLabel(names=list(self.builder_config.class_names)),
+                "label": tfds.features.ClassLabel(names=list(self._config.class_names)),
             }
         )
         return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
 
     def _split_generators(self, dl_manager):
-        urls = {split: [self.builder_config.url + name for name in names] for split, names in FILES.items()}
-        return {split: self._generate_examples(*paths) for split, paths in dl_manager.download(urls).items()}
+        urls = {split: [self._config.url + name for name in names] for split, names in FILES.items()}
+        downloaded: dict = dl_manager.download(urls)  # pyright: ignore[reportAssignmentType]
+        return {split: self._generate_examples(*paths) for split, paths in downloaded.items()}
 
     def _generate_examples(self, image_path, label_path):
         images, labels = read_idx(image_path), read_idx(label_path)

@@ -76,5 +76,6 @@ def _read(path: pathlib.Path, key: str) -> Columns | None:
 
 def _write(path: pathlib.Path, key: str, columns: Columns) -> None:
     content = io.BytesIO()
-    np.savez(content, **{_FINGERPRINT: np.array(key)}, **columns)
+    arrays: dict[str, Any] = {_FINGERPRINT: np.array(key), **columns}
+    np.savez(content, **arrays)
     write_atomically(path, content.getvalue())

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import urllib.parse
+from typing import Any
 
 import numpy as np
 
@@ -57,12 +58,13 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
     with _quiet():
         builder = _prepared(name, folder)
     image_key, label_key = _features(name, builder.info)
-    shape = tuple(builder.info.features[image_key].shape)
+    features: Any = builder.info.features
+    shape = tuple(features[image_key].shape)
     if image_size is None and None in shape:
         raise InvalidArgumentError(f"the images of {name} differ in size: give image_size, for example 64")
     if image_size is not None:
         shape = (image_size, image_size, shape[2])
-    class_names = tuple(builder.info.features[label_key].names) if label_key else ("image",)
+    class_names = tuple(features[label_key].names) if label_key else ("image",)
     where = os.fspath(builder.data_path)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     parts = {

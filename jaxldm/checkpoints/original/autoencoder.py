@@ -83,8 +83,8 @@ def with_statistics(config: AutoencoderKLConfig, state: Mapping[str, Tensor]) ->
     found: dict[str, Any] = {
         field: tuple(map(float, np.asarray(state[name]).ravel())) for name, field in _STATISTICS.items()
     }
-    scale = models.PRESETS["playground-vae"].scaling_factor
-    return dataclasses.replace(config, scaling_factor=scale, **found)
+    playground: Any = models.PRESETS["playground-vae"]
+    return dataclasses.replace(config, scaling_factor=playground.scaling_factor, **found)
 
 
 def statistics(config: AutoencoderKLConfig) -> dict[str, np.ndarray]:
@@ -102,7 +102,8 @@ def check_factors(config: AutoencoderKLConfig) -> None:
 
     A file of an autoencoder alone does not hold its factors, and is read with those of FLUX.
     """
-    flux, given = ((of.scaling_factor, of.shift_factor) for of in (models.PRESETS["flux-vae"], config))
+    configs: tuple[Any, Any] = (models.PRESETS["flux-vae"], config)
+    flux, given = ((of.scaling_factor, of.shift_factor) for of in configs)
     if given != flux:
         raise CheckpointError(
             f"a file of an autoencoder alone is read with FLUX's scaling_factor and shift_factor, {flux}; "

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -76,7 +77,7 @@ def load_dit_file(
             f"{path} is not an original file of DiT or SiT: it has no tensor {error.args[0]}"
         ) from error
     config = dataclasses.replace(config, dtype=dtype or "float32")
-    module = models.from_config(config)
+    module: Any = models.from_config(config)
     positions = state.get("pos_embed")
     state = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
     try:
@@ -86,7 +87,7 @@ def load_dit_file(
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def save_dit_file(path: Path | str, module: nn.Module, params: dict) -> None:
+def save_dit_file(path: Path | str, module: Any, params: dict) -> None:
     """Writes a DiT or SiT as the authors' code loads it (`safetensors.torch.load_file`), bit for bit.
 
     Raises:
@@ -195,7 +196,7 @@ def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTra
         InvalidArgumentError: a model without classes, for rectangles, with learned positions or widths of the
             MLP or the sinusoids that diffusers does not have.
     """
-    config = module.config
+    config: Any = module.config
     fits = (
         type(config) is models.DiTConfig
         and config.num_classes is not None
@@ -215,9 +216,9 @@ def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTra
             in_channels=config.in_channels,
             out_channels=config.out_channels,
             num_layers=config.depth,
-            sample_size=config.sample_size,
+            sample_size=config.sample_size,  # pyright: ignore[reportArgumentType]
             patch_size=config.patch_size,
-            num_embeds_ada_norm=config.num_classes,
+            num_embeds_ada_norm=config.num_classes,  # pyright: ignore[reportArgumentType]
             norm_eps=config.norm_eps,
             dtype=config.dtype,
             scan=config.scan,

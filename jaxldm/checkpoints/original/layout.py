@@ -51,7 +51,7 @@ class Place(NamedTuple):
     form: Form = SAME
 
 
-Table = Mapping[str, Place]
+Table = dict[str, Place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,13 @@ def _concatenate(*tensors: Tensor) -> Tensor:
     return Converted(tensors, shape, lambda *arrays: np.concatenate(arrays))
 
 
+def _identity(shape: tuple[int, ...]) -> np.ndarray:
+    rows, columns = shape
+    return np.eye(rows, columns, dtype=np.float32)
+
+
 def _drop_identity(tensor: Tensor) -> None:
-    if not np.array_equal(np.asarray(tensor), np.eye(*tensor.shape)):
+    if not np.array_equal(np.asarray(tensor), _identity(tensor.shape)):
         raise CheckpointError("which is no identity matrix")
 
 
@@ -131,9 +136,7 @@ TRANSPOSED = Form(_transpose, _transpose)
 # The two halves of the rows in the other order: (shift, scale) instead of (scale, shift).
 SWAPPED = Form(_swap_halves, _swap_halves)
 # An identity matrix in the published layout, which original files do not hold.
-IDENTITY = Form(
-    lambda tensor: tensor, _drop_identity, constant=lambda shape: np.eye(*shape, dtype=np.float32)
-)
+IDENTITY = Form(lambda tensor: tensor, _drop_identity, constant=_identity)
 
 
 def places(modules: Mapping[str, str], form: Form = SAME) -> dict[str, Place]:

@@ -101,7 +101,7 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
     family = _family_of_components(components)
     layout = family.components
     alone = next(iter(components)) if len(components) == 1 else None
-    if family.writes_bare and alone in family.bare:
+    if alone is not None and family.writes_bare and alone in family.bare:
         if alone == "vae":
             autoencoder.check_factors(components["vae"][0].config)
         layout = _bare(family, alone)
@@ -175,8 +175,10 @@ def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
         if key.startswith(SD1.components["unet"].prefix) and key.endswith(".attn2.to_k.weight")
     }
     for family in FAMILIES.values():
-        unet = family.components.get("unet")
-        if unet and widths == {models.PRESETS[unet.preset].cross_attention_dim}:
+        if "unet" not in family.components:
+            continue
+        preset: Any = models.PRESETS[family.components["unet"].preset]
+        if widths == {preset.cross_attention_dim}:
             return family, None
     raise CheckpointError(
         "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or Z-Image: it has no text encoder "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxldm.checkpoints.original.autoencoder import vae
 from jaxldm.checkpoints.original.layout import (
@@ -117,8 +118,9 @@ def unprojected_clip_table(config: CLIPTextWithProjectionConfig) -> Table:
 def unprojected_clip_config(shapes: Shapes, preset: CLIPTextConfig) -> CLIPTextWithProjectionConfig:
     """The smaller CLIP, with a square projection."""
     found = clip_config(shapes, preset)
-    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    return CLIPTextWithProjectionConfig(**fields | {"projection_dim": found.hidden_size})
+    fields: dict[str, Any] = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    fields["projection_dim"] = found.hidden_size
+    return CLIPTextWithProjectionConfig(**fields)
 
 
 def projected_clip_table(config: CLIPTextWithProjectionConfig) -> Table:
@@ -126,9 +128,7 @@ def projected_clip_table(config: CLIPTextWithProjectionConfig) -> Table:
     return clip_table(config) | {"text_projection": Place("text_projection")}
 
 
-def projected_clip_config(
-    shapes: Shapes, preset: CLIPTextWithProjectionConfig
-) -> CLIPTextWithProjectionConfig:
+def projected_clip_config(shapes: Shapes, preset: CLIPTextWithProjectionConfig) -> CLIPTextConfig:
     """The larger CLIP."""
     found = clip_config(shapes, preset)
     return dataclasses.replace(found, projection_dim=shapes["text_projection.weight"][0])
