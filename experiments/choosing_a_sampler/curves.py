@@ -59,7 +59,7 @@ def evaluation_counter(solver: D.Solver, path: D.Path, max_steps: int) -> Callab
     @functools.cache
     def count(steps):
         calls.clear()
-        run(D.make_grid(path, steps, max_steps=max_steps)).block_until_ready()
+        run(D.pad(D.make_grid(path, steps), max_steps)).block_until_ready()
         jax.effects_barrier()
         return len(calls)
 

@@ -96,7 +96,7 @@ class Judge:
             return D.sample(self.keys, pipe.schedule.make_denoiser(predict), solver, grid, noise)
 
         def arguments(steps, w):
-            grid = D.make_grid(self.path, steps, max_steps=max_steps)
+            grid = D.pad(D.make_grid(self.path, steps), max_steps)
             return pipe.denoiser.params, grid, jnp.float32(w)
 
         compiled = jax.jit(draw).lower(*arguments(max_steps, 1.0)).compile()

@@ -27,6 +27,7 @@ from jaxldm import metrics
 from jaxldm.commands.terminal import run_script
 from jaxldm.files import write_atomically
 from jaxldm.metrics.frechet import Gaussian
+from jaxldm.schedulers import scheduler_grid
 
 # Four blobs on a plane; the class that is asked for is the last two.
 WEIGHTS = np.array([0.3, 0.2, 0.3, 0.2])
@@ -38,16 +39,16 @@ SPACINGS = {
         "trailing": {"spacing": "trailing"},
         "leading": {"spacing": "leading"},
         "linspace": {"spacing": "linspace"},
-        "karras": {"sigmas": "karras"},
-        "exponential": {"sigmas": "exponential"},
-        "beta": {"sigmas": "beta"},
+        "karras": {"spacing": "karras"},
+        "exponential": {"spacing": "exponential"},
+        "beta": {"spacing": "beta_sigmas"},
     },
     "flow": {
         "trailing": {"spacing": "trailing"},
         "shift 3": {"spacing": "trailing", "shift": 3.0},
-        "karras": {"sigmas": "karras"},
-        "exponential": {"sigmas": "exponential"},
-        "beta": {"sigmas": "beta"},
+        "karras": {"spacing": "karras"},
+        "exponential": {"spacing": "exponential"},
+        "beta": {"spacing": "beta_sigmas"},
     },
 }
 PATHS = {"vp": D.VP(D.linear_betas(1000, 1e-4, 0.02)), "flow": D.Flow()}
@@ -153,7 +154,7 @@ class Study:
             self.steps[name] = curves.steps_within(solver, path, self.options.budgets)
         pairs, values = self.steps[name], []
         for steps, _ in pairs:
-            grid = D.make_grid(path, steps, max_steps=max(self.options.budgets), **spacing)
+            grid = D.pad(scheduler_grid(path, steps, **spacing), max(self.options.budgets))
             values.append(judge(self.runs[key](grid, grid.sigma[0] * noise, np.float64(scale))))
         return [evaluations for _, evaluations in pairs], values
 

@@ -137,8 +137,8 @@ def check_solver() -> list[Check]:
     dpmpp, ddim = D.solvers.dpmpp_2m(), D.solvers.ddim()
     exact = draw(ddim, D.make_grid(path, 1000))
 
-    def error(solver, steps, sigmas):
-        grid = D.pad(D.make_grid(path, steps, sigmas=sigmas), 50)
+    def error(solver, steps, spacing):
+        grid = D.pad(D.make_grid(path, steps, spacing=spacing), 50)
         return float(jnp.abs(draw(solver, grid) - exact).mean())
 
     print(
@@ -146,7 +146,9 @@ def check_solver() -> list[Check]:
     )
     errors = {}
     for name, solver, steps in (("DPM-Solver++", dpmpp, 20), ("DDIM", ddim, 20), ("DDIM", ddim, 50)):
-        errors[name, steps], uniform = (error(solver, steps, sigmas) for sigmas in ("uniform_log_snr", None))
+        errors[name, steps], uniform = (
+            error(solver, steps, spacing) for spacing in ("uniform_log_snr", None)
+        )
         print(f"| {name}, {steps} steps | {errors[name, steps]:.4f} | {uniform:.4f} |")
     ours = errors["DPM-Solver++", 20]
     return [

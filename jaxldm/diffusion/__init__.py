@@ -46,10 +46,10 @@ from jaxldm.diffusion.compat import (
     velocity_denoiser,
     vp_path,
 )
-from jaxldm.diffusion.consistency import consistency_function, lcm_timesteps
+from jaxldm.diffusion.consistency import consistency_function
 from jaxldm.diffusion.conversion import convert_time, on_path
 from jaxldm.diffusion.cosine import Cosine
-from jaxldm.diffusion.cutting import cut_by_strength, hand_over, split_at_snr
+from jaxldm.diffusion.cutting import cut_by_strength, split_at_fraction, split_at_snr
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.entries import (
     PATHS,
@@ -58,7 +58,7 @@ from jaxldm.diffusion.entries import (
     prediction_of_0_1,
     prediction_to_dict,
 )
-from jaxldm.diffusion.grids import FINALS, SIGMAS, SPACINGS, Grid, cut, make_grid, pad, reverse, steps_in
+from jaxldm.diffusion.grids import FINALS, Grid, cut, pad, reverse, steps_in
 from jaxldm.diffusion.guidance import (
     Branches,
     autoguidance,
@@ -109,6 +109,24 @@ from jaxldm.diffusion.rectified_flow import Flow, resolution_shift
 from jaxldm.diffusion.sampling import bar_progress, image_keys, initial_noise, sample, sample_step
 from jaxldm.diffusion.scheduler_config import from_scheduler_config, to_scheduler_config
 from jaxldm.diffusion.solvers import Restart, Solver, restart_grid
+from jaxldm.diffusion.spacings import (
+    SPACINGS,
+    align_your_steps,
+    at_sigmas,
+    at_times,
+    beta,
+    beta_sigmas,
+    exponential,
+    karras,
+    lcm,
+    lcm_timesteps,
+    leading,
+    linspace,
+    linspace_fractional,
+    make_grid,
+    stage_c,
+    trailing,
+)
 from jaxldm.diffusion.thresholding import change_x0, dynamic_threshold, static_threshold
 from jaxldm.diffusion.training_times import (
     TRAINING_TIMES,
@@ -128,7 +146,6 @@ __all__ = [
     "MASK_SCHEDULES",
     "PATHS",
     "PREDICTIONS",
-    "SIGMAS",
     "SPACINGS",
     "TRAINING_TIMES",
     "VP",
@@ -148,8 +165,13 @@ __all__ = [
     "Solver",
     "Unmasking",
     "adaptive_projected_guidance",
+    "align_your_steps",
+    "at_sigmas",
+    "at_times",
     "autoguidance",
     "bar_progress",
+    "beta",
+    "beta_sigmas",
     "betas_from_alpha_bar",
     "cfg_plus_plus",
     "change_x0",
@@ -172,6 +194,7 @@ __all__ = [
     "edm_path",
     "edm_preconditioned",
     "epsilon",
+    "exponential",
     "exponential_betas",
     "flow",
     "flow_path",
@@ -186,17 +209,21 @@ __all__ = [
     "guide",
     "guide_branches",
     "guided_logits",
-    "hand_over",
     "image_keys",
     "implied_noise",
     "initial_noise",
     "inpaint",
     "interpolant_gamma",
     "interpolant_path",
+    "karras",
     "laplace_betas",
+    "lcm",
     "lcm_timesteps",
+    "leading",
     "linear_betas",
     "linear_prediction",
+    "linspace",
+    "linspace_fractional",
     "listening",
     "log_normal",
     "logit_normal",
@@ -230,12 +257,15 @@ __all__ = [
     "sigmoid_alphas_betas",
     "sigmoid_betas",
     "solvers",
+    "split_at_fraction",
     "split_at_snr",
+    "stage_c",
     "static_threshold",
     "steps_in",
     "target",
     "to_scheduler_config",
     "to_x0",
+    "trailing",
     "training_times",
     "uniform",
     "v",

@@ -34,7 +34,7 @@ def classifier_guidance(
             traced. 0 leaves the denoiser as it is.
 
     Raises:
-        InvalidArgumentError: w is NaN, infinite or negative; a denoiser that does not say its path.
+        InvalidArgumentError: w is NaN, infinite or negative; a denoiser without a path.
 
     >>> import jax.numpy as jnp
     >>> from jaxldm import diffusion as D

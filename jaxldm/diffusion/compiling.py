@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 # The most programs kept; the one used longest ago goes first.
-MAX_PROGRAMS = 64
+MAX_PROGRAMS = 16
 _programs: collections.OrderedDict[Any, Callable[..., Any]] = collections.OrderedDict()
+_lock = threading.Lock()
 
 
-def traced(tree: Any) -> bool:
-    """Whether a leaf of the tree is a tracer of an outer jit, grad or vmap."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+def traced(*trees: Any) -> bool:
+    """Whether a leaf of the trees is a tracer of an outer jit, grad or vmap, whose value cannot be seen."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def compile_once(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -50,10 +52,11 @@ def compile_once(function: Callable[..., Any], *arguments: Any) -> Callable[...,
     if "callback" in text or "host_transfer" in text:
         return function
     key = hashlib.sha256(text.encode()).digest(), jax.config.read("jax_disable_most_optimizations")
-    program = _programs.setdefault(key, program)
-    _programs.move_to_end(key)
-    while len(_programs) > MAX_PROGRAMS:
-        _programs.popitem(last=False)
+    with _lock:
+        program = _programs.setdefault(key, program)
+        _programs.move_to_end(key)
+        while len(_programs) > MAX_PROGRAMS:
+            _programs.popitem(last=False)
 
     def run(*arguments: Any) -> Any:
         return jax.tree.unflatten(structure, program(closed.consts, jax.tree.leaves(arguments)))

@@ -1,4 +1,4 @@
-"""Where to cut a grid: by image-to-image strength, by SNR, or where one model hands over to another."""
+"""Where to cut a grid: by image-to-image strength, by SNR, or between a base model and a refiner."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
 def split_at_snr(grid: Grid, snr: float) -> tuple[Grid, Grid]:
     """(noisy part, clean part), split at the first row whose alpha^2 / sigma^2 is at least `snr`.
 
-    Truncated sampling walks the noisy part, and leaves the rest to one call of the denoiser or to another
-    model. That row ends the first part and starts the second, so walking both is walking the whole grid.
+    Truncated sampling runs the noisy part, and leaves the rest to one call of the denoiser or to another
+    model. That row ends the first part and starts the second: sampling both is sampling the whole grid.
 
     Raises:
         InvalidArgumentError: one of the two parts would be empty; a padded grid.
@@ -57,16 +57,16 @@ def split_at_snr(grid: Grid, snr: float) -> tuple[Grid, Grid]:
     return _split(grid, int((alpha**2 < snr * sigma**2).sum()), f"snr={snr:g}")
 
 
-def hand_over(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Grid]:
-    """(base model's part, refiner's part): the base takes away `fraction` of the noise, from the noisy end.
+def split_at_fraction(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Grid]:
+    """(base model's part, refiner's part): the base removes `fraction` of the noise, from the noisy end.
 
-    The base walks every step that starts at t >= T (1 - fraction), rounded on a discrete path: diffusers'
+    The base takes every step that starts at t >= T (1 - fraction), rounded on a discrete path: diffusers'
     `denoising_end` and `denoising_start` of SDXL. The row where the base stops is the row where the refiner
-    starts, so both models on one path walk exactly the whole grid.
+    starts, so both models on one path take exactly the steps of the whole grid.
 
     Args:
         grid: from `make_grid(path, ...)`.
-        path: says what T is; on a continuous path the whole range of t.
+        path: has T; on a continuous path the whole range of t.
         fraction: in (0, 1); 0.8 in SDXL.
 
     Raises:
@@ -75,7 +75,7 @@ def hand_over(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Grid]:
 
     >>> from jaxldm import diffusion as D
     >>> path = D.vp_path(D.scaled_linear_betas())
-    >>> base, refiner = D.hand_over(D.make_grid(path, 50), path, 0.8)
+    >>> base, refiner = D.split_at_fraction(D.make_grid(path, 50), path, 0.8)
     >>> len(base.t) - 1, len(refiner.t) - 1
     (40, 10)
     """
@@ -90,11 +90,11 @@ def hand_over(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Grid]:
     return _split(grid, int((grid.t[:-1] >= last).sum()), f"fraction={fraction:g}")
 
 
-def _split(grid: Grid, steps: int, asked: str) -> tuple[Grid, Grid]:
+def _split(grid: Grid, steps: int, given: str) -> tuple[Grid, Grid]:
     if not 0 < steps < len(grid.t) - 1:
         empty = "first" if steps < 1 else "second"
         raise InvalidArgumentError(
-            f"{asked} leaves no step to the {empty} part of this grid of {len(grid.t) - 1} steps: "
+            f"{given} leaves no step to the {empty} part of this grid of {len(grid.t) - 1} steps: "
             "use the whole grid, another place to split, or more steps"
         )
     return cut(grid, 0, steps), cut(grid, steps)

@@ -1,9 +1,9 @@
 """Guidance: functions from networks to `predict(x, t)`.
 
-Two answers to one question are mixed, the one to move away from and the one to move towards: `Branches`. The
-condition and its absence (classifier-free guidance) and a good network and a weak one (autoguidance) are
-branches; `guide_branches` and `adaptive_projected_guidance` are rules to mix any of them. The scale is a
-number, one per image, or a function of t, such as `guidance_schedule` and kin make.
+Two outputs are mixed, of the unconditional and of the conditional branch: `Branches`. No condition and a
+condition (classifier-free guidance), or a weak network and a good one (autoguidance), are branches;
+`guide_branches` and `adaptive_projected_guidance` mix any of them. The scale is a number, one per image, or a
+function of t, as `guidance_schedule` and related functions make.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError
 
@@ -39,7 +40,7 @@ def guide(unconditional: Any, conditional: Any, guidance_scale: Any) -> Any:
 def rescale_guidance(
     guided: Float[Array, "B ..."], conditional: Float[Array, "B ..."], rescale: Any
 ) -> Float[Array, "B ..."]:
-    """phi guided std(conditional)/std(guided) + (1 - phi) guided: the cure for over-exposed pictures.
+    """phi guided std(conditional)/std(guided) + (1 - phi) guided: against over-exposed pictures.
 
     Standard deviations are taken per image over all other axes (Lin et al. 2023, equations 15 and 16; phi
     about 0.7). An image whose guided output is constant is left as it is.
@@ -56,37 +57,37 @@ def rescale_guidance(
 
 
 class Branches(NamedTuple):
-    """Two answers at once: what guidance moves away from, and what it moves towards.
+    """The unconditional and the conditional branch: guidance moves from the first to the second.
 
     Attributes:
-        both: (x [2B, ...], t [2B]) -> [2B, ...]; its first half answers for the branch to move away from.
-        towards: (x [B, ...], t [B]) -> [B, ...]; the other branch alone.
+        both: (x [2B, ...], t [2B]) -> [2B, ...]; the first half is the unconditional branch.
+        cond: (x [B, ...], t [B]) -> [B, ...]; the conditional branch by itself.
     """
 
     both: Callable[[Any, Any], Any]
-    towards: Callable[[Any, Any], Any]
+    cond: Callable[[Any, Any], Any]
 
-    def through(self, wrap: Callable[[Any], Any]) -> Branches:
+    def map(self, wrap: Callable[[Any], Any]) -> Branches:
         """Both wrapped: networks become denoisers by `lambda network: D.denoiser(network, path)`."""
-        return Branches(wrap(self.both), wrap(self.towards))
+        return Branches(wrap(self.both), wrap(self.cond))
 
-    def ask(self, x: Float[Array, "B ..."], t: Any) -> tuple[Any, Any]:
-        """(away, towards), each [B, ...], from one batch of 2B."""
+    def call(self, x: Float[Array, "B ..."], t: Any) -> tuple[Any, Any]:
+        """(uncond, cond), each [B, ...], from one batch of 2B."""
         t = jnp.broadcast_to(t, x.shape[:1])
-        answers = self.both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
-        return tuple(jnp.split(answers.astype(x.dtype), 2))
+        outputs = self.both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
+        return tuple(jnp.split(outputs.astype(x.dtype), 2))
 
 
 def condition_branches(
     network: Callable[[Any, Any, Any], Any], condition: Any, null_condition: Any
 ) -> Branches:
-    """One network, told the null condition (or a negative one) and the condition (Ho and Salimans 2022).
+    """One network with the null condition (or a negative one) and the condition (Ho and Salimans 2022).
 
     Args:
         network: (x [N, H, W, C], t [N], condition [N, ...]) -> output [N, H, W, C], N being 2B or B.
         condition: an array [B, ...] or a tree of them (labels, text states, ...).
-        null_condition: what the unconditional branch is told, broadcast to the condition: the null class, or
-            a negative prompt. A negative condition is nothing more than this branch replaced.
+        null_condition: of the unconditional branch, broadcast to the condition: the null class, or a negative
+            prompt. A negative condition is nothing more than this branch replaced.
 
     Raises:
         InvalidArgumentError: the two conditions differ in form.
@@ -98,7 +99,7 @@ def condition_branches(
 
 
 def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, Any], Any]) -> Branches:
-    """A weak network to move away from, and a good one (autoguidance, Karras et al. 2024).
+    """A weak network as the unconditional branch, and a good one (autoguidance, Karras et al. 2024).
 
     Args:
         network: (x [B, H, W, C], t [B]) -> output [B, H, W, C].
@@ -115,10 +116,9 @@ def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, An
 def guide_branches(
     branches: Branches, guidance_scale: Any, rescale: Any = 0.0, guided_channels: int | None = None
 ) -> Callable[[Any, Any], Any]:
-    """`predict(x, t)` that mixes any two branches by `guide`; where every scale is 1, one alone is asked.
+    """`predict(x, t)` that mixes any two branches by `guide`; where every scale is 1, only one is computed.
 
-    Channels beyond x's own (a learned variance) are not guided: they stay those of the branch to move
-    towards.
+    Channels beyond x's own (a learned variance) are not guided: they stay those of the conditional branch.
 
     Args:
         branches: from `condition_branches`, `network_branches` or your own.
@@ -133,13 +133,13 @@ def guide_branches(
     """
     rescale = checked("guidance rescale", rescale, 1.0)
 
-    def mix(x, away, towards, w):
+    def mix(x, uncond, cond, w):
         channels = x.shape[-1] if guided_channels is None else guided_channels
-        conditional = towards[..., :channels]
-        mixed = guide(away[..., :channels], conditional, w)
+        guided_part = cond[..., :channels]
+        mixed = guide(uncond[..., :channels], guided_part, w)
         if not (isinstance(rescale, float) and rescale == 0):
-            mixed = rescale_guidance(mixed, conditional, jnp.asarray(rescale, x.dtype))
-        return jnp.concatenate([mixed, towards[..., channels:]], axis=-1)
+            mixed = rescale_guidance(mixed, guided_part, jnp.asarray(rescale, x.dtype))
+        return jnp.concatenate([mixed, cond[..., channels:]], axis=-1)
 
     return mix_branches(branches, guidance_scale, mix)
 
@@ -147,21 +147,21 @@ def guide_branches(
 def mix_branches(
     branches: Branches, guidance_scale: Any, mix: Callable[[Any, Any, Any, Any], Any]
 ) -> Callable[[Any, Any], Any]:
-    """`predict(x, t)` = mix(x, away, towards, w), or the branch `towards` alone where every w is 1."""
+    """`predict(x, t)` = mix(x, uncond, cond, w), or the conditional branch alone where every w is 1."""
     if not callable(guidance_scale):
         guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
 
-    def alone(x, t, w):
-        return branches.towards(x, t).astype(x.dtype)
+    def unguided(x, t, w):
+        return branches.cond(x, t).astype(x.dtype)
 
     def guided(x, t, w):
-        return mix(x, *branches.ask(x, t), w)
+        return mix(x, *branches.call(x, t), w)
 
     def predict(x, t):
         w = scale_at(guidance_scale, t).astype(x.dtype)
         if isinstance(guidance_scale, float):
-            return alone(x, t, w) if guidance_scale == 1 else guided(x, t, w)
-        return jax.lax.cond(jnp.all(w == 1), alone, guided, x, t, w)
+            return unguided(x, t, w) if guidance_scale == 1 else guided(x, t, w)
+        return jax.lax.cond(jnp.all(w == 1), unguided, guided, x, t, w)
 
     return predict
 
@@ -174,16 +174,16 @@ def classifier_free_guidance(
     rescale: Any = 0.0,
     guided_channels: int | None = None,
 ) -> Callable[[Any, Any], Any]:
-    """`predict(x, t)` that asks the network once, for both branches in one batch of 2B, and guides.
+    """`predict(x, t)` that calls the network once, for both branches in one batch of 2B, and guides.
 
-    Where every scale is 1 the conditional branch is the answer, and it alone is computed, with a traced scale
-    too. So outside a `guidance_interval` a step costs half.
+    Where every scale is 1 only the conditional branch is computed, with a traced scale too. So outside a
+    `guidance_interval` a step costs half.
 
     Args:
         network: (x [N, H, W, C], t [N], condition [N, ...]) -> output [N, H, W, C], N being 2B or B.
         condition: an array [B, ...] or a tree of them (labels, text states, ...).
-        null_condition: what the unconditional branch is told, broadcast to the condition: the null class, or
-            a negative prompt. A negative condition is nothing more than this branch replaced.
+        null_condition: of the unconditional branch, broadcast to the condition: the null class, or a negative
+            prompt. A negative condition is nothing more than this branch replaced.
         guidance_scale: w, a number or one per image [B], or a function of t [B] that gives either, from
             `guidance_schedule`, `guidance_interval`, `cfg_plus_plus`; may be traced. 0 is unconditional, 1
             conditional.
@@ -260,11 +260,6 @@ def checked(name: str, value: Any, highest: float) -> Any:
     if not (np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers <= highest).all()):
         raise InvalidArgumentError(f"{name} must be a finite number from 0 to {highest:g}, not {value}")
     return float(numbers) if numbers.ndim == 0 else jnp.asarray(value)
-
-
-def traced(*values: Any) -> bool:
-    """Whether one of them is a JAX tracer, whose value cannot be checked."""
-    return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def scale_at(guidance_scale: Any, t: Float[Array, " B"]) -> Array:

@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.grids import Grid
-from jaxldm.diffusion.guidance import checked, scale_at, traced
+from jaxldm.diffusion.guidance import checked, scale_at
 from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.solvers.solver import divide
 from jaxldm.errors import InvalidArgumentError
@@ -54,8 +55,8 @@ def guidance_interval(
 ) -> Callable[[Any], Any]:
     """w where low < sigma / alpha <= high, and 1 outside (Kynkaanniemi et al. 2024, equation 6).
 
-    At high noise guidance costs diversity, at low noise it changes nothing: without it, such steps ask the
-    conditional branch alone. In the paper's sigma: (0.28, 5.42] for EDM2-XXL on ImageNet-512.
+    At high noise guidance costs diversity, at low noise it changes nothing: outside of the interval only the
+    conditional branch is computed. In the paper's sigma: (0.28, 5.42] for EDM2-XXL on ImageNet-512.
 
     Args:
         path: of the network.
@@ -95,7 +96,7 @@ def cfg_plus_plus(grid: Grid, scale: Any, eta: Any = 0.0) -> Callable[[Any], Any
     order, with these scales.
 
     Args:
-        grid: the grid that is walked, falling.
+        grid: of the run, falling.
         scale: lambda, a number or one per image [B].
         eta: of `ddim`; its direction is then sqrt(sigma_s^2 - std^2) long and not sigma_s. 1 for `ddpm`.
 
@@ -106,7 +107,7 @@ def cfg_plus_plus(grid: Grid, scale: Any, eta: Any = 0.0) -> Callable[[Any], Any
     alpha, sigma = jnp.asarray(grid.alpha), jnp.asarray(grid.sigma)
     q = divide(sigma[1:] * alpha[:-1], sigma[:-1] * alpha[1:], 0.0)
     direction = q * jnp.sqrt(1 - eta**2 * (1 - q) * (1 + q))
-    strength = divide(1.0, 1 - direction, 1.0)  # padded rows stand still: any finite number does
+    strength = divide(1.0, 1 - direction, 1.0)  # padded rows are skipped: any finite number does
     if scale.ndim == 1:
         strength, scale = strength[:, None], scale[None]
     return guidance_schedule(grid, strength * scale.astype(strength.dtype))

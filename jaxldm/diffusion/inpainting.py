@@ -25,7 +25,7 @@ def inpaint(solver: Solver, image: Any, mask: Any) -> Solver:
 
         x_s = m (alpha_s image + sigma_s z) + (1 - m) x_s(solver)
 
-    Where the grid rises, noise is added instead, as by `restart`, and the solver starts afresh: a grid from
+    Where the grid rises, noise is added instead, as by `restart`, and the solver starts again: a grid from
     `resampling_grid` goes back and forth, so that both parts come to agree. A mask of ones gives the image
     itself; a mask of zeros, on a grid that falls, is the solver as it is.
 

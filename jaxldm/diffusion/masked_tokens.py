@@ -1,7 +1,7 @@
 """Masked tokens: images as token ids, drawn by unmasking the most certain first (MaskGIT, Chang et al. 2022).
 
-A mirror pair, as in diffusion: `masked_token_loss` trains a network to say what is under the mask, and
-`sample_tokens` walks from all masked to none along an `Unmasking`, which is data as a `Grid` is.
+A mirror pair, as in diffusion: `masked_token_loss` trains a network to predict what is under the mask, and
+`sample_tokens` goes from all masked to none by an `Unmasking`, which is data as a `Grid` is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxldm.diffusion.guidance import broadcast_null, checked, guide, traced
+from jaxldm.diffusion.compiling import compile_once, traced
+from jaxldm.diffusion.guidance import broadcast_null, checked, guide
+from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.losses import drop_condition
 from jaxldm.diffusion.sampling import image_keys
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -226,18 +228,17 @@ def guided_logits(
     null_condition: Any,
     guidance_scale: Any,
     *,
-    alone_at_1: bool = True,
+    cond_only_at_1: bool = True,
 ) -> Callable[[Any], Any]:
     """`logits(tokens)` = (1 - w) unconditional + w conditional logits, both branches in one batch of 2B.
 
-    Where every scale is 1 the conditional branch alone is asked, unless `alone_at_1` is False, which saves
-    compiling it where the scale is traced.
+    Where every scale is 1 the conditional branch alone is computed, unless `cond_only_at_1` is False, which
+    saves compiling it where the scale is traced.
 
     Args:
         network: (tokens [N, ...], condition [N, ...]) -> logits [N, ..., V], N being 2B or B.
         condition: an array [B, ...] or a tree of them.
-        null_condition: what the unconditional branch is told, broadcast to the condition; or a negative
-            prompt.
+        null_condition: of the unconditional branch, broadcast to the condition; or a negative prompt.
         guidance_scale: w, a number or one per image [B]; may be traced. 10 in aMUSEd.
 
     Raises:
@@ -257,8 +258,8 @@ def guided_logits(
 
     def logits(tokens):
         if isinstance(guidance_scale, float):
-            return alone(tokens) if guidance_scale == 1 and alone_at_1 else guided(tokens)
-        if not alone_at_1:
+            return alone(tokens) if guidance_scale == 1 and cond_only_at_1 else guided(tokens)
+        if not cond_only_at_1:
             return guided(tokens)
         return jax.lax.cond(jnp.all(guidance_scale == 1), alone, guided, tokens)
 
@@ -303,6 +304,8 @@ def sample_tokens(
         progress: called on the host after each step with (steps done, steps in all): no image leaves the
             device.
 
+    Outside of jit, with a callback or progress, the loop runs on the host over one compiled step.
+
     Returns:
         tokens [B, ...]; with `return_trajectory` the pair (tokens, trajectory).
 
@@ -316,38 +319,68 @@ def sample_tokens(
     """
     tokens = jnp.asarray(tokens)
     keys = image_keys(key, tokens.shape[0])
-    count = unmasking.fraction.shape[0]
-    fraction, temperature = jnp.asarray(unmasking.fraction), jnp.asarray(unmasking.temperature)
-    num_steps = count if unmasking.num_steps is None else unmasking.num_steps
-    flat = (tokens.shape[0], -1)
-    total = _count((tokens == mask_token).reshape(flat)) if total is None else jnp.asarray(total)
-    total = jnp.broadcast_to(total, tokens.shape[:1]).astype(jnp.float32)
+    if total is None:
+        total = _count((tokens == mask_token).reshape(tokens.shape[0], -1))
+    total = jnp.broadcast_to(jnp.asarray(total), tokens.shape[:1]).astype(jnp.float32)
+    unmasking = jax.tree.map(jnp.asarray, unmasking)
+    num_steps = unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
 
-    def advance(tokens, i):
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i.astype(jnp.uint32))
-        known = (tokens != mask_token).reshape(flat)
-        drawn, log_p = _draw(step_keys, logits(tokens), tokens, mask_token)
-        confidence = log_p.reshape(flat) + temperature[i] * _gumbel(step_keys, known.shape[1:])
-        masked = _whole_part(total * fraction[i])
-        masked = jnp.clip(masked, 1, jnp.maximum(_count(~known) - 1, 1))
-        masked = jnp.where(i == num_steps - 1, 0, masked)
-        again = (_rank(jnp.where(known, jnp.inf, confidence)) < masked[:, None]) & ~known
-        tokens = jnp.where(again.reshape(tokens.shape), jnp.asarray(mask_token, tokens.dtype), drawn)
+    def step(keys, total, unmasking, tokens, i):
+        return _unmask(keys, logits, tokens, unmasking, total, mask_token, i)
+
+    def scan(keys, total, unmasking, tokens):
+        num_steps = unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
+
+        def advance(tokens, i):
+            tokens = step(keys, total, unmasking, tokens, i)
+            report(callback, i + 1, tokens)
+            report(progress, i + 1, num_steps)
+            return tokens
+
+        def body(tokens, i):
+            if unmasking.num_steps is None:
+                tokens = advance(tokens, i)
+            else:
+                tokens = jax.lax.cond(i < num_steps, advance, lambda tokens, i: tokens, tokens, i)
+            return tokens, (tokens if return_trajectory else None)
+
+        rows = jnp.arange(unmasking.fraction.shape[0], dtype=jnp.int32)
+        last, trajectory = jax.lax.scan(body, tokens, rows)
+        return (last, jnp.concatenate([tokens[None], trajectory])) if return_trajectory else last
+
+    arguments = (keys, total, unmasking)
+    if traced(arguments, tokens, mask_token):
+        return scan(*arguments, tokens)
+    if callback is None and progress is None:
+        return compile_once(scan, *arguments, tokens)(*arguments, tokens)
+    run = compile_once(step, *arguments, tokens, np.int32(0))
+    if run is step and not jax.config.jax_disable_jit:  # it cannot be compiled by itself
+        return scan(*arguments, tokens)
+    rows = [tokens]
+    for i in range(int(num_steps)):
+        rows.append(run(*arguments, rows[-1], np.int32(i)))
         if callback is not None:
-            jax.debug.callback(callback, i + 1, tokens)
+            callback(i + 1, rows[-1])
         if progress is not None:
-            jax.debug.callback(progress, i + 1, num_steps)
-        return tokens
+            jax.block_until_ready(rows[-1])
+            progress(i + 1, int(num_steps))
+    rows += rows[-1:] * (unmasking.fraction.shape[0] - int(num_steps))
+    return (rows[-1], jnp.stack(rows)) if return_trajectory else rows[-1]
 
-    def body(tokens, i):
-        if unmasking.num_steps is None:
-            tokens = advance(tokens, i)
-        else:
-            tokens = jax.lax.cond(i < num_steps, advance, lambda tokens, i: tokens, tokens, i)
-        return tokens, (tokens if return_trajectory else None)
 
-    last, trajectory = jax.lax.scan(body, tokens, jnp.arange(count, dtype=jnp.int32))
-    return (last, jnp.concatenate([tokens[None], trajectory])) if return_trajectory else last
+def _unmask(keys, logits, tokens, unmasking, total, mask_token, i):
+    """The tokens after step i."""
+    num_steps = unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
+    flat = (tokens.shape[0], -1)
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i.astype(jnp.uint32))
+    known = (tokens != mask_token).reshape(flat)
+    drawn, log_p = _draw(step_keys, logits(tokens), tokens, mask_token)
+    confidence = log_p.reshape(flat) + unmasking.temperature[i] * _gumbel(step_keys, known.shape[1:])
+    masked = _whole_part(total * unmasking.fraction[i])
+    masked = jnp.clip(masked, 1, jnp.maximum(_count(~known) - 1, 1))
+    masked = jnp.where(i == num_steps - 1, 0, masked)
+    again = (_rank(jnp.where(known, jnp.inf, confidence)) < masked[:, None]) & ~known
+    return jnp.where(again.reshape(tokens.shape), jnp.asarray(mask_token, tokens.dtype), drawn)
 
 
 def _draw(keys, logits, tokens, mask_token):

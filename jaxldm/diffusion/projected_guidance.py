@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxldm.diffusion.guidance import Branches, checked, mix_branches, scale_at, traced
+from jaxldm.diffusion.compiling import traced
+from jaxldm.diffusion.guidance import Branches, checked, mix_branches, scale_at
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.diffusion.solvers.solver import Solver, divide
@@ -70,13 +71,13 @@ def adaptive_projected_guidance(
     norm_threshold: Any = None,
     momentum: Any = None,
 ) -> Denoiser:
-    """`denoise(x, t)` by `project_guidance` of two denoisers, asked in one batch of 2B.
+    """`denoise(x, t)` by `project_guidance` of two denoisers, called in one batch of 2B.
 
     Args:
         branches: of denoisers, for guidance is projected in x_0: `condition_branches(network, condition,
-            null_condition).through(lambda predict: D.denoiser(predict, path, prediction))`.
+            null_condition).map(lambda predict: D.denoiser(predict, path, prediction))`.
         guidance_scale: w as for `classifier_free_guidance`; where every w is 1 the conditional branch alone
-            is asked (with momentum, always both).
+            is computed (with momentum, always both).
         eta: see `project_guidance`.
         norm_threshold: r, likewise; 2.5 to 15 in the paper, where x_0 has unit scale.
         momentum: beta of d_average = d + beta d_average_before, from step to step; the paper's are negative,
@@ -91,17 +92,17 @@ def adaptive_projected_guidance(
     >>> path = D.flow_path()
     >>> network = lambda x, t, labels: x * labels[:, None, None, None]
     >>> branches = D.condition_branches(network, jnp.array([1.0, 2.0]), 0.0)
-    >>> denoisers = branches.through(lambda predict: D.denoiser(predict, path, "flow"))
+    >>> denoisers = branches.map(lambda predict: D.denoiser(predict, path, "flow"))
     >>> denoise = D.adaptive_projected_guidance(denoisers, 5.0, norm_threshold=2.5, momentum=-0.5)
     >>> solver = D.with_momentum(D.solvers.ddim())
     >>> D.sample(jax.random.key(0), denoise, solver, D.make_grid(path, 4), jnp.ones((2, 4, 4, 1))).shape
     (2, 4, 4, 1)
     """
-    path = getattr(branches.towards, "path", None)
+    path = getattr(branches.cond, "path", None)
     if path is None:
         raise InvalidArgumentError(
             "projected guidance is projected in x_0: make denoisers of the branches with "
-            "branches.through(lambda predict: D.denoiser(predict, path, prediction))"
+            "branches.map(lambda predict: D.denoiser(predict, path, prediction))"
         )
     if norm_threshold is not None:
         checked("norm_threshold", norm_threshold, np.inf)
@@ -110,17 +111,17 @@ def adaptive_projected_guidance(
     if not callable(guidance_scale):
         guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
 
-    def mix(x, away, towards, w):
-        return project_guidance(towards, towards - away, w, eta, norm_threshold)
+    def mix(x, uncond, cond, w):
+        return project_guidance(cond, cond - uncond, w, eta, norm_threshold)
 
     if momentum is None:
         return Denoiser(mix_branches(branches, guidance_scale, mix), path)
 
     def remembering(x, t, average):
-        away, towards = branches.ask(x, t)
-        average = towards - away + momentum * average
+        uncond, cond = branches.call(x, t)
+        average = cond - uncond + momentum * average
         w = scale_at(guidance_scale, t)
-        return project_guidance(towards, average, w, eta, norm_threshold), average
+        return project_guidance(cond, average, w, eta, norm_threshold), average
 
     def forgetful(x, t):
         raise InvalidArgumentError(

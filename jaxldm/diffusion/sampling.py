@@ -136,7 +136,7 @@ def sample(
             trajectory = jnp.concatenate([x_T[None], trajectory])
         return state.x, trajectory, predictions
 
-    if traced((keys, grid, x_T)):
+    if traced(keys, grid, x_T):
         results = scan(keys, grid, x_T)
     elif callback is None and progress is None:
         results = compile_once(scan, keys, grid, x_T)(keys, grid, x_T)

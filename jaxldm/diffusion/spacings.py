@@ -1,108 +1,382 @@
-"""Which times a grid visits: evenly in t, evenly in some power of the noise level, or from a published table.
+"""Spacings: which rows a grid has, one function each, and the table of them by name.
 
-Float64 on the host, noisiest first, without the row that `final` adds; `make_grid` puts them together.
+Every function takes a path and the number of steps N, and gives a `Grid` of N + 1 rows in float32 (float64
+with x64), made in float64 on the host. Keywords of all of them:
+
+    final: "clean" adds the row alpha = 1, sigma = 0 behind N rows; "sigma_min" ends at `path.t_min`, which is
+        never repeated (a repeated row is a wasted step).
+    shift: multiplies sigma / alpha, before levels are placed; on the flow path this is t' = shift t / (1 +
+        (shift - 1) t) (SD3). None: `path.default_shift`. Only paths that end in pure noise can be shifted.
+
+They raise `InvalidArgumentError` for fewer steps than 1 or more than the path has, a shift that the path
+cannot have, and rows that do not fall strictly; `UnknownNameError` for another final.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
+from jaxldm.diffusion import registry
+from jaxldm.diffusion.grids import Grid, check_count, grid_of_times
+from jaxldm.diffusion.levels import (
+    beta_levels,
+    beta_quantiles,
+    exponential_levels,
+    karras_levels,
+    respaced,
+    shifted,
+    stretched,
+    times_of_levels,
+)
 from jaxldm.diffusion.paths import Path
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 
-# Name -> which t, after Lin et al. 2023, table 2, on a discrete path of T timesteps; k = 0 ... N - 1. On a
-# continuous path the same, not rounded, from `path.t_noisy` to `path.t_min`.
-SPACINGS = {
-    "trailing": "T - k T/N - 1, rounded: starts at the noisiest t, right for few steps",
-    "leading": "k (T // N) + steps_offset: does not start at the noisiest t",
-    "linspace": "N integers from T - 1 to 0; for N = 1 that is t = 0, like leading",
-    "linspace_fractional": "not rounded; sigma / alpha is linear between whole t (diffusers' Euler, Heun)",
-    "leading_open": "N + 1 of leading, less the cleanest (diffusers' DPM-Solver++)",
-    "linspace_open": "N + 1 of linspace, less the cleanest (diffusers' DPM-Solver++)",
-    "beta": "(T - 1) x the quantile 1 - k/N of Beta(0.6, 0.6), rounded: dense at both ends (Lee et al. 2024)",
-    "stage_c": "19/29 of the steps in the noisiest third of t, evenly, and the others evenly (Wuerstchen)",
-    "lcm": "evenly N of the original_steps times that a consistency model was distilled on (Luo et al. 2023)",
-}
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
 # Steps", quickstart guide). Made for the paths of Stable Diffusion 1.5, SDXL and Stable Video Diffusion.
 ALIGN_YOUR_STEPS = {
-    "ays_sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
-    "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
-    "ays_svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
-}
-# Name -> how the noise level (see `noise_level`) falls between the two ends.
-SIGMAS = {
-    "karras": "evenly in its 1/rho-th power (Karras et al. 2022, equation 5)",
-    "exponential": "evenly in its logarithm",
-    "uniform_log_snr": "the same as exponential, under its name in DPM-Solver (Lu et al. 2022)",
-    "beta": "at the quantiles 1 - k/(N - 1) of Beta(0.6, 0.6), as diffusers reads Lee et al. 2024",
-    "ays_sd15": "Align Your Steps, the table for Stable Diffusion 1.5 (Sabour et al. 2024)",
-    "ays_sdxl": "Align Your Steps, SDXL",
-    "ays_svd": "Align Your Steps, Stable Video Diffusion: needs edm_path(sigma_max=700)",
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
 
 
-def spaced(
+class Span(NamedTuple):
+    """The range of t that a spacing places its rows in.
+
+    Attributes:
+        total: T of a discrete path, whose t are 0 to T - 1; None of a continuous one.
+        t_noisy: the noisiest t.
+        t_min: the cleanest t that a network is trained on.
+        t_clean: the data; on an interpolant it may lie a little below 0, and 0 is used.
+    """
+
+    total: int | None
+    t_noisy: float
+    t_min: float
+    t_clean: float
+
+
+def span_of(path: Path) -> Span:
+    """The whole range of a path."""
+    return Span(path.num_train_timesteps, path.t_noisy, path.t_min, max(path.t_clean, 0.0))
+
+
+def trailing(
+    path: Path,
+    num_inference_steps: int,
+    *,
+    shift: float | None = None,
+    shift_terminal: float | None = None,
+    final: str = "clean",
+) -> Grid:
+    """T - k T/N - 1, rounded: starts at the noisiest t, right for few steps (Lin et al. 2023, table 2).
+
+    On a continuous path N even values from `t_noisy` on, the clean end left out.
+
+    Args:
+        shift_terminal: stretch the shifted levels so that row N has this one (LTX-Video, Qwen-Image).
+
+    >>> from jaxldm import diffusion as D
+    >>> D.trailing(D.flow_path(), 4).t
+    array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
+    """
+    times = functools.partial(trailing_times, span_of(path))
+    return make(path, num_inference_steps, times, shift, final, shift_terminal)
+
+
+def leading(
+    path: Path, num_inference_steps: int, *, offset: int = 0, shift: float | None = None, final: str = "clean"
+) -> Grid:
+    """k (T // N) + offset: does not start at the noisiest t (Lin et al. 2023, table 2).
+
+    Args:
+        offset: 1 in Stable Diffusion. Of a discrete path.
+    """
+    times = functools.partial(leading_times, span_of(path), offset=offset)
+    return make(path, num_inference_steps, times, shift, final)
+
+
+def linspace(
+    path: Path,
+    num_inference_steps: int,
+    *,
+    shift: float | None = None,
+    shift_terminal: float | None = None,
+    final: str = "clean",
+) -> Grid:
+    """N integers from T - 1 to 0 (for N = 1 that is 0, as `leading`); N values from t_noisy to t_min.
+
+    Args:
+        shift_terminal: see `trailing`.
+    """
+    times = functools.partial(linspace_times, span_of(path))
+    return make(path, num_inference_steps, times, shift, final, shift_terminal)
+
+
+def linspace_fractional(
+    path: Path, num_inference_steps: int, *, shift: float | None = None, final: str = "clean"
+) -> Grid:
+    """`linspace`, not rounded; sigma / alpha is linear between whole t (k-diffusion; diffusers' Euler)."""
+    return make(path, num_inference_steps, functools.partial(fractional_times, path), shift, final)
+
+
+def beta(
+    path: Path,
+    num_inference_steps: int,
+    *,
+    shape: tuple[float, float] = (0.6, 0.6),
+    shift: float | None = None,
+    final: str = "clean",
+) -> Grid:
+    """(T - 1) x the quantile 1 - k/N of a beta distribution, rounded: dense at both ends (Lee et al. 2024).
+
+    Args:
+        shape: (alpha, beta) of the distribution, both positive.
+    """
+
+    def times(count):
+        return _of_fractions(span_of(path), beta_quantiles(1 - np.arange(count) / count, shape))
+
+    return make(path, num_inference_steps, times, shift, final)
+
+
+def stage_c(
+    path: Path, num_inference_steps: int, *, shift: float | None = None, final: str = "clean"
+) -> Grid:
+    """19/29 of the steps in the noisiest third of t, evenly, and the others evenly (Wuerstchen's prior)."""
+
+    def times(count):
+        noisy = max(round(count * 19 / 29), 1)
+        first, rest = np.linspace(1, 2 / 3, noisy + 1), np.linspace(2 / 3, 0, count - noisy + 1)
+        return _of_fractions(span_of(path), np.append(first[:-1], rest[:-1]))
+
+    return make(path, num_inference_steps, times, shift, final)
+
+
+def lcm(path: Path, num_inference_steps: int, *, original_steps: int = 50, final: str = "clean") -> Grid:
+    """N of the `original_steps` times that a consistency model was distilled on, evenly (Luo et al. 2023).
+
+    Args:
+        path: a discrete one.
+        original_steps: how many timesteps the distillation used.
+    """
+    times = functools.partial(lcm_times, path, original_steps=original_steps)
+    return make(path, num_inference_steps, times, None, final)
+
+
+def karras(
+    path: Path,
+    num_inference_steps: int,
+    *,
+    rho: float = 7.0,
+    shift: float | None = None,
+    final: str = "clean",
+) -> Grid:
+    """The noise level falls evenly in its 1/rho-th power (Karras et al. 2022, equation 5).
+
+    The level is sigma / alpha, or sigma / (alpha + sigma) on continuous paths that end in pure noise.
+    """
+    levels = functools.partial(karras_levels, rho=rho)
+    return make(path, num_inference_steps, _over_levels(path, levels, shift, "karras"), 1.0, final)
+
+
+def exponential(
+    path: Path, num_inference_steps: int, *, shift: float | None = None, final: str = "clean"
+) -> Grid:
+    """The noise level (see `karras`) falls evenly in its logarithm: evenly in log-SNR."""
+    times = _over_levels(path, exponential_levels, shift, "exponential")
+    return make(path, num_inference_steps, times, 1.0, final)
+
+
+def beta_sigmas(
+    path: Path,
+    num_inference_steps: int,
+    *,
+    shape: tuple[float, float] = (0.6, 0.6),
+    shift: float | None = None,
+    final: str = "clean",
+) -> Grid:
+    """The noise level (see `karras`) at the quantiles of a beta distribution, as diffusers reads Lee et al.
+
+    Args:
+        shape: (alpha, beta) of the distribution, both positive.
+    """
+    levels = functools.partial(beta_levels, shape=shape)
+    return make(path, num_inference_steps, _over_levels(path, levels, shift, "beta_sigmas"), 1.0, final)
+
+
+def align_your_steps(
+    path: Path, num_inference_steps: int, *, table: str = "sd15", final: str = "clean"
+) -> Grid:
+    """Align Your Steps (Sabour et al. 2024), log-linear between the rows of its table for other N than ten.
+
+    Args:
+        table: "sd15", "sdxl" or "svd", the model that it was made for; "svd" needs edm_path(sigma_max=700).
+
+    Raises:
+        UnknownNameError: another table.
+        InvalidArgumentError: the table starts noisier than the path.
+    """
+    one_of("table", table, ALIGN_YOUR_STEPS)
+    times = functools.partial(align_your_steps_times, path, table=table)
+    return make(path, num_inference_steps, times, 1.0, final)
+
+
+def at_times(path: Path, t: Sequence[float], *, shift: float | None = None, final: str = "clean") -> Grid:
+    """The rows at the values of t themselves, noisiest first.
+
+    Args:
+        shift: none unless given, whatever the path's own.
+
+    >>> from jaxldm import diffusion as D
+    >>> D.at_times(D.flow_path(), [1.0, 0.6]).sigma
+    array([1. , 0.6, 0. ], dtype=float32)
+    """
+    t = np.asarray(t, np.float64).reshape(-1)
+    check_count(path, len(t))
+    return grid_of_times(path, t if shift is None else shifted(path, t, shift), final)
+
+
+def at_sigmas(
+    path: Path, sigmas: Sequence[float], *, shift: float | None = None, final: str = "clean"
+) -> Grid:
+    """The rows at given noise levels, noisiest first: sigma / alpha, or sigma itself on a flow path.
+
+    Args:
+        sigmas: see `levels.noise_level`.
+        shift: none unless given, whatever the path's own.
+
+    Raises:
+        InvalidArgumentError: a level noisier than the path.
+    """
+    sigmas = np.asarray(sigmas, np.float64).reshape(-1)
+    check_count(path, len(sigmas))
+    t = times_of_levels(path, sigmas)
+    return grid_of_times(path, t if shift is None else shifted(path, t, shift), final)
+
+
+# Name -> the function; those of Align Your Steps with their table.
+SPACINGS: dict[str, Callable[..., Grid]] = {
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "linspace_fractional": linspace_fractional,
+    "beta": beta,
+    "stage_c": stage_c,
+    "lcm": lcm,
+    "karras": karras,
+    "exponential": exponential,
+    "uniform_log_snr": exponential,  # its name in DPM-Solver (Lu et al. 2022)
+    "beta_sigmas": beta_sigmas,
+    "align_your_steps": align_your_steps,
+    **{f"ays_{table}": functools.partial(align_your_steps, table=table) for table in ALIGN_YOUR_STEPS},
+}
+ENTRY_POINTS = "jaxldm.spacings"
+
+
+def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, **options: Any) -> Grid:
+    """The grid of a spacing by name, with options such as rho=5.0.
+
+    Args:
+        path: any.
+        num_inference_steps: N.
+        spacing: a name of `SPACINGS`, one that an installed package adds (entry-point group
+            "jaxldm.spacings"), or "package.module:function" for a function (path, N, **options) -> Grid.
+            None: "karras" on an EDM path, "trailing" on others.
+        **options: of the spacing's function.
+
+    Raises:
+        UnknownNameError: no such spacing.
+        InvalidArgumentError: an option that the spacing does not have, or what the spacing refuses.
+
+    >>> from jaxldm import diffusion as D
+    >>> D.make_grid(D.flow_path(), 4).t
+    array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
+    """
+    for old, new in (("sigmas", "at_sigmas"), ("timesteps", "at_times")):
+        value = options.get(old)
+        if isinstance(value, str):
+            raise InvalidArgumentError(f"make_grid has no option {old!r}: write spacing={value!r}")
+        if value is not None:
+            raise InvalidArgumentError(f"make_grid has no option {old!r}: write D.{new}(path, [...])")
+    name = spacing or ("karras" if path.name == "edm" else "trailing")
+    function = registry.find("spacing", name, SPACINGS, ENTRY_POINTS)
+    registry.check_options("spacing", name, function, options)
+    return function(path, num_inference_steps, **options)
+
+
+def make(
     path: Path,
     count: int,
-    spacing: str,
-    steps_offset: int = 0,
-    beta_shape: tuple[float, float] = (0.6, 0.6),
-    original_steps: int = 50,
-) -> np.ndarray:
-    """N values of t by the named convention; see `make_grid`."""
-    if spacing.endswith("_open"):
-        return spaced(path, count + 1, spacing.removesuffix("_open"), steps_offset)[:-1]
-    if spacing == "lcm":
-        return _lcm(path, count, original_steps)
+    times: Callable[[int], np.ndarray],
+    shift: float | None = None,
+    final: str = "clean",
+    shift_terminal: float | None = None,
+) -> Grid:
+    """The grid of times(N), shifted: for a spacing of one's own.
+
+    Args:
+        path: any.
+        count: N.
+        times: N -> N values of t, noisiest first, float64.
+        shift: a factor on sigma / alpha; None: the path's own.
+        final: "clean" or "sigma_min".
+        shift_terminal: see `trailing`.
+    """
+    check_count(path, count)
+    factor = path.default_shift if shift is None else shift
+
+    def moved(count):
+        t = times(count)
+        t = t if factor == 1 else shifted(path, t, factor)
+        return t if shift_terminal is None else stretched(path, t, shift_terminal)
+
+    t = moved(count)
+    # A grid that stops at t_min takes it as row N + 1, rather than visiting it twice.
+    t = moved(count + 1) if final == "sigma_min" and t[-1] == path.t_min else t
+    return grid_of_times(path, t, final)
+
+
+def trailing_times(span: Span, count: int) -> np.ndarray:
+    """N values of t, see `trailing`."""
+    if span.total is None:
+        return np.linspace(span.t_noisy, span.t_clean, count, endpoint=False)
+    return np.round(span.total - span.total / count * np.arange(count)) - 1
+
+
+def leading_times(span: Span, count: int, offset: int = 0) -> np.ndarray:
+    """N values of t, see `leading`."""
+    if span.total is None:
+        if offset:
+            raise InvalidArgumentError(f"offset={offset} counts timesteps, and a continuous path has none")
+        return np.linspace(span.t_min, span.t_noisy, count, endpoint=False)[::-1]
+    return (np.arange(count) * (span.total // count))[::-1].astype(np.float64) + offset
+
+
+def linspace_times(span: Span, count: int) -> np.ndarray:
+    """N values of t, see `linspace`."""
+    if span.total is None:
+        return np.linspace(span.t_noisy, span.t_min, count)
+    return np.round(np.linspace(0, span.total - 1, count)[::-1])
+
+
+def fractional_times(path: Path, count: int) -> np.ndarray:
+    """N values of t, see `linspace_fractional`."""
     if path.num_train_timesteps is None:
-        start = max(path.t_clean, 0.0)  # an interpolant's clean row may lie a little below t = 0
-        if spacing == "leading":
-            return np.linspace(path.t_min, path.t_noisy, count, endpoint=False)[::-1]
-        if spacing == "trailing":
-            return np.linspace(path.t_noisy, start, count, endpoint=False)
-        if spacing == "beta":
-            return start + (path.t_noisy - start) * _beta_quantiles(1 - np.arange(count) / count, beta_shape)
-        if spacing == "stage_c":
-            return start + (path.t_noisy - start) * _stage_c(count)
-        return np.linspace(path.t_noisy, path.t_min, count)
-    total = path.num_train_timesteps
-    if spacing == "leading":
-        return (np.arange(count) * (total // count))[::-1].astype(np.float64) + steps_offset
-    if spacing == "trailing":
-        return np.round(total - total / count * np.arange(count)) - 1
-    if spacing == "beta":
-        return np.round((total - 1) * _beta_quantiles(1 - np.arange(count) / count, beta_shape))
-    if spacing == "stage_c":
-        return np.round((total - 1) * _stage_c(count))
-    t = np.linspace(0, total - 1, count)[::-1]
-    if spacing == "linspace":
-        return np.round(t)
-    whole = np.arange(total, dtype=np.float64)
+        return linspace_times(span_of(path), count)
+    t = np.linspace(0, path.num_train_timesteps - 1, count)[::-1]
+    whole = np.arange(path.num_train_timesteps, dtype=np.float64)
     with np.errstate(divide="ignore"):
         between = path.time(np.interp(t, whole, path.sigma(whole) / path.alpha(whole)))
     return np.where(t == np.round(t), t, between)
 
 
-def _beta_quantiles(probabilities: np.ndarray, shape: tuple[float, float]) -> np.ndarray:
-    if not (shape[0] > 0 and shape[1] > 0):
-        raise InvalidArgumentError(f"beta_shape must be two positive numbers, not {shape}")
-    return special.betaincinv(*shape, probabilities)
-
-
-def _stage_c(count: int) -> np.ndarray:
-    """From 1 to 2/3 in 19/29 of the steps, and to 0 in the others; the 0 itself is left out."""
-    noisy = max(round(count * 19 / 29), 1)
-    return np.append(np.linspace(1, 2 / 3, noisy + 1)[:-1], np.linspace(2 / 3, 0, count - noisy + 1)[:-1])
-
-
-def _lcm(path: Path, count: int, original_steps: int) -> np.ndarray:
-    """N of the `original_steps` times that a consistency model was distilled on, evenly."""
-    from jaxldm.diffusion.consistency import lcm_timesteps  # above this file: it knows denoisers
-
+def lcm_times(path: Path, count: int, original_steps: int) -> np.ndarray:
+    """N values of t, see `lcm`."""
     if path.num_train_timesteps is None:
         raise InvalidArgumentError(
             f"spacing='lcm' counts timesteps, and this {path.name} path has none: use 'trailing'"
@@ -110,99 +384,71 @@ def _lcm(path: Path, count: int, original_steps: int) -> np.ndarray:
     return lcm_timesteps(count, path.num_train_timesteps, original_steps).astype(np.float64)
 
 
-def noise_level(path: Path, t: Any) -> Any:
-    """What `sigmas` respaces: sigma / alpha, or t of the straight path where that would be infinite.
-
-    On a continuous path that ends in pure noise it is sigma / (alpha + sigma), which on the flow path is
-    sigma
-    itself: what the programs for flow models call sigma.
-    """
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    with np.errstate(divide="ignore"):
-        return sigma / (alpha + sigma) if _bounded(path) else sigma / alpha
-
-
-def time_at_level(path: Path, level: Any) -> np.ndarray:
-    """The t of a noise level: the inverse of `noise_level`."""
-    with np.errstate(divide="ignore"):
-        return path.time(np.divide(level, 1 - np.asarray(level)) if _bounded(path) else level)
-
-
-def _bounded(path: Path) -> bool:
-    return path.num_train_timesteps is None and path.zero_terminal_snr
-
-
-def times_of_levels(path: Path, levels: np.ndarray) -> np.ndarray:
-    """The t of given noise levels, refusing what the path does not reach."""
-    most = noise_level(path, path.t_noisy)
-    if levels.max() > most * (1 + 1e-6):
-        raise InvalidArgumentError(
-            f"sigmas up to {levels.max():g} are noisier than this {path.name} path, which ends at {most:g}"
-        )
-    return time_at_level(path, np.minimum(levels, most))
-
-
-def respaced(
-    path: Path,
-    count: int,
-    sigmas: str,
-    t_first: float,
-    t_last: float,
-    rho: float = 7.0,
-    beta_shape: tuple[float, float] = (0.6, 0.6),
+def lcm_timesteps(
+    num_inference_steps: int,
+    num_train_timesteps: int = 1000,
+    original_inference_steps: int = 50,
+    strength: float = 1.0,
 ) -> np.ndarray:
-    """N values of t whose noise level falls from t_first to t_last by the named rule; see `make_grid`."""
-    first, last = noise_level(path, np.array([t_first, t_last]))
-    if not np.isfinite(first):
+    """The timesteps that a latent consistency model samples at, for `at_times`.
+
+    Distillation visits k, 2 k, ... less 1, with k = num_train_timesteps // original_inference_steps (Luo et
+    al. 2023, section 4.3); N of them are taken, evenly by their place in that list, from its noisy end.
+
+    Args:
+        num_inference_steps: N, usually 1 to 8.
+        num_train_timesteps: of the path.
+        original_inference_steps: how many timesteps the distillation used. TCD uses the same list.
+        strength: below 1 to start from a noised image: the noisiest part of the list is left out.
+
+    Raises:
+        InvalidArgumentError: more steps than the list has, or a strength outside (0, 1].
+
+    >>> from jaxldm import diffusion as D
+    >>> D.lcm_timesteps(4)
+    array([999, 759, 499, 259])
+    """
+    if not 0 < strength <= 1:
+        raise InvalidArgumentError(f"strength must lie above 0 and at most at 1, not {strength}")
+    if not 1 <= original_inference_steps <= num_train_timesteps:
         raise InvalidArgumentError(
-            f"{sigmas} sigmas need a finite sigma / alpha, but this {path.name} path ends in pure noise "
-            "(alpha = 0): use spacing='trailing' or 'linspace', or give sigmas=[...] themselves"
+            f"original_inference_steps must lie in 1 to {num_train_timesteps}, not {original_inference_steps}"
         )
-    ramp = np.linspace(0, 1, count)
-    if sigmas == "karras":
-        level = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
-    elif sigmas == "beta":
-        level = last + (first - last) * _beta_quantiles(1 - ramp, beta_shape)
-    else:
-        level = np.exp(np.log(first) + ramp * (np.log(last) - np.log(first)))
-    t = time_at_level(path, level)
-    t[-1], t[0] = t_last, t_first  # powers and logarithms are off by one rounding
-    return t
+    visited = np.arange(1, int(original_inference_steps * strength) + 1)
+    visited = visited * (num_train_timesteps // original_inference_steps) - 1
+    if not 1 <= num_inference_steps <= len(visited):
+        raise InvalidArgumentError(
+            f"num_inference_steps={num_inference_steps}, but original_inference_steps x strength is "
+            f"{len(visited)}: ask for 1 to {len(visited)} steps"
+        )
+    places = np.linspace(0, len(visited), num_inference_steps, endpoint=False).astype(int)
+    return visited[::-1][places]
 
 
-def align_your_steps(path: Path, count: int, name: str) -> np.ndarray:
-    """N values of t from a table of `ALIGN_YOUR_STEPS`, log-linear between its rows for other N than ten."""
-    table = np.log(ALIGN_YOUR_STEPS[name])
-    ratio = np.exp(np.interp(np.linspace(0, len(table) - 1, count + 1), np.arange(len(table)), table))[:-1]
+def align_your_steps_times(path: Path, count: int, table: str) -> np.ndarray:
+    """N values of t, see `align_your_steps`."""
+    logs = np.log(ALIGN_YOUR_STEPS[table])
+    ratio = np.exp(np.interp(np.linspace(0, len(logs) - 1, count + 1), np.arange(len(logs)), logs))[:-1]
     with np.errstate(divide="ignore"):
         most = path.sigma(path.t_noisy) / path.alpha(path.t_noisy)
     if ratio[0] > most * 1.001:  # the tables have three decimals
         raise InvalidArgumentError(
-            f"{name} starts at sigma / alpha = {ratio[0]:g}, but this {path.name} path ends at {most:g}: use "
-            "the path that the table was made for, or sigmas='karras'"
+            f"the table {table!r} starts at sigma / alpha = {ratio[0]:g}, but this {path.name} path ends at "
+            f"{most:g}: use the path that the table was made for, or spacing='karras'"
         )
     return path.time(np.minimum(ratio, most))
 
 
-def shifted(path: Path, t: np.ndarray, shift: float) -> np.ndarray:
-    """The times at which sigma / alpha is `shift` times as large."""
-    if not path.zero_terminal_snr:
-        raise InvalidArgumentError(
-            f"shift moves sigma / alpha beyond the noisy end of this {path.name} "
-            "path: it needs a path that ends in pure noise, such as flow_path()"
-        )
-    if not (np.isfinite(shift) and shift > 0):
-        raise InvalidArgumentError(f"shift must be a positive number, not {shift}")
-    with np.errstate(divide="ignore"):
-        return path.time(shift * path.sigma(t) / path.alpha(t))
+def _of_fractions(span: Span, fractions: np.ndarray) -> np.ndarray:
+    """The t at parts of the range, 1 the noisiest; whole on a discrete path."""
+    if span.total is None:
+        return span.t_clean + (span.t_noisy - span.t_clean) * fractions
+    return np.round((span.total - 1) * fractions)
 
 
-def stretched(path: Path, t: np.ndarray, shift_terminal: float) -> np.ndarray:
-    """Scales 1 - level so that the last row's level is `shift_terminal` (LTX-Video, Qwen-Image)."""
-    if not _bounded(path) or not 0 < shift_terminal < 1 or t[-1] == path.t_noisy:
-        raise InvalidArgumentError(
-            "shift_terminal needs a path that ends in pure noise, such as flow_path(), two steps or more and "
-            f"a number in (0, 1), not {shift_terminal} and {len(t)} steps"
-        )
-    cleanness = 1 - noise_level(path, t)
-    return time_at_level(path, 1 - cleanness * (1 - shift_terminal) / cleanness[-1])
+def _over_levels(path: Path, levels: Any, shift: float | None, name: str) -> Callable[[int], np.ndarray]:
+    """N -> N values of t from the noisiest to `t_min`, shifted both, with levels(first, last, N) between."""
+    factor = path.default_shift if shift is None else shift
+    ends = np.array([path.t_noisy, path.t_min])
+    ends = ends if factor == 1 else shifted(path, ends, factor)
+    return lambda count: respaced(path, count, levels, ends, name)

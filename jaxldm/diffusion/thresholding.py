@@ -8,33 +8,33 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxldm.diffusion.guidance import checked, traced
+from jaxldm.diffusion.compiling import traced
+from jaxldm.diffusion.guidance import checked
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.errors import InvalidArgumentError
 
 
 def change_x0(denoise: Callable[[Any, Any], Any], change: Callable[[Any, Any, Any], Any]) -> Any:
-    """The denoiser with its answer changed: change(x_0, x, t [B]) -> x_0. Such transforms compose.
+    """The denoiser with its x_0 changed: change(x_0, x, t [B]) -> x_0. Such transforms compose.
 
-    What the denoiser knows beside (its path, a learned variance, the memory of guidance) is kept.
+    Its path, a learned variance and the memory of guidance are kept.
     """
 
     def function(x, t):
         return change(denoise(x, t), x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
 
-    def with_more(answer):  # (x, t, ...) -> (x_0, something beside it)
+    def with_more(denoise_more):  # (x, t, ...) -> (x_0, something else)
         def changed(x, t, *rest):
-            x_0, more = answer(x, t, *rest)
+            x_0, more = denoise_more(x, t, *rest)
             return change(x_0, x, t), more
 
         return changed
 
     if not isinstance(denoise, Denoiser):
         return function
-    beside = ("with_variance", "remembering")
-    answers = {name: getattr(denoise, name, None) for name in beside}
-    changed = {name: with_more(answer) for name, answer in answers.items() if answer is not None}
+    others = {name: getattr(denoise, name, None) for name in ("with_variance", "remembering")}
+    changed = {name: with_more(other) for name, other in others.items() if other is not None}
     return dataclasses.replace(denoise, function=function, **changed)
 
 
@@ -65,8 +65,8 @@ def dynamic_threshold(
     Args:
         denoise: any; for images in pixels, not latents.
         percentile: in [0, 1]; 0.995 in the paper's figure A.10.
-        max_value: the most that s may be; None is the paper's, no bound. diffusers' `sample_max_value` is 1
-            unless told otherwise, and that makes it static thresholding.
+        max_value: the most that s may be; None is the paper's, no bound. In diffusers
+            `sample_max_value` is 1 by default, and that makes it static thresholding.
 
     Raises:
         InvalidArgumentError: a percentile outside [0, 1], or a max_value below 1.

@@ -64,6 +64,8 @@ def equal_by_call(factory: Factory) -> Factory:
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
         value = factory(*args, **kwargs)
+        if not hasattr(value, "_asdict"):
+            return value
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = tuple((name, *_comparable(given)) for name, given in bound.arguments.items())

@@ -34,6 +34,7 @@ from jaxldm.pipelines.inputs import (
 from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, Progress, decode_images, denoise
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.schedulers import Plan, Sampler, make_plan, named_solver
+from jaxldm.schedulers import scheduler_grid
 
 if TYPE_CHECKING:
     from jaxldm.pipelines.pipeline import Pipeline
@@ -60,7 +61,7 @@ class Call:
             scheduler that the folder names.
         eta: for the solvers that have this option.
         variance: of solver "ddpm": "small", "large" or "learned", for networks with a learned variance.
-        spacing, sigmas: as in `D.make_grid`, in place of the folder's own.
+        spacing, sigmas: names of `D.SPACINGS` or noise levels, in place of the folder's own.
         timesteps: the rows themselves, noisiest first, in place of a spacing.
         image: start from this image: 8-bit pixels or floats in [-1, 1], [H, W, 3] or [N, H, W, 3], PIL
             images, or latents [N, h, w, c].
@@ -346,23 +347,20 @@ def grid(pipe: Pipeline, call: Call, size: Size, plan: Plan | None = None) -> tu
         steps = 4 if distilled else pipe.defaults.num_inference_steps
     if call.spacing is not None or call.sigmas is not None:
         kept = {name: options[name] for name in ("final",) if name in options}
-        spacing, sigmas = call.spacing, call.sigmas
-        if spacing in D.SIGMAS and sigmas is None:  # the word that people type
-            spacing, sigmas = None, spacing
-        options = kept | {"spacing": spacing, "sigmas": sigmas}
-        distilled = spacing == "lcm"
+        options = kept | {"spacing": call.spacing, "sigmas": call.sigmas}
+        distilled = call.spacing == "lcm"
     if call.timesteps is not None:
         if call.spacing is not None or call.sigmas is not None:
             raise InvalidArgumentError("timesteps cannot be combined with spacing or sigmas")
-        rows = D.make_grid(path, call.num_inference_steps, timesteps=call.timesteps)
+        rows = scheduler_grid(path, call.num_inference_steps, timesteps=call.timesteps)
     elif distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         check_count(steps, "num_inference_steps", 1)
         original = options.get("original_steps", 50)
         times = D.lcm_timesteps(steps, path.num_train_timesteps, original, call.strength)
-        rows = D.make_grid(path, timesteps=times)
+        rows = D.at_times(path, times)
     else:
-        rows = D.make_grid(path, steps, **options)
+        rows = scheduler_grid(path, steps, **options)
     if call.strength is not None and not distilled:
         rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)
@@ -377,8 +375,8 @@ def _part(rows: D.Grid, path: D.Path, first: float, last: float) -> D.Grid:
             f"denoising_start and denoising_end must be 0 <= start < end <= 1, not {first} and {last}"
         )
     if first > 0:
-        rows = D.hand_over(rows, path, first)[1]
-    return D.hand_over(rows, path, last)[0] if last < 1 else rows
+        rows = D.split_at_fraction(rows, path, first)[1]
+    return D.split_at_fraction(rows, path, last)[0] if last < 1 else rows
 
 
 def num_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:

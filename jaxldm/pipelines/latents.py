@@ -237,7 +237,7 @@ def guided(
         if per_image.uncond is None:
             output = call(x, t, per_image.cond)
         else:
-            uncond, output = branches.ask(x, t)
+            uncond, output = branches.call(x, t)
             cond = output[..., :guided_channels]
             mixed = compiled.combine(uncond[..., :guided_channels], cond, t, per_image.cond, per_call)
             output = jnp.concatenate([mixed, output[..., guided_channels:].astype(mixed.dtype)], axis=-1)

@@ -7,14 +7,13 @@ A scheduler of diffusers is four things of `jaxldm.diffusion` in one class: a pa
 a grid, and sometimes a change of x_0 (thresholding, the boundary condition of a consistency model).
 """
 
-from jaxldm.schedulers.grids import OPEN_SPACINGS, GridRule, without_noisiest
+from jaxldm.schedulers.grids import GridRule, scheduler_grid
 from jaxldm.schedulers.read import from_config
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import SCHEDULER_OF, SCHEDULERS, Known, default_solver
 from jaxldm.schedulers.write import to_config
 
 __all__ = [
-    "OPEN_SPACINGS",
     "SCHEDULERS",
     "SCHEDULER_OF",
     "DynamicShift",
@@ -24,6 +23,6 @@ __all__ = [
     "Scheduler",
     "default_solver",
     "from_config",
+    "scheduler_grid",
     "to_config",
-    "without_noisiest",
 ]

@@ -26,6 +26,7 @@ from reference_schedulers import (
 )
 
 from jaxldm import diffusion as D
+from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 PREDICTIONS = ("epsilon", "v_prediction")  # these schedulers know no other
@@ -70,7 +71,7 @@ def test_euler_ancestral_of_rectified_flow(eta, monkeypatch):
         scheduler = diffusers.LTXEulerAncestralRFScheduler(eta=eta)
         scheduler.set_timesteps(sigmas=sigmas.tolist())
         feed_noise(monkeypatch, scheduling_ltx_euler_ancestral_rf, step_noise())
-        compare(run, "flow", D.make_grid(FLOW, timesteps=sigmas[:-1]), scheduler, steps)
+        compare(run, "flow", D.at_times(FLOW, sigmas[:-1]), scheduler, steps)
 
 
 def redo_ancestral_sigmas_in_float64(scheduler, steps):
@@ -120,7 +121,7 @@ def test_dpm2(scheduler_class, solver, monkeypatch):
         if scheduler_class is diffusers.KDPM2AncestralDiscreteScheduler:
             redo_ancestral_sigmas_in_float64(scheduler, steps)
         feed_noise(monkeypatch, scheduling_k_dpm_2_ancestral_discrete, step_noise())
-        grid = D.make_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        grid = scheduler_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
         # x_0 = (x - sigma eps) / alpha with alpha = 0.006 has lost two digits of float32, and long ancestral
         # steps multiply x_0(middle) - x_0 by several.
         lossy = prediction == "epsilon" and scheduler_class is diffusers.KDPM2AncestralDiscreteScheduler

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.scaled_linear_betas()), D.Flow()
 
@@ -53,12 +54,12 @@ def test_the_refiner_starts_where_the_pipeline_starts_it(fraction, spacing):
         theirs, _ = StableDiffusionXLImg2ImgPipeline.get_timesteps(
             SimpleNamespace(scheduler=reference), steps, 0.3, "cpu", denoising_start=fraction
         )
-        grid = D.make_grid(VP, steps, spacing=spacing, steps_offset=1)
+        grid = scheduler_grid(VP, steps, spacing=spacing, steps_offset=1)
         if len(theirs) in (0, steps):
             with pytest.raises(InvalidArgumentError, match="no step"):
-                D.hand_over(grid, VP, fraction)
+                D.split_at_fraction(grid, VP, fraction)
             continue
-        base, refiner = D.hand_over(grid, VP, fraction)
+        base, refiner = D.split_at_fraction(grid, VP, fraction)
         np.testing.assert_array_equal(refiner.t[:-1], theirs.numpy())
         np.testing.assert_array_equal(base.t[:-1], reference.timesteps.numpy()[: steps - len(theirs)])
 
@@ -66,7 +67,7 @@ def test_the_refiner_starts_where_the_pipeline_starts_it(fraction, spacing):
 @given(steps=st.integers(2, 60), fraction=st.floats(0.02, 0.98), snr=st.floats(1e-3, 1e3))
 def test_the_parts_are_the_whole(steps, fraction, snr):
     grid = D.make_grid(FLOW, steps)
-    for split in (lambda: D.hand_over(grid, FLOW, fraction), lambda: D.split_at_snr(grid, snr)):
+    for split in (lambda: D.split_at_fraction(grid, FLOW, fraction), lambda: D.split_at_snr(grid, snr)):
         try:
             first, second = split()
         except InvalidArgumentError:  # no row lies on one of the two sides
@@ -88,10 +89,10 @@ def test_the_noisy_part_ends_where_the_snr_is_reached(snr):
     assert (snrs[0][:-1] < snr).all() and snrs[0][-1] >= snr and (snrs[1] >= snr).all()
 
 
-def test_hand_over_counts_time_on_continuous_paths():
-    base, refiner = D.hand_over(D.make_grid(FLOW, 10), FLOW, 0.75)
+def test_split_at_fraction_counts_time_on_continuous_paths():
+    base, refiner = D.split_at_fraction(D.make_grid(FLOW, 10), FLOW, 0.75)
     assert (len(base.t) - 1, refiner.t[0]) == (8, np.float32(0.2))  # steps that start at t >= 0.25
-    base, refiner = D.hand_over(D.make_grid(FLOW, 8), FLOW, 0.75)
+    base, refiner = D.split_at_fraction(D.make_grid(FLOW, 8), FLOW, 0.75)
     assert base.t[-1] == refiner.t[0] == np.float32(0.125)
 
 
@@ -102,7 +103,7 @@ def test_walking_both_parts_is_walking_the_whole():
     denoise, solver = D.gaussian_denoiser(VP, 0.3, 0.5), D.solvers.ddim(eta=1.0)
     run = jax.jit(lambda grid, x: D.sample(key, denoise, solver, grid, x))
     whole = run(D.pad(grid, 10), x_T)
-    for first, second in (D.hand_over(grid, VP, 0.7), D.split_at_snr(grid, 0.5)):
+    for first, second in (D.split_at_fraction(grid, VP, 0.7), D.split_at_snr(grid, 0.5)):
         halfway = run(D.pad(first, 10), x_T)
         assert jnp.abs(halfway - whole).max() > 1e-2
         np.testing.assert_array_equal(run(D.pad(second, 10), halfway), whole)
@@ -115,12 +116,12 @@ def test_walking_both_parts_is_walking_the_whole():
         (lambda: D.cut_by_strength(D.make_grid(VP, 10), 1.1), "strength must lie in"),
         (lambda: D.cut_by_strength(D.make_grid(VP, 10), np.nan), "strength must lie in"),
         (lambda: D.cut_by_strength(D.make_grid(VP, 10), 0.09), "strength of 0.1 or more"),
-        (lambda: D.cut_by_strength(D.make_grid(VP, 10, max_steps=20), 0.5), "before padding"),
+        (lambda: D.cut_by_strength(D.pad(D.make_grid(VP, 10), 20), 0.5), "before padding"),
         (lambda: D.split_at_snr(D.make_grid(VP, 10), 0.0), "positive"),
         (lambda: D.split_at_snr(D.make_grid(VP, 10), 1e9), "no step to the second"),
         (lambda: D.split_at_snr(D.make_grid(VP, 10), 1e-9), "no step to the first"),
-        (lambda: D.hand_over(D.make_grid(VP, 10), VP, 1.0), "between 0 and 1"),
-        (lambda: D.hand_over(D.make_grid(VP, 10, max_steps=20), VP, 0.5), "before padding"),
+        (lambda: D.split_at_fraction(D.make_grid(VP, 10), VP, 1.0), "between 0 and 1"),
+        (lambda: D.split_at_fraction(D.pad(D.make_grid(VP, 10), 20), VP, 0.5), "before padding"),
     ],
 )
 def test_impossible_cuts_are_refused(call, words):

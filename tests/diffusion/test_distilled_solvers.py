@@ -78,7 +78,7 @@ def test_consistency_function_is_the_identity_at_timestep_0():
 def test_lcm_timesteps():
     np.testing.assert_array_equal(D.lcm_timesteps(4), [999, 759, 499, 259])
     np.testing.assert_array_equal(D.lcm_timesteps(50), 20 * np.arange(50, 0, -1) - 1)
-    assert D.make_grid(VP, timesteps=D.lcm_timesteps(1)).t.tolist() == [999, -1]
+    assert D.at_times(VP, D.lcm_timesteps(1)).t.tolist() == [999, -1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.schedulers import scheduler_grid
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
@@ -21,7 +22,7 @@ def test_timesteps_of_ddim(spacing, offset):
     reference = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
     for steps in STEPS[:-1] if offset else STEPS:
         reference.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=spacing, steps_offset=offset)
+        grid = scheduler_grid(VP, steps, spacing=spacing, steps_offset=offset)
         np.testing.assert_array_equal(grid.t[:-1], reference.timesteps.numpy())
         assert (grid.t[-1], grid.alpha[-1], grid.sigma[-1]) == (VP.t_clean, 1, 0)
         np.testing.assert_allclose(
@@ -34,7 +35,7 @@ def test_timesteps_of_dpm_solver(spacing):
     reference = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing)
     for steps in STEPS[:-1]:
         reference.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=spacing if spacing == "trailing" else f"{spacing}_open")
+        grid = scheduler_grid(VP, steps, spacing=spacing if spacing == "trailing" else f"{spacing}_open")
         np.testing.assert_array_equal(grid.t[:-1], reference.timesteps.numpy())
 
 
@@ -54,7 +55,7 @@ def test_sigmas_of_euler(spacing, sigmas):
     for steps in STEPS[1:-1]:
         reference.set_timesteps(steps)
         ours = "linspace_fractional" if spacing == "linspace" else spacing
-        grid = D.make_grid(VP, steps, spacing=ours, sigmas=sigmas)
+        grid = scheduler_grid(VP, steps, spacing=ours, sigmas=sigmas)
         np.testing.assert_allclose(grid.sigma / grid.alpha, reference.sigmas, rtol=2e-6)
         np.testing.assert_allclose(grid.t[:-1], reference.timesteps, atol=0.06)
 
@@ -64,14 +65,14 @@ def test_sigmas_of_edm(sigmas):
     reference = diffusers.EDMEulerScheduler(sigma_schedule=sigmas)
     for steps in STEPS[1:]:
         reference.set_timesteps(steps)
-        grid = D.make_grid(EDM, steps, sigmas=sigmas)
+        grid = D.make_grid(EDM, steps, spacing=sigmas)
         np.testing.assert_allclose(grid.sigma, reference.sigmas, rtol=1e-5)
         np.testing.assert_array_equal(grid.t, grid.sigma)
         np.testing.assert_array_equal(grid.alpha, 1)
 
 
 def test_karras_is_the_default_on_an_edm_path_alone():
-    np.testing.assert_array_equal(D.make_grid(EDM, 18).t, D.make_grid(EDM, 18, sigmas="karras").t)
+    np.testing.assert_array_equal(D.make_grid(EDM, 18).t, D.make_grid(EDM, 18, spacing="karras").t)
     np.testing.assert_array_equal(D.make_grid(VP, 18).t, D.make_grid(VP, 18, spacing="trailing").t)
     np.testing.assert_allclose(np.diff(D.make_grid(EDM, 8, spacing="trailing").t), -10, rtol=1e-6)
 
@@ -104,20 +105,19 @@ def test_flow_shift(shift):
     ids=str,
 )
 def test_sigma_min_ending_wastes_no_step(path, options):
-    grid = D.make_grid(path, 12, final="sigma_min", **options)
+    grid = scheduler_grid(path, 12, final="sigma_min", **options)
     assert len(grid.t) == 13
     assert grid.t[-1] == np.float32(path.t_min) and grid.sigma[-1] == np.float32(path.sigma(path.t_min)) > 0
     assert (np.diff(grid.sigma / np.maximum(grid.alpha, 1e-30)) < 0).all()
 
 
 def test_given_times_and_sigmas():
-    grid = D.make_grid(VP, timesteps=[900, 500.5, 20])
+    grid = D.at_times(VP, [900, 500.5, 20])
     np.testing.assert_array_equal(grid.t, np.float32([900, 500.5, 20, -1]))
-    again = D.make_grid(VP, sigmas=VP.sigma(grid.t[:-1]) / VP.alpha(grid.t[:-1]))
+    again = D.at_sigmas(VP, VP.sigma(grid.t[:-1]) / VP.alpha(grid.t[:-1]))
     np.testing.assert_allclose(again.t, grid.t, rtol=1e-6)
     assert (
-        D.make_grid(EDM, sigmas=[10.0, 1.0], final="sigma_min").sigma.tolist()
-        == np.float32([10, 1, 0.002]).tolist()
+        D.at_sigmas(EDM, [10.0, 1.0], final="sigma_min").sigma.tolist() == np.float32([10, 1, 0.002]).tolist()
     )
 
 
@@ -143,7 +143,7 @@ def test_cutting(steps, data):
 
 
 def test_padding():
-    grid = D.make_grid(FLOW, 4, max_steps=9)
+    grid = D.pad(D.make_grid(FLOW, 4), 9)
     assert grid.num_steps == 4 and grid.num_steps.dtype == np.int32 and len(grid.t) == 10
     np.testing.assert_array_equal(grid.t[:5], D.make_grid(FLOW, 4).t)
     assert (grid.t[4:] == 0).all() and D.steps_in(grid) == 4 and D.steps_in(D.make_grid(FLOW, 4)) == 4
@@ -155,28 +155,31 @@ def test_padding():
         (lambda: D.make_grid(VP, 0), "at least 1"),
         (lambda: D.make_grid(VP, 2.5), "whole number"),
         (lambda: D.make_grid(VP, 1001), "1000 timesteps of this path"),
-        (lambda: D.make_grid(VP), "num_inference_steps"),
-        (lambda: D.make_grid(VP, 1000, spacing="linspace_open"), "fall strictly"),
-        (lambda: D.make_grid(VP, 10, spacing="leading", steps_offset=200), "leaves the vp path"),
-        (lambda: D.make_grid(VP, timesteps=[10, 20]), "fall strictly"),
-        (lambda: D.make_grid(VP, timesteps=[20, 20]), "fall strictly"),
-        (lambda: D.make_grid(VP, timesteps=[2000, 20]), "leaves the vp path"),
-        (lambda: D.make_grid(FLOW, timesteps=[1.5, 0.5]), "leaves the flow path"),
-        (lambda: D.make_grid(VP, timesteps=[np.nan, 20]), "not finite"),
-        (lambda: D.make_grid(EDM, sigmas=[np.inf, 1.0]), "noisier than this edm path, which ends at 80"),
-        (lambda: D.make_grid(VP, sigmas=[200.0, 1.0]), "noisier than this vp path, which ends at 157"),
-        (lambda: D.make_grid(VP, 3, timesteps=[20, 10]), "2 values were given"),
-        (lambda: D.make_grid(VP, timesteps=[20, 10], spacing="leading"), "leave out spacing"),
-        (lambda: D.make_grid(VP, sigmas=[3.0, 1.0], spacing="leading"), "leave out spacing"),
-        (lambda: D.make_grid(ZERO_SNR, 5, sigmas="karras"), "trailing"),
+        (lambda: scheduler_grid(VP), "num_inference_steps"),
+        (lambda: scheduler_grid(VP, 1000, spacing="linspace_open"), "fall strictly"),
+        (lambda: D.make_grid(VP, 10, spacing="leading", offset=200), "leaves the vp path"),
+        (lambda: D.at_times(VP, [10, 20]), "fall strictly"),
+        (lambda: D.at_times(VP, [20, 20]), "fall strictly"),
+        (lambda: D.at_times(VP, [2000, 20]), "leaves the vp path"),
+        (lambda: D.at_times(FLOW, [1.5, 0.5]), "leaves the flow path"),
+        (lambda: D.at_times(VP, [np.nan, 20]), "not finite"),
+        (lambda: D.at_sigmas(EDM, [np.inf, 1.0]), "noisier than this edm path, which ends at 80"),
+        (lambda: D.at_sigmas(VP, [200.0, 1.0]), "noisier than this vp path, which ends at 157"),
+        (lambda: scheduler_grid(VP, 3, timesteps=[20, 10]), "2 values were given"),
+        (
+            lambda: scheduler_grid(VP, timesteps=[20, 10], spacing="leading"),
+            "cannot be combined with spacing",
+        ),
+        (lambda: scheduler_grid(VP, sigmas=[3.0, 1.0], spacing="leading"), "cannot be combined with spacing"),
+        (lambda: D.make_grid(ZERO_SNR, 5, spacing="karras"), "trailing"),
         (lambda: D.make_grid(VP, 5, shift=3.0), "flow_path"),
         (lambda: D.make_grid(FLOW, 5, shift=-1.0), "positive"),
-        (lambda: D.make_grid(VP, 20, max_steps=10), "max_steps=10"),
-        (lambda: D.pad(D.make_grid(VP, 5, max_steps=10), 20), "padded already"),
+        (lambda: D.pad(D.make_grid(VP, 20), 10), "max_steps=10"),
+        (lambda: D.pad(D.pad(D.make_grid(VP, 5), 10), 20), "padded already"),
         (lambda: D.cut(D.make_grid(VP, 5), 3, 3), "rows 3 to 3"),
         (lambda: D.cut(D.make_grid(VP, 5), 0, 9), "rows 0 to 9"),
-        (lambda: D.cut(D.make_grid(VP, 5, max_steps=10), 1), "before padding"),
-        (lambda: D.reverse(D.make_grid(VP, 5, max_steps=10)), "before padding"),
+        (lambda: D.cut(D.pad(D.make_grid(VP, 5), 10), 1), "before padding"),
+        (lambda: D.reverse(D.pad(D.make_grid(VP, 5), 10)), "before padding"),
     ],
 )
 def test_impossible_grids_are_refused(call, words):
@@ -194,4 +197,4 @@ def test_impossible_grids_are_refused(call, words):
 )
 def test_unknown_names(options, words):
     with pytest.raises(UnknownNameError, match=words):
-        D.make_grid(VP, 5, **options)
+        scheduler_grid(VP, 5, **options)

@@ -216,7 +216,7 @@ def test_branches_become_denoisers():
     path = D.VP(D.linear_betas())
     labels, t = LABELS.astype(jnp.float32), 300 * T
     branches = D.condition_branches(network, labels, NULL)
-    in_x0 = branches.through(lambda predict: D.denoiser(predict, D.v(path)))
+    in_x0 = branches.map(lambda predict: D.denoiser(predict, D.v(path)))
     guided = D.Denoiser(D.guide_branches(in_x0, 4.0), path)
     expected = D.denoiser(D.classifier_free_guidance(network, labels, NULL, 4.0), D.v(path))
     np.testing.assert_allclose(guided(X, t), expected(X, t), rtol=1e-5, atol=1e-5)

@@ -151,8 +151,8 @@ def test_another_schedule_compiles_nothing():
             outputs.append(D.sample(key, guided(VP, scale), D.solvers.ddim(), grid, x))
         return outputs
 
-    first = run(0, D.make_grid(VP, 8, max_steps=8), jnp.arange(8.0), 0.5, 3.0, jnp.array([1.0, 2.0, 3.0]))
-    second = run(1, D.make_grid(VP, 3, max_steps=8), jnp.ones(8), 0.9, 7.0, jnp.array([3.0, 0.0, 1.0]))
+    first = run(0, D.pad(D.make_grid(VP, 8), 8), jnp.arange(8.0), 0.5, 3.0, jnp.array([1.0, 2.0, 3.0]))
+    second = run(1, D.pad(D.make_grid(VP, 3), 8), jnp.ones(8), 0.9, 7.0, jnp.array([3.0, 0.0, 1.0]))
     assert len(traces) == 1
     assert all(np.isfinite(x).all() for x in first + second)
     assert not np.allclose(first[0], first[2]) and not np.allclose(first[0], second[0])

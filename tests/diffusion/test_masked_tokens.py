@@ -229,7 +229,7 @@ def test_guidance_on_logits():
             logits = D.guided_logits(network, condition, 0.0, asked)(tokens)
             np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     sizes = []
-    both = D.guided_logits(network, condition, 0.0, jnp.ones(()), alone_at_1=False)(tokens)
+    both = D.guided_logits(network, condition, 0.0, jnp.ones(()), cond_only_at_1=False)(tokens)
     np.testing.assert_allclose(both, conditional, rtol=1e-4, atol=1e-4)
 
     def spy(tokens, condition):

@@ -10,7 +10,7 @@ import itertools
 import diffusers
 import jax.numpy as jnp
 import numpy as np
-import other_programs
+import other_solvers
 import pytest
 import torch
 from reference_schedulers import (
@@ -33,6 +33,7 @@ from reference_schedulers import (
 )
 
 from jaxldm import diffusion as D
+from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 RESPACED = {"karras": "rounded", "exponential": "cut"}  # what the reference tells the network of such a t
@@ -60,7 +61,7 @@ def test_lms():
             use_exponential_sigmas=sigmas == "exponential",
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        grid = scheduler_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
         compare_in_sigma_space(run, prediction, grid, scheduler, case)
 
 
@@ -83,7 +84,7 @@ def test_pndm(skips, counts, prediction):
             skip_prk_steps=skips,
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=spacing, steps_offset=offset, final=final)
+        grid = scheduler_grid(VP, steps, spacing=spacing, steps_offset=offset, final=final)
         compare(run, prediction, grid, scheduler, case)
 
 
@@ -96,7 +97,7 @@ def test_deis(order):
             **LINEAR_BETAS, prediction_type=prediction, timestep_spacing=spacing, solver_order=order
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final="sigma_min")
+        grid = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final="sigma_min")
         compare_in_float64(run, prediction, grid, scheduler, case)
 
 
@@ -115,7 +116,7 @@ def test_deis_with_respaced_sigmas():
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
         assert scheduler.sigmas[-1] == scheduler.sigmas[-2]
-        grid = D.make_grid(VP, steps - 1, sigmas=sigmas, final="sigma_min")
+        grid = D.make_grid(VP, steps - 1, spacing=sigmas, final="sigma_min")
         np.testing.assert_array_equal(LABELS[label](grid.t, grid), scheduler.timesteps.numpy())
         compare_in_float64(run, prediction, grid, scheduler, case, label)
 
@@ -127,7 +128,7 @@ def test_deis_on_the_flow_path():
             prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, lower_order_final=False
         )
         scheduler.set_timesteps(steps)
-        grid = D.cut(D.make_grid(FLOW, timesteps=scheduler.sigmas[:-1].numpy()), 0, steps - 1)
+        grid = D.cut(D.at_times(FLOW, scheduler.sigmas[:-1].numpy()), 0, steps - 1)
         compare(run, "flow", grid, scheduler, steps)
 
 
@@ -135,10 +136,10 @@ def respaced_or_not(scheduler_class, prediction, steps, spacing, final, **option
     """The reference, our grid and what the network is told, for a spacing or a way to respace sigma."""
     if spacing in RESPACED:
         options[f"use_{spacing}_sigmas"] = True
-        grid, label = D.make_grid(VP, steps, sigmas=spacing, final=final), RESPACED[spacing]
+        grid, label = D.make_grid(VP, steps, spacing=spacing, final=final), RESPACED[spacing]
     else:
         options["timestep_spacing"] = spacing
-        grid, label = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final), "exact"
+        grid, label = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final), "exact"
     scheduler = scheduler_class(
         **LINEAR_BETAS, prediction_type=prediction, final_sigmas_type=FINAL_SIGMAS[final], **options
     )
@@ -151,8 +152,8 @@ def respaced_or_not(scheduler_class, prediction, steps, spacing, final, **option
     "order, solver_type, solver",
     [
         (2, "heun", D.solvers.dpmpp_2m(solver_type="heun")),
-        (3, "midpoint", other_programs.dpmpp_3m("halved")),
-        (3, "heun", other_programs.dpmpp_3m("halved", solver_type="heun")),
+        (3, "midpoint", other_solvers.dpmpp_3m("halved")),
+        (3, "heun", other_solvers.dpmpp_3m("halved", solver_type="heun")),
     ],
     ids=["2m_heun", "3m_midpoint", "3m_heun"],
 )
@@ -179,7 +180,7 @@ def test_dpmpp_2s_heun():
             solver_type="heun",
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing="linspace_open", final=final)
+        grid = scheduler_grid(VP, steps, spacing="linspace_open", final=final)
         compare(run, prediction, grid, scheduler, case)
 
 
@@ -224,7 +225,7 @@ def test_unipc_on_the_flow_path():
             prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, flow_shift=shift
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(FLOW, timesteps=scheduler.sigmas[:-1].numpy())
+        grid = D.at_times(FLOW, scheduler.sigmas[:-1].numpy())
         compare(run, "flow", grid, scheduler, (steps, shift))
 
 
@@ -232,7 +233,7 @@ def test_unipc_on_the_flow_path():
     "scheduler_class, solver, order",
     [
         (diffusers.DPMSolverMultistepScheduler, D.solvers.dpmpp_2m(), 2),
-        (diffusers.DPMSolverMultistepScheduler, other_programs.dpmpp_3m("halved"), 3),
+        (diffusers.DPMSolverMultistepScheduler, other_solvers.dpmpp_3m("halved"), 3),
         (diffusers.UniPCMultistepScheduler, D.solvers.unipc(), 2),
     ],
     ids=["dpmpp_2m", "dpmpp_3m", "unipc"],

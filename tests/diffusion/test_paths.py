@@ -236,9 +236,7 @@ def test_a_path_of_ones_own_trains_and_samples():
     prediction = D.velocity(path)
     denoise = D.denoiser(lambda x, t: D.from_x0(prediction, exact(x, t), x, t), prediction)
     grid = D.make_grid(path, 6)
-    same = D.make_grid(
-        other, timesteps=other.time(np.minimum(grid.sigma, 1e9) / np.maximum(grid.alpha, 1e-9))[:-1]
-    )
+    same = D.at_times(other, other.time(np.minimum(grid.sigma, 1e9) / np.maximum(grid.alpha, 1e-9))[:-1])
     key, x = jax.random.key(0), jnp.linspace(-2, 2, 6).reshape(2, 3)
     on_other = D.sample(key, D.gaussian_denoiser(other, 0.3, 0.5), D.solvers.ddim(), same, x)
     np.testing.assert_allclose(

@@ -25,7 +25,7 @@ def as_denoisers(predict):
     return D.denoiser(predict, D.v(VP))
 
 
-BRANCHES = D.condition_branches(network, LABELS, NULL).through(as_denoisers)
+BRANCHES = D.condition_branches(network, LABELS, NULL).map(as_denoisers)
 
 
 def two_images(seed):
@@ -76,14 +76,14 @@ def test_as_a_denoiser():
     x, t = jax.random.normal(KEY, SHAPE), 400.0
     scales = jnp.array([1.0, 3.0, 8.0])
     denoise = D.adaptive_projected_guidance(BRANCHES, scales, eta=0.2, norm_threshold=1.5)
-    away, towards = BRANCHES.ask(x, jnp.full(3, t))
-    np.testing.assert_allclose(towards, as_denoisers(lambda x, t: network(x, t, LABELS))(x, t), rtol=1e-6)
-    expected = D.project_guidance(towards, towards - away, scales, 0.2, 1.5)
+    uncond, cond = BRANCHES.call(x, jnp.full(3, t))
+    np.testing.assert_allclose(cond, as_denoisers(lambda x, t: network(x, t, LABELS))(x, t), rtol=1e-6)
+    expected = D.project_guidance(cond, cond - uncond, scales, 0.2, 1.5)
     np.testing.assert_allclose(denoise(x, t), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(denoise(x, t)[0], towards[0], atol=1e-6)  # the first image's scale is 1
+    np.testing.assert_allclose(denoise(x, t)[0], cond[0], atol=1e-6)  # the first image's scale is 1
     assert denoise.path is VP
     unguided = D.adaptive_projected_guidance(BRANCHES, 1.0)
-    np.testing.assert_array_equal(unguided(x, t), BRANCHES.towards(x, t))
+    np.testing.assert_array_equal(unguided(x, t), BRANCHES.cond(x, t))
 
 
 def test_momentum_is_that_of_the_paper():
@@ -98,14 +98,12 @@ def test_momentum_is_that_of_the_paper():
         )
     )
     ours, predictions = run(D.pad(grid, 8))
-    ask, buffer = jax.jit(BRANCHES.ask), MomentumBuffer(-0.5)
+    call, buffer = jax.jit(BRANCHES.call), MomentumBuffer(-0.5)
     for i in range(6):
-        away, towards = (
-            torch.from_numpy(np.array(x_0)) for x_0 in ask(jnp.asarray(x), jnp.full(3, grid.t[i]))
+        uncond, cond = (
+            torch.from_numpy(np.array(x_0)) for x_0 in call(jnp.asarray(x), jnp.full(3, grid.t[i]))
         )
-        x_0 = normalized_guidance(
-            towards, away, 3.0, buffer, use_original_formulation=True, **options
-        ).numpy()
+        x_0 = normalized_guidance(cond, uncond, 3.0, buffer, use_original_formulation=True, **options).numpy()
         np.testing.assert_allclose(predictions[i], x_0, rtol=1e-3, atol=1e-4)
         x = grid.alpha[i + 1] * x_0 + grid.sigma[i + 1] / grid.sigma[i] * (x - grid.alpha[i] * x_0)
     np.testing.assert_allclose(ours, x, rtol=1e-3, atol=1e-4)
@@ -129,7 +127,7 @@ def test_momentum_zero_is_none_and_composes():
 def test_memory_costs_no_second_evaluation():
     weights = jnp.eye(32) * 0.1
     branches = D.condition_branches(lambda x, t, labels: jnp.tanh(x @ weights), LABELS, NULL)
-    wide = branches.through(as_denoisers)
+    wide = branches.map(as_denoisers)
     x, grid = jnp.ones((3, 32, 32)), D.make_grid(VP, 4)
 
     def flops(solver, **options):
@@ -154,7 +152,10 @@ def test_gradients_are_finite_where_the_branches_agree():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: D.adaptive_projected_guidance(D.condition_branches(network, LABELS, NULL), 2.0), "through"),
+        (
+            lambda: D.adaptive_projected_guidance(D.condition_branches(network, LABELS, NULL), 2.0),
+            "make denoisers",
+        ),
         (lambda: D.adaptive_projected_guidance(BRANCHES, np.nan), "guidance_scale"),
         (lambda: D.adaptive_projected_guidance(BRANCHES, -1.0, momentum=0.5), "guidance_scale"),
         (lambda: D.adaptive_projected_guidance(BRANCHES, 2.0, norm_threshold=-1.0), "norm_threshold"),
@@ -171,7 +172,7 @@ def test_gradients_are_finite_where_the_branches_agree():
         ),
         (
             lambda: D.sample(
-                KEY, BRANCHES.towards, D.with_momentum(D.solvers.ddim()), D.make_grid(VP, 2), jnp.ones(SHAPE)
+                KEY, BRANCHES.cond, D.with_momentum(D.solvers.ddim()), D.make_grid(VP, 2), jnp.ones(SHAPE)
             ),
             "momentum=",
         ),

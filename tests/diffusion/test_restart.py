@@ -93,9 +93,9 @@ def test_the_marginals_stay_gaussian(path, x64):
     def grid_of(steps):
         t = np.geomspace(first, 0.05, steps + 1)
         grid = (
-            D.make_grid(path, timesteps=t[:-1], final="sigma_min")
+            D.at_times(path, t[:-1], final="sigma_min")
             if path is FLOW
-            else D.cut(D.make_grid(path, timesteps=t), 0, steps)
+            else D.cut(D.at_times(path, t), 0, steps)
         )
         return D.restart_grid(
             path, grid, [D.Restart(path.sigma(lowest) / path.alpha(lowest), 3.0, steps // 2, 2)]
@@ -115,7 +115,7 @@ def test_the_marginals_stay_gaussian(path, x64):
 def test_restarts_repair_what_a_coarse_start_spoilt(x64):
     """The point of the method: noise contracts the error that the ODE carries to the end."""
     mean, std = np.array([0.7, -0.4]), np.array([0.3, 0.8])
-    coarse = D.make_grid(EDM, timesteps=[80.0, 10.0, 1.0, *np.geomspace(0.9, 0.002, 40)])
+    coarse = D.at_times(EDM, [80.0, 10.0, 1.0, *np.geomspace(0.9, 0.002, 40)])
     repaired = D.restart_grid(EDM, coarse, [D.Restart(0.05, 1.0, num_steps=30, times=3)])
     moments = moments_of(D.solvers.restart(), D.gaussian_denoiser(EDM, mean, std), mean, std, 160)
     errors = [np.abs(moments(grid)[1] - std**2).max() for grid in (coarse, repaired)]
@@ -145,7 +145,7 @@ def test_a_multistep_solver_starts_afresh_after_a_rise():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: D.restart_grid(EDM, D.make_grid(EDM, 5, max_steps=9), RESTARTS), "padding"),
+        (lambda: D.restart_grid(EDM, D.pad(D.make_grid(EDM, 5), 9), RESTARTS), "padding"),
         (lambda: D.restart_grid(EDM, D.make_grid(EDM, 5), [D.Restart(2.5, 0.5, 3)]), "must rise"),
         (lambda: D.restart_grid(EDM, D.make_grid(EDM, 5), [D.Restart(1.0, 90.0, 3)]), "ends at 80"),
         (lambda: D.restart_grid(FLOW, D.make_grid(FLOW, 5), [D.Restart(1.0, np.inf, 3)]), "must rise"),

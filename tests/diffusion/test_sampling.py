@@ -89,7 +89,7 @@ def test_cutting_and_continuing_equals_the_whole(variant):
 @over(VARIANTS)
 def test_an_image_depends_on_its_own_key_alone(variant):
     run = runner(variant)
-    grid = D.make_grid(VP, 5, max_steps=MAX_STEPS)
+    grid = D.pad(D.make_grid(VP, 5), MAX_STEPS)
     images = run(KEY, grid, D.initial_noise(KEY, SHAPE, grid))
     order = jnp.array([2, 0, 1])
     keys = D.image_keys(KEY, 3)[order]
@@ -100,7 +100,7 @@ def test_an_image_depends_on_its_own_key_alone(variant):
 
 def test_an_image_does_not_depend_on_the_batch_size():
     run = runner(("ddpm", ()))
-    grid = D.make_grid(VP, 5, max_steps=MAX_STEPS)
+    grid = D.pad(D.make_grid(VP, 5), MAX_STEPS)
     few, many = (run(KEY, grid, D.initial_noise(KEY, (count, *SHAPE[1:]), grid)) for count in (3, 16))
     np.testing.assert_allclose(few, many[:3], rtol=1e-5, atol=1e-6)
 
@@ -137,7 +137,7 @@ def test_jit_equals_eager(variant):
 @over([("ddpm", ())])
 def test_vmap_over_runs(variant):
     run = runner(variant)
-    grid = D.make_grid(VP, 4, max_steps=MAX_STEPS)
+    grid = D.pad(D.make_grid(VP, 4), MAX_STEPS)
     keys = jax.random.split(KEY, 2)
     x = jax.random.normal(KEY, (2, *SHAPE))
     together = jax.vmap(run, (0, None, 0))(keys, grid, x)
@@ -148,7 +148,7 @@ def test_vmap_over_runs(variant):
 def test_pmap_over_eight_devices():
     assert jax.device_count() == 8
     run = runner(("ddpm", ()))
-    grid = D.make_grid(VP, 4, max_steps=MAX_STEPS)
+    grid = D.pad(D.make_grid(VP, 4), MAX_STEPS)
     x = D.initial_noise(KEY, (16, *SHAPE[1:]), grid)
     shared = jax.pmap(run, in_axes=(0, None, 0))(
         D.image_keys(KEY, 16).reshape(8, 2), grid, x.reshape(8, 2, *SHAPE[1:])
@@ -158,7 +158,7 @@ def test_pmap_over_eight_devices():
 
 def test_a_sharded_batch_gives_the_same_images():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    grid = D.make_grid(VP, 4, max_steps=MAX_STEPS)
+    grid = D.pad(D.make_grid(VP, 4), MAX_STEPS)
     x = D.initial_noise(KEY, (16, *SHAPE[1:]), grid)
     run = runner(("ddpm", ()))
     split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
@@ -209,7 +209,7 @@ def test_inversion_returns_to_the_start(x64):
     x_0 = 0.2 + 0.5 * jax.random.normal(KEY, SHAPE)
     errors = []
     for steps in (25, 50, 100, 200):
-        grid = D.make_grid(VP, steps, sigmas="exponential", final="sigma_min")
+        grid = D.make_grid(VP, steps, spacing="exponential", final="sigma_min")
         noise = run(D.pad(D.reverse(grid), 200), x_0)
         errors.append(np.abs(run(D.pad(grid, 200), noise) - x_0).max())
     assert errors[-1] < 0.03 and all(a > 1.8 * b for a, b in itertools.pairwise(errors))
@@ -231,12 +231,12 @@ def test_second_calls_compile_nothing(caplog):
             result = np.asarray(call())
         return result, sum("Compiling" in record.getMessage() for record in caplog.records)
 
-    first, count = compilations(lambda: run(0, 3.0, np.arange(3), D.make_grid(VP, 20, max_steps=50)))
+    first, count = compilations(lambda: run(0, 3.0, np.arange(3), D.pad(D.make_grid(VP, 20), 50)))
     assert count > 0  # or else this test sees nothing
-    second, count = compilations(lambda: run(1, 7.5, np.array([4, 4, 4]), D.make_grid(VP, 50, max_steps=50)))
+    second, count = compilations(lambda: run(1, 7.5, np.array([4, 4, 4]), D.pad(D.make_grid(VP, 50), 50)))
     assert count == 0
     third, count = compilations(
-        lambda: run(1, 7.5, np.array([4, 4, 4]), D.make_grid(VP, 7, spacing="leading", max_steps=50))
+        lambda: run(1, 7.5, np.array([4, 4, 4]), D.pad(D.make_grid(VP, 7, spacing="leading"), 50))
     )
     assert count == 0
     assert not np.allclose(first, second) and not np.allclose(second, third)
@@ -272,7 +272,7 @@ def test_network_evaluations(name, options, evaluations):
         jax.debug.callback(lambda t: calls.append(float(t[0])), t)
         return network(x, t)
 
-    grid = D.make_grid(VP, 6, max_steps=9)
+    grid = D.pad(D.make_grid(VP, 6), 9)
     x = D.initial_noise(KEY, SHAPE, grid)
     solver = D.solvers.make(name, **options)
     D.sample(KEY, D.denoiser(predict, D.v(VP)), solver, grid, x).block_until_ready()

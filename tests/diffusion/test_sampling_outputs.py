@@ -129,7 +129,7 @@ def guided_run(key, grid, x, scale, labels):
 
 
 def arguments(batch=8):
-    grid = D.make_grid(VP, 4, max_steps=MAX_STEPS)
+    grid = D.pad(D.make_grid(VP, 4), MAX_STEPS)
     keys = D.image_keys(KEY, batch)
     labels = jnp.arange(batch, dtype=jnp.float32)
     return keys, grid, D.initial_noise(keys, (batch, *SHAPE[1:]), grid), jnp.linspace(0, 4, batch), labels
@@ -197,7 +197,7 @@ def test_guided_inversion_returns_as_steps_grow(x64):
     x_0 = 0.3 + 0.3 * jax.random.normal(KEY, SHAPE)
     errors = []
     for steps in (20, 80, 320):
-        grid = D.make_grid(VP, steps, sigmas="exponential", final="sigma_min")
+        grid = D.make_grid(VP, steps, spacing="exponential", final="sigma_min")
         noise = run(D.pad(D.reverse(grid), 320), x_0)
         errors.append(float(jnp.abs(run(D.pad(grid, 320), noise) - x_0).max()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05

@@ -101,7 +101,7 @@ def test_as_published(name, method, diffusion, last_step):
     path = D.Interpolant(name)
     t_first = 0.2 if diffusion == "SBDM" else 0.0  # at pure noise SBDM divides by 0 in the authors' code
     timesteps = 1 - np.linspace(t_first, 1 - LAST_STEP_SIZE, NUM_STEPS)
-    grid = D.make_grid(path, timesteps=timesteps)
+    grid = D.at_times(path, timesteps)
     grid = D.cut(grid, 0, NUM_STEPS - 1) if last_step == "none" else grid
     denoise = D.Denoiser(lambda x, t: clean_image(x, 1 - t.reshape(-1, 1, 1, 1), jnp), path)
     solver = D.solvers.sit_sde(method, diffusion, last_step=last_step)

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import other_programs
+import other_solvers
 import pytest
 from mixture_reference import MEANS, STDS, WEIGHTS, solve_exactly
 
@@ -41,7 +41,7 @@ ORDERS = [
     ("dpmpp_3m of other programs", {"curvature": "halved"}, 2),
     ("pndm", {"combine": "v_prediction"}, 1),
 ]
-OTHER_PROGRAMS = {"dpmpp_3m of other programs": other_programs.dpmpp_3m}
+OTHER_PROGRAMS = {"dpmpp_3m of other programs": other_solvers.dpmpp_3m}
 SAME_AS = {"euler": "ddim", "dpmpp_1s": "ddim"}
 STEPS = (64, 128, 256, 512)
 PATHS = {
@@ -68,10 +68,10 @@ class PathByNumber:
 
 def grid_of(path, spacing, steps):
     if isinstance(spacing, str):
-        return D.make_grid(path, steps, sigmas=spacing, final="sigma_min")
+        return D.make_grid(path, steps, spacing=spacing, final="sigma_min")
     last = path.sigma(path.t_min) / path.alpha(path.t_min)
     times = path.time(spacing(50, last, steps + 1))
-    return D.make_grid(path, timesteps=times[:-1], final="sigma_min")
+    return D.at_times(path, times[:-1], final="sigma_min")
 
 
 @functools.cache
@@ -151,8 +151,7 @@ def test_from_pure_noise_to_the_clean_image_nothing_spoils_the_order(name, least
         lambda grid: D.sample(jax.random.key(0), denoise, D.solvers.make(name), grid, jnp.asarray(x))
     )
     errors = [
-        np.sqrt(np.mean((run(D.make_grid(path, steps, max_steps=max(STEPS))) - exact) ** 2))
-        for steps in STEPS
+        np.sqrt(np.mean((run(D.pad(D.make_grid(path, steps), max(STEPS))) - exact) ** 2)) for steps in STEPS
     ]
     assert slope(errors) > least
 
@@ -166,6 +165,6 @@ def test_pndm_on_even_steps_of_sigma(skips, x64):
     exact = D.gaussian_solution(path, MEAN, STD, x, 4.0, 1.0)
     run = jax.jit(lambda grid: D.sample(jax.random.key(0), denoise, D.solvers.pndm(skips), grid, x))
     rows = [np.linspace(4, 1, count + 1)[:-1] for count in steps]
-    grids = [D.make_grid(path, sigmas=sigmas, final="sigma_min") for sigmas in rows]
+    grids = [D.at_sigmas(path, sigmas, final="sigma_min") for sigmas in rows]
     errors = [np.abs(run(D.pad(grid, max(steps))) - exact).max() for grid in grids]
     assert slope(errors, steps) > 3.5

@@ -10,7 +10,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import other_programs
+import other_solvers
 import pytest
 import torch
 from reference_schedulers import (
@@ -35,6 +35,7 @@ from reference_schedulers import (
 )
 
 from jaxldm import diffusion as D
+from jaxldm.schedulers import scheduler_grid
 
 BETAS = {**LINEAR_BETAS, "clip_sample": False}
 NOISE = start_noise()
@@ -55,7 +56,7 @@ def test_ddim(eta):
         compare(
             run,
             prediction,
-            D.make_grid(VP, steps, spacing=spacing, steps_offset=offset),
+            scheduler_grid(VP, steps, spacing=spacing, steps_offset=offset),
             scheduler,
             case,
             **noise,
@@ -84,7 +85,7 @@ def test_ddim_that_ends_at_the_first_timestep():
             **BETAS, prediction_type=prediction, set_alpha_to_one=False, steps_offset=1
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing="leading", steps_offset=1, final="sigma_min")
+        grid = D.make_grid(VP, steps, spacing="leading", final="sigma_min", offset=1)
         compare(run, prediction, grid, scheduler, case)
 
 
@@ -138,7 +139,7 @@ def test_euler_and_heun(scheduler_class, solver):
             )
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        grid = scheduler_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
         compare_in_sigma_space(run, prediction, grid, scheduler, case)
 
 
@@ -161,7 +162,7 @@ def test_euler_that_ends_at_sigma_min():
             # The reference's grid stops at sigma_min already and it adds that row again: its last step stands
             # still. Ours makes use of every step, so N of its steps are N - 1 of ours.
             assert scheduler.sigmas[-1] == scheduler.sigmas[-2]
-            grid = D.make_grid(VP, timesteps=scheduler.timesteps.numpy(), final="sigma_min")
+            grid = D.at_times(VP, scheduler.timesteps.numpy(), final="sigma_min")
             assert len(grid.t) == steps
         compare_in_sigma_space(run, prediction, grid, scheduler, case)
 
@@ -178,7 +179,7 @@ def test_dpmpp_2m(final):
             final_sigmas_type=FINAL_SIGMAS[final],
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
+        grid = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
         compare(run, prediction, grid, scheduler, case)
 
 
@@ -192,7 +193,7 @@ def test_dpmpp_2s(final):
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
         compare(
-            run, prediction, D.make_grid(VP, steps, spacing="linspace_open", final=final), scheduler, case
+            run, prediction, scheduler_grid(VP, steps, spacing="linspace_open", final=final), scheduler, case
         )
 
 
@@ -213,7 +214,7 @@ def test_dpmpp_with_respaced_sigmas(sigmas, label, scheduler_class, solver):
             **LINEAR_BETAS, prediction_type=prediction, **{f"use_{sigmas}_sigmas": True}
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = D.make_grid(VP, steps, sigmas=sigmas)
+        grid = D.make_grid(VP, steps, spacing=sigmas)
         np.testing.assert_array_equal(LABELS[label](grid.t[:-1], grid), scheduler.timesteps.numpy())
         compare(run, prediction, grid, scheduler, case, label)
 
@@ -225,7 +226,7 @@ def test_dpmpp_with_respaced_sigmas(sigmas, label, scheduler_class, solver):
         (diffusers.EDMDPMSolverMultistepScheduler, D.solvers.dpmpp_2m(False), {"lower_order_final": False}),
         (
             diffusers.EDMDPMSolverMultistepScheduler,
-            other_programs.dpmpp_3m("halved", lower_order_final=False),
+            other_solvers.dpmpp_3m("halved", lower_order_final=False),
             {"lower_order_final": False, "solver_order": 3},
         ),
     ],
@@ -247,7 +248,7 @@ def test_edm(scheduler_class, solver, options):
         )
         scheduler.set_timesteps(steps)
         # With sigma_min the reference repeats the last row; see test_euler_that_ends_at_sigma_min.
-        grid = D.make_grid(path, steps - (final == "sigma_min"), sigmas=sigmas, final=final)
+        grid = D.make_grid(path, steps - (final == "sigma_min"), spacing=sigmas, final=final)
         np.testing.assert_allclose(grid.sigma[:steps], scheduler.sigmas[:steps], rtol=1e-5)
         assert_close(
             np.asarray(run(D.pad(grid, MAX_STEPS), start)),
@@ -286,4 +287,4 @@ def test_flow_dpmpp(scheduler_class, solver):
     for steps in STEPS:
         scheduler = scheduler_class(prediction_type="flow_prediction", use_flow_sigmas=True)
         scheduler.set_timesteps(steps)
-        compare(run, "flow", D.make_grid(path, timesteps=scheduler.sigmas[:-1].numpy()), scheduler, steps)
+        compare(run, "flow", D.at_times(path, scheduler.sigmas[:-1].numpy()), scheduler, steps)

@@ -62,7 +62,7 @@ def test_every_step_has_the_printed_moments(solver, eta, variance_type):
     "path", [D.VP(D.scaled_linear_betas()), D.EDM(), D.Flow()], ids=["vp", "edm", "flow"]
 )
 def test_heun_with_churn_ends_in_the_data(path):
-    grid = D.make_grid(path, 64, sigmas=None if path.name == "flow" else "karras")
+    grid = D.make_grid(path, 64, spacing=None if path.name == "flow" else "karras")
     samples = draw(path, D.solvers.heun(s_churn=40.0), grid)
     assert_moments(samples, MEAN, STD**2)
     # The noise takes part: without it, other samples.

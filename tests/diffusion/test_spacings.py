@@ -8,6 +8,7 @@ from scipy import special
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.schedulers import scheduler_grid
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
@@ -15,6 +16,8 @@ VP, EDM, FLOW = D.VP(D.linear_betas()), D.EDM(), D.Flow()
 SD = D.VP(D.scaled_linear_betas())
 GVP = D.Interpolant("gvp")
 STEPS = (2, 3, 5, 7, 10, 20, 50)
+# Our names of spacings, where they are others than those of levels in `jaxldm.schedulers`.
+SPACINGS = {"beta": "beta_sigmas"}
 LEVELS = {
     "karras": "use_karras_sigmas",
     "exponential": "use_exponential_sigmas",
@@ -37,12 +40,13 @@ def test_sigmas_of_dpm_solver(sigmas, final):
     reference.alphas_cumprod = np.cumprod(1 - D.linear_betas())  # in float64
     for steps in STEPS:
         reference.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, sigmas=sigmas)
+        grid = D.make_grid(VP, steps, spacing=SPACINGS.get(sigmas, sigmas))
+        np.testing.assert_array_equal(grid.t, scheduler_grid(VP, steps, sigmas=sigmas).t)
         np.testing.assert_allclose(ratio(grid)[:-1], reference.sigmas[:-1], rtol=2e-6)
         assert np.abs(grid.t[:-1] - reference.timesteps.numpy()).max() <= 1
         if final == "sigma_min":  # the reference takes N rows to sigma_min and stays there for the last step
             assert reference.sigmas[-1] == pytest.approx(float(reference.sigmas[-2]), rel=1e-5)
-            grid = D.make_grid(VP, steps, sigmas=sigmas, final=final)
+            grid = D.make_grid(VP, steps, spacing=SPACINGS.get(sigmas, sigmas), final=final)
             reference.set_timesteps(steps + 1)
             np.testing.assert_allclose(ratio(grid), reference.sigmas[:-1], rtol=2e-6)
         else:
@@ -56,7 +60,7 @@ def test_beta_sigmas_of_euler(spacing):
     for steps in STEPS:
         reference.set_timesteps(steps)
         ours = "linspace_fractional" if spacing == "linspace" else spacing
-        grid = D.make_grid(VP, steps, spacing=ours, sigmas="beta")
+        grid = scheduler_grid(VP, steps, spacing=ours, sigmas="beta")
         np.testing.assert_allclose(ratio(grid), reference.sigmas, rtol=2e-6)
         np.testing.assert_allclose(grid.t[:-1], reference.timesteps, atol=0.06)
 
@@ -65,13 +69,13 @@ def test_beta_spacing_places_the_times():
     """Lee et al. place the times at the quantiles; diffusers places sigma there, which is another grid."""
     for path in (VP, FLOW, EDM):
         span = (0, 999) if path is VP else (0, path.t_noisy)
-        t = D.make_grid(path, 20, spacing="beta", sigmas=None).t[:-1]
+        t = D.make_grid(path, 20, spacing="beta").t[:-1]
         shares = special.betainc(0.6, 0.6, (t - span[0]) / (span[1] - span[0]))
         np.testing.assert_allclose(shares, 1 - np.arange(20) / 20, atol=2e-3 if path is VP else 1e-5)
         assert t[0] == path.t_noisy
-    wide = np.diff(D.make_grid(FLOW, 20, spacing="beta", beta_shape=(1.0, 1.0)).t)
+    wide = np.diff(D.make_grid(FLOW, 20, spacing="beta", shape=(1.0, 1.0)).t)
     np.testing.assert_allclose(wide, -1 / 20, rtol=1e-5)  # the uniform distribution
-    levels = D.make_grid(VP, 20, sigmas="beta")
+    levels = D.make_grid(VP, 20, spacing="beta_sigmas")
     shares = special.betainc(0.6, 0.6, (levels.t[:-1] - 0) / 999)
     assert np.abs(shares - (1 - np.arange(20) / 20)).max() > 0.2
 
@@ -88,7 +92,7 @@ def test_lcm_times(scheduler, original):
 
 @pytest.mark.parametrize("ours, theirs", [("ays_sd15", "StableDiffusion"), ("ays_sdxl", "StableDiffusionXL")])
 def test_align_your_steps_tables(ours, theirs):
-    grid = D.make_grid(SD, 10, sigmas=ours)
+    grid = D.make_grid(SD, 10, spacing=ours)
     np.testing.assert_allclose(ratio(grid), AysSchedules[f"{theirs}Sigmas"], rtol=1e-4)
     # The published timesteps are whole numbers.
     assert np.abs(grid.t[:-1] - AysSchedules[f"{theirs}Timesteps"]).max() < 1.5
@@ -96,14 +100,14 @@ def test_align_your_steps_tables(ours, theirs):
 
 def test_align_your_steps_for_video_and_between_the_rows():
     path = D.EDM(sigma_max=700.0)
-    grid = D.make_grid(path, 10, sigmas="ays_svd")
+    grid = D.make_grid(path, 10, spacing="ays_svd")
     np.testing.assert_allclose(grid.sigma, AysSchedules["StableDiffusionVideoSigmas"], rtol=1e-6)
-    twenty = D.make_grid(path, 20, sigmas="ays_svd")
+    twenty = D.make_grid(path, 20, spacing="ays_svd")
     np.testing.assert_allclose(twenty.sigma[::2], grid.sigma, rtol=1e-6)
     ends = np.append(grid.sigma[:-1], 0.002)  # log-linear: a row between two is their geometric mean
     np.testing.assert_allclose(twenty.sigma[1::2], np.sqrt(ends[:-1] * ends[1:]), rtol=1e-5)
     np.testing.assert_allclose(
-        D.make_grid(path, 5, sigmas="ays_svd", final="sigma_min").sigma, ends[::2], rtol=1e-5
+        D.make_grid(path, 5, spacing="ays_svd", final="sigma_min").sigma, ends[::2], rtol=1e-5
     )
 
 
@@ -117,13 +121,13 @@ def test_flow_match_euler(shift, sigmas):
     once = lambda t: shift * t / (1 + (shift - 1) * t)  # noqa: E731
     for steps in STEPS:
         reference.set_timesteps(steps)
-        parity = D.make_grid(
+        parity = scheduler_grid(
             FLOW, steps, spacing="linspace", sigmas=sigmas, shift=shift, shift_t_min_twice=True
         )
         np.testing.assert_allclose(parity.t, reference.sigmas, rtol=3e-6)
         np.testing.assert_allclose(parity.sigma, reference.sigmas, rtol=3e-6)
         assert reference.sigmas[-2] == pytest.approx(once(once(0.001)), rel=1e-5)
-        grid = D.make_grid(D.Flow(shift=shift), steps, spacing="linspace", sigmas=sigmas)
+        grid = scheduler_grid(D.Flow(shift=shift), steps, spacing="linspace", sigmas=sigmas)
         assert grid.t[-2] == pytest.approx(once(0.001), rel=1e-5)
         if sigmas is None:
             np.testing.assert_allclose(grid.t[:-1], once(np.linspace(1, 0.001, steps)), rtol=1e-6)
@@ -152,7 +156,9 @@ def test_shift_terminal():
         values = np.linspace(1, 1 / steps, steps)
         for scheduler, sigmas in ((plain, None), (reference, "karras")):
             scheduler.set_timesteps(sigmas=values, mu=1.0)
-            grid = D.make_grid(FLOW, steps, spacing="trailing", sigmas=sigmas, shift=np.e, shift_terminal=0.1)
+            grid = scheduler_grid(
+                FLOW, steps, spacing="trailing", sigmas=sigmas, shift=np.e, shift_terminal=0.1
+            )
             np.testing.assert_allclose(grid.t, scheduler.sigmas, rtol=3e-6)
         assert grid.t[-2] == pytest.approx(0.1)
 
@@ -162,15 +168,15 @@ def test_a_path_brings_its_own_shift():
     np.testing.assert_array_equal(D.make_grid(path, 9).t, D.make_grid(FLOW, 9, shift=3.0).t)
     np.testing.assert_array_equal(D.make_grid(path, 9, shift=1.0).t, D.make_grid(FLOW, 9).t)
     # Rows that are written down mean what they say, unless a shift is asked for.
-    np.testing.assert_allclose(D.make_grid(path, timesteps=[1.0, 0.5]).t, [1, 0.5, 0])
-    np.testing.assert_allclose(D.make_grid(path, timesteps=[1.0, 0.5], shift=3.0).t, [1, 0.75, 0])
+    np.testing.assert_allclose(D.at_times(path, [1.0, 0.5]).t, [1, 0.5, 0])
+    np.testing.assert_allclose(D.at_times(path, [1.0, 0.5], shift=3.0).t, [1, 0.75, 0])
 
 
 @pytest.mark.parametrize("path", [FLOW, GVP, D.Interpolant("linear", gamma=(0.001, 0.1))])
 @pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
 def test_levels_of_paths_that_end_in_pure_noise(path, sigmas):
     """sigma / alpha is infinite there: sigma / (alpha + sigma) is respaced, as if on the flow path."""
-    grid = D.make_grid(path, 8, sigmas=sigmas)
+    grid = D.make_grid(path, 8, spacing=SPACINGS.get(sigmas, sigmas))
     assert (grid.alpha[0], grid.t[0]) == (0, 1)
     first, last = 1, path.sigma(path.t_min) / (path.alpha(path.t_min) + path.sigma(path.t_min))
     level = (grid.sigma / (grid.alpha + grid.sigma))[:-1].astype(np.float64)
@@ -184,28 +190,32 @@ def test_levels_of_paths_that_end_in_pure_noise(path, sigmas):
 
 
 def test_given_levels():
-    np.testing.assert_allclose(D.make_grid(FLOW, sigmas=[1.0, 0.75, 0.2]).t, [1, 0.75, 0.2, 0], rtol=1e-6)
-    np.testing.assert_allclose(ratio(D.make_grid(SD, sigmas=[14.0, 1.0])), [14, 1, 0], rtol=1e-5)
+    np.testing.assert_allclose(D.at_sigmas(FLOW, [1.0, 0.75, 0.2]).t, [1, 0.75, 0.2, 0], rtol=1e-6)
+    np.testing.assert_allclose(ratio(D.at_sigmas(SD, [14.0, 1.0])), [14, 1, 0], rtol=1e-5)
     zero_snr = D.VP(D.rescale_zero_terminal_snr(D.linear_betas()))
-    np.testing.assert_allclose(D.make_grid(zero_snr, sigmas=[np.inf, 3.0]).alpha[0], 0)
+    np.testing.assert_allclose(D.at_sigmas(zero_snr, [np.inf, 3.0]).alpha[0], 0)
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: D.make_grid(VP, 10, sigmas="ays_sd15", spacing="trailing"), "leave out spacing and shift"),
-        (lambda: D.make_grid(FLOW, 10, sigmas="ays_sd15", shift=3.0), "leave out spacing and shift"),
-        (lambda: D.make_grid(EDM, 10, sigmas="ays_svd"), "700, but this edm path ends at 80"),
-        (lambda: D.make_grid(FLOW, sigmas=[1.5, 0.5]), "noisier than this flow path, which ends at 1"),
+        (lambda: scheduler_grid(VP, 10, sigmas="ays_sd15", spacing="trailing"), "cannot be combined"),
+        (lambda: D.make_grid(FLOW, 10, spacing="ays_sd15", shift=3.0), "no option 'shift'; it has: path"),
+        (lambda: D.make_grid(VP, 10, sigmas="karras"), "write spacing='karras'"),
+        (lambda: D.make_grid(VP, 2, sigmas=[3.0, 1.0]), r"write D\.at_sigmas"),
+        (lambda: D.make_grid(VP, 2, timesteps=[30, 10]), r"write D\.at_times"),
+        (lambda: D.leading(FLOW, 5, offset=1), "offset=1 counts timesteps"),
+        (lambda: D.make_grid(EDM, 10, spacing="ays_svd"), "700, but this edm path ends at 80"),
+        (lambda: D.at_sigmas(FLOW, [1.5, 0.5]), "noisier than this flow path, which ends at 1"),
         (lambda: D.make_grid(FLOW, 5, spacing="lcm"), "use 'trailing'"),
         (lambda: D.make_grid(VP, 60, spacing="lcm"), "ask for 1 to 50 steps"),
         (lambda: D.make_grid(VP, 5, spacing="lcm", original_steps=2000), "1 to 1000, not 2000"),
-        (lambda: D.make_grid(VP, 5, spacing="beta", beta_shape=(0.0, 1.0)), "beta_shape"),
+        (lambda: D.make_grid(VP, 5, spacing="beta", shape=(0.0, 1.0)), "shape must be two positive"),
         (lambda: D.make_grid(VP, 900, spacing="beta"), "Fewer steps"),
         (lambda: D.make_grid(VP, 5, shift_terminal=0.1), "flow_path"),
         (lambda: D.make_grid(FLOW, 5, shift_terminal=1.0), r"\(0, 1\)"),
         (lambda: D.make_grid(FLOW, 1, shift_terminal=0.1), "two steps or more"),
-        (lambda: D.make_grid(VP, 5, shift_t_min_twice=True, shift=2.0), "flow_path"),
+        (lambda: scheduler_grid(VP, 5, shift_t_min_twice=True, shift=2.0), "flow_path"),
         (lambda: D.make_grid(FLOW, 5, shift=np.nan), "positive"),
     ],
 )

@@ -13,7 +13,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import other_programs
+import other_solvers
 import pytest
 import torch
 from diffusers.schedulers import (
@@ -45,6 +45,7 @@ from reference_schedulers import (
 )
 
 from jaxldm import diffusion as D
+from jaxldm.schedulers import scheduler_grid
 
 SCALED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 VP = D.VP(D.linear_betas())
@@ -71,7 +72,7 @@ def test_dpmpp_sde(order, solver_type):
     # test_stochastic_solvers.py measures what it is worth.
     solver = D.solvers.dpmpp_2m_sde(solver_type=solver_type)
     if order == 3:
-        solver = other_programs.dpmpp_3m("diffusers", eta=1.0, solver_type=solver_type)
+        solver = other_solvers.dpmpp_3m("diffusers", eta=1.0, solver_type=solver_type)
     run = run_ours(solver, VP)
     spacings = OPEN_SPACINGS if solver_type == "midpoint" else ("trailing",)  # one is enough for the other
     for case in itertools.product(PREDICTIONS, STEPS, spacings, FINAL_SIGMAS):
@@ -84,7 +85,7 @@ def test_dpmpp_sde(order, solver_type):
             final_sigmas_type=FINAL_SIGMAS[final],
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
+        grid = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
         compare(run, prediction, grid, scheduler, case, variance_noise=step_noise())
 
 
@@ -96,7 +97,7 @@ def test_dpmpp_sde_with_respaced_sigmas():
         prediction, steps, sigmas = case
         scheduler = sde_scheduler(prediction, 2, **{f"use_{sigmas}_sigmas": True})
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(VP, steps, sigmas=sigmas)
+        grid = D.make_grid(VP, steps, spacing=sigmas)
         compare(run, prediction, grid, scheduler, case, label=labels[sigmas], variance_noise=step_noise())
 
 
@@ -113,7 +114,7 @@ def test_flow_dpmpp_sde():
             prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="sde-dpmsolver++"
         )
         scheduler.set_timesteps(steps)
-        grid = D.make_grid(path, timesteps=scheduler.sigmas[:-1].numpy())
+        grid = D.at_times(path, scheduler.sigmas[:-1].numpy())
         compare(run, "flow", grid, scheduler, steps, variance_noise=step_noise())
 
 
@@ -152,7 +153,7 @@ def test_cosine_dpm_solver(monkeypatch):
         scheduler.set_timesteps(steps)
         noises = iter(step_noise())
         scheduler.noise_sampler = lambda sigma, sigma_next, noises=noises: next(noises)
-        grid = D.make_grid(path, steps, sigmas="exponential")
+        grid = D.make_grid(path, steps, spacing="exponential")
         ours = np.asarray(run(D.pad(grid, MAX_STEPS), 500 * NOISE))
         assert_close(ours, run_reference(scheduler, torch.from_numpy(500 * NOISE)), steps)
 
@@ -222,7 +223,7 @@ def test_lcm(monkeypatch, optimized):
         timesteps = D.lcm_timesteps(steps, original_inference_steps=original)
         np.testing.assert_array_equal(timesteps, scheduler.timesteps.numpy())
         feed_noise(monkeypatch, scheduling_lcm, step_noise())
-        grid = D.make_grid(SCALED_VP, timesteps=timesteps, max_steps=MAX_STEPS)
+        grid = D.pad(D.at_times(SCALED_VP, timesteps), MAX_STEPS)
         ours = np.asarray(run(PREDICTIONS.index(prediction), grid, NOISE))
         assert_close(ours, run_reference(scheduler, torch.from_numpy(NOISE)), case)
 
@@ -247,7 +248,7 @@ def test_tcd(gamma, monkeypatch):
         timesteps = D.lcm_timesteps(steps)
         np.testing.assert_array_equal(timesteps, scheduler.timesteps.numpy())
         feed_noise(monkeypatch, scheduling_tcd, step_noise())
-        grid = D.make_grid(SCALED_VP, timesteps=timesteps, final="sigma_min")
+        grid = D.at_times(SCALED_VP, timesteps, final="sigma_min")
         compare(run, prediction, grid, scheduler, case, eta=[gamma] * MAX_STEPS)
 
 

@@ -6,7 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import other_programs
+import other_solvers
 import pytest
 from affine_runs import marginal, weak_order
 from reference_schedulers import SEED, assert_close, jax_network, network, start_noise, step_noise
@@ -26,7 +26,7 @@ def even_in_log_snr(path):
     def grid_of(steps):
         ratios = [path.sigma(t) / path.alpha(t) for t in (0.98 * path.t_noisy, path.t_min)]
         t = path.time(np.geomspace(*ratios, steps + 1))
-        return D.make_grid(path, timesteps=t[:-1], final="sigma_min")
+        return D.at_times(path, t[:-1], final="sigma_min")
 
     return grid_of
 
@@ -34,7 +34,7 @@ def even_in_log_snr(path):
 def even_in_time(path):
     def grid_of(steps):
         t = np.linspace(0.9 * path.t_noisy, path.t_min, steps + 1)
-        return D.make_grid(path, timesteps=t[:-1], final="sigma_min")
+        return D.at_times(path, t[:-1], final="sigma_min")
 
     return grid_of
 
@@ -61,13 +61,13 @@ ORDERS = {
     # What other programs compute under the name: half of the second difference costs an order (without noise,
     # where there is one to lose), and a wrong sign leaves a step of first order.
     "3m_sde eta 0 of k-diffusion, vp": (
-        other_programs.dpmpp_3m("halved", eta=0.0, solver_type="heun"),
+        other_solvers.dpmpp_3m("halved", eta=0.0, solver_type="heun"),
         VP,
         even_in_log_snr,
         2,
     ),
     "3m_sde of diffusers, vp": (
-        other_programs.dpmpp_3m("diffusers", eta=1.0, solver_type="heun"),
+        other_solvers.dpmpp_3m("diffusers", eta=1.0, solver_type="heun"),
         VP,
         even_in_log_snr,
         1,
@@ -143,7 +143,7 @@ def k_diffusion(order, sigmas, eta, s_noise, solver_type):
 @pytest.mark.parametrize("order, solver_type", [(2, "midpoint"), (2, "heun"), (3, "heun")])
 def test_as_k_diffusion_prints_them(order, solver_type):
     options = {"eta": 0.6, "s_noise": 1.2, "solver_type": solver_type, "lower_order_final": False}
-    make = D.solvers.dpmpp_2m_sde if order == 2 else functools.partial(other_programs.dpmpp_3m, "halved")
+    make = D.solvers.dpmpp_2m_sde if order == 2 else functools.partial(other_solvers.dpmpp_3m, "halved")
     solver = make(**options)
     denoise = D.denoiser(jax_network, D.edm(D.EDM(), 0.5))
     run = jax.jit(lambda grid, x: D.sample(KEY, denoise, solver, grid, x))
@@ -157,11 +157,11 @@ TWINS = {
     "2m": (D.solvers.dpmpp_2m_sde(0.0), D.solvers.dpmpp_2m()),
     "3m": (D.solvers.dpmpp_3m_sde(0.0, solver_type="midpoint"), D.solvers.dpmpp_3m()),
     "3m, Lagrange": (
-        other_programs.dpmpp_3m("exact", solver_type="heun"),
+        other_solvers.dpmpp_3m("exact", solver_type="heun"),
         D.solvers.dpmpp_3m(solver_type="heun"),
     ),
     "3m_sde, Lagrange": (
-        other_programs.dpmpp_3m("exact", eta=0.7),
+        other_solvers.dpmpp_3m("exact", eta=0.7),
         D.solvers.dpmpp_3m_sde(0.7, solver_type="midpoint"),
     ),
 }
@@ -172,7 +172,7 @@ def test_without_noise_they_are_their_deterministic_twins(name):
     denoise = D.denoiser(jax_network, D.flow(FLOW))
     ours, twin = (jax.jit(lambda grid, x, s=s: D.sample(KEY, denoise, s, grid, x)) for s in TWINS[name])
     for steps in (3, 20):
-        grid = D.make_grid(FLOW, steps, max_steps=20)
+        grid = D.pad(D.make_grid(FLOW, steps), 20)
         np.testing.assert_allclose(ours(grid, NOISE), twin(grid, NOISE), rtol=1e-5, atol=1e-6)
 
 

@@ -31,6 +31,7 @@ from jaxldm import diffusion as D
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
 from jaxldm.pipelines.families import deepfloyd_if
+from jaxldm.schedulers import scheduler_grid
 
 # scheduler_config.json as published; stage II has a sample_max_value of 1.
 DDPM = {
@@ -272,13 +273,13 @@ def test_timesteps_of_dpm_solver_on_cosine_betas():
             scheduler.set_timesteps(10)
             entries = {"_class_name": kind.__name__, **scheduler.config}
             schedule, options = D.from_scheduler_config(entries)
-            grid = D.make_grid(schedule.make_path(), 10, **options)
+            grid = scheduler_grid(schedule.make_path(), 10, **options)
             np.testing.assert_array_equal(grid.t[:-1], scheduler.timesteps.numpy())
             assert D.from_scheduler_config(schedule.to_dict(options)) == (schedule, options)
     with pytest.raises(InvalidArgumentError, match="counts timesteps"):
-        D.make_grid(D.Flow(), 4, lambda_min=-5.0)
+        scheduler_grid(D.Flow(), 4, lambda_min=-5.0)
     with pytest.raises(InvalidArgumentError, match="leaves no timestep"):
-        D.make_grid(schedule.make_path(), 4, lambda_min=100.0)
+        scheduler_grid(schedule.make_path(), 4, lambda_min=100.0)
 
 
 def test_a_folder_that_ours_wrote_is_opened_by_diffusers(pipes, tmp_path):

@@ -1,10 +1,14 @@
-"""Solvers by name. To add one: a short file with a function that returns a `Solver`, a line in `SOLVERS`."""
+"""Solvers by name.
+
+To add one here: a short file with a function that returns a `Solver`, and a line in `SOLVERS`. From outside:
+`make("package.module:function")`, or an entry point of your package in the group "jaxldm.solvers".
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
+from jaxldm.diffusion import registry
 from jaxldm.diffusion.solvers.consistency import lcm, tcd
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.ddpm import ddpm
@@ -21,7 +25,8 @@ from jaxldm.diffusion.solvers.restart import Restart, restart, restart_grid
 from jaxldm.diffusion.solvers.sit import sit_sde
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
 from jaxldm.diffusion.solvers.unipc import unipc
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.diffusion.values import equal_by_call
+from jaxldm.errors import InvalidArgumentError
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "ddpm": ddpm,
@@ -50,24 +55,37 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 }
 
 
+ENTRY_POINTS = "jaxldm.solvers"
+
+
 def make(name: str, **options) -> Solver:
     """The solver of that name, with options such as eta=1.0.
 
+    Args:
+        name: of `SOLVERS`, one that an installed package adds (entry-point group "jaxldm.solvers", name ->
+            function), or "package.module:function" for a function (**options) -> Solver of your own.
+        **options: arguments of the function.
+
     Raises:
         UnknownNameError: no solver of that name.
-        InvalidArgumentError: an option that the solver does not have.
+        InvalidArgumentError: an option that the solver does not have, a function that cannot be imported or
+            that returns no solver.
 
     >>> from jaxldm import diffusion as D
-    >>> solver = D.solvers.make("ddim", eta=0.5)
+    >>> D.solvers.make("ddim", eta=0.5) == D.solvers.ddim(eta=0.5)
+    True
     """
-    constructor = SOLVERS[one_of("solver", name, SOLVERS)]
-    known = inspect.signature(constructor).parameters
-    for option in options:
-        if option not in known:
-            raise InvalidArgumentError(
-                f"solver {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}"
-            )
-    return constructor(**options)
+    function = registry.find("solver", name, SOLVERS, ENTRY_POINTS)
+    registry.check_options("solver", name, function, options)
+    solver = equal_by_call(function)(**options)
+    if not isinstance(solver, Solver):
+        raise InvalidArgumentError(f"solver {name!r} must return a Solver, got {solver!r}")
+    return solver
+
+
+def names() -> list[str]:
+    """The names that `make` takes: of this library, then of installed packages."""
+    return registry.names(SOLVERS, ENTRY_POINTS)
 
 
 __all__ = [
@@ -97,6 +115,7 @@ __all__ = [
     "lms",
     "make",
     "move",
+    "names",
     "noise_like",
     "path_of",
     "pndm",

@@ -25,7 +25,7 @@ def ddpm(variance: str = "small", final_noise: bool = True) -> Solver:
     Args:
         variance: "small" is the posterior's; "large" is the forward step's, sigma_t^2 (1 - q^2), the paper's
             beta_t. "learned" lies between them, log variance = v log large + (1 - v) log small, where the
-            network says v for every number of the image (Nichol and Dhariwal 2021, equation 15): it needs
+            network predicts v for every number of the image (Nichol and Dhariwal 2021, equation 15): it needs
             `denoiser(..., learned_variance=True)`. All three are used by published checkpoints.
         final_noise: False adds none on arrival at the last row, wherever it lies: Wuerstchen ends at a mean
             that is not quite clean.
@@ -58,7 +58,7 @@ def predict_with_variance(denoise, x, t):
     """(x_0, v), both of x's shape."""
     if getattr(denoise, "with_variance", None) is None:
         raise InvalidArgumentError(
-            "ddpm('learned') needs a network that says its variance, 2C channels: "
+            "ddpm('learned') needs a network with learned variance (2C output channels): "
             "D.denoiser(..., learned_variance=True); for others use ddpm('small') or ddpm('large')"
         )
     return denoise.with_variance(x, jnp.full(x.shape[:1], t))

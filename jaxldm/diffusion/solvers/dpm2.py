@@ -14,7 +14,7 @@ from jaxldm.diffusion.values import equal_by_call
 def dpm2() -> Solver:
     """The midpoint method for d(x/alpha) / dr = eps, r = sigma / alpha, with its middle in log r.
 
-    An Euler step goes to the middle, where eps is asked again and used for the whole step:
+    An Euler step goes to the middle, where eps is evaluated again and used for the whole step:
 
         x_s / alpha_s = x_t / alpha_t + (r_s - r_t) eps(x_mid, sqrt(r_t r_s)).
 

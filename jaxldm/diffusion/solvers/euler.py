@@ -64,14 +64,14 @@ def euler_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras"
 
 
 def check_ancestral(solver: str, eta: float, s_noise: float, form: str) -> None:
-    """Raises `InvalidArgumentError` or `UnknownNameError` for what `euler_ancestral` says it refuses."""
+    """Raises `InvalidArgumentError` or `UnknownNameError` as documented at `euler_ancestral`."""
     one_of("ancestral form", form, ANCESTRAL_FORMS)
     if not (eta >= 0 and s_noise >= 0):
         raise InvalidArgumentError(f"{solver} needs eta and s_noise of 0 or more, not {eta} and {s_noise}")
 
 
 def ancestral_split(here: Row, there: Row, eta: float, form: str) -> tuple[Any, Any]:
-    """(kept, fresh): the noise at row `there` that stays, and that is drawn anew; their squares add up to 1.
+    """(kept, fresh): the noise at row `there` that stays, and that is drawn again; their squares add up to 1.
 
     Written without 1 - (1 - small), which float32 loses, and finite at both ends of a path.
     """

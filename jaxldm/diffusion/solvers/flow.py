@@ -1,7 +1,7 @@
 """Euler and Heun in the path's own time, on the velocity dx/dt = alpha' x_0 + sigma' eps.
 
-`euler` and `heun` walk in sigma / alpha instead. On the flow path Euler is the same both ways; on curved
-paths (GVP, variance-preserving) these are other discretisations of the same ODE.
+`euler` and `heun` integrate over sigma / alpha instead. On the flow path Euler is the same both ways; on
+curved paths (GVP, variance-preserving) these are other discretisations of the same ODE.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
     F-PNDM (`skip_prk_steps=False`, their Algorithm 2): the first three steps are Runge-Kutta steps of four
     evaluations, two of them halfway in t: N steps take N + 9.
 
-    Steps from pure noise (where no eps' moves x_0') and steps onto the clean row (where there is no eps to
-    ask for) take neither average. A run that is cut and continued starts anew.
+    Steps from pure noise (where no eps' moves x_0') and steps onto the clean row (where eps is
+    undefined) take neither average. A run that is cut and continued starts again.
 
     Args:
         skip_prk_steps: see above.
@@ -66,7 +66,7 @@ def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
             """From x to row `to`, with the answer changed by that much."""
             return move(x, x_0 - factor * change, here, to)
 
-        def ask(x, at):
+        def change_at(x, at):
             return from_x0(combine, denoise(x, at.t), x, at.alpha, at.sigma) - answer
 
         def multistep():
@@ -74,15 +74,15 @@ def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
             return transfer(difference(list(weights), answer, state.past), there)
 
         def heun():
-            return transfer(ask(transfer(0.0, there), there) / 2, there)
+            return transfer(change_at(transfer(0.0, there), there) / 2, there)
 
         def runge_kutta():
             path = path_of(denoise, "pndm with Runge-Kutta steps")
             t = (here.t + there.t) / 2
             middle = Row(t, path.alpha(t), path.sigma(t))
-            second = ask(transfer(0.0, middle), middle)
-            third = ask(transfer(second, middle), middle)
-            fourth = ask(transfer(third, there), there)
+            second = change_at(transfer(0.0, middle), middle)
+            third = change_at(transfer(second, middle), middle)
+            fourth = change_at(transfer(third, there), there)
             return transfer((2 * second + 2 * third + fourth) / 6, there)
 
         starts = (there.sigma > 0) & (here.sigma > 0) & ~pure_noise

@@ -45,8 +45,8 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
     ODE alone carries along. On a grid that only falls this is `solver`.
 
     Args:
-        solver: the one that walks down, `heun()` where none is given, as in the paper. A multistep solver
-            starts afresh after each rise.
+        solver: of the steps down, `heun()` where none is given, as in the paper. A multistep solver starts
+            again after each rise.
         s_noise: standard deviation of the added noise.
 
     Raises:
@@ -92,7 +92,7 @@ def restart_grid(path: Path, grid: Grid, restarts: Sequence[Restart], *, rho: fl
         InvalidArgumentError: a padded grid, an interval that does not rise or that leaves the path, no steps.
 
     >>> from jaxldm import diffusion as D
-    >>> grid = D.make_grid(D.edm_path(), sigmas=[8.0, 4.0, 2.0, 1.0])
+    >>> grid = D.at_sigmas(D.edm_path(), [8.0, 4.0, 2.0, 1.0])
     >>> D.restart_grid(D.edm_path(), grid, [D.Restart(2.0, 4.0, num_steps=1, times=2)]).sigma
     array([8., 4., 2., 4., 2., 4., 2., 1., 0.], dtype=float32)
     """

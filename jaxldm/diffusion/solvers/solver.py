@@ -15,13 +15,13 @@ from jaxldm.errors import InvalidArgumentError
 
 
 class Solver(NamedTuple):
-    """How to walk a grid, as a pair of pure functions.
+    """How to go from row to row of a grid, as a pair of pure functions.
 
     Attributes:
         init: x [B, ...] -> state, any pytree with an attribute `x`.
         step: (state, denoise, grid, i, keys) -> (state, x_0), from row i of the grid to row i + 1.
             `denoise(x, t)` gives x_0; `keys` [B] holds one key per image for this step. The x_0 [B, ...]
-            returned is the first that the step asked for, at row i: what previews show.
+            returned is the first of the step, at row i: what previews show.
     """
 
     init: Callable[[Any], Any]
@@ -75,7 +75,7 @@ def path_of(denoise: Any, solver: str) -> Path:
     """The path of a denoiser, for solvers that look between the rows of the grid.
 
     Raises:
-        InvalidArgumentError: a plain function, which does not say its path.
+        InvalidArgumentError: a plain function, which has no path.
     """
     path = getattr(denoise, "path", None)
     if path is None:

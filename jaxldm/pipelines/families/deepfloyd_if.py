@@ -174,7 +174,7 @@ def respaced_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
         InvalidArgumentError: a name in `RESPACINGS` with sigmas, or another number of steps.
     """
     if call.spacing is not None:
-        one_of("spacing", call.spacing, (*D.SPACINGS, *D.SIGMAS, *RESPACINGS))
+        one_of("spacing", call.spacing, (*D.SPACINGS, *RESPACINGS))
     if call.spacing not in RESPACINGS:
         return grid(pipe, call, size)
     counts = RESPACINGS[call.spacing]

@@ -1,0 +1,71 @@
+"""Functions by name: of a table, of another package's entry points, or as `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
+
+
+def names(table: Mapping[str, Any], group: str) -> list[str]:
+    """The names of the table, then those that installed packages add under the entry-point group."""
+    return [*table, *(entry.name for entry in _entry_points(group) if entry.name not in table)]
+
+
+def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]], group: str) -> Callable[..., Any]:
+    """The function of that name.
+
+    Args:
+        kind: what it makes, for messages: "solver".
+        name: in the table, of an entry point, or "package.module:function".
+        table: of this library.
+        group: of entry points, such as "jaxldm.solvers".
+
+    Raises:
+        UnknownNameError: no such name.
+        InvalidArgumentError: a "package.module:function" that cannot be imported.
+    """
+    if name in table:
+        return table[name]
+    if isinstance(name, str) and ":" in name:
+        return _import(kind, name)
+    for entry in _entry_points(group):
+        if entry.name == name:
+            return entry.load()
+    raise UnknownNameError(kind, name, [*names(table, group), "package.module:function"])
+
+
+def check_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises `InvalidArgumentError` for an option that is no keyword of the function."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
+    for option in options:
+        if option not in known:
+            raise InvalidArgumentError(
+                f"{kind} {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}"
+            )
+
+
+def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+    return sorted(importlib.metadata.entry_points(group=group), key=lambda entry: entry.name)
+
+
+def _import(kind: str, name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        function = importlib.import_module(module)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"{kind} {name!r} must be package.module:function, importable from here: {error}"
+        ) from error
+    if not callable(function):
+        raise InvalidArgumentError(f"{kind} {name!r} must name a function, got {function!r}")
+    return function
