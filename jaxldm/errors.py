@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_CHOICES = 40  # a longer list is shown in part
+
 
 class JaxldmError(Exception):
     """Base class of all user errors."""
@@ -21,7 +23,11 @@ class UnknownNameError(JaxldmError, KeyError):
         choices = list(choices)
         near = difflib.get_close_matches(str(given), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown {kind} {given!r}: choose one of {', '.join(choices)}{hint}")
+        listed = ", ".join(choices)
+        if len(choices) > MAX_CHOICES:
+            similar = difflib.get_close_matches(str(given), choices, n=8, cutoff=0.3)
+            listed = f"{len(choices)} names, such as {', '.join(similar or choices[:8])}"
+        super().__init__(f"unknown {kind} {given!r}: choose one of {listed}{hint}")
 
     def __str__(self) -> str:  # KeyError would print the repr, quotes included
         return str(self.args[0])

@@ -16,7 +16,6 @@ KNOWN_CYCLES = (
     {f"jaxldm.diffusion.{name}" for name in ("compat", "denoiser", "losses", "predictions")},
     {"jaxldm.diffusion.noise_schedule", "jaxldm.diffusion.scheduler_config"},
     {"jaxldm.pipelines.generate", "jaxldm.pipelines.pipeline"},
-    {"jaxldm.commands.sample", "jaxldm.commands.sample_prompts"},
 )
 
 

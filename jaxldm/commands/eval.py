@@ -1,4 +1,4 @@
-"""`jaxldm eval`: how good the images of a trained model are."""
+"""`jaxldm eval`: metrics of the images of a trained model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.commands.options import shown
-from jaxldm.commands.terminal import STEP_BAR, check_seed, print_findings
+from jaxldm.commands.options import first_devices, numbers, shown
+from jaxldm.commands.sample import check_solver
+from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure the images of a trained model, real images beside each figure: metrics.md and metrics.json.
+    """Evaluate the images of a trained model next to real images: metrics.md and metrics.json.
 
     For example:
       jaxldm eval runs/mini-ldm --guidance-scale 1 3 7.5
 
-    The judge is the classifier that was trained with the run; its own accuracy on real test images and the
-    Frechet distance between two sets of real images stand beside the figures that rest on them.
+    The metrics use the classifier of the run. Its accuracy on real test images, and the Frechet distance
+    between two sets of real images, are given for comparison.
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
@@ -32,41 +33,55 @@ class Eval:
     guidance_scale: Annotated[
         tuple[float, ...], shown("FLOAT ...", "1 3, or 1 for a model without classes")
     ] = ()
-    """One or several guidance scales; each is measured by itself."""
+    """One or several guidance scales; each is evaluated separately."""
 
     num_images: int = 500
-    """How many images to draw at each scale, as many of each class as of the others."""
+    """Number of images at each scale, equally many of each class."""
 
     num_inference_steps: int = 50
-    """In how many steps noise becomes an image."""
+    """Number of steps from noise to image."""
 
     solver: Annotated[str, shown("NAME")] = "ddim"
-    """How the steps are taken; `jaxldm info` lists all."""
+    """Solver (`jaxldm info` lists all), or package.module:function."""
+
+    spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None
+    """Spacing of the steps: leading, trailing, linspace, karras, ...; `jaxldm info` lists all."""
+
+    sigmas: Annotated[tuple[str, ...] | None, shown("FLOAT ...", "none")] = None
+    """The noise levels sigma / alpha of the steps, in place of a spacing, from the noisiest down."""
 
     seed: int = 0
-    """Which random numbers: any whole number from 0 to 4294967295."""
+    """Seed of all random numbers, from 0 to 4294967295."""
 
     batch_size: int = 64
-    """How many images are on the way at once; it never changes a picture."""
+    """Number of images at once; it does not change an image."""
+
+    devices: Annotated[int | None, shown("INT", "all")] = None
+    """Number of devices to use."""
 
     output_dir: Annotated[str | None, shown("OUT", "RUN/eval")] = None
     """Folder for metrics.json, metrics.md and a grid of images for each scale."""
 
+    quiet: bool = False
+    """Print only errors and warnings, and no progress bar."""
+
     def run(self) -> None:
-        """Checks everything, then draws and measures at each scale, prints and saves."""
+        """Checks the options, then samples and evaluates at each scale, prints and saves."""
         from jaxldm import data, metrics, pipelines, training
         from jaxldm.files import write_together
 
         out = Path(self.output_dir or Path(self.folder) / "eval")
         check_seed(self.seed)
         pipelines.check_output_folder(out)
-        classify = load_judge(self.folder)
+        check_solver(self.solver)
+        first_devices(self.devices)
+        classify = load_classifier(self.folder)
         pipe, recipe = pipelines.load(self.folder), training.read_recipe(self.folder)
         scales = [pipe.check_guidance_scale(scale) for scale in self.guidance_scale or default_scales(pipe)]
         fewest = 2 * (pipe.num_classes or 1)
         if self.num_images < fewest:
             raise InvalidArgumentError(
-                f"num_images must be {fewest} or more, two of each class, not {self.num_images}"
+                f"num_images must be {fewest} or more, two of each class, got {self.num_images}"
             )
         dataset = data.load(recipe.data, image_size=recipe.image_size)
 
@@ -83,60 +98,75 @@ class Eval:
             columns = pipelines.columns_for(len(images[:100]), pipe.num_classes or 1)
             metrics.save_png(out / f"grid-w{scale:g}.png", metrics.image_grid(images[:100], columns))
         text = "\n\n".join(sections) + "\n"
-        print(text)
-        numbers = json.dumps(without_nan(figures), indent=2) + "\n"
-        write_together({out / "metrics.json": numbers.encode(), out / "metrics.md": text.encode()})
-        print(f"saved in {out}: metrics.md, metrics.json and a grid of images for each guidance scale")
+        content = json.dumps(without_nan(figures), indent=2) + "\n"
+        write_together({out / "metrics.json": content.encode(), out / "metrics.md": text.encode()})
+        if not self.quiet:
+            print(text)
+            print(f"saved in {out}: metrics.md, metrics.json and a grid of images for each guidance scale")
 
     def settings(self) -> dict[str, Any]:
-        """What the figures were measured with."""
+        """The options that the metrics depend on."""
         names = ("num_images", "num_inference_steps", "solver", "seed")
-        return {name: getattr(self, name) for name in names}
+        options = self.call_options()
+        return {name: getattr(self, name) for name in names} | {
+            name: options[name] for name in ("spacing", "sigmas") if name in options
+        }
+
+    def call_options(self) -> dict[str, Any]:
+        """The options of the pipeline's call that are given."""
+        options = {
+            "num_inference_steps": self.num_inference_steps,
+            "solver": self.solver,
+            "spacing": self.spacing,
+            "sigmas": numbers(self.sigmas, "sigmas"),
+            "batch_size": self.batch_size,
+            "devices": first_devices(self.devices),
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     def draw(self, pipe: Any, guidance_scale: float) -> tuple[Any, Any]:
-        """Images and their labels, every class equally often."""
+        """Images and their labels, equally many of each class."""
         import jax
         import numpy as np
 
         from jaxldm import pipelines
 
         labels = pipe.cycle_labels(None, self.num_images)
-        with STEP_BAR.showing(
-            pipe.num_callbacks(self.num_images, num_inference_steps=self.num_inference_steps),
-            f"w = {guidance_scale:g}",
-        ):
+        options = self.call_options()
+        total = pipe.num_callbacks(self.num_images, **options)
+        with progress_bar(total, f"w = {guidance_scale:g}", self.quiet) as progress:
             images = pipe(
                 jax.random.key(self.seed),
                 labels,
                 num_images=self.num_images,
-                num_inference_steps=self.num_inference_steps,
                 guidance_scale=guidance_scale,
-                solver=self.solver,
-                batch_size=self.batch_size,
-                progress=STEP_BAR.tick,
+                progress=progress,
+                **options,
             )
         print_findings(pipelines.check_drawn(images, guidance_scale))
         return images, np.zeros(len(images), np.int32) if labels is None else labels
 
 
-def load_judge(folder: str) -> Any:
+def load_classifier(folder: str) -> Any:
     """The classifier of a run, images -> (features, logits). Raises `CheckpointError` when there is none."""
     from jaxldm import checkpoints, metrics, pipelines, training
 
     if pipelines.kind_of(folder) != "run":
-        raise CheckpointError(f"{folder} is an exported folder, without data and judge: give the run folder")
-    stage = training.RunFolder(folder).stage("classifier")
+        raise CheckpointError(
+            f"{folder} is an exported folder, without data and classifier: give the run folder"
+        )
+    stage = training.RunFolder(Path(folder)).stage("classifier")
     if not stage.complete:
         recipe = training.read_recipe(folder)
-        cure = f"go on with `jaxldm train {recipe.name} --run-dir {folder} --resume`"
+        fix = f"resume with `jaxldm train {recipe.name} --run-dir {folder} --resume`"
         if recipe.classifier is None:
-            cure = "train a recipe that has one"
-        raise CheckpointError(f"{folder} has no finished classifier to judge with: {cure}")
+            fix = "train a recipe that has one"
+        raise CheckpointError(f"{folder} has no finished classifier: {fix}")
     return metrics.classifier_function(*checkpoints.load(stage.model))
 
 
 def without_nan(figures: Any) -> Any:
-    """NaN and infinity, which JSON does not know, as None."""
+    """The data with None for NaN and infinity, which JSON lacks."""
     if isinstance(figures, dict):
         return {name: without_nan(value) for name, value in figures.items()}
     if isinstance(figures, list):
@@ -145,12 +175,12 @@ def without_nan(figures: Any) -> Any:
 
 
 def default_scales(pipe: Any) -> tuple[float, ...]:
-    """1 and 3, or only 1 where there are no classes to guide by."""
+    """1 and 3, or only 1 for a model without classes."""
     return (1.0,) if pipe.num_classes is None else (1.0, 3.0)
 
 
 def measure_reconstruction(pipe: Any, dataset: Any) -> tuple[dict[str, float], str]:
-    """How well the autoencoder gives back real test images, as data and as a line."""
+    """The reconstruction error of the autoencoder on real test images, as data and as a line."""
     import jax
 
     from jaxldm import metrics, models

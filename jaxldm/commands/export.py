@@ -12,23 +12,23 @@ from jaxldm.commands.options import shown
 
 @dataclass(frozen=True)
 class Export:
-    """Write a trained model as safetensors and JSON, laid out as diffusers lays out a pipeline.
+    """Write a trained model as safetensors and JSON, in the layout of a pipeline of diffusers.
 
     For example:
       jaxldm export runs/mini-ldm exported/mini-ldm
 
     The folder then holds model_index.json, vae/ (for a latent model), unet/ or transformer/, and scheduler/;
-    `jaxldm sample` and `jaxldm info` take it like a run folder.
+    `jaxldm sample` and `jaxldm info` read it like a run folder.
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
     """Run folder made by `jaxldm train`."""
 
     out: Annotated[Positional[str], shown("OUT")]
-    """Folder to write: a new or empty one, or an earlier export, which is then replaced."""
+    """Folder to write: a new or empty one, or an earlier export, which is replaced."""
 
     def run(self) -> None:
-        """Loads, writes, reads back, compares."""
+        """Loads the model, writes it, reads it back and compares."""
         from jaxldm import pipelines
         from jaxldm.errors import StorageError
 

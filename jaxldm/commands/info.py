@@ -1,4 +1,4 @@
-"""`jaxldm info`: what there is."""
+"""`jaxldm info`: descriptions of folders, presets and recipes, and lists of all names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameErro
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a model's folder or a preset is; alone, list all that can be named.
+    """Describe the folder of a model, a preset or a recipe; without argument, list all names.
 
     For example:
       jaxldm info
@@ -27,10 +27,10 @@ class Info:
     """A run folder, an exported or a text-to-image folder, or the name of a preset or a recipe."""
 
     compare: Annotated[str | None, shown("FOLDER", "no comparison")] = None
-    """Another run or exported folder: say of each tensor whether all its bits are the same in both."""
+    """Another run or exported folder: compare all tensors bit by bit."""
 
     def run(self) -> None:
-        """Prints what was asked for."""
+        """Prints the description or the comparison."""
         if self.target is None:
             if self.compare is not None:
                 raise InvalidArgumentError("--compare needs two folders: jaxldm info EXPORTED --compare RUN")
@@ -45,28 +45,31 @@ def describe_everything() -> str:
     """All names that the commands take, and the devices."""
     import jax
 
-    from jaxldm import data, models, training
+    from jaxldm import data, host, models, training
     from jaxldm import diffusion as D
     from jaxldm.data.load import WELL_KNOWN
 
     recipes = [(name, describe_recipe(recipe)) for name, recipe in training.RECIPES.items()]
     presets = [(name, models.class_name(config)) for name, config in models.PRESETS.items()]
     solvers = [(name, first_line(solver)) for name, solver in D.solvers.SOLVERS.items()]
+    spacings = [(name, first_line(spacing)) for name, spacing in D.SPACINGS.items()]
     devices = [(device.id, device.platform, device.device_kind) for device in jax.devices()]
     sections = {
         "recipes (jaxldm train RECIPE)": table(recipes),
         "presets (jaxldm info PRESET)": table(presets),
         "solvers (jaxldm sample RUN --solver NAME)": table(solvers),
-        "spacings (jaxldm sample RUN --spacing NAME)": "  " + ", ".join(D.SPACINGS),
-        f"datasets, kept in {data.data_folder()}": f"  {', '.join(WELL_KNOWN)}, and any other TFDS name",
+        "spacings (jaxldm sample RUN --spacing NAME)": table(spacings),
+        f"datasets, in {data.data_folder()}": f"  {', '.join(WELL_KNOWN)}, and any other TFDS name",
         "devices": table(devices),
+        "compiled functions": f"  {host.compilation_cache_folder() or 'not kept'}",
     }
     return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
 
 
 def first_line(function: Any) -> str:
-    """The first sentence of a docstring."""
-    return (function.__doc__ or "").strip().split("\n")[0].split(": ")[0].rstrip(".")
+    """The first sentence of a docstring; a text stays as it is."""
+    text = function if isinstance(function, str) else function.__doc__ or ""
+    return text.strip().split("\n")[0].split(": ")[0].rstrip(".")
 
 
 def describe_recipe(recipe: Any) -> str:
@@ -80,7 +83,7 @@ def describe_recipe(recipe: Any) -> str:
 
 
 def describe(target: str) -> str:
-    """A folder if there is one of that name, else a preset or a recipe."""
+    """The description of a folder, if it exists, or of a preset or a recipe of that name."""
     from jaxldm import models, training
 
     if Path(target).exists():
@@ -95,11 +98,11 @@ def describe(target: str) -> str:
         return f"{target} is a recipe: {describe_recipe(recipe)}\ntrain it:  jaxldm train {target}"
     if "/" in target:
         raise CheckpointError(f"there is no folder {target}")
-    raise UnknownNameError("folder, preset or recipe", target, [*models.PRESETS, *training.RECIPES])
+    raise UnknownNameError("folder, preset or recipe", target, [*training.RECIPES, *models.PRESETS])
 
 
 def describe_preset(name: str) -> str:
-    """Parameters, multiply-accumulates, memory and config of a preset, without building it."""
+    """Parameters, multiply-accumulates, memory and config of a preset, without memory for its weights."""
     from jaxldm import models
 
     config, count = models.PRESETS[name], models.count_params(name)
@@ -109,7 +112,7 @@ def describe_preset(name: str) -> str:
 
 
 def describe_cost(name: str) -> str:
-    """What a forward pass of a preset costs; the memory where compiling is a matter of seconds (scans)."""
+    """The cost of a forward pass; its memory only for models that compile within seconds (scans)."""
     from jaxldm import models
 
     module = models.build(name)
@@ -118,11 +121,12 @@ def describe_cost(name: str) -> str:
     if not getattr(module.config, "scan", False):
         return line
     temporary = models.forward_memory(module).temporary
-    return f"{line}; XLA plans {temporary / 1e6:,.1f} MB for it beside the weights (in {module.config.dtype})"
+    memory = f"XLA plans {temporary / 1e6:,.1f} MB for it in addition to the weights"
+    return f"{line}; {memory} (in {module.config.dtype})"
 
 
 def describe_export(folder: Path) -> str:
-    """What an exported folder holds and how to sample from it."""
+    """The networks of an exported folder, and the command to sample from it."""
     from jaxldm import pipelines
 
     pipe = pipelines.load(folder)
@@ -130,7 +134,7 @@ def describe_export(folder: Path) -> str:
 
 
 def describe_text_to_image(folder: Path) -> str:
-    """The networks of a text-to-image folder, what they weigh, and how to draw; no weights are read."""
+    """The networks of a text-to-image folder, their size, and the command to sample; reads no weights."""
     from jaxldm import checkpoints, models, pipelines
 
     index, rows, total = checkpoints.read_model_index(folder), [], 0
@@ -147,7 +151,7 @@ def describe_text_to_image(folder: Path) -> str:
 
 
 def describe_run(folder: Path) -> str:
-    """The stages of a run, how far each is, and what to type next."""
+    """The stages of a run, their progress, and the next command."""
     from jaxldm import pipelines, training
 
     config = training.read_config(folder)
@@ -166,14 +170,14 @@ def describe_run(folder: Path) -> str:
         )
     head = f"{folder} is a run of the recipe {recipe.name} on {config['data']['name']}"
     if not run.stage("diffusion").complete:
-        resume = f"go on:  jaxldm train {recipe.name} --run-dir {folder} --resume"
+        resume = f"resume:  jaxldm train {recipe.name} --run-dir {folder} --resume"
         return f"{head}\n{table(rows)}\n{resume}"
     pipe = pipelines.load(folder)
     return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\n{how_to_sample(folder, pipe)}"
 
 
 def steps_done(stage: Any) -> int:
-    """Updates of a stage that its log holds."""
+    """Number of training steps in the log of a stage."""
     from jaxldm import training
 
     if not stage.log.is_file():
@@ -183,7 +187,7 @@ def steps_done(stage: Any) -> int:
 
 
 def describe_pipeline(pipe: Any) -> str:
-    """Networks, sizes, classes and noise schedule as a table."""
+    """A table of networks, sizes, classes and noise schedule."""
     import jax
 
     from jaxldm import pipelines
@@ -207,13 +211,13 @@ def describe_pipeline(pipe: Any) -> str:
 
 
 def how_to_sample(folder: Path, pipe: Any) -> str:
-    """The command line to type next."""
+    """The command to sample from a folder."""
     labels = "" if pipe.num_classes is None else "--class-labels 0 " + ("1 " if pipe.num_classes > 1 else "")
     return f"sample:  jaxldm sample {folder} {labels}--num-images 16 --output-dir samples"
 
 
 def compare(first: str, second: str) -> None:
-    """Prints a line per tensor. Raises `CheckpointError` that names the tensors that differ."""
+    """Prints a line per tensor. Raises `CheckpointError` with the names of the tensors that differ."""
     from jaxldm import pipelines
 
     rows = pipelines.compare(pipelines.load(first), pipelines.load(second))

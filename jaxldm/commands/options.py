@@ -28,12 +28,13 @@ def first_devices(count: int | None) -> list[Any] | None:
     return jax.devices()[:count]
 
 
-def numbers_or_none(texts: tuple[str, ...] | None, option: str) -> list[float] | None:
-    """The numbers of an option, as typed: separated by spaces or commas."""
+def numbers(texts: tuple[str, ...] | None, option: str) -> list[float] | None:
+    """The numbers of an option, separated by spaces or commas; None for None."""
     if texts is None:
         return None
     words = [word for text in texts for word in text.replace(",", " ").split()]
     try:
         return [float(word) for word in words]
-    except ValueError as error:
-        raise InvalidArgumentError(f"--{option} must be numbers, got {' '.join(words)}") from error
+    except ValueError:
+        hint = "; the name of a spacing goes to --spacing" if option == "sigmas" else ""
+        raise InvalidArgumentError(f"--{option} must be numbers, got {' '.join(words)}{hint}") from None

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.commands.options import shown
-from jaxldm.commands.terminal import STEP_BAR, check_seed, print_findings
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.commands.options import first_devices, numbers, shown
+from jaxldm.commands.pictures import read_mask, read_picture
+from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
+from jaxldm.errors import InvalidArgumentError
 
-# Options that only one kind of model has a use for.
+# Options that only one kind of model has, and the names of those that a pipeline's call has under another.
 OF_CLASSES = ("class_labels", "negative_class_labels")
 OF_TEXTS = (
     "prompt",
@@ -25,11 +31,12 @@ OF_TEXTS = (
     "refiner",
     "lora",
 )
+OPTION_NAMES = {"mask_image": "mask", "denoising_end": "refiner-start", "denoising_start": "refiner-start"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images with a trained model: OUT/grid.png, one PNG per image and OUT/samples.npz.
+    """Sample images from a model: OUT/grid.png, one PNG per image and OUT/samples.npz.
 
     For example:
       jaxldm sample runs/mini-ldm --class-labels 3 7 --num-images 64 --guidance-scale 3 --output-dir OUT
@@ -37,39 +44,59 @@ class Sample:
       jaxldm sample sdxl-base --refiner sdxl-refiner --prompt "a cat" --height 1024 --width 768
       jaxldm sample stable-diffusion-v1-5 --prompt "a red hat" --image cat.png --mask hat.png
 
-    The same seed draws the same pictures: image 5 is the same however many images are asked for, in whatever
-    batches, on however many devices.
+    The same seed samples the same images: image 5 is the same for any number of images, batch size and number
+    of devices.
+
+    Defaults of the families:
+      family                    steps  guidance scale  strength
+      ClassToImage                 50             3.0
+      DiT                          50             4.0
+      StableDiffusion              50             7.5       0.8
+      StableDiffusionXL            50             5.0       0.3
+      StableDiffusion3             28             7.0       0.6
+      Flux (dev)                   28             3.5       0.6
+      Flux (schnell)                4             3.5       0.6
+      PixArt                       20             4.5       0.8
+      DeepFloydIF                 100             7.0       0.7
+      Wuerstchen                   60             4.0
+      Amused                       12            10.0       0.5
+      ZImage                       50             6.0       0.6
+
+    With --mask, strength is 1. The solvers of distilled models (lcm, tcd) take 4 steps; latent consistency
+    models have guidance scale 8.5.
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
-    """Run folder made by `jaxldm train`, folder made by `jaxldm export`, or a folder of Stable Diffusion."""
+    """Run folder made by `jaxldm train`, folder made by `jaxldm export`, or a folder in the layout of
+    diffusers.
+    """
 
     prompt: Annotated[tuple[str, ...] | None, shown("TEXT ...", "for text-to-image models")] = None
     """What to draw; several texts repeat in this order until there are --num-images images."""
 
     negative_prompt: Annotated[tuple[str, ...] | None, shown("TEXT ...", "none")] = None
-    """What to steer away from: one text for all prompts, or one for each."""
+    """What to avoid: one text for all prompts, or one for each."""
 
     height: Annotated[int | None, shown("PIXELS", "the model's own, or the image's")] = None
-    """Height of the pictures, with --prompt; a multiple of 8."""
+    """Height of the images, with --prompt; a multiple of 8."""
 
     width: Annotated[int | None, shown("PIXELS", "the model's own, or the image's")] = None
-    """Width of the pictures, with --prompt; a multiple of 8."""
+    """Width of the images, with --prompt; a multiple of 8."""
 
     image: Annotated[str | None, shown("FILE", "none: start from noise")] = None
     """Picture to start from, with --prompt; it is resized to --height and --width where these are given."""
 
-    strength: Annotated[float | None, shown("FLOAT", "0.8, SDXL 0.3; with --mask 1")] = None
-    """How far to leave --image: the last part of the steps that is walked, up to 1."""
+    strength: Annotated[float | None, shown("FLOAT", "the family's; with --mask 1")] = None
+    """How much to change --image, up to 1: the fraction of the steps that is taken."""
 
     mask: Annotated[str | None, shown("FILE", "none")] = None
-    """Picture that is white where --image is drawn anew and black where it stays."""
+    """Picture that is white where --image is drawn again and black where it stays."""
 
     refiner: Annotated[str | None, shown("FOLDER", "none")] = None
-    """Folder of the SDXL refiner, which takes over from the base model at --hand-over."""
+    """Folder of the SDXL refiner, which continues from the base model at --refiner-start."""
 
-    hand_over: float = 0.8
-    """Part of the noise that the base model takes away before the --refiner goes on."""
+    refiner_start: float = 0.8
+    """Fraction of the noise that the base model removes before the --refiner starts."""
 
     lora: Annotated[str | None, shown("FILE", "none")] = None
     """LoRA file to merge into the weights of the text-to-image model."""
@@ -83,82 +110,92 @@ class Sample:
     class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "each of up to 100 once")] = None
     """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
 
-    num_images: Annotated[int | None, shown("INT", "one for each label")] = None
-    """How many images to draw."""
+    num_images: Annotated[int | None, shown("INT", "one for each label or prompt")] = None
+    """Number of images."""
 
-    num_inference_steps: Annotated[int | None, shown("INT", "50, or 4 for LCM")] = None
-    """In how many steps noise becomes an image; more steps are slower and finer."""
+    num_inference_steps: Annotated[int | None, shown("INT", "the family's")] = None
+    """Number of steps from noise to image; more steps are slower and more accurate."""
 
-    guidance_scale: Annotated[float | None, shown("FLOAT", "3 for classes, 7.5 or 5 for texts")] = None
-    """How strongly the class or text steers: 1 is the model as trained, more is clearer and varies less."""
+    guidance_scale: Annotated[float | None, shown("FLOAT", "the family's")] = None
+    """Scale of classifier-free guidance: 1 is the model as trained; higher is clearer and varies less."""
 
     true_cfg_scale: Annotated[float | None, shown("FLOAT", "1")] = None
-    """How strongly to steer away from --negative-prompt, for models that are told --guidance-scale (FLUX)."""
+    """Scale of classifier-free guidance for models that take --guidance-scale as an input (FLUX)."""
 
     guidance_rescale: float = 0.0
-    """Between 0 and 1: how far the contrast that a strong guidance adds is taken back (0.7 is usual)."""
+    """Between 0 and 1: how much of the contrast that a high guidance scale adds is removed (0.7 is usual)."""
 
     negative_class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "none")] = None
-    """Classes to steer away from: one for all images, or several, repeating as --class-labels do."""
+    """Classes to avoid: one for all images, or several, repeated as --class-labels are."""
 
-    solver: Annotated[str | None, shown("NAME", "ddim, or the one that the folder names")] = None
-    """How the steps are taken: ddim, dpmpp_2m, heun, ddpm, ...; `jaxldm info` lists all."""
+    solver: Annotated[str | None, shown("NAME", "ddim, or that of the folder")] = None
+    """Solver: ddim, dpmpp_2m, heun, ddpm, ... (`jaxldm info` lists all), or package.module:function."""
 
     eta: Annotated[float | None, shown("FLOAT", "the solver's own")] = None
-    """Fresh noise in each step, for solvers that have this option (ddim): 0 is none, 1 is as in DDPM."""
+    """Fresh noise in each step, for solvers with this option (ddim): 0 is none, 1 is as in DDPM."""
 
     spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None
-    """Which training timesteps the steps stop at: leading, trailing, linspace, ..."""
+    """Spacing of the steps: leading, trailing, linspace, karras, ...; `jaxldm info` lists all."""
+
+    sigmas: Annotated[tuple[str, ...] | None, shown("FLOAT ...", "none")] = None
+    """The noise levels sigma / alpha of the steps, in place of a spacing, from the noisiest down."""
 
     seed: int = 0
-    """Which random numbers: any whole number from 0 to 4294967295; another seed draws other images."""
+    """Seed of all random numbers, from 0 to 4294967295; another seed samples other images."""
 
     batch_size: Annotated[int | None, shown("INT", "64; with --prompt 1")] = None
-    """How many images are on the way at once; larger is faster on a large device, and takes its memory."""
+    """Number of images at once; larger is faster on a large device, and needs its memory."""
+
+    devices: Annotated[int | None, shown("INT", "all; with --prompt 1")] = None
+    """Number of devices to use."""
 
     output_dir: Annotated[str, shown("OUT")] = "samples"
     """Folder for the images; it is made where needed, and images of an earlier call in it are replaced."""
 
+    quiet: bool = False
+    """Print only errors and warnings, and no progress bar."""
+
     def run(self) -> None:
-        """Checks everything, draws, looks at what was drawn, writes it."""
+        """Checks the options, samples, checks the images, writes them."""
         check_seed(self.seed)
 
-        from jaxldm import diffusion as D
         from jaxldm import pipelines
 
         pipelines.check_output_folder(self.output_dir)
-        if self.solver is not None:
-            one_of("solver", self.solver, D.solvers.SOLVERS)
+        check_solver(self.solver)
         texts = pipelines.kind_of(self.folder) == "text-to-image"
         self._check_options(texts)
-        if texts:
-            from jaxldm.commands.sample_prompts import draw_prompts
-
-            images, guidance_scale = draw_prompts(self)
-            labels, columns = None, pipelines.columns_for(len(images), len(self.prompt))
-        else:
-            images, guidance_scale, labels, columns = self._draw_classes()
+        images, guidance_scale, labels, columns = self._of_texts() if texts else self._of_classes()
         print_findings(pipelines.check_drawn(images, guidance_scale))
         pipelines.save_samples(self.output_dir, images, labels, columns)
-        print(
-            f"{len(images)} images: look at {self.output_dir}/grid.png; samples.npz beside it holds them all"
-        )
+        if not self.quiet:
+            print(f"{len(images)} images: see {self.output_dir}/grid.png; samples.npz holds all of them")
 
     def _check_options(self, texts: bool) -> None:
         """Raises `InvalidArgumentError` for options of the other kind of model."""
-        wrong = OF_CLASSES if texts else OF_TEXTS
-        for name in wrong:
+        for name in OF_CLASSES if texts else OF_TEXTS:
             if getattr(self, name) is not None:
                 kind = "draws from texts" if texts else "knows no texts"
                 raise InvalidArgumentError(
-                    f"--{name.replace('_', '-')} is of no use here: {self.folder} {kind}; leave it out"
+                    f"--{name.replace('_', '-')} is not for this model: {self.folder} {kind}; leave it out"
                 )
         if texts and self.prompt is None:
             raise InvalidArgumentError(
-                f'{self.folder} draws from texts: say what, as in --prompt "a cat in the snow"'
+                f'{self.folder} draws from texts: give one, as in --prompt "a cat in the snow"'
             )
 
-    def _draw_classes(self):
+    def _common_options(self) -> dict[str, Any]:
+        """The options of a call that both kinds of models have, where they are given."""
+        names = ("num_inference_steps", "guidance_scale", "solver", "eta", "spacing", "batch_size")
+        options = {name: getattr(self, name) for name in names}
+        sigmas = numbers(self.sigmas, "sigmas")
+        if sigmas is not None and self.num_inference_steps is None:
+            options["num_inference_steps"] = len(sigmas)
+        options |= {"sigmas": sigmas, "guidance_rescale": self.guidance_rescale or None}
+        options["devices"] = first_devices(self.devices)
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _of_classes(self) -> tuple[Any, float, Any, int]:
         """(images, guidance scale, labels, columns of the grid) of a model of classes."""
         import jax
 
@@ -167,23 +204,97 @@ class Sample:
         pipe = pipelines.load(self.folder, dtype=self.dtype)
         labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
-        guidance_scale = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
-        steps = 50 if self.num_inference_steps is None else self.num_inference_steps
-        callbacks = pipe.num_callbacks(num_images, num_inference_steps=steps)
-        with STEP_BAR.showing(callbacks, "sampling"):
+        options = supported(pipe, self._common_options())
+        with progress_bar(pipe.num_callbacks(num_images, **options), "sampling", self.quiet) as progress:
             images = pipe(
                 jax.random.key(self.seed),
                 labels,
                 num_images=num_images,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                guidance_rescale=self.guidance_rescale,
                 negative_labels=self.negative_class_labels,
-                solver=self.solver,
-                eta=self.eta,
-                spacing=self.spacing,
-                batch_size=64 if self.batch_size is None else self.batch_size,
-                progress=STEP_BAR.tick,
+                progress=progress,
+                **options,
             )
         columns = pipelines.columns_for(num_images, len(self.class_labels or ()) or pipe.num_classes or 1)
-        return images, guidance_scale, labels, columns
+        return images, options.get("guidance_scale", pipe.default_guidance_scale), labels, columns
+
+    def _of_texts(self) -> tuple[Any, float, None, int]:
+        """(images, guidance scale, None, columns of the grid) of a text-to-image model."""
+        import jax
+
+        from jaxldm import pipelines
+
+        prompts, negatives = repeat_prompts(self.prompt or (), self.negative_prompt, self.num_images)
+        image = None if self.image is None else read_picture(self.image, self.height, self.width)
+        mask = None if self.mask is None else read_mask(self.mask, image)
+        if self.refiner is not None and pipelines.kind_of(self.refiner) != "text-to-image":
+            raise InvalidArgumentError(f"--refiner {self.refiner} is not a text-to-image model")
+        pipe = pipelines.load(self.folder, dtype=self.dtype)
+        if not pipe.family.draws_images:
+            raise InvalidArgumentError(
+                f"{self.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
+                "folder, as described on the page of the model"
+            )
+        if self.lora is not None:
+            pipe = pipelines.with_lora(pipe, self.lora, self.lora_scale)
+        refiner = None if self.refiner is None else pipelines.load(self.refiner, dtype=self.dtype)
+        common = self._common_options() | {"true_cfg_scale": self.true_cfg_scale}
+        own = {"image": image, "strength": self.strength, "mask_image": mask}
+        options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
+        key, texts = jax.random.key(self.seed), (prompts, negatives)
+        total = pipe.num_callbacks(len(prompts), **options)
+        with warnings_as_lines(), progress_bar(total, "sampling", self.quiet) as progress:
+            if refiner is None:
+                images = pipe(key, *texts, **options, progress=progress)
+            else:
+                first = supported(pipe, {"denoising_end": self.refiner_start, "output": "latents"})
+                latents = pipe(key, *texts, **options, **first, progress=progress)
+                second = {"denoising_start": self.refiner_start, "latents": latents} | common
+                images = refiner(key, *texts, **supported(refiner, second), progress=progress)
+        scale = options.get("guidance_scale", pipe.default_guidance_scale)
+        return images, scale, None, pipelines.columns_for(len(images), len(self.prompt or ()))
+
+
+def check_solver(solver: str | None) -> None:
+    """Raises `UnknownNameError` or `InvalidArgumentError` for a solver that does not exist."""
+    from jaxldm import diffusion as D
+
+    if solver is not None:
+        D.solvers.make(solver)
+
+
+def repeat_prompts(
+    prompts: tuple[str, ...], negatives: tuple[str, ...] | None, num_images: int | None
+) -> tuple[list[str], list[str] | None]:
+    """The prompt and the negative prompt of each image."""
+    if not prompts:
+        raise InvalidArgumentError('--prompt is empty: give a text, as in --prompt "a cat in the snow"')
+    if num_images is not None and num_images < 1:
+        raise InvalidArgumentError(f"num_images must be 1 or more, got {num_images}")
+    count = len(prompts) if num_images is None else num_images
+    if negatives and len(negatives) not in (1, len(prompts)):
+        raise InvalidArgumentError(
+            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each"
+        )
+    repeated = [list(itertools.islice(itertools.cycle(texts), count)) for texts in (prompts, negatives or ())]
+    return repeated[0], repeated[1] or None
+
+
+def supported(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given. Raises `InvalidArgumentError` for one that the model's family lacks."""
+    given = {name: value for name, value in options.items() if value is not None}
+    known = pipe.call_options()
+    for name in given:
+        if name not in known:
+            option = OPTION_NAMES.get(name, name.replace("_", "-"))
+            raise InvalidArgumentError(f"--{option} is not for a model of the family {pipe.family.name}")
+    return given
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Prints the warnings of a pipeline, for example of words beyond the text encoder's length, as lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        print(f"jaxldm: warning: {' '.join(text.split())}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.commands.options import shown
+from jaxldm.commands.options import first_devices, shown
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -20,34 +20,32 @@ _RECIPE = "the recipe's"
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model from a recipe: autoencoder, denoising network, and a classifier to judge them by.
+    """Train a model from a recipe: autoencoder, denoising network, and a classifier for its evaluation.
 
     For example:
       jaxldm train mini-ldm --run-dir runs/mini-ldm
       jaxldm train mini-ldm --run-dir runs/mini-ldm --resume        (after an interruption)
 
-    Stages that are complete are not trained again. `jaxldm info` lists the recipes.
+    Complete stages are not trained again. `jaxldm info` lists the recipes.
     """
 
     recipe: Annotated[Positional[str], shown("RECIPE")]
     """Name of the recipe, for example mini-ldm or tiny-dit."""
 
     run_dir: Annotated[str | None, shown("FOLDER", "runs/RECIPE")] = None
-    """Folder for everything this training makes: checkpoints, logs, plots, samples and the finished
-    models.
-    """
+    """Folder for the checkpoints, logs, plots, samples and the trained models."""
 
     resume: bool = False
-    """Go on from the last checkpoint in the run folder."""
+    """Continue from the last checkpoint in the run folder."""
 
     epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """How many times the denoising network sees all the training images."""
+    """Epochs of the denoising network over the training images."""
 
     autoencoder_epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """How many times the autoencoder sees all the training images."""
+    """Epochs of the autoencoder over the training images."""
 
     batch_size: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """Images in one update of the denoising network."""
+    """Images per step of the denoising network."""
 
     learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
     """Highest learning rate of the denoising network, after the warm-up."""
@@ -59,20 +57,31 @@ class Train:
     """Another data set, by its TFDS name."""
 
     seed: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """Which random numbers: any whole number from 0 to 4294967295."""
+    """Seed of all random numbers, from 0 to 4294967295."""
+
+    devices: Annotated[int | None, shown("INT", "as many as divide every batch")] = None
+    """Number of devices over which each batch is split."""
+
+    quiet: bool = False
+    """Print only errors, and no progress bar."""
 
     def run(self) -> None:
-        """Trains all the stages that are not complete yet."""
+        """Trains the stages that are not complete yet."""
         from jaxldm import training
 
         run_dir = Path(self.run_dir or f"runs/{self.recipe}")
-        run = training.train(self.make_recipe(run_dir), run_dir, resume=self.resume)
+        recipe = self.make_recipe(run_dir)
+        quiet: dict[str, Any] = {"say": lambda line: None, "bar": False} if self.quiet else {}
+        first_devices(self.devices)
+        run = training.train(recipe, run_dir, resume=self.resume, devices=self.devices, **quiet)
+        if self.quiet:
+            return
         print(f"finished: everything is in {run.path}; try")
         print(f"  jaxldm sample {run.path} --output-dir samples")
         print(f"  jaxldm eval {run.path}")
 
     def make_recipe(self, run_dir: Path) -> Recipe:
-        """The recipe by its name, or with --resume that which the run began with, and the changes asked for.
+        """The recipe of that name, or with --resume the recipe of the run, with the changes of the options.
 
         Raises `UnknownNameError` and `InvalidArgumentError`.
         """
@@ -81,15 +90,15 @@ class Train:
         one_of("recipe", self.recipe, training.RECIPES)
         recipe = training.RECIPES[self.recipe]
         if self.resume and (run_dir / "config.json").exists():
-            begun = training.read_recipe(run_dir)
-            recipe = begun if begun.name == self.recipe else recipe
+            of_run = training.read_recipe(run_dir)
+            recipe = of_run if of_run.name == self.recipe else recipe
         diffusion = {
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
         }
         if self.preset is not None:
-            # The recipe's changes of its own network say nothing about another one.
+            # The recipe's overrides are for its own network.
             diffusion |= {"preset": one_of("preset", self.preset, denoiser_presets()), "overrides": {}}
         changes = {"diffusion": given(recipe.diffusion, **diffusion), "data": self.dataset, "seed": self.seed}
         if self.autoencoder_epochs is not None:
@@ -102,14 +111,14 @@ class Train:
 
 
 def given(recipe: Any, **changes: Any) -> Any:
-    """The recipe with those fields replaced that are not None."""
+    """The recipe with the fields of `changes` that are not None."""
     return dataclasses.replace(
         recipe, **{name: value for name, value in changes.items() if value is not None}
     )
 
 
 def denoiser_presets() -> list[str]:
-    """Presets of networks that can be trained to denoise."""
+    """Presets of denoising networks."""
     from jaxldm import models, pipelines
 
     return [name for name, config in models.PRESETS.items() if pipelines.is_denoiser(config)]

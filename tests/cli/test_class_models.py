@@ -28,7 +28,7 @@ def test_info_says_what_it_draws(capsys, folder):
 def test_info_of_a_preset_says_what_a_forward_pass_costs(capsys):
     code, out, _ = run(capsys, "info", "dit-s-8")
     assert code == 0 and "a forward pass (1x32x32x4) is 0.358 G multiply-accumulates; XLA plans" in out
-    assert "MB for it beside the weights (in float32)" in out
+    assert "MB for it in addition to the weights (in float32)" in out
     # What takes minutes to compile is only counted.
     out = run(capsys, "info", "mini-unet")[1]
     assert "0.030 G multiply-accumulates\n" in out

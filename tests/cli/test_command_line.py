@@ -11,7 +11,7 @@ import jax
 import pytest
 from command_lines import complaint, run
 
-from jaxldm import __version__, cli, models, training
+from jaxldm import __version__, cli, models, pipelines, training
 from jaxldm import diffusion as D
 from jaxldm.commands import COMMANDS, info, load_command, sample, train
 from jaxldm.commands.terminal import check_seed
@@ -168,3 +168,38 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setattr(info.Info, "run", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["info"])
+
+
+class StandIn:
+    """What the defaults of a family depend on."""
+
+    num_classes = 10
+
+    def __init__(self, family, is_guidance_distilled):
+        self.options = dict(family.folder.options)
+        self.is_guidance_distilled = is_guidance_distilled
+
+
+def test_the_help_of_sample_states_the_defaults_of_each_family(capsys):
+    _, out, _ = run(capsys, "sample", "--help")
+    rows = re.findall(r"^  (\w+)( \(\w+\))? +(\d+) +([\d.]+)(?: +([\d.]+))?$", out, re.MULTILINE)
+    stages = ("WuerstchenPrior", "WuerstchenDecoder", "DeepFloydIFSuperResolution")
+    families = {family.name: family for family in pipelines.FAMILIES if family.name not in stages}
+    names = {name: "PixArt" if name.startswith("PixArt") else name for name in families}
+    assert {row[0] for row in rows} == set(names.values())
+    for name, family in families.items():
+        for shown, variant, steps, scale, strength in rows:
+            if shown == names[name]:
+                defaults = family.defaults(StandIn(family, variant == " (dev)"))
+                assert (int(steps), float(scale)) == (defaults.num_inference_steps, defaults.guidance_scale)
+                assert not strength or float(strength) == defaults.strength
+
+
+def test_an_unknown_name_among_many_prints_no_wall(capsys):
+    line = complaint(capsys, "info", "tiny-ditt")
+    assert "did you mean 'tiny-dit'" in line and len(line) < 300
+
+
+def test_swapped_arguments_are_one_short_line(capsys):
+    for words in (["info", "runs/x", "info"], ["info", "sample"], ["sample", "mini-unet"], ["eval", "train"]):
+        assert len(complaint(capsys, *words)) < 300

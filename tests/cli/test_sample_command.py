@@ -16,7 +16,6 @@ from tiny_models import latent_pipeline, pixel_pipeline
 
 from jaxldm import pipelines
 from jaxldm.checkpoints.folder import WEIGHTS_FILE
-from jaxldm.commands.terminal import STEP_BAR
 from jaxldm.data import to_uint8
 
 FEW_STEPS = ["--num-inference-steps", "2", "--solver", "ddim"]
@@ -55,7 +54,7 @@ def test_what_is_written(capsys, exported, tmp_path):
     picture = np.asarray(Image.open(tmp_path / "a" / "b" / "image-00003-class-0.png"))
     np.testing.assert_array_equal(picture, saved["images"][3, ..., 0])
     pipe = pipelines.load(exported)
-    images = pipe(jax.random.key(4), [2, 0], num_images=5, num_inference_steps=2, progress=STEP_BAR.tick)
+    images = pipe(jax.random.key(4), [2, 0], num_images=5, num_inference_steps=2)
     np.testing.assert_array_equal(saved["images"], to_uint8(images))
 
 
@@ -139,6 +138,10 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
         (["--seed", "-1"], ["seed", "4294967295"]),
         (["--seed", "4294967296"], ["seed"]),
         (["--eta", "0.5", "--solver", "dpmpp_2m"], ["eta"]),
+        (["--sigmas", "karras"], ["--sigmas must be numbers", "--spacing"]),
+        (["--sigmas", "3", "1", "--spacing", "karras"], ["sigmas", "spacing"]),
+        (["--devices", "99"], ["devices must be between 1 and 8"]),
+        (["--refiner-start", "0.5", "--refiner", "x"], ["--refiner is not for this model"]),
     ],
 )
 def test_a_wrong_option_of_sample(capsys, exported, tmp_path, words, expected):
@@ -241,3 +244,61 @@ def test_a_mistake_in_a_true_process_is_one_line_and_exit_code_2(exported):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "ddim" in done.stderr
+
+
+def test_quiet_prints_nothing(capsys, exported, tmp_path):
+    code, out, err = run(capsys, "sample", exported, *FEW_STEPS, "--output-dir", tmp_path / "out", "--quiet")
+    assert (code, out, err) == (0, "", "") and (tmp_path / "out" / "grid.png").exists()
+
+
+def test_grids_can_be_typed(capsys, exported, tmp_path):
+    """A spacing by its name, and noise levels as numbers, separated by spaces or commas."""
+    pipe = pipelines.load(exported)
+    for words, options in (
+        (["--spacing", "karras", "--num-inference-steps", 3], {"spacing": "karras"}),
+        (["--sigmas", "5", "1.5", "0.3"], {"sigmas": [5, 1.5, 0.3]}),
+        (["--sigmas", "5,1.5,0.3"], {"sigmas": [5, 1.5, 0.3]}),
+    ):
+        out = tmp_path / "-".join(map(str, words))
+        assert run(capsys, "sample", exported, "--solver", "ddim", "--output-dir", out, *words)[0] == 0
+        images = pipe(jax.random.key(0), num_inference_steps=3, solver="ddim", **options)
+        np.testing.assert_array_equal(np.load(out / "samples.npz")["images"], to_uint8(images))
+
+
+def test_the_number_of_devices_changes_no_image(capsys, exported, tmp_path):
+    one = sample(capsys, exported, tmp_path / "one", "--devices", 1)
+    many = sample(capsys, exported, tmp_path / "many", "--devices", 4)
+    np.testing.assert_array_equal(one["images"], many["images"])
+
+
+COUNT_COMPILATIONS = """
+import collections, sys
+import jax
+from jaxldm import cli, host
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
+host._MIN_COMPILE_SECONDS = 0.0
+code = cli.main()
+print(code, events["cache_hits"], events["cache_misses"], file=sys.stderr)
+"""
+
+
+def test_a_second_process_compiles_nothing(exported, tmp_path):
+    """Also with another seed and another number of steps: the compiled functions are read from disk."""
+
+    def compilations(*words):
+        argv = ["sample", exported, "--output-dir", tmp_path / "out", *words]
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT_COMPILATIONS, *map(str, argv)],
+            env=os.environ | {"JAXLDM_COMPILATION_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        code, hits, misses = map(int, done.stderr.splitlines()[-1].split())
+        assert code == 0, done.stderr
+        return hits, misses
+
+    _, first = compilations(*FEW_STEPS)
+    assert first > 0
+    hits, misses = compilations("--num-inference-steps", 3, "--solver", "ddim", "--seed", 5)
+    assert misses == 0 and hits > 0

@@ -10,11 +10,10 @@ from PIL import Image
 from reference_pipelines import SIZE, write_sd, write_sdxl
 
 from jaxldm import pipelines
-from jaxldm.commands.terminal import STEP_BAR
 from jaxldm.data import to_uint8
 
 # What the command passes on, so that what it compiled serves here, too.
-CALL = dict(num_inference_steps=2, solver="euler", progress=STEP_BAR.tick)
+CALL = dict(num_inference_steps=2, solver="euler")
 FEW_STEPS = ["--num-inference-steps", "2", "--solver", "euler"]
 
 
@@ -57,7 +56,7 @@ def test_prompts_repeat_and_are_what_the_pipeline_draws(capsys, folder, tmp_path
     np.testing.assert_array_equal(images, to_uint8(expected))
 
 
-def test_a_picture_is_resized_and_drawn_anew_where_the_mask_is_white(capsys, folder, pictures):
+def test_a_picture_is_resized_and_drawn_again_where_the_mask_is_white(capsys, folder, pictures):
     size = ["--height", SIZE, "--width", SIZE]
     start = ["--prompt", "a cat", "--image", pictures / "cat.png", *size]
     part, *_ = sample(capsys, folder, pictures / "part", *start, "--mask", pictures / "mask.png")
@@ -72,7 +71,7 @@ def test_a_picture_is_resized_and_drawn_anew_where_the_mask_is_white(capsys, fol
 
 def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
     base, refiner = sdxl
-    words = ["--prompt", "a cat", "--refiner", refiner, "--hand-over", "0.5"]
+    words = ["--prompt", "a cat", "--refiner", refiner, "--refiner-start", "0.5"]
     images, *_ = sample(capsys, base, tmp_path / "out", *words)
     key = jax.random.key(0)
     latents = pipelines.load(base)(key, "a cat", denoising_end=0.5, output="latents", **CALL)

@@ -29,7 +29,7 @@ def test_a_second_training_needs_resume_and_then_has_nothing_to_do(capsys, train
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
     assert "--resume" in complaint(capsys, "train", "smoke-dit", "--run-dir", trained)
     # The changes of the first command line need not be typed again, and others are refused.
-    assert run(capsys, "train", "smoke-dit", "--run-dir", trained, "--resume")[0] == 0
+    assert run(capsys, "train", "smoke-dit", "--run-dir", trained, "--resume", "--quiet") == (0, "", "")
     other = complaint(capsys, "train", "smoke-dit", "--run-dir", trained, "--resume", "--epochs", 7)
     assert "epochs" in other and "another recipe" in other
     assert "another recipe" in complaint(capsys, "train", "smoke", "--run-dir", trained, "--resume")
@@ -65,6 +65,13 @@ def test_eval_measures_at_each_scale_with_the_real_figures_beside(capsys, traine
     assert (trained / "eval" / "metrics.md").read_text() in out
 
 
+def test_eval_with_noise_levels_and_quiet(capsys, trained, tmp_path):
+    words = ["--num-images", 20, "--sigmas", "5", "0.5", "--num-inference-steps", 2, "--guidance-scale", 1]
+    code, out, _ = run(capsys, "eval", trained, "--output-dir", tmp_path, *words, "--quiet", "--devices", 2)
+    settings = json.loads((tmp_path / "metrics.json").read_text())["settings"]
+    assert (code, out, settings["sigmas"]) == (0, "", [5.0, 0.5])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -73,6 +80,8 @@ def test_eval_measures_at_each_scale_with_the_real_figures_beside(capsys, traine
         (["--solver", "dimm"], "dpmpp_2m"),
         (["--num-inference-steps", 0], "at least 1"),
         (["--seed", -1], "seed"),
+        (["--sigmas", "many"], "must be numbers"),
+        (["--devices", 0], "devices must be between 1"),
     ],
 )
 def test_a_wrong_option_of_eval(capsys, trained, tmp_path, words, expected):
@@ -90,6 +99,7 @@ def test_a_wrong_option_of_eval(capsys, trained, tmp_path, words, expected):
         (["smoke", "--batch-size", 10**6], "batch_size"),
         (["smoke", "--learning-rate", "nan"], "learning_rate"),
         (["smoke", "--seed", 2**32], "seed"),
+        (["smoke", "--devices", 9], "devices must be between 1 and 8"),
     ],
 )
 def test_a_wrong_option_of_train_writes_nothing(capsys, tmp_path, words, expected):
