@@ -61,7 +61,7 @@ class Path(abc.ABC):
         t_train_min: the cleanest t that training draws; `t_min` unless the path says otherwise.
         num_train_timesteps: T for discrete paths, None for continuous ones.
         default_shift: the factor on sigma / alpha of training's draws and, by default, of grids.
-        default_sigmas: how grids space sigma / alpha by default; None is "evenly in t".
+        default_spacing: of grids, a name that `make_grid` takes.
     """
 
     name: str = "path"
@@ -70,7 +70,7 @@ class Path(abc.ABC):
     t_noisy: float = 1.0
     num_train_timesteps: int | None = None
     default_shift: float = 1.0
-    default_sigmas: str | None = None
+    default_spacing: str = "trailing"
 
     @abc.abstractmethod
     def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
@@ -279,7 +279,7 @@ class EDM(Path):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     name = "edm"
-    default_sigmas = "karras"
+    default_spacing = "karras"
 
     def __post_init__(self):
         as_floats(self)

@@ -259,6 +259,12 @@ def at_sigmas(
     return grid_of_times(path, t if shift is None else shifted(path, t, shift), final)
 
 
+def _with_table(table: str) -> Callable[..., Grid]:
+    made = functools.partial(align_your_steps, table=table)
+    made.__doc__ = f"Align Your Steps, the table {table!r} (Sabour et al. 2024)."
+    return made
+
+
 # Name -> the function; those of Align Your Steps with their table.
 SPACINGS: dict[str, Callable[..., Grid]] = {
     "trailing": trailing,
@@ -273,7 +279,7 @@ SPACINGS: dict[str, Callable[..., Grid]] = {
     "uniform_log_snr": exponential,  # its name in DPM-Solver (Lu et al. 2022)
     "beta_sigmas": beta_sigmas,
     "align_your_steps": align_your_steps,
-    **{f"ays_{table}": functools.partial(align_your_steps, table=table) for table in ALIGN_YOUR_STEPS},
+    **{f"ays_{table}": _with_table(table) for table in ALIGN_YOUR_STEPS},
 }
 ENTRY_POINTS = "jaxldm.spacings"
 
@@ -286,7 +292,7 @@ def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, 
         num_inference_steps: N.
         spacing: a name of `SPACINGS`, one that an installed package adds (entry-point group
             "jaxldm.spacings"), or "package.module:function" for a function (path, N, **options) -> Grid.
-            None: "karras" on an EDM path, "trailing" on others.
+            None: `path.default_spacing`, "karras" on an EDM path and "trailing" on others.
         **options: of the spacing's function.
 
     Raises:
@@ -303,7 +309,7 @@ def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, 
             raise InvalidArgumentError(f"make_grid has no option {old!r}: write spacing={value!r}")
         if value is not None:
             raise InvalidArgumentError(f"make_grid has no option {old!r}: write D.{new}(path, [...])")
-    name = spacing or ("karras" if path.name == "edm" else "trailing")
+    name = path.default_spacing if spacing is None else spacing
     function = registry.find("spacing", name, SPACINGS, ENTRY_POINTS)
     registry.check_options("spacing", name, function, options)
     return function(path, num_inference_steps, **options)

@@ -317,7 +317,7 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Plan:
         raise InvalidArgumentError('variance is an option of solver="ddpm"')
     if call.variance == "learned" and not pipe.has_learned_variance:
         raise InvalidArgumentError('this network has no learned variance: leave variance="learned" out')
-    if isinstance(solver, str) and ":" in solver:
+    if isinstance(solver, str) and solver not in D.solvers.SOLVERS:
         solver = D.solvers.make(solver)
     if call.variance is None:
         return make_plan(pipe.scheduler, solver, eta=call.eta, stops_early=call.denoising_end < 1)

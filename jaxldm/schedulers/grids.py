@@ -94,13 +94,14 @@ class GridRule:
                 that the path cannot follow.
             UnknownNameError: a spacing, levels or final that does not exist.
         """
-        if self.levels is None and self.spacing not in (None, *TIMES):
+        if self.spacing is None and self.levels is None:
+            return dataclasses.replace(self, spacing=path.default_spacing).make(
+                path, num_inference_steps, shift
+            )
+        if self.levels is None and self.spacing not in TIMES:
             return D.make_grid(path, num_inference_steps, **self._options_of_a_spacing(shift))
-        rule = self
-        if self.spacing is None and self.levels is None and isinstance(path, D.EDM):
-            rule = dataclasses.replace(self, levels="karras")
-        rule._check()
-        times = functools.partial(rule._times, path, path.default_shift if shift is None else shift)
+        self._check()
+        times = functools.partial(self._times, path, path.default_shift if shift is None else shift)
         return spacings.make(path, num_inference_steps, times, 1.0, self.final)
 
     def _options_of_a_spacing(self, shift: float | None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def from_config(
 
     Args:
         config: the entries.
-        solver: a name of `D.solvers.SOLVERS`, a `Solver` of your own on the file's grid, or None for the
+        solver: a name that `D.solvers.make` takes, a `Solver` of your own on the file's grid, or None for the
             scheduler that the file names, with its options.
         eta: for the solvers that have this option.
         stops_early: the run ends before the clean row, so that the solver need not lower its order there.
@@ -67,12 +67,14 @@ def from_config(
     >>> from_config(config).grid.options()
     {'spacing': 'leading', 'steps_offset': 1}
     """
+    if isinstance(solver, str) and solver not in D.solvers.SOLVERS:  # of another package, or no solver at all
+        solver, eta = D.solvers.make(solver, **({} if eta is None else {"eta": eta})), None
     if isinstance(solver, D.Solver):
         if eta is not None:
             raise InvalidArgumentError("eta is an option of the solvers by name: build yours with it instead")
         prediction, grid, shift = _read(config)
         return Scheduler(Sampler(prediction, solver, **_x0_options(config)), grid, shift)
-    name = default_solver(config) if solver is None else one_of("solver", solver, D.solvers.SOLVERS)
+    name = default_solver(config) if solver is None else solver
     options = _solver_options(config, name)
     if stops_early:
         if "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:

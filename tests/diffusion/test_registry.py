@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxldm import diffusion as D
+from jaxldm import schedulers
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 PATH = D.flow_path()
@@ -68,6 +69,22 @@ def test_a_solver_from_outside():
     denoise, x = D.gaussian_denoiser(PATH), jnp.ones((1, 2, 2, 1))
     ours, same = (D.sample(key, denoise, s, grid, x) for s in (solver, D.solvers.ddim()))
     np.testing.assert_allclose(ours, same, rtol=1e-6)
+
+
+def test_a_solver_from_outside_on_the_grid_of_a_file():
+    config = {"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}
+    ours = schedulers.from_config(config, "outside_samplers:halfway")
+    assert ours.solver == D.solvers.make("outside_samplers:halfway") and ours.grid.spacing == "linspace"
+    with pytest.raises(UnknownNameError, match="did you mean 'ddim'"):
+        schedulers.from_config(config, "dddim")
+
+
+def test_a_path_has_a_default_spacing():
+    class Even(type(PATH)):
+        default_spacing = "outside_samplers:two_rows"
+
+    np.testing.assert_array_equal(D.make_grid(Even(), 2).t, np.float32([1, 0.5, 0]))
+    np.testing.assert_array_equal(schedulers.GridRule().make(Even(), 2).t, np.float32([1, 0.5, 0]))
 
 
 def test_a_spacing_from_outside():
