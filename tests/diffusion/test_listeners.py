@@ -78,6 +78,24 @@ def test_equal_calls_compile_once_whatever_the_weights(compilations):
     assert compilations(lambda: call(WEIGHTS, D.solvers.unipc(order=3)))[1] > 0
 
 
+def test_callbacks_of_masked_tokens_compile_nothing_either(compilations):
+    start, unmasking = jnp.full((2, 9), 16), D.make_unmasking(4, max_steps=6)
+    logits = lambda tokens: jnp.zeros((*tokens.shape, 16))  # noqa: E731
+    heard = [[], []]
+
+    def call(**options):
+        return D.sample_tokens(KEY, logits, start, unmasking, mask_token=16, **options)
+
+    first, count = compilations(lambda: call(progress=lambda *numbers: heard[0].append(numbers)))
+    assert count > 0
+    second, count = compilations(lambda: call(progress=lambda *numbers: heard[1].append(numbers)))
+    assert count == 0 and heard[0] == heard[1] == [(done, 4) for done in range(1, 5)]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(call(), first)
+    _, rows = call(return_trajectory=True)
+    np.testing.assert_array_equal(rows[-1], first)
+
+
 def test_a_changed_closure_is_seen():
     weights = {"w": WEIGHTS}
     denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights["w"]), D.x0(PATH))
