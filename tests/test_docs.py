@@ -13,7 +13,7 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
-RUN = ()
+RUN = ("tutorials/write-a-solver.md", "tutorials/write-a-path.md")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -48,7 +48,7 @@ def test_code_runs(page, tmp_path, monkeypatch, loose_promotion):
         exec(compile(block, page, "exec"), names)
 
 
-def notebook_runs(capsys, loose_promotion):
+def test_the_notebook_runs(capsys, loose_promotion):
     notebook = json.loads((DOCS / "notebooks" / "first-steps.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
     names = {"__name__": "notebook"}
