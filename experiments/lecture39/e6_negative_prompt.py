@@ -80,9 +80,7 @@ def check_algebra(pipe: pipelines.Pipeline, asked: int, negative: int, w: float)
     ]
 
 
-def draw(
-    pipe: pipelines.Pipeline, options: NegativePrompt, asked: int, negative: int | None
-) -> np.ndarray:
+def draw(pipe: pipelines.Pipeline, options: NegativePrompt, asked: int, negative: int | None) -> np.ndarray:
     """Digits [N, H, W, 1] of one class; the same noise with and without a negative class."""
     return pipe(
         jax.random.key(0),

@@ -92,9 +92,7 @@ def main(options: Prompts) -> None:
         )
     pipe = pipelines.load(options.model_dir, dtype=options.dtype)
     if pipe.family is not AMUSED:
-        raise InvalidArgumentError(
-            f"{options.model_dir} holds a {pipe.family.name}, no masked image model"
-        )
+        raise InvalidArgumentError(f"{options.model_dir} holds a {pipe.family.name}, no masked image model")
     images, seconds = draw(pipe, options)
     print(f"{len(images)} images in {options.num_inference_steps} steps, {seconds:.2f} seconds each\n")
     if options.clip_dir is not None:
