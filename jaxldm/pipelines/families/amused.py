@@ -226,7 +226,7 @@ def unmask(
         logits = functools.partial(network, condition=per_image.cond)
     else:
         branches = (per_image.cond, per_image.uncond)
-        logits = D.guided_logits(network, *branches, per_call.guidance_scale, alone_at_1=False)
+        logits = D.guided_logits(network, *branches, per_call.guidance_scale, cond_only_at_1=False)
     tokens = D.mask_by_chance(keys, per_image.tokens, per_call.masked_by_chance, compiled.mask_token)
     more = {"total": per_image.total, "callback": compiled.on_step, "progress": compiled.progress}
     return D.sample_tokens(keys, logits, tokens, per_call.unmasking, mask_token=compiled.mask_token, **more)
