@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,9 +68,11 @@ def describe_everything() -> str:
 
 
 def first_line(function: Any) -> str:
-    """The first sentence of a docstring; a text stays as it is."""
-    text = function if isinstance(function, str) else function.__doc__ or ""
-    return text.strip().split("\n")[0].split(": ")[0].rstrip(".")
+    """The first sentence of a docstring, with the options of a `functools.partial`."""
+    if isinstance(function, functools.partial):
+        options = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+        return f"{first_line(function.func)}; {options}"
+    return (function.__doc__ or "").strip().split("\n")[0].split(": ")[0].rstrip(".")
 
 
 def describe_recipe(recipe: Any) -> str:

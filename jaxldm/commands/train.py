@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,11 +73,13 @@ class Train:
 
         run_dir = Path(self.run_dir or f"runs/{self.recipe}")
         recipe = self.make_recipe(run_dir)
-        quiet: dict[str, Any] = {"say": lambda line: None, "bar": False} if self.quiet else {}
         first_devices(self.devices)
-        run = training.train(recipe, run_dir, resume=self.resume, devices=self.devices, **quiet)
+        options: dict[str, Any] = {"resume": self.resume, "devices": self.devices}
         if self.quiet:
+            with contextlib.redirect_stdout(io.StringIO()):
+                training.train(recipe, run_dir, **options, bar=False)
             return
+        run = training.train(recipe, run_dir, **options)
         print(f"finished: everything is in {run.path}; try")
         print(f"  jaxldm sample {run.path} --output-dir samples")
         print(f"  jaxldm eval {run.path}")

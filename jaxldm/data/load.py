@@ -201,7 +201,7 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _few_retries():
     """Makes TFDS repeat a failed connection for seconds instead of minutes, so that a missing network is
-    told.
+    reported early.
     """
     from tensorflow_datasets.core.download import downloader
 

@@ -402,8 +402,8 @@ def test_layers_that_match_nothing_are_all_named(sd15, tmp_path):
         checkpoints.merge_lora(components, lora)
     message = str(caught.value)
     assert f"({shape[0] + 1}, {shape[1]}) in the file, {tuple(shape)} in the model" in message
-    strangers = [name for name in tensors if "blocks_7" in name or "te2" in name]
-    assert len(strangers) == 5 and all(f"no such module: {name}" in message for name in strangers)
+    unmatched = [name for name in tensors if "blocks_7" in name or "te2" in name]
+    assert len(unmatched) == 5 and all(f"no such module: {name}" in message for name in unmatched)
     assert "give text_encoder_2 among the components" in message
 
 

@@ -68,12 +68,12 @@ def test_what_does_not_fit_is_named_with_both_shapes():
     }
     state = checkpoints.to_state_dict(template)
     state["conv.weight"] = np.zeros((4, 2, 1, 1))
-    state["stranger"] = state.pop("norm.weight")
+    state["surprise"] = state.pop("norm.weight")
     with pytest.raises(CheckpointError) as caught:
         checkpoints.from_state_dict(state, template)
     message = str(caught.value)
     assert "missing: norm.weight (4,)" in message
-    assert "left over: stranger (4,)" in message
+    assert "left over: surprise (4,)" in message
     assert "conv.weight is (4, 2, 1, 1) in the file, (4, 2, 3, 3) in the model" in message
 
 

@@ -80,12 +80,12 @@ def any_folder(tmp_path_factory):
 
 def test_t5_cuts_as_sentencepiece_itself_does(tmp_path):
     t5_folder(tmp_path)
-    judge = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     tokenizer = checkpoints.load_tokenizer(tmp_path)
     for text in [*SENTENCES, *TRICKY[:8]]:
         tokens = tokenizer([text], max_length=300)
         count = tokens.attention_mask.sum()
-        assert tokens.input_ids[0, :count].tolist() == [*judge.encode(text), judge.eos_id()], text
+        assert tokens.input_ids[0, :count].tolist() == [*reference.encode(text), reference.eos_id()], text
 
 
 def test_what_is_saved_is_the_same_and_transformers_opens_it(published, tmp_path, caplog, recwarn):

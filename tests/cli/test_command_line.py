@@ -141,6 +141,7 @@ def test_info_lists_what_can_be_named(capsys):
     code, out, _ = run(capsys, "info")
     names = [*training.RECIPES, *models.PRESETS, *D.solvers.SOLVERS, *D.SPACINGS, "mnist5k", "cpu"]
     assert code == 0 and all(name in out for name in names)
+    assert "partial" not in out and "compiled functions" in out
 
 
 def test_info_of_a_preset_counts_its_parameters(capsys):

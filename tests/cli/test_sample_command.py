@@ -271,6 +271,18 @@ def test_the_number_of_devices_changes_no_image(capsys, exported, tmp_path):
     np.testing.assert_array_equal(one["images"], many["images"])
 
 
+def test_a_solver_from_another_package(capsys, exported, tmp_path, monkeypatch):
+    (tmp_path / "my_solvers.py").write_text("from jaxldm import diffusion as D\nmine = D.solvers.heun\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--num-inference-steps", 2, "--solver"]
+    for name, out in (("my_solvers:mine", "mine"), ("heun", "heun")):
+        assert run(capsys, "sample", exported, "--output-dir", tmp_path / out, *words, name)[0] == 0
+    images = [np.load(tmp_path / out / "samples.npz")["images"] for out in ("mine", "heun")]
+    np.testing.assert_array_equal(*images)
+    for name in ("my_solvers:nothing", "no_such_module:mine"):
+        assert name.split(":")[0] in complaint(capsys, "sample", exported, *words, name)
+
+
 COUNT_COMPILATIONS = """
 import collections, sys
 import jax
