@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.guidance import checked, scale_at
 from jaxldm.diffusion.paths import per_image
-from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.diffusion.solvers.solver import divide, path_of
 from jaxldm.diffusion.thresholding import change_x0
 

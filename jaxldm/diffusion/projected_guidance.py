@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm.diffusion.compiling import traced
+from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.guidance import Branches, checked, mix_branches, scale_at
 from jaxldm.diffusion.paths import per_image
-from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.diffusion.solvers.solver import Solver, divide
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError

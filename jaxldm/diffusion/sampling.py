@@ -1,4 +1,4 @@
-"""The fold that joins a denoiser, a solver and a grid."""
+"""The sampling loop that joins a denoiser, a solver and a grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Key
 
 from jaxldm.diffusion.checks import check_sampling
 from jaxldm.diffusion.compiling import compile_once, traced
-from jaxldm.diffusion.denoiser import Denoiser  # noqa: F401 (temporary: it was defined here)
 from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.paths import at_least_float32

@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxldm.diffusion.compiling import traced
+from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.guidance import checked
 from jaxldm.diffusion.paths import per_image
-from jaxldm.diffusion.sampling import Denoiser
 from jaxldm.errors import InvalidArgumentError
 
 

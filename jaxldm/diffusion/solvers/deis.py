@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxldm.diffusion.grids import steps_in
-from jaxldm.diffusion.predictions import from_x0
+from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.dpmpp import at_boundary, half_log_snr
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
@@ -48,7 +48,7 @@ def deis(order: int = 2, lower_order_final: bool = True) -> Solver:
     def step(state, denoise, grid, i, keys):
         here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)
         x_0 = denoise(state.x, here.t)
-        epsilon = from_x0("epsilon", x_0, state.x, here.alpha, here.sigma)
+        epsilon = implied_noise(x_0, state.x, here.alpha, here.sigma)
         ends = at_boundary(here) | at_boundary(there)
         steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, order)
         reach = order_of_step(order, state.taken, ends, steps_left)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.diffusion.paths import Path
-from jaxldm.diffusion.predictions import from_x0
+from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, path_of, row
 from jaxldm.diffusion.values import equal_by_call
 
@@ -70,7 +70,7 @@ def velocity(
 ) -> Float[Array, "B ..."]:
     """dx/dt = alpha' x_0 + sigma' eps at row `here`, as seen from the row at the step's other end."""
     alpha_rate, sigma_rate = rates(path, here, other)
-    return alpha_rate * x_0 + sigma_rate * from_x0("epsilon", x_0, x, here.alpha, here.sigma)
+    return alpha_rate * x_0 + sigma_rate * implied_noise(x_0, x, here.alpha, here.sigma)
 
 
 def rates(path: Path, here: Row, other: Row) -> tuple[Any, Any]:

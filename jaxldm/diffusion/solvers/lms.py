@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxldm.diffusion.predictions import from_x0
+from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
     begin,
@@ -41,7 +41,7 @@ def lms(order: int = 4) -> Solver:
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
-        epsilon = from_x0("epsilon", x_0, state.x, here.alpha, here.sigma)
+        epsilon = implied_noise(x_0, state.x, here.alpha, here.sigma)
         reach = order_of_step(order, state.taken, (here.alpha == 0) | (there.alpha == 0))
         nodes, valid = past_nodes(grid, i, noise_ratio, reach, order)
         weights = polynomial_weights(nodes, valid, [1 / (p + 1) for p in range(order)])

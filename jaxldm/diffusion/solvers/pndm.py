@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxldm.diffusion.grids import steps_in
-from jaxldm.diffusion.predictions import from_x0, x0_error_per_output_error
+from jaxldm.diffusion.predictions import LEVEL_COEFFICIENTS, implied_noise
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, difference, remember
 from jaxldm.diffusion.solvers.solver import Row, Solver, move, path_of, row
 from jaxldm.diffusion.values import equal_by_call
@@ -53,21 +53,29 @@ def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
         InvalidArgumentError: when sampling with Runge-Kutta steps, a denoiser that does not know its path.
     """
     one_of("combine", combine, COMBINES)
+    coefficients = LEVEL_COEFFICIENTS[combine]
+
+    def output(x_0, x, at):
+        """What is averaged, a x_0 + b eps."""
+        a, b = coefficients(at.alpha, at.sigma)
+        return a * x_0 + b * implied_noise(x_0, x, at.alpha, at.sigma)
 
     def step(state, denoise, grid, i, keys):
         x, here, there = state.x, row(grid, i), row(grid, i + 1)
         x_0 = denoise(x, here.t)
-        answer = from_x0(combine, x_0, x, here.alpha, here.sigma)
+        answer = output(x_0, x, here)
         pure_noise = (here.alpha == 0) & (combine == "epsilon")
-        factor = x0_error_per_output_error(combine, jnp.where(pure_noise, 1, here.alpha), here.sigma)
-        factor = jnp.where(pure_noise, 0, factor)
+        # d x_0 / d output; no change of eps moves x_0 at pure noise.
+        alpha = jnp.where(pure_noise, 1, here.alpha)
+        a, b = coefficients(alpha, here.sigma)
+        factor = jnp.where(pure_noise, 0, here.sigma / (alpha * b - here.sigma * a))
 
         def transfer(change, to):
             """From x to row `to`, with the answer changed by that much."""
             return move(x, x_0 - factor * change, here, to)
 
         def change_at(x, at):
-            return from_x0(combine, denoise(x, at.t), x, at.alpha, at.sigma) - answer
+            return output(denoise(x, at.t), x, at) - answer
 
         def multistep():
             weights = jnp.asarray(ADAMS_BASHFORTH, x.dtype)[jnp.minimum(state.taken, 3)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.diffusion.paths import Path
-from jaxldm.diffusion.predictions import from_x0
+from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.flow import rates
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, noise_like, path_of, row
 from jaxldm.diffusion.values import equal_by_call
@@ -122,5 +122,5 @@ def diffusion_coefficient(diffusion: str, path: Path, here: Row, other: Row) -> 
 def drift(x, x_0, path, here, other, D) -> Any:
     """-v + D s at row `here`: where x goes per unit of time, as time runs from noise to data."""
     alpha_rate, sigma_rate = rates(path, here, other)
-    epsilon = from_x0("epsilon", x_0, x, here.alpha, here.sigma)
+    epsilon = implied_noise(x_0, x, here.alpha, here.sigma)
     return -alpha_rate * x_0 - (sigma_rate + D / jnp.where(here.sigma == 0, 1, here.sigma)) * epsilon
