@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": GROUND_FLOOR | {"nn"},
     "data": GROUND_FLOOR,
     "checkpoints": GROUND_FLOOR | {"models"},
-    "metrics": GROUND_FLOOR | {"data"},
+    "metrics": GROUND_FLOOR | {"data", "models"},
     "schedulers": GROUND_FLOOR | {"diffusion"},
     "pipelines": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},
     "training": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},

@@ -96,7 +96,14 @@ class Eval:
             figures[f"guidance_scale {scale:g}"] = report.to_dict()
             sections.append(f"guidance scale {scale:g}\n\n{report.to_markdown()}")
             columns = pipelines.columns_for(len(images[:100]), pipe.num_classes or 1)
-            metrics.save_png(out / f"grid-w{scale:g}.png", metrics.image_grid(images[:100], columns))
+            names = dataset.class_names if columns % len(dataset.class_names) == 0 else ()
+            picture = metrics.labelled_grid(
+                images[:100],
+                columns,
+                title=f"Images drawn at guidance scale w = {scale:g}",
+                column_labels=names * (columns // max(len(names), 1)),
+            )
+            metrics.save_png(out / f"grid-w{scale:g}.png", picture)
         text = "\n\n".join(sections) + "\n"
         content = json.dumps(without_nan(figures), indent=2) + "\n"
         write_together({out / "metrics.json": content.encode(), out / "metrics.md": text.encode()})

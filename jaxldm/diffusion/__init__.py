@@ -58,6 +58,7 @@ from jaxldm.diffusion.entries import (
     prediction_of_0_1,
     prediction_to_dict,
 )
+from jaxldm.diffusion.evaluations import evaluation_counter, steps_within
 from jaxldm.diffusion.grids import FINALS, Grid, cut, pad, reverse, steps_in
 from jaxldm.diffusion.guidance import (
     Branches,
@@ -194,6 +195,7 @@ __all__ = [
     "edm_path",
     "edm_preconditioned",
     "epsilon",
+    "evaluation_counter",
     "exponential",
     "exponential_betas",
     "flow",
@@ -262,6 +264,7 @@ __all__ = [
     "stage_c",
     "static_threshold",
     "steps_in",
+    "steps_within",
     "target",
     "to_scheduler_config",
     "to_x0",

@@ -1,10 +1,11 @@
 """Metrics of images, health checks and pictures: figures named for what they are, real images beside them."""
 
 from jaxldm.metrics import health
+from jaxldm.metrics.clip import clip_score, clip_similarities
 from jaxldm.metrics.evaluate import Report, classifier_function, diversity_ratio, evaluate, stratified_subset
 from jaxldm.metrics.frechet import fit_gaussian, frechet_distance, gaussian_frechet_distance
 from jaxldm.metrics.health import Finding
-from jaxldm.metrics.pictures import image_grid, nearest_neighbour_panel, save_png
+from jaxldm.metrics.pictures import image_grid, labelled_grid, nearest_neighbour_panel, save_png
 from jaxldm.metrics.scores import (
     Neighbours,
     ReconstructionError,
@@ -24,6 +25,8 @@ __all__ = [
     "accuracy",
     "class_diversities",
     "classifier_function",
+    "clip_score",
+    "clip_similarities",
     "diversity_ratio",
     "evaluate",
     "fit_gaussian",
@@ -32,6 +35,7 @@ __all__ = [
     "health",
     "image_grid",
     "inception_score",
+    "labelled_grid",
     "nearest_neighbour_distances",
     "nearest_neighbour_panel",
     "reconstruction_error",

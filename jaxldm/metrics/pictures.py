@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -62,6 +63,63 @@ def image_grid(
         rows * (height + padding), columns * (width + padding), channels
     )
     return grid
+
+
+def labelled_grid(
+    images: Float[np.ndarray, "B H W C"] | UInt8[np.ndarray, "B H W C"],
+    columns: int,
+    *,
+    title: str = "",
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    scale: int = 1,
+    font_size: int = 13,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns `image_grid` on white, with a title, a label above each column and one beside each row.
+
+    The picture is as wide as its longest line, so no text is cut off.
+
+    Args:
+        images: [B, H, W, C], floats in [-1, 1] or uint8; C = 1 or 3.
+        columns: images in a row.
+        title: above everything; lines are separated by newlines.
+        column_labels: one for each column, or none.
+        row_labels: one for each row, or none.
+        scale: each pixel becomes a square of this side.
+        font_size: in pixels.
+
+    Raises:
+        InvalidArgumentError: more or fewer labels than columns or rows.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    padding = 2
+    grid = image_grid(images, columns, padding=padding, scale=scale)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    for name, labels, count in (("column", column_labels, columns), ("row", row_labels, rows)):
+        if len(labels) not in (0, count):
+            raise InvalidArgumentError(f"{name}_labels must have {count} entries or none, got {len(labels)}")
+    font, gap = ImageFont.load_default(size=font_size), font_size // 2
+    lines = title.split("\n") if title else []
+    left = gap + (max(int(font.getlength(label)) for label in row_labels) + gap if row_labels else 0)
+    top = gap + (len(lines) + bool(column_labels)) * (font_size + gap)
+    height, width = grid.shape[:2]
+    widest = max([left + width, *(gap + int(font.getlength(line)) for line in lines)]) + gap
+    picture = Image.new("RGB", (widest, top + height + gap), "white")
+    picture.paste(Image.fromarray(np.broadcast_to(grid, (height, width, 3))), (left, top))
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        draw.text((gap, gap + number * (font_size + gap)), line, "black", font)
+    cell_height, cell_width = (height - padding) / rows, (width - padding) / columns
+    for row, label in enumerate(row_labels):
+        draw.text((left - gap, top + (row + 0.5) * cell_height), label, "black", font, anchor="rm")
+    longest = max((font.getlength(label) for label in column_labels), default=0)
+    if longest > cell_width:  # long names of classes over small images
+        font = ImageFont.load_default(size=max(1, int(font_size * cell_width / longest)))
+    for column, label in enumerate(column_labels):
+        draw.text((left + (column + 0.5) * cell_width, top - gap // 2), label, "black", font, anchor="mb")
+    return np.asarray(picture)
 
 
 def nearest_neighbour_panel(

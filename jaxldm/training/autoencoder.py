@@ -18,7 +18,7 @@ from jaxldm import models
 from jaxldm.data.batches import map_batches
 from jaxldm.errors import one_of
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
-from jaxldm.metrics.pictures import image_grid, save_png
+from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
 from jaxldm.training.recipes import AutoencoderRecipe, Recipe
 from jaxldm.training.stages import (
@@ -180,7 +180,12 @@ def train_autoencoder(context: Context) -> None:
 def save_reconstructions(
     path: Path, images: Float[np.ndarray, "N H W C"], decoded: Float[np.ndarray, "N H W C"]
 ) -> None:
-    """Writes rows of eight images, each with the row of what came back from the autoencoder below it."""
+    """Writes rows of eight images, each with the row of their reconstructions below it."""
     decoded = np.nan_to_num(np.asarray(decoded))
-    rows = [part[start : start + 8] for start in range(0, len(images), 8) for part in (images, decoded)]
-    save_png(path, image_grid(np.concatenate(rows), columns=min(8, len(images)), scale=2))
+    starts = range(0, len(images), 8)
+    rows = [part[start : start + 8] for start in starts for part in (images, decoded)]
+    title = "Images that were not trained on, and their reconstructions"
+    labels = ["image", "decoded"] * len(starts)
+    columns = min(8, len(images))
+    grid = labelled_grid(np.concatenate(rows), columns, title=title, row_labels=labels, scale=2)
+    save_png(path, grid)

@@ -18,7 +18,7 @@ from jaxldm import diffusion as D
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
-from jaxldm.metrics.pictures import image_grid, save_png
+from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import build_autoencoder, encode_all
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
@@ -186,7 +186,9 @@ def train_diffusion(context: Context) -> None:
     def on_sample(params: Params, step: int) -> None:
         drawn[:] = draw(params, key)
         images = np.nan_to_num(np.stack(drawn), nan=-1.0)
-        grid = image_grid(images, columns=min(context.dataset.num_classes, MOST_CLASSES), scale=2)
+        names = context.dataset.class_names[:MOST_CLASSES]
+        title = f"Samples after {step} steps"
+        grid = labelled_grid(images, len(names), title=title, column_labels=names, scale=2)
         save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
 
     params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)

@@ -14,12 +14,16 @@ from jaxldm.files import write_atomically
 from jaxldm.training.log import read_log
 
 
-def moving_average(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarray, " N"]:
-    """The mean of the last `window` values at each place, of all there are at the start."""
+def centred_mean(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarray, " N"]:
+    """The mean of the values around each place, `window // 2` at each side, as many at both.
+
+    Towards the ends the window narrows, so that the curve stays on the data where they fall steeply: a mean
+    of the last values alone lags behind.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    places = np.arange(len(values))
+    reach = np.minimum(window // 2, np.minimum(places, len(values) - 1 - places))
+    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
 
 
 def plot_log(log_path: Path | str) -> None:
@@ -55,7 +59,7 @@ def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str)
     axes.plot(steps, values, linewidth=0.5, alpha=0.4, label="each step")
     window = max(1, min(100, len(values) // 20))
     if window > 1:
-        axes.plot(steps, moving_average(values, window), linewidth=1.5, label=f"mean of {window} steps")
+        axes.plot(steps, centred_mean(values, window), linewidth=1.5, label=f"mean of {window} steps")
         axes.legend()
     finite = values[np.isfinite(values)]
     if len(finite) and finite.min() > 0:

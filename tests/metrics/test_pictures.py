@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxldm.errors import DataError, InvalidArgumentError, StorageError
-from jaxldm.metrics import image_grid, nearest_neighbour_panel, save_png
+from jaxldm.metrics import image_grid, labelled_grid, nearest_neighbour_panel, save_png
 
 
 @given(
@@ -50,6 +50,33 @@ def test_a_grid_of_nothing_is_refused(options):
         image_grid(np.zeros([2, 2, 2, 1]), **options)
     with pytest.raises(DataError, match=r"\[B, H, W, C\]"):
         image_grid(np.zeros([2, 2, 1]))
+
+
+def test_a_labelled_grid_is_the_grid_with_text_around_it():
+    images = np.random.default_rng(0).integers(100, 255, size=[6, 9, 9, 1]).astype(np.uint8)
+    grid = image_grid(images, 3)
+    title = "a title that is much wider than three small images"
+    picture = labelled_grid(
+        images, 3, title=title, column_labels=["a", "b", "c"], row_labels=["one", "two"], font_size=12
+    )
+    dark = (picture == 32).all(axis=2)  # the border around the images, which text on white hardly has
+    rows, columns = np.flatnonzero(dark.sum(1) > 20), np.flatnonzero(dark.sum(0) > 12)
+    top, left = rows[0], columns[0]
+    inside = picture[top : top + grid.shape[0], left : left + grid.shape[1]]
+    np.testing.assert_array_equal(inside, np.broadcast_to(grid, inside.shape))
+    assert picture.shape[1] > 2 * grid.shape[1], "the title widens the picture"
+    edges = [picture[0], picture[-1], picture[:, 0], picture[:, -1]]
+    assert all((edge == 255).all() for edge in edges), "no text is cut off"
+    ink = (picture < 128).any(axis=2)
+    assert ink[:top].any() and ink[top:, :left].any(), "labels above and at the left"
+    bare = labelled_grid(images, 3)
+    assert (bare.shape[0] < picture.shape[0]) and (bare.shape[1] < picture.shape[1])
+
+
+@pytest.mark.parametrize("labels", [{"column_labels": ["a"]}, {"row_labels": ["a", "b", "c"]}])
+def test_labels_must_fit_the_grid(labels):
+    with pytest.raises(InvalidArgumentError, match="must have"):
+        labelled_grid(np.zeros([4, 3, 3, 3]), 2, **labels)
 
 
 def test_the_panel_shows_the_closest_pairs_first():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxldm.errors import CheckpointError, MissingDependencyError
 from jaxldm.training.log import COLUMNS, CsvLog, read_log
-from jaxldm.training.plots import moving_average, plot_log, plot_log_or_report
+from jaxldm.training.plots import centred_mean, plot_log, plot_log_or_report
 
 
 def metrics(loss, **more):
@@ -74,9 +74,16 @@ def test_other_files_are_refused(tmp_path):
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 40))
-def test_moving_average_is_the_mean_of_the_last(values, window):
-    expected = [np.mean(values[max(0, k + 1 - window) : k + 1]) for k in range(len(values))]
-    np.testing.assert_allclose(moving_average(np.array(values), window), expected, atol=1e-9)
+def test_the_mean_is_of_as_many_values_at_both_sides(values, window):
+    last = len(values) - 1
+    reach = [min(window // 2, k, last - k) for k in range(len(values))]
+    expected = [np.mean(values[k - r : k + r + 1]) for k, r in enumerate(reach)]
+    np.testing.assert_allclose(centred_mean(np.array(values), window), expected, atol=1e-9)
+
+
+def test_the_mean_of_a_slope_lies_on_it():
+    slope = np.linspace(5.0, 1.0, 200)
+    np.testing.assert_allclose(centred_mean(slope, 50), slope, atol=1e-9)
 
 
 def test_curves(tmp_path):

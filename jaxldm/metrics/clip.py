@@ -1,0 +1,61 @@
+"""CLIP score: how well images fit their texts (Hessel et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxldm.data.images import to_uint8
+from jaxldm.errors import DataError, InvalidArgumentError
+
+
+def clip_similarities(
+    module: Any, params: Any, tokenizer: Any, images: Float[np.ndarray, "N H W 3"], prompts: Sequence[str]
+) -> Float[np.ndarray, "N K"]:
+    """Returns the cosine between every image and every prompt in CLIP's common space.
+
+    Args:
+        module: a `models.CLIPModel`, with its `params`: `checkpoints.load(folder)`.
+        params: see above.
+        tokenizer: that of the same model: `checkpoints.load_tokenizer(folder)`.
+        images: [N, H, W, 3] in [-1, 1]; resized and cropped as CLIP was trained.
+        prompts: K texts.
+
+    Raises:
+        InvalidArgumentError: another module than CLIP.
+    """
+    from jaxldm import models  # late: the other metrics need none
+
+    if not isinstance(module, models.CLIPModel):
+        raise InvalidArgumentError(f"CLIP score needs a CLIPModel, got {type(module).__name__}")
+    length = module.config.text_config.max_position_embeddings
+    tokens = np.asarray(tokenizer(list(prompts), max_length=length).input_ids)
+    pixels = models.clip_pixel_values(to_uint8(images), module.config.vision_config.image_size)
+    apply = jax.jit(module.apply)
+    logits = [
+        apply({"params": params}, tokens, pixel[None]) for pixel in pixels
+    ]  # one at a time: little memory
+    return np.concatenate(logits) / np.exp(np.asarray(params["logit_scale"]))
+
+
+def clip_score(similarities: Float[np.ndarray, "N K"], prompt_of: Sequence[int]) -> float:
+    """Returns the mean of 100 max(cos, 0) between each image and its own prompt.
+
+    Args:
+        similarities: [N, K] from `clip_similarities`.
+        prompt_of: for each image the number of its prompt, in [0, K).
+
+    Raises:
+        DataError: not one prompt for each image.
+
+    >>> clip_score(np.array([[0.3, 0.1], [0.2, 0.25]]), [0, 1])
+    27.5
+    """
+    own = np.asarray(prompt_of)
+    if own.shape != similarities.shape[:1]:
+        raise DataError(f"prompt_of must be [{len(similarities)}], one entry for each image, got {own.shape}")
+    return float(100 * np.maximum(similarities[np.arange(len(own)), own], 0).mean())
