@@ -1,20 +1,22 @@
-"""What the scripts of this folder share: the solvers, what they cost, tables and pictures."""
+"""What the scripts of this folder share: solvers, spacings, files of results, tables and pictures."""
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.figures import save_figure
 from jaxldm import diffusion as D
 from jaxldm.files import write_atomically
 
+RESULTS = Path(__file__).parent / "results"
 # `euler` and `dpmpp_1s` take the same step as `ddim`.
 DETERMINISTIC = {
     "ddim": D.solvers.ddim(),
@@ -41,41 +43,62 @@ STOCHASTIC = {
     "dpmpp_3m_sde": D.solvers.dpmpp_3m_sde(),
     "sit_sde": D.solvers.sit_sde(),
 }
+SPACINGS = {
+    "trailing": D.trailing,
+    "leading": D.leading,
+    "linspace": D.linspace,
+    "karras": D.karras,
+    "exponential": D.exponential,
+    "beta": D.beta,
+    "beta_sigmas": D.beta_sigmas,
+    "shift 3": functools.partial(D.trailing, shift=3.0),
+}
+VP_SPACINGS = ("trailing", "leading", "linspace", "karras", "exponential", "beta", "beta_sigmas")
+FLOW_SPACINGS = ("trailing", "shift 3", "karras", "exponential", "beta", "beta_sigmas")
 
 
-def evaluation_counter(solver: D.Solver, path: D.Path, max_steps: int) -> Callable[[int], int]:
-    """Number of steps -> how often the run asks the denoiser: counted while it runs."""
-    calls = []
-
-    def function(x, t):
-        jax.debug.callback(lambda: calls.append(1))
-        return 0.5 * x
-
-    @jax.jit
-    def run(grid):
-        x = jnp.ones((1, 1), grid.sigma.dtype)
-        return D.sample(jax.random.key(0), D.Denoiser(function, path), solver, grid, x)
-
-    @functools.cache
-    def count(steps):
-        calls.clear()
-        run(D.pad(D.make_grid(path, steps), max_steps)).block_until_ready()
-        jax.effects_barrier()
-        return len(calls)
-
-    return count
+def make_grid(path: D.Path, steps: int, spacing: str, max_steps: int) -> D.Grid:
+    """The grid of a named spacing, padded so that all grids of a solver share one compiled function."""
+    return D.pad(SPACINGS[spacing](path, steps), max_steps)
 
 
-def steps_within(solver: D.Solver, path: D.Path, budgets: Sequence[int]) -> list[tuple[int, int]]:
-    """For each budget of evaluations the most (steps, evaluations) that it pays for."""
-    count, pairs = evaluation_counter(solver, path, max(budgets)), []
-    for budget in budgets:
-        low, high = 1, budget  # one step is taken even where it costs more
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if count(middle) <= budget else (low, middle - 1)
-        pairs.append((low, count(low)))
-    return pairs
+# ---------------------------------------------------------------- results
+
+Row = dict[str, Any]
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Rows with the same columns as a CSV file; numbers with four digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()})
+    write_atomically(path, text.getvalue().encode())
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a CSV file, numbers as numbers, empty cells as None."""
+
+    def value(text: str) -> Any:
+        if text == "":
+            return None
+        try:
+            number = float(text)
+        except ValueError:
+            return text
+        return int(number) if number == int(number) and "e" not in text and "." not in text else number
+
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def choose(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows that have all these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+# ---------------------------------------------------------------- tables and pictures
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -84,11 +107,40 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def budget_table(rows: Sequence[Row], name: str, value: str, budgets: Sequence[int], form: str) -> str:
+    """A line for each `name` (solver or spacing), a column for each budget; least errors are bold."""
+    lines = list(dict.fromkeys(row[name] for row in rows))
+    at = {(row[name], row["budget"]): row[value] for row in rows}
+    least = {budget: min(v for (_, of), v in at.items() if of == budget) for budget in budgets}
+    body = []
+    for line in lines:
+        cells = [f"{at[line, budget]:{form}}" for budget in budgets]
+        best = [value == "error" and at[line, budget] == least[budget] for budget in budgets]
+        body.append(
+            [line, *(f"**{cell}**" if bold else cell for cell, bold in zip(cells, best, strict=True))]
+        )
+    return table([name, *(f"{budget} evaluations" for budget in budgets)], body)
+
+
 Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 
 
+def curves_of(rows: Sequence[Row], name: str, value: str) -> Curves:
+    """{name: (evaluations, values)}, a curve for each `name` (solver or spacing)."""
+    found = {}
+    for row in rows:
+        evaluations, values = found.setdefault(row[name], ([], []))
+        evaluations.append(row["evaluations"])
+        values.append(row[value])
+    return found
+
+
 def draw(
-    panels: Sequence[tuple[str, str, Curves]], paths: Sequence[Path], floor: str, floors: dict[str, float]
+    panels: Sequence[tuple[str, str, Curves]],
+    paths: Sequence[Path],
+    columns: int,
+    floor: str = "",
+    floors: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Writes a figure of panels (title, label, curves by name); both axes are logarithmic.
 
@@ -97,7 +149,6 @@ def draw(
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for _, _, found in panels for name in found))
-    columns = len(panels) if len(panels) < 4 else (len(panels) + 1) // 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.9 * rows + 0.5), layout="constrained")
     lines = {}
@@ -118,10 +169,8 @@ def draw(
     for axes in every[len(panels) :]:
         axes.set_axis_off()
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=7, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
     for path in paths:
-        write_atomically(path, buffer.getvalue())
+        save_figure(path, figure, dpi=80)
 
 
 def relative_rms(x: Any, truth: Any) -> float:

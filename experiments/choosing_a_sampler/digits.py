@@ -1,50 +1,50 @@
-"""Solvers on a trained model: digits of the mini latent diffusion model, by network evaluations.
+"""Solvers and spacings on a trained model: digits, by network evaluations.
 
-Question: what do 5, 10, 20 or 50 evaluations of a trained network buy with each solver, at w = 1 and w = 3?
-Command:  python experiments/choosing_a_sampler/digits.py --run-dir runs/mini-ldm
-Needs:    a finished run folder (make demo), the `mnist` extra. Minutes and what came out: README.md beside
-          this file. --quick draws few digits by two solvers, to see that it runs.
+Question: what do 5, 10, 20 or 50 evaluations of a trained network buy with each solver and spacing?
+Command:  python -m experiments.choosing_a_sampler.digits --run-dir runs/mini-ldm
+Needs:    a finished run folder (make demo), the `demo` extra. Minutes and what came out: README.md in
+          this folder. --quick draws few digits by two solvers, to see that it runs.
 
 Deterministic solvers start from the same noise as a run of many steps: how far are the latents from its
-own? All are judged by a classifier of digits: Fréchet distance over that of real from real digits, and the
-share read as asked. The seconds are those of the sampling alone, on this machine, after compiling.
+own? The digits are also measured by a classifier: Fréchet distance over that of real from real digits, and
+the share that it classifies as the requested digit.
+Earlier rows of other networks and solvers stay in digits.csv: another --run-dir or --solvers adds to them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxldm import host
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-host.prepare()  # before anything is computed
-
-import curves  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from jaxldm import checkpoints, data, metrics, models, pipelines, training  # noqa: E402
-from jaxldm import diffusion as D  # noqa: E402
-from jaxldm.commands.terminal import run_script  # noqa: E402
-from jaxldm.files import write_atomically  # noqa: E402
-from jaxldm.training.runs import RunFolder  # noqa: E402
+from experiments.choosing_a_sampler import curves
+from experiments.trained import load_classifier, load_dataset
+from jaxldm import diffusion as D
+from jaxldm import host, metrics, models, pipelines, training
+from jaxldm.commands.terminal import run_script
+from jaxldm.files import write_atomically
 
 ALL = {**curves.DETERMINISTIC, **curves.STOCHASTIC}
-REFERENCE = "dpmpp_2m"
+# Two runs of many steps that share neither solver nor spacing: the distance between them bounds what the
+# distance from the first one can tell.
+REFERENCES = {"reference": ("dpmpp_2m", "trailing"), "second reference": ("unipc, order 2", "exponential")}
+SPACED = ("dpmpp_2m", "unipc, order 2")  # in the picture
+TITLES = {"mini-ldm": "mini latent diffusion, cosine betas", "tiny-dit": "Tiny DiT, linear betas"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """Draw digits by every solver at several numbers of network evaluations, and measure them."""
+    """Draw digits by solver, spacing and number of network evaluations, and measure them."""
 
     run_dir: Path = Path("runs/mini-ldm")
-    """A finished run of experiments/lecture39/mini_ldm.py."""
+    """A finished run of experiments.lecture39.mini_ldm or experiments.lecture43.tiny_dit."""
     quick: bool = False
     """Ten digits by two solvers: only to see that everything runs."""
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
@@ -61,11 +61,13 @@ class Digits:
         "ddpm",
         "dpmpp_2m_sde",
     )
+    """Names in curves.py; the stochastic ones are drawn on the trailing grid alone."""
+    spacings: tuple[str, ...] = curves.VP_SPACINGS
     """Names in curves.py."""
     num_images: int = 40
-    """Digits of each solver, budget and scale."""
+    """Digits of each solver, spacing, budget and scale."""
     reference_steps: int = 500
-    """Steps of the run that the latents are compared with, by dpmpp_2m."""
+    """Steps of the runs that the latents are compared with."""
     seed: int = 0
     output_dir: Path = Path("runs/choosing-a-sampler")
     """Where tables, figures and pictures go."""
@@ -73,20 +75,20 @@ class Digits:
     """Where the pictures go as well: docs/images for those on the page."""
 
 
-class Judge:
-    """A trained pipeline, and the classifier and real digits that its digits are measured by."""
+class Model:
+    """A trained pipeline, with the classifier and the real digits that its digits are measured by."""
 
     def __init__(self, options: Digits):
         self.pipe = pipelines.load(options.run_dir)
+        recipe = training.read_recipe(options.run_dir)
+        self.name, self.betas = recipe.name, recipe.diffusion.noise.betas
         self.path = self.pipe.schedule.make_path()
-        self.dataset = data.load(training.read_recipe(options.run_dir).data)
-        classifier = RunFolder(options.run_dir).stage("classifier").model
-        self.classify = metrics.classifier_function(*checkpoints.load(classifier))
+        self.dataset, self.classify = load_dataset(options.run_dir), load_classifier(options.run_dir)
         self.labels = np.arange(options.num_images, dtype=np.int32) % self.pipe.num_classes
         self.keys = D.image_keys(jax.random.key(options.seed), options.num_images)
 
-    def sampler(self, solver: D.Solver, max_steps: int) -> Any:
-        """(steps, w) -> (latents, seconds), for any number of steps up to `max_steps`; compiled once."""
+    def sampler(self, solver: D.Solver, max_steps: int) -> Callable[[str, int, float], Any]:
+        """(spacing, steps, w) -> latents, for at most `max_steps`; compiled once."""
         pipe, null = self.pipe, np.int32(self.pipe.num_classes)
 
         def draw(params, grid, w):
@@ -95,120 +97,127 @@ class Judge:
             noise = D.initial_noise(self.keys, (len(self.labels), *pipe.latent_shape()), grid)
             return D.sample(self.keys, pipe.schedule.make_denoiser(predict), solver, grid, noise)
 
-        def arguments(steps, w):
-            grid = D.pad(D.make_grid(self.path, steps), max_steps)
+        def arguments(spacing, steps, w):
+            grid = curves.make_grid(self.path, steps, spacing, max_steps)
             return pipe.denoiser.params, grid, jnp.float32(w)
 
-        compiled = jax.jit(draw).lower(*arguments(max_steps, 1.0)).compile()
+        jitted = jax.jit(draw)
+        return lambda spacing, steps, w: jitted(*arguments(spacing, steps, w)).block_until_ready()
 
-        def run(steps, w):
-            given = jax.block_until_ready(arguments(steps, w))
-            start = time.perf_counter()
-            latents = compiled(*given).block_until_ready()
-            return latents, time.perf_counter() - start
-
-        return run
-
-    def row(self, name, steps, evaluations, w, latents, seconds, reference=None) -> dict[str, Any]:
-        """All figures of one run."""
+    def row(self, setting: dict[str, Any], latents: Any, reference: Any) -> curves.Row:
+        """All figures of one run; `reference`: the latents to compare with, or None."""
         images = self.pipe.decode(latents, batch_size=len(latents))
         report = metrics.evaluate(images, self.labels, self.classify, self.dataset)
-        distance = None if reference is None else curves.relative_rms(latents, reference)
-        row = {"solver": name, "w": w, "steps": steps, "evaluations": evaluations, "distance": distance}
-        row |= {"seconds_per_image": seconds / len(images), **report.to_dict()}
-        print(
-            f"w = {w:g}, {name}, {evaluations} evaluations: distance {distance}, "
-            f"ratio {report.frechet_ratio:.2f}, {row['seconds_per_image']:.4f} s per image",
-            flush=True,
-        )
+        row = {"network": self.name, "betas": self.betas, **setting}
+        row["error"] = None if reference is None else curves.relative_rms(latents, reference)
+        row |= {"frechet_ratio": report.frechet_ratio, "accuracy": report.accuracy}
+        print(row, flush=True)
         return row
 
 
-def measure(options: Digits, judge: Judge) -> Iterator[list[dict[str, Any]]]:
-    """The rows so far: those of the reference run at each scale, then every solver's, one after another."""
-    rows, references = [], {}
-    run, steps = judge.sampler(ALL[REFERENCE], options.reference_steps), options.reference_steps
-    for w in options.guidance_scales:
-        references[w], seconds = run(steps, w)
-        rows.append(judge.row("reference", steps, steps, w, references[w], seconds))
-    for name in options.solvers:
-        pairs = curves.steps_within(ALL[name], judge.path, options.budgets)
-        run = judge.sampler(ALL[name], max(options.budgets))
+def measure(options: Digits, model: Model) -> Iterator[list[curves.Row]]:
+    """The rows so far: those of the reference runs at each scale, then every solver's, one after another."""
+    rows, truth = [], {}
+    steps = options.reference_steps
+    for label, (name, spacing) in REFERENCES.items():
+        run = model.sampler(ALL[name], steps)
         for w in options.guidance_scales:
-            for steps, evaluations in pairs:
-                latents, seconds = run(steps, w)
-                reference = references[w] if name in curves.DETERMINISTIC else None
-                rows.append(judge.row(name, steps, evaluations, w, latents, seconds, reference))
+            latents = run(spacing, steps, w)
+            setting = {"w": w, "solver": label, "spacing": spacing, "budget": steps, "evaluations": steps}
+            rows.append(model.row(setting, latents, truth.get(w)))
+            truth.setdefault(w, latents)
+    for name in options.solvers:
+        deterministic = name in curves.DETERMINISTIC
+        pairs = D.steps_within(ALL[name], model.path, options.budgets)
+        run = model.sampler(ALL[name], max(options.budgets))
+        for w in options.guidance_scales:
+            for spacing in options.spacings if deterministic else options.spacings[:1]:
+                for budget, (steps, evaluations) in zip(options.budgets, pairs, strict=True):
+                    setting = {"w": w, "solver": name, "spacing": spacing, "budget": budget}
+                    setting["evaluations"] = evaluations
+                    reference = truth[w] if deterministic else None
+                    rows.append(model.row(setting, run(spacing, steps, w), reference))
         yield rows
 
 
-PANELS = (  # column, title, format
-    ("distance", "distance of the latents from those of the reference run, relative", ".3f"),
-    ("frechet_ratio", "Fréchet distance / real-vs-real floor", ".2f"),
-    ("accuracy", "read as the asked digit", ".0%"),
-    ("seconds_per_image", "seconds per image", ".4f"),
-)
+COLUMNS = {  # title, format
+    "error": ("distance of the latents from those of the reference run, relative", ".3f"),
+    "frechet_ratio": ("Fréchet distance / real-vs-real floor", ".2f"),
+    "accuracy": ("share classified as the requested digit", ".0%"),
+}
 
 
-def markdown(options: Digits, rows: list[dict[str, Any]]) -> str:
-    """A table for each scale and figure: a row per solver, a column per budget."""
+def markdown(options: Digits, rows: list[curves.Row]) -> str:
+    """For each network and scale: solvers on the trailing grid by each figure, solvers by spacing."""
     parts = []
-    for w in options.guidance_scales:
-        for column, title, form in PANELS:
-            body = []
-            for name in (*options.solvers, "reference"):
-                values = [row[column] for row in rows if (row["solver"], row["w"]) == (name, w)]
-                if values[0] is None:
-                    continue
-                cells = [format(value, form) for value in values]
-                if name == "reference":
-                    name = f"{REFERENCE}, {options.reference_steps} steps"
-                    cells += [""] * (len(options.budgets) - 1)
-                body.append([name, *cells])
-            head = ["solver", *[f"{budget} evaluations" for budget in options.budgets]]
-            parts.append(f"w = {w:g}: {title}, {options.num_images} digits\n\n{curves.table(head, body)}")
+
+    def add(title: str, found: list[curves.Row], name: str, column: str) -> None:
+        body = curves.budget_table(found, name, column, options.budgets, COLUMNS[column][1])
+        parts.append(f"**{title}**\n\n{body}")
+
+    for network, w in dict.fromkeys((row["network"], row["w"]) for row in rows):
+        of_scale = [row for row in curves.choose(rows, network=network, w=w) if row["solver"] in ALL]
+        references = [row for row in curves.choose(rows, network=network, w=w) if row["solver"] not in ALL]
+        where = f"{TITLES.get(network, network)}, w = {w:g}"
+        trailing = curves.choose(of_scale, spacing="trailing")
+        for column, (title, _) in COLUMNS.items():
+            known = [row for row in trailing if row[column] is not None]
+            add(f"{where}, trailing: {title}", known, "solver", column)
+        for solver in dict.fromkeys(row["solver"] for row in of_scale if row["error"] is not None):
+            add(f"{where}, {solver}: distance", curves.choose(of_scale, solver=solver), "spacing", "error")
+        parts.append(
+            "".join(
+                f"{row['solver']} ({row['evaluations']} evaluations, {row['spacing']}): Fréchet ratio "
+                f"{row['frechet_ratio']:.2f}, {row['accuracy']:.0%} classified as requested"
+                + ("\n" if row["error"] is None else f", {row['error']:.4f} from the reference\n")
+                for row in references
+            )
+        )
     return "\n".join(parts)
 
 
-def plot(options: Digits, rows: list[dict[str, Any]], paths: list[Path]) -> None:
-    """Distance and Fréchet ratio against evaluations, two panels for each scale."""
-    panels, floors = [], {}
-    for w in options.guidance_scales:
-        of_scale = [row for row in rows if row["w"] == w]
-        for column, label in (("distance", "distance of latents"), ("frechet_ratio", "Fréchet ratio")):
-            found = {}
-            for name in options.solvers:
-                of_solver = [row for row in of_scale if row["solver"] == name]
-                if of_solver[0][column] is not None:
-                    found[name] = tuple([row[key] for row in of_solver] for key in ("evaluations", column))
-            panels.append((f"w = {w:g}, {label}", label, found))
-        floors[panels[-1][0]] = of_scale[0]["frechet_ratio"]  # the reference run's
-    curves.draw(panels, paths, "reference run", floors)
-
-
-def _solvers_of(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row["solver"] for row in rows if row["solver"] != "reference"))
+def plot(rows: list[curves.Row], paths: list[Path]) -> None:
+    """Distance from the reference, for each network and scale: by solver, and by spacing for some solvers."""
+    panels = []
+    rows = [row for row in rows if row["solver"] in ALL and row["error"] is not None]
+    for network, w in dict.fromkeys((row["network"], row["w"]) for row in rows):
+        drawn = curves.choose(rows, network=network, w=w)
+        found = {"trailing": curves.curves_of(curves.choose(drawn, spacing="trailing"), "solver", "error")}
+        for solver in SPACED:
+            of_solver = curves.choose(drawn, solver=solver)
+            found |= {solver: curves.curves_of(of_solver, "spacing", "error")} if of_solver else {}
+        where = f"{TITLES.get(network, network)}, w = {w:g}"
+        panels += [(f"{where}\n{what}", "distance of latents", lines) for what, lines in found.items()]
+    curves.draw(panels, paths, columns=3)
 
 
 def main(options: Digits) -> None:
+    host.prepare()  # before anything is computed
     if options.quick:
-        few = {"solvers": ("ddim", "ddpm"), "num_images": 10, "reference_steps": 10, "budgets": (2, 5)}
-        options = dataclasses.replace(options, **few)
-    start = time.perf_counter()
+        few = {"solvers": ("ddim", "ddpm"), "spacings": ("trailing", "exponential"), "num_images": 10}
+        options = dataclasses.replace(options, **few, reference_steps=10, budgets=(2, 5))
+    start, path = time.perf_counter(), options.output_dir / "digits.csv"
     folders = [options.output_dir, *([options.image_dir] if options.image_dir else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    text = ""
-    for rows in measure(options, Judge(options)):  # what is done is kept if the run is stopped
-        measured = dataclasses.replace(options, solvers=_solvers_of(rows))
-        text = markdown(measured, rows)
-        plot(measured, rows, [folder / "digits-solvers.png" for folder in folders])
-        write_atomically(options.output_dir / "digits.md", text.encode())
-        write_atomically(options.output_dir / "digits.json", json.dumps(rows, indent=1).encode())
+    model = Model(options)
+    earlier = curves.read_results(path) if path.exists() else []
+    for found in measure(options, model):  # what is done is kept if the run is stopped
+        rows = merged(earlier, found)
+        curves.write_results(path, rows)
+        write_atomically(options.output_dir / "digits.md", markdown(options, rows).encode())
+        plot(rows, [folder / "digits-solvers.png" for folder in folders])
     minutes = (time.perf_counter() - start) / 60
-    print(
-        f"\n{text}\n{minutes:.1f} minutes; digits-solvers.png, digits.md, digits.json: {options.output_dir}"
-    )
+    print(f"\n{minutes:.1f} minutes; digits.csv, digits.md and a picture: {options.output_dir}")
+
+
+def merged(earlier: list[curves.Row], found: list[curves.Row]) -> list[curves.Row]:
+    """What was found, in the place of what an earlier call found for the same network and solver."""
+    new = {(row["network"], row["solver"]) for row in found}
+    rows = [row for row in earlier if (row["network"], row["solver"]) not in new] + found
+    order = {name: place for place, name in enumerate([*REFERENCES, *ALL])}
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    return sorted(rows, key=lambda row: (networks.index(row["network"]), row["w"], order[row["solver"]]))
 
 
 if __name__ == "__main__":

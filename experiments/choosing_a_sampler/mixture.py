@@ -1,58 +1,48 @@
 """Error against network evaluations where the truth is known: a Gaussian mixture with a closed-form denoiser.
 
 Question: which solver and which grid come nearest to the exact solution for 5, 10, 20, 50 evaluations?
-Command:  python experiments/choosing_a_sampler/mixture.py     (--quick: two sizes, to see that it runs)
-Needs:    nothing but jaxldm, one core. Minutes and what came out: README.md beside this file.
+Command:  python -m experiments.choosing_a_sampler.mixture     (--quick: two sizes, to see that it runs)
+Needs:    nothing but jaxldm, one core. Minutes and what came out: README.md in this folder.
 
-Deterministic solvers are judged by the distance from the exact end of the ODE, from the same start;
+Deterministic solvers are measured by the distance from the exact end of the ODE, from the same start;
 stochastic ones by the mean and covariance of what they draw. Everything is computed in float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import curves
 import jax
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from experiments.choosing_a_sampler import curves
 from jaxldm import diffusion as D
 from jaxldm import metrics
 from jaxldm.commands.terminal import run_script
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.files import write_atomically
 from jaxldm.metrics.frechet import Gaussian
-from jaxldm.schedulers import scheduler_grid
 
 # Four blobs on a plane; the class that is asked for is the last two.
 WEIGHTS = np.array([0.3, 0.2, 0.3, 0.2])
 MEANS = np.array([[-1.2, -0.6], [-0.5, 0.9], [0.9, 0.8], [1.1, -0.7]])
 STDS = np.array([0.25, 0.15, 0.2, 0.3])
 CLASS = slice(2, 4)
-SPACINGS = {
-    "vp": {
-        "trailing": {"spacing": "trailing"},
-        "leading": {"spacing": "leading"},
-        "linspace": {"spacing": "linspace"},
-        "karras": {"spacing": "karras"},
-        "exponential": {"spacing": "exponential"},
-        "beta": {"spacing": "beta_sigmas"},
-    },
-    "flow": {
-        "trailing": {"spacing": "trailing"},
-        "shift 3": {"spacing": "trailing", "shift": 3.0},
-        "karras": {"spacing": "karras"},
-        "exponential": {"spacing": "exponential"},
-        "beta": {"spacing": "beta_sigmas"},
-    },
+PATHS = {
+    "linear": D.VP.named("linear"),
+    "scaled_linear": D.VP.named("scaled_linear"),
+    "cosine": D.VP.named("cosine"),
+    "flow": D.Flow(),
 }
-PATHS = {"vp": D.VP(D.linear_betas(1000, 1e-4, 0.02)), "flow": D.Flow()}
+TITLES = {name: "flow path" if name == "flow" else f"VP path, {name} betas" for name in PATHS}
 Run = Callable[[Any, Any, Any], Any]
+Errors = dict[float, Callable[[Any], float]]  # by guidance scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +60,9 @@ class Mixture:
     num_samples: int = 20_000
     """Samples of the stochastic runs."""
     guidance_scale: float = 7.5
-    """Of the guided panel."""
+    """Of the guided runs."""
+    spaced_solvers: tuple[str, ...] = ("ddim", "dpmpp_2m", "unipc, order 2")
+    """Those whose spacings are in the tables; mixture.csv has all."""
     seed: int = 0
     output_dir: Path = Path("runs/choosing-a-sampler")
     """Where tables, figures and pictures go."""
@@ -142,114 +134,118 @@ class Study:
         random = np.random.default_rng(options.seed)
         self.noise = random.standard_normal((options.num_points, 2))
         self.many = random.standard_normal((options.num_samples, 2))
-        self.runs: dict[tuple[str, str], Run] = {}
-        self.steps: dict[str, list[tuple[int, int]]] = {}
 
-    def curve(self, path_name, name, solver, noise, judge, scale=1.0, **spacing):
-        """(evaluations, judge's values) of a solver on the grids of one spacing."""
-        path, key = PATHS[path_name], (path_name, name)
-        if key not in self.runs:
-            self.runs[key] = runner(path, solver)
-        if name not in self.steps:
-            self.steps[name] = curves.steps_within(solver, path, self.options.budgets)
-        pairs, values = self.steps[name], []
-        for steps, _ in pairs:
-            grid = D.pad(scheduler_grid(path, steps, **spacing), max(self.options.budgets))
-            values.append(judge(self.runs[key](grid, grid.sigma[0] * noise, np.float64(scale))))
-        return [evaluations for _, evaluations in pairs], values
+    def rows(
+        self, betas: str, name: str, solver: D.Solver, noise: np.ndarray, errors: Errors, spacings: tuple
+    ) -> list[curves.Row]:
+        """A row for each scale, spacing and budget of one solver; errors: {w: x_0 -> error}."""
+        path, most, rows = PATHS[betas], max(self.options.budgets), []
+        run, pairs = runner(path, solver), D.steps_within(solver, path, self.options.budgets)
+        for w, error in errors.items():
+            for spacing in spacings:
+                for budget, (steps, count) in zip(self.options.budgets, pairs, strict=True):
+                    try:
+                        grid = curves.make_grid(path, steps, spacing, most)
+                    except InvalidArgumentError:  # beta, rounded, has no 100 different timesteps
+                        continue
+                    x_0 = run(grid, grid.sigma[0] * noise, np.float64(w))
+                    row = {"betas": betas, "w": w, "solver": name, "spacing": spacing, "budget": budget}
+                    rows.append(row | {"evaluations": count, "error": error(x_0)})
+        return rows
 
-    def deterministic(self, path_name: str, scale: float) -> dict[str, Any]:
-        """Every deterministic solver on a path's own grid, judged by the exact end of the ODE."""
-        truth = solve_exactly(PATHS[path_name], self.noise, scale)
-        judge = lambda x: curves.relative_rms(x, truth)  # noqa: E731
-        return {
-            name: self.curve(path_name, name, solver, self.noise, judge, scale)
-            for name, solver in curves.DETERMINISTIC.items()
-        }
+    def deterministic(self, betas: str) -> list[curves.Row]:
+        """Every deterministic solver on every spacing, by its distance from the exact end of the ODE."""
+        truths = {w: solve_exactly(PATHS[betas], self.noise, w) for w in (1.0, self.options.guidance_scale)}
+        errors = {w: functools.partial(curves.relative_rms, truth=truth) for w, truth in truths.items()}
+        spacings = curves.FLOW_SPACINGS if betas == "flow" else curves.VP_SPACINGS
+        found = curves.DETERMINISTIC.items()
+        return [
+            row
+            for name, solver in found
+            for row in self.rows(betas, name, solver, self.noise, errors, spacings)
+        ]
 
-    def spacings(self, path_name: str, name: str) -> dict[str, Any]:
-        """One solver on every spacing."""
-        truth = solve_exactly(PATHS[path_name], self.noise, 1.0)
-        judge = lambda x: curves.relative_rms(x, truth)  # noqa: E731
-        solver = curves.DETERMINISTIC[name]
-        return {
-            label: self.curve(path_name, name, solver, self.noise, judge, **spacing)
-            for label, spacing in SPACINGS[path_name].items()
-        }
-
-    def stochastic(self, path_name: str) -> dict[str, Any]:
-        """The stochastic solvers and two others, judged by the moments of what they draw."""
-        chosen = {"ddim": curves.DETERMINISTIC["ddim"], "dpmpp_2m": curves.DETERMINISTIC["dpmpp_2m"]}
-        return {
-            name: self.curve(path_name, name, solver, self.many, moment_error)
-            for name, solver in {**chosen, **curves.STOCHASTIC}.items()
-        }
+    def stochastic(self, betas: str) -> list[curves.Row]:
+        """The stochastic solvers and two others, by the moments of what they draw on the path's own grid."""
+        chosen = {name: curves.DETERMINISTIC[name] for name in ("ddim", "dpmpp_2m")} | curves.STOCHASTIC
+        return [
+            row
+            for name, solver in chosen.items()
+            for row in self.rows(betas, name, solver, self.many, {1.0: moment_error}, ("trailing",))
+        ]
 
 
-def markdown(
-    title: str, first: str, found: dict[str, Any], options: Mixture, floor: float | None = None
-) -> str:
-    """The values at the budgets of the table; in each column the least is bold."""
-    columns = [options.budgets.index(budget) for budget in options.in_table]
-    values = np.array([[found[name][1][column] for column in columns] for name in found])
-    cells = [[f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}" for value in row] for row in values]
-    for column, best in enumerate(np.nanargmin(values, axis=0)):
-        cells[best][column] = f"**{cells[best][column]}**"
-    rows = [[name, *row] for name, row in zip(found, cells, strict=True)]
-    if floor is not None:
-        rows.append(["exact samples", *[f"{floor:.2g}"] * len(columns)])
-    head = [first, *[f"{budget} evaluations" for budget in options.in_table]]
-    return f"{title}\n\n{curves.table(head, rows)}"
+ERROR, MOMENTS = "relative error of x_0", "error of mean and covariance"
+
+
+def markdown(options: Mixture, rows: list[curves.Row], stochastic: list[curves.Row], floor: float) -> str:
+    """The tables: every solver on the trailing grid, two solvers on every spacing, the stochastic ones."""
+    parts = []
+
+    def add(title: str, found: list[curves.Row], name: str) -> None:
+        parts.append(f"**{title}**\n\n{curves.budget_table(found, name, 'error', options.in_table, '.2g')}")
+
+    for betas, title in TITLES.items():
+        for w in (1.0, options.guidance_scale):
+            found = curves.choose(rows, betas=betas, w=w, spacing="trailing")
+            add(f"{title}, w = {w:g}, trailing: {ERROR}", found, "solver")
+        for solver in options.spaced_solvers:
+            found = curves.choose(rows, betas=betas, w=1.0, solver=solver)
+            add(f"{title}, w = 1, {solver}: {ERROR}", found, "spacing")
+    for betas in dict.fromkeys(row["betas"] for row in stochastic):
+        found = curves.choose(stochastic, betas=betas)
+        add(f"{TITLES[betas]}: {MOMENTS} (of exact samples: {floor:.2g})", found, "solver")
+    return "\n".join(parts)
+
+
+def plot(
+    options: Mixture, rows: list[curves.Row], stochastic: list[curves.Row], floor: float, folders: list[Path]
+) -> None:
+    """Three pictures: solvers, spacings, and the stochastic solvers."""
+    scales = (("linear", 1.0), ("cosine", 1.0), ("flow", 1.0), ("linear", options.guidance_scale))
+    of_solvers = [
+        (f"{TITLES[betas]}, w = {w:g}", curves.choose(rows, betas=betas, w=w, spacing="trailing"))
+        for betas, w in scales
+    ]
+    of_spacings = [
+        (f"{TITLES[betas]}, {solver}", curves.choose(rows, betas=betas, w=1.0, solver=solver))
+        for solver in options.spaced_solvers
+        for betas in ("linear", "cosine", "flow")
+    ]
+    of_noise = [
+        (TITLES[betas], curves.choose(stochastic, betas=betas))
+        for betas in dict.fromkeys(row["betas"] for row in stochastic)
+    ]
+    pictures = {
+        "mixture-solvers": (of_solvers, 2, "solver", ERROR, {}),
+        "mixture-spacings": (of_spacings, 3, "spacing", ERROR, {}),
+        "mixture-stochastic": (of_noise, 2, "solver", MOMENTS, {title: floor for title, _ in of_noise}),
+    }
+    for name, (panels, columns, by, label, floors) in pictures.items():
+        drawn = [(title, label, curves.curves_of(found, by, "error")) for title, found in panels]
+        paths = [folder / f"{name}.png" for folder in folders]
+        curves.draw(drawn, paths, columns, "exact samples", floors)
 
 
 def main(options: Mixture) -> None:
     jax.config.update("jax_enable_x64", True)
     if options.quick:
-        options = dataclasses.replace(
-            options, budgets=(5, 10), in_table=(5, 10), num_points=16, num_samples=200
-        )
-    start, study, w = time.perf_counter(), Study(options), options.guidance_scale
+        few = {"budgets": (5, 10), "in_table": (5, 10), "num_points": 16, "num_samples": 200}
+        options = dataclasses.replace(options, **few)
+    start, study = time.perf_counter(), Study(options)
     folders = [options.output_dir, *([options.image_dir] if options.image_dir else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    solver_panels = {
-        "VP path, w = 1": study.deterministic("vp", 1.0),
-        "flow path, w = 1": study.deterministic("flow", 1.0),
-        f"VP path, guidance w = {w:g}": study.deterministic("vp", w),
-    }
-    spacing_panels = {
-        f"{path} path, {solver}": study.spacings(path, solver)
-        for path in PATHS
-        for solver in ("ddim", "dpmpp_2m")
-    }
-    stochastic_panels = {f"{path} path": study.stochastic(path) for path in PATHS}
+    rows = [row for betas in PATHS for row in study.deterministic(betas)]
+    stochastic = [row for betas in ("linear", "flow") for row in study.stochastic(betas)]
     floor = moment_error(exact_samples(options.num_samples, options.seed))
-    error, moments = "relative error of x_0", "error of mean and covariance"
-    pictures = {
-        "mixture-solvers": (solver_panels, error),
-        "mixture-spacings": (spacing_panels, error),
-        "mixture-stochastic": (stochastic_panels, moments),
-    }
-    for name, (panels, label) in pictures.items():
-        curves.draw(
-            [(title, label, found) for title, found in panels.items()],
-            [folder / f"{name}.png" for folder in folders],
-            "exact samples",
-            dict.fromkeys(stochastic_panels, floor),
-        )
-    tables = [markdown(f"{t}: {error}", "solver", found, options) for t, found in solver_panels.items()]
-    tables += [markdown(f"{t}: {error}", "spacing", found, options) for t, found in spacing_panels.items()]
-    tables += [
-        markdown(f"{t}: {moments}", "solver", found, options, floor) for t, found in stochastic_panels.items()
-    ]
-    write_atomically(options.output_dir / "mixture.md", "\n".join(tables).encode())
-    figures = {**solver_panels, **spacing_panels, **stochastic_panels, "exact samples": floor}
-    write_atomically(options.output_dir / "mixture.json", json.dumps(figures, indent=1).encode())
+    plot(options, rows, stochastic, floor, folders)
+    curves.write_results(options.output_dir / "mixture.csv", rows)
+    curves.write_results(options.output_dir / "mixture-stochastic.csv", stochastic)
+    text = markdown(options, rows, stochastic, floor)
+    write_atomically(options.output_dir / "mixture.md", text.encode())
     minutes = (time.perf_counter() - start) / 60
-    print(
-        "\n".join(tables)
-        + f"\n{minutes:.1f} minutes; pictures, mixture.md and mixture.json: {options.output_dir}"
-    )
+    print(f"{text}\n{minutes:.1f} minutes; mixture.csv, mixture.md and pictures: {options.output_dir}")
 
 
 if __name__ == "__main__":

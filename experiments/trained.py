@@ -1,0 +1,30 @@
+"""Trained runs as the experiments use them: the pipeline, its classifier, its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxldm import checkpoints, data, metrics, pipelines, training
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.metrics.evaluate import Classify
+
+
+def load_classifier(run_dir: Path) -> Classify:
+    """The classifier of a run: images -> (features, logits)."""
+    folder = training.RunFolder(run_dir).stage("classifier").model
+    return metrics.classifier_function(*checkpoints.load(folder))
+
+
+def load_dataset(run_dir: Path) -> data.Dataset:
+    """The data that a run was trained on."""
+    recipe = training.read_recipe(run_dir)
+    return data.load(recipe.data, image_size=recipe.image_size)
+
+
+def load_latent_model(run_dir: Path) -> Any:
+    """The pipeline of a run. Raises `InvalidArgumentError` unless it has an autoencoder and classes."""
+    pipe = pipelines.load(run_dir)
+    if pipe.autoencoder is None or pipe.num_classes is None:
+        raise InvalidArgumentError(f"{run_dir} must have an autoencoder and classes: `make demo` trains one")
+    return pipe
