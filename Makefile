@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-optimized test-core lint types docs bench clean
 
 demo: .venv/.demo
-	$(BIN)/python experiments/lecture39/mini_ldm.py --run-dir runs/mini-ldm
+	$(BIN)/python -m experiments.lecture39.mini_ldm --run-dir runs/mini-ldm
 
 # Everything, compiled in the quick way (see tests/conftest.py).
 test: .venv/.test lint
@@ -30,7 +30,7 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.test
-	$(BIN)/python experiments/benchmarks/cpu.py
+	$(BIN)/python -m experiments.benchmarks.cpu
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

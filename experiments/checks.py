@@ -37,7 +37,8 @@ def show(title: str, checks: Sequence[Check]) -> None:
     print(f"\n{title}")
     for check in checks:
         verdict = "PASS" if check.ok else "FAIL"
-        print(f"  {verdict}  {check.what:<76s} {check.error:8.1e}  (at most {check.bound:.0e})")
+        # Both with the same digits: rounding then never shows a passing error above its bound.
+        print(f"  {verdict}  {check.what:<76s} {check.error:8.1e}  (at most {check.bound:.1e})")
     failed = sum(not check.ok for check in checks)
     if failed:
         raise SystemExit(f"{failed} of {len(checks)} checks failed")

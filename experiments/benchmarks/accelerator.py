@@ -1,4 +1,4 @@
-"""Models beside diffusers, eager and torch.compile, on one device, in one run: what the scripts share.
+"""Models compared with diffusers, eager and torch.compile, on one device, in one run: what the scripts share.
 
 A row is a whole run (a condition, all steps, decoding, pixels on the host) or one call of the denoising
 network alone. The variants of a row take turns. What the models are is said by a module such as
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import importlib
 import json
 import math
 import os
@@ -19,32 +20,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-# PyTorch needs a part of the same memory: JAX takes what it uses, not three quarters at the start.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+import jax
+import numpy as np
 
-from jaxldm import host
+from experiments.benchmarks.random_networks import random_weight
+from experiments.benchmarks.timing import Run, cells, installed, machine, measure_row
+from jaxldm import host, models
+from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.files import write_atomically
+from jaxldm.models.cost import macs_of
 
-host.prepare()  # before anything is computed; the same that the command line does
-
-import diffusers  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from random_networks import random_weight  # noqa: E402
-from timing import Run, cells, cores, machine, measure_row  # noqa: E402
-
-from jaxldm import models  # noqa: E402
-from jaxldm.errors import InvalidArgumentError, one_of  # noqa: E402
-from jaxldm.files import write_atomically  # noqa: E402
-from jaxldm.models.cost import macs_of  # noqa: E402
-
+TORCH_PACKAGES = ("torch", "diffusers", "transformers")
 QUICK_PIXELS = 16  # The pixels of the small models are divided by it.
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time whole runs and single network calls beside diffusers, and write the table."""
+    """Time whole runs and single network calls compared with diffusers, and write the table."""
 
     quick: bool | None = None
     """Small models and pictures; default: only where JAX has no accelerator."""
@@ -117,17 +109,18 @@ def measure_peak(dtype: str, size: int, rounds: int = 5) -> float:
     return 8 * 2 * size**3 / fastest
 
 
-def torch_device() -> torch.device | None:
-    """Where PyTorch runs beside JAX: None if it does not see the accelerator that JAX sees."""
-    if jax.default_backend() == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda") if jax.default_backend() == "gpu" and torch.cuda.is_available() else None
+def torch_side(pairs: ModuleType) -> tuple[ModuleType, ModuleType] | None:
+    """(its own module, `torch_common`); None if PyTorch is missing or does not see JAX's accelerator."""
+    if not installed(*TORCH_PACKAGES):
+        return None
+    common = importlib.import_module("experiments.benchmarks.torch_common")
+    return None if common.device() is None else (importlib.import_module(pairs.TORCH_SIDE), common)
 
 
 # ---------------------------------------------------------------- rows
 
 
-def memory_peaks(variants: dict[str, Run], largest_before: int) -> dict[str, Any]:
+def memory_peaks(variants: dict[str, Run], largest_before: int, common: ModuleType | None) -> dict[str, Any]:
     """Bytes of device memory in one more run of each variant; nothing on a CPU, which does not count them.
 
     JAX's figure is the largest so far in this process: "at_most" says that an earlier row may have set it.
@@ -140,22 +133,23 @@ def memory_peaks(variants: dict[str, Run], largest_before: int) -> dict[str, Any
     peaks["jaxldm"], peaks["at_most"] = ours, ours <= largest_before
     for name, run in variants.items():
         if name != "jaxldm":
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            peaks[name] = torch.cuda.max_memory_allocated()
+            peaks[name] = common.peak_memory(run)
     return peaks
 
 
-def image_variants(
-    pairs: ModuleType, ours: Any, theirs: dict[str, Any], pixels: int, steps: int, scale: float
-) -> dict[str, Run]:
-    """A whole run of each side from the same latents."""
-    shape = (1, *pairs.latent_shape(ours, pixels))
-    latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    variants = {"jaxldm": lambda: pairs.our_draw(ours, latents, steps, scale)}
-    for name, pipe in theirs.items():
-        variants[name] = functools.partial(pairs.their_draw, pipe, latents, steps, scale)
-    return variants
+def both_sides(
+    family: str, options: Options, pairs: ModuleType
+) -> tuple[Any, dict[str, Any], tuple[ModuleType, ModuleType] | None]:
+    """(our pipeline, those of PyTorch by the names of their variants, PyTorch's modules)."""
+    side = torch_side(pairs) if options.eager or options.compiled else None
+    ours, theirs = pairs.our_pipeline(family, options.dtype, options.quick), {}
+    if side is not None:
+        other, common = side
+        pipe = other.pipeline(family, options.dtype, options.quick, common.device())
+        theirs |= {"eager": pipe} if options.eager else {}
+        if options.compiled:
+            theirs["torch.compile"] = common.compiled(pipe, options.compile_backend, options.compile_mode)
+    return ours, theirs, side
 
 
 def measure(
@@ -163,27 +157,28 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Two rows of the table: the whole run, and the network alone. peak: operations a second."""
     family, pixels = parse_row(row, options.quick, pairs)
-    entry, dtype, steps = pairs.FAMILIES[family], options.dtype, options.num_inference_steps
-    device = torch_device() if options.eager or options.compiled else None
-    ours, pipe = pairs.both_sides(family, dtype, options.quick, device)
-    theirs = {}
-    if pipe is not None:
-        theirs |= {"eager": pipe} if options.eager else {}
-        if options.compiled:
-            theirs["torch.compile"] = pairs.compiled(pipe, options.compile_backend, options.compile_mode)
+    steps, scale = options.num_inference_steps, pairs.FAMILIES[family].guidance_scale
+    ours, theirs, side = both_sides(family, options, pairs)
+    other, common = side or (None, None)
     network = pairs.our_denoiser(ours)
     inputs = pairs.network_inputs(network.module, pairs.latent_shape(ours, pixels)[0])
     flops = count_flops(network.module, inputs)
+    shape = (1, *pairs.latent_shape(ours, pixels))
+    latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     networks = {"jaxldm": pairs.our_network(network, inputs)}
-    for name, other in theirs.items():
-        networks[name] = pairs.their_network(pairs.their_denoiser(other), inputs, dtype)
-    images = image_variants(pairs, ours, theirs, pixels, steps, entry.guidance_scale)
+    images = {"jaxldm": lambda: pairs.our_draw(ours, latents, steps, scale)}  # from the same latents
+    for name, pipe in theirs.items():
+        networks[name] = other.network(common.denoiser(pipe), inputs, options.dtype)
+        images[name] = functools.partial(other.draw, pipe, latents, steps, scale)
     for what, variants, work in (
         (f"{steps} steps, an image", images, flops * steps),
         (f"the network, one call for {len(inputs['t'])}", networks, flops),
     ):
         measured = measure_row(
-            f"{entry.title}, {pixels} pixels, {what}", variants, options.rounds, options.seconds
+            f"{pairs.FAMILIES[family].title}, {pixels} pixels, {what}",
+            variants,
+            options.rounds,
+            options.seconds,
         )
         times = measured["milliseconds"]
         first = measured["first_call_seconds"]
@@ -194,8 +189,8 @@ def measure(
             "pixels": pixels,
             "network_flops": work,
             "fraction_of_peak": {name: work / (ms / 1e3) / peak for name, ms in times.items()},
-            "peak_memory_bytes": memory_peaks(variants, largest) if is_image else {},
-            # The network alone is not compiled anew by PyTorch after the whole run.
+            "peak_memory_bytes": memory_peaks(variants, largest, common) if is_image else {},
+            # The network alone is not compiled again by PyTorch after the whole run.
             "compile_seconds": {name: first[name] - times[name] / 1e3 for name in times if is_image},
         }
 
@@ -240,21 +235,26 @@ def describe(options: Options, peak: float, pairs: ModuleType) -> str:
             f"SMALL SIZES, on {jax.default_backend()}: {pairs.SMALL}, pixels divided by {QUICK_PIXELS}. "
             "They show that everything runs, not what the published sizes do."
         )
-    if torch_device() is None:
-        lines.append("PyTorch does not see the accelerator that JAX sees: jaxldm alone.")
+    if torch_side(pairs) is None:
+        lines.append("PyTorch is missing, or does not see the accelerator that JAX sees: jaxldm alone.")
     return "\n".join(lines)
 
 
 def main(options: Options, pairs: ModuleType, name: str) -> None:
     """Measures every row and writes NAME.md and NAME.json after each."""
+    # PyTorch needs a part of the same memory: JAX takes what it uses, not three quarters at the start.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    host.prepare()  # before anything is computed
     options = with_defaults(options)
     for row in options.rows:
         parse_row(row, options.quick, pairs)
-    torch.set_num_threads(cores())
-    versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+    side = torch_side(pairs)
     device = jax.local_devices()[0]
-    setting = machine(f"{name}.py", versions) | {"backend": device.platform, "device": device.device_kind}
-    setting |= {"threads": torch.get_num_threads(), "small_sizes": options.quick, "dtype": options.dtype}
+    setting = machine(name, installed(*TORCH_PACKAGES)) | {
+        "backend": device.platform,
+        "device": device.device_kind,
+    }
+    setting |= {"small_sizes": options.quick, "dtype": options.dtype} | (side[1].prepare() if side else {})
     peak = measure_peak(options.dtype, options.peak_size)
     work = describe(options, peak, pairs)
     print(f"{json.dumps(setting)}\n{work}\n\n{HEAD}", flush=True)
@@ -270,8 +270,7 @@ def main(options: Options, pairs: ModuleType, name: str) -> None:
             figures = {**setting, "work": work, "peak_flops_per_second": peak, "rows": rows}
             write_atomically(options.output_dir / f"{name}.md", text.encode())
             write_atomically(options.output_dir / f"{name}.json", json.dumps(figures, indent=1).encode())
-        torch.compiler.reset()  # another size would make its shapes dynamic, which is slower
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if side is not None:
+            side[1].forget()
     print(f"\nwritten to {options.output_dir}/{name}.md and {name}.json")

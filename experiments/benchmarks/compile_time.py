@@ -1,11 +1,11 @@
 """How long tracing and compiling the forward passes of the large transformers takes, with and without scan.
 
 Question: does one scan over the identical blocks keep compiling FLUX.1 under a minute on two cores?
-Command:  python experiments/benchmarks/compile_time.py       (--quick: two blocks of each kind)
-Needs:    nothing but jaxldm; no weights: they are abstract. Minutes and figures: README.md beside this file.
+Command:  python -m experiments.benchmarks.compile_time       (--quick: two blocks of each kind)
+Needs:    nothing but jaxldm; no weights: they are abstract. Minutes and figures: README.md in this folder.
 
 Each row is one network at its published size, weights and arithmetic in bfloat16, one image. Its blocks are
-one scan, or written out one behind the other. The files are written anew after each row, so that a run that
+one scan, or written out one behind the other. The files are written after each row, so that a run that
 is stopped leaves what it has.
 """
 
@@ -17,16 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxldm import host
+import jax
 
-host.prepare()  # before anything is computed; the same that the command line does
-
-import jax  # noqa: E402
-from timing import cores, machine  # noqa: E402
-
-from jaxldm import models  # noqa: E402
-from jaxldm.commands.terminal import run_script  # noqa: E402
-from jaxldm.files import write_atomically  # noqa: E402
+from experiments.benchmarks.timing import cores, machine
+from jaxldm import models
+from jaxldm.commands.terminal import run_script
+from jaxldm.files import write_atomically
 
 NETWORKS = ("flux-dev", "sd3-medium", "sd35-large", "dit-xl-2")
 # The fields that say how many blocks a network has.
@@ -85,7 +81,7 @@ def measure(name: str, scan: bool, options: CompileTime) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each row: seconds, and GiB of weights and of what is planned beside them."""
+    """A line for each row: seconds, and GiB of weights and of of what is planned on top of them."""
     head = ["network", "parameters", "x", "blocks", "trace, s", "compile, s", "both, s", "temporary, GiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
@@ -115,7 +111,7 @@ def write(options: CompileTime, setting: dict[str, Any], rows: list[dict[str, An
 
 
 def main(options: CompileTime) -> None:
-    setting = machine("compile_time.py", {}) | {"cores": cores(), "dtype": options.dtype}
+    setting = machine("compile_time", {}) | {"cores": cores(), "dtype": options.dtype}
     print(json.dumps(setting), flush=True)
     rows: list[dict[str, Any]] = []
     for name in options.networks:

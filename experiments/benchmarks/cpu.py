@@ -1,8 +1,9 @@
-"""jaxldm beside PyTorch (diffusers) on the processor: same architectures, sizes, work, threads, in one run.
+"""jaxldm and PyTorch (diffusers) on the processor: same architectures, sizes, work and threads, in one run.
 
 Question: without an accelerator, does jaxldm train and sample as fast as diffusers, eager and torch.compile?
-Command:  python experiments/benchmarks/cpu.py            (--quick: small sizes, to see that it runs)
-Needs:    the `test` extra and a C++ compiler for torch.compile. Minutes and figures: README.md beside this.
+Command:  python -m experiments.benchmarks.cpu            (--quick: small sizes, to see that it runs)
+Needs:    the `test` extra and a C++ compiler for torch.compile; without PyTorch it times jaxldm alone.
+          Minutes and figures: README.md in this folder.
 
 The variants of a row take turns, a round after another, so that a machine whose speed drifts is fair to all;
 each round gives one ratio, and the table has their median and quartiles. Compile times stand apart.
@@ -11,36 +12,29 @@ each round gives one ratio, and the table has their median and quartiles. Compil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxldm import host
+import jax
+import jax.numpy as jnp
 
-host.prepare()  # before anything is computed; the same that the command line does
-
-import diffusers  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import pairs  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from pairs import NUM_CLASSES, Pair, forward  # noqa: E402
-from timing import Run, cells, cores, machine, measure_row  # noqa: E402
-
-from jaxldm import diffusion as D  # noqa: E402
-from jaxldm import models, training  # noqa: E402
-from jaxldm.commands.terminal import run_script  # noqa: E402
-from jaxldm.training.autoencoder import autoencoder_loss  # noqa: E402
-from jaxldm.training.mesh import batch_sharding, make_mesh, replicated  # noqa: E402
-from jaxldm.training.step import compile_train_step  # noqa: E402
-
-LEARNING_RATE, MAX_GRAD_NORM, GUIDANCE_SCALE, BETA = 1e-4, 1.0, 3.0, 1e-6
+from experiments.benchmarks import pairs
+from experiments.benchmarks.pairs import BETA, GUIDANCE_SCALE, LEARNING_RATE, MAX_GRAD_NORM, NUM_CLASSES, Pair
+from experiments.benchmarks.timing import Run, cells, installed, machine, measure_row
+from jaxldm import diffusion as D
+from jaxldm import host, models, training
+from jaxldm.commands.terminal import run_script
+from jaxldm.training.autoencoder import autoencoder_loss
+from jaxldm.training.mesh import batch_sharding, make_mesh, replicated
+from jaxldm.training.step import compile_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Cpu:
-    """Time jaxldm beside diffusers on the processor and write the table."""
+    """Time jaxldm compared with diffusers on the processor and write the table."""
 
     quick: bool = False
     """Small models and two rounds: only to see that everything runs."""
@@ -66,7 +60,7 @@ def our_training(pair: Pair) -> Run:
     path = D.VP(D.linear_betas())
 
     def denoising_loss(params, key, batch, step):
-        network = lambda x, t, labels: pair.ours.apply({"params": params}, x, t, labels)  # noqa: E731
+        network = functools.partial(models.network(pair.ours), params)
         return D.diffusion_loss(key, network, D.epsilon(path), batch["image"], batch["label"])
 
     def reconstruction_loss(params, key, batch, step):
@@ -103,7 +97,7 @@ def our_sampling(pair: Pair, num_inference_steps: int) -> Run:
     solver = D.solvers.ddim()
 
     def draw(params, key, noise, labels):
-        network = lambda x, t, c: pair.ours.apply({"params": params}, x, t, c)  # noqa: E731
+        network = functools.partial(models.network(pair.ours), params)
         null = jnp.int32(NUM_CLASSES)
         predict = D.classifier_free_guidance(network, labels, null, GUIDANCE_SCALE)
         return D.sample(key, D.denoiser(predict, D.epsilon(path)), solver, grid, noise)
@@ -119,95 +113,9 @@ def our_sampling(pair: Pair, num_inference_steps: int) -> Run:
     return lambda: draw(params, key, noise, labels).block_until_ready()
 
 
-# ---------------------------------------------------------------- PyTorch's side
-
-
-def their_training(pair: Pair, compiled: bool) -> Run:
-    """The same step: one t per example, mean squared error, clipping, AdamW."""
-    model = pair.theirs().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
-    height, width, channels = pair.shape
-    images = torch.rand(pair.batch_size, channels, height, width) * 2 - 1
-    labels = torch.arange(pair.batch_size) % NUM_CLASSES
-
-    def denoising_loss():
-        t = torch.randint(0, 1000, (pair.batch_size,))
-        noise = torch.randn_like(images)
-        abar = alphas_cumprod[t][:, None, None, None]
-        noised = abar.sqrt() * images + (1 - abar).sqrt() * noise
-        return F.mse_loss(forward(model, noised, t, labels), noise)
-
-    def reconstruction_loss():
-        posterior = model.encode(images).latent_dist
-        decoded = model.decode(posterior.sample()).sample
-        return F.mse_loss(decoded, images) + BETA * posterior.kl().mean() / images[0].numel()
-
-    loss_fn = reconstruction_loss if pair.name == "AutoencoderKL" else denoising_loss
-    loss_fn = torch.compile(loss_fn) if compiled else loss_fn
-
-    def run():
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        return loss.item()
-
-    return run
-
-
-def their_sampling(pair: Pair, num_inference_steps: int, compiled: bool) -> Run:
-    """The same run with diffusers' DDIMScheduler, both branches of guidance in one batch."""
-    model = pair.theirs().eval()
-    if pair.name == "AutoencoderKL":
-        latents = torch.randn(pair.num_images, 4, 7, 7)
-        decode = torch.compile(model.decode) if compiled else model.decode
-        return torch.inference_mode()(lambda: decode(latents).sample)
-    network = torch.compile(forward) if compiled else forward
-    scheduler = diffusers.DDIMScheduler(1000, 1e-4, 0.02, timestep_spacing="trailing", clip_sample=False)
-    height, width, channels = pair.shape
-    start = torch.randn(pair.num_images, channels, height, width)
-    labels = torch.arange(pair.num_images) % NUM_CLASSES
-    labels = torch.cat([torch.full_like(labels, NUM_CLASSES), labels])
-
-    @torch.inference_mode()
-    def run():
-        scheduler.set_timesteps(num_inference_steps)
-        x = start
-        for t in scheduler.timesteps:
-            output = network(model, torch.cat([x, x]), t.expand(len(labels)), labels)
-            unconditional, conditional = output.chunk(2)
-            guided = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
-            x = scheduler.step(guided, t, x).prev_sample
-        return x
-
-    return run
-
-
-# ---------------------------------------------------------------- the convolutions alone
-
-
-def convolutions(pair: Pair) -> list[tuple[torch.Tensor, torch.nn.Conv2d]]:
-    """(input, layer) of every convolution that a training step of this architecture makes."""
-    model, found = pair.theirs(), []
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
-            module.register_forward_hook(lambda layer, args, _: found.append((args[0].detach(), layer)))
-    height, width, channels = pair.shape
-    x = torch.randn(pair.batch_size, channels, height, width)
-    with torch.no_grad():
-        if pair.name == "AutoencoderKL":
-            model(x)
-        else:
-            labels = torch.zeros(pair.batch_size, dtype=torch.long)
-            forward(model, x, torch.zeros(pair.batch_size, dtype=torch.long), labels)
-    return found
-
-
-def bare_convolutions(pair: Pair) -> tuple[Run, Run]:
-    """Forward and both gradients of those convolutions one by one: jaxldm's way, and PyTorch's."""
-    mesh, found = make_mesh(), convolutions(pair)
+def our_convolutions(pair: Pair, found: list[Any]) -> Run:
+    """Forward and both gradients of those convolutions of PyTorch (`cpu_torch.convolutions`), one by one."""
+    mesh = make_mesh()
     strides = [(layer.stride[0], layer.padding[0]) for _, layer in found]
     inputs = [jnp.asarray(x.permute(0, 2, 3, 1).numpy()) for x, _ in found]
     inputs = jax.device_put(inputs, batch_sharding(mesh))
@@ -227,14 +135,7 @@ def bare_convolutions(pair: Pair) -> tuple[Run, Run]:
         outputs, pull = jax.vjp(convolve, xs, ws)
         return pull(outputs)
 
-    leaves = [(x.clone().requires_grad_(), layer) for x, layer in found]
-
-    def theirs():
-        for x, layer in leaves:
-            y = F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
-            torch.autograd.grad(y, (x, layer.weight), y.detach())
-
-    return lambda: jax.block_until_ready(ours(inputs, kernels)), theirs
+    return lambda: jax.block_until_ready(ours(inputs, kernels))
 
 
 # ---------------------------------------------------------------- timing
@@ -257,31 +158,42 @@ COLUMNS = ("row", "jaxldm, ms", "eager, ms", "torch.compile, ms", "eager / jaxld
 HEAD = "| " + " | ".join([*COLUMNS, "first calls, s"]) + " |\n" + "|---" * 7 + "|"
 
 
+def measure_pair(pair: Pair, options: Cpu, theirs: Any) -> Iterator[dict[str, Any]]:
+    """The rows of one architecture; `theirs` is `cpu_torch`, or None where PyTorch is not installed."""
+    steps = options.num_inference_steps
+    variants = {"jaxldm": our_training(pair)}
+    if theirs:
+        variants["eager"] = theirs.training_step(pair, False)
+        variants["torch.compile"] = theirs.training_step(pair, True)
+    yield measure(f"{pair.name}, training step, batch {pair.batch_size}", variants, options)
+    if theirs and pair.name != "Tiny DiT":
+        found = theirs.convolutions(pair)
+        title = f"{pair.name}, its convolutions alone, forward and gradients"
+        variants = {"jaxldm": our_convolutions(pair, found), "eager": theirs.their_convolutions(found)}
+        yield measure(title, variants, options)
+    variants = {"jaxldm": our_sampling(pair, steps)}
+    if theirs:
+        variants["eager"] = theirs.sampling(pair, steps, False)
+        variants["torch.compile"] = theirs.sampling(pair, steps, True)
+    what = "decoding" if pair.name == "AutoencoderKL" else f"{steps}-step DDIM with guidance"
+    yield measure(f"{pair.name}, {what}, {pair.num_images} images", variants, options)
+
+
 def main(options: Cpu) -> None:
+    host.prepare()  # before anything is computed
     if options.quick:
         options = dataclasses.replace(options, rounds=2, seconds=0.0, num_inference_steps=2)
-    torch.set_num_threads(cores())
-    setting = machine("cpu.py", {"torch": torch.__version__, "diffusers": diffusers.__version__})
-    setting, rows = {**setting, "threads": torch.get_num_threads()}, []
-    print(json.dumps(setting) + "\n\n" + HEAD, flush=True)
+    versions, theirs = installed("torch", "diffusers"), None
+    if versions:
+        from experiments.benchmarks import cpu_torch as theirs
+    setting, rows = machine("cpu", versions) | (theirs.prepare() if theirs else {}), []
+    print(json.dumps(setting) + ("" if theirs else "\nPyTorch is not installed: jaxldm alone"))
+    print("\n" + HEAD, flush=True)
     for make in (pairs.mini_unet, pairs.tiny_dit, pairs.autoencoder):
         pair = make(4) if options.quick else make()
         if options.quick:
             pair = dataclasses.replace(pair, batch_size=8, num_images=8)
-        size = f"batch {pair.batch_size}"
-        variants = {"jaxldm": our_training(pair), "eager": their_training(pair, False)}
-        variants["torch.compile"] = their_training(pair, True)
-        rows.append(measure(f"{pair.name}, training step, {size}", variants, options))
-        if pair.name != "Tiny DiT":
-            ours, theirs = bare_convolutions(pair)
-            title = f"{pair.name}, its convolutions alone, forward and gradients"
-            rows.append(measure(title, {"jaxldm": ours, "eager": theirs}, options))
-        steps = options.num_inference_steps
-        variants = {"jaxldm": our_sampling(pair, steps)}
-        variants["eager"] = their_sampling(pair, steps, False)
-        variants["torch.compile"] = their_sampling(pair, steps, True)
-        what = "decoding" if pair.name == "AutoencoderKL" else f"{steps}-step DDIM with guidance"
-        rows.append(measure(f"{pair.name}, {what}, {pair.num_images} images", variants, options))
+        rows.extend(measure_pair(pair, options, theirs))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     table = "\n".join([HEAD, *(as_line(row) for row in rows)])
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table}\n"

@@ -1,31 +1,29 @@
-"""DiT-XL/2, SD3 medium and FLUX.1-dev twice: jaxldm's and those of diffusers, with random weights.
+"""DiT-XL/2, SD3 medium and FLUX.1-dev at their published sizes or small, with random weights: jaxldm's side.
 
-`diffusion_transformers.py` times them; `tests/benchmarks/test_diffusion_transformers_benchmark.py` checks
-that with the same weights both sides answer and draw the same. Texts are given as random states of their
-encoders, so that what is timed is the transformer, the sampler and the decoder.
+`diffusion_transformer_torch.py` is the side of diffusers, `diffusion_transformers.py` times both, and
+`tests/benchmarks/test_diffusion_transformers_benchmark.py` checks that with the same weights they compute and
+draw the same. Texts are given as random states of their encoders, so that what is timed is the transformer,
+the sampler and the decoder.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffusers
 import jax
 import numpy as np
-import torch
-from random_networks import random_network, their_module
 
+from experiments.benchmarks.random_networks import random_network
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE
 from jaxldm.pipelines.families.flux import FLUX
 from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 
-SAMPLER = "the published sampler (DiT: DPM-Solver++ 2M with guidance; flows: Euler, with guidance or told it)"
+TORCH_SIDE = "experiments.benchmarks.diffusion_transformer_torch"
+SAMPLER = "the published sampler (DiT: DPM-Solver++ 2M with guidance; flows: Euler, with or without guidance)"
 SMALL = "models of 32 to 64 channels and two layers"
 LABEL = 207
 _SMALL_VAE = {
@@ -39,7 +37,7 @@ _BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 class Family(NamedTuple):
     """A model by the configs of its parts, and its text.
 
-    tokens: of the text, None for labels; branches: how many rows a step of one image asks for.
+    tokens: of the text, None for labels; branches: rows of a network call for one image.
     """
 
     title: str
@@ -127,25 +125,18 @@ def text_states(family: str, config: Any) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def both_sides(
-    family: str, dtype: str, quick: bool, device: torch.device | None
-) -> tuple[Any, diffusers.DiffusionPipeline | None]:
-    """(ours, theirs), None where PyTorch has no device."""
-    parts = modules(family, dtype, quick)
-    networks = {name: random_network(module, dtype) for name, module in parts.items()}
-    ours = our_pipeline(family, networks)
-    return ours, None if device is None else their_pipeline(family, parts, dtype, device)
-
-
 def latent_shape(pipe: Any, pixels: int) -> tuple[int, int, int]:
     """(h, w, c) of the latents of square images."""
     return pipe.latent_shape() if pipe.family is CLASS_TO_IMAGE else pipe.latent_shape((pixels, pixels))
 
 
-# ---------------------------------------------------------------- jaxldm's side
+def our_pipeline(family: str, dtype: str, quick: bool) -> pipelines.Pipeline:
+    """A whole model with random weights."""
+    parts = modules(family, dtype, quick)
+    return pipeline_of(family, {name: random_network(module, dtype) for name, module in parts.items()})
 
 
-def our_pipeline(family: str, networks: dict[str, pipelines.Network]) -> pipelines.Pipeline:
+def pipeline_of(family: str, networks: dict[str, pipelines.Network]) -> pipelines.Pipeline:
     """The model with these networks."""
     transformer, vae = networks["transformer"], networks["vae"]
     scheduler = FAMILIES[family].scheduler
@@ -177,7 +168,7 @@ def our_denoiser(pipe: Any) -> pipelines.Network:
 
 
 def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
-    """What a transformer is told in one step of one image, float32: a row for each branch of guidance."""
+    """Inputs of a transformer in one step of one image, float32: a row for each branch of guidance."""
     kind = type(module).__name__
     family = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}.get(kind, "dit-xl")
     rows, rng = FAMILIES[family].branches, np.random.default_rng(1)
@@ -196,88 +187,3 @@ def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Ca
     call = jax.jit(lambda network, inputs: network(**inputs))
     inputs = jax.device_put(inputs)
     return lambda: call(network, inputs).block_until_ready()
-
-
-# ---------------------------------------------------------------- PyTorch's side
-
-
-def their_pipeline(
-    family: str, parts: dict[str, Any], dtype: str, device: torch.device
-) -> diffusers.DiffusionPipeline:
-    """The same model in diffusers, with the random weights that it starts with."""
-    modules = {name: their_module(module.config, dtype, device) for name, module in parts.items()}
-    entries = dict(FAMILIES[family].scheduler)
-    modules["scheduler"] = getattr(diffusers, entries.pop("_class_name"))(**entries)
-    if family == "dit-xl":
-        pipe = diffusers.DiTPipeline(**modules)
-    elif family == "sd3":
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2")
-        pipe = diffusers.StableDiffusion3Pipeline(**modules, **dict.fromkeys((*names, "tokenizer_3")))
-    else:
-        names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        pipe = diffusers.FluxPipeline(**modules, **dict.fromkeys(names))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def their_denoiser(pipe: diffusers.DiffusionPipeline) -> Any:
-    """The transformer."""
-    return pipe.transformer
-
-
-def compiled(pipe: diffusers.DiffusionPipeline, backend: str, mode: str) -> diffusers.DiffusionPipeline:
-    """The same weights, with transformer and decoder under torch.compile."""
-    options = {"mode": mode} if backend == "inductor" else {}
-    compile_ = functools.partial(torch.compile, backend=backend, **options)
-    vae, other = copy.copy(pipe.vae), copy.copy(pipe)
-    vae.decode = compile_(pipe.vae.decode)
-    other.transformer, other.vae = compile_(pipe.transformer), vae
-    return other
-
-
-def their_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-    """Pixels [N, H, W, 3] in [0, 1], on the host."""
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
-    if isinstance(pipe, diffusers.DiTPipeline):
-        return pipe([LABEL], **options).images
-    device, dtype = pipe.vae.device, pipe.vae.dtype
-    side = latents.shape[1] * pipe.vae_scale_factor
-    x = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(device, dtype)
-    flux = isinstance(pipe, diffusers.FluxPipeline)
-    if flux:
-        x = pipe._pack_latents(x, *x.shape)
-    states = text_states("flux" if flux else "sd3", pipe.transformer.config)
-    text, pooled = (torch.from_numpy(array).to(device, dtype) for array in states.values())
-    given = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
-    if not flux:
-        given |= {"negative_prompt_embeds": -text, "negative_pooled_prompt_embeds": -pooled}
-    return pipe(latents=x, height=side, width=side, **given, **options).images
-
-
-def their_network(transformer: Any, inputs: dict[str, np.ndarray], dtype: str) -> Callable[[], Any]:
-    """One call of the transformer, as its pipeline asks it."""
-    device = next(transformer.parameters()).device
-    given = {}
-    for name, value in inputs.items():
-        tensor = torch.from_numpy(value).to(device)
-        given[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-    x, t = given.pop("x").permute(0, 3, 1, 2).contiguous(), given.pop("t")
-    if "labels" in given:
-        call = functools.partial(transformer, x, t, class_labels=given["labels"])
-    elif "guidance" in given:
-        rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        ids = diffusers.FluxPipeline._prepare_latent_image_ids(len(x), rows, columns, device, x.dtype)
-        texts = torch.zeros(given["encoder_hidden_states"].shape[1], 3, device=device, dtype=x.dtype)
-        tokens = diffusers.FluxPipeline._pack_latents(x, *x.shape)
-        call = functools.partial(transformer, tokens, timestep=t, img_ids=ids, txt_ids=texts, **given)
-    else:
-        call = functools.partial(transformer, x, timestep=t, **given)
-
-    @torch.no_grad()
-    def run():
-        output = call(return_dict=False)[0]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return output
-
-    return run

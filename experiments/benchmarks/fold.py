@@ -1,13 +1,13 @@
-"""What the fold adds: a run of each one-evaluation solver beside as many bare network calls.
+"""What the fold adds: a run of each one-evaluation solver compared with as many bare network calls.
 
 Question: does `sample` cost more than the network calls in it, and does its compile time grow with the steps?
-Command:  python experiments/benchmarks/fold.py            (--quick: small models, to see that it runs)
-Needs:    nothing but jaxldm. Minutes and figures: README.md beside this file.
+Command:  python -m experiments.benchmarks.fold            (--quick: small models, to see that it runs)
+Needs:    nothing but jaxldm. Minutes and figures: README.md in this folder.
 
 Both sides are one jitted loop with the same weights, labels, times and images. For each solver the bare loop
 and `sample` take turns, a round after another; each round gives one ratio. The aim is at most 1.05.
 With a network of one multiplication the difference is what the solver itself takes, in microseconds a step.
-The files are written anew after each row, so that a run that is stopped leaves what it has.
+The files are written after each row, so that a run that is stopped leaves what it has.
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxldm import host
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-host.prepare()  # before anything is computed; the same that the command line does
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from timing import Run, machine, measure_row, turns  # noqa: E402
-
-from jaxldm import diffusion as D  # noqa: E402
-from jaxldm import models  # noqa: E402
-from jaxldm.commands.terminal import run_script  # noqa: E402
-from jaxldm.files import write_atomically  # noqa: E402
+from experiments.benchmarks.timing import Run, machine, measure_row, turns
+from jaxldm import diffusion as D
+from jaxldm import host, models
+from jaxldm.commands.terminal import run_script
+from jaxldm.files import write_atomically
 
 PATH = D.VP(D.linear_betas())
-# All that ask the network once a step; a test counts it. `euler` and `dpmpp_1s` are `ddim`.
+# All that call the network once a step; a test counts it. `euler` and `dpmpp_1s` are `ddim`.
 ONE_EVALUATION = (
     "ddpm",
     "ddim",
@@ -57,7 +53,7 @@ NETWORKS = ("tiny-dit", "mini-unet")
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Time `sample` beside bare network calls, and its compilation, and write the tables."""
+    """Time `sample` compared with bare network calls, and its compilation, and write the tables."""
 
     quick: bool = False
     """Small models, two solvers, two rounds of two steps: only to see that everything runs."""
@@ -171,7 +167,7 @@ def ratio_table(rows: list[dict[str, Any]], added: dict[str, float]) -> str:
 
 
 def added_table(rows: list[dict[str, Any]]) -> str:
-    """The table of what each solver takes beside the network."""
+    """The table of what each solver takes on top of the network."""
     lines = ["| solver | added to a step, microseconds |", "|---|---|"]
     return "\n".join(lines + [f"| {row['solver']} | {row['added_microseconds']:.0f} |" for row in rows])
 
@@ -187,7 +183,7 @@ def compile_table(rows: list[dict[str, Any]], steps: tuple[int, ...]) -> str:
 
 
 def measure_added(options: Fold, keep: Callable[..., None]) -> None:
-    """What each solver takes beside the network: the fastest rounds of a run without one, per step."""
+    """What each solver takes on top of the network: the fastest rounds of a run without one, per step."""
     network = multiplication()
     bare = bare_calls(network, options)
     for solver in options.solvers:
@@ -216,11 +212,12 @@ def measure_network(name: str, options: Fold, keep: Callable[..., None]) -> None
 
 
 def main(options: Fold) -> None:
+    host.prepare()  # before anything is computed
     if options.quick:
         few = {"solvers": ("ddim", "dpmpp_2m"), "compiled_solvers": ("ddim",), "rounds": 2, "num_images": 2}
         few |= {"num_inference_steps": 2, "compiled_steps": (2, 4)}
         options = dataclasses.replace(options, **few)
-    setting = machine("fold.py", {})
+    setting = machine("fold", {})
     work = f"{options.num_inference_steps} steps, {options.num_images} images, {options.rounds} rounds"
     print(f"{json.dumps(setting)}\n{work}", flush=True)
     rows: dict[str, list[dict[str, Any]]] = {"added": [], "ratios": [], "compilations": []}

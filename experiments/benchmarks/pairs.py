@@ -7,32 +7,40 @@ weights both sides compute the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import flax.linen as nn
-import torch
 
 from jaxldm import models
 
 NUM_CLASSES = 10
+# The same on both sides: AdamW's rate, clipping, guidance, the weight of the KL term.
+LEARNING_RATE, MAX_GRAD_NORM, GUIDANCE_SCALE, BETA = 1e-4, 1.0, 3.0, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """One architecture on both sides.
 
-    shape: (H, W, C) of its input. ours: a flax module. theirs: makes the torch module.
+    shape: (H, W, C) of its input. ours: a flax module. theirs_class, theirs_config: the torch module, made
+    by `theirs()`, which is the only thing that needs PyTorch.
     batch_size, num_images: examples in a training step, and images sampled at once.
     """
 
     name: str
     shape: tuple[int, int, int]
     ours: nn.Module
-    theirs: Callable[[], torch.nn.Module]
+    theirs_class: str
+    theirs_config: Mapping[str, Any]
     batch_size: int
     num_images: int
+
+    def theirs(self) -> Any:
+        """The same architecture in diffusers, with the weights that it starts with."""
+        import diffusers
+
+        return getattr(diffusers, self.theirs_class)(**self.theirs_config)
 
 
 def mini_unet(width: int = 1) -> Pair:
@@ -46,7 +54,7 @@ def mini_unet(width: int = 1) -> Pair:
         norm_num_groups=8 if width == 1 else 4,
     )
     config = ours.config
-    theirs = lambda: diffusers.UNet2DModel(  # noqa: E731
+    theirs = dict(
         sample_size=config.sample_size,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -60,14 +68,14 @@ def mini_unet(width: int = 1) -> Pair:
         resnet_time_scale_shift=config.resnet_time_scale_shift,
         num_class_embeds=NUM_CLASSES + 1,
     )
-    return Pair("mini U-Net", (8, 8, 4), ours, theirs, batch_size=64, num_images=64)
+    return Pair("mini U-Net", (8, 8, 4), ours, "UNet2DModel", theirs, batch_size=64, num_images=64)
 
 
 def tiny_dit(width: int = 1) -> Pair:
     """Tiny DiT of lecture 43.2 on 28x28x1 pixels. width: divides the hidden size."""
     ours = models.build("tiny-dit", hidden_size=128 // width)
     config = ours.config
-    theirs = lambda: diffusers.DiTTransformer2DModel(  # noqa: E731
+    theirs = dict(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.hidden_size // config.num_heads,
         in_channels=config.in_channels,
@@ -77,7 +85,7 @@ def tiny_dit(width: int = 1) -> Pair:
         patch_size=config.patch_size,
         num_embeds_ada_norm=NUM_CLASSES,
     )
-    return Pair("Tiny DiT", (28, 28, 1), ours, theirs, batch_size=128, num_images=32)
+    return Pair("Tiny DiT", (28, 28, 1), ours, "DiTTransformer2DModel", theirs, batch_size=128, num_images=32)
 
 
 def autoencoder(width: int = 1) -> Pair:
@@ -96,7 +104,7 @@ def autoencoder(width: int = 1) -> Pair:
         )
     )
     config = ours.config
-    theirs = lambda: diffusers.AutoencoderKL(  # noqa: E731
+    theirs = dict(
         sample_size=config.sample_size,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -107,11 +115,4 @@ def autoencoder(width: int = 1) -> Pair:
         norm_num_groups=config.norm_num_groups,
         latent_channels=config.latent_channels,
     )
-    return Pair("AutoencoderKL", (28, 28, 1), ours, theirs, batch_size=32, num_images=64)
-
-
-def forward(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> Any:
-    """A denoising network of diffusers as a function of (x, t, labels)."""
-    if isinstance(model, diffusers.DiTTransformer2DModel):
-        return model(x, timestep=t, class_labels=labels, return_dict=False)[0]
-    return model(x, t, class_labels=labels, return_dict=False)[0]
+    return Pair("AutoencoderKL", (28, 28, 1), ours, "AutoencoderKL", theirs, batch_size=32, num_images=64)

@@ -1,26 +1,21 @@
-"""Stable Diffusion 1.5 and XL twice: jaxldm's and those of diffusers, at the same sizes, with random weights.
+"""Stable Diffusion 1.5 and XL at their published sizes or small, with random weights: jaxldm's side.
 
-`experiments/benchmarks/stable_diffusion.py` times them; `tests/benchmarks/test_stable_diffusion_benchmark.py`
-checks that with the same weights both sides draw the same picture.
+`stable_diffusion_torch.py` is the side of diffusers, `stable_diffusion.py` times both, and
+`tests/benchmarks/test_stable_diffusion_benchmark.py` checks that with the same weights they draw the same.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import jax
 import numpy as np
-import torch
-import transformers
-from random_networks import random_network, their_module
 
+from experiments.benchmarks.random_networks import random_network
 from jaxldm import checkpoints, models, pipelines
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
@@ -51,6 +46,7 @@ _UNET = {
 }
 
 
+TORCH_SIDE = "experiments.benchmarks.stable_diffusion_torch"
 SAMPLER = "DPM-Solver++ 2M with guidance"  # in words, as are the sizes of the small models
 SMALL = "models of 32 and 64 channels"
 
@@ -105,20 +101,6 @@ FAMILIES = {
 }
 
 
-def both_sides(
-    family: str, dtype: str, quick: bool, device: torch.device | None
-) -> tuple[pipelines.Pipeline, diffusers.DiffusionPipeline | None]:
-    """(ours, theirs), None where PyTorch has no device."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tokenizer(folder)
-        ours = our_pipeline(family, dtype, quick, folder)
-        return ours, None if device is None else their_pipeline(family, dtype, quick, folder, device)
-
-
-# ---------------------------------------------------------------- jaxldm's side
-
-
 def modules(family: str, dtype: str, quick: bool) -> dict[str, Any]:
     """The modules of a model by the names of their folders."""
     parts = FAMILIES[family].parts.items()
@@ -140,12 +122,14 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
 
 
-def our_pipeline(family: str, dtype: str, quick: bool, tokenizer_folder: Path) -> pipelines.Pipeline:
+def our_pipeline(family: str, dtype: str, quick: bool) -> pipelines.Pipeline:
     """A whole model with random weights."""
     parts: dict[str, Any] = {
         name: random_network(module, dtype) for name, module in modules(family, dtype, quick).items()
     }
-    tokenizer = checkpoints.load_tokenizer(tokenizer_folder)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        tokenizer = checkpoints.load_tokenizer(folder)
     parts |= {"tokenizer": tokenizer} | ({"tokenizer_2": tokenizer} if "text_encoder_2" in parts else {})
     parts["scheduler"] = SCHEDULER | {"_class_name": "DPMSolverMultistepScheduler"}
     return pipelines.Pipeline(STABLE_DIFFUSION_XL if "text_encoder_2" in parts else STABLE_DIFFUSION, parts)
@@ -170,7 +154,7 @@ def our_denoiser(pipe: pipelines.Pipeline) -> pipelines.Network:
 
 
 def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
-    """What a U-Net is told in one step of one image with guidance: two rows of everything, float32."""
+    """Inputs of a U-Net in one step of one image with guidance: two rows of everything, float32."""
     config, rng = module.config, np.random.default_rng(1)
     shapes = {
         "x": (side, side, config.in_channels),
@@ -190,72 +174,3 @@ def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Ca
     call = jax.jit(lambda network, inputs: network(**inputs))
     inputs = jax.device_put(inputs)
     return lambda: call(network, inputs).block_until_ready()
-
-
-# ---------------------------------------------------------------- PyTorch's side
-
-
-def their_pipeline(
-    family: str, dtype: str, quick: bool, tokenizer_folder: Path, device: torch.device
-) -> diffusers.DiffusionPipeline:
-    """The same model in diffusers."""
-    parts: dict[str, Any] = {
-        name: their_module(module.config, dtype, device)
-        for name, module in modules(family, dtype, quick).items()
-    }
-    parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(**SCHEDULER)
-    parts["tokenizer"] = transformers.CLIPTokenizer.from_pretrained(tokenizer_folder)
-    if "text_encoder_2" in parts:
-        parts["tokenizer_2"] = parts["tokenizer"]
-        pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = diffusers.StableDiffusionPipeline(**parts, **none)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def compiled(pipe: diffusers.DiffusionPipeline, backend: str, mode: str) -> diffusers.DiffusionPipeline:
-    """The same weights, with U-Net and decoder under torch.compile; what is left is text, milliseconds."""
-    options = {"mode": mode} if backend == "inductor" else {}
-    compile_ = functools.partial(torch.compile, backend=backend, **options)
-    vae, other = copy.copy(pipe.vae), copy.copy(pipe)
-    vae.decode = compile_(pipe.vae.decode)
-    other.unet, other.vae = compile_(pipe.unet), vae
-    return other
-
-
-def their_denoiser(pipe: diffusers.DiffusionPipeline) -> Any:
-    """The U-Net."""
-    return pipe.unet
-
-
-def their_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-    """Pixels [N, H, W, 3] in [0, 1], on the host."""
-    x = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(pipe.device, pipe.vae.dtype)
-    side = latents.shape[1] * pipe.vae_scale_factor
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
-    return pipe([PROMPT], latents=x, height=side, width=side, **options).images
-
-
-def their_network(unet: Any, inputs: dict[str, np.ndarray], dtype: str) -> Callable[[], Any]:
-    """One call of the U-Net, [2, c, h, w]."""
-    device = next(unet.parameters()).device
-    given = {
-        name: torch.from_numpy(value).to(device, getattr(torch, dtype)) for name, value in inputs.items()
-    }
-    x, t, text = (
-        given.pop("x").permute(0, 3, 1, 2).contiguous(),
-        given.pop("t"),
-        given.pop("encoder_hidden_states"),
-    )
-    more = {"added_cond_kwargs": given} if given else {}
-
-    @torch.no_grad()
-    def run():
-        output = unet(x, t, text, return_dict=False, **more)[0]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return output
-
-    return run

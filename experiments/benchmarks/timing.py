@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import sys
@@ -74,6 +75,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def installed(*names: str) -> dict[str, str]:
+    """The versions of these packages, or nothing if one of them is missing."""
+    try:
+        return {name: importlib.metadata.version(name) for name in names}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+
+
 def machine(script: str, versions: dict[str, str]) -> dict[str, Any]:
     """What the figures were measured on, and by what command; `versions` are those of further packages."""
     cpu = platform.processor() or platform.machine()
@@ -82,7 +91,7 @@ def machine(script: str, versions: dict[str, str]) -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", f"experiments/benchmarks/{script}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"experiments.benchmarks.{script}", *sys.argv[1:]]),
         "processor": cpu,
         "jax_cpu_devices": jax.device_count(),
         "versions": {

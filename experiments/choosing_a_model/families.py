@@ -1,4 +1,4 @@
-"""The networks that are measured, at the sizes they were published for, and what a picture asks of them."""
+"""The networks that are measured, at their published sizes, and how often a picture calls each."""
 
 from __future__ import annotations
 
@@ -196,6 +196,6 @@ PICTURES = {
     "FLUX.1-dev": Picture(
         1024,
         {"clip-l, 77 tokens": 1, "t5-xxl, 512 tokens": 1, "flux-dev": 28, "sd3-vae, 1024 pixels": 1},
-        "28 steps, guidance told",
+        "28 steps, guidance as an input",
     ),
 }

@@ -1,8 +1,8 @@
 """What each family costs: parameters, multiply-accumulates, memory, and seconds on this machine.
 
 Question: which model can be run here, and what does a picture take?
-Command:  python experiments/choosing_a_model/measure.py
-Needs:    jaxldm alone; weights are random. Minutes and what came out: README.md beside this file.
+Command:  python -m experiments.choosing_a_model.measure
+Needs:    jaxldm alone; weights are random. Minutes and what came out: README.md in this folder.
           --quick measures the two networks of digits, to see that it runs.
 
 Temporary memory is what XLA plans for every network, from shapes alone; libraries that it calls may take
@@ -20,26 +20,19 @@ import json
 import math
 import multiprocessing
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from jaxldm import host
+import jax
+import jax.numpy as jnp
 
-host.prepare()  # before anything is computed
-
-import families  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from jaxldm import models  # noqa: E402
-from jaxldm.commands.terminal import run_script  # noqa: E402
-from jaxldm.errors import one_of  # noqa: E402
-from jaxldm.files import write_atomically  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import timing  # noqa: E402
+from experiments.benchmarks import timing
+from experiments.choosing_a_model import families
+from jaxldm import host, models
+from jaxldm.commands.terminal import run_script
+from jaxldm.errors import one_of
+from jaxldm.files import write_atomically
 
 QUICK = ("tiny-dit", "mini-unet", "mini-autoencoder, 28 pixels")
 LARGE = 1e11  # multiply-accumulates of networks whose rate stands for those that are not run
@@ -70,6 +63,7 @@ class Measure:
 
 def measure(name: str, dtype: str, options: Measure) -> dict[str, Any]:
     """The row of one network in one dtype."""
+    host.prepare()  # here, as each row may have a process of its own
     part = families.PARTS[name]
     module = part.module(dtype)
     inputs = part.inputs(module)

@@ -1,9 +1,9 @@
 """Zero terminal SNR and the brightness of pictures (lecture 39, exercise E4).
 
 Question: what does it cost that the last training step still shows a trace of the picture, and does the
-          rescaling of the betas mend it?
-Command:  python experiments/lecture39/e4_zero_terminal_snr.py
-Needs:    a CPU, two minutes; no trained model. What came out: README.md beside this file.
+          rescaling of the betas fix it?
+Command:  python -m experiments.lecture39.e4_zero_terminal_snr
+Needs:    a CPU, two minutes; no trained model. What came out: README.md in this folder.
 
 Pictures of one brightness each, from black to white, with a little texture: their denoiser is known exactly,
 so whatever is wrong with the samples is the path's fault, or that of where sampling starts.
@@ -12,20 +12,18 @@ so whatever is wrong with the samples is the path's fault, or that of where samp
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.checks import Check, show
+from experiments.figures import save_figure
 from jaxldm import diffusion as D
 from jaxldm import metrics
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
-
-sys.path.append(str(Path(__file__).parents[1]))
-from checks import Check, show
 
 LEVELS = np.linspace(-0.95, 0.95, 20)
 TEXTURE = 0.05  # the standard deviation of each pixel around the picture's brightness
@@ -112,8 +110,8 @@ def run(options: ZeroTerminalSNR) -> tuple[dict, dict]:
 
 
 def table(brightness: dict) -> str:
-    """Mean and spread of brightness, and how far from what was asked, a row for each setting."""
-    lines = ["| side | asked for | drawn on | mean | std | darkest | brightest |", "|---" * 7 + "|"]
+    """Mean and spread of brightness, and those of the data, a row for each setting."""
+    lines = ["| side | requested | drawn on | mean | std | darkest | brightest |", "|---" * 7 + "|"]
     for side, target in dict.fromkeys((side, target) for side, target, _ in brightness):
         levels = TARGETS[target]
         rows = {"(the data)": levels}
@@ -152,14 +150,19 @@ def save_pictures(options: ZeroTerminalSNR, brightness: dict, pictures: dict) ->
         for way in ("ordinary", "rescaled"):
             axes.hist(brightness[side, "all", way], bins=40, range=(-1, 1), alpha=0.6, label=way)
         axes.set(
-            title=f"{side} x {side}: brightness of samples", xlabel="the data are even from -0.95 to 0.95"
+            title=f"{side} x {side} pixels", xlabel="brightness (data: even, -0.95 to 0.95)", ylabel="samples"
         )
     axes.legend()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output_dir / "brightness.png", dpi=100)
+    save_figure(options.output_dir / "brightness.png", figure)
     side = options.sides[-1]
-    rows = [pictures[side, target, way] for target in TARGETS for way in ("ordinary", "rescaled")]
-    grid = metrics.image_grid(np.clip(np.concatenate(rows), -1, 1), columns=10, scale=max(1, 32 // side))
+    kinds = [(target, way) for target in TARGETS for way in ("ordinary", "rescaled")]
+    grid = metrics.labelled_grid(
+        np.clip(np.concatenate([pictures[side, *kind] for kind in kinds]), -1, 1),
+        10,
+        title=f"{side} x {side} pixels: requested brightness, and the betas they were drawn with",
+        row_labels=[f"{target}, {way}" for target, way in kinds],
+        scale=max(1, 32 // side),
+    )
     metrics.save_png(options.output_dir / "pictures.png", grid)
 
 
@@ -169,10 +172,7 @@ def main(options: ZeroTerminalSNR) -> None:
     print("\n" + table(brightness))
     show("Brightness of samples against that of the data", check_brightness(options, brightness))
     save_pictures(options, brightness, pictures)
-    print(
-        f"\nLook at {options.output_dir}/brightness.png and pictures.png: for all, very dark and very bright,"
-    )
-    print("a row on the ordinary path above a row on the rescaled one.")
+    print(f"\nLook at {options.output_dir}/brightness.png and pictures.png.")
 
 
 if __name__ == "__main__":

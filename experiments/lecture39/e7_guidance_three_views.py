@@ -2,28 +2,26 @@
 
 Question: are the three views of guidance one? And does guidance draw from p(x)^(1-w) p(x|c)^w, as the third
           one seems to say?
-Command:  python experiments/lecture39/e7_guidance_three_views.py
-Needs:    a CPU, seconds; no trained model. What came out: README.md beside this file.
+Command:  python -m experiments.lecture39.e7_guidance_three_views
+Needs:    a CPU, seconds; no trained model. What came out: README.md in this folder.
 
 Data with two classes, each a mixture of Gaussians, so that noise, score and density are known exactly at
-every t. Then guided samples of one class beside the density that the third view names.
+every t. Then guided samples of one class, compared with the density that the third view names.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.checks import Check, distance, show
+from experiments.figures import save_figure
 from jaxldm import diffusion as D
 from jaxldm.commands.terminal import run_script
-
-sys.path.append(str(Path(__file__).parents[1]))
-from checks import Check, distance, show
 
 # Two modes for each class, on a line; the classes overlap.
 CENTRES = np.array([[-1.0, 0.6], [0.0, 1.2]])
@@ -159,11 +157,11 @@ def powered_density(w: float, x: np.ndarray) -> np.ndarray:
 
 
 def compare(options: ThreeViews) -> None:
-    """Mean and standard deviation of guided samples beside those of the powered density; and a picture."""
+    """Mean and standard deviation of guided samples and of the powered density; and a picture."""
     from matplotlib.figure import Figure
 
     x = np.linspace(-3, 6, 3001)
-    figure = Figure(figsize=(3 * len(options.guidance_scales), 3), layout="constrained")
+    figure = Figure(figsize=(3 * len(options.guidance_scales), 3.4), layout="constrained")
     panels = figure.subplots(1, len(options.guidance_scales), squeeze=False)[0]
     print("\n| class 1 | samples: mean | std | p^(1-w) p(x|c)^w: mean | std |\n|---|---|---|---|---|")
     for axes, w in zip(panels, options.guidance_scales, strict=True):
@@ -172,11 +170,12 @@ def compare(options: ThreeViews) -> None:
         std = np.sqrt(np.sum((x - mean) ** 2 * density) * (x[1] - x[0]))
         print(f"| w = {w:g} | {samples.mean():.3f} | {samples.std():.3f} | {mean:.3f} | {std:.3f} |")
         axes.hist(samples, bins=120, range=(-3, 4), density=True, color="silver", label="guided samples")
-        axes.plot(x, density, label="p(x)^(1-w) p(x|c)^w")
-        axes.set(title=f"w = {w:g}", xlim=(-2.5, 3.5), yticks=[])
+        axes.plot(x, density, label="powered density")
+        axes.set(title=f"w = {w:g}", xlim=(-2.5, 3.5), yticks=[], xlabel="x")
     panels[0].legend(fontsize=7)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output_dir / "three-views.png", dpi=100)
+    panels[0].set_ylabel("density")
+    figure.suptitle("Class 1: what guided sampling draws, and the density p(x)^(1-w) p(x|c)^w")
+    save_figure(options.output_dir / "three-views.png", figure)
     print(f"\nLook at {options.output_dir}/three-views.png.")
 
 

@@ -1,30 +1,26 @@
 """Equations and the functions that compute them (lecture 39, exercise E8).
 
 Question: which function is which equation, and do they agree, number by number?
-Command:  python experiments/lecture39/e8_translation_drills.py
-Needs:    a CPU, seconds; no trained model. What came out: README.md beside this file.
+Command:  python -m experiments.lecture39.e8_translation_drills
+Needs:    a CPU, seconds; no trained model. What came out: README.md in this folder.
 
-Each drill writes an equation out with plain loops over numbers, in NumPy, and puts the library's function
-beside it.
+Each drill writes an equation out with plain loops over numbers, in NumPy, and compares the library's function
+with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.checks import Check, distance, show
 from jaxldm import diffusion as D
 from jaxldm import nn
 from jaxldm.commands.terminal import run_script
-
-sys.path.append(str(Path(__file__).parents[1]))
-from checks import Check, distance, show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +132,7 @@ def drill_guidance(rng: np.random.Generator) -> list[Check]:
             distance(batched, guidance(both_null, eps_c, 3.0)),
             1e-12,
         ),
-        Check("... asks it once, with a batch of 2 x 2", abs(sizes[0] - 4) + abs(len(sizes) - 1), 0.0),
+        Check("... calls it once, with a batch of 2 x 2", abs(sizes[0] - 4) + abs(len(sizes) - 1), 0.0),
     ]
 
 

@@ -1,18 +1,19 @@
-"""Over-guidance, what the decoder makes of it, and cures (lecture 39, exercise E9).
+"""Over-guidance, what the decoder makes of it, and methods against it (lecture 39, exercise E9).
 
 Question: what does a strong guidance do to contrast and to the latents that reach the decoder, and what
-          mends it?
-Command:  python experiments/lecture39/e9_over_guidance.py --run-dir runs/mini-ldm
-Needs:    a run of `make demo` (or `jaxldm train mini-ldm`); minutes and what came out: README.md beside this
-          file.
+          reduces it?
+Command:  python -m experiments.lecture39.e9_over_guidance --run-dir runs/mini-ldm
+Needs:    a run of `make demo` (or `jaxldm train mini-ldm`); minutes and what came out: README.md in this
+          folder.
 
-Digits at rising w, as they come and under each cure: guidance rescale, x_0 kept within the range of real
+Digits at rising w, plain and with each method: guidance rescale, x_0 kept within the range of real
 latents, and guidance only at middle noise.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxldm import checkpoints, data, metrics, models, pipelines, training
+from experiments.figures import save_figure
+from experiments.trained import load_classifier, load_dataset, load_latent_model
 from jaxldm import diffusion as D
+from jaxldm import metrics, models, pipelines
 from jaxldm.commands.terminal import run_script
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import one_of
 
-CURES = ("none", "rescale 0.7", "threshold", "interval")
+METHODS = ("none", "rescale 0.7", "threshold", "interval")
 
 
 @dataclasses.dataclass(frozen=True)
 class OverGuidance:
-    """Draw digits at rising guidance scales, with and without cures, and measure saturation."""
+    """Draw digits at rising guidance scales, with and without methods against it, and measure saturation."""
 
     run_dir: Path = Path("runs/mini-ldm")
     """A finished run with an autoencoder, classes and a classifier."""
@@ -39,7 +42,7 @@ class OverGuidance:
     """Where the pictures are written."""
     guidance_scales: tuple[float, ...] = (1.0, 3.0, 7.5, 15.0, 30.0)
     """w; 1 is the conditional model as trained."""
-    cures: tuple[str, ...] = CURES
+    methods: tuple[str, ...] = METHODS
     """Which of "none", "rescale 0.7", "threshold" and "interval"."""
     num_images: int = 100
     """Drawn in each setting."""
@@ -48,7 +51,7 @@ class OverGuidance:
 
 
 def make_sampler(
-    pipe: pipelines.Pipeline, options: OverGuidance, cure: str, bound: float
+    pipe: pipelines.Pipeline, options: OverGuidance, method: str, bound: float
 ) -> Callable[[Any, Any, Any], Any]:
     """(parameters, labels [N], w) -> latents [N, h, w, c]; jitted once for all w."""
     path = pipe.schedule.make_path()
@@ -57,14 +60,12 @@ def make_sampler(
 
     @jax.jit
     def draw(params, labels, w):
-        def network(x, t, c):
-            return pipe.denoiser.module.apply({"params": params}, x, t, c)
-
-        scale = D.guidance_interval(path, w, 0.3, 5.0) if cure == "interval" else w
-        rescale = 0.7 if cure == "rescale 0.7" else 0.0
+        network = functools.partial(models.network(pipe.denoiser.module), params)
+        scale = D.guidance_interval(path, w, 0.3, 5.0) if method == "interval" else w
+        rescale = 0.7 if method == "rescale 0.7" else 0.0
         predict = D.classifier_free_guidance(network, labels, pipe.num_classes, scale, rescale)
         denoise = pipe.schedule.make_denoiser(predict)
-        if cure == "threshold":
+        if method == "threshold":
             denoise = D.static_threshold(denoise, -bound, bound)
         key = jax.random.key(0)
         return D.sample(key, denoise, D.solvers.ddim(), grid, D.initial_noise(key, shape, grid))
@@ -83,14 +84,13 @@ class Real(NamedTuple):
 
 def real_digits(options: OverGuidance, encode: Callable[[Any], Any]) -> Real:
     """The test set of the run."""
-    recipe = training.read_recipe(options.run_dir)
-    images, labels = data.load(recipe.data, image_size=recipe.image_size).arrays("test")
+    images, labels = load_dataset(options.run_dir).arrays("test")
     latents = np.asarray(encode(images))
     return Real(images, labels, latents, float(np.quantile(np.abs(latents), 0.999)))
 
 
 FIGURES = {
-    "read as asked": ".0%",
+    "classified as requested": ".0%",
     "diversity": ".2f",  # of pixels within a class, as a ratio to real
     "contrast": ".2f",  # standard deviation within a picture, as a ratio to real
     "ink": ".2f",  # share of pixels above middle grey, as a ratio to real
@@ -103,7 +103,7 @@ FIGURES = {
 def measure(images, latents, labels, back, logits, real: Real) -> dict[str, float]:
     """The figures above."""
     return {
-        "read as asked": np.mean(logits.argmax(axis=1) == labels),
+        "classified as requested": np.mean(logits.argmax(axis=1) == labels),
         "diversity": metrics.diversity_ratio(images, labels, real.images, real.labels),
         "contrast": images.std(axis=(1, 2, 3)).mean() / real.images.std(axis=(1, 2, 3)).mean(),
         "ink": np.mean(images > 0) / np.mean(real.images > 0),
@@ -114,72 +114,81 @@ def measure(images, latents, labels, back, logits, real: Real) -> dict[str, floa
 
 
 def run(options: OverGuidance, pipe: pipelines.Pipeline) -> tuple[dict, np.ndarray]:
-    """({(cure, w): figures}, pictures): prints each row as it comes."""
+    """({(method, w): figures}, pictures): prints each row as it comes."""
 
     def decode(latents):
         return pipe.decode(latents, batch_size=len(latents))
 
     encode = jax.jit(lambda x: models.encode_latents(pipe.autoencoder.module, pipe.autoencoder.params, x))
-    classify = metrics.classifier_function(
-        *checkpoints.load(training.RunFolder(options.run_dir).stage("classifier").model)
-    )
+    classify = load_classifier(options.run_dir)
     real = real_digits(options, encode)
     labels = np.arange(options.num_images, dtype=np.int32) % pipe.num_classes
     print(f"|latent| of real digits: 99.9 % below {real.bound:.2f}\n")
-    print("| cure | w | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 2) + "|")
+    print("| method | w | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 2) + "|")
 
-    def row(cure, w, images, latents, labels):
+    def row(method, w, images, latents, labels):
         _, logits = classify(images)
         found = measure(images, latents, labels, np.asarray(encode(images)), logits, real)
-        print(f"| {cure} | {w} | " + " | ".join(format(found[name], f) for name, f in FIGURES.items()) + " |")
+        cells = [format(found[name], form) for name, form in FIGURES.items()]
+        print("| " + " | ".join([method, w, *cells]) + " |")
         return found
 
     row("(real, through the decoder)", "-", np.asarray(decode(real.latents)), real.latents, real.labels)
     found, pictures = {}, []
-    for cure in options.cures:
-        draw = make_sampler(pipe, options, cure, real.bound)
+    for method in options.methods:
+        draw = make_sampler(pipe, options, method, real.bound)
         for w in options.guidance_scales:
             latents = np.asarray(draw(pipe.denoiser.params, labels, jnp.float32(w)))
             images = np.asarray(decode(latents))
-            found[cure, w] = row(cure, f"{w:g}", images, latents, labels)
+            found[method, w] = row(method, f"{w:g}", images, latents, labels)
             pictures.append(images[: pipe.num_classes])
     return found, np.concatenate(pictures)
 
 
 def plot(path: Path, options: OverGuidance, found: dict) -> None:
-    """Contrast, ink, round trip and diversity against w, a line for each cure."""
+    """Contrast, ink, round trip and diversity against w, a line for each method."""
     from matplotlib.figure import Figure
 
-    names = ("contrast", "ink", "round trip", "diversity")
-    figure = Figure(figsize=(13, 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        for cure in options.cures:
+    names = {
+        "contrast": "contrast / real",
+        "ink": "pixels above middle grey / real",
+        "round trip": "rms of encode(decode(z)) - z",
+        "diversity": "diversity within a class / real",
+    }
+    figure = Figure(figsize=(15, 3.4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    for axes, (name, label) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
+        for method in options.methods:
             axes.plot(
                 options.guidance_scales,
-                [found[cure, w][name] for w in options.guidance_scales],
+                [found[method, w][name] for w in options.guidance_scales],
                 "o-",
-                label=cure,
+                label=method,
             )
-        axes.set(title=name, xlabel="guidance scale w", xscale="log")
+        axes.set(xlabel="guidance scale w", ylabel=label, xscale="log")
+        axes.set_xticks(options.guidance_scales, [f"{w:g}" for w in options.guidance_scales])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-    axes.legend(title="cure")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.axes[-1].legend(title="method", fontsize=8)
+    save_figure(path, figure)
 
 
 def main(options: OverGuidance) -> None:
-    pipe = pipelines.load(options.run_dir)
-    if pipe.autoencoder is None or pipe.num_classes is None:
-        raise InvalidArgumentError(f"{options.run_dir} must have an autoencoder and classes: `make demo`")
-    for cure in options.cures:
-        one_of("cure", cure, CURES)
+    pipe = load_latent_model(options.run_dir)
+    for method in options.methods:
+        one_of("method", method, METHODS)
     found, pictures = run(options, pipe)
     plot(options.output_dir / "over-guidance.png", options, found)
-    grid = metrics.image_grid(pictures, columns=min(pipe.num_classes, options.num_images))
-    metrics.save_png(options.output_dir / "digits.png", grid)
-    print(
-        f"\nLook at {options.output_dir}/over-guidance.png and digits.png: for each cure, a row for each w."
+    columns = min(pipe.num_classes, options.num_images)
+    grid = metrics.labelled_grid(
+        pictures,
+        columns,
+        title="Digits under strong guidance, the same noise; columns: requested class",
+        column_labels=[str(label) for label in range(columns)],
+        row_labels=[f"{method}, w = {w:g}" for method in options.methods for w in options.guidance_scales],
     )
+    metrics.save_png(options.output_dir / "digits.png", grid)
+    print(f"\nLook at {options.output_dir}/over-guidance.png and digits.png.")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Question: what are the interpolants and their slopes at t = 0.5, is gamma = 0 flow matching, and is the VP
           interpolant DDPM?
-Command:  python experiments/lecture43/e10_interpolants.py
-Needs:    a CPU, seconds; no trained model. What came out: README.md beside this file.
+Command:  python -m experiments.lecture43.e10_interpolants
+Needs:    a CPU, seconds; no trained model. What came out: README.md in this folder.
 
 Here t = 1 is noise and t = 0 data. SiT counts the other way; at t = 0.5 that is the same place.
 """
@@ -11,18 +11,16 @@ Here t = 1 is noise and t = 0 data. SiT counts the other way; at t = 0.5 that is
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.checks import Check, distance, show
+from experiments.figures import save_figure
 from jaxldm import diffusion as D
 from jaxldm.commands.terminal import run_script
-
-sys.path.append(str(Path(__file__).parents[1]))
-from checks import Check, distance, show
 
 GAMMA = (0.001, 0.1)  # smin, smax of the lecture
 HALF = np.float64(0.5)
@@ -166,7 +164,7 @@ def plot(path: Path) -> None:
     from matplotlib.figure import Figure
 
     t = np.linspace(0, 1, 1001)
-    figure = Figure(figsize=(12, 3), layout="constrained")
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
     *panels, last = figure.subplots(1, 4)
     for axes, name in zip(panels, D.INTERPOLANTS, strict=True):
         for label, gamma in (("gamma = 0", None), ("with gamma", GAMMA)):
@@ -174,13 +172,12 @@ def plot(path: Path) -> None:
             style = "-" if gamma is None else "--"
             axes.plot(t, interpolant.sigma(t), f"C1{style}", label=f"sigma, {label}")
         axes.plot(t, interpolant.alpha(t), "C0", label="alpha")
-        axes.set(title=name, xlabel="t (1 is noise)")
+        axes.set(title=name, xlabel="t (1 is noise)", ylabel="alpha, sigma")
     panels[0].legend(fontsize=7)
     inside = t[1:-1]
     last.plot(inside, (GAMMA[1] - GAMMA[0]) * (0.5 - inside) / np.sqrt(inside * (1 - inside)))
-    last.set(title="gamma'(t): infinite at both ends", xlabel="t")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    last.set(title="slope of gamma: infinite at both ends", xlabel="t (1 is noise)", ylabel="gamma'(t)")
+    save_figure(path, figure)
 
 
 def main(options: Interpolants) -> None:

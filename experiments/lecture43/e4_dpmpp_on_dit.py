@@ -1,10 +1,10 @@
 """DPM-Solver++ on a DiT: 1000 steps to 20 (lecture 43, exercise E4).
 
 Question: how many of DDPM's 1000 steps does a diffusion transformer need with a better solver?
-Command:  python experiments/lecture43/e4_dpmpp_on_dit.py --run-dir runs/tiny-dit
-Needs:    a run of tiny_dit.py beside this file; minutes and what came out: README.md.
+Command:  python -m experiments.lecture43.e4_dpmpp_on_dit --run-dir runs/tiny-dit
+Needs:    a run of tiny_dit.py in this folder; minutes and what came out: README.md.
 
-The same digits are asked for with each solver and number of steps; the run's classifier is the judge.
+The same digits are requested from each solver and number of steps; the run's classifier measures them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxldm import checkpoints, data, metrics, pipelines, training
+from experiments.trained import load_classifier, load_dataset
+from jaxldm import metrics, pipelines
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
 
@@ -57,23 +58,18 @@ def draw(pipe: pipelines.Pipeline, options: DPMppOnDiT, solver: str, steps: int)
 def main(options: DPMppOnDiT) -> None:
     if not (options.run_dir / "config.json").exists():
         raise InvalidArgumentError(
-            f"{options.run_dir} is no run: make it with `python experiments/lecture43/tiny_dit.py "
+            f"{options.run_dir} is no run: make it with `python -m experiments.lecture43.tiny_dit "
             f"--run-dir {options.run_dir}`, or name another with --run-dir"
         )
-    pipe, recipe = pipelines.load(options.run_dir), training.read_recipe(options.run_dir)
-    classify = metrics.classifier_function(
-        *checkpoints.load(training.RunFolder(options.run_dir).stage("classifier").model)
-    )
-    dataset = data.load(recipe.data, image_size=recipe.image_size)
+    pipe = pipelines.load(options.run_dir)
+    classify, dataset = load_classifier(options.run_dir), load_dataset(options.run_dir)
     labels = pipe.cycle_labels(None, options.num_images)
     rows = []
-    print(
-        "| solver | steps | seconds | times faster | read as asked | Frechet distance / floor | diversity |"
-    )
+    print("| solver | steps | seconds | times faster | as requested | Frechet distance / floor | diversity |")
     print("|---" * 7 + "|")
     slowest = None
     for solver, steps in options.runs:
-        draw(pipe, options, solver, 1)  # compiles; another number of steps compiles nothing anew
+        draw(pipe, options, solver, 1)  # compiles; another number of steps compiles nothing
         start = time.perf_counter()
         images = draw(pipe, options, solver, steps)
         seconds = time.perf_counter() - start
@@ -86,8 +82,15 @@ def main(options: DPMppOnDiT) -> None:
         rows.append(images[: 2 * pipe.num_classes])
     path = options.output_dir / "solvers.png"
     columns = min(2 * pipe.num_classes, options.num_images)
-    metrics.save_png(path, metrics.image_grid(np.concatenate(rows), columns=columns))
-    print(f"\nLook at {path}: a row for each line of the table.")
+    grid = metrics.labelled_grid(
+        np.concatenate(rows),
+        columns,
+        title=f"Digits of Tiny DiT at w = {options.guidance_scale:g}; columns: requested class",
+        column_labels=[str(label) for label in labels[:columns]],
+        row_labels=[f"{solver}, {steps} steps" for solver, steps in options.runs],
+    )
+    metrics.save_png(path, grid)
+    print(f"\nLook at {path}.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Several prompts on a masked image model (lecture 43, exercise E7).
 
 Question: which prompts does a small masked image model draw well, and how soon?
-Command:  python experiments/lecture43/e7_prompts.py --model-dir amused-256 --clip-dir clip-vit-base-patch32
+Command:  python -m experiments.lecture43.e7_prompts --model-dir amused-256 --clip-dir clip-vit-base-patch32
 Needs:    a folder of aMUSEd as `diffusers` lays it out (see docs/amused.md), and for the score a folder of
-          CLIP with its tokenizer. What is known: README.md beside this file.
+          CLIP with its tokenizer. What is known: README.md in this folder.
 
 CLIP score is 100 cos(image, text) (Hessel et al. 2021). Its level depends on the text, so each image is also
-asked which of the prompts it is: a prompt works where its images are told apart from those of the others.
+assigned to the prompt with the highest score: a prompt works where its images are assigned to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxldm import checkpoints, data, metrics, models, pipelines
+from jaxldm import checkpoints, metrics, pipelines
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.families.amused import AMUSED
@@ -59,19 +59,6 @@ class Prompts:
     """Where the picture is written: a row for each prompt."""
 
 
-def clip_cosines(folder: Path, images: np.ndarray, prompts: tuple[str, ...]) -> np.ndarray:
-    """cos(image n, prompt k) [N, K], of images [N, H, W, 3] in [-1, 1]."""
-    module, params = checkpoints.load(folder)
-    if not isinstance(module, models.CLIPModel):
-        raise InvalidArgumentError(f"{folder} holds a {type(module).__name__}; a CLIPModel is needed")
-    places = module.config.text_config.max_position_embeddings
-    tokens = checkpoints.load_tokenizer(folder)(list(prompts), max_length=places)
-    pixels = models.clip_pixel_values(data.to_uint8(images), module.config.vision_config.image_size)
-    apply = jax.jit(module.apply)
-    logits = [apply({"params": params}, np.asarray(tokens.input_ids), pixel[None]) for pixel in pixels]
-    return np.concatenate(logits) / np.exp(params["logit_scale"])
-
-
 def draw(pipe: pipelines.Pipeline, options: Prompts) -> tuple[np.ndarray, float]:
     """(images [K num_images, H, W, 3], seconds an image without compiling)."""
     call = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
@@ -96,24 +83,27 @@ def main(options: Prompts) -> None:
     images, seconds = draw(pipe, options)
     print(f"{len(images)} images in {options.num_inference_steps} steps, {seconds:.2f} seconds each\n")
     if options.clip_dir is not None:
-        show_scores(options, clip_cosines(options.clip_dir, images, options.prompts))
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    metrics.save_png(options.output_dir / "prompts.png", metrics.image_grid(images, options.num_images))
-    print(f"\nLook at {options.output_dir}/prompts.png: a row for each prompt, in their order.")
+        clip = (*checkpoints.load(options.clip_dir), checkpoints.load_tokenizer(options.clip_dir))
+        show_scores(options, metrics.clip_similarities(*clip, images, options.prompts))
+    title = f"Images of a masked image model in {options.num_inference_steps} steps"
+    grid = metrics.labelled_grid(images, options.num_images, title=title, row_labels=options.prompts)
+    metrics.save_png(options.output_dir / "prompts.png", grid)
+    print(f"\nLook at {options.output_dir}/prompts.png.")
 
 
-def show_scores(options: Prompts, cosines: np.ndarray) -> None:
-    """A row for each prompt: the mean score of its images, and how many of them are taken for it."""
-    print("| prompt | CLIP score | taken for it | of the others, most often for |\n|---|---|---|---|")
-    of_prompt = cosines.reshape(len(options.prompts), options.num_images, len(options.prompts))
+def show_scores(options: Prompts, similarities: np.ndarray) -> None:
+    """A row for each prompt: the mean score of its images, and how many of them CLIP assigns to it."""
+    print("| prompt | CLIP score | assigned to it | of the others, most often to |\n|---|---|---|---|")
+    of_prompt = similarities.reshape(len(options.prompts), options.num_images, len(options.prompts))
     for k, (prompt, rows) in enumerate(zip(options.prompts, of_prompt, strict=True)):
         taken = rows.argmax(1)
         wrong = taken[taken != k]
         other = options.prompts[np.bincount(wrong).argmax()] if len(wrong) else "none"
         print(f"| {prompt} | {100 * rows[:, k].mean():.1f} | {(taken == k).mean():.0%} | {other} |")
+    prompt_of = np.repeat(np.arange(len(options.prompts)), options.num_images)
     print(
-        f"\nmean score {100 * np.einsum('kik->k', of_prompt).mean() / options.num_images:.1f}, by chance "
-        f"{1 / len(options.prompts):.0%} are taken for their prompt"
+        f"\nmean score {metrics.clip_score(similarities, prompt_of):.1f}, by chance "
+        f"{1 / len(options.prompts):.0%} are assigned to their prompt"
     )
 
 

@@ -2,28 +2,24 @@
 
 Question: do the answers hold, in numbers: how many tokens an image has, what zero-initialised gates do, what
           joint attention joins, why 20 steps do for 1000, and why 12 steps of unmasking suffice?
-Command:  python experiments/lecture43/e8_self_test.py
-Needs:    a CPU, seconds; no trained model. What came out: README.md beside this file.
+Command:  python -m experiments.lecture43.e8_self_test
+Needs:    a CPU, seconds; no trained model. What came out: README.md in this folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.checks import Check, distance, show
 from jaxldm import diffusion as D
 from jaxldm import models, nn
 from jaxldm.commands.terminal import run_script
 from jaxldm.nn.initialization import starting_values
-
-sys.path.append(str(Path(__file__).parents[1]))
-from checks import Check, distance, show
 
 LENGTH, VALUES = 256, 4  # tokens of an image of 256x256 pixels, and how many kinds there are of them
 
@@ -110,9 +106,9 @@ def check_joint_attention() -> list[Check]:
             distance(halves, together),
             1e-5,
         ),
-        Check("the image hears the text (no change would be 1)", _unchanged(moved_image, seen_image), 0),
+        Check("the text changes the image's output", _unchanged(moved_image, seen_image), 0),
         Check(
-            "and the text hears the image, which cross-attention never lets it",
+            "and the image changes the text's, as it never does in cross-attention",
             _unchanged(moved_text, seen_text),
             0,
         ),

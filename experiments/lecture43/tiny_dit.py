@@ -1,8 +1,8 @@
 """Tiny DiT on MNIST pixels (lecture 43.2, with the class labels of exercise 43.E3).
 
 Question: does a transformer over 49 patches of a digit learn to draw, with the training loop of the U-Net?
-Command:  python experiments/lecture43/tiny_dit.py --run-dir runs/tiny-dit
-Needs:    the `mnist` extra; two CPU cores. Minutes and what came out: README.md beside this file. A second
+Command:  python -m experiments.lecture43.tiny_dit --run-dir runs/tiny-dit
+Needs:    the `demo` extra; two CPU cores. Minutes and what came out: README.md in this folder. A second
           call goes on where the first one stopped.
 """
 

@@ -1,15 +1,11 @@
 """The benchmark of compile times builds what it says and writes what it measured."""
 
 import json
-import pathlib
-import sys
 
 import pytest
 
+from experiments.benchmarks import compile_time
 from jaxldm import models
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"))
-import compile_time
 
 
 @pytest.mark.parametrize("name", compile_time.NETWORKS)

@@ -1,7 +1,9 @@
 """The benchmark compares the same functions, and its table comes from what was timed."""
 
+import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -10,11 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.benchmarks import cpu, cpu_torch, pairs
 from jaxldm import checkpoints, models
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"))
-import cpu
-import pairs
 
 
 def images(pair, batch: int = 2):
@@ -37,7 +36,9 @@ def test_the_u_nets_are_the_same_function(tmp_path):
     module, params = checkpoints.load(tmp_path)
     x, t, labels = images(pair), np.array([3, 700]), np.array([1, 10])
     ours = jax.jit(module.apply)({"params": params}, x, jnp.asarray(t, jnp.float32), jnp.asarray(labels))
-    assert_same(ours, pairs.forward(model, channels_first(x), torch.from_numpy(t), torch.from_numpy(labels)))
+    assert_same(
+        ours, cpu_torch.forward(model, channels_first(x), torch.from_numpy(t), torch.from_numpy(labels))
+    )
     assert models.count_params(pair.ours) == models.count_params(module)
 
 
@@ -93,7 +94,32 @@ def test_a_line_has_as_many_cells_as_the_head(compiled_name):
 def test_bare_convolutions_are_found():
     """The convolutions that are timed are those of the architecture: 3x3, and more than ten of them."""
     pair = pairs.mini_unet(width=4)
-    found = cpu.convolutions(pair)
+    found = cpu_torch.convolutions(pair)
     kernels = {tuple(layer.weight.shape) for _, layer in found}
     assert len(found) > 10
     assert all(len(shape) == 4 and shape[2:] == (3, 3) for shape in kernels)
+
+
+def test_without_pytorch_jaxldm_is_timed_alone(capsys):
+    pair = dataclasses.replace(pairs.tiny_dit(4), batch_size=8, num_images=8)
+    options = cpu.Cpu(rounds=2, seconds=0.0, num_inference_steps=2)
+    rows = list(cpu.measure_pair(pair, options, None))
+    assert ["training step" in rows[0]["row"], "DDIM" in rows[1]["row"]] == [True, True]
+    for row in rows:
+        assert tuple(row["milliseconds"]) == ("jaxldm",) and row["ratio_quartiles"] == {}
+        assert cpu.as_line(row).count("|") == cpu.HEAD.splitlines()[0].count("|")
+
+
+def test_the_benchmarks_are_imported_without_pytorch():
+    """In a process where torch, diffusers and transformers cannot be imported."""
+    code = """
+import importlib, sys
+sys.modules.update(dict.fromkeys(("torch", "diffusers", "transformers")))
+for name in ("cpu", "fold", "compile_time", "stable_diffusion", "diffusion_transformers"):
+    importlib.import_module(f"experiments.benchmarks.{name}")
+from experiments.benchmarks import accelerator, stable_diffusion_pairs
+accelerator.installed = lambda *names: {}
+assert accelerator.torch_side(stable_diffusion_pairs) is None
+"""
+    root = pathlib.Path(cpu.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -1,8 +1,6 @@
 """The benchmark of transformers: both sides answer and draw the same, and its table has what was timed."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -10,12 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmarks import accelerator
+from experiments.benchmarks import diffusion_transformer_pairs as pairs
+from experiments.benchmarks import diffusion_transformer_torch as theirs_side
+from experiments.benchmarks import diffusion_transformers as benchmark
 from jaxldm import checkpoints, models, pipelines
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"))
-import accelerator
-import diffusion_transformer_pairs as pairs
-import diffusion_transformers as benchmark
 
 SIDE = 8  # of the latents; a DiT has 2
 STEPS = 2
@@ -27,7 +24,7 @@ def both(request, tmp_path_factory):
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     parts = pairs.modules(family, "float32", True)
-    theirs = pairs.their_pipeline(family, parts, "float32", torch.device("cpu"))
+    theirs = theirs_side.pipeline(family, "float32", True, torch.device("cpu"))
     with torch.no_grad():  # what starts at zero would hide mistakes
         for weight in theirs.transformer.parameters():
             weight.add_(0.05 * torch.randn(weight.shape))
@@ -36,7 +33,7 @@ def both(request, tmp_path_factory):
         getattr(theirs, name).save_pretrained(folder / name)
         networks[name] = pipelines.Network(*checkpoints.load(folder / name))
         assert networks[name].config == parts[name].config  # the sizes are those that are timed
-    return family, theirs, pairs.our_pipeline(family, networks)
+    return family, theirs, pairs.pipeline_of(family, networks)
 
 
 def test_both_networks_are_asked_the_same_and_cost_the_same(both):
@@ -46,7 +43,7 @@ def test_both_networks_are_asked_the_same_and_cost_the_same(both):
     inputs = pairs.network_inputs(network.module, 2 if family == "dit-xl" else SIDE)
     answer = np.asarray(pairs.our_network(network, inputs)())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        reference = pairs.their_network(theirs.transformer, inputs, "float32")().numpy()
+        reference = theirs_side.network(theirs.transformer, inputs, "float32")().numpy()
     if family == "flux":
         reference = theirs._unpack_latents(torch.from_numpy(reference), 8 * SIDE, 8 * SIDE, 8).numpy()
     reference = reference.transpose(0, 2, 3, 1)
@@ -60,7 +57,7 @@ def test_both_sides_draw_the_same_picture(both):
     if family == "dit-xl":
         pytest.skip("a model of labels draws from its key: the two sides have other noise")
     latents = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 16)).astype(np.float32)
-    reference = pairs.their_draw(theirs, latents, STEPS, 3.0)
+    reference = theirs_side.draw(theirs, latents, STEPS, 3.0)
     drawn = pairs.our_draw(ours, latents, STEPS, 3.0)
     assert drawn.shape == reference.shape == (1, 64, 64, 3)
     assert reference.std() > 0.01

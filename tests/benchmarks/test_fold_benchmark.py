@@ -1,36 +1,21 @@
 """The fold's benchmark times the solvers that it says, on the same work, and writes what it measured."""
 
 import json
-import pathlib
-import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import fold
 from jaxldm import diffusion as D
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"))
-import fold
-
-
-def evaluations(name: str, steps: int) -> int:
-    calls = []
-
-    def function(x, t):
-        jax.debug.callback(lambda: calls.append(1))
-        return 0.5 * x
-
-    denoise = D.Denoiser(function, fold.PATH)
-    grid = D.make_grid(fold.PATH, steps)
-    D.sample(jax.random.key(0), denoise, D.solvers.make(name), grid, jnp.ones((1, 1))).block_until_ready()
-    jax.effects_barrier()
-    return len(calls)
 
 
 def test_every_solver_of_one_evaluation_a_step_is_timed():
     same = {"euler", "dpmpp_1s"}  # the step of ddim
-    once = {name for name in set(D.solvers.SOLVERS) - same if evaluations(name, 4) == 4}
+    counts = {
+        name: D.evaluation_counter(D.solvers.make(name), fold.PATH, 4)(4)
+        for name in set(D.solvers.SOLVERS) - same
+    }
+    once = {name for name, count in counts.items() if count == 4}
     assert set(fold.ONE_EVALUATION) == once
 
 

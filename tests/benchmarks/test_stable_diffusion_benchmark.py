@@ -1,8 +1,5 @@
 """The benchmark of Stable Diffusion draws the same on both sides, and counts as PyTorch does."""
 
-import pathlib
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -10,28 +7,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmarks import accelerator, random_networks
+from experiments.benchmarks import stable_diffusion_pairs as pairs
+from experiments.benchmarks import stable_diffusion_torch as theirs_side
 from jaxldm import checkpoints, models, pipelines
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"))
-import accelerator
-import random_networks
-import stable_diffusion_pairs as pairs
 
 STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    pairs.write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(tokenizer_folder):
+def reference():
     torch.manual_seed(0)
-    return pairs.their_pipeline("sdxl", "float32", True, tokenizer_folder, torch.device("cpu"))
+    return theirs_side.pipeline("sdxl", "float32", True, torch.device("cpu"))
 
 
 def test_both_sides_draw_the_same_picture_with_the_same_weights(reference, tmp_path):
@@ -39,7 +27,7 @@ def test_both_sides_draw_the_same_picture_with_the_same_weights(reference, tmp_p
     reference.save_pretrained(tmp_path)
     pipe = pipelines.load(tmp_path)
     latents = np.random.default_rng(0).standard_normal((1, 16, 16, 4)).astype(np.float32)
-    theirs = pairs.their_draw(reference, latents, STEPS, 5.0)
+    theirs = theirs_side.draw(reference, latents, STEPS, 5.0)
     ours = pairs.our_draw(pipe, latents, STEPS, 5.0)
     assert ours.shape == theirs.shape == (1, 32, 32, 3)
     assert theirs.std() > 0.01
@@ -56,7 +44,7 @@ def test_both_networks_are_asked_the_same(reference, tmp_path):
     network = pipelines.Network(*checkpoints.load(tmp_path))
     inputs = pairs.network_inputs(network.module, 16)
     ours = np.asarray(pairs.our_network(network, inputs)())
-    theirs = pairs.their_network(reference.unet, inputs, "float32")().numpy().transpose(0, 2, 3, 1)
+    theirs = theirs_side.network(reference.unet, inputs, "float32")().numpy().transpose(0, 2, 3, 1)
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
@@ -75,7 +63,7 @@ def test_operations_are_counted_as_pytorch_counts_them(reference):
     module = pairs.modules("sdxl", "float32", True)["unet"]
     inputs = pairs.network_inputs(module, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        pairs.their_network(reference.unet, inputs, "float32")()
+        theirs_side.network(reference.unet, inputs, "float32")()
     assert 0.9 < accelerator.count_flops(module, inputs) / counter.get_total_flops() < 1.0
 
 

@@ -1,15 +1,10 @@
 """The script that measures what models cost, on the networks of digits."""
 
 import json
-import pathlib
-import sys
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "choosing_a_model"))
-import families
-import measure
-
+from experiments.choosing_a_model import families, measure
 from jaxldm import models
 from jaxldm.errors import UnknownNameError
 

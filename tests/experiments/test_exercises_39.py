@@ -1,22 +1,19 @@
 """The exercises of lecture 39 run to their end with tiny settings; each checks what it shows by itself."""
 
 import dataclasses
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments"))
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "lecture39"))
-import checks
-import e4_zero_terminal_snr
-import e5_min_snr
-import e6_negative_prompt
-import e7_guidance_three_views
-import e8_translation_drills
-import e9_over_guidance
-
+from experiments import checks
+from experiments.lecture39 import (
+    e4_zero_terminal_snr,
+    e5_min_snr,
+    e6_negative_prompt,
+    e7_guidance_three_views,
+    e8_translation_drills,
+    e9_over_guidance,
+)
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -24,6 +21,8 @@ def test_a_check_fails_for_what_is_wrong_or_not_a_number(capsys):
     with pytest.raises(SystemExit, match="2 of 3"):
         checks.show("some", [checks.Check(str(error), error, 0.1) for error in (0.2, float("nan"), 0.1)])
     assert capsys.readouterr().out.count("FAIL") == 2
+    checks.show("close", [checks.Check("just within", 0.2146, 0.2147)])
+    assert "2.1e-01  (at most 2.1e-01)" in capsys.readouterr().out
     assert checks.distance([1.0, 2.0], [1.0, 4.0]) == 0.5
     with pytest.raises(ValueError, match="shapes"):
         checks.distance([1.0], 1.0)
@@ -75,7 +74,7 @@ def test_over_guidance(random_run, tmp_path, capsys):
     )
     e9_over_guidance.main(options)
     shown = capsys.readouterr().out
-    assert all(f"| {cure} | 3 |" in shown for cure in options.cures)
+    assert all(f"| {method} | 3 |" in shown for method in options.methods)
     assert (tmp_path / "over-guidance.png").exists() and (tmp_path / "digits.png").exists()
 
 

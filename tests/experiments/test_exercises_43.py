@@ -1,26 +1,18 @@
 """The exercises of lecture 43 run to their end with tiny settings; each checks what it shows by itself."""
 
 import json
-import pathlib
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from amused_folders import write_amused
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "experiments" / "lecture43"))
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "pipelines"))
-import e4_dpmpp_on_dit
-import e7_prompts
-import e8_self_test
-import e10_interpolants
-from amused_folders import write_amused
-
-from jaxldm import data, models
-from jaxldm.errors import InvalidArgumentError
+from experiments.lecture43 import e4_dpmpp_on_dit, e7_prompts, e8_self_test, e10_interpolants
+from jaxldm import data, metrics, models
+from jaxldm.errors import DataError, InvalidArgumentError
 
 
 def test_interpolants(tmp_path, capsys):
@@ -43,7 +35,7 @@ def test_dpmpp_on_dit(random_run, tmp_path, capsys):
 
 
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
-    with pytest.raises(InvalidArgumentError, match=r"tiny_dit\.py"):
+    with pytest.raises(InvalidArgumentError, match=r"experiments\.lecture43\.tiny_dit"):
         e4_dpmpp_on_dit.main(e4_dpmpp_on_dit.DPMppOnDiT(tmp_path / "missing"))
 
 
@@ -69,18 +61,21 @@ def test_prompts_on_a_masked_image_model(tmp_path, capsys, monkeypatch):
     options = e7_prompts.Prompts(
         folder, clip, prompts, num_images=2, num_inference_steps=3, output_dir=tmp_path / "out"
     )
-    find, found = e7_prompts.clip_cosines, []
+    find, found = metrics.clip_similarities, []
 
-    def spy(folder, images, prompts):
-        found.extend([images, find(folder, images, prompts)])
+    def spy(module, params, tokenizer, images, prompts):
+        found.extend([images, find(module, params, tokenizer, images, prompts)])
         return found[1]
 
-    monkeypatch.setattr(e7_prompts, "clip_cosines", spy)
+    monkeypatch.setattr(metrics, "clip_similarities", spy)
     e7_prompts.main(options)
     shown = capsys.readouterr().out
     assert "6 images in 3 steps" in shown and all(f"| {prompt} | " in shown for prompt in prompts)
     with Image.open(tmp_path / "out" / "prompts.png") as picture:
-        assert picture.size == (2 * 8 + 3 * 2, 3 * 8 + 4 * 2)
+        border = (np.asarray(picture) == 32).all(axis=2)  # the lines between the images
+        width, height = 2 * 8 + 3 * 2, 3 * 8 + 4 * 2
+        rows, columns = np.flatnonzero(border.sum(1) == width), np.flatnonzero(border.sum(0) == height)
+        assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == (width, height)
     # The score is the cosine that transformers finds.
     images, cosines = found
     tokenizer, reference = (
@@ -92,6 +87,13 @@ def test_prompts_on_a_masked_image_model(tmp_path, capsys, monkeypatch):
         logits = reference(input_ids=tokens, pixel_values=torch.from_numpy(pixels.copy())).logits_per_image
         expected = logits / reference.logit_scale.exp()
     np.testing.assert_allclose(cosines, expected.numpy(), atol=1e-4)
+    with pytest.raises(InvalidArgumentError, match="needs a CLIPModel"):
+        find(models.build("tiny-dit"), {}, None, images, prompts)
+    assert metrics.clip_score(cosines, [0, 0, 1, 1, 2, 2]) == pytest.approx(
+        np.mean([100 * max(cosines[n, n // 2], 0) for n in range(6)])
+    )
+    with pytest.raises(DataError, match=r"must be \[6\]"):
+        metrics.clip_score(cosines, [0, 1])
 
 
 def test_without_the_model_it_says_where_to_find_it(tmp_path):

@@ -1,0 +1,61 @@
+"""The experiments are a package that runs from the repository, and stays out of the wheel."""
+
+import ast
+import importlib
+import pathlib
+import re
+import tomllib
+
+import pytest
+import setuptools
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path
+    for path in (ROOT / "experiments").rglob("*.py")
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+)
+
+
+def test_the_wheel_contains_jaxldm_alone():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    include = settings["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {name.split(".")[0] for name in setuptools.find_packages(str(ROOT))} == {"jaxldm", "experiments"}
+    assert {name.split(".")[0] for name in setuptools.find_packages(str(ROOT), include=include)} == {"jaxldm"}
+
+
+@pytest.mark.parametrize("folder", ["experiments", "tests"])
+def test_nothing_touches_the_module_search_path(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        touched = [
+            node
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+        ]
+        assert not touched, path
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_a_module_and_names_its_command(path):
+    """`python -m` finds each script, whose docstring says how it is called, and why."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name)
+    assert f"python -m {name}" in module.__doc__
+    assert all(word in module.__doc__ for word in ("Question:", "Command:", "Needs:"))
+    readme = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert f"python -m {name}" in readme
+
+
+SECTIONS = [
+    (readme.parent.name, section)
+    for readme in sorted((ROOT / "experiments").glob("*/README.md"))
+    for section in re.split(r"^#+ ", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if "**Command.**" in section
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: f"{section[0]}-{section[1][:20]}")
+def test_an_entry_has_question_command_minutes_result_and_lesson(section):
+    for part in ("**Question.**", "**Command.**", "**What came out.**", "**What it shows.**"):
+        assert part in section[1]
+    assert "**Minutes.**" in section[1] or re.search(r"(minutes?|seconds?)\b", section[1])
