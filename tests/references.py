@@ -50,9 +50,11 @@ def _imported(statement: ast.stmt, path: pathlib.Path) -> set[str]:
         )
         if module.split(".")[0] in REFERENCES:
             return set(names)
+        if module.split(".")[0] == "jaxldm":
+            return set()
         helper = helper_files().get(module.split(".")[-1])
-        if module.split(".")[0] == "jaxldm" or helper in (None, path):
-            return {name for name, own in names.items() if module == "experiments" and _needs(own, path)}
+        if helper in (None, path):  # a folder of helpers: the names are modules
+            return {name for name, own in names.items() if _needs(own, path)}
         return {name for name, own in names.items() if own in dependents(helper)}
     return set()
 
