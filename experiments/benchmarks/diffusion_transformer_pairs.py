@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.random_networks import random_network
-from jaxldm import diffusion as D
-from jaxldm import models, pipelines
+from jaxldm import models, pipelines, schedulers
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE
 from jaxldm.pipelines.families.flux import FLUX
 from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
@@ -141,8 +140,7 @@ def pipeline_of(family: str, networks: dict[str, pipelines.Network]) -> pipeline
     transformer, vae = networks["transformer"], networks["vae"]
     scheduler = FAMILIES[family].scheduler
     if family == "dit-xl":
-        schedule = D.NoiseSchedule.from_dict(scheduler)
-        return pipelines.class_to_image(transformer, schedule, vae)
+        return pipelines.class_to_image(transformer, schedulers.from_config(scheduler).prediction, vae)
     cond = text_states(family, transformer.config)
     parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
     if family == "sd3":

@@ -80,9 +80,8 @@ class Model:
 
     def __init__(self, options: Digits):
         self.pipe = pipelines.load(options.run_dir)
-        recipe = training.read_recipe(options.run_dir)
-        self.name, self.betas = recipe.name, recipe.diffusion.noise.betas
-        self.path = self.pipe.schedule.make_path()
+        self.path = self.pipe.prediction.path
+        self.name, self.betas = training.read_recipe(options.run_dir).name, self.path.schedule.name
         self.dataset, self.classify = load_dataset(options.run_dir), load_classifier(options.run_dir)
         self.labels = np.arange(options.num_images, dtype=np.int32) % self.pipe.num_classes
         self.keys = D.image_keys(jax.random.key(options.seed), options.num_images)
@@ -95,7 +94,7 @@ class Model:
             network = functools.partial(models.network(pipe.denoiser.module), params)
             predict = D.classifier_free_guidance(network, self.labels, null, w)
             noise = D.initial_noise(self.keys, (len(self.labels), *pipe.latent_shape()), grid)
-            return D.sample(self.keys, pipe.schedule.make_denoiser(predict), solver, grid, noise)
+            return D.sample(self.keys, D.denoiser(predict, pipe.prediction), solver, grid, noise)
 
         def arguments(spacing, steps, w):
             grid = curves.make_grid(self.path, steps, spacing, max_steps)

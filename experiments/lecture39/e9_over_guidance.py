@@ -54,7 +54,7 @@ def make_sampler(
     pipe: pipelines.Pipeline, options: OverGuidance, method: str, bound: float
 ) -> Callable[[Any, Any, Any], Any]:
     """(parameters, labels [N], w) -> latents [N, h, w, c]; jitted once for all w."""
-    path = pipe.schedule.make_path()
+    path = pipe.prediction.path
     grid = D.make_grid(path, options.num_inference_steps)
     shape = (options.num_images, *pipe.latent_shape())
 
@@ -64,7 +64,7 @@ def make_sampler(
         scale = D.guidance_interval(path, w, 0.3, 5.0) if method == "interval" else w
         rescale = 0.7 if method == "rescale 0.7" else 0.0
         predict = D.classifier_free_guidance(network, labels, pipe.num_classes, scale, rescale)
-        denoise = pipe.schedule.make_denoiser(predict)
+        denoise = D.denoiser(predict, pipe.prediction)
         if method == "threshold":
             denoise = D.static_threshold(denoise, -bound, bound)
         key = jax.random.key(0)

@@ -199,16 +199,18 @@ def describe_pipeline(pipe: Any) -> str:
         (name, type(module).__name__, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
         for name, module, params in pipelines.components(pipe)
     ]
-    schedule = pipe.schedule
+    prediction = pipe.prediction
     size = lambda shape: "x".join(map(str, shape))  # noqa: E731
-    kind = f"{schedule.path} path" + (
-        f", {schedule.betas} betas, {schedule.num_train_timesteps} timesteps" if schedule.path == "vp" else ""
-    )
+    kind, path = f"{prediction.path.name} path", prediction.path
+    if path.num_train_timesteps is not None:
+        named = getattr(path, "schedule", None)
+        kind += f", {named.name} betas" if named else ""
+        kind += f", {path.num_train_timesteps} timesteps"
     latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape())} latents -> "
     facts = [
         ("draws", f"{latents}{size(pipe.image_shape())} images"),
         ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
-        ("noise", f"{kind}, predicts {schedule.prediction}"),
+        ("noise", f"{kind}, predicts {prediction.name}"),
     ]
     return f"{table(rows)}\n{table(facts)}"
 

@@ -131,7 +131,9 @@ from jaxldm.diffusion.spacings import (
 from jaxldm.diffusion.thresholding import change_x0, dynamic_threshold, static_threshold
 from jaxldm.diffusion.training_times import (
     TRAINING_TIMES,
+    TrainingTimes,
     cosmap,
+    default_training_times,
     log_normal,
     logit_normal,
     mode,
@@ -164,6 +166,7 @@ __all__ = [
     "Prediction",
     "Restart",
     "Solver",
+    "TrainingTimes",
     "Unmasking",
     "adaptive_projected_guidance",
     "align_your_steps",
@@ -187,6 +190,7 @@ __all__ = [
     "cosmap",
     "cut",
     "cut_by_strength",
+    "default_training_times",
     "denoiser",
     "diffusion_loss",
     "drop_condition",

@@ -163,4 +163,12 @@ def _make_path(schedule: NoiseSchedule, num_image_tokens: int | None) -> Path:
                 kind=schedule.dynamic_shift_kind,
             )
         return Flow(shift=shift, t_min=schedule.t_min)
-    return VP(schedule.make_betas())
+    if schedule.trained_betas is not None:
+        return VP(schedule.make_betas())
+    return VP.named(
+        one_of("betas", schedule.betas, BETAS),
+        schedule.num_train_timesteps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        zero_terminal_snr=schedule.zero_terminal_snr,
+    )

@@ -35,7 +35,6 @@ from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline, default_latent_spec
 from jaxldm.pipelines.prompts import encode_texts
-from jaxldm.pipelines.schedulers import default_solver, make_plan
 
 __all__ = [
     "FAMILIES",
@@ -60,7 +59,6 @@ __all__ = [
     "components",
     "decode_images",
     "default_latent_spec",
-    "default_solver",
     "encode_images",
     "encode_texts",
     "generate",
@@ -69,7 +67,6 @@ __all__ = [
     "kind_of",
     "load",
     "load_original",
-    "make_plan",
     "modules_in",
     "save",
     "save_samples",

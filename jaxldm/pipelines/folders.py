@@ -36,7 +36,7 @@ from jaxldm.pipelines.pipeline import Family, Pipeline
 
 RUN_CONFIG = "config.json"
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
-SCHEDULES = {"DiT": D.NoiseSchedule(beta_start=1e-4, beta_end=0.02), "SiT": D.NoiseSchedule("flow", "flow")}
+PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
 
 
 def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = None) -> Pipeline:
@@ -201,7 +201,7 @@ def load_original(
     architecture: str = "DiT",
     *,
     vae: str | Path | tuple[nn.Module, Any],
-    schedule: D.NoiseSchedule | None = None,
+    prediction: D.Prediction | None = None,
     class_names: Sequence[str] = (),
     num_heads: int | None = None,
     dtype: str | None = None,
@@ -214,8 +214,8 @@ def load_original(
         path: the state dict as a .safetensors file.
         architecture: "DiT" or "SiT"; the file does not tell.
         vae: the folder of the autoencoder (sd-vae-ft-ema, or -mse), or (module, parameters).
-        schedule: None is what the authors trained with: DDPM's linear betas and eps for DiT, for SiT the
-            straight path. SiT on another: `NoiseSchedule("interpolant", "velocity", interpolant="gvp")`.
+        prediction: None is what the authors trained with: eps on DDPM's linear betas for DiT, for SiT the
+            flow on the straight path. SiT on another: `D.velocity(D.Interpolant("gvp"))`.
         class_names: one for each label.
         num_heads, dtype: as in `checkpoints.load_dit_file`.
 
@@ -231,14 +231,13 @@ def load_original(
     """
     network = Network(*checkpoints.load_dit_file(path, architecture, num_heads=num_heads, dtype=dtype))
     decoder = Network(*(vae if isinstance(vae, tuple) else checkpoints.load(vae, dtype=dtype)))
-    schedule = SCHEDULES[architecture] if schedule is None else schedule
-    schedule.make_denoiser(lambda x, t: x)  # refuses what goes with no path
-    if architecture == "SiT" and schedule.make_path().num_train_timesteps is not None:
+    prediction = PUBLISHED[architecture] if prediction is None else prediction
+    if architecture == "SiT" and prediction.path.num_train_timesteps is not None:
         raise InvalidArgumentError(
-            'SiT counts time from 0 to 1: give it a continuous path, NoiseSchedule("flow", "flow") or '
-            'NoiseSchedule("interpolant", "velocity", interpolant=...)'
+            "SiT's t runs from 0 to 1: give it a continuous path, D.flow(D.Flow()) or "
+            "D.velocity(D.Interpolant(...))"
         )
-    return class_to_image(network, schedule, decoder, class_names=tuple(class_names), **OF_LARGE_MODELS)
+    return class_to_image(network, prediction, decoder, class_names=tuple(class_names), **OF_LARGE_MODELS)
 
 
 class TensorComparison(NamedTuple):
@@ -291,7 +290,7 @@ def _load_run(folder: Path, dtype: str | None) -> Pipeline:
     config = read_json(folder / RUN_CONFIG)
     try:
         recipe, data = config["recipe"], config["data"]
-        schedule = D.NoiseSchedule(**recipe["diffusion"]["noise"])
+        prediction = D.NoiseSchedule(**recipe["diffusion"]["noise"]).make_prediction()
         has_autoencoder = recipe["autoencoder"] is not None
         shape, num_classes = tuple(data["image_shape"]), len(data["class_names"])
     except (KeyError, TypeError) as error:
@@ -306,7 +305,7 @@ def _load_run(folder: Path, dtype: str | None) -> Pipeline:
         autoencoder = Network(*checkpoints.load(folder / "autoencoder" / "model", dtype=dtype))
     denoiser = Network(*checkpoints.load(folder / "diffusion" / "model", dtype=dtype))
     try:
-        pipe = class_to_image(denoiser, schedule, autoencoder)
+        pipe = class_to_image(denoiser, prediction, autoencoder)
         pipe.check_parts()
     except CheckpointError as error:
         raise CheckpointError(f"{folder} mixes two models: {error}") from error

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from jaxldm import diffusion as D
-from jaxldm import models
+from jaxldm import models, schedulers
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.pipelines.inputs import (
     InitialLatents,
@@ -33,8 +33,7 @@ from jaxldm.pipelines.inputs import (
 )
 from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, Progress, decode_images, denoise
 from jaxldm.pipelines.prompts import as_texts, for_each
-from jaxldm.pipelines.schedulers import Plan, Sampler, make_plan, named_solver
-from jaxldm.schedulers import scheduler_grid
+from jaxldm.schedulers import GridRule, Sampler, Scheduler, scheduler_grid
 
 if TYPE_CHECKING:
     from jaxldm.pipelines.pipeline import Pipeline
@@ -305,8 +304,8 @@ def guidance_embedding(pipe: Pipeline, scale: float, count: int) -> dict[str, An
 # ---------------------------------------------------------------- grid
 
 
-def read_scheduler(pipe: Pipeline, call: Call) -> Plan:
-    """Path, prediction, solver and grid options of the folder's scheduler and the call's solver.
+def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
+    """Path, prediction, solver and grid of the folder's scheduler and the call's solver.
 
     Raises:
         UnknownNameError: no such solver.
@@ -320,52 +319,51 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Plan:
     if isinstance(solver, str) and solver not in D.solvers.SOLVERS:
         solver = D.solvers.make(solver)
     if call.variance is None:
-        return make_plan(pipe.scheduler, solver, eta=call.eta, stops_early=call.denoising_end < 1)
-    plan = make_plan(pipe.scheduler, "ddpm", eta=call.eta)
-    own = named_solver("ddpm", call.eta, variance=call.variance)
-    return plan._replace(
-        sampler=plan.sampler._replace(solver=own, learned_variance=call.variance == "learned")
-    )
+        stops_early = call.denoising_end < 1
+        return schedulers.from_config(pipe.scheduler, solver, eta=call.eta, stops_early=stops_early)
+    scheduler = schedulers.from_config(pipe.scheduler, "ddpm", eta=call.eta)
+    own = D.solvers.ddpm(variance=call.variance)
+    sampler = scheduler.sampler._replace(solver=own, learned_variance=call.variance == "learned")
+    return dataclasses.replace(scheduler, sampler=sampler)
 
 
-def grid(pipe: Pipeline, call: Call, size: Size, plan: Plan | None = None) -> tuple[Sampler, D.Grid]:
+def grid(
+    pipe: Pipeline, call: Call, size: Size, scheduler: Scheduler | None = None
+) -> tuple[Sampler, D.Grid]:
     """Solver and denoiser, and the rows of the run, padded.
 
     Args:
-        size: (height, width), which some schedules shift with.
-        plan: from `read_scheduler`, changed.
+        size: (height, width), which some schedulers shift with.
+        scheduler: from `read_scheduler`, changed.
 
     Raises:
         InvalidArgumentError: steps, strength or parts out of range, or that leave no step.
         UnknownNameError: no such spacing or sigmas.
     """
-    plan = read_scheduler(pipe, call) if plan is None else plan
-    path = plan.schedule.make_path(pipe.num_image_tokens(size))
-    options = dict(plan.grid_options)
-    steps, distilled = call.num_inference_steps, options.get("spacing") == "lcm"
+    scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
+    path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
+    own = {"spacing": call.spacing, "sigmas": call.sigmas}
+    given = any(value is not None for value in own.values())
+    steps, distilled = call.num_inference_steps, (call.spacing if given else rule.spacing) == "lcm"
     if steps is None:
-        steps = 4 if distilled else pipe.defaults.num_inference_steps
-    if call.spacing is not None or call.sigmas is not None:
-        kept = {name: options[name] for name in ("final",) if name in options}
-        options = kept | {"spacing": call.spacing, "sigmas": call.sigmas}
-        distilled = call.spacing == "lcm"
+        steps = 4 if rule.spacing == "lcm" else pipe.defaults.num_inference_steps
     if call.timesteps is not None:
-        if call.spacing is not None or call.sigmas is not None:
-            raise InvalidArgumentError("timesteps cannot be combined with spacing or sigmas")
-        rows = scheduler_grid(path, call.num_inference_steps, timesteps=call.timesteps)
+        rows = scheduler_grid(path, call.num_inference_steps, timesteps=call.timesteps, **own)
     elif distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         check_count(steps, "num_inference_steps", 1)
-        original = options.get("original_steps", 50)
+        original = GridRule().original_steps if given else rule.original_steps
         times = D.lcm_timesteps(steps, path.num_train_timesteps, original, call.strength)
         rows = D.at_times(path, times)
+    elif given:
+        rows = scheduler_grid(path, steps, final=rule.final, **own)
     else:
-        rows = scheduler_grid(path, steps, **options)
+        rows = rule.make(path, steps)
     if call.strength is not None and not distilled:
         rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)
     length = len(rows.t) - 1
-    return plan.sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
+    return scheduler.sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
 
 
 def _part(rows: D.Grid, path: D.Path, first: float, last: float) -> D.Grid:
@@ -406,7 +404,7 @@ def rows(
 def denoise_latents(
     pipe: Pipeline,
     call: Call,
-    schedule: tuple[Sampler, D.Grid],
+    run: tuple[Sampler, D.Grid],
     guidance_scale: float,
     keys: ImageKeys,
     condition: tuple[dict[str, Any], dict[str, Any] | None],
@@ -414,7 +412,7 @@ def denoise_latents(
     latent_shape: tuple[int, int, int],
 ) -> tuple[Float[np.ndarray, "N h w c"], Float[np.ndarray, "N K h w c"]]:
     """Latents and previews of a call; see `latents.denoise`."""
-    (cond, uncond), (sampler, grid) = condition, schedule
+    (cond, uncond), (sampler, grid) = condition, run
     if start.extra_channels is not None:
         extra = {"extra_channels": start.extra_channels}
         cond, uncond = cond | extra, None if uncond is None else uncond | extra

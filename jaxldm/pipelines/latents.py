@@ -25,7 +25,7 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.schedulers import Sampler
+from jaxldm.schedulers import Sampler
 
 IMAGES, EVERYWHERE = PartitionSpec("images"), PartitionSpec()
 
@@ -197,7 +197,7 @@ def take_steps(
     """
     grid, solver = per_call.grid, _solver(per_image, compiled)
     keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
-    denoiser = compiled.sampler.make_denoiser(guided(network, per_call, per_image, compiled))
+    denoiser = compiled.sampler.denoiser(guided(network, per_call, per_image, compiled))
     places = (jnp.arange(compiled.previews) + 1) * D.steps_in(grid) // (compiled.previews + 1)
 
     def step(i, carry):
@@ -212,7 +212,7 @@ def take_steps(
 
 def _with_known_part(x: Any, grid: D.Grid, last: Any, per_image: PerImage, compiled: Compiled) -> Any:
     """At the end, the known part without noise: a grid that ends at sigma_min would leave its own there."""
-    clean = (grid.t[-1] <= compiled.sampler.schedule.make_path().t_min) & (last == D.steps_in(grid))
+    clean = (grid.t[-1] <= compiled.sampler.path.t_min) & (last == D.steps_in(grid))
     kept = (1 - per_image.repaint) * clean.astype(jnp.float32)
     return kept * per_image.known + (1 - kept) * x
 

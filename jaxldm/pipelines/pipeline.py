@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxldm import diffusion as D
+from jaxldm import schedulers
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.generate import (
@@ -305,9 +306,9 @@ class Pipeline:
         return self.parts.get(self.family.autoencoder)
 
     @property
-    def schedule(self) -> D.NoiseSchedule:
-        """The path that the network was trained on and what it predicts."""
-        return D.from_scheduler_config(self.scheduler)[0]
+    def prediction(self) -> D.Prediction:
+        """What the network's output means, and on which path: as the folder's scheduler says."""
+        return schedulers.from_config(self.scheduler, "ddim").prediction
 
     @property
     def defaults(self) -> Defaults:

@@ -14,7 +14,7 @@ from dit_folders import NULL, write_dit
 from picture_checks import KEY, assert_images_agree, assert_latents_agree
 from reference_pipelines import LATENT, REFERENCE, noise, theirs
 
-from jaxldm import checkpoints, models, pipelines
+from jaxldm import checkpoints, models, pipelines, schedulers
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, StorageError, UnknownNameError
 
@@ -187,8 +187,8 @@ def sit_run(transformer, diffusion=False):
 def test_sit_by_euler(sit, reference, interpolant):
     """A velocity is followed alike on every path."""
     if interpolant is not None:
-        schedule = D.NoiseSchedule("interpolant", "velocity", interpolant=interpolant)
-        sit = sit.replace(scheduler=schedule.to_dict())
+        prediction = D.velocity(D.Interpolant(interpolant))
+        sit = sit.replace(scheduler=schedulers.to_config(prediction))
     call = dict(latents=noise(2), solver="flow_euler", output="latents", **STEPS)
     assert_latents_agree(sit(KEY, LABELS, **call), sit_run(reference.transformer))
 
@@ -199,12 +199,11 @@ def test_sit_by_its_sde(sit, reference):
 
 
 def test_a_sit_folder(sit, tmp_path):
-    schedule = D.NoiseSchedule("interpolant", "velocity", interpolant="gvp")
-    sit = sit.replace(scheduler=schedule.to_dict())
+    sit = sit.replace(scheduler=schedulers.to_config(D.velocity(D.Interpolant("gvp"))))
     pipelines.save(sit, tmp_path / "sit")
     again = pipelines.load(tmp_path / "sit")
     assert type(again.denoiser.module) is models.SiT and again.denoiser.module == sit.denoiser.module
-    assert again.schedule == sit.schedule and (again.default_guidance_scale, again.images_per_device) == (
+    assert again.prediction == sit.prediction and (again.default_guidance_scale, again.images_per_device) == (
         4.0,
         1,
     )
@@ -215,7 +214,7 @@ def test_an_original_dit_goes_back_to_diffusers(pipe, folder, tmp_path):
     dit, params = checkpoints.dit_from_diffusers(pipe.denoiser.module, pipe.denoiser.params)
     checkpoints.save_dit_file(tmp_path / "DiT.safetensors", dit, params)
     original = pipelines.load_original(tmp_path / "DiT.safetensors", vae=folder / "vae", num_heads=2)
-    assert original.schedule == pipe.schedule and original.has_learned_variance
+    assert original.prediction == pipe.prediction and original.has_learned_variance
     theirs_again, params = checkpoints.dit_to_diffusers(original.denoiser.module, original.denoiser.params)
     turned = original.replace(denoiser=pipelines.Network(theirs_again, params))
     pipelines.save(turned, tmp_path / "dit")
@@ -261,14 +260,9 @@ def test_folders_that_are_not_whole(folder, pipe, tmp_path):
     assert "lacks vae: a DiTPipeline needs transformer, vae, scheduler" in changed("a", vae=[None, None])
     assert "each of its network's 1000 classes" in changed("b", id2label={"0": "tench"})
     vae = (pipe.vae.module, pipe.vae.params)
-    for architecture, schedule, words in (
-        ("DiT", D.NoiseSchedule(prediction="velocity"), "discrete path has no velocity"),
-        ("SiT", D.NoiseSchedule(), "continuous path"),
-    ):
-        with pytest.raises(InvalidArgumentError, match=words):
-            pipelines.load_original(
-                _file(pipe, tmp_path), architecture, vae=vae, num_heads=2, schedule=schedule
-            )
+    with pytest.raises(InvalidArgumentError, match="continuous path"):
+        prediction = D.epsilon(D.VP.named("linear"))
+        pipelines.load_original(_file(pipe, tmp_path), "SiT", vae=vae, num_heads=2, prediction=prediction)
     (tmp_path / "taken").write_text("")
     with pytest.raises(StorageError, match="taken"):
         pipelines.save(pipe, tmp_path / "taken")

@@ -31,7 +31,6 @@ from jaxldm import diffusion as D
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
 from jaxldm.pipelines.families import deepfloyd_if
-from jaxldm.schedulers import scheduler_grid
 
 # scheduler_config.json as published; stage II has a sample_max_value of 1.
 DDPM = {
@@ -259,27 +258,6 @@ def test_grids_are_the_published_ones(pipes, name):
     assert deepfloyd_if.respaced_timesteps(deepfloyd_if.RESPACINGS[name]) == published
     callbacks = pipes["II"].num_callbacks(3, spacing=name, image=picture(), batch_size=2)
     assert callbacks == 2 * len(published)
-
-
-def test_timesteps_of_dpm_solver_on_cosine_betas():
-    """`lambda_min_clipped`, under all spacings, for both schedulers that use it."""
-    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler):
-        spacings = (
-            ("linspace", "leading", "trailing") if kind.__name__ == "DPMSolverMultistepScheduler" else ()
-        )
-        for spacing in spacings or ("linspace",):
-            more = {"timestep_spacing": spacing} if spacings else {}
-            scheduler = kind(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, **more)
-            scheduler.set_timesteps(10)
-            entries = {"_class_name": kind.__name__, **scheduler.config}
-            schedule, options = D.from_scheduler_config(entries)
-            grid = scheduler_grid(schedule.make_path(), 10, **options)
-            np.testing.assert_array_equal(grid.t[:-1], scheduler.timesteps.numpy())
-            assert D.from_scheduler_config(schedule.to_dict(options)) == (schedule, options)
-    with pytest.raises(InvalidArgumentError, match="counts timesteps"):
-        scheduler_grid(D.Flow(), 4, lambda_min=-5.0)
-    with pytest.raises(InvalidArgumentError, match="leaves no timestep"):
-        scheduler_grid(schedule.make_path(), 4, lambda_min=100.0)
 
 
 def test_a_folder_that_ours_wrote_is_opened_by_diffusers(pipes, tmp_path):

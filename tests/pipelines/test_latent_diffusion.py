@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import COMPILATIONS
-from tiny_models import SCHEDULE, latent_pipeline, pixel_pipeline
+from tiny_models import PREDICTION, latent_pipeline, pixel_pipeline
 
 from jaxldm import diffusion as D
 from jaxldm.data import to_uint8
-from jaxldm.diffusion import NoiseSchedule
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, JaxldmError, UnknownNameError
 from jaxldm.pipelines import Network, class_to_image
 
@@ -35,13 +34,13 @@ class ExactEpsilon(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, labels):
-        path = SCHEDULE.make_path()
+        path = PREDICTION.path
         alpha, sigma = (value[:, None, None, None] for value in (path.alpha(t), path.sigma(t)))
         mean = jnp.asarray(MEANS)[labels][:, None, None, None]
         return sigma * (x - alpha * mean) / (alpha**2 * STD**2 + sigma**2)
 
 
-EXACT = class_to_image(Network(ExactEpsilon(), {}), SCHEDULE)
+EXACT = class_to_image(Network(ExactEpsilon(), {}), PREDICTION)
 IMAGES_PER_DEVICE = EXACT.images_per_device
 
 
@@ -59,7 +58,7 @@ def test_gaussian_data_is_drawn_as_the_exact_solution_says(solver):
     """
     w, labels = 1.8, [0, 1, 1, 0, 0]
     images = EXACT(KEY, labels, num_inference_steps=999, guidance_scale=w, solver=solver)
-    path = SCHEDULE.make_path()
+    path = PREDICTION.path
     alpha, sigma = path.alpha(999.0), path.sigma(999.0)
     for k, label in enumerate(labels):
         mean = (1 - w) * MEANS[2] + w * MEANS[label]
@@ -96,7 +95,7 @@ def drawn(pipe):
 
 
 def test_the_pipeline_is_the_composition_written_by_hand(pipe, drawn):
-    path = pipe.schedule.make_path()
+    path = pipe.prediction.path
     grid = D.make_grid(path, 3)
 
     def network(x, t, labels):
@@ -174,7 +173,7 @@ def test_nor_does_it_with_a_whole_model(pipe):
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_rescale_is_that_of_the_published_formula(rescale):
     images = EXACT(KEY, [0], num_inference_steps=4, guidance_scale=3.0, guidance_rescale=rescale)
-    path = SCHEDULE.make_path()
+    path = PREDICTION.path
     grid = D.make_grid(path, 4)
 
     def predict(x, t):
@@ -194,15 +193,17 @@ def test_a_solver_of_ones_own():
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    "prediction",
     [
-        NoiseSchedule("edm"),
-        NoiseSchedule("flow", "flow"),
-        NoiseSchedule(prediction="v_prediction", zero_terminal_snr=True),
+        D.edm(D.EDM()),
+        D.flow(D.Flow()),
+        D.velocity(D.Interpolant("gvp")),
+        D.v(D.VP.named("linear", zero_terminal_snr=True)),
     ],
+    ids=lambda prediction: prediction.name,
 )
-def test_every_path_draws_pixels(schedule):
-    pipe = pixel_pipeline(schedule=schedule)
+def test_every_path_draws_pixels(prediction):
+    pipe = pixel_pipeline(prediction=prediction)
     images = pipe(KEY, [0, 2], num_inference_steps=3, solver="dpmpp_2m")
     assert images.shape == (2, 8, 8, 1) and np.isfinite(images).all() and np.abs(images).max() <= 1
 
@@ -301,6 +302,7 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_compiled(pipe, wrong
 
 
 def test_zero_terminal_snr_with_epsilon_is_refused():
-    pipe = pixel_pipeline(schedule=NoiseSchedule(zero_terminal_snr=True))
+    pipe = pixel_pipeline()
+    pipe = pipe.replace(scheduler=pipe.scheduler | {"rescale_betas_zero_snr": True})
     with pytest.raises(CheckpointError, match="v_prediction"):
         pipe(KEY, [0])

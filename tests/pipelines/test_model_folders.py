@@ -14,9 +14,9 @@ import torch
 from tiny_folders import save_network, write_run
 from tiny_models import latent_pipeline, pixel_pipeline, random_params
 
+from jaxldm import diffusion as D
 from jaxldm import models, pipelines
 from jaxldm.checkpoints import folder as model_folder
-from jaxldm.diffusion import NoiseSchedule
 from jaxldm.errors import CheckpointError, StorageError
 
 WEIGHTS = model_folder.WEIGHTS_FILE
@@ -25,7 +25,7 @@ WEIGHTS = model_folder.WEIGHTS_FILE
 def assert_same_model(first, second):
     modules = [{name: part.module for name, part in pipe.networks.items()} for pipe in (first, second)]
     assert modules[0] == modules[1]
-    assert first.schedule.to_dict() == second.schedule.to_dict()
+    assert first.prediction == second.prediction and first.scheduler == second.scheduler
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(
             np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32)
@@ -38,11 +38,9 @@ def assert_same_model(first, second):
     "pipe",
     [
         latent_pipeline(),
-        pixel_pipeline(schedule=NoiseSchedule("flow", "flow")),
-        pixel_pipeline(schedule=NoiseSchedule("edm")),
-        latent_pipeline(
-            schedule=NoiseSchedule(betas="cosine", prediction="v_prediction", zero_terminal_snr=True)
-        ),
+        pixel_pipeline(prediction=D.flow(D.Flow())),
+        pixel_pipeline(prediction=D.edm(D.EDM())),
+        latent_pipeline(prediction=D.v(D.VP.named("cosine", zero_terminal_snr=True))),
     ],
 )
 def test_an_export_reads_back_bit_for_bit(tmp_path, pipe):
@@ -84,7 +82,7 @@ def test_the_layout_is_that_of_diffusers(tmp_path):
 
 def test_diffusers_opens_the_parts_and_they_compute_the_same(tmp_path):
     """UNet2DModel, AutoencoderKL and the scheduler of diffusers, on the exported folder as it is."""
-    pipe = latent_pipeline(schedule=NoiseSchedule(betas="scaled_linear", prediction="v_prediction"))
+    pipe = latent_pipeline(prediction=D.v(D.VP.named("scaled_linear")))
     autoencoder = models.build(
         "sd-vae",
         block_out_channels=(4, 4),
@@ -132,7 +130,8 @@ def test_a_pipeline_that_diffusers_wrote_is_opened(tmp_path):
     )
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(beta_end=0.01)).save_pretrained(tmp_path)
     pipe = pipelines.load(tmp_path)
-    assert (pipe.num_classes, pipe.image_shape(), pipe.schedule.beta_end) == (None, (8, 8, 1), 0.01)
+    assert (pipe.num_classes, pipe.image_shape()) == (None, (8, 8, 1))
+    assert pipe.prediction.path == D.VP.named("linear", beta_end=0.01)
     theirs = unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(pipe.denoiser.params["conv_in"]["kernel"], theirs)
 

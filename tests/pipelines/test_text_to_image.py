@@ -303,24 +303,3 @@ def test_a_model_index_that_does_not_fit(folder, tmp_path, entry, value, words):
 def test_an_unknown_dtype(folder):
     with pytest.raises(UnknownNameError, match="bfloat16"):
         pipelines.load(folder, dtype="bf16")
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"_class_name": "PNDMScheduler"}, "pndm"),
-        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
-        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "dpmpp_2m"),  # Playground v2.5
-        ({"_class_name": "LCMScheduler"}, "lcm"),
-    ],
-)
-def test_the_solver_that_a_folder_names(config, name):
-    assert pipelines.default_solver(config) == name
-
-
-def test_a_solver_that_a_folder_names_and_nobody_has_here():
-    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}
-    with pytest.raises(CheckpointError, match="name a solver"):
-        pipelines.make_plan(config)
-    assert pipelines.make_plan(config, "ddim").grid_options == {"spacing": "leading"}

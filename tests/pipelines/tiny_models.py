@@ -5,11 +5,11 @@ commands.
 import jax
 import numpy as np
 
+from jaxldm import diffusion as D
 from jaxldm import models
-from jaxldm.diffusion import NoiseSchedule
 from jaxldm.pipelines import Network, Pipeline, class_to_image
 
-SCHEDULE = NoiseSchedule()
+PREDICTION = D.epsilon(D.VP.named("linear"))
 UNET = dict(
     sample_size=4,
     in_channels=2,
@@ -36,15 +36,15 @@ def random_params(module, seed=0):
     )
 
 
-def latent_pipeline(seed=0, schedule=SCHEDULE, **unet) -> Pipeline:
+def latent_pipeline(seed=0, prediction=PREDICTION, **unet) -> Pipeline:
     """A class-conditional U-Net in the latents of a convolutional autoencoder: 4x4x2 -> 8x8x1."""
     denoiser = models.build("mini-unet", **{**UNET, **unet})
     autoencoder = models.build("mini-autoencoder", **AUTOENCODER, scaling_factor=0.7, shift_factor=0.1)
     networks = (denoiser, random_params(denoiser, seed)), (autoencoder, random_params(autoencoder, seed + 1))
-    return class_to_image(Network(*networks[0]), schedule, Network(*networks[1]))
+    return class_to_image(Network(*networks[0]), prediction, Network(*networks[1]))
 
 
-def pixel_pipeline(seed=0, schedule=SCHEDULE, **dit) -> Pipeline:
+def pixel_pipeline(seed=0, prediction=PREDICTION, **dit) -> Pipeline:
     """A DiT that draws 8x8x1 pixels."""
     denoiser = models.build("tiny-dit", **{**DIT, **dit})
-    return class_to_image(Network(denoiser, random_params(denoiser, seed)), schedule)
+    return class_to_image(Network(denoiser, random_params(denoiser, seed)), prediction)

@@ -10,6 +10,7 @@ solver and a grid of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxldm import diffusion as D
-from jaxldm import models
+from jaxldm import models, schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.generate import Call, Request, generate, grid, num_callbacks, read_scheduler
@@ -29,7 +30,7 @@ from jaxldm.pipelines.labels import checked_labels, cycle_labels
 from jaxldm.pipelines.latents import scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
-from jaxldm.pipelines.schedulers import Plan, Sampler
+from jaxldm.schedulers import Sampler, Scheduler
 
 AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
 # Networks of classes, or of none; the last is not trained here.
@@ -123,19 +124,21 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
 
 def own_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
     """The grid that fits the path: the file's solver and grid are for other programs."""
-    plan = read_scheduler(pipe, call)
-    return grid(pipe, call, size, Plan(_with_variance(pipe, Sampler(plan.schedule, plan.solver)), {}))
+    scheduler = read_scheduler(pipe, call)
+    sampler = _with_variance(pipe, Sampler(scheduler.prediction, scheduler.solver))
+    return grid(pipe, call, size, Scheduler(sampler, dynamic_shift=scheduler.dynamic_shift))
 
 
 def folder_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
     """The grid of the folder's scheduler."""
-    plan = read_scheduler(pipe, call)
-    return grid(pipe, call, size, plan._replace(sampler=_with_variance(pipe, plan.sampler)))
+    scheduler = read_scheduler(pipe, call)
+    sampler = _with_variance(pipe, scheduler.sampler)
+    return grid(pipe, call, size, dataclasses.replace(scheduler, sampler=sampler))
 
 
 def _with_variance(pipe: Pipeline, sampler: Sampler) -> Sampler:
     """The variance that the network learned goes to every solver, for those of the caller's own."""
-    return sampler._replace(learned_variance=pipe.has_learned_variance and sampler.schedule.path != "edm")
+    return sampler._replace(learned_variance=pipe.has_learned_variance)
 
 
 def defaults(pipe: Pipeline) -> Defaults:
@@ -205,7 +208,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
 
 def class_to_image(
     denoiser: Network,
-    schedule: D.NoiseSchedule,
+    prediction: D.Prediction,
     autoencoder: Network | None = None,
     **options: Any,
 ) -> Pipeline:
@@ -213,12 +216,12 @@ def class_to_image(
 
     Args:
         denoiser: (x [B, h, w, c], t [B], labels [B]) -> [B, h, w, c].
-        schedule: the path that it was trained on and what it predicts.
+        prediction: what its output means, on the path that it was trained on: `D.v(path)` and so on.
         autoencoder: decodes latents into images; None where the network draws pixels.
         options: see `OPTIONS`.
     """
     name = "unet" if type(denoiser.module).__name__.startswith("UNet") else "transformer"
-    parts = {name: denoiser, "scheduler": schedule.to_dict()}
+    parts = {name: denoiser, "scheduler": schedulers.to_config(prediction)}
     return Pipeline(CLASS_TO_IMAGE, parts | ({"vae": autoencoder} if autoencoder else {}), options)
 
 
@@ -239,7 +242,7 @@ def check(pipe: Pipeline) -> None:
             f"its autoencoder has {vae.config.latent_channels} latent channels, its denoising network works "
             f"on {denoiser.config.in_channels}"
         )
-    pipe.schedule.make_path()  # refuses a file that describes none
+    pipe.prediction  # noqa: B018 (refuses a file that describes none)
     names = len(pipe.class_names)
     if names and names != (pipe.num_classes or 0):
         raise CheckpointError(

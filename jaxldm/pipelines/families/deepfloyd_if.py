@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxldm import diffusion as D
-from jaxldm import models
+from jaxldm import models, schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.pipelines.families.stable_diffusion import WITHOUT_SAFETY_CHECKER
 from jaxldm.pipelines.generate import Call, Request, generate, grid, num_callbacks
@@ -38,7 +38,6 @@ from jaxldm.pipelines.pipeline import (
     default_latent_spec,
 )
 from jaxldm.pipelines.prompts import as_texts, encode_texts, for_each
-from jaxldm.pipelines.schedulers import make_plan
 
 MAX_LENGTH = 77  # tokens of a text that the published models were trained on
 # The grids of the published models: how many steps each of equal parts of the timesteps gets, cleanest first.
@@ -108,7 +107,7 @@ def encode_with_image(
     Raises:
         InvalidArgumentError: a noise level that is no timestep.
     """
-    path = D.from_scheduler_config(pipe.image_noising_scheduler)[0].make_path()
+    path = schedulers.from_config(pipe.image_noising_scheduler, "ddim").path
     last = path.num_train_timesteps - 1
     if check_count(noise_level, "noise_level", 0) > last:
         raise InvalidArgumentError(f"noise_level must be a timestep from 0 to {last}, not {noise_level}")
@@ -183,7 +182,7 @@ def respaced_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
             f"spacing={call.spacing!r} cannot be combined with sigmas or another number of steps: leave out "
             f"sigmas, and num_inference_steps too, or give its {sum(counts)}"
         )
-    timesteps = tuple(respaced_timesteps(counts, pipe.schedule.num_train_timesteps))
+    timesteps = tuple(respaced_timesteps(counts, pipe.prediction.path.num_train_timesteps))
     changes = {"spacing": None, "num_inference_steps": None, "timesteps": timesteps}
     return grid(pipe, dataclasses.replace(call, **changes), size)
 
@@ -216,7 +215,7 @@ def check(pipe: Pipeline, in_channels: int = 3) -> None:
             f"its U-Net takes {config.in_channels} channels and draws {config.out_channels}: stage I "
             "takes 3, super-resolution 6, and both draw 6, the pixels and their variance"
         )
-    if make_plan(pipe.scheduler).sampler.learned_variance and config.out_channels == 3:
+    if schedulers.from_config(pipe.scheduler).sampler.learned_variance and config.out_channels == 3:
         raise CheckpointError("its scheduler wants a learned variance, which its U-Net does not have")
     if pipe.text_encoder is not None:
         check_text_width(pipe, pipe.text_encoder.config.d_model, config.text_dim)

@@ -65,10 +65,10 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
 
 def even_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
     """Evenly from pure noise, also where the scheduler does not shift by the size."""
-    plan = read_scheduler(pipe, call)
-    if plan.schedule.path == "flow" and plan.grid_options.get("spacing") == "linspace":
-        plan = plan._replace(grid_options=plan.grid_options | {"spacing": "trailing"})
-    return grid(pipe, call, size, plan)
+    scheduler = read_scheduler(pipe, call)
+    if isinstance(scheduler.path, D.Flow) and scheduler.grid.spacing == "linspace":
+        scheduler = scheduler.with_grid(spacing="trailing")
+    return grid(pipe, call, size, scheduler)
 
 
 def is_guidance_distilled(pipe: Pipeline) -> bool:

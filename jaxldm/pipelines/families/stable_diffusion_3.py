@@ -121,10 +121,10 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
 
 def grid_to_t_min(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
     """Even in t to the last that was trained, whatever shifts it."""
-    plan = read_scheduler(pipe, call)
-    if plan.schedule.dynamic_shift is not None:
-        plan = plan._replace(grid_options=plan.grid_options | {"spacing": "linspace"})
-    return grid(pipe, call, size, plan)
+    scheduler = read_scheduler(pipe, call)
+    if scheduler.dynamic_shift is not None:
+        scheduler = scheduler.with_grid(spacing="linspace")
+    return grid(pipe, call, size, scheduler)
 
 
 def defaults(pipe: Pipeline) -> Defaults:

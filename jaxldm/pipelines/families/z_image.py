@@ -100,8 +100,8 @@ def even_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
 
     The folder's scheduler, left alone, would go down to its smallest t.
     """
-    plan, spacing = read_scheduler(pipe, call), pipe.scheduler.get("_spacing", "trailing")
-    return grid(pipe, call, size, plan._replace(grid_options=plan.grid_options | {"spacing": spacing}))
+    spacing = pipe.scheduler.get("_spacing", "trailing")
+    return grid(pipe, call, size, read_scheduler(pipe, call).with_grid(spacing=spacing))
 
 
 def latent_spec(pipe: Pipeline) -> LatentSpec:
