@@ -19,7 +19,7 @@ from experiments.checks import Check, distance, show
 from jaxldm import diffusion as D
 from jaxldm import models, nn
 from jaxldm.commands.terminal import run_script
-from jaxldm.nn.initialization import starting_values
+from jaxldm.nn.initialization import init_params
 
 LENGTH, VALUES = 256, 4  # tokens of an image of 256x256 pixels, and how many kinds there are of them
 
@@ -64,7 +64,7 @@ def check_identity() -> list[Check]:
     output = jax.jit(dit.apply)({"params": models.init(dit, jax.random.key(1))}, x, t, labels)
     gates = nn.Modulation(6)
     c = jax.random.normal(jax.random.key(2), (2, 32))
-    vectors = gates.apply({"params": starting_values(gates, jax.random.key(3), c)}, c)
+    vectors = gates.apply({"params": init_params(gates, jax.random.key(3), c)}, c)
     return [
         Check(
             "shifts, scales and gates of a fresh block are 0, whatever the condition",
@@ -79,7 +79,7 @@ def check_joint_attention() -> list[Check]:
     """MM-DiT: one softmax over text and image, with weights of each one's own."""
     joint = nn.JointAttention(num_heads=4, qk_norm=True)
     image, text = (jax.random.normal(jax.random.key(k), (1, n, 32)) for k, n in ((0, 9), (1, 5)))
-    params = starting_values(joint, jax.random.key(2), image, text)
+    params = init_params(joint, jax.random.key(2), image, text)
 
     @jax.jit
     def apply(params, image, text):

@@ -1,4 +1,4 @@
-"""What autoencoders share: the Gaussian of the KL kind, and the scaled latents that diffusion works on."""
+"""Shared by all autoencoders: the Gaussian of KL autoencoders, and the scaled latents of diffusion models."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class DiagonalGaussian(NamedTuple):
         return 0.5 * (jnp.square(self.mean) + jnp.exp(self.log_variance) - 1.0 - self.log_variance)
 
 
-def split_moments(moments: Float[Array, "B h w 2c"]) -> DiagonalGaussian:
-    """First half of the channels: mean; second half: log-variance, cut to [-30, 20] as LDM does."""
+def split_moments(moments: Float[Array, "B h w moments"]) -> DiagonalGaussian:
+    """First half of the channels: mean; second half: log-variance, clipped to [-30, 20] as in LDM."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return DiagonalGaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
@@ -50,15 +50,18 @@ def encode_latents(
 ) -> Float[Array, "B h w c"]:
     """The latents that diffusion models are trained on: (z - shift_factor) * scaling_factor.
 
-    Rombach et al. 2022, appendix G. Where the config has them, (z - latents_mean) * scaling_factor /
-    latents_std, channel by channel. The factors live in `module.config`; no caller multiplies.
+    Rombach et al. 2022, appendix G. With `latents_mean` and `latents_std` in the config,
+    (z - latents_mean) * scaling_factor / latents_std, channel by channel. The factors are in `module.config`;
+    no caller multiplies.
 
     Args:
-      images: in [-1, 1].
-      key: draw z from q(z | x); None takes its mean. An autoencoder with a codebook has one z, before its
-        codebook, and no use for a key.
-      tiling: go through large images in squares.
-      slicing: one image at a time.
+        module: the autoencoder.
+        params: its parameters.
+        images: in [-1, 1].
+        key: draw z from q(z | x); None takes its mean. An autoencoder with a codebook has one z, before its
+            codebook, and ignores the key.
+        tiling: encode large images in overlapping tiles.
+        slicing: encode one image at a time.
     """
 
     def encode(x: Array) -> DiagonalGaussian | Array:
@@ -81,9 +84,10 @@ def decode_latents(
     tiling: Tiling | None = None,
     slicing: bool = False,
 ) -> Float[Array, "B H W C"]:
-    """The inverse of `encode_latents`: latents as diffusion models draw them -> images, about [-1, 1].
+    """The inverse of `encode_latents`: latents of a diffusion model -> images, about [-1, 1].
 
-    An autoencoder with a codebook replaces z by the nearest entries first. `tiling`, `slicing`: as there.
+    An autoencoder with a codebook replaces z by the nearest entries first. The arguments are those of
+    `encode_latents`.
     """
 
     def decode(z: Array) -> Array:
@@ -97,7 +101,7 @@ def decode_latents(
 
 
 def _from_zero(config: ModelConfig) -> bool:
-    """Whether the autoencoder's own images lie in [0, 1] (Paella's), and not in [-1, 1]."""
+    """Whether the autoencoder's own images are in [0, 1] (Paella's) and not in [-1, 1]."""
     return getattr(config, "pixels_from_zero", False)
 
 
@@ -106,7 +110,7 @@ def _pixels(config: ModelConfig, images: Array) -> Array:
 
 
 def _shift_and_scale(config: ModelConfig, like: Array) -> tuple[Array, Array]:
-    """Diffusion works on (z - shift) * scale; both broadcast against latents such as `like`."""
+    """The scaled latents are (z - shift) * scale; both broadcast against latents such as `like`."""
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is None:
         mean, std = getattr(config, "shift_factor", None) or 0.0, 1.0

@@ -22,10 +22,12 @@ from jaxldm.nn.normalization import GroupNorm
 class ConvAutoencoderConfig(ModelConfig):
     """Config of `ConvAutoencoder`. Each channel count after the first halves the image.
 
-    norm_num_groups: groups of the normalisation behind every resampling convolution. None: plain
-      convolutions, as the lecture prints them; on digits, four fifths background, those tend to be stuck
-      at a constant image: tanh saturates before the latents carry anything.
-    scaling_factor, shift_factor: make the latents about N(0, 1) for the diffusion model; set after training.
+    Attributes:
+        norm_num_groups: groups of the normalisation after every resampling convolution. None: plain
+            convolutions, as in the lecture. On digits, four fifths background, those tend to get stuck at a
+            constant image: tanh saturates before the latents carry information.
+        scaling_factor, shift_factor: bring the latents to about N(0, 1) for the diffusion model; set after
+            training.
     """
 
     sample_size: int | tuple[int, int] = 28
@@ -51,19 +53,19 @@ class ConvAutoencoderConfig(ModelConfig):
 
 
 def normalized_silu(config: ConvAutoencoderConfig, x: Float[Array, "B H W C"], name: str) -> Array:
-    """Group normalisation, where the config has it, and SiLU."""
+    """Group normalisation, if the config has it, and SiLU."""
     if config.norm_num_groups is not None:
         x = GroupNorm(config.norm_num_groups, dtype=config.dtype, name=name)(x)
     return nn.silu(x)
 
 
 class ConvEncoder(nn.Module):
-    """Conv 3x3, a stride-2 4x4 convolution per halving, conv 3x3 to 2 x latent_channels; SiLU between."""
+    """Conv 3x3, a stride-2 4x4 convolution per halving, conv 3x3 to 2 x latent_channels; with SiLU."""
 
     config: ConvAutoencoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w 2c"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w moments"]:
         config = self.config
         first, *halvings = config.block_out_channels
         x = nn.silu(Conv2d(first, dtype=config.dtype, name="conv_in")(x))
@@ -94,7 +96,7 @@ class ConvAutoencoder(nn.Module):
 
     `encode`: images `[B, H, W, in_channels]` in [-1, 1] -> `DiagonalGaussian` of moments `[B, H/4, W/4,
     latent_channels]`, not scaled. `decode`: z, not scaled -> images in (-1, 1). The call is decode(mean of
-    encode), to start parameters.
+    encode), to initialise parameters.
     """
 
     config: ConvAutoencoderConfig

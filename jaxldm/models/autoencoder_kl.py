@@ -25,13 +25,14 @@ UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 @dataclasses.dataclass(frozen=True)
 class ImageAutoencoderConfig(ModelConfig):
-    """What `AutoencoderKL` and `VQModel` share; names are those of diffusers. A level per channel count.
+    """Base of the configs of `AutoencoderKL` and `VQModel`, named as in diffusers. A level per channel count.
 
-    scaling_factor: see `encode_latents`.
-    force_upcast: the weights make activations beyond the range of float16 (65504), those of SDXL do: where
-      float16 is asked for, encoder and decoder compute in float32. bfloat16 has the range. A config.json
-      without this key is older than it, and its autoencoder (SD 1.x) computes in float16 as asked.
-    dtype: compute dtype.
+    Attributes:
+        scaling_factor: see `encode_latents`.
+        force_upcast: the activations exceed the range of float16 (65504), as in SDXL's autoencoder: encoder
+            and decoder compute in float32 when `dtype` is float16. bfloat16 has the range. A config.json
+            without this key is older than the key, and its autoencoder (SD 1.x) computes in float16.
+        dtype: compute dtype.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -58,7 +59,7 @@ class ImageAutoencoderConfig(ModelConfig):
         compute_dtype(self.dtype)
 
     def upcast(self) -> Self:
-        """This config with the dtype that is really computed in, see `force_upcast`."""
+        """This config with the dtype that is used, see `force_upcast`."""
         overflows = self.force_upcast and self.dtype == "float16"
         return dataclasses.replace(self, dtype="float32") if overflows else self
 
@@ -67,8 +68,10 @@ class ImageAutoencoderConfig(ModelConfig):
 class AutoencoderKLConfig(ImageAutoencoderConfig):
     """Config of `AutoencoderKL`.
 
-    scaling_factor, shift_factor, latents_mean, latents_std: what diffusion works on, see `encode_latents`.
-      The last two have a number per latent channel and come together (Playground v2.5).
+    Attributes:
+        scaling_factor, shift_factor, latents_mean, latents_std: of the scaled latents, see
+            `encode_latents`. The last two have a number per latent channel and come together (Playground
+            v2.5).
     """
 
     use_quant_conv: bool = True
@@ -159,7 +162,7 @@ class AutoencoderKL(nn.Module):
 
     `encode`: images `[B, H, W, in_channels]` in [-1, 1] -> `DiagonalGaussian` of moments `[B, h, w,
     latent_channels]`, not scaled, h = H / 2^(levels - 1). `decode`: z, not scaled -> images, about [-1, 1]
-    (no final tanh). The call is decode(mean of encode), to start parameters.
+    (no final tanh). The call is decode(mean of encode), to initialise parameters.
     """
 
     config: AutoencoderKLConfig

@@ -60,7 +60,7 @@ def _norm(config: BertConfig) -> LayerNorm:
 
 
 class BertEmbeddings(nn.Module):
-    """Tokens `[B, T]` -> norm(token + position + kind of sentence), `[B, T, D]`. One sentence: kind 0."""
+    """Tokens `[B, T]` -> norm(token + position + token type), `[B, T, D]`; the token type is 0."""
 
     config: BertConfig
 
@@ -69,17 +69,17 @@ class BertEmbeddings(nn.Module):
         config = self.config
 
         def embed(rows: int, indices: Array, name: str) -> Array:
-            law = normal(config.initializer_range)
-            return Embedding(rows, config.hidden_size, config.dtype, law, name=name)(indices)
+            init = normal(config.initializer_range)
+            return Embedding(rows, config.hidden_size, config.dtype, init, name=name)(indices)
 
         x = embed(config.vocab_size, input_ids, "word_embeddings")
         x = x + embed(config.type_vocab_size, jnp.zeros((1, 1), jnp.int32), "token_type_embeddings")
-        places = jnp.arange(input_ids.shape[1])[None]
-        return _norm(config)(x + embed(config.max_position_embeddings, places, "position_embeddings"))
+        positions = jnp.arange(input_ids.shape[1])[None]
+        return _norm(config)(x + embed(config.max_position_embeddings, positions, "position_embeddings"))
 
 
 class BertOutput(nn.Module):
-    """norm(x + dense(h)): how each half of a layer ends. h `[B, T, in]`, x `[B, T, D]` -> `[B, T, D]`."""
+    """norm(x + dense(h)), the end of each half of a layer. h `[B, T, in]`, x `[B, T, D]` -> `[B, T, D]`."""
 
     config: BertConfig
 
@@ -96,8 +96,8 @@ class BertAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B T D"]:
         config = self.config
-        names, laws = ("query", "key", "value"), (normal(config.initializer_range),) * 3
-        attention = ProjectedAttention(names, config.num_attention_heads, config.dtype, laws, name="self")
+        names, inits = ("query", "key", "value"), (normal(config.initializer_range),) * 3
+        attention = ProjectedAttention(names, config.num_attention_heads, config.dtype, inits, name="self")
         return BertOutput(config, name="output")(attention(x, mask=mask), x)
 
 
@@ -125,7 +125,7 @@ class BertLayer(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """The layers one after the other. `[B, T, D]` -> the states, the input first."""
+    """The layers in sequence. `[B, T, D]` -> all states, the input first."""
 
     config: BertConfig
 
@@ -154,7 +154,7 @@ class BertModel(nn.Module):
     `TextEncoding` in `config.dtype` without `text_embeds`. `last_hidden_state` is `hidden_states[-1]`.
 
     Raises:
-      InvalidArgumentError: more tokens than positions.
+        InvalidArgumentError: more tokens than positions.
     """
 
     config: BertConfig
@@ -177,7 +177,7 @@ class BertModel(nn.Module):
 def sentence_embedding(
     last_hidden_state: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]
 ) -> Float[Array, "B D"]:
-    """A vector of length 1 per sentence: the mean of its tokens' states, over its length. float32 `[B, D]`.
+    """A unit vector per sentence: the normalised mean of its tokens' states. float32 `[B, D]`.
 
     Reimers & Gurevych 2019, "Sentence-BERT", section 3. The product of two is their cosine similarity.
 

@@ -1,4 +1,4 @@
-"""Both towers of CLIP in one folder, as OpenAI published it: texts and images in one space."""
+"""Both towers of CLIP in one model, as OpenAI published it: texts and images in one space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxldm.models.text_encoder import (
     TransformersConfig,
     token_shapes,
 )
-from jaxldm.nn.initialization import Law, normal, parameter
+from jaxldm.nn.initialization import constant, normal, parameter
 from jaxldm.nn.linear import Linear, compute_dtype
 
 
@@ -29,8 +29,9 @@ from jaxldm.nn.linear import Linear, compute_dtype
 class CLIPConfig(TransformersConfig):
     """Config of `CLIPModel`; names and defaults are those of transformers.
 
-    projection_dim: width of the space that texts and images share; the towers' own is not used.
-    dtype: of both towers.
+    Attributes:
+        projection_dim: width of the space that texts and images share; the towers' own is not used.
+        dtype: of both towers.
     """
 
     text_config: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
@@ -44,7 +45,7 @@ class CLIPConfig(TransformersConfig):
         "text_config": CLIPTextConfig,
         "vision_config": CLIPVisionConfig,
     }
-    # What old files also hold: the entries of the towers that are no default.
+    # Old files also hold these: the entries of the towers that differ from the defaults.
     ignored: ClassVar = frozenset(GENERIC.split()) | {"text_config_dict", "vision_config_dict"}
 
     def __post_init__(self):
@@ -53,7 +54,7 @@ class CLIPConfig(TransformersConfig):
             object.__setattr__(self, name, dataclasses.replace(getattr(self, name), dtype=self.dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys and values of config.json, those of the towers inside it."""
+        """The keys and values of config.json, with those of the towers nested."""
         towers = {
             name: {"model_type": kind.model_type, **getattr(self, name).to_dict()}
             for name, kind in self.towers.items()
@@ -74,10 +75,10 @@ class CLIPConfig(TransformersConfig):
 
 
 class CLIPModel(nn.Module):
-    """CLIP: a text tower and an image tower whose embeddings are near where text and image belong together.
+    """CLIP: a text tower and an image tower whose embeddings are close for matching texts and images.
 
     Radford et al. 2021, section 2.3. Methods: `encode_text`, as `CLIPTextModelWithProjection`;
-    `encode_image`, as `CLIPVisionModelWithProjection`. The call gives exp(logit_scale) times the cosine of
+    `encode_image`, as `CLIPVisionModelWithProjection`. The call returns exp(logit_scale) times the cosine of
     every image with every text, `[images, texts]`; CLIP score (Hessel et al. 2021) is 100 max(cosine, 0) of
     an image and its text.
     """
@@ -95,8 +96,7 @@ class CLIPModel(nn.Module):
             Linear(config.projection_dim, False, config.dtype, normal(tower.hidden_size**-0.5))
             for tower in (text, vision)
         )
-        start = Law("constant", config.logit_scale_init_value)
-        self.logit_scale = parameter(self, "logit_scale", lambda shape: start, ())
+        self.logit_scale = parameter(self, "logit_scale", constant(config.logit_scale_init_value), ())
 
     def encode_text(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
         encoding = self.text_model(input_ids, attention_mask)

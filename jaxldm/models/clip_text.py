@@ -30,10 +30,11 @@ from jaxldm.nn.transformer_encoder import ACTIVATIONS
 class CLIPTextConfig(TransformersConfig):
     """Config of `CLIPTextModel`; names and defaults are those of transformers.
 
-    hidden_act: "quick_gelu" in OpenAI's CLIP, "gelu" in OpenCLIP.
-    projection_dim: width of the space shared with images, for `CLIPTextModelWithProjection`.
-    eos_token_id: whose state `pooled` is. 2 stands in the config.json of many published folders by mistake
-      and means the largest token of each text.
+    Attributes:
+        hidden_act: "quick_gelu" in OpenAI's CLIP, "gelu" in OpenCLIP.
+        projection_dim: width of the space shared with images, for `CLIPTextModelWithProjection`.
+        eos_token_id: the token whose state is `pooled`. Many published config.json have 2 by mistake; it
+            means the largest token of each text.
     """
 
     vocab_size: int = 49408
@@ -71,16 +72,16 @@ class CLIPTextEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config = self.config
-        width, law = config.hidden_size, normal(0.02)
-        tokens = Embedding(config.vocab_size, width, config.dtype, law, name="token_embedding")
+        width, init = config.hidden_size, normal(0.02)
+        tokens = Embedding(config.vocab_size, width, config.dtype, init, name="token_embedding")
         positions = Embedding(
-            config.max_position_embeddings, width, config.dtype, law, name="position_embedding"
+            config.max_position_embeddings, width, config.dtype, init, name="position_embedding"
         )
         return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))[None]
 
 
 class CLIPTextTransformer(nn.Module):
-    """Tokens -> hidden states, each token seeing itself and those before it. Radford et al. 2021, 2.4."""
+    """Tokens -> hidden states, with causal attention. Radford et al. 2021, section 2.4."""
 
     config: CLIPTextConfig
 
@@ -101,16 +102,16 @@ class CLIPTextTransformer(nn.Module):
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
-    """True where a query (row) may look at a key (column): at itself and at what came before."""
+    """True where a query (row) attends to a key (column): itself and those before it."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
 def pooled_at_eos(
     states: Float[Array, "B T D"], input_ids: Int[Array, "B T"], eos_token_id: int
 ) -> Float[Array, "B D"]:
-    """The state of each text's first end-of-text token, `[B, D]`; of its first token where there is none.
+    """The state of each text's first end-of-text token, `[B, D]`; of its first token if it has none.
 
-    With an `eos_token_id` of 2, which many published folders hold by mistake, the state of the token with
+    With an `eos_token_id` of 2, which many published folders have by mistake, the state of the token with
     the largest number: the end of text in CLIP's own vocabulary.
     """
     marks = input_ids if eos_token_id == 2 else (input_ids == eos_token_id).astype(jnp.int32)
@@ -120,12 +121,12 @@ def pooled_at_eos(
 class CLIPTextModel(nn.Module):
     """CLIP's text tower. Radford et al. 2021, "Learning Transferable Visual Models", section 2.4.
 
-    Call: input_ids int32 `[B, T]`, T up to 77; attention_mask `[B, T]`, 0 at padding, or None as the
-    pipelines of Stable Diffusion have it -> `TextEncoding` in `config.dtype`. `hidden_states[-1]` is not
+    Call: input_ids int32 `[B, T]`, T up to 77; attention_mask `[B, T]`, 0 at padding, or None as in
+    the pipelines of Stable Diffusion -> `TextEncoding` in `config.dtype`. `hidden_states[-1]` is not
     normalised; `final_layer_norm` normalises any of them, as skipping layers in Stable Diffusion 1 needs.
 
     Raises:
-      InvalidArgumentError: more tokens than positions.
+        InvalidArgumentError: more tokens than positions.
 
     >>> import jax
     >>> from jaxldm import models
@@ -157,8 +158,7 @@ class CLIPTextModel(nn.Module):
 class CLIPTextModelWithProjection(CLIPTextModel):
     """CLIP's text tower and the projection of `pooled` to `text_embeds`: SDXL's second encoder, CLIP score.
 
-    As `CLIPTextModel`. `text_embeds` has the length that the projection gave it; CLIP score divides it by
-    that.
+    As `CLIPTextModel`. `text_embeds` is not normalised; CLIP score does that.
     """
 
     def setup(self):
@@ -168,7 +168,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             config.projection_dim,
             use_bias=False,
             dtype=config.dtype,
-            kernel_law=normal(config.hidden_size**-0.5),
+            kernel_init=normal(config.hidden_size**-0.5),
         )
 
     def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
@@ -179,7 +179,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 _LEGACY_TOKENS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 PRESETS = {
-    # OpenAI's ViT-L/14 as Stable Diffusion 1.x and SDXL hold it: 123,060,480 parameters, no projection.
+    # OpenAI's ViT-L/14 as in Stable Diffusion 1.x and SDXL: 123,060,480 parameters, no projection.
     "clip-l": CLIPTextConfig(
         hidden_size=768,
         intermediate_size=3072,
@@ -187,7 +187,7 @@ PRESETS = {
         num_attention_heads=12,
         **_LEGACY_TOKENS,
     ),
-    # OpenCLIP ViT-H/14 as Stable Diffusion 2.x holds it: 340,387,840 parameters. Of its 24 layers the last is
+    # OpenCLIP ViT-H/14 as in Stable Diffusion 2.x: 340,387,840 parameters. The last of its 24 layers is
     # left out, so that the penultimate layer is the output; no projection.
     "openclip-h": CLIPTextConfig(
         hidden_size=1024,
@@ -197,7 +197,7 @@ PRESETS = {
         hidden_act="gelu",
         **_LEGACY_TOKENS,
     ),
-    # OpenCLIP ViT-bigG/14 as SDXL and SD3 hold it: 694,659,840 parameters, the projection included.
+    # OpenCLIP ViT-bigG/14 as in SDXL and SD3: 694,659,840 parameters, the projection included.
     "openclip-bigg": CLIPTextWithProjectionConfig(
         hidden_size=1280,
         intermediate_size=5120,

@@ -1,4 +1,4 @@
-"""The image tower of CLIP and the preparation of its images: what CLIP score compares texts with."""
+"""The image tower of CLIP and the preparation of its images, for CLIP score."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 class ImageEncoding(NamedTuple):
-    """What an image encoder returns.
+    """The output of an image encoder.
 
-    last_hidden_state: `[B, 1 + N, D]`, the class token and then the patches row by row, not normalised.
-    pooled: `[B, D]`, the class token, normalised.
-    image_embeds: `[B, P]`, its projection to the space that images share with texts.
-    hidden_states: the embeddings, then the output of every layer, each `[B, 1 + N, D]`.
+    Attributes:
+        last_hidden_state: `[B, 1 + N, D]`, the class token and then the patches row by row, not normalised.
+        pooled: `[B, D]`, the class token, normalised.
+        image_embeds: `[B, P]`, its projection to the space that images share with texts.
+        hidden_states: the embeddings, then the output of every layer, each `[B, 1 + N, D]`.
     """
 
     last_hidden_state: Float[Array, "B N D"]
@@ -72,14 +73,19 @@ class CLIPVisionEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, pixel_values: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
         config = self.config
-        width, law = config.hidden_size, normal(0.02)
+        width, init = config.hidden_size, normal(0.02)
         patches = PatchProjection(
-            width, config.patch_size, config.dtype, use_bias=False, kernel_law=law, name="patch_embedding"
+            width,
+            config.patch_size,
+            config.dtype,
+            use_bias=False,
+            kernel_init=init,
+            name="patch_embedding",
         )(pixel_values)
         token = parameter(self, "class_embedding", normal(width**-0.5), (width,)).astype(patches.dtype)
         token = jnp.broadcast_to(token[None, None], (patches.shape[0], 1, width))
         x = jnp.concatenate([token, patches], axis=1)
-        positions = Embedding(x.shape[1], width, config.dtype, law, name="position_embedding")
+        positions = Embedding(x.shape[1], width, config.dtype, init, name="position_embedding")
         return x + positions(jnp.arange(x.shape[1]))[None]
 
 
@@ -92,7 +98,7 @@ class CLIPVisionTransformer(nn.Module):
     def __call__(self, pixel_values: Float[Array, "B H W C"]) -> tuple[tuple[Array, ...], Array]:
         config = self.config
         embedded = CLIPVisionEmbeddings(config, name="embeddings")(pixel_values)
-        # The name in the published checkpoints, as it was misspelt there.
+        # The name in the published checkpoints, misspelt.
         embedded = LayerNorm(config.layer_norm_eps, config.dtype, name="pre_layrnorm")(embedded)
         states = pre_norm_encoder(config, name="encoder")(embedded)
         norm = LayerNorm(config.layer_norm_eps, config.dtype, name="post_layernorm")
@@ -100,7 +106,7 @@ class CLIPVisionTransformer(nn.Module):
 
 
 def check_pixels(pixel_values: Float[Array, "B H W C"], config: CLIPVisionConfig) -> None:
-    """Raises `InvalidArgumentError` unless the images are as the tower takes them."""
+    """Raise `InvalidArgumentError` unless the images have the size and channels of the config."""
     wanted = (config.image_size, config.image_size, config.num_channels)
     if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
         raise InvalidArgumentError(
@@ -112,11 +118,11 @@ def check_pixels(pixel_values: Float[Array, "B H W C"], config: CLIPVisionConfig
 class CLIPVisionModelWithProjection(nn.Module):
     """CLIP's image tower, a vision transformer. Radford et al. 2021; Dosovitskiy et al. 2021.
 
-    Call: pixel_values `[B, image_size, image_size, 3]` as `clip_pixel_values` makes them ->
-    `ImageEncoding` in `config.dtype`. `image_embeds` has the length that the projection gave it.
+    Call: pixel_values `[B, image_size, image_size, 3]` made by `clip_pixel_values` ->
+    `ImageEncoding` in `config.dtype`. `image_embeds` is not normalised.
 
     Raises:
-      InvalidArgumentError: images of another size or number of channels.
+        InvalidArgumentError: images of another size or number of channels.
     """
 
     config: CLIPVisionConfig
@@ -128,8 +134,8 @@ class CLIPVisionModelWithProjection(nn.Module):
         config = self.config
         check_pixels(pixel_values, config)
         states, pooled = CLIPVisionTransformer(config, name="vision_model")(pixel_values)
-        law = normal(config.hidden_size**-0.5)
-        project = Linear(config.projection_dim, False, config.dtype, law, name="visual_projection")
+        init = normal(config.hidden_size**-0.5)
+        project = Linear(config.projection_dim, False, config.dtype, init, name="visual_projection")
         return ImageEncoding(states[-1], pooled, project(pooled), states)
 
     def example_inputs(self) -> tuple:
@@ -145,17 +151,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixel_values(images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224) -> np.ndarray:
-    """Pictures as CLIP's image tower takes them: float32 `[B, image_size, image_size, 3]`, on the host.
+    """Prepare images for CLIP's image tower: float32 `[B, image_size, image_size, 3]`, on the host.
 
-    Resized so that the shorter side has `image_size` (Pillow's bicubic filter, in grey levels of 8 bits), the
-    middle square cut out, divided by 255, mean and standard deviation of CLIP's training images taken off.
-    Radford et al. 2021.
+    Resized so that the shorter side has `image_size` (Pillow's bicubic filter, in 8 bits), centre-cropped,
+    divided by 255, normalised by mean and standard deviation of CLIP's training images. Radford et al. 2021.
 
     Args:
-      images: uint8 `[B, H, W, 3]`, red, green, blue.
+        images: uint8 `[B, H, W, 3]`, red, green, blue.
+        image_size: side of the result.
 
     Raises:
-      InvalidArgumentError: something else than that.
+        InvalidArgumentError: images of another dtype or shape.
 
     >>> clip_pixel_values(np.zeros((2, 48, 32, 3), np.uint8), 16).shape
     (2, 16, 16, 3)

@@ -1,4 +1,4 @@
-"""What every model's config shares: plain frozen data, and its way into and out of a config.json."""
+"""Base of the models' configs: plain frozen data, read from and written to a config.json."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import Any, ClassVar, Self
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
-OWN_FIELDS = ("dtype", "remat", "scan")  # of every config that has them; no published config does
+OWN_FIELDS = ("dtype", "remat", "scan")  # of our configs; published configs lack them
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Base of the configs: frozen dataclasses of ints, floats, strings, bools, tuples and None.
 
-    Class attributes for architectures whose config.json other programs read:
-      published: only keys of the published config; our own fields are written with a leading underscore,
-        which diffusers takes as private, so that it opens the folder without a warning.
-      fixed: published keys that this implementation supports with one value only.
-      ignored: published keys without meaning here.
-      package: what model_index.json calls the library of a class that diffusers keeps beside one pipeline
-        ("wuerstchen"); None for its public classes.
-      library: whose layout the folder has: "diffusers" (`_class_name` in config.json) or "transformers"
-        (`architectures`, and `model_type`).
-      model_type: what transformers calls the architecture in its config.json.
+    The class attributes are for architectures whose config.json other programs read.
+
+    Attributes:
+        published: only keys of the published config; our own fields are written with a leading underscore,
+            which diffusers treats as private, so that it opens the folder without a warning.
+        fixed: published keys that this implementation supports with one value only.
+        ignored: published keys without effect here.
+        package: the library in model_index.json of a class that diffusers has within one pipeline
+            ("wuerstchen"); None for its public classes.
+        library: the layout of the folder: "diffusers" (`_class_name` in config.json) or "transformers"
+            (`architectures`, and `model_type`).
+        model_type: the architecture's name in the config.json of transformers.
     """
 
     published: ClassVar[bool] = False
@@ -41,10 +43,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; keys that are absent take their default.
+        """The inverse of `to_dict`; absent keys take their default.
 
         Raises:
-          CheckpointError: a key that this architecture does not know, or a value that it does not support.
+            CheckpointError: a key that this architecture does not know, or a value that it does not support.
         """
         names = {cls._written_name(f.name): f.name for f in dataclasses.fields(cls)}
         given = {}
@@ -54,7 +56,7 @@ class ModelConfig:
             elif key in cls.fixed:
                 if value != cls.fixed[key]:
                     raise CheckpointError(
-                        f"config.json asks for {key} = {value!r}; only {cls.fixed[key]!r} is supported here"
+                        f"config.json has {key} = {value!r}; only {cls.fixed[key]!r} is supported"
                     )
             elif key not in cls.ignored and not key.startswith("_"):
                 raise CheckpointError(
@@ -75,17 +77,17 @@ def _listed(value: Any) -> Any:
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises `InvalidArgumentError(message)` unless the condition holds."""
+    """Raise `InvalidArgumentError(message)` unless the condition holds."""
     if not condition:
         raise InvalidArgumentError(message)
 
 
 def check_levels(config: ModelConfig, down_blocks: Iterable[str], up_blocks: Iterable[str]) -> None:
-    """Raises unless `config` names one known block on the way down and one on the way up for each level.
+    """Check that `config` names a known down block and a known up block for each level.
 
     Raises:
-      InvalidArgumentError: more or fewer of them than `block_out_channels`.
-      UnknownNameError: a block type that is not in `down_blocks` or `up_blocks`.
+        InvalidArgumentError: their number is not that of `block_out_channels`.
+        UnknownNameError: a block type that is not in `down_blocks` or `up_blocks`.
     """
     levels = len(config.block_out_channels)
     check(
@@ -98,7 +100,7 @@ def check_levels(config: ModelConfig, down_blocks: Iterable[str], up_blocks: Ite
 
 
 def check_heads(hidden_size: int, num_attention_heads: int) -> None:
-    """Raises `InvalidArgumentError` unless the width can be split into so many heads."""
+    """Raise `InvalidArgumentError` unless the width can be split into that many heads."""
     check(
         hidden_size % num_attention_heads == 0,
         f"hidden_size {hidden_size} cannot be split into {num_attention_heads} heads",
@@ -106,7 +108,7 @@ def check_heads(hidden_size: int, num_attention_heads: int) -> None:
 
 
 def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> None:
-    """Raises `InvalidArgumentError` unless the groups of the normalisation divide every channel count."""
+    """Raise `InvalidArgumentError` unless the groups of the normalisation divide every channel count."""
     for channels in block_out_channels:
         check(
             norm_num_groups > 0 and channels % norm_num_groups == 0,
@@ -115,7 +117,7 @@ def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> N
 
 
 def height_width(sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of a `sample_size`: one number for a square, a pair, or None, read as 64."""
+    """(height, width) of a `sample_size`: one number for a square, a pair, or None, which means 64."""
     if sample_size is None:
         return 64, 64
     return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)

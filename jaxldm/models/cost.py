@@ -1,4 +1,4 @@
-"""What a forward pass costs, from shapes alone: multiply-accumulates and memory."""
+"""The cost of a forward pass, from shapes alone: multiply-accumulates and memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jaxldm.models.registry import build, shapes
 
 
 def count_macs(name_or_module: str | nn.Module, *inputs: Any, **options: Any) -> int:
-    """Multiply-accumulates of one forward pass, as papers count their "Gflops"; nothing is computed.
+    """Multiply-accumulates of one forward pass, as papers count their "Gflops", from shapes alone.
 
-    A model is counted on its `example_inputs()`, one image of the config's size, unless inputs are given:
-    arrays or their shapes, and options of `module.apply` such as `method`. See `macs_of` for what counts.
+    The default inputs are the model's `example_inputs()`, one image of the config's size. Others are arrays
+    or their shapes, and options of `module.apply` such as `method`. See `macs_of` for what counts.
 
     >>> from jaxldm import models
     >>> models.count_macs("dit-xl-2") // 10**6
@@ -34,15 +34,16 @@ def count_macs(name_or_module: str | nn.Module, *inputs: Any, **options: Any) ->
 def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
     """Multiply-accumulates of `function(*inputs)`, which is traced and not run.
 
-    Matrix products and convolutions count, with everything inside of scans as often as they go round;
-    additions, norms, activations and the softmax, a few per cent of a network, do not. Of a condition the
-    dearest branch counts, of a dilated convolution the pixels without the zeros between them.
+    Matrix products and convolutions count, those inside a scan once per iteration; additions, norms,
+    activations and the softmax, a few per cent of a network, do not. A condition counts with its most
+    expensive branch, a dilated convolution without the zeros between pixels.
 
     Args:
-      inputs: arrays or `jax.ShapeDtypeStruct`, in trees of any form; None where the function takes None.
+        function: of arrays.
+        inputs: arrays or `jax.ShapeDtypeStruct`, in trees of any form; None where the function takes None.
 
     Raises:
-      InvalidArgumentError: a loop whose rounds are not known before it runs (`jax.lax.while_loop`).
+        InvalidArgumentError: a loop with an unknown number of iterations (`jax.lax.while_loop`).
     """
     return _macs(jax.make_jaxpr(function)(*inputs).jaxpr)
 
@@ -51,10 +52,10 @@ class Memory(NamedTuple):
     """Bytes that a compiled forward pass needs on its device.
 
     Attributes:
-      weights: the parameters.
-      inputs_and_outputs: x, t, the condition and the answer.
-      temporary: what XLA sets aside for everything in between. A lower bound on a CPU, where libraries that
-        it calls take more for themselves: with 4096 tokens about two arrays of attention weights.
+        weights: the parameters.
+        inputs_and_outputs: x, t, the condition and the output.
+        temporary: XLA's buffers for everything in between. A lower bound on a CPU, where the libraries that
+            it calls allocate more: with 4096 tokens about two arrays of attention weights.
     """
 
     weights: int
@@ -65,7 +66,7 @@ class Memory(NamedTuple):
 def forward_memory(
     name_or_module: str | nn.Module, *inputs: Any, dtype: str = "float32", **options: Any
 ) -> Memory:
-    """Memory of one forward pass as XLA compiles it for this platform; no weights are made.
+    """Memory of one forward pass as XLA compiles it for this platform; no weights are allocated.
 
     The arguments are those of `compile_forward`.
     """
@@ -80,8 +81,9 @@ def compile_forward(
     Compiling takes seconds for blocks in a scan (`config.scan`), and up to minutes for a large model without.
 
     Args:
-      inputs: as for `count_macs`.
-      dtype: of the parameters; what is computed in is the config's `dtype`.
+        name_or_module: a preset's name, or a module.
+        inputs, options: as for `count_macs`.
+        dtype: of the parameters; the compute dtype is the config's.
     """
     module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
     inputs = inputs or module.example_inputs()
@@ -91,7 +93,7 @@ def compile_forward(
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:
-    """Memory of a function whose first argument is the weights, compiled by `compile_forward` or by hand."""
+    """Memory of a compiled function whose first argument is the weights, such as `compile_forward`'s."""
     (params, *_), _ = compiled.args_info
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     analysis = compiled.memory_analysis()
@@ -122,14 +124,14 @@ def _macs_of_equation(equation: Any) -> int:
     inner = [_macs(jaxpr) for jaxpr in _jaxprs_in(params.values())]
     if name == "while" and any(inner):
         raise InvalidArgumentError(
-            "the number of rounds of a while loop is not known before it runs, so its multiply-accumulates "
-            "cannot be counted: count the function inside"
+            "the number of iterations of a while loop is not known before it runs, so that its "
+            "multiply-accumulates cannot be counted: count the function inside"
         )
     return max(inner, default=0) if name == "cond" else sum(inner)
 
 
 def _jaxprs_in(values: Any) -> Iterator[Any]:
-    """The functions that an equation calls, which stand among its parameters, alone or in a tuple."""
+    """The functions that an equation calls: among its parameters, alone or in a tuple."""
     for value in values:
         if isinstance(value, tuple | list):
             yield from _jaxprs_in(value)

@@ -1,7 +1,8 @@
 """The U-Nets of DeepFloyd IF, the open Imagen: presets of `UNet2DConditionModel`. Saharia et al. 2022.
 
-Stage I draws 64x64 pixels from a text; stage II makes 256x256 of them, told how much noise was put on the
-small image. All look at T5-XXL's hidden states, 77 tokens of 4096 numbers, and say eps and a variance.
+Stage I generates 64x64 pixels from a text; stage II upsamples them to 256x256, conditioned on the amount of
+noise that was added to the small image. All attend to T5-XXL's hidden states, 77 tokens of 4096 channels, and
+predict eps and a variance.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def _stage_2(width: int) -> UNet2DConditionConfig:
 
 
 PRESETS = {
-    # "if-i-xl" and "if-ii-l" are the published files. Of the others no file was at hand: theirs are the
-    # widths that come near the numbers of parameters on their cards.
+    # "if-i-xl" and "if-ii-l" are the published configs. The widths of the others follow from the numbers of
+    # parameters on their model cards.
     "if-i-xl": _stage_1(704),  # 4,304,695,110 parameters, "4.3B"
     "if-i-l": _stage_1(320),  # 935,365,830, "900M"
     "if-i-m": _stage_1(192),  # 371,605,830, "400M"

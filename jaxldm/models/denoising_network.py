@@ -16,12 +16,13 @@ class Convention(NamedTuple):
     """How a published network counts time and signs its output: class attribute `convention` of its module.
 
     On a path t grows from data to noise, and a velocity points from data to noise. A module without the
-    attribute takes and returns just that.
+    attribute has the path's t and sign.
 
     Attributes:
         time: the path's t `[B]` -> t as the network was published.
         output: the network's output -> the output with this library's sign.
-        continuous: the network was trained on a continuous path, with t in [0, 1], and breaks on timesteps.
+        continuous: the network was trained with t in [0, 1] and cannot be used on a path of discrete
+            timesteps.
     """
 
     time: Callable[[Float[Array, " B"]], Float[Array, " B"]] = lambda t: t
@@ -38,23 +39,19 @@ def convention(module: nn.Module) -> Convention:
     return getattr(module, "convention", Convention())
 
 
-def network(module: nn.Module) -> Callable[..., Float[Array, "B H W out"]]:
+def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     """A denoising network as a function `(params, x, t, condition=None, *, dropout_key=None) -> output`.
 
     t `[B]` and the output are the path's, whatever the published form of the module: t is 0 (or the first
-    timestep) at the data, 1 (or the last timestep) at the noise, and a velocity points to the noise. This is
-    the one place where a module is called as a denoiser, in training and in every pipeline.
+    timestep) at the data, 1 (or the last timestep) at the noise, and a velocity points to the noise. Training
+    and all pipelines call their networks through this function.
 
-    The function takes:
-        params: the module's parameters, what is inside of `{"params": ...}`.
-        x: `[B, H, W, C]`, noisy images or latents.
-        t: `[B]` floating.
-        condition: None; an array, the module's argument after t (labels `[B]`, or a text's states); or a
-            mapping of the module's keyword arguments to arrays.
-        dropout_key: a key turns dropout on, for training.
-
-    It returns `[B, H, W, C]`, or 2C channels of a network with learned variance. It raises
-    `InvalidArgumentError` for a condition that lacks an argument of the module, or has one too many.
+    Its arguments are the module's parameters (the inside of `{"params": ...}`), noisy images or latents x
+    `[B, H, W, C]`, t `[B]` floating, and the condition: None; an array, the module's argument after t (labels
+    `[B]`, or the states of a text); or a mapping of the module's keyword arguments to arrays. A `dropout_key`
+    turns dropout on, for training. It returns `[B, H, W, C]`, 2C channels for a network with learned
+    variance, and raises `InvalidArgumentError` for a condition that lacks an argument of the module or has
+    one too many.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -67,12 +64,12 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B H W out"]]:
 
     def call(
         params: Any,
-        x: Float[Array, "B H W C"],
+        x: Float[Array, "B ..."],
         t: Float[Array, " B"],
         condition: Array | Mapping[str, Any] | None = None,
         *,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B H W out"]:
+    ) -> Float[Array, "B ..."]:
         more = dict(condition) if isinstance(condition, Mapping) else {}
         inputs = (x, counts.time(t))
         if condition is not None and not isinstance(condition, Mapping):

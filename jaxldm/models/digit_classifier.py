@@ -36,7 +36,7 @@ class DigitClassifierConfig(ModelConfig):
 
 
 class DigitClassifier(nn.Module):
-    """Convolutions 5x5 and 3x3 of stride 2, one 3x3, then two linear layers; SiLU between.
+    """Convolutions 5x5 and 3x3 of stride 2, one 3x3, then two linear layers, with SiLU.
 
     Images `[B, H, W, in_channels]` in [-1, 1] -> logits `[B, num_classes]`. `features` are the outputs of the
     penultimate layer before its SiLU: closer to a Gaussian than after it, as the Fréchet distance assumes.

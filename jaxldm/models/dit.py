@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2023): the diffusion transformer with AdaLN-Zero, named as its checkpoints are."""
+"""DiT (Peebles & Xie 2023): the diffusion transformer with adaLN-Zero, named as in its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.attention import SelfAttention
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     sincos_position_embedding_2d,
@@ -28,23 +28,26 @@ from jaxldm.nn.initialization import normal, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import layer_norm, modulate
 
-XAVIER = {"kernel_law": xavier_uniform, "bias_law": zeros}
-NORMAL = {"kernel_law": normal(0.02), "bias_law": zeros}
-ZERO = {"kernel_law": zeros, "bias_law": zeros}
+XAVIER = {"kernel_init": xavier_uniform, "bias_init": zeros}
+NORMAL = {"kernel_init": normal(0.02), "bias_init": zeros}
+ZERO = {"kernel_init": zeros, "bias_init": zeros}
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig(ModelConfig):
     """Config of `DiT`; defaults are DiT-XL/2 for 256x256 images in the latents of Stable Diffusion.
 
-    num_classes: number of real classes; the label `num_classes` is the null class. None: not
-      class-conditional.
-    learn_sigma: 2 x in_channels outputs: the prediction, then the interpolation weight of the variance
-      (Nichol & Dhariwal 2021, eq. 15).
-    position_embedding: "sincos" (fixed) or "learned" (from N(0, 0.02^2), as in ViT).
-    freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`): set 1 to agree with it.
-    norm_eps: 1e-6 as published.
-    scan, remat: the blocks as one scan; less memory in training. See `nn.blocks_in_a_row`.
+    Attributes:
+        num_classes: number of real classes; the label `num_classes` is the null class. None: not
+            class-conditional.
+        learn_sigma: 2 x in_channels outputs: the prediction, then the interpolation weight of the variance
+            (Nichol & Dhariwal 2021, eq. 15).
+        position_embedding: "sincos" (fixed) or "learned" (from N(0, 0.02^2), as in ViT).
+        freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`): set 1 to agree with
+            it.
+        norm_eps: 1e-6 as published.
+        scan: compile one block for all, see `jaxldm.nn.block_stack`.
+        remat: recompute activations inside of blocks in the backward pass, to save memory.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -142,7 +145,7 @@ class DiTBlock(nn.Module):
     """x + gate attention(modulate(norm(x))), then the same with the MLP. x `[B, N, C]`, c `[B, C]`.
 
     Peebles & Xie 2023, section 3.2 and figure 3: shift, scale and gate of both branches are one linear map
-    of silu(c) that starts at zero, so every block starts as the identity.
+    of silu(c) that starts at zero: every block starts as the identity.
     """
 
     config: DiTConfig
@@ -190,20 +193,7 @@ class DiT(nn.Module):
     Example, on 7x7x4 latents instead of 28x28 images:
     `models.build("tiny-dit", sample_size=7, in_channels=4, patch_size=1)`.
 
-    Args of the call:
-      x: `[B, H, W, in_channels]` of the config's `sample_size`.
-      t: `[B]` floating; times as the path counts them, may be fractional.
-      labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class for
-        all.
-      train: draw dropout from the rng stream "dropout".
-
-    Returns `[B, H, W, out_channels]` in the dtype of x: zero everywhere at the start of training. With
-    `learn_sigma` the second half of the channels is the variance's.
-
-    Labels are dropped for classifier-free guidance where the loss is (`condition_dropout`), not in here.
-
-    Raises:
-      InvalidArgumentError: labels given to a model without classes.
+    The loss drops labels for classifier-free guidance (`condition_dropout`), not the network.
     """
 
     config: DiTConfig
@@ -216,6 +206,22 @@ class DiT(nn.Module):
         labels: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
+        """Predict from noisy images or latents, the time and the class.
+
+        Args:
+            x: `[B, H, W, in_channels]` of the config's `sample_size`.
+            t: `[B]` floating, the path's t; may be fractional.
+            labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
+                for all.
+            train: draw dropout from the rng stream "dropout".
+
+        Returns:
+            `[B, H, W, out_channels]` in the dtype of x: zero everywhere at the start of training. With
+            `learn_sigma` the second half of the channels is for the variance.
+
+        Raises:
+            InvalidArgumentError: labels given to a model without classes.
+        """
         config = self.config
         height, width = height_width(config.sample_size)
         chex.assert_shape(x, (None, height, width, config.in_channels))
@@ -226,8 +232,8 @@ class DiT(nn.Module):
         if labels is not None:
             c = c + LabelEmbedder(config, name="y_embedder")(labels)
         block = functools.partial(DiTBlock, config)
-        how = {"scan": config.scan, "remat": config.remat}
-        h = run_blocks(block, "blocks", config.depth, h, c, train, **how)
+        options = {"scan": config.scan, "remat": config.remat}
+        h = apply_blocks(block, "blocks", config.depth, h, c, train, **options)
         tokens = FinalLayer(config, name="final_layer")(h, c)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
 
@@ -241,7 +247,7 @@ class DiT(nn.Module):
         return jnp.asarray(table, compute_dtype(config.dtype))
 
     def constant_tensors(self) -> Mapping[str, np.ndarray]:
-        """Tensors of the published checkpoint that nobody trains: the sin-cos table `[1, N, C]`."""
+        """Constant tensors of the published checkpoint: the sin-cos table `[1, N, C]`."""
         if self.config.position_embedding == "learned":
             return {}
         return {
@@ -259,13 +265,13 @@ class PatchEmbed(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N width"]:
         return PatchProjection(
             self.config.hidden_size, self.config.patch_size, self.config.dtype, name="proj"
         )(x)
 
 
-# Peebles & Xie 2023, table 1. A scan compiles one block and not 28.
+# Peebles & Xie 2023, table 1.
 SIZES = {
     "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},

@@ -1,4 +1,4 @@
-"""DiT as diffusers lays it out: `DiTTransformer2DModel`, which repeats the embedders in every block."""
+"""DiT in the layout of diffusers: `DiTTransformer2DModel`, which repeats the embedders in every block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxldm.models.dit import LabelEmbedder, PatchEmbed
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.adaptive_norm import ZERO, gated
 from jaxldm.nn.attention import CrossAttention
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import (
     TimestepEmbedding,
     sincos_position_embedding_2d,
@@ -36,10 +36,11 @@ FREQUENCIES = 256  # width of the sinusoid of t
 class DiTTransformer2DConfig(ModelConfig):
     """Config of `DiTTransformer2DModel`; names and defaults are those of diffusers (DiT-XL/2).
 
-    out_channels: None: in_channels. 8 as published: eps, then the interpolation weight of the variance.
-    sample_size: side of the (square) latents that the positions are counted for.
-    num_embeds_ada_norm: number of real classes, None of them being the null class.
-    norm_eps: of the norm in front of the feed-forward alone; the others have 1e-6.
+    Attributes:
+        out_channels: None: in_channels. 8 as published: eps, then the interpolation weight of the variance.
+        sample_size: side of the (square) latents that the positions are made for.
+        num_embeds_ada_norm: number of classes without the null class.
+        norm_eps: of the norm before the feed-forward alone; the others have 1e-6.
     """
 
     num_attention_heads: int = 16
@@ -58,7 +59,7 @@ class DiTTransformer2DConfig(ModelConfig):
     scan: bool = True
 
     published: ClassVar = True
-    # The last rows are of Transformer2DModel, whose config.json the published DiTs have.
+    # The published DiTs have the config.json of Transformer2DModel, with more keys.
     fixed: ClassVar = {
         "dropout": 0.0,
         "norm_type": "ada_norm_zero",
@@ -73,7 +74,7 @@ class DiTTransformer2DConfig(ModelConfig):
         "use_additional_conditions": None,
         "use_linear_projection": False,
     }
-    # Softmax and logits are float32 here in any case; nothing is normalised in groups.
+    # Softmax and logits are float32 in any case; this network has no group norm.
     ignored: ClassVar = frozenset({"upcast_attention", "norm_num_groups"})
 
     def __post_init__(self):
@@ -111,7 +112,7 @@ class TimestepLabelEmbedding(nn.Module):
 
 
 class LabelledModulation(nn.Module):
-    """The condition c `[B, C]` by embedders of its own (`emb`), and six vectors linear in silu(c)."""
+    """The condition c `[B, C]` from own embedders (`emb`), and six vectors linear in silu(c)."""
 
     config: DiTTransformer2DConfig
 
@@ -152,20 +153,9 @@ class DiTTransformerBlock(nn.Module):
 class DiTTransformer2DModel(nn.Module):
     """Diffusion transformer in the layout of diffusers. Peebles & Xie 2023.
 
-    `checkpoints.dit_from_diffusers` makes the original `DiT` of it, with one embedder for all blocks, and
-    `dit_to_diffusers` goes the other way. Frequencies of time are those of diffusers: 10000^(-k / 127), where
-    the original, which the published weights were trained with, has 10000^(-k / 128).
-
-    Args of the call:
-      x: `[B, H, W, in_channels]`; on sides other than the config's `sample_size` positions are stretched.
-      t: `[B]` floating; times as the path counts them, may be fractional.
-      labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class for
-        all.
-
-    Returns `[B, H, W, out_channels]` in the dtype of x.
-
-    Raises:
-      InvalidArgumentError: another number of channels, or sides that cannot be cut into patches.
+    `checkpoints.dit_from_diffusers` converts it to the original `DiT`, with one embedder for all blocks;
+    `dit_to_diffusers` is the inverse. The frequencies of time are those of diffusers, 10000^(-k / 127); the
+    original, with which the published weights were trained, has 10000^(-k / 128).
     """
 
     config: DiTTransformer2DConfig
@@ -177,6 +167,21 @@ class DiTTransformer2DModel(nn.Module):
         t: Float[Array, " B"],
         labels: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B H W out"]:
+        """Predict from noisy latents, the time and the class.
+
+        Args:
+            x: `[B, H, W, in_channels]`; on sides other than the config's `sample_size` positions are
+                stretched.
+            t: `[B]` floating, the path's t; may be fractional.
+            labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
+                for all.
+
+        Returns:
+            `[B, H, W, out_channels]` in the dtype of x.
+
+        Raises:
+            InvalidArgumentError: another number of channels, or sides that cannot be cut into patches.
+        """
         config = self.config
         chex.assert_rank([x, t], [4, 1])
         chex.assert_equal_shape_prefix([x, t], 1)
@@ -187,10 +192,10 @@ class DiTTransformer2DModel(nn.Module):
         labels = labels_or_null(labels, t, config.num_classes)
         h = PatchEmbed(config, name="pos_embed")(x) + self._positions(height, width)
         block, name = functools.partial(DiTTransformerBlock, config), "transformer_blocks"
-        # The first block's embedders serve the last layer as well.
-        carry = run_blocks(block, name, 1, (h, None), wave, labels, remat=config.remat)
-        how = {"scan": config.scan, "remat": config.remat}
-        h, c = run_blocks(block, name, config.num_layers - 1, carry, wave, labels, first=1, **how)
+        # The last layer uses the first block's embedders.
+        carry = apply_blocks(block, name, 1, (h, None), wave, labels, remat=config.remat)
+        options = {"scan": config.scan, "remat": config.remat}
+        h, c = apply_blocks(block, name, config.num_layers - 1, carry, wave, labels, first=1, **options)
         shift, scale = jnp.split(
             Linear(2 * config.hidden_size, dtype=config.dtype, **ZERO, name="proj_out_1")(nn.silu(c)),
             2,

@@ -1,7 +1,7 @@
-"""The transformer of FLUX.1 (Black Forest Labs 2024): text and image in two streams, then in one.
+"""The transformer of FLUX.1 (Black Forest Labs 2024): separate streams of text and image, then a joint one.
 
 Described in Black Forest Labs et al. 2025, "FLUX.1 Kontext", section 2 (arXiv:2506.15742); the double blocks
-are MM-DiT's (Esser et al. 2024), the single ones run attention and feed-forward side by side (Dehghani et
+are MM-DiT's (Esser et al. 2024), the single ones have parallel attention and feed-forward (Dehghani et
 al. 2023, section 2).
 """
 
@@ -23,7 +23,7 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import TimestepTextEmbedding, patchify, unpatchify
 from jaxldm.nn.joint_attention import JointAttention
 from jaxldm.nn.linear import Linear, compute_dtype
@@ -31,7 +31,7 @@ from jaxldm.nn.normalization import layer_norm, modulate
 from jaxldm.nn.rotary import rotary_embedding_of_axes
 from jaxldm.nn.transformer_2d import FeedForward
 
-PATCH = 2  # latents are cut into tokens of 2x2; `patch_size` of the config counts what is cut already
+PATCH = 2  # a token is 2x2 latents; the config's `patch_size` applies after that
 THETA = 10000.0
 
 
@@ -39,14 +39,15 @@ THETA = 10000.0
 class FluxTransformer2DConfig(ModelConfig):
     """Config of `FluxTransformer2DModel`; names and defaults are those of diffusers, FLUX.1-schnell's size.
 
-    in_channels: numbers of a token, 2 x 2 latents; `latent_channels` of the image are a quarter.
-    out_channels: None: as in_channels. Fewer where x carries a picture to look at behind the noisy latents.
-    num_layers, num_single_layers: double and single blocks.
-    guidance_embeds: the network is told its guidance (FLUX.1-dev, distilled).
-    axes_dims_rope: how many numbers of a head turn with each coordinate of a token: one that is 0 for all,
-      the row, the column.
-    remat: keep no activations inside the blocks for the backward pass.
-    scan: blocks of a kind are one `nn.scan`: see `jaxldm.nn.blocks_in_a_row`.
+    Attributes:
+        in_channels: channels of a token of 2x2 latents, four times `latent_channels`.
+        out_channels: None: as in_channels. Fewer where x has an image as condition after the noisy latents.
+        num_layers, num_single_layers: double and single blocks.
+        guidance_embeds: the network is guidance-distilled and takes the scale as an input (FLUX.1-dev).
+        axes_dims_rope: channels of a head that rotate with each coordinate of a token: one that is 0 for all,
+            the row, the column.
+        remat: keep no activations inside the blocks for the backward pass.
+        scan: blocks of a kind are one `nn.scan`: see `jaxldm.nn.block_stack`.
     """
 
     in_channels: int = 64
@@ -74,9 +75,7 @@ class FluxTransformer2DConfig(ModelConfig):
             f"axes_dims_rope {self.axes_dims_rope} must be three numbers that add up to the "
             f"{self.attention_head_dim} of attention_head_dim",
         )
-        check(
-            all(dim % 2 == 0 for dim in self.axes_dims_rope), "axes_dims_rope turn pairs: even numbers alone"
-        )
+        check(all(dim % 2 == 0 for dim in self.axes_dims_rope), "axes_dims_rope must be even numbers")
         check(self.num_layers >= 0 and self.num_single_layers >= 0, "a number of blocks cannot be negative")
         compute_dtype(self.dtype)
 
@@ -87,25 +86,25 @@ class FluxTransformer2DConfig(ModelConfig):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of x, as latents and not as tokens."""
+        """Channels of x: of the latents, not of the tokens."""
         return self.in_channels // PATCH**2
 
 
 def pack(latents: Float[Array, "B H W C"]) -> Float[Array, "B N 4*C"]:
-    """Latents -> tokens of 2x2 of them, row by row; in a token the channels stand outermost.
+    """Latents -> tokens of 2x2 of them, row by row; in a token the channels are the outer axis.
 
     Raises:
-      InvalidArgumentError: an odd height or width.
+        InvalidArgumentError: an odd height or width.
     """
     tokens = patchify(latents, PATCH)
-    apart = tokens.reshape(*tokens.shape[:2], PATCH**2, latents.shape[-1])
-    return apart.swapaxes(2, 3).reshape(tokens.shape)
+    split = tokens.reshape(*tokens.shape[:2], PATCH**2, latents.shape[-1])
+    return split.swapaxes(2, 3).reshape(tokens.shape)
 
 
-def unpack(tokens: Float[Array, "B N 4*C"], height: int, width: int) -> Float[Array, "B height width C"]:
+def unpack(tokens: Float[Array, "B N D"], height: int, width: int) -> Float[Array, "B {height} {width} C"]:
     """The inverse of `pack`."""
-    apart = tokens.reshape(*tokens.shape[:2], -1, PATCH**2)
-    return unpatchify(apart.swapaxes(2, 3).reshape(tokens.shape), PATCH, height, width)
+    split = tokens.reshape(*tokens.shape[:2], -1, PATCH**2)
+    return unpatchify(split.swapaxes(2, 3).reshape(tokens.shape), PATCH, height, width)
 
 
 def positions(num_text: int, rows: int, columns: int) -> np.ndarray:
@@ -115,8 +114,8 @@ def positions(num_text: int, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([np.zeros((num_text, 3), image.dtype), image])
 
 
-def _held(x: Array) -> Array:
-    """In float16, numbers that grew beyond it stop at its largest."""
+def clip_to_float16(x: Array) -> Array:
+    """Clip to the finite range of float16, where x is float16."""
     if x.dtype != jnp.float16:
         return x
     largest = float(jnp.finfo(jnp.float16).max)
@@ -124,7 +123,7 @@ def _held(x: Array) -> Array:
 
 
 class FluxTransformerBlock(nn.Module):
-    """A double block: image and text attend together, all their weights apart.
+    """A double block: joint attention of image and text, each with weights of its own.
 
     (image `[B, N, C]`, text `[B, T, C]`), c `[B, C]`, cos and sin `[T + N, D/2]` -> (image, text).
     """
@@ -140,14 +139,14 @@ class FluxTransformerBlock(nn.Module):
         shift, scale, gate, *of_image = Modulation(6, config.dtype, name="norm1")(c)
         text_shift, text_scale, text_gate, *of_text = Modulation(6, config.dtype, name="norm1_context")(c)
         attention = JointAttention(config.num_attention_heads, qk_norm=True, dtype=config.dtype, name="attn")
-        told, text_told = attention(
+        image_out, text_out = attention(
             modulate(layer_norm(image), shift, scale),
             modulate(layer_norm(text), text_shift, text_scale),
             rotary=(cos, sin),
         )
-        image = self._feed_forward(image + gated(told, gate), of_image, "ff")
-        text = self._feed_forward(text + gated(text_told, text_gate), of_text, "ff_context")
-        return image, _held(text)
+        image = self._feed_forward(image + gated(image_out, gate), of_image, "ff")
+        text = self._feed_forward(text + gated(text_out, text_gate), of_text, "ff_context")
+        return image, clip_to_float16(text)
 
     def _feed_forward(self, x: Float[Array, "B N C"], modulation: list[Array], name: str) -> Array:
         shift, scale, gate = modulation
@@ -156,7 +155,7 @@ class FluxTransformerBlock(nn.Module):
 
 
 class FluxSingleTransformerBlock(nn.Module):
-    """A single block: attention and feed-forward of one input, side by side, brought back by one matrix.
+    """A single block: attention and feed-forward in parallel on one input, with one output projection.
 
     x `[B, T + N, C]`, text first, c `[B, C]`, cos and sin `[T + N, D/2]` -> the same shape as x.
     """
@@ -175,25 +174,11 @@ class FluxSingleTransformerBlock(nn.Module):
         )
         inner = nn.gelu(Linear(4 * width, dtype=config.dtype, name="proj_mlp")(h), approximate=True)
         both = jnp.concatenate([attention(h, rotary=(cos, sin)), inner], axis=-1)
-        return _held(x + gated(Linear(width, dtype=config.dtype, name="proj_out")(both), gate))
+        return clip_to_float16(x + gated(Linear(width, dtype=config.dtype, name="proj_out")(both), gate))
 
 
 class FluxTransformer2DModel(nn.Module):
     """The transformer of FLUX.1.
-
-    Args of the call:
-      x: `[B, H, W, latent_channels]`, noisy latents; H and W even.
-      t: `[B]`, 1 is noise, 0 is data: as the path of rectified flow counts.
-      encoder_hidden_states: `[B, T, joint_attention_dim]`, T5's states of the text, any T (512 in FLUX.1-dev,
-        256 in schnell); padding is looked at as well.
-      pooled_projections: `[B, pooled_projection_dim]`, CLIP's pooled state of the text.
-      guidance: `[B]`, the guidance scale to draw as under; only with `guidance_embeds`, and needed there.
-
-    Returns `[B, H, W, out_channels / 4]` in the dtype of x: the velocity, noise - data.
-
-    Raises:
-      InvalidArgumentError: odd sides, another number of channels, states of other text encoders, guidance
-        missing or given to a model that is not told it.
 
     >>> from jaxldm import models
     >>> small = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
@@ -215,6 +200,23 @@ class FluxTransformer2DModel(nn.Module):
         pooled_projections: Float[Array, "B E"],
         guidance: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W out"]:
+        """Predict the velocity.
+
+        Args:
+            x: `[B, H, W, latent_channels]`, noisy latents; H and W even.
+            t: `[B]`, the t of rectified flow: 1 is noise, 0 is data. Multiplied by 1000 inside.
+            encoder_hidden_states: `[B, T, joint_attention_dim]`, T5's states of the text, any T (512 in
+                FLUX.1-dev, 256 in schnell); padding is attended to as well.
+            pooled_projections: `[B, pooled_projection_dim]`, CLIP's pooled state of the text.
+            guidance: `[B]`, the guidance scale; required with `guidance_embeds`, else None.
+
+        Returns:
+            `[B, H, W, out_channels / 4]` in the dtype of x: the velocity, noise - data.
+
+        Raises:
+            InvalidArgumentError: odd sides, another number of channels, states of other text encoders,
+                guidance that is missing, or given to a model without `guidance_embeds`.
+        """
         config = self.config
         self._check(x, t, encoder_hidden_states, pooled_projections, guidance)
         options = {"scan": config.scan, "remat": config.remat}
@@ -224,17 +226,17 @@ class FluxTransformer2DModel(nn.Module):
         embed = TimestepTextEmbedding(config.inner_dim, config.dtype, name="time_text_embed")
         c = embed(1000.0 * t, pooled_projections, None if guidance is None else 1000.0 * guidance)
         num_text = text.shape[1]
-        where = positions(num_text, height // PATCH, width // PATCH)
-        tables = map(jnp.asarray, rotary_embedding_of_axes(where, config.axes_dims_rope, THETA))
+        coordinates = positions(num_text, height // PATCH, width // PATCH)
+        tables = map(jnp.asarray, rotary_embedding_of_axes(coordinates, config.axes_dims_rope, THETA))
         shared = (c, *tables)
         double, single = (
             functools.partial(kind, config) for kind in (FluxTransformerBlock, FluxSingleTransformerBlock)
         )
-        image, text = run_blocks(
+        image, text = apply_blocks(
             double, "transformer_blocks", config.num_layers, (image, text), *shared, **options
         )
         h = jnp.concatenate([text, image], axis=1)
-        h = run_blocks(single, "single_transformer_blocks", config.num_single_layers, h, *shared, **options)
+        h = apply_blocks(single, "single_transformer_blocks", config.num_single_layers, h, *shared, **options)
         h = AdaLayerNormContinuous(dtype=config.dtype, name="norm_out")(h[:, num_text:], c)
         features = config.out_channels or config.in_channels
         tokens = Linear(features, dtype=config.dtype, name="proj_out")(h)
@@ -260,7 +262,7 @@ class FluxTransformer2DModel(nn.Module):
             if value.shape[-1] != width:
                 raise InvalidArgumentError(
                     f"{name} are {value.shape[-1]} wide; this transformer takes {width} ({field} of its "
-                    "config): they are of another text encoder"
+                    "config): they come from another text encoder"
                 )
         if config.guidance_embeds and guidance is None:
             raise InvalidArgumentError("this transformer needs guidance (guidance_embeds of its config)")

@@ -1,4 +1,4 @@
-"""What the models take: the shapes that parameters are started with, and class labels or their absence."""
+"""Inputs of the models: shapes to trace them with, and class labels or their absence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def image_shape(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct]:
 
 
 def denoiser_shapes(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """(x, t) and, for a model with classes, labels: what a denoising network is traced with."""
+    """Shapes of (x, t) and, for a model with classes, labels, to trace a denoising network."""
     t, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     return (*image_shape(config), t) if config.num_classes is None else (*image_shape(config), t, labels)
 
@@ -26,10 +26,10 @@ def denoiser_shapes(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
 def labels_or_null(
     labels: Int[Array, " B"] | None, t: Float[Array, " B"], num_classes: int | None
 ) -> Int[Array, " B"] | None:
-    """The labels, the null class `num_classes` for all when there are none, None for a model without classes.
+    """The labels; without labels the null class `num_classes` for all; None for a model without classes.
 
     Raises:
-      InvalidArgumentError: labels given to a model without classes.
+        InvalidArgumentError: labels given to a model without classes.
     """
     if num_classes is None:
         if labels is not None:

@@ -27,10 +27,12 @@ from jaxldm.nn.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 class PaellaVQModelConfig(ModelConfig):
     """Config of `PaellaVQModel`; names and defaults are those of diffusers.
 
-    up_down_scale_factor: how many pixels high and wide are one before the first level.
-    levels: of a half of the width each; embed_dim: channels of the last.
-    bottleneck_blocks: of the last level, on the way up.
-    scale_factor: latents are so many times what the diffusion model draws.
+    Attributes:
+        up_down_scale_factor: side of the squares of pixels that the first level takes as one.
+        levels: resolutions, each half of the one before.
+        embed_dim: channels of the last level.
+        bottleneck_blocks: blocks of the decoder's last level.
+        scale_factor: latents are scale_factor times the samples of the diffusion model.
     """
 
     in_channels: int = 3
@@ -65,20 +67,20 @@ class PaellaVQModelConfig(ModelConfig):
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied with for the diffusion model, as other autoencoders say it."""
+        """The factor of the latents for the diffusion model, under the name that other autoencoders have."""
         return 1 / self.scale_factor
 
     @property
     def shrinks(self) -> int:
-        """How many pixels high and wide one latent is: 4 as published."""
+        """Downsampling factor of each side: 4 as published."""
         return self.up_down_scale_factor * 2 ** (self.levels - 1)
 
 
 class MixingResidualBlock(nn.Module):
     """x + g_2 depthwise(n(x) (1 + g_0) + g_1), then x + g_5 MLP(n(x) (1 + g_3) + g_4), n a layer norm.
 
-    Of Paella (Rampas et al. 2022, arXiv:2211.07292). Six numbers g, the parameter `gammas`, start at 0, so
-    that a fresh block changes nothing.
+    From Paella (Rampas et al. 2022, arXiv:2211.07292). The six numbers g, parameter `gammas`, start at 0: a
+    block starts as the identity.
     """
 
     dtype: str = "float32"
@@ -97,20 +99,20 @@ class MixingResidualBlock(nn.Module):
 
 
 class RunningBatchNorm(nn.Module):
-    """(x - running_mean) / sqrt(running_var + 1e-5) scale + bias, by the means of the training, in float32.
+    """(x - running_mean) / sqrt(running_var + 1e-5) scale + bias, in float32, with statistics of training.
 
-    Ioffe & Szegedy 2015, algorithm 2. The running statistics are parameters here, which nobody trains.
+    Ioffe & Szegedy 2015, algorithm 2. The running statistics are parameters that are not trained.
     """
 
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        laws = {"scale": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
+        inits = {"scale": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
         shape = (x.shape[-1],)
         scale, bias, mean, variance = (
-            parameter(self, name, law, shape).astype(jnp.float32).reshape(1, 1, 1, -1)
-            for name, law in laws.items()
+            parameter(self, name, init, shape).astype(jnp.float32).reshape(1, 1, 1, -1)
+            for name, init in inits.items()
         )
         y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
         return y.astype(compute_dtype(self.dtype))
@@ -143,18 +145,18 @@ class PaellaVQModel(nn.Module):
 
     `encode`: images `[B, H, W, in_channels]` in [0, 1], sides divisible by `config.shrinks` -> latents
     `[B, h, w, latent_channels]`, not quantised and not scaled. `decode`: such latents -> images, about
-    [0, 1]; with `quantize` the nearest entry of the codebook is taken for each, which Wuerstchen does not
-    do. The call is decode(encode(x), quantize=True), to start parameters.
+    [0, 1]; `quantize` replaces each by the nearest entry of the codebook, which Wuerstchen does not do. The
+    call is decode(encode(x), quantize=True), to initialise parameters.
 
     Raises:
-      InvalidArgumentError: sides that are not divisible, another number of channels.
+        InvalidArgumentError: sides that are not divisible, another number of channels.
     """
 
     config: PaellaVQModelConfig
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """Parameters that are loaded and saved, and stay as they are: the means of the training."""
+        """Parameters that are not trained: the running statistics."""
         norm = f"down_blocks_{2 * self.config.levels - 1}/1"
         return (f"{norm}/running_mean", f"{norm}/running_var")
 
@@ -184,7 +186,7 @@ class PaellaVQModel(nn.Module):
         height, width = x.shape[1:3]
         if height % config.shrinks or width % config.shrinks:
             raise InvalidArgumentError(
-                f"images of {height}x{width}: this autoencoder takes multiples of {config.shrinks}"
+                f"images of {height}x{width}: this autoencoder needs multiples of {config.shrinks}"
             )
         h = self.in_block_1(pixel_unshuffle(x, config.up_down_scale_factor))
         for block in self.down_blocks:
@@ -203,7 +205,7 @@ class PaellaVQModel(nn.Module):
         return self.decode(self.encode(x), quantize=True)
 
     def constant_tensors(self) -> Mapping[str, np.ndarray]:
-        """PyTorch's count of the batches that the running means saw: written as 0, which is not read."""
+        """PyTorch's count of batches in the running statistics: written as 0, never read."""
         last = 2 * self.config.levels - 1
         return {f"down_blocks.{last}.1.num_batches_tracked": np.zeros((), np.int64)}
 

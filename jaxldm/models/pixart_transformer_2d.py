@@ -17,7 +17,7 @@ from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.inputs import image_shape
 from jaxldm.nn.adaptive_norm import gated
 from jaxldm.nn.attention import CrossAttention
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TextProjection,
@@ -31,22 +31,23 @@ from jaxldm.nn.linear import Linear, compute_dtype
 from jaxldm.nn.normalization import layer_norm, modulate
 from jaxldm.nn.transformer_2d import FeedForward
 
-SINUSOIDS = 256  # numbers that a time or a size becomes before its embedding
-FINAL_EPS = 1e-6  # of the last layer norm, whatever `norm_eps` says
+SINUSOIDS = 256  # width of the sinusoids of a time or a size
+FINAL_EPS = 1e-6  # of the last layer norm, whatever `norm_eps` is
 
 
 @dataclasses.dataclass(frozen=True)
 class PixArtTransformer2DConfig(ModelConfig):
     """Config of `PixArtTransformer2DModel`. Names and defaults are those of diffusers.
 
-    sample_size: side of the latents that the positions are counted on; other sizes are stretched to it.
-    out_channels: None for as many as come in; PixArt's 8 are the noise and a variance, which pipelines drop.
-    interpolation_scale: divides the positions; None: sample_size // 64, at least 1.
-    caption_channels: width of the text encoder's states; None: they come as wide as the tokens.
-    use_additional_conditions: PixArt-Alpha's sizes and aspect ratios; None: where sample_size is 128.
-    dtype: compute dtype.
-    remat: save memory in training by computing the activations inside of blocks twice.
-    scan: all blocks are one `jax.lax.scan`, compiled once.
+    Attributes:
+        sample_size: side of the latents for which the positions are made; other sizes are stretched to it.
+        out_channels: None: in_channels. PixArt's 8 are the noise and a variance, which pipelines drop.
+        interpolation_scale: divides the positions; None: sample_size // 64, at least 1.
+        caption_channels: width of the text encoder's states; None: that of the tokens, without a projection.
+        use_additional_conditions: PixArt-Alpha's sizes and aspect ratios; None: True if sample_size is 128.
+        dtype: compute dtype.
+        remat: recompute activations inside of blocks in the backward pass, to save memory.
+        scan: all blocks are one `jax.lax.scan`, compiled once.
     """
 
     num_attention_heads: int = 16
@@ -78,7 +79,7 @@ class PixArtTransformer2DConfig(ModelConfig):
         "only_cross_attention": False,
         "use_linear_projection": False,
     }
-    # The first two mean nothing to this norm; logits and softmax are float32 here in any case.
+    # The first two have no effect on this norm; logits and softmax are float32 in any case.
     ignored: ClassVar = frozenset({"norm_num_groups", "num_embeds_ada_norm", "upcast_attention"})
 
     def __post_init__(self):
@@ -90,15 +91,15 @@ class PixArtTransformer2DConfig(ModelConfig):
             f"a side of {self.sample_size} cannot be cut into patches of {self.patch_size}",
         )
         width = self.hidden_size
-        check(width % 4 == 0, f"a width of {width} has no sin-cos positions: it must be a multiple of 4")
+        check(width % 4 == 0, f"the width {width} must be a multiple of 4 for sin-cos positions")
         check(
             self.caption_channels is None or self.cross_attention_dim == width,
-            f"the projected text is {width} wide, and cross_attention_dim {self.cross_attention_dim}: "
-            "they must be equal",
+            f"cross_attention_dim must be the width of the projected text, {width}, "
+            f"got {self.cross_attention_dim}",
         )
         check(
             not self.has_additional_conditions or width % 3 == 0,
-            f"use_additional_conditions splits the width in 3, which {width} does not allow",
+            f"the width {width} must be a multiple of 3 for use_additional_conditions",
         )
         compute_dtype(self.dtype)
 
@@ -109,7 +110,7 @@ class PixArtTransformer2DConfig(ModelConfig):
 
     @property
     def has_additional_conditions(self) -> bool:
-        """Whether the network is told `resolution` and `aspect_ratio`."""
+        """Whether the network takes `resolution` and `aspect_ratio`."""
         given = self.use_additional_conditions
         return self.sample_size == 128 if given is None else given
 
@@ -120,7 +121,7 @@ class PixArtTransformer2DConfig(ModelConfig):
 
 
 class TimestepSizeEmbeddings(nn.Module):
-    """t `[B]` -> `[B, C]`, and to it a third of C for each of height, width and aspect ratio, if given."""
+    """t `[B]` -> `[B, C]`, plus thirds of C for height, width and aspect ratio, if the config has them."""
 
     config: PixArtTransformer2DConfig
 
@@ -146,7 +147,7 @@ class TimestepSizeEmbeddings(nn.Module):
 class AdaLayerNormSingle(nn.Module):
     """One modulation for all blocks: (linear(silu(e)) `[B, 6, C]`, e `[B, C]`), e the embedded time.
 
-    Chen et al. 2023 (PixArt-Alpha), section 2.3: adaLN-single; every block adds a table of its own.
+    Chen et al. 2023 (PixArt-Alpha), section 2.3: adaLN-single; every block adds its own table.
     """
 
     config: PixArtTransformer2DConfig
@@ -164,7 +165,7 @@ class AdaLayerNormSingle(nn.Module):
 def modulation_table(module: nn.Module, rows: int, embedding: Float[Array, "B _ C"]) -> list[Array]:
     """The `rows` vectors `[B, C]` of a block: its own `scale_shift_table` + embedding `[B, rows or 1, C]`.
 
-    To be called inside the compact method of the module that has the table.
+    Call it inside the compact method of the module that has the table.
     """
     width = embedding.shape[-1]
     table = parameter(module, "scale_shift_table", normal(width**-0.5), (rows, width))
@@ -175,8 +176,8 @@ def modulation_table(module: nn.Module, rows: int, embedding: Float[Array, "B _ 
 class PixArtTransformerBlock(nn.Module):
     """Gated self-attention, cross-attention, gated feed-forward. x `[B, N, C]` -> the same shape.
 
-    Chen et al. 2023, section 2.3 and figure 4: shift, scale and gate as in DiT, while the text enters without
-    norm and gate. Shared by all blocks: modulation `[B, 6, C]`, text `[B, T, C]` and its mask `[B, T]`.
+    Chen et al. 2023, section 2.3 and figure 4: shift, scale and gate as in DiT; the cross-attention has no
+    norm and no gate. Shared by all blocks: modulation `[B, 6, C]`, text `[B, T, C]` and its mask `[B, T]`.
     """
 
     config: PixArtTransformer2DConfig
@@ -207,20 +208,6 @@ class PixArtTransformerBlock(nn.Module):
 class PixArtTransformer2DModel(nn.Module):
     """Diffusion transformer with cross-attention to a text. Chen et al. 2023 (PixArt-Alpha), 2024 (-Sigma).
 
-    Args of the call:
-      x: `[B, H, W, in_channels]` latents, H and W multiples of `patch_size`.
-      t: `[B]` floating; times as the path counts them, may be fractional.
-      encoder_hidden_states: `[B, T, caption_channels]` of the text encoder.
-      encoder_attention_mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
-      resolution, aspect_ratio: `[B, 2]`, height and width in pixels, and `[B, 1]`, height / width: of
-        PixArt-Alpha for 1024x1024 pixels alone (`use_additional_conditions`).
-
-    Returns `[B, H, W, out_channels]` in the dtype of x: the noise, and behind it a variance.
-
-    Raises:
-      InvalidArgumentError: an input is missing, given to a network that has no use for it, or of a size that
-        this network does not take.
-
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
     >>> transformer = models.build("pixart-sigma")
@@ -241,6 +228,23 @@ class PixArtTransformer2DModel(nn.Module):
         resolution: Float[Array, "B 2"] | None = None,
         aspect_ratio: Float[Array, "B 1"] | None = None,
     ) -> Float[Array, "B H W out"]:
+        """Predict the noise.
+
+        Args:
+            x: `[B, H, W, in_channels]` latents, H and W multiples of `patch_size`.
+            t: `[B]` floating, the path's t; may be fractional.
+            encoder_hidden_states: `[B, T, caption_channels]` of the text encoder.
+            encoder_attention_mask: `[B, T]`, nonzero for the tokens to attend to; None means all.
+            resolution, aspect_ratio: `[B, 2]`, height and width in pixels, and `[B, 1]`, height / width: only
+                for PixArt-Alpha of 1024x1024 pixels (`use_additional_conditions`).
+
+        Returns:
+            `[B, H, W, out_channels]` in the dtype of x: the noise, then a variance.
+
+        Raises:
+            InvalidArgumentError: an input that is missing, that the network does not take, or of a size
+                that this network does not take.
+        """
         config = self.config
         chex.assert_rank([x, t, encoder_hidden_states], [4, 1, 3])
         chex.assert_equal_shape_prefix([x, t, encoder_hidden_states], 1)
@@ -251,7 +255,7 @@ class PixArtTransformer2DModel(nn.Module):
         text = encoder_hidden_states.astype(compute_dtype(config.dtype))
         if config.caption_channels is not None:
             text = TextProjection(config.hidden_size, dtype=config.dtype, name="caption_projection")(text)
-        h = run_blocks(
+        h = apply_blocks(
             functools.partial(PixArtTransformerBlock, config),
             "transformer_blocks",
             config.num_layers,
@@ -278,7 +282,7 @@ class PixArtTransformer2DModel(nn.Module):
         if width != config.text_width:
             raise InvalidArgumentError(
                 f"encoder_hidden_states are {width} wide; this transformer takes {config.text_width}: they "
-                "are of another text encoder"
+                "come from another text encoder"
             )
         for name, value, count in (("resolution", resolution, 2), ("aspect_ratio", aspect_ratio, 1)):
             if not config.has_additional_conditions:
@@ -294,7 +298,7 @@ class PixArtTransformer2DModel(nn.Module):
                 )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
-        """Shapes of the call's arrays, None for those that this network does not take, to trace it with."""
+        """Shapes of the inputs to trace the network with; None for those that it does not take."""
 
         def shape(*sides: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(sides, jnp.float32)
@@ -304,12 +308,12 @@ class PixArtTransformer2DModel(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches, their linear map `proj`, and where they are: `[B, H, W, C]` -> `[B, N, hidden_size]`."""
+    """Patches, their linear map `proj`, and their positions: `[B, H, W, C]` -> `[B, N, hidden_size]`."""
 
     config: PixArtTransformer2DConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N width"]:
         config = self.config
         patch = config.patch_size
         tokens = PatchProjection(config.hidden_size, patch, config.dtype, name="proj")(x)
@@ -328,8 +332,8 @@ _SIGMA = PixArtTransformer2DConfig(
     caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
 )
 
-# PixArt-Sigma, 610,856,096 parameters, for pictures of 1024, 256, 512 and 2048 pixels: only the positions
-# differ.
+# PixArt-Sigma, 610,856,096 parameters, for images of 1024, 256, 512 and 2048 pixels, which differ in the
+# positions.
 PRESETS = {
     "pixart-sigma": _SIGMA,
     "pixart-sigma-256": dataclasses.replace(_SIGMA, sample_size=32, interpolation_scale=0.5),

@@ -30,16 +30,17 @@ from jaxldm.nn.rotary import apply_rotary, rotary_embedding
 from jaxldm.nn.transformer_encoder import SwiGLU
 
 FULL = "full_attention"
-LAW = normal(0.02)  # of all matrices at the start
+KERNEL_INIT = normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config(TransformersConfig):
     """Config of `Qwen3Model`; names and defaults are those of transformers.
 
-    num_key_value_heads: keys and values have fewer heads than queries, each of which serves
-      num_attention_heads / num_key_value_heads of them; None: as many.
-    head_dim: numbers per head; num_attention_heads * head_dim need not be hidden_size.
+    Attributes:
+        num_key_value_heads: heads of keys and values, each shared by num_attention_heads /
+            num_key_value_heads heads of queries; None: as many as of queries.
+        head_dim: channels per head; num_attention_heads * head_dim need not be hidden_size.
     """
 
     vocab_size: int = 151936
@@ -66,7 +67,7 @@ class Qwen3Config(TransformersConfig):
             self.num_attention_heads % self.key_value_heads == 0,
             f"{self.num_attention_heads} heads of queries cannot share {self.key_value_heads} of keys",
         )
-        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even: pairs of numbers are turned")
+        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even, for rotary positions")
         compute_dtype(self.dtype)
 
     @property
@@ -79,7 +80,7 @@ class Qwen3Config(TransformersConfig):
         """As in `ModelConfig`; transformers 5 writes the rotary settings as `rope_parameters`.
 
         Raises:
-          CheckpointError: an unknown key, a window of attention, or scaled positions.
+            CheckpointError: an unknown key, sliding-window attention, or scaled positions.
         """
         entries = dict(entries)
         rope = dict(entries.pop("rope_parameters", None) or {})
@@ -89,12 +90,12 @@ class Qwen3Config(TransformersConfig):
         layers = entries.pop("layer_types", None) or [FULL]
         if set(layers) != {FULL}:
             other = next(kind for kind in layers if kind != FULL)
-            raise CheckpointError(f"config.json asks for layer_types {other!r}; only {FULL!r} is supported")
+            raise CheckpointError(f"config.json has layer_types {other!r}; only {FULL!r} is supported")
         return super().from_dict(entries | rope)
 
 
 class Qwen3Attention(nn.Module):
-    """Causal attention, queries and keys normalised and turned by their places. x `[B, T, D]` -> float32.
+    """Causal attention with RMS-normalised queries and keys and rotary positions. x `[B, T, D]` -> float32.
 
     Grouped queries: Ainslie et al. 2023, section 2.2.
     """
@@ -109,25 +110,25 @@ class Qwen3Attention(nn.Module):
 
         def project(name: str, count: int) -> Float[Array, "B T H D"]:
             linear = Linear(
-                count * config.head_dim, config.attention_bias, config.dtype, LAW, zeros, name=name
+                count * config.head_dim, config.attention_bias, config.dtype, KERNEL_INIT, zeros, name=name
             )
             return linear(x).reshape(*x.shape[:2], count, config.head_dim)
 
-        def placed(name: str, part: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+        def rotated(name: str, part: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
             part = RMSNorm(config.rms_norm_eps, config.dtype, name=name)(part)
             return apply_rotary(part, cos, sin, interleaved=False)
 
-        query = placed("q_norm", project("q_proj", heads))
-        key, value = placed("k_norm", project("k_proj", shared)), project("v_proj", shared)
+        query = rotated("q_norm", project("q_proj", heads))
+        key, value = rotated("k_norm", project("k_proj", shared)), project("v_proj", shared)
         key, value = (jnp.repeat(part, heads // shared, axis=2) for part in (key, value))
         rows = (part.reshape(*x.shape[:2], -1) for part in (query, key, value))
         h = attend(self, *rows, heads, mask=mask)
-        options = {"kernel_law": LAW, "bias_law": zeros, "output_dtype": "float32"}
+        options = {"kernel_init": KERNEL_INIT, "bias_init": zeros, "output_dtype": "float32"}
         return Linear(x.shape[-1], config.attention_bias, config.dtype, **options, name="o_proj")(h)
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). x `[B, T, D]`, float32 as T5's states are."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). x `[B, T, D]`, float32 like T5's states."""
 
     config: Qwen3Config
 
@@ -140,20 +141,20 @@ class Qwen3DecoderLayer(nn.Module):
 
         x = x + Qwen3Attention(config, name="self_attn")(norm("input_layernorm", x), mask)
         names = ("gate_proj", "up_proj", "down_proj")
-        mlp = SwiGLU(config.intermediate_size, names, config.dtype, LAW, "float32", name="mlp")
+        mlp = SwiGLU(config.intermediate_size, names, config.dtype, KERNEL_INIT, "float32", name="mlp")
         return x + mlp(norm("post_attention_layernorm", x))
 
 
 class Qwen3Model(nn.Module):
-    """Qwen3 without its last layer, which predicts words. Qwen Team 2025, arXiv:2505.09388, section 2.
+    """Qwen3 without its last layer, which predicts tokens. Qwen Team 2025, arXiv:2505.09388, section 2.
 
-    Call: input_ids int32 `[B, T]`; attention_mask `[B, T]`, 0 at padding, which follows the text, or None ->
-    `TextEncoding` without `pooled` and `text_embeds`. `last_hidden_state` and `hidden_states[-1]` are the
-    same, normalised, in `config.dtype`; the other states are float32, whatever the dtype, since they outgrow
-    float16.
+    Call: input_ids int32 `[B, T]`; attention_mask `[B, T]`, 0 at padding, on the right of the text, or None
+    -> `TextEncoding` without `pooled` and `text_embeds`. `last_hidden_state` and `hidden_states[-1]` are the
+    same, normalised, in `config.dtype`; the other states are float32 with any dtype, since they exceed the
+    range of float16.
 
     Raises:
-      InvalidArgumentError: more tokens than `max_position_embeddings`.
+        InvalidArgumentError: more tokens than `max_position_embeddings`.
 
     >>> import jax
     >>> from jaxldm import models
@@ -166,7 +167,7 @@ class Qwen3Model(nn.Module):
 
     config: Qwen3Config
 
-    # A whole language model has the layer that predicts words as well.
+    # A whole language model also has the layer that predicts tokens.
     ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight",)
 
     @nn.compact
@@ -175,7 +176,9 @@ class Qwen3Model(nn.Module):
         check_tokens(input_ids, config.max_position_embeddings)
         mask, padding = causal_mask(input_ids.shape[1]), padding_mask(attention_mask)
         mask = mask if padding is None else mask & padding
-        embed = Embedding(config.vocab_size, config.hidden_size, config.dtype, LAW, name="embed_tokens")
+        embed = Embedding(
+            config.vocab_size, config.hidden_size, config.dtype, KERNEL_INIT, name="embed_tokens"
+        )
         states = [embed(input_ids).astype(jnp.float32)]
         for index in range(config.num_hidden_layers):
             states.append(Qwen3DecoderLayer(config, name=f"layers_{index}")(states[-1], mask))

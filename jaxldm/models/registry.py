@@ -1,4 +1,4 @@
-"""Models by name: presets, building, starting and counting parameters, configs as dictionaries."""
+"""Models by name: presets, building, initialising and counting parameters, configs as dictionaries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from jaxldm.models import (
     z_image_transformer_2d,
 )
 from jaxldm.models.config import ModelConfig
-from jaxldm.nn.initialization import starting_values
+from jaxldm.nn.initialization import init_params
 
 # A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
@@ -98,7 +98,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
 }
 
-# `Transformer2DModel`, as older folders name it: what diffusers calls it now, by its norm_type.
+# Today's class of a `Transformer2DModel` in older folders, by its norm_type.
 TRANSFORMER_2D_MODELS = {
     "ada_norm_zero": "DiTTransformer2DModel",
     "ada_norm_single": "PixArtTransformer2DModel",
@@ -146,9 +146,8 @@ def build(name: str, **overrides: Any) -> nn.Module:
     Example: `build("tiny-dit", sample_size=7, in_channels=4, patch_size=1)`.
 
     Raises:
-      UnknownNameError: no preset of that name.
-      UnknownNameError: its config has no such field.
-      InvalidArgumentError: a field may not have that value.
+        UnknownNameError: no preset of that name, or no such field in its config.
+        InvalidArgumentError: a value that its field cannot have.
     """
     config = PRESETS[one_of("preset", name, PRESETS)]
     fields = [field.name for field in dataclasses.fields(config)]
@@ -160,36 +159,35 @@ def build(name: str, **overrides: Any) -> nn.Module:
 
 def init(module: nn.Module, key: Array) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
-
-    return starting_values(module, key, *module.example_inputs())
+    return init_params(module, key, *module.example_inputs())
 
 
 def shapes(module: nn.Module) -> dict:
-    """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, without computing or storing anything."""
+    """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, computed without memory for them."""
     inputs = module.example_inputs()
     return jax.eval_shape(lambda key, *args: module.init(key, *args)["params"], jax.random.key(0), *inputs)
 
 
 def count_params(name_or_module: str | nn.Module) -> int:
-    """Number of trained numbers in a model, from shapes alone: for presets larger than the memory, too."""
+    """Number of trained parameters of a model, from shapes alone: also for presets larger than the memory."""
     module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
-    untrained = getattr(module, "untrained", ())  # tables that are loaded and saved, and stay as they are
+    untrained = getattr(module, "untrained", ())  # such as tables of positions
     leaves = traverse_util.flatten_dict(shapes(module), sep="/")
     return sum(leaf.size for path, leaf in leaves.items() if path not in untrained)
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """What config.json holds: the class and the fields, in the names of the published architecture."""
+    """The content of config.json: the class and the fields, in the names of the published architecture."""
     if config.library == "transformers":
         return {"architectures": [class_name(config)], "model_type": config.model_type, **config.to_dict()}
     return {"_class_name": class_name(config), **config.to_dict()}
 
 
 def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `config_to_dict`; reads config.json as diffusers and transformers write it, too.
+    """The inverse of `config_to_dict`; also reads the config.json of diffusers and transformers.
 
     Raises:
-      CheckpointError: the class is missing or unknown, an unknown key, an unsupported value.
+        CheckpointError: the class is missing or unknown, an unknown key, an unsupported value.
     """
     entries = dict(entries)
     architectures = entries.pop("architectures", None) or [None]

@@ -18,14 +18,14 @@ from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import Convention
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TimestepTextEmbedding,
     sincos_position_embedding_2d,
     unpatchify,
 )
-from jaxldm.nn.initialization import Law, parameter, zeros
+from jaxldm.nn.initialization import Initializer, parameter, zeros
 from jaxldm.nn.joint_attention import JointAttention
 from jaxldm.nn.linear import Linear, compute_dtype
 from jaxldm.nn.normalization import layer_norm, modulate
@@ -38,15 +38,17 @@ EPS = 1e-6  # of all norms
 class SD3Transformer2DConfig(ModelConfig):
     """Config of `SD3Transformer2DModel`. Names and defaults are those of diffusers.
 
-    sample_size: side of the latents that the positions are centred on, 128 for images of 1024x1024.
-    num_attention_heads, attention_head_dim: their product is the width, which caption_projection_dim repeats.
-    joint_attention_dim, pooled_projection_dim: widths of the text's states and of the pooled text.
-    pos_embed_max_size: patches along the largest side that the table of positions serves.
-    dual_attention_layers: blocks whose image tokens attend among themselves a second time (SD 3.5 medium).
-    qk_norm: "rms_norm" (SD 3.5) or None (SD 3).
-    dtype: compute dtype.
-    scan: compile one block for each run of alike blocks, see `run_blocks`.
-    remat: save memory in training by computing the activations inside of blocks twice.
+    Attributes:
+        sample_size: side of the latents for which the positions are made, 128 for images of 1024x1024.
+        num_attention_heads, attention_head_dim: their product is the width, equal to
+            caption_projection_dim.
+        joint_attention_dim, pooled_projection_dim: widths of the text's states and of the pooled text.
+        pos_embed_max_size: largest side in patches, and side of the table of positions.
+        dual_attention_layers: blocks with a second attention among the image tokens (SD 3.5 medium).
+        qk_norm: "rms_norm" (SD 3.5) or None (SD 3).
+        dtype: compute dtype.
+        scan: compile one block for each run of equal blocks, see `apply_blocks`.
+        remat: recompute activations inside of blocks in the backward pass, to save memory.
     """
 
     sample_size: int = 128
@@ -71,7 +73,7 @@ class SD3Transformer2DConfig(ModelConfig):
     def __post_init__(self):
         check(
             isinstance(self.sample_size, int) and self.sample_size >= self.patch_size,
-            f"sample_size {self.sample_size} should be one number, at least the patch size",
+            f"sample_size {self.sample_size} must be one number, at least the patch size",
         )
         check(self.num_layers > 0, f"num_layers must be at least 1, not {self.num_layers}")
         check(
@@ -79,7 +81,7 @@ class SD3Transformer2DConfig(ModelConfig):
             f"caption_projection_dim {self.caption_projection_dim} is not the width, "
             f"{self.num_attention_heads} heads of {self.attention_head_dim}",
         )
-        check(self.hidden_size % 4 == 0, f"a width of {self.hidden_size} is no multiple of 4")
+        check(self.hidden_size % 4 == 0, f"the width {self.hidden_size} must be a multiple of 4")
         check(
             set(self.dual_attention_layers) <= set(range(self.num_layers)),
             f"dual_attention_layers {self.dual_attention_layers} must be of the {self.num_layers} layers",
@@ -95,7 +97,7 @@ class SD3Transformer2DConfig(ModelConfig):
 
     @property
     def runs(self) -> list[tuple[int, int, bool, bool]]:
-        """Blocks that are alike, in a row: (the first, how many, with dual attention, the last of all)."""
+        """Runs of equal blocks: (index of the first, how many, with dual attention, the last of all)."""
         kinds = [(i in self.dual_attention_layers, i == self.num_layers - 1) for i in range(self.num_layers)]
         first, runs = 0, []
         for kind, blocks in itertools.groupby(kinds):
@@ -107,13 +109,13 @@ class SD3Transformer2DConfig(ModelConfig):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class SinCosTable(Law):
+class SinCosTable(Initializer):
     """The sin-cos positions of a square grid, `[1, side * side, C]`, stretched to `base_size`."""
 
     base_size: int = 1
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-        # A quarter of a gigabyte at full size: the axes are made on the host, their product where it is used.
+        # A quarter of a gigabyte at full size: the host computes the axes, the device their product.
         side, width = math.isqrt(shape[1]), shape[2] // 2
         axis = sincos_position_embedding_2d(shape[2], 1, side, base_size=self.base_size)[:, :width]
         columns, rows = (jnp.broadcast_to(part, (side, side, width)) for part in (axis[None], axis[:, None]))
@@ -123,8 +125,8 @@ class SinCosTable(Law):
 class PatchEmbed(nn.Module):
     """Patches through `proj`, plus the middle of the table `pos_embed`. `[B, H, W, C]` -> `[B, N, width]`.
 
-    The table is part of the published weights although nobody trains it: it is read and not computed,
-    because a file's positions need not be those of its config. No gradient reaches it.
+    The table is part of the published weights although it is not trained: it is loaded and not computed,
+    because a file's positions need not be those of its config. It gets no gradient.
     """
 
     config: SD3Transformer2DConfig
@@ -140,18 +142,21 @@ class PatchEmbed(nn.Module):
                 f"latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions for "
                 f"{side * p}x{side * p} (pos_embed_max_size {side})"
             )
-        law = SinCosTable("constant", 0.0, config.sample_size // p)
-        table = parameter(self, "pos_embed", lambda shape: law, (1, side * side, width))
+        init = SinCosTable("constant", 0.0, config.sample_size // p)
+        table = parameter(self, "pos_embed", init, (1, side * side, width))
         top, left = (side - rows) // 2, (side - columns) // 2
         middle = table.reshape(side, side, width)[top : top + rows, left : left + columns]
         return tokens + jax.lax.stop_gradient(middle).reshape(1, -1, width).astype(tokens.dtype)
 
 
 class JointTransformerBlock(nn.Module):
-    """Text and image attend together, then each goes through a feed-forward; all modulated by c.
+    """Joint attention of text and image, then a feed-forward for each; all modulated by c.
 
-    Esser et al. 2024, figure 2b. dual: the image attends to itself as well (SD 3.5, MM-DiT-X). last: the text
-    is only looked at, and goes out as it came.
+    Esser et al. 2024, figure 2b.
+
+    Attributes:
+        dual: a second attention of the image to itself (SD 3.5, MM-DiT-X).
+        last: the text is attended to, but not updated.
     """
 
     config: SD3Transformer2DConfig
@@ -167,18 +172,19 @@ class JointTransformerBlock(nn.Module):
         h = layer_norm(x, EPS)
         shift, scale, gate, *of_mlp = Modulation(9 if self.dual else 6, dtype, name="norm1")(c)
         if self.last:
-            told = AdaLayerNormContinuous(EPS, dtype, name="norm1_context")(text, c)
+            h_text = AdaLayerNormContinuous(EPS, dtype, name="norm1_context")(text, c)
         else:
             vectors = Modulation(6, dtype, name="norm1_context")(c)
-            told = modulate(layer_norm(text, EPS), *vectors[:2])
-        out, told = self._attention("attn", project_text_out=not self.last)(modulate(h, shift, scale), told)
+            h_text = modulate(layer_norm(text, EPS), *vectors[:2])
+        attention = self._attention("attn", project_text_out=not self.last)
+        out, text_out = attention(modulate(h, shift, scale), h_text)
         x = x + gated(out, gate)
         if self.dual:
             shift, scale, gate = of_mlp[3:]
             x = x + gated(self._attention("attn2")(modulate(h, shift, scale)), gate)
         x = self._feed_forward(x, of_mlp[:3], "ff")
         if not self.last:
-            text = self._feed_forward(text + gated(told, vectors[2]), vectors[3:], "ff_context")
+            text = self._feed_forward(text + gated(text_out, vectors[2]), vectors[3:], "ff_context")
         return x, text
 
     def _attention(self, name: str, **options: bool) -> JointAttention:
@@ -199,19 +205,7 @@ class JointTransformerBlock(nn.Module):
 
 
 class SD3Transformer2DModel(nn.Module):
-    """MM-DiT: two streams of tokens, text and image, that attend together. Esser et al. 2024, section 4.
-
-    Args of the call:
-      x: `[B, H, W, in_channels]` latents, H and W multiples of the patch size, up to that of the positions.
-      t: `[B]` floating, 0 (data) to 1000 (noise); a path's t in [0, 1] goes through `models.network`.
-      encoder_hidden_states: `[B, T, joint_attention_dim]`, the text's tokens.
-      pooled_projections: `[B, pooled_projection_dim]`, the pooled text.
-
-    Returns the velocity noise - data, `[B, H, W, out_channels]` in the dtype of x.
-
-    Raises:
-      InvalidArgumentError: an input of a width that this network does not take, or latents too large or not
-        of whole patches.
+    """MM-DiT: joint attention of two streams of tokens, text and image. Esser et al. 2024, section 4.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -226,7 +220,7 @@ class SD3Transformer2DModel(nn.Module):
     config: SD3Transformer2DConfig
 
     convention: ClassVar[Convention] = Convention(time=lambda t: 1000.0 * t, continuous=True)
-    untrained: ClassVar = ("pos_embed/pos_embed",)  # parameters that `count_params` leaves out
+    untrained: ClassVar = ("pos_embed/pos_embed",)  # not counted by `count_params`
 
     @nn.compact
     def __call__(
@@ -236,6 +230,22 @@ class SD3Transformer2DModel(nn.Module):
         encoder_hidden_states: Float[Array, "B T D"],
         pooled_projections: Float[Array, "B P"],
     ) -> Float[Array, "B H W out"]:
+        """Predict the velocity.
+
+        Args:
+            x: `[B, H, W, in_channels]` latents, H and W multiples of the patch size, up to
+                `pos_embed_max_size` patches.
+            t: `[B]` floating, 0 (data) to 1000 (noise); `models.network` takes the path's t in [0, 1].
+            encoder_hidden_states: `[B, T, joint_attention_dim]`, the text's tokens.
+            pooled_projections: `[B, pooled_projection_dim]`, the pooled text.
+
+        Returns:
+            The velocity noise - data, `[B, H, W, out_channels]` in the dtype of x.
+
+        Raises:
+            InvalidArgumentError: an input of a width that this network does not take, or latents that are too
+                large or not of whole patches.
+        """
         config, text, pooled = self.config, encoder_hidden_states, pooled_projections
         chex.assert_rank([x, t, text, pooled], [4, 1, 3, 2])
         chex.assert_equal_shape_prefix([x, t, text, pooled], 1)
@@ -246,10 +256,10 @@ class SD3Transformer2DModel(nn.Module):
         for first, count, dual, last in config.runs:
             block = functools.partial(JointTransformerBlock, config, dual, last)
             options = {"first": first, "scan": config.scan and count > 1, "remat": config.remat}
-            h, text = run_blocks(block, "transformer_blocks", count, (h, text), c, **options)
+            h, text = apply_blocks(block, "transformer_blocks", count, (h, text), c, **options)
         h = AdaLayerNormContinuous(EPS, config.dtype, name="norm_out")(h, c)
         features = config.patch_size**2 * (config.out_channels or config.in_channels)
-        options = {"dtype": config.dtype, "kernel_law": zeros, "bias_law": zeros}
+        options = {"dtype": config.dtype, "kernel_init": zeros, "bias_init": zeros}
         tokens = Linear(features, **options, name="proj_out")(h)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, *x.shape[1:3])
 

@@ -1,4 +1,4 @@
-"""SiT (Ma et al. 2024): DiT's network trained to say the velocity of a stochastic interpolant."""
+"""SiT (Ma et al. 2024): DiT's network, trained to predict the velocity of a stochastic interpolant."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from jaxldm.models.dit import PATCH_SIZES, SIZES, DiT, DiTConfig
 class SiTConfig(DiTConfig):
     """Config of `SiT`: that of `DiT`, and the same parameters.
 
-    learn_sigma: the last layer makes 2 x in_channels, as published, although nothing reads the second half.
+    Attributes:
+        learn_sigma: the last layer has 2 x in_channels outputs, as published; the second half is ignored.
     """
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: the velocity's alone."""
+        """Channels of the output: those of the velocity."""
         return self.in_channels
 
 
 class SiT(DiT):
     """The velocity of an interpolant by a diffusion transformer. Ma et al. 2024, section 2.1 and 3.
 
-    Parameters and inputs are those of `DiT`, but time is counted as published: t `[B]` in [0, 1] is 0 at
-    noise and 1 at data, and the output `[B, H, W, in_channels]` points from noise to data.
-    `models.network` turns both to what every path of this library counts.
+    Parameters and inputs are those of `DiT`, but t and sign are as published: t `[B]` in [0, 1] is 0 at noise
+    and 1 at data, and the output `[B, H, W, in_channels]` points from noise to data. `models.network` has the
+    t and sign of this library's paths.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models

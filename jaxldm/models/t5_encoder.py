@@ -28,15 +28,16 @@ from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import RMSNorm
 from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
-FEED_FORWARDS = {"relu": "relu", "gated-gelu": "gelu_new"}  # to the activation; T5's GELU is the tanh form
+FEED_FORWARDS = {"relu": "relu", "gated-gelu": "gelu_new"}  # -> activation; T5's GELU is the tanh form
 
 
 @dataclasses.dataclass(frozen=True)
 class T5EncoderConfig(TransformersConfig):
     """Config of `T5EncoderModel`; names and defaults are those of transformers' `T5Config`.
 
-    feed_forward_proj: "gated-gelu" in T5 v1.1 and what came after it, "relu" in the first T5.
-    d_kv: numbers per head; num_heads * d_kv need not be d_model.
+    Attributes:
+        feed_forward_proj: "gated-gelu" in T5 v1.1 and later, "relu" in the first T5.
+        d_kv: channels per head; num_heads * d_kv need not be d_model.
     """
 
     vocab_size: int = 32128
@@ -54,7 +55,7 @@ class T5EncoderConfig(TransformersConfig):
     dtype: str = "float32"
 
     model_type: ClassVar[str] = "t5"
-    # Of the decoder, and what follows from feed_forward_proj.
+    # Keys of the decoder, and those implied by feed_forward_proj.
     ignored: ClassVar = frozenset(GENERIC.split()) | {
         "num_decoder_layers",
         "scale_decoder_outputs",
@@ -66,19 +67,23 @@ class T5EncoderConfig(TransformersConfig):
     def __post_init__(self):
         one_of("feed_forward_proj", self.feed_forward_proj, FEED_FORWARDS)
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        check(buckets >= 4 and buckets % 4 == 0, f"{buckets} buckets of relative positions: a multiple of 4")
         check(
-            farthest > buckets // 4, f"a largest distance of {farthest} leaves no room for {buckets} buckets"
+            buckets >= 4 and buckets % 4 == 0,
+            f"relative_attention_num_buckets must be a multiple of 4, got {buckets}",
+        )
+        check(
+            farthest > buckets // 4,
+            f"relative_attention_max_distance {farthest} is too small for {buckets} buckets",
         )
         compute_dtype(self.dtype)
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Which bucket the distance from each query to each key falls in: int32 `[T, T]`, on the host.
+    """The bucket of the distance from each query to each key: int32 `[T, T]`, on the host.
 
-    Raffel et al. 2020, section 2.1: half the buckets for keys after the query; in each half one bucket per
-    distance up to a half of them, then ever wider ones (by the logarithm) up to `max_distance`, the last for
-    all beyond. In float32, as the models were trained: at the edges rounding decides.
+    Raffel et al. 2020, section 2.1: half the buckets are for keys after the query. In each half, one bucket
+    per distance for the first half of them, then logarithmically wider ones up to `max_distance`, the last
+    for all beyond. In float32 as in training: at the edges rounding decides.
     """
     half, exact = num_buckets // 2, num_buckets // 4
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
@@ -91,7 +96,7 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
 
 
 class T5Attention(nn.Module):
-    """Self-attention without 1/sqrt(d) and biases; the first layer's makes the position bias that all share.
+    """Self-attention without 1/sqrt(d) and biases; the first layer's has the position bias that all share.
 
     x `[B, T, D]`, in `config.dtype` -> the same shape in float32, and the bias `[1, heads, T, T]`.
     """
@@ -110,8 +115,8 @@ class T5Attention(nn.Module):
                 x.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance
             )
             shape = (config.relative_attention_num_buckets, config.num_heads)
-            law = normal(config.d_model**-0.5)
-            table = Embedding(*shape, embedding_law=law, name="relative_attention_bias")
+            init = normal(config.d_model**-0.5)
+            table = Embedding(*shape, embedding_init=init, name="relative_attention_bias")
             bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
 
         def project(name: str, spread: float) -> Array:
@@ -127,7 +132,8 @@ class T5Attention(nn.Module):
 class T5FeedForward(nn.Module):
     """wo(gelu(wi_0 x) wi_1 x), or wo(relu(wi x)). x `[B, T, D]` in `config.dtype` -> float32.
 
-    Shazeer 2020, "GLU Variants Improve Transformer", eq. 6. Numbers beyond float16 stop at its largest.
+    Shazeer 2020, "GLU Variants Improve Transformer", eq. 6. In float16 the hidden values are clipped to its
+    range.
     """
 
     config: T5EncoderConfig
@@ -137,19 +143,19 @@ class T5FeedForward(nn.Module):
         config = self.config
 
         def up(name: str) -> Array:
-            law = normal(config.d_model**-0.5)
-            return Linear(config.d_ff, False, config.dtype, law, None, "float32", name=name)(x)
+            init = normal(config.d_model**-0.5)
+            return Linear(config.d_ff, False, config.dtype, init, None, "float32", name=name)(x)
 
         act = ACTIVATIONS[FEED_FORWARDS[config.feed_forward_proj]]
         h = act(up("wi_0")) * up("wi_1") if config.feed_forward_proj == "gated-gelu" else act(up("wi"))
         largest = float(jnp.finfo(compute_dtype(config.dtype)).max)
-        law = normal(config.d_ff**-0.5)
-        wo = Linear(config.d_model, False, config.dtype, law, None, "float32", name="wo")
+        init = normal(config.d_ff**-0.5)
+        wo = Linear(config.d_model, False, config.dtype, init, None, "float32", name="wo")
         return wo(jnp.clip(h, -largest, largest))
 
 
 class T5LayerSelfAttention(nn.Module):
-    """Attention of the normalised states: what is added to them, and the position bias."""
+    """attention(norm(x)), and the position bias."""
 
     config: T5EncoderConfig
     has_relative_attention_bias: bool
@@ -162,7 +168,7 @@ class T5LayerSelfAttention(nn.Module):
 
 
 class T5LayerFF(nn.Module):
-    """Feed forward of the normalised states: what is added to them."""
+    """feed_forward(norm(x))."""
 
     config: T5EncoderConfig
 
@@ -173,7 +179,7 @@ class T5LayerFF(nn.Module):
 
 
 class T5Block(nn.Module):
-    """x + attention, then + feed forward. The sum is float32: over a deep encoder it outgrows float16."""
+    """x + attention, then + feed forward. The sum is float32: in a deep encoder it exceeds float16."""
 
     config: T5EncoderConfig
     has_relative_attention_bias: bool
@@ -181,8 +187,8 @@ class T5Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, bias: Array | None, mask: Array | None) -> tuple[Array, Array]:
         attention = T5LayerSelfAttention(self.config, self.has_relative_attention_bias, name="layer_0")
-        change, bias = attention(x, bias, mask)
-        x = x + change
+        update, bias = attention(x, bias, mask)
+        x = x + update
         return x + T5LayerFF(self.config, name="layer_1")(x), bias
 
 
@@ -207,12 +213,12 @@ class T5Stack(nn.Module):
 class T5EncoderModel(nn.Module):
     """The encoder of T5. Raffel et al. 2020, section 2.1; v1.1 with the gated GELU of Shazeer 2020.
 
-    Call: input_ids int32 `[B, T]`, any T; attention_mask `[B, T]`, 0 at padding, or None, as FLUX and SD3
-    have it -> `TextEncoding` without `pooled` and `text_embeds`. `last_hidden_state` and
+    Call: input_ids int32 `[B, T]`, any T; attention_mask `[B, T]`, 0 at padding, or None, as in FLUX and
+    SD3 -> `TextEncoding` without `pooled` and `text_embeds`. `last_hidden_state` and
     `hidden_states[-1]` are the same, normalised, in `config.dtype`; the other states are float32.
 
-    In float16 the states, their sums and what a product adds to them stay float32: the published XXL weights
-    overflow otherwise.
+    In float16 the states and the outputs of the layers stay float32: the published XXL weights overflow
+    otherwise.
 
     >>> import jax
     >>> from jaxldm import models
@@ -225,7 +231,7 @@ class T5EncoderModel(nn.Module):
     config: T5EncoderConfig
 
     tied_tensors: ClassVar[Mapping[str, str]] = {"encoder.embed_tokens.weight": "shared.weight"}
-    # Whole checkpoints of T5 hold the decoder as well.
+    # Whole checkpoints of T5 also have the decoder.
     ignored_tensors: ClassVar[tuple[str, ...]] = (r"decoder\..*", r"lm_head\.weight")
 
     @nn.compact
@@ -242,7 +248,7 @@ class T5EncoderModel(nn.Module):
 
 _V1_1 = T5EncoderConfig(feed_forward_proj="gated-gelu")
 
-# T5 v1.1, the encoder alone; the embedding of the tokens is counted once.
+# T5 v1.1, the encoder only; the token embedding is counted once.
 PRESETS = {
     # 109,628,544 parameters.
     "t5-base": dataclasses.replace(_V1_1, d_model=768, num_layers=12, num_heads=12),

@@ -1,4 +1,4 @@
-"""What the text and image encoders share: the config.json of transformers, and what an encoder returns."""
+"""Shared by the text and image encoders: the config.json of transformers, and the output of an encoder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from jaxldm.nn.transformer_encoder import PreNormEncoder
 
 
 class TextEncoding(NamedTuple):
-    """What a text encoder returns.
+    """The output of a text encoder.
 
-    last_hidden_state: `[B, T, D]`, after the last normalisation.
-    pooled: `[B, D]`, one vector a text; None for T5, which has none.
-    text_embeds: `[B, P]`, the projection of `pooled` to the space that texts share with images, or None.
-    hidden_states: the embeddings, then the output of every layer, each `[B, T, D]`. The penultimate layer of
-      SDXL is `hidden_states[-2]`. Whether the last one is normalised is said by each encoder.
+    Attributes:
+        last_hidden_state: `[B, T, D]`, after the last normalisation.
+        pooled: `[B, D]`, one vector per text; None for T5, which has none.
+        text_embeds: `[B, P]`, the projection of `pooled` to the space that texts share with images, or None.
+        hidden_states: the embeddings, then the output of every layer, each `[B, T, D]`. The penultimate layer
+            of SDXL is `hidden_states[-2]`. Each encoder documents whether the last one is normalised.
     """
 
     last_hidden_state: Float[Array, "B T D"]
@@ -30,8 +31,8 @@ class TextEncoding(NamedTuple):
     hidden_states: tuple[Float[Array, "B T D"], ...]
 
 
-# Keys of transformers' config.json that say nothing about the network: how the file was written, what a
-# language model generates with, names for a classifier, and dropout and starting values of a training.
+# Keys of transformers' config.json that do not concern the network: how the file was written, options of
+# text generation, names of classes, dropout and initial values.
 GENERIC = """
 _name_or_path architectures attention_dropout attention_probs_dropout_prob attn_implementation bad_words_ids
 begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
@@ -49,7 +50,7 @@ torchscript transformers_version typical_p use_bfloat16 use_cache
 
 @dataclasses.dataclass(frozen=True)
 class TransformersConfig(ModelConfig):
-    """Base of the configs whose folder has the layout of transformers; names and defaults are its own."""
+    """Base of the configs of folders in the layout of transformers, with its names and defaults."""
 
     library: ClassVar[str] = "transformers"
     published: ClassVar[bool] = True
@@ -57,7 +58,7 @@ class TransformersConfig(ModelConfig):
     ignored: ClassVar = frozenset(GENERIC.split())
 
 
-# For `ignored_tensors`: old checkpoints hold the numbers 0, 1, 2, ... of the positions as a tensor.
+# For `ignored_tensors`: old checkpoints have the position ids 0, 1, 2, ... as a tensor.
 POSITION_NUMBERS = (r".*\.position_ids",)
 
 
@@ -80,16 +81,16 @@ def token_shapes(length: int) -> tuple[jax.ShapeDtypeStruct]:
 
 
 def check_tokens(input_ids: Int[Array, "B T"], longest: int | None = None) -> None:
-    """Raises `InvalidArgumentError` unless the tokens are `[B, T]` and no longer than the positions reach."""
+    """Raise `InvalidArgumentError` unless the tokens are `[B, T]` with T up to `longest`."""
     if input_ids.ndim != 2:
-        raise InvalidArgumentError(f"input_ids must be [B, T], one row a text, not {input_ids.shape}")
+        raise InvalidArgumentError(f"input_ids must be [B, T], one row per text, not {input_ids.shape}")
     if longest is not None and input_ids.shape[1] > longest:
         raise InvalidArgumentError(
-            f"{input_ids.shape[1]} tokens a text, but this encoder has positions for {longest}: "
-            f"let the tokenizer cut them (max_length={longest})"
+            f"{input_ids.shape[1]} tokens per text, but this encoder has positions for {longest}: "
+            f"truncate them in the tokenizer (max_length={longest})"
         )
 
 
 def padding_mask(attention_mask: Int[Array, "B T"] | None) -> Bool[Array, "B 1 1 T"] | None:
-    """What `dot_product_attention` takes: False where a token is padding. None, no padding, stays None."""
+    """The mask for `dot_product_attention`, False at padding; None (no padding) stays None."""
     return None if attention_mask is None else (attention_mask != 0)[:, None, None, :]

@@ -1,4 +1,4 @@
-"""Large images through an autoencoder in bounded memory: overlapping squares, one by one, seams blended."""
+"""Autoencoding of large images in bounded memory: overlapping tiles, one by one, with blended seams."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from jaxldm.models.config import ModelConfig, check, height_width
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Encode and decode in squares; the result differs slightly from the whole, most near the seams.
+    """Encode and decode in square tiles; the result differs slightly from the whole, most near the seams.
 
-    Group normalisation and the attention in the middle see one square instead of the image. Memory is that
-    of one square. Images no larger than a square go through whole.
-
-    size: side of a square, in pixels; None takes the `sample_size` that the autoencoder was trained with.
-    overlap: part of a square's side that the next one covers too, in [0, 0.5]; blended linearly.
+    Group normalisation and attention run on a tile instead of the image, and so does the memory. Images no
+    larger than a tile are not split.
 
     Example: `decode_latents(module, params, latents, tiling=Tiling(512))`.
 
+    Attributes:
+        size: side of a tile, in pixels; None: the autoencoder's `sample_size`.
+        overlap: fraction of a tile's side that the next one overlaps, in [0, 0.5]; blended linearly.
+
     Raises:
-      InvalidArgumentError: an overlap outside its range.
+        InvalidArgumentError: an overlap outside its range.
     """
 
     size: int | None = None
     overlap: float = 0.25
 
     def __post_init__(self):
-        check(0 <= self.overlap <= 0.5, f"the overlap of tiles is in [0, 0.5], {self.overlap} was given")
+        check(0 <= self.overlap <= 0.5, f"overlap must be in [0, 0.5], got {self.overlap}")
 
 
 def sliced(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """`function` of a batch, computed one example at a time: the memory of one, the same numbers."""
+    """`function` of a batch, computed one example at a time: same values, memory of one example."""
 
     def one(example: Array) -> Any:
         return jax.tree.map(lambda leaf: leaf[0], function(example[None]))
@@ -48,7 +49,7 @@ def sliced(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 def tiled_encoder(encode: Callable[[Array], Any], config: ModelConfig, tiling: Tiling) -> Callable:
-    """`encode` in squares of pixels. Raises `InvalidArgumentError` for sides that make no whole latents."""
+    """`encode` in tiles. Raises `InvalidArgumentError` for sides that are not a multiple of the factor."""
     factor, side, stride = _lengths(config, tiling)
 
     def encode_tiled(images: Float[Array, "B H W C"]) -> Any:
@@ -56,7 +57,7 @@ def tiled_encoder(encode: Callable[[Array], Any], config: ModelConfig, tiling: T
             if length % factor and max(images.shape[1:3]) > side * factor:
                 near = max(factor, round(length / factor) * factor)
                 raise InvalidArgumentError(
-                    f"tiles need sides that {factor} divides: {name} {length} was given, {near} is nearest"
+                    f"with tiling the {name} must be a multiple of {factor}, got {length}; nearest is {near}"
                 )
         return _tiled(encode, images, side * factor, stride * factor, side, stride)
 
@@ -64,19 +65,19 @@ def tiled_encoder(encode: Callable[[Array], Any], config: ModelConfig, tiling: T
 
 
 def tiled_decoder(decode: Callable[[Array], Any], config: ModelConfig, tiling: Tiling) -> Callable:
-    """`decode` in squares of latents."""
+    """`decode` in tiles of latents."""
     factor, side, stride = _lengths(config, tiling)
     return lambda latents: _tiled(decode, latents, side, stride, side * factor, stride * factor)
 
 
 def _lengths(config: ModelConfig, tiling: Tiling) -> tuple[int, int, int]:
-    """Pixels in a latent; latents in a square and from one square to the next."""
+    """(pixels per latent, latents per tile side, latents from one tile to the next)."""
     factor = 2 ** (len(config.block_out_channels) - 1)
     pixels = height_width(config.sample_size)[0] if tiling.size is None else tiling.size
     stride = int(pixels // factor * (1 - tiling.overlap))
     check(
         pixels % factor == 0 and stride > 0,
-        f"tiles of {pixels} pixels: {factor} must divide the side and leave latents beside the overlap",
+        f"tiles of {pixels} pixels: the side must be a multiple of {factor}, and larger than the overlap",
     )
     return factor, pixels // factor, stride
 
@@ -84,33 +85,33 @@ def _lengths(config: ModelConfig, tiling: Tiling) -> tuple[int, int, int]:
 def _tiled(
     function: Callable, x: Float[Array, "B H W C"], side: int, stride: int, out_side: int, out_stride: int
 ) -> Any:
-    """`function` of squares of `x`, `side` wide and `stride` apart, put together `out_stride` apart."""
+    """`function` of tiles of `x`, `side` wide and `stride` apart, joined `out_stride` apart."""
     height, width = x.shape[1:3]
     if height <= side and width <= side:
         return function(x)
-    places = [[(i, j) for j in range(0, width, stride)] for i in range(0, height, stride)]
-    outputs = _through(function, x, side, [place for row in places for place in row])
-    trees = [outputs[place] for row in places for place in row]
-    join = functools.partial(_joined, columns=len(places[0]), blend=out_side - out_stride, keep=out_stride)
+    corners = [[(i, j) for j in range(0, width, stride)] for i in range(0, height, stride)]
+    outputs = _map_tiles(function, x, side, [corner for row in corners for corner in row])
+    trees = [outputs[corner] for row in corners for corner in row]
+    join = functools.partial(_joined, columns=len(corners[0]), blend=out_side - out_stride, keep=out_stride)
     return jax.tree.map(lambda *leaves: join(leaves), *trees)
 
 
-def _through(function: Callable, x: Array, side: int, places: list[tuple[int, int]]) -> dict:
-    """The output of the square at each place. Squares of one shape are compiled once and run in turn."""
+def _map_tiles(function: Callable, x: Array, side: int, corners: list[tuple[int, int]]) -> dict:
+    """The output of the tile at each corner. Tiles of one shape are compiled once and run in turn."""
     by_shape: dict[tuple, list] = {}
-    for i, j in places:
-        square = x[:, i : i + side, j : j + side]
-        by_shape.setdefault(square.shape, []).append(((i, j), square))
+    for i, j in corners:
+        tile = x[:, i : i + side, j : j + side]
+        by_shape.setdefault(tile.shape, []).append(((i, j), tile))
     outputs = {}
-    for squares in by_shape.values():
-        results = jax.lax.map(function, jnp.stack([square for _, square in squares]))
-        for n, (place, _) in enumerate(squares):
-            outputs[place] = jax.tree.map(lambda leaf, n=n: leaf[n], results)
+    for tiles in by_shape.values():
+        results = jax.lax.map(function, jnp.stack([tile for _, tile in tiles]))
+        for n, (corner, _) in enumerate(tiles):
+            outputs[corner] = jax.tree.map(lambda leaf, n=n: leaf[n], results)
     return outputs
 
 
 def _joined(tiles: tuple[Array, ...], columns: int, blend: int, keep: int) -> Array:
-    """One image of the outputs, row by row: each blended into its upper, then into its left neighbour."""
+    """One image of the outputs, row by row: each blended with its upper, then with its left neighbour."""
     rows: list[list[Array]] = []
     for start in range(0, len(tiles), columns):
         row: list[Array] = []
@@ -126,7 +127,7 @@ def _joined(tiles: tuple[Array, ...], columns: int, blend: int, keep: int) -> Ar
 
 
 def _blended(before: Array, after: Array, extent: int, axis: int) -> Array:
-    """The first rows (or columns) of `after` fade in over the last ones of `before`, which show the same."""
+    """The first rows (or columns) of `after` fade in over the last ones of `before`."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     if extent == 0:
         return after

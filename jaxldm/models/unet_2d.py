@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
-from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, compute_dtype
@@ -27,9 +27,10 @@ UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 class UNet2DConfig(ModelConfig):
     """Config of `UNet2DModel`. Field names and defaults are those of diffusers, apart from these.
 
-    num_classes: number of real classes; the label `num_classes` is the null class of classifier-free
-      guidance, so the published `num_class_embeds` is num_classes + 1. None: not class-conditional.
-    dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
+    Attributes:
+        num_classes: number of real classes; the label `num_classes` is the null class of classifier-free
+            guidance, so the published `num_class_embeds` is num_classes + 1. None: not class-conditional.
+        dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
     """
 
     sample_size: int | tuple[int, int] | None = 32
@@ -93,21 +94,7 @@ class UNet2DConfig(ModelConfig):
 
 
 class UNet2DModel(nn.Module):
-    """Residual U-Net with time and class embedding. Ho et al. 2020, appendix B, in the layout of diffusers.
-
-    Args of the call:
-      x: `[B, H, W, in_channels]`, any H and W: a side that is halved to ceil(H / 2) comes back to H on the
-        way up.
-      t: `[B]` floating; times as the path counts them, may be fractional.
-      labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class for
-        all.
-      train: draw dropout from the rng stream "dropout".
-
-    Returns `[B, H, W, out_channels]` in the dtype of x.
-
-    Raises:
-      InvalidArgumentError: labels given to a model without classes.
-    """
+    """Residual U-Net with time and class embedding. Ho et al. 2020, appendix B, in diffusers' layout."""
 
     config: UNet2DConfig
 
@@ -119,15 +106,30 @@ class UNet2DModel(nn.Module):
         labels: Int[Array, " B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
+        """Predict from noisy images or latents, the time and the class.
+
+        Args:
+            x: `[B, H, W, in_channels]`, any H and W: a side halved to ceil(H / 2) is upsampled to H again.
+            t: `[B]` floating, the path's t; may be fractional.
+            labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
+                for all.
+            train: draw dropout from the rng stream "dropout".
+
+        Returns:
+            `[B, H, W, out_channels]` in the dtype of x.
+
+        Raises:
+            InvalidArgumentError: labels given to a model without classes.
+        """
         config = self.config
         chex.assert_shape(x, (None, None, None, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
         temb = self._embed(t, labels)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
-        h, skips = walk_down(h, self._down_blocks(), temb, train)
+        h, skips = apply_down_blocks(h, self._down_blocks(), temb, train)
         if config.mid_block_type is not None:
             h = self._mid()(h, temb, train)
-        h = walk_up(h, skips, self._up_blocks(), temb, train)
+        h = apply_up_blocks(h, skips, self._up_blocks(), temb, train)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(nn.silu(h))
         return h.astype(x.dtype)

@@ -15,7 +15,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
 from jaxldm.nn.added_kv_attention import AddedKVOptions, TextPoolingEmbedding
-from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, walk_down, walk_up
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
@@ -35,26 +35,29 @@ PER_LEVEL = ("layers_per_block", "attention_head_dim", "transformer_layers_per_b
 class UNet2DConditionConfig(ModelConfig):
     """Config of `UNet2DConditionModel`. Names and defaults are those of diffusers; a level per channel count.
 
-    layers_per_block, attention_head_dim, transformer_layers_per_block, only_cross_attention: one value for
-      all levels, or one for each.
-    attention_head_dim: the NUMBER of heads, in spite of its published name; in the SimpleCrossAttn blocks
-      of DeepFloyd IF the channels per head, one number for all levels.
-    cross_attention_dim: width of the text that the attention looks at: of the text encoder's hidden states,
-      or what `encoder_hid_proj` makes of them where they are `encoder_hid_dim` wide.
-    addition_embed_type: "text_time" for SDXL's micro-conditioning: the pooled text and sinusoids of the
-      `time_ids`, `addition_time_embed_dim` wide each, `projection_class_embeddings_input_dim` in all.
-      "text" for IF: the text pooled by attention of `addition_embed_type_num_heads` heads.
-    act_fn: a name in `ACTIVATIONS`; time_embedding_act_fn: one for the finished time embedding as well, None
-      for no such step; resnet_skip_time_act: then the residual blocks take it as it is.
-    resnet_out_scale_factor, mid_block_scale_factor: what the sums of residual blocks are divided by, those
-      of IF's blocks and those of the middle.
-    cross_attention_norm: "group_norm" for the text in front of SimpleCrossAttn blocks' attention, or None.
-    class_embed_type: None with `num_class_embeds` for a table of embeddings (the noise level of the x4
-      upscaler), "timestep" for a sinusoid, "projection" for a vector (the image embedding of unCLIP).
-    time_cond_proj_dim: width of LCM's guidance embedding, see `jaxldm.nn.guidance_embedding`.
-    upcast_attention: kept for the folder's sake. Logits and softmax are float32 here in any case.
-    dtype: compute dtype.
-    remat: save memory in training by computing the activations inside of blocks twice.
+    Attributes:
+        layers_per_block, attention_head_dim, transformer_layers_per_block, only_cross_attention: one value
+            for all levels, or one for each.
+        attention_head_dim: the NUMBER of heads, despite its published name; in the SimpleCrossAttn blocks of
+            DeepFloyd IF the channels per head, one number for all levels.
+        cross_attention_dim: width of the text in the attention: of the text encoder's hidden states, or of
+            the output of `encoder_hid_proj`, whose input is `encoder_hid_dim` wide.
+        addition_embed_type: "text_time" for SDXL's micro-conditioning: the pooled text and sinusoids of the
+            `time_ids`, `addition_time_embed_dim` wide each, `projection_class_embeddings_input_dim` in all.
+            "text" for IF: the text pooled by attention of `addition_embed_type_num_heads` heads.
+        act_fn: a name in `ACTIVATIONS`.
+        time_embedding_act_fn: an activation of the finished time embedding, or None.
+        resnet_skip_time_act: the residual blocks then apply no activation to the time embedding.
+        resnet_out_scale_factor, mid_block_scale_factor: divisors of the sums of residual blocks, in IF's
+            blocks and in the middle.
+        cross_attention_norm: "group_norm" for the text before the attention of SimpleCrossAttn blocks, or
+            None.
+        class_embed_type: None with `num_class_embeds` for a table of embeddings (the noise level of the x4
+            upscaler), "timestep" for a sinusoid, "projection" for a vector (the image embedding of unCLIP).
+        time_cond_proj_dim: width of LCM's guidance embedding, see `jaxldm.nn.guidance_embedding`.
+        upcast_attention: kept for config.json; logits and softmax are float32 in any case.
+        dtype: compute dtype.
+        remat: recompute activations inside of blocks in the backward pass, to save memory.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -133,7 +136,7 @@ class UNet2DConditionConfig(ModelConfig):
         compute_dtype(self.dtype)
 
     def _check_resnet_blocks(self):
-        """What the blocks of IF have of their own: two switches that diffusers' other blocks do not heed."""
+        """Check the options of IF's blocks, two of which diffusers' other blocks ignore."""
         for name in ("act_fn", "time_embedding_act_fn"):
             one_of(name, getattr(self, name) or "silu", ACTIVATIONS)
         one_of("cross_attention_norm", self.cross_attention_norm or "none", ("none", "group_norm"))
@@ -141,7 +144,7 @@ class UNet2DConditionConfig(ModelConfig):
         simple = {kind for kind in kinds if "Simple" in kind}
         check(
             not simple or isinstance(self.attention_head_dim, int),
-            "attention_head_dim is one number, the channels per head, where there are SimpleCrossAttn blocks",
+            "attention_head_dim must be one number, the channels per head, with SimpleCrossAttn blocks",
         )
         others = sorted(kinds - {*RESNET_DOWN_BLOCKS, *RESNET_UP_BLOCKS, MID_BLOCKS[1]})
         check(
@@ -163,7 +166,7 @@ class UNet2DConditionConfig(ModelConfig):
             if self.addition_embed_type == "text_time":
                 needed["addition_time_embed_dim"] = self.addition_time_embed_dim
             for name, value in needed.items():
-                check(value is not None, f"{name} is missing, which the embeddings of this config need")
+                check(value is not None, f"{name} is missing; the embeddings of this config need it")
 
     @property
     def has_classes(self) -> bool:
@@ -177,7 +180,7 @@ class UNet2DConditionConfig(ModelConfig):
 
     @property
     def size_multiple(self) -> int:
-        """What the image's sides must be divisible by: residual blocks double exactly what they halved."""
+        """Divisor of the image's sides: residual blocks cannot restore a side halved with rounding."""
         whole = {*RESNET_DOWN_BLOCKS, *RESNET_UP_BLOCKS} & {*self.down_block_types, *self.up_block_types}
         return 2 ** (len(self.block_out_channels) - 1) if whole else 1
 
@@ -192,28 +195,6 @@ class UNet2DConditionModel(nn.Module):
 
     With the SimpleCrossAttn blocks of DeepFloyd IF, the efficient U-Net of Imagen: Saharia et al. 2022,
     sections 2.3-2.5 and appendix B.
-
-    Args of the call:
-      x: `[B, H, W, in_channels]` latents, any H and W: a side that is halved to ceil(H / 2) comes back to H
-        on the way up (IF's blocks: multiples of `config.size_multiple`). For inpainting (9 channels) and
-        instructions (8) the latents come first, then the mask and the latents of the given image; for
-        IF's super-resolution (6) the noisy pixels, then those of the small image, enlarged.
-      t: `[B]` floating; times as the path counts them, may be fractional.
-      encoder_hidden_states: `[B, T, config.text_dim]` of the text encoder.
-      encoder_attention_mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
-      text_embeds: `[B, P]`, SDXL's pooled text.
-      time_ids: `[B, 6]` for SDXL: height and width of the original image, top and left of the crop, height
-        and width to draw, in pixels; `[B, 5]` for its refiner: the aesthetic score in place of the last two.
-      timestep_cond: `[B, time_cond_proj_dim]`, LCM's `guidance_embedding`; None leaves it out.
-      class_labels: int `[B]`, or `[B, projection_class_embeddings_input_dim]` for unCLIP; for IF's
-        super-resolution the time up to which the small image was noised.
-      train: draw dropout from the rng stream "dropout".
-
-    Returns `[B, H, W, out_channels]` in the dtype of x.
-
-    Raises:
-      InvalidArgumentError: an input is missing, given to a network that has no use for it, or of a width
-        or size that this network does not take.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -239,6 +220,32 @@ class UNet2DConditionModel(nn.Module):
         class_labels: Array | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
+        """Predict the noise, v, or the noise and a variance, as trained.
+
+        Args:
+            x: `[B, H, W, in_channels]` latents, any H and W: a side halved to ceil(H / 2) is upsampled to H
+                again (IF's blocks: multiples of `config.size_multiple`). For inpainting (9 channels) and
+                instructions (8) the latents, then the mask and the latents of the given image; for IF's
+                super-resolution (6) the noisy pixels, then those of the small image, upsampled.
+            t: `[B]` floating, the path's t; may be fractional.
+            encoder_hidden_states: `[B, T, config.text_dim]` of the text encoder.
+            encoder_attention_mask: `[B, T]`, nonzero for the tokens to attend to; None means all.
+            text_embeds: `[B, P]`, SDXL's pooled text.
+            time_ids: `[B, 6]` for SDXL: height and width of the original image, top and left of the crop,
+                height and width of the result, in pixels; `[B, 5]` for its refiner: the aesthetic score in
+                place of the last two.
+            timestep_cond: `[B, time_cond_proj_dim]`, LCM's `guidance_embedding`, or None.
+            class_labels: int `[B]`, or `[B, projection_class_embeddings_input_dim]` for unCLIP; for IF's
+                super-resolution the timestep of the noise in the small image.
+            train: draw dropout from the rng stream "dropout".
+
+        Returns:
+            `[B, H, W, out_channels]` in the dtype of x.
+
+        Raises:
+            InvalidArgumentError: an input that is missing, that the network does not take, or of a
+                width or size that this network does not take.
+        """
         config = self.config
         chex.assert_rank([x, t, encoder_hidden_states], [4, 1, 3])
         chex.assert_equal_shape_prefix([x, t, encoder_hidden_states], 1)
@@ -260,10 +267,10 @@ class UNet2DConditionModel(nn.Module):
             encoder_hidden_states = project(encoder_hidden_states)
         condition = (temb, train, encoder_hidden_states, encoder_attention_mask)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
-        h, skips = walk_down(h, self._down_blocks(), *condition)
+        h, skips = apply_down_blocks(h, self._down_blocks(), *condition)
         if config.mid_block_type is not None:
             h = self._mid_block()(h, *condition)
-        h = walk_up(h, skips, self._up_blocks(), *condition)
+        h = apply_up_blocks(h, skips, self._up_blocks(), *condition)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(ACTIVATIONS[config.act_fn](h))
         return h.astype(x.dtype)
@@ -295,7 +302,7 @@ class UNet2DConditionModel(nn.Module):
     def _text_time_embedding(
         self, text_embeds: Float[Array, "B P"], time_ids: Float[Array, "B ids"]
     ) -> Float[Array, "B time"]:
-        """Podell et al. 2023, section 2.2: every number as a sinusoid, all joined with the pooled text."""
+        """Podell et al. 2023, section 2.2: a sinusoid per number, concatenated with the pooled text."""
         config = self.config
         batch, count = time_ids.shape
         dim, wanted = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
@@ -324,7 +331,7 @@ class UNet2DConditionModel(nn.Module):
         }
 
     def _block_options(self, kind: str, level: int) -> dict[str, Any]:
-        """What follows from the type of a block: its attention, and how it changes the size."""
+        """The options implied by the type of a block: its attention, and how it changes the size."""
         config = self.config
         head_dim = config.of_level("attention_head_dim", level)
         only_cross_attention = config.of_level("only_cross_attention", level)
@@ -393,7 +400,7 @@ class UNet2DConditionModel(nn.Module):
         if encoder_hidden_states.shape[-1] != config.text_dim:
             raise InvalidArgumentError(
                 f"encoder_hidden_states are {encoder_hidden_states.shape[-1]} wide; this U-Net takes "
-                f"{config.text_dim}: they are of another text encoder"
+                f"{config.text_dim}: they come from another text encoder"
             )
         multiple, (height, width) = config.size_multiple, x.shape[1:3]
         if height % multiple or width % multiple:
@@ -417,14 +424,14 @@ class UNet2DConditionModel(nn.Module):
             raise InvalidArgumentError("timestep_cond given to a U-Net that has no time_cond_proj_dim")
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
-        """Shapes of the call's arrays, None for those that this network does not take, to trace it with."""
+        """Shapes of the inputs to trace the network with; None for those that it does not take."""
         config = self.config
 
         def row(width: int | None) -> jax.ShapeDtypeStruct | None:
             return None if width is None else jax.ShapeDtypeStruct((1, width), jnp.float32)
 
         text = time_ids = labels = None
-        if config.addition_embed_type == "text_time":  # how many time_ids there are, the config does not tell
+        if config.addition_embed_type == "text_time":  # the config does not have the number of time_ids
             total, dim = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
             text, time_ids = row(total - dim), row(1)
         if config.class_embed_type == "projection":
@@ -478,8 +485,8 @@ PRESETS = {
         attention_head_dim=(6, 12, 24, 24),
         projection_class_embeddings_input_dim=2560,
     ),
-    # Latent consistency models distilled from Stable Diffusion 1.5, told their guidance.
+    # Latent consistency models distilled from Stable Diffusion 1.5, with a guidance embedding.
     "lcm-unet": dataclasses.replace(_SD_15, time_cond_proj_dim=256),
-    # Playground v2.5: SDXL's architecture, trained anew in EDM's formulation.
+    # Playground v2.5: SDXL's architecture, trained in EDM's formulation.
     "playground-unet": _SDXL,
 }

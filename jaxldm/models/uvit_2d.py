@@ -16,33 +16,34 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check, check_heads, height_width
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous
 from jaxldm.nn.attention import CrossAttention
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.convolution import Conv2d, ConvTranspose2x2
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import GlobalResponseNorm, LayerNorm, RMSNorm
 from jaxldm.nn.transformer_2d import FeedForward
 
-SKIP_EPS = (
-    1e-6  # of the norms in front of the attention to the text between convolutions, whatever the config
-)
+# Of the norms before the attention to the text between convolutions, whatever the config.
+SKIP_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class UVit2DConfig(ModelConfig):
     """Config of `UVit2DModel`; names and defaults are those of diffusers.
 
-    vocab_size: rows of the table that tokens are read from: the codebook, and behind it the mask token.
-    codebook_size: logits for each token.
-    in_channels, block_out_channels: width of the token embedding, and of the convolutions on both sides of
-      the transformer, which is `hidden_size` wide and `num_hidden_layers` deep.
-    downsample, upsample: the transformer sees a quarter of the tokens, merged by 2x2 convolutions (512).
-    cond_embed_dim, encoder_hidden_size: width of the pooled text and of the text's states.
-    micro_cond_encode_dim, micro_cond_embed_dim: of the sinusoid of each micro-condition, and of all of them.
-    sample_size: tokens on a side.
-    dtype: compute dtype.
-    remat: save memory in training by computing the activations inside of layers twice.
-    scan: one layer is compiled in place of all, see `nn.run_blocks`.
+    Attributes:
+        vocab_size: rows of the token embedding: the codebook, and after it the mask token.
+        codebook_size: logits for each token.
+        in_channels, block_out_channels: width of the token embedding, and of the convolutions on both sides
+            of the transformer, which is `hidden_size` wide and `num_hidden_layers` deep.
+        downsample, upsample: the transformer runs on a quarter of the tokens, merged by 2x2 convolutions (for
+            512x512 pixels).
+        cond_embed_dim, encoder_hidden_size: width of the pooled text and of the text's states.
+        micro_cond_encode_dim, micro_cond_embed_dim: width of the sinusoid of a micro-condition, and of all.
+        sample_size: tokens per side.
+        dtype: compute dtype.
+        remat: recompute activations inside of layers in the backward pass, to save memory.
+        scan: compile one layer for all, see `jaxldm.nn.block_stack`.
     """
 
     hidden_size: int = 1024
@@ -81,7 +82,9 @@ class UVit2DConfig(ModelConfig):
             self.block_out_channels % self.block_num_heads == 0,
             f"block_out_channels {self.block_out_channels} cannot be split into {self.block_num_heads} heads",
         )
-        check(self.downsample == self.upsample, "downsample and upsample go together: a logit for each token")
+        check(
+            self.downsample == self.upsample, "downsample and upsample must be equal: a logit for each token"
+        )
         check(
             self.vocab_size >= self.codebook_size > 0,
             f"vocab_size {self.vocab_size} must hold the {self.codebook_size} tokens of the codebook",
@@ -95,7 +98,7 @@ class UVit2DConfig(ModelConfig):
 
     @property
     def num_micro_conds(self) -> int:
-        """How many micro-conditions an image has: 5 in aMUSEd."""
+        """Number of micro-conditions of an image: 5 in aMUSEd."""
         return self.micro_cond_embed_dim // self.micro_cond_encode_dim
 
 
@@ -113,10 +116,10 @@ class TokenEmbedding(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-    """(x + mlp(norm(depthwise(x)))) (1 + scale) + shift, read off c `[B, D]`. `[B, h, w, C]` both ways.
+    """(x + mlp(norm(depthwise(x)))) (1 + scale) + shift, linear in silu(c), c `[B, D]`. `[B, h, w, C]`.
 
-    A block of ConvNeXt V2 (Woo et al. 2023, section 3.2) under a condition. The MLP sees each place by
-    itself, but for its global response norm.
+    A block of ConvNeXt V2 (Woo et al. 2023, section 3.2) with a condition. The MLP acts on each pixel alone,
+    apart from its global response norm.
     """
 
     config: UVit2DConfig
@@ -136,7 +139,7 @@ class ConvNextBlock(nn.Module):
 
 
 class SkipFFTransformerBlock(nn.Module):
-    """Twice x + attention to the text (norm(x)), without a feed-forward. `[B, N, C]` both ways."""
+    """Twice x + attention(norm(x)) to the text, without a feed-forward. `[B, N, C]` in and out."""
 
     config: UVit2DConfig
 
@@ -154,9 +157,10 @@ class SkipFFTransformerBlock(nn.Module):
 
 
 class UVitBlock(nn.Module):
-    """Convolutions and attention to the text by turns. `[B, h, w, C]` both ways, h and w halved or doubled.
+    """Alternating convolutions and attention to the text. `[B, h, w, C]` -> `[B, h', w', C]`.
 
-    resize: "downsample" in front of them, "upsample" behind them, or None.
+    Attributes:
+        resize: "downsample" before them, "upsample" after them, or None.
     """
 
     config: UVit2DConfig
@@ -180,7 +184,7 @@ class UVitBlock(nn.Module):
 
 
 class Resize(nn.Module):
-    """A norm, then a convolution that makes one place of 2x2 (`down`) or 2x2 of one."""
+    """A norm, then a 2x2 convolution with stride 2 (`down`), or its transpose."""
 
     config: UVit2DConfig
     down: bool
@@ -196,7 +200,7 @@ class Resize(nn.Module):
 
 
 class UVitLayer(nn.Module):
-    """Self-attention, attention to the text, feed-forward, each x + f(norm(x)) norms told c `[B, D]`."""
+    """Self-attention, attention to the text, feed-forward, each x + f(norm(x)), norms modulated by c."""
 
     config: UVit2DConfig
 
@@ -236,23 +240,9 @@ def _conv_1x1(config: UVit2DConfig, features: int, name: str) -> Conv2d:
 
 
 class UVit2DModel(nn.Module):
-    """Image tokens -> what each of them may be. Patil et al. 2024 (aMUSEd, arXiv:2401.01808), section 3.
+    """Image tokens -> logits of each token. Patil et al. 2024 (aMUSEd, arXiv:2401.01808), section 3.
 
-    Convolutions on the way in and out, a transformer between them (Hoogeboom et al. 2023, U-ViT), all of
-    which see the text.
-
-    Args of the call:
-      tokens: int `[B, h, w]`, ids of the codebook below `codebook_size`, and the mask token `vocab_size - 1`
-        where nothing is known. h and w are even where the network halves them.
-      encoder_hidden_states: `[B, T, encoder_hidden_size]` of the text encoder, its last layer but one.
-      pooled_text_emb: `[B, cond_embed_dim]`, the text as a whole.
-      micro_conds: `[B, 5]`: width and height of the original image, left and top of the crop, in pixels, and
-        the aesthetic score.
-
-    Returns logits `[B, h, w, codebook_size]`, float32.
-
-    Raises:
-      InvalidArgumentError: an input of a width, or tokens of a size, that this network does not take.
+    A transformer between convolutions (Hoogeboom et al. 2023, U-ViT), all with attention to the text.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -273,6 +263,22 @@ class UVit2DModel(nn.Module):
         pooled_text_emb: Float[Array, "B P"],
         micro_conds: Float[Array, "B M"],
     ) -> Float[Array, "B h w V"]:
+        """Predict the logits of all tokens.
+
+        Args:
+            tokens: int `[B, h, w]`, ids of the codebook below `codebook_size`, and the mask token
+                `vocab_size - 1`. h and w are even if the network halves them.
+            encoder_hidden_states: `[B, T, encoder_hidden_size]` of the text encoder, the penultimate layer.
+            pooled_text_emb: `[B, cond_embed_dim]`, the pooled text.
+            micro_conds: `[B, 5]`: width and height of the original image, left and top of the crop, in
+                pixels, and the aesthetic score.
+
+        Returns:
+            Logits `[B, h, w, codebook_size]`, float32.
+
+        Raises:
+            InvalidArgumentError: an input of a width, or tokens of a size, that this network does not take.
+        """
         config = self.config
         chex.assert_rank([tokens, encoder_hidden_states, pooled_text_emb, micro_conds], [3, 3, 2, 2])
         chex.assert_equal_shape_prefix([tokens, encoder_hidden_states, pooled_text_emb, micro_conds], 1)
@@ -293,8 +299,10 @@ class UVit2DModel(nn.Module):
         rows = h.reshape(h.shape[0], -1, h.shape[-1])
         rows = project(config.hidden_size, "project_to_hidden")(norm("project_to_hidden_norm")(rows))
         layer = functools.partial(UVitLayer, config)
-        how = {"scan": config.scan, "remat": config.remat}
-        rows = run_blocks(layer, "transformer_layers", config.num_hidden_layers, rows, c, context, **how)
+        options = {"scan": config.scan, "remat": config.remat}
+        rows = apply_blocks(
+            layer, "transformer_layers", config.num_hidden_layers, rows, c, context, **options
+        )
         rows = project(config.block_out_channels, "project_from_hidden")(
             norm("project_from_hidden_norm")(rows)
         )
@@ -305,7 +313,7 @@ class UVit2DModel(nn.Module):
     def _condition(
         self, pooled: Float[Array, "B P"], micro_conds: Float[Array, "B M"]
     ) -> Float[Array, "B D"]:
-        """Podell et al. 2023, section 2.2: every number as a sinusoid, all joined behind the pooled text."""
+        """Podell et al. 2023, section 2.2: a sinusoid per number, after the pooled text."""
         config = self.config
         sinusoids = timestep_embedding(
             micro_conds.reshape(-1),
@@ -329,11 +337,11 @@ class UVit2DModel(nn.Module):
         height, width = tokens.shape[1:]
         if config.downsample and (height % 2 or width % 2):
             raise InvalidArgumentError(
-                f"{height}x{width} tokens cannot be halved: this U-ViT takes even heights and widths"
+                f"{height}x{width} tokens cannot be halved: this U-ViT needs even heights and widths"
             )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the call's arrays, to trace the model with."""
+        """Shapes of the inputs to trace the network with."""
         config = self.config
         shapes = (
             (1, 77, config.encoder_hidden_size),

@@ -23,8 +23,9 @@ from jaxldm.nn.linear import Embedding
 class VQModelConfig(ImageAutoencoderConfig):
     """Config of `VQModel`; names and defaults are those of diffusers.
 
-    num_vq_embeddings, vq_embed_dim: entries of the codebook and their width; None: `latent_channels`.
-    lookup_from_codebook: the generating model makes indices (aMUSEd), not latents (latent diffusion).
+    Attributes:
+        num_vq_embeddings, vq_embed_dim: entries of the codebook and their width; None: `latent_channels`.
+        lookup_from_codebook: the generative model predicts indices (aMUSEd), not latents (latent diffusion).
     """
 
     latent_channels: int = 3
@@ -45,7 +46,7 @@ class VQModelConfig(ImageAutoencoderConfig):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook `[num_embeddings, features]` in float32, parameter `embedding`; starts as diffusers' does.
+    """A codebook `[num_embeddings, features]` in float32, parameter `embedding`, initialised as in diffusers.
 
     van den Oord et al. 2017, eq. 1-2: the index of z is argmin_k |z - e_k|.
     """
@@ -54,8 +55,8 @@ class VectorQuantizer(nn.Module):
     features: int
 
     def setup(self):
-        law = fan_in_uniform(self.num_embeddings**2)  # U(-1/K, 1/K)
-        self.embedding = Embedding(self.num_embeddings, self.features, embedding_law=law)
+        init = fan_in_uniform(self.num_embeddings**2)  # U(-1/K, 1/K)
+        self.embedding = Embedding(self.num_embeddings, self.features, embedding_init=init)
 
     def indices(self, z: Float[Array, "B h w c"]) -> Int[Array, "B h w"]:
         """The nearest entry of each z, from |e|^2 - 2 z e; |z|^2 is the same for all entries."""
@@ -65,7 +66,7 @@ class VectorQuantizer(nn.Module):
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
     def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-        """The nearest entries themselves; gradients pass to z as if nothing had happened."""
+        """The nearest entries; gradients pass straight through to z."""
         nearest = self.embedding(self.indices(z)).astype(z.dtype)
         return z + jax.lax.stop_gradient(nearest - z)
 
@@ -75,8 +76,8 @@ class VQModel(nn.Module):
 
     `encode`: images `[B, H, W, in_channels]` in [-1, 1] -> latents `[B, h, w, codebook width]` before the
     codebook, not scaled, h = H / 2^(levels - 1). `decode`: such latents -> nearest entries -> images, about
-    [-1, 1]. `encode_indices` and `decode_indices` are the same in indices, int32 `[B, h, w]`. The call is
-    decode(encode(x)), to start parameters.
+    [-1, 1]. `encode_indices` and `decode_indices` are the same with indices, int32 `[B, h, w]`. The call is
+    decode(encode(x)), to initialise parameters.
     """
 
     config: VQModelConfig
@@ -123,7 +124,7 @@ def encode_indices(module: VQModel, params: dict, images: Float[Array, "B H W C"
 def decode_indices(module: VQModel, params: dict, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
     """The codebook's entries at `indices` -> images, about [-1, 1], float32.
 
-    An index outside the codebook, such as aMUSEd's mask token, reads the nearest entry that there is.
+    An index outside the codebook, such as aMUSEd's mask token, gives the nearest entry.
     """
     return module.apply({"params": params}, indices, method="decode_indices")
 

@@ -10,7 +10,7 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import timestep_embedding
-from jaxldm.nn.initialization import LawOfShape
+from jaxldm.nn.initialization import Initializer
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GlobalResponseNorm, layer_norm
 
@@ -18,19 +18,14 @@ from jaxldm.nn.normalization import GlobalResponseNorm, layer_norm
 def ratio_embedding(t: Float[Array, " B"], dim: int) -> Float[Array, "B dim"]:
     """Sines, then cosines, of 10000 t for t in [0, 1], in float32: `timestep_embedding` of the published r.
 
-    Angles reach 10^4, where float32 has three decimals left: the fastest sines of two implementations differ
-    by up to 1e-3.
+    Angles reach 10^4, where float32 has three decimals: the fastest sines of two implementations differ by up
+    to 1e-3.
     """
     return timestep_embedding(10000.0 * t.astype(jnp.float32), dim)
 
 
 class ResBlock(nn.Module):
-    """x + MLP([norm(depthwise(x)), skip]): ConvNeXt V2's block (Woo et al. 2023, figure 5). `[B, H, W, C]`.
-
-    Args of the call:
-      skip: `[B, H, W, S]`, further channels for the MLP, or None.
-      train: draw dropout from the rng stream "dropout".
-    """
+    """x + MLP([norm(depthwise(x)), skip]), the block of ConvNeXt V2 (Woo et al. 2023, figure 5)."""
 
     kernel_size: int = 3
     dropout: float = 0.0
@@ -40,6 +35,13 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], skip: Float[Array, "B H W S"] | None = None, train: bool = False
     ) -> Float[Array, "B H W C"]:
+        """Apply the block.
+
+        Args:
+            x: `[B, H, W, C]`.
+            skip: `[B, H, W, S]`, further channels for the MLP, or None.
+            train: draw dropout from the rng stream "dropout".
+        """
         channels, size = x.shape[-1], self.kernel_size
         depthwise = Conv2d(channels, size, 1, size // 2, self.dtype, groups=channels, name="depthwise")
         h = layer_norm(depthwise(x))
@@ -53,25 +55,24 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """x (1 + a) + b, (a, b) a linear map of the time's embedding `[B, R]`. `[B, H, W, C]` both ways."""
+    """x (1 + a) + b, (a, b) a linear map of the time embedding `[B, R]`. `[B, H, W, C]` in and out."""
 
     dtype: str = "float32"
-    kernel_law: LawOfShape | None = None
-    bias_law: LawOfShape | None = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B R"]) -> Float[Array, "B H W C"]:
-        laws = {"kernel_law": self.kernel_law, "bias_law": self.bias_law}
-        both = Linear(2 * x.shape[-1], dtype=self.dtype, name="mapper", **laws)(time)
+        inits = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        both = Linear(2 * x.shape[-1], dtype=self.dtype, name="mapper", **inits)(time)
         scale, shift = jnp.split(both[:, None, None, :], 2, axis=-1)
         return x.astype(both.dtype) * (1 + scale) + shift
 
 
 class AttnBlock(nn.Module):
-    """x + attention of the normalised pixels to themselves and to the condition. `[B, H, W, C]` both ways.
+    """x + attention of the normalised pixels to themselves and the condition. `[B, H, W, C]` in and out.
 
-    The condition `[B, T, D]` goes through SiLU and a linear map to the width of x, and stands behind the
-    pixels in one row of keys and values.
+    Keys and values are the pixels, then the condition `[B, T, D]` after SiLU and a linear map.
     """
 
     num_heads: int
@@ -83,17 +84,17 @@ class AttnBlock(nn.Module):
         self, x: Float[Array, "B H W C"], condition: Float[Array, "B T D"], train: bool = False
     ) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
-        told = Linear(channels, dtype=self.dtype, name="kv_mapper_1")(nn.silu(condition))
-        pixels = layer_norm(x).reshape(batch, height * width, channels).astype(told.dtype)
+        context = Linear(channels, dtype=self.dtype, name="kv_mapper_1")(nn.silu(condition))
+        pixels = layer_norm(x).reshape(batch, height * width, channels).astype(context.dtype)
         attention = CrossAttention(self.num_heads, self.dtype, use_bias=True, name="attention")
-        h = attention(pixels, jnp.concatenate([pixels, told], axis=1))
+        h = attention(pixels, jnp.concatenate([pixels, context], axis=1))
         if self.dropout > 0.0:
             h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return x.astype(h.dtype) + h.reshape(x.shape)
 
 
 def check_width(what: str, array: Array, wanted: int, model: str) -> None:
-    """Raises `InvalidArgumentError` unless the last axis of an input is as wide as the model takes it."""
+    """Raise `InvalidArgumentError` unless the last axis of an input has the wanted width."""
     if array.shape[-1] != wanted:
         raise InvalidArgumentError(
             f"{what} {array.shape}, {array.shape[-1]} wide on the last axis; this {model} takes {wanted}"

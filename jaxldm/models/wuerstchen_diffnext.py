@@ -28,20 +28,23 @@ from jaxldm.nn.normalization import layer_norm
 from jaxldm.nn.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from jaxldm.nn.resizing import resize_cubic
 
-EPS = 1e-3  # the network's b lies in [EPS, 1 - EPS]
+EPS = 1e-3  # the network's b is in [EPS, 1 - EPS]
 
 
 @dataclasses.dataclass(frozen=True)
 class WuerstchenDiffNeXtConfig(ModelConfig):
     """Config of `WuerstchenDiffNeXt`; names and defaults are those of diffusers.
 
-    c_in, c_out: channels of the latents, the same number. c_r: width of the time's embedding.
-    c_cond: width of the condition; clip_embd, effnet_embd: of the text's states and of the image embeddings,
-      which are mapped to it.
-    c_hidden, nhead, blocks, level_config, inject_effnet: for each level its width, its attention heads, how
-      often its blocks stand one behind the other, those blocks, and whether they are told the image
-      embeddings. "CTA" is a ConvNeXt block, the timestep, attention.
-    dropout: one number, or one for each level.
+    Attributes:
+        c_in, c_out: channels of the latents, the same number.
+        c_r: width of the time embedding.
+        c_cond: width of the condition.
+        clip_embd, effnet_embd: widths of the text's states and of the image embeddings, which are mapped to
+            c_cond.
+        c_hidden, nhead, blocks: width, attention heads and repetitions of the blocks of each level.
+        level_config: the blocks of each level: "CTA" is a ConvNeXt block, the timestep, attention.
+        inject_effnet: whether the blocks of a level take the image embeddings.
+        dropout: one number, or one for each level.
     """
 
     c_in: int = 4
@@ -67,13 +70,13 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
     def __post_init__(self):
         lists = ("nhead", "blocks", "level_config", "inject_effnet")
         for name in lists + (() if isinstance(self.dropout, int | float) else ("dropout",)):
-            there = len(getattr(self, name))
-            check(there == len(self.c_hidden), f"{len(self.c_hidden)} levels, but {there} {name}")
+            count = len(getattr(self, name))
+            check(count == len(self.c_hidden), f"{len(self.c_hidden)} levels, but {count} {name}")
         for kinds, count, width, heads in zip(
             self.level_config, self.blocks, self.c_hidden, self.nhead, strict=True
         ):
             fits = kinds[:1] == "C" and set(kinds) <= set("CTA")
-            check(fits, f"a level is a text of C, T and A that begins with C, not {kinds!r}")
+            check(fits, f"level_config must be strings of C, T and A that begin with C, got {kinds!r}")
             check(count > 0, f"every level needs blocks, not {count}")
             split = "A" not in kinds or (heads > 0 and width % heads == 0)
             check(split, f"c_hidden {width} cannot be split into {heads} heads")
@@ -84,7 +87,7 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
 
     @property
     def shrinks(self) -> int:
-        """By what both sides of the latents must be divisible."""
+        """Divisor of both sides of the latents."""
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
     def dropout_of(self, level: int) -> float:
@@ -93,9 +96,10 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
 
 
 class _Level(nn.Module):
-    """The blocks of one level on the way down or up, submodules `0`, `1`, ..., with its change of size.
+    """The blocks of one down or up level, submodules `0`, `1`, ..., with its change of size.
 
-    `resized`: "down" from the level before, in front of the blocks, or "up" to the width `out`, behind them.
+    Attributes:
+        resized: "down" before the blocks, or "up" to the width `out` after them.
     """
 
     config: WuerstchenDiffNeXtConfig
@@ -109,7 +113,7 @@ class _Level(nn.Module):
     ):
         config, level = self.config, self.level
         width, rate, dtype = config.c_hidden[level], config.dropout_of(level), config.dtype
-        mapper = {"kernel_law": zeros, "bias_law": zeros}
+        mapper = {"kernel_init": zeros, "bias_init": zeros}
 
         def run(block: nn.Module, *inputs: Array | None) -> Array:
             return block(*inputs, train)
@@ -124,8 +128,8 @@ class _Level(nn.Module):
             name, place = str(place), place + 1
             if kind == "C":
                 channels = [part for part in (skip, image) if part is not None]
-                told = jnp.concatenate(channels, axis=-1) if channels else None
-                x, skip = run(ResBlock(config.kernel_size, rate, dtype, name=name), x, told), None
+                extra = jnp.concatenate(channels, axis=-1) if channels else None
+                x, skip = run(ResBlock(config.kernel_size, rate, dtype, name=name), x, extra), None
             elif kind == "T":
                 x = TimestepBlock(dtype, **mapper, name=name)(x, time)
             else:
@@ -136,23 +140,7 @@ class _Level(nn.Module):
 
 
 class WuerstchenDiffNeXt(nn.Module):
-    """Stage B of Wuerstchen: a U-Net of ConvNeXt blocks. Pernias et al. 2024, section 3.2 and appendix.
-
-    Args of the call:
-      x: `[B, h, w, c_in]`, noisy latents of stage A: one for each 4 pixels. Both sides divisible by
-        `config.shrinks`, 16 as published.
-      t: `[B]` floating in [0, 1], 1 being noise: the published r.
-      image_embeddings: `[B, h', w', effnet_embd]`, of the prior or of an encoder, of any size: the published
-        effnet. Zeros are the branch that knows nothing of the image.
-      encoder_hidden_states: `[B, T, clip_embd]`, the last states of CLIP's text tower: the published clip.
-      train: draw dropout from the rng stream "dropout".
-
-    Returns the noise in x, `[B, h, w, c_in]`, in the dtype of x: (x - a) / b of the two halves a, b of what
-    the network says, b in [0.001, 0.999].
-
-    Raises:
-      InvalidArgumentError: sides that cannot be halved so often, another number of channels or another width.
-    """
+    """Stage B of Wuerstchen: a U-Net of ConvNeXt blocks. Pernias et al. 2024, section 3.2 and appendix."""
 
     config: WuerstchenDiffNeXtConfig
 
@@ -167,12 +155,32 @@ class WuerstchenDiffNeXt(nn.Module):
         encoder_hidden_states: Float[Array, "B T D"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B h w C"]:
+        """Predict the noise.
+
+        Args:
+            x: `[B, h, w, c_in]`, noisy latents of stage A: one for each 4 pixels. Both sides divisible by
+                `config.shrinks`, 16 as published.
+            t: `[B]` floating in [0, 1], 1 being noise: the published r.
+            image_embeddings: `[B, h', w', effnet_embd]`, of the prior or of an encoder, of any size: the
+                published effnet. Zeros are the unconditional input.
+            encoder_hidden_states: `[B, T, clip_embd]`, the last states of CLIP's text tower: the published
+                clip.
+            train: draw dropout from the rng stream "dropout".
+
+        Returns:
+            The noise in x, `[B, h, w, c_in]`, in the dtype of x: (x - a) / b of the halves a, b of
+            the last layer's output, b in [0.001, 0.999].
+
+        Raises:
+            InvalidArgumentError: sides that cannot be halved that often, another number of channels or
+                another width.
+        """
         config, dtype = self.config, compute_dtype(self.config.dtype)
         _check_inputs(config, x, t, image_embeddings, encoder_hidden_states)
         time, text = ratio_embedding(t, config.c_r), encoder_hidden_states
         if text is not None:
-            law = {"kernel_law": normal(0.02), "bias_law": zeros}
-            text = layer_norm(Linear(config.c_cond, dtype=config.dtype, name="clip_mapper", **law)(text))
+            init = {"kernel_init": normal(0.02), "bias_init": zeros}
+            text = layer_norm(Linear(config.c_cond, dtype=config.dtype, name="clip_mapper", **init)(text))
         h = pixel_unshuffle(x, config.patch_size)
         h = layer_norm(self._one_by_one(config.c_hidden[0], "embedding_1")(h))
         levels, skips = len(config.c_hidden), []
@@ -205,9 +213,7 @@ class WuerstchenDiffNeXt(nn.Module):
         return Conv2d(features, kernel_size=1, padding=0, dtype=self.config.dtype, name=name)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, image_embeddings, encoder_hidden_states) to trace the network with: those of
-        1024x1024 pixels.
-        """
+        """Shapes of (x, t, image_embeddings, encoder_hidden_states) for 1024x1024 pixels."""
         config = self.config
         x, embeddings = (1, 256, 256, config.c_in), (1, 24, 24, config.effnet_embd)
         shapes = (x, (1,), embeddings, (1, 77, config.clip_embd))
@@ -221,12 +227,12 @@ def _check_inputs(config: WuerstchenDiffNeXtConfig, x, t, image_embeddings, text
     if text is not None:
         check_width("text states", text, config.clip_embd, "decoder")
     elif any("A" in kinds for kinds in config.level_config):
-        raise InvalidArgumentError("this decoder attends to a text: give encoder_hidden_states")
+        raise InvalidArgumentError("this decoder needs a text: give encoder_hidden_states")
     height, width = x.shape[1:3]
     if height % config.shrinks or width % config.shrinks:
         raise InvalidArgumentError(
             f"latents of {height}x{width} cannot be halved on all {len(config.c_hidden)} levels: this "
-            f"decoder takes multiples of {config.shrinks}"
+            f"decoder needs multiples of {config.shrinks}"
         )
 
 

@@ -29,10 +29,14 @@ from jaxldm.nn.normalization import layer_norm
 class WuerstchenPriorConfig(ModelConfig):
     """Config of `WuerstchenPrior`; names and defaults are those of diffusers.
 
-    c_in: channels of an image embedding. c: width. c_cond: width of the text's states. c_r: width of the
-      time's embedding. nhead: attention heads.
-    depth: how many times ConvNeXt block, timestep, attention.
-    remat: compute each of them again in the backward pass.
+    Attributes:
+        c_in: channels of an image embedding.
+        c: width.
+        c_cond: width of the text's states.
+        c_r: width of the time embedding.
+        nhead: attention heads.
+        depth: repetitions of ConvNeXt block, timestep, attention.
+        remat: recompute each block in the backward pass, to save memory.
     """
 
     c_in: int = 16
@@ -56,20 +60,7 @@ class WuerstchenPriorConfig(ModelConfig):
 
 
 class WuerstchenPrior(nn.Module):
-    """Stage C of Wuerstchen. Pernias et al. 2024, section 3.3 and figure 3.
-
-    Args of the call:
-      x: `[B, h, w, c_in]`, noisy image embeddings: one for each 42.67 pixels.
-      t: `[B]` floating in [0, 1], 1 being noise: the published r.
-      encoder_hidden_states: `[B, T, c_cond]`, the last states of CLIP's text tower.
-      train: draw dropout from the rng stream "dropout".
-
-    Returns the noise in x, `[B, h, w, c_in]`, in the dtype of x: (x - a) / (|1 - b| + 1e-5) of the two halves
-    a, b of what the network says.
-
-    Raises:
-      InvalidArgumentError: another number of channels, or states of another width.
-    """
+    """Stage C of Wuerstchen. Pernias et al. 2024, section 3.3 and figure 3."""
 
     config: WuerstchenPriorConfig
 
@@ -83,6 +74,21 @@ class WuerstchenPrior(nn.Module):
         encoder_hidden_states: Float[Array, "B T D"],
         train: bool = False,
     ) -> Float[Array, "B h w C"]:
+        """Predict the noise.
+
+        Args:
+            x: `[B, h, w, c_in]`, noisy image embeddings: one per 42.67x42.67 pixels.
+            t: `[B]` floating in [0, 1], 1 being noise: the published r.
+            encoder_hidden_states: `[B, T, c_cond]`, the last states of CLIP's text tower.
+            train: draw dropout from the rng stream "dropout".
+
+        Returns:
+            The noise in x, `[B, h, w, c_in]`, in the dtype of x: (x - a) / (|1 - b| + 1e-5) of the halves
+            a, b of the last layer's output.
+
+        Raises:
+            InvalidArgumentError: another number of channels, or states of another width.
+        """
         config, dtype = self.config, self.config.dtype
         check_width("channels", x, config.c_in, "prior")
         check_width("text states", encoder_hidden_states, config.c_cond, "prior")
@@ -115,6 +121,6 @@ class WuerstchenPrior(nn.Module):
 
 
 PRESETS = {
-    # 993,636,896 parameters: the stage C of a thousand million of the paper.
+    # 993,636,896 parameters: the stage C of 1 B of the paper.
     "wuerstchen-prior": WuerstchenPriorConfig(c=1536, c_cond=1280, depth=32, nhead=24),
 }

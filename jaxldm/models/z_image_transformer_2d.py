@@ -1,4 +1,4 @@
-"""Z-Image's single-stream diffusion transformer: image and text are one row of tokens, in the same blocks."""
+"""Z-Image's single-stream diffusion transformer: image and text as one sequence of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
 from jaxldm.nn.adaptive_norm import gated
-from jaxldm.nn.blocks_in_a_row import run_blocks
+from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import TimestepEmbedding, patchify, timestep_embedding, unpatchify
 from jaxldm.nn.initialization import parameter, zeros
 from jaxldm.nn.joint_attention import JointAttention
@@ -26,8 +26,8 @@ from jaxldm.nn.normalization import RMSNorm, layer_norm
 from jaxldm.nn.rotary import rotary_embedding, rotary_embedding_of_axes
 from jaxldm.nn.transformer_encoder import SwiGLU
 
-TOKENS_AT_ONCE = 32  # text and image are filled up to a multiple of it, with tokens that are learned
-TIME_WIDTH = 256  # of the embedding of t, and of the sinusoids that it is made of
+TOKENS_AT_ONCE = 32  # text and image are padded to a multiple of it, with learned tokens
+TIME_WIDTH = 256  # of the embedding of t, and of its sinusoids
 
 Rotary = tuple[Array, Array]
 
@@ -36,14 +36,17 @@ Rotary = tuple[Array, Array]
 class ZImageTransformer2DConfig(ModelConfig):
     """Config of `ZImageTransformer2DModel`; names and defaults are those of diffusers.
 
-    all_patch_size, all_f_patch_size: one patch size, and 1 image at a time.
-    n_refiner_layers: blocks that see the image alone, and as many that see the text alone, before the
-      `n_layers` that see both.
-    cap_feat_dim: width of the text's states.
-    axes_dims: how many numbers of a head turn with a token's place in the row of text and images, with its
-      row and with its column; together a head's width. axes_lens: how many places, rows and columns.
-    t_scale: t, from 0 to 1, is multiplied by it before it is embedded.
-    scan: compile one block for all of a kind; remat: keep no activations of a block for the backward pass.
+    Attributes:
+        all_patch_size, all_f_patch_size: one patch size, and 1 image at a time.
+        n_refiner_layers: blocks of the image alone, and as many of the text alone, before the `n_layers` of
+            both.
+        cap_feat_dim: width of the text's states.
+        axes_dims: channels of a head that rotate with a token's position in the sequence, its row and its
+            column; together a head's width.
+        axes_lens: number of positions, rows and columns.
+        t_scale: factor of t before its embedding.
+        scan: compile one block for all of a kind.
+        remat: recompute activations inside of blocks in the backward pass, to save memory.
     """
 
     all_patch_size: tuple[int, ...] = (2,)
@@ -94,17 +97,16 @@ class ZImageTransformer2DConfig(ModelConfig):
 
     @property
     def longest_text(self) -> int:
-        """Tokens of the longest text that leaves a place for the image behind it."""
+        """Tokens of the longest text that leaves a position for the image after it."""
         return (self.axes_lens[0] - 2) // TOKENS_AT_ONCE * TOKENS_AT_ONCE
 
 
 class ZImageTransformerBlock(nn.Module):
     """x + gate norm(attention(norm(x) scale)), then the same with the feed-forward. x `[B, N, C]`.
 
-    An RMS norm before and behind each branch. The scales, 1 + s, and gates, tanh(g), of both branches are
-    linear in the embedded time c `[B, 256]`; without `modulation` they are 1, and c is not looked at.
-
-    rotary: (cos, sin) of the tokens' places. mask: `[B, N]`, False for tokens not to be looked at, or None.
+    An RMS norm before and after each branch. The scales, 1 + s, and gates, tanh(g), of both branches are
+    linear in the embedded time c `[B, 256]`; without `modulation` they are 1, and c is ignored. `rotary` is
+    (cos, sin) of the tokens' positions; the mask `[B, N]` is False for tokens that are not attended to.
     """
 
     config: ZImageTransformer2DConfig
@@ -154,7 +156,7 @@ class FinalLayer(nn.Module):
 
 
 class OfPatchSize(nn.Module):
-    """A layer that the checkpoint keeps under the patch size it is for, as in `all_x_embedder.2-1`."""
+    """A layer that the checkpoint has under its patch size, as in `all_x_embedder.2-1`."""
 
     make_layer: Callable[..., nn.Module]
     patch_size: int
@@ -167,22 +169,8 @@ class OfPatchSize(nn.Module):
 class ZImageTransformer2DModel(nn.Module):
     """Z-Image. Z-Image Team 2025, arXiv:2511.22699, section 4 (scalable single-stream DiT).
 
-    Args of the call:
-      x: `[B, H, W, in_channels]`, H and W multiples of the patch size.
-      t: `[B]` in [0, 1]: 0 is noise and 1 is data, unlike on a path; see `models.network`.
-      encoder_hidden_states: `[B, T, cap_feat_dim]`, the states of a text, from the last layer but one of
-        Qwen3.
-      encoder_attention_mask: `[B, T]`, nonzero for the first n tokens of each text, those that are there;
-        None: all T. Texts are filled up to a multiple of 32 with a learned token, which is looked at like
-        the others, so a text of 40 tokens reads the same in rows of 64 and of 512.
-
-    Returns `[B, H, W, in_channels]` in the dtype of x: the velocity from noise to data, x_0 - noise.
-
-    In a row of places the text comes first, from 1 on, and the whole image has the place behind it, so its
+    The positions of the text start at 1, and the whole image has the position after the text, so that its
     rotary angles depend on the text's length.
-
-    Raises:
-      InvalidArgumentError: sizes that cannot be cut into patches, or beyond `axes_lens`.
 
     >>> import jax
     >>> from jaxldm import models
@@ -206,6 +194,24 @@ class ZImageTransformer2DModel(nn.Module):
         encoder_hidden_states: Float[Array, "B T D"],
         encoder_attention_mask: Array | None = None,
     ) -> Float[Array, "B H W C"]:
+        """Predict the velocity.
+
+        Args:
+            x: `[B, H, W, in_channels]`, H and W multiples of the patch size.
+            t: `[B]` in [0, 1]: 0 is noise and 1 is data, unlike on a path; see `models.network`.
+            encoder_hidden_states: `[B, T, cap_feat_dim]`, the states of a text, from the penultimate layer
+                of Qwen3.
+            encoder_attention_mask: `[B, T]`, nonzero for the first n tokens of each text, which are not
+                padding; None: all T. Texts are padded to a multiple of 32 with a learned token, which is
+                attended to like the others, so that a text of 40 tokens gives the same result in rows of 64
+                and of 512.
+
+        Returns:
+            `[B, H, W, in_channels]` in the dtype of x: the velocity from noise to data, x_0 - noise.
+
+        Raises:
+            InvalidArgumentError: sizes that cannot be cut into patches, or beyond `axes_lens`.
+        """
         config, size = self.config, x.shape[1:3]
         self._check(x, encoder_hidden_states)
         c = self._time(t)
@@ -215,15 +221,15 @@ class ZImageTransformer2DModel(nn.Module):
 
         def blocks(name: str, count: int, x: Array, *shared: object, modulation: bool = True) -> Array:
             block = partial(ZImageTransformerBlock, config, modulation)
-            return run_blocks(block, name, count, x, *shared, scan=config.scan, remat=config.remat)
+            return apply_blocks(block, name, count, x, *shared, scan=config.scan, remat=config.remat)
 
         refiners = config.n_refiner_layers
         image = blocks("noise_refiner", refiners, image, of_image, None, c)
         text = blocks("context_refiner", refiners, text, of_text, mask, None, modulation=False)
-        rotary = jax.tree.map(_behind, of_image, of_text)
+        rotary = jax.tree.map(_append, of_image, of_text)
         if mask is not None:
             mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), mask], axis=1)
-        h = blocks("layers", config.n_layers, _behind(image, text), rotary, mask, c)
+        h = blocks("layers", config.n_layers, _append(image, text), rotary, mask, c)
 
         rows, columns = (side // config.patch_size for side in size)
         final = OfPatchSize(partial(FinalLayer, config), config.patch_size, name="all_final_layer")
@@ -240,61 +246,61 @@ class ZImageTransformer2DModel(nn.Module):
         )
         return embed(wave)
 
-    def _image_tokens(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N C"]:
-        """Patches and, up to a multiple of 32, a learned token."""
+    def _image_tokens(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N width"]:
+        """Patches, padded to a multiple of 32 with a learned token."""
         config = self.config
         embed = OfPatchSize(
             partial(Linear, config.dim, dtype=config.dtype), config.patch_size, name="all_x_embedder"
         )
         tokens = embed(patchify(x, config.patch_size))
-        filling = parameter(self, "x_pad_token", zeros, (1, config.dim)).astype(tokens.dtype)
+        padding = parameter(self, "x_pad_token", zeros, (1, config.dim)).astype(tokens.dtype)
         missing = _rounded_up(tokens.shape[1]) - tokens.shape[1]
-        return _behind(tokens, jnp.broadcast_to(filling[None], (len(x), missing, config.dim)))
+        return _append(tokens, jnp.broadcast_to(padding[None], (len(x), missing, config.dim)))
 
     def _text_tokens(
         self, states: Float[Array, "B T D"], given: Array | None
-    ) -> tuple[Float[Array, "B T C"], Int[Array, " b"], Bool[Array, "B T"] | None]:
-        """The text filled up, its length with what fills it, `[B]` or `[1]` for all, and which tokens are."""
+    ) -> tuple[Float[Array, "B padded C"], Int[Array, " b"], Bool[Array, "B padded"] | None]:
+        """The padded text, its length after padding, `[B]` or `[1]` for all, and the mask of its tokens."""
         config = self.config
         h = RMSNorm(config.norm_eps, config.dtype, name="cap_embedder_0")(states)
         h = Linear(config.dim, dtype=config.dtype, name="cap_embedder_1")(h)
-        filling = parameter(self, "cap_pad_token", zeros, (1, config.dim)).astype(h.dtype)
+        padding = parameter(self, "cap_pad_token", zeros, (1, config.dim)).astype(h.dtype)
         length, padded = h.shape[1], _rounded_up(h.shape[1])
         h = jnp.pad(h, ((0, 0), (0, padded - length), (0, 0)))
-        places = jnp.arange(padded)[None]
+        positions = jnp.arange(padded)[None]
         if given is None:
-            return jnp.where((places < length)[..., None], h, filling[None]), jnp.array([padded]), None
+            return jnp.where((positions < length)[..., None], h, padding[None]), jnp.array([padded]), None
         lengths = (given != 0).sum(axis=1)
-        h = jnp.where((places < lengths[:, None])[..., None], h, filling[None])
+        h = jnp.where((positions < lengths[:, None])[..., None], h, padding[None])
         lengths = _rounded_up(lengths)
-        return h, lengths, places < lengths[:, None]
+        return h, lengths, positions < lengths[:, None]
 
     def _rotary(
         self, size: tuple[int, int], text_length: int, lengths: Int[Array, " b"]
     ) -> tuple[Rotary, Rotary]:
-        """(cos, sin), float32 `[b, N, d/2]`, of image and text; what fills the image is not turned."""
+        """(cos, sin), float32 `[b, N, d/2]`, of image and text; the padding of the image is not rotated."""
         config = self.config
         (along, *across), theta = config.axes_dims, config.rope_theta
-        places = np.zeros((text_length, 3), int)
-        places[:, 0] = 1 + np.arange(text_length)
-        of_text = rotary_embedding_of_axes(places, config.axes_dims, theta)
+        positions = np.zeros((text_length, 3), int)
+        positions[:, 0] = 1 + np.arange(text_length)
+        of_text = rotary_embedding_of_axes(positions, config.axes_dims, theta)
 
         rows, columns = (side // config.patch_size for side in size)
         count, padded = rows * columns, _rounded_up(rows * columns)
         within = np.zeros((padded, 2), int)
         within[:count] = np.stack(np.indices((rows, columns)).reshape(2, -1), axis=1)
         fixed = rotary_embedding_of_axes(within, across, theta)
-        behind_text = rotary_embedding(np.arange(text_length + 2), along, theta)
+        after_text = rotary_embedding(np.arange(text_length + 2), along, theta)
         is_image = np.arange(padded)[None, :, None] < count
 
         def of_image(moving: np.ndarray, fixed: np.ndarray, at_zero: float) -> Array:
-            """The angles of the place behind the text, looked up, in front of those of row and column."""
+            """The angles of the position after the text, before those of row and column."""
             moving = jnp.take(jnp.asarray(moving), lengths + 1, axis=0)[:, None]
             moving = jnp.where(is_image, moving, jnp.float32(at_zero))
             fixed = jnp.broadcast_to(jnp.asarray(fixed)[None], (len(moving), *fixed.shape))
             return jnp.concatenate([moving, fixed], axis=-1)
 
-        image = tuple(map(of_image, behind_text, fixed, (1.0, 0.0)))
+        image = tuple(map(of_image, after_text, fixed, (1.0, 0.0)))
         return image, tuple(
             jnp.broadcast_to(jnp.asarray(table)[None], (len(lengths), *table.shape)) for table in of_text
         )
@@ -319,7 +325,7 @@ class ZImageTransformer2DModel(nn.Module):
             )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, encoder_hidden_states) to trace the network with: 1024x1024 pixels, 128 tokens."""
+        """Shapes of (x, t, encoder_hidden_states) for 1024x1024 pixels and 128 tokens."""
         config = self.config
         side = config.patch_size * min(64, *config.axes_lens[1:])
         tokens = min(4 * TOKENS_AT_ONCE, config.longest_text)
@@ -328,11 +334,11 @@ class ZImageTransformer2DModel(nn.Module):
 
 
 def _rounded_up(count: int | Array) -> int | Array:
-    """To the next multiple of 32."""
+    """Rounded up to a multiple of 32."""
     return -(-count // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
 
 
-def _behind(first: Array, second: Array) -> Array:
+def _append(first: Array, second: Array) -> Array:
     return jnp.concatenate([first, second], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Adaptive layer norm: scales, shifts and gates of a block that are read off the time and the condition."""
+"""Adaptive layer norm: scales, shifts and gates of a block, computed from the time and the condition."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from jaxldm.nn.initialization import zeros
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import layer_norm, modulate
 
-ZERO = {"kernel_law": zeros, "bias_law": zeros}
+ZERO = {"kernel_init": zeros, "bias_init": zeros}
 
 
 class Modulation(nn.Module):
     """`count` vectors as wide as c, linear in silu(c): c `[B, C]` -> `count` arrays `[B, features]`.
 
-    Peebles & Xie 2023, section 3.2 (adaLN-Zero): the linear map starts at zero, so that scales, shifts and
-    gates do. It is the one of all adaptive norms of diffusers, whose parameter is called `linear` as here:
+    Peebles & Xie 2023, section 3.2 (adaLN-Zero): the linear map starts at zero, and scales, shifts and gates
+    with it. All adaptive norms of diffusers have this map, under the same name `linear`:
 
-    | there | vectors, in their order |
+    | in diffusers | vectors, in their order |
     |---|---|
     | `AdaLayerNormZero` | shift, scale, gate; shift, scale, gate of the feed-forward |
     | `SD35AdaLayerNormZeroX` | the same; shift, scale, gate of the second attention |
     | `AdaLayerNormZeroSingle` | shift, scale, gate |
-    | `AdaLayerNormContinuous` | scale, shift: see there |
+    | `AdaLayerNormContinuous` | scale, shift: see the class of that name |
 
-    features: width of each vector; None: that of c.
+    Attributes:
+        features: width of each vector; None: that of c.
     """
 
     count: int
@@ -43,13 +44,15 @@ class Modulation(nn.Module):
 
 
 class AdaLayerNormContinuous(nn.Module):
-    """layer_norm(x) (1 + scale) + shift with (scale, shift) read off c: x `[B, N, C]`, c `[B, D]`.
+    """layer_norm(x) (1 + scale) + shift with (scale, shift) linear in silu(c): x `[B, N, C]`, c `[B, D]`.
 
-    The norm in front of the last layer, and of a text that no further block reads. Unlike in the blocks the
-    scale comes first in the published tensor.
+    The norm before the last layer, and of a text that no later block uses. Unlike in the blocks, the scale
+    comes first in the published tensor.
 
-    learned: a norm with parameters in place of the bare one, such as `RMSNorm` (aMUSEd); its submodule is
-      called `norm`.
+    Attributes:
+        learned: a norm with parameters, such as `RMSNorm` (aMUSEd), in place of the one without; its
+            submodule is called `norm`.
+        use_bias: of the linear map.
     """
 
     eps: float = 1e-6
@@ -69,5 +72,5 @@ class AdaLayerNormContinuous(nn.Module):
 
 
 def gated(x: Float[Array, "B N C"], gate: Float[Array, "B C"]) -> Float[Array, "B N C"]:
-    """x gate, the same for every token of an example: what a branch adds in adaLN-Zero."""
+    """x gate, the same for every token of an example: the output of a branch in adaLN-Zero."""
     return x * gate[:, None, :]

@@ -1,4 +1,4 @@
-"""The attention of DeepFloyd IF's U-Nets: pixels look at the text and at each other in one softmax."""
+"""The attention of DeepFloyd IF's U-Nets: pixels attend to the text and to each other in one softmax."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from jaxldm.nn.initialization import normal, parameter
 from jaxldm.nn.linear import Linear, compute_dtype
 from jaxldm.nn.normalization import GroupNorm, LayerNorm
 
-EPS = 1e-5  # of the group norms, whatever the U-Net's own
+EPS = 1e-5  # of the group norms, whatever `norm_eps` the U-Net has
 CONTEXT_GROUPS = 32  # of the text's channels
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedKVOptions:
-    """How the attention of one level is built.
+    """The attention of one level of a U-Net.
 
-    head_dim: channels per head.
-    only_cross_attention: pixels look at the text alone.
-    context_norm: normalise the text, in groups of its channels, over all tokens together.
+    Attributes:
+        head_dim: channels per head.
+        only_cross_attention: pixels attend to the text alone.
+        context_norm: normalise the text, in groups of its channels, over all tokens together.
     """
 
     head_dim: int
@@ -38,14 +39,6 @@ class AddedKVAttention(nn.Module):
     Nichol et al. 2021 (GLIDE), section 4.1; Saharia et al. 2022 (Imagen), section 2.4. Parameters as in
     diffusers' `Attention`: `group_norm`, `norm_cross`, `to_q`, `to_k`, `to_v`, `add_k_proj`, `add_v_proj`,
     `to_out_0`.
-
-    Args of the call:
-      x: `[B, H, W, C]`; the result has this shape.
-      context: `[B, T, D]`, the text.
-      mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
-
-    Raises:
-      InvalidArgumentError: channels that cannot be split into heads, or a text into groups.
     """
 
     options: AddedKVOptions
@@ -56,6 +49,16 @@ class AddedKVAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], context: Float[Array, "B T D"], mask: Array | None = None
     ) -> Float[Array, "B H W C"]:
+        """Attend to the text and the pixels, and add the result to x.
+
+        Args:
+            x: `[B, H, W, C]`; the result has this shape.
+            context: `[B, T, D]`, the text.
+            mask: `[B, T]`, nonzero for the tokens to attend to; None means all.
+
+        Raises:
+            InvalidArgumentError: channels that cannot be split into heads, or a text into groups.
+        """
         batch, height, width, channels = x.shape
         if channels % self.options.head_dim:
             raise InvalidArgumentError(
@@ -80,7 +83,7 @@ class AddedKVAttention(nn.Module):
         return x.astype(h.dtype) + h.reshape(x.shape)
 
     def _normalised(self, context: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Moments over the tokens too, padding included: so the published models were trained."""
+        """Group norm of the text, with moments over the tokens too, padding included, as in training."""
         if not self.options.context_norm:
             return context
         if context.shape[-1] % CONTEXT_GROUPS:
@@ -88,8 +91,8 @@ class AddedKVAttention(nn.Module):
                 f"a text {context.shape[-1]} wide cannot be normalised in {CONTEXT_GROUPS} groups "
                 "(cross_attention_norm)"
             )
-        # The padding of a short text is one state many times over: centred first, because the norm's variance
-        # in one pass loses what is small beside the mean.
+        # The padding of a short text is one state many times over: centred first, because the norm's
+        # one-pass variance loses what is small compared with the mean.
         groups = context.astype(jnp.float32).reshape(*context.shape[:2], CONTEXT_GROUPS, -1)
         centred = (groups - groups.mean((1, 3), keepdims=True)).reshape(context.shape)
         norm = GroupNorm(CONTEXT_GROUPS, EPS, self.dtype, name="norm_cross")
@@ -97,7 +100,7 @@ class AddedKVAttention(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """A text as one vector: its mean, moved by a learned position, looks at itself and at all tokens.
+    """A text as one vector: its mean plus a learned position attends to itself and to all tokens.
 
     `[B, T, D]` -> `[B, D]`. Radford et al. 2021 (CLIP), section 2.4, in the form of DeepFloyd IF. Parameters
     `positional_embedding` `[1, D]`, `q_proj`, `k_proj`, `v_proj`.
@@ -120,10 +123,12 @@ class AttentionPooling(nn.Module):
 
 
 class TextPoolingEmbedding(nn.Module):
-    """norm2(proj(pool(norm1(text)))): what the time embedding is told of a text. `[B, T, D]` -> `[B, dim]`.
+    """norm2(proj(pool(norm1(text)))), added to the time embedding. `[B, T, D]` -> `[B, dim]`.
 
-    Saharia et al. 2022 (Imagen), section 2.3. All tokens count, padding too. Raises `InvalidArgumentError`
-    for a text that cannot be split into the heads.
+    Saharia et al. 2022 (Imagen), section 2.3. All tokens count, padding too.
+
+    Raises:
+        InvalidArgumentError: a text that cannot be split into the heads.
     """
 
     dim: int

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.initialization import LawOfShape, fan_in_uniform, parameter
+from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
 from jaxldm.nn.normalization import GroupNorm
 
@@ -27,18 +27,20 @@ def dot_product_attention(
     mask: Bool[Array, "#B #H #N M"] | None = None,
     return_weights: bool = False,
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
-    """softmax(Q K^T scale + bias) V for every head, the softmax in float32; scale is 1/sqrt(D) unless given.
+    """softmax(Q K^T scale + bias) V for every head, the softmax in float32; by default scale = 1/sqrt(D).
 
-    Vaswani et al. 2017, eq. 1. On a CPU, or when the weights are asked for, two explicit batched matrix
-    products; on accelerators `jax.nn.dot_product_attention`, with cuDNN's flash kernel where it serves the
-    dtype and the head size.
+    Vaswani et al. 2017, eq. 1. On a CPU, or with `return_weights`, two explicit batched matrix products;
+    on accelerators `jax.nn.dot_product_attention`, with cuDNN's flash kernel where it supports the dtype and
+    the head size.
 
     Args:
-      bias: added to the logits, as the relative positions of T5 are.
-      mask: False where a query may not look: padding, or the words to come. A query that may look nowhere
-        sees all alike.
-      return_weights: also return the softmax, float32 `[B, H, N, M]`, whose rows sum to 1 (the attention
-        maps).
+        query, key, value: `[B, N, H, D]` and `[B, M, H, D]`: N queries and M keys of H heads.
+        scale: of the logits; None: 1/sqrt(D).
+        bias: added to the logits, such as the relative positions of T5.
+        mask: False where a query must not attend: padding, or later tokens of a causal model. A row without
+            any True attends to all keys equally.
+        return_weights: also return the softmax, float32 `[B, H, N, M]`, whose rows sum to 1 (the attention
+            maps).
     """
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
@@ -52,7 +54,7 @@ def dot_product_attention(
 
 
 def _kernel(query: Float[Array, "B N H D"]) -> str | None:
-    """cuDNN's flash attention takes 16-bit inputs and heads of up to 128 in steps of 8; XLA takes all."""
+    """cuDNN's flash attention takes 16-bit inputs and head sizes up to 128 in steps of 8; XLA takes all."""
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return "cudnn" if fits and _on_cuda() else None
 
@@ -62,7 +64,7 @@ def _on_cuda() -> bool:
 
 
 def _explicit(query, key, value, scale, bias, mask):
-    """Heads are folded into the batch so that both products are plain batched matrix products."""
+    """Attention with the heads folded into the batch: both products are plain batched matrix products."""
     batch, length, heads, dim = query.shape
 
     def fold(x):
@@ -83,12 +85,12 @@ def _explicit(query, key, value, scale, bias, mask):
 
 
 def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any) -> Float[Array, "B N C"]:
-    """Splits `[B, N, C]` projections into heads and attends. Keeps the weights for whoever asks.
+    """Split `[B, N, C]` projections into heads, attend, and join the heads again.
 
     The options are those of `dot_product_attention`: scale, bias, mask.
 
-    A caller that runs the model with `mutable=["intermediates"]` finds them, `[B, heads, N, M]`, under the
-    module's path as `attention_weights`; without it they are never formed on accelerators.
+    With `mutable=["intermediates"]` the attention weights `[B, heads, N, M]` are sown under the module's path
+    as `attention_weights`; without it accelerators never form them.
     """
     batch, _, channels = query.shape
     heads = [x.reshape(batch, x.shape[1], num_heads, channels // num_heads) for x in (query, key, value)]
@@ -105,13 +107,13 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     dtype: str = "float32"
-    kernel_law: LawOfShape | None = None
-    bias_law: LawOfShape | None = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         channels = x.shape[-1]
-        options = {"dtype": self.dtype, "kernel_law": self.kernel_law, "bias_law": self.bias_law}
+        options = {"dtype": self.dtype, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
         query, key, value = jnp.split(Linear(3 * channels, name="qkv", **options)(x), 3, axis=-1)
         return Linear(channels, name="proj", **options)(attend(self, query, key, value, self.num_heads))
 
@@ -124,17 +126,17 @@ class _Projection(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[Array, ...]:
-        law = fan_in_uniform(channels)
-        kernel = parameter(self, "kernel", law, (channels, self.features))
-        return (kernel, parameter(self, "bias", law, (self.features,))) if self.use_bias else (kernel,)
+        init = fan_in_uniform(channels)
+        kernel = parameter(self, "kernel", init, (channels, self.features))
+        return (kernel, parameter(self, "bias", init, (self.features,))) if self.use_bias else (kernel,)
 
 
 def projections(
     x: Float[Array, "B N C"], names: Sequence[str], features: int, *, use_bias: bool, dtype: str
 ) -> list[Float[Array, "B N features"]]:
-    """Linear maps of one input, a submodule by each name, run as one matrix product.
+    """Linear maps of one input, one submodule per name, computed as one matrix product.
 
-    To be called inside the compact method of the module that has them.
+    Call it inside the compact method of the module that has them.
     """
     parts = [_Projection(features, use_bias, name=name)(x.shape[-1]) for name in names]
     number = compute_dtype(dtype)
@@ -147,12 +149,8 @@ class CrossAttention(nn.Module):
     """to_out(softmax(Q K^T / sqrt(d)) V), Q from x and K, V from the context. `[B, N, C]` -> the same shape.
 
     Vaswani et al. 2017, section 3.2; without a context it is self-attention. Parameters as in diffusers'
-    `Attention`: `to_q`, `to_k`, `to_v` (those of one input run as one matrix product; with a bias if
+    `Attention`: `to_q`, `to_k`, `to_v` (those of one input are one matrix product; with a bias if
     `use_bias`), `to_out_0` (with one if `out_bias`).
-
-    Args of the call:
-      context: `[B, T, D]`, what to look at; None means x itself.
-      mask: `[B, T]`, nonzero where the context may be looked at. A row of zeros sees all tokens alike.
     """
 
     num_heads: int
@@ -167,6 +165,13 @@ class CrossAttention(nn.Module):
         context: Float[Array, "B T D"] | None = None,
         mask: Array | None = None,
     ) -> Float[Array, "B N C"]:
+        """Attend to the context.
+
+        Args:
+            x: `[B, N, C]`, the queries.
+            context: `[B, T, D]`, the keys and values; None means x itself.
+            mask: `[B, T]`, nonzero for the tokens to attend to. A row of zeros attends to all equally.
+        """
         channels = x.shape[-1]
         options = {"use_bias": self.use_bias, "dtype": self.dtype}
         if context is None:
@@ -183,8 +188,11 @@ class Attention2D(nn.Module):
     """x + to_out(attention(group_norm(x))) over the pixels. `[B, H, W, C]` -> the same shape.
 
     Ho et al. 2020, appendix B. Parameters as in diffusers' `Attention`: `group_norm`, `to_q`, `to_k`,
-    `to_v` (run as one matrix product), `to_out_0`. `head_dim` None means one head; `num_groups` None means
-    no normalisation.
+    `to_v` (one matrix product), `to_out_0`.
+
+    Attributes:
+        head_dim: channels per head; None: one head.
+        num_groups: of the group norm; None: no norm.
     """
 
     head_dim: int | None = None

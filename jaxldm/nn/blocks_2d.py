@@ -1,6 +1,6 @@
 """The levels of U-Nets and convolutional autoencoders: residual blocks, attention, a change of size.
 
-One class per direction serves what diffusers calls DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D,
+One class per direction covers what diffusers calls DownBlock2D, AttnDownBlock2D, CrossAttnDownBlock2D,
 DownEncoderBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D and UpBlock2D, AttnUpBlock2D,
 CrossAttnUpBlock2D, UpDecoderBlock2D, ResnetUpsampleBlock2D, SimpleCrossAttnUpBlock2D: they differ only in
 attention, the time embedding, skip connections and what changes the size.
@@ -21,14 +21,16 @@ from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
 
 
 class _Level(nn.Module, kw_only=True):
-    """What the levels share: how to make their residual and attention blocks under the published names.
+    """Base of the levels: their residual and attention blocks under the published names.
 
-    `attention`: attention over the pixels after every residual block. `transformer`: a spatial transformer
-    in its place. `added_kv`: attention to the text and the pixels in its place. `resnet_resampling`: a
-    residual block changes the size, not a convolution. `act`, `skip_time_act`, `output_scale_factor`: of the
-    residual blocks, see `ResnetBlock2D`. `remat`: keep no activations inside residual and transformer blocks
-    for the backward pass, compute them again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost").
+    Attributes:
+        attention: attention over the pixels after every residual block.
+        transformer: a spatial transformer in its place.
+        added_kv: attention to the text and the pixels in its place.
+        resnet_resampling: a residual block changes the size, not a convolution.
+        act, skip_time_act, output_scale_factor: of the residual blocks, see `ResnetBlock2D`.
+        remat: keep no activations inside residual and transformer blocks for the backward pass, compute them
+            again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     """
 
     num_groups: int = 32
@@ -77,10 +79,10 @@ class _Level(nn.Module, kw_only=True):
 
 
 class DownBlock2D(_Level, kw_only=True):
-    """`num_layers` residual blocks, each followed by attention if asked, then a stride-2 convolution.
+    """`num_layers` residual blocks, each with attention if the level has it, then a stride-2 convolution.
 
-    `[B, H, W, C]` -> (`[B, h, w, out_channels]`, the outputs of every layer and of the downsampler: the
-    skip connections). `context` and `mask` of the call are those of `Transformer2D`.
+    `[B, H, W, C]` -> (`[B, h, w, out_channels]`, the skip connections: the outputs of every layer and of the
+    downsampler). `context` and `mask` of the call are those of `Transformer2D`.
     """
 
     out_channels: int
@@ -112,13 +114,7 @@ class DownBlock2D(_Level, kw_only=True):
 
 
 class UpBlock2D(_Level, kw_only=True):
-    """`num_layers` residual blocks, each fed a skip connection too, then nearest upsampling.
-
-    Args of the call:
-      skips: one array per layer, the last one first used; None for autoencoders, which have none.
-      context, mask: those of `Transformer2D`.
-      output_size: (h, w) to upsample to, see `Upsample2D`; residual blocks always double.
-    """
+    """`num_layers` residual blocks, each with a skip connection as second input, then nearest upsampling."""
 
     out_channels: int
     num_layers: int
@@ -135,6 +131,16 @@ class UpBlock2D(_Level, kw_only=True):
         mask: Array | None = None,
         output_size: tuple[int, int] | None = None,
     ) -> Float[Array, "B h w out"]:
+        """Apply the level.
+
+        Args:
+            x: `[B, H, W, C]`.
+            skips: one array per layer, the last one used first; None for autoencoders, which have none.
+            temb: `[B, time]`, the time embedding; None for autoencoders.
+            train: draw dropout from the rng stream "dropout".
+            context, mask: those of `Transformer2D`.
+            output_size: (h, w) to upsample to, see `Upsample2D`; residual blocks always double.
+        """
         for i in range(self.num_layers):
             if skips is not None:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
@@ -150,7 +156,7 @@ class UpBlock2D(_Level, kw_only=True):
 class MidBlock2D(_Level, kw_only=True):
     """Residual block, attention, residual block. `[B, H, W, C]` -> the same shape.
 
-    `attention_groups` None leaves the attention without its group normalisation. `context` and `mask` of the
+    With `attention_groups` None the attention has no group normalisation. `context` and `mask` of the
     call are those of `Transformer2D`.
     """
 
@@ -172,12 +178,12 @@ class MidBlock2D(_Level, kw_only=True):
         return self.resnet("resnets_1", channels, x, temb, train)
 
 
-def walk_down(
+def apply_down_blocks(
     x: Float[Array, "B H W C"], blocks: Sequence[DownBlock2D], *condition
 ) -> tuple[Float[Array, "B h w c"], tuple[Array, ...]]:
-    """All down blocks of a U-Net: (the lowest level, the skip connections, x itself first).
+    """Apply all down blocks of a U-Net: (the lowest level, the skip connections, x itself first).
 
-    `condition` is what every block is called with: temb, train, context, mask.
+    `condition` are the further arguments of every block: temb, train, context, mask.
     """
     skips = (x,)
     for block in blocks:
@@ -186,10 +192,10 @@ def walk_down(
     return x, skips
 
 
-def walk_up(
+def apply_up_blocks(
     x: Float[Array, "B h w c"], skips: tuple[Array, ...], blocks: Sequence[UpBlock2D], *condition
 ) -> Float[Array, "B H W C"]:
-    """All up blocks of a U-Net, each fed as many skip connections as it has layers, the last first.
+    """Apply all up blocks of a U-Net, each with as many skip connections as it has layers, the last first.
 
     A side that was halved to ceil(H / 2) comes back to H: every block upsamples to the size of the next
     skip.

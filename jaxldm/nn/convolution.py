@@ -16,12 +16,15 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 class Conv2d(nn.Module):
     """Convolution with a square kernel. x `[B, H, W, C]` -> `[B, H', W', features]`, computed in `dtype`.
 
-    H' = floor((H + padding before + after - kernel_size) / stride) + 1. `padding` is one number for all
-    four sides or `(before, after)` for both axes. A kernel of size 1 is a plain matrix product. Parameters
-    (float32) start as PyTorch's. `doubled` (3x3, stride 1, padding 1 only): the convolution of the image
-    doubled by nearest neighbour, see `conv_of_doubled`. `groups`: each part of the output channels sees its
-    part of the input channels alone; as many groups as channels is a depthwise convolution, which runs as
-    `shifted_products` on a CPU.
+    H' = floor((H + padding before + after - kernel_size) / stride) + 1. A kernel of size 1 is a plain matrix
+    product. Parameters are float32 and start as PyTorch's.
+
+    Attributes:
+        padding: one number for all four sides, or (before, after) for both axes.
+        doubled: the convolution of the image doubled by nearest neighbour, see `conv_of_doubled`; for 3x3,
+            stride 1 and padding 1 only.
+        groups: each group of output channels depends on its group of input channels alone; as many groups as
+            channels are a depthwise convolution, computed as `shifted_products` on a CPU.
     """
 
     features: int
@@ -92,14 +95,14 @@ def shifted_products(
 
 def doubling_convolution(
     x: Float[Array, "B H W C"], kernels: Float[Array, "2 2 2 2 C out"]
-) -> Float[Array, "B 2H 2W out"]:
+) -> Float[Array, "B 2*H 2*W out"]:
     """Four 2x2 convolutions, interleaved to an image of twice the size.
 
-    The output pixel (2i + a, 2j + b) sees the input rows i - 1 + a and i + a and the columns j - 1 + b and
-    j + b, through `kernels[a, b]`.
+    The output pixel (2i + a, 2j + b) depends on the input rows i - 1 + a and i + a and the columns j - 1 + b
+    and j + b, through `kernels[a, b]`.
 
-    Every convolution that doubles an image is of this form; written so, no multiplication with a zero or
-    with a copy of a pixel is left. On XLA's CPU backend it takes half the time of one 3x3 convolution to
+    Every convolution that doubles an image has this form, without multiplications by zeros or by copies of
+    a pixel. On XLA's CPU backend it takes half the time of one 3x3 convolution to
     four times the channels, and a tenth of the weight gradient of a dilated convolution.
     """
     batch, height, width, _ = x.shape
@@ -117,11 +120,11 @@ def doubling_convolution(
 
 def conv_transpose_4x4_stride_2(
     x: Float[Array, "B H W C"], weight: Float[Array, "C out 4 4"]
-) -> Float[Array, "B 2H 2W out"]:
+) -> Float[Array, "B 2*H 2*W out"]:
     """Transposed convolution with a 4x4 kernel, stride 2, padding 1, weight in PyTorch's layout.
 
     Along one axis y[2i + a] = sum over d of x[i + d] w[a + 1 - 2d]: the pixel i + d reaches the output 2i + a
-    through that tap, if there is one, which leaves d = a - 1 and d = a. So the flipped taps, read two by two,
+    through that tap, if it exists, which leaves d = a - 1 and d = a. So the flipped taps, taken two by two,
     are the kernels of a `doubling_convolution`. It is `torch.nn.ConvTranspose2d(C, out, 4, 2, 1)`.
     """
     channels, features = weight.shape[:2]
@@ -131,7 +134,7 @@ def conv_transpose_4x4_stride_2(
 
 def conv_of_doubled(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C out"]
-) -> Float[Array, "B 2H 2W out"]:
+) -> Float[Array, "B 2*H 2*W out"]:
     """A 3x3 convolution, padding 1, of `x` doubled by nearest neighbour, without the doubled image.
 
     Two of the three taps of each axis fall on copies of one pixel and add up: w0, w1 + w2 for even outputs,
@@ -151,14 +154,14 @@ class ConvTranspose4x4(nn.Module):
     """`torch.nn.ConvTranspose2d(C, features, 4, stride=2, padding=1)`. `[B, H, W, C]` -> `[B, 2H, 2W, out]`.
 
     The parameter `weight` keeps the published layout `[C, features, 4, 4]`. Starts as PyTorch's does
-    (fan-in counted over the OUTPUT channels, as PyTorch reads the axes of a transposed kernel).
+    (fan-in counted over the OUTPUT channels, as PyTorch does for a transposed kernel).
     """
 
     features: int
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W out"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W out"]:
         dtype = compute_dtype(self.dtype)
         default = fan_in_uniform(16 * self.features)
         weight = parameter(self, "weight", default, (x.shape[-1], self.features, 4, 4))
@@ -169,8 +172,8 @@ class ConvTranspose4x4(nn.Module):
 class ConvTranspose2x2(nn.Module):
     """`torch.nn.ConvTranspose2d(C, features, 2, stride=2, bias=use_bias)`: `[B, H, W, C]` to twice the size.
 
-    No two pixels reach the same output, so it is one matrix product, laid out anew. The parameter `weight`
-    keeps the published layout `[C, features, 2, 2]` and starts as PyTorch's does.
+    No two pixels reach the same output, so it is one matrix product and a transposition. The parameter
+    `weight` keeps the published layout `[C, features, 2, 2]` and starts as PyTorch's does.
     """
 
     features: int
@@ -178,14 +181,14 @@ class ConvTranspose2x2(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W out"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W out"]:
         dtype, out = compute_dtype(self.dtype), self.features
         batch, height, width, channels = x.shape
-        law = fan_in_uniform(4 * out)
-        weight = parameter(self, "weight", law, (channels, out, 2, 2)).astype(dtype)
+        init = fan_in_uniform(4 * out)
+        weight = parameter(self, "weight", init, (channels, out, 2, 2)).astype(dtype)
         y = flat_matmul(x.astype(dtype), weight.transpose(0, 2, 3, 1).reshape(channels, 4 * out))
         y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
         y = y.reshape(batch, 2 * height, 2 * width, out)
         if not self.use_bias:
             return y
-        return y + parameter(self, "bias", law, (out,)).astype(dtype).reshape(1, 1, 1, -1)
+        return y + parameter(self, "bias", init, (out,)).astype(dtype).reshape(1, 1, 1, -1)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.initialization import LawOfShape, parameter, xavier_uniform, zeros
+from jaxldm.nn.initialization import Initializer, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
 from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
@@ -40,7 +40,7 @@ def timestep_embedding(
 
 
 def guidance_embedding(w: Float[Array, " B"], dim: int = 256) -> Float[Array, "B dim"]:
-    """The vector by which a distilled network is told its guidance: sines, then cosines, of 1000 w w_k.
+    """Embedding of the guidance scale for a guidance-distilled network: sines, then cosines, of 1000 w w_k.
 
     Luo et al. 2023 (LCM), section 4.3, after Kingma et al. 2021 (VDM): w_k = 10000^(-k / (dim/2 - 1)). In the
     teacher's prediction w multiplies cond - uncond on top of cond, so w = guidance_scale - 1.
@@ -58,8 +58,10 @@ class TimestepEmbedding(nn.Module):
     A second vector `condition` `[B, D]` enters through `cond_proj`, a linear map without bias that is added
     to x: the guidance of LCM.
 
-    hidden_dim: width in between; None: dim. names: of the two layers, where a checkpoint has others.
-    act: a name in `ACTIVATIONS`, in place of SiLU.
+    Attributes:
+        hidden_dim: width in between; None: dim.
+        names: of the two layers, where a checkpoint has others.
+        act: a name in `ACTIVATIONS`, in place of SiLU.
     """
 
     dim: int
@@ -84,7 +86,9 @@ class TimestepEmbedding(nn.Module):
 class TextProjection(nn.Module):
     """linear_2(act(linear_1(x))), a text's vectors at the network's width: `[..., in]` -> `[..., dim]`.
 
-    act: "gelu_pytorch_tanh" for the hidden states of a text (PixArt), "silu" for a pooled text (SD3, FLUX).
+    Attributes:
+        act: "gelu_pytorch_tanh" for the hidden states of a text (PixArt), "silu" for a pooled text (SD3,
+            FLUX).
     """
 
     dim: int
@@ -98,14 +102,10 @@ class TextProjection(nn.Module):
 
 
 class TimestepTextEmbedding(nn.Module):
-    """What modulates the blocks of SD3 and FLUX: embeddings of t and the pooled text, added. `[B, dim]`.
+    """The condition of the blocks of SD3 and FLUX: embeddings of t and the pooled text, added. `[B, dim]`.
 
-    Esser et al. 2024, figure 2a. Parts: `timestep_embedder`, `text_embedder` and, for a network that is told
-    its guidance (FLUX.1-dev), `guidance_embedder`. The sinusoids are 256 wide, cosines first.
-
-    Args of the call:
-      t, guidance: `[B]`, as the network counts them (0 to 1000 for t); guidance None where it is not told.
-      pooled: `[B, P]`.
+    Esser et al. 2024, figure 2a. Parts: `timestep_embedder`, `text_embedder` and, for a guidance-distilled
+    network (FLUX.1-dev), `guidance_embedder`. The sinusoids are 256 wide, cosines first.
     """
 
     dim: int
@@ -115,6 +115,14 @@ class TimestepTextEmbedding(nn.Module):
     def __call__(
         self, t: Float[Array, " B"], pooled: Float[Array, "B P"], guidance: Float[Array, " B"] | None = None
     ) -> Float[Array, "B dim"]:
+        """Embed t, the pooled text and the guidance.
+
+        Args:
+            t: `[B]`, from 0 to 1000.
+            pooled: `[B, P]`.
+            guidance: `[B]`, 1000 times the scale; None for a network without it.
+        """
+
         def of_number(value: Array, name: str) -> Array:
             wave = timestep_embedding(value, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
             return TimestepEmbedding(self.dim, self.dtype, name=name)(wave)
@@ -140,12 +148,14 @@ def sincos_position_embedding_2d(
     the column first.
 
     Args:
-      base_size: positions along an axis of n are stretched to base_size, p = i base_size / n, so that grids
-        of any size share one range (PixArt, SD3); None: p = i.
-      interpolation_scale: divides the positions. Chen et al. 2024 (PixArt-Sigma), section 3.3.
+        dim: channels, a multiple of 4.
+        height, width: of the grid.
+        base_size: positions along an axis of n are stretched to base_size, p = i base_size / n, so that grids
+            of any size share one range (PixArt, SD3); None: p = i.
+        interpolation_scale: divides the positions. Chen et al. 2024 (PixArt-Sigma), section 3.3.
 
     Raises:
-      InvalidArgumentError: `dim` is not a multiple of 4.
+        InvalidArgumentError: `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise InvalidArgumentError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
@@ -163,14 +173,16 @@ def sincos_position_embedding_2d(
     return np.concatenate([one_axis(columns), one_axis(rows)], axis=1).astype(np.float32)
 
 
-def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N p*p*C"]:
-    """Cuts images into patches, row by row; `unpatchify` undoes it exactly.
+def patchify(
+    images: Float[Array, "B H W C"], patch_size: int
+) -> Float[Array, "B N {patch_size}*{patch_size}*C"]:
+    """Cut images into patches, row by row; `unpatchify` is its exact inverse.
 
     Token i W/p + j holds the pixels (i p + a, j p + b), channel c at position (a p + b) C + c. Peebles &
     Xie 2023, section 3.2.
 
     Raises:
-      InvalidArgumentError: H or W is not a multiple of `patch_size`.
+        InvalidArgumentError: H or W is not a multiple of `patch_size`.
     """
     batch, height, width, channels = images.shape
     p = patch_size
@@ -181,12 +193,12 @@ def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "
 
 
 def unpatchify(
-    tokens: Float[Array, "B N p*p*C"], patch_size: int, height: int, width: int
-) -> Float[Array, "B height width C"]:
-    """Lays patches back into images of `height` x `width`: the inverse of `patchify`.
+    tokens: Float[Array, "B N D"], patch_size: int, height: int, width: int
+) -> Float[Array, "B {height} {width} C"]:
+    """Put patches together to images of `height` x `width`: the inverse of `patchify`.
 
     Raises:
-      InvalidArgumentError: the number of tokens does not fit the size asked for.
+        InvalidArgumentError: the number of tokens does not fit the size.
     """
     batch, num_tokens, features = tokens.shape
     p = patch_size
@@ -201,22 +213,22 @@ def unpatchify(
 class PatchProjection(nn.Module):
     """A convolution of p x p patches as one matrix product: `[B, H, W, C]` -> `[B, N, features]`.
 
-    The parameter is the convolution kernel `[p, p, C, features]`, so that it converts as any convolution
-    does.
+    The parameter is the convolution kernel `[p, p, C, features]`, so that checkpoints convert it as any
+    convolution.
     """
 
     features: int
     patch_size: int
     dtype: str = "float32"
     use_bias: bool = True
-    kernel_law: LawOfShape = xavier_uniform
+    kernel_init: Initializer = xavier_uniform
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N features"]:
         dtype = compute_dtype(self.dtype)
         p = self.patch_size
         shape = (p, p, images.shape[-1], self.features)
-        kernel = parameter(self, "kernel", self.kernel_law, shape).astype(dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, shape).astype(dtype)
         tokens = flat_matmul(patchify(images.astype(dtype), p), kernel.reshape(-1, self.features))
         if not self.use_bias:
             return tokens

@@ -1,4 +1,4 @@
-"""Attention of two kinds of tokens at once: text and image of MM-DiT, each with weights of its own."""
+"""Joint attention of text and image tokens, each with weights of its own (MM-DiT)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,21 @@ OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added
 
 
 class JointAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over [text, image], Q, K, V by weights of the text's and of the image's own.
+    """softmax(Q K^T / sqrt(d)) V over [text, image], Q, K, V by separate weights for text and image.
 
     Esser et al. 2024 (SD3), section 4 and figure 2b; without text it is self-attention. Parameters as in
     diffusers' `Attention`: `to_q`, `to_k`, `to_v` and `to_out_0` for the image, `add_q_proj`, `add_k_proj`,
     `add_v_proj` and `to_add_out` for the text, `norm_q`, `norm_k`, `norm_added_q`, `norm_added_k`. The three
-    projections of one input run as one matrix product.
+    projections of one input are one matrix product.
 
     Attributes:
-      num_heads: heads, all channels of x split among them.
-      qk_norm: an RMS norm over each head's queries and keys, with one scale for all heads (Dehghani et al.
-        2023; SD3, section 5.3.2).
-      project_out: False leaves out `to_out_0`, for blocks that project together with something else (FLUX's
-        single blocks).
-      project_text_out: False leaves out `to_add_out`, for a last block, whose text nobody reads.
-      use_bias: of all projections.
-
-    Args of the call:
-      x: `[B, N, C]`, the image.
-      text: `[B, T, C]`, which stands in front of x; None: x alone.
-      rotary: (cos, sin) of `rotary_embedding`, for all T + N tokens, text first; None: no rotation.
-      mask: `[B, T + N]`, True for the tokens that may be looked at; None: all.
-
-    Returns `[B, N, C]`, with a text also `[B, T, C]`: what each is told.
+        num_heads: heads, all channels of x split among them.
+        qk_norm: an RMS norm over each head's queries and keys, with one scale for all heads (Dehghani et al.
+            2023; SD3, section 5.3.2).
+        project_out: False omits `to_out_0`, for blocks with one projection of attention and feed-forward
+            (FLUX's single blocks).
+        project_text_out: False omits `to_add_out`, for a last block, whose text is not used.
+        use_bias: of all projections.
     """
 
     num_heads: int
@@ -57,6 +49,17 @@ class JointAttention(nn.Module):
         rotary: tuple[Array, Array] | None = None,
         mask: Bool[Array, "B M"] | None = None,
     ) -> Float[Array, "B N C"] | tuple[Float[Array, "B N C"], Float[Array, "B T C"]]:
+        """Attend within and between text and image.
+
+        Args:
+            x: `[B, N, C]`, the image.
+            text: `[B, T, C]`, the tokens before x; None: x alone.
+            rotary: (cos, sin) of `rotary_embedding`, for all T + N tokens, text first; None: no rotation.
+            mask: `[B, T + N]`, True for the tokens to attend to; None: all.
+
+        Returns:
+            `[B, N, C]` of the image; with a text the pair of it and `[B, T, C]`.
+        """
         parts = self._query_key_value(x, OF_IMAGE)
         if text is not None:
             of_text = self._query_key_value(text, OF_TEXT)
@@ -72,10 +75,10 @@ class JointAttention(nn.Module):
             out = Linear(x.shape[-1], self.use_bias, self.dtype, name="to_out_0")(out)
         if text is None:
             return out
-        told = h[:, :length]
+        text_out = h[:, :length]
         if self.project_text_out:
-            told = Linear(text.shape[-1], self.use_bias, self.dtype, name="to_add_out")(told)
-        return out, told
+            text_out = Linear(text.shape[-1], self.use_bias, self.dtype, name="to_add_out")(text_out)
+        return out, text_out
 
     def _query_key_value(self, x: Float[Array, "B N C"], names: tuple[str, ...]) -> list[Array]:
         *to_qkv, norm_q, norm_k = names

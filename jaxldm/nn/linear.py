@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import one_of
-from jaxldm.nn.initialization import LawOfShape, fan_in_uniform, normal, parameter
+from jaxldm.nn.initialization import Initializer, fan_in_uniform, normal, parameter
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,7 +17,7 @@ def compute_dtype(name: str) -> jnp.dtype:
     """The dtype called `name` in a model's config: "float32", "bfloat16" or "float16".
 
     Raises:
-      UnknownNameError: another name.
+        UnknownNameError: another name.
     """
     return jnp.dtype(one_of("dtype", name, DTYPES))
 
@@ -25,15 +25,19 @@ def compute_dtype(name: str) -> jnp.dtype:
 class Linear(nn.Module):
     """y = x W + b on the last axis, in `dtype`, the parameters in float32. `[..., in]` -> `[..., features]`.
 
-    `kernel_law` and `bias_law` say how the parameters start, by default `fan_in_uniform(in)`. `output_dtype`:
-    of the result, where it must be wider than `dtype`; the sums of a product are float32 in any case.
+    Attributes:
+        features: width of the result.
+        use_bias: without it y = x W.
+        dtype: compute dtype; sums of products are float32 in any case.
+        kernel_init, bias_init: initializers; None is `fan_in_uniform(in)`.
+        output_dtype: dtype of the result, where it must be wider than `dtype`.
     """
 
     features: int
     use_bias: bool = True
     dtype: str = "float32"
-    kernel_law: LawOfShape | None = None
-    bias_law: LawOfShape | None = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
     output_dtype: str | None = None
 
     @nn.compact
@@ -41,10 +45,10 @@ class Linear(nn.Module):
         dtype = compute_dtype(self.dtype)
         output = compute_dtype(self.output_dtype or self.dtype)
         default = fan_in_uniform(x.shape[-1])
-        kernel = parameter(self, "kernel", self.kernel_law or default, (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", self.kernel_init or default, (x.shape[-1], self.features))
         y = flat_matmul(x.astype(dtype), kernel.astype(dtype), output)
         if self.use_bias:
-            bias = parameter(self, "bias", self.bias_law or default, (self.features,))
+            bias = parameter(self, "bias", self.bias_init or default, (self.features,))
             y = y + bias.astype(output).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 
@@ -52,33 +56,33 @@ class Linear(nn.Module):
 def flat_matmul(
     x: Float[Array, "... in"], kernel: Float[Array, "in out"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "... out"]:
-    """x @ kernel as ONE matrix product, all leading axes joined into rows; in the dtype of x unless given.
+    """x @ kernel as ONE matrix product, all leading axes joined into rows; in the dtype of x by default.
 
     The gradient of the kernel is then a plain matrix product as well. That of a batched product sums over
     two axes, for which XLA's CPU backend first transposes the whole input: a sixth of a DiT block's time.
     """
     rows = x.reshape(-1, x.shape[-1])
     if jax.default_backend() == "cpu" and kernel.shape[0] > kernel.shape[1]:
-        # Makes the gradient (g^T x)^T and not x^T g: to many rows and few columns XLA's CPU product runs at
-        # half speed. The barrier keeps the compiler from turning it round again.
+        # Makes the gradient (g^T x)^T and not x^T g: XLA's CPU product of many rows and few columns runs at
+        # half speed. The barrier keeps the compiler from undoing it.
         kernel = jax.lax.optimization_barrier(kernel.T).T
     product = jnp.matmul(rows, kernel, preferred_element_type=dtype)
     return product.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 class Embedding(nn.Module):
-    """A table `[num_embeddings, features]` read by integer index. indices `[...]` -> `[..., features]`.
+    """A table `[num_embeddings, features]` indexed by integers. indices `[...]` -> `[..., features]`.
 
-    Starts from N(0, 1) as PyTorch's does. An index outside the table reads its nearest row: labels are
+    Starts from N(0, 1) as PyTorch's does. An index outside the table gives its nearest row: labels are
     checked where they enter the program.
     """
 
     num_embeddings: int
     features: int
     dtype: str = "float32"
-    embedding_law: LawOfShape = normal(1.0)
+    embedding_init: Initializer = normal(1.0)
 
     @nn.compact
     def __call__(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        table = parameter(self, "embedding", self.embedding_law, (self.num_embeddings, self.features))
+        table = parameter(self, "embedding", self.embedding_init, (self.num_embeddings, self.features))
         return jnp.take(table, indices, axis=0, mode="clip").astype(compute_dtype(self.dtype))

@@ -61,7 +61,8 @@ class GroupNorm(nn.Module):
 def layer_norm(x: Float[Array, "... C"], eps: float = 1e-6) -> Float[Array, "... C"]:
     """(x - mean) / sqrt(var + eps) over the last axis, without learned scale or bias, statistics in float32.
 
-    Ba et al. 2016, "Layer Normalization"; DiT's blocks use it bare because the modulation scales and shifts.
+    Ba et al. 2016, "Layer Normalization"; DiT's blocks use it as it is, because the modulation scales and
+    shifts.
     """
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
@@ -107,7 +108,7 @@ class RMSNorm(nn.Module):
 class GlobalResponseNorm(nn.Module):
     """x + gamma x n + beta, n = |x_c| / (mean of it over the channels + 1e-6). `[B, H, W, C]` both ways.
 
-    |x_c| is the length of channel c over all pixels of an image, in float32: channels that answer strongly
+    |x_c| is the norm of channel c over all pixels of an image, in float32: channels with strong responses
     inhibit the others. gamma and beta, [1, 1, 1, C], start at 0. Woo et al. 2023 (ConvNeXt V2), section 3.2.
     """
 

@@ -7,13 +7,15 @@ from jaxtyping import Array, Float
 from jaxldm.errors import InvalidArgumentError
 
 
-def pixel_unshuffle(images: Float[Array, "B H W C"], factor: int) -> Float[Array, "B h w C*factor*factor"]:
+def pixel_unshuffle(
+    images: Float[Array, "B H W C"], factor: int
+) -> Float[Array, "B h w C*{factor}*{factor}"]:
     """Squares of pixels -> channels: pixel (i, j) of a square, channel c, becomes channel (c f + i) f + j.
 
-    It is `torch.nn.PixelUnshuffle`; `patchify` puts the channel last instead. `pixel_shuffle` undoes it.
+    It is `torch.nn.PixelUnshuffle`; `patchify` puts the channel last instead. The inverse is `pixel_shuffle`.
 
     Raises:
-      InvalidArgumentError: H or W is not a multiple of the factor.
+        InvalidArgumentError: H or W is not a multiple of the factor.
     """
     batch, height, width, channels = images.shape
     f = factor
@@ -23,11 +25,11 @@ def pixel_unshuffle(images: Float[Array, "B H W C"], factor: int) -> Float[Array
     return x.reshape(batch, height // f, width // f, channels * f * f)
 
 
-def pixel_shuffle(images: Float[Array, "B h w C*factor*factor"], factor: int) -> Float[Array, "B H W C"]:
+def pixel_shuffle(images: Float[Array, "B h w D"], factor: int) -> Float[Array, "B H W C"]:
     """Channels -> squares of pixels: the inverse of `pixel_unshuffle` (Shi et al. 2016, equation 4).
 
     Raises:
-      InvalidArgumentError: the channels cannot be split into squares.
+        InvalidArgumentError: the channels cannot be split into squares.
     """
     batch, height, width, channels = images.shape
     f = factor

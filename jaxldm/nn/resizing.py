@@ -21,8 +21,8 @@ def resize_cubic(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Arr
 def resize_linear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
     """x at another size by linear interpolation, float32. `[B, H, W, C]` -> `[B, h, w, C]`.
 
-    The corners stay what they are, as in PyTorch's `interpolate(mode="bilinear", align_corners=True)`; not
-    antialiased, so for larger sizes alone.
+    The corners keep their values, as in PyTorch's `interpolate(mode="bilinear", align_corners=True)`; not
+    antialiased, so only for larger sizes.
     """
     return _resized(x, *(linear_weights(x.shape[axis + 1], size[axis]) for axis in (0, 1)))
 
@@ -34,19 +34,18 @@ def _resized(x, rows: np.ndarray, columns: np.ndarray) -> Array:
 
 @functools.lru_cache
 def linear_weights(length: int, wanted: int) -> Float[np.ndarray, "wanted length"]:
-    """Which part each of `length` samples has in each of `wanted` ones, from first to last; float32."""
+    """Weight of each of `length` samples in each of `wanted` ones, from first to last; float32."""
     places = np.linspace(0, length - 1, wanted)
     return np.maximum(1 - np.abs(places[:, None] - np.arange(length)), 0).astype(np.float32)
 
 
 @functools.lru_cache
 def cubic_weights(length: int, wanted: int) -> Float[np.ndarray, "wanted length"]:
-    """Which part each of `length` samples has in each of `wanted` ones; float32, every row sums to 1.
+    """Weight of each of `length` samples in each of `wanted` ones; float32, every row sums to 1.
 
-    Keys 1981, with a = -1/2, stretched by the step where samples get fewer. The step is
-    (length - 1) / (wanted - 1), as where corners are aligned, but the samples are counted from the middle of
-    the first one, as where they are not: both ends of the result lie a little off. That is PyTorch's
-    arithmetic.
+    Keys 1981, with a = -1/2, stretched by the step when downsampling. As in PyTorch, the step is
+    (length - 1) / (wanted - 1), as for aligned corners, but samples are counted from the centre of the first
+    one, as for corners that are not aligned: both ends of the result are slightly off.
     """
     step = (length - 1) / (wanted - 1) if wanted > 1 else 0.0
     stretch = max(step, 1.0)

@@ -21,15 +21,14 @@ class ResnetBlock2D(nn.Module):
     ("default"), or as (1 + scale) and shift after it ("scale_shift", Dhariwal & Nichol 2021, section 4.3).
     Returns `[B, h, w, out_channels]`; the shortcut is a 1x1 convolution where the channels change.
 
-    act: a name in `ACTIVATIONS`.
-    skip_time_act: the time embedding is through its activation already.
-    output_scale_factor: the sum is divided by it: sqrt(2) keeps the variance (Song et al. 2021, appendix H).
-    resample: "down" halves the image in front of `conv1` and in the shortcut, by the mean of 2x2 pixels (an
-      odd side loses its last row), "up" doubles it by nearest neighbour (Song et al. 2021, as in BigGAN).
-
-    Args of the call:
-      temb: `[B, time]`, or None for blocks without time (autoencoders).
-      train: draw dropout from the rng stream "dropout".
+    Attributes:
+        act: a name in `ACTIVATIONS`.
+        skip_time_act: the activation was applied to the time embedding before.
+        output_scale_factor: the sum is divided by it: sqrt(2) keeps the variance (Song et al. 2021, appendix
+            H).
+        resample: "down" halves the image before `conv1` and in the shortcut, by the mean of 2x2 pixels
+            (an odd side loses its last row), "up" doubles it by nearest neighbour (Song et al. 2021, as in
+            BigGAN).
     """
 
     out_channels: int
@@ -47,6 +46,13 @@ class ResnetBlock2D(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], temb: Float[Array, "B time"] | None = None, train: bool = False
     ) -> Float[Array, "B h w out"]:
+        """Apply the block.
+
+        Args:
+            x: `[B, H, W, C]`.
+            temb: `[B, time]`, or None for blocks without time (autoencoders).
+            train: draw dropout from the rng stream "dropout".
+        """
         chex.assert_rank(x, 4)
         act = ACTIVATIONS[self.act]
         norm = {"num_groups": self.num_groups, "eps": self.eps, "dtype": self.dtype}
@@ -95,14 +101,14 @@ class Downsample2D(nn.Module):
 
 
 def average_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Every 2x2 square becomes its mean, in float32; the last row or column of an odd side is left out."""
+    """Every 2x2 square becomes its mean, in float32; the last row or column of an odd side is dropped."""
     batch, height, width, channels = x.shape
     squares = x[:, : height // 2 * 2, : width // 2 * 2].astype(jnp.float32)
     squares = squares.reshape(batch, height // 2, 2, width // 2, 2, channels)
     return squares.mean((2, 4)).astype(x.dtype)
 
 
-def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
+def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Every pixel becomes a 2x2 square of itself."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
@@ -112,12 +118,12 @@ def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
 class Upsample2D(nn.Module):
     """A 3x3 convolution of the image doubled by nearest neighbour, `[B, H, W, C]` -> `[B, 2H, 2W, C]`.
 
-    `output_size` (h, w), each side 2H or 2H - 1, is the size of the skip connection that meets this output:
-    a U-Net that halves 7 to 4 must come back to 7. Nearest interpolation to 2H - 1 is the doubled image
+    `output_size` (h, w), each side 2H or 2H - 1, is the size of the skip connection that joins this output:
+    a U-Net that halves 7 to 4 must return to 7. Nearest interpolation to 2H - 1 is the doubled image
     without its last row.
 
     Raises:
-      InvalidArgumentError: another `output_size`.
+        InvalidArgumentError: another `output_size`.
     """
 
     dtype: str = "float32"

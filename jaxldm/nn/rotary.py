@@ -1,4 +1,4 @@
-"""Rotary position embedding: queries and keys turned by angles that grow with their positions."""
+"""Rotary position embedding: queries and keys rotated by angles proportional to their positions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jaxldm.errors import InvalidArgumentError
 
 
 def rotary_embedding(positions: np.ndarray, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin) of the angles p w_k, w_k = theta^(-2k/dim): float32 `[N, dim/2]` each, made on the host.
+    """(cos, sin) of the angles p w_k, w_k = theta^(-2k/dim): float32 `[N, dim/2]` each, computed on the host.
 
     Su et al. 2021, "RoFormer", section 3.2.2. The angles are float64: in float32 they would be wrong by 1e-4
     at a thousand tokens.
 
     Args:
-      positions: `[N]`, whole numbers or not.
-      dim: width of the part of a head that is turned; its pairs have one angle each.
-      theta: the slowest pair turns by almost 1/theta a token.
+        positions: `[N]`, whole numbers or not.
+        dim: width of the part of a head that is rotated; its pairs have one angle each.
+        theta: the slowest pair rotates by almost 1/theta per token.
 
     Raises:
-      InvalidArgumentError: an odd `dim`.
+        InvalidArgumentError: an odd `dim`.
     """
     if dim % 2:
-        raise InvalidArgumentError(f"rotary positions turn pairs of numbers: an even width, not {dim}")
+        raise InvalidArgumentError(f"rotary positions need an even width, got {dim}")
     frequencies = float(theta) ** (-np.arange(0, dim, 2) / dim)
     angles = np.asarray(positions, np.float64).reshape(-1, 1) * frequencies[None, :]
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -35,9 +35,9 @@ def rotary_embedding(positions: np.ndarray, dim: int, theta: float) -> tuple[np.
 def rotary_embedding_of_axes(
     positions: np.ndarray, dims: Sequence[int], theta: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin), float32 `[N, sum(dims)/2]`, for tokens with several coordinates, as row and column.
+    """(cos, sin), float32 `[N, sum(dims)/2]`, for tokens with several coordinates, such as row and column.
 
-    positions `[N, axes]`: the first dims[0] numbers of a head turn with the first coordinate, and so on.
+    positions `[N, axes]`: the first dims[0] numbers of a head rotate with the first coordinate, and so on.
 
     >>> import numpy as np
     >>> rows, columns = np.indices((4, 6)).reshape(2, -1)
@@ -57,12 +57,15 @@ def apply_rotary(
     *,
     interleaved: bool = True,
 ) -> Float[Array, "B N H D"]:
-    """Turns each pair (a, b) of a head to (a cos - b sin, a sin + b cos); in float32, the dtype of `x` out.
+    """Rotate each pair (a, b) of a head to (a cos - b sin, a sin + b cos), computed in float32.
 
-    Su et al. 2021, eq. 34. The tables are `[N, D/2]`, or `[B, N, D/2]` where positions differ in a batch.
+    Su et al. 2021, eq. 34.
 
-    interleaved: pairs are neighbours (2k, 2k + 1), as in FLUX and Z-Image. False: (k, k + D/2), as in Llama
-      and Qwen; the same function with the channels of a head in another order.
+    Args:
+        x: `[B, N, H, D]`, queries or keys.
+        cos, sin: `[N, D/2]`, or `[B, N, D/2]` where positions differ within a batch.
+        interleaved: pairs are neighbours (2k, 2k + 1), as in FLUX and Z-Image. False: (k, k + D/2), as in
+            Llama and Qwen; the same function with the channels of a head in another order.
     """
     x32 = x.astype(jnp.float32)
     cos, sin = (jnp.asarray(table, jnp.float32)[..., None, :] for table in (cos, sin))
@@ -74,5 +77,5 @@ def apply_rotary(
     else:
         pairs = x32.reshape(*x.shape[:-1], 2, -1)
         first, second, axis = pairs[..., 0, :], pairs[..., 1, :], -2
-    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
+    return rotated.reshape(x.shape).astype(x.dtype)

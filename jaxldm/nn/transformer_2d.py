@@ -1,4 +1,4 @@
-"""The spatial transformer of latent diffusion: attention between the pixels of an image, and to a text.
+"""The spatial transformer of latent diffusion: attention among the pixels of an image, and to a text.
 
 Rombach et al. 2022, appendix E.2.1. Submodules are named as in diffusers' `Transformer2DModel`.
 """
@@ -19,18 +19,19 @@ from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm, LayerNorm
 
 ACTIVATIONS = ("geglu", "gelu", "gelu-approximate")
-EPS = 1e-6  # of the group norm in front; the layer norms have 1e-5
+EPS = 1e-6  # of the group norm; the layer norms have 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerOptions:
-    """How the transformers of one level of a U-Net are built.
+    """The transformers of one level of a U-Net.
 
-    num_heads: attention heads, each as wide as the channels allow.
-    num_layers: `BasicTransformerBlock`s.
-    linear_projection: `proj_in` and `proj_out` are linear layers (SD 2, SDXL) and not 1x1 convolutions
-      (SD 1); the arithmetic is the same.
-    only_cross_attention: the first attention of every block looks at the text as well (the x4 upscaler).
+    Attributes:
+        num_heads: attention heads, each as wide as the channels allow.
+        num_layers: `BasicTransformerBlock`s.
+        linear_projection: `proj_in` and `proj_out` are linear layers (SD 2, SDXL) and not 1x1 convolutions
+            (SD 1); the arithmetic is the same.
+        only_cross_attention: the first attention of every block is to the text, too (the x4 upscaler).
     """
 
     num_heads: int
@@ -71,9 +72,12 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Up to `inner_dim` (None: four times the width) and back by a linear layer. `[B, N, C]` both ways.
+    """A layer with activation, then a linear layer. `[B, N, C]` -> the same shape.
 
-    activation: of the way up, as diffusers calls it: "geglu", "gelu" or, its tanh form, "gelu-approximate".
+    Attributes:
+        inner_dim: width in between; None: four times C.
+        activation: of the first layer, as diffusers calls it: "geglu", "gelu" or, its tanh form,
+            "gelu-approximate".
     """
 
     dtype: str = "float32"
@@ -92,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each x + f(layer_norm(x)). `[B, N, C]` both ways."""
+    """Self-attention, cross-attention and feed-forward, each x + f(layer_norm(x)). `[B, N, C]` in and out."""
 
     options: TransformerOptions
     dtype: str = "float32"
@@ -112,15 +116,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """x + proj_out(blocks(proj_in(group_norm(x)))) over the pixels of an image. `[B, H, W, C]` both ways.
-
-    Args of the call:
-      context: `[B, T, D]`, what the cross-attention looks at: the hidden states of a text encoder.
-      mask: `[B, T]`, nonzero for the tokens that may be looked at; None means all.
-
-    Raises:
-      InvalidArgumentError: the channels cannot be split into the heads.
-    """
+    """x + proj_out(blocks(proj_in(group_norm(x)))) over the pixels. `[B, H, W, C]` in and out."""
 
     options: TransformerOptions
     num_groups: int = 32
@@ -131,6 +127,16 @@ class Transformer2D(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], context: Float[Array, "B T D"], mask: Array | None = None
     ) -> Float[Array, "B H W C"]:
+        """Attend among the pixels and to the context.
+
+        Args:
+            x: `[B, H, W, C]`.
+            context: `[B, T, D]`, for the cross-attention: the hidden states of a text encoder.
+            mask: `[B, T]`, nonzero for the tokens to attend to; None means all.
+
+        Raises:
+            InvalidArgumentError: the channels cannot be split into the heads.
+        """
         batch, height, width, channels = x.shape
         if channels % self.options.num_heads:
             raise InvalidArgumentError(

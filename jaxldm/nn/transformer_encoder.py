@@ -1,4 +1,4 @@
-"""Self-attention and encoder layers of the text and image encoders, named as their checkpoints name them."""
+"""Self-attention and encoder layers of the text and image encoders, named as in their checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxldm.nn.attention import attend
-from jaxldm.nn.initialization import LawOfShape, normal, zeros
+from jaxldm.nn.initialization import Initializer, normal, zeros
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import LayerNorm
 
@@ -35,24 +35,25 @@ ACTIVATIONS = {
 
 
 class ProjectedAttention(nn.Module):
-    """Multi-head self-attention by projections with names of their own. x `[B, N, C]` -> the same shape.
-
-    names: of the projections to query, key and value and, unless it stands elsewhere, of the output.
-    laws: how their kernels start; biases start from 0.
+    """Multi-head self-attention by projections of any names. x `[B, N, C]` -> the same shape.
 
     The options of the call are those of `dot_product_attention`: scale, bias, mask.
+
+    Attributes:
+        names: of the projections to query, key and value and, unless another module has it, of the output.
+        kernel_inits: initializers of their kernels; biases start at 0.
     """
 
     names: tuple[str, ...]
     num_heads: int
     dtype: str = "float32"
-    laws: tuple[LawOfShape | None, ...] = (None,) * 4
+    kernel_inits: tuple[Initializer | None, ...] = (None,) * 4
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], **options: Any) -> Float[Array, "B N C"]:
         query, key, value, *output = (
-            Linear(x.shape[-1], dtype=self.dtype, kernel_law=law, bias_law=zeros, name=name)
-            for name, law in zip(self.names, self.laws, strict=False)
+            Linear(x.shape[-1], dtype=self.dtype, kernel_init=init, bias_init=zeros, name=name)
+            for name, init in zip(self.names, self.kernel_inits, strict=False)
         )
         h = attend(self, query(x), key(x), value(x), self.num_heads, **options)
         return output[0](h) if output else h
@@ -64,13 +65,13 @@ class MLP(nn.Module):
     features: int
     act: str
     dtype: str = "float32"
-    laws: tuple[LawOfShape | None, LawOfShape | None] = (None, None)
+    kernel_inits: tuple[Initializer | None, Initializer | None] = (None, None)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        up, down = self.laws
-        h = Linear(self.features, dtype=self.dtype, kernel_law=up, bias_law=zeros, name="fc1")(x)
-        options = {"dtype": self.dtype, "kernel_law": down, "bias_law": zeros}
+        up, down = self.kernel_inits
+        h = Linear(self.features, dtype=self.dtype, kernel_init=up, bias_init=zeros, name="fc1")(x)
+        options = {"dtype": self.dtype, "kernel_init": down, "bias_init": zeros}
         return Linear(x.shape[-1], **options, name="fc2")(ACTIVATIONS[self.act](h))
 
 
@@ -79,19 +80,21 @@ class SwiGLU(nn.Module):
 
     Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
 
-    names: of the layers gate, up and down. output_dtype: of the result, where it must be wider than `dtype`.
+    Attributes:
+        names: of the layers gate, up and down.
+        output_dtype: dtype of the result, where it must be wider than `dtype`.
     """
 
     features: int
     names: tuple[str, str, str]
     dtype: str = "float32"
-    law: LawOfShape | None = None
+    kernel_init: Initializer | None = None
     output_dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         gate, up, down = self.names
-        options = {"use_bias": False, "dtype": self.dtype, "kernel_law": self.law}
+        options = {"use_bias": False, "dtype": self.dtype, "kernel_init": self.kernel_init}
         h = jax.nn.silu(Linear(self.features, **options, name=gate)(x))
         h = h * Linear(self.features, **options, name=up)(x)
         return Linear(x.shape[-1], **options, output_dtype=self.output_dtype, name=down)(h)
@@ -102,7 +105,7 @@ class PreNormLayer(nn.Module):
 
     num_heads: int
     mlp_features: int
-    num_layers: int  # of the encoder that this layer is part of: it starts the smaller the more there are
+    num_layers: int  # of the whole encoder: the more, the smaller are the initial values
     act: str = "quick_gelu"
     eps: float = 1e-5
     dtype: str = "float32"
@@ -115,17 +118,17 @@ class PreNormLayer(nn.Module):
             ("q_proj", "k_proj", "v_proj", "out_proj"),
             self.num_heads,
             dtype=self.dtype,
-            laws=(deep, deep, deep, normal(width)),
+            kernel_inits=(deep, deep, deep, normal(width)),
             name="self_attn",
         )
         x = x + attention(LayerNorm(self.eps, self.dtype, name="layer_norm1")(x), mask=mask)
-        laws = (normal(width * 2**-0.5), deep)
-        mlp = MLP(self.mlp_features, self.act, self.dtype, laws, name="mlp")
+        kernel_inits = (normal(width * 2**-0.5), deep)
+        mlp = MLP(self.mlp_features, self.act, self.dtype, kernel_inits, name="mlp")
         return x + mlp(LayerNorm(self.eps, self.dtype, name="layer_norm2")(x))
 
 
 class PreNormEncoder(nn.Module):
-    """`num_layers` pre-norm layers: both towers of CLIP. `[B, N, C]` -> the states, the input first."""
+    """`num_layers` pre-norm layers, as in both towers of CLIP. `[B, N, C]` -> all states, the input first."""
 
     num_layers: int
     num_heads: int

@@ -52,7 +52,7 @@ def in_torch(state: dict, groups: int | None) -> tuple[torch.nn.Sequential, torc
 
 
 def with_norms(first: list[str], norms: list[str], resampling: list[str]) -> list[str]:
-    """Layer names in the order of the network: a norm behind every resampling layer, if there are norms."""
+    """Layer names in the order of the network: a norm after every resampling layer, if there are norms."""
     return (
         first
         + [n for i, name in enumerate(resampling) for n in (name, *(f"{m}.{i}" for m in norms))]

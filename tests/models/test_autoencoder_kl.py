@@ -72,7 +72,7 @@ def test_decoder_agrees_with_diffusers(pair):
 
 
 def test_scaled_latents_follow_the_reference_pipelines(pair):
-    """Pipelines of diffusers encode to (z - shift) * scale, channel by channel where the config says so."""
+    """Pipelines of diffusers encode to (z - shift) * scale, or per channel with statistics in the config."""
     theirs, module, params = pair
     x = images(1, 8, 8, module.config.in_channels)
     encode, decode = (

@@ -40,7 +40,7 @@ def test_pytorch_counts_the_same_in_a_transformer_and_a_convolutional_network():
     config = {"_class_name": "DiTTransformer2DModel", **theirs.config}
     ours = models.from_config(models.config_from_dict(config))
     x, t, labels = torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    twice = 256 * 16 + 16 * 16  # the reference asks the first block's embedder again at the end
+    twice = 256 * 16 + 16 * 16  # the reference applies the first block's embedder again at the end
     assert models.count_macs(ours) + twice == torch_macs(lambda: theirs(x, t, labels))
 
     fields = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 16}

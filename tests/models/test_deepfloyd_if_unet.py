@@ -1,4 +1,4 @@
-"""The U-Nets of DeepFloyd IF beside diffusers, through folders that diffusers wrote."""
+"""The U-Nets of DeepFloyd IF compared with diffusers, through folders that diffusers wrote."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def inputs_for(config, batch, size, seed=0):
 
 
 def odd_inputs(config):
-    """Stage II: one image, 3x1 on the lowest level. The others: three, 3x5 there; stage I with a mask."""
+    """Stage II: one image, 3x1 on the lowest level. The others: three, 3x5 pixels; stage I with a mask."""
     if config.has_classes:
         return inputs_for(config, 1, (12, 4))
     inputs = inputs_for(config, 3, (6, 10))
@@ -124,7 +124,7 @@ def test_agrees_with_diffusers(pair):
 
 
 def test_a_mask_where_pixels_look_at_the_text_alone():
-    """A masked token is as one that is not there; diffusers fails: it counts the pixels among the keys."""
+    """A masked token has no effect; diffusers fails: it counts the pixels among the keys."""
     block = AddedKVAttention(AddedKVOptions(head_dim=4, only_cross_attention=True), num_groups=4)
     x, text = images(2, 3, 4, 8), images(2, 6, 12)
     params = block.init(jax.random.key(0), x, text)
@@ -186,7 +186,7 @@ def test_remat_keeps_nothing_inside_blocks():
     assert equations.count("remat") == changes_of_size + residual_blocks + attentions
 
 
-# Their cards say 4.3 B, 900 M and 400 M; 1.2 B and 450 M.
+# According to their model cards 4.3 B, 900 M and 400 M; 1.2 B and 450 M.
 NUMBERS = {
     "if-i-xl": 4_304_695_110,
     "if-i-l": 935_365_830,

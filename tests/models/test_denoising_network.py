@@ -129,7 +129,7 @@ def test_the_exact_sit_denoises_exactly(name, gamma, x64):
     denoise = D.denoiser(functools.partial(models.network(sit), {}), D.velocity(path))
     exact = D.gaussian_denoiser(path, sit.mean, sit.std)(x, t)
     np.testing.assert_allclose(denoise(x, t), exact, rtol=1e-8, atol=1e-10)
-    counts = models.convention(sit)  # the way there and back
+    counts = models.convention(sit)  # its own inverse
     np.testing.assert_allclose(counts.time(counts.time(t)), t, rtol=1e-12)
     np.testing.assert_allclose(counts.output(counts.output(x)), x, rtol=1e-12)
 

@@ -17,7 +17,7 @@ from torch_reference import assert_agrees, images, randomised, to_torch
 
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError, InvalidArgumentError
-from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, _held, pack, unpack
+from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, clip_to_float16, pack, unpack
 
 SMALL = {
     "attention_head_dim": 16,
@@ -27,9 +27,9 @@ SMALL = {
     "axes_dims_rope": (4, 6, 6),
 }
 CONFIGS = {
-    "dev: told its guidance": SMALL
+    "dev: guidance-distilled": SMALL
     | {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "guidance_embeds": True},
-    "schnell, with a picture behind the latents": SMALL
+    "schnell, with an image after the latents": SMALL
     | {"in_channels": 24, "out_channels": 16, "num_layers": 1, "num_single_layers": 3},
 }
 
@@ -49,7 +49,7 @@ def reference(theirs, x, t, states, pooled, guidance, dtype=torch.float32):
     batch, height, width, channels = x.shape
     tokens = FluxPipeline._pack_latents(to_torch(x), batch, channels, height, width).to(dtype)
     ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32)
-    told = {} if guidance is None else {"guidance": torch.from_numpy(guidance)}
+    extra = {} if guidance is None else {"guidance": torch.from_numpy(guidance)}
     with torch.no_grad():
         out = theirs(
             tokens,
@@ -58,7 +58,7 @@ def reference(theirs, x, t, states, pooled, guidance, dtype=torch.float32):
             timestep=torch.from_numpy(t),
             img_ids=ids,
             txt_ids=torch.zeros(states.shape[1], 3),
-            **told,
+            **extra,
         ).sample
     return FluxPipeline._unpack_latents(out, 8 * height, 8 * width, 8)
 
@@ -103,7 +103,7 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
 
 @pytest.fixture(scope="module")
 def dev():
-    return opened("dev: told its guidance")
+    return opened("dev: guidance-distilled")
 
 
 def test_without_scan_it_is_the_same(dev):
@@ -120,22 +120,22 @@ def test_sixteen_bits_stay_near_float32_and_are_told_times_exactly(dev):
     theirs, module, params, jitted = dev
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax.device_get(params))
-    x, _, *told = inputs(module.config, 1, 2, 14)
+    x, _, *extra = inputs(module.config, 1, 2, 14)
     near, one = np.array([0.999], np.float32), np.array([1.0], np.float32)
-    draw = jax.jit(lambda t: low.apply({"params": half}, x, t, *told))
-    rounded, expected = draw(near), jitted(params, x, near, *told)
+    draw = jax.jit(lambda t: low.apply({"params": half}, x, t, *extra))
+    rounded, expected = draw(near), jitted(params, x, near, *extra)
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - expected).max() < 0.1 * np.abs(expected).max()
     assert np.abs(rounded - draw(one)).max() > 0
     theirs = copy.deepcopy(theirs).bfloat16()
-    same = [reference(theirs, x, t, *told, torch.bfloat16) for t in (near, one)]
+    same = [reference(theirs, x, t, *extra, torch.bfloat16) for t in (near, one)]
     assert torch.equal(*same)
 
 
 def test_numbers_beyond_float16_stop_at_its_largest():
     grown = jnp.array([-jnp.inf, 1.0, jnp.inf], jnp.float16)
-    np.testing.assert_array_equal(_held(grown), np.array([-65504, 1, 65504], np.float16))
-    assert np.isinf(_held(grown.astype(jnp.bfloat16))[0])
+    np.testing.assert_array_equal(clip_to_float16(grown), np.array([-65504, 1, 65504], np.float16))
+    assert np.isinf(clip_to_float16(grown.astype(jnp.bfloat16))[0])
 
 
 def test_latents_are_packed_as_there():
@@ -192,7 +192,7 @@ def test_configs_that_cannot_be():
 
 
 def test_inputs_that_cannot_be():
-    module = models.from_config(FluxTransformer2DConfig(**CONFIGS["dev: told its guidance"]))
+    module = models.from_config(FluxTransformer2DConfig(**CONFIGS["dev: guidance-distilled"]))
     untold = models.from_config(dataclasses.replace(module.config, guidance_embeds=False))
     x, t, states, pooled, guidance = inputs(module.config, 1, 4, 6)
 

@@ -28,7 +28,7 @@ SIGMA = {
 }
 CONFIGS = {
     "Sigma": SIGMA,
-    "Alpha, told the sizes": SIGMA
+    "Alpha, with sizes": SIGMA
     | {"sample_size": 128, "use_additional_conditions": None, "interpolation_scale": None},
     "the rest": SIGMA
     | {
@@ -160,7 +160,7 @@ def test_presets_have_the_published_tensors():
         name: tensor.shape for name, tensor in published(models.shapes(models.build("pixart-sigma"))).items()
     }
     assert sizes == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    for name, pixels in PRESETS.items():  # 0.6 B, as the paper says
+    for name, pixels in PRESETS.items():  # 0.6 B in the paper
         assert models.count_params(name) == 610_856_096
         config = models.PRESETS[name]
         assert config.sample_size == pixels // 8 and config.interpolation_scale == pixels / 512
@@ -234,7 +234,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, damage, message):
         ({"sample_size": 9}, InvalidArgumentError, "side of 9"),
         ({"num_layers": 0}, InvalidArgumentError, "num_layers"),
         ({"attention_head_dim": 13}, InvalidArgumentError, "width of 26"),
-        ({"cross_attention_dim": 10}, InvalidArgumentError, "must be equal"),
+        ({"cross_attention_dim": 10}, InvalidArgumentError, "must be the width of the projected text"),
         (
             {"attention_head_dim": 10, "cross_attention_dim": 20, "use_additional_conditions": True},
             InvalidArgumentError,

@@ -39,7 +39,7 @@ def test_whole_language_models_give_their_encoder(tmp_path, tied):
 
 
 def test_configs_of_transformers_4_mean_the_same(tmp_path):
-    """rope_theta beside rope_scaling, and keys of a window that is not used."""
+    """rope_theta next to rope_scaling, and keys of a window that is not used."""
     config = transformers.Qwen3Config(**SMALL, rope_theta=5000.0)
     _, module, _ = saved_pair(transformers.Qwen3Model, config, tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text())
@@ -69,7 +69,7 @@ def test_what_is_not_supported_is_named(entries, message):
 
 def test_texts_longer_than_the_positions_are_refused():
     module = models.build("qwen3-4b", **SMALL, max_position_embeddings=8)
-    with pytest.raises(InvalidArgumentError, match="9 tokens a text"):
+    with pytest.raises(InvalidArgumentError, match="9 tokens per text"):
         jax.eval_shape(module.apply, {"params": models.shapes(module)}, TOKENS)
 
 

@@ -126,7 +126,7 @@ def test_fresh_networks_have_the_positions_of_diffusers_and_predict_nothing():
     np.testing.assert_array_equal(out, 0)
 
 
-# Their model cards say 2 B, 2.5 B (with its table of positions, 226 M) and 8.1 B.
+# 2 B, 2.5 B (with the table of positions, 226 M) and 8.1 B on the model cards.
 PUBLISHED = {"sd3-medium": 2_028_328_000, "sd35-medium": 2_243_171_520, "sd35-large": 8_056_627_520}
 
 

@@ -1,4 +1,4 @@
-"""SiT: DiT's network, its half, and its own time. The judge is DiT's port in diffusers: one architecture."""
+"""SiT: half the output of DiT's network. The reference is DiT in diffusers, the same architecture."""
 
 import dataclasses
 

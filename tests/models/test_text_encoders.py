@@ -72,7 +72,7 @@ def pair(request, tmp_path_factory):
 
 
 def texts(batch, length=11):
-    """Tokens with the end of text (50) at another place in each row, padding behind it, and their mask."""
+    """Tokens with the end of text (50) at another position in each row, padding after it, and their mask."""
     input_ids = np.random.default_rng(batch).integers(3, 50, (batch, length)).astype(np.int32)
     mask = np.ones_like(input_ids)
     for row in range(batch):
@@ -134,7 +134,7 @@ def test_saved_and_opened_again_it_is_the_same_bit_for_bit(pair, tmp_path):
             np.testing.assert_array_equal(ours, tensor.numpy(), err_msg=name)
 
 
-# What transformers 4 wrote into config.json beside the network, with its values.
+# What transformers 4 wrote into config.json apart from the network, with its values.
 OLD_KEYS = {
     "_name_or_path": "", "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None,
     "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "decoder_start_token_id": None,
@@ -244,7 +244,7 @@ def test_impossible_configs_are_refused(preset, overrides, error):
 def test_more_tokens_than_positions_are_refused(preset):
     module = models.build(preset, max_position_embeddings=5, vocab_size=9, num_hidden_layers=1)
     shapes = {"params": models.shapes(module)}
-    with pytest.raises(InvalidArgumentError, match="6 tokens a text, but this encoder has positions for 5"):
+    with pytest.raises(InvalidArgumentError, match="6 tokens per text, but this encoder has positions for 5"):
         jax.eval_shape(module.apply, shapes, np.zeros((1, 6), np.int32))
     with pytest.raises(InvalidArgumentError, match=r"\[B, T\]"):
         jax.eval_shape(module.apply, shapes, np.zeros(5, np.int32))

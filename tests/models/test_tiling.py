@@ -1,4 +1,4 @@
-"""Tiles and slices: beside diffusers, and beside the whole where the whole has no context to lose."""
+"""Tiles and slices agree with diffusers, and with the whole image where there is no context to lose."""
 
 import diffusers
 import jax
@@ -90,8 +90,8 @@ def test_functions_without_context_lose_nothing(sides, tile, overlap):
     z = images(2, *sides, 1)
     tiling = models.Tiling(tile * FACTOR, overlap)
     whole = enlarged(z)
-    there = jax.jit(tiled_decoder(enlarged, CONFIG, tiling))(z)
-    np.testing.assert_allclose(there, whole, atol=1e-6)
+    tiled = jax.jit(tiled_decoder(enlarged, CONFIG, tiling))(z)
+    np.testing.assert_allclose(tiled, whole, atol=1e-6)
     back = jax.jit(tiled_encoder(averaged, CONFIG, tiling))(whole)
     np.testing.assert_allclose(back, z, atol=1e-6)
 
@@ -115,5 +115,5 @@ def test_tiles_that_cannot_be(tiling):
 
 def test_sides_without_whole_latents_are_refused_with_the_nearest():
     encode = tiled_encoder(averaged, CONFIG, models.Tiling(16))
-    with pytest.raises(InvalidArgumentError, match=r"width 27 was given, 28 is nearest"):
+    with pytest.raises(InvalidArgumentError, match=r"width must be a multiple of 4, got 27; nearest is 28"):
         encode(np.zeros((1, 32, 27, 1), np.float32))

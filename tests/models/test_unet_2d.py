@@ -92,7 +92,7 @@ def test_diffusers_opens_what_we_save(pair, tmp_path, caplog, recwarn):
 
 
 def test_odd_sizes_come_back_as_the_reference_blocks_do(tmp_path):
-    """UNet2DModel refuses 7 x 5, but its blocks accept the size to return to: walk them here."""
+    """UNet2DModel refuses 7 x 5, but its blocks accept the size to return to: they are applied here."""
     theirs = randomised(diffusers.UNet2DModel(**CONFIGS["classes and attention"]))
     theirs.save_pretrained(tmp_path)
     module, params = checkpoints.load(tmp_path)

@@ -233,7 +233,7 @@ def test_attention_maps_are_kept_for_whoever_asks():
     assert len(found) == 2 * 4
 
 
-# Counted in the published weights (SD 1.5: 860 M, SD 2: 866 M, SDXL: 2.6 B, as their papers and cards say).
+# Counted in the published weights (SD 1.5: 860 M, SD 2: 866 M, SDXL: 2.6 B, as in their papers and cards).
 PUBLISHED = {
     "sd15-unet": 859_520_964,
     "sd20-unet": 865_910_724,

@@ -134,7 +134,7 @@ def test_inputs_that_do_not_fit():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"upsample": True}, "go together"),
+        ({"upsample": True}, "must be equal"),
         ({"codebook_size": 25}, "must hold the 25 tokens"),
         ({"num_attention_heads": 5}, "24 cannot be split into 5 heads"),
         ({"block_num_heads": 5}, "16 cannot be split into 5 heads"),

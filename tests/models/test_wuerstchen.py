@@ -77,7 +77,9 @@ def random_reference(kind, fields):
     torch.manual_seed(0)
     theirs = randomised(getattr(reference, kind)(**fields))
     rng = torch.Generator().manual_seed(5)
-    if kind == "WuerstchenPrior":  # b away from 1: what is divided by |1 - b| cannot be compared there
+    if (
+        kind == "WuerstchenPrior"
+    ):  # b away from 1: the result of dividing by |1 - b| cannot be compared near 1
         theirs.out[1].bias.data[fields["c_in"] :] -= 2
     if kind == "PaellaVQModel":
         norm = theirs.down_blocks[-1][1]
@@ -147,7 +149,7 @@ def test_one_image(pair):
 
 @pytest.mark.parametrize("pair", ["stage A"], indirect=True)
 def test_stage_a_decodes_what_it_is_given_and_scales_for_diffusion(pair):
-    """Without the codebook, as the pipelines there do; `encode_latents` takes [-1, 1] and says it there."""
+    """Without the codebook, as in the pipelines of diffusers; `encode_latents` takes [-1, 1]."""
     theirs, module, params, _ = pair
     x = np.tanh(images(2, 8, 4, 3))
     with torch.no_grad():
@@ -190,7 +192,7 @@ def test_dropout_is_drawn_in_training_alone(pair):
     assert np.abs(np.asarray(first) - np.asarray(apply(params, *inputs))).max() > 1e-3
 
 
-# Parameters of the published folders; the paper says a thousand million of stage C.
+# Parameters of the published folders; 1 B for stage C in the paper.
 PUBLISHED = {
     "wuerstchen-prior": 993_636_896,
     "wuerstchen-decoder": 1_055_365_280,

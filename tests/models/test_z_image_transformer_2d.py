@@ -65,7 +65,7 @@ def theirs_of(model, x, t, texts):
 
 
 def padded(texts, length, width=10, filling=7.0):
-    """Rows of one length, and which of their tokens are there; the others hold numbers nobody should read."""
+    """Rows of one length and their mask; padding has values that must have no effect."""
     rows = np.full((len(texts), length, width), filling, np.float32)
     mask = np.zeros((len(texts), length), np.int32)
     for row, text in enumerate(texts):

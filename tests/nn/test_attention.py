@@ -33,13 +33,13 @@ def test_the_way_of_accelerators_agrees_with_the_way_of_cpus(monkeypatch):
 
 
 def test_flash_kernel_is_asked_for_what_it_serves_and_nothing_else(monkeypatch):
-    asked = []
+    implementations = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention, "_on_cuda", lambda: True)
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
-        lambda q, k, v, bias, mask, *, scale, implementation: asked.append(implementation),
+        lambda q, k, v, bias, mask, *, scale, implementation: implementations.append(implementation),
     )
     for dtype, dim in (
         ("bfloat16", 64),
@@ -51,7 +51,7 @@ def test_flash_kernel_is_asked_for_what_it_serves_and_nothing_else(monkeypatch):
         q = jnp.zeros((1, 4, 2, dim), dtype)
         nn.dot_product_attention(q, q, q)
     nn.dot_product_attention(*[jnp.zeros((1, 4, 2, 64), "bfloat16")] * 3, bias=jnp.zeros((1, 2, 4, 4)))
-    assert asked == ["cudnn", None, "cudnn", None, None, None]
+    assert implementations == ["cudnn", None, "cudnn", None, None, None]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])

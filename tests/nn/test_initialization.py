@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jaxldm import nn
-from jaxldm.nn.initialization import starting_values
+from jaxldm.nn.initialization import init_params
 
 
 def spec(*shape, dtype=jnp.float32):
@@ -25,7 +25,7 @@ def spec(*shape, dtype=jnp.float32):
     ids=lambda value: type(value).__name__,
 )
 def test_layers_start_as_those_of_torch(ours, inputs, theirs):
-    params = starting_values(ours, jax.random.key(0), inputs)
+    params = init_params(ours, jax.random.key(0), inputs)
     weight = next(value for name, value in params.items() if name != "bias")
     pairs = [(weight, theirs.weight)] + ([(params["bias"], theirs.bias)] if "bias" in params else [])
     for value, reference in pairs:
@@ -42,7 +42,7 @@ def test_values_drawn_at_once_follow_the_laws_of_values_drawn_one_by_one():
     """One way cuts all parameters out of two rows, the other draws each: same names, same laws."""
     module = nn.ResnetBlock2D(16, num_groups=2)
     inputs = spec(1, 4, 4, 8), spec(1, 32)
-    at_once = starting_values(module, jax.random.key(0), *inputs)
+    at_once = init_params(module, jax.random.key(0), *inputs)
     zeros = [jnp.zeros(i.shape) for i in inputs]
     one_by_one = jax.jit(lambda key: module.init(key, *zeros)["params"])(jax.random.key(1))
     assert jax.tree.structure(at_once) == jax.tree.structure(one_by_one)
@@ -55,10 +55,10 @@ def test_values_drawn_at_once_follow_the_laws_of_values_drawn_one_by_one():
 
 def test_a_key_gives_one_start_and_another_key_another():
     module = nn.Linear(8)
-    first, again, other = (starting_values(module, jax.random.key(k), spec(1, 4)) for k in (0, 0, 1))
+    first, again, other = (init_params(module, jax.random.key(k), spec(1, 4)) for k in (0, 0, 1))
     np.testing.assert_array_equal(first["kernel"], again["kernel"])
     assert not np.any(np.asarray(first["kernel"]) == np.asarray(other["kernel"]))
-    together = starting_values(flax.linen.Sequential([module, nn.Linear(8)]), jax.random.key(0), spec(1, 8))
+    together = init_params(flax.linen.Sequential([module, nn.Linear(8)]), jax.random.key(0), spec(1, 8))
     rows = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(together)])
     assert len(np.unique(rows)) == len(rows)  # no number serves twice
 
@@ -66,5 +66,5 @@ def test_a_key_gives_one_start_and_another_key_another():
 def test_modules_without_laws_start_as_flax_starts_them():
     module = flax.linen.Dense(3)
     expected = module.init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
-    ours = starting_values(module, jax.random.key(0), spec(1, 2))
+    ours = init_params(module, jax.random.key(0), spec(1, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)

@@ -57,10 +57,10 @@ def test_agrees_with_the_attention_of_sd3(last, qk_norm):
             eps=1e-6,
         )
     )
-    out, told = ours_of(theirs, nn.JointAttention(2, qk_norm, project_text_out=not last), X, TEXT)
-    expected, expected_told = theirs(TORCH_X, TORCH_TEXT)
+    out, text = ours_of(theirs, nn.JointAttention(2, qk_norm, project_text_out=not last), X, TEXT)
+    expected, expected_text = theirs(TORCH_X, TORCH_TEXT)
     assert_same(out, expected)
-    assert_same(told, expected_told)
+    assert_same(text, expected_text)
 
 
 def test_agrees_with_the_attention_of_flux():
@@ -68,8 +68,8 @@ def test_agrees_with_the_attention_of_flux():
     theirs = randomised(FluxAttention(16, 2, 8, bias=True, added_kv_proj_dim=16, out_dim=16, eps=1e-6))
     cos, sin = nn.rotary.rotary_embedding(np.arange(8) * 1.5, 8, 100.0)
     rotary = tuple(torch.from_numpy(np.repeat(table, 2, axis=1)) for table in (cos, sin))
-    out, told = ours_of(theirs, nn.JointAttention(2, True), X, TEXT, rotary=(cos, sin))
-    for ours, expected in zip((out, told), theirs(TORCH_X, TORCH_TEXT, image_rotary_emb=rotary), strict=True):
+    out, text = ours_of(theirs, nn.JointAttention(2, True), X, TEXT, rotary=(cos, sin))
+    for ours, expected in zip((out, text), theirs(TORCH_X, TORCH_TEXT, image_rotary_emb=rotary), strict=True):
         assert_same(ours, expected)
 
     theirs = randomised(FluxAttention(16, 2, 8, bias=True, out_dim=16, pre_only=True, eps=1e-6))
@@ -83,11 +83,11 @@ def test_a_masked_token_is_seen_by_none():
     mask = jnp.arange(8)[None] != jnp.array([[1], [7]])
     x, text = X.copy(), TEXT.copy()
     text[0, 1], x[1, 4] = 9.0, 9.0
-    (out, told), (other, other_told) = (
+    (out, text_out), (other, other_text) = (
         module.apply(variables, *inputs, mask=mask) for inputs in ((X, TEXT), (x, text))
     )
     np.testing.assert_array_equal(out[:, :4], other[:, :4])
-    np.testing.assert_array_equal(told[:, [0, 2]], other_told[:, [0, 2]])
+    np.testing.assert_array_equal(text_out[:, [0, 2]], other_text[:, [0, 2]])
     assert not np.allclose(out, module.apply(variables, X, TEXT)[0], atol=1e-3)
 
 

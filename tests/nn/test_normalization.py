@@ -80,7 +80,7 @@ def test_learned_norms_agree_with_torch_with_parameters_of_16_bits(kind):
 def test_global_response_norm_and_its_gradient_agree_with_diffusers():
     rng = np.random.default_rng(0)
     x, direction = (rng.standard_normal((2, 3, 5, 6)).astype(np.float32) for _ in range(2))
-    x[1, :, :, 2] = 0  # a channel that says nothing about its image
+    x[1, :, :, 2] = 0  # a channel that is zero for this image
     params = {name: rng.standard_normal((1, 1, 1, 6)).astype(np.float32) for name in ("gamma", "beta")}
     theirs = GlobalResponseNorm(6)
     theirs.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})

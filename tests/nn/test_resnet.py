@@ -6,7 +6,7 @@ import torch
 
 from jaxldm import nn
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.initialization import starting_values
+from jaxldm.nn.initialization import init_params
 from jaxldm.nn.resnet import upsample_nearest
 
 
@@ -35,7 +35,7 @@ def test_downsampling_halves_up_or_down(padding, expected):
 def test_dropout_acts_in_training_alone():
     x = np.random.default_rng(0).standard_normal((1, 4, 4, 8)).astype(np.float32)
     block, plain = nn.ResnetBlock2D(8, 2, dropout=0.5), nn.ResnetBlock2D(8, 2)
-    params = starting_values(block, jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    params = init_params(block, jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype))
     quiet, expected = (module.apply({"params": params}, x) for module in (block, plain))
     np.testing.assert_array_equal(quiet, expected)
     trained = block.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(1)})

@@ -57,5 +57,5 @@ def test_sixteen_bit_inputs_are_turned_in_float32(x):
 
 
 def test_pairs_need_an_even_width():
-    with pytest.raises(InvalidArgumentError, match="an even width, not 7"):
+    with pytest.raises(InvalidArgumentError, match="an even width, got 7"):
         nn.rotary_embedding(np.arange(3), 7, 10000.0)

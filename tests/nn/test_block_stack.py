@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxldm import checkpoints, nn
 from jaxldm.checkpoints.names import published
 from jaxldm.errors import CheckpointError
-from jaxldm.nn.blocks_in_a_row import run_blocks
-from jaxldm.nn.initialization import starting_values
+from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.initialization import init_params
 
 X, CONDITION = (
     jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32) for shape in ((2, 5, 8), (2, 8))
@@ -33,13 +33,13 @@ class Model(flax.linen.Module):
     @flax.linen.compact
     def __call__(self, x, condition):
         options = dict(scan=self.scan, remat=self.remat)
-        carry = run_blocks(Block, "blocks", 3, (x, jnp.zeros(())), condition, **options)
-        return run_blocks(Block, "blocks", 2, carry, condition, first=3, **options)
+        carry = apply_blocks(Block, "blocks", 3, (x, jnp.zeros(())), condition, **options)
+        return apply_blocks(Block, "blocks", 2, carry, condition, first=3, **options)
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return starting_values(Model(False), jax.random.key(0), X, CONDITION)
+    return init_params(Model(False), jax.random.key(0), X, CONDITION)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_attention_maps_of_a_scan_have_an_axis_of_blocks(stacked):
 
 
 def test_a_scan_starts_each_block_by_the_law_of_a_block_alone(plain):
-    params = starting_values(Model(True), jax.random.key(0), X, CONDITION)
+    params = init_params(Model(True), jax.random.key(0), X, CONDITION)
     kernels = np.asarray(params["blocks_0to2"]["attn"]["qkv"]["kernel"])
     assert len(np.unique(kernels)) == kernels.size
     bound = 1 / np.sqrt(8)

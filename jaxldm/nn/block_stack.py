@@ -1,4 +1,4 @@
-"""Many blocks of one kind, one behind the other: written out, or as one scan that compiles a single block."""
+"""A stack of blocks of one kind: unrolled, or as one scan that compiles a single block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 
-def run_blocks(
+def apply_blocks(
     make_block: Callable[..., nn.Module],
     name: str,
     count: int,
@@ -18,23 +18,23 @@ def run_blocks(
     scan: bool = False,
     remat: bool = False,
 ) -> Any:
-    """carry <- block(carry, *shared), for `count` blocks. To be called in the compact method of their module.
+    """carry <- block(carry, *shared), for `count` blocks. Call it in the compact method of their module.
 
     Without `scan` the blocks are the submodules `{name}_{first}`, `{name}_{first + 1}`, ... and XLA compiles
-    each for itself. With it they are one submodule `{name}_{first}to{last}`, every parameter with a leading
+    each by itself. With it they are one submodule `{name}_{first}to{last}`, every parameter with a leading
     axis of blocks: time and memory of compiling no longer grow with the depth. `checkpoints` reads and writes
     the same published tensors for both.
 
     Args:
-      make_block: makes a block of its `name`, as `functools.partial(DiTBlock, config)` does.
-      name: what the published checkpoint calls the list of blocks.
-      count: how many; 0 leaves the carry as it is.
-      carry: an array or a tuple of arrays that each block changes; shapes and dtypes stay.
-      shared: what every block is told alike: arrays, None, or flags.
-      first: the number of the first block, where the list has blocks of other kinds before it.
-      scan: one `jax.lax.scan` in place of `count` blocks.
-      remat: keep no activations inside a block for the backward pass, compute them again
-        (Chen et al. 2016, arXiv:1604.06174).
+        make_block: makes a block of its `name`, as `functools.partial(DiTBlock, config)` does.
+        name: what the published checkpoint calls the list of blocks.
+        count: how many; 0 leaves the carry as it is.
+        carry: an array or a tuple of arrays that each block changes; shapes and dtypes stay.
+        shared: further inputs, the same for every block: arrays, None, or flags.
+        first: the number of the first block, if blocks of other kinds come before it in the list.
+        scan: one `jax.lax.scan` in place of `count` blocks.
+        remat: keep no activations inside a block for the backward pass, compute them again
+            (Chen et al. 2016, arXiv:1604.06174).
     """
 
     def call(block: nn.Module, carry: Any) -> Any:
