@@ -31,26 +31,11 @@ from jaxldm.diffusion.betas import (
     sigmoid_betas,
 )
 from jaxldm.diffusion.classifier_guidance import classifier_guidance
-from jaxldm.diffusion.compat import (
-    continuous_vp_path,
-    cosine_path,
-    denoiser,
-    diffusion_loss,
-    edm_path,
-    edm_preconditioned,
-    flow_path,
-    from_x0,
-    interpolant_path,
-    target,
-    to_x0,
-    velocity_denoiser,
-    vp_path,
-)
 from jaxldm.diffusion.consistency import consistency_function
 from jaxldm.diffusion.conversion import convert_time, on_path
 from jaxldm.diffusion.cosine import Cosine
 from jaxldm.diffusion.cutting import cut_by_strength, split_at_fraction, split_at_snr
-from jaxldm.diffusion.denoiser import Denoiser
+from jaxldm.diffusion.denoiser import Denoiser, denoiser
 from jaxldm.diffusion.entries import (
     PATHS,
     path_from_dict,
@@ -74,7 +59,7 @@ from jaxldm.diffusion.guidance_schedules import cfg_plus_plus, guidance_interval
 from jaxldm.diffusion.inpainting import inpaint, resampling_grid
 from jaxldm.diffusion.interpolants import INTERPOLANTS, Interpolant, interpolant_gamma
 from jaxldm.diffusion.listeners import Listener, listening
-from jaxldm.diffusion.losses import drop_condition, min_snr
+from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr
 from jaxldm.diffusion.masked_tokens import (
     MASK_SCHEDULES,
     Unmasking,
@@ -94,6 +79,7 @@ from jaxldm.diffusion.predictions import (
     edm,
     epsilon,
     flow,
+    from_x0,
     implied_noise,
     linear_prediction,
     prediction,
@@ -183,10 +169,8 @@ __all__ = [
     "classifier_guidance",
     "condition_branches",
     "consistency_function",
-    "continuous_vp_path",
     "convert_time",
     "cosine_betas",
-    "cosine_path",
     "cosmap",
     "cut",
     "cut_by_strength",
@@ -196,14 +180,11 @@ __all__ = [
     "drop_condition",
     "dynamic_threshold",
     "edm",
-    "edm_path",
-    "edm_preconditioned",
     "epsilon",
     "evaluation_counter",
     "exponential",
     "exponential_betas",
     "flow",
-    "flow_path",
     "from_scheduler_config",
     "from_x0",
     "gaussian_denoiser",
@@ -220,7 +201,6 @@ __all__ = [
     "initial_noise",
     "inpaint",
     "interpolant_gamma",
-    "interpolant_path",
     "karras",
     "laplace_betas",
     "lcm",
@@ -269,16 +249,12 @@ __all__ = [
     "static_threshold",
     "steps_in",
     "steps_within",
-    "target",
     "to_scheduler_config",
-    "to_x0",
     "trailing",
     "training_times",
     "uniform",
     "v",
     "velocity",
-    "velocity_denoiser",
-    "vp_path",
     "with_momentum",
     "x0",
 ]

@@ -38,7 +38,7 @@ def classifier_guidance(
 
     >>> import jax.numpy as jnp
     >>> from jaxldm import diffusion as D
-    >>> denoise = D.gaussian_denoiser(D.flow_path())
+    >>> denoise = D.gaussian_denoiser(D.Flow())
     >>> bright = lambda x, t: jnp.log(jnp.clip(x.mean((1, 2, 3)), 1e-3))
     >>> guided = D.classifier_guidance(denoise, bright, guidance_scale=2.0)
     """

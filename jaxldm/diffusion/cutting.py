@@ -23,7 +23,7 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
         InvalidArgumentError: a strength outside (0, 1], or so small that no step is left; a padded grid.
 
     >>> from jaxldm import diffusion as D
-    >>> D.cut_by_strength(D.make_grid(D.flow_path(), 4), 0.5).t
+    >>> D.cut_by_strength(D.make_grid(D.Flow(), 4), 0.5).t
     array([0.5 , 0.25, 0.  ], dtype=float32)
     """
     if not 0 < strength <= 1:
@@ -47,7 +47,7 @@ def split_at_snr(grid: Grid, snr: float) -> tuple[Grid, Grid]:
         InvalidArgumentError: one of the two parts would be empty; a padded grid.
 
     >>> from jaxldm import diffusion as D
-    >>> noisy, clean = D.split_at_snr(D.make_grid(D.flow_path(), 4), 1.0)
+    >>> noisy, clean = D.split_at_snr(D.make_grid(D.Flow(), 4), 1.0)
     >>> noisy.t, clean.t
     (array([1.  , 0.75, 0.5 ], dtype=float32), array([0.5 , 0.25, 0.  ], dtype=float32))
     """
@@ -74,7 +74,7 @@ def split_at_fraction(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Gr
             grid.
 
     >>> from jaxldm import diffusion as D
-    >>> path = D.vp_path(D.scaled_linear_betas())
+    >>> path = D.VP(D.scaled_linear_betas())
     >>> base, refiner = D.split_at_fraction(D.make_grid(path, 50), path, 0.8)
     >>> len(base.t) - 1, len(refiner.t) - 1
     (40, 10)

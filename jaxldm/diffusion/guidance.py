@@ -68,7 +68,7 @@ class Branches(NamedTuple):
     cond: Callable[[Any, Any], Any]
 
     def map(self, wrap: Callable[[Any], Any]) -> Branches:
-        """Both wrapped: networks become denoisers by `lambda network: D.denoiser(network, path)`."""
+        """Both wrapped: networks become denoisers by `lambda network: D.denoiser(network, prediction)`."""
         return Branches(wrap(self.both), wrap(self.cond))
 
     def call(self, x: Float[Array, "B ..."], t: Any) -> tuple[Any, Any]:

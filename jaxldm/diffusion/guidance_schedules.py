@@ -31,7 +31,7 @@ def guidance_schedule(grid: Grid, scales: Any) -> Callable[[Any], Any]:
 
     >>> import jax.numpy as jnp
     >>> from jaxldm import diffusion as D
-    >>> w = D.guidance_schedule(D.make_grid(D.flow_path(), 4), [1.0, 2.0, 5.0, 1.0])
+    >>> w = D.guidance_schedule(D.make_grid(D.Flow(), 4), [1.0, 2.0, 5.0, 1.0])
     >>> w(jnp.array([1.0, 0.75, 0.5, 0.25])).tolist()
     [1.0, 2.0, 5.0, 1.0]
     """

@@ -40,7 +40,7 @@ def inpaint(solver: Solver, image: Any, mask: Any) -> Solver:
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import diffusion as D
-    >>> path, key = D.flow_path(), jax.random.key(0)
+    >>> path, key = D.Flow(), jax.random.key(0)
     >>> grid = D.resampling_grid(D.make_grid(path, 20), jump_length=5, resamplings=3)
     >>> left_half = (jnp.arange(8) < 4).astype(jnp.float32)[None, :, None]
     >>> solver = D.inpaint(D.solvers.ddpm(), jnp.ones((8, 8, 1)), left_half)
@@ -78,7 +78,7 @@ def resampling_grid(grid: Grid, jump_length: int = 10, resamplings: int = 10) ->
         InvalidArgumentError: a padded grid, or numbers out of range.
 
     >>> from jaxldm import diffusion as D
-    >>> D.resampling_grid(D.make_grid(D.flow_path(), 5), jump_length=2, resamplings=2).t
+    >>> D.resampling_grid(D.make_grid(D.Flow(), 5), jump_length=2, resamplings=2).t
     array([1. , 0.8, 0.6, 1. , 0.8, 0.6, 0.4, 0.2, 0.6, 0.4, 0.2, 0. ],
           dtype=float32)
     """

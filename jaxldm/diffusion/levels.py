@@ -99,7 +99,7 @@ def shifted(path: Path, t: np.ndarray, shift: float) -> np.ndarray:
     if not path.zero_terminal_snr:
         raise InvalidArgumentError(
             f"shift moves sigma / alpha beyond the noisy end of this {path.name} "
-            "path: it needs a path that ends in pure noise, such as flow_path()"
+            "path: it needs a path that ends in pure noise, such as D.Flow()"
         )
     if not (np.isfinite(shift) and shift > 0):
         raise InvalidArgumentError(f"shift must be a positive number, not {shift}")
@@ -115,7 +115,7 @@ def stretched(path: Path, t: np.ndarray, shift_terminal: float) -> np.ndarray:
     """
     if not _bounded(path) or not 0 < shift_terminal < 1 or t[-1] == path.t_noisy:
         raise InvalidArgumentError(
-            "shift_terminal needs a path that ends in pure noise, such as flow_path(), two steps or more and "
+            "shift_terminal needs a path that ends in pure noise, such as D.Flow(), two steps or more and "
             f"a number in (0, 1), not {shift_terminal} and {len(t)} steps"
         )
     cleanness = 1 - noise_level(path, t)

@@ -180,15 +180,11 @@ def prediction(name: str, path: Path, **options: Any) -> Prediction:
     return maker(path, **options)
 
 
-def from_x0(prediction: Prediction, x_0: Any, x_t: Any, t: Any, *old: Any) -> Any:
+def from_x0(prediction: Prediction, x_0: Any, x_t: Any, t: Any) -> Any:
     """The output [B, H, W, C] that stands for x_0 at x_t: the inverse of `prediction.to_x0`.
 
     At sigma = 0 the noise in x_t is undefined; it is taken to be zero there, so that the result is finite.
     """
-    if isinstance(prediction, str):  # temporary: see compat.py
-        from jaxldm.diffusion import compat
-
-        return compat.from_x0(prediction, x_0, x_t, t, *old)
     path = prediction.path
     return prediction.target(x_0, implied_noise(x_0, x_t, path.alpha(t), path.sigma(t)), t)
 
@@ -241,10 +237,3 @@ def linear_prediction(name: str, path: Path, coefficients: Callable[[Any], tuple
         return abs(sigma / (alpha * b - sigma * a))
 
     return Prediction(name, path, lambda x_t, t: (x_t, t), to_x0, target, gain)
-
-
-def x0_error_per_output_error(name: str, alpha: Any, sigma: Any) -> Any:
-    """Temporary: see compat.py."""
-    from jaxldm.diffusion import compat
-
-    return compat.x0_error_per_output_error(name, alpha, sigma)

@@ -75,7 +75,7 @@ def adaptive_projected_guidance(
 
     Args:
         branches: of denoisers, for guidance is projected in x_0: `condition_branches(network, condition,
-            null_condition).map(lambda predict: D.denoiser(predict, path, prediction))`.
+            null_condition).map(lambda predict: D.denoiser(predict, prediction))`.
         guidance_scale: w as for `classifier_free_guidance`; where every w is 1 the conditional branch alone
             is computed (with momentum, always both).
         eta: see `project_guidance`.
@@ -89,10 +89,10 @@ def adaptive_projected_guidance(
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import diffusion as D
-    >>> path = D.flow_path()
+    >>> path = D.Flow()
     >>> network = lambda x, t, labels: x * labels[:, None, None, None]
     >>> branches = D.condition_branches(network, jnp.array([1.0, 2.0]), 0.0)
-    >>> denoisers = branches.map(lambda predict: D.denoiser(predict, path, "flow"))
+    >>> denoisers = branches.map(lambda predict: D.denoiser(predict, D.flow(path)))
     >>> denoise = D.adaptive_projected_guidance(denoisers, 5.0, norm_threshold=2.5, momentum=-0.5)
     >>> solver = D.with_momentum(D.solvers.ddim())
     >>> D.sample(jax.random.key(0), denoise, solver, D.make_grid(path, 4), jnp.ones((2, 4, 4, 1))).shape
@@ -102,7 +102,7 @@ def adaptive_projected_guidance(
     if path is None:
         raise InvalidArgumentError(
             "projected guidance is projected in x_0: make denoisers of the branches with "
-            "branches.map(lambda predict: D.denoiser(predict, path, prediction))"
+            "branches.map(lambda predict: D.denoiser(predict, prediction))"
         )
     if norm_threshold is not None:
         checked("norm_threshold", norm_threshold, np.inf)

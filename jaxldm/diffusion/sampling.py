@@ -167,7 +167,7 @@ def sample_step(
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import diffusion as D
-    >>> path, solver = D.flow_path(), D.solvers.ddim()
+    >>> path, solver = D.Flow(), D.solvers.ddim()
     >>> grid, keys = D.make_grid(path, 4), D.image_keys(jax.random.key(0), 2)
     >>> exact = D.gaussian_denoiser(path)
     >>> step = jax.jit(lambda state, i: D.sample_step(keys, exact, solver, grid, state, i))

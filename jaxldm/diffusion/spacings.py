@@ -81,7 +81,7 @@ def trailing(
         shift_terminal: stretch the shifted levels so that row N has this one (LTX-Video, Qwen-Image).
 
     >>> from jaxldm import diffusion as D
-    >>> D.trailing(D.flow_path(), 4).t
+    >>> D.trailing(D.Flow(), 4).t
     array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
     """
     times = functools.partial(trailing_times, span_of(path))
@@ -215,7 +215,7 @@ def align_your_steps(
     """Align Your Steps (Sabour et al. 2024), log-linear between the rows of its table for other N than ten.
 
     Args:
-        table: "sd15", "sdxl" or "svd", the model that it was made for; "svd" needs edm_path(sigma_max=700).
+        table: "sd15", "sdxl" or "svd", the model that it was made for; "svd" needs D.EDM(sigma_max=700).
 
     Raises:
         UnknownNameError: another table.
@@ -233,7 +233,7 @@ def at_times(path: Path, t: Sequence[float], *, shift: float | None = None, fina
         shift: none unless given, whatever the path's own.
 
     >>> from jaxldm import diffusion as D
-    >>> D.at_times(D.flow_path(), [1.0, 0.6]).sigma
+    >>> D.at_times(D.Flow(), [1.0, 0.6]).sigma
     array([1. , 0.6, 0. ], dtype=float32)
     """
     t = np.asarray(t, np.float64).reshape(-1)
@@ -300,7 +300,7 @@ def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, 
         InvalidArgumentError: an option that the spacing does not have, or what the spacing refuses.
 
     >>> from jaxldm import diffusion as D
-    >>> D.make_grid(D.flow_path(), 4).t
+    >>> D.make_grid(D.Flow(), 4).t
     array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
     """
     for old, new in (("sigmas", "at_sigmas"), ("timesteps", "at_times")):

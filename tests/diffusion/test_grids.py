@@ -172,7 +172,7 @@ def test_padding():
         ),
         (lambda: scheduler_grid(VP, sigmas=[3.0, 1.0], spacing="leading"), "cannot be combined with spacing"),
         (lambda: D.make_grid(ZERO_SNR, 5, spacing="karras"), "trailing"),
-        (lambda: D.make_grid(VP, 5, shift=3.0), "flow_path"),
+        (lambda: D.make_grid(VP, 5, shift=3.0), r"D\.Flow\(\)"),
         (lambda: D.make_grid(FLOW, 5, shift=-1.0), "positive"),
         (lambda: D.pad(D.make_grid(VP, 20), 10), "max_steps=10"),
         (lambda: D.pad(D.pad(D.make_grid(VP, 5), 10), 20), "padded already"),

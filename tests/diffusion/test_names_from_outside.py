@@ -12,7 +12,7 @@ from jaxldm import diffusion as D
 from jaxldm import schedulers
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
-PATH = D.flow_path()
+PATH = D.Flow()
 MODULE = '''
 from jaxldm import diffusion as D
 

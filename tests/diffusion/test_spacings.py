@@ -212,10 +212,10 @@ def test_given_levels():
         (lambda: D.make_grid(VP, 5, spacing="lcm", original_steps=2000), "1 to 1000, not 2000"),
         (lambda: D.make_grid(VP, 5, spacing="beta", shape=(0.0, 1.0)), "shape must be two positive"),
         (lambda: D.make_grid(VP, 900, spacing="beta"), "Fewer steps"),
-        (lambda: D.make_grid(VP, 5, shift_terminal=0.1), "flow_path"),
+        (lambda: D.make_grid(VP, 5, shift_terminal=0.1), r"D\.Flow\(\)"),
         (lambda: D.make_grid(FLOW, 5, shift_terminal=1.0), r"\(0, 1\)"),
         (lambda: D.make_grid(FLOW, 1, shift_terminal=0.1), "two steps or more"),
-        (lambda: scheduler_grid(VP, 5, shift_t_min_twice=True, shift=2.0), "flow_path"),
+        (lambda: scheduler_grid(VP, 5, shift_t_min_twice=True, shift=2.0), r"D\.Flow\(\)"),
         (lambda: D.make_grid(FLOW, 5, shift=np.nan), "positive"),
     ],
 )

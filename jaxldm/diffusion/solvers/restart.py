@@ -53,7 +53,7 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
         InvalidArgumentError: a negative s_noise.
 
     >>> from jaxldm import diffusion as D
-    >>> path = D.edm_path()
+    >>> path = D.EDM()
     >>> grid = D.restart_grid(path, D.make_grid(path, 18), [D.Restart(0.06, 0.3, num_steps=3, times=2)])
     >>> solver = D.solvers.restart(D.solvers.heun())
     """
@@ -92,8 +92,8 @@ def restart_grid(path: Path, grid: Grid, restarts: Sequence[Restart], *, rho: fl
         InvalidArgumentError: a padded grid, an interval that does not rise or that leaves the path, no steps.
 
     >>> from jaxldm import diffusion as D
-    >>> grid = D.at_sigmas(D.edm_path(), [8.0, 4.0, 2.0, 1.0])
-    >>> D.restart_grid(D.edm_path(), grid, [D.Restart(2.0, 4.0, num_steps=1, times=2)]).sigma
+    >>> grid = D.at_sigmas(D.EDM(), [8.0, 4.0, 2.0, 1.0])
+    >>> D.restart_grid(D.EDM(), grid, [D.Restart(2.0, 4.0, num_steps=1, times=2)]).sigma
     array([8., 4., 2., 4., 2., 4., 2., 1., 0.], dtype=float32)
     """
     if grid.num_steps is not None:
