@@ -159,7 +159,7 @@ def scheduler_grid(path: D.Path, num_inference_steps: int | None = None, **optio
     >>> from jaxldm import diffusion as D
     >>> path = D.VP.named("linear")
     >>> scheduler_grid(path, 4, spacing="leading_open", sigmas="karras").t.round(1)
-    array([800. , 491.2, 276.7, 200. ,  -1. ], dtype=float32)
+    array([800. , 665.6, 470.9, 200. ,  -1. ], dtype=float32)
     """
     options = {name: value for name, value in options.items() if value is not None}
     spacing, sigmas, timesteps = (options.get(name) for name in ("spacing", "sigmas", "timesteps"))
