@@ -19,7 +19,7 @@ def load_classifier(run_dir: Path) -> Classify:
 def load_dataset(run_dir: Path) -> data.Dataset:
     """The data that a run was trained on."""
     recipe = training.read_recipe(run_dir)
-    return data.load(recipe.data, image_size=recipe.image_size)
+    return recipe.load_data()
 
 
 def load_latent_model(run_dir: Path) -> Any:

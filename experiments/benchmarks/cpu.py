@@ -59,11 +59,11 @@ def our_training(pair: Pair) -> Run:
     state = training.create_train_state(jax.random.key(1), params, optimizer)
     path = D.VP(D.linear_betas())
 
-    def denoising_loss(params, key, batch, step):
+    def denoising_loss(params, state, batch, key):
         network = functools.partial(models.network(pair.ours), params)
         return D.diffusion_loss(key, network, D.epsilon(path), batch["image"], batch["label"])
 
-    def reconstruction_loss(params, key, batch, step):
+    def reconstruction_loss(params, state, batch, key):
         apply = lambda method: lambda x: pair.ours.apply({"params": params}, x, method=method)  # noqa: E731
         return autoencoder_loss(key, apply("encode"), apply("decode"), batch["image"], beta=BETA)
 

@@ -27,7 +27,6 @@ from jaxldm import metrics, models, training
 from jaxldm.commands.terminal import run_script
 from jaxldm.data import map_batches
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.training.flat import FlatLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +85,21 @@ class Trainer:
             num_classes=self.num_classes,
         )
         self.params = models.init(self.module, jax.random.key(options.seed))
-        self.layout = FlatLayout(self.params)
         self.prediction = D.prediction(prediction, D.VP.named("linear"))
         self.weight = None if gamma is None else D.min_snr(gamma)
 
-    def network(self, vector):
+    def network(self, params):
         """(x, t, labels) -> what the network predicts."""
-        return functools.partial(models.network(self.module), self.layout.unflatten(vector))
+        return functools.partial(models.network(self.module), params)
 
-    def loss(self, vector, key, batch, step):
+    def loss(self, params, state, batch, key):
         """The loss of a batch (latents, labels)."""
-        return D.diffusion_loss(key, self.network(vector), self.prediction, *batch, weight=self.weight)
+        return D.diffusion_loss(key, self.network(params), self.prediction, *batch, weight=self.weight)
 
-    def draw(self, vector):
+    def draw(self, params):
         """Latents [num_images, h, w, c] in 20 DDIM steps, every class equally often."""
         labels = jnp.arange(self.options.num_images, dtype=jnp.int32) % self.num_classes
-        network = self.network(vector)
+        network = self.network(params)
         denoise = D.denoiser(lambda x, t: network(x, t, labels), self.prediction)
         grid, key = D.make_grid(self.prediction.path, 20), jax.random.key(self.options.seed + 2)
         x_T = D.initial_noise(key, (self.options.num_images, *self.x_0.shape[1:]), grid)
@@ -124,7 +122,7 @@ class Trainer:
 
         draw, curve = jax.jit(self.draw), []
         key = jax.random.key(options.seed)
-        state = training.create_train_state(key, self.layout.flatten(self.params), adam)
+        state = training.create_train_state(key, self.params, adam)
         for _ in range(options.num_updates // options.look_every):
             state = train(state)
             drawn = flat(draw(state.evaluation_params))

@@ -67,7 +67,7 @@ class Eval:
 
     def run(self) -> None:
         """Checks the options, then samples and evaluates at each scale, prints and saves."""
-        from jaxldm import data, metrics, pipelines, training
+        from jaxldm import metrics, pipelines, training
         from jaxldm.files import write_together
 
         out = Path(self.output_dir or Path(self.folder) / "eval")
@@ -83,7 +83,7 @@ class Eval:
             raise InvalidArgumentError(
                 f"num_images must be {fewest} or more, two of each class, got {self.num_images}"
             )
-        dataset = data.load(recipe.data, image_size=recipe.image_size)
+        dataset = recipe.load_data()
 
         figures: dict[str, Any] = {"settings": self.settings()}
         sections = []

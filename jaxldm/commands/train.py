@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,8 +74,7 @@ class Train:
         first_devices(self.devices)
         options: dict[str, Any] = {"resume": self.resume, "devices": self.devices}
         if self.quiet:
-            with contextlib.redirect_stdout(io.StringIO()):
-                training.train(recipe, run_dir, **options, bar=False)
+            training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return
         run = training.train(recipe, run_dir, **options)
         print(f"finished: everything is in {run.path}; try")

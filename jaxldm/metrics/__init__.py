@@ -1,4 +1,4 @@
-"""Metrics of images, health checks and pictures: figures named for what they are, real images beside them."""
+"""Metrics of images, health checks and pictures: each figure next to that of real images."""
 
 from jaxldm.metrics import health
 from jaxldm.metrics.clip import clip_score, clip_similarities

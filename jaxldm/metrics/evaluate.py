@@ -1,4 +1,4 @@
-"""`evaluate`: all figures of a set of generated images, each with what real images get beside it."""
+"""`evaluate`: all figures of a set of generated images, each compared with that of real images."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ class Report:
         num_images: generated images.
         num_compared: size of each set in the set-wise figures (Fréchet distance, Inception-Score analogue).
         classifier_accuracy: the classifier's accuracy on the real test images.
-        accuracy: share of the generated images that the classifier reads as the asked class.
+        accuracy: share of the generated images that are classified as the requested class.
         frechet_distance: on classifier features, generated against real test images.
         real_frechet_distance: the floor: real validation against real test images, sets of the same sizes.
         inception_score: the analogue with this classifier's probabilities; real_: of real test images.
@@ -66,17 +66,17 @@ class Report:
         return self.frechet_distance / self.real_frechet_distance if self.real_frechet_distance else math.inf
 
     def to_dict(self) -> dict:
-        """Returns the figures as plain data for JSON, `frechet_ratio` included."""
+        """Return the figures as plain data for JSON, `frechet_ratio` included."""
         figures = dataclasses.asdict(self)
         figures["findings"] = [finding._asdict() for finding in self.findings]
         return {**figures, "frechet_ratio": self.frechet_ratio}
 
     def to_markdown(self) -> str:
-        """Returns the figures as a table, those of real images in the third column, and the warnings."""
+        """Return the figures as a table, those of real images in the third column, and the warnings."""
         n = self.num_compared
         rows = [
             (
-                "images read as the asked class",
+                "images classified as the requested class",
                 f"{self.accuracy:.1%}",
                 f"{self.classifier_accuracy:.1%} (the classifier on real test images)",
             ),
@@ -105,14 +105,12 @@ class Report:
             "|---|---|---|",
         ]
         lines += [f"| {name} | {value} | {real} |" for name, value, real in rows]
-        lines += [
-            f"\nWarning: {finding.seen}. {finding.cure}." for finding in self.findings if not finding.ok
-        ]
+        lines += [f"\nWarning: {finding.seen}. {finding.fix}." for finding in self.findings if not finding.ok]
         return "\n".join(lines)
 
 
 def classifier_function(module, params, batch_size: int = 256) -> Classify:
-    """Returns images [N, H, W, C] -> (features [N, D], logits [N, K]) of a classifier, jitted, in batches.
+    """Return images [N, H, W, C] -> (features [N, D], logits [N, K]) of a classifier, jitted, in batches.
 
     `module` has the method `features_and_logits`, as `models.build("digit-classifier")` does.
     """
@@ -127,7 +125,7 @@ def classifier_function(module, params, batch_size: int = 256) -> Classify:
 def evaluate(
     images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], classify: Classify, dataset: Dataset
 ) -> Report:
-    """Returns the figures of generated images and, beside each, those of real images never trained on.
+    """Return the figures of generated images, each next to that of real images never trained on.
 
     Real images are those of the generated classes only. Set-wise figures use sets of one size on both sides
     (as many as the smallest set has, spread evenly over the classes), because they change with the number
@@ -135,7 +133,7 @@ def evaluate(
 
     Args:
         images: generated, [N, H, W, C] in [-1, 1].
-        labels: the class that each was asked to be.
+        labels: the requested class of each.
         classify: see `classifier_function`.
         dataset: real images with splits train, validation and test.
 
@@ -181,7 +179,7 @@ def evaluate(
 
 
 def stratified_subset(labels: Int[np.ndarray, "N"], number: int) -> Int[np.ndarray, "M"]:
-    """Returns `number` row numbers, spread evenly over the rows in order of their class."""
+    """Return `number` row numbers, spread evenly over the rows in order of their class."""
     order = np.argsort(labels, kind="stable")
     return order[np.arange(number) * len(labels) // number]
 
@@ -192,7 +190,7 @@ def diversity_ratio(
     real_vectors: Float[np.ndarray, "M ..."],
     real_labels: Int[np.ndarray, "M"],
 ) -> float:
-    """Returns within-class diversity over that of real images, both averaged over the classes that both have.
+    """Return within-class diversity over that of real images, both averaged over the classes that both have.
 
     NaN if no class has two images on both sides.
     """
@@ -204,7 +202,7 @@ def diversity_ratio(
 
 
 def softmax(logits: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """Returns exp(logits) / sum exp(logits) along the last axis, in float64."""
+    """Return exp(logits) / sum exp(logits) along the last axis, in float64."""
     logits = np.asarray(logits, np.float64)
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
@@ -238,7 +236,7 @@ def _warnings(labels, test_labels, number: int, width: int, classifier_accuracy:
         findings.append(
             Finding(
                 "classifier",
-                f"the classifier reads only {classifier_accuracy:.1%} of the real test images right",
+                f"only {classifier_accuracy:.1%} of the real test images are classified correctly",
                 "it is trained too short",
                 "Train it longer before believing figures that rest on it",
                 False,
@@ -252,8 +250,8 @@ def _warnings(labels, test_labels, number: int, width: int, classifier_accuracy:
                 "class balance",
                 "the classes are not as frequent among the generated images as among the real ones: "
                 "the Fréchet distance counts that, too",
-                "the asked labels are not balanced",
-                "Ask for each class equally often",
+                "the requested labels are not balanced",
+                "Request each class equally often",
                 False,
             )
         )

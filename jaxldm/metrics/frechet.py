@@ -16,7 +16,7 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(features: Float[np.ndarray, "N D"], name: str = "features") -> Gaussian:
-    """Returns the sample mean and the unbiased sample covariance, in float64.
+    """Return the sample mean and the unbiased sample covariance, in float64.
 
     Raises `DataError` for fewer than two rows or for NaN.
     """
@@ -31,7 +31,7 @@ def fit_gaussian(features: Float[np.ndarray, "N D"], name: str = "features") -> 
 
 
 def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Returns |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared 2-Wasserstein distance.
+    """Return |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared 2-Wasserstein distance.
 
     The trace of the root comes from the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric and
     similar to
@@ -51,7 +51,7 @@ def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def frechet_distance(features_a: Float[np.ndarray, "N D"], features_b: Float[np.ndarray, "M D"]) -> float:
-    """Returns the Fréchet distance of Gaussians fitted to two sets of features, in float64.
+    """Return the Fréchet distance of Gaussians fitted to two sets of features, in float64.
 
     It is the FID only with features of the one published Inception network; with any other features, say
     which. It falls as sets grow even when nothing else changes, so compare sets of the same size only.

@@ -15,27 +15,27 @@ from jaxldm.metrics.scores import class_diversities, reconstruction_error
 
 
 class Finding(NamedTuple):
-    """One result of a check. `likely_cause` and `cure` are empty where all is well."""
+    """One result of a check. `likely_cause` and `fix` are empty where all is well."""
 
     check: str
     seen: str
     likely_cause: str = ""
-    cure: str = ""
+    fix: str = ""
     ok: bool = True
 
 
 def failed(findings: Sequence[Finding]) -> list[Finding]:
-    """Returns the findings that are not ok."""
+    """Return the findings that are not ok."""
     return [finding for finding in findings if not finding.ok]
 
 
 def report(findings: Sequence[Finding]) -> str:
-    """Returns the findings as text: a line each, and two more with likely cause and cure for a bad one."""
+    """Return the findings as text: a line each, and two more with likely cause and fix for a bad one."""
     lines = []
     for finding in findings:
         lines.append(f"{'ok ' if finding.ok else 'BAD'}  {finding.check}: {finding.seen}")
         if not finding.ok:
-            lines += [f"       likely cause: {finding.likely_cause}", f"       cure: {finding.cure}"]
+            lines += [f"       likely cause: {finding.likely_cause}", f"       fix: {finding.fix}"]
     return "\n".join(lines)
 
 
@@ -45,7 +45,7 @@ def check_reconstruction(
     *,
     max_unexplained: float = 0.1,
 ) -> list[Finding]:
-    """Looks whether MSE / Var(images) is at most `max_unexplained`; the mean image alone has 1.
+    """Check whether MSE / Var(images) is at most `max_unexplained`; the mean image alone has 1.
 
     Var is the mean squared distance of the images to their mean image.
     """
@@ -69,8 +69,7 @@ def check_reconstruction(
 def check_terminal_latents(
     z_T: Float[np.ndarray, "N ..."], *, sigma: float = 1.0, tolerance: float = 0.1
 ) -> list[Finding]:
-    """Looks whether noised latents at the path's last t have mean 0 and standard deviation `sigma` per
-    channel.
+    """Check whether latents at the path's last t have mean 0 and standard deviation `sigma` per channel.
 
     `z_T` = alpha(T) z_0 + sigma(T) eps for real latents z_0, channels last. Both differences, in units of
     `sigma`, may be `tolerance` plus three standard errors.
@@ -82,7 +81,7 @@ def check_terminal_latents(
             "z_T statistics",
             "NaN or infinity in the noised latents",
             False,
-            "the encoder gave NaN, or the schedule was computed in half precision",
+            "the encoder returned NaN, or the schedule was computed in half precision",
             "check the latents of the data; keep the schedule in float64 on the host",
         )
     means, stds = values.mean(axis=0), values.std(axis=0)
@@ -104,7 +103,7 @@ def check_terminal_latents(
 
 
 def check_prediction_shape(output: Float[np.ndarray, "..."], x_t: Float[np.ndarray, "..."]) -> list[Finding]:
-    """Looks whether the network's output has the shape of its input; both may be `jax.ShapeDtypeStruct`."""
+    """Check whether the network's output has the shape of its input; both may be `jax.ShapeDtypeStruct`."""
     return _finding(
         "prediction shape",
         f"input {tuple(x_t.shape)}, output {tuple(output.shape)}",
@@ -120,21 +119,21 @@ def check_guided(
     *,
     unguided: Float[np.ndarray, "B ..."] | None = None,
 ) -> list[Finding]:
-    """Looks for NaN or infinity after classifier-free guidance; `unguided` outputs tell who made it."""
+    """Look for NaN or infinity after classifier-free guidance; `unguided` outputs tell the source."""
     broken = int((~_finite_rows(guided)).sum())
     seen = f"{broken} of {len(guided)} outputs have NaN or infinity at guidance scale {guidance_scale:g}"
     cause = "the scale is so large that the guided output overflows, or the rescale divides by a std of 0"
-    cure = "lower guidance_scale, compute in float32, or use guidance_rescale with its guard"
+    fix = "lower guidance_scale, compute in float32, or use guidance_rescale with its guard"
     if unguided is not None and not _finite_rows(unguided).all():
-        cause, cure = (
-            "the network gives NaN without guidance, too",
+        cause, fix = (
+            "the network returns NaN without guidance, too",
             "look at the training loss and the weights; load an earlier checkpoint",
         )
-    return _finding("NaN after guidance", seen, broken == 0, cause, cure)
+    return _finding("NaN after guidance", seen, broken == 0, cause, fix)
 
 
 def check_loss(losses: Sequence[float]) -> list[Finding]:
-    """Looks whether every logged loss is finite."""
+    """Check whether every logged loss is finite."""
     values = np.asarray(losses, np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     seen = (
@@ -157,8 +156,7 @@ def check_loss(losses: Sequence[float]) -> list[Finding]:
 def check_posterior_collapse(
     mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"], *, min_kl: float = 0.01
 ) -> list[Finding]:
-    """Looks whether each latent channel carries information: its mean KL to N(0, 1) is at least `min_kl`
-    nats.
+    """Check whether each latent channel has information: a mean KL to N(0, 1) of `min_kl` nats or more.
 
     KL = (mean^2 + exp(log_variance) - 1 - log_variance) / 2 per number (Kingma and Welling 2014, appendix B).
     """
@@ -168,12 +166,12 @@ def check_posterior_collapse(
     dead = np.flatnonzero(~(kl >= min_kl))  # NaN counts as dead
     seen = f"KL per channel in nats: {', '.join(f'{value:.3g}' for value in kl)}"
     if len(dead):
-        seen += f"; channel {', '.join(str(channel) for channel in dead)} says nothing about the image"
+        seen += f"; channel {', '.join(str(channel) for channel in dead)} has no information about the image"
     return _finding(
         "posterior collapse",
         seen,
         not len(dead),
-        "the KL weight beta is too large too early, and the decoder has learned to do without z",
+        "the KL weight beta is too large too early, and the decoder ignores z",
         "lower beta, raise it slowly from 0 (annealing), or allow each channel some free bits",
     )
 
@@ -181,7 +179,7 @@ def check_posterior_collapse(
 def check_blank(
     images: Float[np.ndarray, "N H W C"], *, min_contrast: float = 0.05, max_share: float = 0.02
 ) -> list[Finding]:
-    """Looks for images of one grey level: standard deviation of the pixels below `min_contrast`, or NaN."""
+    """Look for images of one grey level: standard deviation of the pixels below `min_contrast`, or NaN."""
     images = np.asarray(images, np.float64).reshape(len(images), -1)
     blank = ~(images.std(axis=1) >= min_contrast)
     levels = images[blank].mean(axis=1)
@@ -208,8 +206,7 @@ def check_diversity(
     *,
     min_ratio: float = 0.6,
 ) -> list[Finding]:
-    """Looks whether images of a class differ as real ones do: mean distance within each class, as a ratio
-    to real.
+    """Check whether images of a class differ as much as real ones, by the mean distance within each class.
 
     `vectors` are pixels or features. The class with the lowest ratio decides.
     """
@@ -239,7 +236,7 @@ def check_saturation(
     max_contrast: float = 1.15,
     max_excess: float = 0.15,
 ) -> list[Finding]:
-    """Looks for over-guidance: contrast, and pixels at the ends of the range, against real images.
+    """Look for over-guidance: contrast, and pixels at the ends of the range, against real images.
 
     Contrast is the mean over images of the standard deviation of their pixels, as a ratio to the real one.
     A pixel is at an end when |x| >= 0.98; the share of such pixels may exceed the real share by
@@ -267,7 +264,7 @@ def check_sharpness(
     *,
     min_ratio: float = 0.7,
 ) -> list[Finding]:
-    """Looks for blur: the mean square frequency of the images, as a ratio to that of real ones.
+    """Look for blur: the mean square frequency of the images, as a ratio to that of real ones.
 
     It is the mean squared difference of neighbouring pixels over the variance within an image, so neither
     brightness nor contrast changes it.
@@ -282,8 +279,8 @@ def check_sharpness(
     )
 
 
-def _finding(check: str, seen: str, ok: bool, likely_cause: str, cure: str) -> list[Finding]:
-    return [Finding(check, seen) if ok else Finding(check, seen, likely_cause, cure, False)]
+def _finding(check: str, seen: str, ok: bool, likely_cause: str, fix: str) -> list[Finding]:
+    return [Finding(check, seen) if ok else Finding(check, seen, likely_cause, fix, False)]
 
 
 def _rows(images) -> Float[np.ndarray, "N D"]:

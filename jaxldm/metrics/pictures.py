@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images and each image beside its nearest neighbour, and PNG files."""
+"""Pictures for people: grids of images and each image next to its nearest neighbour, and PNG files."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "height width C"]:
-    """Returns images side by side, row by row from the top left, as one uint8 picture.
+    """Return images side by side, row by row from the top left, as one uint8 picture.
 
     Args:
         images: [B, H, W, C], floats in [-1, 1] or uint8.
@@ -129,7 +129,7 @@ def nearest_neighbour_panel(
     *,
     scale: int = 2,
 ) -> UInt8[np.ndarray, "height width C"]:
-    """Returns pairs of (generated image, its nearest training image) side by side, the closest pairs first.
+    """Return pairs of (generated image, its nearest training image) side by side, the closest pairs first.
 
     If the right one of a pair is the same picture as the left one, the model has copied.
     """
@@ -142,7 +142,7 @@ def nearest_neighbour_panel(
 
 
 def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> None:
-    """Writes a uint8 picture [H, W, C], C = 1 (grey), 3 or 4, as PNG: whole or not at all.
+    """Write a uint8 picture [H, W, C], C = 1 (grey), 3 or 4, as PNG: whole or not at all.
 
     Raises `DataError` for another shape or type, `StorageError` if it cannot be written.
     """

@@ -23,12 +23,12 @@ class Neighbours(NamedTuple):
 
 
 def accuracy(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"]) -> float:
-    """Returns the share of rows whose largest entry is at the label, in [0, 1]."""
+    """Return the share of rows whose largest entry is at the label, in [0, 1]."""
     return float((np.argmax(logits, axis=1) == labels).mean())
 
 
 def inception_score(probabilities: Float[np.ndarray, "N K"]) -> float:
-    """Returns exp(mean over x of KL(p(y|x) || p(y))), with p(y) the mean of p(y|x): between 1 and K.
+    """Return exp(mean over x of KL(p(y|x) || p(y))), with p(y) the mean of p(y|x): between 1 and K.
 
     K if every image is surely of one class and all classes are equally frequent; 1 if all images look alike
     to the classifier. Over the whole set, not averaged over ten parts. With another classifier than
@@ -47,7 +47,7 @@ def inception_score(probabilities: Float[np.ndarray, "N K"]) -> float:
 
 
 def within_class_diversity(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarray, "N"]) -> float:
-    """Returns the mean Euclidean distance between two different images of a class, averaged over the classes.
+    """Return the mean Euclidean distance between two different images of a class, averaged over the classes.
 
     Args:
         vectors: one row per image: pixels [N, H, W, C] or features [N, D].
@@ -63,7 +63,7 @@ def within_class_diversity(vectors: Float[np.ndarray, "N ..."], labels: Int[np.n
 
 
 def class_diversities(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarray, "N"]) -> dict[int, float]:
-    """Returns for each class with at least two images the mean distance between two different ones of it."""
+    """Return for each class with at least two images the mean distance between two different ones of it."""
     diversities = {}
     for label in np.unique(labels):
         members = _flat(vectors)[labels == label]
@@ -77,10 +77,10 @@ def class_diversities(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarra
 def nearest_neighbour_distances(
     images: Float[np.ndarray, "N ..."], reference: Float[np.ndarray, "M ..."]
 ) -> Neighbours:
-    """Returns the Euclidean distance of each image to its nearest reference image, and which one that is.
+    """Return the Euclidean distance of each image to its nearest reference image, and which one that is.
 
-    Against the training set this shows copies (distance 0). Put the same figure for real images that were not
-    trained on beside it: what is nearer than those is suspicious.
+    Against the training set this shows copies (distance 0). Compare with the same figure for real images that
+    were not trained on: what is nearer than those is suspicious.
     """
     images, reference = _flat(images), _flat(reference)
     if images.shape[1] != reference.shape[1]:
@@ -98,7 +98,7 @@ def nearest_neighbour_distances(
 def reconstruction_error(
     images: Float[np.ndarray, "N H W C"], reconstructions: Float[np.ndarray, "N H W C"]
 ) -> ReconstructionError:
-    """Returns the MSE over all pixels and PSNR = 10 log10(2^2 / MSE), for images in [-1, 1]."""
+    """Return the MSE over all pixels and PSNR = 10 log10(2^2 / MSE), for images in [-1, 1]."""
     images, reconstructions = np.asarray(images, np.float64), np.asarray(reconstructions, np.float64)
     if images.shape != reconstructions.shape:
         raise DataError(f"images {images.shape} and reconstructions {reconstructions.shape} differ in shape")
@@ -112,7 +112,7 @@ def _flat(vectors) -> Float[np.ndarray, "N D"]:
 
 
 def _squared_distances(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], block_size: int = 1024):
-    """Yields (rows, |a[rows] - b|^2 as [B, M]) block by block, through |a|^2 + |b|^2 - 2 a b^T in float64."""
+    """Yield (rows, |a[rows] - b|^2 as [B, M]) block by block, through |a|^2 + |b|^2 - 2 a b^T in float64."""
     norms = (b * b).sum(axis=1)
     for start in range(0, len(a), block_size):
         rows = slice(start, start + block_size)

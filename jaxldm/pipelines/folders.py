@@ -1,6 +1,6 @@
 """Models on disk -> pipelines: run folders, exported folders, and the folders of diffusers.
 
-All but a run folder are laid out as diffusers lays out a pipeline:
+All are laid out as diffusers lays out a pipeline; a run folder holds other things as well:
 
     model_index.json                    the class of the pipeline, its parts, and its options
     unet/, transformer/, vae/, ...      config.json, diffusion_pytorch_model.safetensors
@@ -43,7 +43,7 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     """The model in a run folder (from training), an exported one, or a folder of diffusers.
 
     Args:
-        folder: its model_index.json names the pipeline, see `PIPELINES`; a run folder has none.
+        folder: its model_index.json names the pipeline, see `PIPELINES`.
         dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is that of the config.
         variant: "fp16" for the weight files of that variant.
 
@@ -59,8 +59,9 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     folder = Path(folder)
     if dtype is not None:
         models.compute_dtype(dtype)
-    if kind_of(folder) == "run":
-        return _load_run(folder, dtype)
+    is_run = kind_of(folder) == "run"
+    if is_run:
+        _check_finished(folder)
     index = read_json(folder / INDEX_FILE)
     name = index.get("_class_name", EXPORT_CLASS)
     family = PIPELINES[name]
@@ -74,6 +75,8 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
         pipe.check_parts()
     except CheckpointError as error:
         raise CheckpointError(f"{folder} mixes two models: {error}") from error
+    if is_run:
+        _check_data_of_run(pipe, folder)
     return pipe
 
 
@@ -106,13 +109,16 @@ def kind_of(folder: str | Path) -> str:
             f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`; an original "
             "file of DiT or SiT opens with pipelines.load_original"
         )
+    has_run_config = (folder / RUN_CONFIG).exists()
     if (folder / INDEX_FILE).exists():
         name = read_json(folder / INDEX_FILE).get("_class_name", EXPORT_CLASS)
+        if name == EXPORT_CLASS and has_run_config:
+            return "run"
         if name not in PIPELINES:
             known = ", ".join(PIPELINES)
             raise CheckpointError(f"{folder} is a pipeline of an unknown class, {name!r}; known: {known}")
         return "export" if PIPELINES[name] in OF_CLASSES else "text-to-image"
-    if (folder / RUN_CONFIG).exists():
+    if has_run_config:
         return "run"
     raise CheckpointError(
         f"{folder} is neither a run folder (no {RUN_CONFIG}) nor an exported folder (no {INDEX_FILE})"
@@ -285,33 +291,38 @@ def is_denoiser(config: Any) -> bool:
     return models.class_name(config) in TRAINED
 
 
-def _load_run(folder: Path, dtype: str | None) -> Pipeline:
-    """The pipeline of a run: its recipe names the schedule, its stages hold the networks."""
+def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
+    """Recipe, image shape and number of classes of a run."""
     config = read_json(folder / RUN_CONFIG)
     try:
-        recipe, data = config["recipe"], config["data"]
-        prediction = D.NoiseSchedule(**recipe["diffusion"]["noise"]).make_prediction()
-        has_autoencoder = recipe["autoencoder"] is not None
-        shape, num_classes = tuple(data["image_shape"]), len(data["class_names"])
+        data = config["data"]
+        return config["recipe"]["name"], tuple(data["image_shape"]), len(data["class_names"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / RUN_CONFIG} is no config.json of a run ({error!r})") from error
-    if not (folder / "diffusion" / "model").is_dir():
+
+
+def _check_finished(folder: Path) -> None:
+    recipe, _, _ = _read_run(folder)
+    if (folder / "diffusion" / "model").is_dir():
+        raise CheckpointError(f"{folder} is a run of version 0.1: export it with that version, and load that")
+    if not (folder / INDEX_FILE).exists():
         raise CheckpointError(
             f"{folder} holds no finished model yet: go on with its training, with "
-            f"`jaxldm train {recipe.get('name', 'RECIPE')} --run-dir {folder} --resume`"
+            f"`jaxldm train {recipe} --run-dir {folder} --resume`"
         )
-    autoencoder = None
-    if has_autoencoder:
-        autoencoder = Network(*checkpoints.load(folder / "autoencoder" / "model", dtype=dtype))
-    denoiser = Network(*checkpoints.load(folder / "diffusion" / "model", dtype=dtype))
-    try:
-        pipe = class_to_image(denoiser, prediction, autoencoder)
-        pipe.check_parts()
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} mixes two models: {error}") from error
+    for name, (_, kind) in checkpoints.read_model_index(folder).items():
+        found = kind if kind.endswith("Scheduler") else checkpoints.read_config(folder / name)["_class_name"]
+        if found != kind:
+            raise CheckpointError(
+                f"{folder} mixes two models: {name} holds a {found}, its {INDEX_FILE} names a {kind}"
+            )
+
+
+def _check_data_of_run(pipe: Pipeline, folder: Path) -> None:
+    """Refuse networks of other images or classes than those that the run was trained on."""
+    _, shape, num_classes = _read_run(folder)
     if pipe.image_shape() != shape or pipe.num_classes not in (None, num_classes):
         raise CheckpointError(
             f"{folder} mixes two models: its networks draw {pipe.image_shape()} images of {pipe.num_classes} "
             f"classes, its {RUN_CONFIG} has {shape} and {num_classes}"
         )
-    return pipe

@@ -39,7 +39,7 @@ def check_drawn(images: Float[np.ndarray, "N H W C"], guidance_scale: float = 1.
     """
     nan, *_ = findings = [*health.check_guided(images, guidance_scale), *health.check_blank(images)]
     if not nan.ok:
-        raise DataError(f"{nan.seen}: {nan.likely_cause}; {nan.cure}")
+        raise DataError(f"{nan.seen}: {nan.likely_cause}; {nan.fix}")
     return findings
 
 

@@ -21,12 +21,12 @@ from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
 from jaxldm.training.recipes import AutoencoderRecipe, Recipe
+from jaxldm.training.runs import save_autoencoder
 from jaxldm.training.stages import (
     Context,
     build_model,
+    report_health,
     sample_size,
-    save_finished,
-    tell_health,
     train_network,
 )
 from jaxldm.training.state import Params
@@ -75,7 +75,7 @@ def autoencoder_loss(
         encode: images -> posterior; decode: z, not scaled -> images. Closed over the parameters.
         images: `[B, H, W, C]` in [-1, 1].
         beta: weight, may be traced (see `annealed_beta`).
-        free_bits: nats of each channel that cost nothing, so that it is not given up.
+        free_bits: nats of each channel that cost nothing, so that it does not collapse.
 
     Returns:
         (loss, {"reconstruction": R, "kl": nats of an image, "kl_channel": nats of each channel [c],
@@ -104,7 +104,7 @@ def latent_scale(
 
         shift = E[mean],  scale = 1 / sqrt(Var[mean] + E[exp(log_variance)])
 
-    over all examples, places and channels. Source: Rombach et al. 2022, appendix G (there without the shift).
+    over all examples, places and channels. Source: Rombach et al. 2022, appendix G (without the shift).
     Without log_variance the second term is left out: for a diffusion model that is trained on the means,
     which with a strong KL term vary much less than the draws.
     """
@@ -124,16 +124,16 @@ def build_autoencoder(recipe: Recipe, image_shape: tuple[int, int, int]) -> nn.M
 
 
 def make_loss(recipe: AutoencoderRecipe, module: nn.Module, warmup_steps: int):
-    """`loss_fn(params, key, batch, step)` for `make_train_step`; `batch["image"]` is `[B, H, W, C]`."""
+    """`loss_fn(params, state, batch, key)` for `make_train_step`; `batch["image"]` is `[B, H, W, C]`."""
 
-    def loss_fn(params, key, batch, step):
+    def loss_fn(params, state, batch, key):
         apply = lambda method: lambda x: module.apply({"params": params}, x, method=method)  # noqa: E731
         return autoencoder_loss(
             key,
             apply("encode"),
             apply("decode"),
             batch["image"],
-            beta=annealed_beta(recipe.beta, warmup_steps, step),
+            beta=annealed_beta(recipe.beta, warmup_steps, state.step),
             free_bits=recipe.free_bits,
             reconstruction=recipe.reconstruction,
         )
@@ -148,7 +148,7 @@ def encode_all(module: nn.Module, params: Params, images: Float[np.ndarray, "N H
 
 
 def train_autoencoder(context: Context) -> None:
-    """Trains the autoencoder of a run and writes it, with its scaling_factor, into `autoencoder/model`."""
+    """Train the autoencoder of a run and write it, with its scaling_factor, into `vae`."""
     recipe, folder = context.recipe.autoencoder, context.run.stage(STAGE)
     module = build_autoencoder(context.recipe, context.dataset.image_shape)
     images, _ = context.train_arrays()
@@ -165,7 +165,7 @@ def train_autoencoder(context: Context) -> None:
     posterior = encode_all(module, params, images)
     seen = posterior.log_variance if context.recipe.diffusion.sample_latents else None
     scale, shift = latent_scale(posterior.mean, seen)
-    context.say(
+    context.log(
         f"autoencoder: latents have mean {shift:+.3f} and standard deviation {1 / scale:.3f}; "
         f"scaling_factor {scale:.4f}"
     )
@@ -173,14 +173,14 @@ def train_autoencoder(context: Context) -> None:
     decoded = map_batches(lambda batch: reconstruct(params, batch), held_out)
     save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
     findings = [*check_reconstruction(held_out, decoded), *check_posterior_collapse(*posterior)]
-    tell_health(context, folder, findings)
-    save_finished(folder, module, params)
+    report_health(context, folder, findings)
+    save_autoencoder(context.run, module, params)
 
 
 def save_reconstructions(
     path: Path, images: Float[np.ndarray, "N H W C"], decoded: Float[np.ndarray, "N H W C"]
 ) -> None:
-    """Writes rows of eight images, each with the row of their reconstructions below it."""
+    """Write rows of eight images, each with the row of its reconstructions below it."""
     decoded = np.nan_to_num(np.asarray(decoded))
     starts = range(0, len(images), 8)
     rows = [part[start : start + 8] for start in starts for part in (images, decoded)]

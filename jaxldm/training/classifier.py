@@ -1,4 +1,4 @@
-"""The judge for the metrics: a small classifier of the real training images."""
+"""The classifier for the metrics, trained on the real training images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from jaxldm.files import write_atomically
 from jaxldm.metrics.evaluate import classifier_function
 from jaxldm.metrics.scores import accuracy
 from jaxldm.training.recipes import ClassifierRecipe, Recipe
-from jaxldm.training.stages import Context, build_model, sample_size, save_finished, train_network
+from jaxldm.training.runs import save_classifier
+from jaxldm.training.stages import Context, build_model, sample_size, train_network
 
 STAGE = "classifier"
 
@@ -56,9 +57,9 @@ def build_classifier(recipe: Recipe, image_shape: tuple[int, int, int], num_clas
 
 
 def make_loss(recipe: ClassifierRecipe, module: nn.Module):
-    """`loss_fn(params, key, batch, step)` for `make_train_step`; `batch` holds `image` and `label`."""
+    """`loss_fn(params, state, batch, key)` for `make_train_step`; `batch` holds `image` and `label`."""
 
-    def loss_fn(params, key, batch, step):
+    def loss_fn(params, state, batch, key):
         classify = lambda images: module.apply({"params": params}, images)  # noqa: E731
         strength = LIGHT if recipe.augment else None
         return classification_loss(key, classify, batch["image"], batch["label"], strength)
@@ -67,7 +68,7 @@ def make_loss(recipe: ClassifierRecipe, module: nn.Module):
 
 
 def train_classifier(context: Context) -> None:
-    """Trains the classifier of a run into `classifier/model`; writes its test accuracy to `metrics.json`."""
+    """Train the classifier of a run into `classifier/model`; write its test accuracy to `metrics.json`."""
     recipe, folder = context.recipe.classifier, context.run.stage(STAGE)
     module = build_classifier(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     images, labels = context.train_arrays()
@@ -76,7 +77,9 @@ def train_classifier(context: Context) -> None:
     classify = classifier_function(module, params)
     test_images, test_labels = context.dataset.arrays("test")
     test_accuracy = accuracy(classify(test_images)[1], test_labels)
-    context.say(f"classifier: reads {test_accuracy:.1%} of the {len(test_labels)} real test images right")
+    context.log(
+        f"classifier: {test_accuracy:.1%} of {len(test_labels)} real test images classified correctly"
+    )
     figures = {"test_accuracy": test_accuracy, "test_images": len(test_labels)}
     write_atomically(folder.path / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
-    save_finished(folder, module, params)
+    save_classifier(context.run, module, params)

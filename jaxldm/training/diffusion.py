@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm import checkpoints, models
+from jaxldm import checkpoints, models, schedulers
 from jaxldm import diffusion as D
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import InvalidArgumentError
@@ -22,13 +22,13 @@ from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import build_autoencoder, encode_all
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
+from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
     Context,
     build_model,
+    report_health,
     sample_size,
-    save_finished,
     stage_keys,
-    tell_health,
     train_network,
 )
 from jaxldm.training.state import Params
@@ -50,11 +50,13 @@ def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int
 def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """The denoising network of a recipe. Raises `UnknownNameError`, `InvalidArgumentError`.
 
-    A network that can learn the variance too (DiT) is built without: nothing here would train it.
+    A network that can learn the variance too (DiT) is built without it: this loss would not train it.
     """
-    noise = recipe.diffusion.noise
-    noise.make_denoiser(lambda x, t: x)  # refuses unknown names, and epsilon where the path ends in noise
-    D.make_grid(noise.make_path(), recipe.diffusion.sample_steps)  # refuses more steps than the path has
+    path = recipe.diffusion.prediction.path
+    D.make_grid(path, recipe.diffusion.sample_steps)  # refuses more steps than the path has
+    if recipe.diffusion.time is not None:  # refuses a distribution of continuous times on timesteps
+        draw = recipe.diffusion.make_time()
+        jax.eval_shape(lambda key: draw(key, (1,), path), jax.random.key(0))
     shape = latent_shape(recipe, image_shape)
     module = build_model(
         recipe.diffusion,
@@ -64,24 +66,23 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         num_classes=num_classes,
         learn_sigma=False,
     )
-    if models.convention(module).continuous and noise.make_path().num_train_timesteps is not None:
+    if models.convention(module).continuous and path.num_train_timesteps is not None:
         raise InvalidArgumentError(
-            f"{type(module).__name__} counts time from 0 to 1: train it on a continuous path, noise path "
-            '"flow" with prediction "flow", or train a DiT'
+            f"{type(module).__name__} counts time from 0 to 1: train it on a continuous path, for example "
+            "prediction D.flow(D.Flow()), or train a DiT"
         )
     return module
 
 
 def make_loss(recipe: DiffusionRecipe, module: nn.Module):
-    """`loss_fn(params, key, batch, step)` for `make_train_step`.
+    """`loss_fn(params, state, batch, key)` for `make_train_step`.
 
-    `batch`: `mean` `[B, h, w, c]`, `label` int32 `[B]` and, to draw x_0 = mean + std N(0, 1) anew each time,
+    `batch`: `mean` `[B, h, w, c]`, `label` int32 `[B]` and, to draw x_0 = mean + std N(0, 1) at each update,
     `std`.
     """
-    prediction, time = recipe.noise.make_prediction(), recipe.noise.make_training_times()
-    weight = None if recipe.min_snr_gamma is None else D.min_snr(recipe.min_snr_gamma)
+    weight, time = recipe.make_weight(), recipe.make_time()
 
-    def loss_fn(params, key, batch, step):
+    def loss_fn(params, state, batch, key):
         latent_key, loss_key, dropout_key = jax.random.split(key, 3)
         x_0 = batch["mean"]
         if "std" in batch:
@@ -93,7 +94,7 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
         return D.diffusion_loss(
             loss_key,
             network,
-            prediction,
+            recipe.prediction,
             x_0,
             batch["label"],
             weight=weight,
@@ -119,7 +120,7 @@ def latent_columns(context: Context) -> dict[str, Any]:
     scale, shift = np.float32(module.config.scaling_factor), np.float32(module.config.shift_factor or 0.0)
 
     def compute():
-        context.say("diffusion: encoding the training images")
+        context.log("diffusion: encoding the training images")
         posterior = encode_all(module, params, images)
         return {
             "mean": (posterior.mean - shift) * scale,
@@ -137,7 +138,7 @@ def make_sampler(
 ) -> Callable[[Params, Any], Float[np.ndarray, "N H W C"]]:
     """`draw(params, key)`: `samples_per_class` images of each class (of the first ten), by DDIM; jitted."""
     recipe, num_classes = context.recipe.diffusion, module.config.num_classes
-    grid = D.make_grid(recipe.noise.make_path(), recipe.sample_steps)
+    grid = D.make_grid(recipe.prediction.path, recipe.sample_steps)
     labels = np.tile(np.arange(min(num_classes, MOST_CLASSES), dtype=np.int32), recipe.samples_per_class)
     shape = (len(labels), *models.config.height_width(module.config.sample_size), module.config.in_channels)
     autoencoder, decoder_params = None, None
@@ -149,36 +150,34 @@ def make_sampler(
         network = functools.partial(models.network(module), params)
         scale = recipe.sample_guidance_scale
         predict = D.classifier_free_guidance(network, labels, jnp.int32(num_classes), scale)
-        denoise, x_T = recipe.noise.make_denoiser(predict), D.initial_noise(key, shape, grid)
+        denoise, x_T = D.denoiser(predict, recipe.prediction), D.initial_noise(key, shape, grid)
         latents = D.sample(key, denoise, D.solvers.ddim(), grid, x_T)
         return latents if autoencoder is None else models.decode_latents(autoencoder, decoder_params, latents)
 
     return lambda params, key: np.asarray(draw(params, decoder_params, key))
 
 
-def check_before(
-    recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray, "N h w c"]
-) -> list[Finding]:
-    """What can be seen of a run before it begins: the network's shapes, and that the path ends in noise."""
+def preflight(recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray, "N h w c"]) -> list[Finding]:
+    """Check what can be checked before a run: the network's shapes, and that the path ends in noise."""
     x = jax.ShapeDtypeStruct((1, *x_0.shape[1:]), jnp.float32)
     t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     output = jax.eval_shape(module.apply, {"params": models.shapes(module)}, x, t, label)
-    path, x_0 = recipe.noise.make_path(), x_0[:1000]
+    path, x_0 = recipe.prediction.path, x_0[:1000]
     alpha, sigma = (float(of(np.float64(path.t_noisy))) for of in (path.alpha, path.sigma))
     z_T = alpha * x_0 + sigma * np.random.default_rng(0).normal(size=x_0.shape)
     return [*check_prediction_shape(output, x), *check_terminal_latents(z_T, sigma=sigma)]
 
 
 def train_diffusion(context: Context) -> None:
-    """Trains the denoising network of a run and writes its moving average into `diffusion/model`."""
+    """Train the denoising network of a run and write its moving average into the run folder."""
     recipe, folder = context.recipe.diffusion, context.run.stage(STAGE)
     module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = latent_columns(context)
-    findings = check_before(recipe, module, columns["mean"])
+    findings = preflight(recipe, module, columns["mean"])
     for finding in failed(findings):
-        context.say(
+        context.log(
             f"diffusion: {finding.check}: {finding.seen}; likely cause: {finding.likely_cause}; "
-            f"cure: {finding.cure}"
+            f"fix: {finding.fix}"
         )
     draw, key = make_sampler(context, module), stage_keys(context.recipe.seed, STAGE).sample
     drawn: list[np.ndarray] = []
@@ -194,5 +193,5 @@ def train_diffusion(context: Context) -> None:
     params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)
     if drawn:
         findings = [*findings, *check_blank(np.stack(drawn))]
-    tell_health(context, folder, findings)
-    save_finished(folder, module, params)
+    report_health(context, folder, findings)
+    save_denoiser(context.run, module, params, schedulers.to_config(recipe.prediction))

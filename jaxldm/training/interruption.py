@@ -40,7 +40,7 @@ class StopRequest:
             os.write(2, b"\nstopping: the step under way is ended and saved (Ctrl-C again to stop at once)\n")
 
     def stop(self, message: str) -> None:
-        """Raises what the signal stands for: `KeyboardInterrupt`, or `SystemExit(143)` for SIGTERM."""
+        """Raise what the signal stands for: `KeyboardInterrupt`, or `SystemExit(143)` for SIGTERM."""
         if self.signal_number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(message)

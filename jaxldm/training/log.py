@@ -1,4 +1,4 @@
-"""The training log: a CSV file with one row per update, kept in step with the checkpoints."""
+"""The training log: a CSV file with one row per update, consistent with the checkpoints."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def flatten_metrics(metrics: Mapping[str, np.ndarray]) -> dict[str, np.float32]:
 
 
 class CsvLog:
-    """Appends rows `epoch, step, loss, grad_norm, learning_rate, seconds` and then whatever else is measured.
+    """Append rows `epoch, step, loss, grad_norm, learning_rate, seconds` and then whatever else is measured.
 
     `step` counts finished updates (the first row has step 1), `epoch` is counted from 1, `seconds` is the
     training time so far, over all interruptions. Numbers are written in the shortest form that reads back as
-    the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off what a checkpoint does not
-    know of.
+    the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
+    checkpoint.
     """
 
     def __init__(self, path: Path | str):
@@ -42,7 +42,7 @@ class CsvLog:
         self._header: list[str] | None = None
 
     def keep_until(self, step: int) -> float:
-        """Keeps the rows up to `step`, not later or half-written ones; returns the seconds of the last."""
+        """Keep the rows up to `step`, not later or half-written ones; return the seconds of the last."""
         if not self.path.exists():
             return 0.0
         header, rows = _read_rows(self.path)
@@ -53,12 +53,12 @@ class CsvLog:
         return float(kept[-1]["seconds"]) if kept else 0.0
 
     def append(self, epoch: int, step: int, seconds: float, metrics: Mapping[str, np.ndarray]) -> None:
-        """Takes one row into memory."""
+        """Take one row into memory."""
         row = {"epoch": epoch, "step": step, "seconds": f"{seconds:.3f}", **flatten_metrics(metrics)}
         self._rows.append(row)
 
     def flush(self, *, durable: bool = False) -> None:
-        """Writes the rows taken in; `durable`: so that they outlive a power cut. Raises `StorageError`."""
+        """Write the rows taken in; `durable`: so that they outlive a power cut. Raises `StorageError`."""
         if not self._rows:
             return
         if self._header is None:
@@ -88,7 +88,7 @@ def _read_rows(path: Path) -> tuple[list[str] | None, list[dict[str, str]]]:
 
 
 def read_log(path: Path | str) -> dict[str, np.ndarray]:
-    """Reads a training log: name of the column -> float64 `[rows]` (`epoch` and `step` int64).
+    """Read a training log: name of the column -> float64 `[rows]` (`epoch` and `step` int64).
 
     Raises `CheckpointError` when there is no such file or it is no training log.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,20 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxldm.checkpoints.training_store import TrainingStore
 from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
 from jaxldm.files import storage_errors
 from jaxldm.training.interruption import StopRequest
 from jaxldm.training.log import CsvLog
-from jaxldm.training.mesh import batch_sharding, make_mesh, replicated
+from jaxldm.training.mesh import batch_sharding, make_mesh, state_shardings
 from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import Progress
 from jaxldm.training.state import TrainState
 from jaxldm.training.step import TrainStep, compile_train_step
+from jaxldm.training.store import TrainingStore
 
 
 class Batches(Protocol):
-    """`batches[step]`: the batch of update `step`, the same whenever asked; `len(...)`: steps per epoch."""
+    """`batches[step]`: the batch of update `step`, always the same; `len(...)`: steps per epoch."""
 
     def __getitem__(self, step: int) -> dict[str, Any]: ...
     def __len__(self) -> int: ...
@@ -41,25 +42,28 @@ class Plan:
 
     def __post_init__(self):
         if self.num_steps < 1:
-            raise InvalidArgumentError(f"num_steps must be at least 1, not {self.num_steps}")
+            raise InvalidArgumentError(f"num_steps must be >= 1, got {self.num_steps}")
         if self.save_every < 0 or self.sample_every < 0 or self.keep < 1:
-            raise InvalidArgumentError("save_every and sample_every must be 0 or more, keep 1 or more")
+            raise InvalidArgumentError(
+                f"save_every and sample_every must be >= 0 and keep >= 1, got {self.save_every}, "
+                f"{self.sample_every} and {self.keep}"
+            )
 
 
 def _resume(
-    state: TrainState, store: TrainingStore, resume: bool, log: CsvLog, say: Callable[[str], None]
+    state: TrainState, store: TrainingStore, resume: bool, rows: CsvLog, log: Callable[[str], None]
 ) -> tuple[TrainState, int, float]:
     """State, updates done and seconds spent, from the newest whole checkpoint where there is one."""
-    if not resume and (store.steps() or log.path.exists()):
+    if not resume and (store.steps() or rows.path.exists()):
         raise CheckpointError(
-            f"{log.path.parent} already holds a run: type --resume (resume=True) to go on with it, "
+            f"{rows.path.parent} already holds a run: type --resume (resume=True) to go on with it, "
             "or choose another folder to start a new one"
         )
-    restored = store.restore_latest(state, say) if resume else None
+    restored = store.restore_latest(state, log) if resume else None
     if restored is None:
-        return state, 0, log.keep_until(0)
-    say(f"resuming from the checkpoint of step {restored.step}")
-    return restored.state, restored.step, log.keep_until(restored.step)
+        return state, 0, rows.keep_until(0)
+    log(f"resuming from the checkpoint of step {restored.step}")
+    return restored.state, restored.step, rows.keep_until(restored.step)
 
 
 def fit(
@@ -74,50 +78,51 @@ def fit(
     name: str = "training",
     on_sample: Callable[[TrainState, int], None] | None = None,
     explain_divergence: Callable[[int, dict[str, Any]], str] | None = None,
-    say: Callable[[str], None] = tqdm.write,
+    log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
 ) -> TrainState:
-    """Runs `train_step` (pure, not yet compiled) until `plan.num_steps` updates are done.
+    """Run `train_step` until `plan.num_steps` updates are done, and return the last state.
 
-    Returns the last state, and writes into `run_dir`: `log.csv`, `checkpoints/<step>`, and at the end
-    `loss.png` and `grad_norm.png`. `resume` goes on from the newest whole checkpoint there: the losses are,
-    bit for bit, those of a run that was never interrupted, because batch n depends only on n, and the random
-    numbers of update n only on the key and n. `on_sample(state, step)` is called every `plan.sample_every`
-    updates, and at the end. `state` is given away to the first step, which takes its memory: go on with the
-    one returned.
+    A resumed run has, bit for bit, the losses of one that was never interrupted, because batch n depends only
+    on n, and the random numbers of update n only on the key and n. Ctrl-C ends the step, saves, says how to
+    resume and raises `KeyboardInterrupt`.
 
-    Ctrl-C ends the step, saves, says how to resume and raises `KeyboardInterrupt`. A loss or gradient that is
-    not finite raises `DivergenceError` with the words of `explain_divergence(step, metrics)`; the last good
-    checkpoint stays. Raises `CheckpointError` for a folder that holds a run (without `resume`) or another
-    model's (with it), `StorageError` for a full disk.
+    Args:
+        state: donated to the first step, which reuses its memory: go on with the one returned.
+        train_step: pure, not yet compiled; see `make_train_step`.
+        batches: the data.
+        plan: number of updates, and when to save and to sample.
+        run_dir: receives `log.csv`, `checkpoints/<step>` and at the end `loss.png` and `grad_norm.png`.
+        resume: go on from the newest whole checkpoint in `run_dir`, on this mesh or another.
+        mesh: where the state and the batch live (see `jaxldm.training.mesh`); None: all devices along `data`.
+        name: of the training, in messages.
+        on_sample: `on_sample(state, step)`, called every `plan.sample_every` updates and at the end.
+        explain_divergence: `explain_divergence(step, metrics)`, the words for a loss that is not finite.
+        log: takes each line of text.
+        bar: a progress bar; None: where the output is a screen.
+
+    Raises:
+        DivergenceError: a loss or gradient is not finite; the last good checkpoint stays.
+        CheckpointError: a folder that holds a run (without `resume`) or another model's (with it).
+        StorageError: the disk is full.
+        InvalidArgumentError: a mesh over whose fsdp or tensor axis nothing of the state can be split.
     """
     run_dir = Path(run_dir)
     mesh = make_mesh() if mesh is None else mesh
-    log = CsvLog(run_dir / "log.csv")
+    shardings = state_shardings(mesh, state)
+    rows = CsvLog(run_dir / "log.csv")
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     with TrainingStore(run_dir / "checkpoints", plan.keep) as store, StopRequest() as stop:
-        state, start, seconds = _resume(state, store, resume, log, say)
+        state, start, seconds = _resume(state, store, resume, rows, log)
         store.check_space(state)
-        progress = Progress(
-            log,
-            name=name,
-            start=start,
-            num_steps=plan.num_steps,
-            steps_per_epoch=len(batches),
-            seconds=seconds,
-            say=say,
-            bar=bar,
-        )
-        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, run_dir, say)
-        try:
-            state = jax.device_put(state, replicated(mesh))
-            state = loop.run(
-                state, compile_train_step(train_step, mesh), batches, batch_sharding(mesh), start
-            )
-        finally:
-            progress.close()
-    plot_log_or_report(log.path, say)
+        counts = {"start": start, "num_steps": plan.num_steps, "steps_per_epoch": len(batches)}
+        progress = Progress(rows, name=name, **counts, seconds=seconds, log=log, bar=bar)
+        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, run_dir, log)
+        with contextlib.closing(progress):
+            step, state = compile_train_step(train_step, mesh), jax.device_put(state, shardings)
+            state = loop.run(state, step, batches, batch_sharding(mesh), start)
+    plot_log_or_report(rows.path, log)
     return state
 
 
@@ -130,7 +135,7 @@ class _Loop:
     explain_divergence: Callable[[int, dict[str, Any]], str] | None
     on_sample: Callable[[TrainState, int], None] | None
     run_dir: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def run(
         self, state: TrainState, train_step: TrainStep, batches: Batches, sharding, start: int
@@ -154,7 +159,7 @@ class _Loop:
         return state
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves when every loss so far is known to be finite; the rows reach the disk before the state."""
+        """Save when every loss so far is known to be finite; the rows reach the disk before the state."""
         self.progress.drain()
         if self.progress.diverged:
             self.end_diverged()
@@ -162,17 +167,17 @@ class _Loop:
 
     def end_early(self, step: int) -> None:
         self.store.wait()
-        plot_log_or_report(self.run_dir / "log.csv", self.say)
+        plot_log_or_report(self.run_dir / "log.csv", self.log)
         message = (
             f"stopped after step {step} of {self.plan.num_steps} and saved in {self.run_dir}: "
             "to go on, type the same command with --resume"
         )
-        self.say(message)
+        self.log(message)
         self.stop.stop(message)
 
     def end_diverged(self) -> None:
         self.store.wait()
-        plot_log_or_report(self.run_dir / "log.csv", self.say)
+        plot_log_or_report(self.run_dir / "log.csv", self.log)
         step, metrics = self.progress.diverged
         why = f": {self.explain_divergence(step, metrics)}" if self.explain_divergence else ""
         kept = self.store.steps()

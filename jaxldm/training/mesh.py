@@ -1,12 +1,13 @@
 """Where arrays live: one mesh with the axes data, fsdp and tensor, from one CPU to a pod.
 
-Today the batch is split over `data` and `fsdp`, and the state is kept whole on every device. The sums over
-the batch (loss and gradients) become all-reduces that the compiler puts in: the train step itself knows of no
-device.
+The batch is split over `data` and `fsdp`. Each array of the state is split over `fsdp` and `tensor` where its
+shape allows it (`leaf_sharding`) and whole on the devices along `data`. What has to move between devices
+(gathered parameters, sums over the batch) is put in by the compiler: the train step knows of no device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,25 +23,26 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(devices: Sequence[Any] | int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over `devices` (None: all of them; a number: the first so many), the rest of them along `data`.
 
-    Raises `InvalidArgumentError` when there are not so many devices, or `fsdp * tensor` does not divide them.
+    Raises:
+        InvalidArgumentError: there are not so many devices, or `fsdp * tensor` does not divide them.
     """
     if devices is None:
         devices = jax.devices()
     elif isinstance(devices, int):
         if not 1 <= devices <= jax.device_count():
             raise InvalidArgumentError(
-                f"devices must lie in [1, {jax.device_count()}] on this machine, not {devices}"
+                f"devices must lie in [1, {jax.device_count()}] on this machine, got {devices}"
             )
         devices = jax.devices()[:devices]
     if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
         raise InvalidArgumentError(
-            f"{len(devices)} devices cannot be laid out with fsdp={fsdp} and tensor={tensor}"
+            f"fsdp * tensor must divide the {len(devices)} devices, got fsdp={fsdp} and tensor={tensor}"
         )
     return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array: the state."""
+    """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -49,8 +51,61 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def leaf_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """How an array of the state is split: the one rule.
+
+    `tensor` splits the last axis (the output features) of arrays with two or more axes; `fsdp` splits the
+    largest of the axes that are left. An axis that cannot be split evenly is not split.
+
+    Source: Rajbhandari et al. 2020 (ZeRO, stage 3), for `fsdp`.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
+    >>> leaf_sharding(mesh, (3, 3, 64, 128)).spec
+    PartitionSpec(None, None, 'fsdp', 'tensor')
+    """
+    names: list[str | None] = [None] * len(shape)
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    if tensor > 1 and len(shape) >= 2 and shape[-1] % tensor == 0:
+        names[-1] = "tensor"
+    even = [axis for axis, name in enumerate(names) if name is None and shape[axis] % fsdp == 0]
+    if fsdp > 1 and even:
+        names[max(even, key=lambda axis: shape[axis])] = "fsdp"
+    while names and names[-1] is None:  # as JAX writes the sharding of an output: equal ones compile once
+        names.pop()
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """`leaf_sharding` of each array of a state: a tree of the same structure.
+
+    Raises:
+        InvalidArgumentError: `fsdp` or `tensor` is above 1 and splits no array at all.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), state)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    for axis in ("fsdp", "tensor"):
+        used = any(axis in sharding.spec for sharding in jax.tree.leaves(shardings))
+        if mesh.shape[axis] > 1 and not used:
+            raise InvalidArgumentError(
+                f"{axis}={mesh.shape[axis]} divides no axis of any of the {len(shapes)} arrays of this "
+                f"state, so it would split nothing: choose another {axis}"
+            )
+    return shardings
+
+
+def bytes_per_device(state: Any) -> int:
+    """Bytes of a state on the device that holds most of it."""
+    held: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            for shard in leaf.addressable_shards:
+                size = math.prod(shard.data.shape) * leaf.dtype.itemsize
+                held[shard.device] = held.get(shard.device, 0) + size
+    return max(held.values(), default=0)
+
+
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raises `InvalidArgumentError` when a batch cannot be split evenly over the mesh."""
+    """Raise `InvalidArgumentError` when a batch cannot be split evenly over the mesh."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shares:
         raise InvalidArgumentError(

@@ -27,7 +27,7 @@ def centred_mean(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarr
 
 
 def plot_log(log_path: Path | str) -> None:
-    """Draws `loss.png` and `grad_norm.png` beside a training log; does nothing while the log has no rows.
+    """Draw `loss.png` and `grad_norm.png` next to a training log; do nothing while the log has no rows.
 
     Raises `StorageError` when the pictures cannot be written, `MissingDependencyError` without matplotlib.
     """
@@ -44,7 +44,7 @@ def plot_log_or_report(log_path: Path | str, report: Callable[[str], None]) -> N
     try:
         plot_log(log_path)
     except MissingDependencyError as error:
-        report(f"no curves beside {log_path}: {error}")
+        report(f"no curves next to {log_path}: {error}")
 
 
 def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str) -> None:

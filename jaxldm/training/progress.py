@@ -1,4 +1,4 @@
-"""What people see of a run while it trains: the bar, a line per epoch, the CSV log; and the watch for NaN."""
+"""What is shown of a run while it trains (bar, a line per epoch, CSV log), and the watch for NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS_IN_FLIGHT = 2
 
 
 class Progress:
-    """Takes the metrics of each step as they leave the device and reports them; the device never waits.
+    """Take the metrics of each step as they leave the device and report them; the device never waits.
 
     `push` is given metrics that are still being computed; their numbers are fetched when `STEPS_IN_FLIGHT`
     later steps have been started. `drain` fetches all of them. The first loss or gradient norm that is not
@@ -29,19 +29,19 @@ class Progress:
 
     def __init__(
         self,
-        log: CsvLog,
+        rows: CsvLog,
         *,
         name: str,
         start: int,
         num_steps: int,
         steps_per_epoch: int,
         seconds: float,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         bar: bool | None,
     ):
         self.diverged: tuple[int, dict[str, np.ndarray]] | None = None
         self.name = name
-        self._log, self._say = log, say
+        self._rows, self._log = rows, log
         self._steps_per_epoch, self._num_epochs = steps_per_epoch, math.ceil(num_steps / steps_per_epoch)
         self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
         self._epoch_rows: list[tuple[float, float]] = []
@@ -59,7 +59,7 @@ class Progress:
         )
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of update number `step` (counted from 1)."""
+        """Take the metrics of update number `step` (counted from 1)."""
         for value in metrics.values():
             value.copy_to_host_async()
         self._pending.append((step, metrics))
@@ -67,13 +67,13 @@ class Progress:
             self._take()
 
     def drain(self) -> None:
-        """Waits for all the steps under way and writes their rows to disk."""
+        """Wait for all the steps under way and write their rows to disk."""
         while self._pending:
             self._take()
-        self._log.flush(durable=True)
+        self._rows.flush(durable=True)
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
+        """Take the bar off the screen."""
         self._bar.close()
 
     def _take(self) -> None:
@@ -83,7 +83,7 @@ class Progress:
             return
         now = time.perf_counter()
         epoch = (step - 1) // self._steps_per_epoch + 1
-        self._log.append(epoch, step, now - self._started, metrics)
+        self._rows.append(epoch, step, now - self._started, metrics)
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.diverged = step, metrics
@@ -94,12 +94,12 @@ class Progress:
         if step % self._steps_per_epoch == 0:
             self._end_epoch(epoch, float(metrics["learning_rate"]), now)
         if now - self._flushed > 1.0:
-            self._log.flush()
+            self._rows.flush()
             self._flushed = now
 
     def _end_epoch(self, epoch: int, learning_rate: float, now: float) -> None:
         loss, grad_norm = np.mean(self._epoch_rows, axis=0)
-        self._say(
+        self._log(
             f"{self.name}: epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  grad norm {grad_norm:.3g}  "
             f"learning rate {learning_rate:.2e}  {now - self._epoch_started:.1f} s"
         )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxldm.diffusion import NoiseSchedule
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm import data
+from jaxldm import diffusion as D
+from jaxldm.data import Dataset
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +54,12 @@ class StageRecipe:
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise InvalidArgumentError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup_epochs", "save_every", "sample_every"):
             if not getattr(self, name) >= 0:
-                raise InvalidArgumentError(f"{name} must be 0 or more, not {getattr(self, name)}")
+                raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise InvalidArgumentError(f"ema_decay must lie in [0, 1), or be None, not {self.ema_decay}")
+            raise InvalidArgumentError(f"ema_decay must be in [0, 1), or be None, got {self.ema_decay}")
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
 
 
@@ -82,8 +84,24 @@ class AutoencoderRecipe(StageRecipe):
         super().__post_init__()
         for name in ("beta", "beta_warmup_epochs", "free_bits"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidArgumentError(f"{name} must be 0 or more, not {getattr(self, name)}")
+                raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")
         one_of("reconstruction", self.reconstruction, ("mse", "l1"))
+
+
+# Name of a weight of the loss -> maker.
+WEIGHTS: dict[str, Callable[..., Callable[[Any], Any]]] = {"min_snr": D.min_snr}
+
+
+def _from_table(kind: str, table: Mapping[str, Callable[..., Any]], entry: Mapping[str, Any] | None) -> Any:
+    """What a recipe's entry {"name": ..., option: ...} stands for; None stays None."""
+    if entry is None:
+        return None
+    options = dict(entry)
+    make = table[one_of(kind, options.pop("name", None), table)]
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise InvalidArgumentError(f"{kind} {dict(entry)!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,15 +109,21 @@ class DiffusionRecipe(StageRecipe):
     """Stage two (or the only one, on pixels), see `jaxldm.diffusion.diffusion_loss`.
 
     Attributes:
-        noise: path and prediction.
-        min_snr_gamma, noise_offset, condition_dropout: as there.
-        sample_latents: draw each latent anew from the autoencoder's posterior, as published; else its mean.
+        prediction: what the network's output means, and its path: `D.v(D.VP.named("cosine"))`.
+        weight: of the squared error of x_0, by name and options: {"name": "min_snr", "gamma": 5.0} of
+            `WEIGHTS`; None: the plain error of the network's output.
+        time: the distribution of t, by name and options: {"name": "logit_normal", "std": 0.5} of
+            `jaxldm.diffusion.TRAINING_TIMES`; None: the path's own.
+        noise_offset, condition_dropout: arguments of that.
+        sample_latents: draw each latent from the autoencoder's posterior at each update, as published; else
+            its mean.
         sample_steps, sample_guidance_scale, samples_per_class: of the pictures on the way.
     """
 
     preset: str = "mini-unet"
-    noise: NoiseSchedule = dataclasses.field(default_factory=NoiseSchedule)
-    min_snr_gamma: float | None = None
+    prediction: D.Prediction = dataclasses.field(default_factory=lambda: D.epsilon(D.VP.named("linear")))
+    weight: Mapping[str, Any] | None = None
+    time: Mapping[str, Any] | None = None
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
     sample_latents: bool = True
@@ -111,21 +135,29 @@ class DiffusionRecipe(StageRecipe):
         super().__post_init__()
         for name in ("noise_offset", "sample_guidance_scale"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidArgumentError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise InvalidArgumentError(f"min_snr_gamma must be above 0, or None, not {self.min_snr_gamma}")
+                raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")
+        self.make_weight()
+        self.make_time()
         if not 0 <= self.condition_dropout <= 1:
-            raise InvalidArgumentError(f"condition_dropout must lie in [0, 1], not {self.condition_dropout}")
+            raise InvalidArgumentError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
         if self.samples_per_class < 1:
-            raise InvalidArgumentError(f"samples_per_class must be at least 1, not {self.samples_per_class}")
+            raise InvalidArgumentError(f"samples_per_class must be >= 1, got {self.samples_per_class}")
+
+    def make_weight(self) -> Callable[[Any], Any] | None:
+        """log-SNR -> weight, for `diffusion_loss`."""
+        return _from_table("weight", WEIGHTS, self.weight)
+
+    def make_time(self) -> Callable[..., Any] | None:
+        """(key, shape, path) -> t, for `diffusion_loss`."""
+        return _from_table("time", D.TRAINING_TIMES, self.time)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe(StageRecipe):
-    """The judge for the metrics, see `jaxldm.models.digit_classifier`.
+    """The classifier for the metrics, see `jaxldm.models.digit_classifier`.
 
     Attributes:
-        augment: turn, scale and shift the images a little.
+        augment: rotate, scale and shift the images a little.
     """
 
     preset: str = "digit-classifier"
@@ -140,6 +172,7 @@ class Recipe:
         name: of the recipe.
         data: a TFDS name.
         image_size: side to which its images are scaled; None: as they are.
+        pad_to: side of the black square in whose centre they are then placed; None: as they are.
         max_train_images: use only the first so many of the training split; None: all.
         autoencoder: None: the diffusion model works on pixels.
         diffusion: the denoising network.
@@ -150,6 +183,7 @@ class Recipe:
     name: str
     data: str = "mnist5k"
     image_size: int | None = None
+    pad_to: int | None = None
     max_train_images: int | None = None
     autoencoder: AutoencoderRecipe | None = None
     diffusion: DiffusionRecipe = dataclasses.field(default_factory=DiffusionRecipe)
@@ -158,13 +192,17 @@ class Recipe:
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
-            raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**32 - 1}, not {self.seed}")
+            raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**32 - 1}, got {self.seed}")
         if self.max_train_images is not None and self.max_train_images < 1:
-            raise InvalidArgumentError(f"max_train_images must be at least 1, not {self.max_train_images}")
+            raise InvalidArgumentError(f"max_train_images must be >= 1, got {self.max_train_images}")
+
+    def load_data(self) -> Dataset:
+        """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""
+        return data.load(self.data, image_size=self.image_size, pad_to=self.pad_to)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: nested dictionaries, lists, numbers and strings."""
-        return _listed(dataclasses.asdict(self))
+        return _listed(self)
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
@@ -173,6 +211,11 @@ class Recipe:
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, D.Prediction):
+        entries = D.prediction_to_dict(value)
+        return {"name": entries.pop("prediction"), **entries, "path": D.path_to_dict(value.path)}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _listed(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: _listed(entry) for key, entry in value.items()}
     return [_listed(entry) for entry in value] if isinstance(value, (tuple, list)) else value
@@ -184,10 +227,21 @@ def _tupled(value: Any) -> Any:
     return tuple(_tupled(entry) for entry in value) if isinstance(value, (tuple, list)) else value
 
 
+def _prediction(entries: Mapping[str, Any], place: str) -> D.Prediction:
+    options = dict(entries)
+    try:
+        path = D.path_from_dict(options.pop("path", {}))
+        return D.prediction(options.pop("name", "epsilon"), path, **options)
+    except (AttributeError, TypeError, InvalidArgumentError, UnknownNameError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+
+
 def _build(kind: type, entries: Any, place: str) -> Any:
     """An instance of the dataclass `kind` from plain data, nested dataclasses included."""
     if not isinstance(entries, Mapping):
         raise CheckpointError(f"{place} should be a JSON object, not {entries!r}")
+    if kind is D.Prediction:
+        return _prediction(entries, place)
     types_of = typing.get_type_hints(kind)
     unknown = sorted(set(entries) - set(types_of))
     if unknown:
@@ -195,20 +249,20 @@ def _build(kind: type, entries: Any, place: str) -> Any:
     given = {}
     for key, value in entries.items():
         kinds = typing.get_args(types_of[key]) or (types_of[key],)
-        nested = [choice for choice in kinds if dataclasses.is_dataclass(choice)]
+        nested = [choice for choice in kinds if dataclasses.is_dataclass(choice) or choice is D.Prediction]
         build_nested = nested and value is not None
         given[key] = _build(nested[0], value, f"{place}.{key}") if build_nested else _tupled(value)
     try:
         return kind(**given)
-    except (TypeError, InvalidArgumentError) as error:
+    except (TypeError, InvalidArgumentError, UnknownNameError) as error:
         raise CheckpointError(f"{place}: {error}") from error
 
 
 _MINI_AUTOENCODER = AutoencoderRecipe(
     epochs=5, learning_rate=2e-3, beta=0.08, beta_warmup_epochs=2, ema_decay=0.99
 )
-# The decoder forgives errors of a posterior's width, so what matters is the noisy end: no Min-SNR weights
-# (they turn to the clean end), and the posterior's mean for x_0, scaled to variance 1 by itself.
+# The decoder tolerates errors of a posterior's width, so what matters is the noisy end: no Min-SNR weights
+# (they favour the clean end), and x_0 is the posterior's mean, scaled to variance 1.
 _MINI_UNET = DiffusionRecipe(
     preset="mini-unet",
     epochs=18,
@@ -216,7 +270,7 @@ _MINI_UNET = DiffusionRecipe(
     learning_rate=2e-3,
     warmup_epochs=1,
     ema_decay=0.998,
-    noise=NoiseSchedule(betas="cosine", prediction="v_prediction"),
+    prediction=D.v(D.VP.named("cosine")),
     condition_dropout=0.07,
     sample_latents=False,
     sample_every=10,
@@ -225,6 +279,14 @@ _MINI_UNET = DiffusionRecipe(
 _CLASSIFIER = ClassifierRecipe(
     epochs=14, learning_rate=3e-3, warmup_epochs=1, weight_decay=0.05, ema_decay=0.99, save_every=0
 )
+# The autoencoder of latent diffusion, 32 -> 16 -> 8. diffusers and others have it.
+_KL_32 = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
 _SMOKE_AUTOENCODER = AutoencoderRecipe(
     overrides={"block_out_channels": (8, 8, 8)},
     epochs=2,
@@ -233,6 +295,22 @@ _SMOKE_AUTOENCODER = AutoencoderRecipe(
     ema_decay=0.9,
     beta_warmup_epochs=1,
     save_every=1,
+)
+_SMOKE_UNET = DiffusionRecipe(
+    overrides={
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+    },
+    epochs=2,
+    batch_size=64,
+    ema_decay=0.9,
+    save_every=1,
+    sample_every=2,
+    sample_steps=2,
+    samples_per_class=1,
 )
 _SMOKE_CLASSIFIER = ClassifierRecipe(
     overrides={"block_out_channels": (8, 8, 8), "num_features": 16},
@@ -248,6 +326,17 @@ RECIPES: dict[str, Recipe] = {
     "mini-ldm": Recipe(
         name="mini-ldm", autoencoder=_MINI_AUTOENCODER, diffusion=_MINI_UNET, classifier=_CLASSIFIER
     ),
+    # The same with networks that other programs have under the same names, so that they can draw from its
+    # export: digits padded to 32x32 -> AutoencoderKL -> 8x8x4 latents -> UNet2DModel (8 can be halved and
+    # doubled, 7 cannot in diffusers).
+    #   jaxldm train mini-ldm-32 --run-dir runs/mini-ldm-32
+    "mini-ldm-32": Recipe(
+        name="mini-ldm-32",
+        pad_to=32,
+        autoencoder=dataclasses.replace(_MINI_AUTOENCODER, preset="sd-vae", overrides=_KL_32),
+        diffusion=_MINI_UNET,
+        classifier=_CLASSIFIER,
+    ),
     # The same with a DiT in the latent space: one token per latent pixel.
     #   jaxldm train mini-ldm-dit --run-dir runs/mini-ldm-dit
     "mini-ldm-dit": Recipe(
@@ -258,7 +347,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Lecture 43.2: Tiny DiT on the pixels of 28x28 digits, patch 4, linear betas. The lecture's batches of
     # 128 at Adam's 1e-4 are for 60 000 images: on a fifteenth of them 1 900 such updates, even at 5e-4,
-    # leave patches that do not know of one another. Small batches make three times as many.
+    # leave patches that do not fit each other. Small batches make three times as many.
     #   jaxldm train tiny-dit --run-dir runs/tiny-dit
     "tiny-dit": Recipe(
         name="tiny-dit",
@@ -269,7 +358,7 @@ RECIPES: dict[str, Recipe] = {
             learning_rate=1e-3,
             warmup_epochs=2,
             ema_decay=0.998,
-            noise=NoiseSchedule(prediction="v_prediction"),
+            prediction=D.v(D.VP.named("linear")),
             sample_every=20,
         ),
         classifier=_CLASSIFIER,
@@ -279,22 +368,19 @@ RECIPES: dict[str, Recipe] = {
         name="smoke",
         max_train_images=256,
         autoencoder=_SMOKE_AUTOENCODER,
-        diffusion=DiffusionRecipe(
-            overrides={
-                "block_out_channels": (8, 8),
-                "norm_num_groups": 4,
-                "down_block_types": ("DownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "UpBlock2D"),
-                "mid_block_type": None,
-            },
-            epochs=2,
-            batch_size=64,
-            ema_decay=0.9,
-            save_every=1,
-            sample_every=2,
-            sample_steps=2,
-            samples_per_class=1,
+        diffusion=_SMOKE_UNET,
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+    "smoke-32": Recipe(
+        name="smoke-32",
+        pad_to=32,
+        max_train_images=256,
+        autoencoder=dataclasses.replace(
+            _SMOKE_AUTOENCODER,
+            preset="sd-vae",
+            overrides={**_KL_32, "block_out_channels": (8, 8, 8), "norm_num_groups": 4},
         ),
+        diffusion=_SMOKE_UNET,
         classifier=_SMOKE_CLASSIFIER,
     ),
     "smoke-dit": Recipe(

@@ -1,13 +1,22 @@
 """The run folder: where everything of one training run lies, and whether it may be written to.
 
-    runs/NAME/config.json       recipe, data and versions
-    runs/NAME/autoencoder/      a stage, and reconstructions.png
-    runs/NAME/latents.npz       what the autoencoder made of the training images
-    runs/NAME/diffusion/        a stage, and samples/step-*.png
-    runs/NAME/classifier/       a stage, and metrics.json
+    runs/NAME/config.json                        recipe, data and versions
+    runs/NAME/vae/                               the finished autoencoder (none for a model of pixels)
+    runs/NAME/unet/ or transformer/              the finished denoising network
+    runs/NAME/scheduler/scheduler_config.json    its path and prediction
+    runs/NAME/model_index.json                   names these; written last
+    runs/NAME/classifier/model/                  the finished classifier
+    runs/NAME/latents.npz                        what the autoencoder made of the training images
+    runs/NAME/STAGE/                             how a stage was trained
 
-A stage has checkpoints/, log.csv, loss.png, grad_norm.png, health.txt (not the classifier) and, when it is
-finished, model/ (config.json and safetensors). That is renamed into place: it is there or it is not.
+So a run is a pipeline folder (`LatentDiffusionPipeline`, as `pipelines.save` writes it) as soon as its
+model_index.json is there: vae, unet or transformer, and scheduler are read as in any other one, without
+config.json. model_index.json has `_class_name`, `_jaxldm_version` and an entry [library, class] for each of
+them. Networks are config.json and safetensors.
+
+A stage is "autoencoder", "diffusion" or "classifier". Its folder has checkpoints/, log.csv, loss.png,
+grad_norm.png, health.txt (not the classifier), and reconstructions.png, samples/step-*.png or metrics.json.
+Finished networks are renamed into place: each is whole or absent.
 """
 
 from __future__ import annotations
@@ -20,26 +29,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxldm import __version__
+import flax.linen as nn
+
+from jaxldm import __version__, checkpoints, models
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
-from jaxldm.files import storage_errors, write_atomically
+from jaxldm.files import folder_written_whole, storage_errors, write_atomically
 from jaxldm.training.recipes import Recipe
+from jaxldm.training.state import Params
 
-FORMAT = 1  # of config.json
+FORMAT = 2  # of config.json
 STAGES = ("autoencoder", "diffusion", "classifier")
+PIPELINE_CLASS = "LatentDiffusionPipeline"
+INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class StageFolder:
-    """One stage of a run."""
+    """One stage of a run.
+
+    Attributes:
+        path: how it was trained.
+        model: the finished network: `jaxldm.checkpoints.load` reads it.
+        mark: exists when the stage is complete.
+    """
 
     path: Path
-
-    @property
-    def model(self) -> Path:
-        """The finished network: `jaxldm.checkpoints.load` reads it."""
-        return self.path / "model"
+    model: Path
+    mark: Path
 
     @property
     def log(self) -> Path:
@@ -48,8 +65,8 @@ class StageFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the finished network is there."""
-        return self.model.is_dir()
+        """Whether the finished network is in place."""
+        return self.mark.exists()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +84,75 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def index(self) -> Path:
+        """Names the components of the finished pipeline."""
+        return self.path / INDEX_FILE
+
+    @property
     def latents(self) -> Path:
         """The cache of `jaxldm.training.diffusion.latent_columns`."""
         return self.path / "latents.npz"
 
     def stage(self, name: str) -> StageFolder:
         """`name` is one of `STAGES`."""
-        return StageFolder(self.path / name)
+        path = self.path / name
+        if name == "diffusion":
+            transformer = self.path / "transformer"
+            return StageFolder(path, transformer if transformer.is_dir() else self.path / "unet", self.index)
+        model = self.path / "vae" if name == "autoencoder" else path / "model"
+        return StageFolder(path, model, model)
+
+
+def save_autoencoder(run: RunFolder, module: nn.Module, params: Params) -> None:
+    """Write the finished autoencoder: afterwards, and only then, that stage is complete."""
+    _save_network(run.stage("autoencoder").model, module, params)
+
+
+def save_classifier(run: RunFolder, module: nn.Module, params: Params) -> None:
+    """Write the finished classifier: afterwards, and only then, that stage is complete."""
+    _save_network(run.stage("classifier").model, module, params)
+
+
+def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: Mapping[str, Any]) -> None:
+    """Write the finished denoising network, and what makes the run a pipeline folder.
+
+    Args:
+        run: its autoencoder, if it has one, is finished.
+        module: the network.
+        params: its parameters.
+        scheduler: the entries of scheduler_config.json, `_class_name` among them.
+    """
+    name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
+    _save_network(run.path / name, module, params)
+    index = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
+    vae = run.stage("autoencoder")
+    if vae.complete:
+        index["vae"] = _library_and_class(models.config_from_dict(checkpoints.read_config(vae.model)))
+    index[name] = _library_and_class(module.config)
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    with storage_errors(run.path):
+        (run.path / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
+    write_atomically(run.path / SCHEDULER_FILE, _as_json(dict(scheduler)))
+    write_atomically(run.index, _as_json(index))
+
+
+def _save_network(folder: Path, module: nn.Module, params: Params) -> None:
+    with folder_written_whole(folder) as partial:
+        checkpoints.save(partial, module, params)
+
+
+def _library_and_class(config: Any) -> list[str]:
+    return ["diffusers" if config.published else "jaxldm", models.class_name(config)]
+
+
+def _as_json(entries: Mapping[str, Any]) -> bytes:
+    return (json.dumps(entries, indent=2) + "\n").encode()
 
 
 def read_config(run_dir: Path | str) -> dict[str, Any]:
     """The entries of a run's config.json: `format`, `recipe`, `data` and `versions`.
 
-    Raises `CheckpointError` when there is none, or it is damaged or of a newer version.
+    Raises `CheckpointError` when there is none, or it is damaged or of another version.
     """
     path = RunFolder(Path(run_dir)).config
     try:
@@ -88,8 +161,13 @@ def read_config(run_dir: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{run_dir} is no run folder: it has no config.json") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): start a new run in another folder") from error
-    if not isinstance(entries, dict) or entries.get("format") != FORMAT or "recipe" not in entries:
-        raise CheckpointError(f"{path} is no config.json of a run, of the format {FORMAT} that is read here")
+    if not isinstance(entries, dict) or "recipe" not in entries:
+        raise CheckpointError(f"{path} is no config.json of a run: it names no recipe")
+    if entries.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is of format {entries.get('format')}, this version reads {FORMAT}: use the version that "
+            "began the run, or start a new one"
+        )
     return entries
 
 
@@ -99,14 +177,16 @@ def read_recipe(run_dir: Path | str) -> Recipe:
 
 
 def open_run(
-    run_dir: Path | str, recipe: Recipe, dataset: Dataset, *, resume: bool, say: Callable[[str], None] = print
+    run_dir: Path | str, recipe: Recipe, dataset: Dataset, *, resume: bool, log: Callable[[str], None] = print
 ) -> RunFolder:
-    """Makes a new run folder, or, with `resume`, opens the one that is there.
+    """Make a new run folder or, with `resume`, open an existing one.
 
-    Raises `CheckpointError`, and changes nothing, for: a folder that already holds a run, without `resume`; a
-    run of another recipe; a folder that holds other things; with `resume`, no folder at all. Raises
-    `StorageError` when it cannot be made. A folder that is empty, because the run was killed before anything
-    was saved, starts at the beginning.
+    An empty folder (the run was killed before anything was saved) starts at the beginning.
+
+    Raises:
+        CheckpointError: the folder holds a run, without `resume`; a run of another recipe; other things; with
+            `resume`, there is no folder. Nothing is changed then.
+        StorageError: it cannot be made.
     """
     run = RunFolder(Path(run_dir))
     if run.config.exists():
@@ -132,14 +212,14 @@ def open_run(
             )
         run.path.mkdir(parents=True, exist_ok=True)
     if resume:
-        say(f"nothing was saved in {run.path} yet: starting at the beginning")
+        log(f"nothing was saved in {run.path} yet: starting at the beginning")
     data = {
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
     }
     entries = {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
-    write_atomically(run.config, (json.dumps(entries, indent=2) + "\n").encode())
+    write_atomically(run.config, _as_json(entries))
     return run
 
 
@@ -153,12 +233,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_same_recipe(run: RunFolder, saved: Any, recipe: Recipe) -> None:
-    there, given = _flat(Recipe.from_dict(saved).to_dict()), _flat(recipe.to_dict())
+def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
+    saved, given = _flat(Recipe.from_dict(entries).to_dict()), _flat(recipe.to_dict())
     differences = [
-        f"{name} is {there.get(name, 'absent')!r} there and {given.get(name, 'absent')!r} here"
-        for name in sorted({*there, *given})
-        if there.get(name) != given.get(name)
+        f"{name} is {saved.get(name, 'absent')!r} in it and {given.get(name, 'absent')!r} now"
+        for name in sorted({*saved, *given})
+        if saved.get(name) != given.get(name)
     ]
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""

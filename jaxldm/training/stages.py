@@ -13,12 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from jaxldm import checkpoints, models
+from jaxldm import models
 from jaxldm.data import Batches, Dataset
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.files import folder_written_whole, write_atomically
+from jaxldm.files import write_atomically
 from jaxldm.metrics.health import Finding, check_loss, report
-from jaxldm.training.flat import FlatLayout
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import check_batch_size
 from jaxldm.training.optimizer import Optimizer, optimizer
@@ -51,7 +50,7 @@ class Context:
     run: RunFolder
     mesh: Mesh
     resume: bool = False
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     bar: bool | None = None
 
     def train_arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -75,9 +74,7 @@ def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
     return shape[0] if shape[0] == shape[1] else (shape[0], shape[1])
 
 
-def make_optimizer(
-    recipe: StageRecipe, num_examples: int, mesh: Mesh, layout: FlatLayout | None = None
-) -> tuple[Optimizer, Plan]:
+def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
     """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`."""
     check_batch_size(mesh, recipe.batch_size)
     if recipe.batch_size > num_examples:
@@ -95,7 +92,6 @@ def make_optimizer(
         recipe.b1,
         recipe.b2,
         final_scale=recipe.final_scale,
-        decays=None if layout is None else layout.decays,
     )
     return adam, Plan(total, recipe.save_every * steps_per_epoch, recipe.sample_every * steps_per_epoch)
 
@@ -109,26 +105,19 @@ def train_network(
     columns: dict[str, np.ndarray],
     on_sample: Callable[[Params, int], None] | None = None,
 ) -> Params:
-    """Fits one network on named columns of examples; returns its parameters, or their moving average.
-
-    The state holds the parameters as one vector (`FlatLayout`); `loss_fn` and `on_sample` see them as a tree.
-    """
+    """Fit one network on named columns of examples; return its parameters, or their moving average."""
     keys = stage_keys(context.recipe.seed, stage)
     batches = Batches(columns, recipe.batch_size, keys.order)
     params = models.init(module, keys.init)
-    layout = FlatLayout(params)
-    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh, layout)
-    state = create_train_state(keys.train, layout.flatten(params), adam, ema=recipe.ema_decay is not None)
-
-    def flat_loss(vector, key, batch, step):
-        return loss_fn(layout.unflatten(vector), key, batch, step)
+    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
+    state = create_train_state(keys.train, params, adam, ema=recipe.ema_decay is not None)
 
     def finished_params(state):
-        return layout.split(jax.device_get(state.evaluation_params))
+        return jax.device_get(state.evaluation_params)
 
     state = fit(
         state,
-        make_train_step(flat_loss, adam, recipe.ema_decay),
+        make_train_step(loss_fn, adam, recipe.ema_decay),
         batches,
         plan,
         context.run.stage(stage).path,
@@ -137,26 +126,20 @@ def train_network(
         name=stage,
         on_sample=on_sample and (lambda state, step: on_sample(finished_params(state), step)),
         explain_divergence=explain_divergence,
-        say=context.say,
+        log=context.log,
         bar=context.bar,
     )
     return finished_params(state)
 
 
 def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
-    """Likely cause and cure of a loss that is not finite, in one line."""
+    """Likely cause and fix of a loss that is not finite, in one line."""
     finding = check_loss([float("nan")])[0]
-    return f"likely cause: {finding.likely_cause}; cure: {finding.cure}"
+    return f"likely cause: {finding.likely_cause}; fix: {finding.fix}"
 
 
-def save_finished(folder: StageFolder, module: nn.Module, params: Params) -> None:
-    """Writes the finished network of a stage: afterwards, and only then, the stage is complete."""
-    with folder_written_whole(folder.model) as partial:
-        checkpoints.save(partial, module, params)
-
-
-def tell_health(context: Context, folder: StageFolder, findings: Sequence[Finding]) -> None:
-    """Says what the health checks found, and keeps it in `health.txt`."""
+def report_health(context: Context, folder: StageFolder, findings: Sequence[Finding]) -> None:
+    """Log what the health checks found, and write it to `health.txt`."""
     text = report(findings)
-    context.say(text)
+    context.log(text)
     write_atomically(folder.path / "health.txt", (text + "\n").encode())

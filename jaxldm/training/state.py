@@ -13,11 +13,17 @@ Params = Any  # a nested dict of float32 arrays
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters, optimizer state, their moving average and the key of the run.
+    """Parameters, optimizer state, moving average and key of a run.
 
-    `step` counts finished updates. `key` never changes: update n draws its random numbers from
-    `fold_in(key, n)`, so a resumed run draws the same numbers as one that was never interrupted.
-    `ema_params` is None where no moving average is kept.
+    Attributes:
+        step: number of finished updates.
+        params: what the optimizer moves.
+        opt_state: of the optimizer.
+        ema_params: moving average of `params`; None where none is kept.
+        key: never changes: update n draws its random numbers from `fold_in(key, n)`, so a resumed run draws
+            the same numbers as one that was never interrupted.
+        frozen: any pytree that a loss may look at and no optimizer moves (a teacher, the base weights under
+            an adapter); None where there is none.
     """
 
     step: Int[Array, ""]
@@ -25,6 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     ema_params: Params | None
     key: PRNGKeyArray
+    frozen: Any = None
 
     @property
     def evaluation_params(self) -> Params:
@@ -32,11 +39,14 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema_params is None else self.ema_params
 
 
-def create_train_state(key: PRNGKeyArray, params: Params, optimizer, *, ema: bool = True) -> TrainState:
+def create_train_state(
+    key: PRNGKeyArray, params: Params, optimizer, *, ema: bool = True, frozen: Any = None
+) -> TrainState:
     """The state before the first update: `ema_params` starts as a copy of `params`.
 
     A copy, not the same arrays: the train step is given the whole state to overwrite, and one buffer cannot
-    be given away twice. For the same reason the key is copied, as its owner may still want it.
+    be given away twice. For the same reason the key and `frozen` are copied, as their owner may still want
+    them.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)  # noqa: E731
     return TrainState(
@@ -45,4 +55,5 @@ def create_train_state(key: PRNGKeyArray, params: Params, optimizer, *, ema: boo
         opt_state=optimizer.init(params),
         ema_params=copy(params) if ema else None,
         key=jnp.array(key, copy=True),
+        frozen=copy(frozen),
     )

@@ -12,20 +12,20 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxldm.training.mesh import batch_sharding, replicated
+from jaxldm.training.mesh import batch_sharding, replicated, state_shardings
 from jaxldm.training.optimizer import Optimizer
 from jaxldm.training.state import Params, TrainState
 
 Batch = Any  # a dict of arrays with the examples along axis 0
 Metrics = dict[str, Array]
-LossFunction = Callable[[Params, PRNGKeyArray, Batch, Int[Array, ""]], tuple[Float[Array, ""], Metrics]]
+LossFunction = Callable[[Params, TrainState, Batch, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def ema_decay_at(ema_decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
     """The decay after `step` finished updates: min(ema_decay, (1 + step) / (10 + step)).
 
-    The second term lets the average forget the random start quickly; it stops to matter after about
+    The second term lets the average forget the random start quickly; it no longer matters after about
     9 / (1 - ema_decay) steps. Source: the `num_updates` rule of TensorFlow's ExponentialMovingAverage.
     """
     n = jnp.asarray(step, jnp.float32)
@@ -38,19 +38,24 @@ def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> P
 
 
 def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: float | None = None) -> TrainStep:
-    """A pure `train_step(state, batch) -> (state, metrics)`.
+    """Return a pure `train_step(state, batch) -> (state, metrics)`.
 
-    `loss_fn(params, key, batch, step) -> (loss, aux)`: a float32 scalar, the mean over the batch, and a dict
-    of numbers to log. `key` is `fold_in(state.key, state.step)`, `step` the number of updates already done
-    (for schedules inside the loss). `metrics` holds `loss`, `grad_norm` (before clipping), `learning_rate`
-    and everything in `aux`. With `ema_decay` the state must hold `ema_params`, averaged after the update.
+    Args:
+        loss_fn: `loss_fn(params, state, batch, key) -> (loss, metrics)`: a float32 scalar, the mean over the
+            batch, and a dict of numbers to log. Gradients are taken with respect to `params`, which are
+            `state.params`; of the state it may use `step` (for schedules inside the loss) and `frozen`.
+            `key` is `fold_in(state.key, state.step)`.
+        optimizer: see `jaxldm.training.optimizer`.
+        ema_decay: of the moving average after each update; the state must then hold `ema_params`.
+
+    Returns:
+        The step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate` and those of the
+        loss.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, key, batch, state.step
-        )
+        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch, key)
         chex.assert_shape(loss, ())
         chex.assert_type(loss, jnp.float32)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -72,11 +77,20 @@ def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: floa
 
 
 def compile_train_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
-    """`jax.jit` of a train step over a mesh: state whole everywhere, batch split, metrics whole.
+    """`jax.jit` of a train step over a mesh: state as `state_shardings` says, batch split, metrics whole.
 
-    The state is donated: its memory is used for the new one, and the old one must not be touched afterwards.
+    Give it a state that lies there already, `jax.device_put(state, state_shardings(mesh, state))`. The state
+    is donated: its memory is used for the new one, and the old one must not be touched afterwards.
     """
-    whole = replicated(mesh)
+
+    def placed_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        shardings = state_shardings(mesh, state)
+        new_state, metrics = train_step(state, batch)
+        return jax.lax.with_sharding_constraint(new_state, shardings), metrics
+
     return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=(whole, whole)
+        placed_step,
+        donate_argnums=0,
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=(None, replicated(mesh)),
     )

@@ -22,10 +22,10 @@ _TRAIN = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "class
 
 
 def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
-    """Builds every network and optimizer of a recipe, without computing anything.
+    """Build every network and optimizer of a recipe, without computing anything.
 
-    Raises `UnknownNameError` or `InvalidArgumentError` for whatever would fail later, before anything is
-    written.
+    Raises:
+        UnknownNameError, InvalidArgumentError: for whatever would fail later, before anything is written.
     """
     shape = dataset.image_shape
     if recipe.autoencoder is not None:
@@ -43,7 +43,7 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [stage for stage in STAGES if getattr(recipe, stage) is not None]
 
 
-def most_devices(recipe: Recipe) -> int:
+def max_devices(recipe: Recipe) -> int:
     """The largest number of this machine's devices over which every batch of a recipe can be split."""
     sizes = [getattr(recipe, stage).batch_size for stage in stages_of(recipe)]
     return next(n for n in range(jax.device_count(), 0, -1) if all(size % n == 0 for size in sizes))
@@ -55,17 +55,18 @@ def train(
     *,
     resume: bool = False,
     devices: int | None = None,
-    say: Callable[[str], None] = tqdm.write,
+    log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
 ) -> RunFolder:
-    """Trains all the stages of a recipe in a run folder (see `jaxldm.training.runs`), and returns it.
+    """Train all the stages of a recipe in a run folder (see `jaxldm.training.runs`), and return it.
 
     Args:
         recipe: for example `RECIPES["mini-ldm"]`.
         run_dir: a folder that does not exist yet; with `resume`, that of the run to go on with.
         resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint.
         devices: split each batch over so many devices; None: as many as divide every batch of the recipe.
-        say: takes each line for people. bar: a progress bar; None: where the output is a screen.
+        log: takes each line of text.
+        bar: a progress bar; None: where the output is a screen.
 
     Raises:
         UnknownNameError, InvalidArgumentError, DataError, MissingDependencyError: before anything is written.
@@ -76,14 +77,14 @@ def train(
     >>> from jaxldm import training                                                  # doctest: +SKIP
     >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
     """
-    mesh = make_mesh(most_devices(recipe) if devices is None else devices)
-    dataset = data.load(recipe.data, image_size=recipe.image_size)
+    mesh = make_mesh(max_devices(recipe) if devices is None else devices)
+    dataset = recipe.load_data()
     check_recipe(recipe, dataset, mesh)
-    run = open_run(run_dir, recipe, dataset, resume=resume, say=say)
-    context = Context(recipe, dataset, run, mesh, resume, say, bar)
+    run = open_run(run_dir, recipe, dataset, resume=resume, log=log)
+    context = Context(recipe, dataset, run, mesh, resume, log, bar)
     unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
     if not unfinished:
-        say(f"{run.path} is finished: there is nothing left to train")
+        log(f"{run.path} is finished: there is nothing left to train")
     for stage in unfinished:
         _TRAIN[stage](context)
     return run

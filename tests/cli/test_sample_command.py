@@ -104,7 +104,7 @@ def test_a_warning_of_the_health_checks_reaches_the_screen(capsys, tmp_path):
     blank = jax.tree.map(lambda x: np.zeros_like(np.asarray(x)), pipe.autoencoder.params)
     pipelines.save(pipe.replace(autoencoder=pipe.autoencoder.replace(params=blank)), tmp_path / "blank")
     code, _, err = run(capsys, "sample", tmp_path / "blank", *FEW_STEPS, "--output-dir", tmp_path / "out")
-    assert code == 0 and "3 of 3 images are blank" in err and "cure" in err
+    assert code == 0 and "3 of 3 images are blank" in err and "fix: " in err
     assert (tmp_path / "out" / "grid.png").exists()
 
 
@@ -174,11 +174,11 @@ def test_a_disk_that_fills_up_loses_nothing(capsys, exported, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda run: shutil.rmtree(run / "diffusion"), ["no finished model yet", "--resume"]),
+        (lambda run: (run / "model_index.json").unlink(), ["no finished model yet", "--resume"]),
         (lambda run: (run / "config.json").write_text("{"), ["config.json"]),
-        (lambda run: (run / "diffusion/model/config.json").write_text("{"), ["config.json"]),
-        (lambda run: os.truncate(run / "diffusion/model" / WEIGHTS_FILE, 500), [WEIGHTS_FILE]),
-        (lambda run: (run / "diffusion/model" / WEIGHTS_FILE).write_bytes(b"no weights"), [WEIGHTS_FILE]),
+        (lambda run: (run / "unet/config.json").write_text("{"), ["config.json"]),
+        (lambda run: os.truncate(run / "unet" / WEIGHTS_FILE, 500), [WEIGHTS_FILE]),
+        (lambda run: (run / "unet" / WEIGHTS_FILE).write_bytes(b"no weights"), [WEIGHTS_FILE]),
         (lambda run: shutil.rmtree(run), ["does not exist", "jaxldm train"]),
         (lambda run: (shutil.rmtree(run), run.write_text("a file")), ["is a file"]),
         (lambda run: (shutil.rmtree(run), run.mkdir()), ["neither a run folder"]),

@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
 def test_the_run_is_of_the_recipe_with_the_changes(trained):
     recipe = json.loads((trained / "config.json").read_text())["recipe"]
     assert (recipe["name"], recipe["seed"], recipe["diffusion"]["epochs"]) == ("smoke-dit", 3, 1)
-    assert (trained / "diffusion" / "model" / "config.json").exists()
+    assert (trained / "transformer" / "config.json").exists()
 
 
 def test_a_second_training_needs_resume_and_then_has_nothing_to_do(capsys, trained):

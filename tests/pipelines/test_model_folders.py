@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_folders import save_network, write_run
+from tiny_folders import write_run
 from tiny_models import latent_pipeline, pixel_pipeline, random_params
 
+from jaxldm import checkpoints, models, pipelines
 from jaxldm import diffusion as D
-from jaxldm import models, pipelines
 from jaxldm.checkpoints import folder as model_folder
 from jaxldm.errors import CheckpointError, StorageError
 
@@ -225,17 +225,20 @@ def flip_header(path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda run: truncate(run / "diffusion/model" / WEIGHTS), WEIGHTS),
-        (lambda run: flip_header(run / "autoencoder/model" / WEIGHTS), WEIGHTS),
-        (lambda run: (run / "diffusion/model" / WEIGHTS).unlink(), WEIGHTS),
-        (lambda run: (run / "diffusion/model/config.json").write_text('{"_class_name": '), "config.json"),
+        (lambda run: truncate(run / "unet" / WEIGHTS), WEIGHTS),
+        (lambda run: flip_header(run / "vae" / WEIGHTS), WEIGHTS),
+        (lambda run: (run / "unet" / WEIGHTS).unlink(), WEIGHTS),
+        (lambda run: (run / "unet/config.json").write_text('{"_class_name": '), "config.json"),
         (lambda run: (run / "config.json").write_text('{"recipe": '), "config.json"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json"),
         (lambda run: (run / "config.json").write_text("{}"), "config.json"),
-        (lambda run: shutil.rmtree(run / "diffusion"), "no finished model yet.*--resume"),
-        (lambda run: shutil.rmtree(run / "autoencoder"), "autoencoder"),
+        (lambda run: (run / "model_index.json").unlink(), "no finished model yet.*--resume"),
+        (lambda run: shutil.rmtree(run / "vae"), "vae"),
         (lambda run: shutil.rmtree(run), "does not exist"),
-        (lambda run: (run / "config.json").unlink(), "neither a run folder"),
+        (
+            lambda run: [(run / name).unlink() for name in ("config.json", "model_index.json")],
+            "neither a run folder",
+        ),
     ],
 )
 def test_a_run_folder_that_is_not_whole(run, damage, words):
@@ -247,19 +250,19 @@ def test_a_run_folder_that_is_not_whole(run, damage, words):
 
 def put(folder, pipe):
     shutil.rmtree(folder)
-    save_network(folder, pipe.denoiser)
+    checkpoints.save(folder, pipe.denoiser.module, pipe.denoiser.params)
 
 
 @pytest.mark.parametrize(
     "mix",
     [
-        lambda run: put(run / "diffusion/model", latent_pipeline(in_channels=3, out_channels=3)),
-        lambda run: put(run / "diffusion/model", latent_pipeline(sample_size=8)),
-        lambda run: put(run / "diffusion/model", latent_pipeline(num_classes=7)),
-        lambda run: put(run / "autoencoder/model", latent_pipeline()),
+        lambda run: put(run / "unet", latent_pipeline(in_channels=3, out_channels=3)),
+        lambda run: put(run / "unet", latent_pipeline(sample_size=8)),
+        lambda run: put(run / "unet", latent_pipeline(num_classes=7)),
+        lambda run: put(run / "vae", latent_pipeline()),
         lambda run: (
-            shutil.rmtree(run / "diffusion/model"),
-            shutil.copytree(run / "autoencoder/model", run / "diffusion/model"),
+            shutil.rmtree(run / "unet"),
+            shutil.copytree(run / "vae", run / "unet"),
         ),
     ],
 )
@@ -271,7 +274,7 @@ def test_parts_of_another_model(run, mix):
 
 def test_weights_of_another_model(run):
     other = write_run(run.parent / "other", latent_pipeline(block_out_channels=(12,)))
-    shutil.copy(other / "diffusion/model" / WEIGHTS, run / "diffusion/model" / WEIGHTS)
+    shutil.copy(other / "unet" / WEIGHTS, run / "unet" / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"12.*8|8.*12"):
         pipelines.load(run)
 

@@ -2,12 +2,8 @@
 
 import json
 
-from jaxldm import checkpoints
 from jaxldm.training import RECIPES
-
-
-def save_network(folder, network):
-    checkpoints.save(folder, network.module, network.params)
+from jaxldm.training.runs import FORMAT, RunFolder, save_autoencoder, save_denoiser
 
 
 def write_run(folder, pipe, *, finished=True):
@@ -15,10 +11,11 @@ def write_run(folder, pipe, *, finished=True):
     recipe = RECIPES["smoke" if pipe.autoencoder is not None else "smoke-dit"].to_dict()
     folder.mkdir(parents=True)
     data = {"name": "mnist5k", "image_shape": list(pipe.image_shape()), "class_names": ["0", "1", "2"]}
-    entries = {"format": 1, "recipe": recipe, "data": data, "versions": {"jaxldm": "0.1.0"}}
+    entries = {"format": FORMAT, "recipe": recipe, "data": data, "versions": {"jaxldm": "0.2.0"}}
     (folder / "config.json").write_text(json.dumps(entries))
     if pipe.autoencoder is not None:
-        save_network(folder / "autoencoder" / "model", pipe.autoencoder)
+        save_autoencoder(RunFolder(folder), pipe.autoencoder.module, pipe.autoencoder.params)
     if finished:
-        save_network(folder / "diffusion" / "model", pipe.denoiser)
+        denoiser = pipe.denoiser
+        save_denoiser(RunFolder(folder), denoiser.module, denoiser.params, pipe.parts["scheduler"])
     return folder

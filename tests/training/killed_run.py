@@ -12,7 +12,7 @@ import sys
 from orbax.checkpoint import StandardCheckpointer
 from toy import ToyBatches, toy
 
-from jaxldm.checkpoints import training_store
+from jaxldm.training import store
 from jaxldm.training.log import CsvLog
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
@@ -24,8 +24,8 @@ def kill(*_, **__):
 
 def before_the_rename(folder):
     """The second checkpoint is written, not yet renamed."""
-    real = training_store._checksums
-    training_store._checksums = lambda place: kill() if place.name == ".10.tmp" else real(place)
+    real = store._checksums
+    store._checksums = lambda place: kill() if place.name == ".10.tmp" else real(place)
 
 
 def inside_orbax(folder):

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +97,8 @@ def test_the_recipe_reaches_the_loss():
 
     recipe = AutoencoderRecipe(beta=0.2, free_bits=4.8, reconstruction="l1")
     batch, key = {"image": jnp.zeros((6, 3, 3, 1))}, jax.random.key(0)
-    loss, aux = make_loss(recipe, Stub(), warmup_steps=10)(jnp.float32(1.0), key, batch, jnp.int32(5))
+    state = types.SimpleNamespace(step=jnp.int32(5))
+    loss, aux = make_loss(recipe, Stub(), warmup_steps=10)(jnp.float32(1.0), state, batch, key)
     nats = np.maximum(4.8, torch_kl(posterior()).sum((1, 2)).mean(0)).sum()
     np.testing.assert_allclose(aux["beta"], 0.1, rtol=1e-6)
     np.testing.assert_allclose(loss, aux["reconstruction"] + 0.1 * nats / 9, rtol=1e-5)
@@ -124,14 +127,13 @@ def test_an_unknown_reconstruction_loss_is_refused():
 def test_bfloat16_autoencoder_has_a_float32_loss_and_gradient():
     recipe = AutoencoderRecipe(dtype="bfloat16")
     module = models.build("mini-autoencoder", dtype="bfloat16")
-    loss_fn = make_loss(recipe, module, 0)
-    batch = {"image": jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)}
+    state = types.SimpleNamespace(step=jnp.int32(0))
+    loss_fn = lambda params, batch, key: make_loss(recipe, module, 0)(params, state, batch, key)  # noqa: E731
     (loss, _), gradients = jax.eval_shape(
         jax.value_and_grad(loss_fn, has_aux=True),
         models.shapes(module),
+        {"image": jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)},
         jax.eval_shape(lambda: jax.random.key(0)),
-        batch,
-        jax.ShapeDtypeStruct((), jnp.int32),
     )
     assert loss.dtype == jnp.float32 and {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {
         jnp.dtype("float32")

@@ -28,7 +28,7 @@ def run(folder, plan=None, *, width=8, batches=None, **options):
         batches or ToyBatches(),
         plan or Plan(12, save_every=5),
         folder,
-        **{"mesh": make_mesh(1), "say": lambda line: None, **options},
+        **{"mesh": make_mesh(1), "log": lambda line: None, **options},
     )
 
 
@@ -87,6 +87,32 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, straight, 
     assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
 
 
+def test_a_split_state_is_saved_and_goes_on_split_and_on_another_mesh(tmp_path, straight):
+    """fsdp=4: interrupted and resumed, bit for bit the run in one go; one device goes on where it ended."""
+    whole = run(tmp_path / "whole", mesh=make_mesh(8, fsdp=4))
+    assert whole.params["w1"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path / "cut",
+            Plan(12, sample_every=1),
+            mesh=make_mesh(8, fsdp=4),
+            on_sample=raise_signal(signal.SIGINT, 7),
+        )
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    resumed = run(tmp_path / "cut", resume=True, mesh=make_mesh(8, fsdp=4))
+    assert resumed.params["w1"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    chex.assert_trees_all_equal(numbers(resumed), numbers(whole))
+    other = run(tmp_path / "other", resume=True)
+    chex.assert_trees_all_close(numbers(other), numbers(whole), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(rows(tmp_path / "other")["loss"], rows(straight[0])["loss"], rtol=1e-4)
+
+
+def test_a_mesh_that_splits_nothing_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InvalidArgumentError, match="fsdp=8 divides no axis"):
+        run(tmp_path / "run", width=9, mesh=make_mesh(8, fsdp=8))
+    assert not (tmp_path / "run").exists()
+
+
 def test_rows_after_the_last_checkpoint_are_made_again_and_not_twice(tmp_path, straight):
     """As after a kill: the log is at step 12, the newest checkpoint at step 10."""
     shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
@@ -101,7 +127,7 @@ def test_a_truncated_newest_checkpoint_costs_only_its_own_steps(tmp_path, straig
     manifest = tmp_path / "checkpoints" / "12" / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
     said = []
-    assert_same_run(tmp_path, run(tmp_path, resume=True, say=said.append), straight)
+    assert_same_run(tmp_path, run(tmp_path, resume=True, log=said.append), straight)
     assert "step 12 is damaged" in said[0] and said[1] == "resuming from the checkpoint of step 10"
 
 
@@ -134,7 +160,7 @@ def test_the_checkpoint_of_another_model_is_refused(straight):
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, error):
     said, handlers = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(error) as raised:
-        run(tmp_path, Plan(12, sample_every=1), say=said.append, on_sample=raise_signal(number, 3))
+        run(tmp_path, Plan(12, sample_every=1), log=said.append, on_sample=raise_signal(number, 3))
     assert "stopped after step 3 of 12" in said[-1] and "--resume" in said[-1] and str(tmp_path) in said[-1]
     assert number == signal.SIGINT or raised.value.code == 143
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]

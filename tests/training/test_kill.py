@@ -30,7 +30,7 @@ def finish(folder, resume):
         folder,
         resume=resume,
         mesh=make_mesh(1),
-        say=said.append,
+        log=said.append,
     )
     state = jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
     log = read_log(folder / "log.csv")

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +109,34 @@ def test_clipping_scales_to_the_bound_and_leaves_small_gradients_alone(bound, se
     np.testing.assert_allclose(clipped["a"], factor * a, rtol=1e-5)
     np.testing.assert_allclose(clipped["b"], factor * b.reshape(2, 3), rtol=1e-5)
     assert float(optax.tree.norm(clipped)) <= bound * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("weight_decay", "bound"), [(0.3, 0.5), (0.0, None), (0.3, 1e3)])
+def test_updates_are_those_of_the_chain_of_optax(weight_decay, bound):
+    """Clipping, Adam and the decay of matrices alone, for three steps."""
+    numbers = np.random.default_rng(0)
+    shapes = {"bias": (5,), "kernel": (3, 3, 2, 5), "inner": {"scale": (2,), "kernel": (4, 2)}}
+    start = jax.tree.map(
+        lambda shape: jnp.asarray(numbers.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda shape: isinstance(shape, tuple),
+    )
+    ours = optimizer(0.1, 0, 9, weight_decay, bound)
+    theirs = optax.chain(
+        *([] if bound is None else [optax.clip_by_global_norm(bound)]),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay, lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
+        optax.scale_by_learning_rate(warmup_cosine(0.1, 0, 9)),
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(update, params, state):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises the float b1 to the integer count
+            updates, state = update(jax.tree.map(jnp.cos, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    states = [(start, ours.init(start)), (start, theirs.init(start))]
+    for _ in range(3):
+        states = [step(side.update, *state) for side, state in zip((ours, theirs), states, strict=True)]
+    chex.assert_trees_all_close(states[0][0], states[1][0], atol=1e-6)
+    assert not np.allclose(states[0][0]["kernel"], start["kernel"], atol=0.05)

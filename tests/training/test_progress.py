@@ -28,7 +28,7 @@ def progress(tmp_path):
         num_steps=10,
         steps_per_epoch=4,
         seconds=0.0,
-        say=lambda line: None,
+        log=lambda line: None,
         bar=False,
     )
 

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxldm.diffusion import NoiseSchedule
+from jaxldm import diffusion as D
 from jaxldm.errors import (
     CheckpointError,
     DataError,
@@ -16,7 +16,7 @@ from jaxldm.errors import (
 from jaxldm.training import RECIPES, AutoencoderRecipe, DiffusionRecipe, Recipe, make_mesh
 from jaxldm.training.runs import RunFolder, open_run, read_config, read_recipe
 from jaxldm.training.stages import stage_keys
-from jaxldm.training.train import check_recipe, most_devices, train
+from jaxldm.training.train import check_recipe, max_devices, train
 
 SMOKE = RECIPES["smoke"]
 
@@ -40,12 +40,14 @@ def test_every_recipe_is_whole_and_survives_json(name):
     assert recipe.name == name
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
     assert again.to_dict() == recipe.to_dict()
-    assert again.diffusion.noise == recipe.diffusion.noise
+    assert again.diffusion.prediction == recipe.diffusion.prediction
     check_recipe(again, Digits(), make_mesh(1))
 
 
 def test_lists_of_json_become_tuples_again():
-    recipe = changed("diffusion", noise=NoiseSchedule(betas="cosine"), min_snr_gamma=5.0)
+    weight, time = {"name": "min_snr", "gamma": 5.0}, {"name": "logit_normal", "std": 0.5}
+    path = D.Interpolant("gvp", gamma=(0.001, 0.1))
+    recipe = changed("diffusion", prediction=D.velocity(path), weight=weight, time=time)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
@@ -54,8 +56,29 @@ def test_lists_of_json_become_tuples_again():
     [
         ({"name": "x", "colour": 1}, "recipe has the unknown key 'colour'; known: name"),
         ({"name": "x", "diffusion": {"epoch": 1}}, r"recipe.diffusion has the unknown key 'epoch'"),
-        ({"name": "x", "diffusion": {"noise": {"beta": 1}}}, r"recipe.diffusion.noise has the unknown key"),
-        ({"name": "x", "diffusion": {"epochs": 0}}, "epochs must be at least 1"),
+        (
+            {"name": "x", "diffusion": {"prediction": {"beta": 1}}},
+            r"recipe.diffusion.prediction: .*no option 'beta'",
+        ),
+        (
+            {"name": "x", "diffusion": {"prediction": {"name": "eps"}}},
+            "recipe.diffusion.prediction: .*epsilon",
+        ),
+        (
+            {"name": "x", "diffusion": {"prediction": {"path": {"type": "ddpm"}}}},
+            "recipe.diffusion.prediction: .*vp",
+        ),
+        (
+            {"name": "x", "diffusion": {"prediction": {"path": {"type": "vp", "zero_terminal_snr": True}}}},
+            "v_prediction",
+        ),
+        (
+            {"name": "x", "diffusion": {"prediction": {"name": "velocity"}}},
+            "recipe.diffusion.prediction: .*velocity",
+        ),
+        ({"name": "x", "diffusion": {"weight": {"name": "p3"}}}, "weight.*min_snr"),
+        ({"name": "x", "diffusion": {"time": {"name": "logit_normal", "spread": 1}}}, "time.*spread"),
+        ({"name": "x", "diffusion": {"epochs": 0}}, "epochs must be >= 1"),
         ({"name": "x", "diffusion": 3}, "should be a JSON object"),
         ({}, "name"),
     ],
@@ -74,7 +97,8 @@ def test_a_damaged_recipe_says_where(entries, words):
         (AutoencoderRecipe, {"beta": -1.0}, "beta"),
         (AutoencoderRecipe, {"free_bits": float("nan")}, "free_bits"),
         (DiffusionRecipe, {"warmup_epochs": float("nan")}, "warmup_epochs"),
-        (DiffusionRecipe, {"min_snr_gamma": 0.0}, "min_snr_gamma"),
+        (DiffusionRecipe, {"weight": {"name": "min_snr", "gamma": 0.0}}, "gamma"),
+        (DiffusionRecipe, {"time": {"name": "logit_normal", "std": 0.0}}, "std"),
         (DiffusionRecipe, {"noise_offset": -0.1}, "noise_offset"),
         (DiffusionRecipe, {"condition_dropout": 1.1}, "condition_dropout"),
         (DiffusionRecipe, {"sample_guidance_scale": float("nan")}, "sample_guidance_scale"),
@@ -94,12 +118,10 @@ def test_numbers_outside_their_range(kind, numbers, words):
         (changed("diffusion", preset="mini-unett"), UnknownNameError, "did you mean 'mini-unet'"),
         (changed("diffusion", overrides={"widths": 3}), UnknownNameError, "widths"),
         (
-            changed("diffusion", noise=NoiseSchedule(zero_terminal_snr=True)),
+            changed("diffusion", time={"name": "logit_normal"}),
             InvalidArgumentError,
-            "v_prediction|noise",
+            "logit_normal needs a continuous path",
         ),
-        (changed("diffusion", noise=NoiseSchedule(prediction="eps")), UnknownNameError, "epsilon"),
-        (changed("diffusion", noise=NoiseSchedule(path="ddpm")), UnknownNameError, "vp, edm, flow"),
         (changed("diffusion", sample_steps=1001), InvalidArgumentError, "1001|1000"),
         (
             changed("diffusion", batch_size=257),
@@ -155,7 +177,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(tmp_path):
         open_run(run.path, SMOKE, Digits(), resume=False)
     other = dataclasses.replace(changed("diffusion", learning_rate=0.5), seed=3)
     with pytest.raises(
-        CheckpointError, match=r"diffusion.learning_rate is 0.001 there and 0.5 here \(and 1 more\)"
+        CheckpointError, match=r"diffusion.learning_rate is 0.001 in it and 0.5 now \(and 1 more\)"
     ):
         open_run(run.path, other, Digits(), resume=True)
     assert run.config.read_bytes() == before
@@ -172,10 +194,16 @@ def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         open_run(tmp_path / "file", SMOKE, Digits(), resume=False)
-    for text in ("{", "[]", '{"format": 9, "recipe": {}}', '{"format": 1}'):
+    for text in ("{", "[]", '{"format": 9, "recipe": {}}', '{"format": 2}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"config.json"):
             read_recipe(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 1, "recipe": {}}')
+    with pytest.raises(
+        CheckpointError, match="is of format 1, this version reads 2: use the version"
+    ) as raised:
+        read_recipe(tmp_path)
+    assert "\n" not in str(raised.value)
     with pytest.raises(CheckpointError, match="no run folder"):
         read_recipe(tmp_path / "photos")
 
@@ -184,18 +212,24 @@ def test_a_run_killed_before_its_config_was_written_starts_anew(tmp_path):
     said = []
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.123.tmp").write_text("{")
-    assert open_run(tmp_path / "run", SMOKE, Digits(), resume=True, say=said.append).config.is_file()
+    assert open_run(tmp_path / "run", SMOKE, Digits(), resume=True, log=said.append).config.is_file()
     assert len(said) == 1 and "at the beginning" in said[0]
 
 
 def test_a_stage_is_complete_when_its_model_is_there(tmp_path):
-    stage = RunFolder(tmp_path).stage("diffusion")
-    assert not stage.complete
-    stage.model.mkdir(parents=True)
-    assert stage.complete
+    """The denoising network is complete when the index of the pipeline, which is written last, is there."""
+    run = RunFolder(tmp_path)
+    for name in ("autoencoder", "classifier"):
+        assert not run.stage(name).complete
+        run.stage(name).model.mkdir(parents=True)
+        assert run.stage(name).complete
+    run.stage("diffusion").model.mkdir(parents=True)
+    assert not run.stage("diffusion").complete
+    run.index.write_text("{}")
+    assert run.stage("diffusion").complete
 
 
 def test_the_batch_is_split_over_as_many_devices_as_divide_every_batch():
-    assert most_devices(SMOKE) == 8
-    assert most_devices(changed("classifier", batch_size=100)) == 4
-    assert most_devices(changed("diffusion", batch_size=63)) == 1
+    assert max_devices(SMOKE) == 8
+    assert max_devices(changed("classifier", batch_size=100)) == 4
+    assert max_devices(changed("diffusion", batch_size=63)) == 1

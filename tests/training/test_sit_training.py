@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxldm import diffusion as D
 from jaxldm import models
-from jaxldm.diffusion import NoiseSchedule
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training import RECIPES
 from jaxldm.training.diffusion import build_denoiser, make_loss
@@ -16,9 +16,9 @@ SMOKE = RECIPES["smoke-dit"]
 TINY = {"hidden_size": 16, "depth": 1, "num_heads": 2}
 
 
-def recipe_with(noise):
+def recipe_with(prediction):
     diffusion = dataclasses.replace(
-        SMOKE.diffusion, preset="sit-s-8", overrides=TINY, noise=noise, condition_dropout=0.0
+        SMOKE.diffusion, preset="sit-s-8", overrides=TINY, prediction=prediction, condition_dropout=0.0
     )
     return dataclasses.replace(SMOKE, diffusion=diffusion)
 
@@ -38,17 +38,17 @@ class Reversed(Exact):
 
 
 def test_the_exact_velocity_has_no_loss():
-    recipe = recipe_with(NoiseSchedule("flow", "flow"))
+    recipe = recipe_with(D.flow(D.Flow()))
     module = build_denoiser(recipe, (8, 8, 1), 3)
     assert type(module) is models.SiT and not module.config.learn_sigma
     batch = {"mean": np.zeros((16, 8, 8, 1), np.float32), "label": np.zeros(16, np.int32)}
 
     def loss(kind):
-        return make_loss(recipe.diffusion, kind(module.config))({}, jax.random.key(0), batch, 0)[0]
+        return make_loss(recipe.diffusion, kind(module.config))({}, None, batch, jax.random.key(0))[0]
 
     assert loss(Exact) < 1e-8 and 3 < loss(Reversed) < 5  # (2 eps)^2
 
 
 def test_a_discrete_path_is_refused():
     with pytest.raises(InvalidArgumentError, match="continuous path"):
-        build_denoiser(recipe_with(NoiseSchedule()), (8, 8, 1), 3)
+        build_denoiser(recipe_with(D.epsilon(D.VP.named("linear"))), (8, 8, 1), 3)

@@ -13,17 +13,17 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from jaxldm import checkpoints, data, models
+from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
-from jaxldm.training import RECIPES, create_train_state, make_mesh, optimizer, read_log, train
+from jaxldm.training import RECIPES, Recipe, create_train_state, make_mesh, optimizer, read_log, train
 from jaxldm.training import diffusion as diffusion_stage
 from jaxldm.training.diffusion import build_denoiser, latent_columns, latent_shape, make_loss
-from jaxldm.training.flat import FlatLayout
-from jaxldm.training.mesh import batch_sharding, replicated
+from jaxldm.training.mesh import batch_sharding, bytes_per_device, state_shardings
 from jaxldm.training.runs import STAGES
 from jaxldm.training.stages import Context
 from jaxldm.training.step import compile_train_step, make_train_step
+from jaxldm.training.store import TrainingStore
 
 SMOKE = RECIPES["smoke"]
 
@@ -48,7 +48,7 @@ def compile_once(tmp_path_factory):
 def straight(tmp_path_factory):
     """A run in one go, and what it said."""
     said = []
-    return train(SMOKE, tmp_path_factory.mktemp("runs") / "straight", devices=1, say=said.append), said
+    return train(SMOKE, tmp_path_factory.mktemp("runs") / "straight", devices=1, log=said.append), said
 
 
 def test_every_stage_leaves_its_model_log_and_pictures(straight):
@@ -69,6 +69,25 @@ def test_every_stage_leaves_its_model_log_and_pictures(straight):
     figures = json.loads((run.path / "classifier" / "metrics.json").read_text())
     assert 0 <= figures["test_accuracy"] <= 1 and figures["test_images"] == 500
     assert "posterior collapse" in (run.path / "autoencoder" / "health.txt").read_text()
+
+
+def test_a_run_is_a_pipeline_folder(straight):
+    """In the layout that `pipelines.save` writes."""
+    run, _ = straight
+    pipelines.save(pipelines.load(run.path), run.path / "export")
+    exported = sorted(path for path in (run.path / "export").rglob("*") if path.is_file())
+    assert {path.relative_to(run.path / "export").parts[0] for path in exported} == {
+        "model_index.json",
+        "scheduler",
+        "unet",
+        "vae",
+    }
+    for path in exported:
+        ours = run.path / path.relative_to(run.path / "export")
+        if path.suffix == ".json":
+            assert json.loads(ours.read_text()) == json.loads(path.read_text())
+        else:
+            assert ours.read_bytes() == path.read_bytes()
 
 
 def test_annealing_is_in_the_log(straight):
@@ -104,15 +123,12 @@ def test_the_finished_autoencoder_gives_unit_latents(straight):
 def test_the_finished_denoiser_is_the_moving_average(straight):
     run, _ = straight
     module, params = checkpoints.load(run.stage("diffusion").model)
-    from jaxldm.checkpoints.training_store import TrainingStore
-
-    layout = FlatLayout(params)
     adam = optimizer(1e-3, 1, 8)
-    template = create_train_state(jax.random.key(0), layout.flatten(params), adam)
+    template = create_train_state(jax.random.key(0), params, adam)
     with TrainingStore(run.path / "diffusion" / "checkpoints") as store:
         state = store.restore_latest(template).state
-    chex.assert_trees_all_equal(layout.split(state.ema_params), params)
-    assert not np.array_equal(state.ema_params, state.params)
+    chex.assert_trees_all_equal(state.ema_params, params)
+    assert not np.array_equal(state.ema_params["conv_in"]["kernel"], state.params["conv_in"]["kernel"])
     assert module.config.in_channels == 4 and module.config.num_classes == 10
 
 
@@ -131,8 +147,8 @@ def test_interruptions_change_no_bit_of_the_result(straight, tmp_path):
     run_dir = tmp_path / "run"
     for number, at in enumerate(("autoencoder: epoch 1/2", "diffusion: epoch 1/2", "diffusion: epoch 2/2")):
         with pytest.raises(KeyboardInterrupt):
-            train(SMOKE, run_dir, resume=number > 0, devices=1, say=say_and_stop(at))
-    run = train(SMOKE, run_dir, resume=True, devices=1, say=said.append)
+            train(SMOKE, run_dir, resume=number > 0, devices=1, log=say_and_stop(at))
+    run = train(SMOKE, run_dir, resume=True, devices=1, log=said.append)
     assert sum(line.startswith("stopped after step") for line in said) == 3
     for stage in STAGES:
         ours, theirs = run.stage(stage), straight[0].stage(stage)
@@ -148,11 +164,11 @@ def test_resuming_a_finished_run_says_so_and_a_new_one_is_refused(straight):
     run, _ = straight
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     said = []
-    train(SMOKE, run.path, resume=True, devices=1, say=said.append)
+    train(SMOKE, run.path, resume=True, devices=1, log=said.append)
     assert said == [f"{run.path} is finished: there is nothing left to train"]
     with pytest.raises(CheckpointError, match="--resume"):
         train(SMOKE, run.path, devices=1)
-    with pytest.raises(CheckpointError, match="seed is 0 there and 1 here"):
+    with pytest.raises(CheckpointError, match="seed is 0 in it and 1 now"):
         train(dataclasses.replace(SMOKE, seed=1), run.path, resume=True, devices=1)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
@@ -162,28 +178,46 @@ def dit_step(dtype="float32"):
     recipe = RECIPES["smoke-dit"]
     recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, dtype=dtype))
     module = build_denoiser(recipe, (28, 28, 1), 10)
-    layout = FlatLayout(models.shapes(module))
     numbers = np.random.default_rng(0)
-    vector = jnp.asarray(0.05 * numbers.normal(size=layout.size), jnp.float32)
-    loss_fn = make_loss(recipe.diffusion, module)
+    params = jax.tree.map(
+        lambda spec: jnp.asarray(0.05 * numbers.normal(size=spec.shape), jnp.float32), models.shapes(module)
+    )
     adam = optimizer(1e-3, 0, 8)
-    step = make_train_step(lambda p, key, batch, n: loss_fn(layout.unflatten(p), key, batch, n), adam, 0.9)
+    step = make_train_step(make_loss(recipe.diffusion, module), adam, 0.9)
     images = numbers.normal(size=(16, 28, 28, 1)).astype(np.float32)
     batch = {"mean": images, "label": np.arange(16, dtype=np.int32) % 10}
-    return step, create_train_state(jax.random.key(3), vector, adam), batch
+    return step, create_train_state(jax.random.key(3), params, adam), batch
 
 
-def test_a_dit_takes_the_same_step_on_eight_devices():
-    loss, params = {}, {}
-    for devices in (1, 8):
+def test_a_dit_takes_the_same_steps_on_one_device_on_eight_and_with_its_state_split(caplog):
+    """Data parallel, and fully sharded: the state's share of a device falls, the losses stay."""
+    losses, params, held = {}, {}, {}
+    for devices, fsdp in ((1, 1), (8, 1), (8, 4)):
         step, state, batch = dit_step()
-        mesh = make_mesh(devices)
-        batch, state = jax.device_put(batch, batch_sharding(mesh)), jax.device_put(state, replicated(mesh))
-        state, metrics = compile_train_step(step, mesh)(state, batch)
-        loss[devices], params[devices] = float(metrics["loss"]), np.asarray(state.params)
-    np.testing.assert_allclose(loss[1], loss[8], rtol=1e-5)
-    # Adam's first step is the sign of the gradient: where that is nearly 0, rounding may turn it.
-    assert np.mean(np.abs(params[1] - params[8]) > 1e-5) < 1e-3
+        mesh = make_mesh(devices, fsdp=fsdp)
+        shardings = state_shardings(mesh, state)
+        batch, state = jax.device_put(batch, batch_sharding(mesh)), jax.device_put(state, shardings)
+        compiled, losses[devices, fsdp] = compile_train_step(step, mesh), []
+        caplog.clear()
+        for number in range(3):
+            with jax.log_compiles():
+                state, metrics = compiled(state, batch)
+            losses[devices, fsdp].append(float(metrics["loss"]))
+            if number == 0:
+                params[devices, fsdp] = np.concatenate(
+                    [np.ravel(leaf) for leaf in jax.tree.leaves(state.params)]
+                )
+        messages = [record.getMessage() for record in caplog.records]
+        assert sum(text.startswith("Compiling") and "placed_step" in text for text in messages) == 1
+        assert jax.tree.all(
+            jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings)
+        )
+        held[devices, fsdp] = bytes_per_device(state)
+    for kind in ((8, 1), (8, 4)):
+        np.testing.assert_allclose(losses[1, 1], losses[kind], rtol=2e-5)
+        # Adam's first step is the sign of the gradient: where that is nearly 0, rounding may turn it.
+        assert np.mean(np.abs(params[1, 1] - params[kind]) > 1e-5) < 1e-3
+    assert held[8, 1] == held[1, 1] and held[8, 4] < 0.27 * held[1, 1]
 
 
 def test_bfloat16_compute_leaves_loss_and_state_in_float32():
@@ -220,10 +254,11 @@ def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch
     monkeypatch.setattr(diffusion_stage.D, "diffusion_loss", diffusion_loss)
     recipe = dataclasses.replace(
         SMOKE.diffusion,
-        min_snr_gamma=5.0,
+        weight={"name": "min_snr", "gamma": 5.0},
+        time={"name": "logit_normal", "mean": 0.5, "std": 0.25},
         noise_offset=0.1,
         condition_dropout=0.2,
-        noise=D.NoiseSchedule("flow", "flow"),
+        prediction=D.flow(D.Flow()),
     )
     loss_fn = make_loss(recipe, StandIn())
     batch = {
@@ -231,22 +266,51 @@ def test_the_loss_of_a_recipe_is_the_diffusion_loss_of_drawn_latents(monkeypatch
         "std": jnp.full((4000, 2, 2, 1), 0.5),
         "label": jnp.zeros(4000, jnp.int32),
     }
-    loss_fn({}, jax.random.key(0), batch, 0)
+    loss_fn({}, None, batch, jax.random.key(0))
     first = seen["x_0"]
     np.testing.assert_allclose([first.mean(), first.std()], [3.0, 0.5], atol=0.02)
-    loss_fn({}, jax.random.key(1), batch, 0)
+    loss_fn({}, None, batch, jax.random.key(1))
     assert not np.array_equal(first, seen["x_0"])
     assert seen["prediction"] == D.flow(D.Flow()) and int(seen["null_condition"]) == 3
     assert (seen["noise_offset"], seen["condition_dropout"]) == (0.1, 0.2)
     assert seen["weight"](jnp.log(4.0)) == pytest.approx(4.0) and seen["weight"](jnp.inf) == 5.0  # Min-SNR
-    t = seen["time"](jax.random.key(0), (1000,), D.Flow())
-    assert scipy.stats.kstest(np.asarray(t), "uniform").pvalue > 1e-3
+    t = np.asarray(seen["time"](jax.random.key(0), (1000,), D.Flow(t_min=1e-6)))
+    assert scipy.stats.kstest(np.log(t / (1 - t)), "norm", (0.5, 0.25)).pvalue > 1e-3
     del batch["std"]
-    make_loss(dataclasses.replace(recipe, noise=D.NoiseSchedule("edm", sigma_data=0.7)), StandIn())(
-        {}, jax.random.key(2), batch, 0
-    )
-    assert seen["prediction"] == D.edm(D.EDM(), 0.7)
+    plain = dataclasses.replace(recipe, prediction=D.edm(D.EDM(), 0.7), weight=None, time=None)
+    make_loss(plain, StandIn())({}, None, batch, jax.random.key(2))
+    assert seen["prediction"] == D.edm(D.EDM(), 0.7) and seen["weight"] is seen["time"] is None
     np.testing.assert_array_equal(seen["x_0"], batch["mean"])
+
+
+@pytest.mark.parametrize("preset", ["tiny-dit", "sit-s-8"])
+def test_a_velocity_on_an_interpolant_trains_and_is_drawn_from(tmp_path, preset):
+    """From the recipe's JSON to pictures: the run's scheduler_config.json knows the path again."""
+    recipe = RECIPES["smoke-dit"]
+    prediction = D.velocity(D.Interpolant("gvp", gamma=(0.001, 0.1)))
+    diffusion = dataclasses.replace(
+        recipe.diffusion,
+        preset=preset,
+        overrides={**recipe.diffusion.overrides, "patch_size": 7},
+        prediction=prediction,
+        time={"name": "uniform"},
+        epochs=1,
+    )
+    recipe = dataclasses.replace(recipe, diffusion=diffusion, classifier=None, max_train_images=128)
+    recipe = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert recipe.diffusion.prediction == prediction
+    run = train(recipe, tmp_path / "run", devices=1, log=lambda line: None)
+    assert np.isfinite(read_log(run.stage("diffusion").log)["loss"]).all()
+    scheduler = schedulers.from_config(json.loads((run.path / "scheduler/scheduler_config.json").read_text()))
+    assert scheduler.sampler.prediction == prediction
+    module, params = checkpoints.load(run.stage("diffusion").model)
+    network = lambda x, t: models.network(module)(params, x, t, jnp.array([1, 2]))  # noqa: E731
+    grid = D.make_grid(prediction.path, 2)
+    x_T = D.initial_noise(jax.random.key(0), (2, 28, 28, 1), grid)
+    draw = jax.jit(
+        lambda x: D.sample(jax.random.key(1), scheduler.sampler.denoiser(network), D.solvers.ddim(), grid, x)
+    )
+    assert np.isfinite(draw(x_T)).all()
 
 
 def test_models_fit_themselves_to_the_data():

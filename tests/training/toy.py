@@ -30,7 +30,7 @@ class ToyBatches:
         return {"x": self.x[order], "y": y}
 
 
-def loss_fn(params, key, batch, step):
+def loss_fn(params, state, batch, key):
     noise = 0.1 * jax.random.normal(key, batch["y"].shape)
     hidden = jnp.tanh(batch["x"] @ params["w1"])
     error = hidden @ params["w2"] + noise - batch["y"]

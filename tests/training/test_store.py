@@ -1,3 +1,4 @@
+import json
 import resource
 import shutil
 import signal
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxldm.checkpoints import training_store
-from jaxldm.checkpoints.training_store import TrainingStore
 from jaxldm.errors import CheckpointError, StorageError
 from jaxldm.files import folder_written_whole, write_atomically
+from jaxldm.training import store as training_store
+from jaxldm.training.store import TrainingStore
 
 
 def tree(seed=0):
@@ -126,13 +127,25 @@ def test_when_all_are_damaged_the_stage_begins_again_and_says_so(copy_of_three):
 def test_the_checkpoint_of_another_model_is_refused_by_name_and_shape(three):
     with TrainingStore(three) as store:
         for change, words in (
-            ({"w": jnp.zeros((20, 4))}, r"'w' is float32 \[20, 3\] there and float32 \[20, 4\] here"),
+            ({"w": jnp.zeros((20, 4))}, r"'w' is float32 \[20, 3\] in it and float32 \[20, 4\] now"),
             ({"w": jnp.zeros((20, 3), jnp.int32)}, r"'w' is float32 .* int32"),
-            ({"extra": jnp.zeros(1)}, "'extra' is absent there and float32"),
+            ({"extra": jnp.zeros(1)}, "'extra' is absent in it and float32"),
         ):
             with pytest.raises(CheckpointError, match=words):
                 store.restore_latest({**tree(0), **change})
         assert store.steps() == [1, 2, 3]
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(copy_of_three):
+    """Version 0.1 had the parameters as one vector, and no format in its manifest."""
+    manifest = copy_of_three / "3" / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    del entries["format"]
+    manifest.write_text(json.dumps(entries))
+    with TrainingStore(copy_of_three) as store:
+        with pytest.raises(CheckpointError, match="format 1, this version reads 2: finish the run") as raised:
+            store.restore_latest(tree(0))
+        assert "\n" not in str(raised.value) and store.steps() == [1, 2, 3]
 
 
 def test_a_disk_without_room_is_one_line_and_the_last_checkpoint_stays(copy_of_three, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: Orbax on disk, written beside the training, whole or not there at all."""
+"""Checkpoints of a training run: Orbax on disk, written in the background, whole or absent."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from jaxldm.errors import CheckpointError, StorageError
 from jaxldm.files import folder_written_whole, storage_error
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest; 1 (no entry) had the parameters as one vector
 _MARGIN = 1_000_000  # bytes, for the metadata
 # What a failed write raises in Orbax and TensorStore, besides OSError: some pass on only the text of the
 # cause.
@@ -60,8 +61,13 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     return sums
 
 
-def _layout(arrays: dict[str, np.ndarray]) -> dict[str, list]:
-    return {name: [str(value.dtype), *value.shape] for name, value in arrays.items()}
+def _layout(tree: Any) -> dict[str, list]:
+    """Path -> type and shape of an array, as it is written."""
+    layout = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        leaf = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        layout[_name(path)] = [str(np.dtype(leaf.dtype)), *leaf.shape]
+    return layout
 
 
 class TrainingStore:
@@ -98,7 +104,7 @@ class TrainingStore:
         )
 
     def save(self, step: int, state: Any) -> None:
-        """Copies `state` and writes it in the background, after the save before has ended.
+        """Copy `state` and write it in the background, after the save before has ended.
 
         Raises `StorageError` when the disk has no room, or when the save before failed; what was whole stays
         whole.
@@ -109,13 +115,13 @@ class TrainingStore:
         self._pending = self._thread.submit(self._write, step, arrays)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises `StorageError` when it could not be written."""
+        """Return when the last save is on disk; raises `StorageError` when it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def check_space(self, state: Any) -> None:
-        """Raises `StorageError` when the disk has no room for a checkpoint of `state`."""
+        """Raise `StorageError` when the disk has no room for a checkpoint of `state`."""
         arrays = [leaf for leaf in jax.tree.leaves(state) if not _is_key(leaf)]
         needed = _MARGIN + sum(array.size * array.dtype.itemsize for array in arrays)
         place = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
@@ -136,7 +142,12 @@ class TrainingStore:
                 _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
                 with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
                     checkpointer.save(folder / "state", arrays)
-                manifest = {"step": step, "layout": _layout(arrays), "files": _checksums(folder)}
+                manifest = {
+                    "format": FORMAT,
+                    "step": step,
+                    "layout": _layout(arrays),
+                    "files": _checksums(folder),
+                }
                 (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         except _FAILURES as error:
             translated = storage_error(error, self.folder / str(step))
@@ -147,12 +158,15 @@ class TrainingStore:
         for old in (*killed, *(self.folder / str(old) for old in self.steps()[: -self._keep])):
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore_latest(self, template: Any, say: Callable[[str], None] = print) -> Restored | None:
+    def restore_latest(self, template: Any, log: Callable[[str], None] = print) -> Restored | None:
         """The newest whole checkpoint, as host arrays in the tree of `template`; None when there is none.
 
-        A damaged one is set aside as `<step>.damaged`, with one line through `say`, and the one before it is
-        tried. Raises `CheckpointError` when the arrays have other names, shapes or types than `template`:
-        another model.
+        A damaged one is set aside as `<step>.damaged`, with one line through `log`, and the one before it is
+        tried. On which devices the state lay when it was saved does not matter.
+
+        Raises:
+            CheckpointError: the arrays have other names, shapes or types than `template` (another model), or
+                the checkpoint is of another version's format.
         """
         self.wait()
         steps = self.steps()
@@ -163,21 +177,27 @@ class TrainingStore:
                 aside = folder.with_name(f"{step}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                say(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}")
+                log(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}")
                 continue
-            layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
-            _check_layout(folder, layout, _layout(_to_host(template)))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if manifest.get("format", 1) != FORMAT:
+                raise CheckpointError(
+                    f"{folder} is a checkpoint of format {manifest.get('format', 1)}, this version reads "
+                    f"{FORMAT}: finish the run with the version that began it, or start a new run"
+                )
+            layout = manifest["layout"]
+            _check_layout(folder, layout, _layout(template))
             abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in layout.items()}
             with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
                 arrays = checkpointer.restore(folder / "state", abstract)
             return Restored(step, _into(template, arrays))
         if steps:
-            say("no whole checkpoint is left: this stage begins again")
+            log("no whole checkpoint is left: this stage begins again")
         return None
 
 
 def _claim_room(file: Path, size: int) -> None:
-    """Raises `OSError` when `size` bytes cannot be had, by a quota too, which the free space does not show.
+    """Raise `OSError` when `size` bytes cannot be had, by a quota too, which the free space does not show.
 
     Asked before Orbax begins: its own failure is an exception as well, but with a traceback per array on the
     screen.
@@ -232,8 +252,8 @@ def _check_layout(place: Path, saved: dict[str, list], wanted: dict[str, list]) 
     name = next(name for name in sorted({*saved, *wanted}) if saved.get(name) != wanted.get(name))
     describe = lambda entry: "absent" if entry is None else f"{entry[0]} {entry[1:]}"  # noqa: E731
     raise CheckpointError(
-        f"{place} is of another model: {name!r} is {describe(saved.get(name))} there and "
-        f"{describe(wanted.get(name))} here; resume with the recipe that began this run"
+        f"{place} is of another model: {name!r} is {describe(saved.get(name))} in it and "
+        f"{describe(wanted.get(name))} now; resume with the recipe that began this run"
     )
 
 
