@@ -342,23 +342,21 @@ def grid(
     """
     scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
-    own = {"spacing": call.spacing, "sigmas": call.sigmas}
-    given = any(value is not None for value in own.values())
-    steps, distilled = call.num_inference_steps, (call.spacing if given else rule.spacing) == "lcm"
-    if steps is None:
+    given = {"spacing": call.spacing, "sigmas": call.sigmas, "timesteps": call.timesteps}
+    own = all(value is None for value in given.values())
+    distilled = (rule.spacing if own else call.spacing) == "lcm"
+    steps = call.num_inference_steps
+    if steps is None and call.timesteps is None:
         steps = 4 if rule.spacing == "lcm" else pipe.defaults.num_inference_steps
-    if call.timesteps is not None:
-        rows = scheduler_grid(path, call.num_inference_steps, timesteps=call.timesteps, **own)
-    elif distilled and call.strength is not None:
+    if distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         check_count(steps, "num_inference_steps", 1)
-        original = GridRule().original_steps if given else rule.original_steps
-        times = D.lcm_timesteps(steps, path.num_train_timesteps, original, call.strength)
-        rows = D.at_times(path, times)
-    elif given:
-        rows = scheduler_grid(path, steps, final=rule.final, **own)
-    else:
+        original = rule.original_steps if own else GridRule().original_steps
+        rows = D.at_times(path, D.lcm_timesteps(steps, path.num_train_timesteps, original, call.strength))
+    elif own:
         rows = rule.make(path, steps)
+    else:
+        rows = scheduler_grid(path, steps, final=rule.final, **given)
     if call.strength is not None and not distilled:
         rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)

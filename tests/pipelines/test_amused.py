@@ -190,6 +190,15 @@ def test_an_image_is_its_own_and_nothing_compiles_again(pipe):
     np.testing.assert_array_equal(on_two, four)
 
 
+def test_another_callback_compiles_nothing(pipe):
+    call, seen = {"num_inference_steps": 3, "output": "latents", **SIZE}, []
+    pipe(KEY, "a cat", progress=lambda done, total: seen.append((int(done), int(total))), **call)
+    before = COMPILATIONS.count
+    pipe(KEY, "a cat", progress=lambda done, total: seen.append(int(done)), **call)
+    assert COMPILATIONS.count == before
+    assert sorted(seen[:3]) == [(1, 3), (2, 3), (3, 3)] and sorted(seen[3:]) == [1, 2, 3]
+
+
 def test_without_guidance_the_negative_prompt_is_not_asked(pipe):
     call = {"guidance_scale": 1.0, "num_inference_steps": 3, "output": "latents", **SIZE}
     with pytest.warns(UserWarning, match="the negative prompt is ignored: guidance_scale is 1"):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import warnings
 
 import jax
@@ -16,6 +17,7 @@ from reference_pipelines import LATENT, SIZE, noise, open_reference, write_sd
 from jaxldm import diffusion as D
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
+from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 
 PROMPTS = ["a cat", "the dog sat", "hello"]
 EULER = {"solver": "euler", "num_inference_steps": 4, "output": "latents"}
@@ -102,6 +104,11 @@ def test_karras_may_be_typed_as_a_spacing(pipe):
     )
     np.testing.assert_array_equal(drawn, expected)
     assert np.abs(drawn - pipe(KEY, "a cat", **EULER)).max() > 0.01
+
+
+def test_a_solver_from_outside_is_named_by_its_module(pipe):
+    drawn = pipe(KEY, "a cat", **EULER | {"solver": "jaxldm.diffusion.solvers.euler:euler"})
+    np.testing.assert_array_equal(drawn, pipe(KEY, "a cat", **EULER | {"solver": D.solvers.euler()}))
 
 
 def test_previews_are_x_0_as_seen_on_the_way(pipe):
@@ -237,6 +244,8 @@ def test_words_that_the_encoder_does_not_see_are_named(pipe):
         (dict(denoising_start=0.5), ["denoising_start", "latents"]),
         (dict(denoising_end=1.5), ["denoising_end"]),
         (dict(eta=0.5, solver="dpmpp_2m"), ["eta"]),
+        (dict(timesteps=[999, 500], spacing="trailing"), ["timesteps", "cannot be combined"]),
+        (dict(variance="learned"), ["no learned variance"]),
         (dict(latents=noise(), eta=0.5, solver=D.solvers.ddim()), ["eta"]),
     ],
 )
@@ -298,6 +307,33 @@ def test_a_model_index_that_does_not_fit(folder, tmp_path, entry, value, words):
     with pytest.raises(CheckpointError) as error:
         pipelines.load(tmp_path)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_family_of_ones_own(folder, tmp_path, monkeypatch, three):
+    """Another pipeline class around the same parts, with a default and a stage of its own."""
+    shutil.copytree(folder, tmp_path / "mine")
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "MyPipeline"}
+    (tmp_path / "mine" / "model_index.json").write_text(json.dumps(index))
+
+    def shouted(pipe, request):
+        return STABLE_DIFFUSION.encode(
+            pipe, request._replace(prompts=[text + "!" for text in request.prompts])
+        )
+
+    mine = STABLE_DIFFUSION._replace(
+        name="Mine",
+        folder=STABLE_DIFFUSION.folder._replace(class_names=("MyPipeline",)),
+        defaults=lambda pipe: pipelines.Defaults(guidance_scale=2.0, num_inference_steps=4),
+        encode=shouted,
+    )
+    monkeypatch.setitem(pipelines.PIPELINES, "MyPipeline", mine)
+    pipe = pipelines.load(tmp_path / "mine")
+    drawn = pipe(KEY, PROMPTS, "bad", solver="euler", output="latents")
+    expected = pipelines.Pipeline(STABLE_DIFFUSION, pipe.parts)(
+        KEY, [text + "!" for text in PROMPTS], "bad", guidance_scale=2.0, **EULER
+    )
+    np.testing.assert_array_equal(drawn, expected)
+    assert np.abs(drawn - three).max() > 0.01
 
 
 def test_an_unknown_dtype(folder):

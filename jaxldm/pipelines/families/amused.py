@@ -8,6 +8,7 @@ and inpainting are one call. `latents=` and `output="latents"` are tokens, int32
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ class PerCall(NamedTuple):
     unmasking: D.Unmasking
     masked_by_chance: Float[Array, ""]
     guidance_scale: Float[Array, ""]
+    on_step: D.Listener | None = None
+    progress: D.Listener | None = None
 
 
 class PerImage(NamedTuple):
@@ -70,8 +73,6 @@ class Compiled(NamedTuple):
 
     mask_token: int
     key_impl: Any
-    on_step: Any
-    progress: Any
 
 
 def encode(
@@ -195,14 +196,20 @@ def unmask_tokens(
     by_chance = unmasking.start if start.by_chance else np.float32(0)
     if call.compile_only:
         unmasking = unmasking._replace(num_steps=np.int32(0))
-    shared = (pipe.transformer, PerCall(unmasking, by_chance, np.float32(guidance_scale)))
     per_image = PerImage(keys.data, start.tokens, start.total, *condition)
-    compiled = Compiled(mask_token(pipe), keys.impl, call.on_step, call.progress)
+    compiled = Compiled(mask_token(pipe), keys.impl)
 
     def run(shared: Any, batch: PerImage, mesh: Mesh) -> Any:
         return _unmask(shared, batch, compiled=compiled, mesh=mesh)
 
-    return in_batches(run, shared, per_image, call.batch_size, call.devices, call.in_flight), None
+    with contextlib.ExitStack() as stack:
+        listeners = [
+            None if function is None else stack.enter_context(D.listening(function))
+            for function in (call.on_step, call.progress)
+        ]
+        per_call = PerCall(unmasking, by_chance, np.float32(guidance_scale), *listeners)
+        shared = (pipe.transformer, per_call)
+        return in_batches(run, shared, per_image, call.batch_size, call.devices, call.in_flight), None
 
 
 @functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
@@ -228,7 +235,7 @@ def unmask(
         branches = (per_image.cond, per_image.uncond)
         logits = D.guided_logits(network, *branches, per_call.guidance_scale, cond_only_at_1=False)
     tokens = D.mask_by_chance(keys, per_image.tokens, per_call.masked_by_chance, compiled.mask_token)
-    more = {"total": per_image.total, "callback": compiled.on_step, "progress": compiled.progress}
+    more = {"total": per_image.total, "callback": per_call.on_step, "progress": per_call.progress}
     return D.sample_tokens(keys, logits, tokens, per_call.unmasking, mask_token=compiled.mask_token, **more)
 
 
