@@ -127,4 +127,4 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    references.StandIn.collecting = False
+    references.remove_stand_ins()

@@ -138,3 +138,11 @@ def stand_in_for_missing() -> None:
     """From now on `import torch` works where it is not installed, and gives something no test may use."""
     if any(importlib.util.find_spec(name) is None for name in REFERENCES):
         sys.meta_path.append(Missing())
+
+
+def remove_stand_ins() -> None:
+    """After the files were imported: other packages (tyro, SciPy) look whether `torch` was."""
+    StandIn.collecting = False
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Missing)]
+    for name in [name for name, module in sys.modules.items() if isinstance(module, StandIn)]:
+        del sys.modules[name]
