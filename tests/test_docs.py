@@ -13,7 +13,7 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
-RUN = ("tutorials/write-a-solver.md", "tutorials/write-a-path.md")
+RUN = ("tutorials/write-a-solver.md", "tutorials/write-a-path.md", "training.md")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
