@@ -33,7 +33,7 @@ def consistency_function(
             f"consistency_function scales the number of a timestep; this {path.name} path has none"
         )
     if not sigma_data > 0:
-        raise InvalidArgumentError(f"sigma_data must be above 0, not {sigma_data}")
+        raise InvalidArgumentError(f"sigma_data must be > 0, got {sigma_data}")
 
     def change(x_0, x, t):
         s = timestep_scaling * t
