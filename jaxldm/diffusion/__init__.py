@@ -71,7 +71,6 @@ from jaxldm.diffusion.masked_tokens import (
     masked_token_loss,
     sample_tokens,
 )
-from jaxldm.diffusion.noise_schedule import NoiseSchedule
 from jaxldm.diffusion.paths import EDM, VP, ContinuousVP, Path
 from jaxldm.diffusion.predictions import (
     PREDICTIONS,
@@ -94,7 +93,6 @@ from jaxldm.diffusion.projected_guidance import (
 )
 from jaxldm.diffusion.rectified_flow import Flow, resolution_shift
 from jaxldm.diffusion.sampling import bar_progress, image_keys, initial_noise, sample, sample_step
-from jaxldm.diffusion.scheduler_config import from_scheduler_config, to_scheduler_config
 from jaxldm.diffusion.solvers import Restart, Solver, restart_grid
 from jaxldm.diffusion.spacings import (
     SPACINGS,
@@ -147,7 +145,6 @@ __all__ = [
     "Grid",
     "Interpolant",
     "Listener",
-    "NoiseSchedule",
     "Path",
     "Prediction",
     "Restart",
@@ -185,7 +182,6 @@ __all__ = [
     "exponential",
     "exponential_betas",
     "flow",
-    "from_scheduler_config",
     "from_x0",
     "gaussian_denoiser",
     "gaussian_mixture_denoiser",
@@ -249,7 +245,6 @@ __all__ = [
     "static_threshold",
     "steps_in",
     "steps_within",
-    "to_scheduler_config",
     "trailing",
     "training_times",
     "uniform",
