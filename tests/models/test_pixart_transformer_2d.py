@@ -233,12 +233,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path, damage, message):
     [
         ({"sample_size": 9}, InvalidArgumentError, "side of 9"),
         ({"num_layers": 0}, InvalidArgumentError, "num_layers"),
-        ({"attention_head_dim": 13}, InvalidArgumentError, "width of 26"),
+        ({"attention_head_dim": 13}, InvalidArgumentError, "width 26 must be a multiple of 4"),
         ({"cross_attention_dim": 10}, InvalidArgumentError, "must be the width of the projected text"),
         (
             {"attention_head_dim": 10, "cross_attention_dim": 20, "use_additional_conditions": True},
             InvalidArgumentError,
-            "20 does not allow",
+            "width 20 must be a multiple of 3",
         ),
         ({"dtype": "float8"}, UnknownNameError, "float8"),
     ],
