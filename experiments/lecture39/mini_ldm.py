@@ -229,7 +229,7 @@ def main(options: MiniLDM) -> None:
     end = time.perf_counter()
     minutes = (trained - start) / 60, (end - trained) / 60
     print(f"{sum(minutes):.1f} minutes: {minutes[0]:.1f} training, {minutes[1]:.1f} drawing and measuring")
-    print(f"Look at {run.path}/grid-w3.png, and at the other pictures and metrics.md beside it.")
+    print(f"Look at {run.path}/grid-w3.png, and at metrics.md and the other pictures there.")
 
 
 if __name__ == "__main__":
