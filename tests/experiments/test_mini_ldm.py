@@ -72,3 +72,12 @@ def test_it_draws_measures_and_says_what_it_did(random_run, capsys):
     lines = text.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(mini_ldm.ROWS) and len({line.count("|") for line in table}) == 1
+
+
+def test_the_export_is_read_back_bit_for_bit(random_run, capsys):
+    run = RunFolder(random_run("smoke"))
+    mini_ldm.export(run)
+    shown = capsys.readouterr().out
+    read, of = shown.split("export: ")[1].split(" tensors")[0].split(" of ")
+    assert read == of and int(of) > 20
+    assert (run.path / "export" / "model_index.json").exists()
