@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from solver_kinds import DISTILLED, NOISY
 
 from jaxldm import diffusion as D
 
@@ -11,9 +12,6 @@ OPTIMIZED = True  # see tests/conftest.py
 PATH, MEAN, STD, KEY = D.VP.named("linear"), 0.3, 0.5, jax.random.key(4)
 GRID = D.exponential(PATH, 64, final="sigma_min")
 DENOISE = D.gaussian_denoiser(PATH, MEAN, STD)
-# These add noise, or assume a network that was distilled: their samples have no place of their own to end.
-RANDOM = {"ddpm", "euler_ancestral", "dpm2_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "sit_sde"}
-DISTILLED = {"lcm", "tcd"}
 
 
 @pytest.mark.parametrize("name", sorted(D.solvers.SOLVERS))
@@ -22,7 +20,7 @@ def test_every_solver_solves(name):
     x = np.asarray(D.sample(KEY, DENOISE, D.solvers.make(name), GRID, x_T))
     if name in DISTILLED:
         assert np.isfinite(x).all() and abs(x.mean() - MEAN) < 0.1
-    elif name in RANDOM:
+    elif name in NOISY:
         assert abs(x.mean() - MEAN) < 0.06 and abs(x.std() - STD) < 0.06
     else:
         exact = D.gaussian_solution(PATH, MEAN, STD, x_T, GRID.t[0], GRID.t[-1])

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from solver_kinds import DISTILLED, MULTISTEP, NOISY, SAME_AS
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
@@ -19,12 +20,8 @@ VARIANTS = [(name, ()) for name in D.solvers.SOLVERS] + [
     ("ddim", (("eta", 0.7),)),
     ("heun", (("s_churn", 3.0),)),
 ]
-STOCHASTIC = {"ddpm", "euler_ancestral", "dpm2_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "sit_sde"}
-STOCHASTIC |= {"lcm", "tcd", "restart"}  # restart adds noise where the grid rises
+STOCHASTIC = NOISY | DISTILLED | {"restart"}  # restart adds noise where the grid rises
 DETERMINISTIC = [variant for variant in VARIANTS[: len(D.solvers.SOLVERS)] if variant[0] not in STOCHASTIC]
-# These remember past steps, so a run that is cut and continued starts again in first order.
-MULTISTEP = {"lms", "pndm", "deis", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc"}
-SAME_AS_DDIM = {"euler", "dpmpp_1s"}
 
 
 def over(variants):
@@ -125,7 +122,7 @@ def test_old_style_keys_are_accepted():
     assert D.image_keys(jax.random.key_data(D.image_keys(KEY, 4)), 4).shape == (4,)
 
 
-@over([variant for variant in DETERMINISTIC if variant[0] not in SAME_AS_DDIM])
+@over([variant for variant in DETERMINISTIC if variant[0] not in SAME_AS])
 def test_jit_equals_eager(variant):
     grid = D.make_grid(VP, 3)
     x = D.initial_noise(KEY, SHAPE, grid)
@@ -167,7 +164,7 @@ def test_a_sharded_batch_gives_the_same_images():
     np.testing.assert_allclose(shared, run(KEY, grid, x), rtol=1e-5, atol=1e-5)
 
 
-@over([variant for variant in VARIANTS[:-2] if variant[0] not in SAME_AS_DDIM])
+@over([variant for variant in VARIANTS[:-2] if variant[0] not in SAME_AS])
 def test_gradients_agree_with_differences(variant, x64):
     solver = solver_of(variant)
     grid = D.make_grid(FLOW, 3)  # from pure noise to the clean row, where a division by 0 would show

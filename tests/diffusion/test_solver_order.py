@@ -13,6 +13,7 @@ import numpy as np
 import other_solvers
 import pytest
 from mixture_reference import MEANS, STDS, WEIGHTS, solve_exactly
+from solver_kinds import DISTILLED, NOISY, SAME_AS
 
 from jaxldm import diffusion as D
 
@@ -42,7 +43,6 @@ ORDERS = [
     ("pndm", {"combine": "v_prediction"}, 1),
 ]
 OTHER_PROGRAMS = {"dpmpp_3m of other programs": other_solvers.dpmpp_3m}
-SAME_AS = {"euler": "ddim", "dpmpp_1s": "ddim"}
 STEPS = (64, 128, 256, 512)
 PATHS = {
     "vp": (D.VP(D.linear_betas()), "exponential"),
@@ -92,9 +92,8 @@ def slope(errors, steps=STEPS):
 
 def test_every_deterministic_solver_has_an_order_here():
     measured = {name for name, _, _ in ORDERS} | set(SAME_AS)
-    stochastic = {"ddpm", "euler_ancestral", "dpm2_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde"}
-    elsewhere = {"lcm", "tcd", "sit_sde", "restart", "flow_euler", "flow_heun"}
-    assert set(D.solvers.SOLVERS) - measured <= stochastic | elsewhere
+    elsewhere = {"restart", "flow_euler", "flow_heun"}
+    assert set(D.solvers.SOLVERS) - measured <= NOISY | DISTILLED | elsewhere
 
 
 @pytest.mark.parametrize("name, options, order", ORDERS, ids=lambda value: str(value))
