@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,8 +53,8 @@ def describe_everything() -> str:
 
     recipes = [(name, describe_recipe(recipe)) for name, recipe in training.RECIPES.items()]
     presets = [(name, models.class_name(config)) for name, config in models.PRESETS.items()]
-    solvers = [(name, first_line(solver)) for name, solver in D.solvers.SOLVERS.items()]
-    spacings = [(name, first_line(spacing)) for name, spacing in D.SPACINGS.items()]
+    solvers = with_installed(D.solvers.SOLVERS, D.solvers.names())
+    spacings = with_installed(D.SPACINGS, D.spacing_names())
     devices = [(device.id, device.platform, device.device_kind) for device in jax.devices()]
     sections = {
         "recipes (jaxldm train RECIPE)": table(recipes),
@@ -65,6 +66,11 @@ def describe_everything() -> str:
         "compiled functions": f"  {host.compilation_cache_folder() or 'not kept'}",
     }
     return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
+
+
+def with_installed(table: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, description) of each name; those that another package adds are not imported for it."""
+    return [(name, first_line(table[name]) if name in table else "of an installed package") for name in names]
 
 
 def first_line(function: Any) -> str:

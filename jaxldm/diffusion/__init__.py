@@ -109,6 +109,7 @@ from jaxldm.diffusion.spacings import (
     linspace,
     linspace_fractional,
     make_grid,
+    spacing_names,
     stage_c,
     trailing,
 )
@@ -239,6 +240,7 @@ __all__ = [
     "sigmoid_alphas_betas",
     "sigmoid_betas",
     "solvers",
+    "spacing_names",
     "split_at_fraction",
     "split_at_snr",
     "stage_c",

@@ -284,6 +284,11 @@ SPACINGS: dict[str, Callable[..., Grid]] = {
 ENTRY_POINTS = "jaxldm.spacings"
 
 
+def spacing_names() -> list[str]:
+    """The names that `make_grid` takes: of this library, then of installed packages."""
+    return registry.names(SPACINGS, ENTRY_POINTS)
+
+
 def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, **options: Any) -> Grid:
     """The grid of a spacing by name, with options such as rho=5.0.
 
