@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import os
 import re
@@ -19,7 +20,7 @@ from jaxldm import __version__
 from jaxldm.commands import COMMANDS, load_command
 from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
 
-HELP = """usage: jaxldm COMMAND ...
+HELP = """usage: jaxldm [--import MODULE] COMMAND ...
 
 Latent diffusion: train a model, sample from it, evaluate it, export it.
 
@@ -34,6 +35,8 @@ A first session (about ten minutes without an accelerator):
 
 Compiled functions are kept in the user's cache folder (`jaxldm info` shows it; at most 2 GiB), so that the
 same command does not compile twice. JAXLDM_COMPILATION_CACHE is another folder for them, or "off".
+
+A model with a class of your own, such as a path, needs its module: `jaxldm --import my_module sample RUN`.
 
 `jaxldm COMMAND --help` explains the options of a command, `jaxldm --version` prints the version."""
 
@@ -86,6 +89,8 @@ def parse(argv: list[str]):
         UnknownNameError: a command or option that does not exist.
         InvalidArgumentError: values that cannot be parsed.
     """
+    while argv and argv[0].split("=")[0] == "--import":
+        argv = import_module(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print_help()
         return None
@@ -109,6 +114,24 @@ def parse(argv: list[str]):
         if not end.code:
             return None
         raise InvalidArgumentError(f"{one_line(stderr.getvalue())} (see `jaxldm {name} --help`)") from None
+
+
+def import_module(argv: list[str]) -> list[str]:
+    """Imports the module of `--import MODULE` or `--import=MODULE`; the words behind it.
+
+    Raises:
+        InvalidArgumentError: no module, or one that cannot be imported.
+    """
+    first, *words = argv
+    name = first.partition("=")[2] or (words.pop(0) if words and "=" not in first else "")
+    try:
+        importlib.import_module(name)
+    except (ImportError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"--import needs the name of a module that Python can import, got {name!r}: {error} (for a file "
+            "in this folder put PYTHONPATH=. in front of the command)"
+        ) from error
+    return words
 
 
 def print_help() -> None:

@@ -80,8 +80,8 @@ def _own_class(name: str) -> type[Path]:
     cls = getattr(sys.modules.get(module), attribute, None)
     if not (isinstance(cls, type) and issubclass(cls, Path)):
         raise InvalidArgumentError(
-            f"the path {name!r} is not known: import {module} first, and let {attribute} be a subclass of "
-            "D.Path"
+            f"the path {name!r} is not known: import {module} first (on the command line: jaxldm --import "
+            f"{module} COMMAND ...), and let {attribute} be a subclass of D.Path"
         )
     return cls
 

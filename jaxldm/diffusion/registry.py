@@ -63,8 +63,10 @@ def _import(kind: str, name: str) -> Callable[..., Any]:
         for part in attribute.split("."):
             function = getattr(function, part)
     except (ImportError, AttributeError, ValueError) as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = "; for a file in this folder put PYTHONPATH=. in front of the command" if missing else ""
         raise InvalidArgumentError(
-            f"{kind} {name!r} must be package.module:function, importable from here: {error}"
+            f"{kind} {name!r} must be package.module:function, importable from here: {error}{hint}"
         ) from error
     if not callable(function):
         raise InvalidArgumentError(f"{kind} {name!r} must name a function, got {function!r}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -142,6 +143,30 @@ def test_info_lists_what_can_be_named(capsys):
     names = [*training.RECIPES, *models.PRESETS, *D.solvers.SOLVERS, *D.SPACINGS, "mnist5k", "cpu"]
     assert code == 0 and all(name in out for name in names)
     assert "partial" not in out and "compiled functions" in out
+
+
+def test_info_lists_what_installed_packages_add(capsys, monkeypatch):
+    def found(group):
+        return [importlib.metadata.EntryPoint(f"of_{group}", "no_such_package:function", group)]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", found)
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and re.search(r"^  of_jaxldm\.solvers +of an installed package$", out, re.MULTILINE)
+    assert re.search(r"^  of_jaxldm\.spacings +of an installed package$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [["--import", "own_module"], ["--import=own_module"]])
+def test_a_module_of_ones_own_is_imported_before_the_command(capsys, monkeypatch, tmp_path, words):
+    (tmp_path / "own_module.py").write_text("imported = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(capsys, *words, "--version") == (0, f"jaxldm {__version__}\n", "")
+    assert sys.modules.pop("own_module").imported
+
+
+@pytest.mark.parametrize("words", [["--import"], ["--import="], ["--import", "no_such_module", "info"]])
+def test_a_module_that_cannot_be_imported_is_named(capsys, words):
+    line = complaint(capsys, *words)
+    assert "--import needs the name of a module" in line and "PYTHONPATH=." in line
 
 
 def test_info_of_a_preset_counts_its_parameters(capsys):

@@ -94,6 +94,7 @@ def test_a_spacing_from_outside():
 
 def test_entry_points_add_names(entry_points):
     assert D.solvers.names() == [*D.solvers.SOLVERS, "halfway"]
+    assert D.spacing_names() == [*D.SPACINGS, "two_rows"]
     assert D.solvers.make("halfway", strength=0.2) == D.solvers.make("halfway", strength=0.2)
     np.testing.assert_array_equal(D.make_grid(PATH, 2, "two_rows").t, np.float32([1, 0.5, 0]))
     with pytest.raises(UnknownNameError, match="did you mean 'halfway'"):
@@ -103,7 +104,11 @@ def test_entry_points_add_names(entry_points):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda: D.solvers.make("no_such_package:solver"), InvalidArgumentError, "No module named"),
+        (
+            lambda: D.solvers.make("no_such_package:solver"),
+            InvalidArgumentError,
+            "No module named.*PYTHONPATH=.",
+        ),
         (lambda: D.solvers.make("outside_samplers:other"), InvalidArgumentError, "no attribute 'other'"),
         (lambda: D.solvers.make(":halfway"), InvalidArgumentError, "package.module:function"),
         (lambda: D.solvers.make("outside_samplers:nothing"), InvalidArgumentError, "name a function"),

@@ -263,7 +263,7 @@ def test_an_algorithm_that_is_not_known_here():
         ({"_class_name": "PathScheduler", "path": {"type": "flow", "shft": 1}, "prediction": "flow"}, "shft"),
         (
             {"_class_name": "PathScheduler", "path": {"type": "a.b:C"}, "prediction": "flow"},
-            "import a.b first",
+            "import a.b first .*jaxldm --import a.b",
         ),
         ({"_class_name": "PathScheduler"}, "scheduler_config"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "Leading"}, "did you mean 'leading'"),
