@@ -57,7 +57,8 @@ def table(rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
     """Rows of cells as lines of text with aligned columns.
 
     >>> print(table([("a", 1), ("long", 22)], indent=""))
-    a     1 long  22
+    a     1
+    long  22
     """
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

@@ -52,7 +52,7 @@ def clip_score(similarities: Float[np.ndarray, "N K"], prompt_of: Sequence[int])
     Raises:
         DataError: not one prompt for each image.
 
-    >>> clip_score(np.array([[0.3, 0.1], [0.2, 0.25]]), [0, 1])
+    >>> round(clip_score(np.array([[0.3, 0.1], [0.2, 0.25]]), [0, 1]), 6)
     27.5
     """
     own = np.asarray(prompt_of)

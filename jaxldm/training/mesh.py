@@ -60,8 +60,8 @@ def leaf_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     Source: Rajbhandari et al. 2020 (ZeRO, stage 3), for `fsdp`.
 
     >>> mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
-    >>> leaf_sharding(mesh, (3, 3, 64, 128)).spec
-    PartitionSpec(None, None, 'fsdp', 'tensor')
+    >>> tuple(leaf_sharding(mesh, (3, 3, 64, 128)).spec)
+    (None, None, 'fsdp', 'tensor')
     """
     names: list[str | None] = [None] * len(shape)
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]

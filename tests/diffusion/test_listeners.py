@@ -174,7 +174,7 @@ jax.monitoring.register_event_listener(lambda event, **kwargs: events.append(eve
 path, key = D.Flow(), jax.random.key(0)
 weights, grid = jnp.eye(4), D.make_grid(path, 3)
 x = D.initial_noise(key, (2, 4, 4, 4), grid)
-denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights), path, "sample")
+denoise = D.denoiser(lambda x, t: jnp.tanh(x @ weights), D.x0(path))
 events.clear()
 D.sample(key, denoise, D.solvers.dpmpp_2m(), grid, x, progress=lambda done, total: None)
 asked = sum(event.endswith("compile_requests_use_cache") for event in events)
