@@ -7,9 +7,7 @@ import jaxldm
 
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # To be removed: these rooms are being rebuilt. Whoever breaks a cycle up removes its line.
-KNOWN_CYCLES = (
-    {"jaxldm.pipelines.generate", "jaxldm.pipelines.pipeline"},
-)
+KNOWN_CYCLES = ({"jaxldm.pipelines.generate", "jaxldm.pipelines.pipeline"},)
 
 
 def module_name(path: pathlib.Path, package: pathlib.Path) -> str:
