@@ -45,7 +45,9 @@ class Eval:
     """Solver (`jaxldm info` lists all), or package.module:function."""
 
     spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None
-    """Spacing of the steps: leading, trailing, linspace, karras, ...; `jaxldm info` lists all."""
+    """Spacing of the steps: trailing, linspace, karras, ... (`jaxldm info` lists all), or
+    package.module:function.
+    """
 
     sigmas: Annotated[tuple[str, ...] | None, shown("FLOAT ...", "none")] = None
     """The noise levels sigma / alpha of the steps, in place of a spacing, from the noisiest down."""

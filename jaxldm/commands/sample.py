@@ -135,7 +135,9 @@ class Sample:
     """Fresh noise in each step, for solvers with this option (ddim): 0 is none, 1 is as in DDPM."""
 
     spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None
-    """Spacing of the steps: leading, trailing, linspace, karras, ...; `jaxldm info` lists all."""
+    """Spacing of the steps: trailing, linspace, karras, ... (`jaxldm info` lists all), or
+    package.module:function.
+    """
 
     sigmas: Annotated[tuple[str, ...] | None, shown("FLOAT ...", "none")] = None
     """The noise levels sigma / alpha of the steps, in place of a spacing, from the noisiest down."""

@@ -41,15 +41,22 @@ def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]], group: s
 
 def check_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raises `InvalidArgumentError` for an option that is no keyword of the function."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
     for option in options:
-        if option not in known:
-            raise InvalidArgumentError(
-                f"{kind} {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}"
-            )
+        if not has_option(function, option):
+            known = ", ".join(_keywords(function)) or "none"
+            raise InvalidArgumentError(f"{kind} {name!r} has no option {option!r}; it has: {known}")
+
+
+def has_option(function: Callable[..., Any], option: str) -> bool:
+    """Whether the function has that keyword, or takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    return option in _keywords(function) or any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    others = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind not in others]
 
 
 def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:

@@ -33,7 +33,7 @@ from jaxldm.pipelines.inputs import (
 )
 from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, Progress, decode_images, denoise
 from jaxldm.pipelines.prompts import as_texts, for_each
-from jaxldm.schedulers import GridRule, Sampler, Scheduler, scheduler_grid
+from jaxldm.schedulers import GridRule, Sampler, Scheduler, ending, scheduler_grid
 
 if TYPE_CHECKING:
     from jaxldm.pipelines.pipeline import Pipeline
@@ -60,7 +60,8 @@ class Call:
             scheduler that the folder names.
         eta: for the solvers that have this option.
         variance: of solver "ddpm": "small", "large" or "learned", for networks with a learned variance.
-        spacing, sigmas: names of `D.SPACINGS` or noise levels, in place of the folder's own.
+        spacing, sigmas: in place of the folder's own: a name of `D.SPACINGS` or "package.module:function", or
+            the noise levels.
         timesteps: the rows themselves, noisiest first, in place of a spacing.
         image: start from this image: 8-bit pixels or floats in [-1, 1], [H, W, 3] or [N, H, W, 3], PIL
             images, or latents [N, h, w, c].
@@ -356,7 +357,7 @@ def grid(
     elif own:
         rows = rule.make(path, steps)
     else:
-        rows = scheduler_grid(path, steps, final=rule.final, **given)
+        rows = scheduler_grid(path, steps, **ending(rule, call.spacing), **given)
     if call.strength is not None and not distilled:
         rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)

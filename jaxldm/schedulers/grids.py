@@ -109,8 +109,8 @@ class GridRule:
         return {{"steps_offset": "offset"}.get(name, name): value for name, value in options.items()}
 
     def _check(self) -> None:
-        if self.spacing is not None:
-            one_of("spacing", self.spacing, TIMES | D.SPACINGS)
+        if self.spacing is not None and ":" not in self.spacing:  # package.module:function
+            one_of("spacing", self.spacing, dict.fromkeys((*TIMES, *D.spacing_names())))
         if self.levels is not None:
             one_of("sigmas", self.levels, LEVELS | D.SPACINGS)
         if (self.spacing or "trailing") not in TIMES or (self.levels or "karras") not in LEVELS:
@@ -180,6 +180,18 @@ def scheduler_grid(path: D.Path, num_inference_steps: int | None = None, **optio
     shift = options.pop("shift", None)
     registry.check_options("scheduler", "grid", GridRule, options)
     return GridRule(**options).make(path, num_inference_steps, shift)
+
+
+def ending(rule: GridRule, spacing: str | None) -> dict[str, str]:
+    """`final` of a folder's rule, for a call that names another spacing.
+
+    Empty for a spacing of another package without this option, which ends as it likes.
+    """
+    if spacing is not None and spacing not in TIMES and spacing not in D.SPACINGS:
+        function = registry.find("spacing", spacing, D.SPACINGS, spacings.ENTRY_POINTS)
+        if not registry.has_option(function, "final"):
+            return {}
+    return {"final": rule.final}
 
 
 def _given_rows(path: D.Path, count: int | None, options: dict[str, Any]) -> D.Grid:

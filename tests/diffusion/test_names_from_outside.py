@@ -92,6 +92,16 @@ def test_a_spacing_from_outside():
     np.testing.assert_array_equal(grid.t, np.float32([1, 0.25, 0]))
 
 
+def test_a_spacing_from_outside_on_the_grid_of_a_file():
+    """It ends as it likes; one with the option `final` ends as the file says."""
+    rule, name = schedulers.GridRule(final="sigma_min"), "outside_samplers:two_rows"
+    assert schedulers.ending(rule, name) == {}
+    assert schedulers.ending(rule, "karras") == schedulers.ending(rule, None) == {"final": "sigma_min"}
+    np.testing.assert_array_equal(schedulers.scheduler_grid(PATH, 2, spacing=name).t, np.float32([1, 0.5, 0]))
+    with pytest.raises(InvalidArgumentError, match="cannot be combined with sigmas"):
+        schedulers.scheduler_grid(PATH, 2, spacing=name, sigmas="karras")
+
+
 def test_entry_points_add_names(entry_points):
     assert D.solvers.names() == [*D.solvers.SOLVERS, "halfway"]
     assert D.spacing_names() == [*D.SPACINGS, "two_rows"]

@@ -290,6 +290,7 @@ def test_a_text_encoder_may_be_shared(folders, pipes, tmp_path):
     ("stage", "call", "error", "message"),
     [
         ("I", {"spacing": "smart28"}, UnknownNameError, "smart27"),
+        ("I", {"spacing": "no_such_package:rows"}, InvalidArgumentError, "No module named"),
         ("I", {"spacing": "smart27", "num_inference_steps": 50}, InvalidArgumentError, "its 27"),
         ("I", {"spacing": "smart27", "sigmas": "karras"}, InvalidArgumentError, "leave out sigmas"),
         ("I", {"noise_level": 3}, UnknownNameError, "noise_level"),

@@ -111,6 +111,16 @@ def test_a_solver_from_outside_is_named_by_its_module(pipe):
     np.testing.assert_array_equal(drawn, pipe(KEY, "a cat", **EULER | {"solver": D.solvers.euler()}))
 
 
+def test_a_spacing_from_outside_is_named_by_its_module(pipe, tmp_path, monkeypatch):
+    """It need not have the option `final`, which the folder's own rows have."""
+    lines = "from jaxldm import diffusion as D", "def rows(path, count):", "    return D.karras(path, count)"
+    (tmp_path / "own_spacings.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    own = pipe.grid(spacing="own_spacings:rows", num_inference_steps=4)[1]
+    expected = D.pad(D.karras(pipe.prediction.path, 4), len(own.t) - 1)
+    jax.tree.map(np.testing.assert_array_equal, own, expected)
+
+
 def test_previews_are_x_0_as_seen_on_the_way(pipe):
     """Euler's last step goes where x_0 is seen, so the last of as many previews as steps is the image."""
     images, previews = pipe(KEY, "a cat", solver="euler", num_inference_steps=4, previews=4)
