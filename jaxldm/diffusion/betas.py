@@ -145,6 +145,10 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 def checked_betas(betas: Any) -> np.ndarray:
     """Betas as float64 [T], or `InvalidArgumentError`."""
+    if isinstance(betas, str):
+        raise InvalidArgumentError(
+            f"betas must be numbers, got the name {betas!r}: write D.VP.named({betas!r})"
+        )
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 2:
         raise InvalidArgumentError(f"betas must be a list of at least 2 numbers, got shape {betas.shape}")

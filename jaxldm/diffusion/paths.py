@@ -312,7 +312,8 @@ def as_floats(path: Path) -> None:
     """Turns the numbers among a dataclass's fields into floats, so that equal paths look alike too."""
     for field in dataclasses.fields(path):
         value = getattr(path, field.name)
-        if isinstance(value, (int, float, np.number)):
+        is_scalar_array = isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0
+        if is_scalar_array or isinstance(value, (int, float, np.number)):
             object.__setattr__(path, field.name, float(value))
 
 

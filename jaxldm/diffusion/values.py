@@ -86,4 +86,5 @@ def equal_by_call(factory: Factory) -> Factory:
 
 def _comparable(value: Any) -> tuple[type, Any]:
     """(type, value): 1, 1.0 and True are equal in Python, but not to a compiler. Lists become tuples."""
-    return type(value), (tuple(_comparable(item) for item in value) if isinstance(value, list) else value)
+    several = type(value) in (list, tuple)
+    return type(value), (tuple(_comparable(item) for item in value) if several else value)

@@ -297,3 +297,14 @@ def test_impossible_paths_are_refused(make, words):
 def test_unknown_names(make, words):
     with pytest.raises(UnknownNameError, match=words):
         make()
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray, np.float64])
+def test_scalar_arrays_are_numbers_of_a_path(make):
+    path = D.Flow(shift=make(3.0))
+    assert path == D.Flow(shift=3.0) and hash(path) == hash(D.Flow(shift=3.0))
+
+
+def test_name_in_place_of_betas_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"D\.VP\.named\('linear'\)"):
+        D.VP("linear")

@@ -77,3 +77,14 @@ def test_the_decorator_keeps_signature_and_errors():
     assert isinstance(make(2.0).init, MadeFunction) and make(2.0).init(3.0) == 6.0
     with pytest.raises(TypeError, match="scale"):
         make()
+
+
+def test_numbers_in_tuples_are_compared_with_their_types():
+    @equal_by_call
+    def make(numbers):
+        return D.solvers.ddim()._replace(step=lambda *arguments: numbers)
+
+    assert make((1, 2.0)) == make((1, 2.0))
+    assert make((1, 2.0)) != make((1.0, 2.0))
+    assert make(([1], 2)) == make(([1], 2))
+    hash(make(([1], 2)))
