@@ -107,7 +107,8 @@ def velocity(path: Path) -> Prediction:
     sigma' = beta beta' + gamma gamma').
 
     Raises:
-        InvalidArgumentError: a discrete path, which has no velocity.
+        InvalidArgumentError: a discrete path, which has no velocity, or one whose noise level does not change
+            at its noisy end (`Cosine`).
 
     >>> from jaxldm import diffusion as D
     >>> prediction = D.velocity(D.Interpolant("linear"))
@@ -117,6 +118,12 @@ def velocity(path: Path) -> Prediction:
     if path.num_train_timesteps is not None:
         raise InvalidArgumentError(
             f"this {path.name} path is discrete and has no velocity: use v_prediction (D.v)"
+        )
+    (alpha_rate, sigma_rate), t = path.derivatives(path.t_noisy), path.t_noisy
+    if path.alpha(t) * sigma_rate - path.sigma(t) * alpha_rate == 0:
+        raise InvalidArgumentError(
+            f"this {path.name} path stands still at its noisy end, where a velocity of 0 leaves x_0 undefined: "
+            "use v_prediction (D.v)"
         )
     return linear_prediction("velocity", path, path.derivatives)
 

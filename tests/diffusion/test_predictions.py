@@ -189,6 +189,7 @@ def test_epsilon_is_refused_where_the_path_ends_in_noise(path):
     "make, words",
     [
         (lambda: D.velocity(PATHS["vp"]), "v_prediction"),
+        (lambda: D.velocity(D.Cosine()), "stands still at its noisy end"),
         (lambda: D.edm(PATHS["vp"]), "got a vp path"),
         (lambda: D.edm(PATHS["edm"], 0.0), "sigma_data > 0"),
         (lambda: D.prediction("flow", PATHS["flow"], sigma_data=0.5), "no option 'sigma_data'"),

@@ -60,7 +60,7 @@ every_prediction = st.one_of(
     predictions(flow, [*PURE_NOISE, "velocity"]),
     predictions(continuous_vp, ["epsilon", "v_prediction", "velocity"]),
     predictions(interpolant, [*PURE_NOISE, "velocity"]),
-    predictions(st.builds(D.Cosine, scaler=st.floats(0.5, 2)), ["epsilon", "velocity"]),
+    predictions(st.builds(D.Cosine, scaler=st.floats(0.5, 2)), ["epsilon", "v_prediction"]),
     predictions(st.builds(Quadratic, st.floats(1e-4, 1e-2)), [*PURE_NOISE, "velocity"]),
 )
 
