@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxldm.nn.initialization import zeros
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import layer_norm, modulate
 
-ZERO = {"kernel_init": zeros, "bias_init": zeros}
+ZERO: dict[str, Any] = {"kernel_init": zeros, "bias_init": zeros}
 
 
 class Modulation(nn.Module):

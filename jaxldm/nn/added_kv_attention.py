@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ class AddedKVAttention(nn.Module):
             query, *own = projections(h, ("to_q", "to_k", "to_v"), channels, **linear)
             key, value = (jnp.concatenate(pair, axis=1) for pair in zip((key, value), own, strict=True))
             if mask is not None:
-                allowed = jnp.pad(allowed, ((0, 0), (0, height * width)), constant_values=True)
+                allowed = jnp.pad(cast(Array, allowed), ((0, 0), (0, height * width)), constant_values=True)
         allowed = None if allowed is None else allowed[:, None, None, :]
         h = attend(self, query, key, value, channels // self.options.head_dim, mask=allowed)
         h = Linear(channels, dtype=self.dtype, name="to_out_0")(h)

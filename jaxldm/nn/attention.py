@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import chex
 import flax.linen as nn
@@ -53,7 +53,7 @@ def dot_product_attention(
     return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=kernel)
 
 
-def _kernel(query: Float[Array, "B N H D"]) -> str | None:
+def _kernel(query: Float[Array, "B N H D"]) -> Literal["cudnn"] | None:
     """cuDNN's flash attention takes 16-bit inputs and head sizes up to 128 in steps of 8; XLA takes all."""
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return "cudnn" if fits and _on_cuda() else None
@@ -98,7 +98,7 @@ def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any)
         out, weights = dot_product_attention(*heads, return_weights=True, **options)
         module.sow("intermediates", "attention_weights", weights)
     else:
-        out = dot_product_attention(*heads, **options)
+        out = cast(Array, dot_product_attention(*heads, **options))
     return out.reshape(batch, -1, channels)
 
 

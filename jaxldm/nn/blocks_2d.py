@@ -9,6 +9,7 @@ attention, the time embedding, skip connections and what changes the size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -202,5 +203,6 @@ def apply_up_blocks(
     """
     for block in blocks:
         used, skips = skips[-block.num_layers :], skips[: -block.num_layers]
-        x = block(x, used, *condition, output_size=skips[-1].shape[1:3] if skips else None)
+        size = cast(tuple[int, int], skips[-1].shape[1:3]) if skips else None
+        x = block(x, used, *condition, output_size=size)
     return x

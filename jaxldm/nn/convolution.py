@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -90,7 +92,7 @@ def shifted_products(
         for row in range(size)
         for column in range(size)
     )
-    return y.astype(x.dtype)
+    return cast(Array, y).astype(x.dtype)
 
 
 def doubling_convolution(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,7 @@ class Initializer:
 
     def __call__(self, key: Array, shape: Shape, dtype=jnp.float32) -> Array:
         if self.kind == "constant":
-            return jnp.full(shape, self.size, dtype)
+            return jnp.full(shape, cast(float, self.size), dtype)
         draw = jax.random.uniform if self.kind == "uniform" else jax.random.normal
         return self.scaled(draw(key, (math.prod(shape),), dtype), shape)
 
@@ -76,19 +77,20 @@ xavier_uniform = Initializer("uniform", _xavier_bound)
 
 def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Shape) -> Array:
     """`module.param` in float32, which also sows the initializer as an intermediate, for `init_params`."""
-    module.sow("intermediates", name, initializer, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    sown = cast(Any, initializer)  # the first value is None
+    module.sow("intermediates", name, sown, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return module.param(name, initializer, shape, jnp.float32)
 
 
 def init_params(module: nn.Module, key: Array, *inputs: jax.ShapeDtypeStruct | Array | None) -> dict:
     """Fresh parameters of a module from two flat draws; from Flax's if one has no `Initializer`."""
 
-    def trace(key: Array, *inputs: Array) -> dict:
+    def trace(key: Array, *inputs: Array) -> Any:
         return module.init(key, *inputs, mutable=["params", "intermediates"])
 
     variables = jax.eval_shape(trace, key, *inputs)
-    shapes = traverse_util.flatten_dict(variables["params"])
-    initializers = traverse_util.flatten_dict(variables.get("intermediates", {}))
+    shapes = cast(dict[Any, Any], traverse_util.flatten_dict(variables["params"]))
+    initializers = cast(dict[Any, Any], traverse_util.flatten_dict(variables.get("intermediates", {})))
     if not all(isinstance(initializers.get(path), Initializer) for path in shapes):
         zero = [jnp.zeros(spec.shape, spec.dtype) for spec in inputs]
         return jax.jit(lambda key: module.init(key, *zero)["params"])(key)
