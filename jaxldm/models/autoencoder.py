@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -65,7 +65,7 @@ def encode_latents(
     """
 
     def encode(x: Array) -> DiagonalGaussian | Array:
-        return module.apply({"params": params}, _pixels(module.config, x), method="encode")
+        return cast(Any, module.apply({"params": params}, _pixels(module.config, x), method="encode"))
 
     if tiling is not None:
         encode = tiled_encoder(encode, module.config, tiling)
@@ -91,7 +91,7 @@ def decode_latents(
     """
 
     def decode(z: Array) -> Array:
-        images = module.apply({"params": params}, z, method="decode")
+        images = cast(Array, module.apply({"params": params}, z, method="decode"))
         return 2 * images - 1 if _from_zero(module.config) else images
 
     if tiling is not None:
@@ -109,10 +109,14 @@ def _pixels(config: ModelConfig, images: Array) -> Array:
     return images / 2 + 0.5 if _from_zero(config) else images
 
 
-def _shift_and_scale(config: ModelConfig, like: Array) -> tuple[Array, Array]:
+def _shift_and_scale(config: Any, like: Array) -> tuple[Array, Array]:
     """The scaled latents are (z - shift) * scale; both broadcast against latents such as `like`."""
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is None:
         mean, std = getattr(config, "shift_factor", None) or 0.0, 1.0
     scale = config.scaling_factor / np.asarray(std, np.float64)
-    return tuple(jnp.asarray(value, like.dtype).reshape(1, 1, 1, -1) for value in (mean, scale))
+
+    def spread(value: Any) -> Array:
+        return jnp.asarray(value, like.dtype).reshape(1, 1, 1, -1)
+
+    return spread(mean), spread(scale)

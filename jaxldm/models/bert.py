@@ -43,7 +43,7 @@ class BertConfig(TransformersConfig):
     dtype: str = "float32"
 
     model_type: ClassVar[str] = "bert"
-    fixed: ClassVar = TransformersConfig.fixed | {"position_embedding_type": "absolute"}
+    fixed: ClassVar = {**TransformersConfig.fixed, "position_embedding_type": "absolute"}
 
     def __post_init__(self):
         check_heads(self.hidden_size, self.num_attention_heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import flax.linen as nn
 import jax
@@ -100,7 +100,7 @@ class CLIPModel(nn.Module):
 
     def encode_text(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
         encoding = self.text_model(input_ids, attention_mask)
-        return encoding._replace(text_embeds=self.text_projection(encoding.pooled))
+        return encoding._replace(text_embeds=self.text_projection(cast(Array, encoding.pooled)))
 
     def encode_image(self, pixel_values: Float[Array, "B H W C"]) -> ImageEncoding:
         check_pixels(pixel_values, self.config.vision_config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -173,10 +173,10 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
         encoding = self.text_model(input_ids, attention_mask)
-        return encoding._replace(text_embeds=self.text_projection(encoding.pooled))
+        return encoding._replace(text_embeds=self.text_projection(cast(Array, encoding.pooled)))
 
 
-_LEGACY_TOKENS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+_LEGACY_TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 PRESETS = {
     # OpenAI's ViT-L/14 as in Stable Diffusion 1.x and SDXL: 123,060,480 parameters, no projection.

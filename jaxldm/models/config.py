@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
@@ -82,7 +82,7 @@ def check(condition: bool, message: str) -> None:
         raise InvalidArgumentError(message)
 
 
-def check_levels(config: ModelConfig, down_blocks: Iterable[str], up_blocks: Iterable[str]) -> None:
+def check_levels(config: Any, down_blocks: Iterable[str], up_blocks: Iterable[str]) -> None:
     """Check that `config` names a known down block and a known up block for each level.
 
     Raises:
@@ -120,4 +120,6 @@ def height_width(sample_size: int | tuple[int, int] | None) -> tuple[int, int]:
     """(height, width) of a `sample_size`: one number for a square, a pair, or None, which means 64."""
     if sample_size is None:
         return 64, 64
-    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    if isinstance(sample_size, int):
+        return sample_size, sample_size
+    return cast(tuple[int, int], tuple(sample_size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -96,7 +96,7 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
     """Memory of a compiled function whose first argument is the weights, such as `compile_forward`'s."""
     (params, *_), _ = compiled.args_info
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    analysis = compiled.memory_analysis()
+    analysis = cast(Any, compiled.memory_analysis())
     moved = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     return Memory(weights, moved - weights, analysis.temp_size_in_bytes)
 

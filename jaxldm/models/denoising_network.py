@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Key
@@ -70,19 +70,20 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
         *,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B ..."]:
-        more = dict(condition) if isinstance(condition, Mapping) else {}
+        more: dict[str, Any] = dict(condition) if isinstance(condition, Mapping) else {}
         inputs = (x, counts.time(t))
         if condition is not None and not isinstance(condition, Mapping):
             inputs = (*inputs, condition)
         rngs = None
         if dropout_key is not None:
-            more, rngs = more | {"train": True}, {"dropout": dropout_key}
+            more["train"], rngs = True, {"dropout": dropout_key}
         try:
             signature.bind(*inputs, **more)
         except TypeError as error:
             raise InvalidArgumentError(
                 f"the condition does not fit {type(module).__name__}: {error}"
             ) from error
-        return counts.output(module.apply({"params": params}, *inputs, **more, rngs=rngs))
+        output = cast(Array, module.apply({"params": params}, *inputs, **more, rngs=rngs))
+        return counts.output(output)
 
     return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -28,9 +29,9 @@ from jaxldm.nn.initialization import normal, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import layer_norm, modulate
 
-XAVIER = {"kernel_init": xavier_uniform, "bias_init": zeros}
-NORMAL = {"kernel_init": normal(0.02), "bias_init": zeros}
-ZERO = {"kernel_init": zeros, "bias_init": zeros}
+XAVIER: dict[str, Any] = {"kernel_init": xavier_uniform, "bias_init": zeros}
+NORMAL: dict[str, Any] = {"kernel_init": normal(0.02), "bias_init": zeros}
+ZERO: dict[str, Any] = {"kernel_init": zeros, "bias_init": zeros}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ class LabelEmbedder(nn.Module):
     @nn.compact
     def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B C"]:
         config = self.config
-        rows = config.num_classes + 1
+        rows = cast(int, config.num_classes) + 1
         return Embedding(rows, config.hidden_size, config.dtype, normal(0.02), name="embedding_table")(labels)
 
 
@@ -272,7 +273,7 @@ class PatchEmbed(nn.Module):
 
 
 # Peebles & Xie 2023, table 1.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
     "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},

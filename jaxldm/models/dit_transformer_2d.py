@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -108,7 +108,7 @@ class TimestepLabelEmbedding(nn.Module):
     def __call__(self, wave: Float[Array, "B 256"], labels: Int[Array, " B"]) -> Float[Array, "B C"]:
         config = self.config
         of_time = TimestepEmbedding(config.hidden_size, config.dtype, name="timestep_embedder")
-        return of_time(wave) + LabelEmbedder(config, name="class_embedder")(labels)
+        return of_time(wave) + LabelEmbedder(cast(Any, config), name="class_embedder")(labels)
 
 
 class LabelledModulation(nn.Module):
@@ -190,7 +190,7 @@ class DiTTransformer2DModel(nn.Module):
             raise InvalidArgumentError(f"x has {channels} channels; this DiT takes {config.in_channels}")
         wave = timestep_embedding(t, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1)
         labels = labels_or_null(labels, t, config.num_classes)
-        h = PatchEmbed(config, name="pos_embed")(x) + self._positions(height, width)
+        h = PatchEmbed(cast(Any, config), name="pos_embed")(x) + self._positions(height, width)
         block, name = functools.partial(DiTTransformerBlock, config), "transformer_blocks"
         # The last layer uses the first block's embedders.
         carry = apply_blocks(block, name, 1, (h, None), wave, labels, remat=config.remat)

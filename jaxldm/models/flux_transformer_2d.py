@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -173,7 +173,7 @@ class FluxSingleTransformerBlock(nn.Module):
             config.num_attention_heads, qk_norm=True, project_out=False, dtype=config.dtype, name="attn"
         )
         inner = nn.gelu(Linear(4 * width, dtype=config.dtype, name="proj_mlp")(h), approximate=True)
-        both = jnp.concatenate([attention(h, rotary=(cos, sin)), inner], axis=-1)
+        both = jnp.concatenate([cast(Array, attention(h, rotary=(cos, sin))), inner], axis=-1)
         return clip_to_float16(x + gated(Linear(width, dtype=config.dtype, name="proj_out")(both), gate))
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.config import ModelConfig, height_width
+from jaxldm.models.config import height_width
 
 
-def image_shape(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct]:
+def image_shape(config: Any) -> tuple[jax.ShapeDtypeStruct]:
     """One image of the config's `sample_size`, `[1, H, W, in_channels]`, to trace an autoencoder."""
     height, width = height_width(config.sample_size)
     return (jax.ShapeDtypeStruct((1, height, width, config.in_channels), jnp.float32),)
 
 
-def denoiser_shapes(config: ModelConfig) -> tuple[jax.ShapeDtypeStruct, ...]:
+def denoiser_shapes(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of (x, t) and, for a model with classes, labels, to trace a denoising network."""
     t, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     return (*image_shape(config), t) if config.num_classes is None else (*image_shape(config), t, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -139,8 +139,12 @@ class TimestepSizeEmbeddings(nn.Module):
         if not config.has_additional_conditions:
             return embedding
         third = config.hidden_size // 3
-        size = embed(resolution.reshape(-1), third, "resolution_embedder").reshape(t.shape[0], 2 * third)
-        ratio = embed(aspect_ratio.reshape(-1), third, "aspect_ratio_embedder").reshape(t.shape[0], third)
+        size = embed(cast(Array, resolution).reshape(-1), third, "resolution_embedder").reshape(
+            t.shape[0], 2 * third
+        )
+        ratio = embed(cast(Array, aspect_ratio).reshape(-1), third, "aspect_ratio_embedder").reshape(
+            t.shape[0], third
+        )
         return embedding + jnp.concatenate([size, ratio], axis=-1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Qwen3Config(TransformersConfig):
     dtype: str = "float32"
 
     model_type: ClassVar[str] = "qwen3"
-    fixed: ClassVar = TransformersConfig.fixed | {"use_sliding_window": False, "rope_scaling": None}
+    fixed: ClassVar = {**TransformersConfig.fixed, "use_sliding_window": False, "rope_scaling": None}
     ignored: ClassVar = frozenset(GENERIC.split()) | {"sliding_window", "max_window_layers"}
 
     def __post_init__(self):
@@ -116,14 +116,14 @@ class Qwen3Attention(nn.Module):
 
         def rotated(name: str, part: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
             part = RMSNorm(config.rms_norm_eps, config.dtype, name=name)(part)
-            return apply_rotary(part, cos, sin, interleaved=False)
+            return apply_rotary(part, cast(Any, cos), cast(Any, sin), interleaved=False)
 
         query = rotated("q_norm", project("q_proj", heads))
         key, value = rotated("k_norm", project("k_proj", shared)), project("v_proj", shared)
         key, value = (jnp.repeat(part, heads // shared, axis=2) for part in (key, value))
-        rows = (part.reshape(*x.shape[:2], -1) for part in (query, key, value))
-        h = attend(self, *rows, heads, mask=mask)
-        options = {"kernel_init": KERNEL_INIT, "bias_init": zeros, "output_dtype": "float32"}
+        query, key, value = (part.reshape(*x.shape[:2], -1) for part in (query, key, value))
+        h = attend(self, query, key, value, heads, mask=mask)
+        options: dict[str, Any] = {"kernel_init": KERNEL_INIT, "bias_init": zeros, "output_dtype": "float32"}
         return Linear(x.shape[-1], config.attention_bias, config.dtype, **options, name="o_proj")(h)
 
 

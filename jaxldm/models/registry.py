@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -172,7 +172,7 @@ def count_params(name_or_module: str | nn.Module) -> int:
     """Number of trained parameters of a model, from shapes alone: also for presets larger than the memory."""
     module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
     untrained = getattr(module, "untrained", ())  # such as tables of positions
-    leaves = traverse_util.flatten_dict(shapes(module), sep="/")
+    leaves = cast(dict[str, Any], traverse_util.flatten_dict(shapes(module), sep="/"))
     return sum(leaf.size for path, leaf in leaves.items() if path not in untrained)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -181,13 +181,13 @@ class JointTransformerBlock(nn.Module):
         x = x + gated(out, gate)
         if self.dual:
             shift, scale, gate = of_mlp[3:]
-            x = x + gated(self._attention("attn2")(modulate(h, shift, scale)), gate)
+            x = x + gated(cast(Array, self._attention("attn2")(modulate(h, shift, scale))), gate)
         x = self._feed_forward(x, of_mlp[:3], "ff")
         if not self.last:
             text = self._feed_forward(text + gated(text_out, vectors[2]), vectors[3:], "ff_context")
         return x, text
 
-    def _attention(self, name: str, **options: bool) -> JointAttention:
+    def _attention(self, name: str, **options: Any) -> JointAttention:
         config = self.config
         return JointAttention(
             config.num_attention_heads,
@@ -259,7 +259,7 @@ class SD3Transformer2DModel(nn.Module):
             h, text = apply_blocks(block, "transformer_blocks", count, (h, text), c, **options)
         h = AdaLayerNormContinuous(EPS, config.dtype, name="norm_out")(h, c)
         features = config.patch_size**2 * (config.out_channels or config.in_channels)
-        options = {"dtype": config.dtype, "kernel_init": zeros, "bias_init": zeros}
+        options: dict[str, Any] = {"dtype": config.dtype, "kernel_init": zeros, "bias_init": zeros}
         tokens = Linear(features, **options, name="proj_out")(h)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, *x.shape[1:3])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ class T5Attention(nn.Module):
         key, value = project("k", config.d_model**-0.5), project("v", config.d_model**-0.5)
         h = attend(self, query, key, value, config.num_heads, scale=1.0, bias=bias, mask=mask)
         out = Linear(config.d_model, False, config.dtype, normal(inner**-0.5), None, "float32", name="o")
-        return out(h), bias
+        return out(h), cast(Array, bias)
 
 
 class T5FeedForward(nn.Module):

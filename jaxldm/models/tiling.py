@@ -70,7 +70,7 @@ def tiled_decoder(decode: Callable[[Array], Any], config: ModelConfig, tiling: T
     return lambda latents: _tiled(decode, latents, side, stride, side * factor, stride * factor)
 
 
-def _lengths(config: ModelConfig, tiling: Tiling) -> tuple[int, int, int]:
+def _lengths(config: Any, tiling: Tiling) -> tuple[int, int, int]:
     """(pixels per latent, latents per tile side, latents from one tile to the next)."""
     factor = 2 ** (len(config.block_out_channels) - 1)
     pixels = height_width(config.sample_size)[0] if tiling.size is None else tiling.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -145,7 +145,9 @@ class UNet2DModel(nn.Module):
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is None:
             return temb
-        return temb + Embedding(config.num_classes + 1, dim, config.dtype, name="class_embedding")(labels)
+        return temb + Embedding(cast(int, config.num_classes) + 1, dim, config.dtype, name="class_embedding")(
+            labels
+        )
 
     def _level_options(self) -> dict[str, Any]:
         config = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -253,9 +253,9 @@ class UNet2DConditionModel(nn.Module):
         self._check_presence(text_embeds, time_ids, timestep_cond, class_labels)
         temb = self._embed(t, timestep_cond)
         if config.has_classes:
-            temb = temb + self._class_embedding(class_labels)
+            temb = temb + self._class_embedding(cast(Array, class_labels))
         if config.addition_embed_type == "text_time":
-            temb = temb + self._text_time_embedding(text_embeds, time_ids)
+            temb = temb + self._text_time_embedding(cast(Array, text_embeds), cast(Array, time_ids))
         elif config.addition_embed_type == "text":
             heads = config.addition_embed_type_num_heads
             pool = TextPoolingEmbedding(self._time_dim, heads, config.dtype, name="add_embedding")
@@ -293,7 +293,9 @@ class UNet2DConditionModel(nn.Module):
     def _class_embedding(self, labels: Array) -> Float[Array, "B time"]:
         config, name = self.config, "class_embedding"
         if config.class_embed_type is None:
-            return Embedding(config.num_class_embeds, self._time_dim, config.dtype, name=name)(labels)
+            return Embedding(cast(int, config.num_class_embeds), self._time_dim, config.dtype, name=name)(
+                labels
+            )
         act = "silu"
         if config.class_embed_type == "timestep":
             labels, act = self._sinusoid(labels, config.block_out_channels[0]), config.act_fn
@@ -305,7 +307,7 @@ class UNet2DConditionModel(nn.Module):
         """Podell et al. 2023, section 2.2: a sinusoid per number, concatenated with the pooled text."""
         config = self.config
         batch, count = time_ids.shape
-        dim, wanted = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+        dim, wanted = cast(int, config.addition_time_embed_dim), config.projection_class_embeddings_input_dim
         pooled = text_embeds.shape[-1]
         if pooled + count * dim != wanted:
             raise InvalidArgumentError(
@@ -354,8 +356,11 @@ class UNet2DConditionModel(nn.Module):
 
     def _mid_block(self) -> MidBlock2D:
         config = self.config
-        options = self._level_options() | {"output_scale_factor": config.mid_block_scale_factor}
-        options |= self._block_options(config.mid_block_type, len(config.block_out_channels) - 1)
+        options: dict[str, Any] = {
+            **self._level_options(),
+            "output_scale_factor": config.mid_block_scale_factor,
+        }
+        options |= self._block_options(cast(str, config.mid_block_type), len(config.block_out_channels) - 1)
         return MidBlock2D(name="mid_block", **options)
 
     def _down_blocks(self) -> list[DownBlock2D]:
@@ -433,7 +438,7 @@ class UNet2DConditionModel(nn.Module):
         text = time_ids = labels = None
         if config.addition_embed_type == "text_time":  # the config does not have the number of time_ids
             total, dim = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-            text, time_ids = row(total - dim), row(1)
+            text, time_ids = row(cast(int, total) - cast(int, dim)), row(1)
         if config.class_embed_type == "projection":
             labels = row(config.projection_class_embeddings_input_dim)
         elif config.has_classes:

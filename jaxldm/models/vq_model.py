@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -33,7 +33,7 @@ class VQModelConfig(ImageAutoencoderConfig):
     vq_embed_dim: int | None = None
     lookup_from_codebook: bool = False
 
-    fixed: ClassVar = ImageAutoencoderConfig.fixed | {"norm_type": "group"}
+    fixed: ClassVar = {**ImageAutoencoderConfig.fixed, "norm_type": "group"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -118,7 +118,7 @@ class VQModel(nn.Module):
 
 def encode_indices(module: VQModel, params: dict, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
     """Images in [-1, 1] -> the index of each latent's nearest codebook entry, in [0, num_vq_embeddings)."""
-    return module.apply({"params": params}, images, method="encode_indices")
+    return cast(Array, module.apply({"params": params}, images, method="encode_indices"))
 
 
 def decode_indices(module: VQModel, params: dict, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
@@ -126,7 +126,7 @@ def decode_indices(module: VQModel, params: dict, indices: Int[Array, "B h w"]) 
 
     An index outside the codebook, such as aMUSEd's mask token, gives the nearest entry.
     """
-    return module.apply({"params": params}, indices, method="decode_indices")
+    return cast(Array, module.apply({"params": params}, indices, method="decode_indices"))
 
 
 _LDM = VQModelConfig(sample_size=256, layers_per_block=2, scaling_factor=1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -63,7 +65,7 @@ class TimestepBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B R"]) -> Float[Array, "B H W C"]:
-        inits = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        inits: dict[str, Any] = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
         both = Linear(2 * x.shape[-1], dtype=self.dtype, name="mapper", **inits)(time)
         scale, shift = jnp.split(both[:, None, None, :], 2, axis=-1)
         return x.astype(both.dtype) * (1 + scale) + shift

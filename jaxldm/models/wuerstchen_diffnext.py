@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -113,7 +113,7 @@ class _Level(nn.Module):
     ):
         config, level = self.config, self.level
         width, rate, dtype = config.c_hidden[level], config.dropout_of(level), config.dtype
-        mapper = {"kernel_init": zeros, "bias_init": zeros}
+        mapper: dict[str, Any] = {"kernel_init": zeros, "bias_init": zeros}
 
         def run(block: nn.Module, *inputs: Array | None) -> Array:
             return block(*inputs, train)
@@ -179,7 +179,7 @@ class WuerstchenDiffNeXt(nn.Module):
         _check_inputs(config, x, t, image_embeddings, encoder_hidden_states)
         time, text = ratio_embedding(t, config.c_r), encoder_hidden_states
         if text is not None:
-            init = {"kernel_init": normal(0.02), "bias_init": zeros}
+            init: dict[str, Any] = {"kernel_init": normal(0.02), "bias_init": zeros}
             text = layer_norm(Linear(config.c_cond, dtype=config.dtype, name="clip_mapper", **init)(text))
         h = pixel_unshuffle(x, config.patch_size)
         h = layer_norm(self._one_by_one(config.c_hidden[0], "embedding_1")(h))
@@ -191,7 +191,7 @@ class WuerstchenDiffNeXt(nn.Module):
             resized = resize_cubic(image_embeddings, size).astype(dtype)
             return self._one_by_one(config.c_cond, f"effnet_mappers_{number}")(resized)
 
-        size = h.shape[1:3]
+        size = cast(tuple[int, int], h.shape[1:3])
         for level in range(levels):
             down = "down" if level else None
             size = (size[0] // 2, size[1] // 2) if level else size
@@ -202,7 +202,9 @@ class WuerstchenDiffNeXt(nn.Module):
             up, out = ("up", config.c_hidden[level - 1]) if level else (None, 0)
             block = _Level(config, level, up, out, name=f"up_blocks_{number}")
             skip = skips[level] if number else None
-            h = block(h, time, skip, image(levels + number, level, h.shape[1:3]), text, train)
+            h = block(
+                h, time, skip, image(levels + number, level, cast(tuple[int, int], h.shape[1:3])), text, train
+            )
 
         h = self._one_by_one(2 * config.c_out * config.patch_size**2, "clf_1")(layer_norm(h))
         a, b = jnp.split(pixel_shuffle(h, config.patch_size).astype(jnp.float32), 2, axis=-1)

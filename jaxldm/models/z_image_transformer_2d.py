@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -122,7 +122,7 @@ class ZImageTransformerBlock(nn.Module):
     ) -> Float[Array, "B N C"]:
         config = self.config
 
-        def norm(name: str, x: Array) -> Array:
+        def norm(name: str, x: Any) -> Array:
             return RMSNorm(config.norm_eps, config.dtype, name=name)(x)
 
         attention = JointAttention(
@@ -134,7 +134,7 @@ class ZImageTransformerBlock(nn.Module):
             h = attention(norm("attention_norm1", x), rotary=rotary, mask=mask)
             x = x + norm("attention_norm2", h)
             return x + norm("ffn_norm2", feed_forward(norm("ffn_norm1", x)))
-        modulation = Linear(4 * config.dim, dtype=config.dtype, name="adaLN_modulation_0")(c)
+        modulation = Linear(4 * config.dim, dtype=config.dtype, name="adaLN_modulation_0")(cast(Array, c))
         scale_msa, gate_msa, scale_mlp, gate_mlp = jnp.split(modulation, 4, axis=-1)
         h = attention(gated(norm("attention_norm1", x), 1 + scale_msa), rotary=rotary, mask=mask)
         x = x + gated(norm("attention_norm2", h), jnp.tanh(gate_msa))
@@ -212,7 +212,7 @@ class ZImageTransformer2DModel(nn.Module):
         Raises:
             InvalidArgumentError: sizes that cannot be cut into patches, or beyond `axes_lens`.
         """
-        config, size = self.config, x.shape[1:3]
+        config, size = self.config, cast(tuple[int, int], x.shape[1:3])
         self._check(x, encoder_hidden_states)
         c = self._time(t)
         image = self._image_tokens(x)
@@ -288,22 +288,23 @@ class ZImageTransformer2DModel(nn.Module):
         rows, columns = (side // config.patch_size for side in size)
         count, padded = rows * columns, _rounded_up(rows * columns)
         within = np.zeros((padded, 2), int)
-        within[:count] = np.stack(np.indices((rows, columns)).reshape(2, -1), axis=1)
+        within[:count] = np.stack(list(np.indices((rows, columns)).reshape(2, -1)), axis=1)
         fixed = rotary_embedding_of_axes(within, across, theta)
         after_text = rotary_embedding(np.arange(text_length + 2), along, theta)
         is_image = np.arange(padded)[None, :, None] < count
 
-        def of_image(moving: np.ndarray, fixed: np.ndarray, at_zero: float) -> Array:
+        def of_image(moving: Any, fixed: Any, at_zero: float) -> Array:
             """The angles of the position after the text, before those of row and column."""
             moving = jnp.take(jnp.asarray(moving), lengths + 1, axis=0)[:, None]
             moving = jnp.where(is_image, moving, jnp.float32(at_zero))
             fixed = jnp.broadcast_to(jnp.asarray(fixed)[None], (len(moving), *fixed.shape))
             return jnp.concatenate([moving, fixed], axis=-1)
 
-        image = tuple(map(of_image, after_text, fixed, (1.0, 0.0)))
-        return image, tuple(
+        image = cast(Rotary, tuple(map(of_image, after_text, fixed, (1.0, 0.0))))
+        text = tuple(
             jnp.broadcast_to(jnp.asarray(table)[None], (len(lengths), *table.shape)) for table in of_text
         )
+        return image, cast(Rotary, text)
 
     def _check(self, x: Array, states: Array) -> None:
         config = self.config
@@ -333,7 +334,7 @@ class ZImageTransformer2DModel(nn.Module):
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
-def _rounded_up(count: int | Array) -> int | Array:
+def _rounded_up(count: Any) -> Any:
     """Rounded up to a multiple of 32."""
     return -(-count // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
 
