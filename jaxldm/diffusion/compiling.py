@@ -11,9 +11,10 @@ import collections
 import hashlib
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.core
 
 # The most programs kept; the one used longest ago goes first.
 MAX_PROGRAMS = 16
@@ -24,6 +25,11 @@ _lock = threading.Lock()
 def traced(*trees: Any) -> bool:
     """Whether a leaf of the trees is a tracer of an outer jit, grad or vmap, whose value cannot be seen."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def jit_disabled() -> bool:
+    """Whether functions run operation by operation (`jax.disable_jit`)."""
+    return cast(Any, jax.config).jax_disable_jit
 
 
 def compile_once(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -41,7 +47,7 @@ def compile_once(function: Callable[..., Any], *arguments: Any) -> Callable[...,
         function: of arrays and trees of them; called once, to trace it.
         *arguments: concrete ones.
     """
-    if jax.config.jax_disable_jit:
+    if jit_disabled():
         return function
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     if traced(closed.consts):

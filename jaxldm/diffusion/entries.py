@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxldm.diffusion.betas import rescale_zero_terminal_snr
 from jaxldm.diffusion.cosine import Cosine
@@ -44,7 +44,7 @@ def path_to_dict(path: Path) -> dict[str, Any]:
         return {"type": "vp", "betas": name, "num_train_timesteps": steps} | changed
     names = {cls: name for name, cls in PATHS.items()}
     kind = names.get(type(path), f"{type(path).__module__}:{type(path).__qualname__}")
-    fields = {field.name: getattr(path, field.name) for field in dataclasses.fields(path)}
+    fields = {field.name: getattr(path, field.name) for field in dataclasses.fields(cast(Any, path))}
     return {"type": kind} | {
         key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
     }
@@ -58,7 +58,7 @@ def path_from_dict(entries: Mapping[str, Any]) -> Path:
         InvalidArgumentError: fields that the path does not have, numbers that are out of range, or a class
             of your own whose module has not been imported.
     """
-    options = {
+    options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in entries.items()
         if key != "type"
@@ -153,7 +153,7 @@ def prediction_of_0_1(entries: Mapping[str, Any]) -> Prediction:
     if kind == "vp" and values["trained_betas"] is not None:
         path: Path = VP(values["trained_betas"])
         if values["zero_terminal_snr"] and not path.zero_terminal_snr:
-            path = VP(rescale_zero_terminal_snr(path.betas))
+            path = VP(cast(Any, rescale_zero_terminal_snr(cast(Any, path.betas))))
     else:
         path = path_from_dict({"type": kind} | fields)
     if kind == "edm":

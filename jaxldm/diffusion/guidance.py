@@ -75,7 +75,8 @@ class Branches(NamedTuple):
         """(uncond, cond), each [B, ...], from one batch of 2B."""
         t = jnp.broadcast_to(t, x.shape[:1])
         outputs = self.both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
-        return tuple(jnp.split(outputs.astype(x.dtype), 2))
+        uncond, cond = jnp.split(outputs.astype(x.dtype), 2)
+        return uncond, cond
 
 
 def condition_branches(

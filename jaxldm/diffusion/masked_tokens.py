@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxldm.diffusion.compiling import compile_once, traced
+from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
 from jaxldm.diffusion.guidance import broadcast_null, checked, guide
 from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.losses import drop_condition
@@ -254,7 +254,8 @@ def guided_logits(
 
     def guided(tokens):
         answers = network(jnp.concatenate([tokens, tokens]), both).astype(jnp.float32)
-        return guide(*jnp.split(answers, 2), jnp.asarray(guidance_scale, jnp.float32))
+        uncond, cond = jnp.split(answers, 2)
+        return guide(uncond, cond, jnp.asarray(guidance_scale, jnp.float32))
 
     def logits(tokens):
         if isinstance(guidance_scale, float):
@@ -337,7 +338,7 @@ def sample_tokens(
             report(progress, i + 1, num_steps)
             return tokens
 
-        def body(tokens, i):
+        def body(tokens, i) -> tuple[Any, Any]:
             if unmasking.num_steps is None:
                 tokens = advance(tokens, i)
             else:
@@ -354,7 +355,7 @@ def sample_tokens(
     if callback is None and progress is None:
         return compile_once(scan, *arguments, tokens)(*arguments, tokens)
     run = compile_once(step, *arguments, tokens, np.int32(0))
-    if run is step and not jax.config.jax_disable_jit:  # it cannot be compiled by itself
+    if run is step and not jit_disabled():  # it cannot be compiled by itself
         return scan(*arguments, tokens)
     rows = [tokens]
     for i in range(int(num_steps)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -179,7 +179,7 @@ class VP(Path):
         1000
         """
         schedule = BetaSchedule(betas, num_train_timesteps, beta_start, beta_end, zero_terminal_snr)
-        return cls(schedule.make(), schedule=schedule)
+        return cls(cast(Any, schedule.make()), schedule=schedule)
 
     def __repr__(self):
         return f"VP({self.schedule or f'<{len(self.betas)} betas>'})"
@@ -310,7 +310,7 @@ class EDM(Path):
 
 def as_floats(path: Path) -> None:
     """Turns the numbers among a dataclass's fields into floats, so that equal paths look alike too."""
-    for field in dataclasses.fields(path):
+    for field in dataclasses.fields(cast(Any, path)):
         value = getattr(path, field.name)
         is_scalar_array = isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0
         if is_scalar_array or isinstance(value, (int, float, np.number)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Flow(Path):
     shift: float = 1.0
     t_min: float = 1e-3
     name = "flow"
-    t_train_min = 0.0
+    t_train_min: ClassVar[float] = 0.0
 
     def __post_init__(self):
         as_floats(self)

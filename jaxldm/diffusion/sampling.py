@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxldm.diffusion.checks import check_sampling
-from jaxldm.diffusion.compiling import compile_once, traced
+from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
 from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.paths import at_least_float32
@@ -106,10 +106,10 @@ def sample(
     """
     x_T = at_least_float32(jnp.asarray(x_T))
     check_sampling(denoise, solver, grid, x_T.shape)
-    columns = [jnp.asarray(column, x_T.dtype) for column in grid[:3]]
+    columns: list[Any] = [jnp.asarray(column, x_T.dtype) for column in grid[:3]]
     chex.assert_equal_shape(columns)
     chex.assert_rank(columns, 1)
-    grid = Grid(*columns, grid.num_steps, grid.start)
+    grid = Grid(*columns, num_steps=grid.num_steps, start=grid.start)
     keys = image_keys(key, x_T.shape[0])
 
     def scan(keys, grid, x_T):
@@ -122,7 +122,7 @@ def sample(
         def skip(state, i):
             return state, (state.x if return_predictions else None)
 
-        def body(state, i):
+        def body(state, i) -> tuple[Any, Any]:
             if grid.num_steps is None:
                 state, x_0 = advance(state, i)
             else:  # rows behind num_steps are padding: no network is called for them
@@ -175,7 +175,8 @@ def sample_step(
     >>> for i in range(4):
     ...     state, x_0 = step(state, jnp.int32(i))
     """
-    grid = Grid(*(jnp.asarray(column, state.x.dtype) for column in grid[:3]), grid.num_steps, grid.start)
+    columns: list[Any] = [jnp.asarray(column, state.x.dtype) for column in grid[:3]]
+    grid = Grid(*columns, num_steps=grid.num_steps, start=grid.start)
     number = jnp.asarray(grid.start + i, jnp.uint32)
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     if not hasattr(denoise, "path"):
@@ -202,7 +203,7 @@ def _loop_on_the_host(keys, denoise, solver, grid, x_T, callback, progress, want
 
     state, total = solver.init(x_T), int(steps_in(grid))
     run = compile_once(step, keys, grid, state, np.int32(0))
-    if run is step and not jax.config.jax_disable_jit:
+    if run is step and not jit_disabled():
         return None
     trajectory, predictions = [x_T], []
     for i in range(total):

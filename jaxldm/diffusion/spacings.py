@@ -226,7 +226,9 @@ def align_your_steps(
     return make(path, num_inference_steps, times, 1.0, final)
 
 
-def at_times(path: Path, t: Sequence[float], *, shift: float | None = None, final: str = "clean") -> Grid:
+def at_times(
+    path: Path, t: Sequence[float] | np.ndarray, *, shift: float | None = None, final: str = "clean"
+) -> Grid:
     """The rows at the values of t themselves, noisiest first.
 
     Args:
@@ -236,13 +238,13 @@ def at_times(path: Path, t: Sequence[float], *, shift: float | None = None, fina
     >>> D.at_times(D.Flow(), [1.0, 0.6]).sigma
     array([1. , 0.6, 0. ], dtype=float32)
     """
-    t = np.asarray(t, np.float64).reshape(-1)
-    check_count(path, len(t))
-    return grid_of_times(path, t if shift is None else shifted(path, t, shift), final)
+    times = np.asarray(t, np.float64).reshape(-1)
+    check_count(path, len(times))
+    return grid_of_times(path, times if shift is None else shifted(path, times, shift), final)
 
 
 def at_sigmas(
-    path: Path, sigmas: Sequence[float], *, shift: float | None = None, final: str = "clean"
+    path: Path, sigmas: Sequence[float] | np.ndarray, *, shift: float | None = None, final: str = "clean"
 ) -> Grid:
     """The rows at given noise levels, noisiest first: sigma / alpha, or sigma itself on a flow path.
 
@@ -253,9 +255,9 @@ def at_sigmas(
     Raises:
         InvalidArgumentError: a level noisier than the path.
     """
-    sigmas = np.asarray(sigmas, np.float64).reshape(-1)
-    check_count(path, len(sigmas))
-    t = times_of_levels(path, sigmas)
+    noise_levels = np.asarray(sigmas, np.float64).reshape(-1)
+    check_count(path, len(noise_levels))
+    t = times_of_levels(path, noise_levels)
     return grid_of_times(path, t if shift is None else shifted(path, t, shift), final)
 
 

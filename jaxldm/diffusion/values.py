@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -81,7 +81,7 @@ def equal_by_call(factory: Factory) -> Factory:
         }
         return value._replace(**made)
 
-    return make
+    return cast(Factory, make)
 
 
 def _comparable(value: Any) -> tuple[type, Any]:

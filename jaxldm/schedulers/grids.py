@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -124,14 +124,15 @@ class GridRule:
         """N values of t, noisiest first, float64."""
         span = spacings.span_of(path)
         if self.shift_t_min_twice:
-            span = span._replace(t_min=float(levels.shifted(path, np.float64(path.t_min), shift)))
+            span = span._replace(t_min=float(levels.shifted(path, cast(Any, np.float64(path.t_min)), shift)))
         if self.lambda_min is not None:
             span = without_noisiest(path, span, self.lambda_min)
         if self.spacing is None and self.levels is not None:
             t = np.array([span.t_noisy, span.t_min])
         elif self.lambda_min is not None and self.spacing in ("trailing", None):
             # Steps as long as on the whole path, so that there may be one or two fewer.
-            t = np.round(span.total - path.num_train_timesteps / count * np.arange(count))
+            total, num_train_timesteps = cast(Any, (span.total, path.num_train_timesteps))
+            t = np.round(total - num_train_timesteps / count * np.arange(count))
             t = t[t >= 1] - 1
         else:
             t = TIMES[self.spacing or "trailing"](path, span, count, self)

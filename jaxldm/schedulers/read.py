@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, one_of
@@ -176,7 +176,8 @@ def _read_discrete(name, config):
 
 def _prediction_name(config: Mapping[str, Any], default: str) -> str:
     theirs = config.get("prediction_type", default)
-    return {theirs: ours for ours, theirs in PREDICTIONS.items()}.get(theirs, theirs)
+    names: dict[Any, Any] = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    return names.get(theirs, theirs)
 
 
 def read_betas(config: Mapping[str, Any]) -> D.VP:
@@ -188,7 +189,7 @@ def read_betas(config: Mapping[str, Any]) -> D.VP:
     if given is not None:
         path = D.VP(given)
         rescale = zero_terminal_snr and not path.zero_terminal_snr
-        return D.VP(D.rescale_zero_terminal_snr(path.betas)) if rescale else path
+        return D.VP(cast(Any, D.rescale_zero_terminal_snr(cast(Any, path.betas)))) if rescale else path
     names = {theirs: ours for ours, theirs in BETAS.items()}
     betas = names[one_of("beta_schedule", config.get("beta_schedule", "linear"), names)]
     # Its own defaults stand where the file is silent; the cosine schedule has no start and end.

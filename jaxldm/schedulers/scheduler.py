@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
@@ -108,7 +108,7 @@ class Scheduler:
         """The path, with the shift for an image of so many tokens where the shift is dynamic."""
         if self.dynamic_shift is None or num_image_tokens is None:
             return self.path
-        return dataclasses.replace(self.path, shift=self.dynamic_shift.shift(num_image_tokens))
+        return dataclasses.replace(cast(Any, self.path), shift=self.dynamic_shift.shift(num_image_tokens))
 
     def make_grid(self, num_inference_steps: int, num_image_tokens: int | None = None) -> D.Grid:
         """The rows of a run of that many steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -116,7 +116,7 @@ def latent_scale(
 def build_autoencoder(recipe: Recipe, image_shape: tuple[int, int, int]) -> nn.Module:
     """The autoencoder of a recipe. Raises `UnknownNameError`, `InvalidArgumentError`."""
     return build_model(
-        recipe.autoencoder,
+        cast(AutoencoderRecipe, recipe.autoencoder),
         sample_size=sample_size(image_shape),
         in_channels=image_shape[-1],
         out_channels=image_shape[-1],
@@ -127,7 +127,9 @@ def make_loss(recipe: AutoencoderRecipe, module: nn.Module, warmup_steps: int):
     """`loss_fn(params, state, batch, key)` for `make_train_step`; `batch["image"]` is `[B, H, W, C]`."""
 
     def loss_fn(params, state, batch, key):
-        apply = lambda method: lambda x: module.apply({"params": params}, x, method=method)  # noqa: E731
+        def apply(method: str) -> Callable[[Any], Any]:
+            return lambda x: module.apply({"params": params}, x, method=method)
+
         return autoencoder_loss(
             key,
             apply("encode"),
@@ -149,7 +151,7 @@ def encode_all(module: nn.Module, params: Params, images: Float[np.ndarray, "N H
 
 def train_autoencoder(context: Context) -> None:
     """Train the autoencoder of a run and write it, with its scaling_factor, into `vae`."""
-    recipe, folder = context.recipe.autoencoder, context.run.stage(STAGE)
+    recipe, folder = cast(AutoencoderRecipe, context.recipe.autoencoder), context.run.stage(STAGE)
     module = build_autoencoder(context.recipe, context.dataset.image_shape)
     images, _ = context.train_arrays()
     held_out = context.dataset.arrays("validation")[0]
@@ -162,7 +164,7 @@ def train_autoencoder(context: Context) -> None:
     warmup_steps = round(recipe.beta_warmup_epochs * (len(images) // recipe.batch_size))
     loss_fn = make_loss(recipe, module, warmup_steps)
     params = train_network(context, STAGE, recipe, module, loss_fn, {"image": images}, on_sample)
-    posterior = encode_all(module, params, images)
+    posterior = cast(Any, encode_all(module, params, images))  # of NumPy arrays
     seen = posterior.log_variance if context.recipe.diffusion.sample_latents else None
     scale, shift = latent_scale(posterior.mean, seen)
     context.log(

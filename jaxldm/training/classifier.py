@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -49,7 +50,7 @@ def classification_loss(
 def build_classifier(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """The classifier of a recipe. Raises `UnknownNameError`, `InvalidArgumentError`."""
     return build_model(
-        recipe.classifier,
+        cast(ClassifierRecipe, recipe.classifier),
         sample_size=sample_size(image_shape),
         in_channels=image_shape[-1],
         num_classes=num_classes,
@@ -60,7 +61,9 @@ def make_loss(recipe: ClassifierRecipe, module: nn.Module):
     """`loss_fn(params, state, batch, key)` for `make_train_step`; `batch` holds `image` and `label`."""
 
     def loss_fn(params, state, batch, key):
-        classify = lambda images: module.apply({"params": params}, images)  # noqa: E731
+        def classify(images) -> Any:
+            return module.apply({"params": params}, images)
+
         strength = LIGHT if recipe.augment else None
         return classification_loss(key, classify, batch["image"], batch["label"], strength)
 
@@ -69,7 +72,7 @@ def make_loss(recipe: ClassifierRecipe, module: nn.Module):
 
 def train_classifier(context: Context) -> None:
     """Train the classifier of a run into `classifier/model`; write its test accuracy to `metrics.json`."""
-    recipe, folder = context.recipe.classifier, context.run.stage(STAGE)
+    recipe, folder = cast(ClassifierRecipe, context.recipe.classifier), context.run.stage(STAGE)
     module = build_classifier(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     images, labels = context.train_arrays()
     columns = {"image": images, "label": labels}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.metrics.pictures import labelled_grid, save_png
+from jaxldm.models.config import height_width
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import build_autoencoder, encode_all
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
@@ -40,10 +41,13 @@ MOST_CLASSES = 10  # in a picture of samples
 def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(h, w, c) of what the denoising network works on, without computing anything."""
     if recipe.autoencoder is None:
-        return tuple(image_shape)
+        return cast(tuple[int, int, int], tuple(image_shape))
     module = build_autoencoder(recipe, image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    encode = lambda params, x: module.apply({"params": params}, x, method="encode").mean  # noqa: E731
+
+    def encode(params, x) -> Any:
+        return cast(Any, module.apply({"params": params}, x, method="encode")).mean
+
     return jax.eval_shape(encode, models.shapes(module), images).shape[1:]
 
 
@@ -55,7 +59,7 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
     path = recipe.diffusion.prediction.path
     D.make_grid(path, recipe.diffusion.sample_steps)  # refuses more steps than the path has
     if recipe.diffusion.time is not None:  # refuses a distribution of continuous times on timesteps
-        draw = recipe.diffusion.make_time()
+        draw = cast(Callable[..., Any], recipe.diffusion.make_time())
         jax.eval_shape(lambda key: draw(key, (1,), path), jax.random.key(0))
     shape = latent_shape(recipe, image_shape)
     module = build_model(
@@ -140,7 +144,7 @@ def make_sampler(
     recipe, num_classes = context.recipe.diffusion, module.config.num_classes
     grid = D.make_grid(recipe.prediction.path, recipe.sample_steps)
     labels = np.tile(np.arange(min(num_classes, MOST_CLASSES), dtype=np.int32), recipe.samples_per_class)
-    shape = (len(labels), *models.config.height_width(module.config.sample_size), module.config.in_channels)
+    shape = (len(labels), *height_width(module.config.sample_size), module.config.in_channels)
     autoencoder, decoder_params = None, None
     if context.recipe.autoencoder is not None:
         autoencoder, decoder_params = checkpoints.load(context.run.stage(AUTOENCODER).model)
@@ -165,7 +169,7 @@ def preflight(recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray,
     path, x_0 = recipe.prediction.path, x_0[:1000]
     alpha, sigma = (float(of(np.float64(path.t_noisy))) for of in (path.alpha, path.sigma))
     z_T = alpha * x_0 + sigma * np.random.default_rng(0).normal(size=x_0.shape)
-    return [*check_prediction_shape(output, x), *check_terminal_latents(z_T, sigma=sigma)]
+    return [*check_prediction_shape(output, cast(Any, x)), *check_terminal_latents(z_T, sigma=sigma)]
 
 
 def train_diffusion(context: Context) -> None:

@@ -48,7 +48,7 @@ class CsvLog:
         header, rows = _read_rows(self.path)
         kept = [row for row in rows if int(row["step"]) <= step]
         self._header = header
-        text = "".join(",".join(row[name] for name in header) + "\n" for row in kept)
+        text = "".join(",".join(row[name] for name in header or ()) + "\n" for row in kept)
         write_atomically(self.path, (",".join(header) + "\n" + text).encode() if header else b"")
         return float(kept[-1]["seconds"]) if kept else 0.0
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 from jax.sharding import Mesh
@@ -178,7 +178,7 @@ class _Loop:
     def end_diverged(self) -> None:
         self.store.wait()
         plot_log_or_report(self.run_dir / "log.csv", self.log)
-        step, metrics = self.progress.diverged
+        step, metrics = cast(Any, self.progress.diverged)
         why = f": {self.explain_divergence(step, metrics)}" if self.explain_divergence else ""
         kept = self.store.steps()
         place = (

@@ -97,7 +97,7 @@ def bytes_per_device(state: Any) -> int:
     """Bytes of a state on the device that holds most of it."""
     held: dict[Any, int] = {}
     for leaf in jax.tree.leaves(state):
-        if isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             for shard in leaf.addressable_shards:
                 size = math.prod(shard.data.shape) * leaf.dtype.itemsize
                 held[shard.device] = held.get(shard.device, 0) + size

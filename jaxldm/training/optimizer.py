@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def adamw(
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *zeros)
 
     def update(gradients, state, params):
-        count = optax.safe_increment(state.count)
+        count = cast(Any, optax.safe_increment(state.count))
         n, rate = count.astype(jnp.float32), schedule(state.count)
         clip = 1.0 if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / optax.tree.norm(gradients))
         rate_m, scale_v = rate / (1.0 - b1**n), 1.0 / (1.0 - b2**n)

@@ -249,7 +249,9 @@ def _build(kind: type, entries: Any, place: str) -> Any:
     given = {}
     for key, value in entries.items():
         kinds = typing.get_args(types_of[key]) or (types_of[key],)
-        nested = [choice for choice in kinds if dataclasses.is_dataclass(choice) or choice is D.Prediction]
+        nested: list[Any] = [
+            choice for choice in kinds if dataclasses.is_dataclass(choice) or choice is D.Prediction
+        ]
         build_nested = nested and value is not None
         given[key] = _build(nested[0], value, f"{place}.{key}") if build_nested else _tupled(value)
     try:

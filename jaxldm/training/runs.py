@@ -124,7 +124,7 @@ def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: 
     """
     name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
     _save_network(run.path / name, module, params)
-    index = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
+    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
     vae = run.stage("autoencoder")
     if vae.complete:
         index["vae"] = _library_and_class(models.config_from_dict(checkpoints.read_config(vae.model)))

@@ -12,7 +12,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Restored(NamedTuple):
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _name(path: tuple) -> str:
@@ -259,7 +259,7 @@ def _check_layout(place: Path, saved: dict[str, list], wanted: dict[str, list]) 
 
 def _into(template: Any, arrays: dict[str, np.ndarray]) -> Any:
     def leaf_of(path, leaf):
-        value = arrays[_name(path)]
+        value = cast(Any, arrays[_name(path)])
         return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
 
     return jax.tree_util.tree_map_with_path(leaf_of, template)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,8 @@ class Row(NamedTuple):
 
 def row(grid: Grid, i: Any) -> Row:
     """Row i of the grid."""
-    return Row(grid.t[i], grid.alpha[i], grid.sigma[i])
+    t, alpha, sigma = cast(tuple[Any, Any, Any], (grid.t, grid.alpha, grid.sigma))
+    return Row(t[i], alpha[i], sigma[i])
 
 
 def move(
