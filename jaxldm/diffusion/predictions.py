@@ -122,8 +122,8 @@ def velocity(path: Path) -> Prediction:
     (alpha_rate, sigma_rate), t = path.derivatives(path.t_noisy), path.t_noisy
     if path.alpha(t) * sigma_rate - path.sigma(t) * alpha_rate == 0:
         raise InvalidArgumentError(
-            f"this {path.name} path stands still at its noisy end, where a velocity of 0 leaves x_0 undefined: "
-            "use v_prediction (D.v)"
+            f"this {path.name} path stands still at its noisy end, where a velocity of 0 leaves x_0 "
+            "undefined: use v_prediction (D.v)"
         )
     return linear_prediction("velocity", path, path.derivatives)
 
