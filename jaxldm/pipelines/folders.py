@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import numpy as np
@@ -271,7 +271,7 @@ def compare(first: Pipeline, second: Pipeline) -> list[TensorComparison]:
 
 
 def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | None) -> TensorComparison:
-    present = first if first is not None else second
+    present = cast(np.ndarray, first if first is not None else second)
     if first is None or second is None:
         return TensorComparison(name, present.shape, f"only in the {'second' if first is None else 'first'}")
     if first.shape != second.shape or first.dtype != second.dtype:

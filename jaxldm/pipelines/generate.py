@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class ImageKeys(NamedTuple):
 
     def wrapped(self) -> Key[Array, " N"]:
         """As JAX has them."""
-        return jax.random.wrap_key_data(self.data, impl=self.impl)
+        return jax.random.wrap_key_data(cast(Any, self.data), impl=self.impl)
 
 
 class Request(NamedTuple):
@@ -138,7 +138,7 @@ class Request(NamedTuple):
     keys: ImageKeys | None
     size: Size
 
-    def both(self, condition: Callable[[Sequence[Any]], dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    def both(self, condition: Callable[[Any], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(cond, uncond): `condition` of the prompts, and of the negatives or the empty text."""
         return condition(self.prompts), condition(self.negatives or [""] * len(self.prompts))
 
@@ -353,9 +353,10 @@ def grid(
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         check_count(steps, "num_inference_steps", 1)
         original = rule.original_steps if own else GridRule().original_steps
-        rows = D.at_times(path, D.lcm_timesteps(steps, path.num_train_timesteps, original, call.strength))
+        total = cast(int, path.num_train_timesteps)
+        rows = D.at_times(path, D.lcm_timesteps(cast(int, steps), total, original, call.strength))
     elif own:
-        rows = rule.make(path, steps)
+        rows = rule.make(path, cast(int, steps))
     else:
         rows = scheduler_grid(path, steps, **ending(rule, call.spacing), **given)
     if call.strength is not None and not distilled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -105,7 +105,7 @@ def read_inputs(
     if mask_image is not None:
         mask = as_masks(mask_image, size)
         check_rows(mask, num_images, "mask_image")
-    if spec.takes_mask and image.shape[-1] == spec.channels:
+    if spec.takes_mask and cast(Any, image).shape[-1] == spec.channels:
         raise InvalidArgumentError("this inpainting network takes the masked pixels: give image as pixels")
     return Inputs(size, image, mask, latents)
 
@@ -122,15 +122,15 @@ def initial_latents(
     if image is None:
         return InitialLatents(latents)
     is_latents = image.shape[-1] == spec.channels
-    code = repeated(image if is_latents else encode_images(vae, image), num_images)
+    code = repeated(image if is_latents else encode_images(cast(Network, vae), image), num_images)
     if mask is None:
         return InitialLatents(image=code)
     repaint = repeated(mask[:, :: spec.factor, :: spec.factor], num_images)
     # At strength 1 the start is pure noise, as such networks were trained.
-    start = InitialLatents(latents, code if strength < 1 and latents is None else None)
+    start = InitialLatents(latents, code if cast(float, strength) < 1 and latents is None else None)
     if not spec.takes_mask:
         return start._replace(known=code, repaint=repaint)
-    kept = repeated(encode_images(vae, image * (mask < 0.5)), num_images)
+    kept = repeated(encode_images(cast(Network, vae), image * (mask < 0.5)), num_images)
     return start._replace(extra_channels=np.concatenate([repaint, kept], axis=-1))
 
 
@@ -180,7 +180,7 @@ def four_axes(array: Any, channels: int, name: str = "latents") -> Float[np.ndar
 
 
 def _pixels_or_latents(image: Any, channels: int) -> np.ndarray:
-    shape = np.shape(image) if not isinstance(image, (list, tuple)) else ()
+    shape = np.shape(image) if not isinstance(image, (list, tuple)) else cast(tuple[int, ...], ())
     if channels != 3 and len(shape) in (3, 4) and shape[-1] == channels:
         return four_axes(image, channels)
     pixels = as_images(image)
@@ -196,9 +196,8 @@ def _size(height: int | None, width: int | None, trained: Size, given: dict[str,
         given: name -> (height, width) of the arrays that were handed in.
     """
     otherwise = next(iter(given.values()), trained)
-    size = tuple(
-        known if wanted is None else wanted for wanted, known in zip((height, width), otherwise, strict=True)
-    )
+    pairs = zip((height, width), otherwise, strict=True)
+    size = cast(Size, tuple(known if wanted is None else wanted for wanted, known in pairs))
     for name, found in given.items():
         if found != size:
             raise InvalidArgumentError(

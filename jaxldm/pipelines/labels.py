@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -59,7 +59,7 @@ def checked_labels(pipe: Pipeline, labels: Any, name: str) -> Int[np.ndarray, " 
     labels = np.atleast_1d(np.asarray(labels))
     if labels.size == 0:
         raise InvalidArgumentError(f"no {name} were given: leave the option out, or give one or more")
-    return check_labels(labels, len(labels), pipe.num_classes, name)
+    return check_labels(labels, len(labels), cast(int, pipe.num_classes), name)
 
 
 def _label(name: str, labels_by_name: dict[str, int]) -> int:

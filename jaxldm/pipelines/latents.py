@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ class PerCall(NamedTuple):
     """What all images of a call share. All of it is data to the compiled function."""
 
     grid: D.Grid
-    guidance_scale: Float[Array, ""]
-    guidance_rescale: Float[Array, ""]
+    guidance_scale: Float[Any, ""]
+    guidance_rescale: Float[Any, ""]
 
 
 class PerImage(NamedTuple):
@@ -170,7 +170,9 @@ def _take_steps(shared, per_image, carry, first, last, *, compiled, mesh):
     def on_one_device(shared, bounds, rows):
         per_image, carry = rows
         carry = jax.tree.map(lambda leaf: leaf[0], carry)
-        carry = take_steps(*shared, per_image, carry, *bounds, compiled)
+        carry = take_steps(
+            *shared, per_image=per_image, carry=carry, first=bounds[0], last=bounds[1], compiled=compiled
+        )
         x, previews = carry[0].x, carry[1]
         if per_image.repaint is not None:
             x = _with_known_part(x, shared[1].grid, bounds[1], per_image, compiled)
@@ -213,7 +215,7 @@ def take_steps(
 def _with_known_part(x: Any, grid: D.Grid, last: Any, per_image: PerImage, compiled: Compiled) -> Any:
     """At the end, the known part without noise: a grid that ends at sigma_min would leave its own there."""
     clean = (grid.t[-1] <= compiled.sampler.path.t_min) & (last == D.steps_in(grid))
-    kept = (1 - per_image.repaint) * clean.astype(jnp.float32)
+    kept = (1 - cast(Any, per_image.repaint)) * clean.astype(jnp.float32)
     return kept * per_image.known + (1 - kept) * x
 
 

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -143,7 +143,7 @@ def default_latent_spec(
             f"(text) and {INPAINTING_CHANNELS} (inpainting)"
         )
     if default_size is None:
-        default_size = tuple(side * factor for side in height_width(config.sample_size))
+        default_size = cast(Size, tuple(side * factor for side in height_width(config.sample_size)))
     return LatentSpec(default_size, factor * patch, factor, channels, in_channels == INPAINTING_CHANNELS)
 
 
@@ -303,7 +303,7 @@ class Pipeline:
     @property
     def autoencoder(self) -> Network | None:
         """None where the denoising network draws pixels."""
-        return self.parts.get(self.family.autoencoder)
+        return self.parts.get(cast(str, self.family.autoencoder))
 
     @property
     def prediction(self) -> D.Prediction:

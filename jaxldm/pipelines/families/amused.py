@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,8 @@ class PerCall(NamedTuple):
     """What all images of a call share. All of it is data to the compiled function."""
 
     unmasking: D.Unmasking
-    masked_by_chance: Float[Array, ""]
-    guidance_scale: Float[Array, ""]
+    masked_by_chance: Float[Any, ""]
+    guidance_scale: Float[Any, ""]
     on_step: D.Listener | None = None
     progress: D.Listener | None = None
 
@@ -97,7 +97,7 @@ def encode(
     """
     height, width = original_size or request.size
     # Width and height, but top and left: so the training counted them.
-    numbers = np.float32([width, height, *crops_coords_top_left, aesthetic_score])
+    numbers = np.asarray([width, height, *crops_coords_top_left, aesthetic_score], np.float32)
 
     def condition(texts: list[str]) -> dict[str, Any]:
         encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, penultimate=True)
@@ -215,7 +215,7 @@ def unmask_tokens(
 @functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
 def _unmask(shared: Any, per_image: PerImage, *, compiled: Compiled, mesh: Mesh) -> Int[Array, "N h w"]:
     def on_one_device(shared, per_image):
-        return unmask(*shared, per_image, compiled)
+        return unmask(*shared, per_image=per_image, compiled=compiled)
 
     return over_images(on_one_device, mesh)(shared, per_image)
 
@@ -269,7 +269,7 @@ def image_tokens(pipe: Pipeline, images: Float[Any, "N H W C"]) -> Int[np.ndarra
 
 @jax.jit
 def _encode(vqvae: Network, images: Float[Array, "N H W C"]) -> Int[Array, "N h w"]:
-    return models.encode_indices(vqvae.module, vqvae.params, (images + 1) / 2)
+    return models.encode_indices(cast(Any, vqvae.module), vqvae.params, (images + 1) / 2)
 
 
 def mask_token(pipe: Pipeline) -> int:
@@ -280,7 +280,7 @@ def mask_token(pipe: Pipeline) -> int:
 def latent_spec(pipe: Pipeline) -> LatentSpec:
     """Tokens; in the model for 512 pixels the transformer halves them once more."""
     factor, config = scale_factor(pipe.vqvae), pipe.transformer.config
-    size = tuple(side * factor for side in height_width(config.sample_size))
+    size = cast(Size, tuple(side * factor for side in height_width(config.sample_size)))
     return LatentSpec(size, factor * (2 if config.downsample else 1), factor, 1)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def draw_classes(
     batches["devices"] = jax.local_devices() if devices is None else devices
     _check_guided_channels(pipe)
     _check_latents(pipe, options.get("latents"), count)
-    return generate(pipe, key, labels, negatives, **batches, **options)
+    return generate(pipe, key, cast(Any, labels), cast(Any, negatives), **batches, **options)
 
 
 def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:

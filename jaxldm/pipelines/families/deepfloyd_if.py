@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -108,14 +108,14 @@ def encode_with_image(
         InvalidArgumentError: a noise level that is no timestep.
     """
     path = schedulers.from_config(pipe.image_noising_scheduler, "ddim").path
-    last = path.num_train_timesteps - 1
+    last = cast(int, path.num_train_timesteps) - 1
     if check_count(noise_level, "noise_level", 0) > last:
         raise InvalidArgumentError(f"noise_level must be a timestep from 0 to {last}, not {noise_level}")
     cond, uncond = encode(pipe, request)
     count = len(request.prompts)
     enlarged = repeated(np.asarray(models.resize_linear(small_image, request.size)), count)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys.wrapped(), _NOISING)
-    noise = np.asarray(D.solvers.noise_like(keys, enlarged))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(cast(Any, request.keys).wrapped(), _NOISING)
+    noise = np.asarray(D.solvers.noise_like(keys, cast(Any, enlarged)))
     level = np.full(count, noise_level, np.float32)
     t = level[:, None, None, None]
     noised = {"extra_channels": path.alpha(t) * enlarged + path.sigma(t) * noise, "class_labels": level}
@@ -152,10 +152,8 @@ def enlarge(
     prompts = as_texts(prompt)
     copies = check_count(num_images_per_prompt, "num_images_per_prompt", 1)
     negatives = for_each(negative_prompt, prompts, "negative_prompt")
-    each, negatives = (
-        None if texts is None else [text for text in texts for _ in range(copies)]
-        for texts in (prompts, negatives)
-    )
+    each = [text for text in prompts for _ in range(copies)]
+    negatives = None if negatives is None else [text for text in negatives for _ in range(copies)]
     if image is None:
         raise InvalidArgumentError("super-resolution needs image=, the small image that stage I drew")
     small = as_images(image)
@@ -182,7 +180,7 @@ def respaced_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
             f"spacing={call.spacing!r} cannot be combined with sigmas or another number of steps: leave out "
             f"sigmas, and num_inference_steps too, or give its {sum(counts)}"
         )
-    timesteps = tuple(respaced_timesteps(counts, pipe.prediction.path.num_train_timesteps))
+    timesteps = tuple(respaced_timesteps(counts, cast(int, pipe.prediction.path.num_train_timesteps)))
     changes = {"spacing": None, "num_inference_steps": None, "timesteps": timesteps}
     return grid(pipe, dataclasses.replace(call, **changes), size)
 

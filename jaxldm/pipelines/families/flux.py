@@ -7,6 +7,7 @@ negative prompt on top of that, at twice the time. FLUX.1-schnell is distilled t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def encode(
     second = for_each(prompt_2, prompts, "prompt_2")
     negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
 
-    def both(texts: list[str], second_texts: list[str] | None) -> dict[str, Any]:
+    def both(texts: Sequence[str], second_texts: list[str] | None) -> dict[str, Any]:
         pooled = encode_texts(pipe.text_encoder, pipe.tokenizer, texts).pooled
         # T5 looks at what fills a row as well: so the transformer was trained.
         t5 = (pipe.text_encoder_2, pipe.tokenizer_2, second_texts or texts)

@@ -10,6 +10,7 @@ The folder's schedule shifts every t once. Stability's code and diffusers shift 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def encode(
 
 def _encode_all(
     pipe: Pipeline,
-    texts: list[str],
+    texts: Sequence[str],
     second: list[str] | None,
     third: list[str] | None,
     max_sequence_length: int,

@@ -10,6 +10,7 @@ Playground v2.5 is an SDXL base on EDM's path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def encode(
     return _arguments(cond, numbers), _arguments(uncond, negative_numbers)
 
 
-def _encode_both(pipe: Pipeline, texts: list[str], second_texts: list[str] | None) -> Encoded:
+def _encode_both(pipe: Pipeline, texts: Sequence[str], second_texts: list[str] | None) -> Encoded:
     """Penultimate states, side by side, and the pooled state of the second encoder."""
     second = encode_texts(
         pipe.text_encoder_2,

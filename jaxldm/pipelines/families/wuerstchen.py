@@ -15,7 +15,7 @@ decoder (stages B and A) draws latents from these, and makes images of them. The
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -264,7 +264,7 @@ def draw_both(
     """
     one_of("output", output, OUTPUTS)
     prior, decoder = prior_stage(pipe), decoder_stage(pipe)
-    size = tuple(TRAINED_SIZE[0] if side is None else side for side in (height, width))
+    size = cast(Size, tuple(TRAINED_SIZE[0] if side is None else side for side in (height, width)))
     size_of(decoder, prior.latent_shape(size)[:2])
     copies = check_count(num_images_per_prompt, "num_images_per_prompt", 1)
     keys = D.image_keys(key, copies * len(as_texts(prompt)))
