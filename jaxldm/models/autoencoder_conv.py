@@ -113,7 +113,7 @@ class ConvAutoencoder(nn.Module):
         chex.assert_shape(z, (None, None, None, self.config.latent_channels))
         return self.decoder(z).astype(z.dtype)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         return self.decode(self.encode(x).mean)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -189,7 +189,7 @@ class AutoencoderKL(nn.Module):
         h = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self.decoder(h).astype(z.dtype)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         return self.decode(self.encode(x).mean)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:

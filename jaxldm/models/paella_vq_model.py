@@ -201,7 +201,7 @@ class PaellaVQModel(nn.Module):
             h = block(h)
         return pixel_shuffle(self.out_block_0(h), config.up_down_scale_factor).astype(z.dtype)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         return self.decode(self.encode(x), quantize=True)
 
     def constant_tensors(self) -> Mapping[str, np.ndarray]:

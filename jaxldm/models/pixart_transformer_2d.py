@@ -181,7 +181,7 @@ class PixArtTransformerBlock(nn.Module):
     """Gated self-attention, cross-attention, gated feed-forward. x `[B, N, C]` -> the same shape.
 
     Chen et al. 2023, section 2.3 and figure 4: shift, scale and gate as in DiT; the cross-attention has no
-    norm and no gate. Shared by all blocks: modulation `[B, 6, C]`, text `[B, T, C]` and its mask `[B, T]`.
+    norm and no gate. Shared by all blocks: modulation `[B, 6, C]`, text `[B, T, D]` and its mask `[B, T]`.
     """
 
     config: PixArtTransformer2DConfig
@@ -191,7 +191,7 @@ class PixArtTransformerBlock(nn.Module):
         self,
         x: Float[Array, "B N C"],
         modulation: Float[Array, "B 6 C"],
-        text: Float[Array, "B T C"],
+        text: Float[Array, "B T D"],
         mask: Array | None = None,
     ) -> Float[Array, "B N C"]:
         config = self.config

@@ -29,6 +29,7 @@ from jaxldm.models import (
     qwen3,
     sd3_transformer_2d,
     sit,
+    stable_diffusion_unets,
     t5_encoder,
     unet_2d,
     unet_2d_condition,
@@ -107,7 +108,7 @@ TRANSFORMER_2D_MODELS = {
 PRESETS: dict[str, ModelConfig] = {
     **autoencoder_conv.PRESETS,
     **unet_2d.PRESETS,
-    **unet_2d_condition.PRESETS,
+    **stable_diffusion_unets.PRESETS,
     **deepfloyd_if.PRESETS,
     **dit.PRESETS,
     **sit.PRESETS,

@@ -9,7 +9,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
@@ -216,7 +216,7 @@ class UNet2DConditionModel(nn.Module):
         encoder_attention_mask: Array | None = None,
         text_embeds: Float[Array, "B P"] | None = None,
         time_ids: Float[Array, "B ids"] | None = None,
-        timestep_cond: Float[Array, "B W"] | None = None,
+        timestep_cond: Float[Array, "B guidance"] | None = None,
         class_labels: Array | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
@@ -254,14 +254,7 @@ class UNet2DConditionModel(nn.Module):
         temb = self._embed(t, timestep_cond)
         if config.has_classes:
             temb = temb + self._class_embedding(cast(Array, class_labels))
-        if config.addition_embed_type == "text_time":
-            temb = temb + self._text_time_embedding(cast(Array, text_embeds), cast(Array, time_ids))
-        elif config.addition_embed_type == "text":
-            heads = config.addition_embed_type_num_heads
-            pool = TextPoolingEmbedding(self._time_dim, heads, config.dtype, name="add_embedding")
-            temb = temb + pool(encoder_hidden_states)
-        if config.time_embedding_act_fn is not None:
-            temb = ACTIVATIONS[config.time_embedding_act_fn](temb)
+        temb = self._add_embedding(temb, text_embeds, time_ids, encoder_hidden_states)
         if config.encoder_hid_dim is not None:
             project = Linear(config.cross_attention_dim, dtype=config.dtype, name="encoder_hid_proj")
             encoder_hidden_states = project(encoder_hidden_states)
@@ -275,7 +268,7 @@ class UNet2DConditionModel(nn.Module):
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(ACTIVATIONS[config.act_fn](h))
         return h.astype(x.dtype)
 
-    def _sinusoid(self, t: Float[Array, " N"], dim: int) -> Float[Array, "N dim"]:
+    def _sinusoid(self, t: Num[Array, " N"], dim: int) -> Float[Array, "N dim"]:
         config = self.config
         return timestep_embedding(
             t, dim, flip_sin_to_cos=config.flip_sin_to_cos, downscale_freq_shift=config.freq_shift
@@ -300,6 +293,25 @@ class UNet2DConditionModel(nn.Module):
         if config.class_embed_type == "timestep":
             labels, act = self._sinusoid(labels, config.block_out_channels[0]), config.act_fn
         return TimestepEmbedding(self._time_dim, config.dtype, act=act, name=name)(labels)
+
+    def _add_embedding(
+        self,
+        temb: Float[Array, "B time"],
+        text_embeds: Array | None,
+        time_ids: Array | None,
+        states: Float[Array, "B T D"],
+    ) -> Float[Array, "B time"]:
+        """Add the embeddings of `addition_embed_type`, then apply `time_embedding_act_fn`."""
+        config = self.config
+        if config.addition_embed_type == "text_time":
+            temb = temb + self._text_time_embedding(cast(Array, text_embeds), cast(Array, time_ids))
+        elif config.addition_embed_type == "text":
+            heads = config.addition_embed_type_num_heads
+            pool = TextPoolingEmbedding(self._time_dim, heads, config.dtype, name="add_embedding")
+            temb = temb + pool(states)
+        if config.time_embedding_act_fn is not None:
+            temb = ACTIVATIONS[config.time_embedding_act_fn](temb)
+        return temb
 
     def _text_time_embedding(
         self, text_embeds: Float[Array, "B P"], time_ids: Float[Array, "B ids"]
@@ -447,51 +459,3 @@ class UNet2DConditionModel(nn.Module):
         states = jax.ShapeDtypeStruct((1, 77, config.text_dim), jnp.float32)
         x = image_shape(config)
         return (*x, t, states, None, text, time_ids, row(config.time_cond_proj_dim), labels)
-
-
-_SD_15 = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)
-_SD_20 = dataclasses.replace(
-    _SD_15,
-    sample_size=96,
-    cross_attention_dim=1024,
-    attention_head_dim=(5, 10, 20, 20),
-    use_linear_projection=True,
-)
-_SDXL = UNet2DConditionConfig(
-    sample_size=128,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    cross_attention_dim=2048,
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    upcast_attention=None,
-    projection_class_embeddings_input_dim=2816,
-)
-
-PRESETS = {
-    # Stable Diffusion 1.5: 860 M parameters, predicts eps.
-    "sd15-unet": _SD_15,
-    # Stable Diffusion 2.0 and 2.1 for 768x768 images: 866 M, predict v.
-    "sd20-unet": _SD_20,
-    "sd21-unet": dataclasses.replace(_SD_20, upcast_attention=True),
-    # Stable Diffusion XL 1.0: 2.6 B, predicts eps; its refiner: 2.3 B.
-    "sdxl-unet": _SDXL,
-    "sdxl-refiner-unet": dataclasses.replace(
-        _SDXL,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(384, 768, 1536, 1536),
-        cross_attention_dim=1280,
-        transformer_layers_per_block=4,
-        attention_head_dim=(6, 12, 24, 24),
-        projection_class_embeddings_input_dim=2560,
-    ),
-    # Latent consistency models distilled from Stable Diffusion 1.5, with a guidance embedding.
-    "lcm-unet": dataclasses.replace(_SD_15, time_cond_proj_dim=256),
-    # Playground v2.5: SDXL's architecture, trained in EDM's formulation.
-    "playground-unet": _SDXL,
-}

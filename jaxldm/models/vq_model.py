@@ -108,7 +108,7 @@ class VQModel(nn.Module):
         entries = self.quantize.embedding(indices)
         return self.decoder(self.post_quant_conv(entries)).astype(jnp.float32)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         return self.decode(self.encode(x))
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:

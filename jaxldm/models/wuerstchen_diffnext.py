@@ -163,8 +163,7 @@ class WuerstchenDiffNeXt(nn.Module):
             t: `[B]` floating in [0, 1], 1 being noise: the published r.
             image_embeddings: `[B, h', w', effnet_embd]`, of the prior or of an encoder, of any size: the
                 published effnet. Zeros are the unconditional input.
-            encoder_hidden_states: `[B, T, clip_embd]`, the last states of CLIP's text tower: the published
-                clip.
+            encoder_hidden_states: `[B, T, clip_embd]`, the last states of CLIP: the published clip.
             train: draw dropout from the rng stream "dropout".
 
         Returns:
@@ -172,8 +171,7 @@ class WuerstchenDiffNeXt(nn.Module):
             the last layer's output, b in [0.001, 0.999].
 
         Raises:
-            InvalidArgumentError: sides that cannot be halved that often, another number of channels or
-                another width.
+            InvalidArgumentError: sides that cannot be halved that often, other channels or another width.
         """
         config, dtype = self.config, compute_dtype(self.config.dtype)
         _check_inputs(config, x, t, image_embeddings, encoder_hidden_states)
@@ -181,9 +179,8 @@ class WuerstchenDiffNeXt(nn.Module):
         if text is not None:
             init: dict[str, Any] = {"kernel_init": normal(0.02), "bias_init": zeros}
             text = layer_norm(Linear(config.c_cond, dtype=config.dtype, name="clip_mapper", **init)(text))
-        h = pixel_unshuffle(x, config.patch_size)
-        h = layer_norm(self._one_by_one(config.c_hidden[0], "embedding_1")(h))
-        levels, skips = len(config.c_hidden), []
+        h = self._one_by_one(config.c_hidden[0], "embedding_1")(pixel_unshuffle(x, config.patch_size))
+        h, levels, skips = layer_norm(h), len(config.c_hidden), []
 
         def image(number: int, level: int, size: tuple[int, int]) -> Array | None:
             if not config.inject_effnet[level]:

@@ -7,7 +7,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import Initializer, parameter, xavier_uniform, zeros
@@ -16,7 +16,7 @@ from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 def timestep_embedding(
-    t: Float[Array, " B"],
+    t: Num[Array, " B"],
     dim: int,
     *,
     flip_sin_to_cos: bool = False,

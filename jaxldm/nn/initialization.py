@@ -82,7 +82,7 @@ def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Sha
     return module.param(name, initializer, shape, jnp.float32)
 
 
-def init_params(module: nn.Module, key: Array, *inputs: jax.ShapeDtypeStruct | Array | None) -> dict:
+def init_params(module: nn.Module, key: Array, *inputs: Any) -> dict:
     """Fresh parameters of a module from two flat draws; from Flax's if one has no `Initializer`."""
 
     def trace(key: Array, *inputs: Array) -> Any:

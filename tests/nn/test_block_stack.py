@@ -82,7 +82,7 @@ def test_attention_maps_of_a_scan_have_an_axis_of_blocks(stacked):
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
 
 
-def test_a_scan_starts_each_block_by_the_law_of_a_block_alone(plain):
+def test_a_scan_initialises_each_block_as_a_block_alone(plain):
     params = init_params(Model(True), jax.random.key(0), X, CONDITION)
     kernels = np.asarray(params["blocks_0to2"]["attn"]["qkv"]["kernel"])
     assert len(np.unique(kernels)) == kernels.size

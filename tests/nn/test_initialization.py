@@ -38,8 +38,8 @@ def test_layers_start_as_those_of_torch(ours, inputs, theirs):
             np.testing.assert_allclose(np.abs(value).max(), np.abs(reference).max(), rtol=noise)
 
 
-def test_values_drawn_at_once_follow_the_laws_of_values_drawn_one_by_one():
-    """One way cuts all parameters out of two rows, the other draws each: same names, same laws."""
+def test_values_drawn_at_once_have_the_distributions_of_values_drawn_one_by_one():
+    """One way cuts all parameters out of two rows, the other draws each: same names, same distributions."""
     module = nn.ResnetBlock2D(16, num_groups=2)
     inputs = spec(1, 4, 4, 8), spec(1, 32)
     at_once = init_params(module, jax.random.key(0), *inputs)
@@ -63,7 +63,7 @@ def test_a_key_gives_one_start_and_another_key_another():
     assert len(np.unique(rows)) == len(rows)  # no number serves twice
 
 
-def test_modules_without_laws_start_as_flax_starts_them():
+def test_modules_without_initializers_start_as_in_flax():
     module = flax.linen.Dense(3)
     expected = module.init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
     ours = init_params(module, jax.random.key(0), spec(1, 2))
