@@ -21,10 +21,14 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").sta
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
+import annotations
 import jax
 import pytest
 import references
 from hypothesis import HealthCheck, settings
+
+# Before anything of `jaxldm` is imported. The checks themselves are on in `CHECKED` only, see `annotations`.
+annotations.install("jaxldm.nn", "jaxldm.models")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -38,6 +42,7 @@ settings.register_profile(
 settings.load_profile("jaxldm")
 
 MEMORY_LIMIT = 1.2e9  # bytes
+CHECKED = ("nn", "models")  # folders whose tests run with shape annotations checked
 
 
 @contextlib.contextmanager
@@ -69,6 +74,14 @@ def optimized():
 def x64():
     """Double precision inside one test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def checked_annotations(request):
+    """Check shape annotations in the folders `CHECKED`, but not in tests marked `unchecked`."""
+    folder = request.path.parent.relative_to(pathlib.Path(__file__).parent).as_posix()
+    with annotations.checking(folder in CHECKED and "unchecked" not in request.keywords):
         yield
 
 

@@ -201,6 +201,7 @@ def test_attention_maps_are_kept_for_whoever_asks():
     }
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
