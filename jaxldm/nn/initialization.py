@@ -92,7 +92,7 @@ def init_params(module: nn.Module, key: Array, *inputs: Any) -> dict:
     shapes = cast(dict[Any, Any], traverse_util.flatten_dict(variables["params"]))
     initializers = cast(dict[Any, Any], traverse_util.flatten_dict(variables.get("intermediates", {})))
     if not all(isinstance(initializers.get(path), Initializer) for path in shapes):
-        zero = [jnp.zeros(spec.shape, spec.dtype) for spec in inputs]
+        zero = [None if spec is None else jnp.zeros(spec.shape, spec.dtype) for spec in inputs]
         return jax.jit(lambda key: module.init(key, *zero)["params"])(key)
     plan = tuple((initializers[path], spec.shape) for path, spec in shapes.items())
     return traverse_util.unflatten_dict(dict(zip(shapes, _draw(key, plan), strict=True)))

@@ -68,3 +68,16 @@ def test_modules_without_initializers_start_as_in_flax():
     expected = module.init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
     ours = init_params(module, jax.random.key(0), spec(1, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)
+
+
+class DenseWithLabels(flax.linen.Module):
+    """A layer of Flax's own, with an input that may be left out."""
+
+    @flax.linen.compact
+    def __call__(self, x, labels=None):
+        return flax.linen.Dense(3)(x)
+
+
+def test_an_input_may_be_none():
+    params = init_params(DenseWithLabels(), jax.random.key(0), spec(1, 2), None)
+    assert params["Dense_0"]["kernel"].shape == (2, 3)
