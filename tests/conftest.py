@@ -85,6 +85,14 @@ def checked_annotations(request):
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Random weights of a reference in PyTorch do not depend on the tests before, also in fixtures."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_file(request):
     """Around a file of tests: `OPTIMIZED`, and at the end a bound on the memory of the process.
