@@ -59,7 +59,9 @@ def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str)
     axes.plot(steps, values, linewidth=0.5, alpha=0.4, label="each step")
     window = max(1, min(100, len(values) // 20))
     if window > 1:
-        axes.plot(steps, centred_mean(values, window), linewidth=1.5, label=f"mean of {window} steps")
+        # The last values have too few neighbours: their mean would only be noise.
+        mean, end = centred_mean(values, window), len(values) - window // 4
+        axes.plot(steps[:end], mean[:end], linewidth=1.5, label=f"mean of {window} steps")
         axes.legend()
     finite = values[np.isfinite(values)]
     if len(finite) and finite.min() > 0:
