@@ -324,13 +324,12 @@ def sample_tokens(
         total = _count((tokens == mask_token).reshape(tokens.shape[0], -1))
     total = jnp.broadcast_to(jnp.asarray(total), tokens.shape[:1]).astype(jnp.float32)
     unmasking = jax.tree.map(jnp.asarray, unmasking)
-    num_steps = unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
 
     def step(keys, total, unmasking, tokens, i):
         return _unmask(keys, logits, tokens, unmasking, total, mask_token, i)
 
     def scan(keys, total, unmasking, tokens):
-        num_steps = unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
+        num_steps = _steps_in(unmasking)
 
         def advance(tokens, i):
             tokens = step(keys, total, unmasking, tokens, i)
@@ -357,21 +356,26 @@ def sample_tokens(
     run = compile_once(step, *arguments, tokens, np.int32(0))
     if run is step and not jit_disabled():  # it cannot be compiled by itself
         return scan(*arguments, tokens)
-    rows = [tokens]
-    for i in range(int(num_steps)):
+    rows, num_steps = [tokens], int(_steps_in(unmasking))
+    for i in range(num_steps):
         rows.append(run(*arguments, rows[-1], np.int32(i)))
         if callback is not None:
             callback(i + 1, rows[-1])
         if progress is not None:
             jax.block_until_ready(rows[-1])
-            progress(i + 1, int(num_steps))
-    rows += rows[-1:] * (unmasking.fraction.shape[0] - int(num_steps))
+            progress(i + 1, num_steps)
+    rows += rows[-1:] * (unmasking.fraction.shape[0] - num_steps)
     return (rows[-1], jnp.stack(rows)) if return_trajectory else rows[-1]
+
+
+def _steps_in(unmasking: Unmasking) -> Any:
+    """The number of steps that are taken: all rows, or those before the padding."""
+    return unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
 
 
 def _unmask(keys, logits, tokens, unmasking, total, mask_token, i):
     """The tokens after step i."""
-    num_steps = unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
+    num_steps = _steps_in(unmasking)
     flat = (tokens.shape[0], -1)
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i.astype(jnp.uint32))
     known = (tokens != mask_token).reshape(flat)
