@@ -13,9 +13,10 @@ import jaxldm
 
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
-GROUND_FLOOR = {"errors", "files", "host"}
+GROUND_FLOOR = {"errors", "exact", "files", "host"}
 MAY_IMPORT = {
     "errors": set(),
+    "exact": set(),
     "files": {"errors"},
     "host": {"errors", "files"},
     "diffusion": GROUND_FLOOR,

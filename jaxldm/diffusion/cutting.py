@@ -7,12 +7,14 @@ import numpy as np
 from jaxldm.diffusion.grids import Grid, cut
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import as_typed, ceil_product, floor_product
 
 
 def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> Grid:
     """Image-to-image: the last int(N strength) of N steps; strength 1 is the whole grid.
 
-    Start from alpha[0] x_0 + sigma[0] eps, with the first row of the grid that comes back.
+    Start from alpha[0] x_0 + sigma[0] eps, with the first row of the grid that comes back. N strength is the
+    product of the decimals that were typed: 50 steps at 0.58 keep 29, where binary floats give 28.
 
     Args:
         grid: from `make_grid`.
@@ -29,7 +31,7 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
     if not 0 < strength <= 1:
         raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
     steps = len(grid.t) - 1
-    kept = steps - int(steps - steps * strength) if round_up else int(steps * strength)
+    kept = ceil_product(steps, strength) if round_up else floor_product(steps, strength)
     if kept < 1:
         raise InvalidArgumentError(
             f"strength={strength} leaves none of {steps} steps: take a strength of {1 / steps:.3g} or more"
@@ -85,7 +87,7 @@ def split_at_fraction(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Gr
         start = max(path.t_clean, 0.0)
         last = path.t_noisy - fraction * (path.t_noisy - start)
     else:
-        last = round(path.num_train_timesteps * (1 - fraction))
+        last = round(path.num_train_timesteps * (1 - as_typed(fraction)))
     last -= 1e-6 * path.t_noisy  # rows are rounded to float32
     return _split(grid, int((grid.t[:-1] >= last).sum()), f"fraction={fraction:g}")
 

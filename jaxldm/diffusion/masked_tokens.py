@@ -21,6 +21,7 @@ from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.losses import drop_condition
 from jaxldm.diffusion.sampling import image_keys
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.exact import ceil_quotient, floor_product
 
 # gamma(r): the part of the tokens that is masked when the part r of the way is done, from gamma(0) = 1 to
 # gamma(1) = 0 (Chang et al. 2022, section 3.3); functions of (numpy or jax.numpy, r).
@@ -215,11 +216,12 @@ def _first_step(count: int, strength: float) -> int:
     """The number of the first of the last int(count strength) steps."""
     if not 0 < strength <= 1:
         raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
-    if int(count * strength) == 0:
+    kept = floor_product(count, strength)
+    if kept == 0:
         raise InvalidArgumentError(
-            f"strength {strength} of {count} steps leaves none: take {int(np.ceil(1 / strength))} or more"
+            f"strength {strength} of {count} steps leaves none: take {ceil_quotient(1, strength)} or more"
         )
-    return count - int(count * strength)
+    return count - kept
 
 
 def guided_logits(

@@ -34,6 +34,7 @@ from jaxldm.diffusion.levels import (
 )
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.exact import floor_product
 
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
 # Steps", quickstart guide). Made for the paths of Stable Diffusion 1.5, SDXL and Stable Video Diffusion.
@@ -427,7 +428,7 @@ def lcm_timesteps(
         raise InvalidArgumentError(
             f"original_inference_steps must lie in 1 to {num_train_timesteps}, not {original_inference_steps}"
         )
-    visited = np.arange(1, int(original_inference_steps * strength) + 1)
+    visited = np.arange(1, floor_product(original_inference_steps, strength) + 1)
     visited = visited * (num_train_timesteps // original_inference_steps) - 1
     if not 1 <= num_inference_steps <= len(visited):
         raise InvalidArgumentError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import as_typed, floor_product
 from jaxldm.models.config import ModelConfig, check, height_width
 
 
@@ -74,7 +75,7 @@ def _lengths(config: Any, tiling: Tiling) -> tuple[int, int, int]:
     """(pixels per latent, latents per tile side, latents from one tile to the next)."""
     factor = 2 ** (len(config.block_out_channels) - 1)
     pixels = height_width(config.sample_size)[0] if tiling.size is None else tiling.size
-    stride = int(pixels // factor * (1 - tiling.overlap))
+    stride = floor_product(pixels // factor, 1 - as_typed(tiling.overlap))
     check(
         pixels % factor == 0 and stride > 0,
         f"tiles of {pixels} pixels: the side must be a multiple of {factor}, and larger than the overlap",

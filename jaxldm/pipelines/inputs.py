@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -10,6 +9,7 @@ from jaxtyping import Float
 
 from jaxldm.data.images import check_images, from_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.exact import ceil_quotient, floor_product
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
 
@@ -36,7 +36,7 @@ class LatentSpec(NamedTuple):
 
     def shape(self, size: Size) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of that (height, width)."""
-        return math.ceil(size[0] / self.factor), math.ceil(size[1] / self.factor), self.channels
+        return ceil_quotient(size[0], self.factor), ceil_quotient(size[1], self.factor), self.channels
 
 
 class Inputs(NamedTuple):
@@ -94,11 +94,11 @@ def read_inputs(
         image = _pixels_or_latents(image, spec.channels)
         check_rows(image, num_images, "image")
         by = spec.factor if image.shape[-1] == spec.channels else 1
-        given["image"] = tuple(int(n * by) for n in image.shape[1:3])
+        given["image"] = tuple(floor_product(n, by) for n in image.shape[1:3])
     if latents is not None:
         latents = four_axes(latents, spec.channels)
         check_rows(latents, num_images, "latents")
-        given["latents"] = tuple(int(n * spec.factor) for n in latents.shape[1:3])
+        given["latents"] = tuple(floor_product(n, spec.factor) for n in latents.shape[1:3])
         latents = repeated(latents, num_images)
     size = _size(height, width, spec.default_size, given)
     check_size(*size, spec.multiple)

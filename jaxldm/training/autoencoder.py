@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxldm import models
 from jaxldm.data.batches import map_batches
 from jaxldm.errors import one_of
+from jaxldm.exact import round_product
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
@@ -161,7 +162,7 @@ def train_autoencoder(context: Context) -> None:
         decoded = reconstruct(params, held_out[:32])
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded)
 
-    warmup_steps = round(recipe.beta_warmup_epochs * (len(images) // recipe.batch_size))
+    warmup_steps = round_product(recipe.beta_warmup_epochs, len(images) // recipe.batch_size)
     loss_fn = make_loss(recipe, module, warmup_steps)
     params = train_network(context, STAGE, recipe, module, loss_fn, {"image": images}, on_sample)
     posterior = cast(Any, encode_all(module, params, images))  # of NumPy arrays

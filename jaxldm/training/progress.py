@@ -42,7 +42,7 @@ class Progress:
         self.diverged: tuple[int, dict[str, np.ndarray]] | None = None
         self.name = name
         self._rows, self._log = rows, log
-        self._steps_per_epoch, self._num_epochs = steps_per_epoch, math.ceil(num_steps / steps_per_epoch)
+        self._steps_per_epoch, self._num_epochs = steps_per_epoch, -(-num_steps // steps_per_epoch)
         self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
         self._epoch_rows: list[tuple[float, float]] = []
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()

@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 from jaxldm import models
 from jaxldm.data import Batches, Dataset
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import round_product
 from jaxldm.files import write_atomically
 from jaxldm.metrics.health import Finding, check_loss, report
 from jaxldm.training.loop import Plan, fit
@@ -85,7 +86,7 @@ def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[
     total = recipe.epochs * steps_per_epoch
     adam = optimizer(
         recipe.learning_rate,
-        min(round(recipe.warmup_epochs * steps_per_epoch), total),
+        min(round_product(recipe.warmup_epochs, steps_per_epoch), total),
         total,
         recipe.weight_decay,
         recipe.max_grad_norm,

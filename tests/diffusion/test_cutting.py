@@ -1,5 +1,6 @@
 """Where to cut a grid: the pipelines' own counting, and parts that join exactly."""
 
+import math
 from types import SimpleNamespace
 
 import diffusers
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import as_typed
 from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.scaled_linear_betas()), D.Flow()
@@ -29,15 +31,24 @@ def test_strength_keeps_what_the_pipelines_keep(strength, steps):
     reference = diffusers.DDIMScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
     reference.set_timesteps(steps)
     pipeline = SimpleNamespace(scheduler=reference)
-    theirs, _ = StableDiffusionXLImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    # They count in binary floats, int(50 * 0.58) = 28: a strength next to it gives them the right count.
+    near = (
+        strength
+        if steps * strength >= math.floor(steps * as_typed(strength))
+        else math.nextafter(strength, 1)
+    )
+    theirs, _ = StableDiffusionXLImg2ImgPipeline.get_timesteps(pipeline, steps, near, "cpu")
     ours = D.cut_by_strength(D.make_grid(VP, steps), strength)
     np.testing.assert_array_equal(ours.t[:-1], theirs.numpy())
     assert ours.start == steps - len(theirs)
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     flow.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    near = (
+        strength if steps * strength <= math.ceil(steps * as_typed(strength)) else math.nextafter(strength, 0)
+    )
     theirs, _ = StableDiffusion3Img2ImgPipeline.get_timesteps(
-        SimpleNamespace(scheduler=flow), steps, strength, "cpu"
+        SimpleNamespace(scheduler=flow), steps, near, "cpu"
     )
     ours = D.cut_by_strength(D.make_grid(FLOW, steps), strength, round_up=True)
     np.testing.assert_allclose(ours.t[:-1], theirs / 1000, rtol=1e-6)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.exact import floor_product
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.generate import STEPS_AT_ONCE, Call, ImageKeys, Request
 from jaxldm.pipelines.inputs import Inputs, LatentSpec, Size, check_count, check_rows, read_inputs, repeated
@@ -291,7 +292,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
     if options.get("image") is None or (strength is None and options.get("mask_image") is not None):
         strength = 1.0
     strength = pipe.defaults.strength if strength is None else strength
-    return max(1, int(steps * strength)) * -(-num_images // max(options.get("batch_size") or 1, 1))
+    return max(1, floor_product(steps, strength)) * -(-num_images // max(options.get("batch_size") or 1, 1))
 
 
 def check(pipe: Pipeline) -> None:

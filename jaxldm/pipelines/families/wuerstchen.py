@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.exact import floor_product
 from jaxldm.pipelines.generate import Request, generate
 from jaxldm.pipelines.inputs import LatentSpec, Size, check_count, four_axes
 from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline, check_text_width
@@ -149,7 +150,7 @@ def size_of(pipe: Pipeline, embeddings: Size) -> Size:
     multiple, factor = pipe.decoder.config.shrinks, pipe.vqgan.config.shrinks
 
     def latents(side: int) -> int:
-        return int(side * pipe.latent_dim_scale)
+        return floor_product(side, pipe.latent_dim_scale)
 
     def nearest(side: int) -> int:
         near = range(1, side + 2 * multiple)
