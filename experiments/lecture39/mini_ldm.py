@@ -41,7 +41,7 @@ class MiniLDM:
     run_dir: Path = Path("runs/mini-ldm")
     """Where everything is written."""
     recipe: str = "mini-ldm"
-    """mini-ldm (U-Net), mini-ldm-32 (networks that diffusers has too), mini-ldm-dit (DiT on the same latents),
+    """mini-ldm (U-Net), mini-ldm-32 (networks that diffusers has too), mini-ldm-dit (DiT, same latents),
     or smoke (seconds; draws noise)."""
     guidance_scales: tuple[float, ...] = (1.0, 3.0, 7.5)
     """1 is the conditional model as trained."""
