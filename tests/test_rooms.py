@@ -13,11 +13,13 @@ import jaxldm
 
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
-GROUND_FLOOR = {"errors", "exact", "files", "host"}
+GROUND_FLOOR = {"errors", "exact", "reading", "entries", "files", "host"}
 MAY_IMPORT = {
     "errors": set(),
     "exact": set(),
-    "files": {"errors"},
+    "reading": {"errors"},
+    "entries": {"errors", "reading"},
+    "files": {"errors", "reading"},
     "host": {"errors", "files"},
     "diffusion": GROUND_FLOOR,
     "nn": GROUND_FLOOR,

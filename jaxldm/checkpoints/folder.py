@@ -17,12 +17,12 @@ from jaxldm.checkpoints.safetensors_file import StoredTensor
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
     open_weights,
-    read_json,
     remove_other_weights,
     weight_contents,
 )
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_together
+from jaxldm.reading import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # of a model in the layout of diffusers

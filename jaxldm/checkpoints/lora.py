@@ -35,9 +35,9 @@ from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, placed, 
 from jaxldm.checkpoints.original.layout import place_of
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
-from jaxldm.checkpoints.weight_files import read_json
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
+from jaxldm.reading import read_json
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 # What kohya's names begin with, for each component.

@@ -18,9 +18,9 @@ from jaxldm import __version__, models
 from jaxldm.checkpoints.folder import load_as, read_config, save
 from jaxldm.checkpoints.names import Placement
 from jaxldm.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from jaxldm.checkpoints.weight_files import read_json
 from jaxldm.errors import CheckpointError, StorageError, one_of
 from jaxldm.files import folder_written_whole
+from jaxldm.reading import read_json
 
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"

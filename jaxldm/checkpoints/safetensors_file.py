@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxldm.errors import CheckpointError
+from jaxldm.reading import check_regular, parse_json, shown
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -31,6 +32,7 @@ DTYPES: dict[str, np.dtype] = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the limit of the format's own library
+_MOST_AXES = 32  # of an array
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -93,8 +95,7 @@ def open_safetensors(path: Path | str) -> Contents:
             unknown dtype.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no weight file {path}")
+    check_regular(path, "weight file")
     refuse_pickle(path)
     start = b""
     try:
@@ -176,13 +177,13 @@ def _read_header(path: Path, header: bytes, data_start: int, file_size: int) -> 
     if not header.startswith(b"{"):
         raise _Damage("its header is not a JSON object")
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _Damage(f"its header is not JSON: {error}") from error
+        entries = parse_json(header, "its header")
+    except CheckpointError as error:
+        raise _Damage(str(error)) from error
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _Damage("its __metadata__ are not strings")
-    spans = {name: _span(name, entry) for name, entry in entries.items()}
+    spans = {name: _span(name, entry, file_size) for name, entry in entries.items()}
     end, before = 0, "the header"
     tensors = {}
     for name in sorted(spans, key=lambda name: spans[name][2:]):
@@ -197,28 +198,25 @@ def _read_header(path: Path, header: bytes, data_start: int, file_size: int) -> 
     return Contents(tensors, metadata)
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in entries:
-            raise ValueError(f"{name!r} occurs twice")
-        entries[name] = value
-    return entries
-
-
-def _span(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, the byte after the last) of a header's entry."""
+def _span(name: str, entry: Any, room: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, the byte after the last) of a header's entry, in a file of `room` bytes."""
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _Damage(f"the header's entry of {name!r} is not a dtype, a shape and two offsets") from None
-    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise _Damage(f"the shape or the offsets of {name!r} are not counts: {list(shape)}, {first}, {last}")
+        what = f"the header's entry of {shown(name)}"
+        raise _Damage(f"{what} is not a dtype, a shape and two offsets") from None
+    if len(shape) > _MOST_AXES:
+        raise _Damage(f"tensor {shown(name)} has {len(shape)} axes; at most {_MOST_AXES} are possible")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, first, last)):
+        numbers = f"{shown(list(shape))}, {shown(first)}, {shown(last)}"
+        raise _Damage(f"the shape or the offsets of {shown(name)} are not counts: {numbers}")
+    if max(shape, default=0) > room and 0 in shape:  # sizes of models are read from shapes
+        raise _Damage(f"tensor {shown(name)} is empty, but {shown(list(shape))}, larger than the file")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Damage(f"tensor {name!r} is of dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise _Damage(f"tensor {shown(name)} is of dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
         raise _Damage(
-            f"tensor {name!r}, {dtype} {list(shape)}, has {last - first} bytes instead of "
-            f"{math.prod(shape) * DTYPES[dtype].itemsize}"
+            f"tensor {shown(name)}, {dtype} {shown(list(shape))}, has {last - first} bytes instead of "
+            f"{shown(math.prod(shape) * DTYPES[dtype].itemsize)}"
         )
     return DTYPES[dtype], shape, first, last

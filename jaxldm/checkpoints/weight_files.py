@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxldm.checkpoints.safetensors_file import (
     StoredTensor,
@@ -25,9 +24,9 @@ from jaxldm.checkpoints.safetensors_file import (
     open_safetensors,
     refuse_pickle,
     safetensors_chunks,
-    without_duplicates,
 )
 from jaxldm.errors import CheckpointError
+from jaxldm.reading import read_json
 
 MAX_SHARD_SIZE = 10 * 10**9  # bytes, as in diffusers
 _PICKLES = ("{stem}*.bin", "pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
@@ -94,17 +93,6 @@ def _what_is_found(folder: Path, stem: str) -> str:
         for pickle in sorted(folder.glob(pattern.format(stem=stem))):
             refuse_pickle(pickle)
     return ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` for anything else, or a name that occurs twice."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return entries
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:

@@ -21,7 +21,6 @@ import numpy as np
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
-from jaxldm.checkpoints.weight_files import read_json
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.pipelines.families import FAMILIES, OF_CLASSES, PIPELINES
 from jaxldm.pipelines.families.class_to_image import (
@@ -33,6 +32,7 @@ from jaxldm.pipelines.families.class_to_image import (
 )
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Family, Pipeline
+from jaxldm.reading import read_json
 
 RUN_CONFIG = "config.json"
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.

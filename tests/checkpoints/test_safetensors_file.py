@@ -148,8 +148,11 @@ DAMAGE = {
     "dtype that is none": ('{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "dtype"),
     "truth for a number": ('{"a": {"dtype": "U8", "shape": [true], "data_offsets": [0, 1]}}', "not counts"),
     "no entry": ('{"a": 3}', "'a' is not a dtype, a shape and two offsets"),
-    "deep": ('{"a": ' + "[" * 100_000, "not JSON"),
+    "deep": ('{"a": ' + "[" * 100_000, "nested too deeply"),
     "list": ("[1, 2]", "not a JSON object"),
+    "axes": (f'{{"a": {entry(0, 8, shape=(1,) * 33 + (2,))}}}', "'a' has 34 axes; at most 32"),
+    "huge": (f'{{"a": {entry(0, 8, shape=(10**99,) * 30)}}}', "'a' are not counts"),
+    "empty and huge": (f'{{"a": {entry(0, 0, shape=(0, 10**9))}}}', r"'a' is empty, but \[0, 1000000000\]"),
 }
 
 
