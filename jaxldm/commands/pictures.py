@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float
 
-from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.data.pictures import mask_of, open_picture, resize_mask, rgb_of
+from jaxldm.errors import InvalidArgumentError
 
 
 def read_picture(
-    path: str, height: int | None = None, width: int | None = None, mode: str = "RGB"
-) -> UInt8[np.ndarray, "H W ..."]:
-    """A picture file as 8-bit pixels, [H, W, 3] for mode "RGB" or [H, W] for "L".
+    path: str, height: int | None = None, width: int | None = None
+) -> Float[np.ndarray, "H W 3"]:
+    """A picture file as RGB in [-1, 1].
 
     Args:
-        path: the file.
+        path: the file, of any mode whose numbers have a known meaning.
         height: to resize to, in pixels; None keeps that of the file.
         width: the same.
-        mode: "RGB" or "L".
 
     Raises:
         DataError: no such file, or not a picture.
+        InvalidArgumentError: sides below 1.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    if not Path(path).is_file():
-        raise DataError(f"there is no picture {path}")
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from error
-    size = (width or picture.width, height or picture.height)
+    picture = open_picture(path)
+    size = (picture.height if height is None else height, picture.width if width is None else width)
     if min(size) < 1:
-        raise InvalidArgumentError(f"height and width must be 1 or more, got {size[1]} and {size[0]}")
-    if size != picture.size:
-        resampling = Image.Resampling.NEAREST if mode == "L" else Image.Resampling.LANCZOS
-        picture = picture.resize(size, resampling)
-    return np.asarray(picture)
+        raise InvalidArgumentError(f"height and width must be 1 or more, got {size[0]} and {size[1]}")
+    check_picture_size(*size)
+    return rgb_of(picture, size, name=path)
 
 
-def read_mask(path: str, image: np.ndarray | None) -> UInt8[np.ndarray, "H W"]:
-    """A mask file in the size of the image that it belongs to."""
+def check_picture_size(height: int, width: int) -> None:
+    """Raises `InvalidArgumentError` for more pixels than a picture file may have."""
+    from PIL import Image
+
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and height * width > most:
+        raise InvalidArgumentError(
+            f"--image would be resized to {height}x{width} pixels, more than {most:,}: give a smaller "
+            "--height and --width"
+        )
+
+
+def read_mask(path: str, image: np.ndarray | None) -> Bool[np.ndarray, "H W"]:
+    """A mask file in the size of the image that it belongs to; its thinnest lines stay."""
     if image is None:
         raise InvalidArgumentError("--mask selects the part of --image to draw again: give --image, too")
-    return read_picture(path, image.shape[0], image.shape[1], mode="L")
+    return resize_mask(mask_of(open_picture(path), name=path), image.shape[:2])

@@ -30,7 +30,7 @@ from jaxldm.pipelines.folders import (
 )
 from jaxldm.pipelines.generate import Call, Request, generate
 from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_for, save_samples
-from jaxldm.pipelines.inputs import LatentSpec, as_images, as_masks
+from jaxldm.pipelines.inputs import Latents, LatentSpec, as_images, as_masks
 from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline, default_latent_spec
@@ -44,6 +44,7 @@ __all__ = [
     "Family",
     "Folder",
     "LatentSpec",
+    "Latents",
     "Network",
     "Pipeline",
     "Request",

@@ -64,7 +64,7 @@ class Call:
             the noise levels.
         timesteps: the rows themselves, noisiest first, in place of a spacing.
         image: start from this image: 8-bit pixels or floats in [-1, 1], [H, W, 3] or [N, H, W, 3], PIL
-            images, or latents [N, h, w, c].
+            images, or `pipelines.Latents(array)` of [N, h, w, c].
         strength: in (0, 1]; the last steps x strength steps are taken, from the noised image: rounded down,
             or up where the family's published pipelines do (SD3, FLUX). Default the family's own, or 1 with a
             mask, which starts from pure noise.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxldm.data.images import check_images, from_uint8
-from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.data.pictures import is_picture, mask_of, rgb_of, shrink_masks
+from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError
 from jaxldm.exact import ceil_quotient, floor_product
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
@@ -39,6 +42,19 @@ class LatentSpec(NamedTuple):
         return ceil_quotient(size[0], self.factor), ceil_quotient(size[1], self.factor), self.channels
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Latents:
+    """Latents to start from in place of an image: `pipe(key, prompt, image=Latents(z), strength=0.5)`.
+
+    An array given as `image` is pixels, whatever its shape.
+
+    Attributes:
+        array: [h, w, c] or [N, h, w, c], scaled as a call with `output="latents"` returns them.
+    """
+
+    array: Any
+
+
 class Inputs(NamedTuple):
     """What a call starts from, checked and not yet encoded; None is what was not given.
 
@@ -47,12 +63,14 @@ class Inputs(NamedTuple):
         image: [N or 1, H, W, 3] in [-1, 1], or latents [N or 1, h, w, c].
         mask: [N or 1, H, W, 1], 1 where the image is drawn again.
         latents: [N, h, w, c], x at the first row.
+        image_is_latents: whether `image` is.
     """
 
     size: Size
     image: Float[np.ndarray, "N H W C"] | None = None
     mask: Float[np.ndarray, "N H W 1"] | None = None
     latents: Float[np.ndarray, "N h w c"] | None = None
+    image_is_latents: bool = False
 
 
 class InitialLatents(NamedTuple):
@@ -89,11 +107,11 @@ def read_inputs(
         DataError: arrays that are no images, masks or latents.
     """
     _check_together(spec, image, mask_image, latents)
-    mask, given = None, {}
+    mask, given, image_is_latents = None, {}, isinstance(image, Latents)
     if image is not None:
-        image = _pixels_or_latents(image, spec.channels)
+        image = four_axes(image.array, spec.channels, "image=Latents") if image_is_latents else _pixels(image)
         check_rows(image, num_images, "image")
-        by = spec.factor if image.shape[-1] == spec.channels else 1
+        by = spec.factor if image_is_latents else 1
         given["image"] = tuple(floor_product(n, by) for n in image.shape[1:3])
     if latents is not None:
         latents = four_axes(latents, spec.channels)
@@ -105,9 +123,9 @@ def read_inputs(
     if mask_image is not None:
         mask = as_masks(mask_image, size)
         check_rows(mask, num_images, "mask_image")
-    if spec.takes_mask and cast(Any, image).shape[-1] == spec.channels:
+    if spec.takes_mask and image_is_latents:
         raise InvalidArgumentError("this inpainting network takes the masked pixels: give image as pixels")
-    return Inputs(size, image, mask, latents)
+    return Inputs(size, image, mask, latents, image_is_latents)
 
 
 def initial_latents(
@@ -121,11 +139,11 @@ def initial_latents(
     image, mask, latents = inputs.image, inputs.mask, inputs.latents
     if image is None:
         return InitialLatents(latents)
-    is_latents = image.shape[-1] == spec.channels
+    is_latents = inputs.image_is_latents or vae is None
     code = repeated(image if is_latents else encode_images(cast(Network, vae), image), num_images)
     if mask is None:
         return InitialLatents(image=code)
-    repaint = repeated(mask[:, :: spec.factor, :: spec.factor], num_images)
+    repaint = repeated(shrink_masks(mask, int(spec.factor)), num_images)
     # At strength 1 the start is pure noise, as such networks were trained.
     start = InitialLatents(latents, code if cast(float, strength) < 1 and latents is None else None)
     if not spec.takes_mask:
@@ -179,14 +197,15 @@ def four_axes(array: Any, channels: int, name: str = "latents") -> Float[np.ndar
     return array
 
 
-def _pixels_or_latents(image: Any, channels: int) -> np.ndarray:
-    shape = np.shape(image) if not isinstance(image, (list, tuple)) else cast(tuple[int, ...], ())
-    if channels != 3 and len(shape) in (3, 4) and shape[-1] == channels:
-        return four_axes(image, channels)
-    pixels = as_images(image)
-    if pixels.shape[-1] != 3:
-        raise InvalidArgumentError(f"image must have 3 channels (RGB), it has {pixels.shape[-1]}")
-    return pixels
+def _pixels(image: Any) -> Float[np.ndarray, "N H W 3"]:
+    array = None if isinstance(image, (list, tuple)) or is_picture(image) else np.asarray(image)
+    channels = 3 if array is None or array.ndim not in (3, 4) else array.shape[-1]
+    if channels != 3:
+        raise InvalidArgumentError(
+            f"image must have 3 channels (RGB), it has {channels}: give RGB pixels, or if these are latents "
+            "image=pipelines.Latents(array)"
+        )
+    return as_images(image)
 
 
 def _size(height: int | None, width: int | None, trained: Size, given: dict[str, Size]) -> Size:
@@ -234,28 +253,39 @@ def as_images(images: Any, name: str = "image") -> Float[np.ndarray, "N H W C"]:
     """Pictures as float32 [N, H, W, C] in [-1, 1].
 
     Args:
-        images: one or several, [H, W, C] or [N, H, W, C]: 8-bit pixels, floats in [-1, 1], or what numpy
-            turns into such an array: a PIL image, or a list of arrays or of PIL images.
+        images: one or several, [H, W, C] or [N, H, W, C]: 8-bit pixels, or floats in [-1, 1]; PIL images,
+            which become RGB whatever their mode; or a list of arrays and PIL images.
 
     Raises:
         DataError: shapes or values that are no images.
     """
-    images = _stacked(images, name)
+    images = _stacked(images, lambda image: _floats(image, name), name)
     images = images[None] if images.ndim == 3 else images
-    return check_images(from_uint8(images) if images.dtype == np.uint8 else images, name=name)
+    return check_images(images, name=name)
+
+
+def _floats(image: Any, name: str) -> np.ndarray:
+    """A picture in [-1, 1], where its type says what its numbers mean; else as it is, to be refused."""
+    if is_picture(image):
+        return rgb_of(image, name=name)
+    image = np.asarray(image)
+    return from_uint8(image) if image.dtype == np.uint8 else image
 
 
 def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
     """Masks as float32 [N, H, W, 1]: 1 where the mask is white (half or more), 0 elsewhere.
 
     Args:
-        masks: [H, W], [N, H, W] or [N, H, W, 1]: booleans, 8-bit pixels, floats in [0, 1], PIL images.
+        masks: [H, W], [H, W, 1], [N, H, W] or [N, H, W, 1]: booleans, 0 and 1, 8-bit pixels, floats in
+            [0, 1]; PIL images in black and white; or a list of these.
         size: (H, W), of the image that they belong to.
 
     Raises:
         DataError: another size, another number of channels, or values out of range.
     """
-    masks = _stacked(masks, "mask_image")
+    masks = _stacked(masks, mask_of, "mask_image")
+    if masks.shape == (*size, 1):
+        masks = masks[None]
     if masks.ndim == 2:
         masks = masks[None]
     if masks.ndim == 3:
@@ -265,10 +295,7 @@ def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
             f"mask_image must be {size[0]}x{size[1]} (height x width, as the image) with one channel, "
             f"got shape {list(masks.shape)}"
         )
-    masks = masks / np.float32(255) if masks.dtype == np.uint8 else masks.astype(np.float32)
-    if not ((masks >= 0) & (masks <= 1)).all():
-        raise DataError("mask_image must hold numbers from 0 (kept) to 1 (drawn again), or 8-bit pixels")
-    return (masks >= 0.5).astype(np.float32)
+    return masks.astype(np.float32)
 
 
 def check_rows(rows: np.ndarray, num_images: int, name: str) -> None:
@@ -284,11 +311,13 @@ def repeated(rows: np.ndarray, num_images: int) -> np.ndarray:
     return np.broadcast_to(rows, (num_images, *rows.shape[1:]))
 
 
-def _stacked(images: Any, name: str) -> np.ndarray:
+def _stacked(images: Any, read: Callable[[Any], np.ndarray], name: str) -> np.ndarray:
     try:
         several = isinstance(images, (list, tuple))
-        array = np.stack([np.asarray(image) for image in images]) if several else np.asarray(images)
-    except ValueError as error:
+        array = np.stack([read(image) for image in images]) if several else read(images)
+    except JaxldmError:
+        raise
+    except (ValueError, TypeError) as error:
         raise DataError(f"{name} holds pictures of different sizes, or none: {error}") from error
     if array.dtype == object or array.size == 0:
         raise DataError(f"{name} must hold pictures, not {type(images).__name__}")

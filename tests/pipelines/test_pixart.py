@@ -126,7 +126,8 @@ def test_inpainting_keeps_what_the_mask_leaves(pipes):
     """The reference has no such pipeline; a network of latents needs none of its own."""
     image, mask = noise(), np.zeros((16, 16), bool)
     mask[:, :8] = True
-    drawn = pipes["sigma"](KEY, "a cat", image=image, mask_image=mask, output="latents", **STEPS)
+    given = dict(image=pipelines.Latents(image), mask_image=mask, output="latents")
+    drawn = pipes["sigma"](KEY, "a cat", **given, **STEPS)
     np.testing.assert_allclose(drawn[:, :, 4:], image[:, :, 4:], atol=1e-5)
     assert np.abs(drawn - image)[:, :, :4].mean() > 0.1
 

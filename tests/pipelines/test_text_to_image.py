@@ -12,6 +12,7 @@ import safetensors.numpy
 from compilations import COMPILATIONS
 from diffusers import StableDiffusionPipeline
 from picture_checks import KEY, picture
+from PIL import Image
 from reference_pipelines import LATENT, SIZE, noise, open_reference, write_sd
 
 from jaxldm import diffusion as D
@@ -247,6 +248,9 @@ def test_words_that_the_encoder_does_not_see_are_named(pipe):
         (dict(image=picture(), strength=0.01), ["none of 50 steps"]),
         (dict(mask_image=picture()), ["mask_image", "give image"]),
         (dict(image=picture(), latents=noise()), ["both a start"]),
+        (dict(image=np.dstack([picture(), picture()[..., :1]])), ["3 channels (RGB), it has 4", "Latents"]),
+        (dict(image=noise()), ["3 channels (RGB), it has 4", "Latents"]),
+        (dict(image=pipelines.Latents(noise()[..., :3])), ["image=Latents", "4"]),
         (dict(latents=noise()[..., :3]), ["latents", "4"]),
         (dict(latents=noise() * np.nan), ["NaN"]),
         (dict(latents=noise(2)), ["2 arrays in latents", "1 images"]),
@@ -290,6 +294,8 @@ def test_a_name_that_does_not_exist(pipe, call, words):
         dict(image="cat.png"),
         dict(image=picture().astype(np.float32)),
         dict(image=[picture(), picture()[:8]]),
+        dict(image=Image.new("F", (SIZE, SIZE))),
+        dict(image=picture(), mask_image=Image.fromarray(picture())),
         dict(image=picture(), mask_image=picture()),
         dict(image=picture(), mask_image=np.full((SIZE, SIZE), 2.0)),
     ],

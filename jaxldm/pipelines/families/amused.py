@@ -21,11 +21,21 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxldm import diffusion as D
 from jaxldm import models
+from jaxldm.data.pictures import shrink_masks
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import floor_product
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.generate import STEPS_AT_ONCE, Call, ImageKeys, Request
-from jaxldm.pipelines.inputs import Inputs, LatentSpec, Size, check_count, check_rows, read_inputs, repeated
+from jaxldm.pipelines.inputs import (
+    Inputs,
+    Latents,
+    LatentSpec,
+    Size,
+    check_count,
+    check_rows,
+    read_inputs,
+    repeated,
+)
 from jaxldm.pipelines.latents import in_batches, over_images, scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
@@ -142,6 +152,8 @@ def token_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
         height, width = given[0] if height is None else height, given[1] if width is None else width
     pixels = spec._replace(factor=1, channels=3)
     images = {"image": call.image, "mask_image": call.mask_image}
+    if isinstance(call.image, Latents):
+        raise InvalidArgumentError("image must be pixels: this model's latents are tokens, given as latents=")
     inputs = read_inputs(pixels, num_images, height=height, width=width, **images)
     shape = spec.shape(inputs.size)[:2]
     if tokens is not None and tokens.shape[1:] != shape:
@@ -176,10 +188,8 @@ def initial_tokens(pipe: Pipeline, call: Call, inputs: Inputs, num_images: int) 
         tokens = image_tokens(pipe, repeated(inputs.image, num_images))
         if inputs.mask is None:
             return InitialTokens(tokens, np.full(num_images, height * width, np.int32), by_chance=True)
-        factor = int(pipe.latent_spec.factor)
-        pixels = repeated(inputs.mask, num_images).reshape(num_images, height, factor, width, factor)
-        # A token is drawn again where half of its pixels or more are white.
-        tokens = np.where(pixels.mean((2, 4)) >= 0.5, np.int32(mask), tokens)
+        white = shrink_masks(repeated(inputs.mask, num_images), int(pipe.latent_spec.factor))
+        tokens = np.where(white[..., 0] > 0, np.int32(mask), tokens)
     return InitialTokens(tokens, (tokens == mask).sum((1, 2), dtype=np.int32))
 
 
