@@ -9,12 +9,14 @@ pipe = pipelines.load("stable-diffusion-xl-base-1.0", dtype="bfloat16")    # a f
 images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solver="dpmpp_2m")
 
 `generate.py` is the call on one screen, `families/` has what differs from family to family, and
-`pipeline.py` how to add one.
+`family.py` how to add one.
 """
 
+from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.families import FAMILIES, PIPELINES
 from jaxldm.pipelines.families.class_to_image import class_to_image
 from jaxldm.pipelines.families.wuerstchen import join_wuerstchen
+from jaxldm.pipelines.family import Family, Folder, default_latent_spec
 from jaxldm.pipelines.folders import (
     TensorComparison,
     check_export_folder,
@@ -28,12 +30,12 @@ from jaxldm.pipelines.folders import (
     save,
     with_lora,
 )
-from jaxldm.pipelines.generate import Call, Request, generate
+from jaxldm.pipelines.generate import generate
 from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_for, save_samples
 from jaxldm.pipelines.inputs import Latents, LatentSpec, as_images, as_masks
 from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline, default_latent_spec
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
 
 __all__ = [

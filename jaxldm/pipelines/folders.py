@@ -30,8 +30,9 @@ from jaxldm.pipelines.families.class_to_image import (
     TRAINED,
     class_to_image,
 )
+from jaxldm.pipelines.family import Family
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.pipeline import Family, Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import read_json
 
 RUN_CONFIG = "config.json"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxldm.data import check_labels
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
-
-if TYPE_CHECKING:
-    from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 
 MOST_CLASSES_AT_ONCE = 100  # that are drawn, once each, for a call that names none
 

@@ -10,7 +10,7 @@ from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from jaxldm.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from jaxldm.pipelines.families.wuerstchen import WUERSTCHEN, WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR
 from jaxldm.pipelines.families.z_image import Z_IMAGE
-from jaxldm.pipelines.pipeline import Family
+from jaxldm.pipelines.family import Family
 
 # Class-to-image families, which `jaxldm sample` draws from labels.
 OF_CLASSES: tuple[Family, ...] = (CLASS_TO_IMAGE, DIT)

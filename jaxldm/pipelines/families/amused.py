@@ -25,7 +25,9 @@ from jaxldm.data.pictures import shrink_masks
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import floor_product
 from jaxldm.models.config import height_width
-from jaxldm.pipelines.generate import STEPS_AT_ONCE, Call, ImageKeys, Request
+from jaxldm.pipelines.call import Call, Defaults, ImageKeys, Request
+from jaxldm.pipelines.family import Family, Folder
+from jaxldm.pipelines.generate import STEPS_AT_ONCE
 from jaxldm.pipelines.inputs import (
     Inputs,
     Latents,
@@ -38,7 +40,7 @@ from jaxldm.pipelines.inputs import (
 )
 from jaxldm.pipelines.latents import in_batches, over_images, scale_factor
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
 
 SCHEDULER = "AmusedScheduler"

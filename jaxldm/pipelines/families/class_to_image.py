@@ -24,12 +24,14 @@ from jaxldm import diffusion as D
 from jaxldm import models, schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.models.config import height_width
-from jaxldm.pipelines.generate import Call, Request, generate, grid, num_callbacks, read_scheduler
+from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.family import Family, Folder
+from jaxldm.pipelines.generate import generate, grid, num_callbacks, read_scheduler
 from jaxldm.pipelines.inputs import LatentSpec, Size
 from jaxldm.pipelines.labels import checked_labels, cycle_labels
 from jaxldm.pipelines.latents import scale_factor
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.schedulers import Sampler, Scheduler
 
 AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")

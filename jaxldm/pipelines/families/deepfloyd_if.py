@@ -26,17 +26,12 @@ from jaxtyping import Array, Key
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.families.stable_diffusion import WITHOUT_SAFETY_CHECKER
-from jaxldm.pipelines.generate import Call, Request, generate, grid, num_callbacks
+from jaxldm.pipelines.family import Family, Folder, check_text_width, default_latent_spec
+from jaxldm.pipelines.generate import generate, grid, num_callbacks
 from jaxldm.pipelines.inputs import LatentSpec, Size, as_images, check_count, check_rows, repeated
-from jaxldm.pipelines.pipeline import (
-    Defaults,
-    Family,
-    Folder,
-    Pipeline,
-    check_text_width,
-    default_latent_spec,
-)
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import as_texts, encode_texts, for_each
 
 MAX_LENGTH = 77  # tokens of a text that the published models were trained on

@@ -14,11 +14,18 @@ import numpy as np
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError
-from jaxldm.pipelines import pipeline
-from jaxldm.pipelines.generate import Call, Request, grid, read_scheduler
+from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.family import (
+    Family,
+    Folder,
+    check_latent_channels,
+    check_text_width,
+    default_latent_spec,
+)
+from jaxldm.pipelines.generate import grid, read_scheduler
 from jaxldm.pipelines.inputs import LatentSpec, Size
 from jaxldm.pipelines.latents import scale_factor
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import check_sequence_length, encode_texts, for_each
 
 
@@ -61,7 +68,7 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
     """The transformer packs 2x2 latents into a token; 1024x1024 pixels at the published factor of 8."""
     side = 128 * scale_factor(pipe.vae)
     in_channels = pipe.transformer.config.latent_channels
-    return pipeline.default_latent_spec(pipe, patch=2, in_channels=in_channels, default_size=(side, side))
+    return default_latent_spec(pipe, patch=2, in_channels=in_channels, default_size=(side, side))
 
 
 def even_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
@@ -104,11 +111,11 @@ def check(pipe: Pipeline) -> None:
         CheckpointError: parts of different models.
     """
     config = pipe.transformer.config
-    pipeline.check_text_width(pipe, pipe.text_encoder_2.config.d_model, config.joint_attention_dim, "T5")
+    check_text_width(pipe, pipe.text_encoder_2.config.d_model, config.joint_attention_dim, "T5")
     given, taken = pipe.text_encoder.config.hidden_size, config.pooled_projection_dim
     if given != taken:
         raise CheckpointError(f"its CLIP gives a pooled state {given} wide, its transformer takes {taken}")
-    pipeline.check_latent_channels(pipe, config.latent_channels)
+    check_latent_channels(pipe, config.latent_channels)
 
 
 FLUX = Family(

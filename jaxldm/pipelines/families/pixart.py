@@ -18,16 +18,10 @@ from typing import Any
 import numpy as np
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError
-from jaxldm.pipelines.generate import Request
+from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.family import Family, Folder, check_text_width, default_latent_spec
 from jaxldm.pipelines.inputs import LatentSpec, Size
-from jaxldm.pipelines.pipeline import (
-    Defaults,
-    Family,
-    Folder,
-    Pipeline,
-    check_text_width,
-    default_latent_spec,
-)
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
 
 # (height, width) of the pictures that the published models were trained on, in 1/32 of the model's side.

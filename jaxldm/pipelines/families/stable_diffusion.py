@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxldm.errors import CheckpointError
-from jaxldm.pipelines.generate import Request
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.family import Family, Folder
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
 
 # Of families that were published with a safety checker, which is not read or written here: without this

@@ -17,17 +17,17 @@ import numpy as np
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
-from jaxldm.pipelines.generate import Call, Request, grid, read_scheduler
-from jaxldm.pipelines.inputs import LatentSpec, Size
-from jaxldm.pipelines.pipeline import (
-    Defaults,
+from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.family import (
     Family,
     Folder,
-    Pipeline,
     check_latent_channels,
     check_text_width,
     default_latent_spec,
 )
+from jaxldm.pipelines.generate import grid, read_scheduler
+from jaxldm.pipelines.inputs import LatentSpec, Size
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import Encoded, check_sequence_length, encode_texts, for_each
 
 CLIP_TOKENS = 77

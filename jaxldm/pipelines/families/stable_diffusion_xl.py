@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxldm.pipelines.call import Defaults, Request
 from jaxldm.pipelines.families import stable_diffusion
-from jaxldm.pipelines.generate import Request
+from jaxldm.pipelines.family import Family, Folder
 from jaxldm.pipelines.inputs import Size
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import Encoded, encode_texts, for_each
 
 

@@ -24,9 +24,11 @@ from jaxtyping import Array, Float, Key
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import floor_product
-from jaxldm.pipelines.generate import Request, generate
+from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.family import Family, Folder, check_text_width
+from jaxldm.pipelines.generate import generate
 from jaxldm.pipelines.inputs import LatentSpec, Size, check_count, four_axes
-from jaxldm.pipelines.pipeline import Defaults, Family, Folder, Pipeline, check_text_width
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import as_texts, encode_texts
 
 TRAINED_SIZE = (1024, 1024)  # the smallest images of the training

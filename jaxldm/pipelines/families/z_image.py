@@ -19,18 +19,18 @@ from jaxtyping import Array, Float
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.pipelines.generate import Call, Request, grid, read_scheduler
-from jaxldm.pipelines.inputs import LatentSpec, Size
-from jaxldm.pipelines.latents import PerCall
-from jaxldm.pipelines.pipeline import (
-    Defaults,
+from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.family import (
     Family,
     Folder,
-    Pipeline,
     check_latent_channels,
     check_text_width,
     default_latent_spec,
 )
+from jaxldm.pipelines.generate import grid, read_scheduler
+from jaxldm.pipelines.inputs import LatentSpec, Size
+from jaxldm.pipelines.latents import PerCall
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
 
 # What Qwen3's chat template comes to for one question, its answer about to begin.
