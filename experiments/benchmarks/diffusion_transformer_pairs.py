@@ -1,6 +1,6 @@
 """DiT-XL/2, SD3 medium and FLUX.1-dev at their published sizes or small, with random weights: jaxldm's side.
 
-`diffusion_transformer_torch.py` is the side of diffusers, `diffusion_transformers.py` times both, and
+`diffusion_transformer_torch.py` is the side of diffusers, `one_card.py` times both, and
 `tests/benchmarks/test_diffusion_transformers_benchmark.py` checks that with the same weights they compute and
 draw the same. Texts are given as random states of their encoders, so that what is timed is the transformer,
 the sampler and the decoder.
@@ -9,7 +9,6 @@ the sampler and the decoder.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +21,6 @@ from jaxldm.pipelines.families.flux import FLUX
 from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 
 TORCH_SIDE = "experiments.benchmarks.diffusion_transformer_torch"
-SAMPLER = "the published sampler (DiT: DPM-Solver++ 2M with guidance; flows: Euler, with or without guidance)"
-SMALL = "models of 32 to 64 channels and two layers"
 LABEL = 207
 _SMALL_VAE = {
     "block_out_channels": (16, 16, 32, 32),
@@ -150,10 +147,11 @@ def pipeline_of(family: str, networks: dict[str, pipelines.Network]) -> pipeline
 
 
 def our_draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-    """Pixels [N, H, W, 3] in [0, 1], on the host."""
-    options = {"num_inference_steps": steps, "guidance_scale": guidance}
+    """Pixels [N, H, W, 3] in [0, 1], on the host. A model of labels takes only N from the latents."""
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "batch_size": len(latents)}
     if pipe.family is CLASS_TO_IMAGE:
-        images = pipe(jax.random.key(0), [LABEL], solver="dpmpp_2m", batch_size=1, **options)
+        pipe = pipe.replace(images_per_device=len(latents))  # by default a large model draws one at a time
+        images = pipe(jax.random.key(0), [LABEL] * len(latents), solver="dpmpp_2m", **options)
     else:
         side = latents.shape[1] * pipe.latent_spec.factor
         images = pipe(jax.random.key(0), "", latents=latents, height=side, width=side, **options)
@@ -178,10 +176,3 @@ def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
     states = text_states(family, module.config)
     inputs |= {name: np.repeat(array, rows, axis=0) for name, array in states.items()}
     return inputs | ({"guidance": np.full(rows, 3.5, np.float32)} if family == "flux" else {})
-
-
-def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
-    """One call of the transformer, [rows, h, w, c]."""
-    call = jax.jit(lambda network, inputs: network(**inputs))
-    inputs = jax.device_put(inputs)
-    return lambda: call(network, inputs).block_until_ready()

@@ -38,7 +38,7 @@ def draw(pipe: Any, latents: np.ndarray, steps: int, guidance: float) -> np.ndar
     """Pixels [N, H, W, 3] in [0, 1], on the host."""
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
     if isinstance(pipe, diffusers.DiTPipeline):
-        return pipe([LABEL], **options).images
+        return pipe([LABEL] * len(latents), **options).images
     device, dtype = pipe.vae.device, pipe.vae.dtype
     side = latents.shape[1] * pipe.vae_scale_factor
     x = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()).to(device, dtype)

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 and XL at their published sizes or small, with random weights: jaxldm's side.
 
-`stable_diffusion_torch.py` is the side of diffusers, `stable_diffusion.py` times both, and
+`stable_diffusion_torch.py` is the side of diffusers, `one_card.py` times both, and
 `tests/benchmarks/test_stable_diffusion_benchmark.py` checks that with the same weights they draw the same.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +46,6 @@ _UNET = {
 
 
 TORCH_SIDE = "experiments.benchmarks.stable_diffusion_torch"
-SAMPLER = "DPM-Solver++ 2M with guidance"  # in words, as are the sizes of the small models
-SMALL = "models of 32 and 64 channels"
 
 
 class Family(NamedTuple):
@@ -167,10 +164,3 @@ def network_inputs(module: Any, side: int) -> dict[str, np.ndarray]:
         inputs["text_embeds"] = rng.standard_normal((2, width)).astype(np.float32)
         inputs["time_ids"] = np.tile(np.float32([1024, 1024, 0, 0, 1024, 1024]), (2, 1))
     return inputs
-
-
-def our_network(network: pipelines.Network, inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
-    """One call of the U-Net, [2, h, w, c]."""
-    call = jax.jit(lambda network, inputs: network(**inputs))
-    inputs = jax.device_put(inputs)
-    return lambda: call(network, inputs).block_until_ready()

@@ -50,11 +50,8 @@ def network(unet: Any, inputs: dict[str, np.ndarray], dtype: str) -> Callable[[]
     given = {
         name: torch.from_numpy(value).to(device, getattr(torch, dtype)) for name, value in inputs.items()
     }
-    x, t, text = (
-        given.pop("x").permute(0, 3, 1, 2).contiguous(),
-        given.pop("t"),
-        given.pop("encoder_hidden_states"),
-    )
+    x, text = given.pop("x").permute(0, 3, 1, 2).contiguous(), given.pop("encoder_hidden_states")
+    t = given.pop("t")[0].long()  # as the pipeline gives it, or it is compiled a second time
     more = {"added_cond_kwargs": given} if given else {}
 
     @torch.no_grad()

@@ -7,11 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks import accelerator, random_networks
+from experiments.benchmarks import random_networks
 from experiments.benchmarks import stable_diffusion_pairs as pairs
 from experiments.benchmarks import stable_diffusion_torch as theirs_side
 from jaxldm import checkpoints, models, pipelines
-from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 STEPS = 2
 
@@ -43,7 +42,7 @@ def test_both_networks_are_asked_the_same(reference, tmp_path):
     reference.unet.save_pretrained(tmp_path)
     network = pipelines.Network(*checkpoints.load(tmp_path))
     inputs = pairs.network_inputs(network.module, 16)
-    ours = np.asarray(pairs.our_network(network, inputs)())
+    ours = np.asarray(jax.jit(lambda network, inputs: network(**inputs))(network, inputs))
     theirs = theirs_side.network(reference.unet, inputs, "float32")().numpy().transpose(0, 2, 3, 1)
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
@@ -58,18 +57,21 @@ def test_random_weights_are_of_the_dtype_and_size_that_was_asked_for():
         assert np.asarray(kernel, np.float32).std() == pytest.approx(32**-0.5, rel=0.1)
 
 
+def test_random_weights_of_blocks_in_one_scan_do_not_count_the_blocks_as_inputs():
+    module = models.build(
+        "dit-xl-2", scan=True, depth=4, hidden_size=32, num_heads=2, sample_size=4, num_classes=3
+    )
+    blocks = random_networks.random_network(module, "float32").params["blocks_0to3"]
+    kernel = np.asarray(blocks["mlp"]["fc1"]["kernel"])
+    assert kernel.shape == (4, 32, 128)
+    assert kernel.std() == pytest.approx(32**-0.5, rel=0.05)
+    assert np.asarray(blocks["mlp"]["fc1"]["bias"]).std() == 0
+
+
 def test_operations_are_counted_as_pytorch_counts_them(reference):
     """Fused attention it does not count at all. Ours are fewer: the doubled image is not convolved itself."""
     module = pairs.modules("sdxl", "float32", True)["unet"]
     inputs = pairs.network_inputs(module, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         theirs_side.network(reference.unet, inputs, "float32")()
-    assert 0.9 < accelerator.count_flops(module, inputs) / counter.get_total_flops() < 1.0
-
-
-def test_rows_that_do_not_exist_are_refused():
-    assert accelerator.parse_row("sdxl-1024", False, pairs) == ("sdxl", 1024)
-    with pytest.raises(InvalidArgumentError, match="sd15-512"):
-        accelerator.parse_row("sd15-500", False, pairs)
-    with pytest.raises(UnknownNameError, match="sdxl"):
-        accelerator.parse_row("sd3-512", False, pairs)
+    assert 0.9 < random_networks.count_flops(module, inputs) / counter.get_total_flops() < 1.0

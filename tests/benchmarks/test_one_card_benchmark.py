@@ -1,0 +1,195 @@
+"""The benchmark of one card: what is started, what becomes of failures, and the rows at small size."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import (
+    card_checks,
+    card_jaxldm,
+    card_report,
+    card_rows,
+    card_torch,
+    card_worker,
+    one_card,
+)
+from experiments.benchmarks.card_rows import ROWS, VARIANTS
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
+
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def line(what, milliseconds, flops=None):
+    """A measured line, as a worker answers it."""
+    return {
+        "what": what,
+        "flops": flops,
+        "milliseconds": [0.9 * milliseconds, milliseconds, 1.1 * milliseconds],
+        "compile_seconds": 1.0,
+        "memory_bytes": None,
+    }
+
+
+# ---------------------------------------------------------------- what is started
+
+
+def test_every_unit_has_its_expected_seconds_and_both_sides_know_its_kind():
+    planned = card_rows.units(ROWS, VARIANTS)
+    assert [unit.row.name for unit in planned[:3]] == ["correctness", "correctness", "peak"]
+    for table in card_rows.SECONDS.values():
+        assert {name: len(seconds) for name, seconds in table.items()} == {
+            row.name: len(row.variants) for row in ROWS
+        }
+    for unit in planned:
+        side = card_jaxldm if unit.variant == "jaxldm" else card_torch
+        assert unit.row.kind in side.KINDS
+        assert set(unit.row.small) - {"quick"} == set(unit.row.sizes) - {"quick"}
+        known = card_rows.expected_seconds(unit, "NVIDIA H100 80GB HBM3")
+        assert card_rows.expected_seconds(unit, "NVIDIA H200") == known > 0
+        assert card_rows.expected_seconds(unit, "Some other card") == card_rows.OTHER_GPUS * known
+
+
+def test_a_row_that_would_not_be_finished_is_not_started_and_a_shorter_one_behind_it_is():
+    planned = card_rows.units((BY_NAME["sdxl-1024"], BY_NAME["decode-1024"]), ("jaxldm",))
+    clock, asked, written = [50.0], [], []
+
+    def measure(unit, seconds):
+        asked.append((unit.row.name, seconds))
+        clock[0] -= 20.0
+        return {"lines": [line("decoding", 5.0)]}
+
+    records = one_card.measure_all(
+        planned, "H100", measure, lambda: clock[0], lambda found: written.append(len(found))
+    )
+    assert asked == [("decode-1024", 50.0)]
+    assert records[0]["not_started"] == "not started: about 90 s, and 50 s are left"
+    assert "seconds" not in records[0] and records[1]["lines"]
+    assert written == [1, 2]  # after each
+
+
+def test_a_failed_row_is_a_row_with_its_reason():
+    """Lines that were measured before the failure stay."""
+
+    def broken(variant, dtype, **sizes):
+        yield card_worker.Line("one call", lambda: None, flops=1e9)
+        raise MemoryError("no memory\nfor that")
+
+    side = type("side", (), {"KINDS": {"model": broken}, "forget": staticmethod(lambda: None)})
+    request = {"row": "flux-1024", "variant": "jaxldm", "seconds": 0.0}
+    answer = card_worker.measure(side, request, True, "bfloat16")
+    assert answer["error"] == "MemoryError: no memory for that"
+    assert [found["what"] for found in answer["lines"]] == ["one call"]
+    records = [{"row": "flux-1024", "variant": "jaxldm", "expected_seconds": 1.0} | answer]
+    text = card_report.report({"small_sizes": True, "dtype": "bfloat16"}, records)
+    assert "- FLUX.1-dev, 1024 pixels (flux-1024), jaxldm: MemoryError: no memory for that" in text
+
+
+def test_mistyped_options_are_refused():
+    assert one_card.check(one_card.OneCard(rows=("peak",))) == (BY_NAME["peak"],)
+    for wrong, error in (
+        ({"rows": ("sd3",)}, UnknownNameError),
+        ({"variants": ("jax",)}, UnknownNameError),
+        ({"dtype": "int8"}, UnknownNameError),
+        ({"minutes": 0.0}, InvalidArgumentError),
+        ({"memory_fraction": 1.5}, InvalidArgumentError),
+    ):
+        with pytest.raises(error):
+            one_card.check(one_card.OneCard(**wrong))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_the_table_has_ratios_and_shares_of_the_peak_of_the_same_run():
+    records = [
+        {"row": "peak", "variant": "jaxldm", "lines": [line("products", 10.0, 1e12)]},  # 100 TFLOP/s
+        {"row": "peak", "variant": "eager", "lines": [line("products", 5.0, 1e12)]},  # 200 TFLOP/s
+        {"row": "sd15-512", "variant": "jaxldm", "lines": [line("one call for 2", 20.0, 1e12)]},
+        {"row": "sd15-512", "variant": "eager", "lines": [line("one call for 2", 50.0, 1e12)]},
+        {"row": "sd15-512", "variant": "torch.compile", "lines": [], "error": "OutOfMemoryError: x"},
+        {"row": "demo", "variant": "jaxldm", "lines": [], "not_started": "not started: about 150 s"},
+    ]
+    for record in records:
+        record["expected_seconds"] = 1.0
+    text = card_report.report({"small_sizes": False, "dtype": "bfloat16"}, records)
+    assert "200 TFLOP/s" in text
+    found = next(row for row in text.splitlines() if "SD 1.5" in row and "one call" in row)
+    assert [cell.strip() for cell in found.split("|")[1:-1]] == [
+        "SD 1.5, 512 pixels: one call for 2",
+        "20 (18 to 22)",
+        "50 (45 to 55)",
+        "failed",
+        "2.50",
+        "",
+        "25.0%, 10.0%, -",
+        "1.0, 1.0, -",
+        "",
+    ]
+    assert "| the demo, end to end | not started |" in text
+    assert "SMALL" not in text
+
+
+def test_errors_above_their_bound_are_said():
+    def of(error):
+        return [{"what": "attention, bfloat16", "result": {"error": error, "bound": 1e-2}}]
+
+    for error, verdict in ((2e-3, "ok"), (2e-2, "WRONG"), (np.inf, "WRONG")):
+        ours = {"row": "correctness", "variant": "jaxldm", "lines": of(error)}
+        theirs = {"row": "correctness", "variant": "eager", "lines": of(3e-3)}
+        ((what, mine, other, bound, found),) = card_report.check_cells([ours, theirs])
+        assert (what, mine, other, bound) == ("attention, bfloat16", f"{error:.1e}", "3.0e-03", "1e-02")
+        assert found == verdict
+
+
+# ---------------------------------------------------------------- the work itself
+
+
+def test_the_answers_of_the_checks_are_those_of_both_frameworks_in_float32():
+    """Of each kind one; in float32 an error above 1e-5 is a mistake, here or there."""
+    found = {}
+    for check in card_checks.checks(tokens=24, pixels=4, channels=8):
+        found.setdefault((check.name, check.kind), check)
+    assert len(found) > 12
+    for check in found.values():
+        wide = check._replace(dtype="float32")
+        assert card_checks.error(card_jaxldm.compute(wide), wide) < 1e-5, check.name
+        assert card_checks.error(card_torch.compute(wide), wide) < 1e-5, check.name
+
+
+def test_an_error_that_is_not_a_number_is_above_every_bound():
+    check = next(card_checks.checks(tokens=8, pixels=2, channels=8))
+    assert card_checks.error([np.full_like(check.answers[0], np.nan)], check) == np.inf
+
+
+def test_a_row_at_small_size_is_measured_on_both_sides():
+    timed = {}
+    for variant in VARIANTS[:2]:
+        side = card_jaxldm if variant == "jaxldm" else card_torch
+        request = {"row": "peak", "variant": variant, "seconds": 0.0}
+        answer = card_worker.measure(side, request, True, "bfloat16")
+        assert "error" not in answer
+        (timed[variant],) = answer["lines"]
+    assert len({(found["what"], found["flops"]) for found in timed.values()}) == 1
+    for found in timed.values():
+        first, median, last = found["milliseconds"]
+        assert 0 < first <= median <= last
+        assert found["first_call_seconds"] > 0 and found["calls"] == 3
+
+
+def test_both_sides_of_a_line_have_the_same_title_and_operations():
+    sizes = {"family": "sdxl", "pixels": 16, "quick": True}
+    ours = next(card_jaxldm.decoding("jaxldm", "bfloat16", **sizes))
+    theirs = next(card_torch.decoding("eager", "bfloat16", **sizes))
+    assert (ours.what, ours.flops) == (theirs.what, theirs.flops)
+    theirs.run()
+
+
+def test_a_worker_answers_line_by_line():
+    requests = io.StringIO(json.dumps({"row": "peak", "variant": "jaxldm", "seconds": 0.0}) + "\n")
+    answers = io.StringIO()
+    card_worker.main("jaxldm", {"dry_run": True, "dtype": "float32"}, requests, answers)
+    first, second = map(json.loads, answers.getvalue().splitlines())
+    assert first["versions"]["jax"] and first["backend"] == "cpu"
+    assert second["lines"][0]["flops"] == 8 * 2 * 256**3 and second["seconds"] > 0
