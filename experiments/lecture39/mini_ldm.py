@@ -29,7 +29,7 @@ from experiments.figures import save_figure
 from experiments.trained import load_classifier, load_dataset
 from jaxldm import host, metrics, pipelines, training
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
+from jaxldm.files import write_together
 from jaxldm.metrics import health
 from jaxldm.training.runs import RunFolder
 
@@ -222,9 +222,12 @@ def main(options: MiniLDM) -> None:
     trained = time.perf_counter()
     reports = draw_and_measure(options, run)
     print("\n" + table(reports) + "\n")
-    write_atomically(run.path / "metrics.md", report_text(options, reports).encode())
     figures = {f"{scale:g}": report.to_dict() for scale, report in reports.items()}
-    write_atomically(run.path / "metrics.json", json.dumps(figures, indent=1).encode())
+    contents = {
+        "metrics.md": report_text(options, reports).encode(),
+        "metrics.json": json.dumps(figures, indent=1).encode(),
+    }
+    write_together(run.path, contents, contents.__contains__)
     plot_scales(run.path / "guidance.png", reports)
     export(run)
     end = time.perf_counter()

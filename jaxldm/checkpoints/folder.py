@@ -16,12 +16,12 @@ from jaxldm.checkpoints.names import Placement, from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import StoredTensor
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
+    is_plain_weights,
     open_weights,
-    remove_other_weights,
     weight_contents,
 )
 from jaxldm.errors import CheckpointError
-from jaxldm.files import storage_errors, write_together
+from jaxldm.files import finish_interrupted, write_together
 from jaxldm.reading import read_json
 
 CONFIG_FILE = "config.json"
@@ -34,8 +34,9 @@ def save(
 ) -> None:
     """Writes a model's config and weights for `load`, and for diffusers or transformers where they have it.
 
-    Bit for bit, one tensor at a time. All files are complete under temporary names before the first is
-    renamed, so that a failure leaves an earlier model in that folder as it was.
+    Bit for bit, one tensor at a time. All files take the place of an earlier model's at once, so that a
+    failure, or a kill at any moment, leaves the whole of that or the whole of this one. Other files in the
+    folder stay.
 
     Args:
         folder: a new folder, or that of an earlier model.
@@ -46,15 +47,12 @@ def save(
     Raises:
         StorageError: disk full, no permission, a file where the folder should be.
     """
-    folder = Path(folder)
     config = models.config_to_dict(module.config)
     stem = _STEMS[module.config.library]
     tensors = published(params) | dict(_constants(module))
-    contents = weight_contents(folder, stem, tensors, max_shard_size)
-    contents[folder / CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    write_together(contents)
-    with storage_errors(folder):
-        remove_other_weights(folder, stem, contents)
+    contents = weight_contents(stem, tensors, max_shard_size)
+    contents[CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    write_together(folder, contents, lambda name: name == CONFIG_FILE or is_plain_weights(stem, name))
 
 
 def load(
@@ -104,6 +102,7 @@ def load_as(
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     module = models.from_config(config if dtype is None else dataclasses.replace(config, dtype=dtype))
+    finish_interrupted(folder)
     weights, stored = open_weights(folder, _STEMS[config.library], variant)
     try:
         state = _without_untrained(stored, module)
@@ -121,6 +120,7 @@ def read_config(folder: Path | str) -> dict:
     path = Path(folder) / CONFIG_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no model folder {path.parent}")
+    finish_interrupted(path.parent)
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no {CONFIG_FILE}: it is not a model folder, or saving was interrupted"

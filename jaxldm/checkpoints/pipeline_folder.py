@@ -19,7 +19,7 @@ from jaxldm.checkpoints.folder import load_as, read_config, save
 from jaxldm.checkpoints.names import Placement
 from jaxldm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from jaxldm.errors import CheckpointError, StorageError, one_of
-from jaxldm.files import folder_written_whole
+from jaxldm.files import finish_interrupted, folder_written_whole, is_temporary
 from jaxldm.reading import read_json
 
 INDEX_FILE = "model_index.json"
@@ -40,6 +40,7 @@ def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
     path = Path(folder) / INDEX_FILE
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no pipeline folder {path.parent}")
+    finish_interrupted(path.parent)
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no {INDEX_FILE}: it is not a pipeline folder, or it is not complete"
@@ -130,6 +131,7 @@ def save_components(
         CheckpointError: a scheduler's dictionary without `_class_name`.
     """
     folder = Path(os.path.abspath(folder))
+    finish_interrupted(folder)
     _check_may_replace(folder)
     index: dict[str, Any] = {"_class_name": class_name, "_jaxldm_version": __version__}
     index |= options or {}
@@ -168,7 +170,7 @@ def _check_may_replace(folder: Path) -> None:
     """Raises `StorageError` unless the folder is new, empty, or a pipeline's and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file: choose another folder")
-    files = set(os.listdir(folder)) if folder.exists() else set()
+    files = {name for name in os.listdir(folder) if not is_temporary(name)} if folder.exists() else set()
     if INDEX_FILE in files:
         files -= {INDEX_FILE, *read_model_index(folder)}
     if files:

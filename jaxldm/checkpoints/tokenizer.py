@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
 from jaxldm.errors import CheckpointError, InvalidArgumentError
-from jaxldm.files import write_together
+from jaxldm.files import finish_interrupted, write_together
 
 
 class Tokens(NamedTuple):
@@ -74,14 +74,14 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Writes the files that the tokenizer was read from, and tokenizer.json.
 
-        `load_tokenizer`, transformers and readers of tokenizer.json (candle) open the folder.
+        `load_tokenizer`, transformers and readers of tokenizer.json (candle) open the folder. The files of
+        an earlier tokenizer in it are replaced, all at once.
 
         Raises:
             StorageError: disk full, no permission, a file where the folder should be.
         """
-        folder = Path(folder)
         files = {"tokenizer.json": self.backend.to_str(pretty=True).encode()} | dict(self.files)
-        write_together({folder / name: content for name, content in files.items()})
+        write_together(folder, files, lambda name: name in (*_VOCABULARIES, *_SETTINGS))
 
 
 def _truncate(length: int, encoding: Any, text: str) -> tuple[list[int], str]:
@@ -151,6 +151,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no tokenizer folder {folder}")
+    finish_interrupted(folder)
     paths = [folder / name for name in (*_VOCABULARIES, *_SETTINGS)]
     try:
         files = {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -121,9 +121,9 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def weight_contents(
-    folder: Path, stem: str, tensors: Mapping[str, Tensor], max_shard_size: int = MAX_SHARD_SIZE
-) -> dict[Path, bytes | Iterable[bytes | memoryview]]:
-    """The content of the files for these tensors, for `files.write_together`: one, or shards and an index.
+    stem: str, tensors: Mapping[str, Tensor], max_shard_size: int = MAX_SHARD_SIZE
+) -> dict[str, bytes | Iterable[bytes | memoryview]]:
+    """Name -> content of the files for these tensors, for `files.write_together`: one, or shards and index.
 
     A shard has at most `max_shard_size` bytes of tensors, or a single larger tensor.
     """
@@ -137,21 +137,18 @@ def weight_contents(
         shards[-1].append(name)
         room -= size
     if len(shards) == 1:
-        return {folder / f"{stem}.safetensors": safetensors_chunks(tensors)}
+        return {f"{stem}.safetensors": safetensors_chunks(tensors)}
     files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
     places = {name: file for file, shard in files.items() for name in shard}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
     return {
         **{
-            folder / file: safetensors_chunks({name: tensors[name] for name in shard})
-            for file, shard in files.items()
+            file: safetensors_chunks({name: tensors[name] for name in shard}) for file, shard in files.items()
         },
-        folder / f"{stem}.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode(),
+        f"{stem}.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode(),
     }
 
 
-def remove_other_weights(folder: Path, stem: str, kept: Iterable[Path]) -> None:
-    """Removes the plain weight files of an earlier save, which would be read with those of this one."""
-    numbered = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-    for path in {*_places(folder, stem, None), *numbered} - set(kept):
-        path.unlink(missing_ok=True)
+def is_plain_weights(stem: str, name: str) -> bool:
+    """Whether a file of this name has weights of `weight_contents`, and is not of a variant."""
+    return re.fullmatch(rf"{re.escape(stem)}(-.*-of-.*)?\.safetensors(\.index\.json)?", name) is not None

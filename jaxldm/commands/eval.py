@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from jaxldm.commands.options import first_devices, numbers, shown
 from jaxldm.commands.sample import check_solver
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+
+_OURS = re.compile(r"grid-w.+\.png|metrics\.(json|md)")  # of an earlier evaluation: replaced as a whole
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,6 @@ class Eval:
     def run(self) -> None:
         """Checks the options, then samples and evaluates at each scale, prints and saves."""
         from jaxldm import metrics, pipelines, training
-        from jaxldm.files import write_together
 
         out = Path(self.output_dir or Path(self.folder) / "eval")
         check_seed(self.seed)
@@ -88,6 +90,7 @@ class Eval:
         dataset = recipe.load_data()
 
         figures: dict[str, Any] = {"settings": self.settings()}
+        grids = {}
         sections = []
         if pipe.autoencoder is not None:
             figures["reconstruction"], text = measure_reconstruction(pipe, dataset)
@@ -105,10 +108,9 @@ class Eval:
                 title=f"Images drawn at guidance scale w = {scale:g}",
                 column_labels=names * (columns // max(len(names), 1)),
             )
-            metrics.save_png(out / f"grid-w{scale:g}.png", picture)
+            grids[f"grid-w{scale:g}.png"] = picture
         text = "\n\n".join(sections) + "\n"
-        content = json.dumps(without_nan(figures), indent=2) + "\n"
-        write_together({out / "metrics.json": content.encode(), out / "metrics.md": text.encode()})
+        save_results(out, figures, text, grids)
         if not self.quiet:
             print(text)
             print(f"saved in {out}: metrics.md, metrics.json and a grid of images for each guidance scale")
@@ -154,6 +156,17 @@ class Eval:
             )
         print_findings(pipelines.check_drawn(images, guidance_scale))
         return images, np.zeros(len(images), np.int32) if labels is None else labels
+
+
+def save_results(out: Path, figures: dict[str, Any], text: str, grids: dict[str, Any]) -> None:
+    """Writes metrics.json, metrics.md and the grids, all in place of those of an earlier evaluation."""
+    from jaxldm.files import Content, write_together
+    from jaxldm.metrics.pictures import png_bytes
+
+    contents: dict[str, Content] = {name: png_bytes(picture) for name, picture in grids.items()}
+    content = json.dumps(without_nan(figures), indent=2) + "\n"
+    contents |= {"metrics.json": content.encode(), "metrics.md": text.encode()}
+    write_together(out, contents, lambda name: _OURS.fullmatch(name) is not None)
 
 
 def load_classifier(folder: str) -> Any:

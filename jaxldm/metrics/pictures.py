@@ -1,7 +1,6 @@
 """Pictures for people: grids of images and each image next to its nearest neighbour, and PNG files."""
 
 import io
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -141,11 +140,16 @@ def nearest_neighbour_panel(
     )
 
 
-def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> None:
+def save_png(path: str | pathlib.Path, picture: UInt8[np.ndarray, "H W C"]) -> None:
     """Write a uint8 picture [H, W, C], C = 1 (grey), 3 or 4, as PNG: whole or not at all.
 
     Raises `DataError` for another shape or type, `StorageError` if it cannot be written.
     """
+    write_atomically(path, png_bytes(picture))
+
+
+def png_bytes(picture: UInt8[np.ndarray, "H W C"]) -> bytes:
+    """Return the content of a PNG file of a uint8 picture, see `save_png`. Raises `DataError`."""
     from PIL import Image
 
     picture = np.asarray(picture)
@@ -155,5 +159,4 @@ def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "H W C"]) -> No
         )
     content = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(content, format="PNG")
-    path = pathlib.Path(path)
-    write_atomically(path, content.getvalue())
+    return content.getvalue()

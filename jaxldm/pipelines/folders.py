@@ -22,6 +22,7 @@ from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
+from jaxldm.files import finish_interrupted, is_temporary
 from jaxldm.pipelines.families import FAMILIES, OF_CLASSES, PIPELINES
 from jaxldm.pipelines.families.class_to_image import (
     CLASS_TO_IMAGE,
@@ -110,6 +111,7 @@ def kind_of(folder: str | Path) -> str:
             f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`; an original "
             "file of DiT or SiT opens with pipelines.load_original"
         )
+    finish_interrupted(folder)
     has_run_config = (folder / RUN_CONFIG).exists()
     if (folder / INDEX_FILE).exists():
         name = read_json(folder / INDEX_FILE).get("_class_name", EXPORT_CLASS)
@@ -153,7 +155,8 @@ def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file: choose another folder to export to")
-    found = set(os.listdir(folder)) if folder.exists() else set()
+    finish_interrupted(folder)
+    found = {name for name in os.listdir(folder) if not is_temporary(name)} if folder.exists() else set()
     if not found:
         return
     ours = {INDEX_FILE, *family.folder.parts, *family.folder.optional}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 
 from jaxldm.data import to_uint8
 from jaxldm.errors import DataError, StorageError
-from jaxldm.files import storage_errors
-from jaxldm.metrics import Finding, health, image_grid, save_png
+from jaxldm.files import Content, write_together
+from jaxldm.metrics import Finding, health, image_grid
+from jaxldm.metrics.pictures import png_bytes
 
-_PICTURE = re.compile(r"image-\d{5,}(-class-\d+)?\.png")
+_OURS = re.compile(r"image-\d{5,}(-class-\d+)?\.png|grid\.png|samples\.npz")
 
 
 def columns_for(num_images: int, num_labels: int = 1) -> int:
@@ -65,8 +66,8 @@ def save_samples(
     """Writes `grid.png`, `image-00000-class-3.png`, ... and `samples.npz` into `folder`.
 
     `samples.npz` holds `images` uint8 [N, H, W, C] and `labels` int32 [N] (-1 where the model knows no
-    classes). Pictures of an earlier call in the same folder are replaced, once all the new ones are on the
-    disk.
+    classes). Those of an earlier call in the same folder are replaced all at once, when the new ones are on
+    the disk; other files stay.
 
     Args:
         images: in [-1, 1].
@@ -84,15 +85,11 @@ def save_samples(
         for k in range(len(pictures))
     ]
     numbers = np.full(len(pictures), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-            for name, picture in zip(names, pictures, strict=True):
-                save_png(Path(partial, name), picture)
-            save_png(Path(partial, "grid.png"), image_grid(pictures, columns))
-            np.savez(Path(partial, "samples.npz"), images=pictures, labels=numbers)
-            for name in (*names, "grid.png", "samples.npz"):
-                os.replace(Path(partial, name), folder / name)
-        for old in folder.iterdir():
-            if _PICTURE.fullmatch(old.name) and old.name not in names:
-                old.unlink()
+    arrays = io.BytesIO()
+    np.savez(arrays, images=pictures, labels=numbers)
+    contents: dict[str, Content] = {
+        name: (png_bytes(picture) for picture in [picture])  # made when it is written
+        for name, picture in zip(names, pictures, strict=True)
+    }
+    contents |= {"grid.png": png_bytes(image_grid(pictures, columns)), "samples.npz": arrays.getvalue()}
+    write_together(folder, contents, lambda name: _OURS.fullmatch(name) is not None)

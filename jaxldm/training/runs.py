@@ -34,7 +34,7 @@ import flax.linen as nn
 from jaxldm import __version__, checkpoints, models
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
-from jaxldm.files import folder_written_whole, storage_errors, write_atomically
+from jaxldm.files import storage_errors, write_atomically
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.state import Params
 
@@ -105,12 +105,12 @@ class RunFolder:
 
 def save_autoencoder(run: RunFolder, module: nn.Module, params: Params) -> None:
     """Write the finished autoencoder: afterwards, and only then, that stage is complete."""
-    _save_network(run.stage("autoencoder").model, module, params)
+    checkpoints.save(run.stage("autoencoder").model, module, params)
 
 
 def save_classifier(run: RunFolder, module: nn.Module, params: Params) -> None:
     """Write the finished classifier: afterwards, and only then, that stage is complete."""
-    _save_network(run.stage("classifier").model, module, params)
+    checkpoints.save(run.stage("classifier").model, module, params)
 
 
 def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: 
         scheduler: the entries of scheduler_config.json, `_class_name` among them.
     """
     name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
-    _save_network(run.path / name, module, params)
+    checkpoints.save(run.path / name, module, params)
     index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
     vae = run.stage("autoencoder")
     if vae.complete:
@@ -134,11 +134,6 @@ def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: 
         (run.path / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
     write_atomically(run.path / SCHEDULER_FILE, _as_json(dict(scheduler)))
     write_atomically(run.index, _as_json(index))
-
-
-def _save_network(folder: Path, module: nn.Module, params: Params) -> None:
-    with folder_written_whole(folder) as partial:
-        checkpoints.save(partial, module, params)
 
 
 def _library_and_class(config: Any) -> list[str]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxldm.errors import CheckpointError, StorageError
-from jaxldm.files import folder_written_whole, storage_error
+from jaxldm.files import folder_written_whole, remove_folder, storage_error
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the manifest; 1 (no entry) had the parameters as one vector
@@ -155,8 +155,10 @@ class TrainingStore:
                 raise
             raise StorageError(f"{translated}{self._what_is_left()}") from error
         killed = self.folder.glob(".*.tmp")  # what a killed save left behind
-        for old in (*killed, *(self.folder / str(old) for old in self.steps()[: -self._keep])):
-            shutil.rmtree(old, ignore_errors=True)
+        for leftover in killed:
+            shutil.rmtree(leftover, ignore_errors=True)
+        for old in self.steps()[: -self._keep]:
+            remove_folder(self.folder / str(old))
 
     def restore_latest(self, template: Any, log: Callable[[str], None] = print) -> Restored | None:
         """The newest whole checkpoint, as host arrays in the tree of `template`; None when there is none.

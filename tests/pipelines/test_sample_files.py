@@ -59,7 +59,9 @@ def test_a_second_call_replaces_the_pictures_and_nothing_else(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("broken", ["save_png", "np.savez", "os.replace"])
+@pytest.mark.parametrize(
+    "broken", ["pipelines.images.png_bytes", "pipelines.images.np.savez", "files._exchange"]
+)
 def test_a_full_disk_leaves_the_earlier_images_whole(tmp_path, monkeypatch, broken):
     save_samples(tmp_path, random_images(3), np.arange(3))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -67,7 +69,7 @@ def test_a_full_disk_leaves_the_earlier_images_whole(tmp_path, monkeypatch, brok
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"jaxldm.pipelines.images.{broken}", full)
+    monkeypatch.setattr(broken, full)
     with pytest.raises(StorageError, match=r"disk is full|No space"):
         save_samples(tmp_path, random_images(3, seed=1), np.arange(3))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -25,7 +25,7 @@ def kill(*_, **__):
 def before_the_rename(folder):
     """The second checkpoint is written, not yet renamed."""
     real = store._checksums
-    store._checksums = lambda place: kill() if place.name == ".10.tmp" else real(place)
+    store._checksums = lambda place: kill() if place.name.startswith(".10.") else real(place)
 
 
 def inside_orbax(folder):
@@ -33,7 +33,7 @@ def inside_orbax(folder):
 
     def half_save(checkpointer, directory, *args, **options):
         real(checkpointer, directory, *args, **options)
-        if ".10.tmp" in str(directory):
+        if "/.10." in str(directory):
             checkpointer.wait_until_finished()
             files = sorted(path for path in pathlib.Path(directory).rglob("*") if path.is_file())
             for file in files[::2]:
@@ -47,7 +47,7 @@ def inside_the_clean_up(folder):
     """The second checkpoint is whole, and half of the first one, which is no longer kept, is deleted."""
 
     def half_delete(place, **_):
-        if pathlib.Path(place).name == "5":
+        if pathlib.Path(place).name.startswith(".5.") and (pathlib.Path(place) / "manifest.json").exists():
             (pathlib.Path(place) / "manifest.json").unlink()
             kill()
         real(place, **_)

@@ -29,7 +29,7 @@ from jaxldm.checkpoints.original.layout import (
 )
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.files import write_together
+from jaxldm.files import write_atomically
 
 ARCHITECTURES = {"DiT": models.DiTConfig, "SiT": models.SiTConfig}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S to XL
@@ -100,7 +100,7 @@ def save_dit_file(path: Path | str, module: Any, params: dict) -> None:
             "DiTTransformer2DModel with checkpoints.dit_from_diffusers first"
         )
     tensors = published(params) | dict(module.constant_tensors())
-    write_together({Path(path): safetensors_chunks(tensors)})
+    write_atomically(path, safetensors_chunks(tensors))
 
 
 def dit_config(

@@ -21,7 +21,7 @@ from jaxldm.checkpoints.original.stable_diffusion_3 import SD3
 from jaxldm.checkpoints.original.z_image import Z_IMAGE
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.files import write_together
+from jaxldm.files import write_atomically
 
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SDXL_REFINER, SD3, FLUX, Z_IMAGE)}
 # What files hold beside the components: noise schedules, averages of weights, training losses, buffers.
@@ -112,7 +112,7 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
         tensors |= {component.prefix + key: tensor for key, tensor in original.items()}
         if name == "vae":
             tensors |= autoencoder.statistics(module.config)
-    write_together({Path(path): safetensors_chunks(tensors)})
+    write_atomically(path, safetensors_chunks(tensors))
 
 
 def _bare(family: Family, name: str) -> dict[str, Component]:
