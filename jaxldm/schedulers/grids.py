@@ -109,7 +109,8 @@ class GridRule:
         return {{"steps_offset": "offset"}.get(name, name): value for name, value in options.items()}
 
     def _check(self) -> None:
-        if self.spacing is not None and ":" not in self.spacing:  # package.module:function
+        # Looking up what is installed takes milliseconds: not for a name that is known.
+        if self.spacing not in (None, *TIMES, *D.SPACINGS) and ":" not in self.spacing:
             one_of("spacing", self.spacing, dict.fromkeys((*TIMES, *D.spacing_names())))
         if self.levels is not None:
             one_of("sigmas", self.levels, LEVELS | D.SPACINGS)

@@ -165,7 +165,7 @@ def respaced_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
     Raises:
         InvalidArgumentError: a name in `RESPACINGS` with sigmas, or another number of steps.
     """
-    if call.spacing is not None and ":" not in call.spacing:  # package.module:function
+    if call.spacing not in (None, *D.SPACINGS) and ":" not in call.spacing:  # package.module:function
         one_of("spacing", call.spacing, (*D.spacing_names(), *RESPACINGS))
     if call.spacing not in RESPACINGS:
         return grid(pipe, call, size)
