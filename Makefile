@@ -43,8 +43,10 @@ bench: .venv/.test
 	$(BIN)/python -m pip install -e '.[test-core]'
 	touch $@ .venv/.demo
 
+# torch-fidelity and lpips ask for torchvision, which the tests do not need: see tests/models/torch_fidelity_reference.py
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install --no-deps torch-fidelity==0.4.0 lpips==0.1.4
 	touch $@ .venv/.test-core .venv/.demo
 
 .venv/.docs: pyproject.toml | .venv/bin/python

@@ -1,8 +1,9 @@
 """Weights on disk: folders in the layout of diffusers, original single files, LoRA files and tokenizers."""
 
 from jaxldm.checkpoints.folder import load, read_config, save
+from jaxldm.checkpoints.inception_weights import LoadedNetwork, load_inception, read_weights
 from jaxldm.checkpoints.lora import load_lora, merge_lora
-from jaxldm.checkpoints.names import from_state_dict, to_state_dict
+from jaxldm.checkpoints.names import from_state_dict, published, to_state_dict
 from jaxldm.checkpoints.original import (
     dit_from_diffusers,
     dit_to_diffusers,
@@ -15,6 +16,7 @@ from jaxldm.checkpoints.pipeline_folder import load_components, read_model_index
 from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [
+    "LoadedNetwork",
     "Tokenizer",
     "Tokens",
     "dit_from_diffusers",
@@ -23,12 +25,15 @@ __all__ = [
     "load",
     "load_components",
     "load_dit_file",
+    "load_inception",
     "load_lora",
     "load_single_file",
     "load_tokenizer",
     "merge_lora",
+    "published",
     "read_config",
     "read_model_index",
+    "read_weights",
     "save",
     "save_components",
     "save_dit_file",

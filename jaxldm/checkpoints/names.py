@@ -48,6 +48,19 @@ NAMES_WITH_NUMBERS = frozenset(
         "channelwise_linear_2",
         "wi_0",
         "wi_1",
+        # The layers of a branch in InceptionV3:
+        *(
+            f"{branch}_{number}"
+            for branch, count in (
+                ("branch3x3", 2),
+                ("branch3x3dbl", 3),
+                ("branch5x5", 2),
+                ("branch7x7", 3),
+                ("branch7x7dbl", 5),
+                ("branch7x7x3", 4),
+            )
+            for number in range(1, count + 1)
+        ),
     }
 )
 # Attention projections in checkpoints written by early diffusers:

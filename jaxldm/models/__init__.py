@@ -29,6 +29,7 @@ from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfi
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
+from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
@@ -86,6 +87,8 @@ __all__ = [
     "FluxTransformer2DConfig",
     "FluxTransformer2DModel",
     "ImageEncoding",
+    "InceptionFeatures",
+    "InceptionV3",
     "PaellaVQModel",
     "PaellaVQModelConfig",
     "PixArtTransformer2DConfig",
