@@ -1,7 +1,7 @@
 """Weights on disk: folders in the layout of diffusers, original single files, LoRA files and tokenizers."""
 
 from jaxldm.checkpoints.folder import load, read_config, save
-from jaxldm.checkpoints.inception_weights import LoadedNetwork, load_inception, read_weights
+from jaxldm.checkpoints.inception_weights import LoadedNetwork, hash_of_files, load_inception, read_weights
 from jaxldm.checkpoints.lora import load_lora, merge_lora
 from jaxldm.checkpoints.names import from_state_dict, published, to_state_dict
 from jaxldm.checkpoints.original import (
@@ -22,6 +22,7 @@ __all__ = [
     "dit_from_diffusers",
     "dit_to_diffusers",
     "from_state_dict",
+    "hash_of_files",
     "load",
     "load_components",
     "load_dit_file",

@@ -15,6 +15,7 @@ All hold the numbers of one network.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,6 +137,11 @@ def file_hash(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_files(paths: Iterable[Path]) -> str:
+    """The SHA-256 of the hashes of several files, in this order."""
+    return hashlib.sha256(" ".join(file_hash(path) for path in paths).encode()).hexdigest()
 
 
 def inception_state(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from jaxldm.commands import eval_images
 from jaxldm.commands.options import first_devices, numbers, shown
 from jaxldm.commands.sample import check_solver
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
@@ -25,13 +26,41 @@ class Eval:
 
     For example:
       jaxldm eval runs/mini-ldm --guidance-scale 1 3 7.5
+      jaxldm eval samples --real photos --metrics fid kid prdc --inception FILE --json out.json
 
-    The metrics use the classifier of the run. Its accuracy on real test images, and the Frechet distance
-    between two sets of real images, are given for comparison.
+    The first uses the classifier of the run. Its accuracy on real test images, and the Frechet distance
+    between two sets of real images, are given for comparison. The second computes published metrics of any
+    images, with a network whose weights you have: FILE is pt_inception-2015-12-05-6726825d.pth of the project
+    pytorch-fid, or another form of the same.
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
-    """Run folder made by `jaxldm train`."""
+    """Run folder made by `jaxldm train`; with --metrics also a folder of images or an .npz file."""
+
+    real: Annotated[str | None, shown("IMAGES", "none")] = None
+    """The real images that --metrics compare with: a folder, an .npz file (of images, or of their mu and
+    sigma), or a run folder, of which they are the test images.
+    """
+
+    metrics: Annotated[tuple[str, ...], shown("NAME ...", "fid kid prdc with --real")] = ()
+    """Published metrics: fid, sfid, kid, is, prdc (precision, recall, density, coverage), mind, fd-dinov2,
+    cmmd.
+    """
+
+    inception: Annotated[str | None, shown("FILE", "one in the folder $JAXLDM_WEIGHTS")] = None
+    """Weights of FID's InceptionV3: .pth, .pt, .pb, .pickle or .safetensors."""
+
+    dinov2: Annotated[str | None, shown("FOLDER", "none")] = None
+    """Folder of DINOv2, for fd-dinov2."""
+
+    clip: Annotated[str | None, shown("FOLDER", "none")] = None
+    """Folder of CLIP, for cmmd."""
+
+    resize: Annotated[str, shown("NAME")] = "tf1"
+    """How images get to Inception's 299 pixels: tf1, pytorch or clean. Each is a metric of its own."""
+
+    json: Annotated[str | None, shown("OUT.json", "none")] = None
+    """File for the figures of --metrics."""
 
     guidance_scale: Annotated[
         tuple[float, ...], shown("FLOAT ...", "1 3, or 1 for a model without classes")
@@ -72,6 +101,9 @@ class Eval:
 
     def run(self) -> None:
         """Checks the options, then samples and evaluates at each scale, prints and saves."""
+        if eval_images.is_asked(self):
+            eval_images.evaluate_images(self)
+            return
         from jaxldm import metrics, pipelines, training
 
         out = Path(self.output_dir or Path(self.folder) / "eval")

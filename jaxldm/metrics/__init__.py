@@ -3,8 +3,10 @@
 from jaxldm.metrics import health
 from jaxldm.metrics.clip import clip_score, clip_similarities
 from jaxldm.metrics.evaluate import Report, classifier_function, diversity_ratio, evaluate, stratified_subset
+from jaxldm.metrics.extraction import FeatureNetwork, extract, image_encoder_network, inception_network
 from jaxldm.metrics.frechet import fit_gaussian, frechet_distance, gaussian_frechet_distance
 from jaxldm.metrics.health import Finding
+from jaxldm.metrics.image_sets import ImageSet, array_set, open_image_set
 from jaxldm.metrics.kernels import KernelDistance, clip_mmd, kernel_distance, polynomial_mmd
 from jaxldm.metrics.manifolds import Manifolds, manifold_overlap
 from jaxldm.metrics.moments import (
@@ -16,6 +18,7 @@ from jaxldm.metrics.moments import (
     no_moments,
 )
 from jaxldm.metrics.pictures import image_grid, labelled_grid, nearest_neighbour_panel, save_png
+from jaxldm.metrics.resizing import inception_inputs
 from jaxldm.metrics.scores import (
     Neighbours,
     ReconstructionError,
@@ -31,7 +34,9 @@ from jaxldm.metrics.scores import (
 from jaxldm.metrics.sliced import sliced_wasserstein
 
 __all__ = [
+    "FeatureNetwork",
     "Finding",
+    "ImageSet",
     "KernelDistance",
     "Manifolds",
     "Moments",
@@ -41,6 +46,7 @@ __all__ = [
     "SplitScore",
     "accuracy",
     "add_rows",
+    "array_set",
     "class_diversities",
     "classifier_function",
     "clip_mmd",
@@ -48,13 +54,17 @@ __all__ = [
     "clip_similarities",
     "diversity_ratio",
     "evaluate",
+    "extract",
     "fit_gaussian",
     "fit_gaussian_by_blocks",
     "frechet_distance",
     "gaussian_frechet_distance",
     "gaussian_of",
     "health",
+    "image_encoder_network",
     "image_grid",
+    "inception_inputs",
+    "inception_network",
     "inception_score",
     "inception_score_of_splits",
     "kernel_distance",
@@ -64,6 +74,7 @@ __all__ = [
     "nearest_neighbour_distances",
     "nearest_neighbour_panel",
     "no_moments",
+    "open_image_set",
     "polynomial_mmd",
     "reconstruction_error",
     "save_png",

@@ -26,6 +26,7 @@ from jaxldm.models.clip_vision import (
 from jaxldm.models.cost import compile_forward, count_macs, forward_memory, macs_of, memory_of
 from jaxldm.models.denoising_network import Convention, convention, network
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
+from jaxldm.models.dinov2 import Dinov2Config, Dinov2Model, dinov2_pixel_values
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
@@ -84,6 +85,8 @@ __all__ = [
     "DiagonalGaussian",
     "DigitClassifier",
     "DigitClassifierConfig",
+    "Dinov2Config",
+    "Dinov2Model",
     "FluxTransformer2DConfig",
     "FluxTransformer2DModel",
     "ImageEncoding",
@@ -129,6 +132,7 @@ __all__ = [
     "count_params",
     "decode_indices",
     "decode_latents",
+    "dinov2_pixel_values",
     "encode_indices",
     "encode_latents",
     "forward_memory",

@@ -21,6 +21,7 @@ from jaxldm.models import (
     clip_vision,
     deepfloyd_if,
     digit_classifier,
+    dinov2,
     dit,
     dit_transformer_2d,
     flux_transformer_2d,
@@ -79,6 +80,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         clip_vision.CLIPVisionModelWithProjection,
         clip_vision.CLIPVisionConfig,
     ),
+    "Dinov2Model": (dinov2.Dinov2Model, dinov2.Dinov2Config),
     "T5EncoderModel": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),
     "T5ForConditionalGeneration": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),  # its encoder
     "Qwen3Model": (qwen3.Qwen3Model, qwen3.Qwen3Config),
@@ -124,6 +126,7 @@ PRESETS: dict[str, ModelConfig] = {
     **digit_classifier.PRESETS,
     **clip_text.PRESETS,
     **clip_vision.PRESETS,
+    **dinov2.PRESETS,
     **t5_encoder.PRESETS,
     **qwen3.PRESETS,
     **z_image_transformer_2d.PRESETS,

@@ -1,0 +1,295 @@
+"""`jaxldm eval IMAGES --metrics ...`: published metrics of folders of images, .npz files and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxldm.errors import InvalidArgumentError, one_of
+
+if TYPE_CHECKING:
+    from jaxldm.commands.eval import Eval
+    from jaxldm.metrics.extraction import FeatureNetwork
+    from jaxldm.metrics.image_metrics import Metric
+    from jaxldm.metrics.image_sets import ImageSet
+
+DEFAULT_METRICS = ("fid", "kid", "prdc")
+WEIGHTS = "JAXLDM_WEIGHTS"  # an environment variable: a folder with files of weights
+FEATURE_CACHE = "JAXLDM_FEATURE_CACHE"  # an environment variable: a folder, or "off"
+INCEPTION_FILES = (
+    "pt_inception-2015-12-05-6726825d.pth",
+    "weights-inception-2015-12-05-6726825d.pth",
+    "inception-2015-12-05.pt",
+    "classify_image_graph_def.pb",
+    "inception_v3_fid.pickle",
+    "inception_v3_weights_fid.pickle",
+    "inception_v3_fid.safetensors",
+)
+
+
+def is_asked(options: Eval) -> bool:
+    """Whether the options are those of this kind of evaluation, and not of a run by its own classifier."""
+    names = ("real", "metrics", "inception", "dinov2", "clip", "json")
+    return any(getattr(options, name) for name in names)
+
+
+def evaluate_images(options: Eval) -> None:
+    """Checks the options, then computes the features, and prints and saves the figures."""
+    from jaxldm.commands.terminal import print_findings
+    from jaxldm.files import write_atomically
+    from jaxldm.metrics import image_metrics as M
+    from jaxldm.metrics.resizing import VARIANTS
+
+    one_of("resize variant", options.resize, VARIANTS)
+    metrics = chosen_metrics(options)
+    if options.json and Path(options.json).is_dir():
+        raise InvalidArgumentError(f"--json {options.json} is a folder: give the name of a file, OUT.json")
+    statistics = M.read_statistics(options.real) if options.real else None
+    if statistics is not None:
+        M.check_statistics(metrics, statistics, str(options.real))
+    networks, files = load_networks(options, metrics)
+    compares = options.real is not None and statistics is None
+    real = real_images(str(options.real)) if compares else None
+    images = generated_images(options)
+    M.check_counts(metrics, images, real)
+    findings = M.warnings_of(metrics, images, real)
+
+    with feature_cache() as folder:
+        features = all_features(images, networks, metrics, folder, options)
+        known: dict[str, Any] = dict(statistics or {})
+        if real is not None:
+            known = all_features(real, networks, metrics, folder, options)
+        figures = {
+            name: metric.compute(features[layer_key(metric)], known.get(real_key(metric, statistics)))
+            for name, metric in metrics.items()
+        }
+    report = {
+        "images": images.name,
+        "num_images": images.count,
+        "real": str(options.real) if options.real else None,
+        "num_real": real.count if real is not None else None,
+        "resize": options.resize,
+        "weights": files,
+        "metrics": figures,
+        "warnings": [finding._asdict() for finding in findings],
+    }
+    if options.json:
+        write_atomically(options.json, (json.dumps(report, indent=2) + "\n").encode())
+    if not options.quiet:
+        print(text_of(report, metrics))
+        if options.json:
+            print(f"saved in {options.json}")
+    print_findings(findings)
+
+
+def chosen_metrics(options: Eval) -> dict[str, Metric]:
+    """The metrics by name. Raises for an unknown name, and for one that lacks real images."""
+    from jaxldm.metrics.image_metrics import METRICS
+
+    words = [name for words in options.metrics for name in words.replace(",", " ").split()]
+    metrics = {
+        name: METRICS[one_of("metric", name.lower(), METRICS)]
+        for name in map(str.lower, words or DEFAULT_METRICS)
+    }
+    lacking = [name for name, metric in metrics.items() if metric.compares and options.real is None]
+    if lacking:
+        raise InvalidArgumentError(
+            f"{', '.join(lacking)} compares with real images: add --real, a folder of images, an .npz file "
+            "or a run folder (only `is` needs none)"
+        )
+    return metrics
+
+
+def load_networks(
+    options: Eval, metrics: Mapping[str, Metric]
+) -> tuple[dict[str, FeatureNetwork], dict[str, dict[str, str]]]:
+    """The networks that the metrics need, and for each the file it is from with its SHA-256.
+
+    Raises:
+        InvalidArgumentError: no file is given: which one to get.
+        CheckpointError: the file is damaged or of another network.
+    """
+    from jaxldm import checkpoints
+    from jaxldm.metrics.extraction import inception_network
+
+    networks, files = {}, {}
+    for name in dict.fromkeys(metric.network for metric in metrics.values()):
+        if name == "inception":
+            file = inception_file(options)
+            loaded = checkpoints.load_inception(file)
+            networks[name] = inception_network(loaded.module, loaded.params, loaded.sha256, options.resize)
+            files[name] = {"file": str(file), "sha256": loaded.sha256}
+        else:
+            networks[name], files[name] = image_encoder(name, getattr(options, name))
+    return networks, files
+
+
+def inception_file(options: Eval) -> Path:
+    """The file of --inception, or one of the known names in the folder JAXLDM_WEIGHTS."""
+    from jaxldm.checkpoints.inception_weights import WHERE
+
+    if options.inception:
+        return Path(options.inception)
+    folder = os.environ.get(WEIGHTS)
+    known = [Path(folder) / name for name in INCEPTION_FILES] if folder else []
+    found = [file for file in known if file.is_file()]
+    if not found:
+        raise InvalidArgumentError(
+            f"FID's network needs its weights, which this package has not: {WHERE}, and give it by "
+            f"--inception FILE, or put it into the folder ${WEIGHTS}"
+        )
+    return found[0]
+
+
+def image_encoder(name: str, folder: str | None) -> tuple[FeatureNetwork, dict[str, str]]:
+    """DINOv2 or CLIP from a folder in the layout of transformers."""
+    from jaxldm import checkpoints, models
+    from jaxldm.metrics.extraction import image_encoder_network
+
+    published = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}[name]
+    if not folder:
+        metric = {"dinov2": "fd-dinov2", "clip": "cmmd"}[name]
+        raise InvalidArgumentError(
+            f"{metric} needs --{name} FOLDER, with config.json and model.safetensors: published figures have "
+            f"{published}, in the layout of transformers"
+        )
+    module, params = checkpoints.load(folder)
+    files = [*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json"]
+    sha256 = checkpoints.hash_of_files(files)
+    if name == "dinov2" and isinstance(module, models.Dinov2Model):
+
+        def encode(params: Any, x: Any) -> Any:
+            return module.apply({"params": params}, x).pooled
+
+        prepare = models.dinov2_pixel_values
+    elif name == "clip" and isinstance(module, models.CLIPModel | models.CLIPVisionModelWithProjection):
+        whole = isinstance(module, models.CLIPModel)
+        size = module.config.vision_config.image_size if whole else module.config.image_size
+
+        def encode(params: Any, x: Any) -> Any:
+            method = {"method": "encode_image"} if whole else {}
+            return module.apply({"params": params}, x, **method).image_embeds
+
+        def prepare(images: Any) -> Any:
+            return models.clip_pixel_values(images, size)
+    else:
+        raise InvalidArgumentError(f"--{name} {folder} holds a {type(module).__name__}: give {published}")
+    network = image_encoder_network(name, encode, params, sha256, prepare)
+    return network, {"file": str(folder), "sha256": sha256}
+
+
+def is_run(path: str) -> bool:
+    """Whether a path is a run folder."""
+    from jaxldm.errors import CheckpointError
+    from jaxldm.pipelines import kind_of
+
+    try:
+        return kind_of(path) == "run"
+    except CheckpointError:
+        return False
+
+
+def real_images(path: str) -> ImageSet:
+    """A folder, an .npz file, or the test images of a run's dataset."""
+    from jaxldm import training
+    from jaxldm.data import to_uint8
+    from jaxldm.metrics.image_sets import array_set, open_image_set
+
+    if not is_run(path):
+        return open_image_set(path)
+    dataset = training.read_recipe(path).load_data()
+    return array_set(to_uint8(dataset.arrays("test")[0]), f"{dataset.name} (test)")
+
+
+def generated_images(options: Eval) -> ImageSet:
+    """A folder, an .npz file, or images that a run draws."""
+    from jaxldm import pipelines
+    from jaxldm.commands.eval import default_scales
+    from jaxldm.data import to_uint8
+    from jaxldm.metrics.image_sets import array_set, open_image_set
+
+    if not is_run(options.folder):
+        return open_image_set(options.folder)
+    if len(options.guidance_scale) > 1:
+        raise InvalidArgumentError(f"--metrics takes one guidance scale, got {len(options.guidance_scale)}")
+    pipe = pipelines.load(options.folder)
+    scale = pipe.check_guidance_scale((options.guidance_scale or default_scales(pipe))[0])
+    images, _ = options.draw(pipe, scale)
+    return array_set(to_uint8(images), f"{options.folder} (w = {scale:g})")
+
+
+@contextlib.contextmanager
+def feature_cache() -> Iterator[Path]:
+    """The folder of features: that of JAXLDM_FEATURE_CACHE, by default one of the user's; "off": for now."""
+    from jaxldm.host import user_cache_folder
+
+    setting = os.environ.get(FEATURE_CACHE, "")
+    if setting.lower() in ("off", "0", "no", "false"):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        yield Path(setting).expanduser() if setting else user_cache_folder() / "jaxldm" / "features"
+
+
+def layer_key(metric: Metric) -> str:
+    """The key of a metric's features among those of all networks."""
+    return f"{metric.network}/{metric.layer}"
+
+
+def real_key(metric: Metric, statistics: Any) -> str:
+    """The same among those of the real images, or of their statistics."""
+    return layer_key(metric) if statistics is None else metric.layer
+
+
+def all_features(
+    images: ImageSet,
+    networks: Mapping[str, FeatureNetwork],
+    metrics: Mapping[str, Metric],
+    folder: Path,
+    options: Eval,
+) -> dict[str, Any]:
+    """The features of all layers that the metrics take, in one pass for each network."""
+    from tqdm import tqdm
+
+    from jaxldm.metrics.extraction import extract
+
+    features = {}
+    for name, network in networks.items():
+        layers = list(dict.fromkeys(metric.layer for metric in metrics.values() if metric.network == name))
+        # disable=None: no bar where stderr is a file and not a terminal
+        disable = True if options.quiet else None
+        bar = tqdm(total=images.count, desc=f"{name}, {images.name}", unit="image", leave=False,
+                   dynamic_ncols=True, disable=disable)  # fmt: skip
+        with bar:
+            found = extract(
+                images, network, layers, folder, batch_size=options.batch_size, progress=bar.update
+            )
+        features |= {f"{name}/{layer}": array for layer, array in found.items()}
+    return features
+
+
+def text_of(report: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
+    """The figures as a table, with the weights and the variant beside each, and the whole hashes below."""
+    from jaxldm.commands.terminal import table
+
+    rows: list[tuple[str, ...]] = []
+    for name, figures in report["metrics"].items():
+        network = metrics[name].network
+        variant = report["resize"] if network == "inception" else "bicubic"
+        source = f"{network} {variant} {report['weights'][network]['sha256'][:12]}"
+        for figure, value in figures.items():
+            if not figure.endswith("_std"):
+                spread = f" ± {figures[f'{figure}_std']:.4g}" if f"{figure}_std" in figures else ""
+                rows.append((figure, f"{value:.6g}{spread}", f"({metrics[name].best} is better)", source))
+    against = f" against {report['real']}" if report["real"] else ""
+    of_real = f" ({report['num_real']} images)" if report["num_real"] is not None else ""
+    hashes = [
+        f"{name}: {entry['file']}, SHA-256 {entry['sha256']}" for name, entry in report["weights"].items()
+    ]
+    head = f"{report['images']} ({report['num_images']} images){against}{of_real}"
+    return "\n".join([head, table(rows), *hashes])

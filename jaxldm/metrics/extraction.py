@@ -1,0 +1,153 @@
+"""The features of a set of images: one pass for all metrics, kept by the hash of weights and images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from jaxldm.errors import DataError
+from jaxldm.files import storage_errors
+from jaxldm.metrics.image_sets import ImageSet
+from jaxldm.metrics.resizing import inception_inputs
+
+Layers = Mapping[str, Array]
+_VERSION = 1  # of what a network's features mean here: raise it with every change
+
+
+class FeatureNetwork(NamedTuple):
+    """A network and how images are prepared for it.
+
+    Attributes:
+        name: for example "inception".
+        variant: of the preparation, for example "tf1".
+        sha256: of its weights.
+        layers: names of what it computes.
+        prepare: uint8 [B, H, W, 3] -> its input, on the host or the device.
+        apply: (params, input) -> {layer: [B, D]}; compiled here.
+        params: its parameters.
+    """
+
+    name: str
+    variant: str
+    sha256: str
+    layers: tuple[str, ...]
+    prepare: Callable[[UInt8[np.ndarray, "B H W 3"]], Any]
+    apply: Callable[[Any, Array], Layers]
+    params: Any
+
+
+def inception_network(module: Any, params: Any, sha256: str, variant: str = "tf1") -> FeatureNetwork:
+    """Return FID's network, of `models.InceptionV3`: layers pool, spatial and logits."""
+
+    def apply(params: Any, x: Array) -> Layers:
+        return module.apply({"params": params}, x)._asdict()
+
+    def prepare(images: np.ndarray) -> Array:
+        return inception_inputs(images, variant)
+
+    return FeatureNetwork("inception", variant, sha256, ("pool", "spatial", "logits"), prepare, apply, params)
+
+
+def image_encoder_network(name: str, encode: Callable, params: Any, sha256: str, prepare: Callable):
+    """Return an image encoder with one layer, `embedding`: `encode(params, pixels)` -> [B, D]."""
+
+    def apply(params: Any, x: Array) -> Layers:
+        return {"embedding": encode(params, x)}
+
+    return FeatureNetwork(name, "bicubic", sha256, ("embedding",), prepare, apply, params)
+
+
+def extract(
+    images: ImageSet,
+    network: FeatureNetwork,
+    layers: Sequence[str],
+    folder: Path,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int], Any] = lambda number: None,
+) -> dict[str, np.ndarray]:
+    """Return {layer: features [N, D]} as arrays in files, computed unless the folder has them.
+
+    The memory is that of one batch, whatever the number of images. On several devices every batch is split
+    over all of them.
+
+    Args:
+        images: of one size.
+        network: what computes the features.
+        layers: names in `network.layers`.
+        folder: of the cache: a file for each set, network and layer.
+        batch_size: images at once.
+        progress: called with the number of images that are done.
+
+    Raises:
+        DataError: images that cannot be read, of several sizes, features with NaN.
+        StorageError: the folder cannot be written.
+    """
+    key = f"{_VERSION} {images.digest} {network.name} {network.variant} {network.sha256}"
+    place = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+    files = {layer: place / f"{layer}.npy" for layer in layers}
+    missing = [layer for layer, file in files.items() if not file.is_file()]
+    if missing:
+        with storage_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
+            _compute(images, network, {layer: files[layer] for layer in missing}, batch_size, progress)
+    return {layer: np.load(file, mmap_mode="r") for layer, file in files.items()}
+
+
+def _compute(
+    images: ImageSet,
+    network: FeatureNetwork,
+    files: Mapping[str, Path],
+    batch_size: int,
+    progress: Callable[[int], Any],
+) -> None:
+    """Fill the files; each has its name only when it is whole."""
+    mine = f".{os.getpid()}.{threading.get_ident()}.tmp"
+    temporary = {layer: file.with_name(file.name + mine) for layer, file in files.items()}
+    run = _compiled(network, tuple(files))
+    devices = jax.device_count()
+    batch_size = -(-min(batch_size, images.count) // devices) * devices
+    written: dict[str, np.ndarray] = {}
+    done = 0
+    try:
+        for batch in images.batches(batch_size):
+            filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+            for layer, features in run(network.prepare(filled)).items():
+                rows = np.asarray(features)[: len(batch)].astype(np.float32)
+                if not np.isfinite(rows).all():
+                    raise DataError(f"{network.name} gives NaN for {images.name}: its weights are damaged")
+                if layer not in written:
+                    shape = (images.count, rows.shape[1])
+                    written[layer] = np.lib.format.open_memmap(temporary[layer], "w+", np.float32, shape)
+                written[layer][done : done + len(rows)] = rows
+            done += len(batch)
+            progress(len(batch))
+        for layer, array in written.items():
+            array.flush()  # type: ignore[attr-defined]
+            os.replace(temporary[layer], files[layer])
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)
+
+
+def _compiled(network: FeatureNetwork, layers: tuple[str, ...]) -> Callable[[Any], Layers]:
+    """The network with only these layers, its batches split over all devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    spec = jax.sharding.PartitionSpec
+    whole, split = (jax.sharding.NamedSharding(mesh, part) for part in (spec(), spec("data")))
+    params = jax.device_put(network.params, whole)
+
+    @jax.jit
+    def run(params: Any, x: Array) -> dict[str, Array]:
+        found = network.apply(params, x)
+        return {layer: found[layer] for layer in layers}
+
+    return lambda x: run(params, jax.device_put(x, split))
