@@ -3,6 +3,7 @@
 from jaxldm.checkpoints.folder import load, read_config, save
 from jaxldm.checkpoints.inception_weights import LoadedNetwork, hash_of_files, load_inception, read_weights
 from jaxldm.checkpoints.lora import load_lora, merge_lora
+from jaxldm.checkpoints.lpips_weights import load_lpips
 from jaxldm.checkpoints.names import from_state_dict, published, to_state_dict
 from jaxldm.checkpoints.original import (
     dit_from_diffusers,
@@ -28,6 +29,7 @@ __all__ = [
     "load_dit_file",
     "load_inception",
     "load_lora",
+    "load_lpips",
     "load_single_file",
     "load_tokenizer",
     "merge_lora",

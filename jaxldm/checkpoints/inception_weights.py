@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class LoadedNetwork(NamedTuple):
         file: its name.
     """
 
-    module: models.InceptionV3
+    module: Any
     params: dict
     sha256: str
     file: str

@@ -44,7 +44,7 @@ class Eval:
 
     metrics: Annotated[tuple[str, ...], shown("NAME ...", "fid kid prdc with --real")] = ()
     """Published metrics: fid, sfid, kid, is, prdc (precision, recall, density, coverage), mind, fd-dinov2,
-    cmmd.
+    cmmd, and lpips, which compares each image with the real one at its place.
     """
 
     inception: Annotated[str | None, shown("FILE", "one in the folder $JAXLDM_WEIGHTS")] = None
@@ -55,6 +55,11 @@ class Eval:
 
     clip: Annotated[str | None, shown("FOLDER", "none")] = None
     """Folder of CLIP, for cmmd."""
+
+    lpips: Annotated[str | None, shown("FILE", "none")] = None
+    """Weights of VGG16 or AlexNet, for lpips: torchvision's vgg16-397923af.pth or
+    alexnet-owt-7be5be79.pth.
+    """
 
     resize: Annotated[str, shown("NAME")] = "tf1"
     """How images get to Inception's 299 pixels: tf1, pytorch or clean. Each is a metric of its own."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
+    from jaxldm.checkpoints import LoadedNetwork
     from jaxldm.commands.eval import Eval
     from jaxldm.metrics.extraction import FeatureNetwork
     from jaxldm.metrics.image_metrics import Metric
@@ -34,7 +35,7 @@ INCEPTION_FILES = (
 
 def is_asked(options: Eval) -> bool:
     """Whether the options are those of this kind of evaluation, and not of a run by its own classifier."""
-    names = ("real", "metrics", "inception", "dinov2", "clip", "json")
+    names = ("real", "metrics", "inception", "dinov2", "clip", "lpips", "json")
     return any(getattr(options, name) for name in names)
 
 
@@ -52,7 +53,7 @@ def evaluate_images(options: Eval) -> None:
     statistics = M.read_statistics(options.real) if options.real else None
     if statistics is not None:
         M.check_statistics(metrics, statistics, str(options.real))
-    networks, files = load_networks(options, metrics)
+    networks, pairing, files = load_networks(options, metrics)
     compares = options.real is not None and statistics is None
     real = real_images(str(options.real)) if compares else None
     images = generated_images(options)
@@ -60,9 +61,10 @@ def evaluate_images(options: Eval) -> None:
     findings = M.warnings_of(metrics, images, real)
 
     with feature_cache() as folder:
-        features = all_features(images, networks, metrics, folder, options)
+        features = distances(images, real, pairing, options) if pairing and real else {}
+        features |= all_features(images, networks, metrics, folder, options)
         known: dict[str, Any] = dict(statistics or {})
-        if real is not None:
+        if real is not None and any(metric.compares for metric in metrics.values()):
             known = all_features(real, networks, metrics, folder, options)
         figures = {
             name: metric.compute(features[layer_key(metric)], known.get(real_key(metric, statistics)))
@@ -107,8 +109,8 @@ def chosen_metrics(options: Eval) -> dict[str, Metric]:
 
 def load_networks(
     options: Eval, metrics: Mapping[str, Metric]
-) -> tuple[dict[str, FeatureNetwork], dict[str, dict[str, str]]]:
-    """The networks that the metrics need, and for each the file it is from with its SHA-256.
+) -> tuple[dict[str, FeatureNetwork], LoadedNetwork | None, dict[str, dict[str, str]]]:
+    """The networks that the metrics need, LPIPS', and for each the file it is from with its SHA-256.
 
     Raises:
         InvalidArgumentError: no file is given: which one to get.
@@ -117,16 +119,23 @@ def load_networks(
     from jaxldm import checkpoints
     from jaxldm.metrics.extraction import inception_network
 
-    networks, files = {}, {}
+    networks, pairing, files = {}, None, {}
     for name in dict.fromkeys(metric.network for metric in metrics.values()):
         if name == "inception":
             file = inception_file(options)
             loaded = checkpoints.load_inception(file)
             networks[name] = inception_network(loaded.module, loaded.params, loaded.sha256, options.resize)
             files[name] = {"file": str(file), "sha256": loaded.sha256}
+        elif name == "lpips":
+            if not options.lpips:
+                raise InvalidArgumentError(
+                    "lpips needs --lpips FILE: torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth"
+                )
+            pairing = checkpoints.load_lpips(options.lpips)
+            files[name] = {"file": options.lpips, "sha256": pairing.sha256, "net": pairing.module.net}
         else:
             networks[name], files[name] = image_encoder(name, getattr(options, name))
-    return networks, files
+    return networks, pairing, files
 
 
 def inception_file(options: Eval) -> Path:
@@ -273,6 +282,23 @@ def all_features(
     return features
 
 
+def distances(images: ImageSet, real: ImageSet, pairing: LoadedNetwork, options: Eval) -> dict[str, Any]:
+    """LPIPS of each image and the real one at its place."""
+    from tqdm import tqdm
+
+    from jaxldm.metrics import pair_distances
+
+    def distance(params: Any, x: Any, y: Any) -> Any:
+        return pairing.module.apply({"params": params}, x, y)
+
+    disable = True if options.quiet else None
+    with tqdm(total=images.count, desc="lpips", unit="pair", leave=False, disable=disable) as bar:
+        found = pair_distances(
+            images, real, distance, pairing.params, batch_size=options.batch_size, progress=bar.update
+        )
+    return {"lpips/pairs": found}
+
+
 def text_of(report: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
     """The figures as a table, with the weights and the variant beside each, and the whole hashes below."""
     from jaxldm.commands.terminal import table
@@ -280,7 +306,8 @@ def text_of(report: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
     rows: list[tuple[str, ...]] = []
     for name, figures in report["metrics"].items():
         network = metrics[name].network
-        variant = report["resize"] if network == "inception" else "bicubic"
+        variants = {"inception": report["resize"], "lpips": report["weights"][network].get("net", "")}
+        variant = variants.get(network, "bicubic")
         source = f"{network} {variant} {report['weights'][network]['sha256'][:12]}"
         for figure, value in figures.items():
             if not figure.endswith("_std"):

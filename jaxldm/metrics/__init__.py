@@ -17,6 +17,7 @@ from jaxldm.metrics.moments import (
     merge_moments,
     no_moments,
 )
+from jaxldm.metrics.pairs import pair_distances
 from jaxldm.metrics.pictures import image_grid, labelled_grid, nearest_neighbour_panel, save_png
 from jaxldm.metrics.resizing import inception_inputs
 from jaxldm.metrics.scores import (
@@ -75,6 +76,7 @@ __all__ = [
     "nearest_neighbour_panel",
     "no_moments",
     "open_image_set",
+    "pair_distances",
     "polynomial_mmd",
     "reconstruction_error",
     "save_png",

@@ -27,13 +27,15 @@ class Metric(NamedTuple):
     """A metric of a set of images.
 
     Attributes:
-        network: "inception", "dinov2" or "clip".
+        network: "inception", "dinov2", "clip" or "lpips".
         layer: the features that it takes.
         fewest: images that each set must have.
-        compute: (features [N, D], those of the real images or their `Gaussian`) -> {name: value}.
+        compute: (features [N, D], those of the real images or their `Gaussian`) -> {name: value}; of a paired
+            metric (distances [N], None).
         compares: whether it needs real images.
         from_statistics: whether a mean and a covariance are enough for the real ones.
         best: what is better, for the table.
+        paired: whether each image is compared with the real one at its place.
     """
 
     network: str
@@ -43,6 +45,7 @@ class Metric(NamedTuple):
     compares: bool = True
     from_statistics: bool = False
     best: str = "lower"
+    paired: bool = False
 
 
 def _frechet(name: str) -> Callable[[Any, Any], Figures]:
@@ -75,6 +78,10 @@ def _overlap(features: Any, real: Any) -> Figures:
     }
 
 
+def _paired(distances: Any, real: Any) -> Figures:
+    return {"lpips": float(distances.mean()), "lpips_std": float(distances.std())}
+
+
 METRICS: dict[str, Metric] = {
     "fid": Metric("inception", "pool", 2, _frechet("fid"), from_statistics=True),
     "sfid": Metric("inception", "spatial", 2, _frechet("sfid"), from_statistics=True),
@@ -82,8 +89,9 @@ METRICS: dict[str, Metric] = {
     "is": Metric("inception", "logits", 10, _inception_score, compares=False, best="higher"),
     "prdc": Metric("inception", "pool", 6, _overlap, best="higher"),
     "mind": Metric("inception", "pool", 2, lambda a, b: {"mind": sliced_wasserstein(a, b)}),
-    "fd-dinov2": Metric("dinov2", "embedding", 2, _frechet("fd-dinov2"), from_statistics=False),
+    "fd-dinov2": Metric("dinov2", "embedding", 2, _frechet("fd-dinov2")),
     "cmmd": Metric("clip", "embedding", 2, lambda a, b: {"cmmd": clip_mmd(a, b)}),
+    "lpips": Metric("lpips", "pairs", 1, _paired, paired=True),
 }
 
 

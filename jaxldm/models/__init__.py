@@ -31,6 +31,7 @@ from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
+from jaxldm.models.lpips import LPIPS, lpips_heads
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
@@ -62,6 +63,7 @@ from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.resizing import resize_linear
 
 __all__ = [
+    "LPIPS",
     "PRESETS",
     "AutoencoderKL",
     "AutoencoderKLConfig",
@@ -139,6 +141,7 @@ __all__ = [
     "from_config",
     "guidance_embedding",
     "init",
+    "lpips_heads",
     "macs_of",
     "memory_of",
     "network",

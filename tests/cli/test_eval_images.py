@@ -28,7 +28,7 @@ def toy_network():
 @pytest.fixture(autouse=True)
 def toy(monkeypatch, tmp_path):
     files = {"inception": {"file": "toy.pth", "sha256": "f" * 64}}
-    monkeypatch.setattr(eval_images, "load_networks", lambda *_: ({"inception": toy_network()}, files))
+    monkeypatch.setattr(eval_images, "load_networks", lambda *_: ({"inception": toy_network()}, None, files))
     monkeypatch.setenv(eval_images.FEATURE_CACHE, str(tmp_path / "cache"))
 
 
@@ -125,14 +125,12 @@ def test_without_weights_the_line_says_which_file_to_get(capsys, folders, monkey
     monkeypatch.undo()
     monkeypatch.setenv(eval_images.WEIGHTS, str(tmp_path / "no-weights"))
     (drawn, _), (real, _) = folders
-    line = complaint(capsys, "eval", drawn, "--real", real)
+    words = ["eval", drawn, "--real", real]
+    line = complaint(capsys, *words)
     assert "pt_inception-2015-12-05-6726825d.pth" in line and "--inception FILE" in line and len(line) < 400
-    assert "facebook/dinov2-large" in complaint(
-        capsys, "eval", drawn, "--real", real, "--metrics", "fd-dinov2"
-    )
-    assert "clip-vit-large-patch14-336" in complaint(
-        capsys, "eval", drawn, "--real", real, "--metrics", "cmmd"
-    )
+    assert "facebook/dinov2-large" in complaint(capsys, *words, "--metrics", "fd-dinov2")
+    assert "clip-vit-large-patch14-336" in complaint(capsys, *words, "--metrics", "cmmd")
+    assert "vgg16-397923af.pth" in complaint(capsys, *words, "--metrics", "lpips")
     (tmp_path / "weights.pth").write_bytes(b"no weights")
-    line = complaint(capsys, "eval", drawn, "--real", real, "--inception", tmp_path / "weights.pth")
+    line = complaint(capsys, *words, "--inception", tmp_path / "weights.pth")
     assert "unknown form" in line

@@ -7,6 +7,7 @@ from PIL import Image
 from jaxldm.errors import DataError
 from jaxldm.metrics.extraction import FeatureNetwork, extract
 from jaxldm.metrics.image_sets import array_set, open_image_set
+from jaxldm.metrics.pairs import pair_distances
 
 
 def pixels(number, size=(6, 5), channels=3, seed=0):
@@ -143,3 +144,15 @@ def test_a_pass_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match="toy gives NaN for x"):
         extract(array_set(pixels(3), "x"), broken, ["twice"], tmp_path)
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_pairs_are_compared_one_by_one():
+    x, y = pixels(7), pixels(7, seed=1)
+
+    def distance(params, a, b):
+        return params * abs(a - b).mean((1, 2, 3))
+
+    found = pair_distances(array_set(x, "x"), array_set(y, "y"), distance, 127.5, batch_size=3)
+    np.testing.assert_allclose(found, np.abs(x.astype(float) - y).mean((1, 2, 3)), rtol=1e-5)
+    with pytest.raises(DataError, match="x has 7 images of 5x6, y 6 of 5x6"):
+        pair_distances(array_set(x, "x"), array_set(y[:6], "y"), lambda *_: None, None)
