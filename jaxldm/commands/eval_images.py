@@ -1,4 +1,7 @@
-"""`jaxldm eval IMAGES --metrics ...`: published metrics of folders of images, .npz files and runs."""
+"""`jaxldm eval IMAGES --metrics ...`: published metrics of folders of images, .npz files and runs.
+
+`options` is the command's dataclass, `Eval`, which imports this module.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
     from jaxldm.checkpoints import LoadedNetwork
-    from jaxldm.commands.eval import Eval
     from jaxldm.metrics.extraction import FeatureNetwork
     from jaxldm.metrics.image_metrics import Metric
     from jaxldm.metrics.image_sets import ImageSet
@@ -33,13 +35,13 @@ INCEPTION_FILES = (
 )
 
 
-def is_asked(options: Eval) -> bool:
+def is_asked(options: Any) -> bool:
     """Whether the options are those of this kind of evaluation, and not of a run by its own classifier."""
     names = ("real", "metrics", "inception", "dinov2", "clip", "lpips", "json")
     return any(getattr(options, name) for name in names)
 
 
-def evaluate_images(options: Eval) -> None:
+def evaluate_images(options: Any) -> None:
     """Checks the options, then computes the features, and prints and saves the figures."""
     from jaxldm.commands.terminal import print_findings
     from jaxldm.files import write_atomically
@@ -89,7 +91,7 @@ def evaluate_images(options: Eval) -> None:
     print_findings(findings)
 
 
-def chosen_metrics(options: Eval) -> dict[str, Metric]:
+def chosen_metrics(options: Any) -> dict[str, Metric]:
     """The metrics by name. Raises for an unknown name, and for one that lacks real images."""
     from jaxldm.metrics.image_metrics import METRICS
 
@@ -108,7 +110,7 @@ def chosen_metrics(options: Eval) -> dict[str, Metric]:
 
 
 def load_networks(
-    options: Eval, metrics: Mapping[str, Metric]
+    options: Any, metrics: Mapping[str, Metric]
 ) -> tuple[dict[str, FeatureNetwork], LoadedNetwork | None, dict[str, dict[str, str]]]:
     """The networks that the metrics need, LPIPS', and for each the file it is from with its SHA-256.
 
@@ -138,7 +140,7 @@ def load_networks(
     return networks, pairing, files
 
 
-def inception_file(options: Eval) -> Path:
+def inception_file(options: Any) -> Path:
     """The file of --inception, or one of the known names in the folder JAXLDM_WEIGHTS."""
     from jaxldm.checkpoints.inception_weights import WHERE
 
@@ -215,10 +217,9 @@ def real_images(path: str) -> ImageSet:
     return array_set(to_uint8(dataset.arrays("test")[0]), f"{dataset.name} (test)")
 
 
-def generated_images(options: Eval) -> ImageSet:
+def generated_images(options: Any) -> ImageSet:
     """A folder, an .npz file, or images that a run draws."""
     from jaxldm import pipelines
-    from jaxldm.commands.eval import default_scales
     from jaxldm.data import to_uint8
     from jaxldm.metrics.image_sets import array_set, open_image_set
 
@@ -227,7 +228,7 @@ def generated_images(options: Eval) -> ImageSet:
     if len(options.guidance_scale) > 1:
         raise InvalidArgumentError(f"--metrics takes one guidance scale, got {len(options.guidance_scale)}")
     pipe = pipelines.load(options.folder)
-    scale = pipe.check_guidance_scale((options.guidance_scale or default_scales(pipe))[0])
+    scale = pipe.check_guidance_scale((options.guidance_scale or (1.0,))[0])
     images, _ = options.draw(pipe, scale)
     return array_set(to_uint8(images), f"{options.folder} (w = {scale:g})")
 
@@ -260,7 +261,7 @@ def all_features(
     networks: Mapping[str, FeatureNetwork],
     metrics: Mapping[str, Metric],
     folder: Path,
-    options: Eval,
+    options: Any,
 ) -> dict[str, Any]:
     """The features of all layers that the metrics take, in one pass for each network."""
     from tqdm import tqdm
@@ -282,7 +283,7 @@ def all_features(
     return features
 
 
-def distances(images: ImageSet, real: ImageSet, pairing: LoadedNetwork, options: Eval) -> dict[str, Any]:
+def distances(images: ImageSet, real: ImageSet, pairing: LoadedNetwork, options: Any) -> dict[str, Any]:
     """LPIPS of each image and the real one at its place."""
     from tqdm import tqdm
 
