@@ -8,17 +8,20 @@ is imported here, so that `--help` is fast.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxldm import __version__
-from jaxldm.commands import COMMANDS, load_command
+from jaxldm.commands import COMMANDS, IMPORTED, load_command
+from jaxldm.commands.words import check_text, check_words
 from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
+from jaxldm.files import storage_error, storage_errors
+
+MAX_LINE = 390  # characters of a message
 
 HELP = """usage: jaxldm [--import MODULE] COMMAND ...
 
@@ -48,17 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done. 2: invalid arguments, files, or a full disk, described in one line on stderr. 130:
         interrupted with Ctrl-C.
     """
-    own_process = argv is None
-    argv = list(sys.argv[1:] if own_process else argv)
+    own_process, words = argv is None, []
     try:
-        command = parse(argv)
-        if command is not None:
-            if own_process:  # a notebook or a test that calls `main([...])` keeps its own settings
-                from jaxldm import host
-
-                host.prepare()
-                host.use_compilation_cache()
-            command.run()
+        words = list(sys.argv[1:] if own_process else argv)
+        check_text(words)
+        modules, words = split_imports(words)
+        if modules and own_process:  # a module may start JAX, which fixes its devices
+            prepare_process()
+        with imported(modules):
+            run(words, own_process)
+        if own_process:  # a full disk shows when what was printed is written
+            with storage_errors("what was printed"):
+                sys.stdout.flush()
         return 0
     except JaxldmError as error:
         return print_error(str(error))
@@ -67,40 +71,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return print_error(describe_os_error(error))
+    except UnicodeEncodeError as error:  # of a name of a file that was printed
+        return print_error(f"{error}: set PYTHONIOENCODING=utf-8, or use names that this terminal can show")
     except (MemoryError, RuntimeError) as error:
+        if "KeyboardInterrupt" in str(error):  # in a callback, which XLA passes on as text
+            return interrupted(own_process)
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return print_error("out of memory: use fewer images, a smaller batch or a smaller model")
     except KeyboardInterrupt:
-        resume = "; the same command with --resume continues from the last checkpoint"
-        print(f"\njaxldm: interrupted{resume if argv[:1] == ['train'] else ''}", file=sys.stderr)
-        if own_process:
-            # A running computation cannot be stopped, and would call back into an interpreter that has ended.
+        return interrupted(own_process, words[:1] == ["train"])
+
+
+def run(words: list[str], own_process: bool) -> None:
+    """Parses and runs a command; a notebook or a test that calls `main([...])` keeps its own settings."""
+    command = parse(words)
+    if command is None:
+        return
+    if own_process:
+        prepare_process()
+    command.run()
+
+
+def prepare_process() -> None:
+    """JAX's settings for a process of its own, and warnings as lines."""
+    from jaxldm import host
+    from jaxldm.commands.terminal import print_warnings_as_lines
+
+    host.prepare()
+    host.use_compilation_cache()
+    print_warnings_as_lines()
+
+
+def interrupted(own_process: bool, training: bool = False) -> int:
+    """Prints one line on stderr and returns, or in its own process ends with, exit code 130."""
+    resume = "; the same command with --resume continues from the last checkpoint"
+    print(f"\njaxldm: interrupted{resume if training else ''}", file=sys.stderr)
+    if own_process:
+        # A running computation cannot be stopped, and would call back into an interpreter that has ended.
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(130)
-        return 130
+        sys.stderr.flush()
+        os._exit(130)
+    return 130
 
 
-def parse(argv: list[str]):
+def parse(words: list[str]):
     """Parses the arguments into a command dataclass; prints and returns None for `--help` and `--version`.
 
     Raises:
         UnknownNameError: a command or option that does not exist.
         InvalidArgumentError: values that cannot be parsed.
     """
-    while argv and argv[0].split("=")[0] == "--import":
-        argv = import_module(argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help", "help"):
         print_help()
         return None
-    if argv[0] == "--version":
+    if words[0] == "--version":
         print(f"jaxldm {__version__}")
         return None
-    name, *words = argv
+    name, *words = words
     one_of("command", name, COMMANDS)
     command_class = load_command(name)
-    check_options(words, command_class, name)
+    check_words(words, command_class, name)
 
     import tyro
 
@@ -116,43 +148,46 @@ def parse(argv: list[str]):
         raise InvalidArgumentError(f"{one_line(stderr.getvalue())} (see `jaxldm {name} --help`)") from None
 
 
-def import_module(argv: list[str]) -> list[str]:
-    """Imports the module of `--import MODULE` or `--import=MODULE`; the words behind it.
+def split_imports(words: list[str]) -> tuple[list[str], list[str]]:
+    """(modules, words behind) of `--import MODULE` or `--import=MODULE` in front of the command."""
+    modules = []
+    while words and words[0].split("=")[0] == "--import":
+        first, *words = words
+        given = words.pop(0) if words and "=" not in first else ""
+        modules.append(first.partition("=")[2] or given)
+    return modules, words
+
+
+@contextlib.contextmanager
+def imported(modules: Sequence[str]) -> Iterator[None]:
+    """Imports modules, and has their names in the commands that are suggested inside the block.
 
     Raises:
         InvalidArgumentError: no module, or one that cannot be imported.
     """
-    first, *words = argv
-    name = first.partition("=")[2] or (words.pop(0) if words and "=" not in first else "")
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"--import needs the name of a module that Python can import, got {name!r}: {error} (for a "
+                "file in this folder put PYTHONPATH=. in front of the command)"
+            ) from error
+        except JaxldmError:
+            raise
+        except Exception as error:
+            raise InvalidArgumentError(f"--import {name}: {type(error).__name__}: {error}") from error
+    token = IMPORTED.set(tuple(modules))
     try:
-        importlib.import_module(name)
-    except (ImportError, ValueError) as error:
-        raise InvalidArgumentError(
-            f"--import needs the name of a module that Python can import, got {name!r}: {error} (for a file "
-            "in this folder put PYTHONPATH=. in front of the command)"
-        ) from error
-    return words
+        yield
+    finally:
+        IMPORTED.reset(token)
 
 
 def print_help() -> None:
     """Prints the commands and a first session."""
     commands = "\n".join(f"  {name:8}{description}" for name, description in COMMANDS.items())
     print(HELP.format(commands=commands))
-
-
-def check_options(words: list[str], command_class: type, name: str) -> None:
-    """Raises `UnknownNameError` for an option that the command does not have."""
-    options = [
-        "--help",
-        *(
-            "--" + field.name.replace("_", "-")
-            for field in dataclasses.fields(command_class)
-            if "Positional" not in str(field.type)
-        ),
-    ]
-    for word in words:
-        if word.startswith("--"):
-            one_of(f"option of `jaxldm {name}`", word.split("=")[0].replace("_", "-"), options)
 
 
 def one_line(message: str) -> str:
@@ -164,16 +199,21 @@ def one_line(message: str) -> str:
 
 def describe_os_error(error: OSError) -> str:
     """One line about a file that a library could not read or write, with the fix where it is known."""
-    from jaxldm.files import storage_error
-
     target = error.filename or "the output"
     return str(storage_error(error, target) or f"{target}: {error.strerror or error}")
 
 
 def print_error(message: str) -> int:
-    """Prints one line on stderr and returns exit code 2."""
-    print("jaxldm: " + " ".join(message.split()), file=sys.stderr)
+    """Prints one line of at most `MAX_LINE` characters on stderr and returns exit code 2."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(in_one_line("jaxldm: " + message), file=sys.stderr)
     return 2
+
+
+def in_one_line(message: str) -> str:
+    """A message in one line, without its middle where it is too long: what to type is at the end."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 165]} ... {line[-160:]}"
 
 
 if __name__ == "__main__":

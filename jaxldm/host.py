@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -59,6 +62,31 @@ def use_every_core() -> bool:
     except RuntimeError:  # JAX has computed something already, which fixes its devices
         return False
     return True
+
+
+def memory_bytes(device: Any = None) -> int:
+    """Bytes of memory of an accelerator; without one, or for None, those that this process may use at most.
+
+    Args:
+        device: of JAX.
+    """
+    if device is not None and device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
+    return min(bound for bound in _host_memory_bounds() if bound > 0)
+
+
+def _host_memory_bounds() -> Iterator[int]:
+    """Of the machine, of the container and of the process."""
+    yield sys.maxsize
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # another system, or "max": no bound
+            yield int(Path(file).read_text())
+    with contextlib.suppress(ImportError):
+        import resource
+
+        yield resource.getrlimit(resource.RLIMIT_AS)[0]  # -1: no bound
 
 
 def user_cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 
 # name -> its line in `jaxldm --help`. A module is imported when its command is used.
@@ -12,6 +13,9 @@ COMMANDS = {
     "export": "Write a trained model as safetensors and JSON, in the layout of diffusers.",
     "info": "Describe a run, an exported folder or a preset; without argument, list all names.",
 }
+
+# Modules that `--import` names in front of the command: suggested commands need them, too.
+IMPORTED: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("imported", default=())
 
 
 def load_command(name: str) -> type:

@@ -75,7 +75,7 @@ class Eval:
     num_images: int = 500
     """Number of images at each scale, equally many of each class."""
 
-    num_inference_steps: int = 50
+    num_inference_steps: Annotated[int | None, shown("INT", "50, or one for each of --sigmas")] = None
     """Number of steps from noise to image."""
 
     solver: Annotated[str, shown("NAME")] = "ddim"
@@ -124,6 +124,7 @@ class Eval:
             raise InvalidArgumentError(
                 f"num_images must be {fewest} or more, two of each class, got {self.num_images}"
             )
+        pipe.num_callbacks(self.num_images, **self.call_options())  # checks them, before the data is loaded
         dataset = recipe.load_data()
 
         figures: dict[str, Any] = {"settings": self.settings()}
@@ -154,19 +155,19 @@ class Eval:
 
     def settings(self) -> dict[str, Any]:
         """The options that the metrics depend on."""
-        names = ("num_images", "num_inference_steps", "solver", "seed")
-        options = self.call_options()
-        return {name: getattr(self, name) for name in names} | {
-            name: options[name] for name in ("spacing", "sigmas") if name in options
-        }
+        options = {"num_images": self.num_images, **self.call_options(), "seed": self.seed}
+        names = ("num_images", "num_inference_steps", "solver", "seed", "spacing", "sigmas")
+        return {name: options[name] for name in names if name in options}
 
     def call_options(self) -> dict[str, Any]:
         """The options of the pipeline's call that are given."""
+        sigmas = numbers(self.sigmas, "sigmas")
+        steps = 50 if sigmas is None else len(sigmas)
         options = {
-            "num_inference_steps": self.num_inference_steps,
+            "num_inference_steps": steps if self.num_inference_steps is None else self.num_inference_steps,
             "solver": self.solver,
             "spacing": self.spacing,
-            "sigmas": numbers(self.sigmas, "sigmas"),
+            "sigmas": sigmas,
             "batch_size": self.batch_size,
             "devices": first_devices(self.devices),
         }

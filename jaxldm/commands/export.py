@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
+from jaxldm.commands import hints
 from jaxldm.commands.options import shown
 
 
@@ -43,4 +44,6 @@ class Export:
                 f"{self.out} does not read back bit for bit, the disk may be failing: {', '.join(changed)}"
             )
         print(f"{len(rows)} tensors written to {self.out}, and read back bit for bit")
-        print(f"try it:  jaxldm sample {self.out} --output-dir samples")
+        hint = hints.sample(self.out, pipe)
+        if hint:
+            print(f"try it:  {hint}")

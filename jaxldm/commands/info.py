@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from jaxldm.commands import hints
 from jaxldm.commands.options import shown
 from jaxldm.commands.terminal import table
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
@@ -104,7 +105,7 @@ def describe(target: str) -> str:
         return describe_preset(target)
     if target in training.RECIPES:
         recipe = training.RECIPES[target]
-        return f"{target} is a recipe: {describe_recipe(recipe)}\ntrain it:  jaxldm train {target}"
+        return f"{target} is a recipe: {describe_recipe(recipe)}\ntrain it:  {hints.command('train', target)}"
     if "/" in target:
         raise CheckpointError(f"there is no folder {target}")
     raise UnknownNameError("folder, preset or recipe", target, [*training.RECIPES, *models.PRESETS])
@@ -139,7 +140,7 @@ def describe_export(folder: Path) -> str:
     from jaxldm import pipelines
 
     pipe = pipelines.load(folder)
-    return f"{folder} is an exported model\n{describe_pipeline(pipe)}\n{how_to_sample(folder, pipe)}"
+    return f"{folder} is an exported model\n{describe_pipeline(pipe)}\nsample:  {hints.sample(folder, pipe)}"
 
 
 def describe_text_to_image(folder: Path) -> str:
@@ -155,7 +156,7 @@ def describe_text_to_image(folder: Path) -> str:
     return (
         f"{folder} is a text-to-image model of {total:,} parameters: {memory}\n{table(rows)}\n"
         f"{table([('scheduler', index['scheduler'][1])])}\n"
-        f'sample:  jaxldm sample {folder} --prompt "a cat in the snow" --output-dir samples'
+        f"sample:  {hints.sample_texts(folder)}"
     )
 
 
@@ -179,10 +180,10 @@ def describe_run(folder: Path) -> str:
         )
     head = f"{folder} is a run of the recipe {recipe.name} on {config['data']['name']}"
     if not run.stage("diffusion").complete:
-        resume = f"resume:  jaxldm train {recipe.name} --run-dir {folder} --resume"
-        return f"{head}\n{table(rows)}\n{resume}"
+        resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
+        return f"{head}\n{table(rows)}\nresume:  {resume}"
     pipe = pipelines.load(folder)
-    return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\n{how_to_sample(folder, pipe)}"
+    return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\nsample:  {hints.sample(folder, pipe)}"
 
 
 def steps_done(stage: Any) -> int:
@@ -219,12 +220,6 @@ def describe_pipeline(pipe: Any) -> str:
         ("noise", f"{kind}, predicts {prediction.name}"),
     ]
     return f"{table(rows)}\n{table(facts)}"
-
-
-def how_to_sample(folder: Path, pipe: Any) -> str:
-    """The command to sample from a folder."""
-    labels = "" if pipe.num_classes is None else "--class-labels 0 " + ("1 " if pipe.num_classes > 1 else "")
-    return f"sample:  jaxldm sample {folder} {labels}--num-images 16 --output-dir samples"
 
 
 def compare(first: str, second: str) -> None:

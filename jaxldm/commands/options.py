@@ -6,7 +6,9 @@ from typing import Any
 
 import tyro
 
+from jaxldm.commands.words import LARGEST_NUMBER
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.reading import shown as shown_value
 
 
 def shown(metavar: str, default: str | None = None) -> Any:
@@ -34,7 +36,13 @@ def numbers(texts: tuple[str, ...] | None, option: str) -> list[float] | None:
         return None
     words = [word for text in texts for word in text.replace(",", " ").split()]
     try:
-        return [float(word) for word in words]
+        given = [float(word) for word in words]
     except ValueError:
         hint = "; the name of a spacing goes to --spacing" if option == "sigmas" else ""
-        raise InvalidArgumentError(f"--{option} must be numbers, got {' '.join(words)}{hint}") from None
+        raise InvalidArgumentError(
+            f"--{option} must be numbers, got {shown_value(' '.join(words))}{hint}"
+        ) from None
+    for number in given:
+        if not 0 <= number <= LARGEST_NUMBER:
+            raise InvalidArgumentError(f"--{option} must be finite numbers of 0 or more, got {number}")
+    return given

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxldm.data.pictures import mask_of, open_picture, resize_mask, rgb_of
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -23,6 +22,8 @@ def read_picture(
         DataError: no such file, or not a picture.
         InvalidArgumentError: sides below 1.
     """
+    from jaxldm.data.pictures import open_picture, rgb_of
+
     picture = open_picture(path)
     size = (picture.height if height is None else height, picture.width if width is None else width)
     if min(size) < 1:
@@ -45,6 +46,8 @@ def check_picture_size(height: int, width: int) -> None:
 
 def read_mask(path: str, image: np.ndarray | None) -> Bool[np.ndarray, "H W"]:
     """A mask file in the size of the image that it belongs to; its thinnest lines stay."""
+    from jaxldm.data.pictures import mask_of, open_picture, resize_mask
+
     if image is None:
         raise InvalidArgumentError("--mask selects the part of --image to draw again: give --image, too")
     return resize_mask(mask_of(open_picture(path), name=path), image.shape[:2])

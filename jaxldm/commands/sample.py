@@ -29,8 +29,14 @@ OF_TEXTS = (
     "strength",
     "mask",
     "refiner",
+    "refiner_start",
     "lora",
+    "lora_scale",
 )
+# Options that do nothing without another one, and those that do nothing without guidance.
+NEEDS = {"lora_scale": "lora", "refiner_start": "refiner", "strength": "image", "mask": "image"}
+OF_GUIDANCE = ("guidance_rescale", "negative_class_labels")
+REFINER_START = 0.8
 OPTION_NAMES = {"mask_image": "mask", "denoising_end": "refiner-start", "denoising_start": "refiner-start"}
 
 
@@ -95,13 +101,13 @@ class Sample:
     refiner: Annotated[str | None, shown("FOLDER", "none")] = None
     """Folder of the SDXL refiner, which continues from the base model at --refiner-start."""
 
-    refiner_start: float = 0.8
+    refiner_start: Annotated[float | None, shown("FLOAT", "0.8")] = None
     """Fraction of the noise that the base model removes before the --refiner starts."""
 
     lora: Annotated[str | None, shown("FILE", "none")] = None
     """LoRA file to merge into the weights of the text-to-image model."""
 
-    lora_scale: float = 1.0
+    lora_scale: Annotated[float | None, shown("FLOAT", "1")] = None
     """How much of --lora to merge."""
 
     dtype: Annotated[str | None, shown("NAME", "that of the files")] = None
@@ -122,7 +128,7 @@ class Sample:
     true_cfg_scale: Annotated[float | None, shown("FLOAT", "1")] = None
     """Scale of classifier-free guidance for models that take --guidance-scale as an input (FLUX)."""
 
-    guidance_rescale: float = 0.0
+    guidance_rescale: Annotated[float | None, shown("FLOAT", "0")] = None
     """Between 0 and 1: how much of the contrast that a high guidance scale adds is removed (0.7 is usual)."""
 
     negative_class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "none")] = None
@@ -181,6 +187,16 @@ class Sample:
                 raise InvalidArgumentError(
                     f"--{name.replace('_', '-')} is not for this model: {self.folder} {kind}; leave it out"
                 )
+        for name, other in NEEDS.items():
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise InvalidArgumentError(
+                    f"--{name.replace('_', '-')} is of --{other}: give --{other}, too, or leave it out"
+                )
+        for name in OF_GUIDANCE:
+            if getattr(self, name) is not None and self.guidance_scale == 1 and self.true_cfg_scale is None:
+                raise InvalidArgumentError(
+                    f"--{name.replace('_', '-')} has no effect at --guidance-scale 1: leave one of them out"
+                )
         if texts and self.prompt is None:
             raise InvalidArgumentError(
                 f'{self.folder} draws from texts: give one, as in --prompt "a cat in the snow"'
@@ -193,7 +209,7 @@ class Sample:
         sigmas = numbers(self.sigmas, "sigmas")
         if sigmas is not None and self.num_inference_steps is None:
             options["num_inference_steps"] = len(sigmas)
-        options |= {"sigmas": sigmas, "guidance_rescale": self.guidance_rescale or None}
+        options |= {"sigmas": sigmas, "guidance_rescale": self.guidance_rescale}
         options["devices"] = first_devices(self.devices)
         return {name: value for name, value in options.items() if value is not None}
 
@@ -237,7 +253,7 @@ class Sample:
                 "folder, as described on the page of the model"
             )
         if self.lora is not None:
-            pipe = pipelines.with_lora(pipe, self.lora, self.lora_scale)
+            pipe = pipelines.with_lora(pipe, self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, dtype=self.dtype)
         common = self._common_options() | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask}
@@ -248,9 +264,10 @@ class Sample:
             if refiner is None:
                 images = pipe(key, *texts, **options, progress=progress)
             else:
-                first = supported(pipe, {"denoising_end": self.refiner_start, "output": "latents"})
+                start = REFINER_START if self.refiner_start is None else self.refiner_start
+                first = supported(pipe, {"denoising_end": start, "output": "latents"})
                 latents = pipe(key, *texts, **options, **first, progress=progress)
-                second = {"denoising_start": self.refiner_start, "latents": latents} | common
+                second = {"denoising_start": start, "latents": latents} | common
                 images = refiner(key, *texts, **supported(refiner, second), progress=progress)
         scale = options.get("guidance_scale", pipe.default_guidance_scale)
         return images, scale, None, pipelines.columns_for(len(images), len(self.prompt or ()))
@@ -268,11 +285,14 @@ def repeat_prompts(
     prompts: tuple[str, ...], negatives: tuple[str, ...] | None, num_images: int | None
 ) -> tuple[list[str], list[str] | None]:
     """The prompt and the negative prompt of each image."""
+    from jaxldm.memory import check_fits
+
     if not prompts:
         raise InvalidArgumentError('--prompt is empty: give a text, as in --prompt "a cat in the snow"')
     if num_images is not None and num_images < 1:
         raise InvalidArgumentError(f"num_images must be 1 or more, got {num_images}")
     count = len(prompts) if num_images is None else num_images
+    check_fits(4 * 64 * 64 * count, f"{count} images need", "draw fewer at a time")  # of 64x64 or more
     if negatives and len(negatives) not in (1, len(prompts)):
         raise InvalidArgumentError(
             f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.reading import shortened
 
 if TYPE_CHECKING:
     from jaxldm.metrics import Finding
@@ -51,6 +53,19 @@ def print_findings(findings: Sequence[Finding]) -> None:
     bad = health.failed(findings)
     if bad:
         print(health.report(bad), file=sys.stderr)
+
+
+def print_warnings_as_lines() -> None:
+    """Makes Python's warnings one line each on stderr, and each kind of them one line in all."""
+    seen = set()
+
+    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        line = " ".join(str(message).split())
+        if line[:40] not in seen:
+            seen.add(line[:40])
+            print(f"jaxldm: warning: {shortened(line, 370)}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def table(rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:

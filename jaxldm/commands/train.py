@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
+from jaxldm.commands import hints
 from jaxldm.commands.options import first_devices, shown
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -77,9 +78,11 @@ class Train:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return
         run = training.train(recipe, run_dir, **options)
+        classes = len(training.read_config(run.path)["data"]["class_names"])
         print(f"finished: everything is in {run.path}; try")
-        print(f"  jaxldm sample {run.path} --output-dir samples")
-        print(f"  jaxldm eval {run.path}")
+        print(f"  {hints.sample_classes(run.path, classes)}")
+        if recipe.classifier is not None:
+            print(f"  {hints.command('eval', run.path)}")
 
     def make_recipe(self, run_dir: Path) -> Recipe:
         """The recipe of that name, or with --resume the recipe of the run, with the changes of the options.

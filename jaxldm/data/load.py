@@ -5,6 +5,7 @@ import difflib
 import logging
 import os
 import pathlib
+import re
 import sys
 import urllib.parse
 from typing import Any
@@ -13,8 +14,10 @@ import numpy as np
 
 from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
 from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
+from jaxldm.reading import shown
 
 MAX_RETRIES = 4  # of a connection: after 3 seconds in all
+_NAME = re.compile(r"\w+(/[\w.+-]+)*(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)  # name/config:version
 WELL_KNOWN = ("mnist5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
 
 
@@ -62,6 +65,11 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
+    if not _NAME.fullmatch(name):
+        raise InvalidArgumentError(
+            f"{shown(name)} is no name of a TFDS data set: give one such as mnist5k, emnist/digits or "
+            "mnist:3.0.1 (data sets of other catalogues are not read)"
+        )
     folder = data_folder(data_dir)
     with _quiet():
         builder = _prepared(name, folder)

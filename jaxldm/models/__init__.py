@@ -23,7 +23,14 @@ from jaxldm.models.clip_vision import (
     ImageEncoding,
     clip_pixel_values,
 )
-from jaxldm.models.cost import compile_forward, count_macs, forward_memory, macs_of, memory_of
+from jaxldm.models.cost import (
+    compile_forward,
+    count_macs,
+    forward_memory,
+    largest_product,
+    macs_of,
+    memory_of,
+)
 from jaxldm.models.denoising_network import Convention, convention, network
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dinov2 import Dinov2Config, Dinov2Model, dinov2_pixel_values
@@ -141,6 +148,7 @@ __all__ = [
     "from_config",
     "guidance_embedding",
     "init",
+    "largest_product",
     "lpips_heads",
     "macs_of",
     "memory_of",

@@ -48,6 +48,19 @@ def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
     return _macs(jax.make_jaxpr(function)(*inputs).jaxpr)
 
 
+def largest_product(function: Callable[..., Any], *inputs: Any) -> int:
+    """Bytes of the largest result of a matrix product or convolution in `function(*inputs)`, from shapes.
+
+    Such a result lies in memory as a whole, so the function needs at least as much. The arguments are those
+    of `macs_of`.
+
+    >>> import jax.numpy as jnp
+    >>> largest_product(lambda x: (x @ x.T).sum(), jnp.ones((1000, 2)))
+    4000000
+    """
+    return _largest(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+
 class Memory(NamedTuple):
     """Bytes that a compiled forward pass needs on its device.
 
@@ -128,6 +141,16 @@ def _macs_of_equation(equation: Any) -> int:
             "multiply-accumulates cannot be counted: count the function inside"
         )
     return max(inner, default=0) if name == "cond" else sum(inner)
+
+
+def _largest(jaxpr: Any) -> int:
+    results = [0]
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            (result,) = equation.outvars
+            results.append(_size(result) * result.aval.dtype.itemsize)
+        results += map(_largest, _jaxprs_in(equation.params.values()))
+    return max(results)
 
 
 def _jaxprs_in(values: Any) -> Iterator[Any]:

@@ -34,7 +34,7 @@ from jaxldm.pipelines.families.class_to_image import (
 from jaxldm.pipelines.family import Family
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
-from jaxldm.reading import read_json
+from jaxldm.reading import read_json, reading
 
 RUN_CONFIG = "config.json"
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
@@ -72,6 +72,7 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     only = [part for part in (*layout.parts, *layout.optional) if part in named]
     loaded = checkpoints.load_components(folder, dtype=dtype, only=only, variant=variant)
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
+    _check_path_known(folder, (parts.get("scheduler") or {}).get("path"))
     try:
         pipe = Pipeline(family, parts, layout.read_options(index, layout))
         pipe.check_parts()
@@ -80,6 +81,13 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     if is_run:
         _check_data_of_run(pipe, folder)
     return pipe
+
+
+def _check_path_known(folder: Path, path: Any) -> None:
+    """Refuse a path of one's own whose module is not imported, before it looks like a damaged folder."""
+    if isinstance(path, Mapping) and ":" in str(path.get("type")):
+        with reading(folder / "scheduler"):
+            D.path_from_dict(path)
 
 
 def _check_named(folder: Path, name: str, family: Family, named: Mapping[str, Any]) -> None:

@@ -101,7 +101,7 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
     family.check_guidance(pipe, call)
     scale = pipe.defaults.guidance_scale if call.guidance_scale is None else call.guidance_scale
     for name, value in (("guidance_scale", scale), ("true_cfg_scale", call.true_cfg_scale)):
-        if not (np.isfinite(value) and value >= 0):
+        if not 0 <= value <= float(np.finfo(np.float32).max):
             raise InvalidArgumentError(
                 f"{name} must be a finite number of 0 or more, not {value}: 1 is the model as trained, "
                 f"{pipe.defaults.guidance_scale:g} is a good start"

@@ -17,6 +17,7 @@ from jaxldm.files import Content, write_together
 from jaxldm.metrics import Finding, health, image_grid
 from jaxldm.metrics.pictures import png_bytes
 
+MAX_NAME = 255  # bytes of a file's name, on all usual systems
 _OURS = re.compile(r"image-\d{5,}(-class-\d+)?\.png|grid\.png|samples\.npz")
 
 
@@ -48,6 +49,11 @@ def check_output_folder(folder: str | Path) -> Path:
     """Raises `StorageError` when `folder` cannot become a folder to write to; writes nothing itself."""
     folder = Path(folder)
     existing = folder.absolute()
+    longest = max(len(os.fsencode(part)) for part in existing.parts)
+    if longest > MAX_NAME:
+        raise StorageError(
+            f"a name of {longest} bytes is too long for a folder: choose another output folder"
+        )
     while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():

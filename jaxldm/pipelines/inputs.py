@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -13,8 +14,10 @@ from jaxldm.data.images import check_images, from_uint8
 from jaxldm.data.pictures import is_picture, mask_of, rgb_of, shrink_masks
 from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError
 from jaxldm.exact import ceil_quotient, floor_product
+from jaxldm.memory import check_fits
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
+from jaxldm.reading import shown
 
 Size = tuple[int, int]  # (height, width)
 INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked image
@@ -117,9 +120,10 @@ def read_inputs(
         latents = four_axes(latents, spec.channels)
         check_rows(latents, num_images, "latents")
         given["latents"] = tuple(floor_product(n, spec.factor) for n in latents.shape[1:3])
-        latents = repeated(latents, num_images)
     size = _size(height, width, spec.default_size, given)
     check_size(*size, spec.multiple)
+    check_images_fit(num_images, size, spec)
+    latents = None if latents is None else repeated(latents, num_images)
     if mask_image is not None:
         mask = as_masks(mask_image, size)
         check_rows(mask, num_images, "mask_image")
@@ -226,10 +230,12 @@ def _size(height: int | None, width: int | None, trained: Size, given: dict[str,
     return size
 
 
-def check_count(number: Any, name: str, lowest: int = 1) -> int:
-    """`number`. Raises `InvalidArgumentError` unless it is a whole one of at least `lowest`."""
+def check_count(number: Any, name: str, lowest: int = 1, highest: int = 2**31 - 1) -> int:
+    """`number`. Raises `InvalidArgumentError` unless it is a whole one from `lowest` to `highest`."""
     if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < lowest:
-        raise InvalidArgumentError(f"{name} must be a whole number of at least {lowest}, not {number!r}")
+        raise InvalidArgumentError(f"{name} must be a whole number of at least {lowest}, not {shown(number)}")
+    if number > highest:
+        raise InvalidArgumentError(f"{name} must be at most {highest}, not {shown(number)}")
     return int(number)
 
 
@@ -247,6 +253,17 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise InvalidArgumentError(
                 f"{name} {size} is not divisible by {multiple}, as this model needs: the nearest is {nearest}"
             )
+
+
+def check_images_fit(num_images: int, size: Size, spec: LatentSpec) -> None:
+    """Raises `InvalidArgumentError` where the images and their latents, in float32, are more than memory."""
+    channels = spec.channels if spec.factor == 1 else 1  # 3 in most models
+    numbers = size[0] * size[1] * channels + math.prod(spec.shape(size))
+    check_fits(
+        4 * num_images * numbers,
+        f"{shown(num_images)} images of {shown(size[0])}x{shown(size[1])} pixels need",
+        "draw fewer at a time, or smaller ones",
+    )
 
 
 def as_images(images: Any, name: str = "image") -> Float[np.ndarray, "N H W C"]:

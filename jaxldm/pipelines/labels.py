@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from jaxldm.data import check_labels
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.pipelines.inputs import check_images_fit
 from jaxldm.pipelines.pipeline import Pipeline
 
 MOST_CLASSES_AT_ONCE = 100  # that are drawn, once each, for a call that names none
@@ -29,6 +30,7 @@ def cycle_labels(
     """
     if num_images is not None and num_images < 1:
         raise InvalidArgumentError(f"num_images must be 1 or more, not {num_images}")
+    check_images_fit(num_images or 1, pipe.default_size, pipe.latent_spec)
     if class_labels is None and num_images is None and (pipe.num_classes or 0) > MOST_CLASSES_AT_ONCE:
         raise InvalidArgumentError(
             f"this model has {pipe.num_classes} classes: name those to draw (class labels, as 207 360), "

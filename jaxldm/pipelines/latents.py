@@ -12,6 +12,7 @@ two of them, on the host: a callback is never compiled into anything.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +25,9 @@ from jaxtyping import Array, Float, UInt32
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.pipelines.network import Network
+from jaxldm.reading import shown
 from jaxldm.schedulers import Sampler
 
 IMAGES, EVERYWHERE = PartitionSpec("images"), PartitionSpec()
@@ -118,6 +121,7 @@ def denoise(
     """
     steps = D.steps_in(per_call.grid)
     last = 0 if progress.compile_only else int(steps)
+    _check_step_fits(network, per_call, per_image, compiled, batch_size, devices)
 
     def run(shared, batch, mesh):
         carry = _empty_carry(shared, batch, compiled, mesh)
@@ -135,6 +139,39 @@ def denoise(
         return x, previews
 
     return in_batches(run, (network, per_call), per_image, batch_size, devices, in_flight)
+
+
+def _check_step_fits(
+    network: Network,
+    per_call: PerCall,
+    per_image: PerImage,
+    compiled: Compiled,
+    batch_size: int,
+    devices: Sequence[Any] | None,
+) -> None:
+    """Raises `InvalidArgumentError` where a step of one batch cannot fit in the memory of a device."""
+    height, width, channels = compiled.latent_shape
+
+    def largest() -> int:
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), per_image
+        )
+        carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), per_call, batch)
+        steps = functools.partial(take_steps, compiled=compiled)
+        return models.largest_product(steps, network, per_call, batch, carry, jnp.int32(0), jnp.int32(1))
+
+    check_computation(
+        size_of(network) + 4 * batch_size * (compiled.previews + 1) * height * width * channels,
+        most_in_step(2 * batch_size, height, width),
+        largest,
+        _first_device(devices),
+        f"steps of {shown(batch_size)} images of {height}x{width} latents need",
+        "draw smaller images, or fewer at once with batch_size",
+    )
+
+
+def _first_device(devices: Sequence[Any] | None) -> Any:
+    return (jax.local_devices() if devices is None else [*devices, *jax.local_devices()])[0]
 
 
 def _first_carry(per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Any:
@@ -252,12 +289,17 @@ def guided(
 
 def scale_factor(vae: Network) -> int:
     """How many pixels high and wide one latent is: 8 in Stable Diffusion."""
+    if hasattr(vae.config, "shrinks"):
+        return vae.config.shrinks
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarray, "N h w c"]:
     """The latents of images in [-1, 1]: the mean of q(z | x), scaled as diffusion models have them."""
     rows = np.asarray(images, np.float32)
+    one = jax.ShapeDtypeStruct((1, *rows.shape[1:]), jnp.float32)
+    fix = "give a smaller image"
+    _check_autoencoder_fits(_encode, vae, one, rows.shape[1:3], jax.local_devices()[0], "encoding", fix)
     return np.concatenate([np.asarray(_encode(vae, rows[k : k + 1])) for k in range(len(rows))])
 
 
@@ -282,7 +324,37 @@ def decode_images(
     def run(vae, batch, mesh):
         return _decode(vae, batch, tiling=tiling, mesh=mesh)
 
+    def decode_batch(vae, batch):
+        return models.decode_latents(vae.module, vae.params, batch, tiling=tiling)
+
+    batch = jax.ShapeDtypeStruct((batches.get("batch_size", 1), *latents.shape[1:]), jnp.float32)
+    height, width = (side * scale_factor(vae) for side in latents.shape[1:3])
+    fix = "draw smaller images, fewer at once with batch_size, or in squares with tiling=models.Tiling()"
+    device = _first_device(batches.get("devices"))
+    _check_autoencoder_fits(decode_batch, vae, batch, (height, width), device, "decoding", fix)
     return in_batches(run, vae, latents, **batches)
+
+
+def _check_autoencoder_fits(
+    function: Callable[..., Any],
+    vae: Network,
+    batch: jax.ShapeDtypeStruct,
+    pixels: tuple[int, int],
+    device: Any,
+    what: str,
+    fix: str,
+) -> None:
+    """Raises `InvalidArgumentError` where an autoencoder's work cannot fit in the memory of a device."""
+    count, (height, width), factor = batch.shape[0], pixels, scale_factor(vae)
+    in_pixels = 4 * count * height * width * 1024
+    check_computation(
+        size_of(vae),
+        in_pixels + most_in_step(count, -(-height // factor), -(-width // factor)),
+        lambda: models.largest_product(function, vae, batch),
+        device,
+        f"{what} {count} images of {height}x{width} pixels needs",
+        fix,
+    )
 
 
 @jax.jit
@@ -337,6 +409,9 @@ def in_batches(
     devices = list(jax.local_devices()[:1] if devices is None else devices)
     if not devices:
         raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
+    each = sum(math.prod(np.shape(leaf)[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(per_image))
+    fix = "give a smaller batch_size"
+    check_fits(each * batch_size, f"batches of {shown(batch_size)} images need", fix, devices[0])
     mesh = Mesh(np.asarray(devices if num_rows > batch_size else devices[:1]), ("images",))
     shared = jax.device_put(shared, NamedSharding(mesh, EVERYWHERE))
     rows_per_batch = batch_size * mesh.size

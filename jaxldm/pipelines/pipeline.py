@@ -19,6 +19,7 @@ from jaxldm.pipelines.inputs import LatentSpec, Size, check_count, strength_of
 from jaxldm.pipelines.network import Network
 
 OUTPUTS = ("images", "latents")
+MAX_STEPS = 10**6  # more than any path has timesteps
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -232,6 +233,8 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
     call = Call(**{name: options[name] for name in shared}, own=own)
     one_of("output", call.output, OUTPUTS)
     check_count(call.previews, "previews", 0)
+    if call.num_inference_steps is not None:
+        check_count(call.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
     check_count(call.batch_size, "batch_size", 1)
     if not 0 <= call.guidance_rescale <= 1:
         raise InvalidArgumentError(f"guidance_rescale must lie between 0 and 1, not {call.guidance_rescale}")

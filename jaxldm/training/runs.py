@@ -183,6 +183,25 @@ def open_run(
             `resume`, there is no folder. Nothing is changed then.
         StorageError: it cannot be made.
     """
+    run = check_run_folder(run_dir, recipe, resume=resume)
+    if run.config.exists():
+        return run
+    with storage_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    if resume:
+        log(f"nothing was saved in {run.path} yet: starting at the beginning")
+    data = {
+        "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+    }
+    entries = {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
+    write_atomically(run.config, _as_json(entries))
+    return run
+
+
+def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> RunFolder:
+    """Raise what `open_run` raises, before any data is loaded for it. Nothing is changed."""
     run = RunFolder(Path(run_dir))
     if run.config.exists():
         if not resume:
@@ -199,22 +218,12 @@ def open_run(
         )
     with storage_errors(run.path):
         others = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
-        others = sorted(name for name in others if not name.startswith(".config.json"))
-        if others:
-            raise CheckpointError(
-                f"{run.path} holds other things ({', '.join(others[:3])}) but no config.json of a run: use "
-                "another run folder"
-            )
-        run.path.mkdir(parents=True, exist_ok=True)
-    if resume:
-        log(f"nothing was saved in {run.path} yet: starting at the beginning")
-    data = {
-        "name": dataset.name,
-        "image_shape": list(dataset.image_shape),
-        "class_names": list(dataset.class_names),
-    }
-    entries = {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
-    write_atomically(run.config, _as_json(entries))
+    others = sorted(name for name in others if not name.startswith(".config.json"))
+    if others:
+        raise CheckpointError(
+            f"{run.path} holds other things ({', '.join(others[:3])}) but no config.json of a run: use "
+            "another run folder"
+        )
     return run
 
 

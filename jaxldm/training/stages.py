@@ -27,6 +27,8 @@ from jaxldm.training.runs import RunFolder, StageFolder
 from jaxldm.training.state import Params, create_train_state
 from jaxldm.training.step import LossFunction, make_train_step
 
+MAX_STEPS = 2**31 - 1  # they are counted in int32
+
 
 class Keys(NamedTuple):
     """One key per purpose; the same for the same seed and stage, whatever was trained before."""
@@ -84,6 +86,11 @@ def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[
         )
     steps_per_epoch = num_examples // recipe.batch_size
     total = recipe.epochs * steps_per_epoch
+    if total > MAX_STEPS:
+        raise InvalidArgumentError(
+            f"{recipe.epochs} epochs of {steps_per_epoch} steps are more than the {MAX_STEPS} that a "
+            "training can have: give fewer epochs"
+        )
     adam = optimizer(
         recipe.learning_rate,
         min(round_product(recipe.warmup_epochs, steps_per_epoch), total),

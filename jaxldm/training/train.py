@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxldm import data
+from jaxldm import data, models
+from jaxldm.memory import check_fits
 from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
 from jaxldm.training.classifier import build_classifier, train_classifier
 from jaxldm.training.diffusion import build_denoiser, train_diffusion
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.recipes import Recipe
-from jaxldm.training.runs import STAGES, RunFolder, open_run
+from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
 from jaxldm.training.stages import Context, make_optimizer
 
 _TRAIN = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "classifier": train_classifier}
@@ -30,12 +32,24 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
     shape = dataset.image_shape
     if recipe.autoencoder is not None:
         build_autoencoder(recipe, shape)
-    build_denoiser(recipe, shape, dataset.num_classes)
+    _check_state_fits(recipe, build_denoiser(recipe, shape, dataset.num_classes), mesh)
     if recipe.classifier is not None:
         build_classifier(recipe, shape, dataset.num_classes)
     num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
     for stage in stages_of(recipe):
         make_optimizer(getattr(recipe, stage), num_examples, mesh)
+
+
+def _check_state_fits(recipe: Recipe, denoiser: nn.Module, mesh: Mesh) -> None:
+    """Refuse a network whose parameters and Adam's two moments are more than the memory, in float32."""
+    count, device = models.count_params(denoiser), mesh.devices.flat[0]
+    shares = 1 if device.platform == "cpu" else mesh.size  # an accelerator may hold a part of each
+    check_fits(
+        4 * (4 if recipe.diffusion.ema_decay else 3) * count // shares,
+        f"training {recipe.diffusion.preset} with its {count:,} parameters needs",
+        device=device,
+        fix="take a smaller preset",
+    )
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -78,6 +92,7 @@ def train(
     >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
     """
     mesh = make_mesh(max_devices(recipe) if devices is None else devices)
+    check_run_folder(run_dir, recipe, resume=resume)
     dataset = recipe.load_data()
     check_recipe(recipe, dataset, mesh)
     run = open_run(run_dir, recipe, dataset, resume=resume, log=log)

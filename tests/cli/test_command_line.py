@@ -5,8 +5,10 @@ import errno
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -14,8 +16,8 @@ from command_lines import complaint, run
 
 from jaxldm import __version__, cli, models, pipelines, training
 from jaxldm import diffusion as D
-from jaxldm.commands import COMMANDS, info, load_command, sample, train
-from jaxldm.commands.terminal import check_seed
+from jaxldm.commands import COMMANDS, hints, info, load_command, sample, train
+from jaxldm.commands.terminal import check_seed, print_warnings_as_lines
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 
@@ -66,11 +68,50 @@ def test_help_answers_without_the_heavy_packages():
         (["sample", "RUN", "--seed"], ["--seed"]),
         (["export", "RUN"], ["OUT"]),
         (["train"], ["RECIPE"]),
+        (["sample", "RUN", "--seed", "1", "--seed=2"], ["--seed is given twice"]),
+        (["sample", "RUN", "--seed", "1.5"], ["--seed must be a whole number, got '1.5'"]),
+        (["sample", "RUN", "--eta", "big"], ["--eta must be a number, got 'big'"]),
+        (["sample", "RUN", "--class-labels", "3", "cat"], ["one or more whole numbers, got 'cat'"]),
+        (["sample", "RUN", "--strength", "nan"], ["--strength must be finite"]),
+        (["sample", "RUN", "--output-dir", ""], ["--output-dir is empty"]),
+        (["sample", "RUN", "--quiet=yes"], ["--quiet takes no value"]),
+        (["sample", "RUN", "--import", "mine"], ["--import goes before the command"]),
+        (["sample", "R\udcffN"], ["argument 2 is not UTF-8"]),
+        (["sample", "R\0N"], ["zero byte"]),
+        (["sample", "x" * 5000], ["File name too long", " ... "]),
     ],
 )
 def test_what_cannot_be_read_is_one_line_with_the_choices(capsys, words, choices):
     line = complaint(capsys, *words)
     assert all(choice in line for choice in choices), line
+
+
+def test_the_command_is_a_module_too_and_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "jaxldm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"jaxldm {__version__}\n", "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "disk is full" in done.stderr
+
+
+def test_warnings_are_one_line_each(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    print_warnings_as_lines()
+    for text in ("a\nb " * 200, "a\nb " * 200, "another"):
+        warnings.showwarning(text, UserWarning, "file", 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("jaxldm: warning: a") for line in lines)
+    assert max(map(len, lines)) < 400
+
+
+def test_suggested_commands_are_quoted():
+    assert hints.command("sample", "my runs/a b") == "jaxldm sample 'my runs/a b'"
+    assert shlex.split(hints.sample_texts("x"))[3:5] == ["--prompt", "a cat in the snow"]
+    assert "--class-labels 0 1 " in hints.sample_classes("x", 1000) and "--class" not in hints.sample_classes(
+        "x", None
+    )
 
 
 def test_options_may_be_written_with_underscores(capsys):
@@ -88,7 +129,21 @@ def test_ctrl_c_ends_with_130_and_a_word_on_resume(capsys, monkeypatch):
     assert code == 130 and "--resume" in err and "Traceback" not in err
     monkeypatch.setattr(sample.Sample, "run", interrupted)
     code, _, err = run(capsys, "sample", "RUN")
-    assert code == 130 and "--resume" not in err
+    assert code == 130 and "--resume" not in err and err.count("\n") == 2
+
+
+def test_ctrl_c_in_a_callback_or_before_the_command_ends_with_130(capsys, monkeypatch):
+    def interrupted(self):
+        raise RuntimeError("INTERNAL: CpuCallback error: Traceback: KeyboardInterrupt")
+
+    monkeypatch.setattr(sample.Sample, "run", interrupted)
+    assert run(capsys, "sample", "RUN")[0] == 130
+
+    def too_early(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_text", too_early)
+    assert run(capsys, "sample", "RUN")[0] == 130
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """`jaxldm sample`, `export` and `info` on random models: what they write, and the mistakes one can make."""
 
 import errno
+import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from PIL import Image
 from tiny_folders import write_run
 from tiny_models import latent_pipeline, pixel_pipeline
 
+from jaxldm import diffusion as D
 from jaxldm import pipelines
 from jaxldm.checkpoints.folder import WEIGHTS_FILE
 from jaxldm.data import to_uint8
@@ -81,6 +84,32 @@ def test_a_run_folder_serves_as_well_as_its_export(capsys, run_folder, tmp_path)
     assert any("unet/conv_in.weight" in line for line in tensors)
 
 
+def test_the_command_after_export_works_as_it_is_printed(capsys, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "export", run_folder, "my model")
+    name, *words = shlex.split(out.partition("try it:")[2])
+    assert code == 0 and name == "jaxldm" and words[1] == "my model"
+    assert run(capsys, *words, *FEW_STEPS)[0] == 0 and (tmp_path / "samples" / "grid.png").exists()
+
+
+def test_a_path_of_ones_own_needs_its_module_and_is_sampled_with_it(capsys, tmp_path, monkeypatch):
+    (tmp_path / "own_paths.py").write_text(
+        "import dataclasses\nfrom jaxldm import diffusion as D\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Mine(D.Flow):\n    name = 'mine'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("own_paths").Mine()
+    write_run(tmp_path / "run", pixel_pipeline(prediction=D.flow(mine)))
+    sys.modules.pop("own_paths")
+    command = ["sample", tmp_path / "run", *FEW_STEPS, "--output-dir", tmp_path / "out"]
+    line = complaint(capsys, *command)
+    assert "jaxldm --import own_paths" in line and "mixes two models" not in line
+    assert run(capsys, "--import", "own_paths", *command)[0] == 0
+    code, out, _ = run(capsys, "--import", "own_paths", "info", tmp_path / "run")
+    assert code == 0 and f"sample:  jaxldm --import own_paths sample {tmp_path / 'run'}" in out
+    sys.modules.pop("own_paths")
+
+
 def test_compare_fails_and_names_the_tensors_that_differ(capsys, exported, run_folder, tmp_path):
     pipe = pipelines.load(exported)
     params = jax.tree.map(np.array, pipe.denoiser.params)
@@ -123,14 +152,14 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
         (["--spacing", "even"], ["trailing"]),
         (["--num-inference-steps", "0"], ["num_inference_steps", "at least 1"]),
         (["--num-inference-steps", "1001"], ["1001", "1000"]),
-        (["--guidance-scale", "nan"], ["guidance_scale", "finite"]),
+        (["--guidance-scale", "nan"], ["--guidance-scale", "finite"]),
         (["--guidance-scale", "-1"], ["guidance_scale", "0 or more"]),
         (["--guidance-scale", "inf"], ["finite"]),
         (["--guidance-scale=-inf"], ["finite"]),
         (["--guidance-rescale", "2"], ["between 0 and 1"]),
         (["--class-labels", "3"], ["class labels", "[0, 2]", "3"]),
         (["--class-labels", "-1"], ["[0, 2]"]),
-        (["--class-labels"], ["class labels"]),
+        (["--class-labels"], ["--class-labels needs one or more whole numbers"]),
         (["--negative-class-labels", "0", "9"], ["negative labels", "[0, 2]"]),
         (["--num-images", "0"], ["num_images", "1 or more"]),
         (["--num-images", "-5"], ["1 or more"]),
@@ -142,6 +171,11 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
         (["--sigmas", "3", "1", "--spacing", "karras"], ["sigmas", "spacing"]),
         (["--devices", "99"], ["devices must be between 1 and 8"]),
         (["--refiner-start", "0.5", "--refiner", "x"], ["--refiner is not for this model"]),
+        (["--guidance-scale", "1", "--guidance-rescale", "0.7"], ["no effect", "--guidance-scale 1"]),
+        (["--guidance-scale", "1", "--negative-class-labels", "0"], ["no effect"]),
+        (["--guidance-scale", "1e39"], ["--guidance-scale", "3.4e+38"]),
+        (["--num-images", "1000000000"], ["1000000000 images of 8x8 pixels", "GB"]),
+        (["--sigmas", "3", "-1"], ["--sigmas must be", "0 or more"]),
     ],
 )
 def test_a_wrong_option_of_sample(capsys, exported, tmp_path, words, expected):

@@ -1,13 +1,17 @@
 """The session of `jaxldm --help` on a recipe of seconds: train, info, eval, and what can go wrong."""
 
+import importlib
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
 from command_lines import complaint, run
 
-from jaxldm import cli
+from jaxldm import cli, schedulers, training
+from jaxldm import diffusion as D
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
 
@@ -34,6 +38,40 @@ def test_a_second_training_needs_resume_and_then_has_nothing_to_do(capsys, train
     assert "epochs" in other and "another recipe" in other
     assert "another recipe" in complaint(capsys, "train", "smoke", "--run-dir", trained, "--resume")
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_resume_compares_the_recipes_before_it_needs_the_data(capsys, trained, monkeypatch):
+    def unreachable(self):
+        raise AssertionError("the data is not needed")
+
+    monkeypatch.setattr(training.Recipe, "load_data", unreachable)
+    words = ["train", "smoke-dit", "--run-dir", trained]
+    assert "another recipe" in complaint(capsys, *words, "--resume", "--epochs", 7)
+    assert "--resume" in complaint(capsys, *words)
+
+
+def test_a_run_on_a_path_of_ones_own_is_evaluated_with_its_module(capsys, trained, tmp_path, monkeypatch):
+    """The network has learnt another path, but a network is a network."""
+    (tmp_path / "own_paths.py").write_text(
+        "import dataclasses\nfrom jaxldm import diffusion as D\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Mine(D.ContinuousVP):\n    name = 'mine'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = D.path_to_dict(importlib.import_module("own_paths").Mine())
+    shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["recipe"]["diffusion"]["prediction"] = {"name": "epsilon", "path": path}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    scheduler = schedulers.to_config(D.epsilon(D.path_from_dict(path)))
+    (tmp_path / "run" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = json.loads((tmp_path / "run" / "model_index.json").read_text())
+    index["scheduler"][1] = scheduler["_class_name"]
+    (tmp_path / "run" / "model_index.json").write_text(json.dumps(index))
+    sys.modules.pop("own_paths")
+    words = ["eval", tmp_path / "run", "--num-images", 20, "--num-inference-steps", 2, "--guidance-scale", 1]
+    assert "jaxldm --import own_paths" in complaint(capsys, *words)
+    assert run(capsys, "--import", "own_paths", *words)[0] == 0
+    sys.modules.pop("own_paths")
 
 
 def test_info_of_a_run_tells_its_stages_and_steps(capsys, trained):
@@ -97,7 +135,9 @@ def test_a_wrong_option_of_eval(capsys, trained, tmp_path, words, expected):
         (["smoke", "--dataset", "mnist5"], "mnist5k"),
         (["smoke", "--epochs", 0], "epochs"),
         (["smoke", "--batch-size", 10**6], "batch_size"),
-        (["smoke", "--learning-rate", "nan"], "learning_rate"),
+        (["smoke", "--learning-rate", "nan"], "--learning-rate must be finite"),
+        (["smoke", "--epochs", 10**9], "more than the 2147483647"),
+        (["smoke", "--dataset", "huggingface:a/b"], "TFDS"),
         (["smoke", "--seed", 2**32], "seed"),
         (["smoke", "--devices", 9], "devices must be between 1 and 8"),
     ],

@@ -11,7 +11,6 @@ solver and a grid of its own.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -158,7 +157,7 @@ def check_guidance_scale(pipe: Pipeline, guidance_scale: float | None) -> float:
     """The scale, or the default for None. Raises `InvalidArgumentError` unless finite and 0 or more."""
     if guidance_scale is None:
         return pipe.default_guidance_scale
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+    if not 0 <= guidance_scale <= float(np.finfo(np.float32).max):
         raise InvalidArgumentError(
             f"guidance_scale must be a finite number of 0 or more, not {guidance_scale}: "
             "1 is the model as trained, 3 is a good start"

@@ -1,0 +1,39 @@
+"""Commands that are suggested to people: they work as they are printed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jaxldm.commands import IMPORTED
+
+
+def command(*words: Any) -> str:
+    """`jaxldm WORDS` as a shell takes it, with the `--import`s of this process.
+
+    >>> command("sample", "my runs/a")
+    "jaxldm sample 'my runs/a'"
+    """
+    imports = [word for module in IMPORTED.get() for word in ("--import", module)]
+    return shlex.join(["jaxldm", *imports, *map(str, words)])
+
+
+def sample_classes(folder: Path | str, num_classes: int | None) -> str:
+    """The command to sample from a model of classes, or of none."""
+    labels = [] if num_classes is None else ["--class-labels", 0] + ([1] if num_classes > 1 else [])
+    return command("sample", folder, *labels, "--num-images", 16, "--output-dir", "samples")
+
+
+def sample_texts(folder: Path | str) -> str:
+    """The command to sample from a text-to-image model."""
+    return command("sample", folder, "--prompt", "a cat in the snow", "--output-dir", "samples")
+
+
+def sample(folder: Path | str, pipe: Any) -> str | None:
+    """The command to sample from a pipeline that lies in `folder`; None for one stage of several."""
+    from jaxldm import pipelines
+
+    if pipelines.kind_of(folder) != "text-to-image":
+        return sample_classes(folder, pipe.num_classes)
+    return sample_texts(folder) if pipe.family.draws_images else None
