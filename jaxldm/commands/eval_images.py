@@ -38,7 +38,17 @@ INCEPTION_FILES = (
 def is_asked(options: Any) -> bool:
     """Whether the options are those of this kind of evaluation, and not of a run by its own classifier."""
     names = ("real", "metrics", "inception", "dinov2", "clip", "lpips", "json")
-    return any(getattr(options, name) for name in names)
+    return any(getattr(options, name) for name in names) or holds_images(Path(options.folder))
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a path is an .npz file, or a folder with pictures that is no run and no exported model."""
+    from jaxldm.metrics.image_sets import SUFFIXES
+
+    if not path.is_dir():
+        return path.suffix == ".npz"
+    names = [child.name.lower() for child in path.iterdir()]
+    return any(name.endswith(SUFFIXES) for name in names) and not any(n.endswith(".json") for n in names)
 
 
 def evaluate_images(options: Any) -> None:
@@ -170,12 +180,13 @@ def image_encoder(name: str, folder: str | None) -> tuple[FeatureNetwork, dict[s
             f"{published}, in the layout of transformers"
         )
     module, params = checkpoints.load(folder)
+    apply: Any = module.apply
     files = [*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json"]
     sha256 = checkpoints.hash_of_files(files)
     if name == "dinov2" and isinstance(module, models.Dinov2Model):
 
         def encode(params: Any, x: Any) -> Any:
-            return module.apply({"params": params}, x).pooled
+            return apply({"params": params}, x).pooled
 
         prepare = models.dinov2_pixel_values
     elif name == "clip" and isinstance(module, models.CLIPModel | models.CLIPVisionModelWithProjection):
@@ -184,7 +195,7 @@ def image_encoder(name: str, folder: str | None) -> tuple[FeatureNetwork, dict[s
 
         def encode(params: Any, x: Any) -> Any:
             method = {"method": "encode_image"} if whole else {}
-            return module.apply({"params": params}, x, **method).image_embeds
+            return apply({"params": params}, x, **method).image_embeds
 
         def prepare(images: Any) -> Any:
             return models.clip_pixel_values(images, size)

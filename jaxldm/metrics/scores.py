@@ -83,7 +83,7 @@ def inception_score_of_splits(
     scores = []
     for part in range(splits):
         rows = logits[order[part * number // splits : (part + 1) * number // splits]].astype(np.float64)
-        log_p = rows - scipy.special.logsumexp(rows, axis=1, keepdims=True)
+        log_p = scipy.special.log_softmax(rows, axis=1)
         p = np.exp(log_p)
         scores.append(np.exp((p * (log_p - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
     return SplitScore(float(np.mean(scores)), float(np.std(scores)))

@@ -50,7 +50,8 @@ class Dinov2Config(TransformersConfig):
     dtype: str = "float32"
 
     model_type: ClassVar[str] = "dinov2"
-    fixed: ClassVar = TransformersConfig.fixed | {
+    fixed: ClassVar = {
+        **TransformersConfig.fixed,
         "use_swiglu_ffn": False,  # of the giant alone
         "use_mask_token": True,
     }
@@ -79,7 +80,8 @@ class _Positions(nn.Module):
         token = parameter(self, "cls_token", init, (1, 1, width)).astype(patches.dtype)
         parameter(self, "mask_token", zeros, (1, width))  # of the training
         table = parameter(self, "position_embeddings", init, (1, side * side + 1, width))
-        new = tuple(length // config.patch_size for length in pixel_values.shape[1:3])
+        height, width_in_pixels = pixel_values.shape[1:3]
+        new = (height // config.patch_size, width_in_pixels // config.patch_size)
         table = table if new == (side, side) else _resized_positions(table, side, new)
         token = jnp.broadcast_to(token, (patches.shape[0], 1, width))
         return jnp.concatenate([token, patches], axis=1) + table.astype(patches.dtype)

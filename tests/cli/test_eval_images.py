@@ -2,12 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from command_lines import complaint, run
 from PIL import Image
 
-from jaxldm import metrics
+from jaxldm import checkpoints, metrics, models
 from jaxldm.commands import eval_images
 from jaxldm.metrics.extraction import FeatureNetwork
 
@@ -103,6 +104,7 @@ def test_an_npz_file_of_images_and_one_of_statistics(capsys, folders, tmp_path):
     ("words", "expected"),
     [
         (["--metrics", "fid"], "add --real"),
+        ([], "add --real"),
         (["--metrics", "fdi", "--real", "{real}"], "did you mean 'fid'?"),
         (["--resize", "tf2", "--real", "{real}"], "resize variant"),
         (["--real", "{real}/absent"], "there are no images"),
@@ -134,3 +136,26 @@ def test_without_weights_the_line_says_which_file_to_get(capsys, folders, monkey
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     line = complaint(capsys, *words, "--inception", tmp_path / "weights.pth")
     assert "unknown form" in line
+
+
+def test_image_encoders_come_from_folders(capsys, folders, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setenv(eval_images.FEATURE_CACHE, "off")
+    (drawn, x), (real, y) = folders
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+    vision = models.CLIPVisionConfig(image_size=28, intermediate_size=16, projection_dim=6, **sizes)
+    for name, config in (("dinov2", models.Dinov2Config(image_size=28, **sizes)), ("clip", vision)):
+        module = models.from_config(config)
+        checkpoints.save(tmp_path / name, module, models.init(module, jax.random.key(0)))
+    names = ["--metrics", "fd-dinov2", "cmmd", "--dinov2", tmp_path / "dinov2", "--clip", tmp_path / "clip"]
+    words = ["eval", drawn, "--real", real, *names, "--json", tmp_path / "o.json"]
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    report = json.loads((tmp_path / "o.json").read_text())
+    module, params = checkpoints.load(tmp_path / "clip")
+    a, b = (module.apply({"params": params}, models.clip_pixel_values(z, 28)).image_embeds for z in (x, y))
+    np.testing.assert_allclose(report["metrics"]["cmmd"]["cmmd"], metrics.clip_mmd(a, b), rtol=1e-3)
+    assert report["metrics"]["fd-dinov2"]["fd-dinov2"] > 0
+    assert len({entry["sha256"] for entry in report["weights"].values()}) == 2
+    line = complaint(capsys, *words[:4], "--metrics", "cmmd", "--clip", tmp_path / "dinov2")
+    assert "holds a Dinov2Model" in line
