@@ -7,13 +7,17 @@ is imported here, so that `--help` is fast.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import importlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxldm import __version__
 from jaxldm.commands import COMMANDS, IMPORTED, load_command
@@ -52,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupted with Ctrl-C.
     """
     own_process, words = argv is None, []
+    if own_process:
+        sys.unraisablehook = repeat_interrupt
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as by nohup
+            signal.signal(signal.SIGINT, on_interrupt)
     try:
         words = list(sys.argv[1:] if own_process else argv)
         check_text(words)
@@ -103,15 +111,34 @@ def prepare_process() -> None:
     print_warnings_as_lines()
 
 
+def on_interrupt(number: int, frame: Any) -> None:
+    """Raises `KeyboardInterrupt`; while a module is imported, which may be C that it would crash, ends."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            interrupted(own_process=True, training=sys.argv[1:2] == ["train"])
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def repeat_interrupt(unraisable: Any, later: float = 0.05) -> None:
+    """A hook of Python for exceptions in callbacks of the garbage collector, where Ctrl-C would be lost."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(later, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def interrupted(own_process: bool, training: bool = False) -> int:
     """Prints one line on stderr and returns, or in its own process ends with, exit code 130."""
     resume = "; the same command with --resume continues from the last checkpoint"
-    print(f"\njaxldm: interrupted{resume if training else ''}", file=sys.stderr)
+    stderr = sys.__stderr__ if own_process else sys.stderr  # the parser's is redirected
+    print(f"\njaxldm: interrupted{resume if training else ''}", file=stderr)
     if own_process:
         # A running computation cannot be stopped, and would call back into an interpreter that has ended.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, AttributeError):
+            stderr.flush()
         os._exit(130)
     return 130
 

@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import warnings
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -130,6 +132,39 @@ def test_ctrl_c_ends_with_130_and_a_word_on_resume(capsys, monkeypatch):
     monkeypatch.setattr(sample.Sample, "run", interrupted)
     code, _, err = run(capsys, "sample", "RUN")
     assert code == 130 and "--resume" not in err and err.count("\n") == 2
+
+
+def test_ctrl_c_during_an_import_ends_the_process_at_once():
+    code = """
+import signal, sys
+from jaxldm import cli
+signal.signal(signal.SIGINT, cli.on_interrupt)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    import interrupted_module
+"""
+    module = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    finder = f"""
+import importlib.util, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == "interrupted_module" else None
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        exec({module!r}, module.__dict__)
+sys.meta_path.insert(0, Finder())
+"""
+    done = subprocess.run([sys.executable, "-c", finder + code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\njaxldm: interrupted\n")
+
+
+def test_ctrl_c_inside_the_garbage_collector_is_not_lost():
+    unraisable = SimpleNamespace(exc_value=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        cli.repeat_interrupt(unraisable, later=0)
+        time.sleep(5)
 
 
 def test_ctrl_c_in_a_callback_or_before_the_command_ends_with_130(capsys, monkeypatch):
