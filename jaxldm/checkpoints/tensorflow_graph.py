@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxldm.errors import CheckpointError
-from jaxldm.reading import check_regular
+from jaxldm.reading import check_regular, reading
 
 _DTYPES = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 3: np.dtype("<i4"), 9: np.dtype("<i8")}
 
 
-class _Damage(Exception):
+class _Damage(ValueError):
     """What is wrong with the bytes."""
 
 
@@ -32,14 +32,11 @@ def read_tensorflow_graph(path: Path | str) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     check_regular(path, "weight file")
-    content = memoryview(path.read_bytes())
     try:
-        constants = dict(_constants(content))
-    except (_Damage, ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} ({len(content)} bytes) is damaged, or no frozen TensorFlow graph ({error}): copy or "
-            "download it again"
-        ) from error
+        with reading(path):
+            constants = dict(_constants(memoryview(path.read_bytes())))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: it is damaged, or no frozen TensorFlow graph") from error
     if not constants:
         raise CheckpointError(
             f"{path} has no constants: it is not a frozen TensorFlow graph with its weights"

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,15 +28,13 @@ import ml_dtypes
 import numpy as np
 
 from jaxldm.errors import CheckpointError
-from jaxldm.reading import check_regular
+from jaxldm.reading import check_regular, reading, shown
 
 STREAM_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
 _LARGEST_PICKLE = 2**26  # bytes of the pickle in a zip: names and shapes, no numbers
 _MOST_TENSORS, _DEEPEST = 10_000, 40
-_DAMAGE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, TypeError, KeyError, IndexError,
-    AttributeError, UnicodeDecodeError, RecursionError, OverflowError, NotImplementedError,
-)  # fmt: skip
+# Instructions of pickles that no file of arrays has.
+_UNKNOWN_OPCODES = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "INST", "OBJ"}
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"), "DoubleStorage": np.dtype("<f8"), "HalfStorage": np.dtype("<f2"),
@@ -54,23 +54,20 @@ def read_torch_file(path: Path | str) -> dict[str, np.ndarray]:
     path = Path(path)
     check_regular(path, "weight file")
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             start = file.read(len(STREAM_START))
             file.seek(0)
             if start.startswith(b"PK"):
                 return _read_zip(file)
             return _read_stream(file) if start == STREAM_START else _read_pickle(file)
-    except _Refused as error:
-        raise CheckpointError(
-            f"{path} is not read: its pickle asks for {error}, which arrays do not need and which may run a "
-            "program. Take the file from its own project, or a .safetensors file of the same weights"
-        ) from error
-    except _DAMAGE as error:
-        words = " ".join(str(error).split())[:120] or type(error).__name__
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is damaged, or no file of weights ({words}): copy or "
-            "download it again"
-        ) from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, _Refused):
+            raise CheckpointError(
+                f"{path} is not read: its pickle asks for {error.__cause__}, which arrays do not need and "
+                "which may run a program. Take the file from its own project, or a .safetensors file of the "
+                "same weights"
+            ) from error
+        raise CheckpointError(f"{error}: it is damaged, or no file of weights") from error
 
 
 class _Refused(Exception):
@@ -207,7 +204,7 @@ class _Unpickler(pickle.Unpickler):
             return BUILDERS[name]
         if name.startswith("__torch__."):
             return _Module
-        raise _Refused(name[:80])
+        raise _Refused(shown(name))
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid[:5]
@@ -216,6 +213,21 @@ class _Unpickler(pickle.Unpickler):
         if len(pid) > 5 and pid[5] is not None:
             raise ValueError("a storage that is a view of another")
         return _Storage(str(key), dtype, size)
+
+
+def _load(file: IO[bytes]) -> Any:
+    """What one pickle builds, after a look at its instructions.
+
+    A number of a few digits in a pickle can make the unpickler fill the memory with an empty table.
+    """
+    start = file.tell()
+    for opcode, value, _ in pickletools.genops(file):
+        if opcode.name in _UNKNOWN_OPCODES:
+            raise ValueError(f"the instruction {opcode.name} in its pickle")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value) > 100 * _MOST_TENSORS:
+            raise ValueError("a table of unusual size in its pickle")
+    file.seek(start)
+    return _Unpickler(file).load()
 
 
 def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
@@ -228,8 +240,7 @@ def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
             raise ValueError("a data.pkl of unusual size")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("numbers with the high byte first")
-        with archive.open(names[0]) as content:
-            tree = _Unpickler(content).load()
+        tree = _load(io.BytesIO(archive.read(names[0])))
 
         def numbers(storage: _Storage) -> np.ndarray:
             entry = archive.getinfo(f"{folder}data/{storage.key}")
@@ -243,14 +254,12 @@ def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
 
 
 def _read_stream(file: IO[bytes]) -> dict[str, np.ndarray]:
-    _Unpickler(file).load()  # the magic number
-    _Unpickler(file).load()  # the version of the protocol
-    system = _Unpickler(file).load()
+    _load(file)  # the magic number
+    _load(file)  # the version of the protocol
+    system = _load(file)
     if not (isinstance(system, dict) and system.get("little_endian", False)):
         raise ValueError("numbers with the high byte first")
-    reader = _Unpickler(file)
-    tree = reader.load()
-    keys = _Unpickler(file).load()
+    tree, keys = _load(file), _load(file)
     wanted: dict[str, _Storage] = {}
     _collect(tree, lambda tensor: wanted.setdefault(tensor.storage.key, tensor.storage))
     stored = {}
@@ -267,7 +276,7 @@ def _read_pickle(file: IO[bytes]) -> dict[str, np.ndarray]:
     def no_storage(storage: _Storage) -> np.ndarray:
         raise ValueError("a tensor without storage")
 
-    return _arrays(_Unpickler(file).load(), no_storage)
+    return _arrays(_load(file), no_storage)
 
 
 def _arrays(tree: Any, numbers: Callable[[_Storage], np.ndarray]) -> dict[str, np.ndarray]:

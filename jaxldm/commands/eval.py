@@ -106,16 +106,16 @@ class Eval:
 
     def run(self) -> None:
         """Checks the options, then samples and evaluates at each scale, prints and saves."""
+        from jaxldm import metrics, pipelines, training
+
+        check_seed(self.seed)
+        check_solver(self.solver)
+        first_devices(self.devices)
         if eval_images.is_asked(self):
             eval_images.evaluate_images(self)
             return
-        from jaxldm import metrics, pipelines, training
-
         out = Path(self.output_dir or Path(self.folder) / "eval")
-        check_seed(self.seed)
         pipelines.check_output_folder(out)
-        check_solver(self.solver)
-        first_devices(self.devices)
         classify = load_classifier(self.folder)
         pipe, recipe = pipelines.load(self.folder), training.read_recipe(self.folder)
         scales = [pipe.check_guidance_scale(scale) for scale in self.guidance_scale or default_scales(pipe)]

@@ -59,6 +59,8 @@ def evaluate_images(options: Any) -> None:
     from jaxldm.metrics.resizing import VARIANTS
 
     one_of("resize variant", options.resize, VARIANTS)
+    if options.batch_size < 1:
+        raise InvalidArgumentError(f"batch_size must be 1 or more, got {options.batch_size}")
     metrics = chosen_metrics(options)
     if options.json and Path(options.json).is_dir():
         raise InvalidArgumentError(f"--json {options.json} is a folder: give the name of a file, OUT.json")
@@ -85,7 +87,7 @@ def evaluate_images(options: Any) -> None:
     report = {
         "images": images.name,
         "num_images": images.count,
-        "real": str(options.real) if options.real else None,
+        "real": real.name if real is not None else options.real,
         "num_real": real.count if real is not None else None,
         "resize": options.resize,
         "weights": files,

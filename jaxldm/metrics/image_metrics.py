@@ -17,6 +17,7 @@ from jaxldm.metrics.manifolds import manifold_overlap
 from jaxldm.metrics.moments import fit_gaussian_by_blocks
 from jaxldm.metrics.scores import inception_score_of_splits
 from jaxldm.metrics.sliced import sliced_wasserstein
+from jaxldm.reading import reading
 
 Figures = dict[str, float]
 KID_SUBSET = 1000
@@ -118,18 +119,15 @@ def read_statistics(path: Path | str) -> dict[str, Gaussian] | None:
     path = Path(path)
     if path.suffix != ".npz" or not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "mu" not in file.files or "sigma" not in file.files or "arr_0" in file.files:
-                return None
-            pairs = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-            found = {
-                layer: Gaussian(np.asarray(file[mean], np.float64), np.asarray(file[covariance], np.float64))
-                for layer, (mean, covariance) in pairs.items()
-                if mean in file.files and covariance in file.files
-            }
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged, or no .npz file: {error}") from error
+    with reading(path, DataError), np.load(path, allow_pickle=False) as file:
+        if "mu" not in file.files or "sigma" not in file.files or "arr_0" in file.files:
+            return None
+        pairs = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+        found = {
+            layer: Gaussian(np.asarray(file[mean], np.float64), np.asarray(file[covariance], np.float64))
+            for layer, (mean, covariance) in pairs.items()
+            if mean in file.files and covariance in file.files
+        }
     for layer, width in (("pool", 2048), ("spatial", 2023)):
         shapes = [part.shape for part in found.get(layer, ())]
         if shapes and shapes != [(width,), (width, width)]:

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from jaxldm.data.images import to_uint8
 from jaxldm.data.pictures import open_picture, rgb_of
 from jaxldm.errors import DataError
+from jaxldm.reading import reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _GREY_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "I;16N", "LA")
@@ -126,13 +127,11 @@ def _picture(file: Path) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
 
 def _npz(path: Path) -> ImageSet:
     """The only array of images in the file, read as a stream."""
-    try:
+    with reading(path, DataError):
         with zipfile.ZipFile(path) as archive:
             heads = {name: _header(archive, name) for name in archive.namelist() if name.endswith(".npy")}
         with path.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, NotImplementedError) as error:
-        raise DataError(f"{path} is damaged, or no .npz file: {error}") from error
     found = {name: head for name, head in heads.items() if len(head[0]) == 4}
     if len(found) != 1:
         arrays = ", ".join(f"{name.removesuffix('.npy')} {list(head[0])}" for name, head in heads.items())
@@ -148,7 +147,8 @@ def _npz(path: Path) -> ImageSet:
             image = int(np.prod(shape[1:]))
             for start in range(0, shape[0], size):
                 number = min(size, shape[0] - start)
-                numbers = content.read(number * image)
+                with reading(path, DataError):
+                    numbers = content.read(number * image)
                 if len(numbers) != number * image:
                     raise DataError(f"{path} is cut off: copy or download it again")
                 yield _rgb(np.frombuffer(numbers, np.uint8).reshape(number, *shape[1:]))

@@ -171,6 +171,7 @@ def nested(depth):
         torch_zip(pickle.dumps(3)),
         pickle.dumps({"a": "text"}),
         pickle.dumps(np.array([{}, None], object)),
+        b"\x80\x04}r\xff\xff\xff\x7f.",  # a table of 2^31 entries, of ten bytes
         nested(35),
         nested(60),
         struct.pack("<Q", 12) + b"{",

@@ -12,6 +12,8 @@ from command_lines import complaint, run
 
 from jaxldm import cli, schedulers, training
 from jaxldm import diffusion as D
+from jaxldm.commands import eval_images
+from jaxldm.metrics import FeatureNetwork
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
 
@@ -101,6 +103,30 @@ def test_eval_measures_at_each_scale_with_the_real_figures_beside(capsys, traine
         assert f"{report['frechet_distance']:.3f}" in out and f"{report['classifier_accuracy']:.1%}" in out
         assert (trained / "eval" / f"grid-w{scale}.png").exists()
     assert (trained / "eval" / "metrics.md").read_text() in out
+
+
+def test_published_metrics_of_a_run_and_of_its_real_images(capsys, trained, tmp_path, monkeypatch):
+    """The run draws, and as --real it is its test images; the network is every 97th number of an image."""
+
+    def features(params, x):
+        return {"pool": x.reshape(x.shape[0], -1)[:, ::97]}
+
+    def prepare(images):
+        return images.astype(np.float32)
+
+    network = FeatureNetwork("inception", "tf1", "a" * 64, ("pool",), prepare, features, 0.0)
+    files = {"inception": {"file": "x", "sha256": "a" * 64}}
+    monkeypatch.setattr(eval_images, "load_networks", lambda *_: ({"inception": network}, None, files))
+    monkeypatch.setenv(eval_images.FEATURE_CACHE, str(tmp_path))
+    words = ["--metrics", "fid", "--num-images", 4, "--num-inference-steps", 2, "--json", tmp_path / "o.json"]
+    code, out, err = run(capsys, "eval", trained, "--real", trained, *words)
+    assert code == 0, err
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["images"] == f"{trained} (w = 1)" and report["num_images"] == 4
+    assert report["real"].endswith("(test)") and report["num_real"] > 50
+    assert report["metrics"]["fid"]["fid"] > 0 and "fid" in out
+    two_scales = complaint(capsys, "eval", trained, "--real", trained, "--guidance-scale", 1, 3, *words)
+    assert "one guidance scale" in two_scales
 
 
 def test_eval_with_noise_levels_and_quiet(capsys, trained, tmp_path):

@@ -81,7 +81,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
     for name, message in {
         "empty": "has no pictures",
         "text.txt": "neither a folder",
-        "bad.npz": "damaged",
+        "bad.npz": "cannot be read",
         "two.npz": "one array of images",
         "float.npz": "uint8",
         "none.npz": "at least one",
