@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from jaxldm import pipelines
 from jaxldm.data.pictures import mask_of, open_picture, resize_mask, rgb_of, shrink_masks
 from jaxldm.errors import DataError
 
@@ -155,3 +156,18 @@ def test_masks_of_latents_keep_single_pixels():
     masks = np.zeros((1, 8, 16, 1), np.float32)
     masks[0, 3, 9] = 1
     np.testing.assert_array_equal(shrink_masks(masks, 8)[0, ..., 0], [[0, 1]])
+
+
+def test_pipelines_take_pictures_of_any_mode_and_masks_of_any_range():
+    grey, rgb = Image.fromarray(GREY), Image.fromarray(RGB)
+    images = pipelines.as_images([grey, rgb, RGB, rgb_of(rgb)])
+    assert images.shape == (4, 6, 4, 3)
+    for image, expected in zip(images, (np.repeat(GREY[..., None], 3, -1), RGB, RGB, RGB), strict=True):
+        np.testing.assert_array_equal(levels(image), expected)
+    for masks in (LEFT, LEFT[..., None], LEFT[None], LEFT[None, ..., None], [MASKS["palette"], LEFT]):
+        read = pipelines.as_masks(masks, (6, 4))
+        assert read.dtype == np.float32 and read.shape[1:] == (6, 4, 1)
+        assert all((mask[..., 0] == LEFT).all() for mask in read)
+    for wrong in (LEFT.T, [LEFT, LEFT.T], []):
+        with pytest.raises(DataError):
+            pipelines.as_masks(wrong, (6, 4))
