@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as by nohup
             signal.signal(signal.SIGINT, on_interrupt)
     try:
-        words = list(sys.argv[1:] if own_process else argv)
+        words = list(sys.argv[1:] if argv is None else argv)
         check_text(words)
         modules, words = split_imports(words)
         if modules and own_process:  # a module may start JAX, which fixes its devices
@@ -137,7 +137,7 @@ def interrupted(own_process: bool, training: bool = False) -> int:
         # A running computation cannot be stopped, and would call back into an interpreter that has ended.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        with contextlib.suppress(OSError, AttributeError):
+        if stderr is not None:
             stderr.flush()
         os._exit(130)
     return 130

@@ -80,7 +80,7 @@ def rgb_of(
     """
     from PIL import Image
 
-    picture, shape = upright(picture), None if size is None else size[::-1]
+    picture, shape = upright(picture), None if size is None else (size[1], size[0])
     if picture.has_transparency_data and picture.mode != "La":
         with_alpha = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -145,7 +145,7 @@ def _grey_levels(mask: Image, name: str) -> np.ndarray:
         return np.asarray(mask.convert("L"))
     several = np.unique(colours.reshape(-1, 3), axis=0)
     if len(several) == 2 and not several[0].any():  # black and one colour, as label files have it
-        return colours.any(axis=-1)
+        return np.any(colours > 0, axis=-1, keepdims=True)[..., 0]
     raise DataError(f"{name} has colours: {SAVE_MASK}")
 
 
