@@ -14,7 +14,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from jaxldm.errors import CheckpointError, JaxldmError
@@ -41,6 +41,16 @@ class Bounds(NamedTuple):
         if math.isinf(self.high):
             return "" if math.isinf(self.low) else f" of {self.low:g} or more"
         return f" up to {self.high:g}" if math.isinf(self.low) else f" from {self.low:g} to {self.high:g}"
+
+
+class Read(NamedTuple):
+    """How a value is made where no annotation says it: `Annotated[D.Prediction, Read(function)]`.
+
+    Attributes:
+        function: (the entry, its place for messages) -> the value; raises `CheckpointError`.
+    """
+
+    function: Callable[[Any, str], Any]
 
 
 class _WrongValue(Exception):
@@ -115,6 +125,14 @@ def unknown_key(place: str, key: Any, known: Iterable[str]) -> str:
     return f"{place} has an unknown key {shown(key)}; {hint}"
 
 
+def known_names(given: Any, known: Iterable[str]) -> str:
+    """ "known: ..." with at most a line of names, and the closest to the given one, for a message."""
+    known = list(known)
+    near = difflib.get_close_matches(str(given)[:100], known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"known: {shortened(', '.join(known), 200)}{hint}"
+
+
 @functools.cache
 def field_types(kind: type) -> Mapping[str, Any]:
     """The annotation of each field of a dataclass."""
@@ -127,7 +145,8 @@ def _convert(value: Any, kind: Any, place: str) -> Any:
     if kind is Any:
         return value
     if origin is typing.Annotated:
-        return _bounded(value, kind, args, place)
+        reader = next((note for note in args[1:] if isinstance(note, Read)), None)
+        return _bounded(value, kind, args, place) if reader is None else reader.function(value, place)
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, kind, args, place)
     if origin is typing.Literal:

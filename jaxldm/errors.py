@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 MAX_CHOICES = 40  # a longer list is shown in part
+MAX_GIVEN = 80  # characters of what was given, in a message
 
 
 class JaxldmError(Exception):
@@ -20,14 +21,15 @@ class UnknownNameError(JaxldmError, KeyError):
     """There is no solver, preset, dataset, spacing, ... of that name."""
 
     def __init__(self, kind: str, given: object, choices: Iterable[str]):
-        choices = list(choices)
-        near = difflib.get_close_matches(str(given), choices, n=1)
+        choices, text, shown = list(choices), str(given)[:MAX_GIVEN], repr(given)
+        shown = shown if len(shown) <= MAX_GIVEN else f"{shown[: MAX_GIVEN - 4]} ..."
+        near = difflib.get_close_matches(text, choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(choices)
         if len(choices) > MAX_CHOICES:
-            similar = difflib.get_close_matches(str(given), choices, n=8, cutoff=0.3)
+            similar = difflib.get_close_matches(text, choices, n=8, cutoff=0.3)
             listed = f"{len(choices)} names, such as {', '.join(similar or choices[:8])}"
-        super().__init__(f"unknown {kind} {given!r}: choose one of {listed}{hint}")
+        super().__init__(f"unknown {kind} {shown}: choose one of {listed}{hint}")
 
     def __str__(self) -> str:  # KeyError would print the repr, quotes included
         return str(self.args[0])

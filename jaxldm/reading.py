@@ -17,7 +17,7 @@ from typing import Any
 from jaxldm.errors import CheckpointError, JaxldmError
 
 MAX_JSON_BYTES = 32 * 2**20  # the largest published ones, vocabularies and indices of shards, have a few
-MAX_MESSAGE = 390  # characters of an error's line
+MAX_MESSAGE = 360  # characters of an error's line, without the path
 _MAX_DIGITS = 100  # of a whole number in JSON
 
 
@@ -39,11 +39,13 @@ def reading(what: Path | str, kind: type[JaxldmError] = CheckpointError) -> Iter
     try:
         yield
     except kind as error:
-        text = str(error)
-        if str(what) in text and len(text) <= max(MAX_MESSAGE, len(str(what)) + 200) and "\n" not in text:
+        text, longest = str(error), MAX_MESSAGE + len(str(what))
+        if str(what) not in text:
+            raise kind(named(what, text)) from error
+        if len(text) <= longest and "\n" not in text:
             raise
-        raise kind(text if str(what) in text else named(what, text)) from error
-    except JaxldmError:
+        raise kind(shortened(text, longest)) from error
+    except (JaxldmError, NameError, ImportError):  # of the call or of the program, and of no file
         raise
     except Exception as error:
         raise kind(named(what, f"it cannot be read: {reason(error)}")) from error
@@ -55,7 +57,7 @@ def reading(what: Path | str, kind: type[JaxldmError] = CheckpointError) -> Iter
 
 def named(what: Path | str, text: str) -> str:
     """ "FILE: text" in one line, the text cut to what a message may have."""
-    return f"{what}: {shortened(text, max(200, MAX_MESSAGE - len(str(what))))}"
+    return f"{what}: {shortened(text, MAX_MESSAGE)}"
 
 
 def shortened(text: str, length: int) -> str:

@@ -88,7 +88,7 @@ def test_errors_of_others_become_one_line_with_the_name():
     for error in errors:
         with pytest.raises(CheckpointError, match="a file: it cannot be read") as caught, reading("a file"):
             raise error
-        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 410 and "\n" not in str(caught.value)
         assert caught.value.__cause__ is error
 
 
@@ -99,8 +99,9 @@ def test_own_errors_keep_their_kind_and_get_the_name_once():
         raise CheckpointError("a file is too small")
     with pytest.raises(InvalidArgumentError, match=r"^scale$"), reading("a file"):
         raise InvalidArgumentError("scale")
-    with pytest.raises(KeyboardInterrupt), reading("a file"):
-        raise KeyboardInterrupt
+    for other in (KeyboardInterrupt, NameError, ImportError):  # no fault of a file
+        with pytest.raises(other), reading("a file"):
+            raise other
 
 
 def test_values_are_shown_in_part():

@@ -1,6 +1,6 @@
 """Weights on disk: folders in the layout of diffusers, original single files, LoRA files and tokenizers."""
 
-from jaxldm.checkpoints.folder import load, read_config, save
+from jaxldm.checkpoints.folder import load, module_in, read_config, save
 from jaxldm.checkpoints.inception_weights import LoadedNetwork, hash_of_files, load_inception, read_weights
 from jaxldm.checkpoints.lora import load_lora, merge_lora
 from jaxldm.checkpoints.lpips_weights import load_lpips
@@ -33,6 +33,7 @@ __all__ = [
     "load_single_file",
     "load_tokenizer",
     "merge_lora",
+    "module_in",
     "published",
     "read_config",
     "read_model_index",

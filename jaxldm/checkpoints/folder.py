@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +14,23 @@ import numpy as np
 
 from jaxldm import models
 from jaxldm.checkpoints.names import Placement, from_state_dict, published
-from jaxldm.checkpoints.safetensors_file import StoredTensor
+from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
+    find_weights,
     is_plain_weights,
+    open_found,
     open_weights,
     weight_contents,
 )
 from jaxldm.errors import CheckpointError
 from jaxldm.files import finish_interrupted, write_together
-from jaxldm.reading import read_json
+from jaxldm.models.config import ModelConfig, check_size
+from jaxldm.reading import named, read_json, reading
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # of a model in the layout of diffusers
+WITHOUT_WEIGHTS = (2000, 2**23)  # tensors and numbers that a config alone may claim, for `check_size`
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -97,18 +102,41 @@ def load_as(
     """`load` with these entries instead of those of the folder's config.json."""
     if dtype is not None:
         models.compute_dtype(dtype)
-    try:
+    with reading(folder):
         config = models.config_from_dict(entries)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    module = models.from_config(config if dtype is None else dataclasses.replace(config, dtype=dtype))
+    config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
     finish_interrupted(folder)
     weights, stored = open_weights(folder, _STEMS[config.library], variant)
+    with reading(weights):
+        check_stored(config, stored)
+        module = models.from_config(config)
+        state, shapes = _without_untrained(stored, module), models.shapes(module)
     try:
-        state = _without_untrained(stored, module)
-        return module, from_state_dict(state, models.shapes(module), dtype=dtype, sharding=sharding)
+        return module, from_state_dict(state, shapes, dtype=dtype, sharding=sharding)
     except CheckpointError as error:
-        raise CheckpointError(f"{weights}: {error}") from error
+        raise CheckpointError(named(weights, str(error))) from error
+
+
+def module_in(folder: Path | str) -> nn.Module:
+    """The network of a model folder by its config alone; of its weights, if there, only the names are read.
+
+    Raises:
+        CheckpointError: no config.json, or one that does not describe a network or not that of the weights.
+    """
+    folder = Path(folder)
+    with reading(folder):
+        config = models.config_from_dict(read_config(folder))
+        weights = find_weights(folder, _STEMS[config.library])
+        if weights is None:
+            check_size(config, *WITHOUT_WEIGHTS)
+        else:
+            check_stored(config, open_found(weights))
+        return models.from_config(config)
+
+
+def check_stored(config: ModelConfig, stored: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` where a config describes far more than these tensors; see `check_size`."""
+    check_size(config, len(stored), sum(math.prod(tensor.shape) for tensor in stored.values()))
 
 
 def read_config(folder: Path | str) -> dict:
@@ -121,7 +149,7 @@ def read_config(folder: Path | str) -> dict:
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no model folder {path.parent}")
     finish_interrupted(path.parent)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"{path.parent} has no {CONFIG_FILE}: it is not a model folder, or saving was interrupted"
         )

@@ -19,7 +19,6 @@ they differ within a file, by the most common one, so that its fused weights dif
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,13 +30,14 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, placed, published
+from jaxldm.checkpoints.names import ENCODER_PREFIXES, MAX_LISTED, PublishedTensor, placed, published
 from jaxldm.checkpoints.original.layout import place_of
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
+from jaxldm.entries import checked_entries
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
-from jaxldm.reading import read_json
+from jaxldm.reading import parse_json, read_json, reading, shown
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 # What kohya's names begin with, for each component.
@@ -120,7 +120,7 @@ def load_lora(path: Path | str) -> Lora:
 
     Raises:
         CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that do
-            not belong to a plain LoRA (DoRA, LoHa, LoKr) or have no counterpart, all named.
+            not belong to a plain LoRA (DoRA, LoHa, LoKr) or have no counterpart: they are named.
 
     >>> from jaxldm import checkpoints                                                   # doctest: +SKIP
     >>> lora = checkpoints.load_lora("pixel-art.safetensors")                            # doctest: +SKIP
@@ -128,6 +128,12 @@ def load_lora(path: Path | str) -> Lora:
     """
     path = _file(Path(path))
     tensors, metadata = open_safetensors(path)
+    with reading(path):
+        return _read_layers(path, tensors, metadata)
+
+
+def _read_layers(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> Lora:
+    """The layers of a file, by the names of its tensors."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     for name, tensor in tensors.items():
@@ -146,9 +152,10 @@ def load_lora(path: Path | str) -> Lora:
         for tensor in parts.values()
     ]
     if unknown:
+        more = [f"and {len(unknown) - MAX_LISTED} more"] if len(unknown) > MAX_LISTED else []
         raise CheckpointError(
             f"{path} holds tensors that are not of a plain LoRA (matrices down and up, one number alpha): "
-            + "; ".join(unknown)
+            + "; ".join([*unknown[:MAX_LISTED], *more])
         )
     if not modules:
         raise CheckpointError(f"{path} holds no LoRA layers")
@@ -228,16 +235,59 @@ def _component(module: str) -> str:
     return first if first in _KOHYA else "unet"
 
 
+_TYPES = {
+    "lora_alpha": float,
+    "alpha_pattern": Mapping[str, float] | None,
+    "use_rslora": bool | None,
+}
+
+
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of PEFT next to the tensors: alpha, exceptions by module, and what divides it."""
+    """The settings of PEFT next to the tensors: alpha, exceptions by module, and what divides it.
+
+    In the metadata of diffusers each key has its component in front: "unet.lora_alpha".
+    """
     config = path.with_name("adapter_config.json")
-    if path.name == FILE_NAMES[1] and config.is_file():
-        return read_json(config)
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its lora_adapter_metadata is not JSON: {error}") from error
-    return settings if isinstance(settings, dict) else {}
+    if path.name == FILE_NAMES[1] and config.exists():
+        place, settings = str(config), read_json(config)
+    else:
+        place = f"{path}: its lora_adapter_metadata"
+        settings = parse_json(metadata.get("lora_adapter_metadata", "{}"), place)
+    kinds = {key: _TYPES[key.split(".")[-1]] for key in settings if key.split(".")[-1] in _TYPES}
+    settings = checked_entries(settings, kinds, place)
+    for key, patterns in settings.items():
+        if key.split(".")[-1] == "alpha_pattern":
+            for pattern in patterns or {}:
+                _check_pattern(pattern, f"{place}: {key}")
+    return settings
+
+
+def _check_pattern(pattern: str, place: str) -> None:
+    """Refuse a regular expression: matching one of a file's own can take forever."""
+    if set(pattern.removeprefix("^").removesuffix("$")) & set("^$()[]{}|+?\\"):
+        raise CheckpointError(
+            f"{place} has the pattern {shown(pattern)}; only names of modules are read, in which * may stand "
+            "for any characters"
+        )
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern, a name with perhaps some *, names the module or the end of its name after a dot."""
+    whole = pattern.startswith("^")
+    first, *others = pattern.removeprefix("^").removesuffix("$").split("*")
+    if not others:
+        return module == first or (not whole and module.endswith(f".{first}"))
+    starts = [0] if whole else [0, *(place + 1 for place, letter in enumerate(module) if letter == ".")]
+    starts = [start for start in starts if module.startswith(first, start)]
+    if not starts:
+        return False
+    at = starts[0] + len(first)  # the first start leaves the most room for the rest
+    for part in others[:-1]:
+        at = module.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return module.endswith(others[-1]) and len(module) - len(others[-1]) >= at
 
 
 def _layer(
@@ -256,6 +306,10 @@ def _layer(
         alpha = np.asarray(parts["alpha"]).astype(np.float64)
         if alpha.size != 1:
             raise CheckpointError(f"{path}: {parts['alpha'].name} is {alpha.shape}, not one number")
+        if not np.isfinite(alpha).all():
+            raise CheckpointError(
+                f"{path}: {parts['alpha'].name} is {alpha.reshape(())}, which is not finite"
+            )
         return LoraLayer(down, up, mid, float(alpha.reshape(())) / rank, names)
     return LoraLayer(down, up, mid, _multiplier(module, rank, settings), names)
 
@@ -266,7 +320,7 @@ def _multiplier(module: str, rank: int, settings: Mapping[str, Any]) -> float:
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
     own = own or settings
     patterns = own.get("alpha_pattern") or {}
-    fitting = [number for key, number in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
+    fitting = [number for key, number in patterns.items() if matches(key, module)]
     alpha = fitting[0] if fitting else own.get("lora_alpha", rank)
     return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
@@ -323,7 +377,9 @@ def _check(lora: Lora, places: Mapping[str, tuple[str, PublishedTensor]]) -> Non
     if problems:
         others = sorted({_component(name) for name in unmatched} - {part for part, _ in places.values()})
         hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
-        raise CheckpointError(f"{lora.path} does not fit the model: {'; '.join(problems)}{hint}")
+        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        listed = "; ".join([*problems[:MAX_LISTED], *more])
+        raise CheckpointError(f"{lora.path} does not fit the model: {listed}{hint}")
 
 
 def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:

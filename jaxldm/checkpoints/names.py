@@ -68,6 +68,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 # Transformers writes an encoder with one of these in front of every tensor, or without it:
 ENCODER_PREFIXES = ("text_model.", "vision_model.", "bert.", "model.")
 
+MAX_LISTED = 8  # tensors that do not fit, in a message
 _BLOCK = 2**19  # bytes that are converted at a time
 _STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a stack of modules: the blocks of a scan
 
@@ -168,7 +169,8 @@ def from_state_dict(
             the default device. Each device gets only its part of a split parameter.
 
     Raises:
-        CheckpointError: tensors missing, left over or of another shape, each named with both shapes.
+        CheckpointError: tensors missing, left over or of another shape, named with both shapes; of many the
+            first of each kind, and how many more.
         InvalidArgumentError: a parameter cannot be split by its `sharding`.
     """
     wanted = published(template_params)
@@ -177,6 +179,7 @@ def from_state_dict(
         {name: tensor.shape for name, tensor in wanted.items()},
         {name: tuple(tensor.shape) for name, tensor in state.items()},
     )
+    _check_dtypes(wanted, state)
     stored: dict[Path, list[Tensor]] = {}
     for name, tensor in wanted.items():
         stored.setdefault(tensor.path, []).append(state[name])
@@ -277,13 +280,30 @@ def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -
     return renamed
 
 
+def _check_dtypes(wanted: Mapping[str, PublishedTensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse whole or complex numbers in place of floating ones: such weights need a rule of their own."""
+    issubdtype = jax.numpy.issubdtype
+    for name, tensor in wanted.items():
+        kind = np.dtype(given[name].dtype)
+        if issubdtype(tensor.dtype, jax.numpy.floating) and not issubdtype(kind, jax.numpy.floating):
+            raise CheckpointError(
+                f"the weights do not fit the model: {name} is {kind} in the file, floating in the model"
+            )
+
+
 def _check(wanted: Mapping[str, tuple], given: Mapping[str, tuple]) -> None:
-    problems = [f"missing: {name} {wanted[name]}" for name in wanted if name not in given]
-    problems += [f"left over: {name} {given[name]}" for name in given if name not in wanted]
-    problems += [
-        f"another shape: {name} is {given[name]} in the file, {shape} in the model"
-        for name, shape in wanted.items()
-        if name in given and given[name] != shape
-    ]
-    if problems:
-        raise CheckpointError("the weights do not fit the model: " + "; ".join(problems))
+    kinds = (
+        [f"missing: {name} {wanted[name]}" for name in wanted if name not in given],
+        [f"left over: {name} {given[name]}" for name in given if name not in wanted],
+        [
+            f"another shape: {name} is {given[name]} in the file, {shape} in the model"
+            for name, shape in wanted.items()
+            if name in given and given[name] != shape
+        ],
+    )
+    several = sum(map(bool, kinds)) > 1
+    listed = [problem for kind in kinds for problem in kind[: MAX_LISTED // 4 if several else MAX_LISTED]]
+    more = sum(map(len, kinds)) - len(listed)
+    if listed:
+        rest = [f"and {more} more"] if more else []
+        raise CheckpointError(f"the weights do not fit the model: {'; '.join([*listed, *rest])}")

@@ -20,7 +20,7 @@ from jaxldm.checkpoints.names import Placement
 from jaxldm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from jaxldm.errors import CheckpointError, StorageError, one_of
 from jaxldm.files import finish_interrupted, folder_written_whole, is_temporary
-from jaxldm.reading import read_json
+from jaxldm.reading import parse_json, read_json, reading, shortened, shown
 
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"
@@ -41,7 +41,7 @@ def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no pipeline folder {path.parent}")
     finish_interrupted(path.parent)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"{path.parent} has no {INDEX_FILE}: it is not a pipeline folder, or it is not complete"
         )
@@ -50,9 +50,11 @@ def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
         if len(entry) != 2 or not all(isinstance(text, str) for text in entry):
-            raise CheckpointError(f"{path} has {entry!r} as {name}; a component is [library, class]")
-        if Path(name).name != name or name == "..":
-            raise CheckpointError(f"{path} names a component outside its folder: {name}")
+            raise CheckpointError(
+                f"{path} has {shown(entry)} as {shortened(name, 60)}; a component is [library, class]"
+            )
+        if Path(name).name != name or name == ".." or "\0" in name:
+            raise CheckpointError(f"{path} names a component outside its folder: {shown(name)}")
         components[name] = (entry[0], entry[1])
     return components
 
@@ -88,7 +90,8 @@ def load_components(
     for name in names:
         _, kind = index[one_of(f"component of {folder}", name, index)]
         if kind.endswith("Scheduler") or name.endswith("scheduler"):
-            components[name] = {"_class_name": kind, **read_json(folder / name / SCHEDULER_FILE)}
+            entries = read_json(folder / name / SCHEDULER_FILE)
+            components[name] = {"_class_name": kind, **entries}
         elif "Tokenizer" in kind:
             components[name] = load_tokenizer(folder / name)
         else:
@@ -96,7 +99,25 @@ def load_components(
             components[name] = load_as(
                 entries, folder / name, dtype=dtype, sharding=sharding, variant=variant
             )
+    for name, component in components.items():
+        encoder = components.get(name.replace("tokenizer", "text_encoder"))
+        if isinstance(component, Tokenizer) and isinstance(encoder, tuple):
+            with reading(folder):
+                check_vocabulary(name, component, encoder[0].config)
     return components
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, config: Any) -> None:
+    """Raise `CheckpointError` where a tokenizer has tokens that its text encoder has no embedding of.
+
+    Such a token would silently get that of the last one.
+    """
+    rows, largest = getattr(config, "vocab_size", None), tokenizer.largest_token
+    if rows is not None and largest >= rows:
+        raise CheckpointError(
+            f"its {name} has tokens up to {largest}, its text encoder embeddings of {rows}: words were added "
+            "to the tokenizer alone, or the two are of different models"
+        )
 
 
 def _of_class(entries: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -149,7 +170,7 @@ def _save_component(folder: Path, component: Any) -> Any:
         return component
     if isinstance(component, Tokenizer):
         component.save(folder)
-        settings = json.loads(component.files["tokenizer_config.json"])
+        settings = parse_json(component.files["tokenizer_config.json"], "tokenizer_config.json")
         return ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")]
     if isinstance(component, Mapping):
         if "_class_name" not in component:

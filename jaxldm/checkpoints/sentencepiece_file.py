@@ -7,11 +7,13 @@ four bytes. The numbers below are those of sentencepiece's `sentencepiece_model.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxldm.errors import CheckpointError
+from jaxldm.reading import reason
 
 _MODEL_PIECE, _MODEL_TRAINER, _MODEL_NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
@@ -48,6 +50,8 @@ def read_sentencepieces(data: bytes) -> SentencePieces:
             if number == _MODEL_PIECE:
                 piece = dict(_fields(value))
                 score = struct.unpack("<f", piece.get(_PIECE_SCORE, bytes(4)))[0]
+                if not math.isfinite(score):
+                    raise ValueError(f"the score of a piece is {score}")
                 pieces.append((piece[_PIECE_TEXT].decode(), score))
                 kinds.append(piece.get(_PIECE_KIND, 1))
             elif number == _MODEL_TRAINER:
@@ -55,7 +59,9 @@ def read_sentencepieces(data: bytes) -> SentencePieces:
             elif number == _MODEL_NORMALIZER:
                 charsmap = dict(_fields(value)).get(_NORMALIZER_CHARSMAP, b"")
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"not a sentencepiece model, or cut off: {error}") from error
+        raise CheckpointError(f"not a sentencepiece model, or cut off: {reason(error)}") from error
+    if not isinstance(charsmap, bytes):
+        raise CheckpointError("a sentencepiece model with rules of normalisation that are no bytes")
     if trainer != _UNIGRAM:
         raise CheckpointError("a sentencepiece model of another type than T5's: only unigram is supported")
     if _UNKNOWN not in kinds:
@@ -90,6 +96,8 @@ def _number(message: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = message[at]
+        if shift > 63:
+            raise ValueError(f"a number of more than 64 bits at byte {at}")
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
         if byte < 128:

@@ -6,14 +6,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.entries import Bounds, checked, checked_entries
+from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError
 from jaxldm.files import finish_interrupted, write_together
+from jaxldm.reading import parse_json, read_bytes, reading, reason, shown
 
 
 class Tokens(NamedTuple):
@@ -70,6 +72,11 @@ class Tokenizer:
             input_ids[row, : len(ids)], attention_mask[row, : len(ids)] = ids, 1
             cut.append(words)
         return Tokens(input_ids, attention_mask, tuple(cut))
+
+    @property
+    def largest_token(self) -> int:
+        """The largest number that a text can have in it."""
+        return max(self.backend.get_vocab(True).values(), default=0)
 
     def save(self, folder: Path | str) -> None:
         """Writes the files that the tokenizer was read from, and tokenizer.json.
@@ -138,6 +145,26 @@ _WORDS_WITH_SPACES = (
 )
 
 
+MAX_FILE_BYTES = 256 * 2**20  # of a file of a tokenizer; the largest published ones have 20 million
+MAX_EXTRA_TOKENS = 10_000  # of T5, which has 100
+_Number = Annotated[int, Bounds(0, 2**31 - 2)]
+_Token = str | Mapping[str, Any]
+# What the settings that are used may be.
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(_SPECIAL, _Token | None),
+    "added_tokens_decoder": Mapping[str, _Token],
+    "additional_special_tokens": tuple[_Token, ...] | None,
+    "extra_special_tokens": Mapping[str, _Token] | tuple[_Token, ...] | None,
+    "model_max_length": float | None,
+    "padding_side": str | None,
+    "tokenizer_class": str | None,
+    "extra_ids": Annotated[int, Bounds(0, MAX_EXTRA_TOKENS)] | None,
+    "tokenize_chinese_chars": bool | None,
+    "strip_accents": bool | None,
+    "do_lower_case": bool | None,
+}
+
+
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Opens the tokenizer folder of a published text encoder, written by any version of transformers.
 
@@ -153,36 +180,36 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise CheckpointError(f"there is no tokenizer folder {folder}")
     finish_interrupted(folder)
     paths = [folder / name for name in (*_VOCABULARIES, *_SETTINGS)]
-    try:
-        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    except OSError as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
-    try:
+    files = {path.name: read_bytes(path, MAX_FILE_BYTES) for path in paths if path.exists()}
+    with reading(folder):
         return _from_files(files)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _from_files(files: dict[str, bytes]) -> Tokenizer:
     settings = _json(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # a newer tokenizer_config.json holds them all
         settings |= _json(files, "special_tokens_map.json")
-    if settings.get("padding_side", "right") != "right":
+    settings = checked_entries(settings, _TYPES, "tokenizer_config.json")
+    added = checked(_json(files, "added_tokens.json"), Mapping[str, _Number], "added_tokens.json")
+    if (settings.get("padding_side") or "right") != "right":
         raise CheckpointError("tokenizer_config.json has padding on the left: only the right is supported")
     try:
         backend, kind = _backend(files, settings)
         special = {key: settings.get(key) or kind.special_tokens.get(key) for key in _SPECIAL}
-        _add_tokens(backend, settings, _json(files, "added_tokens.json"), special)
-    except CheckpointError:
+        _add_tokens(backend, settings, added, special)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_batch(["", "a 1"])  # what does not fit together shows now, and not at the first text
+    except JaxldmError:
         raise
     except Exception as error:  # `tokenizers` has no exception of its own
-        raise CheckpointError(f"the tokenizer's files do not fit together: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
+        raise CheckpointError(f"the tokenizer's files do not fit together: {reason(error)}") from error
     longest = settings.get("model_max_length")
-    if not isinstance(longest, int | float) or longest > 1e6:  # transformers writes 1e30 for "unknown"
+    if longest is None or not 1 <= longest <= 1e6:  # transformers writes 1e30 for "unknown"
         longest = kind.max_length
     pad = backend.token_to_id(_content(special["pad_token"] or ""))
+    if pad is None:
+        raise CheckpointError(f"its vocabulary has no {_content(special['pad_token'] or '')!r} to pad with")
     if "tokenizer_config.json" not in files:
         written = {key: _content(token) for key, token in special.items() if token}
         written |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
@@ -191,13 +218,7 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict:
-    try:
-        entries = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{name} cannot be read as JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{name} does not hold a JSON object")
-    return entries
+    return parse_json(files.get(name, b"{}"), name)
 
 
 def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> tuple[Any, _Kind]:
@@ -205,6 +226,7 @@ def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> tuple[A
     import tokenizers
 
     if "tokenizer.json" in files:
+        _check_fast(_json(files, "tokenizer.json"))
         backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         kind = type(backend.model).__name__
         if kind not in KINDS:
@@ -223,6 +245,33 @@ def _backend(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> tuple[A
     raise CheckpointError(
         "no tokenizer: it takes tokenizer.json, vocab.json with merges.txt, spiece.model or vocab.txt"
     )
+
+
+def _check_fast(entries: Mapping[str, Any]) -> None:
+    """Refuse what `tokenizers` answers with a panic, which prints lines of its own.
+
+    Raises:
+        CheckpointError: pairs shorter than the prefix of their second half, or a template of special tokens
+            that the file does not describe.
+    """
+    model, processor = entries.get("model"), entries.get("post_processor")
+    if isinstance(model, Mapping) and model.get("continuing_subword_prefix"):
+        prefix = checked(model["continuing_subword_prefix"], str, "tokenizer.json: continuing_subword_prefix")
+        for pair in checked(model.get("merges", []), tuple[Any, ...], "tokenizer.json: merges"):
+            second = pair.split(" ")[-1] if isinstance(pair, str) else pair[-1] if pair else ""
+            if not str(second).startswith(prefix):
+                raise CheckpointError(f"tokenizer.json has a pair without its prefix: {shown(pair)}")
+    processors = [processor]
+    if isinstance(processor, Mapping) and isinstance(processor.get("processors"), list):
+        processors = processor["processors"]
+    for one in processors:
+        if isinstance(one, Mapping) and one.get("type") == "TemplateProcessing":
+            pieces = [piece for kind in ("single", "pair") for piece in one.get(kind) or ()]
+            needed = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+            if needed - set(one.get("special_tokens", {})):
+                raise CheckpointError(
+                    "tokenizer.json has a template of special tokens that it does not describe"
+                )
 
 
 def _clip(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
@@ -262,7 +311,9 @@ def _byte_pairs(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[Any]]:
     """The tokens of vocab.json, and the pairs of merges.txt in the order in which they are merged."""
     lines = files["merges.txt"].decode().splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return _json(files, "vocab.json"), pairs
+    if not all(len(pair) == 2 for pair in pairs):
+        raise CheckpointError("merges.txt has a line that is not two pieces with a space between them")
+    return checked(_json(files, "vocab.json"), dict[str, _Number], "vocab.json"), pairs
 
 
 def _qwen(files: Mapping[str, bytes]) -> Any:
@@ -283,7 +334,8 @@ def _t5(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     found = read_sentencepieces(files["spiece.model"])
-    extra = [f"<extra_id_{index}>" for index in reversed(range(settings.get("extra_ids", 100)))]
+    count = settings.get("extra_ids")
+    extra = [f"<extra_id_{index}>" for index in reversed(range(100 if count is None else count))]
     pieces = found.pieces + [(text, 0.0) for text in extra]
     backend = Tokenizer(models.Unigram(pieces, found.unknown))
     if found.charsmap:
@@ -337,7 +389,7 @@ def _bert(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
 
 def _content(token: str | Mapping[str, Any]) -> str:
     """The text of a token: a string, or an object that also describes how it is matched."""
-    return token if isinstance(token, str) else token["content"]
+    return token if isinstance(token, str) else checked(token.get("content"), str, "content of a token")
 
 
 def _added_token(token: str | Mapping[str, Any], special: bool) -> Any:
@@ -345,7 +397,8 @@ def _added_token(token: str | Mapping[str, Any], special: bool) -> Any:
 
     if isinstance(token, str):
         return AddedToken(token, special=special, normalized=not special)
-    flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    flags = {name: checked(token[name], bool, name) for name in names if name in token}
     return AddedToken(token["content"], special=token.get("special", special), **flags)
 
 
@@ -359,7 +412,13 @@ def _add_tokens(
     Raises:
         CheckpointError: an added token would not get the number that the files give it.
     """
-    numbered = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
+    decoder = settings.get("added_tokens_decoder", {})
+    wrong = next((number for number in decoder if not number.isdecimal() or len(number) > 9), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"added_tokens_decoder has the key {shown(wrong)}, which is no number of a token"
+        )
+    numbered = {int(number): token for number, token in decoder.items()}
     numbered |= {number: token for token, number in added.items()}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     names = {_content(token) for token in special.values() if token}

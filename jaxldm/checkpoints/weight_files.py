@@ -26,7 +26,7 @@ from jaxldm.checkpoints.safetensors_file import (
     safetensors_chunks,
 )
 from jaxldm.errors import CheckpointError
-from jaxldm.reading import read_json
+from jaxldm.reading import read_json, reading
 
 MAX_SHARD_SIZE = 10 * 10**9  # bytes, as in diffusers
 _PICKLES = ("{stem}*.bin", "pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
@@ -44,14 +44,24 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[P
         CheckpointError: no such files, only pickle files, several variants to choose from, a damaged file, an
             index that does not agree with its shards.
     """
-    if variant is None and not any(path.is_file() for path in _places(folder, stem, None)):
+    with reading(folder):
+        found = find_weights(folder, stem, variant)
+        if found is None:
+            single = _places(folder, stem, variant)[1]
+            raise CheckpointError(f"there is no weight file {single}{_what_is_found(folder, stem)}")
+        return found, open_found(found)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
+    """The weight file of a folder, or the index of its shards; None where there is neither."""
+    if variant is None and not any(path.exists() for path in _places(folder, stem, None)):
         variant = _only_variant(folder, stem)
-    index, single = _places(folder, stem, variant)
-    if index.is_file():
-        return index, _open_shards(index)
-    if single.is_file():
-        return single, open_safetensors(single).tensors
-    raise CheckpointError(f"there is no weight file {single}{_what_is_found(folder, stem)}")
+    return next((path for path in _places(folder, stem, variant) if path.exists()), None)
+
+
+def open_found(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of what `find_weights` found."""
+    return _open_shards(path) if path.suffix == ".json" else open_safetensors(path).tensors
 
 
 def _places(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
@@ -97,7 +107,7 @@ def _what_is_found(folder: Path, stem: str) -> str:
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    if not isinstance(places, dict) or not all(isinstance(place, str) and place for place in places.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     outside = sorted({place for place in places.values() if Path(place).name != place or place == ".."})
     if outside:

@@ -6,19 +6,22 @@ only numpy. Importing this module imports tensorflow_datasets, so `jaxldm.data.l
 
 import dataclasses
 import gzip
+import math
 import os
-import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from jaxldm.errors import DataError
+from jaxldm.reading import check_regular, reading
 
 FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
+MOST_AXES = 8  # of an array; MNIST's images have three
+MOST_COMPRESSION = 1100  # of gzip: a byte stands for at most so many
 DIGITS = tuple("0123456789")
 GARMENTS = (
     "T-shirt/top",
@@ -49,15 +52,19 @@ def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
     The format: two zero bytes, the type (8 for uint8), the number of axes, each extent as a big-endian 32-bit
     number, the values. Raises `DataError` for another or an incomplete file.
     """
+    check_regular(path, "file of images", DataError)
     try:
-        with gzip.open(path) as file:
-            content = file.read()
-    except (OSError, EOFError, zlib.error) as error:
+        with reading(path, DataError), gzip.open(path) as file:
+            start = file.read(4)
+            axes = start[3] if start[:3] == b"\0\0\x08" and len(start) > 3 else 0
+            shape = tuple(int(extent) for extent in np.frombuffer(file.read(4 * axes), dtype=">u4"))
+            size = math.prod(shape)
+            if size > MOST_COMPRESSION * os.stat(path).st_size or not 0 < axes <= MOST_AXES:
+                size = -1  # no file of that size holds so many numbers
+            numbers = np.frombuffer(file.read(max(size, 0) + 1), dtype=np.uint8)
+    except DataError as error:
         raise DataError(f"{path} is not a complete gzip file ({error}): delete it and run again") from error
-    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
-    shape = np.frombuffer(content[4 : 4 + 4 * axes], dtype=">u4")
-    numbers = np.frombuffer(content[4 + 4 * axes :], dtype=np.uint8)
-    if axes == 0 or len(shape) < axes or numbers.size != np.prod(shape.astype(np.int64)):
+    if len(shape) < axes or numbers.size != size:
         raise DataError(f"{path} is not a complete IDX file of bytes: delete it and run again")
     return numbers.reshape(shape)
 

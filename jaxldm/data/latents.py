@@ -8,8 +8,6 @@ import hashlib
 import io
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxldm.errors import DataError
 from jaxldm.files import write_atomically
+from jaxldm.reading import check_regular, reading
 
 Columns = dict[str, Shaped[np.ndarray, "N ..."]]
 _FINGERPRINT = "__fingerprint__"
@@ -66,16 +66,18 @@ def cached(path: str | os.PathLike, key: str, compute: Callable[[], Columns]) ->
 def _read(path: pathlib.Path, key: str) -> Columns | None:
     """Returns the arrays, or None if the file is missing, of another key or, by its checksums, damaged."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if str(archive[_FINGERPRINT]) != key:
+        check_regular(path, "cache", DataError)
+        with reading(path, DataError), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            found, *names = archive[_FINGERPRINT].tolist()
+            if found != key or {*names, _FINGERPRINT} != {*archive.files}:
                 return None
-            return {name: archive[name] for name in archive.files if name != _FINGERPRINT}
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+            return {name: archive[name] for name in names}
+    except DataError:
         return None
 
 
 def _write(path: pathlib.Path, key: str, columns: Columns) -> None:
     content = io.BytesIO()
-    arrays: dict[str, Any] = {_FINGERPRINT: np.array(key), **columns}
+    arrays: dict[str, Any] = {_FINGERPRINT: np.array([key, *columns]), **columns}
     np.savez(content, **arrays)
     write_atomically(path, content.getvalue())

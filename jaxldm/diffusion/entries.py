@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from jaxldm.diffusion.betas import rescale_zero_terminal_snr
 from jaxldm.diffusion.cosine import Cosine
@@ -13,8 +13,10 @@ from jaxldm.diffusion.interpolants import Interpolant
 from jaxldm.diffusion.paths import EDM, VP, ContinuousVP, Path
 from jaxldm.diffusion.predictions import Prediction, edm, prediction
 from jaxldm.diffusion.rectified_flow import Flow
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.entries import Bounds, checked_entries, field_types
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 
+MAX_TIMESTEPS = 100_000  # of betas by name, in a file
 # Name in files -> class. A path of your own is named "package.module:Class".
 PATHS: dict[str, type[Path]] = {
     "vp": VP,
@@ -69,9 +71,18 @@ def path_from_dict(entries: Mapping[str, Any]) -> Path:
     if make is not cls:
         options.setdefault("betas", "linear")
     try:
-        return make(**options)
-    except TypeError as error:
+        return make(**checked_entries(options, _types_of(make), f"the {kind} path"))
+    except (CheckpointError, TypeError) as error:
         raise InvalidArgumentError(f"the entries of a {kind} path are not right: {error}") from error
+
+
+def _types_of(make: Any) -> dict[str, Any]:
+    """What the entries of one of our own paths may be; a path of another package checks its own."""
+    if make == VP.named:
+        betas = {"betas": str, "num_train_timesteps": Annotated[int, Bounds(2, MAX_TIMESTEPS)]}
+        ends = dict.fromkeys(("beta_start", "beta_end"), Annotated[float, Bounds(0, 1)] | None)
+        return betas | ends | {"zero_terminal_snr": bool}
+    return dict(field_types(make)) if make in PATHS.values() else {}
 
 
 def _own_class(name: str) -> type[Path]:

@@ -30,8 +30,7 @@ class ImageAutoencoderConfig(ModelConfig):
     Attributes:
         scaling_factor: see `encode_latents`.
         force_upcast: the activations exceed the range of float16 (65504), as in SDXL's autoencoder: encoder
-            and decoder compute in float32 when `dtype` is float16. bfloat16 has the range. A config.json
-            without this key is older than the key, and its autoencoder (SD 1.x) computes in float16.
+            and decoder compute in float32 when `dtype` is float16. bfloat16 has the range.
         dtype: compute dtype.
     """
 
@@ -74,6 +73,7 @@ class AutoencoderKLConfig(ImageAutoencoderConfig):
             v2.5).
     """
 
+    force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     shift_factor: float | None = None
@@ -204,7 +204,7 @@ _STABLE_DIFFUSION = AutoencoderKLConfig(
     up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=2,
 )
-_SDXL = dataclasses.replace(_STABLE_DIFFUSION, sample_size=1024, scaling_factor=0.13025, force_upcast=True)
+_SDXL = dataclasses.replace(_STABLE_DIFFUSION, sample_size=1024, scaling_factor=0.13025)
 _SIXTEEN_CHANNELS = dataclasses.replace(
     _SDXL, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False
 )

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self, cast
 
-from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
+from jaxldm.entries import checked_entries, field_types, make, unknown_key
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.reading import shown
 
 OWN_FIELDS = ("dtype", "remat", "scan")  # of our configs; published configs lack them
+# The least that a whole number in a config.json may be, where it is not 1. Numbers of tokens are 0 or more.
+LOWEST = {
+    "freq_shift": 0,
+    "downsample_padding": 0,
+    "num_layers": 0,
+    "num_single_layers": 0,
+    "n_refiner_layers": 0,
+    "num_res_blocks": 0,
+    "num_classes": 0,
+    "dual_attention_layers": 0,
+    "axes_dims_rope": 0,
+    "axes_dims": 0,
+    "nhead": -1,  # of a level without attention
+    "bos_token_id": -1,
+    "eos_token_id": -1,
+    "pad_token_id": -1,
+}
+LARGEST = 2**31 - 1  # of whole numbers: of what an extent or an index on a device may be
+LARGEST_FLOAT = 3.4e38  # of float32
+# The fields that say how many blocks a network has, each of which has tensors of its own.
+BLOCK_COUNTS = (
+    *("depth", "num_layers", "num_single_layers", "num_hidden_layers", "n_layers", "n_refiner_layers"),
+    *("num_res_blocks", "layers_per_block", "transformer_layers_per_block", "blocks", "bottleneck_blocks"),
+    "levels",
+)
+TENSORS_OF_A_BLOCK = 4  # at least
+ALWAYS_ALLOWED = 2**20  # of a whole number in a config, however small the file of weights
+MOST_BLOCKS = 10_000  # that a config may count, whatever the file of weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +77,46 @@ class ModelConfig:
         """The inverse of `to_dict`; absent keys take their default.
 
         Raises:
-            CheckpointError: a key that this architecture does not know, or a value that it does not support.
+            CheckpointError: a key that this architecture does not know, a value of another type or out of
+                range, or one that it does not support.
         """
-        names = {cls._written_name(f.name): f.name for f in dataclasses.fields(cls)}
+        names = {cls._written_name(f.name): f.name for f in dataclasses.fields(cast(Any, cls))}
         given = {}
         for key, value in entries.items():
             if key in names:
-                given[names[key]] = tuple(value) if isinstance(value, list) else value
+                given[key] = value
             elif key in cls.fixed:
                 if value != cls.fixed[key]:
                     raise CheckpointError(
-                        f"config.json has {key} = {value!r}; only {cls.fixed[key]!r} is supported"
+                        f"config.json has {key} = {shown(value)}; only {cls.fixed[key]!r} is supported"
                     )
             elif key not in cls.ignored and not key.startswith("_"):
-                raise CheckpointError(
-                    f"config.json has an unknown key {key!r}; known: {', '.join(sorted(names))}"
-                )
-        try:
-            return cls(**given)
-        except (TypeError, InvalidArgumentError, UnknownNameError) as error:
-            raise CheckpointError(f"config.json does not describe a {cls.__name__}: {error}") from error
+                raise CheckpointError(unknown_key("config.json", key, names))
+        kinds = {written: field_types(cls)[name] for written, name in names.items()}
+        values = checked_entries(given, kinds, "config.json")
+        for key, value in values.items():
+            _check_range(key, value)
+        return make(cls, {names[key]: value for key, value in values.items()}, "config.json")
+
+    def num_blocks(self) -> int:
+        """About how many blocks a network of this config has, whatever their kind; used by `check_size`."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        counts = {
+            name: sum(value) if isinstance(value, tuple) else value or 0
+            for name, value in sizes.items()
+            if name in BLOCK_COUNTS
+        }
+        inside = [
+            sizes[name] for name in ("layers_per_block", "transformer_layers_per_block") if name in sizes
+        ]
+        of_levels = math.prod(max(value) if isinstance(value, tuple) else value for value in inside)
+        levels = len(sizes["block_out_channels"]) if inside else 0
+        towers = [value.num_blocks() for value in sizes.values() if isinstance(value, ModelConfig)]
+        return sum(counts.values()) + levels * of_levels + sum(towers)
+
+    def table_size(self) -> int:
+        """How many numbers a table of positions has that is made when the network is built."""
+        return 0
 
     @classmethod
     def _written_name(cls, field: str) -> str:
@@ -74,6 +125,58 @@ class ModelConfig:
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _check_range(key: str, value: Any) -> None:
+    """Raise `CheckpointError` for a number that no extent, index or float32 can be."""
+    low, high = LOWEST.get(key, 1), MOST_BLOCKS if key in BLOCK_COUNTS else LARGEST
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if isinstance(number, int) and not low <= number <= high:
+            raise CheckpointError(f"config.json: {key} must be from {low} to {high}, not {shown(value)}")
+        if abs(number) > LARGEST_FLOAT:
+            raise CheckpointError(f"config.json: {key} is no number of float32: {shown(value)}")
+
+
+def check_size(config: ModelConfig, num_tensors: int, num_numbers: int) -> None:
+    """Raise `CheckpointError` where building a network would take more than reading its weights does.
+
+    Args:
+        config: of a config.json, or from the shapes in a file of weights.
+        num_tensors: in the file of its weights.
+        num_numbers: in all of these tensors.
+    """
+    if config.num_blocks() * TENSORS_OF_A_BLOCK > num_tensors:
+        raise CheckpointError(
+            f"the config counts {config.num_blocks()} blocks, but its weights hold {num_tensors} tensors: "
+            f"{_counts(config)}"
+        )
+    most = max(ALWAYS_ALLOWED, num_numbers)
+    for name, value in _numbers(config):
+        if value > most:
+            raise CheckpointError(
+                f"the config has {name} = {value}, but its weights hold {num_numbers} numbers"
+            )
+    if config.table_size() > 4 * most:
+        raise CheckpointError(
+            f"the config has positions of {config.table_size()} numbers, but its weights hold {num_numbers}"
+        )
+
+
+def _numbers(config: Any) -> Iterable[tuple[str, int]]:
+    """The name and value of each whole number of a config."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int):
+                yield field.name, number
+
+
+def _counts(config: Any) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in _numbers(config) if name in BLOCK_COUNTS)
 
 
 def check(condition: bool, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -82,6 +83,9 @@ class DiTConfig(ModelConfig):
         check(self.hidden_size % 4 == 0, "hidden_size must be a multiple of 4 for the position embedding")
         one_of("position_embedding", self.position_embedding, ("sincos", "learned"))
         compute_dtype(self.dtype)
+
+    def table_size(self) -> int:
+        return math.prod(self.grid_size) * self.hidden_size
 
     @property
     def head_channels(self) -> int:

@@ -88,6 +88,9 @@ class DiTTransformer2DConfig(ModelConfig):
         one_of("activation_fn", self.activation_fn, ("gelu-approximate", "gelu", "geglu"))
         compute_dtype(self.dtype)
 
+    def table_size(self) -> int:
+        return (self.sample_size // self.patch_size) ** 2 * self.hidden_size
+
     @property
     def hidden_size(self) -> int:
         """Width of the tokens."""

@@ -79,6 +79,9 @@ class FluxTransformer2DConfig(ModelConfig):
         check(self.num_layers >= 0 and self.num_single_layers >= 0, "a number of blocks cannot be negative")
         compute_dtype(self.dtype)
 
+    def table_size(self) -> int:
+        return 4096 * self.attention_head_dim
+
     @property
     def inner_dim(self) -> int:
         """Width of the streams."""

@@ -103,6 +103,9 @@ class PixArtTransformer2DConfig(ModelConfig):
         )
         compute_dtype(self.dtype)
 
+    def table_size(self) -> int:
+        return (self.sample_size // self.patch_size) ** 2 * self.hidden_size
+
     @property
     def hidden_size(self) -> int:
         """Width of the tokens."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxldm.entries import checked
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.clip_text import causal_mask
 from jaxldm.models.config import check
@@ -83,11 +84,13 @@ class Qwen3Config(TransformersConfig):
             CheckpointError: an unknown key, sliding-window attention, or scaled positions.
         """
         entries = dict(entries)
-        rope = dict(entries.pop("rope_parameters", None) or {})
+        place = "config.json: rope_parameters"
+        rope = dict(checked(entries.pop("rope_parameters", None), dict | None, place) or {})
         if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
             raise CheckpointError(f"config.json has rope_parameters {rope}; only rope_theta is supported")
         rope.pop("rope_type", None)
-        layers = entries.pop("layer_types", None) or [FULL]
+        place = "config.json: layer_types"
+        layers = checked(entries.pop("layer_types", None), tuple[str, ...] | None, place) or (FULL,)
         if set(layers) != {FULL}:
             other = next(kind for kind in layers if kind != FULL)
             raise CheckpointError(f"config.json has layer_types {other!r}; only {FULL!r} is supported")

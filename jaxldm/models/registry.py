@@ -11,6 +11,7 @@ import jax
 from flax import traverse_util
 from jaxtyping import Array
 
+from jaxldm.entries import checked, known_names
 from jaxldm.errors import CheckpointError, UnknownNameError, one_of
 from jaxldm.models import (
     autoencoder_conv,
@@ -42,6 +43,7 @@ from jaxldm.models import (
 )
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.initialization import init_params
+from jaxldm.reading import reading, shown
 
 # A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
@@ -194,18 +196,21 @@ def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: the class is missing or unknown, an unknown key, an unsupported value.
     """
     entries = dict(entries)
-    architectures = entries.pop("architectures", None) or [None]
-    name = entries.get("_class_name", architectures[0])
+    architectures = checked(
+        entries.pop("architectures", None), tuple[str, ...] | None, "config.json: architectures"
+    )
+    name = entries.get("_class_name", architectures[0] if architectures else None)
     if name == "Transformer2DModel":
         norm = entries.get("norm_type")
-        if norm not in TRANSFORMER_2D_MODELS:
+        if norm not in tuple(TRANSFORMER_2D_MODELS):
             known = ", ".join(TRANSFORMER_2D_MODELS)
-            raise CheckpointError(f"config.json has norm_type {norm!r}; known: {known}")
+            raise CheckpointError(f"config.json has norm_type {shown(norm)}; known: {known}")
         name = TRANSFORMER_2D_MODELS[norm]
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         key = "_class_name" if "_class_name" in entries else "architectures"
-        raise CheckpointError(f"config.json has {key} {name!r}; known: {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(f"config.json has {key} {shown(name)}; {known_names(name, ARCHITECTURES)}")
     kind = ARCHITECTURES[name][1]
     if kind.library == "transformers":
         entries.pop("model_type", None)
-    return kind.from_dict(entries)
+    with reading("config.json"):
+        return kind.from_dict(entries)

@@ -83,12 +83,15 @@ class SD3Transformer2DConfig(ModelConfig):
         )
         check(self.hidden_size % 4 == 0, f"the width {self.hidden_size} must be a multiple of 4")
         check(
-            set(self.dual_attention_layers) <= set(range(self.num_layers)),
+            all(0 <= layer < self.num_layers for layer in self.dual_attention_layers),
             f"dual_attention_layers {self.dual_attention_layers} must be of the {self.num_layers} layers",
         )
         check(isinstance(self.pos_embed_max_size, int), "pos_embed_max_size is a number of patches")
         one_of("qk_norm", self.qk_norm or "none", ("none", "rms_norm"))
         compute_dtype(self.dtype)
+
+    def table_size(self) -> int:
+        return self.pos_embed_max_size * self.hidden_size
 
     @property
     def hidden_size(self) -> int:

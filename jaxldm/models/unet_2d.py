@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Int
 
+from jaxldm.entries import checked
 from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
@@ -33,7 +34,7 @@ class UNet2DConfig(ModelConfig):
         dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
     """
 
-    sample_size: int | tuple[int, int] | None = 32
+    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
@@ -88,7 +89,9 @@ class UNet2DConfig(ModelConfig):
     @classmethod
     def from_dict(cls, entries) -> UNet2DConfig:
         entries = dict(entries)
-        num_class_embeds = entries.pop("num_class_embeds", None)
+        num_class_embeds = checked(
+            entries.pop("num_class_embeds", None), int | None, "config.json: num_class_embeds"
+        )
         num_classes = None if num_class_embeds is None else num_class_embeds - 1
         return super().from_dict(entries | {"num_classes": num_classes})
 

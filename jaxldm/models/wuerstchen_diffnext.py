@@ -85,6 +85,9 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
         check(self.c_r >= 4, f"c_r must be 4 or more, not {self.c_r}")
         compute_dtype(self.dtype)
 
+    def num_blocks(self) -> int:
+        return sum(count * len(kinds) for count, kinds in zip(self.blocks, self.level_config, strict=True))
+
     @property
     def shrinks(self) -> int:
         """Divisor of both sides of the latents."""

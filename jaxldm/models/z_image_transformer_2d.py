@@ -90,6 +90,9 @@ class ZImageTransformer2DConfig(ModelConfig):
         )
         compute_dtype(self.dtype)
 
+    def table_size(self) -> int:
+        return 4096 * sum(self.axes_dims)
+
     @property
     def patch_size(self) -> int:
         """Side of the square of latents that is one token."""

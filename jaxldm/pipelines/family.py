@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+from jaxldm.entries import checked
 from jaxldm.errors import CheckpointError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults
@@ -54,8 +55,12 @@ def first_class_name(pipe: Pipeline) -> str:
 
 
 def options_in(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
-    """The options that a model_index.json has, by their own names."""
-    return {name: index[name] for name in folder.options if name in index}
+    """The options that a model_index.json has, by their own names, of the type of their defaults."""
+    return {
+        name: checked(index[name], type(default), name)
+        for name, default in folder.options.items()
+        if name in index
+    }
 
 
 def options_of(pipe: Pipeline) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
+from jaxldm.entries import checked, checked_entries, known_names
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
 from jaxldm.pipelines.families import FAMILIES, OF_CLASSES, PIPELINES
@@ -34,7 +35,7 @@ from jaxldm.pipelines.families.class_to_image import (
 from jaxldm.pipelines.family import Family
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
-from jaxldm.reading import read_json, reading
+from jaxldm.reading import read_json, reading, shown
 
 RUN_CONFIG = "config.json"
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
@@ -65,7 +66,7 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     if is_run:
         _check_finished(folder)
     index = read_json(folder / INDEX_FILE)
-    name = index.get("_class_name", EXPORT_CLASS)
+    name = _class_name(index, folder)
     family = PIPELINES[name]
     layout, named = family.folder, checkpoints.read_model_index(folder)
     _check_named(folder, name, family, named)
@@ -73,11 +74,15 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     loaded = checkpoints.load_components(folder, dtype=dtype, only=only, variant=variant)
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
     _check_path_known(folder, (parts.get("scheduler") or {}).get("path"))
+    with reading(folder / INDEX_FILE):
+        options = layout.read_options(index, layout)
     try:
-        pipe = Pipeline(family, parts, layout.read_options(index, layout))
-        pipe.check_parts()
+        with reading(folder):  # a part of another class lacks what the family looks for
+            pipe = Pipeline(family, parts, options)
+            pipe.check_parts()
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} mixes two models: {error}") from error
+        text = str(error).removeprefix(f"{folder}: ")
+        raise CheckpointError(f"{folder} mixes two models: {text}") from error
     if is_run:
         _check_data_of_run(pipe, folder)
     return pipe
@@ -122,18 +127,24 @@ def kind_of(folder: str | Path) -> str:
     finish_interrupted(folder)
     has_run_config = (folder / RUN_CONFIG).exists()
     if (folder / INDEX_FILE).exists():
-        name = read_json(folder / INDEX_FILE).get("_class_name", EXPORT_CLASS)
+        name = _class_name(read_json(folder / INDEX_FILE), folder)
         if name == EXPORT_CLASS and has_run_config:
             return "run"
         if name not in PIPELINES:
-            known = ", ".join(PIPELINES)
-            raise CheckpointError(f"{folder} is a pipeline of an unknown class, {name!r}; known: {known}")
+            known = known_names(name, PIPELINES)
+            raise CheckpointError(f"{folder} is a pipeline of an unknown class, {shown(name)}; {known}")
         return "export" if PIPELINES[name] in OF_CLASSES else "text-to-image"
     if has_run_config:
         return "run"
     raise CheckpointError(
         f"{folder} is neither a run folder (no {RUN_CONFIG}) nor an exported folder (no {INDEX_FILE})"
     )
+
+
+def _class_name(index: Mapping[str, Any], folder: Path) -> str:
+    """The class of the pipeline that the entries of a model_index.json name."""
+    place = f"{folder / INDEX_FILE}: _class_name"
+    return checked(index.get("_class_name", EXPORT_CLASS), str, place)
 
 
 def save(pipe: Pipeline, folder: str | Path) -> None:
@@ -192,7 +203,7 @@ def modules_in(folder: str | Path) -> dict[str, nn.Module]:
     folder = Path(folder)
     known = {part for family in FAMILIES for part in (*family.folder.parts, *family.folder.optional)}
     return {
-        name: models.from_config(models.config_from_dict(checkpoints.read_config(folder / name)))
+        name: checkpoints.module_in(folder / name)
         for name, (_, kind) in checkpoints.read_model_index(folder).items()
         if name in known and not kind.endswith("Scheduler") and "Tokenizer" not in kind
     }
@@ -306,11 +317,19 @@ def is_denoiser(config: Any) -> bool:
 def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
     """Recipe, image shape and number of classes of a run."""
     config = read_json(folder / RUN_CONFIG)
+    place = f"{folder / RUN_CONFIG} is no config.json of a run"
+    kinds = {"recipe": Mapping[str, Any], "data": Mapping[str, Any]}
+    entries = checked_entries(config, kinds, place)
     try:
-        data = config["data"]
-        return config["recipe"]["name"], tuple(data["image_shape"]), len(data["class_names"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / RUN_CONFIG} is no config.json of a run ({error!r})") from error
+        recipe, data = entries["recipe"], entries["data"]
+        name, shape, names = recipe["name"], data["image_shape"], data["class_names"]
+    except KeyError as error:
+        raise CheckpointError(f"{place}: it lacks {error}") from error
+    return (
+        checked(name, str, f"{place}: name"),
+        checked(shape, tuple[int, int, int], f"{place}: image_shape"),
+        len(checked(names, tuple[str, ...], f"{place}: class_names")),
+    )
 
 
 def _check_finished(folder: Path) -> None:
@@ -323,7 +342,8 @@ def _check_finished(folder: Path) -> None:
             f"`jaxldm train {recipe} --run-dir {folder} --resume`"
         )
     for name, (_, kind) in checkpoints.read_model_index(folder).items():
-        found = kind if kind.endswith("Scheduler") else checkpoints.read_config(folder / name)["_class_name"]
+        config = {} if kind.endswith("Scheduler") else checkpoints.read_config(folder / name)
+        found = config.get("_class_name", kind)
         if found != kind:
             raise CheckpointError(
                 f"{folder} mixes two models: {name} holds a {found}, its {INDEX_FILE} names a {kind}"

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from jaxldm import diffusion as D
+from jaxldm.entries import build
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, one_of
-from jaxldm.schedulers.grids import GridRule
+from jaxldm.reading import reading, reason
+from jaxldm.schedulers.entries import PLACE, typed, with_defaults
+from jaxldm.schedulers.grids import TIMES, GridRule
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import (
     DISCRETE,
@@ -69,28 +72,35 @@ def from_config(
     """
     if isinstance(solver, str) and solver not in D.solvers.SOLVERS:  # of another package, or no solver at all
         solver, eta = D.solvers.make(solver, **({} if eta is None else {"eta": eta})), None
-    if isinstance(solver, D.Solver):
-        if eta is not None:
-            raise InvalidArgumentError("eta is an option of the solvers by name: build yours with it instead")
-        prediction, grid, shift = _read(config)
-        return Scheduler(Sampler(prediction, solver, **_x0_options(config)), grid, shift)
-    name = default_solver(config) if solver is None else solver
-    options = _solver_options(config, name)
-    if stops_early:
-        if "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
-            options["lower_order_final"] = False
-        options.pop("final_noise", None)
-    options |= {} if eta is None else {"eta": eta}
-    own = _config_of(config, name)
-    prediction, grid, shift = _read(own)
-    sampler = Sampler(
-        prediction,
-        D.solvers.make(name, **options),
-        learned_variance=options.get("variance") == "learned",
-        timestep_scaling=float(config.get("timestep_scaling", 10.0)) if name == "lcm" else None,
-        **_x0_options(own),
-    )
-    return Scheduler(sampler, grid, shift)
+    with reading(PLACE):
+        config = typed(config)
+        named = class_name(config)
+        if isinstance(solver, D.Solver):
+            if eta is not None:
+                raise InvalidArgumentError(
+                    "eta is an option of the solvers by name: build yours with it instead"
+                )
+            own = with_defaults(config, named, names_it=True)
+            prediction, grid, shift = _read(own)
+            return Scheduler(Sampler(prediction, solver, **_x0_options(own)), grid, shift)
+        name = default_solver(config) if solver is None else solver
+        options = _solver_options(config, name)
+        if stops_early:
+            if "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
+                options["lower_order_final"] = False
+            options.pop("final_noise", None)
+        options |= {} if eta is None else {"eta": eta}
+        own = _config_of(config, name)
+        own = with_defaults(own, own["_class_name"], names_it=own["_class_name"] == named)
+        prediction, grid, shift = _read(own)
+        sampler = Sampler(
+            prediction,
+            D.solvers.make(name, **options),
+            learned_variance=options.get("variance") == "learned",
+            timestep_scaling=float(config.get("timestep_scaling", 10.0)) if name == "lcm" else None,
+            **_x0_options(own),
+        )
+        return Scheduler(sampler, grid, shift)
 
 
 def _config_of(config: Mapping[str, Any], solver: str) -> Mapping[str, Any]:
@@ -121,9 +131,7 @@ def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
 
 
 def _x0_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file says is done to x_0, which models of pixels need. Where it is silent nothing is done,
-    although some schedulers of diffusers clip then: latents have no range.
-    """
+    """What the file says is done to x_0, which models of pixels need."""
     if config.get("thresholding"):
         percentile = config.get("dynamic_thresholding_ratio", 0.995)
         return {"threshold": (float(percentile), float(config.get("sample_max_value", 1.0)))}
@@ -141,13 +149,14 @@ def _read(config: Mapping[str, Any]) -> tuple[D.Prediction, GridRule, DynamicShi
         if config.get(entry, plain) != plain:
             raise CheckpointError(f"scheduler_config.json has {entry} {config[entry]!r}, known: {plain!r}")
     try:
-        return _readers()[name if name in (OWN, OWN_OF_0_1) else SCHEDULERS[name].rows](name, config)
+        read = _readers()[name if name in (OWN, OWN_OF_0_1) else SCHEDULERS[name].rows]
+        prediction, grid, shift = read(name, config)
+        return prediction, _of_known_spacing(grid), shift
     except CheckpointError:
         raise
-    except (JaxldmError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"scheduler_config.json does not describe a scheduler known here: {error}"
-        ) from error
+    except (JaxldmError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        text = str(error) if isinstance(error, JaxldmError) else reason(error)
+        raise CheckpointError(f"{PLACE} does not describe a scheduler known here: {text}") from error
 
 
 def _readers() -> dict[str, Any]:
@@ -287,7 +296,15 @@ def _read_cosine(name, config):
 def _read_own(name, config):
     options = {"sigma_data": config["sigma_data"]} if "sigma_data" in config else {}
     prediction = D.prediction(config["prediction"], D.path_from_dict(config["path"]), **options)
-    return prediction, GridRule(**config.get("grid", {})), None
+    grid = build(GridRule, config.get("grid", {}), f"{PLACE}: grid")
+    return prediction, grid, None
+
+
+def _of_known_spacing(grid: GridRule) -> GridRule:
+    """The rule, unless its spacing would import a module: a file must not do that."""
+    if grid.spacing is not None:
+        one_of("spacing", grid.spacing, dict.fromkeys((*TIMES, *D.spacing_names())))
+    return grid
 
 
 def _read_own_of_0_1(name, config):

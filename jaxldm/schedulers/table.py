@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxldm.entries import known_names
 from jaxldm.errors import CheckpointError
+from jaxldm.reading import shown
 
 # How a scheduler of the discrete path spaces t -> our spacings by their `timestep_spacing`.
 SPACINGS = {
@@ -126,9 +128,9 @@ SCHEDULER_OF = {
 def class_name(config: Mapping[str, Any]) -> str:
     """The scheduler that a file names. Raises `CheckpointError` for one that is not known here."""
     name = config.get("_class_name")
-    if name not in SCHEDULERS and name not in (OWN, OWN_OF_0_1):
-        known = ", ".join([*SCHEDULERS, OWN])
-        raise CheckpointError(f"scheduler_config.json has _class_name {name!r}; known: {known}")
+    if not isinstance(name, str) or (name not in SCHEDULERS and name not in (OWN, OWN_OF_0_1)):
+        known = known_names(name, [*SCHEDULERS, OWN])
+        raise CheckpointError(f"scheduler_config.json has _class_name {shown(name)}; {known}")
     return name
 
 
@@ -149,7 +151,7 @@ def default_solver(config: Mapping[str, Any]) -> str:
     asked = (config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2))
     if asked not in DPM_SOLVERS:
         raise CheckpointError(
-            f"scheduler_config.json asks for {asked[0]} of order {asked[1]}, which is not known here: "
+            f"scheduler_config.json asks for {shown(asked[0])} of order {asked[1]}, which is not known here: "
             f"name a solver, such as {', '.join(DPM_SOLVERS.values())}"
         )
     return DPM_SOLVERS[asked]

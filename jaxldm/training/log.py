@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
+from jaxldm.reading import reading
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
 
@@ -98,9 +99,10 @@ def read_log(path: Path | str) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no training log {path}")
-    header, rows = _read_rows(path)
-    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in header or COLUMNS}
-    return {
-        name: column.astype(np.int64) if name in ("epoch", "step") else column
-        for name, column in columns.items()
-    }
+    with reading(path):
+        header, rows = _read_rows(path)
+        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in header or COLUMNS}
+        return {
+            name: column.astype(np.int64) if name in ("epoch", "step") else column
+            for name, column in columns.items()
+        }

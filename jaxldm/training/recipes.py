@@ -7,14 +7,41 @@ with. To try other numbers: `dataclasses.replace(RECIPES["mini-ldm"], seed=1)`, 
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from jaxldm import data
 from jaxldm import diffusion as D
 from jaxldm.data import Dataset
+from jaxldm.entries import Read, build, checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
+from jaxldm.reading import shown
+
+
+def _tupled(value: Any, place: str) -> Any:
+    """The options of a file, whose lists stand for tuples."""
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"{place} must be an object, not {shown(value)}")
+    return _deep_tuples(value)
+
+
+def _deep_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _deep_tuples(entry) for key, entry in value.items()}
+    return tuple(_deep_tuples(entry) for entry in value) if isinstance(value, (tuple, list)) else value
+
+
+def _prediction(entries: Any, place: str) -> D.Prediction:
+    options = dict(checked(entries, dict, place))
+    try:
+        path = D.path_from_dict(checked(options.pop("path", {}), dict, f"{place}: path"))
+        name = checked(options.pop("name", "epsilon"), str, f"{place}: name")
+        return D.prediction(name, path, **checked_entries(options, {"sigma_data": float}, place))
+    except (AttributeError, TypeError, ValueError, InvalidArgumentError, UnknownNameError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+
+
+Options = Annotated[Mapping[str, Any], Read(_tupled)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +63,7 @@ class StageRecipe:
     """
 
     preset: str
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Options = dataclasses.field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -121,9 +148,11 @@ class DiffusionRecipe(StageRecipe):
     """
 
     preset: str = "mini-unet"
-    prediction: D.Prediction = dataclasses.field(default_factory=lambda: D.epsilon(D.VP.named("linear")))
-    weight: Mapping[str, Any] | None = None
-    time: Mapping[str, Any] | None = None
+    prediction: Annotated[D.Prediction, Read(_prediction)] = dataclasses.field(
+        default_factory=lambda: D.epsilon(D.VP.named("linear"))
+    )
+    weight: Options | None = None
+    time: Options | None = None
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
     sample_latents: bool = True
@@ -207,7 +236,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Raises `CheckpointError` for unknown keys and values that cannot be."""
-        return _build(cls, entries, "recipe")
+        return build(cls, entries, "recipe")
 
 
 def _listed(value: Any) -> Any:
@@ -219,45 +248,6 @@ def _listed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _listed(entry) for key, entry in value.items()}
     return [_listed(entry) for entry in value] if isinstance(value, (tuple, list)) else value
-
-
-def _tupled(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _tupled(entry) for key, entry in value.items()}
-    return tuple(_tupled(entry) for entry in value) if isinstance(value, (tuple, list)) else value
-
-
-def _prediction(entries: Mapping[str, Any], place: str) -> D.Prediction:
-    options = dict(entries)
-    try:
-        path = D.path_from_dict(options.pop("path", {}))
-        return D.prediction(options.pop("name", "epsilon"), path, **options)
-    except (AttributeError, TypeError, InvalidArgumentError, UnknownNameError) as error:
-        raise CheckpointError(f"{place}: {error}") from error
-
-
-def _build(kind: type, entries: Any, place: str) -> Any:
-    """An instance of the dataclass `kind` from plain data, nested dataclasses included."""
-    if not isinstance(entries, Mapping):
-        raise CheckpointError(f"{place} should be a JSON object, not {entries!r}")
-    if kind is D.Prediction:
-        return _prediction(entries, place)
-    types_of = typing.get_type_hints(kind)
-    unknown = sorted(set(entries) - set(types_of))
-    if unknown:
-        raise CheckpointError(f"{place} has the unknown key {unknown[0]!r}; known: {', '.join(types_of)}")
-    given = {}
-    for key, value in entries.items():
-        kinds = typing.get_args(types_of[key]) or (types_of[key],)
-        nested: list[Any] = [
-            choice for choice in kinds if dataclasses.is_dataclass(choice) or choice is D.Prediction
-        ]
-        build_nested = nested and value is not None
-        given[key] = _build(nested[0], value, f"{place}.{key}") if build_nested else _tupled(value)
-    try:
-        return kind(**given)
-    except (TypeError, InvalidArgumentError, UnknownNameError) as error:
-        raise CheckpointError(f"{place}: {error}") from error
 
 
 _MINI_AUTOENCODER = AutoencoderRecipe(

@@ -35,6 +35,7 @@ from jaxldm import __version__, checkpoints, models
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
+from jaxldm.reading import read_json, reading, shown
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.state import Params
 
@@ -150,25 +151,27 @@ def read_config(run_dir: Path | str) -> dict[str, Any]:
     Raises `CheckpointError` when there is none, or it is damaged or of another version.
     """
     path = RunFolder(Path(run_dir)).config
+    if not path.exists():
+        raise CheckpointError(f"{run_dir} is no run folder: it has no config.json")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{run_dir} is no run folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): start a new run in another folder") from error
-    if not isinstance(entries, dict) or "recipe" not in entries:
+        entries = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: start a new run in another folder") from error
+    if "recipe" not in entries:
         raise CheckpointError(f"{path} is no config.json of a run: it names no recipe")
     if entries.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is of format {entries.get('format')}, this version reads {FORMAT}: use the version that "
-            "began the run, or start a new one"
+            f"{path} is of format {shown(entries.get('format'))}, this version reads {FORMAT}: use the "
+            "version that began the run, or start a new one"
         )
     return entries
 
 
 def read_recipe(run_dir: Path | str) -> Recipe:
     """The recipe that a run began with. Raises `CheckpointError`."""
-    return Recipe.from_dict(read_config(run_dir)["recipe"])
+    entries = read_config(run_dir)["recipe"]
+    with reading(RunFolder(Path(run_dir)).config):
+        return Recipe.from_dict(entries)
 
 
 def open_run(

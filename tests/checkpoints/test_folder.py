@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,44 @@ def test_weights_of_another_model_are_named_with_both_shapes(saved):
     with pytest.raises(
         CheckpointError, match=r"conv_out\.weight is \(8, 16, 3, 3\) in the file, \(10, 16, 3, 3\)"
     ):
+        checkpoints.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_per_block": 5000}, r"counts \d+ blocks, but its weights hold"),
+        ({"layers_per_block": 10**9}, "layers_per_block must be from 1 to"),
+        ({"latent_channels": 2**30}, "latent_channels = 1073741824, but its weights hold"),
+    ],
+)
+def test_sizes_in_a_config_are_compared_with_the_weights_before_anything_is_built(tmp_path, changes, words):
+    module = models.AutoencoderKL(
+        models.AutoencoderKLConfig(sample_size=8, block_out_channels=(8,), norm_num_groups=4)
+    )
+    saved = tmp_path / "vae"
+    checkpoints.save(saved, module, models.init(module, jax.random.key(0)))
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | changes))
+    before = time.process_time()
+    for read in (checkpoints.load, checkpoints.module_in):
+        with pytest.raises(CheckpointError, match=words):
+            read(saved)
+    assert time.process_time() - before < 1
+
+
+def test_weights_of_another_kind_of_number_are_refused(saved):
+    tensors = read_safetensors(saved / WEIGHTS)
+    name = next(iter(tensors))
+    (saved / WEIGHTS).write_bytes(safetensors_bytes(tensors | {name: tensors[name].astype(np.int32)}))
+    with pytest.raises(CheckpointError, match=f"{name} is int32 in the file, floating in the model"):
+        checkpoints.load(saved)
+
+
+def test_a_pipe_in_place_of_the_weights_is_refused(saved):
+    (saved / WEIGHTS).unlink()
+    os.mkfifo(saved / WEIGHTS)
+    with pytest.raises(CheckpointError, match="is a pipe or device, not a weight file"):
         checkpoints.load(saved)
 
 

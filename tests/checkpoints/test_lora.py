@@ -18,6 +18,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLL
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
 from jaxldm import checkpoints
+from jaxldm.checkpoints.lora import matches
 from jaxldm.errors import CheckpointError, UnknownNameError
 
 RANK = 2
@@ -329,6 +330,43 @@ def test_alphas_that_peft_stores_next_to_the_tensors(sd15, tmp_path):
     write(tmp_path / "peft" / "adapter_model.safetensors", bare)
     folder = checkpoints.merge_lora(components, checkpoints.load_lora(tmp_path / "peft"))
     assert_merged(folder, before, {"unet": {first: 4 * one, second: 2 * two}})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        ("down.0.to_q", True),
+        ("0.to_q", True),
+        ("o_q", False),
+        ("to_q", True),
+        ("^to_q", False),
+        ("^down.0.to_q$", True),
+        ("down.*.to_q", True),
+        ("*", True),
+        ("down.*.to_k", False),
+        ("*.to_q*to_q", False),
+        ("", False),
+    ],
+)
+def test_patterns_of_a_file_are_names_or_have_stars(pattern, fits):
+    assert matches(pattern, "down.0.to_q") is fits
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alpha_pattern": {"(a*)*b": 3}}, r"has the pattern '\(a\*\)\*b'; only names of modules"),
+        ({"alpha_pattern": {"down": "3"}}, "alpha_pattern.down must be a number"),
+        ({"alpha_pattern": ["down"]}, "alpha_pattern must be an object or null"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a number, not '8'"),
+        ({"use_rslora": "yes"}, "use_rslora must be true or false"),
+    ],
+)
+def test_wrong_settings_of_peft_are_refused(tmp_path, settings, words):
+    tensors = {"unet.down.lora_A.weight": torch.zeros(2, 4), "unet.down.lora_B.weight": torch.zeros(4, 2)}
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in settings.items()})}
+    with pytest.raises(CheckpointError, match=words):
+        write(tmp_path / "a.safetensors", tensors, metadata)
 
 
 def test_convolutions(sd15, tmp_path):

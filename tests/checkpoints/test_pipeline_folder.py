@@ -1,6 +1,7 @@
 """Whole pipeline folders, against what diffusers writes and opens. No network is run here."""
 
 import json
+import shutil
 
 import diffusers
 import jax
@@ -209,3 +210,19 @@ def test_a_failing_save_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="without _class_name"):
         checkpoints.save_components(tmp_path / "out", "DDIMPipeline", {"scheduler": {"beta_start": 0.1}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder_is_refused(reference, tmp_path):
+    """JAX would answer such a token with the last row of the embedding, and say nothing."""
+    folder = tmp_path / "sd"
+    shutil.copytree(reference[1], folder)
+    only = ["tokenizer", "text_encoder"]
+    tokenizer = checkpoints.load_components(folder, only=only)["tokenizer"]
+    size = tokenizer.largest_token + 1
+    path = folder / "tokenizer" / "tokenizer.json"
+    entries = json.loads(path.read_text())
+    entries["added_tokens"].append(entries["added_tokens"][-1] | {"id": size, "content": "<my-cat>"})
+    path.write_text(json.dumps(entries))
+    with pytest.raises(CheckpointError, match=f"tokens up to {size}, its text encoder embeddings of {size}"):
+        checkpoints.load_components(folder, only=only)
+    assert checkpoints.load_components(folder, only=["tokenizer"])["tokenizer"].largest_token == size

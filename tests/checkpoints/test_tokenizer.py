@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -205,6 +206,12 @@ def damaged(name, content):
         (damaged("tokenizer.json", b"{}"), "do not fit together"),
         (damaged("tokenizer_config.json", b'{"padding_side": "left"}'), "padding on the left"),
         (lambda folder: (folder / "merges.txt").unlink(), "it takes tokenizer.json, vocab.json with merges"),
+        (damaged("tokenizer_config.json", b'{"added_tokens_decoder": []}'), "added_tokens_decoder must be"),
+        (damaged("special_tokens_map.json", b'{"eos_token": 3}'), "eos_token must be a string or an object"),
+        (damaged("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "a"}}'), "no number of a token"),
+        (damaged("added_tokens.json", b'{"a": 99999999999}'), "added_tokens.json.a must be a whole number"),
+        (damaged("vocab.json", b'{"a": "0"}'), "vocab.json.a must be a whole number"),
+        (damaged("merges.txt", b"a b c"), "not two pieces with a space"),
         (shutil.rmtree, "there is no tokenizer folder"),
     ],
 )
@@ -249,3 +256,19 @@ def test_models_of_byte_pairs_are_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="only unigram is supported"):
         checkpoints.load_tokenizer(tmp_path)
+
+
+def test_a_small_sentencepiece_file_takes_little_time(tmp_path):
+    """A number of a protocol buffer has at most 64 bits, and T5 at most so many extra tokens."""
+    t5_folder(tmp_path)
+    whole = (tmp_path / "spiece.model").read_bytes()
+    before = time.process_time()
+    for content in (b"\xff" * 10**6, whole + b"\x08" + b"\xff" * 10**6):
+        (tmp_path / "spiece.model").write_bytes(content)
+        with pytest.raises(CheckpointError, match="a number of more than 64 bits"):
+            checkpoints.load_tokenizer(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(whole)
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 1000000000}')
+    with pytest.raises(CheckpointError, match="extra_ids must be a whole number from 0 to 10000"):
+        checkpoints.load_tokenizer(tmp_path)
+    assert time.process_time() - before < 1

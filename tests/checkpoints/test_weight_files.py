@@ -169,16 +169,22 @@ def test_a_folder_with_pickles_only(reference, tmp_path):
         checkpoints.load(tmp_path)
 
 
-def test_all_that_does_not_fit_is_named(plain):
+def test_what_does_not_fit_is_named_and_counted(plain):
     state = safetensors.torch.load_file(plain / f"{STEM}.safetensors")
     renamed = {f"strange.{name}": tensor for name, tensor in state.items()}
     safetensors.torch.save_file(renamed, plain / f"{STEM}.safetensors")
     with pytest.raises(CheckpointError) as caught:
         checkpoints.load(plain)
-    for name, tensor in state.items():
-        assert f"missing: {name} {tuple(tensor.shape)}" in str(caught.value)
-        assert f"left over: strange.{name} {tuple(tensor.shape)}" in str(caught.value)
-    assert str(plain) in str(caught.value)
+    message = str(caught.value)
+    named = [
+        f"{what}{name} {tuple(tensor.shape)}"
+        for what in ("missing: ", "left over: strange.")
+        for name, tensor in state.items()
+        if f"{what}{name} {tuple(tensor.shape)}" in message
+    ]
+    assert {text.split(":")[0] for text in named} == {"missing", "left over"} and len(named) == 4
+    assert message.endswith(f"and {2 * len(state) - len(named)} more")
+    assert str(plain) in message and len(message) < 400 + len(str(plain))
 
 
 def test_a_failing_save_of_shards_keeps_the_model_before(plain, monkeypatch):

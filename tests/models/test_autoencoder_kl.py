@@ -143,11 +143,11 @@ def test_presets_have_the_published_parameters(name):
     assert count == sum(p.numel() for p in theirs.parameters()) == PUBLISHED_COUNTS[name]
 
 
-def test_a_config_older_than_force_upcast_computes_as_asked():
+def test_a_config_without_force_upcast_is_upcast_as_in_diffusers():
     entries = models.config_to_dict(models.PRESETS["sdxl-vae"])
     assert models.config_from_dict(entries).force_upcast
     del entries["force_upcast"]
-    assert not models.config_from_dict(entries).force_upcast
+    assert models.config_from_dict(entries).force_upcast
 
 
 @functools.cache

@@ -54,19 +54,22 @@ def test_lists_of_json_become_tuples_again():
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"name": "x", "colour": 1}, "recipe has the unknown key 'colour'; known: name"),
-        ({"name": "x", "diffusion": {"epoch": 1}}, r"recipe.diffusion has the unknown key 'epoch'"),
+        ({"name": "x", "colour": 1}, "recipe has an unknown key 'colour'; known: autoencoder"),
+        (
+            {"name": "x", "diffusion": {"epoch": 1}},
+            "recipe: diffusion has an unknown key 'epoch'; did you mean 'epochs'",
+        ),
         (
             {"name": "x", "diffusion": {"prediction": {"beta": 1}}},
-            r"recipe.diffusion.prediction: .*no option 'beta'",
+            r"recipe: diffusion: prediction: .*no option 'beta'",
         ),
         (
             {"name": "x", "diffusion": {"prediction": {"name": "eps"}}},
-            "recipe.diffusion.prediction: .*epsilon",
+            "recipe: diffusion: prediction: .*epsilon",
         ),
         (
             {"name": "x", "diffusion": {"prediction": {"path": {"type": "ddpm"}}}},
-            "recipe.diffusion.prediction: .*vp",
+            "recipe: diffusion: prediction: .*vp",
         ),
         (
             {"name": "x", "diffusion": {"prediction": {"path": {"type": "vp", "zero_terminal_snr": True}}}},
@@ -74,12 +77,16 @@ def test_lists_of_json_become_tuples_again():
         ),
         (
             {"name": "x", "diffusion": {"prediction": {"name": "velocity"}}},
-            "recipe.diffusion.prediction: .*velocity",
+            "recipe: diffusion: prediction: .*velocity",
         ),
         ({"name": "x", "diffusion": {"weight": {"name": "p3"}}}, "weight.*min_snr"),
         ({"name": "x", "diffusion": {"time": {"name": "logit_normal", "spread": 1}}}, "time.*spread"),
         ({"name": "x", "diffusion": {"epochs": 0}}, "epochs must be >= 1"),
-        ({"name": "x", "diffusion": 3}, "should be a JSON object"),
+        ({"name": "x", "diffusion": 3}, "recipe: diffusion must be an object, not 3"),
+        ({"name": "x", "diffusion": {"epochs": "9"}}, "diffusion: epochs must be a whole number, not '9'"),
+        ({"name": "x", "diffusion": {"overrides": [1]}}, "overrides must be an object"),
+        ({"name": "x", "diffusion": {"prediction": 1}}, "prediction must be an object"),
+        ({"name": 3}, "recipe: name must be a string"),
         ({}, "name"),
     ],
 )

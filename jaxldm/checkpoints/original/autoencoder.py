@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from jaxldm import models
-from jaxldm.checkpoints.original.layout import PIXELWISE, Component, Shapes, count, places
+from jaxldm.checkpoints.original.layout import PIXELWISE, Component, Shapes, Table, count, places
 from jaxldm.checkpoints.safetensors_file import Tensor
-from jaxldm.errors import CheckpointError
 from jaxldm.models.autoencoder_kl import AutoencoderKLConfig
 
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # Tensors of Playground v2.5 that stand outside the autoencoder, and the fields of its config.
 _STATISTICS = {"edm_mean": "latents_mean", "edm_std": "latents_std"}
+_FACTORS = ("scaling_factor", "shift_factor")
 
 
 def vae(prefix: str, preset: str) -> Component:
@@ -97,15 +97,29 @@ def statistics(config: AutoencoderKLConfig) -> dict[str, np.ndarray]:
     }
 
 
-def check_factors(config: AutoencoderKLConfig) -> None:
-    """Raises `CheckpointError` unless the factors are FLUX's.
+def factors(config: AutoencoderKLConfig) -> dict[str, str]:
+    """The factors of the latents as metadata of a file: no tensor holds them."""
+    values = {name: getattr(config, name) for name in _FACTORS}
+    return {f"vae.{name}": repr(float(value)) for name, value in values.items() if value is not None}
 
-    A file of an autoencoder alone does not hold its factors, and is read with those of FLUX.
+
+def with_factors(config: AutoencoderKLConfig, metadata: Mapping[str, str]) -> AutoencoderKLConfig:
+    """The config with the factors that a file's metadata holds, see `factors`; else those that it has.
+
+    Raises:
+        CheckpointError: metadata that are no numbers.
     """
-    configs: tuple[Any, Any] = (models.PRESETS["flux-vae"], config)
-    flux, given = ((of.scaling_factor, of.shift_factor) for of in configs)
-    if given != flux:
-        raise CheckpointError(
-            f"a file of an autoencoder alone is read with FLUX's scaling_factor and shift_factor, {flux}; "
-            f"this one has {given}: save it as a folder (checkpoints.save), or together with its transformer"
-        )
+    texts = {name: metadata[f"vae.{name}"] for name in _FACTORS if f"vae.{name}" in metadata}
+    if not texts:
+        return config
+    found: dict[str, Any] = {name: float(text) for name, text in texts.items()}
+    return type(config).from_dict({**config.to_dict(), "shift_factor": None, **found})
+
+
+def is_of_stable_diffusion(shapes: Shapes) -> bool:
+    """Whether an autoencoder alone in a file is of Stable Diffusion 1, 2 or XL, and not of FLUX or SD3.
+
+    Those have 4 channels and the two convolutions of the latents, these 16 channels and none. Within each
+    group the tensors are the same, and the factors of SD 1 and of FLUX are taken.
+    """
+    return "quant_conv.weight" in shapes

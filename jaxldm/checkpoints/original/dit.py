@@ -16,6 +16,7 @@ import flax.linen as nn
 import numpy as np
 
 from jaxldm import models
+from jaxldm.checkpoints.folder import check_stored
 from jaxldm.checkpoints.names import Placement, from_state_dict, published, to_state_dict
 from jaxldm.checkpoints.original.layout import (
     Place,
@@ -30,6 +31,7 @@ from jaxldm.checkpoints.original.layout import (
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.files import write_atomically
+from jaxldm.reading import named, reading
 
 ARCHITECTURES = {"DiT": models.DiTConfig, "SiT": models.SiTConfig}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published widths, S to XL
@@ -69,22 +71,26 @@ def load_dit_file(
     kind = ARCHITECTURES[one_of("architecture", architecture, ARCHITECTURES)]
     if dtype is not None:
         models.compute_dtype(dtype)
-    state: Mapping[str, Tensor] = open_safetensors(path).tensors
+    stored: Mapping[str, Tensor] = open_safetensors(path).tensors
+    with reading(path):
+        try:
+            config = dit_config(
+                {name: tuple(tensor.shape) for name, tensor in stored.items()}, kind, num_heads
+            )
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path} is not an original file of DiT or SiT: it has no tensor {error.args[0]}"
+            ) from error
+        config = dataclasses.replace(config, dtype=dtype or "float32")
+        check_stored(config, stored)
+        module: Any = models.from_config(config)
+        _check_positions(stored.get("pos_embed"), module)
+        shapes = models.shapes(module)
+    state = {name: tensor for name, tensor in stored.items() if name != "pos_embed"}
     try:
-        config = dit_config({name: tuple(tensor.shape) for name, tensor in state.items()}, kind, num_heads)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path} is not an original file of DiT or SiT: it has no tensor {error.args[0]}"
-        ) from error
-    config = dataclasses.replace(config, dtype=dtype or "float32")
-    module: Any = models.from_config(config)
-    positions = state.get("pos_embed")
-    state = {name: tensor for name, tensor in state.items() if name != "pos_embed"}
-    try:
-        _check_positions(positions, module)
-        return module, from_state_dict(state, models.shapes(module), dtype=dtype, sharding=sharding)
+        return module, from_state_dict(state, shapes, dtype=dtype, sharding=sharding)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(named(path, str(error))) from error
 
 
 def save_dit_file(path: Path | str, module: Any, params: dict) -> None:
@@ -268,7 +274,8 @@ def _check_embedders(state: Mapping[str, np.ndarray], layers: int) -> None:
 
 def _check_positions(positions: Tensor | None, module: models.DiT) -> None:
     table = module.constant_tensors()["pos_embed"]
-    if positions is None or np.abs(np.asarray(positions, np.float32) - table).max() > 1e-2:
+    fits = positions is not None and tuple(positions.shape) == table.shape
+    if not fits or not np.abs(np.asarray(positions, np.float32) - table).max() <= 1e-2:
         raise CheckpointError(
             "pos_embed is not the sin-cos table of DiT: learned positions are not supported"
         )

@@ -18,6 +18,7 @@ import numpy as np
 from jaxldm.checkpoints.safetensors_file import Tensor
 from jaxldm.errors import CheckpointError
 from jaxldm.models.config import ModelConfig
+from jaxldm.reading import shortened
 
 Shapes = Mapping[str, tuple[int, ...]]  # of one component, by original name, without the component's prefix
 
@@ -248,9 +249,18 @@ class Family(NamedTuple):
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """1 + the largest number that the pattern's group has at the start of a name; 0 where none matches."""
-    found = [re.match(pattern, name) for name in shapes]
-    return max((1 + int(match.group(1)) for match in found if match), default=0)
+    """1 + the largest number that the pattern's group has at the start of a name; 0 where none matches.
+
+    Raises:
+        CheckpointError: a number that there are not as many tensors for.
+    """
+    found = [match.group(1) for name in shapes if (match := re.match(pattern, name))]
+    longest = max(map(len, found), default=0)
+    largest = max(map(int, found), default=-1) if longest < 10 else len(shapes)
+    if largest >= len(shapes):
+        number = shortened(max(found, key=len if longest >= 10 else int), 20)
+        raise CheckpointError(f"a tensor is named as of block {number}, but there are {len(shapes)} tensors")
+    return largest + 1
 
 
 def first_ending(shapes: Shapes, ending: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxldm import models
+from jaxldm.checkpoints.folder import check_stored
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.checkpoints.original import autoencoder
 from jaxldm.checkpoints.original.flux import FLUX
@@ -22,6 +23,7 @@ from jaxldm.checkpoints.original.z_image import Z_IMAGE
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.files import write_atomically
+from jaxldm.reading import reading
 
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SDXL_REFINER, SD3, FLUX, Z_IMAGE)}
 # What files hold beside the components: noise schedules, averages of weights, training losses, buffers.
@@ -36,11 +38,13 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
     """Opens an original single file.
 
     The file holds no config. Sizes are read from its shapes, the rest is that of the family's preset: heads
-    of width 64 (8 heads in Stable Diffusion 1), 32 groups, the published factors of the autoencoder (FLUX's
-    where it is alone in the file). The file does not say whether the U-Net predicts eps or v. Of two sets of
-    U-Net weights the plain one is loaded, not the average (`model_ema`). The last text layer of Stable
-    Diffusion 2, which nothing uses, is left out, and so is the projection of Stable Diffusion 3's smaller
-    CLIP.
+    of width 64 (8 heads in Stable Diffusion 1), 32 groups, the published factors of the autoencoder. The
+    tensors of an autoencoder alone tell Stable Diffusion (4 channels) from FLUX (16), but not XL from 1 or
+    SD3 from FLUX: those need a `dataclasses.replace(config, scaling_factor=...)`, unless `save_single_file`
+    wrote the file, whose metadata hold the factors. The file does not say whether the U-Net predicts eps or
+    v. Of two sets of U-Net weights the plain one is loaded, not the average (`model_ema`). The last text
+    layer of Stable Diffusion 2, which nothing uses, is left out, and so is the projection of Stable Diffusion
+    3's smaller CLIP.
 
     Args:
         path: a .safetensors file.
@@ -53,11 +57,11 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
 
     Raises:
         CheckpointError: no such file, a damaged or a pickled one; not one of the layouts; tensors missing,
-            left over in a component, or of another shape, each named.
+            left over in a component, or of another shape, which it names.
         UnknownNameError: another dtype.
     """
-    stored = open_safetensors(path).tensors
-    try:
+    stored, metadata = open_safetensors(path)
+    with reading(path):
         family, bare = _family_of_file(stored)
         state = {family.rename(name): tensor for name, tensor in stored.items()}
         components = _bare(family, bare) if bare else family.components
@@ -69,11 +73,9 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
                 if key.startswith(component.prefix)
             }
             if own:
-                loaded[name], read = _load_component(name, component, own, state, dtype)
+                loaded[name], read = _load_component(name, component, own, state, metadata, dtype)
                 used |= {component.prefix + key for key in read}
         left = _left_over(family, components, state.keys() - used, state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     if left:
         warnings.warn(f"{path}: not loaded, of no component: {', '.join(left[:8])}", stacklevel=2)
     return loaded
@@ -84,9 +86,9 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
 
     The layout follows from the components. A transformer has that of its own family. Without one, three text
     encoders have SD3's layout; two, XL's; the second alone, that of XL's refiner; one OpenCLIP ("gelu"),
-    2.x's; an autoencoder alone without `quant_conv`, FLUX's; all others, 1.x's. FLUX and Z-Image are written
-    as ComfyUI has them; a component of theirs alone, with the names of the published files of that component
-    (flux1-dev.safetensors, ae.safetensors).
+    2.x's; all others, 1.x's. FLUX and Z-Image are written as ComfyUI has them; a component of theirs alone,
+    and any autoencoder alone, with the names of the published files of that component (flux1-dev.safetensors,
+    ae.safetensors). The autoencoder's factors are metadata of the file, which other programs ignore.
 
     Args:
         path: the file to write.
@@ -94,25 +96,24 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
 
     Raises:
         UnknownNameError: a component of another name.
-        CheckpointError: a tensor or a transformer that has no place in an original layout; an autoencoder
-            alone with other factors than FLUX's.
+        CheckpointError: a tensor or a transformer that has no place in an original layout.
         StorageError: disk full, no permission, a folder of that name.
     """
     family = _family_of_components(components)
     layout = family.components
     alone = next(iter(components)) if len(components) == 1 else None
     if alone is not None and family.writes_bare and alone in family.bare:
-        if alone == "vae":
-            autoencoder.check_factors(components["vae"][0].config)
         layout = _bare(family, alone)
     tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
     for name, (module, params) in components.items():
         component = layout[one_of("component of a single file", name, layout)]
         original = to_original(published(params), component.table(module.config))
         tensors |= {component.prefix + key: tensor for key, tensor in original.items()}
         if name == "vae":
             tensors |= autoencoder.statistics(module.config)
-    write_atomically(path, safetensors_chunks(tensors))
+            metadata |= autoencoder.factors(module.config)
+    write_atomically(path, safetensors_chunks(tensors, metadata))
 
 
 def _bare(family: Family, name: str) -> dict[str, Component]:
@@ -125,19 +126,21 @@ def _load_component(
     component: Component,
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
     dtype: str | None,
 ) -> tuple[tuple[nn.Module, dict], set[str]]:
     """((module, params), the original names that were read)."""
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
     try:
         config: Any = component.config(shapes, models.PRESETS[component.preset])
+        if name == "vae":
+            config = autoencoder.with_factors(autoencoder.with_statistics(config, state), metadata)
     except KeyError as error:
         missing = f"{component.prefix}{error.args[0]}"
         raise CheckpointError(f"the {name} is not whole: it has no tensor {missing}") from error
     except InvalidArgumentError as error:
         raise CheckpointError(f"the {name} has shapes of no model: {error}") from error
-    if name == "vae":
-        config = autoencoder.with_statistics(config, state)
+    check_stored(config, own)
     module = models.from_config(config if dtype is None else dataclasses.replace(config, dtype=dtype))
     template = models.shapes(module)
     wanted, table = published(template), component.table(config)
@@ -161,7 +164,9 @@ def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
     for family in FAMILIES.values():
         for name, start in family.bare.items():
             if _has(state, start):
-                return family, name
+                shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+                of_sd = name == "vae" and autoencoder.is_of_stable_diffusion(shapes)
+                return SD1 if of_sd else family, name
     for family in FAMILIES.values():
         if family.signature is not None and _has(state, family.signature):
             return family, None
@@ -170,7 +175,7 @@ def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
         if all(_has(state, part.prefix) for part in encoders):
             return family, None
     widths = {
-        tensor.shape[-1]
+        tuple(tensor.shape)[-1:]
         for key, tensor in state.items()
         if key.startswith(SD1.components["unet"].prefix) and key.endswith(".attn2.to_k.weight")
     }
@@ -178,8 +183,11 @@ def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
         if "unet" not in family.components:
             continue
         preset: Any = models.PRESETS[family.components["unet"].preset]
-        if widths == {preset.cross_attention_dim}:
+        if widths == {(preset.cross_attention_dim,)}:
             return family, None
+    roots = {key.split(".")[0] for key in state}
+    if roots == {"first_stage_model"}:  # an autoencoder alone, as earlier versions wrote it
+        return SD1 if "first_stage_model.quant_conv.weight" in state else SD3, None
     raise CheckpointError(
         "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or Z-Image: it has no text encoder "
         "and no denoiser of these under their original names; its first tensors are "
@@ -203,7 +211,7 @@ def _family_of_components(components: Mapping[str, tuple[nn.Module, dict]]) -> F
         raise CheckpointError(f"a {name} has no original single-file layout here")
     if "text_encoder_3" in configs:
         return SD3
-    if configs.keys() == {"vae"} and not configs["vae"].use_quant_conv:
+    if configs.keys() == {"vae"}:
         return FLUX
     if "text_encoder_2" in configs:
         return SDXL if "text_encoder" in configs else SDXL_REFINER

@@ -9,8 +9,10 @@ from typing import Any
 from jaxldm.checkpoints.original.autoencoder import vae
 from jaxldm.checkpoints.original.layout import Component, Family, Shapes, Table, count, first_ending, places
 from jaxldm.checkpoints.original.text_encoders import clip, openclip
+from jaxldm.errors import CheckpointError
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
 
+MOST_LEVELS = 16
 HEAD_WIDTH = 64  # of the U-Nets of Stable Diffusion 2 and XL
 _RESNET = {
     "norm1": "in_layers.0",
@@ -72,6 +74,8 @@ def unet_config(shapes: Shapes, preset: UNet2DConditionConfig) -> UNet2DConditio
     """U-Net: a level ends at its downsampling convolution."""
     blocks = count(shapes, r"input_blocks\.(\d+)\.")
     ends = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in shapes] + [blocks]
+    if len(ends) > MOST_LEVELS:
+        raise CheckpointError(f"a U-Net of {len(ends)} levels; at most {MOST_LEVELS} are known")
     starts = [1, *(end + 1 for end in ends[:-1])]
     channels = tuple(shapes[f"input_blocks.{start}.0.out_layers.3.weight"][0] for start in starts)
     depths = [count(shapes, rf"input_blocks\.{start}\.1\.transformer_blocks\.(\d+)\.") for start in starts]

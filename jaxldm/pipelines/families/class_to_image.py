@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
+from jaxldm.entries import Bounds, checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults, Request
@@ -54,6 +55,11 @@ _ENTRIES = {
     "default_guidance_scale": "_scale",
     "guided_channels": "_guided_channels",
     "images_per_device": "_images_per_device",
+}
+_TYPES = {
+    "default_guidance_scale": Annotated[float, Bounds(0, 1e6)],
+    "guided_channels": Annotated[int, Bounds(1, 2**31 - 1)] | None,
+    "images_per_device": Annotated[int, Bounds(1, 2**16)],
 }
 
 
@@ -264,12 +270,14 @@ def read_options(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
     Raises:
         CheckpointError: an `id2label` that does not name each class.
     """
-    options = {name: index[entry] for name, entry in _ENTRIES.items() if entry in index}
+    options = {
+        name: checked(index[entry], _TYPES[name], entry) for name, entry in _ENTRIES.items() if entry in index
+    }
     table = index.get("id2label")
     if not table:
         return options
-    labels = [str(label) for label in range(len(table))]
-    if not isinstance(table, Mapping) or set(table) != set(labels):
+    labels = [str(label) for label in range(len(checked(table, dict, "id2label")))]
+    if set(table) != set(labels):
         raise CheckpointError("its id2label does not name each of its network's classes")
     return options | {"class_names": tuple(str(table[label]) for label in labels)}
 

@@ -427,6 +427,38 @@ def test_what_has_no_place_is_refused(tmp_path):
         save_single_file(tmp_path / "x.safetensors", {"tokenizer": (unet, {})})
 
 
+def test_an_autoencoder_alone_has_the_factors_of_its_family(written, tmp_path):
+    """4 channels and `quant_conv` are Stable Diffusion's; the file says more only in its metadata."""
+    family, _, components, _ = written
+    module, params = components["vae"]
+    path = tmp_path / "vae.safetensors"
+    save_single_file(path, {"vae": components["vae"]})
+    tensors = read_safetensors(path)
+    assert "quant_conv.weight" in tensors and not any(name.startswith("first_stage") for name in tensors)
+    sample_size = models.PRESETS["sd-vae"].sample_size  # no file holds it
+    assert load_single_file(path)["vae"][0].config == dataclasses.replace(
+        module.config, sample_size=sample_size
+    )
+    of_sd = dataclasses.replace(models.PRESETS["sd-vae"], scaling_factor=0.18215, shift_factor=None)
+    for prefix in ("", "first_stage_model."):  # as it is published, and as earlier versions wrote it
+        path.write_bytes(safetensors_bytes({prefix + name: tensor for name, tensor in tensors.items()}))
+        found, found_params = load_single_file(path)["vae"]
+        assert found.config.scaling_factor == of_sd.scaling_factor and found.config.shift_factor is None
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found_params, params)), family
+
+
+def test_names_of_blocks_that_are_not_there_are_refused_at_once(written, tmp_path):
+    path = tmp_path / "huge.safetensors"
+    tensors = read_safetensors(written[3])
+    name = next(name for name in tensors if ".input_blocks.1." in name)
+    for number in ("1000000000", "9" * 5000):
+        other = {**tensors, name.replace(".1.", f".{number}.", 1): np.zeros(3)}
+        path.write_bytes(safetensors_bytes(other))
+        with pytest.raises(CheckpointError, match=r"huge\.safetensors.*named as of block") as caught:
+            load_single_file(path)
+        assert len(str(caught.value)) < 600
+
+
 def test_playground_keeps_its_latent_statistics(tmp_path):
     theirs, path = references("XL"), tmp_path / "playground.safetensors"
     components = {name: ours(model, FAMILIES["XL"].components[name].preset) for name, model in theirs.items()}

@@ -167,12 +167,18 @@ def test_an_autoencoder_alone(written, tmp_path):
 
 
 @of_family("FLUX")
-def test_an_autoencoder_alone_that_would_be_read_with_other_factors_is_refused(written, tmp_path):
+def test_an_autoencoder_alone_keeps_its_factors(written, tmp_path):
+    """No tensor holds them, so that without the metadata of the file those of FLUX are taken."""
     module, params = written.ours["vae"]
     other = type(module)(dataclasses.replace(module.config, scaling_factor=1.5305, shift_factor=0.0609))
-    with pytest.raises(CheckpointError, match=r"this one has \(1.5305, 0.0609\): save it as a folder"):
-        save_single_file(tmp_path / "ae.safetensors", {"vae": (other, params)})
-    assert not list(tmp_path.iterdir())
+    path = tmp_path / "ae.safetensors"
+    save_single_file(path, {"vae": (other, params)})
+    assert_same(load_single_file(path), {"vae": (other, params)})
+    path.write_bytes(safetensors_bytes(read_safetensors(path)))
+    assert load_single_file(path)["vae"][0] == module
+    path.write_bytes(safetensors_bytes(read_safetensors(path), {"vae.scaling_factor": "0"}))
+    with pytest.raises(CheckpointError, match=r"ae\.safetensors.*scaling_factor must be positive"):
+        load_single_file(path)
 
 
 def test_transformers_without_an_original_layout_are_refused(tmp_path):
