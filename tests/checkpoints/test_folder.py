@@ -165,6 +165,15 @@ def test_sizes_in_a_config_are_compared_with_the_weights_before_anything_is_buil
     assert time.process_time() - before < 1
 
 
+def test_a_config_without_weights_may_not_claim_more_blocks_than_any_model_has(saved):
+    (saved / WEIGHTS).unlink()
+    assert checkpoints.module_in(saved).config.block_out_channels == (8, 16)
+    entries = models.config_to_dict(models.PRESETS["dit-s-8"])
+    (saved / "config.json").write_text(json.dumps(entries | {"depth": 9000}))
+    with pytest.raises(CheckpointError, match="counts 9000 blocks"):
+        checkpoints.module_in(saved)
+
+
 def test_weights_of_another_kind_of_number_are_refused(saved):
     tensors = read_safetensors(saved / WEIGHTS)
     name = next(iter(tensors))

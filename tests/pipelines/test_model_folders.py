@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import inspect
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from jaxldm import checkpoints, models, pipelines
 from jaxldm import diffusion as D
 from jaxldm.checkpoints import folder as model_folder
 from jaxldm.errors import CheckpointError, StorageError
+from jaxldm.pipelines.families import FAMILIES
 
 WEIGHTS = model_folder.WEIGHTS_FILE
 
@@ -303,3 +305,36 @@ def test_an_exported_folder_that_is_not_whole(exported, damage, words):
     damage(exported)
     with pytest.raises(CheckpointError, match=words):
         pipelines.load(exported)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_images_per_device": 0}, "_images_per_device must be a whole number from 1 to 65536, not 0"),
+        ({"_images_per_device": "4"}, "_images_per_device must be a whole number"),
+        ({"_scale": [3]}, "_scale must be a number"),
+        ({"id2label": "ab"}, "id2label must be an object"),
+        ({"id2label": {"0": "a", "2": "b"}}, "does not name each"),
+        ({"_class_name": ["LatentDiffusionPipeline"]}, "_class_name must be a string"),
+        ({"_class_name": "LatentDifusionPipeline"}, "did you mean 'LatentDiffusionPipeline'"),
+    ],
+)
+def test_wrong_entries_of_an_index_are_refused_with_their_name(exported, changes, words):
+    index = exported / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        pipelines.load(exported)
+    assert "\n" not in str(caught.value) and str(exported) in str(caught.value)
+
+
+def test_an_absent_option_means_what_it_means_in_diffusers():
+    compared = 0
+    for family in FAMILIES:
+        for name in family.folder.class_names:
+            reference = getattr(diffusers, name, None)
+            known = {} if reference is None else inspect.signature(reference.__init__).parameters
+            for option, default in family.folder.options.items():
+                if option in known:
+                    assert default == known[option].default, (name, option)
+                    compared += 1
+    assert compared >= 9
