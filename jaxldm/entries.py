@@ -167,7 +167,7 @@ def _convert(value: Any, kind: Any, place: str) -> Any:
         return value if abs(value) < 2**1023 else _wrong(value, kind, place)
     if kind is int and isinstance(value, int) and abs(value) > LARGEST:
         raise _WrongValue(place, "a whole number of at most 19 digits", value)
-    fits = isinstance(value, type(None) if kind is None else kind)
+    fits = isinstance(value, type(None) if kind is None else typing.cast(type, kind))
     return (
         value if fits and not (isinstance(value, bool) and kind is not bool) else _wrong(value, kind, place)
     )

@@ -158,7 +158,7 @@ _TYPES: dict[str, Any] = {
     "model_max_length": float | None,
     "padding_side": str | None,
     "tokenizer_class": str | None,
-    "extra_ids": Annotated[int, Bounds(0, MAX_EXTRA_TOKENS)] | None,
+    "extra_ids": Annotated[int | None, Bounds(0, MAX_EXTRA_TOKENS)],
     "tokenize_chinese_chars": bool | None,
     "strip_accents": bool | None,
     "do_lower_case": bool | None,

@@ -52,6 +52,7 @@ def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
     The format: two zero bytes, the type (8 for uint8), the number of axes, each extent as a big-endian 32-bit
     number, the values. Raises `DataError` for another or an incomplete file.
     """
+    path = os.fspath(path)
     check_regular(path, "file of images", DataError)
     try:
         with reading(path, DataError), gzip.open(path) as file:

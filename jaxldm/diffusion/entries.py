@@ -80,7 +80,8 @@ def _types_of(make: Any) -> dict[str, Any]:
     """What the entries of one of our own paths may be; a path of another package checks its own."""
     if make == VP.named:
         betas = {"betas": str, "num_train_timesteps": Annotated[int, Bounds(2, MAX_TIMESTEPS)]}
-        ends = dict.fromkeys(("beta_start", "beta_end"), Annotated[float, Bounds(0, 1)] | None)
+        unit: Any = Annotated[float, Bounds(0, 1)]
+        ends = dict.fromkeys(("beta_start", "beta_end"), unit | None)
         return betas | ends | {"zero_terminal_snr": bool}
     return dict(field_types(make)) if make in PATHS.values() else {}
 

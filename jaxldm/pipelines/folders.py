@@ -73,7 +73,8 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     only = [part for part in (*layout.parts, *layout.optional) if part in named]
     loaded = checkpoints.load_components(folder, dtype=dtype, only=only, variant=variant)
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
-    _check_path_known(folder, (parts.get("scheduler") or {}).get("path"))
+    scheduler = parts.get("scheduler")
+    _check_path_known(folder, scheduler.get("path") if isinstance(scheduler, Mapping) else None)
     with reading(folder / INDEX_FILE):
         options = layout.read_options(index, layout)
     try:

@@ -12,11 +12,11 @@ from jaxldm.reading import shown
 
 PLACE = "scheduler_config.json"
 MAX_TRAIN_TIMESTEPS = 100_000  # published ones have 1000 or 2000; a table of betas has as many rows
-_Flag = bool | None  # null is false, as in diffusers
-_Count = Annotated[int, Bounds(0, 2**31 - 1)]
-_Float = Annotated[float, Bounds(-3.4e38, 3.4e38)]
-_Positive = Annotated[float, Bounds(1e-30, 3.4e38)]
-_Unit = Annotated[float, Bounds(0, 1)]
+_Flag: Any = bool | None  # null is false, as in diffusers
+_Count: Any = Annotated[int, Bounds(0, 2**31 - 1)]
+_Float: Any = Annotated[float, Bounds(-3.4e38, 3.4e38)]
+_Positive: Any = Annotated[float, Bounds(1e-30, 3.4e38)]
+_Unit: Any = Annotated[float, Bounds(0, 1)]
 TYPES: Mapping[str, Any] = {
     "_class_name": str,
     # the path and the prediction

@@ -58,7 +58,7 @@ _ENTRIES = {
 }
 _TYPES = {
     "default_guidance_scale": Annotated[float, Bounds(0, 1e6)],
-    "guided_channels": Annotated[int, Bounds(1, 2**31 - 1)] | None,
+    "guided_channels": Annotated[int | None, Bounds(1, 2**31 - 1)],
     "images_per_device": Annotated[int, Bounds(1, 2**16)],
 }
 
