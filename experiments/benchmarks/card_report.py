@@ -81,10 +81,13 @@ def cells(records: Records, row: str, what: str | None) -> list[str]:
 
     fastest = peak(records)
 
+    # One number of operations for all: that of jaxldm's program where it was run.
+    flops = next((line["flops"] for line in lines.values()), None)
+
     def share(line: dict[str, Any]) -> float | None:
-        if fastest is None or line["flops"] is None:
+        if fastest is None or flops is None:
             return None
-        return line["flops"] / (line["milliseconds"][1] / 1e3) / fastest
+        return flops / (line["milliseconds"][1] / 1e3) / fastest
 
     def gigabytes(line: dict[str, Any]) -> float | None:
         return None if line["memory_bytes"] is None else line["memory_bytes"] / 1e9

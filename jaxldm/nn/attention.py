@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.attention_kernels import accelerator_attention, explicit_attention
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
 from jaxldm.nn.normalization import GroupNorm
@@ -29,9 +30,9 @@ def dot_product_attention(
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
     """softmax(Q K^T scale + bias) V for every head, the softmax in float32; by default scale = 1/sqrt(D).
 
-    Vaswani et al. 2017, eq. 1. On a CPU, or with `return_weights`, two explicit batched matrix products;
-    on accelerators `jax.nn.dot_product_attention`, with cuDNN's flash kernel where it supports the dtype and
-    the head size.
+    Vaswani et al. 2017, eq. 1. On a CPU, or with `return_weights`, two explicit batched matrix products; on
+    accelerators cuDNN's flash kernel or chunks of queries, never the whole matrix of logits: see
+    `jaxldm.nn.attention_kernels`.
 
     Args:
         query, key, value: `[B, N, H, D]` and `[B, M, H, D]`: N queries and M keys of H heads.
@@ -47,41 +48,9 @@ def dot_product_attention(
     chex.assert_equal_shape([query, key], dims=(0, 2, 3))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if return_weights or jax.default_backend() == "cpu":
-        out, weights = _explicit(query, key, value, scale, bias, mask)
+        out, weights = explicit_attention(query, key, value, scale, bias, mask)
         return (out, weights) if return_weights else out
-    kernel = _kernel(query) if bias is None and mask is None else None
-    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=kernel)
-
-
-def _kernel(query: Float[Array, "B N H D"]) -> Literal["cudnn"] | None:
-    """cuDNN's flash attention takes 16-bit inputs and head sizes up to 128 in steps of 8; XLA takes all."""
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
-    return "cudnn" if fits and _on_cuda() else None
-
-
-def _on_cuda() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
-
-
-def _explicit(query, key, value, scale, bias, mask):
-    """Attention with the heads folded into the batch: both products are plain batched matrix products."""
-    batch, length, heads, dim = query.shape
-
-    def fold(x):
-        return x.transpose(0, 2, 1, 3).reshape(batch * heads, x.shape[1], dim)
-
-    logits = jnp.einsum("bnd,bmd->bnm", fold(query * scale), fold(key), preferred_element_type=jnp.float32)
-    if bias is not None or mask is not None:
-        by_head = logits.reshape(batch, heads, length, key.shape[1])
-        if bias is not None:
-            by_head = by_head + bias.astype(jnp.float32)
-        if mask is not None:
-            by_head = jnp.where(mask, by_head, jnp.finfo(jnp.float32).min)
-        logits = by_head.reshape(logits.shape)
-    weights = jax.nn.softmax(logits, axis=-1)
-    out = jnp.einsum("bnm,bmd->bnd", weights.astype(value.dtype), fold(value))
-    out = out.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
-    return out, weights.reshape(batch, heads, length, key.shape[1])
+    return accelerator_attention(query, key, value, scale, bias, mask)
 
 
 def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any) -> Float[Array, "B N C"]:
@@ -134,23 +103,32 @@ class _Projection(nn.Module):
 def projections(
     x: Float[Array, "B N C"], names: Sequence[str], features: int, *, use_bias: bool, dtype: str
 ) -> list[Float[Array, "B N features"]]:
-    """Linear maps of one input, one submodule per name, computed as one matrix product.
+    """Linear maps of one input, one submodule per name. On a CPU they are computed as one matrix product.
+
+    Elsewhere they stay several: joining their kernels would copy them in every denoising step, and one of
+    these products is large enough to fill an accelerator.
 
     Call it inside the compact method of the module that has them.
     """
     parts = [_Projection(features, use_bias, name=name)(x.shape[-1]) for name in names]
     number = compute_dtype(dtype)
-    kernel, *bias = (jnp.concatenate(part, axis=-1).astype(number) for part in zip(*parts, strict=True))
-    y = flat_matmul(x.astype(number), kernel)
-    return jnp.split(y + bias[0].reshape(1, 1, -1) if use_bias else y, len(names), axis=-1)
+
+    def project(kernel: Array, bias: Array | None = None) -> Array:
+        y = flat_matmul(x.astype(number), kernel.astype(number))
+        return y if bias is None else y + bias.astype(number).reshape(1, 1, -1)
+
+    if jax.default_backend() != "cpu":
+        return [project(*part) for part in parts]
+    joined = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    return jnp.split(project(*joined), len(names), axis=-1)
 
 
 class CrossAttention(nn.Module):
     """to_out(softmax(Q K^T / sqrt(d)) V), Q from x and K, V from the context. `[B, N, C]` -> the same shape.
 
     Vaswani et al. 2017, section 3.2; without a context it is self-attention. Parameters as in diffusers'
-    `Attention`: `to_q`, `to_k`, `to_v` (those of one input are one matrix product; with a bias if
-    `use_bias`), `to_out_0` (with one if `out_bias`).
+    `Attention`: `to_q`, `to_k`, `to_v` (see `projections`; with a bias if `use_bias`), `to_out_0` (with one
+    if `out_bias`).
     """
 
     num_heads: int
@@ -188,7 +166,7 @@ class Attention2D(nn.Module):
     """x + to_out(attention(group_norm(x))) over the pixels. `[B, H, W, C]` -> the same shape.
 
     Ho et al. 2020, appendix B. Parameters as in diffusers' `Attention`: `group_norm`, `to_q`, `to_k`,
-    `to_v` (one matrix product), `to_out_0`.
+    `to_v`, `to_out_0`.
 
     Attributes:
         head_dim: channels per head; None: one head.

@@ -20,8 +20,7 @@ class JointAttention(nn.Module):
 
     Esser et al. 2024 (SD3), section 4 and figure 2b; without text it is self-attention. Parameters as in
     diffusers' `Attention`: `to_q`, `to_k`, `to_v` and `to_out_0` for the image, `add_q_proj`, `add_k_proj`,
-    `add_v_proj` and `to_add_out` for the text, `norm_q`, `norm_k`, `norm_added_q`, `norm_added_k`. The three
-    projections of one input are one matrix product.
+    `add_v_proj` and `to_add_out` for the text, `norm_q`, `norm_k`, `norm_added_q`, `norm_added_k`.
 
     Attributes:
         num_heads: heads, all channels of x split among them.

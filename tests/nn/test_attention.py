@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jaxldm import nn
-from jaxldm.nn import attention
+from jaxldm.nn import attention_kernels
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
 
@@ -32,27 +32,93 @@ def test_the_way_of_accelerators_agrees_with_the_way_of_cpus(monkeypatch):
     np.testing.assert_allclose(explicit, elsewhere, atol=1e-6)
 
 
-@pytest.mark.unchecked
-def test_flash_kernel_is_requested_exactly_where_it_is_supported(monkeypatch):
-    implementations = []
+@pytest.fixture
+def cuda(monkeypatch):
+    """JAX as on an NVIDIA device, its flash kernel replaced by plain products; returns the calls of it."""
+    asked = []
+
+    def kernel(query, key, value, *, scale, implementation, key_value_seq_lengths=None):
+        asked.append((implementation, key_value_seq_lengths is not None))
+        keys = jnp.arange(key.shape[1])[None, None, None, :]
+        counts = None if key_value_seq_lengths is None else keys < key_value_seq_lengths[:, None, None, None]
+        return attention_kernels.explicit_attention(query, key, value, scale, None, counts)[0]
+
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "_on_cuda", lambda: True)
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda q, k, v, bias, mask, *, scale, implementation: implementations.append(implementation),
-    )
-    for dtype, dim in (
-        ("bfloat16", 64),
-        ("float32", 64),
-        ("bfloat16", 72),
-        ("bfloat16", 36),
-        ("bfloat16", 256),
+    monkeypatch.setattr(attention_kernels, "on_cuda", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    return asked
+
+
+def test_flash_kernel_is_requested_exactly_where_it_is_supported(cuda):
+    for dtype, dim, flash in (
+        ("bfloat16", 64, True),
+        ("float16", 64, True),
+        ("float32", 64, False),
+        ("bfloat16", 72, True),
+        ("bfloat16", 36, False),
+        ("bfloat16", 256, False),
     ):
         q = jnp.zeros((1, 4, 2, dim), dtype)
         nn.dot_product_attention(q, q, q)
-    nn.dot_product_attention(*[jnp.zeros((1, 4, 2, 64), "bfloat16")] * 3, bias=jnp.zeros((1, 2, 4, 4)))
-    assert implementations == ["cudnn", None, "cudnn", None, None, None]
+        assert cuda == [("cudnn", False)] * flash
+        cuda.clear()
+    q = jnp.zeros((1, 4, 2, 64), "bfloat16")
+    for masks, lengths in (
+        ({"bias": jnp.zeros((1, 2, 4, 4))}, False),
+        ({"mask": jnp.ones((1, 1, 4, 4), bool)}, False),  # causal, for example
+        ({"mask": jnp.ones((1, 1, 1, 4), bool)}, True),
+        ({"mask": jnp.ones((1, 1, 1, 4), bool), "bias": jnp.zeros((1, 2, 4, 4))}, False),
+    ):
+        nn.dot_product_attention(q, q, q, **masks)
+        assert cuda == [("cudnn", True)] * lengths
+        cuda.clear()
+
+
+def test_a_mask_of_keys_is_a_number_of_keys_for_the_flash_kernel(cuda):
+    """Whatever the order of the keys that count, and where none does; gradients too."""
+    mask = np.array([[1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    mask = jnp.asarray(mask, bool)[:, None, None, :]
+    q, k, v = (jnp.asarray(heads(4, n, 2, 8, seed=i), jnp.bfloat16) for i, n in enumerate((3, 6, 6)))
+
+    def kernel(q, k, v):
+        return nn.dot_product_attention(q, k, v, mask=mask).astype(jnp.float32)
+
+    def plain(q, k, v):
+        return attention_kernels.explicit_attention(q, k, v, 8**-0.5, None, mask)[0].astype(jnp.float32)
+
+    found, expected = kernel(q, k, v), plain(q, k, v)
+    assert cuda == [("cudnn", True)]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    weight = heads(*found.shape, seed=5)
+    of_kernel, of_plain = (
+        jax.grad(lambda *x, f=f: (f(*x) * weight).sum(), argnums=(0, 1, 2))(q, k, v) for f in (kernel, plain)
+    )
+    for one, other in zip(of_kernel, of_plain, strict=True):
+        np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (one, other)), atol=0.05)
+
+
+@pytest.mark.parametrize("masks", ["none", "keys", "all", "both"])
+def test_chunks_of_queries_are_exact_and_hold_few_logits(monkeypatch, masks):
+    """7 queries in chunks of at most 2: the last one is filled up."""
+    q, k, v = (jnp.asarray(heads(2, n, 2, 4, seed=i)) for i, n in enumerate((7, 5, 5)))
+    given = {
+        "none": (None, None),
+        "keys": (None, jnp.arange(5)[None, None, None] < jnp.array([3, 5])[:, None, None, None]),
+        "all": (None, jnp.tril(jnp.ones((7, 5), bool))[None, None]),
+        "both": (jnp.asarray(heads(1, 2, 7, 5, seed=3)), jnp.ones((1, 1, 1, 5), bool)),
+    }[masks]
+    weight = heads(2, 7, 2, 4, seed=4)
+
+    def value(function):
+        return jax.value_and_grad(lambda *x: (function(*x, 0.5, *given) * weight).sum(), argnums=(0, 1, 2))
+
+    expected = value(lambda *x: attention_kernels.explicit_attention(*x)[0])(q, k, v)
+    monkeypatch.setattr(attention_kernels, "MOST_LOGITS", 2 * 2 * 5 * 2)
+    found = value(attention_kernels.chunked_attention)(q, k, v)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    program = str(jax.make_jaxpr(value(attention_kernels.chunked_attention))(q, k, v))
+    assert "f32[4,2,5]" in program and "f32[4,7,5]" not in program  # the heads are folded into the batch
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
@@ -85,6 +151,29 @@ def test_softmax_of_large_bfloat16_logits_is_finite_and_near_float32():
     exact = nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.02 * np.abs(exact).max())
+
+
+def test_projections_are_the_same_maps_where_they_are_not_joined(monkeypatch):
+    x, context, mask = heads(2, 4, 8), heads(2, 5, 6, seed=1), np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    module = nn.CrossAttention(2, use_bias=True)
+    params = module.init(jax.random.key(0), x, context, mask)
+    joined = module.apply(params, x, context, mask), jax.make_jaxpr(module.apply)(params, x, context, mask)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    apart = module.apply(params, x, context, mask), jax.make_jaxpr(module.apply)(params, x, context, mask)
+    np.testing.assert_allclose(joined[0], apart[0], atol=1e-6)
+    assert [str(program).count("concatenate") for _, program in (joined, apart)] == [2, 0]
+
+
+@pytest.mark.parametrize("dim", [72, 128])
+def test_16_bit_queries_are_rounded_once(dim):
+    """The scale is no power of two: applied to 16-bit queries it would cost as much again as their format."""
+    q, k, v = (jnp.asarray(heads(1, 64, 2, dim, seed=i), jnp.bfloat16) for i in range(3))
+    wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+    logits = np.einsum("bnhd,bmhd->bhnm", wide[0], wide[1]) * dim**-0.5
+    _, weights = nn.dot_product_attention(q, k, v, return_weights=True)
+    exact = np.exp(logits - logits.max(-1, keepdims=True))
+    exact /= exact.sum(-1, keepdims=True)
+    assert np.linalg.norm(weights - exact) < 1e-5 * np.linalg.norm(exact)
 
 
 @pytest.mark.unchecked

@@ -99,8 +99,10 @@ def test_transposed_convolution_is_that_of_torch_with_its_gradients(height, widt
     np.testing.assert_allclose(gradient["bias"], inputs[2].grad.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(("height", "width"), [(3, 4), (1, 1), (2, 1)])
-def test_convolution_of_the_doubled_image_needs_no_doubled_image(height, width):
+def test_convolution_of_the_doubled_image(monkeypatch, height, width, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     x, kernel = normal(2, height, width, 3), normal(3, 3, 3, 5, seed=1)
     doubled = torch.nn.functional.interpolate(channels_first(x), scale_factor=2)
     weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())

@@ -1,0 +1,73 @@
+"""What the compiled sampling loop of the pipelines holds: one network call a step, and nothing of a call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxldm import diffusion as D
+from jaxldm import models, pipelines, schedulers
+from jaxldm.models.cost import _jaxprs_in
+from jaxldm.pipelines import latents
+
+IMAGES, STEPS = 3, 5
+
+
+def equations(jaxpr):
+    """All equations of a program, those of the functions that it calls among them."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _jaxprs_in(equation.params.values()):
+            yield from equations(inner)
+
+
+def products(jaxpr):
+    """The matrix products of a program, each by the shapes of its inputs and result."""
+    return sorted(
+        tuple(variable.aval.shape for variable in (*equation.invars, *equation.outvars))
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "dot_general"
+    )
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """(module, the closed program of `take_steps` under guidance), abstract arrays everywhere."""
+    module = models.build("dit-s-8", depth=1, hidden_size=16, num_heads=2, num_classes=4, sample_size=8)
+    labels = np.arange(IMAGES, dtype=np.int32)
+    scheduler = schedulers.from_config({"_class_name": "DPMSolverMultistepScheduler"})
+    shape = (8, 8, 4)
+    compiled = latents.Compiled(
+        scheduler.sampler, latents.classifier_free_guidance, shape, 4, jax.random.key_impl(jax.random.key(0))
+    )
+    grid = D.make_grid(scheduler.path_for(64), STEPS)
+    per_call = latents.PerCall(grid, np.float32(4.0), np.float32(0.0))
+    keys = np.asarray(jax.random.key_data(D.image_keys(jax.random.key(0), IMAGES)))
+    per_image = latents.PerImage(keys, {"labels": labels}, {"labels": np.full_like(labels, 4)})
+    carry = jax.eval_shape(functools.partial(latents._first_carry, compiled=compiled), per_call, per_image)
+    network = pipelines.Network(module, models.shapes(module))
+    take = functools.partial(latents.take_steps, compiled=compiled)
+    return module, jax.make_jaxpr(take)(network, per_call, per_image, carry, np.int32(0), np.int32(STEPS))
+
+
+def test_both_branches_of_guidance_are_one_call_of_the_network(loop):
+    module, program = loop
+    rows = 2 * IMAGES
+    x, t = jax.ShapeDtypeStruct((rows, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    call = jax.make_jaxpr(lambda params, *inputs: module.apply({"params": params}, *inputs))
+    once = products(call(models.shapes(module), x, t, labels).jaxpr)
+    assert len(once) > 5
+    assert products(program.jaxpr) == once
+
+
+def test_nothing_calls_the_host_and_nothing_of_a_call_is_a_constant(loop):
+    """Grid, scales, keys and conditions are arguments: only tables of the module and path are compiled in."""
+    _, program = loop
+    names = {equation.primitive.name for equation in equations(program.jaxpr)}
+    assert "while" in names and not any("callback" in name for name in names)
+    positions, frequencies, of_path = (1, 1, 16), (1, 128), (1000,)
+    shapes = {np.shape(constant) for constant in program.consts if np.size(constant) > 1}
+    assert shapes <= {positions, frequencies, of_path}
