@@ -132,6 +132,11 @@ TOGETHER = {
         "--solver no.such:module",
         "--spacing even",
         "--batch-size 0",
+        "--resize clean",
+        "--metrics is --dinov2 nowhere",
+        "--metrics is --output-dir out",
+        "--metrics cmmd --real run --clip nowhere --resize clean",
+        "--metrics fdi",
     ],
 }
 ALONE = [

@@ -111,6 +111,8 @@ class Eval:
         check_seed(self.seed)
         check_solver(self.solver)
         first_devices(self.devices)
+        if self.resize != "tf1" and not eval_images.is_asked(self):
+            raise InvalidArgumentError("--resize is of --metrics: give --metrics, too, or leave it out")
         if eval_images.is_asked(self):
             eval_images.evaluate_images(self)
             return

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
     from jaxldm.metrics.image_sets import ImageSet
 
 DEFAULT_METRICS = ("fid", "kid", "prdc")
+# What a run draws with; images that are there are as they are.
+OF_SAMPLING = {
+    "guidance_scale",
+    "num_images",
+    "num_inference_steps",
+    "solver",
+    "spacing",
+    "sigmas",
+    "devices",
+}
 WEIGHTS = "JAXLDM_WEIGHTS"  # an environment variable: a folder with files of weights
 FEATURE_CACHE = "JAXLDM_FEATURE_CACHE"  # an environment variable: a folder, or "off"
 INCEPTION_FILES = (
@@ -62,6 +73,7 @@ def evaluate_images(options: Any) -> None:
     if options.batch_size < 1:
         raise InvalidArgumentError(f"batch_size must be 1 or more, got {options.batch_size}")
     metrics = chosen_metrics(options)
+    check_effects(options, metrics)
     if options.json and Path(options.json).is_dir():
         raise InvalidArgumentError(f"--json {options.json} is a folder: give the name of a file, OUT.json")
     statistics = M.read_statistics(options.real) if options.real else None
@@ -119,6 +131,22 @@ def chosen_metrics(options: Any) -> dict[str, Metric]:
             "or a run folder (only `is` needs none)"
         )
     return metrics
+
+
+def check_effects(options: Any, metrics: Mapping[str, Metric]) -> None:
+    """Raises `InvalidArgumentError` for an option that has no effect on these metrics of these images."""
+    changed = {
+        field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default
+    }
+    used = {metric.network for metric in metrics.values()}
+    others = {"inception", "dinov2", "clip", "lpips"} - used
+    for name in sorted(changed & (others | ({"resize"} if "inception" in others else set()))):
+        raise InvalidArgumentError(f"--{name} has no effect on {', '.join(metrics)}: leave it out")
+    if "output_dir" in changed:
+        raise InvalidArgumentError("--output-dir has no effect with --metrics: give --json OUT.json")
+    for name in sorted(changed & OF_SAMPLING) if not is_run(options.folder) else ():
+        option = name.replace("_", "-")
+        raise InvalidArgumentError(f"--{option} has no effect on images that are there: leave it out")
 
 
 def load_networks(
