@@ -93,9 +93,9 @@ class Train:
 
         one_of("recipe", self.recipe, training.RECIPES)
         recipe = training.RECIPES[self.recipe]
-        if self.resume and (run_dir / "config.json").exists():
-            of_run = training.read_recipe(run_dir)
-            recipe = of_run if of_run.name == self.recipe else recipe
+        of_run = training.recipe_to_resume(run_dir) if self.resume else None
+        if of_run is not None and of_run.name == self.recipe:
+            recipe = of_run
         diffusion = {
             "epochs": self.epochs,
             "batch_size": self.batch_size,

@@ -13,7 +13,14 @@ from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.optimizer import Optimizer, optimizer, warmup_cosine
 from jaxldm.training.recipes import RECIPES, AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, Recipe
-from jaxldm.training.runs import STAGES, RunFolder, StageFolder, read_config, read_recipe
+from jaxldm.training.runs import (
+    STAGES,
+    RunFolder,
+    StageFolder,
+    read_config,
+    read_recipe,
+    recipe_to_resume,
+)
 from jaxldm.training.state import TrainState, create_train_state
 from jaxldm.training.step import compile_train_step, make_train_step
 from jaxldm.training.train import check_recipe, stages_of, train
@@ -44,6 +51,7 @@ __all__ = [
     "read_config",
     "read_log",
     "read_recipe",
+    "recipe_to_resume",
     "stages_of",
     "train",
     "warmup_cosine",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
+import bisect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,17 +42,38 @@ class CsvLog:
         self.path = Path(path)
         self._rows: list[dict[str, object]] = []
         self._header: list[str] | None = None
+        self._check_header = False
 
-    def keep_until(self, step: int) -> float:
-        """Keep the rows up to `step`, not later or half-written ones; return the seconds of the last."""
-        if not self.path.exists():
+    def keep_until(self, step: int, log: Callable[[str], None] = lambda line: None) -> float:
+        """Keep the rows up to `step`, not later or half-written ones; return the seconds of the last.
+
+        Of a damaged file the rows that are whole are kept, and `log` is given a line.
+        """
+        if not self.path.is_file():
             return 0.0
-        header, rows = _read_rows(self.path)
-        kept = [row for row in rows if int(row["step"]) <= step]
-        self._header = header
-        text = "".join(",".join(row[name] for name in header or ()) + "\n" for row in kept)
-        write_atomically(self.path, (",".join(header) + "\n" + text).encode() if header else b"")
-        return float(kept[-1]["seconds"]) if kept else 0.0
+        content = self.path.read_bytes()
+        if b"\n" not in content:  # killed in the first line
+            write_atomically(self.path, b"")
+            return 0.0
+        found = _parse(content)
+        if found.header is None and not found.rows:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            self.path.replace(aside)
+            log(f"{self.path} is damaged, no row of it is whole; it is set aside as {aside}")
+            return 0.0
+        if found.damaged:
+            log(
+                f"{self.path} is damaged: {found.damaged} of its lines "
+                f"{'is' if found.damaged == 1 else 'are'} left out, and {len(found.rows)} are whole"
+            )
+        kept = [row for row in found.rows if int(row[1]) <= step]
+        self._header = found.header
+        if found.header is None and kept:  # what else was measured gets its names with the next row
+            self._header = [*COLUMNS, *(f"column_{k + 1}" for k in range(len(COLUMNS), len(kept[0])))]
+        self._check_header = True
+        lines = [",".join(fields) + "\n" for fields in (self._header or (), *kept) if fields]
+        write_atomically(self.path, "".join(lines).encode())
+        return float(kept[-1][5]) if kept else 0.0
 
     def append(self, epoch: int, step: int, seconds: float, metrics: Mapping[str, np.ndarray]) -> None:
         """Take one row into memory."""
@@ -59,11 +81,20 @@ class CsvLog:
         self._rows.append(row)
 
     def flush(self, *, durable: bool = False) -> None:
-        """Write the rows taken in; `durable`: so that they outlive a power cut. Raises `StorageError`."""
-        if not self._rows:
+        """Write the rows taken in; `durable`: so that they outlive a power cut. Raises `StorageError`.
+
+        While the folder is missing, the rows stay in memory.
+        """
+        if not self._rows or (not durable and not self.path.parent.is_dir()):
             return
-        if self._header is None:
-            self._header = [*COLUMNS, *(name for name in self._rows[0] if name not in COLUMNS)]
+        header = [*COLUMNS, *(name for name in self._rows[0] if name not in COLUMNS)]
+        if self._check_header and self._header and len(self._header) == len(header) != 0:
+            if self._header != header:
+                _, _, rows = self.path.read_bytes().partition(b"\n")
+                write_atomically(self.path, (",".join(header) + "\n").encode() + rows)
+            self._header = header
+        self._check_header = False
+        self._header = self._header or header
         lines = [",".join(str(row.get(name, "")) for name in self._header) + "\n" for row in self._rows]
         with storage_errors(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             if file.tell() == 0:
@@ -75,23 +106,60 @@ class CsvLog:
         self._rows.clear()
 
 
-def _read_rows(path: Path) -> tuple[list[str] | None, list[dict[str, str]]]:
-    """Header and whole rows; a last line cut short by a kill is left out."""
-    text = path.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()
+class _Parsed(NamedTuple):
+    """The whole rows of a log, in order; its header, where that is one; and how many lines are damaged."""
+
+    header: list[str] | None
+    rows: list[list[str]]
+    damaged: int
+
+
+def _parse(content: bytes) -> _Parsed:
+    """A last line cut short by a kill is left out, and is no damage."""
+    text = content.decode("utf-8", errors="replace")
+    lines = [line.removesuffix("\r").split(",") for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
     if not lines:
-        return None, []
-    header = next(csv.reader(lines[:1]))
-    if tuple(header[: len(COLUMNS)]) != COLUMNS:
-        raise CheckpointError(f"{path} is no training log: its first line should begin {','.join(COLUMNS)}")
-    rows: Iterable[list[str]] = csv.reader(lines[1:])
-    return header, [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+        return _Parsed(list(COLUMNS), [], 0)
+    widths = [len(fields) for fields in lines if _is_row(fields)] or [len(lines[0])]
+    width = max(set(widths), key=widths.count)
+    begins_well = tuple(lines[0][: len(COLUMNS)]) == COLUMNS
+    header = lines[0] if begins_well and len(lines[0]) == width else None
+    rows = [fields for fields in lines if len(fields) == width and _is_row(fields)]
+    kept = [rows[place] for place in _longest_rise([int(fields[1]) for fields in rows])]
+    return _Parsed(header, kept, len(lines) - len(kept) - (header is not None))
+
+
+def _is_row(fields: list[str]) -> bool:
+    try:
+        numbers = [float(field) for field in fields if field]
+        counts = int(fields[0]), int(fields[1])
+    except (ValueError, IndexError):
+        return False
+    whole = len(fields) >= len(COLUMNS) and all(fields[: len(COLUMNS)]) and all(map(str.isascii, fields))
+    return whole and bool(numbers) and min(counts) >= 1 and max(counts) < 2**53
+
+
+def _longest_rise(values: list[int]) -> list[int]:
+    """The places of the longest strictly rising part: without them the fewest rows have a wrong step."""
+    ends: list[int] = []  # the place of the smallest last value of a rise of each length
+    before: list[int] = []
+    for place, value in enumerate(values):
+        length = bisect.bisect_left(ends, value, key=values.__getitem__)
+        before.append(ends[length - 1] if length else -1)
+        ends[length : length + 1] = [place]
+    chosen: list[int] = []
+    place = ends[-1] if ends else -1
+    while place >= 0:
+        chosen.append(place)
+        place = before[place]
+    return chosen[::-1]
 
 
 def read_log(path: Path | str) -> dict[str, np.ndarray]:
     """Read a training log: name of the column -> float64 `[rows]` (`epoch` and `step` int64).
 
-    Raises `CheckpointError` when there is no such file or it is no training log.
+    Lines that are damaged are left out. Raises `CheckpointError` when there is no such file or it is no
+    training log.
 
     >>> log = read_log("runs/mini-ldm/diffusion/log.csv")       # doctest: +SKIP
     >>> log["step"][-1], log["loss"][-100:].mean()              # doctest: +SKIP
@@ -99,10 +167,12 @@ def read_log(path: Path | str) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no training log {path}")
-    with reading(path):
-        header, rows = _read_rows(path)
-        columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in header or COLUMNS}
-        return {
-            name: column.astype(np.int64) if name in ("epoch", "step") else column
-            for name, column in columns.items()
-        }
+    header, rows, _ = _parse(path.read_bytes())
+    if header is None:
+        raise CheckpointError(f"{path} is no training log: its first line should begin {','.join(COLUMNS)}")
+    numbers = np.array([[float(field or "nan") for field in row] for row in rows], np.float64)
+    columns = dict(zip(header, numbers.reshape(len(rows), len(header)).T, strict=True))
+    return {
+        name: column.astype(np.int64) if name in ("epoch", "step") else column
+        for name, column in columns.items()
+    }

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
 from jaxldm.files import storage_errors
+from jaxldm.training.hold import HeldFolder
 from jaxldm.training.interruption import StopRequest
 from jaxldm.training.log import CsvLog
 from jaxldm.training.mesh import batch_sharding, make_mesh, state_shardings
@@ -61,9 +62,9 @@ def _resume(
         )
     restored = store.restore_latest(state, log) if resume else None
     if restored is None:
-        return state, 0, rows.keep_until(0)
+        return state, 0, rows.keep_until(0, log)
     log(f"resuming from the checkpoint of step {restored.step}")
-    return restored.state, restored.step, rows.keep_until(restored.step)
+    return restored.state, restored.step, rows.keep_until(restored.step, log)
 
 
 def fit(
@@ -103,7 +104,8 @@ def fit(
 
     Raises:
         DivergenceError: a loss or gradient is not finite; the last good checkpoint stays.
-        CheckpointError: a folder that holds a run (without `resume`) or another model's (with it).
+        CheckpointError: a folder that holds a run (without `resume`) or another model's (with it), or that
+            another process trains in; it was moved, removed or replaced meanwhile.
         StorageError: the disk is full.
         InvalidArgumentError: a mesh over whose fsdp or tensor axis nothing of the state can be split.
     """
@@ -111,18 +113,21 @@ def fit(
     mesh = make_mesh() if mesh is None else mesh
     shardings = state_shardings(mesh, state)
     rows = CsvLog(run_dir / "log.csv")
-    with storage_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    with TrainingStore(run_dir / "checkpoints", plan.keep) as store, StopRequest() as stop:
+    with (
+        HeldFolder(run_dir, log) as held,
+        TrainingStore(run_dir / "checkpoints", plan.keep, lambda: held.lost() is None) as store,
+        StopRequest() as stop,
+    ):
         state, start, seconds = _resume(state, store, resume, rows, log)
         store.check_space(state)
         counts = {"start": start, "num_steps": plan.num_steps, "steps_per_epoch": len(batches)}
         progress = Progress(rows, name=name, **counts, seconds=seconds, log=log, bar=bar)
-        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, run_dir, log)
+        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, held, log)
         with contextlib.closing(progress):
             step, state = compile_train_step(train_step, mesh), jax.device_put(state, shardings)
             state = loop.run(state, step, batches, batch_sharding(mesh), start)
-    plot_log_or_report(rows.path, log)
+        loop.end(state)
+        plot_log_or_report(rows.path, log)
     return state
 
 
@@ -134,29 +139,76 @@ class _Loop:
     stop: StopRequest
     explain_divergence: Callable[[int, dict[str, Any]], str] | None
     on_sample: Callable[[TrainState, int], None] | None
-    run_dir: Path
+    held: HeldFolder
     log: Callable[[str], None]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.held.path
 
     def run(
         self, state: TrainState, train_step: TrainStep, batches: Batches, sharding, start: int
     ) -> TrainState:
         last = self.plan.num_steps
+        if start > 0 and self.sample_is_due(start):
+            self.sample(start, state)  # a kill may have come between the checkpoint and this
         for step in range(start + 1, last + 1):
             batch = jax.device_put(batches[step - 1], sharding)
             state, metrics = train_step(state, batch)
             self.progress.push(step, metrics)
             saved = bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)
+            if saved or self.stop or self.sample_is_due(step):
+                self.check_place(step, state)
             if saved:
                 self.save(step, state)
-            last_sample = step == last and self.plan.sample_every > 0
-            if self.on_sample is not None and (last_sample or _due(step, self.plan.sample_every)):
-                with storage_errors(self.run_dir):
-                    self.on_sample(state, step)
+            if self.sample_is_due(step):
+                self.sample(step, state)
             if self.stop:
                 if not saved:
                     self.save(step, state)
                 self.end_early(step)
         return state
+
+    def sample_is_due(self, step: int) -> bool:
+        """Every `sample_every` updates, and at the end."""
+        every = self.plan.sample_every
+        return self.on_sample is not None and (
+            _due(step, every) or (step == self.plan.num_steps and every > 0)
+        )
+
+    def sample(self, step: int, state: TrainState) -> None:
+        """Call `on_sample`."""
+        with storage_errors(self.run_dir):
+            cast(Any, self.on_sample)(state, step)
+
+    def check_place(self, step: int, state: TrainState) -> None:
+        """Save elsewhere, and raise `CheckpointError`, when the run folder is not where it was."""
+        lost = self.held.lost()
+        if lost is None:
+            return
+        with contextlib.suppress(Exception):  # it has nowhere to write to, which is said below
+            self.store.wait()
+        with storage_errors(lost.place):
+            lost.place.mkdir(parents=True, exist_ok=True)
+        self.progress.write_to(lost.place / "log.csv")
+        self.progress.drain()
+        if self.progress.diverged:
+            self.end_diverged()
+        with TrainingStore(lost.place / "checkpoints", self.plan.keep) as store:
+            store.save(step, state)
+        raise CheckpointError(
+            f"{self.run_dir} {lost.what} during the training: the state of step {step} is saved in "
+            f"{lost.place}; to go on, type the same command with --resume and --run-dir {lost.place.parent}"
+        )
+
+    def end(self, state: TrainState) -> None:
+        """Wait for the last save, and see that it is where it should be."""
+        try:
+            self.store.wait()
+        except Exception:
+            if self.held.lost() is None:
+                raise
+        self.check_place(self.plan.num_steps, state)
 
     def save(self, step: int, state: TrainState) -> None:
         """Save when every loss so far is known to be finite; the rows reach the disk before the state."""

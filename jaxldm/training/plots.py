@@ -27,13 +27,13 @@ def centred_mean(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarr
 
 
 def plot_log(log_path: Path | str) -> None:
-    """Draw `loss.png` and `grad_norm.png` next to a training log; do nothing while the log has no rows.
+    """Draw `loss.png` and `grad_norm.png` next to a training log; do nothing without a log, or rows in it.
 
     Raises `StorageError` when the pictures cannot be written, `MissingDependencyError` without matplotlib.
     """
     log_path = Path(log_path)
-    log = read_log(log_path)
-    if not len(log["step"]):
+    log = read_log(log_path) if log_path.is_file() else None
+    if log is None or not len(log["step"]):
         return
     _plot_curve(log_path.with_name("loss.png"), log, "loss", "loss")
     _plot_curve(log_path.with_name("grad_norm.png"), log, "grad_norm", "gradient norm (before clipping)")

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -71,6 +72,10 @@ class Progress:
         while self._pending:
             self._take()
         self._rows.flush(durable=True)
+
+    def write_to(self, path: Path) -> None:
+        """Write the rows from now on, and those not written yet, to another file."""
+        self._rows.path = path
 
     def close(self) -> None:
         """Take the bar off the screen."""

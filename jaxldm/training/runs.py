@@ -1,6 +1,7 @@
 """The run folder: where everything of one training run lies, and whether it may be written to.
 
-    runs/NAME/config.json                        recipe, data and versions
+    runs/NAME/config.json                        recipe, data and versions; .config.json is a copy
+    runs/NAME/.lock                              while a process trains: only one can
     runs/NAME/vae/                               the finished autoencoder (none for a model of pixels)
     runs/NAME/unet/ or transformer/              the finished denoising network
     runs/NAME/scheduler/scheduler_config.json    its path and prediction
@@ -35,9 +36,12 @@ from jaxldm import __version__, checkpoints, models
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
-from jaxldm.reading import read_json, reading, shown
+from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
+from jaxldm.training.hold import LOCK_FILE
 from jaxldm.training.recipes import Recipe
+from jaxldm.training.sealed import sealed, unsealed
 from jaxldm.training.state import Params
+from jaxldm.training.store import TrainingStore
 
 FORMAT = 2  # of config.json
 STAGES = ("autoencoder", "diffusion", "classifier")
@@ -83,6 +87,11 @@ class RunFolder:
     def config(self) -> Path:
         """See `read_config`."""
         return self.path / "config.json"
+
+    @property
+    def config_copy(self) -> Path:
+        """The same once more, for when that is lost or damaged."""
+        return self.path / ".config.json"
 
     @property
     def index(self) -> Path:
@@ -148,22 +157,38 @@ def _as_json(entries: Mapping[str, Any]) -> bytes:
 def read_config(run_dir: Path | str) -> dict[str, Any]:
     """The entries of a run's config.json: `format`, `recipe`, `data` and `versions`.
 
-    Raises `CheckpointError` when there is none, or it is damaged or of another version.
+    Where it is missing or damaged, those of its copy. Raises `CheckpointError` when that is so, too, or when
+    it is of another version.
     """
-    path = RunFolder(Path(run_dir)).config
-    if not path.exists():
-        raise CheckpointError(f"{run_dir} is no run folder: it has no config.json")
+    run = RunFolder(Path(run_dir))
     try:
-        entries = read_json(path)
+        return _read_sealed(run.config)
+    except _OtherFormatError:
+        raise
     except CheckpointError as error:
-        raise CheckpointError(f"{error}: start a new run in another folder") from error
+        try:
+            return _read_sealed(run.config_copy)
+        except CheckpointError:
+            raise error from None
+
+
+class _OtherFormatError(CheckpointError):
+    """A config.json that is whole, and of another version."""
+
+
+def _read_sealed(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} is no run folder: it has no config.json")
+    entries = unsealed(read_bytes(path, MAX_JSON_BYTES), path, ("format", "recipe", "data", "versions"))
     if "recipe" not in entries:
         raise CheckpointError(f"{path} is no config.json of a run: it names no recipe")
     if entries.get("format") != FORMAT:
-        raise CheckpointError(
+        raise _OtherFormatError(
             f"{path} is of format {shown(entries.get('format'))}, this version reads {FORMAT}: use the "
             "version that began the run, or start a new one"
         )
+    with reading(path):
+        Recipe.from_dict(entries["recipe"])
     return entries
 
 
@@ -174,46 +199,30 @@ def read_recipe(run_dir: Path | str) -> Recipe:
         return Recipe.from_dict(entries)
 
 
-def open_run(
-    run_dir: Path | str, recipe: Recipe, dataset: Dataset, *, resume: bool, log: Callable[[str], None] = print
-) -> RunFolder:
-    """Make a new run folder or, with `resume`, open an existing one.
+def recipe_to_resume(run_dir: Path | str) -> Recipe | None:
+    """The recipe of a run to go on with, None where its folder does not tell (`open_run` then says why)."""
+    try:
+        return read_recipe(run_dir)
+    except CheckpointError:
+        return None
 
-    An empty folder (the run was killed before anything was saved) starts at the beginning.
 
-    Raises:
-        CheckpointError: the folder holds a run, without `resume`; a run of another recipe; other things; with
-            `resume`, there is no folder. Nothing is changed then.
-        StorageError: it cannot be made.
+def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> bool:
+    """Whether there is a run in a folder that may be trained in; before any data is loaded for it.
+
+    Raises what `open_run` raises. Nothing is changed.
     """
-    run = check_run_folder(run_dir, recipe, resume=resume)
-    if run.config.exists():
-        return run
-    with storage_errors(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-    if resume:
-        log(f"nothing was saved in {run.path} yet: starting at the beginning")
-    data = {
-        "name": dataset.name,
-        "image_shape": list(dataset.image_shape),
-        "class_names": list(dataset.class_names),
-    }
-    entries = {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
-    write_atomically(run.config, _as_json(entries))
-    return run
-
-
-def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> RunFolder:
-    """Raise what `open_run` raises, before any data is loaded for it. Nothing is changed."""
     run = RunFolder(Path(run_dir))
-    if run.config.exists():
-        if not resume:
-            raise CheckpointError(
-                f"{run.path} already holds a run: add --resume (resume=True) to go on with it, or choose "
-                "another run folder to start a new one"
-            )
-        _check_same_recipe(run, read_config(run.path)["recipe"], recipe)
-        return run
+    if run.config.exists() or run.config_copy.exists() or _has_whole_checkpoint(run):
+        if resume:
+            entries = _config_or_none(run)
+            if entries is not None:
+                _check_same_recipe(run, entries["recipe"], recipe)
+            return True
+        raise CheckpointError(
+            f"{run.path} already holds a run: add --resume (resume=True) to go on with it, or choose "
+            "another run folder to start a new one"
+        )
     if resume and not run.path.exists():
         raise CheckpointError(
             f"{run.path} does not exist, so there is nothing to resume: check the path, or leave --resume "
@@ -221,13 +230,92 @@ def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> Ru
         )
     with storage_errors(run.path):
         others = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
-    others = sorted(name for name in others if not name.startswith(".config.json"))
+    others = sorted(name for name in others if not name.startswith(".config.json") and name != LOCK_FILE)
     if others:
         raise CheckpointError(
             f"{run.path} holds other things ({', '.join(others[:3])}) but no config.json of a run: use "
             "another run folder"
         )
+    return False
+
+
+def open_run(
+    run_dir: Path | str, recipe: Recipe, dataset: Dataset, *, resume: bool, log: Callable[[str], None] = print
+) -> RunFolder:
+    """Make a new run folder or, with `resume`, open an existing one.
+
+    An empty folder (the run was killed before anything was saved) starts at the beginning. A config.json
+    that is missing or damaged is written again, from its copy or, where there are whole checkpoints, from
+    `recipe`.
+
+    Raises:
+        CheckpointError: as `check_run_folder`; a run of another recipe. Nothing is changed then.
+        StorageError: it cannot be made.
+    """
+    run = RunFolder(Path(run_dir))
+    if check_run_folder(run.path, recipe, resume=resume):
+        entries = _repaired_config(run, recipe, dataset, log)
+    else:
+        with storage_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        if resume:
+            log(f"nothing was saved in {run.path} yet: starting at the beginning")
+        entries = _new_config(recipe, dataset)
+    for path in (run.config, run.config_copy):
+        if not _holds(path, entries):
+            write_atomically(path, sealed(entries))
     return run
+
+
+def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    data = {
+        "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+    }
+    return {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
+
+
+def _repaired_config(
+    run: RunFolder, recipe: Recipe, dataset: Dataset, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """What config.json holds, or should hold; `log` is given a line where that differs."""
+    try:
+        return _read_sealed(run.config)
+    except _OtherFormatError:
+        raise
+    except CheckpointError as error:
+        source = "its copy"
+        try:
+            entries = _read_sealed(run.config_copy)
+        except CheckpointError:
+            if not _has_whole_checkpoint(run):
+                raise CheckpointError(f"{error}; start a new run in another folder") from error
+            source, entries = "the recipe that is given now", _new_config(recipe, dataset)
+        what = "damaged" if run.config.exists() else "missing"
+        log(f"{run.config} was {what}: it is written again from {source}")
+        return entries
+
+
+def _config_or_none(run: RunFolder) -> dict[str, Any] | None:
+    """What config.json or its copy holds; None where both are damaged."""
+    try:
+        return read_config(run.path)
+    except _OtherFormatError:
+        raise
+    except CheckpointError:
+        return None
+
+
+def _holds(path: Path, entries: dict[str, Any]) -> bool:
+    try:
+        return _read_sealed(path) == entries
+    except CheckpointError:
+        return False
+
+
+def _has_whole_checkpoint(run: RunFolder) -> bool:
+    return any(TrainingStore(run.stage(name).path / "checkpoints").has_whole() for name in STAGES)
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -19,6 +18,8 @@ import numpy as np
 
 from jaxldm.errors import CheckpointError, StorageError
 from jaxldm.files import folder_written_whole, remove_folder, storage_error
+from jaxldm.reading import MAX_JSON_BYTES, read_bytes
+from jaxldm.training.sealed import sealed, unsealed
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the manifest; 1 (no entry) had the parameters as one vector
@@ -26,6 +27,10 @@ _MARGIN = 1_000_000  # bytes, for the metadata
 # What a failed write raises in Orbax and TensorStore, besides OSError: some pass on only the text of the
 # cause.
 _FAILURES = (OSError, ValueError, RuntimeError)
+
+
+class _DamagedError(Exception):
+    """What is wrong with the files of a checkpoint."""
 
 
 class Restored(NamedTuple):
@@ -75,13 +80,15 @@ class TrainingStore:
 
     `save` copies the state to host memory and returns; a background thread writes it under a temporary name
     and renames it when every byte is on disk. The manifest holds the layout of the arrays, and the size and
-    CRC-32 of every file: so `restore_latest` knows a whole checkpoint from a damaged one, whatever happened
-    to its files. The `keep` newest stay. Leaving the block waits for the last save.
+    CRC-32 of every file, of itself too: so `restore_latest` knows a whole checkpoint from a damaged one,
+    whatever happened to its files. The `keep` newest stay. Leaving the block waits for the last save.
+
+    `in_place()` says whether the folder still is that of this run: where it is not, a save fails.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 2):
+    def __init__(self, folder: Path | str, keep: int = 2, in_place: Callable[[], bool] = lambda: True):
         self.folder = Path(folder).absolute()
-        self._keep = keep
+        self._keep, self._in_place = keep, in_place
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
@@ -138,17 +145,15 @@ class TrainingStore:
 
     def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         try:
+            self._check_place()
             with folder_written_whole(self.folder / str(step)) as folder:
                 _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
                 with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
                     checkpointer.save(folder / "state", arrays)
-                manifest = {
-                    "format": FORMAT,
-                    "step": step,
-                    "layout": _layout(arrays),
-                    "files": _checksums(folder),
-                }
-                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                layout, files = _layout(arrays), _checksums(folder)
+                manifest = {"format": FORMAT, "step": step, "layout": layout, "files": files}
+                (folder / MANIFEST).write_bytes(sealed(manifest))
+                self._check_place()
         except _FAILURES as error:
             translated = storage_error(error, self.folder / str(step))
             if translated is None:
@@ -159,6 +164,10 @@ class TrainingStore:
             shutil.rmtree(leftover, ignore_errors=True)
         for old in self.steps()[: -self._keep]:
             remove_folder(self.folder / str(old))
+
+    def _check_place(self) -> None:
+        if not self._in_place():
+            raise StorageError(f"cannot write {self.folder}: it is no longer the folder of this run")
 
     def restore_latest(self, template: Any, log: Callable[[str], None] = print) -> Restored | None:
         """The newest whole checkpoint, as host arrays in the tree of `template`; None when there is none.
@@ -174,14 +183,14 @@ class TrainingStore:
         steps = self.steps()
         for step in reversed(steps):
             folder = self.folder / str(step)
-            damage = _damage(folder)
-            if damage is not None:
+            try:
+                manifest = _whole_manifest(folder, step)
+            except _DamagedError as damage:
                 aside = folder.with_name(f"{step}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 log(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}")
                 continue
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if manifest.get("format", 1) != FORMAT:
                 raise CheckpointError(
                     f"{folder} is a checkpoint of format {manifest.get('format', 1)}, this version reads "
@@ -196,6 +205,10 @@ class TrainingStore:
         if steps:
             log("no whole checkpoint is left: this stage begins again")
         return None
+
+    def has_whole(self) -> bool:
+        """Whether a checkpoint is whole, of whatever model."""
+        return any(_is_whole(self.folder / str(step), step) for step in self.steps())
 
 
 def _claim_room(file: Path, size: int) -> None:
@@ -214,22 +227,33 @@ def _claim_room(file: Path, size: int) -> None:
         file.unlink()
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, None when they are those that were written."""
+def _whole_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are those that were written. Raises `_DamagedError`."""
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or unreadable"
+        manifest = unsealed(read_bytes(path, MAX_JSON_BYTES), path, ("format", "step", "layout", "files"))
+        files = {name: list(wanted) for name, wanted in manifest["files"].items()}
+        layout = {name: (dtype, *shape) for name, (dtype, *shape) in manifest["layout"].items()}
+    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _DamagedError(f"{MANIFEST} is missing or unreadable") from error
+    if manifest.get("step", step) != step:
+        raise _DamagedError(f"its {MANIFEST} is of step {manifest['step']}")
     found = _checksums(folder)
     for name, wanted in files.items():
         if name not in found:
-            return f"{name} is missing"
-        if found[name][0] != wanted[0]:
-            return f"{name} has {found[name][0]} bytes instead of {wanted[0]}"
+            raise _DamagedError(f"{name} is missing")
+        if found[name][:1] != wanted[:1]:
+            raise _DamagedError(f"{name} has {found[name][0]} bytes instead of {wanted[0]}")
         if found[name] != wanted:
-            return f"the bytes of {name} have changed"
-    return None
+            raise _DamagedError(f"the bytes of {name} have changed")
+    return manifest | {"layout": {name: list(entry) for name, entry in layout.items()}}
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    try:
+        return bool(_whole_manifest(folder, step))
+    except _DamagedError:
+        return False
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from jaxldm.memory import check_fits
 from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
 from jaxldm.training.classifier import build_classifier, train_classifier
 from jaxldm.training.diffusion import build_denoiser, train_diffusion
+from jaxldm.training.hold import HeldFolder
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
@@ -84,7 +85,9 @@ def train(
 
     Raises:
         UnknownNameError, InvalidArgumentError, DataError, MissingDependencyError: before anything is written.
-        CheckpointError: a run without `resume`, the run of another recipe, a folder that is none.
+        CheckpointError: a run without `resume`, the run of another recipe, a folder that is none, or that
+            another process trains in; it was moved, removed or replaced meanwhile (the state is saved where
+            it can be, and the message says where).
         StorageError: the disk is full; what was saved stays. DivergenceError: the loss was not finite.
         KeyboardInterrupt: Ctrl-C, after everything was saved.
 
@@ -95,11 +98,13 @@ def train(
     check_run_folder(run_dir, recipe, resume=resume)
     dataset = recipe.load_data()
     check_recipe(recipe, dataset, mesh)
-    run = open_run(run_dir, recipe, dataset, resume=resume, log=log)
-    context = Context(recipe, dataset, run, mesh, resume, log, bar)
-    unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
-    if not unfinished:
-        log(f"{run.path} is finished: there is nothing left to train")
-    for stage in unfinished:
-        _TRAIN[stage](context)
+    with HeldFolder(run_dir, log) as held:
+        run = open_run(run_dir, recipe, dataset, resume=resume, log=log)
+        context = Context(recipe, dataset, run, mesh, resume, log, bar)
+        unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
+        if not unfinished:
+            log(f"{run.path} is finished: there is nothing left to train")
+        for stage in unfinished:
+            _TRAIN[stage](context)
+            held.check()
     return run

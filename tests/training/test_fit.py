@@ -211,6 +211,27 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, strai
     assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
 
 
+def test_samples_due_after_the_checkpoint_are_made_on_resume(tmp_path):
+    """Killed between the checkpoint of a step and its sample; and at the end, before the last one."""
+    plan = Plan(12, save_every=5, sample_every=5)
+
+    def killed_at(end):
+        def sample(state, step):
+            drawn.append(step)
+            if step == end:
+                raise ZeroDivisionError
+
+        return sample
+
+    for end, expected in ((5, [5, 5, 10, 12]), (12, [5, 10, 12, 12])):
+        drawn = []
+        folder = tmp_path / str(end)
+        with pytest.raises(ZeroDivisionError):
+            run(folder, plan, on_sample=killed_at(end))
+        run(folder, plan, resume=True, on_sample=killed_at(None))
+        assert drawn == expected
+
+
 def test_no_folder_can_be_made_there(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="is a file and not a folder"):

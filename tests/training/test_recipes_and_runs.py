@@ -14,8 +14,9 @@ from jaxldm.errors import (
     UnknownNameError,
 )
 from jaxldm.training import RECIPES, AutoencoderRecipe, DiffusionRecipe, Recipe, make_mesh
-from jaxldm.training.runs import RunFolder, open_run, read_config, read_recipe
+from jaxldm.training.runs import RunFolder, open_run, read_config, read_recipe, recipe_to_resume
 from jaxldm.training.stages import stage_keys
+from jaxldm.training.store import TrainingStore
 from jaxldm.training.train import check_recipe, max_devices, train
 
 SMOKE = RECIPES["smoke"]
@@ -221,6 +222,44 @@ def test_a_run_killed_before_its_config_was_written_starts_anew(tmp_path):
     (tmp_path / "run" / ".config.json.123.tmp").write_text("{")
     assert open_run(tmp_path / "run", SMOKE, Digits(), resume=True, log=said.append).config.is_file()
     assert len(said) == 1 and "at the beginning" in said[0]
+
+
+@pytest.mark.parametrize("harm", ["lost", "flipped", "empty", "no JSON"])
+def test_a_lost_or_damaged_config_is_written_again_from_its_copy(tmp_path, harm):
+    run = open_run(tmp_path / "run", changed("diffusion", epochs=7), Digits(), resume=False)
+    whole = run.config.read_bytes()
+    if harm == "lost":
+        run.config.unlink()
+    else:
+        flipped = whole.replace(b'"seed": 0', b'"seed": 1')
+        run.config.write_bytes({"flipped": flipped, "empty": b"", "no JSON": whole[:-9]}[harm])
+        assert flipped != whole
+    said = []
+    assert read_recipe(run.path) == recipe_to_resume(run.path) == changed("diffusion", epochs=7)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        open_run(run.path, SMOKE, Digits(), resume=False)
+    open_run(run.path, changed("diffusion", epochs=7), Digits(), resume=True, log=said.append)
+    assert run.config.read_bytes() == run.config_copy.read_bytes() == whole
+    assert len(said) == 1 and "it is written again from its copy" in said[0]
+    run.config_copy.unlink()
+    open_run(run.path, changed("diffusion", epochs=7), Digits(), resume=True, log=said.append)
+    assert run.config_copy.read_bytes() == whole and len(said) == 1
+
+
+def test_without_a_copy_whole_checkpoints_are_enough(tmp_path):
+    run = RunFolder(tmp_path)
+    with TrainingStore(run.stage("diffusion").path / "checkpoints") as store:
+        store.save(3, {"x": np.zeros(3)})
+    said = []
+    open_run(run.path, SMOKE, Digits(), resume=True, log=said.append)
+    assert read_recipe(run.path) == SMOKE
+    assert len(said) == 1 and "was missing: it is written again from the recipe that is given now" in said[0]
+    for path in (run.config, run.config_copy):
+        path.write_text("{")
+    (run.stage("diffusion").path / "checkpoints" / "3" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json.*start a new run in another folder"):
+        open_run(run.path, SMOKE, Digits(), resume=True)
+    assert recipe_to_resume(run.path) is None
 
 
 def test_a_stage_is_complete_when_its_model_is_there(tmp_path):

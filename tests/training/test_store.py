@@ -115,6 +115,39 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(copy_of_t
         assert store.restore_latest(tree(0)).step == 3
 
 
+def test_any_flipped_bit_is_noticed(copy_of_three):
+    """Of each byte of the manifest one, in turn; of the other files, at random."""
+    folder = copy_of_three / "3"
+    numbers = np.random.default_rng(0)
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        count = len(content) if file.name == "manifest.json" else min(20, len(content))
+        for place in numbers.choice(len(content), count, replace=False):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << (place % 8)
+            file.write_bytes(flipped)
+            assert not training_store._is_whole(folder, 3), (file.name, place)
+        file.write_bytes(content)
+    assert training_store._is_whole(folder, 3)
+    with TrainingStore(copy_of_three) as store:
+        assert store.has_whole()
+        (copy_of_three / "3").rename(copy_of_three / "4")  # whole, and of another step
+        said = []
+        assert store.restore_latest(tree(0), said.append).step == 2 and "is of step 3" in said[0]
+
+
+def test_a_checkpoint_of_a_version_that_sealed_no_manifest_still_loads(copy_of_three):
+    manifest = copy_of_three / "3" / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    del entries["crc32"]
+    manifest.write_text(json.dumps(entries, indent=1))
+    with TrainingStore(copy_of_three) as store:
+        assert store.restore_latest(tree(0)).step == 3
+        for name, value in (("layout", 3), ("files", {"a": 3}), ("layout", {"w": []}), ("files", None)):
+            manifest.write_text(json.dumps(entries | {name: value}))
+            assert not training_store._is_whole(copy_of_three / "3", 3)
+
+
 def test_when_all_are_damaged_the_stage_begins_again_and_says_so(copy_of_three):
     for step in (1, 2, 3):
         shutil.rmtree(copy_of_three / str(step) / "state")
@@ -140,7 +173,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(copy_of_three):
     """Version 0.1 had the parameters as one vector, and no format in its manifest."""
     manifest = copy_of_three / "3" / "manifest.json"
     entries = json.loads(manifest.read_text())
-    del entries["format"]
+    del entries["format"], entries["crc32"]
     manifest.write_text(json.dumps(entries))
     with TrainingStore(copy_of_three) as store:
         with pytest.raises(CheckpointError, match="format 1, this version reads 2: finish the run") as raised:

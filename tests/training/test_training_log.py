@@ -65,6 +65,65 @@ def test_cutting_back_to_nothing_begins_again(tmp_path):
     assert CsvLog(tmp_path / "none.csv").keep_until(5) == 0.0
 
 
+def test_the_rows_that_are_whole_are_kept_of_a_damaged_log(tmp_path):
+    path = tmp_path / "log.csv"
+    write(path)
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b"2,", b"2;", 1)
+    lines[4] = b"\xff\xfe" + lines[4]
+    path.write_bytes(b"\n".join(lines))
+    said = []
+    log = CsvLog(path)
+    assert log.keep_until(6, said.append) == 3.0
+    assert len(said) == 1 and "2 of its lines are left out, and 4 are whole" in said[0]
+    np.testing.assert_array_equal(read_log(path)["step"], [1, 3, 5, 6])
+
+
+def test_a_damaged_header_is_written_again_with_the_next_row(tmp_path):
+    path = tmp_path / "log.csv"
+    write(path)
+    whole = path.read_bytes()
+    for place in range(whole.index(b"\n") + 1):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(content)
+        log = CsvLog(path)
+        log.keep_until(4)
+        log.append(2, 5, 2.5, metrics(1 / 5, kl=np.float32([0, 1])))
+        log.append(2, 6, 3.0, metrics(1 / 6, kl=np.float32([0, 1])))
+        log.flush()
+        assert path.read_bytes() == whole or place == whole.index(b"\n")
+        assert read_log(path)["step"][-1] == 6
+
+
+def test_a_file_without_a_row_is_set_aside(tmp_path):
+    (tmp_path / "log.csv").write_bytes(b"\x00\x01\n" * 9)
+    said = []
+    assert CsvLog(tmp_path / "log.csv").keep_until(3, said.append) == 0.0
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv.damaged"] and "set aside" in said[0]
+
+
+@given(st.integers(0, 2**32))
+def test_a_damaged_log_never_stops_a_run_nor_its_curves(tmp_path_factory, seed):
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    write(path, 9)
+    numbers, content = np.random.default_rng(seed), bytearray(path.read_bytes())
+    for _ in range(numbers.integers(1, 6)):
+        place = numbers.integers(len(content))
+        content[place : place + numbers.integers(0, 3)] = numbers.bytes(numbers.integers(0, 3))
+    path.write_bytes(content)
+    try:
+        read_log(path)
+    except CheckpointError as error:
+        assert "is no training log" in str(error)
+    log = CsvLog(path)
+    log.keep_until(5)
+    log.append(2, 6, 3.0, metrics(1 / 6, kl=np.float32([0, 1])))
+    log.flush()
+    steps = read_log(path)["step"]
+    assert steps[-1] == 6 and (np.diff(steps) > 0).all()
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "log.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CheckpointError, match="is no training log"):
