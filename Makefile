@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-optimized test-core lint types docs bench clean
+.PHONY: demo test test-optimized test-core lint types docs bench faults clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.lecture39.mini_ldm --run-dir runs/mini-ldm
@@ -31,6 +31,10 @@ docs: .venv/.docs
 
 bench: .venv/.test
 	$(BIN)/python -m experiments.benchmarks.cpu
+
+# Kills, damaged files, mistakes in command lines and in calls: about 20 minutes.
+faults: .venv/.test
+	$(BIN)/python -m experiments.faults
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
