@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from jaxldm.errors import CheckpointError
 from jaxldm.files import lock, storage_errors
 
@@ -34,6 +36,8 @@ class HeldFolder:
 
     def __init__(self, path: Path | str, log: Callable[[str], None]):
         self.path = Path(path).absolute()
+        number = jax.process_index()  # the processes of one training on several hosts hold it together
+        self._lock_file = self.path / (f"{LOCK_FILE}.{number}" if number else LOCK_FILE)
         self._log = log
         self._file = -1
         self._folder = -1
@@ -44,7 +48,7 @@ class HeldFolder:
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             while True:
-                self._file = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+                self._file = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
                 taken = lock(self._file)
                 if taken is False:
                     holder = _holder(os.read(self._file, 1000))
@@ -53,7 +57,7 @@ class HeldFolder:
                         f"{self.path} is in use by {holder}: wait until that ends, or choose another run "
                         "folder"
                     )
-                if _same(os.fstat(self._file), self.path / LOCK_FILE):
+                if _same(os.fstat(self._file), self._lock_file):
                     break
                 os.close(self._file)  # its holder ended between our two calls, and removed the file
             if taken is None:
@@ -71,8 +75,8 @@ class HeldFolder:
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError):  # the folder may be gone, or closed for writing
-            if _same(os.fstat(self._file), self.path / LOCK_FILE):
-                (self.path / LOCK_FILE).unlink()
+            if _same(os.fstat(self._file), self._lock_file):
+                (self._lock_file).unlink()
         for descriptor in (self._file, self._folder):
             if descriptor >= 0:
                 os.close(descriptor)

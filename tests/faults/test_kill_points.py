@@ -1,0 +1,94 @@
+"""The harness itself, and the writers of a training."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments.faults.kill_points import Killed, kill_points, killed, moments
+from experiments.faults.result import Result
+from experiments.faults.run import MAX_FAULTS, table
+from jaxldm.files import write_atomically
+from jaxldm.training import read_log
+from jaxldm.training.log import CsvLog
+from jaxldm.training.store import TrainingStore
+
+
+def test_after_a_kill_nothing_is_cleaned_up(tmp_path):
+    def write():
+        (tmp_path / "a").write_text("first")
+        try:
+            with (tmp_path / "b").open("w") as file:
+                file.write("12345678")
+        except BaseException:  # noqa: BLE001
+            (tmp_path / "a").unlink()
+        finally:
+            shutil.rmtree(tmp_path, ignore_errors=True)
+
+    with pytest.raises(Killed), kill_points(tmp_path, at=3) as counter:
+        write()
+    assert counter.done == ["open", "write", "open"]
+    assert (tmp_path / "a").read_text() == "first" and (tmp_path / "b").read_text() == "1234"
+
+
+def test_what_lies_elsewhere_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    assert killed(tmp_path / "in", 0, lambda: write_atomically(tmp_path / "in" / "a", b"x"))
+    assert not killed(tmp_path / "in", 0, lambda: write_atomically(tmp_path / "a", b"x"))
+    assert sorted(os.listdir(tmp_path)) == ["a", "in"] and not os.listdir(tmp_path / "in")
+
+
+def rows(log, first, last):
+    for step in range(first, last + 1):
+        numbers = {name: np.float32(step) for name in ("loss", "grad_norm", "learning_rate")}
+        log.append(1, step, float(step), numbers)
+    log.flush(durable=True)
+
+
+def test_a_log_killed_at_any_moment_goes_on_without_a_gap(tmp_path):
+    def write(folder):
+        log = CsvLog(folder / "log.csv")
+        log.keep_until(3)
+        rows(log, 4, 6)
+
+    points = moments(tmp_path, lambda: write(tmp_path))
+    for at in points:
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        rows(CsvLog(folder / "log.csv"), 1, 5)
+        killed(folder, at, lambda folder=folder: write(folder))
+        said = []
+        log = CsvLog(folder / "log.csv")
+        log.keep_until(3, said.append)
+        rows(log, 4, 6)
+        assert read_log(folder / "log.csv")["loss"].tolist() == [1, 2, 3, 4, 5, 6] and not said
+        assert os.listdir(folder) == ["log.csv"]
+
+
+def test_a_checkpoint_killed_at_any_moment_is_whole_or_absent(tmp_path):
+    def save(folder, step):
+        with TrainingStore(folder, keep=1) as store:
+            store.save(step, {"x": np.full(5, step)})
+
+    points = moments(tmp_path / "counted", lambda: save(tmp_path / "counted", 2))
+    assert len(points) > 10
+    for at in points[1::2]:
+        folder = tmp_path / str(at)
+        save(folder, 1)
+        killed(folder, at, lambda folder=folder: save(folder, 2))
+        said = []
+        with TrainingStore(folder) as store:
+            step, state = store.restore_latest({"x": np.zeros(5, int)}, said.append)
+        assert state["x"].tolist() == [step] * 5 and step in (1, 2) and not said
+        save(folder, 2)
+        assert os.listdir(folder) == ["2"]
+
+
+def test_the_table():
+    results = [Result("kills", 200, [], 60.4), Result("misuse", 30, ["f"] * (MAX_FAULTS + 2), 1.0)]
+    text = table(results, ["mutations"])
+    assert "| kills | 200 | 0 | 60 |" in text and "| misuse | 30 | 22 | 1 |" in text
+    assert (
+        "| mutations | not there | | |" in text and text.count("- f") == MAX_FAULTS and "and 2 more" in text
+    )
