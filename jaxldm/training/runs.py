@@ -230,9 +230,7 @@ def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> bo
         )
     with storage_errors(run.path):
         others = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
-    others = sorted(
-        name for name in others if not name.startswith(".config.json") and not name.startswith(LOCK_FILE)
-    )
+    others = sorted(name for name in others if not name.startswith((".config.json", LOCK_FILE)))
     if others:
         raise CheckpointError(
             f"{run.path} holds other things ({', '.join(others[:3])}) but no config.json of a run: use "
