@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
-from jaxldm.reading import reading
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
 
