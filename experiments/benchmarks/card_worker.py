@@ -79,19 +79,26 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def measure(side: ModuleType, request: dict[str, Any], dry_run: bool, dtype: str) -> dict[str, Any]:
     """The answer to one request. A failure is an answer as well."""
-    row = next(row for row in ROWS if row.name == request["row"])
     begin, lines = time.perf_counter(), []
-    answer: dict[str, Any] = {"lines": lines}
+    answer = {"lines": lines} | _measure_lines(side, request, dry_run, dtype, lines)
+    gc.collect()
+    side.forget()  # what the row had is free by now: the other process needs the memory
+    return answer | {"seconds": time.perf_counter() - begin}
+
+
+def _measure_lines(
+    side: ModuleType, request: dict[str, Any], dry_run: bool, dtype: str, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Appends to `lines`; returns the reason if it fails. When it returns, nothing holds the row's arrays."""
+    row = next(row for row in ROWS if row.name == request["row"])
+    sizes = row.small if dry_run else row.sizes
     try:
-        sizes = row.small if dry_run else row.sizes
         for line in side.KINDS[row.kind](request["variant"], dtype, **sizes):
             lines.append(time_line(line, request["seconds"]))
     except Exception as error:  # noqa: BLE001  # whatever it is, it is the result of this row
         traceback.print_exc()
-        answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    gc.collect()
-    side.forget()
-    return answer | {"seconds": time.perf_counter() - begin}
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    return {}
 
 
 def main(name: str, options: dict[str, Any], requests: TextIO, answers: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -84,6 +85,26 @@ def test_a_failed_row_is_a_row_with_its_reason():
     records = [{"row": "flux-1024", "variant": "jaxldm", "expected_seconds": 1.0} | answer]
     text = card_report.report({"small_sizes": True, "dtype": "bfloat16"}, records)
     assert "- FLUX.1-dev, 1024 pixels (flux-1024), jaxldm: MemoryError: no memory for that" in text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_arrays_of_a_row_are_free_before_the_other_process_has_its_turn(fails):
+    arrays, alive = [], []
+
+    def row(variant, dtype, **sizes):
+        array = np.zeros(3)
+        arrays.append(weakref.ref(array))
+        yield card_worker.Line("one call", lambda: array.sum())
+        if fails:
+            raise MemoryError("for the second")
+
+    def forget():
+        alive.append(arrays[0]() is not None)
+
+    side = type("side", (), {"KINDS": {"model": row}, "forget": staticmethod(forget)})
+    request = {"row": "flux-1024", "variant": "jaxldm", "seconds": 0.0}
+    assert ("error" in card_worker.measure(side, request, True, "bfloat16")) == fails
+    assert alive == [False]
 
 
 def test_mistyped_options_are_refused():
