@@ -300,7 +300,10 @@ def _may_be_exchanged(folder: Path, ours: Callable[[str], bool]) -> bool:
         return False
     if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():
         return False
-    return folder not in (Path.cwd(), *Path.cwd().parents)
+    try:
+        return folder not in (Path.cwd(), *Path.cwd().parents)
+    except FileNotFoundError:  # the working folder was removed, so it is not this one
+        return True
 
 
 def _put_in_place(new: Path, folder: Path) -> bool:
@@ -359,6 +362,8 @@ def _commit_in_place(new: Path, folder: Path, ours: Callable[[str], bool]) -> No
     fresh = set(_files_in(new, "*"))
     replaced = [name for name in os.listdir(folder) if ours(name) and not is_temporary(name)]
     old = {file for name in replaced for file in _files_in(folder, glob.escape(name))}
+    for name in fresh | old:
+        _inside(folder, name)
     with (new / _OBSOLETE).open("xb") as file:
         _write(file, json.dumps(sorted(old - fresh)).encode())
     commit = folder / _COMMIT
@@ -397,11 +402,13 @@ def _move_into_place(commit: Path, folder: Path) -> None:
 
 
 def _inside(folder: Path, name: object) -> Path:
-    """A path in the folder. Raises `StorageError` for one that leads out of it: the list may be forged."""
+    """A path in the folder. Raises `StorageError` for one that leads out of it, by a link or a forgery."""
     target = folder / str(name)
     normal = os.path.normpath(target) == str(target) and os.path.realpath(target.parent) == str(target.parent)
     if not normal or target == folder or not target.is_relative_to(folder):
-        raise StorageError(f"{folder / _COMMIT} names a file outside its folder, {name!r:.80}: remove it")
+        raise StorageError(
+            f"{target} leads out of {folder}, where it should be written: remove that link, or {_COMMIT}"
+        )
     return target
 
 

@@ -254,7 +254,7 @@ def test_a_forged_list_of_files_to_remove_leads_nowhere(tmp_path, name):
     (tmp_path / "mine").write_text("")
     (tmp_path / "model" / "link").symlink_to(tmp_path)
     (commit / ".obsolete.json").write_text(json.dumps([name]))
-    with pytest.raises(StorageError, match="outside its folder"):
+    with pytest.raises(StorageError, match="leads out of"):
         checkpoints.read_config(tmp_path / "model")
     assert (tmp_path / "mine").exists()
 
@@ -266,6 +266,17 @@ def test_the_folder_keeps_its_permissions_and_its_links(tmp_path):
     write_samples(tmp_path / "link", 2)
     assert (tmp_path / "link").is_symlink() and read_samples(tmp_path / "real") == 2
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_part_that_is_a_link_to_elsewhere_is_not_written_through(tmp_path, monkeypatch):
+    """Where files are moved into a folder that stays: refused before anything is changed."""
+    write_pipeline(tmp_path / "out", 1)
+    (tmp_path / "out" / "vae").rename(tmp_path / "vae")
+    (tmp_path / "out" / "vae").symlink_to(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(StorageError, match="leads out of"):
+        write_pipeline(tmp_path / "out", 2)
+    assert read_pipeline(tmp_path / "out") == 1 and sorted(os.listdir(tmp_path)) == ["out", "vae"]
 
 
 def test_the_working_folder_stays_where_it_is(tmp_path, monkeypatch):

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from toy import ToyBatches, toy
 
-from jaxldm import files
+from jaxldm import cli, files
 from jaxldm.errors import CheckpointError
+from jaxldm.training import RECIPES
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
+from jaxldm.training.runs import open_run
 
 OPTIMIZED = True  # as in test_fit.py, whose programs these are
 
@@ -41,6 +43,15 @@ def test_the_second_is_told_who_holds_the_folder(tmp_path):
             run(tmp_path / "run", resume=True)
     assert os.listdir(tmp_path / "run") == [] and not said
     run(tmp_path / "run")
+
+
+def test_the_command_says_so_in_one_line_and_ends_with_2(tmp_path, capsys):
+    recipe = RECIPES["smoke"]
+    open_run(tmp_path, recipe, recipe.load_data(), resume=False)
+    with HeldFolder(tmp_path, print):
+        assert cli.main(["train", "smoke", "--run-dir", str(tmp_path), "--resume"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and f"is in use by process {os.getpid()}" in told[0]
 
 
 def test_the_lock_dies_with_its_process(tmp_path):
