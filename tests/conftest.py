@@ -27,8 +27,8 @@ import pytest
 import references
 from hypothesis import HealthCheck, settings
 
-# Before anything of `jaxldm` is imported. The checks themselves are on in `CHECKED` only, see `annotations`.
-annotations.install("jaxldm.nn", "jaxldm.models")
+# Before anything of `jaxldm` is imported.
+annotations.install("jaxldm")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -42,7 +42,8 @@ settings.register_profile(
 settings.load_profile("jaxldm")
 
 MEMORY_LIMIT = 1.2e9  # bytes
-CHECKED = ("nn", "models")  # folders whose tests run with shape annotations checked
+# Folders whose tests run with annotations checked.
+CHECKED = ("nn", "models", "diffusion", "schedulers", "metrics", "data")
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def x64():
 
 @pytest.fixture(autouse=True)
 def checked_annotations(request):
-    """Check shape annotations in the folders `CHECKED`, but not in tests marked `unchecked`."""
+    """Check annotations in the folders `CHECKED`, but not in tests marked `unchecked`."""
     folder = request.path.parent.relative_to(pathlib.Path(__file__).parent).as_posix()
     with annotations.checking(folder in CHECKED and "unchecked" not in request.keywords):
         yield

@@ -95,6 +95,12 @@ def test_importing_a_room_loads_only_what_it_needs(statement):
     assert not loaded & (NEVER_IMPORTED | LIGHT[statement])
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports each by its name alone, and refuses the second."""
+    names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
 def test_the_version_has_one_source():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" in project["project"]["dynamic"]

@@ -226,8 +226,8 @@ def placed(
 
     def part(index: Any) -> np.ndarray:
         if like.block is None:
-            return _owned([ours[0][index]], dtype)[0]
-        return _owned([block[index[1:]] for block in ours[index[0]]], dtype)
+            return _owned([np.asarray(ours[0][index])], dtype)[0]  # a number becomes an array again
+        return _owned([np.asarray(block[index[1:]]) for block in ours[index[0]]], dtype)
 
     if isinstance(where, jax.sharding.Sharding):
         array = jax.make_array_from_callback(shape, where, part)

@@ -224,7 +224,7 @@ def _load(file: IO[bytes]) -> Any:
     for opcode, value, _ in pickletools.genops(file):
         if opcode.name in _UNKNOWN_OPCODES:
             raise ValueError(f"the instruction {opcode.name} in its pickle")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value) > 100 * _MOST_TENSORS:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > 100 * _MOST_TENSORS:
             raise ValueError("a table of unusual size in its pickle")
     file.seek(start)
     return _Unpickler(file).load()

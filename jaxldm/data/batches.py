@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, PRNGKeyArray, Shaped
 
 from jaxldm.errors import DataError, InvalidArgumentError
 
@@ -70,7 +70,12 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Rows | Mapping[str, np.ndarray], batch_size: int, key: jax.Array, *, shuffle: bool = True
+        self,
+        rows: Rows | Mapping[str, Shaped[np.ndarray, "N ..."]],
+        batch_size: int,
+        key: PRNGKeyArray,
+        *,
+        shuffle: bool = True,
     ):
         self.rows = ArrayRows(rows) if isinstance(rows, Mapping) else rows
         if not 1 <= batch_size <= len(self.rows):
@@ -103,7 +108,7 @@ class Batches:
 
 
 def map_batches(
-    function: Callable[[np.ndarray], Any], rows: Shaped[np.ndarray, "N ..."], batch_size: int = 256
+    function: Callable[[Any], Any], rows: Shaped[np.ndarray, "N ..."], batch_size: int = 256
 ) -> Any:
     """Returns function(rows) [N, ...], computed `batch_size` rows at a time, as numpy arrays.
 

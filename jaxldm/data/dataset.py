@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from jaxldm.data.batches import Rows
 from jaxldm.data.images import from_uint8
@@ -99,7 +99,7 @@ class Dataset:
         return columns["image"], columns["label"]
 
 
-def central_square(image: np.ndarray, size: int) -> np.ndarray:
+def central_square(image: UInt8[np.ndarray, "h w C"], size: int) -> UInt8[np.ndarray, "{size} {size} C"]:
     """Returns the central square of `image` uint8 [h, w, C], scaled to [size, size, C]."""
     from PIL import Image
 
@@ -114,7 +114,7 @@ def central_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture.resize((size, size), resampling)).reshape(size, size, channels)
 
 
-def padded_square(image: np.ndarray, size: int) -> np.ndarray:
+def padded_square(image: UInt8[np.ndarray, "h w C"], size: int) -> UInt8[np.ndarray, "{size} {size} C"]:
     """Returns `image` uint8 [h, w, C] in the centre of a black square [size, size, C]."""
     height, width, _ = image.shape
     top, left = (size - height) // 2, (size - width) // 2

@@ -8,12 +8,12 @@ from jaxldm.errors import DataError
 TOLERANCE = 1e-3  # how far a value may be outside [-1, 1], by rounding
 
 
-def from_uint8(pixels: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
+def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Returns pixels / 127.5 - 1: 0 becomes -1, 255 becomes 1 (float32)."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def to_uint8(images: Float[np.ndarray, "*B H W C"]) -> UInt8[np.ndarray, "*B H W C"]:
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns round(127.5 (images + 1)) cut to [0, 255]: the inverse of `from_uint8`, for images in [-1, 1].
 
     Raises `DataError` for NaN, which has no grey level.

@@ -11,6 +11,7 @@ import urllib.parse
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
 from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
@@ -94,7 +95,7 @@ def load(
     return Dataset(name, shape, class_names, parts)
 
 
-def split_records(sizes: dict[str, int]) -> dict[str, tuple[str, np.ndarray]]:
+def split_records(sizes: dict[str, int]) -> dict[str, tuple[str, Int[np.ndarray, "N"]]]:
     """Returns for train, validation and test the stored split each comes from and its record numbers.
 
     A split that is made from the training one has every tenth record: TFDS stores records in a shuffled

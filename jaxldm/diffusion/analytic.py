@@ -5,17 +5,20 @@ They test every solver, and they are denoisers without a network, to try things 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Real, ScalarLike
 
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, per_image
 
 
-def gaussian_denoiser(path: Path, mean: Any = 0.0, std: Any = 1.0) -> Denoiser:
+def gaussian_denoiser(
+    path: Path, mean: Float[ArrayLike, " ..."] = 0.0, std: Float[ArrayLike, " ..."] = 1.0
+) -> Denoiser:
     """E[x_0 | x_t] = (sigma^2 m + alpha s^2 x_t) / (alpha^2 s^2 + sigma^2), for data N(m, s^2).
 
     Each number of an image is on its own.
@@ -35,7 +38,12 @@ def gaussian_denoiser(path: Path, mean: Any = 0.0, std: Any = 1.0) -> Denoiser:
 
 
 def gaussian_solution(
-    path: Path, mean: Any, std: Any, x: Float[Array, "B ..."], t_start: Any, t_end: Any
+    path: Path,
+    mean: Float[ArrayLike, " ..."],
+    std: Float[ArrayLike, " ..."],
+    x: Float[Array, "B ..."],
+    t_start: Real[ArrayLike, " ..."],
+    t_end: Real[ArrayLike, " ..."],
 ) -> Float[Array, "B ..."]:
     """Where the probability-flow ODE takes x from t_start to t_end, exactly, for data N(mean, std^2).
 
@@ -48,7 +56,12 @@ def gaussian_solution(
     return end[0] * m + std_end / std_start * (x - start[0] * m)
 
 
-def gaussian_mixture_denoiser(path: Path, weights: Any, means: Any, stds: Any) -> Denoiser:
+def gaussian_mixture_denoiser(
+    path: Path,
+    weights: Sequence[float] | Float[Array, " K"],
+    means: Sequence[Any] | Float[Array, "K ..."],
+    stds: Sequence[float] | Float[Array, " K"],
+) -> Denoiser:
     """E[x_0 | x_t] for data sum_k w_k N(m_k, s_k^2 I): those of the components, weighed by their posterior.
 
     The posterior of component k is proportional to w_k N(x_t; alpha m_k, (alpha^2 s_k^2 + sigma^2) I).
@@ -75,7 +88,12 @@ def gaussian_mixture_denoiser(path: Path, weights: Any, means: Any, stds: Any) -
 
 
 def gaussian_mixture_log_density(
-    path: Path, weights: Any, means: Any, stds: Any, x: Float[Array, "B ..."], t: Any
+    path: Path,
+    weights: Sequence[float] | Float[Array, " K"],
+    means: Sequence[Any] | Float[Array, "K ..."],
+    stds: Sequence[float] | Float[Array, " K"],
+    x: Float[Array, "B ..."],
+    t: ScalarLike | Real[Array, " B"],
 ) -> Float[Array, " B"]:
     """log p_t(x) of the same mixture, noised to t: its gradient is the score."""
     t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
@@ -100,7 +118,7 @@ def _components(path, weights, means, stds, x, t):
     return logits, centres, variances
 
 
-def _per_pixel(values: Any, x: Float[Array, "B ..."]) -> Any:
+def _per_pixel(values: Float[ArrayLike, " ..."], x: Float[Array, "B ..."]) -> Float[Array, " ..."]:
     """A number, or an image [H, W, C] as [1, H, W, C] for x [B, H, W, C]."""
     values = jnp.asarray(values, x.dtype)
     return values if values.ndim == 0 else values[None]

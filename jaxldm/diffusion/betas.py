@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy.special import expit
 
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -14,7 +15,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 
 def linear_betas(
     num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> np.ndarray:
+) -> Float[np.ndarray, " T"]:
     """Betas that rise linearly, float64 [T] (Ho et al. 2020, section 4).
 
     Raises:
@@ -25,7 +26,7 @@ def linear_betas(
 
 def scaled_linear_betas(
     num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-) -> np.ndarray:
+) -> Float[np.ndarray, " T"]:
     """Betas whose square roots rise linearly, float64 [T] (latent diffusion, Rombach et al. 2022)."""
     roots = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64)
     return checked_betas(roots**2)
@@ -33,7 +34,7 @@ def scaled_linear_betas(
 
 def sigmoid_betas(
     num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> np.ndarray:
+) -> Float[np.ndarray, " T"]:
     """Betas that rise along a sigmoid, float64 [T]: GeoDiff (Xu et al. 2022), "sigmoid" in diffusers.
 
     Not the sigmoid schedule of Jabri et al.: there alphas_cumprod is the sigmoid, see `sigmoid_alphas_betas`.
@@ -43,8 +44,10 @@ def sigmoid_betas(
 
 
 def betas_from_alpha_bar(
-    alpha_bar: Callable[[np.ndarray], np.ndarray], num_train_timesteps: int = 1000, max_beta: float = 0.999
-) -> np.ndarray:
+    alpha_bar: Callable[[Float[np.ndarray, " ..."]], Float[np.ndarray, " ..."]],
+    num_train_timesteps: int = 1000,
+    max_beta: float = 0.999,
+) -> Float[np.ndarray, " T"]:
     """beta_t = min(1 - f(t+1)/f(t), max_beta) for alphas_cumprod = f, float64 [T] (Nichol and Dhariwal 2021).
 
     Args:
@@ -59,7 +62,9 @@ def betas_from_alpha_bar(
     return checked_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
-def cosine_betas(num_train_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
+def cosine_betas(
+    num_train_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999
+) -> Float[np.ndarray, " T"]:
     """alphas_cumprod f(t) = cos^2(pi/2 (t/T + s)/(1 + s)), float64 [T] (Nichol and Dhariwal 2021, eq. 17)."""
     return betas_from_alpha_bar(
         lambda t: np.cos((t + s) / (1 + s) * np.pi / 2) ** 2, num_train_timesteps, max_beta
@@ -72,7 +77,7 @@ def sigmoid_alphas_betas(
     end: float = 3.0,
     tau: float = 1.0,
     max_beta: float = 0.999,
-) -> np.ndarray:
+) -> Float[np.ndarray, " T"]:
     """alphas_cumprod falls along a sigmoid, float64 [T] (Jabri et al. 2022; code in Chen 2023, algorithm 1).
 
     f(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)) with S(x) = sigmoid(x / tau). A small
@@ -91,7 +96,7 @@ def sigmoid_alphas_betas(
     )
 
 
-def exponential_betas(num_train_timesteps: int = 1000, rate: float = 12.0) -> np.ndarray:
+def exponential_betas(num_train_timesteps: int = 1000, rate: float = 12.0) -> Float[np.ndarray, " T"]:
     """alphas_cumprod f(t) = exp(-rate t): one beta for all, float64 [T]; "exp" in diffusers."""
     return betas_from_alpha_bar(lambda t: np.exp(-rate * t), num_train_timesteps)
 
@@ -103,7 +108,7 @@ def laplace_betas(
     max_beta: float = 0.999,
     *,
     square_root: bool = False,
-) -> np.ndarray:
+) -> Float[np.ndarray, " T"]:
     """The log-SNR of a uniform t is Laplace(mu, b): most training near mu, float64 [T] (Hang et al. 2024).
 
     log SNR(t) = mu - b sign(1/2 - t) log(1 - 2 |t - 1/2|), alphas_cumprod = SNR / (1 + SNR).
@@ -128,7 +133,7 @@ def laplace_betas(
     return betas_from_alpha_bar(alpha_bar, num_train_timesteps, max_beta)
 
 
-def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+def rescale_zero_terminal_snr(betas: Float[np.ndarray, " T"] | Sequence[float]) -> Float[np.ndarray, " T"]:
     """Shifts and scales sqrt(alphas_cumprod) so that its last value is 0 and its first is kept, float64 [T].
 
     The last beta becomes exactly 1. Epsilon prediction leaves x_0 undefined there: train with
@@ -143,7 +148,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1 - np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
-def checked_betas(betas: Any) -> np.ndarray:
+def checked_betas(betas: Any) -> Float[np.ndarray, " T"]:
     """Betas as float64 [T], or `InvalidArgumentError`."""
     if isinstance(betas, str):
         raise InvalidArgumentError(
@@ -158,7 +163,7 @@ def checked_betas(betas: Any) -> np.ndarray:
 
 
 # Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
-BETAS: dict[str, tuple[Callable[..., np.ndarray], tuple[float, float] | None]] = {
+BETAS: dict[str, tuple[Callable[..., Float[np.ndarray, " T"]], tuple[float, float] | None]] = {
     "linear": (linear_betas, (1e-4, 0.02)),
     "scaled_linear": (scaled_linear_betas, (0.00085, 0.012)),
     "cosine": (cosine_betas, None),
@@ -186,7 +191,7 @@ class BetaSchedule(NamedTuple):
     beta_end: float | None = None
     zero_terminal_snr: bool = False
 
-    def make(self) -> np.ndarray:
+    def make(self) -> Float[np.ndarray, " T"]:
         """The betas, float64 [T]. Raises `UnknownNameError` and `InvalidArgumentError`."""
         function = BETAS[one_of("betas", self.name, BETAS)][0]
         if self.num_train_timesteps < 2:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.guidance import checked, scale_at
+from jaxldm.diffusion.guidance import GuidanceScale, checked, scale_at
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.solvers.solver import divide, path_of
 from jaxldm.diffusion.thresholding import change_x0
 
 
 def classifier_guidance(
-    denoise: Denoiser, log_probability: Callable[[Any, Any], Any], guidance_scale: Any
+    denoise: Denoiser, log_probability: Callable[[Any, Any], Any], guidance_scale: GuidanceScale
 ) -> Denoiser:
     """x_0 + w sigma^2 / alpha grad_x log p(c | x_t): Dhariwal and Nichol 2021, Algorithm 2, on every path.
 

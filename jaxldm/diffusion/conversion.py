@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Real
 
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, host_or_device, per_image
 from jaxldm.errors import InvalidArgumentError
 
 
-def convert_time(t: Any, from_path: Path, to_path: Path) -> tuple[Any, Any]:
+def convert_time(
+    t: Real[Any, " *shape"] | float, from_path: Path, to_path: Path
+) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
     """(t', scale): at t' `to_path` has the sigma / alpha of `from_path` at t, and x_t' = scale x_t.
 
     scale = sqrt(alpha'^2 + sigma'^2) / sqrt(alpha^2 + sigma^2), finite at the clean end and at pure noise
@@ -71,7 +74,7 @@ def _most(path: Path) -> float:
         return float(path.sigma(path.t_noisy) / path.alpha(path.t_noisy))
 
 
-def _check_times(t: np.ndarray, from_path: Path, to_path: Path) -> None:
+def _check_times(t: Float[Any, " ..."], from_path: Path, to_path: Path) -> None:
     if not np.all((t >= from_path.t_clean) & (t <= from_path.t_noisy)):
         raise InvalidArgumentError(
             f"times of the {from_path.name} path run from {from_path.t_clean:g} to {from_path.t_noisy:g}"

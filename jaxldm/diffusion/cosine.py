@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxldm.diffusion.paths import Path, as_floats, safe_sqrt
 from jaxldm.errors import InvalidArgumentError
@@ -47,7 +48,9 @@ class Cosine(Path):
         """Where alpha^2 is 0.9999."""
         return float(self.time_of(np, np.asarray((1 / MOST_ALPHAS_CUMPROD - 1) ** 0.5)))
 
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """alpha and sqrt(1 - alpha^2)."""
         rate, start = self._angles()
         turned = rate * _stretched(xp.clip(t, 0, 1), self.scaler)
@@ -57,7 +60,7 @@ class Cosine(Path):
         least = LEAST_ALPHAS_CUMPROD
         return xp.maximum(alpha, least**0.5), safe_sqrt(xp, xp.minimum(square, 1 - least))
 
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """From the angle whose cosine is alpha."""
         rate, start = self._angles()
         ratio = xp.minimum(ratio, float((1 / LEAST_ALPHAS_CUMPROD - 1) ** 0.5))
@@ -70,13 +73,13 @@ class Cosine(Path):
         return rate, rate * self.offset
 
 
-def _stretched(t: Any, scaler: float) -> Any:
+def _stretched(t: Float[Any, " *shape"], scaler: float) -> Float[Any, " *shape"]:
     if scaler > 1:
         return 1 - (1 - t) ** scaler
     return t**scaler if scaler < 1 else t
 
 
-def _straightened(u: Any, scaler: float) -> Any:
+def _straightened(u: Float[Any, " *shape"], scaler: float) -> Float[Any, " *shape"]:
     """The inverse of `_stretched`."""
     if scaler > 1:
         return 1 - (1 - u) ** (1 / scaler)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.predictions import Prediction
@@ -32,7 +32,9 @@ class Denoiser:
     path: Path
     with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
-    def __call__(self, x: Float[Array, "B ..."], t: Any) -> Float[Array, "B ..."]:
+    def __call__(
+        self, x: Float[Array, "B ..."], t: Real[ArrayLike, ""] | Real[Array, " B"]
+    ) -> Float[Array, "B ..."]:
         """x_0 for noisy x; t is one number or one per image [B]."""
         x_0 = self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
         if x_0.shape != x.shape:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -35,11 +35,11 @@ class Grid(NamedTuple):
     t: Float[np.ndarray, " rows"]
     alpha: Float[np.ndarray, " rows"]
     sigma: Float[np.ndarray, " rows"]
-    num_steps: Any = None
-    start: Any = 0
+    num_steps: Int[Any, ""] | int | None = None
+    start: Int[Any, ""] | int = 0
 
 
-def grid_of_times(path: Path, t: np.ndarray, final: str = "clean") -> Grid:
+def grid_of_times(path: Path, t: Float[np.ndarray, " N"], final: str = "clean") -> Grid:
     """The rows of a path at N values of t, float64 on the host, and the last row.
 
     Args:
@@ -73,7 +73,7 @@ def check_count(path: Path, count: Any) -> None:
         )
 
 
-def _check_times(path: Path, t: np.ndarray) -> None:
+def _check_times(path: Path, t: Float[np.ndarray, " N"]) -> None:
     if not np.isfinite(t).all():
         raise InvalidArgumentError("the grid holds times that are not finite (NaN or infinity)")
     if t.max() > path.t_noisy or t.min() < path.t_clean:
@@ -132,6 +132,6 @@ def reverse(grid: Grid) -> Grid:
     return Grid(*(column[::-1] for column in grid[:3]))
 
 
-def steps_in(grid: Grid) -> Any:
+def steps_in(grid: Grid) -> Int[Any, ""] | int:
     """The number of valid steps, N: an int, or an int32 scalar of a padded grid."""
     return grid.t.shape[0] - 1 if grid.num_steps is None else grid.num_steps

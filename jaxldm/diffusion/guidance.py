@@ -14,14 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real, ScalarLike
 
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError
 
+# w: a number, one per image, or a function of t [B] that gives either.
+GuidanceScale = ScalarLike | Real[Array, " B"] | Callable[[Any], Any]
 
-def guide(unconditional: Any, conditional: Any, guidance_scale: Any) -> Any:
+
+def guide(
+    unconditional: Float[Any, "B ..."],
+    conditional: Float[Any, "B ..."],
+    guidance_scale: ScalarLike | Real[Array, " B"],
+) -> Float[Any, "B ..."]:
     """(1 - w) unconditional + w conditional (Ho and Salimans 2022; their w is guidance_scale - 1).
 
     Because eps, score, v, flow and x_0 are affine in one another at a fixed (x, t), mixing any of them so is
@@ -38,7 +45,9 @@ def guide(unconditional: Any, conditional: Any, guidance_scale: Any) -> Any:
 
 
 def rescale_guidance(
-    guided: Float[Array, "B ..."], conditional: Float[Array, "B ..."], rescale: Any
+    guided: Float[Array, "B ..."],
+    conditional: Float[Array, "B ..."],
+    rescale: ScalarLike | Real[Array, " B"],
 ) -> Float[Array, "B ..."]:
     """phi guided std(conditional)/std(guided) + (1 - phi) guided: against over-exposed pictures.
 
@@ -71,7 +80,9 @@ class Branches(NamedTuple):
         """Both wrapped: networks become denoisers by `lambda network: D.denoiser(network, prediction)`."""
         return Branches(wrap(self.both), wrap(self.cond))
 
-    def call(self, x: Float[Array, "B ..."], t: Any) -> tuple[Any, Any]:
+    def call(
+        self, x: Float[Array, "B ..."], t: ScalarLike | Real[Array, " B"]
+    ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
         """(uncond, cond), each [B, ...], from one batch of 2B."""
         t = jnp.broadcast_to(t, x.shape[:1])
         outputs = self.both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
@@ -115,7 +126,10 @@ def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, An
 
 
 def guide_branches(
-    branches: Branches, guidance_scale: Any, rescale: Any = 0.0, guided_channels: int | None = None
+    branches: Branches,
+    guidance_scale: GuidanceScale,
+    rescale: ScalarLike | Real[Array, " B"] = 0.0,
+    guided_channels: int | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` that mixes any two branches by `guide`; where every scale is 1, only one is computed.
 
@@ -146,7 +160,7 @@ def guide_branches(
 
 
 def mix_branches(
-    branches: Branches, guidance_scale: Any, mix: Callable[[Any, Any, Any, Any], Any]
+    branches: Branches, guidance_scale: GuidanceScale, mix: Callable[[Any, Any, Any, Any], Any]
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` = mix(x, uncond, cond, w), or the conditional branch alone where every w is 1."""
     if not callable(guidance_scale):
@@ -171,8 +185,8 @@ def classifier_free_guidance(
     network: Callable[[Any, Any, Any], Any],
     condition: Any,
     null_condition: Any,
-    guidance_scale: Any,
-    rescale: Any = 0.0,
+    guidance_scale: GuidanceScale,
+    rescale: ScalarLike | Real[Array, " B"] = 0.0,
     guided_channels: int | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` that calls the network once, for both branches in one batch of 2B, and guides.
@@ -209,8 +223,8 @@ def classifier_free_guidance(
 def autoguidance(
     network: Callable[[Any, Any], Any],
     weak: Callable[[Any, Any], Any],
-    guidance_scale: Any,
-    rescale: Any = 0.0,
+    guidance_scale: GuidanceScale,
+    rescale: ScalarLike | Real[Array, " B"] = 0.0,
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` = (1 - w) weak + w network: away from a network's own errors (Karras et al. 2024).
 
@@ -263,6 +277,6 @@ def checked(name: str, value: Any, highest: float) -> Any:
     return float(numbers) if numbers.ndim == 0 else jnp.asarray(value)
 
 
-def scale_at(guidance_scale: Any, t: Float[Array, " B"]) -> Array:
+def scale_at(guidance_scale: GuidanceScale, t: Float[Array, " B"]) -> Float[Array, ""] | Float[Array, " B"]:
     """w at t, of t's type: a number or one per image [B], given as such or as a function of t."""
     return jnp.asarray(guidance_scale(t) if callable(guidance_scale) else guidance_scale, t.dtype)

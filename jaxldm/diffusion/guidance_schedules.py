@@ -5,21 +5,24 @@ All numbers in them may be traced: another schedule compiles nothing new.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Real, ScalarLike
 
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.grids import Grid
-from jaxldm.diffusion.guidance import checked, scale_at
+from jaxldm.diffusion.guidance import GuidanceScale, checked, scale_at
 from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.solvers.solver import divide
 from jaxldm.errors import InvalidArgumentError
 
 
-def guidance_schedule(grid: Grid, scales: Any) -> Callable[[Any], Any]:
+def guidance_schedule(
+    grid: Grid, scales: Sequence[float] | Float[Array, " N"] | Float[Array, "N B"]
+) -> Callable[[Any], Any]:
     """One guidance scale for each step of a grid; elsewhere that of the nearest t.
 
     Args:
@@ -51,7 +54,10 @@ def guidance_schedule(grid: Grid, scales: Any) -> Callable[[Any], Any]:
 
 
 def guidance_interval(
-    path: Path, guidance_scale: Any, low: Any = 0.0, high: Any = jnp.inf
+    path: Path,
+    guidance_scale: GuidanceScale,
+    low: Float[Any, ""] | float = 0.0,
+    high: Float[Any, ""] | float = jnp.inf,
 ) -> Callable[[Any], Any]:
     """w where low < sigma / alpha <= high, and 1 outside (Kynkaanniemi et al. 2024, equation 6).
 
@@ -83,7 +89,9 @@ def guidance_interval(
     return scale
 
 
-def cfg_plus_plus(grid: Grid, scale: Any, eta: Any = 0.0) -> Callable[[Any], Any]:
+def cfg_plus_plus(
+    grid: Grid, scale: ScalarLike | Real[Array, " B"], eta: ScalarLike = 0.0
+) -> Callable[[Any], Any]:
     """CFG++ (Chung et al. 2024, Algorithm 2) as a schedule: w_i = scale / (1 - r_s / r_t), r = sigma / alpha.
 
     CFG++ guides x_0 alone and renoises with the unconditional eps, with a scale lambda in [0, 1]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.solvers.restart import restart
@@ -21,7 +19,7 @@ _KNOWN_NOISE = 2**32 - 2
 
 
 @equal_by_call
-def inpaint(solver: Solver, image: Any, mask: Any) -> Solver:
+def inpaint(solver: Solver, image: Float[ArrayLike, " ..."], mask: Float[ArrayLike, " ..."]) -> Solver:
     """A solver that puts the known part of an image back after each step (Lugmayr et al. 2022, Algorithm 1).
 
         x_s = m (alpha_s image + sigma_s z) + (1 - m) x_s(solver)
@@ -105,7 +103,7 @@ def resampling_grid(grid: Grid, jump_length: int = 10, resamplings: int = 10) ->
     return Grid(*(column[np.array(rows)] for column in grid[:3]), start=grid.start)
 
 
-def _check_known(image: Any, mask: Any) -> None:
+def _check_known(image: Float[ArrayLike, " ..."], mask: Float[ArrayLike, " ..."]) -> None:
     if not isinstance(mask, jax.core.Tracer):
         numbers = np.asarray(mask, np.float64)
         if not ((numbers >= 0) & (numbers <= 1)).all():
@@ -114,7 +112,7 @@ def _check_known(image: Any, mask: Any) -> None:
         raise InvalidArgumentError("the image to inpaint must be finite: put 0 where it is not known")
 
 
-def _fit(name: str, value: Any, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+def _fit(name: str, value: Float[ArrayLike, " ..."], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     try:
         return jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape)
     except ValueError as error:

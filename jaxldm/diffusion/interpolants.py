@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Real
 
 from jaxldm.diffusion.paths import (
     Path,
@@ -28,7 +29,9 @@ INTERPOLANTS = ("linear", "gvp", "vp")
 _VP_BETAS = (0.1, 20.0)  # SiT's VP interpolant is the VP-SDE of Song et al. 2021
 
 
-def interpolant_gamma(t: Any, smin: float = 0.001, smax: float = 0.1) -> Any:
+def interpolant_gamma(
+    t: Real[Any, " *shape"] | float, smin: float = 0.001, smax: float = 0.1
+) -> Float[Any, " *shape"]:
     """gamma(t) = smin + (smax - smin) sqrt(t (1 - t)) for t in [0, 1], of t's shape.
 
     smin at both ends and (smin + smax) / 2 in the middle, where its slope is 0. At the ends the slope is
@@ -106,7 +109,9 @@ class Interpolant(Path):
         """0, except for "vp", whose velocity is infinite there."""
         return self.t_min if self.kind == "vp" else 0.0
 
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """alpha and sqrt(beta^2 + gamma^2)."""
         if self.gamma is None:
             return _interpolant(xp, self.kind, t)
@@ -115,7 +120,7 @@ class Interpolant(Path):
         sigma = safe_sqrt(xp, beta**2 + _gamma(xp, inside, *self.gamma) ** 2)
         return alpha, xp.where(t < 0, self.gamma[0] + t, sigma)
 
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """In closed form without gamma, by halving with it."""
         if self.gamma is None:
             return _interpolant_time(xp, self.kind, ratio)

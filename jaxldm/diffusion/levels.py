@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Real
 from scipy import special
 
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError
 
 
-def noise_level(path: Path, t: Any) -> Any:
+def noise_level(path: Path, t: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
     """sigma / alpha, or where that would be infinite sigma / (alpha + sigma), of a continuous path.
 
     The second, on paths that end in pure noise, is sigma itself on the flow path: what the programs for flow
@@ -22,7 +24,7 @@ def noise_level(path: Path, t: Any) -> Any:
         return sigma / (alpha + sigma) if _bounded(path) else sigma / alpha
 
 
-def time_of_level(path: Path, level: Any) -> np.ndarray:
+def time_of_level(path: Path, level: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
     """The t of a noise level: the inverse of `noise_level`."""
     with np.errstate(divide="ignore"):
         return path.time(np.divide(level, 1 - np.asarray(level)) if _bounded(path) else level)
@@ -32,7 +34,7 @@ def _bounded(path: Path) -> bool:
     return path.num_train_timesteps is None and path.zero_terminal_snr
 
 
-def times_of_levels(path: Path, levels: np.ndarray) -> np.ndarray:
+def times_of_levels(path: Path, levels: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """The t of given noise levels.
 
     Raises:
@@ -46,23 +48,27 @@ def times_of_levels(path: Path, levels: np.ndarray) -> np.ndarray:
     return time_of_level(path, np.minimum(levels, most))
 
 
-def karras_levels(first: float, last: float, count: int, rho: float = 7.0) -> np.ndarray:
+def karras_levels(first: float, last: float, count: int, rho: float = 7.0) -> Float[np.ndarray, " N"]:
     """N levels, evenly in their 1/rho-th power (Karras et al. 2022, equation 5)."""
     ramp = np.linspace(0, 1, count)
     return (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
 
 
-def exponential_levels(first: float, last: float, count: int) -> np.ndarray:
+def exponential_levels(first: float, last: float, count: int) -> Float[np.ndarray, " N"]:
     """N levels, evenly in their logarithm."""
     return np.exp(np.log(first) + np.linspace(0, 1, count) * (np.log(last) - np.log(first)))
 
 
-def beta_levels(first: float, last: float, count: int, shape: tuple[float, float] = (0.6, 0.6)) -> np.ndarray:
+def beta_levels(
+    first: float, last: float, count: int, shape: tuple[float, float] = (0.6, 0.6)
+) -> Float[np.ndarray, " N"]:
     """N levels at the quantiles 1 - k/(N - 1) of a beta distribution."""
     return last + (first - last) * beta_quantiles(1 - np.linspace(0, 1, count), shape)
 
 
-def beta_quantiles(probabilities: np.ndarray, shape: tuple[float, float]) -> np.ndarray:
+def beta_quantiles(
+    probabilities: Float[np.ndarray, " *shape"], shape: tuple[float, float]
+) -> Float[np.ndarray, " *shape"]:
     """Of the beta distribution of that shape (alpha, beta).
 
     Raises:
@@ -73,7 +79,13 @@ def beta_quantiles(probabilities: np.ndarray, shape: tuple[float, float]) -> np.
     return special.betaincinv(*shape, probabilities)
 
 
-def respaced(path: Path, count: int, levels: Any, ends: np.ndarray, name: str) -> np.ndarray:
+def respaced(
+    path: Path,
+    count: int,
+    levels: Callable[[float, float, int], Any],
+    ends: Float[np.ndarray, " 2"],
+    name: str,
+) -> Float[np.ndarray, " N"]:
     """N values of t whose noise levels fall as levels(first, last, N) says, from the first t to the last.
 
     Raises:
@@ -90,7 +102,7 @@ def respaced(path: Path, count: int, levels: Any, ends: np.ndarray, name: str) -
     return t
 
 
-def shifted(path: Path, t: np.ndarray, shift: float) -> np.ndarray:
+def shifted(path: Path, t: Float[Any, " *shape"], shift: float) -> Float[Any, " *shape"]:
     """The times at which sigma / alpha is `shift` times as large.
 
     Raises:
@@ -107,7 +119,7 @@ def shifted(path: Path, t: np.ndarray, shift: float) -> np.ndarray:
         return path.time(shift * path.sigma(t) / path.alpha(t))
 
 
-def stretched(path: Path, t: np.ndarray, shift_terminal: float) -> np.ndarray:
+def stretched(path: Path, t: Float[np.ndarray, " N"], shift_terminal: float) -> Float[np.ndarray, " N"]:
     """Scales 1 - level so that the last row's level is `shift_terminal` (LTX-Video, Qwen-Image).
 
     Raises:

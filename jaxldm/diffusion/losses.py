@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from jaxldm.diffusion.denoiser import check_is_prediction, check_output_shape
 from jaxldm.diffusion.guidance import broadcast_null
@@ -124,7 +124,7 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null_condition: Any, proba
     )
 
 
-def _checked_images(x_0: Any) -> Any:
+def _checked_images(x_0: Num[Any, " *shape"]) -> Float[Any, " *shape"]:
     if not jnp.issubdtype(x_0.dtype, jnp.floating):
         raise InvalidArgumentError(
             f"x_0 must be floating point (images in [-1, 1], or latents), got {x_0.dtype}: for 8-bit images "

@@ -13,13 +13,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, ScalarLike
 
 from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
 from jaxldm.diffusion.guidance import broadcast_null, checked, guide
 from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.losses import drop_condition
-from jaxldm.diffusion.sampling import image_keys
+from jaxldm.diffusion.sampling import Keys, image_keys
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.exact import ceil_quotient, floor_product
 
@@ -39,7 +39,7 @@ _TOKEN_NOISE, _CONFIDENCE_NOISE = 0, 1
 _START = 2**32 - 1
 
 
-def mask_fraction(schedule: str, r: Any) -> Any:
+def mask_fraction(schedule: str, r: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
     """gamma(r) in [0, 1], of r in [0, 1]: float64 on the host for NumPy, of r's type for JAX.
 
     "cosine" is MaskGIT's and aMUSEd's. It, "square" and "cubic" start slowly, with few tokens a step;
@@ -57,8 +57,8 @@ def mask_fraction(schedule: str, r: Any) -> Any:
 
 
 def mask_tokens(
-    key: PRNGKeyArray, tokens: Int[Array, "B ..."], mask_token: int, schedule: str = "cosine"
-) -> tuple[Int[Array, "B ..."], Array]:
+    key: PRNGKeyArray, tokens: Int[Array, " *shape"], mask_token: int, schedule: str = "cosine"
+) -> tuple[Int[Array, " *shape"], Bool[Array, " *shape"]]:
     """(tokens with some replaced by the mask token, where), gamma(r) N of them per example, r ~ U(0, 1).
 
     Each example draws its own r and masks ceil(gamma(r) N) of its N tokens, at least one, chosen uniformly
@@ -77,7 +77,9 @@ def mask_tokens(
     return jnp.where(masked, jnp.asarray(mask_token, tokens.dtype), tokens), masked
 
 
-def mask_by_chance(key: Any, tokens: Int[Array, "B ..."], share: Any, mask_token: int) -> Int[Array, "B ..."]:
+def mask_by_chance(
+    key: Keys, tokens: Int[Array, " *shape"], share: ScalarLike, mask_token: int
+) -> Int[Array, " *shape"]:
     """The tokens, each masked with probability `share`, whatever becomes of the others.
 
     How a run starts from an image: share = gamma(r) leaves about as many as a run has behind it at r
@@ -160,8 +162,8 @@ class Unmasking(NamedTuple):
 
     fraction: Float[np.ndarray, " steps"]
     temperature: Float[np.ndarray, " steps"]
-    num_steps: Any = None
-    start: Any = np.float32(1)
+    num_steps: Int[Any, ""] | int | None = None
+    start: Float[Any, ""] | float = np.float32(1)
 
 
 def make_unmasking(
@@ -228,7 +230,7 @@ def guided_logits(
     network: Callable[[Any, Any], Any],
     condition: Any,
     null_condition: Any,
-    guidance_scale: Any,
+    guidance_scale: ScalarLike | Real[Array, " B"],
     *,
     cond_only_at_1: bool = True,
 ) -> Callable[[Any], Any]:
@@ -270,13 +272,13 @@ def guided_logits(
 
 
 def sample_tokens(
-    key: Any,
+    key: Keys,
     logits: Callable[[Any], Any],
     tokens: Int[Array, "B ..."],
     unmasking: Unmasking,
     *,
     mask_token: int,
-    total: Any = None,
+    total: ScalarLike | Real[Array, " B"] | None = None,
     return_trajectory: bool = False,
     callback: Callable[[Any, Any], None] | None = None,
     progress: Callable[[Any, Any], None] | None = None,
@@ -370,7 +372,7 @@ def sample_tokens(
     return (rows[-1], jnp.stack(rows)) if return_trajectory else rows[-1]
 
 
-def _steps_in(unmasking: Unmasking) -> Any:
+def _steps_in(unmasking: Unmasking) -> Int[Any, ""] | int:
     """The number of steps that are taken: all rows, or those before the padding."""
     return unmasking.fraction.shape[0] if unmasking.num_steps is None else unmasking.num_steps
 
@@ -413,7 +415,7 @@ def _rank(values: Float[Array, "B N"]) -> Int[Array, "B N"]:
     return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
 
 
-def _count(flags: Array) -> Int[Array, " B"]:
+def _count(flags: Bool[Array, "B N"]) -> Int[Array, " B"]:
     return jnp.sum(flags, axis=1, dtype=jnp.int32)
 
 

@@ -17,19 +17,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Num, Real
 
 from jaxldm.diffusion.betas import BetaSchedule, checked_betas
 from jaxldm.errors import InvalidArgumentError
 
 
-def at_least_float32(x: Array) -> Array:
+def at_least_float32(x: Num[Array, " *shape"]) -> Float[Array, " *shape"]:
     """x as it is in float32 or float64, and as float32 in anything less: schedules never run in bfloat16."""
     wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
     return x if wide else x.astype(jnp.float32)
 
 
-def host_or_device(t: Any) -> tuple[Any, Any]:
+def host_or_device(t: Real[Any, " *shape"] | float) -> tuple[Any, Float[Any, " *shape"]]:
     """(numpy, float64 t) for host numbers, (jax.numpy, float32 or wider t) for JAX arrays and tracers."""
     if isinstance(t, jax.Array):
         return jnp, at_least_float32(t)
@@ -73,11 +73,13 @@ class Path(abc.ABC):
     default_spacing: str = "trailing"
 
     @abc.abstractmethod
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """(alpha, sigma) at t, each of t's shape and type; `xp` is numpy or jax.numpy."""
 
     @abc.abstractmethod
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """The t of a sigma / alpha in [0, inf], of its shape and type: the inverse of `coefficients`."""
 
     @property
@@ -85,22 +87,24 @@ class Path(abc.ABC):
         """The cleanest t that training draws."""
         return self.t_min
 
-    def alpha(self, t: Any) -> Any:
+    def alpha(self, t: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
         """alpha(t), of t's shape."""
         xp, t = host_or_device(t)
         return self.coefficients(xp, t)[0]
 
-    def sigma(self, t: Any) -> Any:
+    def sigma(self, t: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
         """sigma(t), of t's shape."""
         xp, t = host_or_device(t)
         return self.coefficients(xp, t)[1]
 
-    def time(self, sigma_over_alpha: Any) -> Any:
+    def time(self, sigma_over_alpha: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
         """The t of that sigma / alpha; 0 gives `t_clean`. Discrete paths clamp at T - 1."""
         xp, ratio = host_or_device(sigma_over_alpha)
         return self.time_of(xp, ratio)
 
-    def derivatives(self, t: Any) -> tuple[Any, Any]:
+    def derivatives(
+        self, t: Real[Any, " *shape"] | float
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """(d alpha/dt, d sigma/dt) at t, of t's shape, by automatic differentiation.
 
         The velocity of the path is alpha' x_0 + sigma' eps. On a discrete path these are the slopes of the
@@ -195,7 +199,7 @@ class VP(Path):
         return float(len(self.betas) - 1)
 
     @functools.cached_property
-    def _log_ratio(self) -> np.ndarray:
+    def _log_ratio(self) -> Float[np.ndarray, " T"]:
         """log(sigma / alpha) at t = 0 ... T - 1; at pure noise the value before it stands in for infinity."""
         alphas_cumprod = np.cumprod(1 - np.asarray(self.betas))
         finite = alphas_cumprod[:-1] if self._ends_in_noise else alphas_cumprod
@@ -206,7 +210,9 @@ class VP(Path):
     def _ends_in_noise(self) -> bool:
         return self.betas[-1] == 1
 
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """sqrt(abar_t) and sqrt(1 - abar_t)."""
         table, last = xp.asarray(self._log_ratio, t.dtype), len(self.betas) - 1
         low = xp.clip(xp.floor(t), 0, last - 1).astype(np.int32)
@@ -218,7 +224,7 @@ class VP(Path):
             # 1 / sqrt(1 + e^{2 l}) is finite at both ends, l = -inf and l = +inf.
             return 1 / xp.sqrt(1 + xp.exp(2 * value)), 1 / xp.sqrt(1 + xp.exp(-2 * value))
 
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """The timestep, between two of them interpolated in log(sigma / alpha)."""
         last = len(self.betas) - 1
         table = xp.asarray(self._log_ratio[: last if self._ends_in_noise else last + 1], ratio.dtype)
@@ -256,11 +262,13 @@ class ContinuousVP(Path):
                 f"beta_min={self.beta_min}, beta_max={self.beta_max}, t_min={self.t_min}"
             )
 
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """exp(-B/2) and sqrt(1 - exp(-B))."""
         return vp_sde_coefficients(xp, t, self.beta_min, self.beta_max)
 
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """The root of a quadratic in t."""
         return vp_sde_time(xp, ratio, self.beta_min, self.beta_max)
 
@@ -299,11 +307,13 @@ class EDM(Path):
         """sigma_max."""
         return self.sigma_max
 
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """1 and t."""
         return xp.ones_like(t), t
 
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """The ratio itself."""
         return ratio
 
@@ -317,13 +327,17 @@ def as_floats(path: Path) -> None:
             object.__setattr__(path, field.name, float(value))
 
 
-def vp_sde_coefficients(xp: Any, t: Any, beta_min: float, beta_max: float) -> tuple[Any, Any]:
+def vp_sde_coefficients(
+    xp: Any, t: Float[Any, " *shape"], beta_min: float, beta_max: float
+) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
     """exp(-B/2) and sqrt(1 - exp(-B)), B the integral of beta from 0 to t; see `ContinuousVP`."""
     integral = t * (beta_min + t * ((beta_max - beta_min) / 2))
     return xp.exp(-integral / 2), safe_sqrt(xp, -xp.expm1(-integral))
 
 
-def vp_sde_time(xp: Any, ratio: Any, beta_min: float, beta_max: float) -> Any:
+def vp_sde_time(
+    xp: Any, ratio: Float[Any, " *shape"], beta_min: float, beta_max: float
+) -> Float[Any, " *shape"]:
     """The t in [0, 1] of a sigma / alpha: B(t) = log(1 + ratio^2), a quadratic in t."""
     most = np.sqrt(np.expm1((beta_min + beta_max) / 2))
     integral = xp.log1p(xp.minimum(ratio, float(most)) ** 2)
@@ -331,7 +345,7 @@ def vp_sde_time(xp: Any, ratio: Any, beta_min: float, beta_max: float) -> Any:
     return xp.minimum(2 * integral / (beta_min + root), 1.0)
 
 
-def safe_sqrt(xp: Any, x: Any) -> Any:
+def safe_sqrt(xp: Any, x: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
     """sqrt(x), 0 at and below 0, with a gradient of 0 there instead of infinity."""
     positive = x > 0
     return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)

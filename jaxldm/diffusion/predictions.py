@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from jaxldm.diffusion.paths import EDM, Path, per_image
 from jaxldm.diffusion.values import equal_by_call
@@ -187,7 +187,9 @@ def prediction(name: str, path: Path, **options: Any) -> Prediction:
     return maker(path, **options)
 
 
-def from_x0(prediction: Prediction, x_0: Any, x_t: Any, t: Any) -> Any:
+def from_x0(
+    prediction: Prediction, x_0: Float[Any, "B ..."], x_t: Float[Any, "B ..."], t: Real[Any, " ..."] | float
+) -> Float[Any, "B ..."]:
     """The output [B, H, W, C] that stands for x_0 at x_t: the inverse of `prediction.to_x0`.
 
     At sigma = 0 the noise in x_t is undefined; it is taken to be zero there, so that the result is finite.
@@ -196,7 +198,12 @@ def from_x0(prediction: Prediction, x_0: Any, x_t: Any, t: Any) -> Any:
     return prediction.target(x_0, implied_noise(x_0, x_t, path.alpha(t), path.sigma(t)), t)
 
 
-def implied_noise(x_0: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
+def implied_noise(
+    x_0: Float[Any, "B ..."],
+    x_t: Float[Any, "B ..."],
+    alpha: Float[Any, ""] | Float[Any, " B"] | float,
+    sigma: Float[Any, ""] | Float[Any, " B"] | float,
+) -> Float[Any, "B ..."]:
     """eps = (x_t - alpha x_0) / sigma [B, H, W, C]: the noise in x_t if x_0 is the clean image.
 
     At sigma = 0, where x_t holds none, it is x_t - alpha x_0, which is then 0.

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real, ScalarLike
 
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.guidance import Branches, checked, mix_branches, scale_at
+from jaxldm.diffusion.guidance import Branches, GuidanceScale, checked, mix_branches, scale_at
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.solvers.solver import Solver, divide
 from jaxldm.diffusion.values import equal_by_call
@@ -22,9 +22,9 @@ from jaxldm.errors import InvalidArgumentError
 def project_guidance(
     conditional: Float[Array, "B ..."],
     difference: Float[Array, "B ..."],
-    guidance_scale: Any,
-    eta: Any = 0.0,
-    norm_threshold: Any = None,
+    guidance_scale: ScalarLike | Real[Array, " B"],
+    eta: ScalarLike = 0.0,
+    norm_threshold: ScalarLike | None = None,
 ) -> Float[Array, "B ..."]:
     """x_0(c) + (w - 1) (d_orthogonal + eta d_parallel) (Sadat et al. 2024, Algorithm 1).
 
@@ -65,11 +65,11 @@ class ProjectedDenoiser(Denoiser):
 
 def adaptive_projected_guidance(
     branches: Branches,
-    guidance_scale: Any,
+    guidance_scale: GuidanceScale,
     *,
-    eta: Any = 0.0,
-    norm_threshold: Any = None,
-    momentum: Any = None,
+    eta: ScalarLike = 0.0,
+    norm_threshold: ScalarLike | None = None,
+    momentum: Float[Any, ""] | float | None = None,
 ) -> Denoiser:
     """`denoise(x, t)` by `project_guidance` of two denoisers, called in one batch of 2B.
 

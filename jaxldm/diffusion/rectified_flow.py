@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxldm.diffusion.paths import Path, as_floats
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -41,16 +42,18 @@ class Flow(Path):
         """The shift."""
         return self.shift
 
-    def coefficients(self, xp: Any, t: Any) -> tuple[Any, Any]:
+    def coefficients(
+        self, xp: Any, t: Float[Any, " *shape"]
+    ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
         """1 - t and t."""
         return 1 - t, t
 
-    def time_of(self, xp: Any, ratio: Any) -> Any:
+    def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """ratio / (1 + ratio)."""
         return flow_time(xp, ratio)
 
 
-def flow_time(xp: Any, ratio: Any) -> Any:
+def flow_time(xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
     """The t of a sigma / alpha on the straight path, in [0, 1]: ratio / (1 + ratio)."""
     with np.errstate(divide="ignore", over="ignore"):
         return 1 / (1 + 1 / ratio)  # finite at 0 and at infinity, where ratio / (1 + ratio) is not

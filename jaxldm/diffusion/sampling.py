@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 from jaxldm.diffusion.checks import check_sampling
 from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
@@ -19,11 +19,13 @@ from jaxldm.diffusion.paths import at_least_float32
 from jaxldm.diffusion.solvers.solver import Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
 
+# One key, or one per image; of either kind of JAX.
+Keys = PRNGKeyArray | Key[Array, " B"] | UInt32[Array, "B words"]
 # Step i of an image draws from fold_in(image key, i); its first noise from a number that no step reaches.
 _INITIAL_NOISE = 2**32 - 1
 
 
-def image_keys(key: Any, batch_size: int) -> Key[Array, " B"]:
+def image_keys(key: Keys, batch_size: int) -> Key[Array, " B"]:
     """One key per image: image k gets fold_in(key, k), whatever the batch size. An array of B keys is kept.
 
     Raises:
@@ -40,7 +42,7 @@ def image_keys(key: Any, batch_size: int) -> Key[Array, " B"]:
     return key
 
 
-def initial_noise(key: Any, shape: tuple[int, ...], grid: Grid) -> Float[Array, "B ..."]:
+def initial_noise(key: Keys, shape: tuple[int, ...], grid: Grid) -> Float[Array, "B ..."]:
     """sigma[0] N(0, 1) of shape [B, H, W, C]: where a run over the grid starts; float32 (x64: float64).
 
     Args:
@@ -54,7 +56,7 @@ def initial_noise(key: Any, shape: tuple[int, ...], grid: Grid) -> Float[Array, 
 
 
 def sample(
-    key: Any,
+    key: Keys,
     denoise: Callable[[Any, Any], Any],
     solver: Solver,
     grid: Grid,
@@ -153,7 +155,7 @@ def sample_step(
     solver: Solver,
     grid: Grid,
     state: Any,
-    i: Any,
+    i: Int[Any, ""] | int,
 ) -> tuple[Any, Float[Array, "B ..."]]:
     """(state, x_0) after step i of `sample`: for a sampling loop of one's own.
 

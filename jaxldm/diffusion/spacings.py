@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import ArrayLike, Float, Int, Real
 
 from jaxldm.diffusion import registry
 from jaxldm.diffusion.grids import Grid, check_count, grid_of_times
@@ -228,7 +229,11 @@ def align_your_steps(
 
 
 def at_times(
-    path: Path, t: Sequence[float] | np.ndarray, *, shift: float | None = None, final: str = "clean"
+    path: Path,
+    t: Sequence[float] | Real[ArrayLike, " ..."],
+    *,
+    shift: float | None = None,
+    final: str = "clean",
 ) -> Grid:
     """The rows at the values of t themselves, noisiest first.
 
@@ -245,7 +250,11 @@ def at_times(
 
 
 def at_sigmas(
-    path: Path, sigmas: Sequence[float] | np.ndarray, *, shift: float | None = None, final: str = "clean"
+    path: Path,
+    sigmas: Sequence[float] | Real[ArrayLike, " ..."],
+    *,
+    shift: float | None = None,
+    final: str = "clean",
 ) -> Grid:
     """The rows at given noise levels, noisiest first: sigma / alpha, or sigma itself on a flow path.
 
@@ -326,7 +335,7 @@ def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, 
 def make(
     path: Path,
     count: int,
-    times: Callable[[int], np.ndarray],
+    times: Callable[[int], Float[np.ndarray, " N"]],
     shift: float | None = None,
     final: str = "clean",
     shift_terminal: float | None = None,
@@ -355,14 +364,14 @@ def make(
     return grid_of_times(path, t, final)
 
 
-def trailing_times(span: Span, count: int) -> np.ndarray:
+def trailing_times(span: Span, count: int) -> Float[np.ndarray, " N"]:
     """N values of t, see `trailing`."""
     if span.total is None:
         return np.linspace(span.t_noisy, span.t_clean, count, endpoint=False)
     return np.round(span.total - span.total / count * np.arange(count)) - 1
 
 
-def leading_times(span: Span, count: int, offset: int = 0) -> np.ndarray:
+def leading_times(span: Span, count: int, offset: int = 0) -> Float[np.ndarray, " N"]:
     """N values of t, see `leading`."""
     if span.total is None:
         if offset:
@@ -371,14 +380,14 @@ def leading_times(span: Span, count: int, offset: int = 0) -> np.ndarray:
     return (np.arange(count) * (span.total // count))[::-1].astype(np.float64) + offset
 
 
-def linspace_times(span: Span, count: int) -> np.ndarray:
+def linspace_times(span: Span, count: int) -> Float[np.ndarray, " N"]:
     """N values of t, see `linspace`."""
     if span.total is None:
         return np.linspace(span.t_noisy, span.t_min, count)
     return np.round(np.linspace(0, span.total - 1, count)[::-1])
 
 
-def fractional_times(path: Path, count: int) -> np.ndarray:
+def fractional_times(path: Path, count: int) -> Float[np.ndarray, " N"]:
     """N values of t, see `linspace_fractional`."""
     if path.num_train_timesteps is None:
         return linspace_times(span_of(path), count)
@@ -389,7 +398,7 @@ def fractional_times(path: Path, count: int) -> np.ndarray:
     return np.where(t == np.round(t), t, between)
 
 
-def lcm_times(path: Path, count: int, original_steps: int) -> np.ndarray:
+def lcm_times(path: Path, count: int, original_steps: int) -> Float[np.ndarray, " N"]:
     """N values of t, see `lcm`."""
     if path.num_train_timesteps is None:
         raise InvalidArgumentError(
@@ -403,7 +412,7 @@ def lcm_timesteps(
     num_train_timesteps: int = 1000,
     original_inference_steps: int = 50,
     strength: float = 1.0,
-) -> np.ndarray:
+) -> Int[np.ndarray, " N"]:
     """The timesteps that a latent consistency model samples at, for `at_times`.
 
     Distillation visits k, 2 k, ... less 1, with k = num_train_timesteps // original_inference_steps (Luo et
@@ -439,7 +448,7 @@ def lcm_timesteps(
     return visited[::-1][places]
 
 
-def align_your_steps_times(path: Path, count: int, table: str) -> np.ndarray:
+def align_your_steps_times(path: Path, count: int, table: str) -> Float[np.ndarray, " N"]:
     """N values of t, see `align_your_steps`."""
     logs = np.log(ALIGN_YOUR_STEPS[table])
     ratio = np.exp(np.interp(np.linspace(0, len(logs) - 1, count + 1), np.arange(len(logs)), logs))[:-1]
@@ -453,14 +462,16 @@ def align_your_steps_times(path: Path, count: int, table: str) -> np.ndarray:
     return path.time(np.minimum(ratio, most))
 
 
-def _of_fractions(span: Span, fractions: np.ndarray) -> np.ndarray:
+def _of_fractions(span: Span, fractions: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """The t at parts of the range, 1 the noisiest; whole on a discrete path."""
     if span.total is None:
         return span.t_clean + (span.t_noisy - span.t_clean) * fractions
     return np.round((span.total - 1) * fractions)
 
 
-def _over_levels(path: Path, levels: Any, shift: float | None, name: str) -> Callable[[int], np.ndarray]:
+def _over_levels(
+    path: Path, levels: Callable[..., Any], shift: float | None, name: str
+) -> Callable[[int], Float[np.ndarray, " N"]]:
     """N -> N values of t from the noisiest to `t_min`, shifted both, with levels(first, last, N) between."""
     factor = path.default_shift if shift is None else shift
     ends = np.array([path.t_noisy, path.t_min])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Float, ScalarLike
 
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.denoiser import Denoiser
@@ -38,7 +39,9 @@ def change_x0(denoise: Callable[[Any, Any], Any], change: Callable[[Any, Any, An
     return dataclasses.replace(denoise, function=function, **changed)
 
 
-def static_threshold(denoise: Callable[[Any, Any], Any], low: Any = -1.0, high: Any = 1.0) -> Any:
+def static_threshold(
+    denoise: Callable[[Any, Any], Any], low: Float[Any, ""] | float = -1.0, high: Float[Any, ""] | float = 1.0
+) -> Any:
     """x_0 clipped to [low, high], the range of the data (Ho et al. 2020; Saharia et al. 2022, section 2.3).
 
     Args:
@@ -55,7 +58,9 @@ def static_threshold(denoise: Callable[[Any, Any], Any], low: Any = -1.0, high: 
 
 
 def dynamic_threshold(
-    denoise: Callable[[Any, Any], Any], percentile: Any = 0.995, max_value: Any = None
+    denoise: Callable[[Any, Any], Any],
+    percentile: ScalarLike = 0.995,
+    max_value: Float[Any, ""] | float | None = None,
 ) -> Any:
     """x_0 clipped to [-s, s] and divided by s (Saharia et al. 2022, section 2.3; the data lie in [-1, 1]).
 

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxldm.diffusion.paths import EDM, Path
 from jaxldm.errors import InvalidArgumentError, one_of
 
-TrainingTimes = Callable[[Any, tuple[int, ...], Path], Array]
+TrainingTimes = Callable[[Any, tuple[int, ...], Path], Float[Array, "..."]]
 # The mode density of SD3 is a density for scales up to 2 / (pi - 2) (Esser et al. 2024, section 3.1).
 _LARGEST_MODE_SCALE = 2 / (np.pi - 2)
 
@@ -118,7 +118,7 @@ def default_training_times(path: Path) -> TrainingTimes:
     return log_normal() if isinstance(path, EDM) else uniform()
 
 
-def _on_path(name: str, path: Path, u: Array) -> Array:
+def _on_path(name: str, path: Path, u: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """u in [0, 1] as t of the path, shifted."""
     _check_continuous(name, path)
     return _shifted(path, path.t_train_min + (path.t_noisy - path.t_train_min) * u)
@@ -132,7 +132,7 @@ def _check_continuous(name: str, path: Path) -> None:
         )
 
 
-def _shifted(path: Path, t: Array) -> Array:
+def _shifted(path: Path, t: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """t where sigma / alpha is `path.default_shift` times as large."""
     if path.default_shift == 1:
         return t

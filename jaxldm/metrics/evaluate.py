@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,7 +110,7 @@ class Report:
         return "\n".join(lines)
 
 
-def classifier_function(module, params, batch_size: int = 256) -> Classify:
+def classifier_function(module: Any, params: Any, batch_size: int = 256) -> Classify:
     """Return images [N, H, W, C] -> (features [N, D], logits [N, K]) of a classifier, jitted, in batches.
 
     `module` has the method `features_and_logits`, as `models.build("digit-classifier")` does.

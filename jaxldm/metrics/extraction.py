@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from jaxldm.errors import DataError
 from jaxldm.files import storage_errors
@@ -73,7 +73,7 @@ def extract(
     *,
     batch_size: int = 32,
     progress: Callable[[int], Any] = lambda number: None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Float[np.ndarray, "N D"]]:
     """Return {layer: features [N, D]} as arrays in files, computed unless the folder has them.
 
     The memory is that of one batch, whatever the number of images. On several devices every batch is split

@@ -7,8 +7,9 @@ and the demo call them and print `report(findings)`; nothing here stops a run. T
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxldm.errors import DataError
 from jaxldm.metrics.scores import class_diversities, reconstruction_error
@@ -102,7 +103,10 @@ def check_terminal_latents(
     )
 
 
-def check_prediction_shape(output: Float[np.ndarray, "..."], x_t: Float[np.ndarray, "..."]) -> list[Finding]:
+def check_prediction_shape(
+    output: Float[np.ndarray, "..."] | jax.ShapeDtypeStruct,
+    x_t: Float[np.ndarray, "..."] | jax.ShapeDtypeStruct,
+) -> list[Finding]:
     """Check whether the network's output has the shape of its input; both may be `jax.ShapeDtypeStruct`."""
     return _finding(
         "prediction shape",
@@ -279,7 +283,7 @@ def check_sharpness(
     )
 
 
-def _finding(check: str, seen: str, ok: bool, likely_cause: str, fix: str) -> list[Finding]:
+def _finding(check: str, seen: str, ok: bool | np.bool_, likely_cause: str, fix: str) -> list[Finding]:
     return [Finding(check, seen) if ok else Finding(check, seen, likely_cause, fix, False)]
 
 
@@ -287,7 +291,7 @@ def _rows(images) -> Float[np.ndarray, "N D"]:
     return np.asarray(images, np.float64).reshape(len(images), -1)
 
 
-def _finite_rows(values) -> np.ndarray:
+def _finite_rows(values) -> Bool[np.ndarray, "N"]:
     return np.asarray(np.isfinite(_rows(values)).all(axis=1))
 
 

@@ -30,7 +30,7 @@ class Manifolds(NamedTuple):
     coverage: float
 
 
-def neighbour_radii(rows: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray, N]:
+def neighbour_radii(rows: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray, " N"]:
     """Return for each row the distance to its `k`-th nearest other row.
 
     Raises:

@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     """
 
     count: int
-    mean: Float[np.ndarray, D]
+    mean: Float[np.ndarray, " D"]
     scatter: Float[np.ndarray, "D D"]
 
 

@@ -13,7 +13,7 @@ from jaxldm.data.images import from_uint8
 from jaxldm.errors import DataError
 from jaxldm.metrics.image_sets import ImageSet
 
-Distance = Callable[[Any, Array, Array], Array]
+Distance = Callable[[Any, Float[Array, "B H W C"], Float[Array, "B H W C"]], Float[Array, " B"]]
 
 
 def pair_distances(
@@ -24,7 +24,7 @@ def pair_distances(
     *,
     batch_size: int = 32,
     progress: Callable[[int], Any] = lambda number: None,
-) -> Float[np.ndarray, N]:
+) -> Float[np.ndarray, " N"]:
     """Return the distance of each image to the one at the same place in the other set.
 
     Args:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.tiling import Tiling, sliced, tiled_decoder, tiled_encoder
@@ -23,7 +23,7 @@ class DiagonalGaussian(NamedTuple):
     mean: Float[Array, "B h w c"]
     log_variance: Float[Array, "B h w c"]
 
-    def sample(self, key: Array) -> Float[Array, "B h w c"]:
+    def sample(self, key: PRNGKeyArray) -> Float[Array, "B h w c"]:
         """mean + exp(log_variance / 2) * N(0, 1), the reparameterisation trick."""
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(0.5 * self.log_variance) * noise
@@ -43,7 +43,7 @@ def encode_latents(
     module: nn.Module,
     params: dict,
     images: Float[Array, "B H W C"],
-    key: Array | None = None,
+    key: PRNGKeyArray | None = None,
     *,
     tiling: Tiling | None = None,
     slicing: bool = False,
@@ -64,7 +64,7 @@ def encode_latents(
         slicing: encode one image at a time.
     """
 
-    def encode(x: Array) -> DiagonalGaussian | Array:
+    def encode(x: Float[Array, " ..."]) -> DiagonalGaussian | Float[Array, " ..."]:
         return cast(Any, module.apply({"params": params}, _pixels(module.config, x), method="encode"))
 
     if tiling is not None:

@@ -162,7 +162,9 @@ class BertModel(nn.Module):
     ignored_tensors: ClassVar[tuple[str, ...]] = POSITION_NUMBERS
 
     @nn.compact
-    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         config = self.config
         check_tokens(input_ids, config.max_position_embeddings)
         embedded = BertEmbeddings(config, name="embeddings")(input_ids)

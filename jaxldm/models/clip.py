@@ -98,7 +98,9 @@ class CLIPModel(nn.Module):
         )
         self.logit_scale = parameter(self, "logit_scale", constant(config.logit_scale_init_value), ())
 
-    def encode_text(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def encode_text(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         encoding = self.text_model(input_ids, attention_mask)
         return encoding._replace(text_embeds=self.text_projection(cast(Array, encoding.pooled)))
 
@@ -111,7 +113,7 @@ class CLIPModel(nn.Module):
         self,
         input_ids: Int[Array, "texts T"],
         pixel_values: Float[Array, "images H W C"],
-        attention_mask: Array | None = None,
+        attention_mask: Int[Array, "texts T"] | None = None,
     ) -> Float[Array, "images texts"]:
         texts = self.encode_text(input_ids, attention_mask).text_embeds
         images = self.encode_image(pixel_values).image_embeds

@@ -91,7 +91,9 @@ class CLIPTextTransformer(nn.Module):
         self.encoder = pre_norm_encoder(config)
         self.final_layer_norm = LayerNorm(config.layer_norm_eps, config.dtype)
 
-    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         check_tokens(input_ids, self.config.max_position_embeddings)
         mask = causal_mask(input_ids.shape[1])
         padding = padding_mask(attention_mask)
@@ -144,7 +146,9 @@ class CLIPTextModel(nn.Module):
     def setup(self):
         self.text_model = CLIPTextTransformer(self.config)
 
-    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         return self.text_model(input_ids, attention_mask)
 
     def final_layer_norm(self, hidden_state: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -171,7 +175,9 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             kernel_init=normal(config.hidden_size**-0.5),
         )
 
-    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         encoding = self.text_model(input_ids, attention_mask)
         return encoding._replace(text_embeds=self.text_projection(cast(Array, encoding.pooled)))
 

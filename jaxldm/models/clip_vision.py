@@ -150,7 +150,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_pixel_values(images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224) -> np.ndarray:
+def clip_pixel_values(
+    images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224
+) -> Float[np.ndarray, "B {image_size} {image_size} 3"]:
     """Prepare images for CLIP's image tower: float32 `[B, image_size, image_size, 3]`, on the host.
 
     Resized so that the shorter side has `image_size` (Pillow's bicubic filter, in 8 bits), centre-cropped,

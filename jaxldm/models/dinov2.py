@@ -225,7 +225,9 @@ class Dinov2Model(nn.Module):
         return (jax.ShapeDtypeStruct(size, jnp.float32),)
 
 
-def dinov2_pixel_values(images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224) -> np.ndarray:
+def dinov2_pixel_values(
+    images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224
+) -> Float[np.ndarray, "B {image_size} {image_size} 3"]:
     """Prepare images as FD-DINOv2 does: float32 `[B, image_size, image_size, 3]`, on the host.
 
     Resized by Pillow's bicubic filter in 8 bits, whatever the aspect ratio, divided by 255, normalised by

@@ -251,7 +251,7 @@ class DiT(nn.Module):
             table = self.constant_tensors()["pos_embed"]
         return jnp.asarray(table, compute_dtype(config.dtype))
 
-    def constant_tensors(self) -> Mapping[str, np.ndarray]:
+    def constant_tensors(self) -> Mapping[str, Float[np.ndarray, " ..."]]:
         """Constant tensors of the published checkpoint: the sin-cos table `[1, N, C]`."""
         if self.config.position_embedding == "learned":
             return {}

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
@@ -110,14 +110,14 @@ def unpack(tokens: Float[Array, "B N D"], height: int, width: int) -> Float[Arra
     return unpatchify(split.swapaxes(2, 3).reshape(tokens.shape), PATCH, height, width)
 
 
-def positions(num_text: int, rows: int, columns: int) -> np.ndarray:
+def positions(num_text: int, rows: int, columns: int) -> Int[np.ndarray, "N 3"]:
     """Coordinates [T + rows x columns, 3]: those of text are all 0, of an image's token (0, row, column)."""
     row, column = np.indices((rows, columns)).reshape(2, -1)
     image = np.stack([np.zeros_like(row), row, column], axis=1)
     return np.concatenate([np.zeros((num_text, 3), image.dtype), image])
 
 
-def clip_to_float16(x: Array) -> Array:
+def clip_to_float16(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """Clip to the finite range of float16, where x is float16."""
     if x.dtype != jnp.float16:
         return x

@@ -100,7 +100,7 @@ class LPIPS(nn.Module):
                 x = nn.relu(getattr(self, f"features_{layer[0]}")(x))
         return outputs
 
-    def __call__(self, x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array, B]:
+    def __call__(self, x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array, " B"]:
         if x.shape != y.shape or x.shape[-1] != 3:
             raise InvalidArgumentError(
                 f"LPIPS takes two batches [B, H, W, 3] of one shape, got {x.shape}, {y.shape}"
@@ -128,7 +128,7 @@ def _unit(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     return x / (jnp.sqrt((x * x).sum(-1, keepdims=True)) + 1e-10)
 
 
-def lpips_heads(net: str) -> dict[str, np.ndarray]:
+def lpips_heads(net: str) -> dict[str, Float[np.ndarray, "1 C 1 1"]]:
     """The published weights of the five layers, {"lin0.model.1.weight": [1, C, 1, 1]} ... (version 0.1)."""
     one_of("LPIPS network", net, BACKBONES)
     file = resources.files("jaxldm.models") / "lpips_heads.npz"

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
@@ -204,7 +204,7 @@ class PaellaVQModel(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         return self.decode(self.encode(x), quantize=True)
 
-    def constant_tensors(self) -> Mapping[str, np.ndarray]:
+    def constant_tensors(self) -> Mapping[str, Int[np.ndarray, ""]]:
         """PyTorch's count of batches in the running statistics: written as 0, never read."""
         last = 2 * self.config.levels - 1
         return {f"down_blocks.{last}.1.num_batches_tracked": np.zeros((), np.int64)}

@@ -10,7 +10,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
@@ -195,7 +195,7 @@ class PixArtTransformerBlock(nn.Module):
         x: Float[Array, "B N C"],
         modulation: Float[Array, "B 6 C"],
         text: Float[Array, "B T D"],
-        mask: Array | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B N C"]:
         config = self.config
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_table(self, 6, modulation)
@@ -231,7 +231,7 @@ class PixArtTransformer2DModel(nn.Module):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         encoder_hidden_states: Float[Array, "B T D"],
-        encoder_attention_mask: Array | None = None,
+        encoder_attention_mask: Shaped[Array, "B T"] | None = None,
         resolution: Float[Array, "B 2"] | None = None,
         aspect_ratio: Float[Array, "B 1"] | None = None,
     ) -> Float[Array, "B H W out"]:

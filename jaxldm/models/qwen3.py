@@ -174,7 +174,9 @@ class Qwen3Model(nn.Module):
     ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight",)
 
     @nn.compact
-    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         config = self.config
         check_tokens(input_ids, config.max_position_embeddings)
         mask, padding = causal_mask(input_ids.shape[1]), padding_mask(attention_mask)

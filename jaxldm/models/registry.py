@@ -9,7 +9,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 from flax import traverse_util
-from jaxtyping import Array
+from jaxtyping import PRNGKeyArray
 
 from jaxldm.entries import checked, known_names
 from jaxldm.errors import CheckpointError, UnknownNameError, one_of
@@ -163,7 +163,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
     return from_config(dataclasses.replace(config, **overrides))
 
 
-def init(module: nn.Module, key: Array) -> dict:
+def init(module: nn.Module, key: PRNGKeyArray) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
     return init_params(module, key, *module.example_inputs())
 

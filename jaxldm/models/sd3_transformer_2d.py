@@ -12,7 +12,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
@@ -117,7 +117,7 @@ class SinCosTable(Initializer):
 
     base_size: int = 1
 
-    def __call__(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    def __call__(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, " ..."]:
         # A quarter of a gigabyte at full size: the host computes the axes, the device their product.
         side, width = math.isqrt(shape[1]), shape[2] // 2
         axis = sincos_position_embedding_2d(shape[2], 1, side, base_size=self.base_size)[:, :width]
@@ -266,7 +266,9 @@ class SD3Transformer2DModel(nn.Module):
         tokens = Linear(features, **options, name="proj_out")(h)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, *x.shape[1:3])
 
-    def _check_widths(self, x: Array, text: Array, pooled: Array) -> None:
+    def _check_widths(
+        self, x: Float[Array, "B H W C"], text: Float[Array, "B T D"], pooled: Float[Array, "B P"]
+    ) -> None:
         config = self.config
         for name, array, wanted in (
             ("x", x, config.in_channels),

@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.errors import one_of
 from jaxldm.models.config import check
@@ -78,7 +78,7 @@ class T5EncoderConfig(TransformersConfig):
         compute_dtype(self.dtype)
 
 
-def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
     """The bucket of the distance from each query to each key: int32 `[T, T]`, on the host.
 
     Raffel et al. 2020, section 2.1: half the buckets are for keys after the query. In each half, one bucket
@@ -161,7 +161,12 @@ class T5LayerSelfAttention(nn.Module):
     has_relative_attention_bias: bool
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array | None, mask: Array | None) -> tuple[Array, Array]:
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        bias: Float[Array, "1 H T T"] | None,
+        mask: Bool[Array, "B 1 1 T"] | None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "1 H T T"]]:
         h = RMSNorm(self.config.layer_norm_epsilon, self.config.dtype, name="layer_norm")(x)
         attention = T5Attention(self.config, self.has_relative_attention_bias, name="SelfAttention")
         return attention(h, bias, mask)
@@ -185,7 +190,12 @@ class T5Block(nn.Module):
     has_relative_attention_bias: bool
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array | None, mask: Array | None) -> tuple[Array, Array]:
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        bias: Float[Array, "1 H T T"] | None,
+        mask: Bool[Array, "B 1 1 T"] | None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "1 H T T"]]:
         attention = T5LayerSelfAttention(self.config, self.has_relative_attention_bias, name="layer_0")
         update, bias = attention(x, bias, mask)
         x = x + update
@@ -235,7 +245,9 @@ class T5EncoderModel(nn.Module):
     ignored_tensors: ClassVar[tuple[str, ...]] = (r"decoder\..*", r"lm_head\.weight")
 
     @nn.compact
-    def __call__(self, input_ids: Int[Array, "B T"], attention_mask: Array | None = None) -> TextEncoding:
+    def __call__(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    ) -> TextEncoding:
         config = self.config
         check_tokens(input_ids)
         embedded = Embedding(config.vocab_size, config.d_model, config.dtype, name="shared")(input_ids)

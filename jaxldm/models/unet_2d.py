@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import chex
@@ -87,7 +88,7 @@ class UNet2DConfig(ModelConfig):
         return entries | {"num_class_embeds": None if num_classes is None else num_classes + 1}
 
     @classmethod
-    def from_dict(cls, entries) -> UNet2DConfig:
+    def from_dict(cls, entries: Mapping[str, Any]) -> UNet2DConfig:
         entries = dict(entries)
         num_class_embeds = checked(
             entries.pop("num_class_embeds", None), int | None, "config.json: num_class_embeds"

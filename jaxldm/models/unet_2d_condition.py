@@ -9,7 +9,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, Real, Shaped
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
@@ -213,11 +213,11 @@ class UNet2DConditionModel(nn.Module):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         encoder_hidden_states: Float[Array, "B T D"],
-        encoder_attention_mask: Array | None = None,
+        encoder_attention_mask: Shaped[Array, "B T"] | None = None,
         text_embeds: Float[Array, "B P"] | None = None,
         time_ids: Float[Array, "B ids"] | None = None,
         timestep_cond: Float[Array, "B guidance"] | None = None,
-        class_labels: Array | None = None,
+        class_labels: Real[Array, " B"] | Float[Array, "B labels"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
         """Predict the noise, v, or the noise and a variance, as trained.
@@ -297,8 +297,8 @@ class UNet2DConditionModel(nn.Module):
     def _add_embedding(
         self,
         temb: Float[Array, "B time"],
-        text_embeds: Array | None,
-        time_ids: Array | None,
+        text_embeds: Float[Array, "B P"] | None,
+        time_ids: Float[Array, "B ids"] | None,
         states: Float[Array, "B T D"],
     ) -> Float[Array, "B time"]:
         """Add the embeddings of `addition_embed_type`, then apply `time_embedding_act_fn`."""
@@ -406,7 +406,7 @@ class UNet2DConditionModel(nn.Module):
             for i, kind in enumerate(config.up_block_types)
         ]
 
-    def _check_widths(self, x: Array, encoder_hidden_states: Array) -> None:
+    def _check_widths(self, x: Float[Array, "B H W C"], encoder_hidden_states: Float[Array, "B T D"]) -> None:
         config = self.config
         if x.shape[-1] != config.in_channels:
             raise InvalidArgumentError(

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
@@ -195,7 +195,7 @@ class ZImageTransformer2DModel(nn.Module):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         encoder_hidden_states: Float[Array, "B T D"],
-        encoder_attention_mask: Array | None = None,
+        encoder_attention_mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Predict the velocity.
 
@@ -309,7 +309,7 @@ class ZImageTransformer2DModel(nn.Module):
         )
         return image, cast(Rotary, text)
 
-    def _check(self, x: Array, states: Array) -> None:
+    def _check(self, x: Float[Array, "B H W C"], states: Float[Array, "B T D"]) -> None:
         config = self.config
         if x.ndim != 4 or x.shape[-1] != config.in_channels:
             raise InvalidArgumentError(f"x must be [B, H, W, {config.in_channels}], not {x.shape}")

@@ -7,7 +7,7 @@ from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention import attend, projections
@@ -48,7 +48,10 @@ class AddedKVAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], context: Float[Array, "B T D"], mask: Array | None = None
+        self,
+        x: Float[Array, "B H W C"],
+        context: Float[Array, "B T D"],
+        mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Attend to the text and the pixels, and add the result to x.
 

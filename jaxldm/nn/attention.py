@@ -9,7 +9,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention_kernels import accelerator_attention, explicit_attention
@@ -141,7 +141,7 @@ class CrossAttention(nn.Module):
         self,
         x: Float[Array, "B N C"],
         context: Float[Array, "B T D"] | None = None,
-        mask: Array | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B N C"]:
         """Attend to the context.
 

@@ -13,7 +13,7 @@ from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxldm.nn.added_kv_attention import AddedKVAttention, AddedKVOptions
 from jaxldm.nn.attention import Attention2D
@@ -49,7 +49,9 @@ class _Level(nn.Module, kw_only=True):
     dtype: str = "float32"
     remat: bool = False
 
-    def resnet(self, name: str, channels: int, x, temb, train: bool, resample: str | None = None) -> Array:
+    def resnet(
+        self, name: str, channels: int, x, temb, train: bool, resample: str | None = None
+    ) -> Float[Array, "B h w c"]:
         kind = nn.remat(ResnetBlock2D, static_argnums=(3,)) if self.remat else ResnetBlock2D
         block = kind(
             channels,
@@ -98,8 +100,8 @@ class DownBlock2D(_Level, kw_only=True):
         temb: Float[Array, "B time"] | None = None,
         train: bool = False,
         context: Float[Array, "B T D"] | None = None,
-        mask: Array | None = None,
-    ) -> tuple[Float[Array, "B h w out"], tuple[Array, ...]]:
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B h w out"], tuple[Float[Array, "B _ _ _"], ...]]:
         skips = []
         for i in range(self.num_layers):
             x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
@@ -125,11 +127,11 @@ class UpBlock2D(_Level, kw_only=True):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        skips: tuple[Array, ...] | None = None,
+        skips: tuple[Float[Array, "B _ _ _"], ...] | None = None,
         temb: Float[Array, "B time"] | None = None,
         train: bool = False,
         context: Float[Array, "B T D"] | None = None,
-        mask: Array | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
         output_size: tuple[int, int] | None = None,
     ) -> Float[Array, "B h w out"]:
         """Apply the level.
@@ -171,7 +173,7 @@ class MidBlock2D(_Level, kw_only=True):
         temb: Float[Array, "B time"] | None = None,
         train: bool = False,
         context: Float[Array, "B T D"] | None = None,
-        mask: Array | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B H W C"]:
         channels = x.shape[-1]
         x = self.resnet("resnets_0", channels, x, temb, train)
@@ -181,7 +183,7 @@ class MidBlock2D(_Level, kw_only=True):
 
 def apply_down_blocks(
     x: Float[Array, "B H W C"], blocks: Sequence[DownBlock2D], *condition
-) -> tuple[Float[Array, "B h w c"], tuple[Array, ...]]:
+) -> tuple[Float[Array, "B h w c"], tuple[Float[Array, "B _ _ _"], ...]]:
     """Apply all down blocks of a U-Net: (the lowest level, the skip connections, x itself first).
 
     `condition` are the further arguments of every block: temb, train, context, mask.
@@ -194,7 +196,10 @@ def apply_down_blocks(
 
 
 def apply_up_blocks(
-    x: Float[Array, "B h w c"], skips: tuple[Array, ...], blocks: Sequence[UpBlock2D], *condition
+    x: Float[Array, "B h w c"],
+    skips: tuple[Float[Array, "B _ _ _"], ...],
+    blocks: Sequence[UpBlock2D],
+    *condition,
 ) -> Float[Array, "B H W C"]:
     """Apply all up blocks of a U-Net, each with as many skip connections as it has layers, the last first.
 

@@ -140,7 +140,7 @@ def sincos_position_embedding_2d(
     *,
     base_size: int | None = None,
     interpolation_scale: float = 1.0,
-) -> np.ndarray:
+) -> Float[np.ndarray, "N dim"]:
     """Fixed 2-D position embedding, float32 `[height * width, dim]`, row by row.
 
     The first half of the channels encodes the column, the second half the row; each is

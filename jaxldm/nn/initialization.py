@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 Shape = tuple[int, ...]
 
@@ -35,13 +35,13 @@ class Initializer:
     kind: str
     size: float | Callable[[Shape], float]
 
-    def __call__(self, key: Array, shape: Shape, dtype=jnp.float32) -> Array:
+    def __call__(self, key: PRNGKeyArray, shape: Shape, dtype=jnp.float32) -> Float[Array, " ..."]:
         if self.kind == "constant":
             return jnp.full(shape, cast(float, self.size), dtype)
         draw = jax.random.uniform if self.kind == "uniform" else jax.random.normal
         return self.scaled(draw(key, (math.prod(shape),), dtype), shape)
 
-    def scaled(self, standard: Array, shape: Shape) -> Array:
+    def scaled(self, standard: Float[Array, " ..."], shape: Shape) -> Float[Array, " ..."]:
         """Numbers of U(0, 1) or N(0, 1) in a row -> a parameter of this distribution."""
         size = self.size(shape) if callable(self.size) else self.size
         return (size * (2.0 * standard - 1.0 if self.kind == "uniform" else standard)).reshape(shape)
@@ -75,17 +75,17 @@ def _xavier_bound(shape: Shape) -> float:
 xavier_uniform = Initializer("uniform", _xavier_bound)
 
 
-def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Shape) -> Array:
+def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Shape) -> Float[Array, " ..."]:
     """`module.param` in float32, which also sows the initializer as an intermediate, for `init_params`."""
     sown = cast(Any, initializer)  # the first value is None
     module.sow("intermediates", name, sown, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return module.param(name, initializer, shape, jnp.float32)
 
 
-def init_params(module: nn.Module, key: Array, *inputs: Any) -> dict:
+def init_params(module: nn.Module, key: PRNGKeyArray, *inputs: Any) -> dict:
     """Fresh parameters of a module from two flat draws; from Flax's if one has no `Initializer`."""
 
-    def trace(key: Array, *inputs: Array) -> Any:
+    def trace(key: PRNGKeyArray, *inputs: Array) -> Any:
         return module.init(key, *inputs, mutable=["params", "intermediates"])
 
     variables = jax.eval_shape(trace, key, *inputs)
@@ -99,7 +99,7 @@ def init_params(module: nn.Module, key: Array, *inputs: Any) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _draw(key: Array, plan: tuple[tuple[Initializer, Shape], ...]) -> list[Array]:
+def _draw(key: PRNGKeyArray, plan: tuple[tuple[Initializer, Shape], ...]) -> list[Float[Array, " ..."]]:
     """Cut each parameter out of one row of standard numbers per kind of distribution."""
     rows, used = {}, {"uniform": 0, "normal": 0}
     for kind, key_of_kind in zip(used, jax.random.split(key), strict=True):

@@ -45,7 +45,7 @@ class JointAttention(nn.Module):
         self,
         x: Float[Array, "B N C"],
         text: Float[Array, "B T C"] | None = None,
-        rotary: tuple[Array, Array] | None = None,
+        rotary: tuple[Float[Array, "*#B M half"], Float[Array, "*#B M half"]] | None = None,
         mask: Bool[Array, "B M"] | None = None,
     ) -> Float[Array, "B N C"] | tuple[Float[Array, "B N C"], Float[Array, "B T C"]]:
         """Attend within and between text and image.
@@ -90,7 +90,9 @@ class JointAttention(nn.Module):
     def _normalised(self, x: Float[Array, "B N C"], name: str) -> Float[Array, "B N C"]:
         return RMSNorm(self.eps, self.dtype, name=name)(self._heads(x)).reshape(x.shape)
 
-    def _rotated(self, x: Float[Array, "B N C"], rotary: tuple[Array, Array]) -> Float[Array, "B N C"]:
+    def _rotated(
+        self, x: Float[Array, "B N C"], rotary: tuple[Float[Array, "*#B M half"], Float[Array, "*#B M half"]]
+    ) -> Float[Array, "B N C"]:
         return apply_rotary(self._heads(x), *rotary).reshape(x.shape)
 
     def _heads(self, x: Float[Array, "B N C"]) -> Float[Array, "B N H D"]:

@@ -27,7 +27,9 @@ def resize_linear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Ar
     return _resized(x, *(linear_weights(x.shape[axis + 1], size[axis]) for axis in (0, 1)))
 
 
-def _resized(x, rows: np.ndarray, columns: np.ndarray) -> Array:
+def _resized(
+    x: Float[Array, "B H W C"], rows: Float[np.ndarray, "P H"], columns: Float[np.ndarray, "Q W"]
+) -> Float[Array, "B P Q C"]:
     x = jnp.einsum("ph,bhwc->bpwc", jnp.asarray(rows), x.astype(jnp.float32), precision="highest")
     return jnp.einsum("qw,bpwc->bpqc", jnp.asarray(columns), x, precision="highest")
 
@@ -58,7 +60,7 @@ def cubic_weights(length: int, wanted: int) -> Float[np.ndarray, "wanted length"
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
+def _cubic(x: Float[np.ndarray, " *shape"], a: float = -0.5) -> Float[np.ndarray, " *shape"]:
     """The cubic kernel of Keys 1981, equation 4 with another a: 1 at 0, and 0 from |x| = 2 on."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1

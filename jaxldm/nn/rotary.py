@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from jaxldm.errors import InvalidArgumentError
 
 
-def rotary_embedding(positions: np.ndarray, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+def rotary_embedding(
+    positions: Real[np.ndarray, " N"], dim: int, theta: float
+) -> tuple[Float[np.ndarray, "N half"], Float[np.ndarray, "N half"]]:
     """(cos, sin) of the angles p w_k, w_k = theta^(-2k/dim): float32 `[N, dim/2]` each, computed on the host.
 
     Su et al. 2021, "RoFormer", section 3.2.2. The angles are float64: in float32 they would be wrong by 1e-4
@@ -33,8 +35,8 @@ def rotary_embedding(positions: np.ndarray, dim: int, theta: float) -> tuple[np.
 
 
 def rotary_embedding_of_axes(
-    positions: np.ndarray, dims: Sequence[int], theta: float
-) -> tuple[np.ndarray, np.ndarray]:
+    positions: Real[np.ndarray, "N axes"], dims: Sequence[int], theta: float
+) -> tuple[Float[np.ndarray, "N half"], Float[np.ndarray, "N half"]]:
     """(cos, sin), float32 `[N, sum(dims)/2]`, for tokens with several coordinates, such as row and column.
 
     positions `[N, axes]`: the first dims[0] numbers of a head rotate with the first coordinate, and so on.

@@ -10,7 +10,7 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.nn.attention import CrossAttention
@@ -103,7 +103,10 @@ class BasicTransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N C"], context: Float[Array, "B T D"], mask: Array | None = None
+        self,
+        x: Float[Array, "B N C"],
+        context: Float[Array, "B T D"],
+        mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B N C"]:
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
@@ -125,7 +128,10 @@ class Transformer2D(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], context: Float[Array, "B T D"], mask: Array | None = None
+        self,
+        x: Float[Array, "B H W C"],
+        context: Float[Array, "B T D"],
+        mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Attend among the pixels and to the context.
 

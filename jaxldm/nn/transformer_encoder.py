@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxldm.nn.attention import attend
 from jaxldm.nn.initialization import Initializer, normal, zeros
@@ -15,7 +15,7 @@ from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import LayerNorm
 
 
-def quick_gelu(x: Array) -> Array:
+def quick_gelu(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """x sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with.
 
     Hendrycks & Gimpel 2016, section 2.
@@ -111,7 +111,9 @@ class PreNormLayer(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N C"], mask: Array | None = None) -> Float[Array, "B N C"]:
+    def __call__(
+        self, x: Float[Array, "B N C"], mask: Bool[Array, "#B #H #N N"] | None = None
+    ) -> Float[Array, "B N C"]:
         width = x.shape[-1] ** -0.5
         deep = normal(width * (2 * self.num_layers) ** -0.5)
         attention = ProjectedAttention(
@@ -139,7 +141,7 @@ class PreNormEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N C"], mask: Array | None = None
+        self, x: Float[Array, "B N C"], mask: Bool[Array, "#B #H #N N"] | None = None
     ) -> tuple[Float[Array, "B N C"], ...]:
         states = [x]
         for index in range(self.num_layers):

@@ -137,7 +137,7 @@ class Request(NamedTuple):
 SHARED = {field.name for field in dataclasses.fields(Call)} - {"own"}
 
 
-def image_keys(key: Key[Array, ...], num_images: int) -> ImageKeys:
+def image_keys(key: Key[Array, " ..."], num_images: int) -> ImageKeys:
     """The key of each image, as `D.image_keys`; another number of images compiles nothing."""
     padded = num_images if np.ndim(key) else -(-num_images // KEYS_AT_ONCE) * KEYS_AT_ONCE
     keys = D.image_keys(key, padded)

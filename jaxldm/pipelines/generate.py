@@ -16,7 +16,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
@@ -34,9 +34,9 @@ STEPS_AT_ONCE = 64
 
 def generate(
     pipe: Pipeline,
-    key: Key[Array, ...],
-    prompt: str | Sequence[Any],
-    negative_prompt: str | Sequence[Any] | None = None,
+    key: Key[Array, " ..."],
+    prompt: str | Sequence[Any] | Int[Array, " N"],
+    negative_prompt: str | Sequence[Any] | Int[Array, " ..."] | None = None,
     **options: Any,
 ) -> Any:
     """Draw images, float32 [N, H, W, 3] in [-1, 1]: those of the first prompt, of the second, ...

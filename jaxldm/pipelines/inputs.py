@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from jaxldm.data.images import check_images, from_uint8
 from jaxldm.data.pictures import is_picture, mask_of, rgb_of, shrink_masks
@@ -315,7 +315,7 @@ def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
     return masks.astype(np.float32)
 
 
-def check_rows(rows: np.ndarray, num_images: int, name: str) -> None:
+def check_rows(rows: Shaped[np.ndarray, "N ..."], num_images: int, name: str) -> None:
     """Raises `InvalidArgumentError` unless there is one row for all images, or one for each."""
     if len(rows) not in (1, num_images):
         raise InvalidArgumentError(
@@ -323,7 +323,7 @@ def check_rows(rows: np.ndarray, num_images: int, name: str) -> None:
         )
 
 
-def repeated(rows: np.ndarray, num_images: int) -> np.ndarray:
+def repeated(rows: Shaped[np.ndarray, "N ..."], num_images: int) -> Shaped[np.ndarray, "{num_images} ..."]:
     """`num_images` rows out of one for all, or one for each."""
     return np.broadcast_to(rows, (num_images, *rows.shape[1:]))
 

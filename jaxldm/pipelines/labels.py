@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from jaxldm.data import check_labels
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
@@ -18,7 +18,7 @@ MOST_CLASSES_AT_ONCE = 100  # that are drawn, once each, for a call that names n
 
 
 def cycle_labels(
-    pipe: Pipeline, class_labels: Sequence[int | str] | None, num_images: int | None
+    pipe: Pipeline, class_labels: Sequence[int | str] | Int[Array, " N"] | None, num_images: int | None
 ) -> Int[np.ndarray, " N"] | None:
     """The label of each image, int32 [N]: the labels given, repeated. None for a model without classes.
 

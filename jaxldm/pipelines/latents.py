@@ -95,7 +95,7 @@ class Progress(NamedTuple):
 def classifier_free_guidance(
     uncond: Float[Array, "N h w c"],
     cond: Float[Array, "N h w c"],
-    t: Float[Array, ...],
+    t: Float[Array, " ..."],
     condition: Mapping[str, Any],
     per_call: PerCall,
 ) -> Float[Array, "N h w c"]:
@@ -189,7 +189,7 @@ def _first_carry(per_call: PerCall, per_image: PerImage, compiled: Compiled) -> 
 def _solver(per_image: PerImage, compiled: Compiled) -> D.Solver:
     if per_image.repaint is None:
         return compiled.sampler.solver
-    return D.inpaint(compiled.sampler.solver, per_image.known, 1 - per_image.repaint)
+    return D.inpaint(compiled.sampler.solver, cast(Any, per_image.known), 1 - per_image.repaint)
 
 
 def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -> Any:

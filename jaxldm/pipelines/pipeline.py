@@ -71,7 +71,7 @@ class Pipeline:
         )
         return f"Pipeline({self.family.name}: {', '.join(parts)})"
 
-    def __call__(self, key: Key[Array, ...], *prompts: Any, **options: Any) -> Any:
+    def __call__(self, key: Key[Array, " ..."], *prompts: Any, **options: Any) -> Any:
         """Draw images, float32 [N, H, W, C] in [-1, 1]; see `generate`, and `Call` for the options."""
         return self.family.call(self, key, *prompts, **options)
 

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxldm import diffusion as D
 from jaxldm.diffusion import levels, registry, spacings
 from jaxldm.errors import InvalidArgumentError, one_of
 
 # Names of timesteps -> (path, span, N, rule) -> N values of t.
-TIMES: dict[str, Callable[..., np.ndarray]] = {
+TIMES: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
     "trailing": lambda path, span, count, rule: spacings.trailing_times(span, count),
     "leading": lambda path, span, count, rule: spacings.leading_times(span, count, rule.steps_offset),
     "linspace": lambda path, span, count, rule: spacings.linspace_times(span, count),
@@ -37,7 +38,7 @@ TIMES: dict[str, Callable[..., np.ndarray]] = {
     "lcm": lambda path, span, count, rule: spacings.lcm_times(path, count, rule.original_steps),
 }
 # Names of noise levels -> (first, last, N, rule) -> N levels.
-LEVELS: dict[str, Callable[..., np.ndarray]] = {
+LEVELS: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
     "karras": lambda first, last, count, rule: levels.karras_levels(first, last, count, rule.rho),
     "exponential": lambda first, last, count, rule: levels.exponential_levels(first, last, count),
     "uniform_log_snr": lambda first, last, count, rule: levels.exponential_levels(first, last, count),
@@ -121,7 +122,7 @@ class GridRule:
         if self.lambda_min is not None and self.spacing in ("linspace_fractional", "lcm"):
             raise InvalidArgumentError(f"spacing={self.spacing!r} cannot be combined with lambda_min")
 
-    def _times(self, path: D.Path, shift: float, count: int) -> np.ndarray:
+    def _times(self, path: D.Path, shift: float, count: int) -> Float[np.ndarray, " N"]:
         """N values of t, noisiest first, float64."""
         span = spacings.span_of(path)
         if self.shift_t_min_twice:

@@ -60,7 +60,7 @@ def autoencoder_loss(
     images: Float[Array, "B H W C"],
     *,
     beta: Any = 1e-3,
-    free_bits: float = 0.0,
+    free_bits: Float[Array, ""] | float = 0.0,
     reconstruction: str = "mse",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The negative evidence bound per pixel, with a weight on its KL term.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import ArrayLike, Float
 
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
@@ -16,7 +17,7 @@ from jaxldm.files import storage_errors, write_atomically
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
 
 
-def flatten_metrics(metrics: Mapping[str, np.ndarray]) -> dict[str, np.float32]:
+def flatten_metrics(metrics: Mapping[str, Float[ArrayLike, " ..."]]) -> dict[str, np.float32]:
     """Scalars keep their name, element k of a vector becomes `name_k`."""
     flat = {}
     for name, value in metrics.items():
@@ -74,7 +75,9 @@ class CsvLog:
         write_atomically(self.path, "".join(lines).encode())
         return float(kept[-1][5]) if kept else 0.0
 
-    def append(self, epoch: int, step: int, seconds: float, metrics: Mapping[str, np.ndarray]) -> None:
+    def append(
+        self, epoch: int, step: int, seconds: float, metrics: Mapping[str, Float[ArrayLike, " ..."]]
+    ) -> None:
         """Take one row into memory."""
         row = {"epoch": epoch, "step": step, "seconds": f"{seconds:.3f}", **flatten_metrics(metrics)}
         self._rows.append(row)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -25,6 +25,7 @@ from jaxldm.training.step import TrainStep, compile_train_step
 from jaxldm.training.store import TrainingStore
 
 
+@runtime_checkable
 class Batches(Protocol):
     """`batches[step]`: the batch of update `step`, always the same; `len(...)`: steps per epoch."""
 

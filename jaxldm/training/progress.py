@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from jaxldm.training.log import CsvLog
@@ -59,7 +60,7 @@ class Progress:
             disable=None if bar is None else not bar,
         )
 
-    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def push(self, step: int, metrics: Mapping[str, Float[jax.Array, " ..."]]) -> None:
         """Take the metrics of update number `step` (counted from 1)."""
         for value in metrics.values():
             value.copy_to_host_async()

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray, Shaped
 
 from jaxldm import models
 from jaxldm.data import Batches, Dataset
@@ -56,7 +56,7 @@ class Context:
     log: Callable[[str], None] = print
     bar: bool | None = None
 
-    def train_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    def train_arrays(self) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, " N"]]:
         """The training images `[N, H, W, C]` in [-1, 1] and their labels `[N]`."""
         images, labels = self.dataset.arrays("train")
         return images[: self.recipe.max_train_images], labels[: self.recipe.max_train_images]
@@ -110,7 +110,7 @@ def train_network(
     recipe: StageRecipe,
     module: nn.Module,
     loss_fn: LossFunction,
-    columns: dict[str, np.ndarray],
+    columns: dict[str, Shaped[np.ndarray, "N ..."]],
     on_sample: Callable[[Params, int], None] | None = None,
 ) -> Params:
     """Fit one network on named columns of examples; return its parameters, or their moving average."""

@@ -17,7 +17,7 @@ from jaxldm.training.optimizer import Optimizer
 from jaxldm.training.state import Params, TrainState
 
 Batch = Any  # a dict of arrays with the examples along axis 0
-Metrics = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
 LossFunction = Callable[[Params, TrainState, Batch, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 

@@ -267,7 +267,7 @@ def test_an_unknown_name_gives_near_ones_and_no_wall_of_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "mnist5k; rm", "no/such/thing:9.9.9"])
 def test_a_name_that_cannot_be_one_is_a_clear_error(tmp_path, name):
-    with pytest.raises((DataError, UnknownNameError)):
+    with pytest.raises((DataError, InvalidArgumentError, UnknownNameError)):
         data.load(name, data_dir=tmp_path)
 
 

@@ -47,6 +47,8 @@ PATHS = (VP, ZERO_SNR, FLOW, EDM)
 class PathByNumber:
     """One of PATHS, chosen by a number that may be traced."""
 
+    __class__ = D.Path  # to `isinstance`
+
     def __init__(self, number):
         self.number = number
 

@@ -59,6 +59,8 @@ MIXTURES = {
 class PathByNumber:
     """One of PATHS, chosen by a number that may be traced: one compilation serves them all."""
 
+    __class__ = D.Path  # to `isinstance`
+
     def __init__(self, number):
         self.number = number
 

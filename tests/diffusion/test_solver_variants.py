@@ -35,6 +35,8 @@ VARIANTS = [
 class PathByNumber:
     """One of PATHS, chosen by a number that may be traced."""
 
+    __class__ = D.Path  # to `isinstance`
+
     def __init__(self, number):
         self.number = number
 

@@ -69,7 +69,6 @@ def test_images_are_prepared_as_the_reference_prepares_them(size):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.unchecked
 def test_other_images_are_refused(pair):
     _, module, params = pair
     with pytest.raises(InvalidArgumentError, match=r"uint8 \[B, H, W, 3\], not float32 \[1, 4, 4, 3\]"):

@@ -143,7 +143,6 @@ def test_the_published_config_is_read_and_counted():
     assert count - repeated == models.count_params("dit-xl-2") == 674_834_720
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

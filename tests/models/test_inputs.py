@@ -13,7 +13,6 @@ def test_missing_labels_are_the_null_class():
     assert labels_or_null(None, T, None) is None
 
 
-@pytest.mark.unchecked
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(InvalidArgumentError, match="without classes"):
         labels_or_null(np.array([3, 4]), T, None)

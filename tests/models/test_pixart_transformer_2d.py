@@ -248,7 +248,6 @@ def test_impossible_configs_are_refused(overrides, error, message):
         tiny(**overrides)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("overrides", "changes", "message"),
     [

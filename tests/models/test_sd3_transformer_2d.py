@@ -201,7 +201,6 @@ def test_attention_maps_are_kept_for_whoever_asks():
     }
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [

@@ -240,7 +240,6 @@ def test_impossible_configs_are_refused(preset, overrides, error):
         models.build(preset, **overrides)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("preset", ["clip-l", "minilm"])
 def test_more_tokens_than_positions_are_refused(preset):
     module = models.build(preset, max_position_embeddings=5, vocab_size=9, num_hidden_layers=1)

@@ -310,7 +310,6 @@ def test_guidance_embedding_is_that_of_lcm():
         np.testing.assert_allclose(nn.guidance_embedding(w, dim), expected, atol=2e-3)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
@@ -333,7 +332,6 @@ def test_impossible_configs_are_refused(overrides, error):
         tiny(**overrides)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [

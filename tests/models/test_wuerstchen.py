@@ -293,7 +293,6 @@ def test_impossible_configs_are_refused(preset, changes, message):
         dataclasses.replace(models.PRESETS[preset], **changes)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("name", "number", "array", "message"),
     [

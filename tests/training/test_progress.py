@@ -41,6 +41,7 @@ def metrics(value, asked):
     }
 
 
+@pytest.mark.unchecked
 def test_the_newest_steps_are_never_waited_for(progress, tmp_path):
     asked = []
     for step in range(1, 8):
@@ -51,6 +52,7 @@ def test_the_newest_steps_are_never_waited_for(progress, tmp_path):
     np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["loss"], np.arange(1, 8))
 
 
+@pytest.mark.unchecked
 def test_nothing_is_logged_after_the_first_number_that_is_not_finite(progress, tmp_path):
     for step, loss in enumerate((1.0, 2.0, np.inf, 3.0, np.nan), start=1):
         progress.push(step, metrics(loss, []))

@@ -7,6 +7,7 @@ To add one here: a short file with a function that returns a `Solver`, and a lin
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxldm.diffusion import registry
 from jaxldm.diffusion.solvers.consistency import lcm, tcd
@@ -58,7 +59,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 ENTRY_POINTS = "jaxldm.solvers"
 
 
-def make(name: str, **options) -> Solver:
+def make(name: str, **options: Any) -> Solver:
     """The solver of that name, with options such as eta=1.0.
 
     Args:

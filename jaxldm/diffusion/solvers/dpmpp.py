@@ -10,9 +10,9 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, exponential_moments, order_of_step
 from jaxldm.diffusion.solvers.solver import Row, Solver, divide, move, row
@@ -28,7 +28,7 @@ class SinglestepState(NamedTuple):
     x: Float[Array, "B ..."]
     base_x: Float[Array, "B ..."]
     base_x_0: Float[Array, "B ..."]
-    taken: Any
+    taken: Int[Array, ""]
 
 
 def half_log_snr(row: Row) -> Float[Array, ""]:
@@ -36,12 +36,12 @@ def half_log_snr(row: Row) -> Float[Array, ""]:
     return jnp.log(row.alpha) - jnp.log(row.sigma)
 
 
-def at_boundary(row: Row) -> Any:
+def at_boundary(row: Row) -> Bool[Array, ""]:
     """Whether lambda is infinite here: the clean row, or pure noise."""
     return (row.sigma == 0) | (row.alpha == 0)
 
 
-def slope_weight(h: Any, solver_type: str) -> Any:
+def slope_weight(h: Float[Array, ""], solver_type: str) -> Float[Array, ""] | float:
     """How much of x_0's slope (its change over the whole step h) goes into the corrected x_0.
 
     "midpoint" takes 1/2; "heun" the exact integral 1/(1 - e^{-h}) - 1/h, which is near 1/2 for small h.
@@ -139,7 +139,9 @@ def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
     return Solver(lambda x: begin(x, 2), step)
 
 
-def third_order_step(state: MultistepState, grid: Any, i: Any, lower_order_final: bool) -> Any:
+def third_order_step(
+    state: MultistepState, grid: Grid, i: Int[Any, ""] | int, lower_order_final: bool
+) -> Int[Array, ""]:
     """The order of step i of a third-order run, 1 to 3; may be traced."""
     num_steps = steps_in(grid)
     ends = at_boundary(row(grid, i)) | at_boundary(row(grid, i + 1))
@@ -147,7 +149,9 @@ def third_order_step(state: MultistepState, grid: Any, i: Any, lower_order_final
     return order_of_step(3, state.taken, ends, steps_left)
 
 
-def relative_steps(grid: Any, i: Any, order: Any) -> tuple[Any, Any, Any]:
+def relative_steps(
+    grid: Grid, i: Int[Any, ""] | int, order: Int[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """(h, r_0, r_1): step i in lambda, and the two steps before it over h; 1 where they are not used.
 
     A row at pure noise is infinitely far away: r is infinite, and its divided difference 0.
@@ -158,7 +162,9 @@ def relative_steps(grid: Any, i: Any, order: Any) -> tuple[Any, Any, Any]:
     return h, jnp.where(order >= 2, h_0 / h, 1), jnp.where(order >= 3, h_1 / h, 1)
 
 
-def parabola_weights(h: Any, r_0: Any, order: Any, solver_type: str) -> tuple[Any, Any]:
+def parabola_weights(
+    h: Float[Array, ""], r_0: Float[Array, ""], order: Int[Array, ""], solver_type: str
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The means of u and of u (u + r_0) under the weight h e^{-h (1 - u)}; 0 beyond the order of the step."""
     whole, ramp, square = exponential_moments(h, 3)
     second_order = 0.5 if solver_type == "midpoint" else ramp / whole

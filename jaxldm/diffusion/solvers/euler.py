@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, row
@@ -70,7 +69,9 @@ def check_ancestral(solver: str, eta: float, s_noise: float, form: str) -> None:
         raise InvalidArgumentError(f"{solver} needs eta and s_noise of 0 or more, not {eta} and {s_noise}")
 
 
-def ancestral_split(here: Row, there: Row, eta: float, form: str) -> tuple[Any, Any]:
+def ancestral_split(
+    here: Row, there: Row, eta: float, form: str
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(kept, fresh): the noise at row `there` that stays, and that is drawn again; their squares add up to 1.
 
     Written without 1 - (1 - small), which float32 loses, and finite at both ends of a path.

@@ -6,8 +6,6 @@ curved paths (GVP, variance-preserving) these are other discretisations of the s
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -73,7 +71,7 @@ def velocity(
     return alpha_rate * x_0 + sigma_rate * implied_noise(x_0, x, here.alpha, here.sigma)
 
 
-def rates(path: Path, here: Row, other: Row) -> tuple[Any, Any]:
+def rates(path: Path, here: Row, other: Row) -> tuple[Float[Array, " ..."], Float[Array, " ..."]]:
     """alpha'(t) and sigma'(t) at row `here`, taken a millionth of the path inside the step to the other row.
 
     Paths have kinks, a discrete one at every timestep; and where alpha or sigma is 0, a derivative may be

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from jaxtyping import Array, Float
+
 from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
@@ -52,6 +54,6 @@ def lms(order: int = 4) -> Solver:
     return Solver(lambda x: begin(x, order - 1), step)
 
 
-def noise_ratio(row: Row):
+def noise_ratio(row: Row) -> Float[Array, ""]:
     """r = sigma / alpha; infinite at pure noise."""
     return divide(row.sigma, row.alpha, float("inf"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.solvers.solver import Row, divide, row
@@ -24,7 +24,7 @@ class MultistepState(NamedTuple):
 
     x: Float[Array, "B ..."]
     past: tuple[Float[Array, "B ..."], ...]
-    taken: Any
+    taken: Int[Array, ""]
 
 
 def begin(x: Float[Array, "B ..."], memory: int) -> MultistepState:
@@ -32,7 +32,9 @@ def begin(x: Float[Array, "B ..."], memory: int) -> MultistepState:
     return MultistepState(x, (jnp.zeros_like(x),) * memory, jnp.int32(0))
 
 
-def remember(value: Any, past: tuple[Any, ...]) -> tuple[Any, ...]:
+def remember(
+    value: Float[Array, "B ..."], past: tuple[Float[Array, "B ..."], ...]
+) -> tuple[Float[Array, "B ..."], ...]:
     """`past` with its latest step in front and its oldest forgotten."""
     return (value, *past)[: len(past)]
 
@@ -45,7 +47,12 @@ def check_order(solver: str, order: int, highest: int) -> None:
         )
 
 
-def order_of_step(order: int, taken: Any, at_boundary: Any, steps_left: Any = None) -> Any:
+def order_of_step(
+    order: int,
+    taken: Int[Array, ""],
+    at_boundary: Bool[Array, ""],
+    steps_left: Int[Any, ""] | int | None = None,
+) -> Int[Array, ""]:
     """The order that a step can have: as much as it remembers, 1 from or onto an end of the path.
 
     Args:
@@ -61,8 +68,8 @@ def order_of_step(order: int, taken: Any, at_boundary: Any, steps_left: Any = No
 
 
 def past_nodes(
-    grid: Grid, i: Any, coordinate: Callable[[Row], Any], order: Any, most: int
-) -> tuple[list[Any], list[Any]]:
+    grid: Grid, i: Int[Any, ""] | int, coordinate: Callable[[Row], Any], order: Int[Any, ""] | int, most: int
+) -> tuple[list[Float[Array, ""]], list[Bool[Array, ""]]]:
     """Where rows i, i - 1, ... lie, seen from row i in units of the step to row i + 1; and which are valid.
 
     `order` of them are used in this step (it may be traced), out of `most`. A row where the coordinate is
@@ -78,7 +85,11 @@ def past_nodes(
     return nodes, valid
 
 
-def polynomial_weights(nodes: Sequence[Any], valid: Sequence[Any], moments: Sequence[Any]) -> list[Any]:
+def polynomial_weights(
+    nodes: Sequence[Float[Array, ""]],
+    valid: Sequence[Bool[Array, ""]],
+    moments: Sequence[Float[Array, ""] | float],
+) -> list[Float[Array, ""]]:
     """The integral of each Lagrange polynomial: quadrature weights for values at the valid nodes.
 
     moments[p] is the integral of u^p under the weight function of the quadrature; nodes that are not
@@ -99,7 +110,7 @@ def polynomial_weights(nodes: Sequence[Any], valid: Sequence[Any], moments: Sequ
     return weights
 
 
-def exponential_moments(h: Any, most: int) -> list[Any]:
+def exponential_moments(h: Float[Array, ""], most: int) -> list[Float[Array, ""]]:
     """The integrals of h e^{-h (1 - u)} u^p over u from 0 to 1, for p = 0 ... most - 1.
 
     They are p! h phi_{p+1}(-h) in the notation of exponential integrators. The recurrence M_p = 1 - p M_{p-1}
@@ -120,6 +131,8 @@ def exponential_moments(h: Any, most: int) -> list[Any]:
     return [jnp.where(small, low, high) for low, high in zip(down, up, strict=True)]
 
 
-def difference(weights: Sequence[Any], now: Any, past: Sequence[Any]) -> Any:
+def difference(
+    weights: Sequence[Float[Array, ""]], now: Float[Array, "B ..."], past: Sequence[Float[Array, "B ..."]]
+) -> Float[Array, "B ..."] | int:
     """sum_m weights[m] (past[m - 1] - now), m = 1, 2, ...: what the memory adds to a first-order step."""
     return sum(weight * (value - now) for weight, value in zip(weights[1:], past, strict=True))

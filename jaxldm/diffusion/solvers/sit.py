@@ -86,7 +86,7 @@ def sit_sde(
     return Solver(State, step)
 
 
-def diffusion_coefficient(diffusion: str, path: Path, here: Row, other: Row) -> Float[Array, ""]:
+def diffusion_coefficient(diffusion: str, path: Path, here: Row, other: Row) -> Float[Array, " ..."]:
     """D at row `here`, per unit of the path's time; Ma et al. 2024, table 2, as w / 2.
 
     With u = (t - t_clean) / (t_noisy - t_clean), which is 1 minus the authors' time:

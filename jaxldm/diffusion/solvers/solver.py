@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.paths import Path
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     sigma: Float[Array, ""]
 
 
-def row(grid: Grid, i: Any) -> Row:
+def row(grid: Grid, i: Int[Any, ""] | int) -> Row:
     """Row i of the grid."""
     t, alpha, sigma = cast(tuple[Any, Any, Any], (grid.t, grid.alpha, grid.sigma))
     return Row(t[i], alpha[i], sigma[i])
@@ -66,7 +66,9 @@ def noise_like(keys: Key[Array, " B"], x: Float[Array, "B ..."]) -> Float[Array,
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
-def divide(numerator: Any, denominator: Any, otherwise: float) -> Any:
+def divide(
+    numerator: Float[Array, " ..."] | float, denominator: Float[Array, " *shape"], otherwise: float
+) -> Float[Array, " ..."]:
     """numerator / denominator, and `otherwise` where the denominator is 0; gradients stay finite too."""
     empty = denominator == 0
     return jnp.where(empty, otherwise, numerator / jnp.where(empty, 1, denominator))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.solvers.dpmpp import at_boundary, half_log_snr
 from jaxldm.diffusion.solvers.multistep import (
     check_order,
@@ -32,8 +32,8 @@ class UniPCState(NamedTuple):
     x: Float[Array, "B ..."]
     base_x: Float[Array, "B ..."]
     past: tuple[Float[Array, "B ..."], ...]
-    order: Any
-    taken: Any
+    order: Int[Array, ""]
+    taken: Int[Array, ""]
 
 
 @equal_by_call
@@ -102,7 +102,9 @@ def unipc(
     return Solver(init, step)
 
 
-def predictor_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str) -> list[Any]:
+def predictor_weights(
+    grid: Grid, i: Int[Any, ""] | int, order: Int[Any, ""] | int, most: int, solver_type: str
+) -> list[Float[Array, ""]]:
     """UniP: weights of x_0 at rows i, i - 1, ..., as parts of a first-order step's.
 
     `order` of the `most` past rows are used; it may be traced.
@@ -116,7 +118,9 @@ def predictor_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str
     return weights
 
 
-def corrector_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str) -> list[Any]:
+def corrector_weights(
+    grid: Grid, i: Int[Any, ""] | int, order: Int[Any, ""] | int, most: int, solver_type: str
+) -> list[Float[Array, ""]]:
     """UniC: weights of x_0 at rows i, i - 1, ... and at row i + 1, as parts of a first-order step's."""
     h, nodes, valid = nodes_behind(grid, i, order, most)
     moments = exponential_moments(h, most + 1)
@@ -130,7 +134,9 @@ def corrector_weights(grid: Any, i: Any, order: Any, most: int, solver_type: str
     return weights
 
 
-def nodes_behind(grid: Any, i: Any, order: Any, most: int) -> tuple[Any, list[Any], list[Any]]:
+def nodes_behind(
+    grid: Grid, i: Int[Any, ""] | int, order: Int[Any, ""] | int, most: int
+) -> tuple[Float[Array, ""], list[Float[Array, ""]], list[Bool[Array, ""]]]:
     """(h, nodes, valid): step i in lambda (1 at a boundary), and `past_nodes` with row i always valid."""
     here, there = row(grid, i), row(grid, i + 1)
     nodes, valid = past_nodes(grid, i, half_log_snr, order, most)
@@ -139,6 +145,6 @@ def nodes_behind(grid: Any, i: Any, order: Any, most: int) -> tuple[Any, list[An
     return h, nodes, [jnp.bool_(True), *valid[1:]]
 
 
-def half_b(h: Any, whole: Any, solver_type: str) -> Any:
+def half_b(h: Float[Array, ""], whole: Float[Array, ""], solver_type: str) -> Float[Array, ""]:
     """B(h) / 2 as a part of a first-order step, whole = 1 - e^{-h}: what the authors fix one weight at."""
     return 0.5 * (h / whole if solver_type == "bh1" else jnp.ones_like(h))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
@@ -66,10 +66,10 @@ _TYPES = {
 def draw_classes(
     pipe: Pipeline,
     key: Key[Array, ""],
-    class_labels: Sequence[int | str] | None = None,
+    class_labels: Sequence[int | str] | Int[Array, " N"] | None = None,
     *,
     num_images: int | None = None,
-    negative_labels: int | str | Sequence[int | str] | None = None,
+    negative_labels: int | str | Sequence[int | str] | Int[Array, " ..."] | None = None,
     batch_size: int = 64,
     devices: Sequence[Any] | None = None,
     **options: Any,

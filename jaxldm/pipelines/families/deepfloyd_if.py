@@ -119,7 +119,7 @@ def encode_with_image(
 
 def enlarge(
     pipe: Pipeline,
-    key: Key[Array, ...],
+    key: Key[Array, " ..."],
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None = None,
     *,

@@ -103,7 +103,7 @@ def encode_with_embeddings(
 
 def decode_embeddings(
     pipe: Pipeline,
-    key: Key[Array, ...],
+    key: Key[Array, " ..."],
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None = None,
     *,
@@ -239,7 +239,7 @@ def decoder_stage(pipe: Pipeline) -> Pipeline:
 
 def draw_both(
     pipe: Pipeline,
-    key: Key[Array, ...],
+    key: Key[Array, " ..."],
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None = None,
     *,

@@ -82,7 +82,7 @@ def encode(
 def combine(
     uncond: Float[Array, "N h w c"],
     cond: Float[Array, "N h w c"],
-    t: Float[Array, ...],
+    t: Float[Array, " ..."],
     condition: Mapping[str, Any],
     per_call: PerCall,
 ) -> Float[Array, "N h w c"]:
