@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import json
+import pickle
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm.checkpoints.safetensors_file import read_safetensors, safetensors_bytes
 from jaxldm.checkpoints.weight_files import open_weights
+from jaxldm.metrics.image_metrics import read_statistics
+from jaxldm.metrics.image_sets import open_image_set
 from jaxldm.models.registry import ARCHITECTURES
 from jaxldm.reading import read_json
 
@@ -288,6 +291,17 @@ def _run(folder: Path) -> None:
     training.read_log(folder / "log.csv")
 
 
+def _info_files() -> dict[str, bytes]:
+    files = _run_files()
+    return {"config.json": files["config.json"], "diffusion/log.csv": files["log.csv"]}
+
+
+def _info(folder: Path) -> None:
+    from jaxldm.commands.info import describe
+
+    assert "resume" in describe(str(folder))
+
+
 def _idx_files() -> dict[str, bytes]:
     header = b"\0\0\x08\x03" + struct.pack(">3I", 2, 4, 4)
     return {"images.gz": gzip.compress(header + bytes(range(32)), mtime=0), "plain.gz": header + bytes(32)}
@@ -331,6 +345,22 @@ def _picture(folder: Path) -> None:
     rgb_of(open_picture(next(folder.iterdir())))
 
 
+def _npz(**arrays: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+    return content.getvalue()
+
+
+def _images(folder: Path) -> None:
+    for batch in open_image_set(folder / "images.npz").batches(2):
+        assert batch.shape[1:] == (6, 5, 3)
+
+
+def _pickled() -> bytes:
+    """Weights as jax-fid passes them on: a pickle of nested dictionaries of arrays."""
+    return pickle.dumps({"Mixed_5b": {"branch1x1": {"conv": {"kernel": np.ones((1, 1, 2, 3), np.float32)}}}})
+
+
 def _shard(folder: Path) -> None:
     for tensor in open_weights(folder, "model")[1].values():
         np.asarray(tensor)
@@ -370,6 +400,20 @@ def readers() -> dict[str, Reader]:
             0.3,
         ),
         "run folder": Reader(_run_files(), _run, 4.0),
+        "jaxldm info of a run": Reader(_info_files(), _info, 2.0),
+        "images in .npz": Reader(
+            {"images.npz": _npz(arr_0=np.arange(270).astype(np.uint8).reshape(3, 6, 5, 3))}, _images, 2.0
+        ),
+        "moments in .npz": Reader(
+            {"moments.npz": _npz(mu=np.zeros(4), sigma=np.eye(4))},
+            lambda folder: read_statistics(folder / "moments.npz"),
+            1.0,
+        ),
+        "weights in a pickle": Reader(
+            {"weights.pickle": _pickled()},
+            lambda folder: checkpoints.read_weights(folder / "weights.pickle"),
+            2.0,
+        ),
         "IDX": Reader(_idx_files(), _idx, 2.0),
         "latents cache": Reader(_cache_files(), _cache, 2.0),
     }

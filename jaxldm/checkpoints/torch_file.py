@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import io
 import math
+import mmap
 import pickle
 import pickletools
 import zipfile
@@ -59,7 +60,10 @@ def read_torch_file(path: Path | str) -> dict[str, np.ndarray]:
             file.seek(0)
             if start.startswith(b"PK"):
                 return _read_zip(file)
-            return _read_stream(file) if start == STREAM_START else _read_pickle(file)
+            # A map gives no more than the file has, whatever length a pickle claims; a file would try.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                whole: Any = content
+                return _read_stream(whole) if start == STREAM_START else _read_pickle(whole)
     except CheckpointError as error:
         if isinstance(error.__cause__, _Refused):
             raise CheckpointError(

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from jaxldm.commands import hints
 from jaxldm.commands.options import shown
 from jaxldm.commands.terminal import table
+from jaxldm.entries import checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 
 
@@ -178,7 +179,9 @@ def describe_run(folder: Path) -> str:
                 "complete" if run.stage(stage).complete else "not finished",
             )
         )
-    head = f"{folder} is a run of the recipe {recipe.name} on {config['data']['name']}"
+    place = f"{folder}/config.json: data"
+    name = checked(checked(config.get("data"), dict, place).get("name"), str, f"{place}: name")
+    head = f"{folder} is a run of the recipe {recipe.name} on {name}"
     if not run.stage("diffusion").complete:
         resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
         return f"{head}\n{table(rows)}\nresume:  {resume}"

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from jaxldm.data.images import to_uint8
 from jaxldm.data.pictures import open_picture, rgb_of
 from jaxldm.errors import DataError
-from jaxldm.reading import reading
+from jaxldm.reading import check_regular, reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _GREY_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "I;16N", "LA")
@@ -52,6 +52,7 @@ def open_image_set(path: Path | str) -> ImageSet:
     if not path.exists():
         raise DataError(f"there are no images at {path}: give a folder of pictures or an .npz file")
     if path.suffix == ".npz":
+        check_regular(path, "file of images", DataError)
         return _npz(path)
     raise DataError(f"{path} is neither a folder of pictures nor an .npz file")
 
