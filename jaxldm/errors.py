@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-MAX_CHOICES = 40  # a longer list is shown in part
+MAX_CHOICES, MAX_LISTED = 40, 300  # a list of more names, or of more characters, is shown in part
 MAX_GIVEN = 80  # characters of what was given, in a message
 
 
@@ -20,15 +20,16 @@ class JaxldmError(Exception):
 class UnknownNameError(JaxldmError, KeyError):
     """There is no solver, preset, dataset, spacing, ... of that name."""
 
-    def __init__(self, kind: str, given: object, choices: Iterable[str]):
+    def __init__(self, kind: str, given: object, choices: Iterable[str], otherwise: str = ""):
         choices, text, shown = list(choices), str(given)[:MAX_GIVEN], repr(given)
         shown = shown if len(shown) <= MAX_GIVEN else f"{shown[: MAX_GIVEN - 4]} ..."
         near = difflib.get_close_matches(text, choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(choices)
-        if len(choices) > MAX_CHOICES:
+        if len(choices) > MAX_CHOICES or len(listed) > MAX_LISTED:
             similar = difflib.get_close_matches(text, choices, n=8, cutoff=0.3)
             listed = f"{len(choices)} names, such as {', '.join(similar or choices[:8])}"
+        listed += f", or {otherwise}" if otherwise else ""
         super().__init__(f"unknown {kind} {shown}: choose one of {listed}{hint}")
 
     def __str__(self) -> str:  # KeyError would print the repr, quotes included

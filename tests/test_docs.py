@@ -13,7 +13,10 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
-RUN = ("tutorials/write-a-solver.md", "tutorials/write-a-path.md", "training.md")
+RUN = (
+    *(f"tutorials/write-a-{thing}.md" for thing in ("solver", "path", "family")),
+    "training.md",
+)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 

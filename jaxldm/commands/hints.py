@@ -19,21 +19,30 @@ def command(*words: Any) -> str:
     return shlex.join(["jaxldm", *imports, *map(str, words)])
 
 
-def sample_classes(folder: Path | str, num_classes: int | None) -> str:
+def sample_classes(folder: Path | str, num_classes: int | None, family: str | None = None) -> str:
     """The command to sample from a model of classes, or of none."""
     labels = [] if num_classes is None else ["--class-labels", 0] + ([1] if num_classes > 1 else [])
-    return command("sample", folder, *labels, "--num-images", 16, "--output-dir", "samples")
+    return command("sample", folder, *_family(family), *labels, "--num-images", 16, "--output-dir", "samples")
 
 
-def sample_texts(folder: Path | str) -> str:
+def sample_texts(folder: Path | str, family: str | None = None) -> str:
     """The command to sample from a text-to-image model."""
-    return command("sample", folder, "--prompt", "a cat in the snow", "--output-dir", "samples")
+    words = ("--prompt", "a cat in the snow", "--output-dir", "samples")
+    return command("sample", folder, *_family(family), *words)
 
 
-def sample(folder: Path | str, pipe: Any) -> str | None:
-    """The command to sample from a pipeline that lies in `folder`; None for one stage of several."""
+def sample(folder: Path | str, pipe: Any, family: str | None = None) -> str | None:
+    """The command to sample from a pipeline that lies in `folder`; None for one stage of several.
+
+    Args:
+        family: the place of a family from outside, as in `pipelines.load`.
+    """
     from jaxldm import pipelines
 
-    if pipelines.kind_of(folder) != "text-to-image":
-        return sample_classes(folder, pipe.num_classes)
-    return sample_texts(folder) if pipe.family.draws_images else None
+    if pipelines.kind_of(folder, family) != "text-to-image":
+        return sample_classes(folder, pipe.num_classes, family)
+    return sample_texts(folder, family) if pipe.family.draws_images else None
+
+
+def _family(family: str | None) -> list[str]:
+    return [] if family is None else ["--family", family]

@@ -30,6 +30,9 @@ class Info:
     target: Annotated[Positional[str | None], shown("FOLDER|PRESET", "lists everything")] = None
     """A run folder, an exported or a text-to-image folder, or the name of a preset or a recipe."""
 
+    family: Annotated[str | None, shown("MODULE:FAMILY", "the one that the folder names")] = None
+    """A family of models of your own: package.module:FAMILY."""
+
     compare: Annotated[str | None, shown("FOLDER", "no comparison")] = None
     """Another run or exported folder: compare all tensors bit by bit."""
 
@@ -42,7 +45,7 @@ class Info:
         elif self.compare is not None:
             compare(self.target, self.compare)
         else:
-            print(describe(self.target))
+            print(describe(self.target, self.family))
 
 
 def describe_everything() -> str:
@@ -93,15 +96,22 @@ def describe_recipe(recipe: Any) -> str:
     return f"{', '.join(stages)}; data {recipe.data}"
 
 
-def describe(target: str) -> str:
-    """The description of a folder, if it exists, or of a preset or a recipe of that name."""
+def describe(target: str, family: str | None = None) -> str:
+    """The description of a folder, if it exists, or of a preset or a recipe of that name.
+
+    Args:
+        family: of the model in the folder, as in `pipelines.load`.
+    """
     from jaxldm import models, training
 
     if Path(target).exists():
         from jaxldm import pipelines
 
-        of_kind = {"run": describe_run, "export": describe_export, "text-to-image": describe_text_to_image}
-        return of_kind[pipelines.kind_of(target)](Path(target))
+        kind = pipelines.kind_of(target, family)
+        if kind == "run":
+            return describe_run(Path(target))
+        describers = {"export": describe_export, "text-to-image": describe_text_to_image}
+        return describers[kind](Path(target), family)
     if target in models.PRESETS:
         return describe_preset(target)
     if target in training.RECIPES:
@@ -136,20 +146,21 @@ def describe_cost(name: str) -> str:
     return f"{line}; {memory} (in {module.config.dtype})"
 
 
-def describe_export(folder: Path) -> str:
+def describe_export(folder: Path, family: str | None = None) -> str:
     """The networks of an exported folder, and the command to sample from it."""
     from jaxldm import pipelines
 
-    pipe = pipelines.load(folder)
-    return f"{folder} is an exported model\n{describe_pipeline(pipe)}\nsample:  {hints.sample(folder, pipe)}"
+    pipe = pipelines.load(folder, family=family)
+    hint = hints.sample(folder, pipe, family)
+    return f"{folder} is an exported model\n{describe_pipeline(pipe)}\nsample:  {hint}"
 
 
-def describe_text_to_image(folder: Path) -> str:
+def describe_text_to_image(folder: Path, family: str | None = None) -> str:
     """The networks of a text-to-image folder, their size, and the command to sample; reads no weights."""
     from jaxldm import checkpoints, models, pipelines
 
     index, rows, total = checkpoints.read_model_index(folder), [], 0
-    for name, module in pipelines.modules_in(folder).items():
+    for name, module in pipelines.modules_in(folder, family).items():
         count = models.count_params(module)
         rows.append((name, type(module).__name__, f"{count:,} parameters"))
         total += count
@@ -157,7 +168,7 @@ def describe_text_to_image(folder: Path) -> str:
     return (
         f"{folder} is a text-to-image model of {total:,} parameters: {memory}\n{table(rows)}\n"
         f"{table([('scheduler', index['scheduler'][1])])}\n"
-        f"sample:  {hints.sample_texts(folder)}"
+        f"sample:  {hints.sample_texts(folder, family)}"
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
 from jaxldm.commands.words import LARGEST_NUMBER
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.reading import shown as shown_value
 
 
@@ -28,6 +30,28 @@ def first_devices(count: int | None) -> list[Any] | None:
     if not 1 <= count <= jax.device_count():
         raise InvalidArgumentError(f"devices must be between 1 and {jax.device_count()}, got {count}")
     return jax.devices()[:count]
+
+
+def named_values(texts: tuple[str, ...] | None, option: str, names: Sequence[str]) -> dict[str, Any]:
+    """The values of an option of the form NAME=VALUE: JSON, or text where they are none.
+
+    Raises:
+        UnknownNameError: a name that is not in `names`.
+        InvalidArgumentError: a word without a name, or a name twice.
+    """
+    values: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or name in values:
+            raise InvalidArgumentError(f"--{option} takes NAME=VALUE, each name once, got {text!r}")
+        if not names:
+            raise InvalidArgumentError(f"this model has no options of its own: leave out --{option} {text}")
+        one_of(f"name of --{option}", name, names)
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 def numbers(texts: tuple[str, ...] | None, option: str) -> list[float] | None:

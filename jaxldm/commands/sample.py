@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import warnings
@@ -12,8 +13,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.commands.options import first_devices, numbers, shown
-from jaxldm.commands.pictures import read_mask, read_picture
+from jaxldm.commands.options import first_devices, named_values, numbers, shown
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
 
@@ -37,6 +37,9 @@ OF_TEXTS = (
 NEEDS = {"lora_scale": "lora", "refiner_start": "refiner", "strength": "image", "mask": "image"}
 OF_GUIDANCE = ("guidance_rescale", "negative_class_labels")
 REFINER_START = 0.8
+WITH_OPTIONS_OF_THEIR_OWN = {
+    *("key", "prompt", "negative_prompt", "class_labels", "num_images", "negative_labels"),
+}
 OPTION_NAMES = {"mask_image": "mask", "denoising_end": "refiner-start", "denoising_start": "refiner-start"}
 
 
@@ -110,6 +113,12 @@ class Sample:
     lora_scale: Annotated[float | None, shown("FLOAT", "1")] = None
     """How much of --lora to merge."""
 
+    options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", "none")] = None
+    """Options that only the model's family has, as in `--options clip_skip=1 original_size=[768,768]`."""
+
+    family: Annotated[str | None, shown("MODULE:FAMILY", "the one that the folder names")] = None
+    """A family of models of your own: package.module:FAMILY."""
+
     dtype: Annotated[str | None, shown("NAME", "that of the files")] = None
     """float32, bfloat16 or float16, for folders of diffusers: of the weights and the computation."""
 
@@ -128,7 +137,7 @@ class Sample:
     true_cfg_scale: Annotated[float | None, shown("FLOAT", "1")] = None
     """Scale of classifier-free guidance for models that take --guidance-scale as an input (FLUX)."""
 
-    guidance_rescale: Annotated[float | None, shown("FLOAT", "0")] = None
+    guidance_rescale: Annotated[float | None, shown("FLOAT", "the family's, mostly 0")] = None
     """Between 0 and 1: how much of the contrast that a high guidance scale adds is removed (0.7 is usual)."""
 
     negative_class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "none")] = None
@@ -171,7 +180,7 @@ class Sample:
 
         pipelines.check_output_folder(self.output_dir)
         check_solver(self.solver)
-        texts = pipelines.kind_of(self.folder) == "text-to-image"
+        texts = pipelines.kind_of(self.folder, self.family) == "text-to-image"
         self._check_options(texts)
         images, guidance_scale, labels, columns = self._of_texts() if texts else self._of_classes()
         print_findings(pipelines.check_drawn(images, guidance_scale))
@@ -202,8 +211,8 @@ class Sample:
                 f'{self.folder} draws from texts: give one, as in --prompt "a cat in the snow"'
             )
 
-    def _common_options(self) -> dict[str, Any]:
-        """The options of a call that both kinds of models have, where they are given."""
+    def _common_options(self, pipe: Any) -> dict[str, Any]:
+        """Where they are given, the options of a call that all models have, and those of the family."""
         names = ("num_inference_steps", "guidance_scale", "solver", "eta", "spacing", "batch_size")
         options = {name: getattr(self, name) for name in names}
         sigmas = numbers(self.sigmas, "sigmas")
@@ -211,6 +220,7 @@ class Sample:
             options["num_inference_steps"] = len(sigmas)
         options |= {"sigmas": sigmas, "guidance_rescale": self.guidance_rescale}
         options["devices"] = first_devices(self.devices)
+        options |= named_values(self.options, "options", own_options(pipe))
         return {name: value for name, value in options.items() if value is not None}
 
     def _of_classes(self) -> tuple[Any, float, Any, int]:
@@ -219,10 +229,10 @@ class Sample:
 
         from jaxldm import pipelines
 
-        pipe = pipelines.load(self.folder, dtype=self.dtype)
+        pipe = pipelines.load(self.folder, dtype=self.dtype, family=self.family)
         labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
-        options = supported(pipe, self._common_options())
+        options = supported(pipe, self._common_options(pipe))
         with progress_bar(pipe.num_callbacks(num_images, **options), "sampling", self.quiet) as progress:
             images = pipe(
                 jax.random.key(self.seed),
@@ -240,13 +250,14 @@ class Sample:
         import jax
 
         from jaxldm import pipelines
+        from jaxldm.commands.pictures import read_mask, read_picture
 
         prompts, negatives = repeat_prompts(self.prompt or (), self.negative_prompt, self.num_images)
         image = None if self.image is None else read_picture(self.image, self.height, self.width)
         mask = None if self.mask is None else read_mask(self.mask, image)
         if self.refiner is not None and pipelines.kind_of(self.refiner) != "text-to-image":
             raise InvalidArgumentError(f"--refiner {self.refiner} is not a text-to-image model")
-        pipe = pipelines.load(self.folder, dtype=self.dtype)
+        pipe = pipelines.load(self.folder, dtype=self.dtype, family=self.family)
         if not pipe.family.draws_images:
             raise InvalidArgumentError(
                 f"{self.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
@@ -255,7 +266,7 @@ class Sample:
         if self.lora is not None:
             pipe = pipelines.with_lora(pipe, self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, dtype=self.dtype)
-        common = self._common_options() | {"true_cfg_scale": self.true_cfg_scale}
+        common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask}
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
         key, texts = jax.random.key(self.seed), (prompts, negatives)
@@ -299,6 +310,14 @@ def repeat_prompts(
         )
     repeated = [list(itertools.islice(itertools.cycle(texts), count)) for texts in (prompts, negatives or ())]
     return repeated[0], repeated[1] or None
+
+
+def own_options(pipe: Any) -> list[str]:
+    """The options of a call that the model's family adds to those that all have."""
+    from jaxldm import pipelines
+
+    shared = {field.name for field in dataclasses.fields(pipelines.Call)}
+    return [name for name in pipe.call_options() if name not in shared | WITH_OPTIONS_OF_THEIR_OWN]
 
 
 def supported(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:

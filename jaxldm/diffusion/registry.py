@@ -1,4 +1,4 @@
-"""Functions by name: of a table, of another package's entry points, or as `package.module:function`."""
+"""Things by name: of a table, of another package's entry points, or as `package.module:name`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,33 @@ def names(table: Mapping[str, Any], group: str) -> list[str]:
     return [*table, *(entry.name for entry in _entry_points(group) if entry.name not in table)]
 
 
-def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]], group: str) -> Callable[..., Any]:
-    """The function of that name.
+def find(kind: str, name: str, table: Mapping[str, Any], group: str, wanted: type | None = None) -> Any:
+    """The function of that name, or the value of another kind.
 
     Args:
-        kind: what it makes, for messages: "solver".
+        kind: what it is or makes, for messages: "solver".
         name: in the table, of an entry point, or "package.module:function".
         table: of this library.
         group: of entry points, such as "jaxldm.solvers".
+        wanted: what the values are; None: functions.
 
     Raises:
         UnknownNameError: no such name.
-        InvalidArgumentError: a "package.module:function" that cannot be imported.
+        InvalidArgumentError: a "package.module:function" that cannot be imported, or is something else.
     """
     if name in table:
         return table[name]
-    if isinstance(name, str) and ":" in name:
-        return _import(kind, name)
+    noun = "function" if wanted is None else wanted.__name__
+    form = f"package.module:{'function' if wanted is None else noun.upper()}"
+    place = name if isinstance(name, str) and ":" in name else None
     for entry in _entry_points(group):
-        if entry.name == name:
-            return entry.load()
-    raise UnknownNameError(kind, name, [*names(table, group), "package.module:function"])
+        place = f"{entry.module}:{entry.attr}" if place is None and entry.name == name else place
+    if place is None:
+        raise UnknownNameError(kind, name, names(table, group), form)
+    value = _import(kind, place, form)
+    if not (callable(value) if wanted is None else isinstance(value, wanted)):
+        raise InvalidArgumentError(f"{kind} {name!r} must name a {noun}, got {value!r:.80}")
+    return value
 
 
 def check_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -63,18 +69,16 @@ def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
     return sorted(importlib.metadata.entry_points(group=group), key=lambda entry: entry.name)
 
 
-def _import(kind: str, name: str) -> Callable[..., Any]:
+def _import(kind: str, name: str, form: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        function = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            function = getattr(function, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
         missing = isinstance(error, ModuleNotFoundError)
         hint = "; for a file in this folder put PYTHONPATH=. in front of the command" if missing else ""
         raise InvalidArgumentError(
-            f"{kind} {name!r} must be package.module:function, importable from here: {error}{hint}"
+            f"{kind} {name!r} must be {form}, importable from here: {error}{hint}"
         ) from error
-    if not callable(function):
-        raise InvalidArgumentError(f"{kind} {name!r} must name a function, got {function!r}")
-    return function
+    return value

@@ -195,7 +195,8 @@ def check_levels(config: Any, down_blocks: Iterable[str], up_blocks: Iterable[st
     levels = len(config.block_out_channels)
     check(
         len(config.down_block_types) == len(config.up_block_types) == levels,
-        f"{levels} block_out_channels need as many down_block_types and up_block_types",
+        f"{levels} block_out_channels need {levels} down_block_types and {levels} up_block_types, not "
+        f"{len(config.down_block_types)} and {len(config.up_block_types)}",
     )
     for kinds, known in ((config.down_block_types, down_blocks), (config.up_block_types, up_blocks)):
         for kind in kinds:

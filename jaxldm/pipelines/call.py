@@ -22,7 +22,7 @@ class Defaults(NamedTuple):
     """What a call takes for options that it leaves out.
 
     Attributes:
-        guidance_scale, num_inference_steps, strength: as in `Call`.
+        guidance_scale, num_inference_steps, strength, guidance_rescale: as in `Call`.
         round_up: a part of a step that `strength` leaves is taken, and not left out.
         solver: None is the one that the folder's scheduler names.
     """
@@ -32,6 +32,7 @@ class Defaults(NamedTuple):
     strength: float = 0.8
     round_up: bool = False
     solver: str | None = None
+    guidance_rescale: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Call:
         num_inference_steps: default the family's own, or 4 for the solvers of distilled models (lcm, tcd).
         guidance_scale: 1 is the model as trained, without a negative prompt; None is the family's default. A
             network that was distilled with guidance (LCM, FLUX.1-dev) takes the scale as an input instead.
-        guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1].
+        guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1]; default the family's own, mostly 0.
         true_cfg_scale: classifier-free guidance, on top, of a network that takes its scale as an input.
         height, width: in pixels, divisible by what one token or latent covers (8 or 16); default the size of
             `image`, or the one that the model was trained on.
@@ -52,7 +53,7 @@ class Call:
         eta: for the solvers that have this option.
         variance: of solver "ddpm": "small", "large" or "learned", for networks with a learned variance.
         spacing, sigmas: in place of the folder's own: a name of `D.SPACINGS` or "package.module:function", or
-            the noise levels.
+            the noise levels, one for each step.
         timesteps: the rows themselves, noisiest first, in place of a spacing.
         image: start from this image: 8-bit pixels or floats in [-1, 1], [H, W, 3] or [N, H, W, 3], PIL
             images, or `pipelines.Latents(array)` of [N, h, w, c].
@@ -82,7 +83,7 @@ class Call:
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    guidance_rescale: float = 0.0
+    guidance_rescale: float | None = None
     true_cfg_scale: float = 1.0
     height: int | None = None
     width: int | None = None
@@ -90,7 +91,7 @@ class Call:
     eta: float | None = None
     variance: str | None = None
     spacing: str | None = None
-    sigmas: str | None = None
+    sigmas: str | Sequence[float] | None = None
     timesteps: Sequence[float] | None = None
     image: Any = None
     strength: float | None = None

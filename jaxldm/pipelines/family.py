@@ -54,6 +54,12 @@ def first_class_name(pipe: Pipeline) -> str:
     return pipe.family.folder.class_names[0]
 
 
+def class_named(pipe: Pipeline, word: str) -> str:
+    """The first of `class_names` that has a word in it, or else the first."""
+    names = pipe.family.folder.class_names
+    return next((name for name in names if word in name), names[0])
+
+
 def options_in(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
     """The options that a model_index.json has, by their own names, of the type of their defaults."""
     return {

@@ -10,6 +10,7 @@ All are laid out as diffusers lays out a pipeline; a run folder holds other thin
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ import numpy as np
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
-from jaxldm.entries import checked, checked_entries, known_names
+from jaxldm.entries import checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
-from jaxldm.pipelines.families import FAMILIES, OF_CLASSES, PIPELINES
+from jaxldm.pipelines import families
+from jaxldm.pipelines.call import call_options
 from jaxldm.pipelines.families.class_to_image import (
     CLASS_TO_IMAGE,
     EXPORT_CLASS,
@@ -38,22 +40,30 @@ from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import read_json, reading, shown
 
 RUN_CONFIG = "config.json"
+WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
 
 
-def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = None) -> Pipeline:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    variant: str | None = None,
+    family: Family | str | None = None,
+) -> Pipeline:
     """The model in a run folder (from training), an exported one, or a folder of diffusers.
 
     Args:
         folder: its model_index.json names the pipeline, see `PIPELINES`.
         dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is that of the config.
         variant: "fp16" for the weight files of that variant.
+        family: a `Family` of your own, or "package.module:FAMILY", in place of the one that the folder names.
 
     Raises:
         CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
             yet, is damaged, or is put together from parts of different models.
-        UnknownNameError: a dtype that does not exist.
+        UnknownNameError, InvalidArgumentError: a dtype or a family that does not exist.
 
     >>> from jaxldm import pipelines                                          # doctest: +SKIP
     >>> pipe = pipelines.load("stable-diffusion-v1-5", dtype="bfloat16")      # doctest: +SKIP
@@ -62,14 +72,12 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
     folder = Path(folder)
     if dtype is not None:
         models.compute_dtype(dtype)
-    is_run = kind_of(folder) == "run"
+    is_run = kind_of(folder, family) == "run"
     if is_run:
         _check_finished(folder)
-    index = read_json(folder / INDEX_FILE)
-    name = _class_name(index, folder)
-    family = PIPELINES[name]
-    layout, named = family.folder, checkpoints.read_model_index(folder)
-    _check_named(folder, name, family, named)
+    index, found = read_json(folder / INDEX_FILE), family_of(folder, family)
+    layout, named = found.folder, checkpoints.read_model_index(folder)
+    _check_named(folder, _class_name(index, folder), found, named)
     only = [part for part in (*layout.parts, *layout.optional) if part in named]
     loaded = checkpoints.load_components(folder, dtype=dtype, only=only, variant=variant)
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
@@ -79,7 +87,7 @@ def load(folder: str | Path, *, dtype: str | None = None, variant: str | None = 
         options = layout.read_options(index, layout)
     try:
         with reading(folder):  # a part of another class lacks what the family looks for
-            pipe = Pipeline(family, parts, options)
+            pipe = Pipeline(found, parts, options)
             pipe.check_parts()
     except CheckpointError as error:
         text = str(error).removeprefix(f"{folder}: ")
@@ -108,8 +116,32 @@ def _check_named(folder: Path, name: str, family: Family, named: Mapping[str, An
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}: a {name} needs {', '.join(needed)}")
 
 
-def kind_of(folder: str | Path) -> str:
+def family_of(folder: str | Path, family: Family | str | None = None) -> Family:
+    """The family of the model in a folder with a model_index.json, which names it; or the one given.
+
+    Raises:
+        CheckpointError: a class that is not known here. A file never imports code.
+        UnknownNameError, InvalidArgumentError: as in `families.find`, for the one given.
+    """
+    if family is not None:
+        return families.find(family)
+    name, known = _class_name(read_json(Path(folder) / INDEX_FILE), Path(folder)), families.class_names()
+    if name not in known:
+        near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise CheckpointError(
+            f"{folder} is a pipeline of an unknown class, {shown(name)}; known: {', '.join(WELL_KNOWN)} and "
+            f"{len(known) - len(WELL_KNOWN)} others. {hint}For one of your own give its family: family= in "
+            "Python, --family package.module:FAMILY on the command line"
+        )
+    return families.find(name)
+
+
+def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
     """ "run", "export" (of a class-to-image model) or "text-to-image".
+
+    Args:
+        family: as in `load`.
 
     Raises:
         CheckpointError: everything else, with what to do.
@@ -131,10 +163,7 @@ def kind_of(folder: str | Path) -> str:
         name = _class_name(read_json(folder / INDEX_FILE), folder)
         if name == EXPORT_CLASS and has_run_config:
             return "run"
-        if name not in PIPELINES:
-            known = known_names(name, PIPELINES)
-            raise CheckpointError(f"{folder} is a pipeline of an unknown class, {shown(name)}; {known}")
-        return "export" if PIPELINES[name] in OF_CLASSES else "text-to-image"
+        return "export" if draws_classes(family_of(folder, family)) else "text-to-image"
     if has_run_config:
         return "run"
     raise CheckpointError(
@@ -146,6 +175,11 @@ def _class_name(index: Mapping[str, Any], folder: Path) -> str:
     """The class of the pipeline that the entries of a model_index.json name."""
     place = f"{folder / INDEX_FILE}: _class_name"
     return checked(index.get("_class_name", EXPORT_CLASS), str, place)
+
+
+def draws_classes(family: Family) -> bool:
+    """Whether a call takes class labels, and not texts."""
+    return "class_labels" in call_options(family.call, family.encode)
 
 
 def save(pipe: Pipeline, folder: str | Path) -> None:
@@ -160,11 +194,11 @@ def save(pipe: Pipeline, folder: str | Path) -> None:
     """
     layout, folder = pipe.family.folder, Path(os.path.abspath(folder))
     name = layout.class_name(pipe)
-    check_export_folder(folder, PIPELINES[name])
+    check_export_folder(folder, families.PIPELINES.get(name) or pipe.family)
     parts = {
         part: (value.module, value.params) if isinstance(value, Network) else value
         for part, value in pipe.parts.items()
-        if value is not None or pipe.family not in OF_CLASSES  # diffusers wants to read [null, null]
+        if value is not None or not draws_classes(pipe.family)  # diffusers wants to read [null, null]
     }
     options = dict(layout.constants) | layout.write_options(pipe)
     checkpoints.save_components(folder, name, parts, options=options)
@@ -195,14 +229,17 @@ def components(pipe: Pipeline) -> Iterator[tuple[str, Any, Any]]:
     yield from ((name, pipe.networks[name].module, pipe.networks[name].params) for name in names)
 
 
-def modules_in(folder: str | Path) -> dict[str, nn.Module]:
+def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[str, nn.Module]:
     """The networks that a folder of diffusers names, from their configs alone: no weights are read.
+
+    Args:
+        family: as in `load`.
 
     Raises:
         CheckpointError: a config is missing, damaged or of an unknown class.
     """
-    folder = Path(folder)
-    known = {part for family in FAMILIES for part in (*family.folder.parts, *family.folder.optional)}
+    folder, layout = Path(folder), family_of(folder, family).folder
+    known = {*layout.parts, *layout.optional}
     return {
         name: checkpoints.module_in(folder / name)
         for name, (_, kind) in checkpoints.read_model_index(folder).items()

@@ -26,7 +26,7 @@ from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, check_count, i
 from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, Progress, decode_images, denoise
 from jaxldm.pipelines.pipeline import Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
-from jaxldm.schedulers import GridRule, Sampler, Scheduler, ending, scheduler_grid
+from jaxldm.schedulers import GridRule, Sampler, Scheduler
 
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
 STEPS_AT_ONCE = 64
@@ -149,8 +149,6 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
         raise InvalidArgumentError('variance is an option of solver="ddpm"')
     if call.variance == "learned" and not pipe.has_learned_variance:
         raise InvalidArgumentError('this network has no learned variance: leave variance="learned" out')
-    if isinstance(solver, str) and solver not in D.solvers.SOLVERS:
-        solver = D.solvers.make(solver)
     if call.variance is None:
         stops_early = call.denoising_end < 1
         return schedulers.from_config(pipe.scheduler, solver, eta=call.eta, stops_early=stops_early)
@@ -175,27 +173,40 @@ def grid(
     """
     scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
-    given = {"spacing": call.spacing, "sigmas": call.sigmas, "timesteps": call.timesteps}
-    own = all(value is None for value in given.values())
-    distilled = (rule.spacing if own else call.spacing) == "lcm"
+    rows = _written_rows(path, call, rule.final)
+    named = call.spacing is not None or call.sigmas is not None
+    distilled = rows is None and (call.spacing if named else rule.spacing) == "lcm"
     steps = call.num_inference_steps
-    if steps is None and call.timesteps is None:
+    if steps is None:
         steps = 4 if rule.spacing == "lcm" else pipe.defaults.num_inference_steps
     if distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         check_count(steps, "num_inference_steps", 1)
-        original = rule.original_steps if own else GridRule().original_steps
+        original = (GridRule() if named else rule).original_steps
         total = cast(int, path.num_train_timesteps)
-        rows = D.at_times(path, D.lcm_timesteps(cast(int, steps), total, original, call.strength))
-    elif own:
-        rows = rule.make(path, cast(int, steps))
-    else:
-        rows = scheduler_grid(path, steps, **ending(rule, call.spacing), **given)
+        rows = D.at_times(path, D.lcm_timesteps(steps, total, original, call.strength))
+    elif rows is None:
+        rows = (rule.respaced(call.spacing, cast(Any, call.sigmas)) if named else rule).make(path, steps)
     if call.strength is not None and not distilled:
         rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)
     length = len(rows.t) - 1
     return scheduler.sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
+
+
+def _written_rows(path: D.Path, call: Call, final: str) -> D.Grid | None:
+    """The rows of a call that wrote down their timesteps or noise levels; None of one that did not."""
+    if call.timesteps is not None and (call.sigmas is not None or call.spacing is not None):
+        raise InvalidArgumentError("timesteps=[...] cannot be combined with spacing or sigmas")
+    if call.timesteps is None and isinstance(call.sigmas, str | None):
+        return None
+    if call.timesteps is None and call.spacing is not None:
+        raise InvalidArgumentError("sigmas=[...] cannot be combined with spacing; or name 'karras'")
+    make, given = (D.at_sigmas, call.sigmas) if call.timesteps is None else (D.at_times, call.timesteps)
+    values, steps = np.asarray(given, np.float64).reshape(-1), call.num_inference_steps
+    if steps not in (None, len(values)):
+        raise InvalidArgumentError(f"num_inference_steps={steps}, but {len(values)} values were given")
+    return make(path, values, final=final)
 
 
 def _part(rows: D.Grid, path: D.Path, first: float, last: float) -> D.Grid:

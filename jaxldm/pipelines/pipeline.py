@@ -236,9 +236,11 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
     if call.num_inference_steps is not None:
         check_count(call.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
     check_count(call.batch_size, "batch_size", 1)
-    if not 0 <= call.guidance_rescale <= 1:
-        raise InvalidArgumentError(f"guidance_rescale must lie between 0 and 1, not {call.guidance_rescale}")
+    defaults = pipe.defaults
+    rescale = defaults.guidance_rescale if call.guidance_rescale is None else call.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise InvalidArgumentError(f"guidance_rescale must lie between 0 and 1, not {rescale}")
     if call.denoising_start and call.latents is None:
         raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
-    strength = strength_of(call.image, call.strength, call.mask_image, pipe.defaults.strength)
-    return dataclasses.replace(call, strength=strength)
+    strength = strength_of(call.image, call.strength, call.mask_image, defaults.strength)
+    return dataclasses.replace(call, strength=strength, guidance_rescale=rescale)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.pipelines.inputs import check_count
 from jaxldm.pipelines.network import Network
 
 
@@ -83,7 +84,8 @@ def encode_texts(
     tokenizer: Any,
     texts: Sequence[str],
     *,
-    penultimate: bool = False,
+    skip: int = 0,
+    final_norm: bool = True,
     warn: bool = True,
     max_length: int | None = None,
     mask: bool = False,
@@ -97,13 +99,19 @@ def encode_texts(
         encoder: a text model: CLIP, T5 and the like.
         tokenizer: from `checkpoints.load_tokenizer`.
         texts: P of them.
-        penultimate: take the states before the last layer and its normalisation (SDXL), not those after it.
+        skip: leave out this many of the last layers; 1 are the penultimate states.
+        final_norm: whether the encoder's last normalisation comes behind them (not in SDXL and others).
         warn: warn (`UserWarning`) of words behind the last place, which the encoder does not see.
         max_length: tokens of a text, those that fill its row among them; None: the tokenizer's own, or as
             many as the encoder has places for.
         mask: the encoder does not look at what fills a row, and the result has the mask.
         template: what is encoded of a text, which stands in it as {}.
+
+    Raises:
+        InvalidArgumentError: as many layers to skip as there are, or a normalisation that cannot be applied
+            to other layers than the last.
     """
+    check_count(skip, "the number of layers to skip", 0)
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
     tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length)
@@ -120,16 +128,36 @@ def encode_texts(
                 stacklevel=2,
             )
         own = np.asarray(tokens.attention_mask)[k : k + 1] if mask else None
-        known[text] = jax.tree.map(np.asarray, _encode(encoder, ids[None], own, penultimate))
+        known[text] = jax.tree.map(np.asarray, _encode(encoder, ids[None], own, skip, final_norm))
     return jax.tree.map(lambda *rows: np.concatenate(rows), *(known[text] for text in texts))
 
 
-@functools.partial(jax.jit, static_argnames="penultimate")
-def _encode(encoder: Network, input_ids: Any, mask: Any, penultimate: bool) -> Encoded:
+@functools.partial(jax.jit, static_argnames=("skip", "final_norm"))
+def _encode(encoder: Network, input_ids: Any, mask: Any, skip: int, final_norm: bool) -> Encoded:
     encoding = encoder(input_ids) if mask is None else encoder(input_ids, mask)
-    hidden = encoding.hidden_states[-2] if penultimate else encoding.last_hidden_state
+    hidden = _states(encoder, encoding, skip, final_norm)
     pooled = encoding.pooled if encoding.text_embeds is None else encoding.text_embeds
     return Encoded(hidden.astype(jnp.float32), None if pooled is None else pooled.astype(jnp.float32), mask)
+
+
+def _states(encoder: Network, encoding: Any, skip: int, final_norm: bool) -> Any:
+    """The states behind all layers but the last `skip`, normalised or not."""
+    layers = len(encoding.hidden_states) - 1
+    if not 0 <= skip < layers:
+        raise InvalidArgumentError(
+            f"{skip} layers of the text encoder cannot be skipped: it has {layers}, give 0 to {layers - 1}"
+        )
+    if final_norm and skip == 0:
+        return encoding.last_hidden_state
+    hidden = encoding.hidden_states[-1 - skip]
+    if not final_norm:
+        return hidden
+    if not hasattr(type(encoder.module), "final_layer_norm"):
+        raise InvalidArgumentError(
+            f"a {type(encoder.module).__name__} has no final_layer_norm for other layers than the last: give "
+            "skip=0 or final_norm=False"
+        )
+    return encoder.module.apply({"params": encoder.params}, hidden, method="final_layer_norm")
 
 
 def _shortened(text: str, most: int = 40) -> str:

@@ -7,7 +7,7 @@ A scheduler of diffusers is four things of `jaxldm.diffusion` in one class: a pa
 a grid, and sometimes a change of x_0 (thresholding, the boundary condition of a consistency model).
 """
 
-from jaxldm.schedulers.grids import GridRule, ending, scheduler_grid
+from jaxldm.schedulers.grids import GridRule
 from jaxldm.schedulers.read import from_config
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import SCHEDULER_OF, SCHEDULERS, Known, default_solver
@@ -22,8 +22,6 @@ __all__ = [
     "Sampler",
     "Scheduler",
     "default_solver",
-    "ending",
     "from_config",
-    "scheduler_grid",
     "to_config",
 ]

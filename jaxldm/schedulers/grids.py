@@ -82,6 +82,22 @@ class GridRule:
             if (value := getattr(self, field.name)) != field.default
         }
 
+    def respaced(self, spacing: str | None = None, levels: str | None = None) -> GridRule:
+        """The rule of a call that names another spacing or levels: it ends as this one, where it can.
+
+        Args:
+            spacing, levels: as above; `levels` alone may be any name of `D.SPACINGS`.
+
+        Raises:
+            UnknownNameError: no such spacing.
+
+        >>> GridRule(final="sigma_min").respaced("linspace", "karras").options()
+        {'spacing': 'linspace', 'levels': 'karras', 'final': 'sigma_min'}
+        """
+        if spacing is None and levels in D.SPACINGS and levels not in LEVELS:
+            spacing, levels = levels, None
+        return GridRule(spacing=spacing, levels=levels, final=self.final if _has_final(spacing) else "clean")
+
     def make(self, path: D.Path, num_inference_steps: int, shift: float | None = None) -> D.Grid:
         """The rows of a run of N steps along a path.
 
@@ -146,64 +162,11 @@ class GridRule:
         return levels.respaced(path, count, rule, np.array([t[0], t[-1]]), self.levels)
 
 
-def scheduler_grid(path: D.Path, num_inference_steps: int | None = None, **options: Any) -> D.Grid:
-    """The grid of the options of a `GridRule`, under the names of 0.1.
-
-    Args:
-        path: any.
-        num_inference_steps: N. May be left out with values of `timesteps` or `sigmas`.
-        **options: fields of `GridRule`, where `sigmas` is `levels`; `shift`; `spacing` or `sigmas` alone may
-            be any name of `jaxldm.diffusion.SPACINGS`; `timesteps` or `sigmas` the values themselves.
-
-    Raises:
-        InvalidArgumentError: what a spacing refuses, and options that exclude each other.
-        UnknownNameError: no such spacing, sigmas or final.
-
-    >>> from jaxldm import diffusion as D
-    >>> path = D.VP.named("linear")
-    >>> scheduler_grid(path, 4, spacing="leading_open", sigmas="karras").t.round(1)
-    array([800. , 665.6, 470.9, 200. ,  -1. ], dtype=float32)
-    """
-    options = {name: value for name, value in options.items() if value is not None}
-    spacing, sigmas, timesteps = (options.get(name) for name in ("spacing", "sigmas", "timesteps"))
-    if timesteps is not None and (sigmas is not None or spacing is not None):
-        raise InvalidArgumentError("timesteps=[...] cannot be combined with spacing or sigmas")
-    if sigmas is not None and not isinstance(sigmas, str) and spacing is not None:
-        raise InvalidArgumentError("sigmas=[...] cannot be combined with spacing; or name 'karras'")
-    if timesteps is not None or not isinstance(sigmas, str | None):
-        return _given_rows(path, num_inference_steps, options)
-    if num_inference_steps is None:
-        raise InvalidArgumentError("give num_inference_steps, timesteps=[...] or sigmas=[...]")
-    if sigmas in D.SPACINGS and sigmas not in LEVELS and spacing is None:
-        options |= {"spacing": options.pop("sigmas")}
-    if "sigmas" in options:
-        options |= {"levels": options.pop("sigmas")}
-    if options.get("levels") is None and spacing not in (None, *TIMES) and spacing is not None:
-        return D.make_grid(path, num_inference_steps, **options)
-    shift = options.pop("shift", None)
-    registry.check_options("scheduler", "grid", GridRule, options)
-    return GridRule(**options).make(path, num_inference_steps, shift)
-
-
-def ending(rule: GridRule, spacing: str | None) -> dict[str, str]:
-    """`final` of a folder's rule, for a call that names another spacing.
-
-    Empty for a spacing of another package without this option, which ends as it likes.
-    """
-    if spacing is not None and spacing not in TIMES and spacing not in D.SPACINGS:
-        function = registry.find("spacing", spacing, D.SPACINGS, spacings.ENTRY_POINTS)
-        if not registry.has_option(function, "final"):
-            return {}
-    return {"final": rule.final}
-
-
-def _given_rows(path: D.Path, count: int | None, options: dict[str, Any]) -> D.Grid:
-    """The grid of rows that the caller wrote down."""
-    make, name = (D.at_times, "timesteps") if "timesteps" in options else (D.at_sigmas, "sigmas")
-    values = np.asarray(options[name], np.float64).reshape(-1)
-    if count not in (None, len(values)):
-        raise InvalidArgumentError(f"num_inference_steps={count}, but {len(values)} values were given")
-    return make(path, values, **{name: options[name] for name in ("shift", "final") if name in options})
+def _has_final(spacing: str | None) -> bool:
+    """Whether a spacing can end as a file says: those of another package need not."""
+    if spacing is None or spacing in TIMES or spacing in D.SPACINGS:
+        return True
+    return registry.has_option(registry.find("spacing", spacing, D.SPACINGS, spacings.ENTRY_POINTS), "final")
 
 
 def without_noisiest(path: D.Path, span: spacings.Span, lambda_min: float) -> spacings.Span:

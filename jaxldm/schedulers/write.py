@@ -31,7 +31,8 @@ def to_config(
         solver: on a discrete path, name the scheduler of this solver; None: whichever spaces its rows so.
 
     Raises:
-        InvalidArgumentError: a grid that no scheduler of diffusers has, or not that of the solver.
+        InvalidArgumentError: rows in place of a rule, a grid that no scheduler of diffusers has, or not that
+            of the solver.
         UnknownNameError: a solver that no scheduler of diffusers has.
 
     >>> from jaxldm import diffusion as D
@@ -39,6 +40,10 @@ def to_config(
     >>> config["_class_name"], config["beta_schedule"], config["timestep_spacing"]
     ('DDIMScheduler', 'squaredcos_cap_v2', 'trailing')
     """
+    if grid is not None and not isinstance(grid, GridRule):
+        raise InvalidArgumentError(
+            f"grid must be a rule for any number of steps, as GridRule(spacing='leading'), not {grid!r:.60}"
+        )
     path, grid = prediction.path, _spelled_out(GridRule() if grid is None else grid, prediction.path)
     if type(path) is D.VP:
         config = _betas(path) | _discrete_grid(grid, solver)

@@ -24,9 +24,9 @@ from reference_schedulers import (
     step_noise,
     with_float64_schedule,
 )
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
-from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 PREDICTIONS = ("epsilon", "v_prediction")  # these schedulers know no other
@@ -121,7 +121,7 @@ def test_dpm2(scheduler_class, solver, monkeypatch):
         if scheduler_class is diffusers.KDPM2AncestralDiscreteScheduler:
             redo_ancestral_sigmas_in_float64(scheduler, steps)
         feed_noise(monkeypatch, scheduling_k_dpm_2_ancestral_discrete, step_noise())
-        grid = scheduler_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        grid = rule_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], levels=sigmas)
         # x_0 = (x - sigma eps) / alpha with alpha = 0.006 has lost two digits of float32, and long ancestral
         # steps multiply x_0(middle) - x_0 by several.
         lossy = prediction == "epsilon" and scheduler_class is diffusers.KDPM2AncestralDiscreteScheduler

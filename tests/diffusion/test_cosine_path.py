@@ -18,10 +18,10 @@ from reference_schedulers import (
     step_noise,
     torch_network,
 )
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.schedulers import scheduler_grid
 
 PATH = D.Cosine()
 OPTIONS = {"final": "sigma_min"}  # as the published files are read
@@ -69,13 +69,13 @@ def test_device_agrees_with_host_near_the_clean_end():
 @pytest.mark.parametrize("steps", STEPS)
 def test_sampling_is_that_of_diffusers(steps, monkeypatch):
     """Both fed the same noise; the last step adds none, and ends where the scheduler stops."""
-    grid = scheduler_grid(PATH, steps, **OPTIONS)
+    grid = rule_grid(PATH, steps, **OPTIONS)
     check(grid, np.linspace(1, 0, steps + 1), monkeypatch)
 
 
 def test_stage_c_spacing_is_the_published_list(monkeypatch):
     published = np.asarray(DEFAULT_STAGE_C_TIMESTEPS)
-    grid = scheduler_grid(PATH, 29, spacing="stage_c", **OPTIONS)
+    grid = rule_grid(PATH, 29, spacing="stage_c", **OPTIONS)
     np.testing.assert_allclose(grid.t[:-1], published[:-1], rtol=1e-6)
     check(grid, published, monkeypatch)
     for count in (1, 2, 7, 60):
@@ -118,7 +118,7 @@ def test_final_noise_is_left_out_of_the_last_step_alone():
         ]
         return runs[0] - runs[1]
 
-    difference = both(D.pad(scheduler_grid(PATH, 4, **OPTIONS), 6))
+    difference = both(D.pad(rule_grid(PATH, 4, **OPTIONS), 6))
     assert not difference[:4].any()
     assert 1e-4 < np.abs(difference[4:]).max() < 4 * PATH.sigma(PATH.t_min)
     assert not both(D.pad(D.make_grid(PATH, 4), 6)).any()  # the clean row takes none in either case

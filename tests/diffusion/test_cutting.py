@@ -16,11 +16,11 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2im
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import as_typed
-from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.scaled_linear_betas()), D.Flow()
 
@@ -65,7 +65,7 @@ def test_the_refiner_starts_where_the_pipeline_starts_it(fraction, spacing):
         theirs, _ = StableDiffusionXLImg2ImgPipeline.get_timesteps(
             SimpleNamespace(scheduler=reference), steps, 0.3, "cpu", denoising_start=fraction
         )
-        grid = scheduler_grid(VP, steps, spacing=spacing, steps_offset=1)
+        grid = rule_grid(VP, steps, spacing=spacing, steps_offset=1)
         if len(theirs) in (0, steps):
             with pytest.raises(InvalidArgumentError, match="no step"):
                 D.split_at_fraction(grid, VP, fraction)

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
-from jaxldm.schedulers import scheduler_grid
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
@@ -22,7 +22,7 @@ def test_timesteps_of_ddim(spacing, offset):
     reference = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
     for steps in STEPS[:-1] if offset else STEPS:
         reference.set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=spacing, steps_offset=offset)
+        grid = rule_grid(VP, steps, spacing=spacing, steps_offset=offset)
         np.testing.assert_array_equal(grid.t[:-1], reference.timesteps.numpy())
         assert (grid.t[-1], grid.alpha[-1], grid.sigma[-1]) == (VP.t_clean, 1, 0)
         np.testing.assert_allclose(
@@ -35,7 +35,7 @@ def test_timesteps_of_dpm_solver(spacing):
     reference = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing)
     for steps in STEPS[:-1]:
         reference.set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=spacing if spacing == "trailing" else f"{spacing}_open")
+        grid = rule_grid(VP, steps, spacing=spacing if spacing == "trailing" else f"{spacing}_open")
         np.testing.assert_array_equal(grid.t[:-1], reference.timesteps.numpy())
 
 
@@ -55,7 +55,7 @@ def test_sigmas_of_euler(spacing, sigmas):
     for steps in STEPS[1:-1]:
         reference.set_timesteps(steps)
         ours = "linspace_fractional" if spacing == "linspace" else spacing
-        grid = scheduler_grid(VP, steps, spacing=ours, sigmas=sigmas)
+        grid = rule_grid(VP, steps, spacing=ours, levels=sigmas)
         np.testing.assert_allclose(grid.sigma / grid.alpha, reference.sigmas, rtol=2e-6)
         np.testing.assert_allclose(grid.t[:-1], reference.timesteps, atol=0.06)
 
@@ -99,13 +99,13 @@ def test_flow_shift(shift):
         {"spacing": "trailing"},
         {"spacing": "leading"},
         {"spacing": "linspace_open"},
-        {"sigmas": "karras"},
-        {"sigmas": "beta"},
+        {"levels": "karras"},
+        {"levels": "beta"},
     ],
     ids=str,
 )
 def test_sigma_min_ending_wastes_no_step(path, options):
-    grid = scheduler_grid(path, 12, final="sigma_min", **options)
+    grid = rule_grid(path, 12, final="sigma_min", **options)
     assert len(grid.t) == 13
     assert grid.t[-1] == np.float32(path.t_min) and grid.sigma[-1] == np.float32(path.sigma(path.t_min)) > 0
     assert (np.diff(grid.sigma / np.maximum(grid.alpha, 1e-30)) < 0).all()
@@ -155,8 +155,7 @@ def test_padding():
         (lambda: D.make_grid(VP, 0), "at least 1"),
         (lambda: D.make_grid(VP, 2.5), "whole number"),
         (lambda: D.make_grid(VP, 1001), "1000 timesteps of this path"),
-        (lambda: scheduler_grid(VP), "num_inference_steps"),
-        (lambda: scheduler_grid(VP, 1000, spacing="linspace_open"), "fall strictly"),
+        (lambda: rule_grid(VP, 1000, spacing="linspace_open"), "fall strictly"),
         (lambda: D.make_grid(VP, 10, spacing="leading", offset=200), "leaves the vp path"),
         (lambda: D.at_times(VP, [10, 20]), "fall strictly"),
         (lambda: D.at_times(VP, [20, 20]), "fall strictly"),
@@ -165,12 +164,6 @@ def test_padding():
         (lambda: D.at_times(VP, [np.nan, 20]), "not finite"),
         (lambda: D.at_sigmas(EDM, [np.inf, 1.0]), "noisier than this edm path, which ends at 80"),
         (lambda: D.at_sigmas(VP, [200.0, 1.0]), "noisier than this vp path, which ends at 157"),
-        (lambda: scheduler_grid(VP, 3, timesteps=[20, 10]), "2 values were given"),
-        (
-            lambda: scheduler_grid(VP, timesteps=[20, 10], spacing="leading"),
-            "cannot be combined with spacing",
-        ),
-        (lambda: scheduler_grid(VP, sigmas=[3.0, 1.0], spacing="leading"), "cannot be combined with spacing"),
         (lambda: D.make_grid(ZERO_SNR, 5, spacing="karras"), "trailing"),
         (lambda: D.make_grid(VP, 5, shift=3.0), r"D\.Flow\(\)"),
         (lambda: D.make_grid(FLOW, 5, shift=-1.0), "positive"),
@@ -191,10 +184,10 @@ def test_impossible_grids_are_refused(call, words):
     "options, words",
     [
         ({"spacing": "traling"}, "did you mean 'trailing'"),
-        ({"sigmas": "karas"}, "did you mean 'karras'"),
+        ({"levels": "karas"}, "did you mean 'karras'"),
         ({"final": "zero"}, "clean, sigma_min"),
     ],
 )
 def test_unknown_names(options, words):
     with pytest.raises(UnknownNameError, match=words):
-        scheduler_grid(VP, 5, **options)
+        rule_grid(VP, 5, **options)

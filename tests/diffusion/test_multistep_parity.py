@@ -31,9 +31,9 @@ from reference_schedulers import (
     start_noise,
     with_float64_schedule,
 )
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
-from jaxldm.schedulers import scheduler_grid
 
 VP, FLOW = D.VP(D.linear_betas()), D.Flow()
 RESPACED = {"karras": "rounded", "exponential": "cut"}  # what the reference tells the network of such a t
@@ -61,7 +61,7 @@ def test_lms():
             use_exponential_sigmas=sigmas == "exponential",
         )
         scheduler.set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        grid = rule_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], levels=sigmas)
         compare_in_sigma_space(run, prediction, grid, scheduler, case)
 
 
@@ -84,7 +84,7 @@ def test_pndm(skips, counts, prediction):
             skip_prk_steps=skips,
         )
         scheduler.set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=spacing, steps_offset=offset, final=final)
+        grid = rule_grid(VP, steps, spacing=spacing, steps_offset=offset, final=final)
         compare(run, prediction, grid, scheduler, case)
 
 
@@ -97,7 +97,7 @@ def test_deis(order):
             **LINEAR_BETAS, prediction_type=prediction, timestep_spacing=spacing, solver_order=order
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final="sigma_min")
+        grid = rule_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final="sigma_min")
         compare_in_float64(run, prediction, grid, scheduler, case)
 
 
@@ -139,7 +139,7 @@ def respaced_or_not(scheduler_class, prediction, steps, spacing, final, **option
         grid, label = D.make_grid(VP, steps, spacing=spacing, final=final), RESPACED[spacing]
     else:
         options["timestep_spacing"] = spacing
-        grid, label = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final), "exact"
+        grid, label = rule_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final), "exact"
     scheduler = scheduler_class(
         **LINEAR_BETAS, prediction_type=prediction, final_sigmas_type=FINAL_SIGMAS[final], **options
     )
@@ -180,7 +180,7 @@ def test_dpmpp_2s_heun():
             solver_type="heun",
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing="linspace_open", final=final)
+        grid = rule_grid(VP, steps, spacing="linspace_open", final=final)
         compare(run, prediction, grid, scheduler, case)
 
 

@@ -95,11 +95,10 @@ def test_a_spacing_from_outside():
 def test_a_spacing_from_outside_on_the_grid_of_a_file():
     """It ends as it likes; one with the option `final` ends as the file says."""
     rule, name = schedulers.GridRule(final="sigma_min"), "outside_samplers:two_rows"
-    assert schedulers.ending(rule, name) == {}
-    assert schedulers.ending(rule, "karras") == schedulers.ending(rule, None) == {"final": "sigma_min"}
-    np.testing.assert_array_equal(schedulers.scheduler_grid(PATH, 2, spacing=name).t, np.float32([1, 0.5, 0]))
+    assert rule.respaced("karras").final == rule.respaced().final == "sigma_min"
+    np.testing.assert_array_equal(rule.respaced(name).make(PATH, 2).t, np.float32([1, 0.5, 0]))
     with pytest.raises(InvalidArgumentError, match="cannot be combined with sigmas"):
-        schedulers.scheduler_grid(PATH, 2, spacing=name, sigmas="karras")
+        rule.respaced(name, "karras").make(PATH, 2)
 
 
 def test_entry_points_add_names(entry_points):

@@ -33,9 +33,9 @@ from reference_schedulers import (
     step_noise,
     with_float64_schedule,
 )
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
-from jaxldm.schedulers import scheduler_grid
 
 BETAS = {**LINEAR_BETAS, "clip_sample": False}
 NOISE = start_noise()
@@ -56,7 +56,7 @@ def test_ddim(eta):
         compare(
             run,
             prediction,
-            scheduler_grid(VP, steps, spacing=spacing, steps_offset=offset),
+            rule_grid(VP, steps, spacing=spacing, steps_offset=offset),
             scheduler,
             case,
             **noise,
@@ -139,7 +139,7 @@ def test_euler_and_heun(scheduler_class, solver):
             )
         )
         scheduler.set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], sigmas=sigmas)
+        grid = rule_grid(VP, steps, spacing=FRACTIONAL_SPACINGS[spacing], levels=sigmas)
         compare_in_sigma_space(run, prediction, grid, scheduler, case)
 
 
@@ -179,7 +179,7 @@ def test_dpmpp_2m(final):
             final_sigmas_type=FINAL_SIGMAS[final],
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
+        grid = rule_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
         compare(run, prediction, grid, scheduler, case)
 
 
@@ -192,9 +192,7 @@ def test_dpmpp_2s(final):
             **LINEAR_BETAS, prediction_type=prediction, final_sigmas_type=FINAL_SIGMAS[final]
         )
         with_float64_schedule(scheduler).set_timesteps(steps)
-        compare(
-            run, prediction, scheduler_grid(VP, steps, spacing="linspace_open", final=final), scheduler, case
-        )
+        compare(run, prediction, rule_grid(VP, steps, spacing="linspace_open", final=final), scheduler, case)
 
 
 @pytest.mark.parametrize(

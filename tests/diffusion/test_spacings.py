@@ -4,11 +4,11 @@ import diffusers
 import numpy as np
 import pytest
 from diffusers.schedulers import AysSchedules
+from rule_grids import rule_grid
 from scipy import special
 
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.schedulers import scheduler_grid
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # the clean and the noisy end included
 
@@ -41,7 +41,7 @@ def test_sigmas_of_dpm_solver(sigmas, final):
     for steps in STEPS:
         reference.set_timesteps(steps)
         grid = D.make_grid(VP, steps, spacing=SPACINGS.get(sigmas, sigmas))
-        np.testing.assert_array_equal(grid.t, scheduler_grid(VP, steps, sigmas=sigmas).t)
+        np.testing.assert_array_equal(grid.t, rule_grid(VP, steps, levels=sigmas).t)
         np.testing.assert_allclose(ratio(grid)[:-1], reference.sigmas[:-1], rtol=2e-6)
         assert np.abs(grid.t[:-1] - reference.timesteps.numpy()).max() <= 1
         if final == "sigma_min":  # the reference takes N rows to sigma_min and stays there for the last step
@@ -60,7 +60,7 @@ def test_beta_sigmas_of_euler(spacing):
     for steps in STEPS:
         reference.set_timesteps(steps)
         ours = "linspace_fractional" if spacing == "linspace" else spacing
-        grid = scheduler_grid(VP, steps, spacing=ours, sigmas="beta")
+        grid = rule_grid(VP, steps, spacing=ours, levels="beta")
         np.testing.assert_allclose(ratio(grid), reference.sigmas, rtol=2e-6)
         np.testing.assert_allclose(grid.t[:-1], reference.timesteps, atol=0.06)
 
@@ -121,13 +121,13 @@ def test_flow_match_euler(shift, sigmas):
     once = lambda t: shift * t / (1 + (shift - 1) * t)  # noqa: E731
     for steps in STEPS:
         reference.set_timesteps(steps)
-        parity = scheduler_grid(
-            FLOW, steps, spacing="linspace", sigmas=sigmas, shift=shift, shift_t_min_twice=True
+        parity = rule_grid(
+            FLOW, steps, spacing="linspace", levels=sigmas, shift=shift, shift_t_min_twice=True
         )
         np.testing.assert_allclose(parity.t, reference.sigmas, rtol=3e-6)
         np.testing.assert_allclose(parity.sigma, reference.sigmas, rtol=3e-6)
         assert reference.sigmas[-2] == pytest.approx(once(once(0.001)), rel=1e-5)
-        grid = scheduler_grid(D.Flow(shift=shift), steps, spacing="linspace", sigmas=sigmas)
+        grid = rule_grid(D.Flow(shift=shift), steps, spacing="linspace", levels=sigmas)
         assert grid.t[-2] == pytest.approx(once(0.001), rel=1e-5)
         if sigmas is None:
             np.testing.assert_allclose(grid.t[:-1], once(np.linspace(1, 0.001, steps)), rtol=1e-6)
@@ -156,9 +156,7 @@ def test_shift_terminal():
         values = np.linspace(1, 1 / steps, steps)
         for scheduler, sigmas in ((plain, None), (reference, "karras")):
             scheduler.set_timesteps(sigmas=values, mu=1.0)
-            grid = scheduler_grid(
-                FLOW, steps, spacing="trailing", sigmas=sigmas, shift=np.e, shift_terminal=0.1
-            )
+            grid = rule_grid(FLOW, steps, spacing="trailing", levels=sigmas, shift=np.e, shift_terminal=0.1)
             np.testing.assert_allclose(grid.t, scheduler.sigmas, rtol=3e-6)
         assert grid.t[-2] == pytest.approx(0.1)
 
@@ -199,7 +197,7 @@ def test_given_levels():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: scheduler_grid(VP, 10, sigmas="ays_sd15", spacing="trailing"), "cannot be combined"),
+        (lambda: rule_grid(VP, 10, levels="ays_sd15", spacing="trailing"), "cannot be combined"),
         (lambda: D.make_grid(FLOW, 10, spacing="ays_sd15", shift=3.0), "no option 'shift'; it has: path"),
         (lambda: D.make_grid(VP, 10, sigmas="karras"), "write spacing='karras'"),
         (lambda: D.make_grid(VP, 2, sigmas=[3.0, 1.0]), r"write D\.at_sigmas"),
@@ -215,7 +213,7 @@ def test_given_levels():
         (lambda: D.make_grid(VP, 5, shift_terminal=0.1), r"D\.Flow\(\)"),
         (lambda: D.make_grid(FLOW, 5, shift_terminal=1.0), r"\(0, 1\)"),
         (lambda: D.make_grid(FLOW, 1, shift_terminal=0.1), "two steps or more"),
-        (lambda: scheduler_grid(VP, 5, shift_t_min_twice=True, shift=2.0), r"D\.Flow\(\)"),
+        (lambda: rule_grid(VP, 5, shift_t_min_twice=True, shift=2.0), r"D\.Flow\(\)"),
         (lambda: D.make_grid(FLOW, 5, shift=np.nan), "positive"),
     ],
 )

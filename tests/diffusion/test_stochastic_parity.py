@@ -43,9 +43,9 @@ from reference_schedulers import (
     step_noise,
     with_float64_schedule,
 )
+from rule_grids import rule_grid
 
 from jaxldm import diffusion as D
-from jaxldm.schedulers import scheduler_grid
 
 SCALED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 VP = D.VP(D.linear_betas())
@@ -85,7 +85,7 @@ def test_dpmpp_sde(order, solver_type):
             final_sigmas_type=FINAL_SIGMAS[final],
         )
         scheduler.set_timesteps(steps)
-        grid = scheduler_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
+        grid = rule_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
         compare(run, prediction, grid, scheduler, case, variance_noise=step_noise())
 
 

@@ -81,6 +81,17 @@ def test_text_to_image(folders, pipes, family, solver):
     assert_images_agree(pipes[family](KEY, PROMPTS, NEGATIVE, **call), reference, latents)
 
 
+def test_clip_skip(folders, pipes):
+    """The states before the encoder's last layer, normalised as those behind it are."""
+    reference = open_reference(StableDiffusionPipeline, folders["sd15"])
+    ids = reference.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    states = reference.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    norms = dict(reference.text_encoder.named_modules())
+    norm = next(module for name, module in norms.items() if name.endswith("final_layer_norm"))
+    cond, _ = pipes["sd15"].encode_prompts(PROMPTS, clip_skip=1)
+    np.testing.assert_allclose(cond["encoder_hidden_states"], norm(states).detach().numpy(), atol=1e-4)
+
+
 def test_without_guidance_the_negative_prompt_is_not_asked(folders, pipes):
     reference = open_reference(StableDiffusionPipeline, folders["sd15"], "ddim")
     start = noise()

@@ -217,6 +217,16 @@ def test_a_lora_file_is_merged_into_a_copy(pipe, tmp_path):
     assert changed == [name.replace("unet.", "unet/", 1) + ".weight"]
 
 
+def test_rows_that_are_written_down_say_how_many(pipe):
+    for rows in (dict(timesteps=[900, 500]), dict(sigmas=[10.0, 1.0]), dict(sigmas=np.array([10.0, 1.0]))):
+        grid = pipe.grid(**rows)[1]
+        assert D.steps_in(grid) == 2
+        if "timesteps" in rows:
+            np.testing.assert_array_equal(grid.t[:2], rows["timesteps"])
+        else:
+            np.testing.assert_allclose((grid.sigma / grid.alpha)[:2], rows["sigmas"], rtol=1e-5)
+
+
 def test_words_that_the_encoder_does_not_see_are_named(pipe):
     with pytest.warns(UserWarning, match="does not see 'zebra at last'"):
         pipe.encode_prompts(["cat " * 75 + "zebra at last"])
@@ -259,6 +269,9 @@ def test_words_that_the_encoder_does_not_see_are_named(pipe):
         (dict(denoising_end=1.5), ["denoising_end"]),
         (dict(eta=0.5, solver="dpmpp_2m"), ["eta"]),
         (dict(timesteps=[999, 500], spacing="trailing"), ["timesteps", "cannot be combined"]),
+        (dict(timesteps=[999, 500], sigmas="karras"), ["timesteps", "cannot be combined"]),
+        (dict(sigmas=[3.0, 1.0], spacing="leading"), ["cannot be combined with spacing"]),
+        (dict(timesteps=[999, 500], num_inference_steps=3), ["2 values were given"]),
         (dict(variance="learned"), ["no learned variance"]),
         (dict(latents=noise(), eta=0.5, solver=D.solvers.ddim()), ["eta"]),
     ],

@@ -1,5 +1,12 @@
-"""The families of models: one file each, read from top to bottom like the authors' own sampling script."""
+"""The families of models: one file each, read from top to bottom like the authors' own sampling script.
 
+To add one here: a file, and a line in `FAMILIES`. From outside: `find("package.module:FAMILY")`, or an entry
+point of your package in the group "jaxldm.families", named as the class in model_index.json.
+"""
+
+from __future__ import annotations
+
+from jaxldm.diffusion import registry
 from jaxldm.pipelines.families.amused import AMUSED
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
 from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
@@ -33,3 +40,25 @@ FAMILIES: tuple[Family, ...] = (
 )
 # `_class_name` of model_index.json -> the family.
 PIPELINES: dict[str, Family] = {name: family for family in FAMILIES for name in family.folder.class_names}
+ENTRY_POINTS = "jaxldm.families"
+
+
+def find(family: Family | str) -> Family:
+    """The family of that name.
+
+    Args:
+        family: one; or the name of a class in model_index.json, of this library or of an installed package
+            (entry-point group "jaxldm.families", class name -> `Family`); or "package.module:FAMILY".
+
+    Raises:
+        UnknownNameError: no family of that name.
+        InvalidArgumentError: a place that cannot be imported, or that holds no `Family`.
+    """
+    if isinstance(family, Family):
+        return family
+    return registry.find("family", family, PIPELINES, ENTRY_POINTS, Family)
+
+
+def class_names() -> list[str]:
+    """The class names that `find` takes: of this library, then of installed packages."""
+    return registry.names(PIPELINES, ENTRY_POINTS)

@@ -113,7 +113,7 @@ def encode(
     numbers = np.asarray([width, height, *crops_coords_top_left, aesthetic_score], np.float32)
 
     def condition(texts: list[str]) -> dict[str, Any]:
-        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, penultimate=True)
+        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=1, final_norm=False)
         return {
             "encoder_hidden_states": encoded.hidden,
             "pooled_text_emb": encoded.pooled,

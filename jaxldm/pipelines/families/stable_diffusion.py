@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.call import Defaults, Request
-from jaxldm.pipelines.family import Family, Folder
+from jaxldm.pipelines.family import Family, Folder, class_named
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
 
@@ -19,11 +19,20 @@ from jaxldm.pipelines.prompts import encode_texts
 WITHOUT_SAFETY_CHECKER = {"requires_safety_checker": False}
 
 
-def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The states behind the encoder's last layer; where there is no negative prompt, of the empty one."""
+def encode(pipe: Pipeline, request: Request, *, clip_skip: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The encoder's last states; where there is no negative prompt, those of the empty one.
+
+    Args:
+        clip_skip: leave out this many of the encoder's last layers, for both prompts. Models that were
+            trained so say "clip skip 2" where this is 1.
+
+    Raises:
+        InvalidArgumentError: as many layers as there are, or more.
+    """
 
     def states(texts: list[str]) -> dict[str, Any]:
-        return {"encoder_hidden_states": encode_texts(pipe.text_encoder, pipe.tokenizer, texts).hidden}
+        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=clip_skip)
+        return {"encoder_hidden_states": encoded.hidden}
 
     return request.both(states)
 
@@ -54,9 +63,9 @@ def check(pipe: Pipeline) -> None:
 
 def class_name(pipe: Pipeline) -> str:
     """Inpainting and guidance-distilled networks have a class of their own in diffusers."""
-    if pipe.latent_spec.takes_mask:
-        return f"{pipe.family.name}InpaintPipeline"
-    return "LatentConsistencyModelPipeline" if pipe.is_guidance_distilled else f"{pipe.family.name}Pipeline"
+    kind = "Inpaint" if pipe.latent_spec.takes_mask else "LatentConsistency"
+    special = pipe.latent_spec.takes_mask or pipe.is_guidance_distilled
+    return class_named(pipe, kind if special else "")
 
 
 STABLE_DIFFUSION = Family(

@@ -87,7 +87,7 @@ def _encode_all(
             continue
         # The same text has the same tokens in both: one warning is enough.
         warn = own is not None or k == 0 or pipe.text_encoder is None
-        clips.append(encode_texts(encoder, tokenizer, own or texts, penultimate=True, warn=warn))
+        clips.append(encode_texts(encoder, tokenizer, own or texts, skip=1, final_norm=False, warn=warn))
     hidden = np.concatenate([clip.hidden for clip in clips], axis=-1)
     hidden = np.pad(hidden, ((0, 0), (0, 0), (0, width - hidden.shape[-1])))
     if pipe.text_encoder_3 is None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxldm.pipelines.call import Defaults, Request
 from jaxldm.pipelines.families import stable_diffusion
-from jaxldm.pipelines.family import Family, Folder
+from jaxldm.pipelines.family import Family, Folder, class_named
 from jaxldm.pipelines.inputs import Size
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import Encoded, encode_texts, for_each
@@ -81,12 +81,13 @@ def _encode_both(pipe: Pipeline, texts: Sequence[str], second_texts: list[str] |
         pipe.text_encoder_2,
         pipe.tokenizer_2,
         second_texts or texts,
-        penultimate=True,
+        skip=1,
+        final_norm=False,
         warn=second_texts is not None or pipe.text_encoder is None,  # the same text has the same tokens
     )
     if pipe.text_encoder is None:
         return second
-    first = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, penultimate=True)
+    first = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=1, final_norm=False)
     return Encoded(np.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
 
 
@@ -107,7 +108,7 @@ def defaults(pipe: Pipeline) -> Defaults:
 def class_name(pipe: Pipeline) -> str:
     """The refiner is an image-to-image pipeline in diffusers."""
     if pipe.text_encoder is None and not pipe.latent_spec.takes_mask:
-        return "StableDiffusionXLImg2ImgPipeline"
+        return class_named(pipe, "Img2Img")
     return stable_diffusion.class_name(pipe)
 
 

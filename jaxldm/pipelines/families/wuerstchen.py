@@ -25,7 +25,7 @@ from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import floor_product
 from jaxldm.pipelines.call import Defaults, Request
-from jaxldm.pipelines.family import Family, Folder, check_text_width
+from jaxldm.pipelines.family import Family, Folder, check_latent_channels, check_text_width
 from jaxldm.pipelines.generate import generate
 from jaxldm.pipelines.inputs import LatentSpec, Size, check_count, four_axes
 from jaxldm.pipelines.pipeline import Pipeline
@@ -178,9 +178,7 @@ def decoder_latents(pipe: Pipeline) -> LatentSpec:
 def check_decoder(pipe: Pipeline) -> None:
     """The texts' states and the latents must be as wide as the decoder takes them."""
     check_text_width(pipe, pipe.text_encoder.config.hidden_size, pipe.decoder.config.clip_embd)
-    channels, taken = pipe.vqgan.config.latent_channels, pipe.decoder.config.c_in
-    if channels != taken:
-        raise CheckpointError(f"its autoencoder has {channels} latent channels, its decoder takes {taken}")
+    check_latent_channels(pipe, pipe.decoder.config.c_in)
 
 
 WUERSTCHEN_DECODER = Family(

@@ -70,7 +70,7 @@ def encode(
         "_longest": np.full(count, float(cfg_normalization) or np.inf, np.float32),
         "_guided_until": np.full(count, cfg_truncation, np.float32),
     }
-    options = {"penultimate": True, "max_length": length, "mask": True, "template": TEMPLATE}
+    options = {"skip": 1, "final_norm": False, "max_length": length, "mask": True, "template": TEMPLATE}
 
     def states(texts: list[str]) -> dict[str, Any]:
         encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, **options)
