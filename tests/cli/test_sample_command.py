@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_loses_nothing(capsys, exported, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("jaxldm.pipelines.images.np.savez", full)
+    monkeypatch.setattr("jaxldm.files.os.fsync", full)
     line = complaint(capsys, "sample", exported, *FEW_STEPS, "--output-dir", tmp_path / "out", "--seed", 1)
     assert "disk is full" in line and str(tmp_path / "out") in line
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
