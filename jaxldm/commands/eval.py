@@ -44,7 +44,7 @@ class Eval:
 
     metrics: Annotated[tuple[str, ...], shown("NAME ...", "fid kid prdc with --real")] = ()
     """Published metrics: fid, sfid, kid, is, prdc (precision, recall, density, coverage), mind, fd-dinov2,
-    cmmd, and lpips, which compares each image with the real one at its place.
+    cmmd, clip-score, and lpips, which compares each image with the real one at its place.
     """
 
     inception: Annotated[str | None, shown("FILE", "one in the folder $JAXLDM_WEIGHTS")] = None
@@ -54,7 +54,10 @@ class Eval:
     """Folder of DINOv2, for fd-dinov2."""
 
     clip: Annotated[str | None, shown("FOLDER", "none")] = None
-    """Folder of CLIP, for cmmd."""
+    """Folder of CLIP, for cmmd and clip-score."""
+
+    prompts: Annotated[str | None, shown("FILE", "none")] = None
+    """Text file for clip-score: a line for each image, in the order of their names."""
 
     lpips: Annotated[str | None, shown("FILE", "none")] = None
     """Weights of VGG16 or AlexNet, for lpips: torchvision's vgg16-397923af.pth or

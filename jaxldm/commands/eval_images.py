@@ -35,6 +35,7 @@ OF_SAMPLING = {
 }
 WEIGHTS = "JAXLDM_WEIGHTS"  # an environment variable: a folder with files of weights
 FEATURE_CACHE = "JAXLDM_FEATURE_CACHE"  # an environment variable: a folder, or "off"
+TEXTS = "clip/texts"  # the key of the texts' embeddings
 INCEPTION_FILES = (
     "pt_inception-2015-12-05-6726825d.pth",
     "weights-inception-2015-12-05-6726825d.pth",
@@ -79,11 +80,17 @@ def evaluate_images(options: Any) -> None:
     statistics = M.read_statistics(options.real) if options.real else None
     if statistics is not None:
         M.check_statistics(metrics, statistics, str(options.real))
+    texts = read_prompts(options) if any(metric.of_texts for metric in metrics.values()) else []
     networks, pairing, files = load_networks(options, metrics)
     compares = options.real is not None and statistics is None
     real = real_images(str(options.real)) if compares else None
     images = generated_images(options)
     M.check_counts(metrics, images, real)
+    if texts and len(texts) != images.count:
+        raise InvalidArgumentError(
+            f"{options.prompts} has {len(texts)} lines, and {images.name} {images.count} images: clip-score "
+            "needs a text for each image, in the order of their names"
+        )
     findings = M.warnings_of(metrics, images, real)
 
     with feature_cache() as folder:
@@ -92,6 +99,8 @@ def evaluate_images(options: Any) -> None:
         known: dict[str, Any] = dict(statistics or {})
         if real is not None and any(metric.compares for metric in metrics.values()):
             known = all_features(real, networks, metrics, folder, options)
+        if texts:
+            known[TEXTS] = text_embeddings(options, texts)
         figures = {
             name: metric.compute(features[layer_key(metric)], known.get(real_key(metric, statistics)))
             for name, metric in metrics.items()
@@ -128,7 +137,7 @@ def chosen_metrics(options: Any) -> dict[str, Metric]:
     if lacking:
         raise InvalidArgumentError(
             f"{', '.join(lacking)} compares with real images: add --real, a folder of images, an .npz file "
-            "or a run folder (only `is` needs none)"
+            "or a run folder (only `is` and `clip-score` need none)"
         )
     return metrics
 
@@ -204,7 +213,7 @@ def image_encoder(name: str, folder: str | None) -> tuple[FeatureNetwork, dict[s
 
     published = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}[name]
     if not folder:
-        metric = {"dinov2": "fd-dinov2", "clip": "cmmd"}[name]
+        metric = {"dinov2": "fd-dinov2", "clip": "cmmd or clip-score"}[name]
         raise InvalidArgumentError(
             f"{metric} needs --{name} FOLDER, with config.json and model.safetensors: published figures have "
             f"{published}, in the layout of transformers"
@@ -233,6 +242,46 @@ def image_encoder(name: str, folder: str | None) -> tuple[FeatureNetwork, dict[s
         raise InvalidArgumentError(f"--{name} {folder} holds a {type(module).__name__}: give {published}")
     network = image_encoder_network(name, encode, params, sha256, prepare)
     return network, {"file": str(folder), "sha256": sha256}
+
+
+def read_prompts(options: Any) -> list[str]:
+    """The lines of the file of --prompts."""
+    from jaxldm.errors import DataError
+    from jaxldm.reading import read_bytes
+
+    if not options.prompts:
+        raise InvalidArgumentError("clip-score needs --prompts FILE: one text a line, for each image its own")
+    content = read_bytes(options.prompts, 2**28, "file of prompts", DataError)
+    try:
+        return content.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{options.prompts} is not a text file in UTF-8: {error.reason}") from error
+
+
+def text_embeddings(options: Any, texts: list[str]) -> Any:
+    """The embeddings of texts in CLIP's common space, [N, P]."""
+    import jax
+    import numpy as np
+
+    from jaxldm import checkpoints, models
+    from jaxldm.data import map_batches
+
+    module: Any
+    module, params = checkpoints.load(options.clip)
+    if not isinstance(module, models.CLIPModel):
+        raise InvalidArgumentError(
+            f"clip-score needs both towers of CLIP, and --clip {options.clip} holds a {type(module).__name__}"
+        )
+    length = module.config.text_config.max_position_embeddings
+    tokens = checkpoints.load_tokenizer(options.clip)(texts, max_length=length).input_ids
+    apply: Any = module.apply
+
+    @jax.jit
+    def encode(params: Any, tokens: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return apply({"params": params}, tokens, method="encode_text").text_embeds
+
+    return map_batches(lambda part: encode(params, part), np.asarray(tokens), options.batch_size)
 
 
 def is_run(path: str) -> bool:
@@ -294,6 +343,8 @@ def layer_key(metric: Metric) -> str:
 
 def real_key(metric: Metric, statistics: Any) -> str:
     """The same among those of the real images, or of their statistics."""
+    if metric.of_texts:
+        return TEXTS
     return layer_key(metric) if statistics is None else metric.layer
 
 

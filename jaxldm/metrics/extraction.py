@@ -139,7 +139,7 @@ def _compute(
 
 
 def _compiled(network: FeatureNetwork, layers: tuple[str, ...]) -> Callable[[Any], Layers]:
-    """The network with only these layers, its batches split over all devices."""
+    """The network with only these layers, in full float32, its batches split over all devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     spec = jax.sharding.PartitionSpec
     whole, split = (jax.sharding.NamedSharding(mesh, part) for part in (spec(), spec("data")))
@@ -147,7 +147,8 @@ def _compiled(network: FeatureNetwork, layers: tuple[str, ...]) -> Callable[[Any
 
     @jax.jit
     def run(params: Any, x: Array) -> dict[str, Array]:
-        found = network.apply(params, x)
+        with jax.default_matmul_precision("highest"):  # else 19 or 16 bits where the device has them
+            found = network.apply(params, x)
         return {layer: found[layer] for layer in layers}
 
     return lambda x: run(params, jax.device_put(x, split))

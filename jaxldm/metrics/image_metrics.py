@@ -37,6 +37,7 @@ class Metric(NamedTuple):
         from_statistics: whether a mean and a covariance are enough for the real ones.
         best: what is better, for the table.
         paired: whether each image is compared with the real one at its place.
+        of_texts: whether `compute` takes the embeddings of the images' texts in place of real features.
     """
 
     network: str
@@ -47,6 +48,7 @@ class Metric(NamedTuple):
     from_statistics: bool = False
     best: str = "lower"
     paired: bool = False
+    of_texts: bool = False
 
 
 def _frechet(name: str) -> Callable[[Any, Any], Figures]:
@@ -83,6 +85,13 @@ def _paired(distances: Any, real: Any) -> Figures:
     return {"lpips": float(distances.mean()), "lpips_std": float(distances.std())}
 
 
+def _clip_score(embeddings: Any, texts: Any) -> Figures:
+    """100 max(cos, 0) of each image and its own text, averaged (Hessel et al. 2021)."""
+    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.asarray(embeddings), texts))
+    scores = 100 * np.maximum((images * texts).sum(axis=1), 0)
+    return {"clip-score": float(scores.mean()), "clip-score_std": float(scores.std())}
+
+
 METRICS: dict[str, Metric] = {
     "fid": Metric("inception", "pool", 2, _frechet("fid"), from_statistics=True),
     "sfid": Metric("inception", "spatial", 2, _frechet("sfid"), from_statistics=True),
@@ -92,6 +101,7 @@ METRICS: dict[str, Metric] = {
     "mind": Metric("inception", "pool", 2, lambda a, b: {"mind": sliced_wasserstein(a, b)}),
     "fd-dinov2": Metric("dinov2", "embedding", 2, _frechet("fd-dinov2")),
     "cmmd": Metric("clip", "embedding", 2, lambda a, b: {"cmmd": clip_mmd(a, b)}),
+    "clip-score": Metric("clip", "embedding", 1, _clip_score, compares=False, best="higher", of_texts=True),
     "lpips": Metric("lpips", "pairs", 1, _paired, paired=True),
 }
 

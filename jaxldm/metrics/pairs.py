@@ -44,7 +44,12 @@ def pair_distances(
             f"{images.size[1]}x{images.size[0]}, {real.name} {real.count} of {real.size[1]}x{real.size[0]}"
         )
     batch_size = min(batch_size, images.count)
-    compiled = jax.jit(distance)
+
+    @jax.jit
+    def compiled(params: Any, x: Array, y: Array) -> Array:
+        with jax.default_matmul_precision("highest"):  # else 19 or 16 bits where the device has them
+            return distance(params, x, y)
+
     found = []
     for x, y in zip(images.batches(batch_size), real.batches(batch_size), strict=True):
         fill = [(0, batch_size - len(x)), (0, 0), (0, 0), (0, 0)]

@@ -1,6 +1,7 @@
 """`jaxldm eval IMAGES --metrics`, with a small network in place of Inception."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -160,3 +161,37 @@ def test_image_encoders_come_from_folders(capsys, folders, monkeypatch, tmp_path
     assert len({entry["sha256"] for entry in report["weights"].values()}) == 2
     line = complaint(capsys, *words[:4], "--metrics", "cmmd", "--clip", tmp_path / "dinov2")
     assert "holds a Dinov2Model" in line
+
+
+def test_the_clip_score_of_images_and_their_texts(capsys, folders, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setenv(eval_images.FEATURE_CACHE, "off")
+    drawn, x = folders[0]
+    tower = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = models.CLIPTextConfig(vocab_size=573, max_position_embeddings=12, eos_token_id=572, **tower)
+    vision = models.CLIPVisionConfig(image_size=28, patch_size=14, **tower)
+    config = models.CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)
+    module = models.from_config(config)
+    checkpoints.save(tmp_path / "clip", module, models.init(module, jax.random.key(0)))
+
+    def tokenizer(texts, max_length):
+        """The first token, the letters' numbers, the last one, as CLIP's has them."""
+        letters = [[570, *text.encode()[-5:], *[572] * 4] for text in texts]
+        return types.SimpleNamespace(input_ids=np.array(letters)[:, :max_length])
+
+    monkeypatch.setattr(checkpoints, "load_tokenizer", lambda folder: tokenizer)
+    texts = [f"picture {number:02}" for number in range(len(x))]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(texts) + "\n")
+    words = ["eval", drawn, "--metrics", "clip-score", "--clip", tmp_path / "clip", "--prompts", prompts]
+    code, _, err = run(capsys, *words, "--json", tmp_path / "o.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "o.json").read_text())["metrics"]["clip-score"]["clip-score"]
+    module, params = checkpoints.load(tmp_path / "clip")
+    pixels = models.clip_pixel_values(x, 28)
+    logits = jax.jit(module.apply)({"params": params}, tokenizer(texts, 12).input_ids, pixels)
+    cosines = np.asarray(logits) / np.exp(np.asarray(params["logit_scale"]))
+    np.testing.assert_allclose(found, metrics.clip_score(cosines, range(len(x))), rtol=1e-3, atol=1e-3)
+    prompts.write_text("one\ntwo\n")
+    assert "has 2 lines" in complaint(capsys, *words)
+    assert "--prompts FILE" in complaint(capsys, *words[:-2])

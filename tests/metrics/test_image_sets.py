@@ -1,5 +1,6 @@
 """Folders and files of images read batch by batch, and the features of a pass kept on disk."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -136,6 +137,22 @@ def test_other_weights_and_other_images_are_computed_again(tmp_path):
     extract(array_set(pixels(3, seed=1), "x"), first.network, ["mean"], tmp_path)
     assert second.seen > 0 and first.seen == 2 * second.seen
     assert len(list(tmp_path.rglob("*.npy"))) == 3
+
+
+def test_networks_are_computed_in_full_float32(tmp_path):
+    """Accelerators round the factors of products to 19 or 16 bits unless told otherwise."""
+    precisions = []
+
+    def apply(params, *images):
+        precisions.append(str(jax.make_jaxpr(lambda x: x @ x.T)(images[0][:, 0, 0])))
+        mean = images[0].mean((1, 2, 3))
+        return mean if len(images) == 2 else {"mean": mean[:, None]}
+
+    network = Counting().network._replace(apply=apply)
+    source = array_set(pixels(3), "x")
+    extract(source, network, ["mean"], tmp_path)
+    pair_distances(source, source, apply, None)
+    assert len(precisions) == 2 and all("HIGHEST" in text for text in precisions)
 
 
 def test_a_pass_that_fails_leaves_nothing_behind(tmp_path):
