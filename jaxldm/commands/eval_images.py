@@ -49,7 +49,7 @@ INCEPTION_FILES = (
 
 def is_asked(options: Any) -> bool:
     """Whether the options are those of this kind of evaluation, and not of a run by its own classifier."""
-    names = ("real", "metrics", "inception", "dinov2", "clip", "lpips", "json")
+    names = ("real", "metrics", "inception", "dinov2", "clip", "prompts", "lpips", "json")
     return any(getattr(options, name) for name in names) or holds_images(Path(options.folder))
 
 
@@ -151,6 +151,8 @@ def check_effects(options: Any, metrics: Mapping[str, Metric]) -> None:
     others = {"inception", "dinov2", "clip", "lpips"} - used
     for name in sorted(changed & (others | ({"resize"} if "inception" in others else set()))):
         raise InvalidArgumentError(f"--{name} has no effect on {', '.join(metrics)}: leave it out")
+    if "prompts" in changed and not any(metric.of_texts for metric in metrics.values()):
+        raise InvalidArgumentError(f"--prompts has no effect on {', '.join(metrics)}: leave it out")
     if "output_dir" in changed:
         raise InvalidArgumentError("--output-dir has no effect with --metrics: give --json OUT.json")
     for name in sorted(changed & OF_SAMPLING) if not is_run(options.folder) else ():
@@ -253,9 +255,12 @@ def read_prompts(options: Any) -> list[str]:
         raise InvalidArgumentError("clip-score needs --prompts FILE: one text a line, for each image its own")
     content = read_bytes(options.prompts, 2**28, "file of prompts", DataError)
     try:
-        return content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{options.prompts} is not a text file in UTF-8: {error.reason}") from error
+    if not lines:
+        raise DataError(f"{options.prompts} is empty: give one text a line, for each image its own")
+    return lines
 
 
 def text_embeddings(options: Any, texts: list[str]) -> Any:

@@ -108,6 +108,7 @@ def test_an_npz_file_of_images_and_one_of_statistics(capsys, folders, tmp_path):
         ([], "add --real"),
         (["--metrics", "fdi", "--real", "{real}"], "did you mean 'fid'?"),
         (["--resize", "tf2", "--real", "{real}"], "resize variant"),
+        (["--prompts", "x", "--real", "{real}"], "--prompts has no effect on fid, kid, prdc"),
         (["--batch-size", "0", "--real", "{real}"], "batch_size must be 1 or more"),
         (["--real", "{real}/absent"], "there are no images"),
         (["--real", "{real}", "--json", "{real}"], "is a folder"),
