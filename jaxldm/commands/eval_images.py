@@ -31,7 +31,6 @@ OF_SAMPLING = {
     "solver",
     "spacing",
     "sigmas",
-    "devices",
 }
 WEIGHTS = "JAXLDM_WEIGHTS"  # an environment variable: a folder with files of weights
 FEATURE_CACHE = "JAXLDM_FEATURE_CACHE"  # an environment variable: a folder, or "off"
@@ -363,6 +362,7 @@ def all_features(
     """The features of all layers that the metrics take, in one pass for each network."""
     from tqdm import tqdm
 
+    from jaxldm.commands.options import first_devices
     from jaxldm.metrics.extraction import extract
 
     features = {}
@@ -374,7 +374,13 @@ def all_features(
                    dynamic_ncols=True, disable=disable)  # fmt: skip
         with bar:
             found = extract(
-                images, network, layers, folder, batch_size=options.batch_size, progress=bar.update
+                images,
+                network,
+                layers,
+                folder,
+                batch_size=options.batch_size,
+                devices=first_devices(options.devices),
+                progress=bar.update,
             )
         features |= {f"{name}/{layer}": array for layer, array in found.items()}
     return features

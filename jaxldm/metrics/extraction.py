@@ -72,6 +72,7 @@ def extract(
     folder: Path,
     *,
     batch_size: int = 32,
+    devices: Sequence[Any] | None = None,
     progress: Callable[[int], Any] = lambda number: None,
 ) -> dict[str, Float[np.ndarray, "N D"]]:
     """Return {layer: features [N, D]} as arrays in files, computed unless the folder has them.
@@ -85,6 +86,7 @@ def extract(
         layers: names in `network.layers`.
         folder: of the cache: a file for each set, network and layer.
         batch_size: images at once.
+        devices: of JAX; None: all.
         progress: called with the number of images that are done.
 
     Raises:
@@ -98,7 +100,8 @@ def extract(
     if missing:
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
-            _compute(images, network, {layer: files[layer] for layer in missing}, batch_size, progress)
+            wanted = {layer: files[layer] for layer in missing}
+            _compute(images, network, wanted, batch_size, devices or jax.devices(), progress)
     return {layer: np.load(file, mmap_mode="r") for layer, file in files.items()}
 
 
@@ -107,14 +110,14 @@ def _compute(
     network: FeatureNetwork,
     files: Mapping[str, Path],
     batch_size: int,
+    devices: Sequence[Any],
     progress: Callable[[int], Any],
 ) -> None:
     """Fill the files; each has its name only when it is whole."""
     mine = f".{os.getpid()}.{threading.get_ident()}.tmp"
     temporary = {layer: file.with_name(file.name + mine) for layer, file in files.items()}
-    run = _compiled(network, tuple(files))
-    devices = jax.device_count()
-    batch_size = -(-min(batch_size, images.count) // devices) * devices
+    run = _compiled(network, tuple(files), devices)
+    batch_size = -(-min(batch_size, images.count) // len(devices)) * len(devices)
     written: dict[str, np.ndarray] = {}
     done = 0
     try:
@@ -138,9 +141,11 @@ def _compute(
             file.unlink(missing_ok=True)
 
 
-def _compiled(network: FeatureNetwork, layers: tuple[str, ...]) -> Callable[[Any], Layers]:
-    """The network with only these layers, in full float32, its batches split over all devices."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+def _compiled(
+    network: FeatureNetwork, layers: tuple[str, ...], devices: Sequence[Any]
+) -> Callable[[Any], Layers]:
+    """The network with only these layers, in full float32, its batches split over the devices."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     spec = jax.sharding.PartitionSpec
     whole, split = (jax.sharding.NamedSharding(mesh, part) for part in (spec(), spec("data")))
     params = jax.device_put(network.params, whole)

@@ -151,7 +151,7 @@ def test_image_encoders_come_from_folders(capsys, folders, monkeypatch, tmp_path
         module = models.from_config(config)
         checkpoints.save(tmp_path / name, module, models.init(module, jax.random.key(0)))
     names = ["--metrics", "fd-dinov2", "cmmd", "--dinov2", tmp_path / "dinov2", "--clip", tmp_path / "clip"]
-    words = ["eval", drawn, "--real", real, *names, "--json", tmp_path / "o.json"]
+    words = ["eval", drawn, "--real", real, *names, "--json", tmp_path / "o.json", "--devices", 1]
     code, _, err = run(capsys, *words)
     assert code == 0, err
     report = json.loads((tmp_path / "o.json").read_text())
@@ -185,7 +185,7 @@ def test_the_clip_score_of_images_and_their_texts(capsys, folders, monkeypatch, 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(texts) + "\n")
     words = ["eval", drawn, "--metrics", "clip-score", "--clip", tmp_path / "clip", "--prompts", prompts]
-    code, _, err = run(capsys, *words, "--json", tmp_path / "o.json")
+    code, _, err = run(capsys, *words, "--json", tmp_path / "o.json", "--devices", 1)
     assert code == 0, err
     found = json.loads((tmp_path / "o.json").read_text())["metrics"]["clip-score"]["clip-score"]
     module, params = checkpoints.load(tmp_path / "clip")
