@@ -127,11 +127,11 @@ def family_of(folder: str | Path, family: Family | str | None = None) -> Family:
         return families.find(family)
     name, known = _class_name(read_json(Path(folder) / INDEX_FILE), Path(folder)), families.class_names()
     if name not in known:
-        near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.8)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.9)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise CheckpointError(
             f"{folder} is a pipeline of an unknown class, {shown(name)}; known: {', '.join(WELL_KNOWN)} and "
-            f"{len(known) - len(WELL_KNOWN)} others. {hint}For one of your own give its family: family= in "
+            f"{len(known) - len(WELL_KNOWN)} others{hint} For one of your own give its family: family= in "
             "Python, --family package.module:FAMILY on the command line"
         )
     return families.find(name)
