@@ -17,7 +17,7 @@ from typing import Any
 from jaxldm.errors import CheckpointError, JaxldmError
 
 MAX_JSON_BYTES = 32 * 2**20  # the largest published ones, vocabularies and indices of shards, have a few
-MAX_MESSAGE = 360  # characters of an error's line, without the path
+MAX_MESSAGE = 330  # characters of an error's line, without the path
 _MAX_DIGITS = 100  # of a whole number in JSON
 
 

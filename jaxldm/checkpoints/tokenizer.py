@@ -76,7 +76,7 @@ class Tokenizer:
     @property
     def largest_token(self) -> int:
         """The largest number that a text can have in it."""
-        return max(self.backend.get_vocab(True).values(), default=0)
+        return _largest_token(self.backend)
 
     def save(self, folder: Path | str) -> None:
         """Writes the files that the tokenizer was read from, and tokenizer.json.
@@ -210,11 +210,19 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
     pad = backend.token_to_id(_content(special["pad_token"] or ""))
     if pad is None:
         raise CheckpointError(f"its vocabulary has no {_content(special['pad_token'] or '')!r} to pad with")
+    largest = _largest_token(backend)
+    if largest > 2**31 - 2:
+        raise CheckpointError(f"its vocabulary has a token of number {largest}, which is no number of int32")
     if "tokenizer_config.json" not in files:
         written = {key: _content(token) for key, token in special.items() if token}
         written |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
         files = files | {"tokenizer_config.json": json.dumps(written, indent=2).encode()}
     return Tokenizer(int(longest), pad, backend, files)
+
+
+def _largest_token(backend: Any) -> int:
+    """Of the vocabulary, and of the tokens at both ends, whose numbers a template has for itself."""
+    return max((*backend.get_vocab(True).values(), *backend.encode("").ids), default=0)
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict:

@@ -225,7 +225,12 @@ def _load(file: IO[bytes]) -> Any:
     A number of a few digits in a pickle can make the unpickler fill the memory with an empty table.
     """
     start = file.tell()
-    for opcode, value, _ in pickletools.genops(file):
+    end_of_frame = 0
+    for opcode, value, place in pickletools.genops(file):
+        if opcode.name == "FRAME":  # the unpickler would go on elsewhere than this look
+            if (place or 0) < end_of_frame:
+                raise ValueError("a frame within another in its pickle")
+            end_of_frame = (place or 0) + 9 + int(value or 0)
         if opcode.name in _UNKNOWN_OPCODES:
             raise ValueError(f"the instruction {opcode.name} in its pickle")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > 100 * _MOST_TENSORS:
