@@ -43,7 +43,7 @@ settings.load_profile("jaxldm")
 
 MEMORY_LIMIT = 1.2e9  # bytes
 # Folders whose tests run with annotations checked.
-CHECKED = ("nn", "models", "diffusion", "schedulers", "metrics", "data")
+CHECKED = ("nn", "models", "diffusion", "schedulers", "metrics", "data", "checkpoints")
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def x64():
 @pytest.fixture(autouse=True)
 def checked_annotations(request):
     """Check annotations in the folders `CHECKED`, but not in tests marked `unchecked`."""
-    folder = request.path.parent.relative_to(pathlib.Path(__file__).parent).as_posix()
+    folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
     with annotations.checking(folder in CHECKED and "unchecked" not in request.keywords):
         yield
 

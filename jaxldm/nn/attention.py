@@ -46,7 +46,7 @@ def dot_product_attention(
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
     chex.assert_equal_shape([query, key], dims=(0, 2, 3))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
     if return_weights or jax.default_backend() == "cpu":
         out, weights = explicit_attention(query, key, value, scale, bias, mask)
         return (out, weights) if return_weights else out

@@ -88,6 +88,7 @@ def test_annealing_rises_in_a_straight_line_and_stays(beta, warmup, step):
     np.testing.assert_allclose(annealed_beta(beta, warmup, step), expected, rtol=1e-5)
 
 
+@pytest.mark.unchecked  # a stub of a network
 def test_the_recipe_reaches_the_loss():
     """Bound, weight and annealing at a given step, on a stand-in network."""
 

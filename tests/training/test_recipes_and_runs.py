@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxldm import diffusion as D
+from jaxldm.data import Dataset
 from jaxldm.errors import (
     CheckpointError,
     DataError,
@@ -24,6 +25,8 @@ SMOKE = RECIPES["smoke"]
 
 class Digits:
     """As much of a data set as the checks ask for."""
+
+    __class__ = Dataset  # to `isinstance`
 
     name, image_shape, num_classes, class_names = "mnist5k", (28, 28, 1), 10, tuple("0123456789")
 

@@ -313,9 +313,7 @@ def original_shapes(part, config):
     kind = getattr(transformers if config.library == "transformers" else diffusers, models.class_name(config))
     with torch.device("meta"):
         model = kind(transformers.CLIPTextConfig(**entries)) if "hidden_act" in entries else kind(**entries)
-    tensors = {
-        name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in published_shapes(model).items()
-    }
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in published_shapes(model).items()}
     return {name: tensor.shape for name, tensor in to_original(tensors, part.table(config)).items()}
 
 
