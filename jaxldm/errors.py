@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 MAX_CHOICES, MAX_LISTED = 40, 300  # a list of more names, or of more characters, is shown in part
-MAX_GIVEN = 80  # characters of what was given, in a message
+MAX_SHOWN = 60  # characters of a value that was given
 
 
 class JaxldmError(Exception):
@@ -21,8 +21,7 @@ class UnknownNameError(JaxldmError, KeyError):
     """There is no solver, preset, dataset, spacing, ... of that name."""
 
     def __init__(self, kind: str, given: object, choices: Iterable[str], otherwise: str = ""):
-        choices, text, shown = list(choices), str(given)[:MAX_GIVEN], repr(given)
-        shown = shown if len(shown) <= MAX_GIVEN else f"{shown[: MAX_GIVEN - 4]} ..."
+        choices, text = list(choices), shown(given).strip("'")
         near = difflib.get_close_matches(text, choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(choices)
@@ -30,7 +29,7 @@ class UnknownNameError(JaxldmError, KeyError):
             similar = difflib.get_close_matches(text, choices, n=8, cutoff=0.3)
             listed = f"{len(choices)} names, such as {', '.join(similar or choices[:8])}"
         listed += f", or {otherwise}" if otherwise else ""
-        super().__init__(f"unknown {kind} {shown}: choose one of {listed}{hint}")
+        super().__init__(f"unknown {kind} {shown(given)}: choose one of {listed}{hint}")
 
     def __str__(self) -> str:  # KeyError would print the repr, quotes included
         return str(self.args[0])
@@ -63,9 +62,28 @@ class MissingDependencyError(JaxldmError, ImportError):
         super().__init__(f"{purpose} needs the package {package!r}: type  pip install 'jaxldm[{extra}]'")
 
 
+def shown(value: object) -> str:
+    """A value for a message: one short line, whatever it is.
+
+    >>> shown("a" * 100), shown([1, 2])
+    ("'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", '[1, 2]')
+    """
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if dtype is not None and isinstance(shape, tuple) and shape:
+        return f"an array {list(shape)} of {dtype}"
+    name = getattr(value, "__name__", None)
+    if isinstance(name, str) and callable(value):
+        return f"the {'class' if isinstance(value, type) else 'function'} {name}"
+    try:
+        line = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 (a repr of other people's, or more digits than Python prints)
+        return f"a value of type {type(value).__name__}"
+    return line if len(line) <= MAX_SHOWN else line[: MAX_SHOWN - 3] + "..."
+
+
 def one_of(kind: str, given: str, choices: Iterable[str]) -> str:
     """Returns `given` when it is one of `choices`, raises `UnknownNameError` otherwise."""
     choices = list(choices)
-    if given not in choices:
+    if not isinstance(given, str) or given not in choices:
         raise UnknownNameError(kind, given, choices)
     return given

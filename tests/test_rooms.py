@@ -13,9 +13,10 @@ import jaxldm
 
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
-GROUND_FLOOR = {"errors", "exact", "reading", "entries", "files", "host", "memory"}
+GROUND_FLOOR = {"errors", "arguments", "exact", "reading", "entries", "files", "host", "memory"}
 MAY_IMPORT = {
     "errors": set(),
+    "arguments": {"errors"},
     "exact": set(),
     "reading": {"errors"},
     "entries": {"errors", "reading"},

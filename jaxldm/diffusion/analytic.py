@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real, ScalarLike
 
+from jaxldm.arguments import array, check_broadcast, checked
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.paths import Path, per_image
+from jaxldm.diffusion.paths import A_PATH, Path, per_image
+from jaxldm.errors import InvalidArgumentError
 
 
+@checked(path=A_PATH, mean=array(), std=array())
 def gaussian_denoiser(
     path: Path, mean: Float[ArrayLike, " ..."] = 0.0, std: Float[ArrayLike, " ..."] = 1.0
 ) -> Denoiser:
@@ -37,6 +40,14 @@ def gaussian_denoiser(
     return Denoiser(function, path)
 
 
+@checked(
+    path=A_PATH,
+    mean=array(),
+    std=array(),
+    x=array("floating", axes=(1, 64)),
+    t_start=array(),
+    t_end=array(),
+)
 def gaussian_solution(
     path: Path,
     mean: Float[ArrayLike, " ..."],
@@ -50,12 +61,22 @@ def gaussian_solution(
     (x_t - alpha m) / sqrt(alpha^2 s^2 + sigma^2) stays constant along the ODE, because x_t is Gaussian with
     that mean and standard deviation at every t (Song et al. 2021, equation 13, for a linear score).
     """
+    check_broadcast(mean=mean, x=x[:1])
+    check_broadcast(std=std, x=x[:1])
     m, s = _per_pixel(mean, x), _per_pixel(std, x)
+    check_broadcast(t_start=t_start, x=x)
+    check_broadcast(t_end=t_end, x=x)
     start, end = ([jnp.asarray(of(t), x.dtype) for of in (path.alpha, path.sigma)] for t in (t_start, t_end))
     std_start, std_end = (jnp.sqrt(alpha**2 * s**2 + sigma**2) for alpha, sigma in (start, end))
     return end[0] * m + std_end / std_start * (x - start[0] * m)
 
 
+@checked(
+    path=A_PATH,
+    weights=array(shape="[K]", axes=1),
+    means=array(shape="[K, ...]", axes=(1, 64)),
+    stds=array(shape="[K]", axes=1),
+)
 def gaussian_mixture_denoiser(
     path: Path,
     weights: Sequence[float] | Float[Array, " K"],
@@ -87,6 +108,14 @@ def gaussian_mixture_denoiser(
     return Denoiser(function, path)
 
 
+@checked(
+    path=A_PATH,
+    weights=array(shape="[K]", axes=1),
+    means=array(shape="[K, ...]", axes=(1, 64)),
+    stds=array(shape="[K]", axes=1),
+    x=array("floating", axes=(1, 64)),
+    t=array(),
+)
 def gaussian_mixture_log_density(
     path: Path,
     weights: Sequence[float] | Float[Array, " K"],
@@ -105,6 +134,12 @@ def gaussian_mixture_log_density(
 def _components(path, weights, means, stds, x, t):
     """log(w_k p_k(x_t)) [K, B], the centres [K, ...] and the variances alpha^2 s_k^2 + sigma^2 [K, B]."""
     weights, centres, stds = (jnp.asarray(value, x.dtype) for value in (weights, means, stds))
+    if not len(weights) == len(centres) == len(stds) or x.shape[0] == 0:
+        raise InvalidArgumentError(
+            f"weights, means and stds must be as many, and x not empty, got {len(weights)}, {len(centres)}, "
+            f"{len(stds)} and {x.shape[0]}"
+        )
+    check_broadcast(means=centres[:1], x=x[:1])
     alpha, sigma = path.alpha(t), path.sigma(t)
     dimension = x[0].size
 

@@ -1,4 +1,4 @@
-"""What `sample` refuses before anything is compiled, in one line each."""
+"""What `sample` refuses before anything is compiled, besides wrong types."""
 
 from __future__ import annotations
 
@@ -16,34 +16,11 @@ from jaxldm.errors import InvalidArgumentError
 _MOST_OFF_PATH = 0.1
 
 
-def check_sampling(denoise: Any, solver: Any, grid: Any, shape: tuple[int, ...]) -> None:
-    """Raises `InvalidArgumentError` for what cannot be sampled with: see `sample`."""
-    check_solver(solver)
-    if not isinstance(grid, Grid):
-        raise InvalidArgumentError(f"grid must be a Grid, got {grid!r}: write D.make_grid(path, 50)")
-    if not callable(denoise):
-        raise InvalidArgumentError(
-            f"denoise must be a function (x, t) -> x_0, got {denoise!r}: D.denoiser(...)"
-        )
-    check_channels_last(shape)
-    check_path_of_grid(getattr(denoise, "path", None), grid)
-
-
-def check_solver(solver: Any) -> None:
-    """Raises `InvalidArgumentError` for a name and for a function that makes solvers."""
-    if isinstance(solver, str):
-        raise InvalidArgumentError(
-            f"solver must be a Solver, got the name {solver!r}: write D.solvers.make({solver!r})"
-        )
-    if not (hasattr(solver, "init") and hasattr(solver, "step")):
-        name = getattr(solver, "__name__", None)
-        hint = f"the function {name}: write {name}()" if callable(solver) and name else f"{solver!r}"
-        raise InvalidArgumentError(f"solver must be a Solver, got {hint}")
-
-
 def check_channels_last(shape: tuple[int, ...]) -> None:
-    """Raises `InvalidArgumentError` for [B, C, H, W] with 1, 3, 4 or 16 channels of square images."""
-    if len(shape) == 4 and shape[1] in (1, 3, 4, 16) and shape[2] == shape[3] > 16:
+    """Raises `InvalidArgumentError` for what looks like [B, C, H, W]."""
+    square = len(shape) == 4 and shape[1] in (1, 3, 4, 16) and shape[2] == shape[3] > 16
+    oblong = len(shape) == 4 and shape[1] in (3, 4) and min(shape[2:]) > 16
+    if square or oblong:
         raise InvalidArgumentError(
             f"images must be [B, H, W, C], got shape {shape}, which looks like [B, C, H, W]: "
             "write jnp.moveaxis(x, 1, -1)"

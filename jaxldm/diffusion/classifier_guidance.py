@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxldm.arguments import checked, function
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.guidance import GuidanceScale, checked, scale_at
+from jaxldm.diffusion.guidance import GuidanceScale, check_scale, scale_at
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.solvers.solver import divide, path_of
 from jaxldm.diffusion.thresholding import change_x0
 
 
+@checked(log_probability=function("(x, t) -> log p(c | x)"))
 def classifier_guidance(
     denoise: Denoiser, log_probability: Callable[[Any, Any], Any], guidance_scale: GuidanceScale
 ) -> Denoiser:
@@ -44,7 +46,7 @@ def classifier_guidance(
     """
     path = path_of(denoise, "classifier_guidance")
     if not callable(guidance_scale):
-        guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+        guidance_scale = check_scale("guidance_scale", guidance_scale, np.inf)
 
     def guided(x_0, x, t):
         w = scale_at(guidance_scale, t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxldm.arguments import checked, number
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.solvers.solver import path_of
@@ -9,6 +10,7 @@ from jaxldm.diffusion.thresholding import change_x0
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(timestep_scaling=number(), sigma_data=number())
 def consistency_function(
     denoise: Denoiser, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> Denoiser:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Real
 
+from jaxldm.arguments import checked
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.paths import Path, host_or_device, per_image
+from jaxldm.diffusion.paths import A_PATH, Path, host_or_device, per_image
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(from_path=A_PATH, to_path=A_PATH)
 def convert_time(
     t: Real[Any, " *shape"] | float, from_path: Path, to_path: Path
 ) -> tuple[Float[Any, " *shape"], Float[Any, " *shape"]]:
@@ -44,6 +46,7 @@ def convert_time(
     return t_to, xp.sqrt(alpha_to**2 + sigma_to**2) / xp.sqrt(alpha**2 + sigma**2)
 
 
+@checked(path=A_PATH)
 def on_path(denoise: Denoiser, path: Path) -> Denoiser:
     """The same network, sampled on another path than the one it was trained on.
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm.diffusion.paths import Path, as_floats, safe_sqrt
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.arguments import check_fields, number
+from jaxldm.diffusion.paths import Path, safe_sqrt
 
 LEAST_ALPHAS_CUMPROD = 1e-4  # at the noisy end, where epsilon prediction would be undefined at 0
 MOST_ALPHAS_CUMPROD = 0.9999  # at the cleanest row of the published sampler
@@ -37,11 +37,7 @@ class Cosine(Path):
     name = "cosine"
 
     def __post_init__(self):
-        as_floats(self)
-        if not (0 < self.offset < np.inf and 0 < self.scaler < np.inf):
-            raise InvalidArgumentError(
-                f"Cosine needs offset > 0 and scaler > 0, got offset={self.offset}, scaler={self.scaler}"
-            )
+        check_fields(self, offset=number(above=0), scaler=number(above=0))
 
     @property
     def t_min(self) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxldm.diffusion.grids import Grid, cut
-from jaxldm.diffusion.paths import Path
+from jaxldm.arguments import checked, flag, number
+from jaxldm.diffusion.grids import A_GRID, Grid, cut
+from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import as_typed, ceil_product, floor_product
 
 
+@checked(grid=A_GRID, strength=number(above=0, high=1), round_up=flag)
 def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> Grid:
     """Image-to-image: the last int(N strength) of N steps; strength 1 is the whole grid.
 
@@ -28,8 +30,6 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
     >>> D.cut_by_strength(D.make_grid(D.Flow(), 4), 0.5).t
     array([0.5 , 0.25, 0.  ], dtype=float32)
     """
-    if not 0 < strength <= 1:
-        raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
     steps = len(grid.t) - 1
     kept = ceil_product(steps, strength) if round_up else floor_product(steps, strength)
     if kept < 1:
@@ -39,6 +39,7 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
     return cut(grid, steps - kept)
 
 
+@checked(grid=A_GRID, snr=number(above=0))
 def split_at_snr(grid: Grid, snr: float) -> tuple[Grid, Grid]:
     """(noisy part, clean part), split at the first row whose alpha^2 / sigma^2 is at least `snr`.
 
@@ -53,12 +54,11 @@ def split_at_snr(grid: Grid, snr: float) -> tuple[Grid, Grid]:
     >>> noisy.t, clean.t
     (array([1.  , 0.75, 0.5 ], dtype=float32), array([0.5 , 0.25, 0.  ], dtype=float32))
     """
-    if not snr > 0:
-        raise InvalidArgumentError(f"snr must be a positive number, not {snr}")
     alpha, sigma = (np.asarray(column, np.float64) for column in (grid.alpha, grid.sigma))
     return _split(grid, int((alpha**2 < snr * sigma**2).sum()), f"snr={snr:g}")
 
 
+@checked(grid=A_GRID, path=A_PATH, fraction=number(above=0, below=1))
 def split_at_fraction(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Grid]:
     """(base model's part, refiner's part): the base removes `fraction` of the noise, from the noisy end.
 
@@ -81,8 +81,6 @@ def split_at_fraction(grid: Grid, path: Path, fraction: float) -> tuple[Grid, Gr
     >>> len(base.t) - 1, len(refiner.t) - 1
     (40, 10)
     """
-    if not 0 < fraction < 1:
-        raise InvalidArgumentError(f"fraction must lie between 0 and 1, not {fraction}")
     if path.num_train_timesteps is None:
         start = max(path.t_clean, 0.0)
         last = path.t_noisy - fraction * (path.t_noisy - start)

@@ -9,8 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from jaxldm.diffusion.paths import Path
-from jaxldm.diffusion.predictions import Prediction
+from jaxldm.arguments import check_fields, checked, flag, function
+from jaxldm.diffusion.paths import A_PATH, Path
+from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -32,6 +33,9 @@ class Denoiser:
     path: Path
     with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
+    def __post_init__(self):
+        check_fields(self, function=function("(x, t) -> x_0"), path=A_PATH)
+
     def __call__(
         self, x: Float[Array, "B ..."], t: Real[ArrayLike, ""] | Real[Array, " B"]
     ) -> Float[Array, "B ..."]:
@@ -42,6 +46,10 @@ class Denoiser:
         return x_0.astype(x.dtype)  # a network may answer in bfloat16
 
 
+A_DENOISER = function("(x, t) -> x_0, such as D.denoiser(network, prediction)")
+
+
+@checked(network=function("(x, t) -> output"), prediction=A_PREDICTION, learned_variance=flag)
 def denoiser(
     network: Callable[[Any, Any], Any], prediction: Prediction, *, learned_variance: bool = False
 ) -> Denoiser:
@@ -62,7 +70,6 @@ def denoiser(
     >>> from jaxldm import diffusion as D
     >>> denoise = D.denoiser(lambda x, t: x, D.flow(D.Flow()))
     """
-    check_is_prediction(prediction)
 
     def call(x, t):
         output = network(*prediction.precondition(x, t))
@@ -76,15 +83,6 @@ def denoiser(
     if learned_variance:
         return Denoiser(lambda x, t: with_variance(x, t)[0], prediction.path, with_variance)
     return Denoiser(lambda x, t: prediction.to_x0(call(x, t), x, t), prediction.path)
-
-
-def check_is_prediction(prediction: Any) -> None:
-    """Raises `InvalidArgumentError` for a name or a path where a `Prediction` is needed."""
-    if not isinstance(prediction, Prediction):
-        raise InvalidArgumentError(
-            f"a prediction is needed, such as D.epsilon(path) or D.prediction('epsilon', path), got "
-            f"{prediction!r}"
-        )
 
 
 def check_output_shape(output: Any, x: Any, learned_variance: bool = False) -> None:

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
+from jaxldm.arguments import checked, instance
 from jaxldm.diffusion.betas import rescale_zero_terminal_snr
 from jaxldm.diffusion.cosine import Cosine
 from jaxldm.diffusion.interpolants import Interpolant
-from jaxldm.diffusion.paths import EDM, VP, ContinuousVP, Path
-from jaxldm.diffusion.predictions import Prediction, edm, prediction
+from jaxldm.diffusion.paths import A_PATH, EDM, VP, ContinuousVP, Path
+from jaxldm.diffusion.predictions import A_PREDICTION, Prediction, edm, prediction
 from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.entries import Bounds, checked_entries, field_types
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.reading import reason
 
 MAX_TIMESTEPS = 100_000  # of betas by name, in a file
 # Name in files -> class. A path of your own is named "package.module:Class".
@@ -27,7 +29,10 @@ PATHS: dict[str, type[Path]] = {
     "cosine": Cosine,
 }
 
+ENTRIES = instance(Mapping, "a dictionary such as {'type': 'flow'}")
 
+
+@checked(path=A_PATH)
 def path_to_dict(path: Path) -> dict[str, Any]:
     """A path as JSON has it: "type", the name of its class, and its fields; `VP` with the names of its betas.
 
@@ -52,6 +57,7 @@ def path_to_dict(path: Path) -> dict[str, Any]:
     }
 
 
+@checked(entries=ENTRIES)
 def path_from_dict(entries: Mapping[str, Any]) -> Path:
     """The inverse of `path_to_dict`; what is left out has its default.
 
@@ -73,7 +79,8 @@ def path_from_dict(entries: Mapping[str, Any]) -> Path:
     try:
         return make(**checked_entries(options, _types_of(make), f"the {kind} path"))
     except (CheckpointError, TypeError) as error:
-        raise InvalidArgumentError(f"the entries of a {kind} path are not right: {error}") from error
+        words = str(error) if isinstance(error, CheckpointError) else reason(error)
+        raise InvalidArgumentError(f"the entries of a {kind} path are not right: {words}") from error
 
 
 def _types_of(make: Any) -> dict[str, Any]:
@@ -98,6 +105,7 @@ def _own_class(name: str) -> type[Path]:
     return cls
 
 
+@checked(prediction=A_PREDICTION)
 def prediction_to_dict(prediction: Prediction) -> dict[str, Any]:
     """The name of a prediction and its own option, without its path.
 
@@ -144,6 +152,7 @@ _FIELDS_OF_0_1 = {
 }
 
 
+@checked(entries=ENTRIES)
 def prediction_of_0_1(entries: Mapping[str, Any]) -> Prediction:
     """The prediction, with its path, of a `noise` entry in a recipe of version 0.1.
 

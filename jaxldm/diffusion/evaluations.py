@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, count, several
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.grids import pad
-from jaxldm.diffusion.paths import Path
+from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.sampling import sample
-from jaxldm.diffusion.solvers import Solver
+from jaxldm.diffusion.solvers import A_SOLVER, Solver
 from jaxldm.diffusion.spacings import make_grid
 
 
+@checked(solver=A_SOLVER, path=A_PATH, max_steps=count(1))
 def evaluation_counter(solver: Solver, path: Path, max_steps: int) -> Callable[[int], int]:
     """Returns a function: number of steps, at most `max_steps` -> how often the run calls the denoiser.
 
@@ -47,6 +49,7 @@ def evaluation_counter(solver: Solver, path: Path, max_steps: int) -> Callable[[
     return count
 
 
+@checked(solver=A_SOLVER, path=A_PATH, budgets=several(count(1)))
 def steps_within(solver: Solver, path: Path, budgets: Sequence[int]) -> list[tuple[int, int]]:
     """Returns for each budget of evaluations the most steps that it pays for, as (steps, evaluations).
 

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxldm.arguments import checked, instance, optional
+from jaxldm.arguments import count as a_count
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -37,6 +39,15 @@ class Grid(NamedTuple):
     sigma: Float[np.ndarray, " rows"]
     num_steps: Int[Any, ""] | int | None = None
     start: Int[Any, ""] | int = 0
+
+
+def A_GRID(name: str, value: Any) -> Any:
+    """A grid whose columns are of one length."""
+    value = instance(Grid, "a grid such as D.make_grid(path, 50)")(name, value)
+    shapes = [np.shape(column) for column in value[:3]]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 1:
+        raise InvalidArgumentError(f"the columns of {name} must be [N + 1] numbers each, got shapes {shapes}")
+    return value
 
 
 def grid_of_times(path: Path, t: Float[np.ndarray, " N"], final: str = "clean") -> Grid:
@@ -64,8 +75,7 @@ def grid_of_times(path: Path, t: Float[np.ndarray, " N"], final: str = "clean") 
 
 def check_count(path: Path, count: Any) -> None:
     """Raises `InvalidArgumentError` unless N is a whole number of at least 1 that the path has."""
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise InvalidArgumentError(f"num_inference_steps must be a whole number of at least 1, not {count!r}")
+    count = a_count(1)("num_inference_steps", count)
     if path.num_train_timesteps is not None and count > path.num_train_timesteps:
         raise InvalidArgumentError(
             f"num_inference_steps={count} is more than the {path.num_train_timesteps} "
@@ -89,6 +99,7 @@ def _check_times(path: Path, t: Float[np.ndarray, " N"]) -> None:
         )
 
 
+@checked(grid=A_GRID, max_steps=a_count(1))
 def pad(grid: Grid, max_steps: int) -> Grid:
     """Repeats the last row until the grid has `max_steps` steps; `sample` skips the repeated rows.
 
@@ -106,6 +117,7 @@ def pad(grid: Grid, max_steps: int) -> Grid:
     return Grid(*columns, num_steps=np.int32(steps), start=grid.start)
 
 
+@checked(grid=A_GRID, first=a_count(0), last=optional(a_count(0)))
 def cut(grid: Grid, first: int = 0, last: int | None = None) -> Grid:
     """Rows `first` to `last`, both included. Sampling one part and then the next equals sampling the whole.
 
@@ -122,6 +134,7 @@ def cut(grid: Grid, first: int = 0, last: int | None = None) -> Grid:
     return Grid(*(column[first : last + 1] for column in grid[:3]), start=grid.start + first)
 
 
+@checked(grid=A_GRID)
 def reverse(grid: Grid) -> Grid:
     """The grid from its cleanest row to its noisiest: DDIM inversion. Make it with `final="sigma_min"`.
 
@@ -132,6 +145,7 @@ def reverse(grid: Grid) -> Grid:
     return Grid(*(column[::-1] for column in grid[:3]))
 
 
+@checked(grid=A_GRID)
 def steps_in(grid: Grid) -> Int[Any, ""] | int:
     """The number of valid steps, N: an int, or an int32 scalar of a padded grid."""
     return grid.t.shape[0] - 1 if grid.num_steps is None else grid.num_steps

@@ -16,14 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real, ScalarLike
 
+from jaxldm.arguments import (
+    a_condition,
+    array,
+    check_broadcast,
+    check_shapes,
+    checked,
+    count,
+    function,
+    instance,
+    optional,
+)
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.paths import per_image
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 
 # w: a number, one per image, or a function of t [B] that gives either.
 GuidanceScale = ScalarLike | Real[Array, " B"] | Callable[[Any], Any]
 
-
+@checked(unconditional=array(), conditional=array(), guidance_scale=array())
 def guide(
     unconditional: Float[Any, "B ..."],
     conditional: Float[Any, "B ..."],
@@ -40,10 +51,12 @@ def guide(
         conditional: [B, H, W, C].
         guidance_scale: w, a number or one per image [B].
     """
+    check_broadcast(unconditional=unconditional, conditional=conditional)
     w = per_image(guidance_scale, conditional)
     return (1 - w) * unconditional + w * conditional
 
 
+@checked(guided=array("floating", axes=(1, 64)), conditional=array("floating", axes=(1, 64)), rescale=array())
 def rescale_guidance(
     guided: Float[Array, "B ..."],
     conditional: Float[Array, "B ..."],
@@ -57,6 +70,7 @@ def rescale_guidance(
     Args:
         rescale: phi in [0, 1], a number or one per image [B].
     """
+    check_shapes(guided=guided, conditional=conditional)
     axes = tuple(range(1, guided.ndim))
     std = jnp.std(conditional, axes, keepdims=True), jnp.std(guided, axes, keepdims=True)
     flat = std[1] == 0
@@ -90,6 +104,10 @@ class Branches(NamedTuple):
         return uncond, cond
 
 
+BRANCHES = instance(Branches, "branches from D.condition_branches or D.network_branches")
+
+
+@checked(network=function("(x, t, condition) -> output"), condition=a_condition)
 def condition_branches(
     network: Callable[[Any, Any, Any], Any], condition: Any, null_condition: Any
 ) -> Branches:
@@ -110,6 +128,7 @@ def condition_branches(
     return Branches(lambda x, t: network(x, t, both), lambda x, t: network(x, t, condition))
 
 
+@checked(network=function("(x, t) -> output"), weak=function("(x, t) -> output"))
 def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, Any], Any]) -> Branches:
     """A weak network as the unconditional branch, and a good one (autoguidance, Karras et al. 2024).
 
@@ -125,6 +144,7 @@ def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, An
     return Branches(both, network)
 
 
+@checked(branches=BRANCHES, guided_channels=optional(count(1)))
 def guide_branches(
     branches: Branches,
     guidance_scale: GuidanceScale,
@@ -146,7 +166,7 @@ def guide_branches(
     Raises:
         InvalidArgumentError: w or phi is NaN, infinite or negative, or phi is above 1.
     """
-    rescale = checked("guidance rescale", rescale, 1.0)
+    rescale = check_scale("guidance rescale", rescale, 1.0)
 
     def mix(x, uncond, cond, w):
         channels = x.shape[-1] if guided_channels is None else guided_channels
@@ -164,7 +184,7 @@ def mix_branches(
 ) -> Callable[[Any, Any], Any]:
     """`predict(x, t)` = mix(x, uncond, cond, w), or the conditional branch alone where every w is 1."""
     if not callable(guidance_scale):
-        guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+        guidance_scale = check_scale("guidance_scale", guidance_scale, np.inf)
 
     def unguided(x, t, w):
         return branches.cond(x, t).astype(x.dtype)
@@ -181,6 +201,7 @@ def mix_branches(
     return predict
 
 
+@checked(network=function("(x, t, condition) -> output"), guided_channels=optional(count(1)))
 def classifier_free_guidance(
     network: Callable[[Any, Any, Any], Any],
     condition: Any,
@@ -220,6 +241,7 @@ def classifier_free_guidance(
     return guide_branches(branches, guidance_scale, rescale, guided_channels)
 
 
+@checked(network=function("(x, t) -> output"), weak=function("(x, t) -> output"))
 def autoguidance(
     network: Callable[[Any, Any], Any],
     weak: Callable[[Any, Any], Any],
@@ -248,33 +270,37 @@ def broadcast_null(null_condition: Any, condition: Any) -> Any:
     """
     if jax.tree.structure(null_condition) != jax.tree.structure(condition):
         raise InvalidArgumentError(
-            f"condition is {jax.tree.structure(condition)}, but null_condition is "
-            f"{jax.tree.structure(null_condition)}: give both the same form"
+            f"condition is {shown(jax.tree.structure(condition))}, but null_condition is "
+            f"{shown(jax.tree.structure(null_condition))}: give both the same form"
         )
 
     def one(null, kept):
         try:
             return jnp.broadcast_to(jnp.asarray(null, kept.dtype), kept.shape)
-        except ValueError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InvalidArgumentError(
-                f"null_condition of shape {np.shape(null)} does not broadcast to the condition's {kept.shape}"
+                f"null_condition must broadcast to the condition's {list(kept.shape)} of {kept.dtype}, got "
+                f"{shown(null)}"
             ) from error
 
     return jax.tree.map(one, null_condition, condition)
 
 
-def checked(name: str, value: Any, highest: float) -> Any:
+def check_scale(name: str, value: Any, highest: float) -> Any:
     """A float, or the array given; refuses what is not finite, negative or too high. Tracers pass.
 
     Raises:
         InvalidArgumentError: a number outside [0, highest].
     """
-    if traced(value):
-        return value
-    numbers = np.asarray(value, np.float64)
+    given = array("real")(name, value)
+    if traced(given):
+        return given
+    numbers = np.asarray(given, np.float64)
     if not (np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers <= highest).all()):
-        raise InvalidArgumentError(f"{name} must be a finite number from 0 to {highest:g}, not {value}")
-    return float(numbers) if numbers.ndim == 0 else jnp.asarray(value)
+        raise InvalidArgumentError(
+            f"{name} must be a finite number from 0 to {highest:g}, got {shown(value)}"
+        )
+    return float(numbers) if numbers.ndim == 0 else jnp.asarray(given)
 
 
 def scale_at(guidance_scale: GuidanceScale, t: Float[Array, " B"]) -> Float[Array, ""] | Float[Array, " B"]:

@@ -12,14 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real, ScalarLike
 
+from jaxldm.arguments import array, checked, is_tracer, number
 from jaxldm.diffusion.compiling import traced
-from jaxldm.diffusion.grids import Grid
-from jaxldm.diffusion.guidance import GuidanceScale, checked, scale_at
-from jaxldm.diffusion.paths import Path
+from jaxldm.diffusion.grids import A_GRID, Grid
+from jaxldm.diffusion.guidance import GuidanceScale, check_scale, scale_at
+from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.solvers.solver import divide
 from jaxldm.errors import InvalidArgumentError
 
+SCALAR = array("real", axes=0)
 
+
+def UNIT(name: str, value: Any) -> Any:
+    """A number in [0, 1]; may be traced."""
+    return value if is_tracer(value) else number(0, 1)(name, value)
+
+
+@checked(grid=A_GRID)
 def guidance_schedule(
     grid: Grid, scales: Sequence[float] | Float[Array, " N"] | Float[Array, "N B"]
 ) -> Callable[[Any], Any]:
@@ -38,7 +47,7 @@ def guidance_schedule(
     >>> w(jnp.array([1.0, 0.75, 0.5, 0.25])).tolist()
     [1.0, 2.0, 5.0, 1.0]
     """
-    scales = jnp.atleast_1d(jnp.asarray(checked("guidance_scale", scales, np.inf)))
+    scales = jnp.atleast_1d(jnp.asarray(check_scale("scales", scales, np.inf)))
     steps = grid.t.shape[0] - 1
     if scales.shape[0] != steps:
         raise InvalidArgumentError(
@@ -53,6 +62,7 @@ def guidance_schedule(
     return scale
 
 
+@checked(path=A_PATH, low=SCALAR, high=SCALAR)
 def guidance_interval(
     path: Path,
     guidance_scale: GuidanceScale,
@@ -74,7 +84,7 @@ def guidance_interval(
         InvalidArgumentError: a negative or NaN bound, low >= high, or a scale that `guide_branches` refuses.
     """
     if not callable(guidance_scale):
-        guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+        guidance_scale = check_scale("guidance_scale", guidance_scale, np.inf)
     if not traced(low, high) and not 0 <= low < high:
         raise InvalidArgumentError(
             f"a guidance interval needs 0 <= low < high in sigma / alpha, not {low}, {high}"
@@ -89,6 +99,7 @@ def guidance_interval(
     return scale
 
 
+@checked(grid=A_GRID, eta=UNIT)
 def cfg_plus_plus(
     grid: Grid, scale: ScalarLike | Real[Array, " B"], eta: ScalarLike = 0.0
 ) -> Callable[[Any], Any]:
@@ -111,7 +122,7 @@ def cfg_plus_plus(
     Raises:
         InvalidArgumentError: lambda outside [0, 1].
     """
-    scale = jnp.asarray(checked("the scale of CFG++", scale, 1.0))
+    scale = jnp.asarray(check_scale("scale", array("real", axes=(0, 1))("scale", scale), 1.0))
     alpha, sigma = jnp.asarray(grid.alpha), jnp.asarray(grid.sigma)
     q = divide(sigma[1:] * alpha[:-1], sigma[:-1] * alpha[1:], 0.0)
     direction = q * jnp.sqrt(1 - eta**2 * (1 - q) * (1 + q))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxldm.diffusion.grids import Grid
+from jaxldm.arguments import array, checked, count
+from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.solvers.restart import restart
-from jaxldm.diffusion.solvers.solver import Solver, noise_like, row
+from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
@@ -18,6 +19,7 @@ from jaxldm.errors import InvalidArgumentError
 _KNOWN_NOISE = 2**32 - 2
 
 
+@checked(solver=A_SOLVER, image=array("any"), mask=array("any"))
 @equal_by_call
 def inpaint(solver: Solver, image: Float[ArrayLike, " ..."], mask: Float[ArrayLike, " ..."]) -> Solver:
     """A solver that puts the known part of an image back after each step (Lugmayr et al. 2022, Algorithm 1).
@@ -59,6 +61,7 @@ def inpaint(solver: Solver, image: Float[ArrayLike, " ..."], mask: Float[ArrayLi
     return restart(solver._replace(step=step))
 
 
+@checked(grid=A_GRID, jump_length=count(1), resamplings=count(1))
 def resampling_grid(grid: Grid, jump_length: int = 10, resamplings: int = 10) -> Grid:
     """The grid with RePaint's jumps back up: its rows fall, rise `jump_length` rows, and fall again.
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Real
 
+from jaxldm.arguments import check_fields, checked, number, optional, refuse, several
 from jaxldm.diffusion.paths import (
     Path,
-    as_floats,
     host_or_device,
     safe_sqrt,
     vp_sde_coefficients,
@@ -29,6 +29,7 @@ INTERPOLANTS = ("linear", "gvp", "vp")
 _VP_BETAS = (0.1, 20.0)  # SiT's VP interpolant is the VP-SDE of Song et al. 2021
 
 
+@checked(smin=number(), smax=number())
 def interpolant_gamma(
     t: Real[Any, " *shape"] | float, smin: float = 0.001, smax: float = 0.1
 ) -> Float[Any, " *shape"]:
@@ -46,6 +47,14 @@ def interpolant_gamma(
 
 def _gamma(xp, t, smin, smax):
     return smin + (smax - smin) * safe_sqrt(xp, t * (1 - t))
+
+
+def a_pair(name: str, value: Any) -> tuple[float, ...]:
+    """(smin, smax)."""
+    pair = several(number())(name, value)
+    if len(pair) != 2:
+        raise refuse(name, "(smin, smax)", value)
+    return pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +86,13 @@ class Interpolant(Path):
     t_min: float = dataclasses.field(default=1e-3, kw_only=True)
 
     def __post_init__(self):
-        as_floats(self)
-        one_of("interpolant", self.kind, INTERPOLANTS)
-        if not 0 < self.t_min < 1:
-            raise InvalidArgumentError(f"Interpolant needs 0 < t_min < 1, got t_min={self.t_min}")
+        check_fields(self, gamma=optional(a_pair), t_min=number(above=0, below=1))
+        one_of("kind of interpolant", self.kind, INTERPOLANTS)
         if self.gamma is None:
             return
-        smin, smax = (float(value) for value in self.gamma)
+        smin, smax = self.gamma
         if not 0 <= smin <= smax < np.inf:
             raise InvalidArgumentError(f"gamma is (smin, smax) with 0 <= smin <= smax, got {self.gamma}")
-        object.__setattr__(self, "gamma", (smin, smax))
         alpha, sigma = self.coefficients(np, np.linspace(-smin, 1, 4097))
         if not (np.diff(np.arctan2(sigma, alpha)) > 0).all():
             raise InvalidArgumentError(

@@ -26,6 +26,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxldm.arguments import checked
+from jaxldm.arguments import function as a_function
 from jaxldm.errors import InvalidArgumentError
 
 _numbers = itertools.count(1)
@@ -50,6 +52,7 @@ class Listener:
         jax.debug.callback(_dispatch, self.number, *values)
 
 
+@checked(function=a_function("(*values)"))
 @contextlib.contextmanager
 def listening(function: Callable[..., None]) -> Iterator[Listener]:
     """A `Listener` for as long as the `with` block lasts; at its end all calls have arrived.

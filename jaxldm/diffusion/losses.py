@@ -7,17 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxldm.diffusion.denoiser import check_is_prediction, check_output_shape
+from jaxldm.arguments import a_condition, a_tree, array, checked, function, number, one_key, optional
+from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.guidance import broadcast_null
 from jaxldm.diffusion.paths import at_least_float32, per_image
-from jaxldm.diffusion.predictions import Prediction
+from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.diffusion.training_times import TrainingTimes, default_training_times
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(
+    key=one_key,
+    network=function("(x_t, t, condition) -> output"),
+    prediction=A_PREDICTION,
+    condition=a_tree,
+    x_0=array("floating", "[B, ...]", axes=(2, 64), instead="x / 127.5 - 1 of 8-bit images"),
+    weight=optional(function("log-SNR -> weight")),
+    time=optional(function("(key, shape, path) -> t")),
+    noise_offset=number(0),
+    condition_dropout=number(0, 1),
+)
 def diffusion_loss(
     key: PRNGKeyArray,
     network: Callable[[Any, Any, Any], Any],
@@ -63,10 +74,7 @@ def diffusion_loss(
     >>> network = lambda x, t, condition: x
     >>> loss, _ = D.diffusion_loss(jax.random.key(0), network, prediction, x_0, weight=D.min_snr(5))
     """
-    check_is_prediction(prediction)
-    if not noise_offset >= 0:
-        raise InvalidArgumentError(f"noise_offset must be >= 0, got {noise_offset}")
-    path, x_0 = prediction.path, at_least_float32(_checked_images(x_0))
+    path, x_0 = prediction.path, at_least_float32(jnp.asarray(x_0))
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     draw = default_training_times(path) if time is None else time
     t = draw(time_key, x_0.shape[:1], path).astype(x_0.dtype)
@@ -87,6 +95,7 @@ def diffusion_loss(
     return loss, {"mse": mse}
 
 
+@checked(gamma=number(above=0, note="(5 in the paper)"))
 def min_snr(gamma: float = 5.0) -> Callable[[Any], Any]:
     """min(SNR, gamma), a weight for `diffusion_loss` (Hang et al. 2023, equation 10; 5 in the paper).
 
@@ -97,11 +106,10 @@ def min_snr(gamma: float = 5.0) -> Callable[[Any], Any]:
     Raises:
         InvalidArgumentError: unless gamma > 0.
     """
-    if not gamma > 0:
-        raise InvalidArgumentError(f"gamma of min_snr must be > 0 (5 in the paper), got {gamma}")
     return lambda log_snr: jnp.minimum(jnp.exp(log_snr), gamma)
 
 
+@checked(key=one_key, condition=a_condition, probability=number(0, 1))
 def drop_condition(key: PRNGKeyArray, condition: Any, null_condition: Any, probability: float) -> Any:
     """The condition with each example replaced by the null condition with the given probability.
 
@@ -111,8 +119,6 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null_condition: Any, proba
     Raises:
         InvalidArgumentError: a probability outside [0, 1], or no condition or null condition.
     """
-    if not 0 <= probability <= 1:
-        raise InvalidArgumentError(f"condition_dropout is a probability in [0, 1], got {probability}")
     if condition is None or null_condition is None:
         raise InvalidArgumentError("condition_dropout needs a condition, and a null_condition in its place")
     batch_size = jax.tree.leaves(condition)[0].shape[0]
@@ -122,15 +128,6 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null_condition: Any, proba
         broadcast_null(null_condition, condition),
         condition,
     )
-
-
-def _checked_images(x_0: Num[Any, " *shape"]) -> Float[Any, " *shape"]:
-    if not jnp.issubdtype(x_0.dtype, jnp.floating):
-        raise InvalidArgumentError(
-            f"x_0 must be floating point (images in [-1, 1], or latents), got {x_0.dtype}: for 8-bit images "
-            "give x / 127.5 - 1"
-        )
-    return jnp.asarray(x_0) if isinstance(x_0, np.ndarray) else x_0
 
 
 def _offset_noise(key, x, noise_offset):

@@ -9,14 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, ScalarLike
 
+from jaxldm.arguments import (
+    a_condition,
+    array,
+    checked,
+    count,
+    flag,
+    function,
+    instance,
+    is_tracer,
+    number,
+    one_key,
+    optional,
+)
 from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
-from jaxldm.diffusion.guidance import broadcast_null, checked, guide
+from jaxldm.diffusion.guidance import broadcast_null, check_scale, guide
 from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.losses import drop_condition
 from jaxldm.diffusion.sampling import Keys, image_keys
@@ -38,7 +50,16 @@ MASK_SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
 _TOKEN_NOISE, _CONFIDENCE_NOISE = 0, 1
 _START = 2**32 - 1
 
+ANY_COUNT = count(-(2**31))
+TOKENS = array("whole", "[B, N] or [B, H, W]", axes=(1, 64))
 
+
+def A_TOKEN(name: str, value: Any) -> Any:
+    """The id of a token; may be traced."""
+    return value if is_tracer(value) else ANY_COUNT(name, value)
+
+
+@checked(r=array("real"))
 def mask_fraction(schedule: str, r: Real[Any, " *shape"] | float) -> Float[Any, " *shape"]:
     """gamma(r) in [0, 1], of r in [0, 1]: float64 on the host for NumPy, of r's type for JAX.
 
@@ -56,6 +77,7 @@ def mask_fraction(schedule: str, r: Real[Any, " *shape"] | float) -> Float[Any, 
     return xp.clip(gamma(xp, r), 0, 1)
 
 
+@checked(key=one_key, tokens=TOKENS, mask_token=A_TOKEN)
 def mask_tokens(
     key: PRNGKeyArray, tokens: Int[Array, " *shape"], mask_token: int, schedule: str = "cosine"
 ) -> tuple[Int[Array, " *shape"], Bool[Array, " *shape"]]:
@@ -77,6 +99,7 @@ def mask_tokens(
     return jnp.where(masked, jnp.asarray(mask_token, tokens.dtype), tokens), masked
 
 
+@checked(tokens=TOKENS, share=array("real", axes=0), mask_token=A_TOKEN)
 def mask_by_chance(
     key: Keys, tokens: Int[Array, " *shape"], share: ScalarLike, mask_token: int
 ) -> Int[Array, " *shape"]:
@@ -96,6 +119,14 @@ def mask_by_chance(
     return jnp.where(drawn < share, jnp.asarray(mask_token, tokens.dtype), tokens)
 
 
+@checked(
+    key=one_key,
+    network=function("(tokens, condition) -> logits"),
+    tokens=TOKENS,
+    mask_token=A_TOKEN,
+    label_smoothing=number(0, below=1),
+    condition_dropout=number(0, 1),
+)
 def masked_token_loss(
     key: PRNGKeyArray,
     network: Callable[[Any, Any], Any],
@@ -131,14 +162,12 @@ def masked_token_loss(
         UnknownNameError: another schedule.
         InvalidArgumentError: an option out of its range, dropout without a null condition.
     """
-    if not 0 <= label_smoothing < 1:
-        raise InvalidArgumentError(f"label_smoothing must be from 0 to below 1, not {label_smoothing}")
     mask_key, dropout_key = jax.random.split(key)
     if condition_dropout:
         condition = drop_condition(dropout_key, condition, null_condition, condition_dropout)
     seen, masked = mask_tokens(mask_key, tokens, mask_token, schedule)
     logits = network(seen, condition)
-    chex.assert_shape(logits, (*tokens.shape, None))
+    _check_logits(logits, tokens)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     entropy = -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
     smoothed = (1 - label_smoothing) * entropy - label_smoothing * jnp.mean(log_p, axis=-1)
@@ -166,6 +195,10 @@ class Unmasking(NamedTuple):
     start: Float[Any, ""] | float = np.float32(1)
 
 
+AN_UNMASKING = instance(Unmasking, "an unmasking from D.make_unmasking(12)")
+
+
+@checked(num_inference_steps=count(1), max_steps=optional(count(1)), strength=number(above=0, high=1))
 def make_unmasking(
     num_inference_steps: int = 12,
     schedule: str = "cosine",
@@ -193,9 +226,7 @@ def make_unmasking(
     array([0.75, 0.5 , 0.25, 0.  ], dtype=float32)
     """
     count = num_inference_steps
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise InvalidArgumentError(f"num_inference_steps must be a whole number of at least 1, not {count!r}")
-    ends = np.atleast_1d(np.asarray(temperature, np.float64))
+    ends = np.atleast_1d(array("real", "(first, last)", axes=(0, 1))("temperature", temperature))
     if ends.shape not in ((1,), (2,)) or not (np.isfinite(ends) & (ends >= 0)).all():
         raise InvalidArgumentError(
             f"temperature is one number or (first, last), each 0 or more, not {temperature}"
@@ -216,8 +247,6 @@ def make_unmasking(
 
 def _first_step(count: int, strength: float) -> int:
     """The number of the first of the last int(count strength) steps."""
-    if not 0 < strength <= 1:
-        raise InvalidArgumentError(f"strength must lie in (0, 1], not {strength}")
     kept = floor_product(count, strength)
     if kept == 0:
         raise InvalidArgumentError(
@@ -226,6 +255,7 @@ def _first_step(count: int, strength: float) -> int:
     return count - kept
 
 
+@checked(network=function("(tokens, condition) -> logits"), condition=a_condition, cond_only_at_1=flag)
 def guided_logits(
     network: Callable[[Any, Any], Any],
     condition: Any,
@@ -248,7 +278,7 @@ def guided_logits(
     Raises:
         InvalidArgumentError: w is NaN, infinite or negative; the two conditions differ in form.
     """
-    guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+    guidance_scale = check_scale("guidance_scale", guidance_scale, np.inf)
     condition = jax.tree.map(jnp.asarray, condition)
     null_condition = broadcast_null(null_condition, condition)
     both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
@@ -271,6 +301,16 @@ def guided_logits(
     return logits
 
 
+@checked(
+    logits=function("tokens -> logits"),
+    tokens=TOKENS,
+    unmasking=AN_UNMASKING,
+    mask_token=A_TOKEN,
+    total=optional(array()),
+    return_trajectory=flag,
+    callback=optional(function("(steps done, tokens)")),
+    progress=optional(function("(steps done, steps in all)")),
+)
 def sample_tokens(
     key: Keys,
     logits: Callable[[Any], Any],
@@ -326,6 +366,8 @@ def sample_tokens(
     keys = image_keys(key, tokens.shape[0])
     if total is None:
         total = _count((tokens == mask_token).reshape(tokens.shape[0], -1))
+    if np.shape(total) not in ((), tokens.shape[:1]):
+        raise InvalidArgumentError(f"total must be one number, or one per image, got shape {np.shape(total)}")
     total = jnp.broadcast_to(jnp.asarray(total), tokens.shape[:1]).astype(jnp.float32)
     unmasking = jax.tree.map(jnp.asarray, unmasking)
 
@@ -394,7 +436,7 @@ def _unmask(keys, logits, tokens, unmasking, total, mask_token, i):
 
 def _draw(keys, logits, tokens, mask_token):
     """The tokens with every unknown one drawn, and log p of each drawn one, float32."""
-    chex.assert_shape(logits, (*tokens.shape, None))
+    _check_logits(logits, tokens)
     logits = logits.astype(jnp.float32)
     if not traced(mask_token) and 0 <= mask_token < logits.shape[-1]:
         logits = logits.at[..., mask_token].set(-jnp.inf)
@@ -402,6 +444,12 @@ def _draw(keys, logits, tokens, mask_token):
     drawn = jax.vmap(jax.random.categorical)(keys, logits)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)[..., 0]
     return jnp.where(tokens == mask_token, drawn.astype(tokens.dtype), tokens), log_p
+
+
+def _check_logits(logits, tokens):
+    shape = np.shape(logits)
+    if shape[:-1] != tokens.shape or len(shape) != tokens.ndim + 1:
+        raise InvalidArgumentError(f"the network must give logits {[*tokens.shape, 'V']}, got {list(shape)}")
 
 
 def _gumbel(keys, shape):

@@ -13,14 +13,14 @@ import dataclasses
 import functools
 from typing import Any, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, Real
 
+from jaxldm.arguments import array, check_fields, checked, count, flag, instance, number, optional
 from jaxldm.diffusion.betas import BetaSchedule, checked_betas
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 
 
 def at_least_float32(x: Num[Array, " *shape"]) -> Float[Array, " *shape"]:
@@ -29,11 +29,17 @@ def at_least_float32(x: Num[Array, " *shape"]) -> Float[Array, " *shape"]:
     return x if wide else x.astype(jnp.float32)
 
 
+A_TIME = array("real")
+
+
 def host_or_device(t: Real[Any, " *shape"] | float) -> tuple[Any, Float[Any, " *shape"]]:
     """(numpy, float64 t) for host numbers, (jax.numpy, float32 or wider t) for JAX arrays and tracers."""
     if isinstance(t, jax.Array):
         return jnp, at_least_float32(t)
-    return np, np.asarray(t, np.float64)
+    numbers = A_TIME("t", t)
+    if np.isnan(numbers).any():
+        raise InvalidArgumentError("t must be a number or an array of numbers, got NaN")
+    return np, np.asarray(numbers, np.float64)
 
 
 class Path(abc.ABC):
@@ -118,16 +124,25 @@ class Path(abc.ABC):
         def slopes(t):
             return jax.jvp(lambda t: self.coefficients(jnp, t), (t,), (jnp.ones_like(t),))[1]
 
-        if isinstance(t, jax.Array):
-            return slopes(at_least_float32(t))
+        xp, t = host_or_device(t)
+        if xp is jnp:
+            return slopes(t)
         with jax.enable_x64(True):
-            alpha, sigma = slopes(jnp.asarray(np.asarray(t, np.float64)))
+            alpha, sigma = slopes(jnp.asarray(t))
             return np.asarray(alpha), np.asarray(sigma)
 
     @property
     def zero_terminal_snr(self) -> bool:
         """True where the noisy end is pure noise: epsilon prediction is undefined there."""
         return bool(self.alpha(self.t_noisy) == 0)
+
+
+def A_PATH(name: str, value: Any) -> Any:
+    """A path, or what has its functions of t."""
+    is_like = callable(getattr(value, "alpha", None)) and callable(getattr(value, "sigma", None))
+    if is_like and not isinstance(value, type):
+        return value
+    return instance(Path, "a path such as D.VP.named('linear') or D.Flow()")(name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +172,12 @@ class VP(Path):
         object.__setattr__(self, "betas", tuple(checked_betas(self.betas).tolist()))
 
     @classmethod
+    @checked(
+        num_train_timesteps=count(2),
+        beta_start=optional(number()),
+        beta_end=optional(number()),
+        zero_terminal_snr=flag,
+    )
     def named(
         cls,
         betas: str,
@@ -255,11 +276,10 @@ class ContinuousVP(Path):
     name = "continuous_vp"
 
     def __post_init__(self):
-        as_floats(self)
-        if not (0 < self.beta_min <= self.beta_max < np.inf and 0 < self.t_min < 1):
+        check_fields(self, beta_min=number(above=0), beta_max=number(above=0), t_min=number(above=0, below=1))
+        if self.beta_min > self.beta_max:
             raise InvalidArgumentError(
-                f"ContinuousVP needs 0 < beta_min <= beta_max and 0 < t_min < 1, got "
-                f"beta_min={self.beta_min}, beta_max={self.beta_max}, t_min={self.t_min}"
+                f"ContinuousVP needs beta_min <= beta_max, got {self.beta_min} and {self.beta_max}"
             )
 
     def coefficients(
@@ -290,11 +310,10 @@ class EDM(Path):
     default_spacing = "karras"
 
     def __post_init__(self):
-        as_floats(self)
-        if not 0 < self.sigma_min < self.sigma_max < np.inf:
+        check_fields(self, sigma_min=number(above=0), sigma_max=number(above=0))
+        if self.sigma_min >= self.sigma_max:
             raise InvalidArgumentError(
-                f"EDM needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
-                f"sigma_max={self.sigma_max}"
+                f"EDM needs sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}"
             )
 
     @property
@@ -316,15 +335,6 @@ class EDM(Path):
     def time_of(self, xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
         """The ratio itself."""
         return ratio
-
-
-def as_floats(path: Path) -> None:
-    """Turns the numbers among a dataclass's fields into floats, so that equal paths look alike too."""
-    for field in dataclasses.fields(cast(Any, path)):
-        value = getattr(path, field.name)
-        is_scalar_array = isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0
-        if is_scalar_array or isinstance(value, (int, float, np.number)):
-            object.__setattr__(path, field.name, float(value))
 
 
 def vp_sde_coefficients(
@@ -355,5 +365,9 @@ def per_image(values: Any, x: Any) -> Any:
     """Numbers per image [B] as [B, 1, 1, 1] next to x [B, H, W, C]; scalars pass unchanged."""
     if np.ndim(values) == 0:
         return values
-    chex.assert_shape(values, np.shape(x)[:1])
+    if np.shape(values) != np.shape(x)[:1]:
+        raise InvalidArgumentError(
+            f"one number for all images or one for each is needed, got {shown(values)} for x of shape "
+            f"{list(np.shape(x))}"
+        )
     return values.reshape(values.shape + (1,) * (np.ndim(x) - 1))

@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Real
 
-from jaxldm.diffusion.paths import EDM, Path, per_image
+from jaxldm.arguments import array, check_broadcast, checked, function, instance, number, text
+from jaxldm.diffusion.paths import A_PATH, EDM, Path, per_image
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -60,6 +62,10 @@ class Prediction(NamedTuple):
     sigma_data: float | None = None
 
 
+A_PREDICTION = instance(Prediction, "a prediction such as D.epsilon(path), D.prediction('epsilon', path)")
+
+
+@checked(path=A_PATH)
 @equal_by_call
 def epsilon(path: Path) -> Prediction:
     """The output is the noise eps (Ho et al. 2020): x_0 = (x_t - sigma output) / alpha.
@@ -75,6 +81,7 @@ def epsilon(path: Path) -> Prediction:
     return linear_prediction("epsilon", path, lambda t: LEVEL_COEFFICIENTS["epsilon"](None, None))
 
 
+@checked(path=A_PATH)
 @equal_by_call
 def x0(path: Path) -> Prediction:
     """The output is the clean image x_0 itself: "sample" in diffusers."""
@@ -83,6 +90,7 @@ def x0(path: Path) -> Prediction:
     return prediction._replace(to_x0=lambda output, x_t, t: output, gain=lambda t: path.alpha(t) * 0 + 1)
 
 
+@checked(path=A_PATH)
 @equal_by_call
 def v(path: Path) -> Prediction:
     """The output is (alpha eps - sigma x_0) / n (Salimans and Ho 2022); finite at pure noise."""
@@ -93,12 +101,14 @@ def v(path: Path) -> Prediction:
     )
 
 
+@checked(path=A_PATH)
 @equal_by_call
 def flow(path: Path) -> Prediction:
     """The output is eps - x_0, the velocity of the straight path (Liu et al. 2022); on any path."""
     return linear_prediction("flow", path, lambda t: LEVEL_COEFFICIENTS["flow"](None, None))
 
 
+@checked(path=A_PATH)
 @equal_by_call
 def velocity(path: Path) -> Prediction:
     """The output is dx_t/dt = alpha' x_0 + sigma' eps, towards noise (Ma et al. 2024, SiT).
@@ -125,9 +135,19 @@ def velocity(path: Path) -> Prediction:
             f"this {path.name} path stands still at its noisy end, where a velocity of 0 leaves x_0 "
             "undefined: use v_prediction (D.v)"
         )
-    return linear_prediction("velocity", path, path.derivatives)
+
+    def finite(t):
+        # At the clean row of some paths sigma rises with an infinite slope, for which differentiation gives
+        # 0. Any slope but 0 leads to the limit: x_0 = x_t / alpha, whatever the output.
+        alpha_rate, sigma_rate = path.derivatives(t)
+        xp = jnp if isinstance(t, jax.Array) else np
+        return alpha_rate, xp.where((path.sigma(t) == 0) & (sigma_rate == 0), 1.0, sigma_rate)
+
+    target = linear_prediction("velocity", path, path.derivatives).target
+    return linear_prediction("velocity", path, finite)._replace(target=target)
 
 
+@checked(path=A_PATH, sigma_data=number())
 @equal_by_call
 def edm(path: Path, sigma_data: float = 0.5) -> Prediction:
     """The output is F of EDM's preconditioning (Karras et al. 2022, table 1); d = sigma_data.
@@ -144,7 +164,7 @@ def edm(path: Path, sigma_data: float = 0.5) -> Prediction:
     Raises:
         InvalidArgumentError: another path, or sigma_data <= 0.
     """
-    if not isinstance(path, EDM) or not sigma_data > 0:
+    if not isinstance(path, EDM) or sigma_data <= 0:
         raise InvalidArgumentError(
             f"EDM's preconditioning needs an EDM path and sigma_data > 0, got a {path.name} path and "
             f"sigma_data={sigma_data}"
@@ -173,6 +193,7 @@ PREDICTIONS: dict[str, Callable[..., Prediction]] = {
 }
 
 
+@checked(path=A_PATH)
 def prediction(name: str, path: Path, **options: Any) -> Prediction:
     """The prediction of that name on a path; the only option is `sigma_data` of "edm".
 
@@ -187,6 +208,7 @@ def prediction(name: str, path: Path, **options: Any) -> Prediction:
     return maker(path, **options)
 
 
+@checked(prediction=A_PREDICTION, x_0=array("real"), x_t=array("real"), t=array("real"))
 def from_x0(
     prediction: Prediction, x_0: Float[Any, "B ..."], x_t: Float[Any, "B ..."], t: Real[Any, " ..."] | float
 ) -> Float[Any, "B ..."]:
@@ -194,6 +216,7 @@ def from_x0(
 
     At sigma = 0 the noise in x_t is undefined; it is taken to be zero there, so that the result is finite.
     """
+    check_broadcast(x_0=x_0, x_t=x_t)
     path = prediction.path
     return prediction.target(x_0, implied_noise(x_0, x_t, path.alpha(t), path.sigma(t)), t)
 
@@ -229,6 +252,7 @@ LEVEL_COEFFICIENTS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
 }
 
 
+@checked(name=text, path=A_PATH, coefficients=function("t -> (a, b)"))
 def linear_prediction(name: str, path: Path, coefficients: Callable[[Any], tuple[Any, Any]]) -> Prediction:
     """A prediction of your own: output = a x_0 + b eps, with `coefficients`: t -> (a, b).
 

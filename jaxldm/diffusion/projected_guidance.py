@@ -10,15 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real, ScalarLike
 
+from jaxldm.arguments import array, check_shapes, checked, optional
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.guidance import Branches, GuidanceScale, checked, mix_branches, scale_at
+from jaxldm.diffusion.guidance import BRANCHES, Branches, GuidanceScale, check_scale, mix_branches, scale_at
 from jaxldm.diffusion.paths import per_image
-from jaxldm.diffusion.solvers.solver import Solver, divide
+from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, divide
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(
+    conditional=array("floating", axes=(1, 64)),
+    difference=array("floating", axes=(1, 64)),
+    guidance_scale=array(),
+    eta=array(axes=0),
+    norm_threshold=optional(array(axes=0)),
+)
 def project_guidance(
     conditional: Float[Array, "B ..."],
     difference: Float[Array, "B ..."],
@@ -39,6 +47,7 @@ def project_guidance(
         eta: how much of the parallel part is kept; 0 in the paper.
         norm_threshold: r >= 0; None: d is never shortened.
     """
+    check_shapes(conditional=conditional, difference=difference)
     axes = tuple(range(1, conditional.ndim))
 
     def product(a, b):
@@ -63,6 +72,7 @@ class ProjectedDenoiser(Denoiser):
     remembering: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
 
 
+@checked(branches=BRANCHES, eta=array(axes=0), momentum=optional(array(axes=0)))
 def adaptive_projected_guidance(
     branches: Branches,
     guidance_scale: GuidanceScale,
@@ -105,11 +115,11 @@ def adaptive_projected_guidance(
             "branches.map(lambda predict: D.denoiser(predict, prediction))"
         )
     if norm_threshold is not None:
-        checked("norm_threshold", norm_threshold, np.inf)
+        check_scale("norm_threshold", norm_threshold, np.inf)
     if not (momentum is None or traced(momentum) or -1 < momentum < 1):
         raise InvalidArgumentError(f"momentum must lie between -1 and 1 (-0.5 in the paper), not {momentum}")
     if not callable(guidance_scale):
-        guidance_scale = checked("guidance_scale", guidance_scale, np.inf)
+        guidance_scale = check_scale("guidance_scale", guidance_scale, np.inf)
 
     def mix(x, uncond, cond, w):
         return project_guidance(cond, cond - uncond, w, eta, norm_threshold)
@@ -139,6 +149,7 @@ class MomentumState(NamedTuple):
     average: Float[Array, "B ..."]
 
 
+@checked(solver=A_SOLVER)
 @equal_by_call
 def with_momentum(solver: Solver) -> Solver:
     """A solver that also keeps the memory of `adaptive_projected_guidance(..., momentum=)`.

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm.diffusion.paths import Path, as_floats
+from jaxldm.arguments import check_fields, checked, number
+from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError, one_of
 
 
@@ -31,11 +32,7 @@ class Flow(Path):
     t_train_min: ClassVar[float] = 0.0
 
     def __post_init__(self):
-        as_floats(self)
-        if not 0 < self.t_min < 1:
-            raise InvalidArgumentError(f"Flow needs 0 < t_min < 1, got t_min={self.t_min}")
-        if not 0 < self.shift < np.inf:
-            raise InvalidArgumentError(f"shift must be a positive number, got {self.shift}")
+        check_fields(self, shift=number(above=0), t_min=number(above=0, below=1))
 
     @property
     def default_shift(self) -> float:
@@ -55,10 +52,19 @@ class Flow(Path):
 
 def flow_time(xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
     """The t of a sigma / alpha on the straight path, in [0, 1]: ratio / (1 + ratio)."""
+    # 1 / (1 + 1 / ratio) is finite at infinity, where ratio / (1 + ratio) is not; near 0 its gradient is not.
+    small = ratio < 1e-20
     with np.errstate(divide="ignore", over="ignore"):
-        return 1 / (1 + 1 / ratio)  # finite at 0 and at infinity, where ratio / (1 + ratio) is not
+        return xp.where(small, ratio, 1 / (1 + 1 / xp.where(small, 1.0, ratio)))
 
 
+@checked(
+    num_image_tokens=number(),
+    base_tokens=number(),
+    max_tokens=number(),
+    base_shift=number(),
+    max_shift=number(),
+)
 def resolution_shift(
     num_image_tokens: int,
     *,

@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.errors import InvalidArgumentError, UnknownNameError, shown
+from jaxldm.reading import reason
 
 
 def names(table: Mapping[str, Any], group: str) -> list[str]:
@@ -30,7 +31,7 @@ def find(kind: str, name: str, table: Mapping[str, Any], group: str, wanted: typ
         UnknownNameError: no such name.
         InvalidArgumentError: a "package.module:function" that cannot be imported, or is something else.
     """
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     noun = "function" if wanted is None else wanted.__name__
     form = f"package.module:{'function' if wanted is None else noun.upper()}"
@@ -41,7 +42,7 @@ def find(kind: str, name: str, table: Mapping[str, Any], group: str, wanted: typ
         raise UnknownNameError(kind, name, names(table, group), form)
     value = _import(kind, place, form)
     if not (callable(value) if wanted is None else isinstance(value, wanted)):
-        raise InvalidArgumentError(f"{kind} {name!r} must name a {noun}, got {value!r:.80}")
+        raise InvalidArgumentError(f"{kind} {shown(name)} must name a {noun}, got {shown(value)}")
     return value
 
 
@@ -53,16 +54,35 @@ def check_options(kind: str, name: str, function: Callable[..., Any], options: M
             raise InvalidArgumentError(f"{kind} {name!r} has no option {option!r}; it has: {known}")
 
 
+def call(kind: str, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """function(*args, **options), or `InvalidArgumentError` where it does not take these."""
+    check_options(kind, name, function, options)
+    try:
+        _signature(function).bind(*args, **options)
+    except TypeError as error:
+        raise InvalidArgumentError(f"{kind} {shown(name)} cannot be made so: {reason(error)}") from error
+    return function(*args, **options)
+
+
 def has_option(function: Callable[..., Any], option: str) -> bool:
     """Whether the function has that keyword, or takes any."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _signature(function).parameters.values()
     return option in _keywords(function) or any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _signature(function).parameters.values()
     others = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
     return [parameter.name for parameter in parameters if parameter.kind not in others]
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature; of functions in C that do not tell theirs, one that takes anything."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        kinds = {"args": inspect.Parameter.VAR_POSITIONAL, "options": inspect.Parameter.VAR_KEYWORD}
+        return inspect.Signature([inspect.Parameter(name, kind) for name, kind in kinds.items()])
 
 
 def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
@@ -72,13 +92,15 @@ def _entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
 def _import(kind: str, name: str, form: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
+        if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+            raise ValueError("these are no names of Python")
         value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the other module does when it is imported
         missing = isinstance(error, ModuleNotFoundError)
         hint = "; for a file in this folder put PYTHONPATH=. in front of the command" if missing else ""
         raise InvalidArgumentError(
-            f"{kind} {name!r} must be {form}, importable from here: {error}{hint}"
+            f"{kind} {shown(name)} must be {form}, importable from here: {reason(error)}{hint}"
         ) from error
     return value

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
-from jaxldm.diffusion.checks import check_sampling
+from jaxldm.arguments import a_key, array, checked, count, flag, function, optional, refuse, several
+from jaxldm.diffusion.checks import check_channels_last, check_path_of_grid
 from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
-from jaxldm.diffusion.grids import Grid, steps_in
+from jaxldm.diffusion.denoiser import A_DENOISER
+from jaxldm.diffusion.grids import A_GRID, Grid, steps_in
 from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.paths import at_least_float32
-from jaxldm.diffusion.solvers.solver import Solver, noise_like
+from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
 
 # One key, or one per image; of either kind of JAX.
@@ -25,16 +26,13 @@ Keys = PRNGKeyArray | Key[Array, " B"] | UInt32[Array, "B words"]
 _INITIAL_NOISE = 2**32 - 1
 
 
+@checked(key=a_key, batch_size=count(1))
 def image_keys(key: Keys, batch_size: int) -> Key[Array, " B"]:
     """One key per image: image k gets fold_in(key, k), whatever the batch size. An array of B keys is kept.
 
     Raises:
         InvalidArgumentError: no key at all, or an array of keys of another length.
     """
-    if not hasattr(key, "dtype"):
-        raise InvalidArgumentError(f"a key is needed, not {key!r}: jax.random.key({key!r})")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(jnp.asarray(key))
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
     if key.shape != (batch_size,):
@@ -42,6 +40,15 @@ def image_keys(key: Keys, batch_size: int) -> Key[Array, " B"]:
     return key
 
 
+def a_shape(name: str, value: Any) -> tuple[int, ...]:
+    """The shape of images: [B, H, W, C], or [B, ...]."""
+    shape = several(count(1))(name, value)
+    if not shape:
+        raise refuse(name, "the shape of images, [B, H, W, C]", value)
+    return shape
+
+
+@checked(shape=a_shape, grid=A_GRID)
 def initial_noise(key: Keys, shape: tuple[int, ...], grid: Grid) -> Float[Array, "B ..."]:
     """sigma[0] N(0, 1) of shape [B, H, W, C]: where a run over the grid starts; float32 (x64: float64).
 
@@ -55,6 +62,16 @@ def initial_noise(key: Keys, shape: tuple[int, ...], grid: Grid) -> Float[Array,
     return sigma[0] * noise_like(keys, jnp.zeros(shape, sigma.dtype))
 
 
+@checked(
+    denoise=A_DENOISER,
+    solver=A_SOLVER,
+    grid=A_GRID,
+    x_T=array("real", "[B, ...]", axes=(1, 64), filled=True),
+    return_trajectory=flag,
+    return_predictions=flag,
+    callback=optional(function("(row number, x)")),
+    progress=optional(function("(steps done, steps in all)")),
+)
 def sample(
     key: Keys,
     denoise: Callable[[Any, Any], Any],
@@ -107,10 +124,9 @@ def sample(
     (4, 8, 8, 1)
     """
     x_T = at_least_float32(jnp.asarray(x_T))
-    check_sampling(denoise, solver, grid, x_T.shape)
+    check_channels_last(x_T.shape)
+    check_path_of_grid(getattr(denoise, "path", None), grid)
     columns: list[Any] = [jnp.asarray(column, x_T.dtype) for column in grid[:3]]
-    chex.assert_equal_shape(columns)
-    chex.assert_rank(columns, 1)
     grid = Grid(*columns, num_steps=grid.num_steps, start=grid.start)
     keys = image_keys(key, x_T.shape[0])
 
@@ -149,6 +165,16 @@ def sample(
     return (x, *rest) if rest else x
 
 
+def a_state(name: str, value: Any) -> Any:
+    """The state of a solver."""
+    if not hasattr(getattr(value, "x", None), "dtype"):
+        raise refuse(name, "the state of a solver", value, "solver.init(x_T)")
+    return value
+
+
+@checked(
+    keys=a_key, denoise=A_DENOISER, solver=A_SOLVER, grid=A_GRID, state=a_state, i=array("whole", axes=0)
+)
 def sample_step(
     keys: Key[Array, " B"],
     denoise: Callable[[Any, Any], Any],
@@ -191,7 +217,10 @@ def _in_type_of_x(denoise: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
 
     def function(x, t):
         x_0 = jnp.asarray(denoise(x, t))
-        chex.assert_equal_shape([x, x_0])
+        if x_0.shape != x.shape:
+            raise InvalidArgumentError(
+                f"denoise(x, t) must have the shape of x, {list(x.shape)}, got {list(x_0.shape)}"
+            )
         return x_0.astype(x.dtype)
 
     return function
@@ -222,6 +251,14 @@ def _loop_on_the_host(keys, denoise, solver, grid, x_T, callback, progress, want
     return state.x, trajectory, (jnp.stack(predictions + padding) if wanted[1] else None)
 
 
+def a_bar(name: str, value: Any) -> Any:
+    """A bar of tqdm."""
+    if not hasattr(value, "update") or not hasattr(value, "n"):
+        raise refuse(name, "a bar such as tqdm.tqdm()", value)
+    return value
+
+
+@checked(bar=a_bar)
 def bar_progress(bar: Any) -> Callable[[Any, Any], None]:
     """What `sample(..., progress=)` calls, from a bar of tqdm: the bar is the caller's, to open and to close.
 

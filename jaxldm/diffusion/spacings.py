@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, Real
 
+from jaxldm.arguments import array, checked, choice, count, function, number, optional, refuse, several
 from jaxldm.diffusion import registry
-from jaxldm.diffusion.grids import Grid, check_count, grid_of_times
+from jaxldm.diffusion.grids import FINALS, Grid, check_count, grid_of_times
 from jaxldm.diffusion.levels import (
     beta_levels,
     beta_quantiles,
@@ -33,8 +34,8 @@ from jaxldm.diffusion.levels import (
     stretched,
     times_of_levels,
 )
-from jaxldm.diffusion.paths import Path
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.diffusion.paths import A_PATH, Path
+from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.exact import floor_product
 
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
@@ -44,6 +45,17 @@ ALIGN_YOUR_STEPS = {
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
     "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
+
+
+SHIFT, FINAL = optional(number(above=0)), choice("final", FINALS)
+
+
+def A_BETA(name: str, value: Any) -> tuple[float, ...]:
+    """(alpha, beta) of a beta distribution."""
+    pair = several(number())(name, value)
+    if len(pair) != 2 or min(pair) <= 0:
+        raise refuse(name, "two positive numbers", value)
+    return pair
 
 
 class Span(NamedTuple):
@@ -67,6 +79,7 @@ def span_of(path: Path) -> Span:
     return Span(path.num_train_timesteps, path.t_noisy, path.t_min, max(path.t_clean, 0.0))
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL, shift_terminal=optional(number()))
 def trailing(
     path: Path,
     num_inference_steps: int,
@@ -90,6 +103,7 @@ def trailing(
     return make(path, num_inference_steps, times, shift, final, shift_terminal)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL, offset=count(0))
 def leading(
     path: Path, num_inference_steps: int, *, offset: int = 0, shift: float | None = None, final: str = "clean"
 ) -> Grid:
@@ -102,6 +116,7 @@ def leading(
     return make(path, num_inference_steps, times, shift, final)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL, shift_terminal=optional(number()))
 def linspace(
     path: Path,
     num_inference_steps: int,
@@ -119,6 +134,7 @@ def linspace(
     return make(path, num_inference_steps, times, shift, final, shift_terminal)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL)
 def linspace_fractional(
     path: Path, num_inference_steps: int, *, shift: float | None = None, final: str = "clean"
 ) -> Grid:
@@ -126,6 +142,7 @@ def linspace_fractional(
     return make(path, num_inference_steps, functools.partial(fractional_times, path), shift, final)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL, shape=A_BETA)
 def beta(
     path: Path,
     num_inference_steps: int,
@@ -146,6 +163,7 @@ def beta(
     return make(path, num_inference_steps, times, shift, final)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL)
 def stage_c(
     path: Path, num_inference_steps: int, *, shift: float | None = None, final: str = "clean"
 ) -> Grid:
@@ -159,6 +177,7 @@ def stage_c(
     return make(path, num_inference_steps, times, shift, final)
 
 
+@checked(path=A_PATH, original_steps=count(1), final=FINAL)
 def lcm(path: Path, num_inference_steps: int, *, original_steps: int = 50, final: str = "clean") -> Grid:
     """N of the `original_steps` times that a consistency model was distilled on, evenly (Luo et al. 2023).
 
@@ -170,6 +189,7 @@ def lcm(path: Path, num_inference_steps: int, *, original_steps: int = 50, final
     return make(path, num_inference_steps, times, None, final)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL, rho=number(above=0))
 def karras(
     path: Path,
     num_inference_steps: int,
@@ -186,6 +206,7 @@ def karras(
     return make(path, num_inference_steps, _over_levels(path, levels, shift, "karras"), 1.0, final)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL)
 def exponential(
     path: Path, num_inference_steps: int, *, shift: float | None = None, final: str = "clean"
 ) -> Grid:
@@ -194,6 +215,7 @@ def exponential(
     return make(path, num_inference_steps, times, 1.0, final)
 
 
+@checked(path=A_PATH, shift=SHIFT, final=FINAL, shape=A_BETA)
 def beta_sigmas(
     path: Path,
     num_inference_steps: int,
@@ -211,6 +233,7 @@ def beta_sigmas(
     return make(path, num_inference_steps, _over_levels(path, levels, shift, "beta_sigmas"), 1.0, final)
 
 
+@checked(path=A_PATH, final=FINAL)
 def align_your_steps(
     path: Path, num_inference_steps: int, *, table: str = "sd15", final: str = "clean"
 ) -> Grid:
@@ -228,6 +251,7 @@ def align_your_steps(
     return make(path, num_inference_steps, times, 1.0, final)
 
 
+@checked(t=array("real", "[N]", axes=1), path=A_PATH, shift=SHIFT, final=FINAL)
 def at_times(
     path: Path,
     t: Sequence[float] | Real[ArrayLike, " ..."],
@@ -249,6 +273,7 @@ def at_times(
     return grid_of_times(path, times if shift is None else shifted(path, times, shift), final)
 
 
+@checked(sigmas=array("real", "[N]", axes=1), path=A_PATH, shift=SHIFT, final=FINAL)
 def at_sigmas(
     path: Path,
     sigmas: Sequence[float] | Real[ArrayLike, " ..."],
@@ -301,6 +326,7 @@ def spacing_names() -> list[str]:
     return registry.names(SPACINGS, ENTRY_POINTS)
 
 
+@checked(path=A_PATH)
 def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, **options: Any) -> Grid:
     """The grid of a spacing by name, with options such as rho=5.0.
 
@@ -328,10 +354,15 @@ def make_grid(path: Path, num_inference_steps: int, spacing: str | None = None, 
             raise InvalidArgumentError(f"make_grid has no option {old!r}: write D.{new}(path, [...])")
     name = path.default_spacing if spacing is None else spacing
     function = registry.find("spacing", name, SPACINGS, ENTRY_POINTS)
-    registry.check_options("spacing", name, function, options)
-    return function(path, num_inference_steps, **options)
+    grid = registry.call("spacing", name, function, path, num_inference_steps, **options)
+    if not isinstance(grid, Grid):
+        raise InvalidArgumentError(f"spacing {name!r} must return a Grid, got {shown(grid)}")
+    return grid
 
 
+@checked(
+    path=A_PATH, times=function("N -> t [N]"), shift=SHIFT, final=FINAL, shift_terminal=optional(number())
+)
 def make(
     path: Path,
     count: int,
@@ -407,6 +438,12 @@ def lcm_times(path: Path, count: int, original_steps: int) -> Float[np.ndarray, 
     return lcm_timesteps(count, path.num_train_timesteps, original_steps).astype(np.float64)
 
 
+@checked(
+    num_inference_steps=count(1),
+    num_train_timesteps=count(1),
+    original_inference_steps=count(1),
+    strength=number(above=0, high=1),
+)
 def lcm_timesteps(
     num_inference_steps: int,
     num_train_timesteps: int = 1000,
@@ -431,8 +468,6 @@ def lcm_timesteps(
     >>> D.lcm_timesteps(4)
     array([999, 759, 499, 259])
     """
-    if not 0 < strength <= 1:
-        raise InvalidArgumentError(f"strength must lie above 0 and at most at 1, not {strength}")
     if not 1 <= original_inference_steps <= num_train_timesteps:
         raise InvalidArgumentError(
             f"original_inference_steps must lie in 1 to {num_train_timesteps}, not {original_inference_steps}"

@@ -9,13 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float, ScalarLike
 
+from jaxldm.arguments import array, checked, function, optional
 from jaxldm.diffusion.compiling import traced
-from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.guidance import checked
+from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
+from jaxldm.diffusion.guidance import check_scale
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(denoise=A_DENOISER, change=function("(x_0, x, t) -> x_0"))
 def change_x0(denoise: Callable[[Any, Any], Any], change: Callable[[Any, Any, Any], Any]) -> Any:
     """The denoiser with its x_0 changed: change(x_0, x, t [B]) -> x_0. Such transforms compose.
 
@@ -39,6 +41,7 @@ def change_x0(denoise: Callable[[Any, Any], Any], change: Callable[[Any, Any, An
     return dataclasses.replace(denoise, function=function, **changed)
 
 
+@checked(denoise=A_DENOISER, low=array(axes=0), high=array(axes=0))
 def static_threshold(
     denoise: Callable[[Any, Any], Any], low: Float[Any, ""] | float = -1.0, high: Float[Any, ""] | float = 1.0
 ) -> Any:
@@ -57,6 +60,7 @@ def static_threshold(
     return change_x0(denoise, lambda x_0, x, t: jnp.clip(x_0, low, high))
 
 
+@checked(denoise=A_DENOISER, max_value=optional(array(axes=0)))
 def dynamic_threshold(
     denoise: Callable[[Any, Any], Any],
     percentile: ScalarLike = 0.995,
@@ -82,7 +86,7 @@ def dynamic_threshold(
     >>> float(denoise(jnp.ones((1, 4, 4, 1)), 0.0).max())
     1.0
     """
-    checked("percentile", percentile, 1.0)
+    check_scale("percentile", percentile, 1.0)
     if not (max_value is None or traced(max_value) or max_value >= 1):
         raise InvalidArgumentError(f"max_value must be at least 1, not {max_value}")
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxldm.diffusion.paths import EDM, Path
+from jaxldm.arguments import checked, number
+from jaxldm.diffusion.paths import A_PATH, EDM, Path
 from jaxldm.errors import InvalidArgumentError, one_of
 
 TrainingTimes = Callable[[Any, tuple[int, ...], Path], Float[Array, "..."]]
@@ -33,6 +34,7 @@ def uniform() -> TrainingTimes:
     return draw
 
 
+@checked(mean=number(), std=number())
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> TrainingTimes:
     """u = sigmoid(N(mean, std^2)) (Esser et al. 2024, SD3, equation 19).
 
@@ -49,6 +51,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> TrainingTimes:
     return draw
 
 
+@checked(scale=number())
 def mode(scale: float = 1.29) -> TrainingTimes:
     """1 - u - scale (cos^2(pi/2 u) - 1 + u) for a uniform u (Esser et al. 2024, SD3, equation 20).
 
@@ -82,6 +85,7 @@ def cosmap() -> TrainingTimes:
     return draw
 
 
+@checked(mean=number(), std=number())
 def log_normal(mean: float = -1.2, std: float = 1.2) -> TrainingTimes:
     """ln(sigma / alpha) ~ N(mean, std^2), EDM's (Karras et al. 2022, table 1).
 
@@ -113,6 +117,7 @@ def training_times(name: str, **options: Any) -> TrainingTimes:
     return TRAINING_TIMES[one_of("time distribution", name, TRAINING_TIMES)](**options)
 
 
+@checked(path=A_PATH)
 def default_training_times(path: Path) -> TrainingTimes:
     """EDM's log-normal distribution on an EDM path, else `uniform`."""
     return log_normal() if isinstance(path, EDM) else uniform()

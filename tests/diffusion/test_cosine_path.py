@@ -125,5 +125,5 @@ def test_final_noise_is_left_out_of_the_last_step_alone():
 
 
 def test_a_scaler_of_0_is_refused():
-    with pytest.raises(InvalidArgumentError, match="scaler=0"):
+    with pytest.raises(InvalidArgumentError, match="scaler must be a positive"):
         D.Cosine(scaler=0.0)

@@ -233,7 +233,10 @@ def test_the_same_key_gives_the_same_loss_and_another_another():
     "options, words",
     [
         ({"noise_offset": -0.1}, "noise_offset"),
-        ({"condition_dropout": 1.5, "condition": jnp.zeros(2), "null_condition": 1.0}, "probability"),
+        (
+            {"condition_dropout": 1.5, "condition": jnp.zeros(2), "null_condition": 1.0},
+            "condition_dropout must be",
+        ),
         ({"condition_dropout": 0.1, "condition": jnp.zeros(2)}, "null_condition"),
         ({"condition_dropout": 0.1, "null_condition": 1.0}, "null_condition"),
     ],
@@ -249,7 +252,7 @@ def test_impossible_options_are_refused(options, words):
         (lambda: D.min_snr(0.0), "gamma"),
         (
             lambda: D.diffusion_loss(KEY, lambda x, t, c: x, D.v(VP), np.zeros((2, 4, 4, 3), np.uint8)),
-            r"got uint8: for 8-bit images give x / 127\.5 - 1",
+            r"of uint8: write x / 127\.5 - 1 of 8-bit images",
         ),
         (
             lambda: D.diffusion_loss(KEY, lambda x, t, c: jnp.tile(x, 2), D.v(VP), X_0[:2]),

@@ -85,7 +85,7 @@ def test_lcm_timesteps():
     "call, words",
     [
         (lambda: D.lcm_timesteps(51), "1 to 50 steps"),
-        (lambda: D.lcm_timesteps(0), "1 to 50 steps"),
+        (lambda: D.lcm_timesteps(0), "at least 1"),
         (lambda: D.lcm_timesteps(4, strength=0.0), "strength"),
         (lambda: D.lcm_timesteps(4, original_inference_steps=2000), "1000"),
         (lambda: D.consistency_function(D.denoiser(jax_network, D.flow(FLOW))), "number of a timestep"),

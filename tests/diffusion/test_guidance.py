@@ -175,7 +175,7 @@ def test_rescale_restores_the_standard_deviation_and_survives_a_constant():
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"guidance_scale": np.array([1.0, np.inf, 2.0])}, "guidance_scale"),
         ({"rescale": 1.5}, "rescale"),
-        ({"null_condition": jnp.zeros(2)}, "does not broadcast"),
+        ({"null_condition": jnp.zeros(2)}, "must broadcast"),
         ({"null_condition": {"label": 3}}, "same form"),
     ],
 )

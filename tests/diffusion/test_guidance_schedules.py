@@ -171,12 +171,12 @@ def test_another_schedule_compiles_nothing():
     "call, words",
     [
         (lambda grid: D.guidance_schedule(grid, np.ones(3)), "4 steps"),
-        (lambda grid: D.guidance_schedule(grid, [1.0, 2.0, np.nan, 1.0]), "guidance_scale"),
+        (lambda grid: D.guidance_schedule(grid, [1.0, 2.0, np.nan, 1.0]), "scales must"),
         (lambda grid: D.guidance_interval(VP, 2.0, 3.0, 1.0), "low < high"),
         (lambda grid: D.guidance_interval(VP, 2.0, -1.0, 1.0), "low < high"),
         (lambda grid: D.guidance_interval(VP, 2.0, np.nan), "low < high"),
         (lambda grid: D.guidance_interval(VP, -2.0), "guidance_scale"),
-        (lambda grid: D.cfg_plus_plus(grid, 7.5), r"CFG\+\+ must be a finite number from 0 to 1"),
+        (lambda grid: D.cfg_plus_plus(grid, 7.5), "scale must be a finite number from 0 to 1"),
     ],
 )
 def test_impossible_schedules_are_refused(call, words):

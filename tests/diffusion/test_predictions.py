@@ -193,10 +193,10 @@ def test_epsilon_is_refused_where_the_path_ends_in_noise(path):
         (lambda: D.edm(PATHS["vp"]), "got a vp path"),
         (lambda: D.edm(PATHS["edm"], 0.0), "sigma_data > 0"),
         (lambda: D.prediction("flow", PATHS["flow"], sigma_data=0.5), "no option 'sigma_data'"),
-        (lambda: D.denoiser(lambda x, t: x, "epsilon"), "a prediction is needed"),
+        (lambda: D.denoiser(lambda x, t: x, "epsilon"), "prediction must be a prediction"),
         (
             lambda: D.diffusion_loss(KEY, lambda x, t, c: x, "epsilon", jnp.ones((2, 3))),
-            "prediction is needed",
+            "prediction must be a prediction",
         ),
         (
             lambda: D.denoiser(lambda x, t: jnp.tile(x, 2), D.v(PATHS["vp"]))(jnp.ones((2, 4, 4, 3)), 5.0),

@@ -19,7 +19,6 @@ CALLS = {
     "unipc": lambda: D.solvers.unipc(order=3, disable_corrector=[0, 1]),
     "unipc of 1": lambda: D.solvers.unipc(order=1),
     "ddim with noise": lambda: D.solvers.make("ddim", eta=0.5),
-    "int for float": lambda: D.solvers.euler_ancestral(s_noise=1),
     **{name: functools.partial(D.solvers.make, name) for name in D.solvers.SOLVERS if name != "restart"},
 }
 SAME = {"dpmpp_1s", "euler", "dpm2"}  # other names of ddim and of dpm2_ancestral(eta=0)
@@ -31,6 +30,16 @@ def test_equal_calls_make_equal_solvers():
     assert len(set(solvers.values())) == len(solvers)
     assert D.solvers.euler() == D.solvers.dpmpp_1s() == D.solvers.ddim(eta=0.0) == D.solvers.ddim(0.0)
     assert D.solvers.dpm2() == D.solvers.dpm2_ancestral(eta=0.0) != D.solvers.dpm2_ancestral()
+
+
+def test_numbers_of_any_type_make_equal_solvers():
+    """A NumPy number, an array without axes or an int for a float would otherwise compile again."""
+    half = D.solvers.ddim(eta=0.5)
+    for eta in (np.float64(0.5), np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
+        assert D.solvers.ddim(eta=eta) == D.solvers.make("ddim", eta=eta) == half
+    assert D.solvers.euler_ancestral(s_noise=1) == D.solvers.euler_ancestral()
+    assert D.solvers.unipc(order=np.int64(3)) == D.solvers.unipc(order=3)
+    assert len({D.EDM(sigma_min=1), D.EDM(sigma_min=np.float64(1)), D.EDM(sigma_min=1.0)}) == 1
 
 
 def test_a_replaced_function_makes_another_value():

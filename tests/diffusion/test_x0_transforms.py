@@ -131,9 +131,9 @@ def test_a_threshold_is_data():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: D.static_threshold(VP, 1.0, -1.0), "low < high"),
-        (lambda: D.dynamic_threshold(VP, 99.5), "percentile"),
-        (lambda: D.dynamic_threshold(VP, 0.9, 0.5), "max_value"),
+        (lambda: D.static_threshold(D.gaussian_denoiser(VP), 1.0, -1.0), "low < high"),
+        (lambda: D.dynamic_threshold(D.gaussian_denoiser(VP), 99.5), "percentile"),
+        (lambda: D.dynamic_threshold(D.gaussian_denoiser(VP), 0.9, 0.5), "max_value"),
         (lambda: D.classifier_guidance(lambda x, t: x, log_first(VP), 1.0), r"D\.Denoiser"),
         (lambda: D.classifier_guidance(D.gaussian_denoiser(VP), log_first(VP), np.inf), "guidance_scale"),
     ],

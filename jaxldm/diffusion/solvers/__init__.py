@@ -24,10 +24,20 @@ from jaxldm.diffusion.solvers.lms import lms
 from jaxldm.diffusion.solvers.pndm import pndm
 from jaxldm.diffusion.solvers.restart import Restart, restart, restart_grid
 from jaxldm.diffusion.solvers.sit import sit_sde
-from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
+from jaxldm.diffusion.solvers.solver import (
+    A_SOLVER,
+    Row,
+    Solver,
+    State,
+    divide,
+    move,
+    noise_like,
+    path_of,
+    row,
+)
 from jaxldm.diffusion.solvers.unipc import unipc
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "ddpm": ddpm,
@@ -77,10 +87,9 @@ def make(name: str, **options: Any) -> Solver:
     True
     """
     function = registry.find("solver", name, SOLVERS, ENTRY_POINTS)
-    registry.check_options("solver", name, function, options)
-    solver = equal_by_call(function)(**options)
+    solver = registry.call("solver", name, equal_by_call(function), **options)
     if not isinstance(solver, Solver):
-        raise InvalidArgumentError(f"solver {name!r} must return a Solver, got {solver!r}")
+        raise InvalidArgumentError(f"solver {name!r} must return a Solver, got {shown(solver)}")
     return solver
 
 
@@ -90,6 +99,7 @@ def names() -> list[str]:
 
 
 __all__ = [
+    "A_SOLVER",
     "SOLVERS",
     "Restart",
     "Row",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, number
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError
 
 
 @equal_by_call
@@ -27,6 +27,7 @@ def lcm() -> Solver:
     return Solver(State, step)
 
 
+@checked(gamma=number(0, 1, note="(0 is deterministic)"))
 @equal_by_call
 def tcd(gamma: float = 0.3) -> Solver:
     """Strategic stochastic sampling (Zheng et al. 2024): past row s to r = (1 - gamma) s, and back up.
@@ -42,8 +43,6 @@ def tcd(gamma: float = 0.3) -> Solver:
     Raises:
         InvalidArgumentError: gamma outside [0, 1]; a denoiser that does not know its path.
     """
-    if not 0 <= gamma <= 1:
-        raise InvalidArgumentError(f"gamma must lie between 0 (deterministic) and 1, not {gamma}")
 
     def step(state, denoise, grid, i, keys):
         path, here, there = path_of(denoise, "tcd"), row(grid, i), row(grid, i + 1)

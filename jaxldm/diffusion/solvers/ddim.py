@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, number
 from jaxldm.diffusion.solvers.solver import Solver, State, divide, move, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError
 
 
+@checked(eta=number(0, 1, note="(0 is deterministic, 1 is DDPM)"))
 @equal_by_call
 def ddim(eta: float = 0.0) -> Solver:
     """Song et al. 2021, equations 12 and 16, on every path.
@@ -27,8 +28,6 @@ def ddim(eta: float = 0.0) -> Solver:
     Raises:
         InvalidArgumentError: eta outside [0, 1].
     """
-    if not 0 <= eta <= 1:
-        raise InvalidArgumentError(f"eta must lie between 0 (deterministic) and 1 (DDPM), not {eta}")
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)

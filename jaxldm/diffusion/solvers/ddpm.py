@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, flag
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.solver import Solver, State, divide, move, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
@@ -12,6 +13,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 VARIANCES = ("small", "large", "learned")
 
 
+@checked(final_noise=flag)
 @equal_by_call
 def ddpm(variance: str = "small", final_noise: bool = True) -> Solver:
     """Ho et al. 2020, equations 6 and 7, between any two rows of any path.

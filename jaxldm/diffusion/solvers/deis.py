@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, count, flag
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.dpmpp import at_boundary, half_log_snr
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
     begin,
-    check_order,
     difference,
     exponential_moments,
     order_of_step,
@@ -22,6 +22,7 @@ from jaxldm.diffusion.solvers.solver import Solver, divide, move, row
 from jaxldm.diffusion.values import equal_by_call
 
 
+@checked(order=count(1, 3), lower_order_final=flag)
 @equal_by_call
 def deis(order: int = 2, lower_order_final: bool = True) -> Solver:
     """Exponential Adams-Bashforth: eps is a polynomial in log rho, rho = sigma / alpha.
@@ -43,7 +44,6 @@ def deis(order: int = 2, lower_order_final: bool = True) -> Solver:
     Raises:
         InvalidArgumentError: another order.
     """
-    check_order("deis", order, 3)
 
     def step(state, denoise, grid, i, keys):
         here, there, num_steps = row(grid, i), row(grid, i + 1), steps_in(grid)

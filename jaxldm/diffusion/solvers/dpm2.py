@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxldm.diffusion.solvers.euler import ancestral_split, check_ancestral
+from jaxldm.arguments import checked, number
+from jaxldm.diffusion.solvers.euler import ANCESTRAL_FORMS, ancestral_split
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, path_of, row
 from jaxldm.diffusion.values import equal_by_call
+from jaxldm.errors import one_of
 
 
 @equal_by_call
@@ -28,6 +30,7 @@ def dpm2() -> Solver:
     return dpm2_ancestral(eta=0.0)
 
 
+@checked(eta=number(0), s_noise=number(0))
 @equal_by_call
 def dpm2_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras") -> Solver:
     """k-diffusion's `sample_dpm_2_ancestral` on every path: DPM2 down to r_down, and noise back up to row s.
@@ -45,7 +48,7 @@ def dpm2_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras")
         InvalidArgumentError: eta or s_noise below 0; when sampling, a denoiser that does not know its path.
         UnknownNameError: another form.
     """
-    check_ancestral("dpm2_ancestral", eta, s_noise, form)
+    one_of("form", form, ANCESTRAL_FORMS)
 
     def step(state, denoise, grid, i, keys):
         path = path_of(denoise, "dpm2" if eta == 0 else "dpm2_ancestral")

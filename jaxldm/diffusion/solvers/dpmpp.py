@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxldm.arguments import checked, flag
 from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, exponential_moments, order_of_step
@@ -62,6 +63,7 @@ def dpmpp_1s() -> Solver:
     return ddim(eta=0.0)
 
 
+@checked(lower_order_final=flag)
 @equal_by_call
 def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
     """Lu et al. 2022, Algorithm 2: one evaluation a step, the previous x_0 gives the slope.
@@ -99,6 +101,7 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
     return Solver(lambda x: begin(x, 1), step)
 
 
+@checked(lower_order_final=flag)
 @equal_by_call
 def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
     """DPM-Solver++ of third order, multistep: the parabola through the last three x_0, integrated exactly.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, flag, number
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.dpmpp import (
     SOLVER_TYPES,
@@ -21,9 +22,10 @@ from jaxldm.diffusion.solvers.dpmpp import (
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin
 from jaxldm.diffusion.solvers.solver import Solver, divide, move, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import one_of
 
 
+@checked(eta=number(0), s_noise=number(0), lower_order_final=flag)
 @equal_by_call
 def dpmpp_2m_sde(
     eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint", lower_order_final: bool = True
@@ -47,7 +49,6 @@ def dpmpp_2m_sde(
         UnknownNameError: another solver_type.
         InvalidArgumentError: a negative eta or s_noise.
     """
-    check_noise("dpmpp_2m_sde", eta, s_noise)
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
@@ -68,6 +69,7 @@ def dpmpp_2m_sde(
     return Solver(lambda x: begin(x, 1), step)
 
 
+@checked(eta=number(0), s_noise=number(0), lower_order_final=flag)
 @equal_by_call
 def dpmpp_3m_sde(
     eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "heun", lower_order_final: bool = True
@@ -90,7 +92,6 @@ def dpmpp_3m_sde(
         UnknownNameError: another solver_type.
         InvalidArgumentError: a negative eta or s_noise.
     """
-    check_noise("dpmpp_3m_sde", eta, s_noise)
     one_of("solver_type", solver_type, SOLVER_TYPES)
 
     def step(state, denoise, grid, i, keys):
@@ -117,9 +118,3 @@ def move_with_noise(x, x_0, here, there, eta, s_noise, keys):
     ratio = there.sigma / jnp.where(here.sigma == 0, 1, here.sigma)
     x = ratio * jnp.exp(-eta * h) * x - there.alpha * jnp.expm1(-(1 + eta) * h) * x_0
     return x + s_noise * there.sigma * jnp.sqrt(-jnp.expm1(-2 * eta * h)) * noise_like(keys, x)
-
-
-def check_noise(solver: str, eta: float, s_noise: float) -> None:
-    """Raises `InvalidArgumentError` unless both are finite and not negative."""
-    if not (0 <= eta < float("inf") and 0 <= s_noise < float("inf")):
-        raise InvalidArgumentError(f"{solver} needs eta and s_noise of 0 or more, not {eta} and {s_noise}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import checked, number
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, divide, move, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import one_of
 
 ANCESTRAL_FORMS = ("karras", "rectified_flow")
 
@@ -24,6 +25,7 @@ def euler() -> Solver:
     return ddim(eta=0.0)
 
 
+@checked(eta=number(0), s_noise=number(0))
 @equal_by_call
 def euler_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras") -> Solver:
     """k-diffusion's `sample_euler_ancestral` on every path: a longer Euler step, and noise back up.
@@ -48,7 +50,7 @@ def euler_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras"
         InvalidArgumentError: eta or s_noise below 0.
         UnknownNameError: another form.
     """
-    check_ancestral("euler_ancestral", eta, s_noise, form)
+    one_of("form", form, ANCESTRAL_FORMS)
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
@@ -60,13 +62,6 @@ def euler_ancestral(eta: float = 1.0, s_noise: float = 1.0, form: str = "karras"
         return State(mean + s_noise * fresh * there.sigma * noise_like(keys, mean)), x_0
 
     return Solver(State, step)
-
-
-def check_ancestral(solver: str, eta: float, s_noise: float, form: str) -> None:
-    """Raises `InvalidArgumentError` or `UnknownNameError` as documented at `euler_ancestral`."""
-    one_of("ancestral form", form, ANCESTRAL_FORMS)
-    if not (eta >= 0 and s_noise >= 0):
-        raise InvalidArgumentError(f"{solver} needs eta and s_noise of 0 or more, not {eta} and {s_noise}")
 
 
 def ancestral_split(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, number
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, move, noise_like, path_of, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(s_churn=number(0), s_tmin=number(0), s_tmax=number(0, infinite=True), s_noise=number(0))
 @equal_by_call
 def heun(
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0
@@ -31,8 +33,8 @@ def heun(
     Raises:
         InvalidArgumentError: negative settings; with churn, a denoiser that does not know its path.
     """
-    if not (s_churn >= 0 and s_tmin >= 0 and s_tmax >= s_tmin and s_noise >= 0):
-        raise InvalidArgumentError("heun needs s_churn, s_tmin, s_noise of 0 or more, and s_tmax >= s_tmin")
+    if s_tmax < s_tmin:
+        raise InvalidArgumentError(f"s_tmax must be at least s_tmin = {s_tmin:g}, got {s_tmax:g}")
 
     def step(state, denoise, grid, i, keys):
         x, here, there = state.x, row(grid, i), row(grid, i + 1)

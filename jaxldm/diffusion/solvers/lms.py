@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import checked, count
 from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.multistep import (
     MultistepState,
     begin,
-    check_order,
     difference,
     order_of_step,
     past_nodes,
@@ -19,6 +19,7 @@ from jaxldm.diffusion.solvers.solver import Row, Solver, divide, move, row
 from jaxldm.diffusion.values import equal_by_call
 
 
+@checked(order=count(1, 4))
 @equal_by_call
 def lms(order: int = 4) -> Solver:
     """Adams-Bashforth on uneven steps for d(x/alpha) / dr = eps, r = sigma / alpha: one evaluation a step.
@@ -38,7 +39,6 @@ def lms(order: int = 4) -> Solver:
     Raises:
         InvalidArgumentError: another order.
     """
-    check_order("lms", order, 4)
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.solvers.solver import Row, divide, row
-from jaxldm.errors import InvalidArgumentError
 
 
 class MultistepState(NamedTuple):
@@ -37,14 +36,6 @@ def remember(
 ) -> tuple[Float[Array, "B ..."], ...]:
     """`past` with its latest step in front and its oldest forgotten."""
     return (value, *past)[: len(past)]
-
-
-def check_order(solver: str, order: int, highest: int) -> None:
-    """Raises `InvalidArgumentError` unless order is a whole number from 1 to `highest`."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= highest:
-        raise InvalidArgumentError(
-            f"{solver} has orders 1 to {highest}, not {order!r}: the number of steps is make_grid's"
-        )
 
 
 def order_of_step(

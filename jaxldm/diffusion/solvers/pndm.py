@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxldm.arguments import checked, flag
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.predictions import LEVEL_COEFFICIENTS, implied_noise
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, difference, remember
@@ -22,6 +23,7 @@ ADAMS_BASHFORTH = (
 )
 
 
+@checked(skip_prk_steps=flag)
 @equal_by_call
 def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
     """Liu et al. 2022: a classical method averages eps, and the DDIM step ("transfer part") carries it over.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxldm.diffusion.grids import Grid
-from jaxldm.diffusion.paths import Path
+from jaxldm.arguments import checked, count, number, optional, refuse, several
+from jaxldm.diffusion.grids import A_GRID, Grid
+from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.solvers.heun import heun
-from jaxldm.diffusion.solvers.solver import Solver, divide, noise_like, row
+from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, divide, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 
@@ -33,6 +34,17 @@ class Restart(NamedTuple):
     times: int = 1
 
 
+def A_RESTART(name: str, value: Any) -> Restart:
+    """A `Restart`, or a tuple of its four numbers."""
+    if not isinstance(value, tuple) or len(value) != 4:
+        raise refuse(name, "a D.Restart(lowest, highest, num_steps, times)", value)
+    return Restart(*(check(name, item) for check, item in zip(RESTART, value, strict=True)))
+
+
+RESTART = number(), number(), count(1), count(1)
+
+
+@checked(solver=optional(A_SOLVER), s_noise=number(0))
 @equal_by_call
 def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
     """Restart sampling (Xu et al. 2023): noise where the grid rises, a solver's step where it falls.
@@ -58,8 +70,6 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
     >>> solver = D.solvers.restart(D.solvers.heun())
     """
     solver = heun() if solver is None else solver
-    if not 0 <= s_noise < float("inf"):
-        raise InvalidArgumentError(f"restart needs an s_noise of 0 or more, not {s_noise}")
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
@@ -76,6 +86,7 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
     return solver._replace(step=step)
 
 
+@checked(path=A_PATH, grid=A_GRID, restarts=several(A_RESTART), rho=number(above=0))
 def restart_grid(path: Path, grid: Grid, restarts: Sequence[Restart], *, rho: float = 7.0) -> Grid:
     """The grid with all restarts put in: K times back to t_max and N_restart steps down to t_min.
 
@@ -110,10 +121,6 @@ def restart_grid(path: Path, grid: Grid, restarts: Sequence[Restart], *, rho: fl
             raise InvalidArgumentError(
                 f"a restart must rise within the path, which ends at {noisiest:g}: this one goes from "
                 f"{ratio[turn]:g}, the grid's sigma / alpha nearest to {lowest:g}, to {highest:g}"
-            )
-        if num_steps < 1 or times < 1:
-            raise InvalidArgumentError(
-                f"a restart takes 1 or more steps 1 or more times, not {num_steps}, {times}"
             )
         ramp = np.linspace(highest ** (1 / rho), ratio[turn] ** (1 / rho), num_steps + 1)[:-1] ** rho
         t = np.minimum(path.time(ramp), path.t_noisy)

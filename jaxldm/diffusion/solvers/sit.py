@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import checked, number, optional, text
 from jaxldm.diffusion.paths import Path
 from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.diffusion.solvers.flow import rates
@@ -20,6 +21,7 @@ DIFFUSIONS = ("SBDM", "sigma", "linear", "decreasing", "increasing-decreasing", 
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 
 
+@checked(diffusion=text, last_step=optional(text), norm=number(0))
 @equal_by_call
 def sit_sde(
     method: str = "euler", diffusion: str = "sigma", norm: float = 1.0, last_step: str | None = "mean"

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxldm.arguments import refuse
 from jaxldm.diffusion.grids import Grid
 from jaxldm.diffusion.paths import Path
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 
 
 class Solver(NamedTuple):
@@ -26,6 +27,16 @@ class Solver(NamedTuple):
 
     init: Callable[[Any], Any]
     step: Callable[[Any, Any, Grid, Any, Any], tuple[Any, Any]]
+
+
+def A_SOLVER(name: str, value: Any) -> Solver:
+    """A solver: a `Solver`, or what has its two functions."""
+    if isinstance(value, str):
+        raise refuse(name, "a solver such as D.solvers.ddim()", value, f"D.solvers.make({shown(value)})")
+    if callable(getattr(value, "init", None)) and callable(getattr(value, "step", None)):
+        return value
+    made = getattr(value, "__name__", "") if callable(value) else ""
+    raise refuse(name, "a solver such as D.solvers.ddim()", value, f"{made}()" if made.isidentifier() else "")
 
 
 class State(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxldm.arguments import checked, count, flag, several
 from jaxldm.diffusion.grids import Grid, steps_in
 from jaxldm.diffusion.solvers.dpmpp import at_boundary, half_log_snr
 from jaxldm.diffusion.solvers.multistep import (
-    check_order,
     difference,
     exponential_moments,
     order_of_step,
@@ -36,6 +36,7 @@ class UniPCState(NamedTuple):
     taken: Int[Array, ""]
 
 
+@checked(order=count(1, 3), lower_order_final=flag, corrector=flag, disable_corrector=several(count(0)))
 @equal_by_call
 def unipc(
     order: int = 2,
@@ -71,7 +72,6 @@ def unipc(
         InvalidArgumentError: another order.
         UnknownNameError: another solver_type.
     """
-    check_order("unipc", order, 3)
     one_of("solver_type", solver_type, UNIPC_TYPES)
     corrector_off = tuple(disable_corrector)
 
