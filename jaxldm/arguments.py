@@ -122,11 +122,7 @@ def count(low: int = 0, high: int = LARGEST_COUNT) -> Check:
     >>> count(1)("order", np.int64(2))
     2
     """
-    wanted = (
-        f"a whole number from {low} to {high}"
-        if high < LARGEST_COUNT
-        else f"a whole number of at least {low}"
-    )
+    wanted = f"a whole number from {low} to {high}" if high < 10**6 else f"a whole number of at least {low}"
 
     def check(name: str, value: Any) -> int:
         given = _scalar(name, wanted, value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real, ScalarLike
 
 from jaxldm.arguments import array, check_broadcast, checked
@@ -125,6 +126,8 @@ def gaussian_mixture_log_density(
     t: ScalarLike | Real[Array, " B"],
 ) -> Float[Array, " B"]:
     """log p_t(x) of the same mixture, noised to t: its gradient is the score."""
+    if np.shape(t) not in ((), x.shape[:1]):
+        raise InvalidArgumentError(f"t must be one number, or one per image, got shape {list(np.shape(t))}")
     t = jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])
     logits, _, _ = _components(path, weights, means, stds, x, t)
     total = jnp.log(jnp.sum(jnp.asarray(weights, x.dtype)))

@@ -34,6 +34,7 @@ from jaxldm.errors import InvalidArgumentError, shown
 # w: a number, one per image, or a function of t [B] that gives either.
 GuidanceScale = ScalarLike | Real[Array, " B"] | Callable[[Any], Any]
 
+
 @checked(unconditional=array(), conditional=array(), guidance_scale=array())
 def guide(
     unconditional: Float[Any, "B ..."],

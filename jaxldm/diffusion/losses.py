@@ -121,6 +121,8 @@ def drop_condition(key: PRNGKeyArray, condition: Any, null_condition: Any, proba
     """
     if condition is None or null_condition is None:
         raise InvalidArgumentError("condition_dropout needs a condition, and a null_condition in its place")
+    if not jax.tree.leaves(condition):
+        raise InvalidArgumentError("condition must hold an array [B, ...] to be dropped, and it holds none")
     batch_size = jax.tree.leaves(condition)[0].shape[0]
     dropped = jax.random.bernoulli(key, probability, (batch_size,))
     return jax.tree.map(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm.arguments import check_fields, checked, number
+from jaxldm.arguments import check_fields, checked, count, number
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -59,9 +59,9 @@ def flow_time(xp: Any, ratio: Float[Any, " *shape"]) -> Float[Any, " *shape"]:
 
 
 @checked(
-    num_image_tokens=number(),
-    base_tokens=number(),
-    max_tokens=number(),
+    num_image_tokens=count(0),
+    base_tokens=count(0),
+    max_tokens=count(0),
     base_shift=number(),
     max_shift=number(),
 )

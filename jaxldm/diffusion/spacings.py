@@ -408,7 +408,15 @@ def leading_times(span: Span, count: int, offset: int = 0) -> Float[np.ndarray, 
         if offset:
             raise InvalidArgumentError(f"offset={offset} counts timesteps, and a continuous path has none")
         return np.linspace(span.t_min, span.t_noisy, count, endpoint=False)[::-1]
-    return (np.arange(count) * (span.total // count))[::-1].astype(np.float64) + offset
+    times = (np.arange(count) * (span.total // count))[::-1].astype(np.float64) + offset
+    if times[0] > span.total - 1:
+        fit = [n for n in range(1, count) if (n - 1) * (span.total // n) + offset < span.total]
+        advice = f"ask for {fit[-1]} or fewer" if fit else "take a smaller offset"
+        raise InvalidArgumentError(
+            f"num_inference_steps={count} with offset {offset} needs more than {span.total} timesteps: "
+            f"{advice}, or take spacing='trailing'"
+        )
+    return times
 
 
 def linspace_times(span: Span, count: int) -> Float[np.ndarray, " N"]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.arguments import array, checked
 from jaxldm.data.images import to_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
 
@@ -42,6 +43,7 @@ def clip_similarities(
     return np.concatenate(logits) / np.exp(np.asarray(params["logit_scale"]))
 
 
+@checked(similarities=array("real", "[N, K]", axes=2), prompt_of=array("whole", "[N]", axes=1))
 def clip_score(similarities: Float[np.ndarray, "N K"], prompt_of: Sequence[int]) -> float:
     """Returns the mean of 100 max(cos, 0) between each image and its own prompt.
 
@@ -58,4 +60,9 @@ def clip_score(similarities: Float[np.ndarray, "N K"], prompt_of: Sequence[int])
     own = np.asarray(prompt_of)
     if own.shape != similarities.shape[:1]:
         raise DataError(f"prompt_of must be [{len(similarities)}], one entry for each image, got {own.shape}")
+    number = similarities.shape[1]
+    if ((own < 0) | (own >= number)).any():
+        raise DataError(
+            f"prompt_of must hold numbers of prompts, 0 to {number - 1}, got {own.min()} to {own.max()}"
+        )
     return float(100 * np.maximum(similarities[np.arange(len(own)), own], 0).mean())

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.arguments import array, checked, instance, text
 from jaxldm.errors import DataError
 
 
@@ -15,6 +16,10 @@ class Gaussian(NamedTuple):
     covariance: Float[np.ndarray, "D D"]
 
 
+A_GAUSSIAN = instance(Gaussian, "a Gaussian from metrics.fit_gaussian")
+
+
+@checked(features=array("real"), name=text)
 def fit_gaussian(features: Float[np.ndarray, "N D"], name: str = "features") -> Gaussian:
     """Return the sample mean and the unbiased sample covariance, in float64.
 
@@ -30,6 +35,7 @@ def fit_gaussian(features: Float[np.ndarray, "N D"], name: str = "features") -> 
     return Gaussian(mean, centred.T @ centred / (len(features) - 1))
 
 
+@checked(a=A_GAUSSIAN, b=A_GAUSSIAN)
 def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Return |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared 2-Wasserstein distance.
 
@@ -50,6 +56,7 @@ def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(float(distance), 0.0)  # rounding can leave -1e-15 for equal sets
 
 
+@checked(features_a=array("real"), features_b=array("real"))
 def frechet_distance(features_a: Float[np.ndarray, "N D"], features_b: Float[np.ndarray, "M D"]) -> float:
     """Return the Fréchet distance of Gaussians fitted to two sets of features, in float64.
 

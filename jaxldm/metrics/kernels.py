@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.arguments import array, checked, count, number
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.moments import blocks_of
 
@@ -27,6 +28,7 @@ def check_two_sets(a: np.ndarray, b: np.ndarray, fewest: int = 1) -> None:
         raise DataError(f"features have different widths: {a.shape[1]} and {b.shape[1]}")
 
 
+@checked(x=array("real"), y=array("real"))
 def polynomial_mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
     """Return the unbiased squared MMD with the kernel k(x, y) = (x.y / D + 1)^3, in float64.
 
@@ -51,6 +53,7 @@ def polynomial_mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> 
     return float(mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel(x, y).mean())
 
 
+@checked(features=array("real"), real=array("real"), subsets=count(1), subset_size=count(2), seed=count(0))
 def kernel_distance(
     features: Float[np.ndarray, "N D"],
     real: Float[np.ndarray, "M D"],
@@ -95,6 +98,9 @@ def kernel_distance(
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 
+@checked(
+    embeddings=array("real", "[N, D]", axes=2), real=array("real", "[M, D]", axes=2), sigma=number(above=0)
+)
 def clip_mmd(
     embeddings: Float[np.ndarray, "N D"], real: Float[np.ndarray, "M D"], sigma: float = 10.0
 ) -> float:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.arguments import array, checked, count
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.kernels import check_two_sets
 from jaxldm.metrics.moments import blocks_of
@@ -43,6 +44,7 @@ def neighbour_radii(rows: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray,
     ) ** np.float64(0.5)
 
 
+@checked(features=array("real", "[N, D]", axes=2), real=array("real", "[M, D]", axes=2), k=count(1))
 def manifold_overlap(
     features: Float[np.ndarray, "N D"], real: Float[np.ndarray, "M D"], k: int = 3
 ) -> Manifolds:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from jaxldm.arguments import a_path, array, checked, count, optional, several, text
 from jaxldm.data.images import to_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.files import write_atomically
@@ -15,6 +16,7 @@ from jaxldm.metrics.scores import nearest_neighbour_distances
 BORDER = 32  # the grey between images: neither the black nor the white of a digit
 
 
+@checked(images=array("real"), columns=optional(count(1)), padding=count(0), scale=count(1, 1000))
 def image_grid(
     images: Float[np.ndarray, "B H W C"] | UInt8[np.ndarray, "B H W C"],
     columns: int | None = None,
@@ -41,10 +43,6 @@ def image_grid(
     if images.ndim != 4 or 0 in images.shape:
         raise DataError(f"images must be [B, H, W, C] and not empty, got shape {images.shape}")
     columns = int(np.ceil(np.sqrt(len(images)))) if columns is None else columns
-    if columns < 1 or scale < 1 or padding < 0:
-        raise InvalidArgumentError(
-            f"columns and scale must be 1 or more and padding 0 or more, got {columns}, {scale}, {padding}"
-        )
     images = images if images.dtype == np.uint8 else to_uint8(images)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     number, height, width, channels = images.shape
@@ -64,6 +62,15 @@ def image_grid(
     return grid
 
 
+@checked(
+    images=array("real"),
+    columns=count(1),
+    title=text,
+    column_labels=several(text),
+    row_labels=several(text),
+    scale=count(1, 1000),
+    font_size=count(1, 1000),
+)
 def labelled_grid(
     images: Float[np.ndarray, "B H W C"] | UInt8[np.ndarray, "B H W C"],
     columns: int,
@@ -96,9 +103,9 @@ def labelled_grid(
     grid = image_grid(images, columns, padding=padding, scale=scale)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    for name, labels, count in (("column", column_labels, columns), ("row", row_labels, rows)):
-        if len(labels) not in (0, count):
-            raise InvalidArgumentError(f"{name}_labels must have {count} entries or none, got {len(labels)}")
+    for name, labels, number in (("column", column_labels, columns), ("row", row_labels, rows)):
+        if len(labels) not in (0, number):
+            raise InvalidArgumentError(f"{name}_labels must have {number} entries or none, got {len(labels)}")
     font, gap = ImageFont.load_default(size=font_size), font_size // 2
     lines = title.split("\n") if title else []
     left = gap + (max(int(font.getlength(label)) for label in row_labels) + gap if row_labels else 0)
@@ -121,6 +128,12 @@ def labelled_grid(
     return np.asarray(picture)
 
 
+@checked(
+    images=array("real", "[B, H, W, C]", axes=4, filled=True),
+    reference=array("real", "[N, H, W, C]", axes=4, filled=True),
+    pairs=count(1),
+    scale=count(1, 1000),
+)
 def nearest_neighbour_panel(
     images: Float[np.ndarray, "B H W C"],
     reference: Float[np.ndarray, "N H W C"],
@@ -140,6 +153,7 @@ def nearest_neighbour_panel(
     )
 
 
+@checked(path=a_path, picture=array("real"))
 def save_png(path: str | pathlib.Path, picture: UInt8[np.ndarray, "H W C"]) -> None:
     """Write a uint8 picture [H, W, C], C = 1 (grey), 3 or 4, as PNG: whole or not at all.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxldm.arguments import array, checked, count, optional
 from jaxldm.errors import DataError
 
 
@@ -22,11 +23,14 @@ class Neighbours(NamedTuple):
     index: Int[np.ndarray, "B"]
 
 
+@checked(logits=array("real", "[N, K]", axes=2, filled=True), labels=array("whole", "[N]", axes=1))
 def accuracy(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"]) -> float:
     """Return the share of rows whose largest entry is at the label, in [0, 1]."""
+    _check_one_each(logits, labels)
     return float((np.argmax(logits, axis=1) == labels).mean())
 
 
+@checked(probabilities=array("real"))
 def inception_score(probabilities: Float[np.ndarray, "N K"]) -> float:
     """Return exp(mean over x of KL(p(y|x) || p(y))), with p(y) the mean of p(y|x): between 1 and K.
 
@@ -53,6 +57,7 @@ class SplitScore(NamedTuple):
     std: float
 
 
+@checked(logits=array("real", "[N, K]", axes=2, filled=True), splits=count(1), seed=optional(count(0)))
 def inception_score_of_splits(
     logits: Float[np.ndarray, "N K"], splits: int = 10, seed: int | None = 2020
 ) -> SplitScore:
@@ -89,6 +94,7 @@ def inception_score_of_splits(
     return SplitScore(float(np.mean(scores)), float(np.std(scores)))
 
 
+@checked(vectors=array("real", "[N, ...]", axes=(1, 64)), labels=array("whole", "[N]", axes=1))
 def within_class_diversity(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarray, "N"]) -> float:
     """Return the mean Euclidean distance between two different images of a class, averaged over the classes.
 
@@ -105,8 +111,10 @@ def within_class_diversity(vectors: Float[np.ndarray, "N ..."], labels: Int[np.n
     return float(np.mean(diversities))
 
 
+@checked(vectors=array("real", "[N, ...]", axes=(1, 64)), labels=array("whole", "[N]", axes=1))
 def class_diversities(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarray, "N"]) -> dict[int, float]:
     """Return for each class with at least two images the mean distance between two different ones of it."""
+    _check_one_each(vectors, labels)
     diversities = {}
     for label in np.unique(labels):
         members = _flat(vectors)[labels == label]
@@ -117,6 +125,10 @@ def class_diversities(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarra
     return diversities
 
 
+@checked(
+    images=array("real", "[N, ...]", axes=(1, 64), filled=True),
+    reference=array("real", "[M, ...]", axes=(1, 64), filled=True),
+)
 def nearest_neighbour_distances(
     images: Float[np.ndarray, "N ..."], reference: Float[np.ndarray, "M ..."]
 ) -> Neighbours:
@@ -138,6 +150,7 @@ def nearest_neighbour_distances(
     return Neighbours(distance, index)
 
 
+@checked(images=array("real"), reconstructions=array("real"))
 def reconstruction_error(
     images: Float[np.ndarray, "N H W C"], reconstructions: Float[np.ndarray, "N H W C"]
 ) -> ReconstructionError:
@@ -147,6 +160,11 @@ def reconstruction_error(
         raise DataError(f"images {images.shape} and reconstructions {reconstructions.shape} differ in shape")
     mse = float(np.mean((images - reconstructions) ** 2))
     return ReconstructionError(mse, float("inf") if mse == 0 else float(10 * np.log10(4 / mse)))
+
+
+def _check_one_each(rows, labels) -> None:
+    if len(rows) != len(labels):
+        raise DataError(f"labels must be one for each of {len(rows)} images, got {len(labels)}")
 
 
 def _flat(vectors) -> Float[np.ndarray, "N D"]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.arguments import array, checked, count
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.kernels import check_two_sets
 from jaxldm.metrics.moments import blocks_of
 
 
+@checked(features=array("real"), real=array("real"), directions=count(1), seed=count(0))
 def sliced_wasserstein(
     features: Float[np.ndarray, "N D"],
     real: Float[np.ndarray, "M D"],

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxldm.arguments import a_key, array, checked, flag, instance, optional
 from jaxldm.models.config import ModelConfig
+from jaxldm.models.denoising_network import A_MODULE
+from jaxldm.models.inputs import fitting
 from jaxldm.models.tiling import Tiling, sliced, tiled_decoder, tiled_encoder
 
 
@@ -39,6 +42,12 @@ def split_moments(moments: Float[Array, "B h w moments"]) -> DiagonalGaussian:
     return DiagonalGaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
 
+IMAGES = array("floating", "[B, H, W, C]", axes=4, filled=True)
+LATENTS = array("floating", "[B, h, w, c]", axes=4, filled=True)
+A_TILING = instance(Tiling, "models.Tiling(...)")
+
+
+@checked(module=A_MODULE, images=IMAGES, key=optional(a_key), tiling=optional(A_TILING), slicing=flag)
 def encode_latents(
     module: nn.Module,
     params: dict,
@@ -65,7 +74,8 @@ def encode_latents(
     """
 
     def encode(x: Float[Array, " ..."]) -> DiagonalGaussian | Float[Array, " ..."]:
-        return cast(Any, module.apply({"params": params}, _pixels(module.config, x), method="encode"))
+        with fitting(module):
+            return cast(Any, module.apply({"params": params}, _pixels(module.config, x), method="encode"))
 
     if tiling is not None:
         encode = tiled_encoder(encode, module.config, tiling)
@@ -76,6 +86,7 @@ def encode_latents(
     return (encoded - shift) * scale
 
 
+@checked(module=A_MODULE, latents=LATENTS, tiling=optional(A_TILING), slicing=flag)
 def decode_latents(
     module: nn.Module,
     params: dict,
@@ -91,7 +102,8 @@ def decode_latents(
     """
 
     def decode(z: Array) -> Array:
-        images = cast(Array, module.apply({"params": params}, z, method="decode"))
+        with fitting(module):
+            images = cast(Array, module.apply({"params": params}, z, method="decode"))
         return 2 * images - 1 if _from_zero(module.config) else images
 
     if tiling is not None:

@@ -7,9 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.arguments import checked, instance
+from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.models.inputs import fitting
+
+
+def A_MODULE(name: str, value: Any) -> Any:
+    """A Flax module, or what is applied as one."""
+    is_like = callable(getattr(value, "apply", None)) and callable(value)
+    if is_like and not isinstance(value, type):
+        return value
+    return instance(nn.Module, "a module such as models.build('tiny-dit')")(name, value)
 
 
 class Convention(NamedTuple):
@@ -39,6 +50,23 @@ def convention(module: nn.Module) -> Convention:
     return getattr(module, "convention", Convention())
 
 
+def _check_inputs(x: Any, t: Any, example: Any) -> None:
+    """Raises `InvalidArgumentError` for x that is no batch of the network's inputs, or t not one for each."""
+    for name, value in (("x", x), ("t", t)):
+        if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.number)):
+            raise InvalidArgumentError(f"{name} must be an array of numbers, got {shown(value)}")
+    if example is None or x.ndim != 4 or len(example.shape) != 4:
+        return  # no network of images: what it takes is for the module to say
+    channels = example.shape[-1]
+    if x.shape[-1] != channels:
+        first = x.shape[1] == channels
+        hint = ", which looks like [B, C, H, W]: write jnp.moveaxis(x, 1, -1)" if first else ""
+        raise InvalidArgumentError(f"x must be [B, H, W, {channels}], got shape {list(x.shape)}{hint}")
+    if t.shape != x.shape[:1]:
+        raise InvalidArgumentError(f"t must be [B], one for each of {x.shape[0]} images, got {shown(t)}")
+
+
+@checked(module=A_MODULE)
 def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     """A denoising network as a function `(params, x, t, condition=None, *, dropout_key=None) -> output`.
 
@@ -51,7 +79,8 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     `[B]`, or the states of a text); or a mapping of the module's keyword arguments to arrays. A `dropout_key`
     turns dropout on, for training. It returns `[B, H, W, C]`, 2C channels for a network with learned
     variance, and raises `InvalidArgumentError` for a condition that lacks an argument of the module or has
-    one too many.
+    one too many, and for shapes that do not fit. Labels and token ids outside of their tables are refused
+    where they can be seen; inside jit they cannot, and the nearest row answers: check them before.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -61,6 +90,7 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     (2, 32, 32, 4)
     """
     counts, signature = convention(module), inspect.signature(module.__call__)
+    example = module.example_inputs()[0] if hasattr(module, "example_inputs") else None
 
     def call(
         params: Any,
@@ -83,7 +113,9 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
             raise InvalidArgumentError(
                 f"the condition does not fit {type(module).__name__}: {error}"
             ) from error
-        output = cast(Array, module.apply({"params": params}, *inputs, **more, rngs=rngs))
+        _check_inputs(x, t, example)
+        with fitting(module):
+            output = cast(Array, module.apply({"params": params}, *inputs, **more, rngs=rngs))
         return counts.output(output)
 
     return call

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 from jaxtyping import Array, Float, Int
 
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.arguments import as_array
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.config import height_width
+from jaxldm.reading import reason
+
+
+@contextlib.contextmanager
+def fitting(module: nn.Module) -> Iterator[None]:
+    """Turns what chex and Flax say about the shapes of a module's inputs and parameters into one line.
+
+    Raises:
+        InvalidArgumentError: they do not fit the module.
+    """
+    try:
+        yield
+    except (AssertionError, FlaxError) as error:
+        raise InvalidArgumentError(
+            f"the inputs or the parameters do not fit {type(module).__name__}: {reason(error)}"
+        ) from error
 
 
 def image_shape(config: Any) -> tuple[jax.ShapeDtypeStruct]:
@@ -39,5 +59,9 @@ def labels_or_null(
         return None
     if labels is None:
         return jnp.full(t.shape, num_classes, jnp.int32)
-    chex.assert_shape(labels, t.shape)
-    return labels
+    given = as_array("class labels", "whole numbers [B]", labels)
+    if not jnp.issubdtype(given.dtype, jnp.integer) or given.shape != t.shape:
+        raise InvalidArgumentError(
+            f"class labels must be whole numbers, one for each of {t.shape[0]} images, got {shown(labels)}"
+        )
+    return given

@@ -8,11 +8,15 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
+from jaxldm import entries as entries_of
+from jaxldm.arguments import checked as checked_arguments
+from jaxldm.arguments import instance, one_key
 from jaxldm.entries import checked, known_names
-from jaxldm.errors import CheckpointError, UnknownNameError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.models import (
     autoencoder_conv,
     autoencoder_kl,
@@ -42,8 +46,9 @@ from jaxldm.models import (
     z_image_transformer_2d,
 )
 from jaxldm.models.config import ModelConfig
+from jaxldm.models.denoising_network import A_MODULE
 from jaxldm.nn.initialization import init_params
-from jaxldm.reading import reading, shown
+from jaxldm.reading import reading, reason, shown
 
 # A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
@@ -141,6 +146,7 @@ def class_name(config: ModelConfig) -> str:
     return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
 
 
+@checked_arguments(config=instance(ModelConfig, "a config of a model, such as models.DiTConfig(...)"))
 def from_config(config: ModelConfig) -> nn.Module:
     """The module that a config describes."""
     return ARCHITECTURES[class_name(config)][0](config)
@@ -156,18 +162,33 @@ def build(name: str, **overrides: Any) -> nn.Module:
         InvalidArgumentError: a value that its field cannot have.
     """
     config = PRESETS[one_of("preset", name, PRESETS)]
-    fields = [field.name for field in dataclasses.fields(config)]
+    kinds = entries_of.field_types(type(config))
     for key in overrides:
-        if key not in fields:
-            raise UnknownNameError(f"field of {type(config).__name__}", key, fields)
-    return from_config(dataclasses.replace(config, **overrides))
+        if key not in kinds:
+            raise UnknownNameError(f"field of {type(config).__name__}", key, kinds)
+    try:
+        given = {key: checked(plain(value), kinds[key], f"{name}: {key}") for key, value in overrides.items()}
+        changed = dataclasses.replace(config, **given)
+    except CheckpointError as error:  # as of a file: here they are arguments
+        raise InvalidArgumentError(str(error)) from error
+    except ArithmeticError as error:  # of the config's own checks: a width of 0
+        given = ", ".join(f"{key}={shown(value)}" for key, value in overrides.items())
+        raise InvalidArgumentError(f"{name} cannot have {given}: {reason(error)}") from error
+    return from_config(changed)
 
 
+def plain(value: Any) -> Any:
+    """A NumPy number as one of Python."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@checked_arguments(module=A_MODULE, key=one_key)
 def init(module: nn.Module, key: PRNGKeyArray) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
     return init_params(module, key, *module.example_inputs())
 
 
+@checked_arguments(module=A_MODULE)
 def shapes(module: nn.Module) -> dict:
     """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, computed without memory for them."""
     inputs = module.example_inputs()
@@ -177,6 +198,7 @@ def shapes(module: nn.Module) -> dict:
 def count_params(name_or_module: str | nn.Module) -> int:
     """Number of trained parameters of a model, from shapes alone: also for presets larger than the memory."""
     module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
+    A_MODULE("name_or_module", module)
     untrained = getattr(module, "untrained", ())  # such as tables of positions
     leaves = cast(dict[str, Any], traverse_util.flatten_dict(shapes(module), sep="/"))
     return sum(leaf.size for path, leaf in leaves.items() if path not in untrained)
@@ -189,6 +211,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     return {"_class_name": class_name(config), **config.to_dict()}
 
 
+@checked_arguments(entries=instance(Mapping, "the entries of a config.json, a dictionary"))
 def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
     """The inverse of `config_to_dict`; also reads the config.json of diffusers and transformers.
 

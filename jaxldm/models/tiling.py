@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import check_fields, count, number, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import as_typed, floor_product
 from jaxldm.models.config import ModelConfig, check, height_width
@@ -37,7 +38,7 @@ class Tiling:
     overlap: float = 0.25
 
     def __post_init__(self):
-        check(0 <= self.overlap <= 0.5, f"overlap must be in [0, 0.5], got {self.overlap}")
+        check_fields(self, size=optional(count(1)), overlap=number(0, 0.5))
 
 
 def sliced(function: Callable[[Array], Any]) -> Callable[[Array], Any]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxldm.errors import one_of
+from jaxldm.arguments import is_tracer
+from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, normal, parameter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -73,8 +74,12 @@ def flat_matmul(
 class Embedding(nn.Module):
     """A table `[num_embeddings, features]` indexed by integers. indices `[...]` -> `[..., features]`.
 
-    Starts from N(0, 1) as PyTorch's does. An index outside the table gives its nearest row: labels are
-    checked where they enter the program.
+    Starts from N(0, 1) as PyTorch's does.
+
+    Raises:
+        InvalidArgumentError: indices that are no whole numbers, or that are outside of the table. Inside of
+            jit, grad and vmap the numbers cannot be seen, and an index outside gives the nearest row: labels
+            and token ids are checked where they enter the program.
     """
 
     num_embeddings: int
@@ -84,5 +89,16 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise InvalidArgumentError(
+                f"token ids and class labels must be whole numbers, got {shown(indices)}"
+            )
+        if not is_tracer(indices) and indices.size:
+            lowest, highest = int(indices.min()), int(indices.max())
+            if lowest < 0 or highest >= self.num_embeddings:
+                raise InvalidArgumentError(
+                    f"token ids and class labels must lie in [0, {self.num_embeddings - 1}] for the table "
+                    f"{self.name!r}, got {lowest if lowest < 0 else highest}"
+                )
         table = parameter(self, "embedding", self.embedding_init, (self.num_embeddings, self.features))
         return jnp.take(table, indices, axis=0, mode="clip").astype(compute_dtype(self.dtype))

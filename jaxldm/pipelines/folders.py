@@ -21,6 +21,8 @@ import numpy as np
 
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
+from jaxldm.arguments import a_path, optional, text
+from jaxldm.arguments import checked as checked_arguments
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.entries import checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
@@ -45,6 +47,7 @@ WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipel
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
 
 
+@checked_arguments(folder=a_path, dtype=optional(text), variant=optional(text))
 def load(
     folder: str | Path,
     *,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from jaxldm.arguments import array as numbers
 from jaxldm.data.images import check_images, from_uint8
 from jaxldm.data.pictures import is_picture, mask_of, rgb_of, shrink_masks
 from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError
@@ -184,13 +185,16 @@ def _check_together(spec: LatentSpec, image: Any, mask_image: Any, latents: Any)
         raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
 
 
+NUMBERS = numbers("real", "[N, h, w, c]", axes=(3, 4))
+
+
 def four_axes(array: Any, channels: int, name: str = "latents") -> Float[np.ndarray, "N h w c"]:
     """Finite numbers [N, h, w, channels] out of these or of [h, w, channels].
 
     Raises:
         InvalidArgumentError: another shape, NaN or infinity.
     """
-    array = np.asarray(array, np.float32)
+    array = np.asarray(NUMBERS(name, array), np.float32)
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or array.shape[-1] != channels or 0 in array.shape:
         raise InvalidArgumentError(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxldm.arguments import as_array, refuse
 from jaxldm.data import check_labels
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 from jaxldm.pipelines.inputs import check_images_fit
@@ -47,19 +48,22 @@ def cycle_labels(
 
 def checked_labels(pipe: Pipeline, labels: Any, name: str) -> Int[np.ndarray, " K"]:
     """One label or several as int32 [K], all of them classes of this model."""
-    labels = [labels] if isinstance(labels, str) else labels
-    if not np.isscalar(labels) and any(isinstance(label, str) for label in labels):
+    given: Any = [labels] if isinstance(labels, str) else labels
+    single = bool(np.isscalar(given))
+    if not (single or isinstance(given, (list, tuple, range)) or hasattr(given, "dtype")):
+        raise refuse(name, "numbers or names of classes", labels)
+    if not single and any(isinstance(label, str) for label in given):
         # "tench" names the class "tench, Tinca tinca", too.
         names = {
             one.strip(): label
             for label, several in enumerate(pipe.class_names)
             for one in (several, *several.split(","))
         }
-        labels = [_label(label, names) if isinstance(label, str) else label for label in labels]
-    labels = np.atleast_1d(np.asarray(labels))
-    if labels.size == 0:
+        given = [_label(label, names) if isinstance(label, str) else label for label in given]
+    given = np.atleast_1d(as_array(name, "numbers or names of classes", given))
+    if given.size == 0:
         raise InvalidArgumentError(f"no {name} were given: leave the option out, or give one or more")
-    return check_labels(labels, len(labels), cast(int, pipe.num_classes), name)
+    return check_labels(given, len(given), cast(int, pipe.num_classes), name)
 
 
 def _label(name: str, labels_by_name: dict[str, int]) -> int:

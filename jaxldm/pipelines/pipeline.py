@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Key
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
+from jaxldm.arguments import check_all
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options
-from jaxldm.pipelines.inputs import LatentSpec, Size, check_count, strength_of
+from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.options import CHECKS, check_call
 
 OUTPUTS = ("images", "latents")
-MAX_STEPS = 10**6  # more than any path has timesteps
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +74,7 @@ class Pipeline:
 
     def __call__(self, key: Key[Array, " ..."], *prompts: Any, **options: Any) -> Any:
         """Draw images, float32 [N, H, W, C] in [-1, 1]; see `generate`, and `Call` for the options."""
+        key, options = check_call(key, prompts, options)
         return self.family.call(self, key, *prompts, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -222,6 +224,7 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
         UnknownNameError: an option that neither `Call` nor the family has.
         InvalidArgumentError: one that is out of range.
     """
+    options = check_all(CHECKS, options)
     known = call_options(pipe.family.call, pipe.family.encode)
     for name in options:
         one_of(f"argument of {pipe.family.name}", name, known)
@@ -232,14 +235,8 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
     own = {name: value for name, value in options.items() if name not in shared}
     call = Call(**{name: options[name] for name in shared}, own=own)
     one_of("output", call.output, OUTPUTS)
-    check_count(call.previews, "previews", 0)
-    if call.num_inference_steps is not None:
-        check_count(call.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
-    check_count(call.batch_size, "batch_size", 1)
     defaults = pipe.defaults
     rescale = defaults.guidance_rescale if call.guidance_rescale is None else call.guidance_rescale
-    if not 0 <= rescale <= 1:
-        raise InvalidArgumentError(f"guidance_rescale must lie between 0 and 1, not {rescale}")
     if call.denoising_start and call.latents is None:
         raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
     strength = strength_of(call.image, call.strength, call.mask_image, defaults.strength)

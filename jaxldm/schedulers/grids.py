@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxldm import diffusion as D
+from jaxldm.arguments import check_fields, count, flag, number, optional, text
 from jaxldm.diffusion import levels, registry, spacings
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -73,6 +74,20 @@ class GridRule:
     lambda_min: float | None = None
     shift_terminal: float | None = None
     shift_t_min_twice: bool = False
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            spacing=optional(text),
+            levels=optional(text),
+            final=text,
+            steps_offset=count(0),
+            original_steps=count(1),
+            rho=number(above=0),
+            lambda_min=optional(number(infinite=True)),
+            shift_terminal=optional(number()),
+            shift_t_min_twice=flag,
+        )
 
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from jaxldm import diffusion as D
+from jaxldm.arguments import checked, flag, instance, number, optional
 from jaxldm.entries import build
-from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, UnknownNameError, one_of
 from jaxldm.reading import reading, reason
 from jaxldm.schedulers.entries import PLACE, typed, with_defaults
 from jaxldm.schedulers.grids import TIMES, GridRule
@@ -38,6 +39,17 @@ BETAS = {
 PREDICTIONS = {"flow": "flow_prediction"}  # the names that differ
 
 
+A_CONFIG = instance(Mapping, "the entries of a scheduler_config.json, a dictionary")
+
+
+def a_solver_or_name(name: str, value: Any) -> Any:
+    """A solver, or its name."""
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        raise UnknownNameError(name, value, D.solvers.names())
+    return value if isinstance(value, str) else D.solvers.A_SOLVER(name, value)
+
+
+@checked(config=A_CONFIG, solver=optional(a_solver_or_name), eta=optional(number(0)), stops_early=flag)
 def from_config(
     config: Mapping[str, Any],
     solver: str | D.Solver | None = None,

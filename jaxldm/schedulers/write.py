@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxldm import diffusion as D
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.arguments import checked, instance, optional, text
+from jaxldm.diffusion.predictions import A_PREDICTION
+from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.schedulers.grids import GridRule
 from jaxldm.schedulers.read import BETAS, PREDICTIONS, from_config
 from jaxldm.schedulers.scheduler import DynamicShift
 from jaxldm.schedulers.table import DPM_SOLVERS, LEVELS, OWN, SCHEDULER_OF, SCHEDULERS, SPACINGS
 
 
+@checked(
+    prediction=A_PREDICTION,
+    dynamic_shift=optional(instance(DynamicShift, "a schedulers.DynamicShift(...)")),
+    solver=optional(text),
+)
 def to_config(
     prediction: D.Prediction,
     grid: GridRule | None = None,
@@ -42,7 +49,7 @@ def to_config(
     """
     if grid is not None and not isinstance(grid, GridRule):
         raise InvalidArgumentError(
-            f"grid must be a rule for any number of steps, as GridRule(spacing='leading'), not {grid!r:.60}"
+            f"grid must be a rule for any number of steps, as GridRule(spacing='leading'), not {shown(grid)}"
         )
     path, grid = prediction.path, _spelled_out(GridRule() if grid is None else grid, prediction.path)
     if type(path) is D.VP:

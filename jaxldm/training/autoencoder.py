@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm import models
+from jaxldm.arguments import array, check_shapes, checked, count, function, number, one_key, optional
 from jaxldm.data.batches import map_batches
 from jaxldm.errors import one_of
 from jaxldm.exact import round_product
@@ -43,6 +43,7 @@ def kl_per_channel(posterior: DiagonalGaussian) -> Float[Array, " c"]:
     return jnp.mean(jnp.sum(posterior.kl(), axis=(1, 2)), axis=0)
 
 
+@checked(beta=number(0), warmup_steps=count(0), step=array("real", axes=0))
 def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]:
     """beta min(1, step / warmup_steps); beta at once for 0 warm-up steps.
 
@@ -53,6 +54,14 @@ def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]
     return beta * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps)
 
 
+@checked(
+    key=one_key,
+    encode=function("images -> posterior"),
+    decode=function("z -> images"),
+    images=array("floating", "[B, H, W, C]", axes=4, filled=True),
+    beta=array("real", axes=0),
+    free_bits=array("real", axes=0),
+)
 def autoencoder_loss(
     key: PRNGKeyArray,
     encode: Callable[[Any], DiagonalGaussian],
@@ -89,7 +98,7 @@ def autoencoder_loss(
     posterior = encode(images)
     posterior = DiagonalGaussian(*(moment.astype(jnp.float32) for moment in posterior))
     decoded = decode(posterior.sample(key)).astype(jnp.float32)
-    chex.assert_equal_shape([decoded, images])
+    check_shapes(decoded=decoded, images=images)
     error = decoded - images
     distance = jnp.mean(jnp.square(error) if reconstruction == "mse" else jnp.abs(error))
     kl = kl_per_channel(posterior)
@@ -98,6 +107,10 @@ def autoencoder_loss(
     return loss, {"reconstruction": distance, "kl": jnp.sum(kl), "kl_channel": kl, "beta": jnp.float32(beta)}
 
 
+@checked(
+    mean=array("floating", "[N, h, w, c]", axes=(1, 64), filled=True),
+    log_variance=optional(array("floating")),
+)
 def latent_scale(
     mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"] | None
 ) -> tuple[float, float]:

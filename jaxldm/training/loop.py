@@ -12,12 +12,24 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
+from jaxldm.arguments import (
+    a_path,
+    check_fields,
+    checked,
+    count,
+    flag,
+    function,
+    instance,
+    optional,
+    refuse,
+    text,
+)
+from jaxldm.errors import CheckpointError, DivergenceError
 from jaxldm.files import storage_errors
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.interruption import StopRequest
 from jaxldm.training.log import CsvLog
-from jaxldm.training.mesh import batch_sharding, make_mesh, state_shardings
+from jaxldm.training.mesh import A_MESH, batch_sharding, make_mesh, state_shardings
 from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import Progress
 from jaxldm.training.state import TrainState
@@ -43,13 +55,20 @@ class Plan:
     keep: int = 2
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise InvalidArgumentError(f"num_steps must be >= 1, got {self.num_steps}")
-        if self.save_every < 0 or self.sample_every < 0 or self.keep < 1:
-            raise InvalidArgumentError(
-                f"save_every and sample_every must be >= 0 and keep >= 1, got {self.save_every}, "
-                f"{self.sample_every} and {self.keep}"
-            )
+        check_fields(self, num_steps=count(1), save_every=count(0), sample_every=count(0), keep=count(1))
+
+
+A_PLAN = instance(Plan, "a training.Plan(num_steps)")
+A_STATE = instance(TrainState, "a state from training.create_train_state")
+
+
+def SOME_BATCHES(name: str, value: Any) -> Any:
+    """What `Batches` describes."""
+    if isinstance(value, (str, dict)) or not (hasattr(value, "__getitem__") and hasattr(value, "__len__")):
+        raise refuse(name, "a sequence of batches, batches[step] and len(batches)", value)
+    if isinstance(value, type) or not len(value):
+        raise refuse(name, "a sequence of at least one batch", value)
+    return value
 
 
 def _resume(
@@ -68,6 +87,20 @@ def _resume(
     return restored.state, restored.step, rows.keep_until(restored.step, log)
 
 
+@checked(
+    state=A_STATE,
+    train_step=function("(state, batch) -> (state, metrics)"),
+    batches=SOME_BATCHES,
+    plan=A_PLAN,
+    run_dir=a_path,
+    resume=flag,
+    mesh=optional(A_MESH),
+    name=text,
+    on_sample=optional(function("(state, step)")),
+    explain_divergence=optional(function("(step, metrics) -> text")),
+    log=function("(line)"),
+    bar=optional(flag),
+)
 def fit(
     state: TrainState,
     train_step: TrainStep,

@@ -15,11 +15,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxldm.arguments import checked, count, instance, optional, refuse, several
 from jaxldm.errors import InvalidArgumentError
 
 AXES = ("data", "fsdp", "tensor")
+A_MESH = instance(Mesh, "a mesh such as training.make_mesh()")
+A_DEVICE = instance(jax.Device, "one of jax.devices()")
 
 
+def some_devices(name: str, value: Any) -> Any:
+    """The number of devices, or a list of them."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
+        raise refuse(name, "a number of devices, or some of jax.devices()", value)
+    return several(A_DEVICE)(name, np.ravel(np.asarray(value, object)))
+
+
+@checked(devices=optional(some_devices), fsdp=count(1), tensor=count(1))
 def make_mesh(devices: Sequence[Any] | int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over `devices` (None: all of them; a number: the first so many), the rest of them along `data`.
 
@@ -34,7 +47,7 @@ def make_mesh(devices: Sequence[Any] | int | None = None, *, fsdp: int = 1, tens
                 f"devices must lie in [1, {jax.device_count()}] on this machine, got {devices}"
             )
         devices = jax.devices()[:devices]
-    if fsdp < 1 or tensor < 1 or len(devices) % (fsdp * tensor):
+    if len(devices) % (fsdp * tensor):
         raise InvalidArgumentError(
             f"fsdp * tensor must divide the {len(devices)} devices, got fsdp={fsdp} and tensor={tensor}"
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxldm.arguments import checked, count, number, optional, refuse
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -22,6 +23,14 @@ class Optimizer(NamedTuple):
     learning_rate: Callable[[Any], Any]
 
 
+def AN_OPTIMIZER(name: str, value: Any) -> Any:
+    """An `Optimizer`, or what has its three functions."""
+    if all(callable(getattr(value, field, None)) for field in Optimizer._fields):
+        return value
+    raise refuse(name, "an optimizer such as training.optimizer(1e-3)", value)
+
+
+@checked(learning_rate=number(above=0), warmup_steps=count(0), total_steps=count(1), final_scale=number(0, 1))
 def warmup_cosine(
     learning_rate: float, warmup_steps: int, total_steps: int, final_scale: float = 0.0
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
@@ -35,16 +44,10 @@ def warmup_cosine(
 
     Source: Loshchilov and Hutter 2017 (SGDR, eq. 5), one cycle. Raises `InvalidArgumentError`.
     """
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise InvalidArgumentError(f"learning_rate must be > 0 and finite, got {learning_rate}")
-    if total_steps < 1:
-        raise InvalidArgumentError(f"total_steps must be >= 1, got {total_steps}")
     if not 0 <= warmup_steps <= total_steps:
         raise InvalidArgumentError(
             f"warmup_steps must be in [0, total_steps = {total_steps}], got {warmup_steps}"
         )
-    if not 0 <= final_scale <= 1:
-        raise InvalidArgumentError(f"final_scale must be in [0, 1], got {final_scale}")
 
     def schedule(step):
         n = jnp.asarray(step, jnp.float32)
@@ -56,6 +59,17 @@ def warmup_cosine(
     return schedule
 
 
+@checked(
+    learning_rate=number(above=0),
+    warmup_steps=count(0),
+    total_steps=count(1),
+    weight_decay=number(0),
+    max_grad_norm=optional(number(above=0)),
+    b1=number(0, below=1),
+    b2=number(0, below=1),
+    eps=number(0),
+    final_scale=number(0, 1),
+)
 def optimizer(
     learning_rate: float,
     warmup_steps: int = 0,
@@ -86,13 +100,6 @@ def optimizer(
     (0.00010000000474974513, 0.0010000000474974513, 0.0)
     """
     schedule = warmup_cosine(learning_rate, warmup_steps, total_steps, final_scale)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise InvalidArgumentError(f"max_grad_norm must be > 0, or None for no clipping, got {max_grad_norm}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise InvalidArgumentError(f"weight_decay must be >= 0, got {weight_decay}")
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise InvalidArgumentError(f"{name} must be in [0, 1), got {value}")
     return adamw(schedule, b1, b2, eps, weight_decay, max_grad_norm)
 
 

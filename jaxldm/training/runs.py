@@ -33,6 +33,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxldm import __version__, checkpoints, models
+from jaxldm.arguments import a_path, checked
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
@@ -154,6 +155,7 @@ def _as_json(entries: Mapping[str, Any]) -> bytes:
     return (json.dumps(entries, indent=2) + "\n").encode()
 
 
+@checked(run_dir=a_path)
 def read_config(run_dir: Path | str) -> dict[str, Any]:
     """The entries of a run's config.json: `format`, `recipe`, `data` and `versions`.
 
@@ -192,6 +194,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     return entries
 
 
+@checked(run_dir=a_path)
 def read_recipe(run_dir: Path | str) -> Recipe:
     """The recipe that a run began with. Raises `CheckpointError`."""
     entries = read_config(run_dir)["recipe"]

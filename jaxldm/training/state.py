@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jaxldm.arguments import a_tree, checked, flag, one_key, refuse
+
 Params = Any  # a nested dict of float32 arrays
 
 
@@ -39,6 +41,14 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema_params is None else self.ema_params
 
 
+def has_init(name: str, value: Any) -> Any:
+    """An optimizer."""
+    if not callable(getattr(value, "init", None)) or isinstance(value, type):
+        raise refuse(name, "an optimizer such as training.optimizer(1e-3)", value)
+    return value
+
+
+@checked(key=one_key, params=a_tree, optimizer=has_init, ema=flag, frozen=a_tree)
 def create_train_state(
     key: PRNGKeyArray, params: Params, optimizer, *, ema: bool = True, frozen: Any = None
 ) -> TrainState:

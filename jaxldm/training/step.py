@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxldm.training.mesh import batch_sharding, replicated, state_shardings
-from jaxldm.training.optimizer import Optimizer
+from jaxldm.arguments import checked, function, number, optional
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.training.mesh import A_MESH, batch_sharding, replicated, state_shardings
+from jaxldm.training.optimizer import AN_OPTIMIZER, Optimizer
 from jaxldm.training.state import Params, TrainState
 
 Batch = Any  # a dict of arrays with the examples along axis 0
@@ -37,6 +38,11 @@ def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> P
     return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), ema_params, params)
 
 
+@checked(
+    loss_fn=function("(params, state, batch, key) -> (loss, metrics)"),
+    optimizer=AN_OPTIMIZER,
+    ema_decay=optional(number(0, 1)),
+)
 def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: float | None = None) -> TrainStep:
     """Return a pure `train_step(state, batch) -> (state, metrics)`.
 
@@ -56,8 +62,11 @@ def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: floa
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch, key)
-        chex.assert_shape(loss, ())
-        chex.assert_type(loss, jnp.float32)
+        if loss.shape != () or loss.dtype != jnp.float32:
+            raise InvalidArgumentError(
+                f"loss_fn must return a float32 scalar, got shape {list(loss.shape)} of {loss.dtype}: write "
+                "jnp.mean(loss.astype(jnp.float32))"
+            )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
@@ -76,6 +85,7 @@ def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: floa
     return train_step
 
 
+@checked(train_step=function("(state, batch) -> (state, metrics)"), mesh=A_MESH)
 def compile_train_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
     """`jax.jit` of a train step over a mesh: state as `state_shardings` says, batch split, metrics whole.
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxldm import data, models
+from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
 from jaxldm.memory import check_fits
 from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
 from jaxldm.training.classifier import build_classifier, train_classifier
@@ -64,6 +65,17 @@ def max_devices(recipe: Recipe) -> int:
     return next(n for n in range(jax.device_count(), 0, -1) if all(size % n == 0 for size in sizes))
 
 
+A_RECIPE = instance(Recipe, "a recipe such as training.RECIPES['smoke']")
+
+
+@checked(
+    recipe=A_RECIPE,
+    run_dir=a_path,
+    resume=flag,
+    devices=optional(count(1)),
+    log=function("(line)"),
+    bar=optional(flag),
+)
 def train(
     recipe: Recipe,
     run_dir: Path | str,

@@ -156,7 +156,7 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
         (["--guidance-scale", "-1"], ["guidance_scale", "0 or more"]),
         (["--guidance-scale", "inf"], ["finite"]),
         (["--guidance-scale=-inf"], ["finite"]),
-        (["--guidance-rescale", "2"], ["between 0 and 1"]),
+        (["--guidance-rescale", "2"], ["in [0, 1]"]),
         (["--class-labels", "3"], ["class labels", "[0, 2]", "3"]),
         (["--class-labels", "-1"], ["[0, 2]"]),
         (["--class-labels"], ["--class-labels needs one or more whole numbers"]),

@@ -156,7 +156,7 @@ def test_padding():
         (lambda: D.make_grid(VP, 2.5), "whole number"),
         (lambda: D.make_grid(VP, 1001), "1000 timesteps of this path"),
         (lambda: rule_grid(VP, 1000, spacing="linspace_open"), "fall strictly"),
-        (lambda: D.make_grid(VP, 10, spacing="leading", offset=200), "leaves the vp path"),
+        (lambda: D.make_grid(VP, 10, spacing="leading", offset=200), "needs more than 1000 timesteps"),
         (lambda: D.at_times(VP, [10, 20]), "fall strictly"),
         (lambda: D.at_times(VP, [20, 20]), "fall strictly"),
         (lambda: D.at_times(VP, [2000, 20]), "leaves the vp path"),

@@ -156,3 +156,18 @@ def test_dropout_takes_a_key():
 def test_conditions_that_do_not_fit(preset, condition, words):
     with pytest.raises(InvalidArgumentError, match=words):
         models.network(models.build(preset))({}, normal(3, 8, 8, 4), T, condition)
+
+
+@pytest.mark.unchecked
+def test_inputs_of_other_shapes_are_refused_in_one_line():
+    module = models.build("tiny-dit", sample_size=8, in_channels=4, hidden_size=8, depth=1, num_heads=2)
+    call, params = models.network(module), models.shapes(module)
+    labels = jnp.zeros(2, jnp.int32)
+    for x, t, words in (
+        (jnp.zeros((2, 4, 8, 8)), jnp.zeros(2), r"x must be \[B, H, W, 4\].*looks like \[B, C, H, W\]"),
+        (jnp.zeros((8, 8, 4)), jnp.zeros(8), "do not fit DiT"),
+        (jnp.zeros((2, 8, 8, 4)), jnp.zeros(3), "t must be"),
+        (jnp.zeros((2, 6, 8, 4)), jnp.zeros(2), "do not fit DiT"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            jax.eval_shape(call, params, x, t, labels)

@@ -16,5 +16,5 @@ def test_missing_labels_are_the_null_class():
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(InvalidArgumentError, match="without classes"):
         labels_or_null(np.array([3, 4]), T, None)
-    with pytest.raises(AssertionError):
+    with pytest.raises(InvalidArgumentError, match="one for each of 2 images"):
         labels_or_null(np.array([3, 4, 5]), T, 10)

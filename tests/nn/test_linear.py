@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxldm.nn.linear import flat_matmul
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.linear import Embedding, flat_matmul
 
 
 @pytest.mark.parametrize(("leading", "features_in", "features_out"), [((3, 4), 12, 5), ((2, 3, 2), 5, 12)])
@@ -35,3 +36,17 @@ def test_it_can_be_mapped_and_keeps_bfloat16():
     mapped = jax.vmap(flat_matmul, (0, None))(x, kernel)
     assert mapped.dtype == jnp.bfloat16
     np.testing.assert_array_equal(mapped.astype(jnp.float32), np.full((3, 2, 4), 8.0))
+
+
+@pytest.mark.unchecked
+def test_indices_outside_of_a_table_are_refused_where_they_can_be_seen():
+    """Inside of jit they cannot: there the nearest row answers."""
+    table = Embedding(4, 2)
+    params = table.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    for wrong in (4, -1):
+        with pytest.raises(InvalidArgumentError, match=r"must lie in \[0, 3\].*" + str(wrong)):
+            table.apply(params, jnp.array([0, wrong]))
+        nearest = table.apply(params, jnp.array([0, min(max(wrong, 0), 3)]))
+        np.testing.assert_array_equal(jax.jit(table.apply)(params, jnp.array([0, wrong])), nearest)
+    with pytest.raises(InvalidArgumentError, match="whole numbers, got an array"):
+        table.apply(params, jnp.ones(2))

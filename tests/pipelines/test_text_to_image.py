@@ -249,7 +249,7 @@ def test_words_that_the_encoder_does_not_see_are_named(pipe):
         (dict(num_inference_steps=1001), ["1001", "1000"]),
         (dict(guidance_scale=float("nan")), ["guidance_scale", "finite"]),
         (dict(guidance_scale=-1.0), ["0 or more"]),
-        (dict(guidance_rescale=2.0), ["between 0 and 1"]),
+        (dict(guidance_rescale=2.0), ["in [0, 1]"]),
         (dict(num_images_per_prompt=0), ["num_images_per_prompt"]),
         (dict(batch_size=0), ["batch_size"]),
         (dict(previews=-1), ["previews"]),

@@ -285,7 +285,7 @@ def test_an_algorithm_that_is_not_known_here():
             {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
             "epsilon",
         ),
-        ({"_class_name": "DDPMWuerstchenScheduler", "s": -1.0}, "offset > 0"),
+        ({"_class_name": "DDPMWuerstchenScheduler", "s": -1.0}, "offset must be a positive"),
         ({}, "DDIMScheduler"),
     ],
 )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
+from jaxldm.arguments import as_array
 from jaxldm.entries import Bounds, checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.models.config import height_width
@@ -94,8 +95,10 @@ def draw_classes(
     Raises:
         UnknownNameError, InvalidArgumentError, DataError: always before anything is compiled.
     """
-    if batch_size < 1:
-        raise InvalidArgumentError(f"batch_size must be 1 or more, not {batch_size}")
+    if options.pop("in_flight", None) is not None:
+        raise InvalidArgumentError(
+            f"in_flight is not for {pipe.family.name}: give batch_size, it means the same"
+        )
     labels = cycle_labels(pipe, class_labels, num_images)
     count = (1 if num_images is None else num_images) if labels is None else len(labels)
     if labels is None:
@@ -195,6 +198,7 @@ def _check_guided_channels(pipe: Pipeline) -> None:
 
 def _check_latents(pipe: Pipeline, latents: Any, count: int) -> None:
     wanted = (count, *pipe.latent_shape())
+    latents = None if latents is None else as_array("latents", f"numbers {list(wanted)}", latents)
     if latents is not None and np.shape(latents) != wanted:
         raise InvalidArgumentError(
             f"latents must be {list(wanted)}, channels last, one for each image; they are "

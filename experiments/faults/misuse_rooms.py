@@ -1,0 +1,318 @@
+"""The valid calls that `misuse` starts from, of models, pipelines, schedulers and training."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
+from jaxldm import diffusion as D
+from jaxldm import metrics, models, pipelines, schedulers
+from jaxldm import training as T
+
+
+def all_cases() -> list[Case]:
+    """Of all rooms."""
+    return [
+        *networks(),
+        *pipelines_of_classes(),
+        *trainings(),
+        *schedules(),
+        *figures(),
+        *cases_of_diffusion(),
+    ]
+
+
+def networks() -> list[Case]:
+    """Models: building, and the one way to call them."""
+    module = models.build(
+        "tiny-dit",
+        sample_size=4,
+        in_channels=1,
+        patch_size=2,
+        hidden_size=8,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+    )
+    params, x, t = models.init(module, KEY), np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
+    call = models.network(module)
+    sizes = {
+        "sample_size": 4,
+        "in_channels": 1,
+        "patch_size": 2,
+        "hidden_size": 8,
+        "depth": 1,
+        "num_heads": 2,
+    }
+    return [
+        Case(
+            "models.build",
+            models.build,
+            {"name": "tiny-dit", **sizes, "num_classes": 3, "dtype": "float32"},
+            True,
+            {
+                "name": "preset",
+                "sample_size": "side|sample_size",
+                "hidden_size": "heads|hidden_size",
+                "num_heads": "heads",
+            },
+        ),
+        Case("models.network", models.network, {"module": module}),
+        Case("network(...)", lambda x, t: call(params, x, t, np.zeros(1, np.int32)), {"x": x, "t": t}, False),
+        Case(
+            "network(condition)",
+            lambda condition: call(params, x, t, condition),
+            {"condition": np.zeros(1, np.int32)},
+            False,
+            {"condition": "condition|labels"},
+        ),
+        Case("models.init", models.init, {"module": module, "key": KEY}, False),
+        Case("models.shapes", models.shapes, {"module": module}),
+        Case(
+            "models.count_params",
+            models.count_params,
+            {"name_or_module": module},
+            True,
+            {"name_or_module": "preset"},
+        ),
+        Case(
+            "models.config_from_dict",
+            models.config_from_dict,
+            {"entries": models.config_to_dict(module.config)},
+            True,
+            {"entries": "config.json"},
+        ),
+    ]
+
+
+def pipelines_of_classes() -> list[Case]:
+    """A pipeline in memory, called."""
+    module = models.build(
+        "tiny-dit",
+        sample_size=4,
+        in_channels=1,
+        patch_size=2,
+        hidden_size=8,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+    )
+    network = pipelines.Network(module, models.init(module, KEY))
+    pipe = pipelines.class_to_image(network, D.v(VP))
+    arguments = {
+        "key": KEY,
+        "class_labels": [0],
+        "num_images": 1,
+        "negative_labels": None,
+        "batch_size": 1,
+        "devices": None,
+        "guidance_scale": 2.0,
+        "guidance_rescale": 0.0,
+        "num_inference_steps": 1,
+        "solver": "ddim",
+        "eta": None,
+        "spacing": None,
+        "sigmas": None,
+        "timesteps": None,
+        "latents": None,
+        "output": "latents",
+        "previews": 0,
+        "in_flight": None,
+        "on_step": None,
+        "progress": None,
+    }
+    words = {
+        "class_labels": "class labels|class",
+        "negative_labels": "negative labels|negative|class",
+        "timesteps": "times|steps",
+        "solver": "solver|eta",
+        "in_flight": "in_flight",
+        "num_inference_steps": "steps",
+        "spacing": "spacing|scheduler",
+        "sigmas": "sigmas|spacing",
+    }
+    return [Case("pipe", pipe, arguments, False, words)]
+
+
+def trainings() -> list[Case]:
+    """Training any network on any loss."""
+    adam = T.optimizer(1e-3, warmup_steps=1, total_steps=10)
+    state = T.create_train_state(KEY, {"w": np.zeros(2, np.float32)}, adam)
+
+    def loss(params, state, batch, key):
+        return jnp.sum(params["w"]), {}
+
+    step = T.make_train_step(loss, adam)
+    return [
+        Case(
+            "T.optimizer",
+            T.optimizer,
+            {
+                "learning_rate": 1e-3,
+                "warmup_steps": 1,
+                "total_steps": 10,
+                "weight_decay": 0.0,
+                "max_grad_norm": 1.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "final_scale": 0.0,
+            },
+            True,
+            {"total_steps": "steps"},
+        ),
+        Case(
+            "T.warmup_cosine",
+            T.warmup_cosine,
+            {"learning_rate": 1e-3, "warmup_steps": 1, "total_steps": 10, "final_scale": 0.0},
+            True,
+            {"total_steps": "steps"},
+        ),
+        Case("T.make_train_step", T.make_train_step, {"loss_fn": loss, "optimizer": adam, "ema_decay": None}),
+        Case("T.compile_train_step", T.compile_train_step, {"train_step": step, "mesh": T.make_mesh(1)}),
+        Case(
+            "T.create_train_state",
+            T.create_train_state,
+            {
+                "key": KEY,
+                "params": {"w": np.zeros(2, np.float32)},
+                "optimizer": adam,
+                "ema": True,
+                "frozen": None,
+            },
+            False,
+        ),
+        Case("T.make_mesh", T.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
+        Case("T.Plan", T.Plan, {"num_steps": 1, "save_every": 0, "sample_every": 0, "keep": 2}),
+        Case("T.annealed_beta", T.annealed_beta, {"beta": 1e-3, "warmup_steps": 10, "step": 1}),
+        Case(
+            "T.latent_scale",
+            T.latent_scale,
+            {"mean": IMAGES + np.arange(2).reshape(2, 1, 1, 1), "log_variance": None},
+        ),
+        Case(
+            "T.fit",
+            functools.partial(T.fit, run_dir="/dev/null/run"),  # where nothing can be written
+            {
+                "state": state,
+                "train_step": step,
+                "batches": [{"x": np.zeros(2)}],
+                "plan": T.Plan(1),
+                "resume": False,
+                "mesh": None,
+                "name": "training",
+                "on_sample": None,
+                "explain_divergence": None,
+                "log": accept,
+                "bar": False,
+            },
+            words=dict.fromkeys(
+                ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar"),
+                "cannot write",
+            ),
+        ),
+    ]
+
+
+def schedules() -> list[Case]:
+    """Schedulers of diffusers."""
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "steps_offset": 1}
+    return [
+        Case(
+            "schedulers.from_config",
+            schedulers.from_config,
+            {"config": config, "solver": "ddim", "eta": 0.0, "stops_early": False},
+            True,
+            {"config": "scheduler_config.json|config"},
+        ),
+        Case(
+            "schedulers.to_config",
+            schedulers.to_config,
+            {"prediction": D.v(VP), "grid": None, "dynamic_shift": None, "solver": None},
+        ),
+        Case(
+            "Scheduler.make_grid",
+            schedulers.from_config(config).make_grid,
+            {"num_inference_steps": 10, "num_image_tokens": None},
+            True,
+            {"num_image_tokens": "tokens"},
+        ),
+        Case(
+            "Scheduler.with_grid",
+            schedulers.from_config(config).with_grid,
+            {
+                "spacing": "trailing",
+                "levels": None,
+                "final": "clean",
+                "steps_offset": 1,
+                "rho": 7.0,
+                "original_steps": 50,
+                "lambda_min": None,
+            },
+            True,
+            {"levels": "sigmas", "original_steps": "steps"},
+        ),
+    ]
+
+
+def figures() -> list[Case]:
+    """Metrics and pictures."""
+    rows, labels = np.random.default_rng(0).normal(size=(8, 3)), np.arange(8) % 2
+    images = np.zeros((4, 4, 4, 1), np.float32)
+    two = {"features": rows, "real": rows + 1}
+    width = dict.fromkeys(
+        ("features", "real", "x", "y", "features_a", "features_b", "embeddings"), "features|rows|embeddings"
+    )
+    width |= {"columns": "column", "reference": "reference|images"}
+    figures = {
+        "accuracy": {"logits": rows, "labels": labels},
+        "inception_score": {"probabilities": np.full((4, 2), 0.5)},
+        "inception_score_of_splits": {"logits": rows, "splits": 2, "seed": 0},
+        "within_class_diversity": {"vectors": rows, "labels": labels},
+        "class_diversities": {"vectors": rows, "labels": labels},
+        "nearest_neighbour_distances": {"images": rows, "reference": rows},
+        "reconstruction_error": {"images": images, "reconstructions": images},
+        "image_grid": {"images": images, "columns": 2, "padding": 2, "scale": 1},
+        "labelled_grid": {
+            "images": images,
+            "columns": 2,
+            "title": "",
+            "column_labels": ["a", "b"],
+            "row_labels": [],
+            "scale": 1,
+            "font_size": 13,
+        },
+        "nearest_neighbour_panel": {"images": images, "reference": images, "pairs": 2, "scale": 1},
+        "fit_gaussian": {"features": rows},
+        "frechet_distance": {"features_a": rows, "features_b": rows},
+        "gaussian_frechet_distance": {"a": metrics.fit_gaussian(rows), "b": metrics.fit_gaussian(rows)},
+        "clip_score": {"similarities": rows, "prompt_of": labels},
+        "polynomial_mmd": {"x": rows, "y": rows},
+        "kernel_distance": {**two, "subsets": 2, "subset_size": 4, "seed": 0},
+        "clip_mmd": {"embeddings": rows, "real": rows, "sigma": 10.0},
+        "manifold_overlap": {**two, "k": 3},
+        "sliced_wasserstein": {**two, "directions": 10, "seed": 0},
+    }
+    return [
+        Case(f"metrics.{name}", getattr(metrics, name), given, words=width) for name, given in figures.items()
+    ]
+
+
+def files() -> list[Case]:
+    """What opens files and folders: here of none, so that valid arguments end in "there is no ..."."""
+    nowhere, words = (
+        "/no/such/folder",
+        {"folder": "folder|file|holds|check the path", "dtype": "dtype|folder", "variant": "variant|folder"},
+    )
+    words |= dict.fromkeys(("pipeline_folder", "path", "run_dir", "only"), "folder|file|holds")
+    return [
+        Case(
+            "pipelines.load", pipelines.load, {"folder": nowhere, "dtype": None, "variant": None}, words=words
+        ),
+        Case("T.read_recipe", T.read_recipe, {"run_dir": nowhere}, words=words),
+        Case("models.Tiling", models.Tiling, {"size": 64, "overlap": 0.25}),
+        Case("T.train", functools.partial(T.train, run_dir="/dev/null/run"), {"recipe": None}),
+    ]

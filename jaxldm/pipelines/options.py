@@ -1,0 +1,111 @@
+"""The types and ranges of what a call of a pipeline is given, checked before anything else.
+
+What depends on the model, such as sizes, labels and the number of rows, is checked by the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxldm import models
+from jaxldm.arguments import (
+    Check,
+    a_key,
+    array,
+    check_all,
+    choice,
+    count,
+    flag,
+    function,
+    instance,
+    is_tracer,
+    number,
+    optional,
+    refuse,
+    several,
+    text,
+)
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.schedulers.read import a_solver_or_name
+
+MAX_STEPS = 10**6  # more than any path has timesteps
+
+
+def a_name_or_numbers(name: str, value: Any) -> Any:
+    """The name of a rule for noise levels, or the levels."""
+    return value if isinstance(value, str) else array("real", "[N], or a name", axes=1)(name, value)
+
+
+def some_devices(name: str, value: Any) -> tuple[Any, ...]:
+    """One device or more."""
+    devices = several(instance(jax.Device, "one of jax.devices()"))(name, value)
+    if not devices:
+        raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
+    return devices
+
+
+def a_size(name: str, value: Any) -> tuple[int, ...]:
+    """(height, width), or (top, left)."""
+    pair = several(count(0))(name, value)
+    if len(pair) != 2:
+        raise refuse(name, "two whole numbers", value)
+    return pair
+
+
+CHECKS: Mapping[str, Check] = {
+    "num_images_per_prompt": count(1),
+    "num_images": optional(count(1)),
+    "num_inference_steps": optional(count(1, MAX_STEPS)),
+    "guidance_scale": optional(number()),
+    "guidance_rescale": optional(number(0, 1)),
+    "true_cfg_scale": number(),
+    "height": optional(count(1)),
+    "width": optional(count(1)),
+    "solver": optional(a_solver_or_name),
+    "eta": optional(number(0)),
+    "variance": optional(choice("variance", ("small", "large", "learned"))),
+    "spacing": optional(text),
+    "sigmas": optional(a_name_or_numbers),
+    "timesteps": optional(array("real", "[N]", axes=1)),
+    "strength": optional(number(above=0, high=1)),
+    "denoising_start": number(0, 1),
+    "denoising_end": number(0, 1),
+    "output": text,
+    "previews": count(0),
+    "tiling": optional(instance(models.Tiling, "models.Tiling(...)")),
+    "batch_size": count(1),
+    "devices": optional(some_devices),
+    "in_flight": optional(count(1)),
+    "on_step": optional(function("(step, latents)")),
+    "progress": optional(function("(steps done, steps in all)")),
+    "compile_only": flag,
+    "max_sequence_length": optional(count(1)),
+    "original_size": optional(a_size),
+    "target_size": optional(a_size),
+    "crops_coords_top_left": optional(a_size),
+    "negative_original_size": optional(a_size),
+    "negative_target_size": optional(a_size),
+    "negative_crops_coords_top_left": optional(a_size),
+    "aesthetic_score": number(),
+    "negative_aesthetic_score": number(),
+    "noise_level": count(0),
+}
+
+
+def check_call(key: Any, prompts: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(key, options), each option as its check returns it; the ones without a check as they are.
+
+    Raises:
+        InvalidArgumentError, UnknownNameError: another type, out of range, or a call inside of jit.
+    """
+    leaves = jax.tree.leaves((key, prompts, dict(options)), is_leaf=is_tracer)
+    if any(map(is_tracer, leaves)) or is_tracer(jnp.zeros(())):
+        raise InvalidArgumentError(
+            "a pipeline runs on the host and cannot be inside jit, vmap or grad: call it outside, or write "
+            "D.sample(key, D.denoiser(network, pipe.prediction), ...) with a network that calls pipe.denoiser"
+        )
+    return a_key("key", key), check_all(CHECKS, options)
