@@ -172,7 +172,7 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     """A record of each unit, in order: measured, failed, or not started because the time would not do.
 
-    measure: (unit, seconds that it may take) -> lines or an error. done: told all records after each.
+    measure: (unit, seconds that it may take) -> lines or an error. done: called with all records after each.
     """
     records: list[dict[str, Any]] = []
     for unit in planned:

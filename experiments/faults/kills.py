@@ -86,15 +86,15 @@ def _must(place: Path, action: Callable[[], object]) -> None:
 
 def number_of_operations(place: Path, folder: Path, write: Callable[[], object]) -> int:
     """How many operations on what lies below `folder` an unbroken call makes, in a child."""
-    told = place / "count.json"
+    counted = place / "count.json"
 
     def count() -> None:
         with kill_points(folder) as counter:
             write()
-        told.write_text(json.dumps(len(counter.done)))
+        counted.write_text(json.dumps(len(counter.done)))
 
     _must(place, count)
-    return json.loads(told.read_text())
+    return json.loads(counted.read_text())
 
 
 def train(place: Path, folder: Path, *, resume: bool) -> None:

@@ -6,6 +6,7 @@ A mirror pair, as in diffusion: `masked_token_loss` trains a network to predict 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -402,16 +403,21 @@ def sample_tokens(
     run = compile_once(step, *arguments, tokens, np.int32(0))
     if run is step and not jit_disabled():  # it cannot be compiled by itself
         return scan(*arguments, tokens)
+    rows = _rows_on_the_host(functools.partial(run, *arguments), tokens, unmasking, callback, progress)
+    return (rows[-1], jnp.stack(rows)) if return_trajectory else rows[-1]
+
+
+def _rows_on_the_host(step, tokens, unmasking, callback, progress):
+    """The tokens at the start and after every row, the listeners called in between."""
     rows, num_steps = [tokens], int(_steps_in(unmasking))
     for i in range(num_steps):
-        rows.append(run(*arguments, rows[-1], np.int32(i)))
+        rows.append(step(rows[-1], np.int32(i)))
         if callback is not None:
             callback(i + 1, rows[-1])
         if progress is not None:
             jax.block_until_ready(rows[-1])
             progress(i + 1, num_steps)
-    rows += rows[-1:] * (unmasking.fraction.shape[0] - num_steps)
-    return (rows[-1], jnp.stack(rows)) if return_trajectory else rows[-1]
+    return rows + rows[-1:] * (unmasking.fraction.shape[0] - num_steps)
 
 
 def _steps_in(unmasking: Unmasking) -> Int[Any, ""] | int:
