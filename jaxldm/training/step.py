@@ -23,7 +23,7 @@ LossFunction = Callable[[Params, TrainState, Batch, PRNGKeyArray], tuple[Float[A
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def ema_decay_at(ema_decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
+def ema_decay_at(ema_decay: float, step: int | Int[Array, ""]) -> Float[Array, ""]:
     """The decay after `step` finished updates: min(ema_decay, (1 + step) / (10 + step)).
 
     The second term lets the average forget the random start quickly; it no longer matters after about

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from flax import linen as nn
 from PIL import Image
 
 from jaxldm import checkpoints, data, models, pipelines, schedulers
@@ -230,6 +231,8 @@ def test_bfloat16_compute_leaves_loss_and_state_in_float32():
 
 class StandIn:
     """A network that answers with its input."""
+
+    __class__ = nn.Module
 
     class config:
         num_classes = 3
