@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key, UInt32
+from jaxtyping import Array, Key, Real, UInt32
 
 from jaxldm import diffusion as D
 from jaxldm import models
@@ -91,8 +91,8 @@ class Call:
     eta: float | None = None
     variance: str | None = None
     spacing: str | None = None
-    sigmas: str | Sequence[float] | None = None
-    timesteps: Sequence[float] | None = None
+    sigmas: str | Sequence[float] | Real[Array, " steps"] | None = None
+    timesteps: Sequence[float] | Real[Array, " steps"] | None = None
     image: Any = None
     strength: float | None = None
     mask_image: Any = None

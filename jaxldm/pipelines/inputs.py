@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from jaxldm.arguments import array as numbers
 from jaxldm.data.images import check_images, from_uint8
@@ -66,14 +66,14 @@ class Inputs(NamedTuple):
         size: (height, width) of the images.
         image: [N or 1, H, W, 3] in [-1, 1], or latents [N or 1, h, w, c].
         mask: [N or 1, H, W, 1], 1 where the image is drawn again.
-        latents: [N, h, w, c], x at the first row.
+        latents: [N, h, w, c], x at the first row; or tokens [N, h, w].
         image_is_latents: whether `image` is.
     """
 
     size: Size
     image: Float[np.ndarray, "N H W C"] | None = None
     mask: Float[np.ndarray, "N H W 1"] | None = None
-    latents: Float[np.ndarray, "N h w c"] | None = None
+    latents: Float[np.ndarray, "N h w c"] | Int[np.ndarray, "N h w"] | None = None
     image_is_latents: bool = False
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
@@ -195,8 +195,13 @@ class Pipeline:
         call = read_call(self, options)
         return self.family.grid(self, call, self.default_size if size is None else size)
 
-    def decode(self, latents: Float[Any, "N h w c"], **options: Any) -> Float[np.ndarray, "N H W C"]:
-        """Images in [-1, 1] of latents; options `tiling`, `batch_size`, `devices` as in a call."""
+    def decode(
+        self, latents: Float[Any, "N h w c"] | Int[Any, "N h w"], **options: Any
+    ) -> Float[np.ndarray, "N H W C"]:
+        """Images in [-1, 1] of latents, or of tokens where the model draws these.
+
+        Options `tiling`, `batch_size`, `devices` as in a call.
+        """
         return self.family.decode(self, latents, **options)
 
     def default_steps(self, solver: str | D.Solver | None = None) -> int:
