@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxldm.arguments import array, checked
 from jaxldm.data.images import to_uint8
@@ -44,7 +44,9 @@ def clip_similarities(
 
 
 @checked(similarities=array("real", "[N, K]", axes=2), prompt_of=array("whole", "[N]", axes=1))
-def clip_score(similarities: Float[np.ndarray, "N K"], prompt_of: Sequence[int]) -> float:
+def clip_score(
+    similarities: Float[np.ndarray, "N K"], prompt_of: Sequence[int] | Int[np.ndarray, " N"]
+) -> float:
     """Returns the mean of 100 max(cos, 0) between each image and its own prompt.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from jaxldm.arguments import array, checked, count, number
 from jaxldm.errors import DataError, InvalidArgumentError
@@ -19,7 +19,7 @@ class KernelDistance(NamedTuple):
     std: float
 
 
-def check_two_sets(a: np.ndarray, b: np.ndarray, fewest: int = 1) -> None:
+def check_two_sets(a: Array | np.ndarray, b: Array | np.ndarray, fewest: int = 1) -> None:
     """Raise `DataError` unless both are [N, D] of one width, with at least `fewest` rows."""
     for name, rows in (("features", a), ("real features", b)):
         if rows.ndim != 2 or len(rows) < fewest:
@@ -29,7 +29,7 @@ def check_two_sets(a: np.ndarray, b: np.ndarray, fewest: int = 1) -> None:
 
 
 @checked(x=array("real"), y=array("real"))
-def polynomial_mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
+def polynomial_mmd(x: Float[Array | np.ndarray, "N D"], y: Float[Array | np.ndarray, "M D"]) -> float:
     """Return the unbiased squared MMD with the kernel k(x, y) = (x.y / D + 1)^3, in float64.
 
     Unbiased: the mean over pairs of different rows, so that it is 0 on average for two sets of one
@@ -102,7 +102,7 @@ def kernel_distance(
     embeddings=array("real", "[N, D]", axes=2), real=array("real", "[M, D]", axes=2), sigma=number(above=0)
 )
 def clip_mmd(
-    embeddings: Float[np.ndarray, "N D"], real: Float[np.ndarray, "M D"], sigma: float = 10.0
+    embeddings: Float[Array | np.ndarray, "N D"], real: Float[Array | np.ndarray, "M D"], sigma: float = 10.0
 ) -> float:
     """Return CMMD: 1000 times the squared MMD of unit vectors with the kernel exp(-|x - y|^2 / 2 sigma^2).
 
@@ -129,7 +129,7 @@ def clip_mmd(
     return 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
 
 
-def _unit_rows(rows: np.ndarray) -> np.ndarray:
+def _unit_rows(rows: Array | np.ndarray) -> np.ndarray:
     rows = np.asarray(rows, np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not (np.isfinite(lengths).all() and (lengths > 0).all()):

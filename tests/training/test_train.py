@@ -232,7 +232,7 @@ def test_bfloat16_compute_leaves_loss_and_state_in_float32():
 class StandIn:
     """A network that answers with its input."""
 
-    __class__ = nn.Module
+    __class__ = nn.Module  # to `isinstance`
 
     class config:
         num_classes = 3
