@@ -23,7 +23,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -62,8 +62,7 @@ def read_torch_file(path: Path | str) -> dict[str, np.ndarray]:
                 return _read_zip(file)
             # A map gives no more than the file has, whatever length a pickle claims; a file would try.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                whole: Any = content
-                return _read_stream(whole) if start == STREAM_START else _read_pickle(whole)
+                return _read_stream(content) if start == STREAM_START else _read_pickle(content)
     except CheckpointError as error:
         if isinstance(error.__cause__, _Refused):
             raise CheckpointError(
@@ -219,14 +218,14 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(str(key), dtype, size)
 
 
-def _load(file: IO[bytes]) -> Any:
+def _load(file: io.BytesIO | mmap.mmap) -> Any:
     """What one pickle builds, after a look at its instructions.
 
     A number of a few digits in a pickle can make the unpickler fill the memory with an empty table.
     """
     start = file.tell()
     end_of_frame = 0
-    for opcode, value, place in pickletools.genops(file):
+    for opcode, value, place in pickletools.genops(cast(Any, file)):
         if opcode.name == "FRAME":  # the unpickler would go on elsewhere than this look
             if (place or 0) < end_of_frame:
                 raise ValueError("a frame within another in its pickle")
@@ -262,7 +261,7 @@ def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
         return _arrays(tree, numbers)
 
 
-def _read_stream(file: IO[bytes]) -> dict[str, np.ndarray]:
+def _read_stream(file: mmap.mmap) -> dict[str, np.ndarray]:
     _load(file)  # the magic number
     _load(file)  # the version of the protocol
     system = _load(file)
@@ -281,7 +280,7 @@ def _read_stream(file: IO[bytes]) -> dict[str, np.ndarray]:
     return _arrays(tree, lambda storage: stored[storage.key])
 
 
-def _read_pickle(file: IO[bytes]) -> dict[str, np.ndarray]:
+def _read_pickle(file: mmap.mmap) -> dict[str, np.ndarray]:
     def no_storage(storage: _Storage) -> np.ndarray:
         raise ValueError("a tensor without storage")
 

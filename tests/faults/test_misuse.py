@@ -1,7 +1,11 @@
 """Misuse of the Python API: it works, or it is refused in one line that names the argument."""
 
+import pytest
+
 from experiments.faults import misuse
 from jaxldm import diffusion as D
+
+pytestmark = pytest.mark.unchecked  # wrong types are what is tried here
 
 
 def test_misuse_is_refused_in_one_line():
