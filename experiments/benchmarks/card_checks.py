@@ -3,7 +3,9 @@
 `checks` has the inputs and the answers, in NumPy; `card_jaxldm` and `card_torch` compute the same on the
 device. Whole networks are compared with this package in float32 on the processor, by a process of its own:
 
-    python -m experiments.benchmarks.card_checks FILE     (writes the outputs of `network_outputs`)
+Question: what do small networks give in float32 on the processor?
+Command:  python -m experiments.benchmarks.card_checks FILE     (called by `one_card`)
+Needs:    nothing beyond the package.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 A request is a line {"row": name, "variant": name, "seconds": how long a line of the table is timed}, an
 answer a line {"lines": [...], "seconds": ...} or {"error": reason}. The first answer says who is there.
 Everything else that is printed goes to stderr.
+
+Question: what does one row give with one of the frameworks?
+Command:  python -m experiments.benchmarks.card_worker jaxldm OPTIONS     (called by `one_card`; JSON)
+Needs:    for torch PyTorch and diffusers.
 """
 
 from __future__ import annotations

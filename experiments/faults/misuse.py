@@ -1,6 +1,8 @@
 """Misuse of the Python API: wrong values for every argument of every public function.
 
-    python -m experiments.faults.misuse
+Question: does every mistake in a call end in one line that names the argument?
+Command:  python -m experiments.faults.misuse
+Needs:    the `test-core` extra; minutes are in README.md.
 
 For each public function there is a valid call. Each of its arguments in turn is replaced by values that
 people hand in by mistake. The call must work, or raise the project's own error: one line of at most 400

@@ -1,6 +1,8 @@
 """Mutated files: whatever is in a file, a reader gives its content or one line, in little time and memory.
 
-    python -m experiments.faults.mutations --count 100000
+Question: does whatever is in a file end in its content or in one line for people?
+Command:  python -m experiments.faults.mutations --count 100000
+Needs:    the `test-core` extra; minutes are in README.md.
 
 A fault is an error that is not the library's own, a message of several lines or of more than 400 characters
 besides the path, more than 5 seconds of processor time, or more than 1 GiB of further memory.

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -165,9 +166,13 @@ sys.meta_path.insert(0, Finder())
 
 def test_ctrl_c_inside_the_garbage_collector_is_not_lost():
     unraisable = SimpleNamespace(exc_value=KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        cli.repeat_interrupt(unraisable, later=0)
-        time.sleep(5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli.repeat_interrupt(unraisable, later=0)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_in_a_callback_or_before_the_command_ends_with_130(capsys, monkeypatch):

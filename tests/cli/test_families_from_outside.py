@@ -54,11 +54,11 @@ def outside(tmp_path_factory):
     """The family, in an importable module `outside_family`."""
     root = tmp_path_factory.mktemp("package")
     (root / "outside_family.py").write_text(MODULE)
-    sys.path.insert(0, str(root))
-    import outside_family
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        import outside_family
 
-    yield outside_family.TINY_DIFFUSION
-    sys.path.remove(str(root))
+        yield outside_family.TINY_DIFFUSION
     sys.modules.pop("outside_family")
 
 
@@ -87,7 +87,7 @@ def installed(monkeypatch):
 
 
 def test_its_defaults_its_options_and_the_stages_of_others(pipe):
-    """The same as Stable Diffusion, told in full."""
+    """The same as Stable Diffusion, said in full."""
     usual = pipelines.Pipeline(STABLE_DIFFUSION, pipe.parts)
     drawn = pipe(KEY, "a cat", "a dog")
     np.testing.assert_array_equal(drawn, usual(KEY, "a cat", "a dog", **IN_FULL))
