@@ -202,10 +202,13 @@ def _written_rows(path: D.Path, call: Call, final: str) -> D.Grid | None:
         return None
     if call.timesteps is None and call.spacing is not None:
         raise InvalidArgumentError("sigmas=[...] cannot be combined with spacing; or name 'karras'")
-    make, given = (D.at_sigmas, call.sigmas) if call.timesteps is None else (D.at_times, call.timesteps)
+    name, make = ("sigmas", D.at_sigmas) if call.timesteps is None else ("timesteps", D.at_times)
+    given = getattr(call, name)
     values, steps = np.asarray(given, np.float64).reshape(-1), call.num_inference_steps
     if steps not in (None, len(values)):
-        raise InvalidArgumentError(f"num_inference_steps={steps}, but {len(values)} values were given")
+        raise InvalidArgumentError(
+            f"num_inference_steps={steps}, but {len(values)} values were given as {name}: leave the number out"
+        )
     return make(path, values, final=final)
 
 
