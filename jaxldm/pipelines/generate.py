@@ -207,7 +207,7 @@ def _written_rows(path: D.Path, call: Call, final: str) -> D.Grid | None:
     values, steps = np.asarray(given, np.float64).reshape(-1), call.num_inference_steps
     if steps not in (None, len(values)):
         raise InvalidArgumentError(
-            f"num_inference_steps={steps}, but {len(values)} values were given as {name}: leave the number out"
+            f"num_inference_steps={steps}, but {len(values)} values were given as {name}: leave it out"
         )
     return make(path, values, final=final)
 
