@@ -67,7 +67,7 @@ def test_only_regular_files_are_opened(tmp_path):
         read_bytes("/dev/zero", 10)
     with pytest.raises(DataError, match=r"there is no picture .*nowhere"):
         read_bytes(tmp_path / "nowhere", 10, "picture", DataError)
-    with pytest.raises(CheckpointError, match="embedded null byte"):
+    with pytest.raises(CheckpointError, match="embedded null"):
         read_json(tmp_path / "a\0b")
     assert time.monotonic() - start < 1
 

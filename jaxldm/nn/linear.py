@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxldm.arguments import is_tracer
@@ -94,7 +95,8 @@ class Embedding(nn.Module):
                 f"token ids and class labels must be whole numbers, got {shown(indices)}"
             )
         if not is_tracer(indices) and indices.size:
-            lowest, highest = int(indices.min()), int(indices.max())
+            seen = np.asarray(indices)  # JAX's own operations would be traced inside of jit
+            lowest, highest = int(seen.min()), int(seen.max())
             if lowest < 0 or highest >= self.num_embeddings:
                 raise InvalidArgumentError(
                     f"token ids and class labels must lie in [0, {self.num_embeddings - 1}] for the table "

@@ -52,6 +52,13 @@ def attention_of(jaxpr):
 VIEWS = ("reshape", "squeeze", "broadcast_in_dim", "slice", "stop_gradient")  # read where they are used
 
 
+def carried_by(scan, body):
+    """The positions of the carry among a scan's arguments: constants, carry, what it goes through."""
+    carry = sum(own.aval == outer.aval for own, outer in zip(body.outvars, scan.outvars, strict=True))
+    whole = sum(own.aval == outer.aval for own, outer in zip(body.invars, scan.invars, strict=True))
+    return range(whole - carry, whole)
+
+
 def prepared_from_weights(jaxpr, weights):
     """(operation, numbers) of all that is computed from weights alone: the same again in every step."""
     known = set(weights)
@@ -63,8 +70,7 @@ def prepared_from_weights(jaxpr, weights):
             given = equation.invars[len(equation.invars) - len(function.invars) :]  # a condition has one more
             carried = range(0)
             if equation.primitive.name == "scan":
-                first = equation.params["num_consts"]
-                carried = range(first, first + equation.params["num_carry"])
+                carried = carried_by(equation, function)
             passed = [
                 own
                 for number, (own, outer) in enumerate(zip(function.invars, given, strict=True))

@@ -50,3 +50,12 @@ def test_indices_outside_of_a_table_are_refused_where_they_can_be_seen():
         np.testing.assert_array_equal(jax.jit(table.apply)(params, jnp.array([0, wrong])), nearest)
     with pytest.raises(InvalidArgumentError, match="whole numbers, got an array"):
         table.apply(params, jnp.ones(2))
+
+
+def test_indices_that_a_jitted_function_holds_are_seen_too():
+    table, ids = Embedding(4, 2), jnp.array([3, 1])
+    params = table.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    np.testing.assert_array_equal(jax.jit(lambda p: table.apply(p, ids))(params), table.apply(params, ids))
+    beyond = ids + 1
+    with pytest.raises(InvalidArgumentError, match=r"must lie in \[0, 3\].*4"):
+        jax.jit(lambda p: table.apply(p, beyond))(params)

@@ -48,6 +48,7 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.torch  # the second listing imports it
 @pytest.mark.parametrize("exported", [False, True], ids=["run", "export"])
 def test_the_listings_draw_the_same_pictures(run, tmp_path, monkeypatch, exported):
     folder = run.path
