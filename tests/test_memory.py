@@ -30,7 +30,10 @@ def pipe():
         (dict(num_images=10**9), ["1000000000 images of 8x8 pixels", "at least 384 GB of memory"]),
         (dict(num_images=10**30), ["num_images must be a whole number from 1 to 2147483647"]),
         (dict(num_images=1, previews=10**9), ["steps of 16 images of 4x4 latents", "GB", "batch_size"]),
-        (dict(num_images=1, num_inference_steps=10**9), ["num_inference_steps must be a whole number from 1 to 1000000"]),
+        (
+            dict(num_images=1, num_inference_steps=10**9),
+            ["num_inference_steps", "whole number from 1 to 1000000"],
+        ),
         (dict(num_images=1, guidance_scale=1e39), ["guidance_scale", "finite"]),
     ],
 )
