@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,33 +26,19 @@ def all_cases() -> list[Case]:
     ]
 
 
+SIZES: dict[str, Any] = dict(sample_size=4, in_channels=1, patch_size=2, hidden_size=8, depth=1, num_heads=2)
+
+
 def networks() -> list[Case]:
     """Models: building, and the one way to call them."""
-    module = models.build(
-        "tiny-dit",
-        sample_size=4,
-        in_channels=1,
-        patch_size=2,
-        hidden_size=8,
-        depth=1,
-        num_heads=2,
-        num_classes=3,
-    )
+    module = models.build("tiny-dit", **SIZES, num_classes=3)
     params, x, t = models.init(module, KEY), np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
     call = models.network(module)
-    sizes = {
-        "sample_size": 4,
-        "in_channels": 1,
-        "patch_size": 2,
-        "hidden_size": 8,
-        "depth": 1,
-        "num_heads": 2,
-    }
     return [
         Case(
             "models.build",
             models.build,
-            {"name": "tiny-dit", **sizes, "num_classes": 3, "dtype": "float32"},
+            {"name": "tiny-dit", **SIZES, "num_classes": 3, "dtype": "float32"},
             True,
             {
                 "name": "preset",
@@ -90,16 +77,7 @@ def networks() -> list[Case]:
 
 def pipelines_of_classes() -> list[Case]:
     """A pipeline in memory, called."""
-    module = models.build(
-        "tiny-dit",
-        sample_size=4,
-        in_channels=1,
-        patch_size=2,
-        hidden_size=8,
-        depth=1,
-        num_heads=2,
-        num_classes=3,
-    )
+    module = models.build("tiny-dit", **SIZES, num_classes=3)
     network = pipelines.Network(module, models.init(module, KEY))
     pipe = pipelines.class_to_image(network, D.v(VP))
     arguments = {
@@ -193,28 +171,33 @@ def trainings() -> list[Case]:
             T.latent_scale,
             {"mean": IMAGES + np.arange(2).reshape(2, 1, 1, 1), "log_variance": None},
         ),
-        Case(
-            "T.fit",
-            functools.partial(T.fit, run_dir="/dev/null/run"),  # where nothing can be written
-            {
-                "state": state,
-                "train_step": step,
-                "batches": [{"x": np.zeros(2)}],
-                "plan": T.Plan(1),
-                "resume": False,
-                "mesh": None,
-                "name": "training",
-                "on_sample": None,
-                "explain_divergence": None,
-                "log": accept,
-                "bar": False,
-            },
-            words=dict.fromkeys(
-                ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar"),
-                "cannot write",
-            ),
-        ),
+        fit_of(state, step),
     ]
+
+
+def fit_of(state: Any, step: Any) -> Case:
+    """The loop of training, in a folder that cannot be written."""
+    return Case(
+        "T.fit",
+        functools.partial(T.fit, run_dir="/dev/null/run"),  # where nothing can be written
+        {
+            "state": state,
+            "train_step": step,
+            "batches": [{"x": np.zeros(2)}],
+            "plan": T.Plan(1),
+            "resume": False,
+            "mesh": None,
+            "name": "training",
+            "on_sample": None,
+            "explain_divergence": None,
+            "log": accept,
+            "bar": False,
+        },
+        words=dict.fromkeys(
+            ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar"),
+            "cannot write",
+        ),
+    )
 
 
 def schedules() -> list[Case]:

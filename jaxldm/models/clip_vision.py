@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -150,6 +150,17 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def as_pixels(images: Any) -> UInt8[np.ndarray, "B H W 3"]:
+    """The images. Raises `InvalidArgumentError` unless they are uint8 `[B, H, W, 3]`, one at least."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise InvalidArgumentError(
+            f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}: "
+            "for x in [-1, 1] give ((x + 1) * 127.5).round().astype('uint8')"
+        )
+    return images
+
+
 def clip_pixel_values(
     images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224
 ) -> Float[np.ndarray, "B {image_size} {image_size} 3"]:
@@ -170,12 +181,7 @@ def clip_pixel_values(
     """
     from PIL import Image
 
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise InvalidArgumentError(
-            f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}: "
-            "for x in [-1, 1] give ((x + 1) * 127.5).round().astype('uint8')"
-        )
+    images = as_pixels(images)
     height, width = images.shape[1:3]
     shorter = min(height, width)
     size = (width * image_size // shorter, height * image_size // shorter)

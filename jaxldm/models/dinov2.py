@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.clip_vision import ImageEncoding
+from jaxldm.models.clip_vision import ImageEncoding, as_pixels
 from jaxldm.models.config import check, check_heads
 from jaxldm.models.text_encoder import GENERIC, TransformersConfig
 from jaxldm.nn.attention import attend
@@ -245,13 +245,8 @@ def dinov2_pixel_values(
     """
     from PIL import Image
 
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise InvalidArgumentError(
-            f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}"
-        )
     size = (image_size, image_size)
-    resized = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in images]
+    resized = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in as_pixels(images)]
     pixels = np.stack([np.asarray(image) for image in resized]).astype(np.float32)
     mean, std = (np.asarray(value, np.float32).reshape(1, 1, 1, 3) for value in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels / np.float32(255) - mean) / std
