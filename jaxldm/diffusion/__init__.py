@@ -36,6 +36,7 @@ from jaxldm.diffusion.conversion import convert_time, on_path
 from jaxldm.diffusion.cosine import Cosine
 from jaxldm.diffusion.cutting import cut_by_strength, split_at_fraction, split_at_snr
 from jaxldm.diffusion.denoiser import Denoiser, denoiser
+from jaxldm.diffusion.distilled_times import lcm_timesteps
 from jaxldm.diffusion.entries import (
     PATHS,
     path_from_dict,
@@ -104,7 +105,6 @@ from jaxldm.diffusion.spacings import (
     exponential,
     karras,
     lcm,
-    lcm_timesteps,
     leading,
     linspace,
     linspace_fractional,

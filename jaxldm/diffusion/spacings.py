@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import ArrayLike, Float, Int, Real
+from jaxtyping import ArrayLike, Float, Real
 
 from jaxldm.arguments import array, checked, choice, count, function, number, optional, refuse, several
 from jaxldm.diffusion import registry
+from jaxldm.diffusion.distilled_times import lcm_times
 from jaxldm.diffusion.grids import FINALS, Grid, check_count, grid_of_times
 from jaxldm.diffusion.levels import (
     beta_levels,
@@ -36,7 +37,6 @@ from jaxldm.diffusion.levels import (
 )
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.errors import InvalidArgumentError, one_of, shown
-from jaxldm.exact import floor_product
 
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
 # Steps", quickstart guide). Made for the paths of Stable Diffusion 1.5, SDXL and Stable Video Diffusion.
@@ -435,60 +435,6 @@ def fractional_times(path: Path, count: int) -> Float[np.ndarray, " N"]:
     with np.errstate(divide="ignore"):
         between = path.time(np.interp(t, whole, path.sigma(whole) / path.alpha(whole)))
     return np.where(t == np.round(t), t, between)
-
-
-def lcm_times(path: Path, count: int, original_steps: int) -> Float[np.ndarray, " N"]:
-    """N values of t, see `lcm`."""
-    if path.num_train_timesteps is None:
-        raise InvalidArgumentError(
-            f"spacing='lcm' counts timesteps, and this {path.name} path has none: use 'trailing'"
-        )
-    return lcm_timesteps(count, path.num_train_timesteps, original_steps).astype(np.float64)
-
-
-@checked(
-    num_inference_steps=count(1),
-    num_train_timesteps=count(1),
-    original_inference_steps=count(1),
-    strength=number(above=0, high=1),
-)
-def lcm_timesteps(
-    num_inference_steps: int,
-    num_train_timesteps: int = 1000,
-    original_inference_steps: int = 50,
-    strength: float = 1.0,
-) -> Int[np.ndarray, " N"]:
-    """The timesteps that a latent consistency model samples at, for `at_times`.
-
-    Distillation visits k, 2 k, ... less 1, with k = num_train_timesteps // original_inference_steps (Luo et
-    al. 2023, section 4.3); N of them are taken, evenly by their place in that list, from its noisy end.
-
-    Args:
-        num_inference_steps: N, usually 1 to 8.
-        num_train_timesteps: of the path.
-        original_inference_steps: how many timesteps the distillation used. TCD uses the same list.
-        strength: below 1 to start from a noised image: the noisiest part of the list is left out.
-
-    Raises:
-        InvalidArgumentError: more steps than the list has, or a strength outside (0, 1].
-
-    >>> from jaxldm import diffusion as D
-    >>> D.lcm_timesteps(4)
-    array([999, 759, 499, 259])
-    """
-    if not 1 <= original_inference_steps <= num_train_timesteps:
-        raise InvalidArgumentError(
-            f"original_inference_steps must lie in 1 to {num_train_timesteps}, not {original_inference_steps}"
-        )
-    visited = np.arange(1, floor_product(original_inference_steps, strength) + 1)
-    visited = visited * (num_train_timesteps // original_inference_steps) - 1
-    if not 1 <= num_inference_steps <= len(visited):
-        raise InvalidArgumentError(
-            f"num_inference_steps={num_inference_steps}, but original_inference_steps x strength is "
-            f"{len(visited)}: ask for 1 to {len(visited)} steps"
-        )
-    places = np.linspace(0, len(visited), num_inference_steps, endpoint=False).astype(int)
-    return visited[::-1][places]
 
 
 def align_your_steps_times(path: Path, count: int, table: str) -> Float[np.ndarray, " N"]:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from jaxldm import diffusion as D
 from jaxldm.arguments import check_fields, count, flag, number, optional, text
-from jaxldm.diffusion import levels, registry, spacings
+from jaxldm.diffusion import distilled_times, levels, registry, spacings
 from jaxldm.errors import InvalidArgumentError, one_of
 
 # Names of timesteps -> (path, span, N, rule) -> N values of t.
@@ -36,7 +36,7 @@ TIMES: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
         span, count + 1, rule.steps_offset
     )[:-1],
     "linspace_open": lambda path, span, count, rule: spacings.linspace_times(span, count + 1)[:-1],
-    "lcm": lambda path, span, count, rule: spacings.lcm_times(path, count, rule.original_steps),
+    "lcm": lambda path, span, count, rule: distilled_times.lcm_times(path, count, rule.original_steps),
 }
 # Names of noise levels -> (first, last, N, rule) -> N levels.
 LEVELS: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
