@@ -26,6 +26,7 @@ class RecordRows:
         image_size: side to which the central square of each image is scaled, or None.
         where: the folder, for error messages.
         pad_to: side of the black square in whose centre each image is placed, or None.
+        caption_key: the name of the feature that describes an image in words, or None.
     """
 
     source: Any
@@ -35,15 +36,26 @@ class RecordRows:
     image_size: int | None
     where: str
     pad_to: int | None = None
+    caption_key: str | None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
+    def _read(self, rows: Int[np.ndarray, "B"]) -> Any:
         try:
-            examples = self.source.__getitems__(self.records[rows].tolist())
+            return self.source.__getitems__(self.records[rows].tolist())
         except (RuntimeError, OSError, ValueError, IndexError) as error:
             raise DataError(f"cannot read {self.where} ({error}): delete it and run again") from error
+
+    def captions(self, rows: Int[np.ndarray, "B"]) -> list[str] | None:
+        """The captions of the examples `rows`; None for a dataset without."""
+        if self.caption_key is None:
+            return None
+        texts = [example[self.caption_key] for example in self._read(rows)]
+        return [text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text) for text in texts]
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
+        examples = self._read(rows)
         images = [example[self.image_key] for example in examples]
         if self.image_size is not None:
             images = [central_square(image, self.image_size) for image in images]
@@ -82,6 +94,15 @@ class Dataset:
     def rows(self, split: str) -> Rows:
         """Returns the rows of a split, from which `Batches` read from disk. Raises `UnknownNameError`."""
         return self.parts[one_of(f"split of {self.name}", split, self.parts)]
+
+    def captions(self, split: str, limit: int | None = None) -> list[str] | None:
+        """The captions of the first `limit` examples of a split (None: of all); None for data without.
+
+        Raises `UnknownNameError` for another split name.
+        """
+        rows = self.rows(split)
+        read = getattr(rows, "captions", None)
+        return None if read is None else read(np.arange(len(rows))[:limit])
 
     def arrays(self, split: str) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]:
         """Returns a whole split in memory: images float32 [N, H, W, C] in [-1, 1] and labels int32 [N].

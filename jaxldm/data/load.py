@@ -14,12 +14,19 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
-from jaxldm.errors import DataError, InvalidArgumentError, MissingDependencyError, UnknownNameError
+from jaxldm.errors import (
+    DataError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    UnknownNameError,
+    one_of,
+)
 from jaxldm.reading import shown
 
 MAX_RETRIES = 4  # of a connection: after 3 seconds in all
 _NAME = re.compile(r"\w+(/[\w.+-]+)*(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)  # name/config:version
-WELL_KNOWN = ("mnist5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
+CAPTIONS = ("caption", "text", "description")  # names of the feature that describes an image in words
+WELL_KNOWN = ("mnist5k", "captioned_shapes", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
 
 
 def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -40,9 +47,9 @@ def load(
 ) -> Dataset:
     """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder.
 
-    `mnist5k` needs no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist` need only a network.
-    tensorflow_datasets prepares all others, most of them with TensorFlow; once prepared as array_record, they
-    are read without it.
+    `mnist5k` and `captioned_shapes` need no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist`
+    need only a network. tensorflow_datasets prepares all others, most of them with TensorFlow; once prepared
+    as array_record, they are read without it.
 
     A dataset without validation split gets every tenth training record as one. One without test split uses
     its validation split, or else another tenth of the training records. Without class labels all labels are
@@ -74,7 +81,7 @@ def load(
     folder = data_folder(data_dir)
     with _quiet():
         builder = _prepared(name, folder)
-    image_key, label_key = _features(name, builder.info)
+    image_key, label_key, caption_key = _features(name, builder.info)
     features: Any = builder.info.features
     shape = tuple(features[image_key].shape)
     if image_size is None and None in shape:
@@ -89,7 +96,9 @@ def load(
     where = os.fspath(builder.data_path)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     parts = {
-        split: RecordRows(_source(builder, origin), records, image_key, label_key, image_size, where, pad_to)
+        split: RecordRows(
+            _source(builder, origin), records, image_key, label_key, image_size, where, pad_to, caption_key
+        )
         for split, (origin, records) in split_records(sizes).items()
     }
     return Dataset(name, shape, class_names, parts)
@@ -149,6 +158,12 @@ def _builder(name: str, folder: pathlib.Path):
             from jaxldm.data.mnist5k import Mnist5k
 
             return Mnist5k(data_dir=folder, file_format="array_record")
+        if name.split("/")[0] == "captioned_shapes":
+            from jaxldm.data.captioned_shapes import CaptionedShapes
+
+            config = name.removeprefix("captioned_shapes").removeprefix("/") or "32"
+            one_of("size of captioned_shapes", config, CaptionedShapes.builder_configs)
+            return CaptionedShapes(config=config, data_dir=folder, file_format="array_record")
         builder = tfds.builder(name, data_dir=folder)
         if builder.info.splits:  # prepared already, perhaps by another program and in another format
             return builder
@@ -157,6 +172,8 @@ def _builder(name: str, folder: pathlib.Path):
         if name in IdxImages.builder_configs:
             return IdxImages(config=name, data_dir=folder, file_format="array_record")
         return tfds.builder(name, data_dir=folder, file_format="array_record")
+    except UnknownNameError:
+        raise
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
         raise UnknownNameError("dataset", name, dict.fromkeys([*WELL_KNOWN, *near])) from error
@@ -183,8 +200,8 @@ def _source(builder, split: str):
     return source
 
 
-def _features(name: str, info) -> tuple[str, str | None]:
-    """Returns the names of the image and of the class label feature (None without one)."""
+def _features(name: str, info) -> tuple[str, str | None, str | None]:
+    """Returns the names of the image, of the class label and of the caption feature (None without one)."""
     import tensorflow_datasets as tfds
 
     images = [
@@ -196,9 +213,11 @@ def _features(name: str, info) -> tuple[str, str | None]:
     if not images:
         raise DataError(f"the dataset {name} has no 8-bit images, only {', '.join(info.features)}")
     preferred = ("image", "label", *(info.supervised_keys or ()))
+    texts = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
     return (
         next((key for key in preferred if key in images), images[0]),
         next((key for key in preferred if key in labels), labels[0] if labels else None),
+        next((key for key in CAPTIONS if key in texts), None),
     )
 
 
