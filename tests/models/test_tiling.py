@@ -53,7 +53,9 @@ def test_slices_are_the_batch_one_by_one(pair):
         jax.jit(lambda p, z, s=slicing: models.decode_latents(module, p, z, slicing=s))(params, z)
         for slicing in (False, True)
     )
-    np.testing.assert_allclose(slices, whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+    # Optimized, a convolution of one image adds in another order than one of three.
+    atol = 1e-6 if jax.config.jax_disable_most_optimizations else 4e-6
+    np.testing.assert_allclose(slices, whole, rtol=0, atol=atol * np.abs(whole).max())
 
 
 def test_slicing_draws_the_noise_of_the_whole(pair):
