@@ -70,18 +70,16 @@ def test_pictures_of_ones_own_become_a_data_set(tmp_path, monkeypatch):
     import numpy as np
     from PIL import Image
 
-    from jaxldm import data
-
     for name in ("cats", "dogs"):
         folder = tmp_path / "pictures" / name
         folder.mkdir(parents=True)
         for k in range(10):
-            pixels = np.full((20 + k, 30, 3), 100 if name == "cats" else 200, np.uint8)
+            pixels = np.full((40 + k, 50, 3), 100 if name == "cats" else 200, np.uint8)
             Image.fromarray(pixels).save(folder / f"{k}.png")
-    monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "pictures"), str(tmp_path / "datasets")])
-    block = python_blocks(DOCS / "tutorials" / "train-on-your-own-pictures.md")[0]
-    exec(compile(block, "prepare.py", "exec"), {"__name__": "prepare"})
-    dataset = data.load("my_pictures", data_dir=tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    block, names = python_blocks(DOCS / "tutorials" / "train-on-your-own-pictures.md")[0], {}
+    exec(compile(block, "recipe.py", "exec"), names)
+    dataset = names["mine"].load_data()
     assert dataset.image_shape == (32, 32, 3) and dataset.class_names == ("cats", "dogs")
     images, labels = dataset.arrays("train")
     assert len(images) == 16

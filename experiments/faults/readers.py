@@ -345,6 +345,45 @@ def _picture(folder: Path) -> None:
     rgb_of(open_picture(next(folder.iterdir())))
 
 
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    import tarfile
+
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name, part in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(part)
+            archive.addfile(member, io.BytesIO(part))
+    return content.getvalue()
+
+
+def _parquet() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content, one = io.BytesIO(), _picture_files("png")["picture.png"]
+    columns = {"image": [{"bytes": one, "path": None}] * 12, "text": ["a cat"] * 12, "label": [0, 1] * 6}
+    pq.write_table(pa.table(columns), content)
+    return content.getvalue()
+
+
+def _own_pictures(layout: str) -> dict[str, bytes]:
+    """Twelve pictures as people have them."""
+    one = _picture_files("png")["picture.png"]
+    if layout == "parquet":
+        return {"a.parquet": _parquet()}
+    if layout == "shard":
+        parts = {f"{n}.png": one for n in range(12)} | {f"{n}.txt": b"a cat" for n in range(6)}
+        return {"a.tar": _tar(parts | {f"{n}.json": _json({"caption": "a dog"}) for n in range(6, 12)})}
+    pictures = {f"{n}.png": one for n in range(12)}
+    lines = [json.dumps({"file_name": name, "text": "a cat"}) for name in pictures]
+    return pictures | {"metadata.jsonl": "\n".join(lines).encode()}
+
+
+def _folder(folder: Path) -> None:
+    data.load_folder(folder, image_size=8, max_skipped=1).arrays("test")
+
+
 def _npz(**arrays: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
@@ -381,6 +420,8 @@ def readers() -> dict[str, Reader]:
         named[f"tokenizer.json of {name}"] = Reader(_fast_files(files), _tokenizer, 2.0)
     for suffix in ("png", "jpg", "gif"):
         named[f"picture {suffix}"] = Reader(_picture_files(suffix), _picture, 1.0)
+    for layout in ("parquet", "shard", "metadata.jsonl"):
+        named[f"own pictures, {layout}"] = Reader(_own_pictures(layout), _folder, 1.0)
     tensors = {"a.weight": np.ones((2, 3), np.float32), "blocks.0.b": np.zeros(5, np.float16)}
     one_file = {"a.safetensors": safetensors_bytes(tensors)}
     return named | {

@@ -54,8 +54,13 @@ class Train:
     preset: Annotated[str | None, shown("NAME", _RECIPE)] = None
     """Another denoising network, by its preset name."""
 
-    dataset: Annotated[str | None, shown("NAME", _RECIPE)] = None
-    """Another data set, by its TFDS name."""
+    dataset: Annotated[str | None, shown("NAME|FOLDER", _RECIPE)] = None
+    """Another data set: a TFDS name, or a folder of your own pictures (class folders, captions, .parquet or
+    .tar files).
+    """
+
+    image_size: Annotated[int | None, shown("PIXELS", "the recipe's, or that of the images")] = None
+    """Side to which the central square of each image is scaled."""
 
     seed: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Seed of all random numbers, from 0 to 4294967295."""
@@ -89,7 +94,7 @@ class Train:
 
         Raises `UnknownNameError` and `InvalidArgumentError`.
         """
-        from jaxldm import training
+        from jaxldm import data, training
 
         one_of("recipe", self.recipe, training.RECIPES)
         recipe = training.RECIPES[self.recipe]
@@ -104,7 +109,9 @@ class Train:
         if self.preset is not None:
             # The recipe's overrides are for its own network.
             diffusion |= {"preset": one_of("preset", self.preset, denoiser_presets()), "overrides": {}}
-        changes = {"diffusion": given(recipe.diffusion, **diffusion), "data": self.dataset, "seed": self.seed}
+        changes = {"diffusion": given(recipe.diffusion, **diffusion), "seed": self.seed}
+        changes["data"] = None if self.dataset is None else data.source_name(self.dataset)
+        changes["image_size"] = self.image_size
         if self.autoencoder_epochs is not None:
             if recipe.autoencoder is None:
                 raise InvalidArgumentError(

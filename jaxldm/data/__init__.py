@@ -3,9 +3,10 @@
 from jaxldm.data.augmentation import Augmentation, augment
 from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
 from jaxldm.data.dataset import Dataset
+from jaxldm.data.folders import describe_skipped, load_folder
 from jaxldm.data.images import check_images, check_labels, from_uint8, to_uint8
 from jaxldm.data.latents import cached, fingerprint
-from jaxldm.data.load import data_folder, load
+from jaxldm.data.load import data_folder, load, source_name
 
 __all__ = [
     "ArrayRows",
@@ -18,10 +19,13 @@ __all__ = [
     "check_images",
     "check_labels",
     "data_folder",
+    "describe_skipped",
     "fingerprint",
     "from_uint8",
     "load",
+    "load_folder",
     "map_batches",
     "prefetch",
+    "source_name",
     "to_uint8",
 ]

@@ -5,7 +5,8 @@ So a run resumed in the middle of an epoch sees the same batches, and no positio
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -107,24 +108,70 @@ class Batches:
         return (self[step] for step in range(len(self)))
 
 
+@dataclasses.dataclass(frozen=True)
+class RowsView:
+    """The first `length` examples of `rows`, with their columns under other names.
+
+    Attributes:
+        names: name here -> name there; other columns are left out.
+    """
+
+    rows: Rows
+    length: int
+    names: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        columns = self.rows.take(rows)
+        return {name: columns[other] for name, other in self.names.items()}
+
+
 def map_batches(
-    function: Callable[[Any], Any], rows: Shaped[np.ndarray, "N ..."], batch_size: int = 256
+    function: Callable[[Any], Any],
+    rows: Shaped[np.ndarray, "N ..."] | Rows,
+    batch_size: int = 256,
+    column: str = "image",
 ) -> Any:
     """Returns function(rows) [N, ...], computed `batch_size` rows at a time, as numpy arrays.
 
     `function` maps [B, ...] to a pytree of arrays [B, ...], row by row. The last batch is padded with copies
-    of its last row, so that a jitted function compiles once.
+    of its last row, so that a jitted function compiles once. Of `Rows`, such as pictures on disk, it is given
+    the column `column`.
     """
     if len(rows) == 0:
         raise DataError("there are no rows to map over")
     batch_size = min(batch_size, len(rows))
     results = []
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+        if hasattr(rows, "shape"):
+            part = cast(Any, rows)[start : start + batch_size]
+        else:
+            part = cast(Rows, rows).take(np.arange(start, min(start + batch_size, len(rows))))[column]
         size = len(part)
         filled = np.concatenate([part, np.repeat(part[-1:], batch_size - size, axis=0)])
         results.append(jax.tree.map(lambda array, size=size: np.asarray(array)[:size], function(filled)))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *results)
+
+
+class ReadAhead:
+    """The same batches, of which the next is read while one is used: for rows on disk."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self._pool = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        ready = self._next
+        ahead = step + 1
+        batch = ready[1].result() if ready is not None and ready[0] == step else self._batches[step]
+        self._next = ahead, self._pool.submit(self._batches.__getitem__, ahead)
+        return batch
 
 
 def prefetch(

@@ -74,12 +74,14 @@ class Dataset:
         image_shape: (H, W, C).
         class_names: one name per class.
         parts: the rows of each split.
+        skipped: what a folder of pictures holds that cannot be used, as (name, reason).
     """
 
     name: str
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     parts: Mapping[str, Rows]
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -11,9 +11,10 @@ import urllib.parse
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
-from jaxldm.data.dataset import SPLITS, Dataset, RecordRows
+from jaxldm.data.dataset import Dataset, RecordRows
+from jaxldm.data.folders import load_folder
+from jaxldm.data.splits import split_records
 from jaxldm.errors import (
     DataError,
     InvalidArgumentError,
@@ -45,7 +46,8 @@ def load(
     image_size: int | None = None,
     pad_to: int | None = None,
 ) -> Dataset:
-    """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder.
+    """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder; or the
+    pictures of a folder.
 
     `mnist5k` and `captioned_shapes` need no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist`
     need only a network. tensorflow_datasets prepares all others, most of them with TensorFlow; once prepared
@@ -56,7 +58,8 @@ def load(
     0.
 
     Args:
-        name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...
+        name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...; or a folder, "path/to/pictures", of which
+            `jaxldm.data.folders` has the layouts.
         data_dir: folder of the datasets; see `data_folder`.
         image_size: side to which the central square of each image is scaled; required where sizes differ.
         pad_to: side of the black square in whose centre each image is then placed: 28x28 digits become 32x32,
@@ -73,6 +76,8 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
+    if is_folder(name):
+        return load_folder(name, image_size=image_size, pad_to=pad_to)
     if not _NAME.fullmatch(name):
         raise InvalidArgumentError(
             f"{shown(name)} is no name of a TFDS data set: give one such as mnist5k, emnist/digits or "
@@ -104,30 +109,16 @@ def load(
     return Dataset(name, shape, class_names, parts)
 
 
-def split_records(sizes: dict[str, int]) -> dict[str, tuple[str, Int[np.ndarray, "N"]]]:
-    """Returns for train, validation and test the stored split each comes from and its record numbers.
+def source_name(dataset: str | os.PathLike) -> str:
+    """A TFDS name as it is, a folder with its whole path, so that a run is resumed from anywhere."""
+    name = os.fspath(dataset)
+    folder = isinstance(dataset, os.PathLike) or is_folder(name)
+    return os.fspath(pathlib.Path(name).expanduser().absolute()) if folder else name
 
-    A split that is made from the training one has every tenth record: TFDS stores records in a shuffled
-    order, so this is a random sample, and it is the same on every machine.
-    """
-    if "train" not in sizes:
-        raise DataError(f"the dataset has no split 'train', only {', '.join(sizes) or 'none'}")
-    records = np.arange(sizes["train"])
-    origin_of_validation, origin_of_test = "validation", "test"
-    if "test" not in sizes:
-        origin_of_test = "validation" if "validation" in sizes else "train"
-    if "validation" not in sizes or origin_of_test == "validation":
-        origin_of_validation = "train"
-    left = np.ones(len(records), dtype=bool)
-    parts = {}
-    for split, origin, remainder in (("validation", origin_of_validation, 9), ("test", origin_of_test, 8)):
-        if origin == "train":
-            parts[split] = origin, records[remainder::10]
-            left[remainder::10] = False
-        else:
-            parts[split] = origin, np.arange(sizes[origin])
-    parts["train"] = "train", records[left]
-    return {split: parts[split] for split in SPLITS}
+
+def is_folder(name: str) -> bool:
+    """Whether a dataset is named by its folder: a path, or any folder that there is under no known name."""
+    return name.startswith((".", "~", os.sep)) or (name not in WELL_KNOWN and os.path.isdir(name))
 
 
 def _prepared(name: str, folder: pathlib.Path):

@@ -5,6 +5,7 @@ A picture that cannot be read without guessing what its numbers mean is refused.
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -33,15 +34,20 @@ def open_picture(path: str | Path, name: str = "picture") -> Image:
         DataError: no such file, not a picture, a damaged one, or one of more pixels than Pillow takes to be
             safe (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    from PIL import Image, ImageOps
-
     if not Path(path).is_file():
         raise DataError(f"there is no {name} {path}")
+    return decode_picture(path, path)
+
+
+def decode_picture(source: str | Path | bytes, path: str | Path) -> Image:
+    """A picture of a file or of its content, as `open_picture`; `path` names it in messages."""
+    from PIL import Image, ImageOps
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                 opened.load()
                 return ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm import models
 from jaxldm.arguments import array, check_shapes, checked, count, function, number, one_key, optional
-from jaxldm.data.batches import map_batches
+from jaxldm.data.batches import Rows, map_batches
 from jaxldm.errors import one_of
 from jaxldm.exact import round_product
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
@@ -29,6 +29,7 @@ from jaxldm.training.stages import (
     report_health,
     sample_size,
     train_network,
+    with_names,
 )
 from jaxldm.training.state import Params
 
@@ -157,7 +158,9 @@ def make_loss(recipe: AutoencoderRecipe, module: nn.Module, warmup_steps: int):
     return loss_fn
 
 
-def encode_all(module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"]) -> DiagonalGaussian:
+def encode_all(
+    module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"] | Rows
+) -> DiagonalGaussian:
     """The posteriors of any number of images, not scaled, on the host."""
     encode = jax.jit(lambda params, batch: module.apply({"params": params}, batch, method="encode"))
     return map_batches(lambda batch: encode(params, batch), images)
@@ -167,18 +170,20 @@ def train_autoencoder(context: Context) -> None:
     """Train the autoencoder of a run and write it, with its scaling_factor, into `vae`."""
     recipe, folder = cast(AutoencoderRecipe, context.recipe.autoencoder), context.run.stage(STAGE)
     module = build_autoencoder(context.recipe, context.dataset.image_shape)
-    images, _ = context.train_arrays()
-    held_out = context.dataset.arrays("validation")[0]
+    rows = context.train_rows()
+    held_out = context.some("validation")[0]
     reconstruct = jax.jit(lambda params, batch: module.apply({"params": params}, batch))
 
     def on_sample(params: Params, step: int) -> None:
         decoded = reconstruct(params, held_out[:32])
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded)
 
-    warmup_steps = round_product(recipe.beta_warmup_epochs, len(images) // recipe.batch_size)
+    warmup_steps = round_product(recipe.beta_warmup_epochs, len(rows) // recipe.batch_size)
     loss_fn = make_loss(recipe, module, warmup_steps)
-    params = train_network(context, STAGE, recipe, module, loss_fn, {"image": images}, on_sample)
-    posterior = cast(Any, encode_all(module, params, images))  # of NumPy arrays
+    params = train_network(
+        context, STAGE, recipe, module, loss_fn, with_names(rows, image="image"), on_sample
+    )
+    posterior = cast(Any, encode_all(module, params, rows))  # of NumPy arrays
     seen = posterior.log_variance if context.recipe.diffusion.sample_latents else None
     scale, shift = latent_scale(posterior.mean, seen)
     context.log(

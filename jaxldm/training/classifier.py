@@ -18,7 +18,7 @@ from jaxldm.metrics.evaluate import classifier_function
 from jaxldm.metrics.scores import accuracy
 from jaxldm.training.recipes import ClassifierRecipe, Recipe
 from jaxldm.training.runs import save_classifier
-from jaxldm.training.stages import Context, build_model, sample_size, train_network
+from jaxldm.training.stages import Context, build_model, sample_size, train_network, with_names
 
 STAGE = "classifier"
 
@@ -74,11 +74,10 @@ def train_classifier(context: Context) -> None:
     """Train the classifier of a run into `classifier/model`; write its test accuracy to `metrics.json`."""
     recipe, folder = cast(ClassifierRecipe, context.recipe.classifier), context.run.stage(STAGE)
     module = build_classifier(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
-    images, labels = context.train_arrays()
-    columns = {"image": images, "label": labels}
+    columns = with_names(context.train_rows(), image="image", label="label")
     params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns)
     classify = classifier_function(module, params)
-    test_images, test_labels = context.dataset.arrays("test")
+    test_images, test_labels = context.some("test")
     test_accuracy = accuracy(classify(test_images)[1], test_labels)
     context.log(
         f"classifier: {test_accuracy:.1%} of {len(test_labels)} real test images classified correctly"

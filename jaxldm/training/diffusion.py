@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,6 +15,8 @@ from jaxtyping import Float
 
 from jaxldm import checkpoints, models, schedulers
 from jaxldm import diffusion as D
+from jaxldm.data import ArrayRows, Rows
+from jaxldm.data.folders import FolderRows, identity
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
@@ -31,6 +33,7 @@ from jaxldm.training.stages import (
     sample_size,
     stage_keys,
     train_network,
+    with_names,
 )
 from jaxldm.training.state import Params
 
@@ -111,21 +114,26 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
     return loss_fn
 
 
-def latent_columns(context: Context) -> dict[str, Any]:
+def latent_columns(context: Context) -> Mapping[str, Any] | Rows:
     """Named columns of examples: pixels, or the latents that the finished autoencoder makes of the images.
 
     Latents are scaled by the autoencoder's own factors. They are kept in latents.npz, keyed by a hash of the
     autoencoder and the images, and computed again when either is another.
     """
-    images, labels = context.train_arrays()
+    rows = context.train_rows()
     if context.recipe.autoencoder is None:
-        return {"mean": images, "label": labels}
+        return with_names(rows, mean="image", label="label")
+    if isinstance(rows, ArrayRows):
+        images, labels = rows.columns["image"], rows.columns["label"]
+    else:
+        folder = context.dataset.rows("train")
+        images, labels = identity(cast(FolderRows, folder)), cast(FolderRows, folder).labels[: len(rows)]
     module, params = checkpoints.load(context.run.stage(AUTOENCODER).model)
     scale, shift = np.float32(module.config.scaling_factor), np.float32(module.config.shift_factor or 0.0)
 
     def compute():
         context.log("diffusion: encoding the training images")
-        posterior = encode_all(module, params, images)
+        posterior = encode_all(module, params, rows)
         return {
             "mean": (posterior.mean - shift) * scale,
             "std": np.exp(0.5 * posterior.log_variance) * scale,
@@ -135,6 +143,13 @@ def latent_columns(context: Context) -> dict[str, Any]:
     columns = cached(context.run.latents, fingerprint(params, config, images), compute)
     names = ("mean", "std") if context.recipe.diffusion.sample_latents else ("mean",)
     return {**{name: columns[name] for name in names}, "label": labels}
+
+
+def first_rows(columns: Mapping[str, Any] | Rows, most: int) -> Mapping[str, Any]:
+    """Named columns of the first `most` examples."""
+    if isinstance(columns, Mapping):
+        return {name: column[:most] for name, column in columns.items()}
+    return columns.take(np.arange(min(len(columns), most)))
 
 
 def make_sampler(
@@ -177,7 +192,7 @@ def train_diffusion(context: Context) -> None:
     recipe, folder = context.recipe.diffusion, context.run.stage(STAGE)
     module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = latent_columns(context)
-    findings = preflight(recipe, module, columns["mean"])
+    findings = preflight(recipe, module, first_rows(columns, 1000)["mean"])
     for finding in failed(findings):
         context.log(
             f"diffusion: {finding.check}: {finding.seen}; likely cause: {finding.likely_cause}; "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, PRNGKeyArray, Shaped
 
 from jaxldm import models
-from jaxldm.data import Batches, Dataset
+from jaxldm.data import ArrayRows, Batches, Dataset, Rows
+from jaxldm.data.batches import ReadAhead, RowsView
+from jaxldm.data.folders import FolderRows
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import round_product
 from jaxldm.files import write_atomically
@@ -28,6 +31,7 @@ from jaxldm.training.state import Params, create_train_state
 from jaxldm.training.step import LossFunction, make_train_step
 
 MAX_STEPS = 2**31 - 1  # they are counted in int32
+MAX_BYTES_AS_ARRAYS = 2**30  # of a folder's pictures, decoded; more are read from disk by batch
 
 
 class Keys(NamedTuple):
@@ -56,10 +60,39 @@ class Context:
     log: Callable[[str], None] = print
     bar: bool | None = None
 
+    def train_rows(self) -> Rows:
+        """The training examples, columns `image` and `label`.
+
+        In memory, but for a folder of pictures that as numbers are more than a GiB: these are read batch by
+        batch.
+        """
+        rows = self.dataset.rows("train")
+        length = min(len(rows), self.recipe.max_train_images or len(rows))
+        size = 4 * length * math.prod(self.dataset.image_shape)
+        if isinstance(rows, FolderRows) and size > MAX_BYTES_AS_ARRAYS:
+            return RowsView(rows, length, {"image": "image", "label": "label"})
+        if isinstance(rows, FolderRows):
+            return ArrayRows(rows.take(np.arange(length)))
+        images, labels = self.train_arrays()
+        return ArrayRows({"image": images, "label": labels})
+
+    def some(self, split: str, most: int = 10_000) -> tuple[Float[np.ndarray, "N H W C"], Any]:
+        """(images, labels) of the first `most` examples of a split."""
+        rows = self.dataset.rows(split)
+        columns = rows.take(np.arange(min(len(rows), most)))
+        return columns["image"], columns["label"]
+
     def train_arrays(self) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, " N"]]:
         """The training images `[N, H, W, C]` in [-1, 1] and their labels `[N]`."""
         images, labels = self.dataset.arrays("train")
         return images[: self.recipe.max_train_images], labels[: self.recipe.max_train_images]
+
+
+def with_names(rows: Rows, **names: str) -> Rows:
+    """Rows with their columns under other names, name="name there"; arrays stay arrays."""
+    if isinstance(rows, ArrayRows):
+        return ArrayRows({name: rows.columns[other] for name, other in names.items()})
+    return RowsView(rows, len(rows), names)
 
 
 def build_model(recipe: StageRecipe, **from_data: Any) -> nn.Module:
@@ -110,12 +143,13 @@ def train_network(
     recipe: StageRecipe,
     module: nn.Module,
     loss_fn: LossFunction,
-    columns: dict[str, Shaped[np.ndarray, "N ..."]],
+    columns: Mapping[str, Shaped[np.ndarray, "N ..."]] | Rows,
     on_sample: Callable[[Params, int], None] | None = None,
 ) -> Params:
-    """Fit one network on named columns of examples; return its parameters, or their moving average."""
+    """Fit one network on columns or rows of examples; return its parameters, or their moving average."""
     keys = stage_keys(context.recipe.seed, stage)
     batches = Batches(columns, recipe.batch_size, keys.order)
+    on_disk = not isinstance(batches.rows, ArrayRows)
     params = models.init(module, keys.init)
     adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
     state = create_train_state(keys.train, params, adam, ema=recipe.ema_decay is not None)
@@ -126,7 +160,7 @@ def train_network(
     state = fit(
         state,
         make_train_step(loss_fn, adam, recipe.ema_decay),
-        batches,
+        ReadAhead(batches) if on_disk else batches,
         plan,
         context.run.stage(stage).path,
         resume=context.resume,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from jaxldm import data, models
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
+from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
 from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
 from jaxldm.training.classifier import build_classifier, train_classifier
@@ -22,6 +24,7 @@ from jaxldm.training.recipes import Recipe
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
 from jaxldm.training.stages import Context, make_optimizer
 
+SKIPPED_FILE = "skipped-pictures.jsonl"  # of a folder of pictures, in the run folder
 _TRAIN = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "classifier": train_classifier}
 
 
@@ -65,6 +68,16 @@ def max_devices(recipe: Recipe) -> int:
     return next(n for n in range(jax.device_count(), 0, -1) if all(size % n == 0 for size in sizes))
 
 
+def _report_skipped(run: RunFolder, dataset: data.Dataset, log: Callable[[str], None]) -> None:
+    """Count the pictures of a folder that are not used, and list them in the run folder."""
+    if not dataset.skipped:
+        return
+    path = run.path / SKIPPED_FILE
+    write_atomically(path, data.describe_skipped(dataset.skipped).encode())
+    used = sum(len(dataset.rows(split)) for split in dataset.splits)
+    log(f"{len(dataset.skipped)} of {len(dataset.skipped) + used} pictures are not used: {path} says why")
+
+
 A_RECIPE = instance(Recipe, "a recipe such as training.RECIPES['smoke']")
 
 
@@ -73,6 +86,7 @@ A_RECIPE = instance(Recipe, "a recipe such as training.RECIPES['smoke']")
     run_dir=a_path,
     resume=flag,
     devices=optional(count(1)),
+    dataset=optional(a_path),
     log=function("(line)"),
     bar=optional(flag),
 )
@@ -82,6 +96,7 @@ def train(
     *,
     resume: bool = False,
     devices: int | None = None,
+    dataset: Path | str | None = None,
     log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
 ) -> RunFolder:
@@ -92,6 +107,8 @@ def train(
         run_dir: a folder that does not exist yet; with `resume`, that of the run to go on with.
         resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint.
         devices: split each batch over so many devices; None: as many as divide every batch of the recipe.
+        dataset: in place of the recipe's: a TFDS name, or the folder of your own pictures (see
+            `jaxldm.data.load`), of which those that cannot be used are listed in skipped-pictures.jsonl.
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
 
@@ -107,12 +124,15 @@ def train(
     >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
     """
     mesh = make_mesh(max_devices(recipe) if devices is None else devices)
+    if dataset is not None:
+        recipe = dataclasses.replace(recipe, data=data.source_name(dataset))
     check_run_folder(run_dir, recipe, resume=resume)
-    dataset = recipe.load_data()
-    check_recipe(recipe, dataset, mesh)
+    loaded = recipe.load_data()
+    check_recipe(recipe, loaded, mesh)
     with HeldFolder(run_dir, log) as held:
-        run = open_run(run_dir, recipe, dataset, resume=resume, log=log)
-        context = Context(recipe, dataset, run, mesh, resume, log, bar)
+        run = open_run(run_dir, recipe, loaded, resume=resume, log=log)
+        _report_skipped(run, loaded, log)
+        context = Context(recipe, loaded, run, mesh, resume, log, bar)
         unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")

@@ -1,0 +1,28 @@
+"""One picture of a folder, of a shard or of a table, before it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+TEXT_KEYS = ("text", "caption")  # of a column or an entry with captions
+
+
+class Example(NamedTuple):
+    """One picture of a folder.
+
+    Attributes:
+        name: relative to the folder; unique.
+        read: () -> the content of its file.
+        split: "train" and so on, or None where the folder has no splits.
+        label: name of its class, or None.
+        caption: in words, or None.
+        problem: why it cannot be used, or None.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    split: str | None = None
+    label: str | None = None
+    caption: str | None = None
+    problem: str | None = None

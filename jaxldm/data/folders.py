@@ -1,0 +1,222 @@
+"""A person's own pictures as a dataset: class folders, pictures with captions, parquet files, tar shards.
+
+    pictures/cats/1.jpg, pictures/dogs/2.png        a class for each subfolder
+    pictures/1.jpg, pictures/1.txt                  a caption beside each picture
+    pictures/1.jpg, pictures/metadata.jsonl         {"file_name": "1.jpg", "text": "a cat"} in each line
+    pictures/*.parquet                              columns image and text (or caption) and label
+    pictures/*.tar                                  shards of webdataset: 1.jpg with 1.txt, 1.json or 1.cls
+
+Every picture is decoded once when the folder is opened; what cannot be used is listed, and the others are
+read from disk again, batch by batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxldm.data.dataset import Dataset, central_square, padded_square
+from jaxldm.data.example import Example
+from jaxldm.data.images import from_uint8, to_uint8
+from jaxldm.data.layouts import SPLIT_NAMES, SUFFIXES, examples_in
+from jaxldm.data.pictures import decode_picture, rgb_of
+from jaxldm.data.splits import split_records
+from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.reading import shortened
+
+MOST_SKIPPED = 0.1  # share of the pictures; with more the folder is refused
+FEWEST = 10  # pictures: each tenth is for validation and for testing
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class Skipped(NamedTuple):
+    """A picture that is not used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderRows:
+    """Pictures on disk, decoded by batch: `image` float32 [B, H, W, 3] in [-1, 1] and `label` int32 [B].
+
+    Attributes:
+        examples: where they are.
+        labels: the class of each.
+        image_size: side to which the central square of each is scaled.
+        pad_to: side of the black square in whose centre it is placed, or None.
+    """
+
+    examples: tuple[Example, ...]
+    labels: Int[np.ndarray, "N"]
+    image_size: int
+    pad_to: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def captions(self, rows: Int[np.ndarray, "B"]) -> list[str] | None:
+        """The captions of the pictures `rows`; None where they have none."""
+        texts = [self.examples[row].caption for row in rows]
+        return None if None in texts else [str(text) for text in texts]
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
+        """The pictures `rows`. Raises `DataError` for one that can no longer be read."""
+
+        def image(row: int) -> np.ndarray:
+            example = self.examples[row]
+            square = central_square(_pixels(example), self.image_size)
+            return square if self.pad_to is None else padded_square(square, self.pad_to)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            images = list(pool.map(image, [int(row) for row in rows]))
+        return {"image": from_uint8(np.stack(images)), "label": self.labels[rows]}
+
+
+def _pixels(example: Example) -> Any:
+    content = example.read()
+    return to_uint8(rgb_of(decode_picture(content, example.name), name=example.name))
+
+
+def load_folder(
+    folder: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    pad_to: int | None = None,
+    max_skipped: float = MOST_SKIPPED,
+) -> Dataset:
+    """Returns the pictures of a folder as a dataset; the docstring of this module has the layouts.
+
+    Subfolders that are all named train, validation (val) or test are splits. Without them every tenth picture
+    is for validation and every tenth for testing, in the order of a hash of their names.
+
+    Args:
+        folder: of the pictures.
+        image_size: side to which the central square of each is scaled. None: that of the pictures, where all
+            are squares of one size. Smaller pictures are skipped.
+        pad_to: side of the black square in whose centre each picture is then placed.
+        max_skipped: largest share of pictures that may be skipped.
+
+    Returns:
+        The dataset; its `skipped` lists what cannot be used: damaged files, pictures that are too small,
+        captions that are missing where others have one.
+
+    Raises:
+        DataError: no folder, no pictures, fewer than ten, more skipped than allowed, layouts mixed.
+        InvalidArgumentError: `image_size` is needed; a size out of range.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}: give the folder of your pictures, or a TFDS name")
+    if image_size is not None and image_size < 1:
+        raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
+    found = sorted(examples_in(root), key=lambda example: hashlib.sha256(example.name.encode()).digest())
+    if not found:
+        raise DataError(
+            f"{root} has no pictures: it may hold {', '.join(SUFFIXES[:4])} in class folders or with "
+            "captions, .parquet files or .tar shards"
+        )
+    sizes = _check_all(found)
+    if image_size is None:
+        image_size = _common_size(root, [size for size in sizes if isinstance(size, tuple)])
+    if pad_to is not None and pad_to < image_size:
+        raise InvalidArgumentError(f"pad_to must be >= {image_size}, the images' side, got {pad_to}")
+    has_captions = any(example.caption for example in found)
+    has_labels = any(example.label is not None for example in found)
+    usable, skipped = [], []
+    for example, size in zip(found, sizes, strict=True):
+        problem = size if isinstance(size, str) else None
+        if problem is None and min(size) < image_size:
+            problem = f"its {size[1]}x{size[0]} pixels are fewer than {image_size}x{image_size}"
+        if problem is None and has_captions and not example.caption:
+            problem = "it has no caption"
+        if problem is None and has_labels and example.label is None:
+            problem = "it lies in no class folder and has no label"
+        if problem is None:
+            usable.append(example)
+        else:
+            skipped.append(Skipped(example.name, problem))
+    _check_enough(root, usable, skipped, max_skipped)
+    return _dataset(root, usable, tuple(skipped), image_size, pad_to)
+
+
+def _dataset(
+    root: Path, usable: list[Example], skipped: tuple[Skipped, ...], image_size: int, pad_to: int | None
+) -> Dataset:
+    names = sorted({example.label for example in usable if example.label is not None}, key=_numbers_first)
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = np.array([numbers.get(example.label or "", 0) for example in usable], np.int32)
+    own = np.array([example.split or "train" for example in usable])
+    kept = {split: np.flatnonzero(own == split) for split in dict.fromkeys(SPLIT_NAMES.values())}
+    sizes = {split: len(rows) for split, rows in kept.items() if len(rows)}
+    parts = {}
+    for split, (origin, records) in split_records(sizes).items():
+        rows = kept[origin][records]
+        parts[split] = FolderRows(tuple(usable[row] for row in rows), labels[rows], image_size, pad_to)
+    side = image_size if pad_to is None else pad_to
+    return Dataset(root.resolve().name, (side, side, 3), tuple(names) or ("image",), parts, skipped)
+
+
+def _numbers_first(name: str) -> tuple[int, int, str]:
+    return (0, int(name), name) if name.isascii() and name.isdigit() and len(name) < 19 else (1, 0, name)
+
+
+def _check_all(examples: Sequence[Example]) -> list[tuple[int, int] | str]:
+    """(height, width) of each picture, or why it cannot be read."""
+
+    def check(example: Example) -> tuple[int, int] | str:
+        if example.problem is not None:
+            return example.problem
+        try:
+            height, width, _ = _pixels(example).shape
+        except DataError as error:
+            return shortened(str(error), 200)
+        return height, width
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(check, examples))
+
+
+def _common_size(root: Path, sizes: Sequence[tuple[int, int]]) -> int:
+    different = set(sizes)
+    if len(different) == 1 and len(set(sizes[0])) == 1:
+        return sizes[0][0]
+    raise InvalidArgumentError(
+        f"the pictures of {root} are no squares of one size: give image_size (--image-size), for example 32"
+    )
+
+
+def _check_enough(root: Path, usable: list[Example], skipped: list[Skipped], most: float) -> None:
+    total = len(usable) + len(skipped)
+    if len(skipped) > most * total:
+        name, reason = skipped[0]
+        raise DataError(
+            f"{len(skipped)} of the {total} pictures of {root} cannot be used, more than {most:.0%}; the "
+            f"first is {shortened(name, 80)}: {shortened(reason, 120)}"
+        )
+    if len(usable) < FEWEST:
+        raise DataError(f"{root} has {len(usable)} pictures: at least {FEWEST} are needed")
+
+
+def describe_skipped(skipped: Sequence[Skipped]) -> str:
+    """A line of JSON for each picture that is not used: its name and why."""
+    return "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in skipped)
+
+
+def identity(rows: FolderRows) -> str:
+    """A hash of the content of the files, for caches of what was computed from them."""
+    digest = hashlib.sha256(f"{rows.image_size} {rows.pad_to}".encode())
+    for example in rows.examples:
+        content = example.read()
+        digest.update(f"{example.name}:{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""Where the pictures of a folder are, their classes and captions; `folders` shows the layouts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxldm.data.example import TEXT_KEYS, Example
+from jaxldm.data.parquet import parquet_examples
+from jaxldm.errors import DataError
+from jaxldm.reading import check_regular, parse_json, read_bytes, reading, shown
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation"}
+SPLIT_NAMES |= {"test": "test"}
+MAX_PICTURE_BYTES = 256 * 2**20
+MAX_CAPTION_BYTES = 2**16
+MAX_LINES_BYTES = 2**30  # of metadata.jsonl
+
+
+def examples_in(root: Path) -> list[Example]:
+    """All pictures of a folder, whatever its layout, and those that cannot be used with the reason.
+
+    Raises:
+        DataError: layouts mixed; a list of captions, a table or a shard that cannot be read at all.
+    """
+    with reading(root, DataError):
+        files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path, root))
+    by_suffix = {suffix: [path for path in files if path.suffix.lower() == suffix] for suffix in _READERS}
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    kinds = [name for name, paths in {**by_suffix, "pictures": pictures}.items() if paths]
+    if len(kinds) > 1:
+        raise DataError(f"{root} mixes {' and '.join(kinds)}: put each kind into a folder of its own")
+    for suffix, paths in by_suffix.items():
+        if paths:
+            return [example for path in paths for example in _READERS[suffix](path, root)]
+    return _picture_files(root, pictures)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
+
+
+def _picture_files(root: Path, pictures: Sequence[Path]) -> list[Example]:
+    """Pictures as files: classes are subfolders, captions come from metadata.jsonl or from .txt files."""
+    places = [path.relative_to(root).parts for path in pictures]
+    tops = {parts[0] for parts in places if len(parts) > 1}
+    has_splits = "train" in tops and tops <= set(SPLIT_NAMES)
+    listed = _metadata(root)
+    examples = []
+    for path, parts in zip(pictures, places, strict=True):
+        split = SPLIT_NAMES[parts[0]] if has_splits and len(parts) > 1 else None
+        inner = parts[1:] if split else parts
+        caption, problem = listed.get(path), None
+        beside = path.with_suffix(".txt")
+        if caption is None and beside.is_file():
+            try:
+                caption = _text(read_bytes(beside, MAX_CAPTION_BYTES, "caption", DataError), beside)
+            except DataError as error:
+                problem = str(error)
+        label = inner[0] if len(inner) > 1 and not listed else None
+        read = _reader_of_file(path)
+        examples.append(Example("/".join(parts), read, split, label, caption, problem))
+    present = {os.path.normpath(path) for path in pictures}
+    for path in listed:
+        if os.path.normpath(path) not in present:
+            name = path.relative_to(root).as_posix()
+            problem = "metadata.jsonl names it, but there is no such file"
+            examples.append(Example(name, lambda: b"", problem=problem))
+    return examples
+
+
+def _reader_of_file(path: Path) -> Callable[[], bytes]:
+    return lambda: read_bytes(path, MAX_PICTURE_BYTES, "picture", DataError)
+
+
+def _metadata(root: Path) -> dict[Path, str]:
+    """Picture -> caption of each metadata.jsonl in the folder, as imagefolder has it."""
+    captions: dict[Path, str] = {}
+    for path in sorted(root.rglob("metadata.jsonl")):
+        lines = read_bytes(path, MAX_LINES_BYTES, "list of captions", DataError).splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            entries = parse_json(line, place, DataError)
+            name = entries.get("file_name")
+            text = next((entries[key] for key in TEXT_KEYS if key in entries), "")
+            if not isinstance(name, str) or not name or not isinstance(text, str):
+                raise DataError(
+                    f'{place} must be like {{"file_name": "1.jpg", "text": "a cat"}}, not {shown(entries)}'
+                )
+            captions[_inside(root, path.parent, name, place)] = " ".join(text.split())
+    return captions
+
+
+def _inside(root: Path, parent: Path, name: str, place: str) -> Path:
+    path = Path(os.path.normpath(parent / name)) if "\0" not in name else root.parent
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise DataError(f"{place} names {shown(name)}, which is not in the folder")
+    return path
+
+
+def _text(content: bytes, place: Path | str) -> str:
+    with reading(place, DataError):
+        return " ".join(content.decode("utf-8").split())
+
+
+def _tar_shard(path: Path, root: Path) -> list[Example]:
+    """The examples of a shard of webdataset: files of one name up to their first dot."""
+    import tarfile
+
+    check_regular(path, "shard", DataError)
+    members: dict[str, dict[str, Any]] = {}
+    with reading(path, DataError), tarfile.open(path, "r:") as archive:
+        for member in archive:
+            base = member.name.rsplit("/", 1)[-1]
+            if member.isreg() and not member.sparse and "." in base and not base.startswith("."):
+                suffix = "." + base.split(".", 1)[1].lower()
+                key = member.name[: len(member.name) - len(suffix)]
+                members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+    shard = path.relative_to(root).as_posix()
+    return [
+        _of_shard(path, f"{shard}/{key}", parts)
+        for key, parts in members.items()
+        if set(parts) & {*SUFFIXES, ".txt", ".json", ".cls"}
+    ]
+
+
+def _of_shard(path: Path, name: str, parts: dict[str, tuple[int, int]]) -> Example:
+    def content(suffix: str, limit: int) -> bytes:
+        offset, size = parts[suffix]
+        if size > limit:
+            raise DataError(f"{name}{suffix} has {size} bytes, more than {limit}")
+        with reading(path, DataError), path.open("rb") as file:
+            file.seek(offset)
+            read = file.read(size)
+        if len(read) < size:
+            raise DataError(f"{name}{suffix} is incomplete")
+        return read
+
+    picture = next((suffix for suffix in SUFFIXES if suffix in parts), None)
+    if picture is None:
+        return Example(name, lambda: b"", problem="there is no picture of that name in the shard")
+    caption = label = problem = None
+    try:
+        if ".json" in parts:
+            entries = parse_json(content(".json", MAX_CAPTION_BYTES), f"{name}.json", DataError)
+            caption = next((str(entries[key]) for key in TEXT_KEYS if key in entries), None)
+        if ".txt" in parts:
+            caption = _text(content(".txt", MAX_CAPTION_BYTES), f"{name}.txt")
+        if ".cls" in parts:
+            label = _text(content(".cls", MAX_CAPTION_BYTES), f"{name}.cls")
+    except DataError as error:
+        problem = str(error)
+    return Example(name, lambda: content(picture, MAX_PICTURE_BYTES), None, label, caption, problem)
+
+
+def _parquet_file(path: Path, root: Path) -> list[Example]:
+    return parquet_examples(path, path.relative_to(root).as_posix())
+
+
+_READERS = {".parquet": _parquet_file, ".tar": _tar_shard}

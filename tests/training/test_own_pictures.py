@@ -1,0 +1,80 @@
+"""Training on a folder of pictures: what is given to the stages, and what is written beside them."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxldm import training
+from jaxldm.commands.train import Train
+from jaxldm.data import ArrayRows
+from jaxldm.data.batches import RowsView
+from jaxldm.errors import DataError
+from jaxldm.training import stages
+
+RECIPE = dataclasses.replace(
+    training.RECIPES["smoke-dit"], image_size=14, max_train_images=70, classifier=None
+)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for n in range(100):
+        path = tmp_path / "pictures" / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 16, 3), n, np.uint8)).save(path)
+    (tmp_path / "pictures" / "a" / "broken.png").write_bytes(b"nothing")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def contexts(monkeypatch):
+    """The contexts that the stages of a run are given; nothing is trained."""
+    given = []
+    module = sys.modules["jaxldm.training.train"]  # the package has a function of that name
+    monkeypatch.setitem(module._TRAIN, "diffusion", given.append)
+    return given
+
+
+def test_skipped_pictures_are_counted_and_listed(tmp_path, pictures, contexts):
+    lines = []
+    run = training.train(RECIPE, tmp_path / "run", dataset=str(pictures), log=lines.append)
+    listed = (run.path / "skipped-pictures.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in listed] == ["a/broken.png"]
+    assert "1 of 101 pictures are not used" in lines[0]
+    assert training.read_recipe(run.path).data == str(pictures)
+    assert training.read_config(run.path)["data"]["class_names"] == ["a", "b"]
+
+
+def test_many_pictures_are_read_from_disk_by_batch_and_are_the_same(
+    tmp_path, pictures, contexts, monkeypatch
+):
+    run = training.train(RECIPE, tmp_path / "run", dataset=pictures, log=print)
+    in_memory = contexts[0].train_rows()
+    monkeypatch.setattr(stages, "MAX_BYTES_AS_ARRAYS", 0)
+    on_disk = contexts[0].train_rows()
+    assert isinstance(in_memory, ArrayRows) and isinstance(on_disk, RowsView)
+    assert len(in_memory) == len(on_disk) == 70 and contexts[0].some("test", 3)[0].shape == (3, 14, 14, 3)
+    some = np.array([3, 69, 0])
+    for rows in (in_memory, on_disk):
+        renamed = stages.with_names(rows, mean="image").take(some)
+        np.testing.assert_array_equal(renamed["mean"], in_memory.columns["image"][some])
+        assert list(renamed) == ["mean"]
+    assert not (run.path / "unet").exists()
+
+
+def test_too_many_broken_ones_are_refused_before_anything_is_written(tmp_path, pictures):
+    for n in range(12):
+        (pictures / "a" / f"broken{n}.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="more than 10%"):
+        training.train(RECIPE, tmp_path / "run", dataset=pictures, log=print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_takes_a_folder_by_its_whole_path(tmp_path, pictures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = Train("smoke-dit", dataset="pictures", image_size=14).make_recipe(tmp_path / "run")
+    assert recipe.data == str(pictures) and recipe.image_size == 14
