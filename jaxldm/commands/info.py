@@ -93,7 +93,8 @@ def describe_recipe(recipe: Any) -> str:
         for stage in ("autoencoder", "diffusion", "classifier")
         if (part := getattr(recipe, stage)) is not None
     ]
-    return f"{', '.join(stages)}; data {recipe.data}"
+    text = "" if recipe.text is None else f" with captions, by {recipe.text.encoder}"
+    return f"{', '.join(stages)}; data {recipe.data}{text}"
 
 
 def describe(target: str, family: str | None = None) -> str:
@@ -108,7 +109,8 @@ def describe(target: str, family: str | None = None) -> str:
         from jaxldm import pipelines
 
         kind = pipelines.kind_of(target, family)
-        if kind == "run":
+        of_texts = kind == "text-to-image" and training.RunFolder(Path(target)).config.exists()
+        if kind == "run" or of_texts:
             return describe_run(Path(target))
         describers = {"export": describe_export, "text-to-image": describe_text_to_image}
         return describers[kind](Path(target), family)
@@ -196,6 +198,8 @@ def describe_run(folder: Path) -> str:
     if not run.stage("diffusion").complete:
         resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
         return f"{head}\n{table(rows)}\nresume:  {resume}"
+    if recipe.text is not None:
+        return f"{head}\n{table(rows)}\n{describe_text_to_image(folder)}"
     pipe = pipelines.load(folder)
     return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\nsample:  {hints.sample(folder, pipe)}"
 

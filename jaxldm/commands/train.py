@@ -85,7 +85,8 @@ class Train:
         run = training.train(recipe, run_dir, **options)
         classes = len(training.read_config(run.path)["data"]["class_names"])
         print(f"finished: everything is in {run.path}; try")
-        print(f"  {hints.sample_classes(run.path, classes)}")
+        text = recipe.text is not None
+        print(f"  {hints.sample_texts(run.path) if text else hints.sample_classes(run.path, classes)}")
         if recipe.classifier is not None:
             print(f"  {hints.command('eval', run.path)}")
 

@@ -32,7 +32,7 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = tuple(ShapesConfig(name=str(side), image_size=side) for side in (32, 64))
 
     def _info(self) -> tfds.core.DatasetInfo:
-        side = self.builder_config.image_size  # pyright: ignore[reportAttributeAccessIssue]
+        side = self.builder_config.image_size  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         features = {
             "image": tfds.features.Tensor(shape=(side, side, 3), dtype=np.uint8),
             "caption": tfds.features.Text(),
@@ -51,7 +51,7 @@ class CaptionedShapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         seed, total = SPLITS[split]
-        side = self.builder_config.image_size  # pyright: ignore[reportAttributeAccessIssue]
+        side = self.builder_config.image_size  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         pairs = sorted(shapes.HELD_OUT) if split == "held_out" else shapes.SEEN
         for start in range(0, total, _AT_ONCE):
             numbers = np.arange(start, min(start + _AT_ONCE, total))

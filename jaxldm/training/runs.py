@@ -4,9 +4,11 @@
     runs/NAME/.lock                              while a process trains: only one can
     runs/NAME/vae/                               the finished autoencoder (none for a model of pixels)
     runs/NAME/unet/ or transformer/              the finished denoising network
+    runs/NAME/text_encoder/, tokenizer/          of a model of captions, which is a StableDiffusionPipeline
     runs/NAME/scheduler/scheduler_config.json    its path and prediction
     runs/NAME/model_index.json                   names these; written last
     runs/NAME/classifier/model/                  the finished classifier
+    runs/NAME/captions.npz                       what the text encoder made of the captions
     runs/NAME/latents.npz                        what the autoencoder made of the training images
     runs/NAME/STAGE/                             how a stage was trained
 
@@ -47,6 +49,7 @@ from jaxldm.training.store import TrainingStore
 FORMAT = 2  # of config.json
 STAGES = ("autoencoder", "diffusion", "classifier")
 PIPELINE_CLASS = "LatentDiffusionPipeline"
+TEXT_CLASS = "StableDiffusionPipeline"  # of a model that was trained on captions
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
 
@@ -124,7 +127,9 @@ def save_classifier(run: RunFolder, module: nn.Module, params: Params) -> None:
     checkpoints.save(run.stage("classifier").model, module, params)
 
 
-def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: Mapping[str, Any]) -> None:
+def save_denoiser(
+    run: RunFolder, module: nn.Module, params: Params, scheduler: Mapping[str, Any], text: Any = None
+) -> None:
     """Write the finished denoising network, and what makes the run a pipeline folder.
 
     Args:
@@ -132,15 +137,28 @@ def save_denoiser(run: RunFolder, module: nn.Module, params: Params, scheduler: 
         module: the network.
         params: its parameters.
         scheduler: the entries of scheduler_config.json, `_class_name` among them.
+        text: the frozen text encoder (`jaxldm.training.text.TextEncoder`) of a text-to-image model.
     """
     name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
     checkpoints.save(run.path / name, module, params)
-    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_jaxldm_version": __version__}
+    kind = PIPELINE_CLASS if text is None else TEXT_CLASS
+    index: dict[str, Any] = {"_class_name": kind, "_jaxldm_version": __version__}
     vae = run.stage("autoencoder")
     if vae.complete:
         index["vae"] = _library_and_class(models.config_from_dict(checkpoints.read_config(vae.model)))
     index[name] = _library_and_class(module.config)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if text is not None:
+        checkpoints.save(run.path / "text_encoder", text.module, text.params)
+        text.tokenizer.save(run.path / "tokenizer")
+        settings = json.loads(text.tokenizer.files["tokenizer_config.json"])
+        index |= {
+            "text_encoder": ["transformers", models.class_name(text.module.config)],
+            "tokenizer": ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+        }
     with storage_errors(run.path):
         (run.path / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
     write_atomically(run.path / SCHEDULER_FILE, _as_json(dict(scheduler)))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from jaxldm import data, models
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
+from jaxldm.errors import DataError
 from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
 from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
@@ -35,6 +36,11 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
         UnknownNameError, InvalidArgumentError: for whatever would fail later, before anything is written.
     """
     shape = dataset.image_shape
+    if recipe.text is not None and dataset.captions("train", 1) is None:
+        raise DataError(
+            f"the recipe {recipe.name} is trained on captions, and {dataset.name} has none: put a .txt file "
+            "beside each picture, or take a recipe of classes such as mini-ldm"
+        )
     if recipe.autoencoder is not None:
         build_autoencoder(recipe, shape)
     _check_state_fits(recipe, build_denoiser(recipe, shape, dataset.num_classes), mesh)
