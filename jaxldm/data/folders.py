@@ -172,7 +172,7 @@ def _check_all(examples: Sequence[Example]) -> list[tuple[int, int] | str]:
         try:
             height, width, _ = _pixels(example).shape
         except DataError as error:
-            return shortened(str(error), 200)
+            return shortened(str(error).removeprefix(f"{example.name} "), 200)
         return height, width
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -41,7 +41,7 @@ def open_picture(path: str | Path, name: str = "picture") -> Image:
 
 def decode_picture(source: str | Path | bytes, path: str | Path) -> Image:
     """A picture of a file or of its content, as `open_picture`; `path` names it in messages."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -57,6 +57,8 @@ def decode_picture(source: str | Path | bytes, path: str | Path) -> Image:
         ) from error
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} cannot be read as a picture: it is none, or of an unknown format") from error
     except Exception as error:  # decoders of damaged files raise errors of every type
         raise DataError(f"{path} cannot be read as a picture: {error}") from error
 

@@ -129,6 +129,9 @@ def test_what_cannot_be_used_is_skipped_and_listed(classes):
     assert everything(dataset) == list(range(20))
     reasons = dict(dataset.skipped)
     assert set(reasons) == {"cats/broken.png", "dogs/tiny.png"} and "30x4" in reasons["dogs/tiny.png"]
+    write(classes, {"cats/broken.png": b"text"})
+    named = dict(data.load(str(classes), image_size=8).skipped)["cats/broken.png"]
+    assert named == "cannot be read as a picture: it is none, or of an unknown format"
     lines = data.describe_skipped(dataset.skipped).splitlines()
     assert [json.loads(line)["name"] for line in lines] == [name for name, _ in dataset.skipped]
     write(classes, {"cats/third.png": b"no picture"})
