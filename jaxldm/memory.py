@@ -53,8 +53,13 @@ def check_computation(
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of the arrays in a tree."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of the arrays in a tree on a device that has a part of each."""
+
+    def part(leaf: Any) -> tuple[int, ...]:
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def most_in_step(batch: int, height: int, width: int) -> int:

@@ -293,7 +293,10 @@ def files() -> list[Case]:
     words |= dict.fromkeys(("pipeline_folder", "path", "run_dir", "only"), "folder|file|holds")
     return [
         Case(
-            "pipelines.load", pipelines.load, {"folder": nowhere, "dtype": None, "variant": None}, words=words
+            "pipelines.load",
+            pipelines.load,
+            {"folder": nowhere, "dtype": None, "variant": None, "mesh": None, "rules": None},
+            words=words,
         ),
         Case("T.read_recipe", T.read_recipe, {"run_dir": nowhere}, words=words),
         Case("models.Tiling", models.Tiling, {"size": 64, "overlap": 0.25}),

@@ -219,7 +219,8 @@ def placed(
 ) -> jax.Array:
     """A published tensor, or those of all blocks of a stack, as a parameter like `like`, on its devices.
 
-    Waits for the transfer, so that the next tensor is read after this one has left the host's memory.
+    Of a tensor in a file each device's part alone is read. Waits for each transfer, so that the next part is
+    read after this one has left the host's memory.
     """
     ours = [np.asarray(tensor).transpose(np.argsort(like.axes)) for tensor in tensors]
     shape = tuple(like.value.shape)
@@ -229,11 +230,13 @@ def placed(
             return _owned([np.asarray(ours[0][index])], dtype)[0]  # a number becomes an array again
         return _owned([np.asarray(block[index[1:]]) for block in ours[index[0]]], dtype)
 
-    if isinstance(where, jax.sharding.Sharding):
-        array = jax.make_array_from_callback(shape, where, part)
-    else:
-        array = jax.device_put(part((slice(None),) * len(shape)), where)
-    return array.block_until_ready()
+    if not isinstance(where, jax.sharding.Sharding):
+        return jax.device_put(part((slice(None),) * len(shape)), where).block_until_ready()
+    parts = [
+        jax.device_put(part(index), device).block_until_ready()  # one part at a time in the host's memory
+        for device, index in where.addressable_devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, where, parts)
 
 
 def _owned(views: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

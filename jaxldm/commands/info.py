@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import shown
+from jaxldm.commands.options import mesh_sizes, shown
 from jaxldm.commands.terminal import table
 from jaxldm.entries import checked
-from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Info:
       jaxldm info
       jaxldm info runs/mini-ldm
       jaxldm info exported/mini-ldm --compare runs/mini-ldm
+      jaxldm info flux-dev --mesh tensor=8
     """
 
     target: Annotated[Positional[str | None], shown("FOLDER|PRESET", "lists everything")] = None
@@ -33,12 +34,21 @@ class Info:
     family: Annotated[str | None, shown("MODULE:FAMILY", "the one that the folder names")] = None
     """A family of models of your own: package.module:FAMILY."""
 
+    mesh: Annotated[str | None, shown("AXIS=INT,...", "none")] = None
+    """How the weights would be split over such a mesh of devices, as in data=2,fsdp=2,tensor=2."""
+
     compare: Annotated[str | None, shown("FOLDER", "no comparison")] = None
     """Another run or exported folder: compare all tensors bit by bit."""
 
     def run(self) -> None:
         """Prints the description or the comparison."""
-        if self.target is None:
+        if self.mesh is not None:
+            if self.target is None or self.compare is not None:
+                raise InvalidArgumentError(
+                    "--mesh needs one folder or preset: jaxldm info flux-dev --mesh tensor=8"
+                )
+            print(describe_mesh(self.target, self.mesh, self.family))
+        elif self.target is None:
             if self.compare is not None:
                 raise InvalidArgumentError("--compare needs two folders: jaxldm info EXPORTED --compare RUN")
             print(describe_everything())
@@ -238,6 +248,44 @@ def describe_pipeline(pipe: Any) -> str:
         ("noise", f"{kind}, predicts {prediction.name}"),
     ]
     return f"{table(rows)}\n{table(facts)}"
+
+
+def describe_mesh(target: str, text: str, family: str | None = None) -> str:
+    """What a device of a mesh has of each network of a folder, or of a preset, and by which rule."""
+    import jax
+
+    from jaxldm import models, pipelines
+    from jaxldm.models.sharding import AXES, check_splits, count_by_rule
+
+    sizes = mesh_sizes(text)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    if Path(target).exists():
+        pipelines.kind_of(target, family)
+        modules = pipelines.modules_in(target, family)
+    else:
+        one_of("folder or preset", target, models.PRESETS)
+        modules = {target: models.build(target)}
+    shapes = {name: models.shapes(module) for name, module in modules.items()}
+    check_splits(mesh, shapes)
+    parts = []
+    for name, params in shapes.items():
+        counts = [count for count in count_by_rule(mesh, params) if count.arrays]
+        total, each = (sum(getattr(count, key) for count in counts) for key in ("numbers", "per_device"))
+        rows = [
+            (
+                count.pattern or "any other",
+                str(tuple(count.spec)),
+                f"{count.numbers:,}",
+                f"{count.per_device:,}",
+            )
+            for count in counts
+        ]
+        parts.append(f"{name}: {each:,} of {total:,} parameters on each device\n{table(rows)}")
+    head = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in AXES)
+    columns = (
+        "pattern, how the last axes are split, parameters, on each device; fsdp splits the largest axis left"
+    )
+    return f"{head}: {mesh.size} devices\n{columns}\n" + "\n".join(parts)
 
 
 def compare(first: str, second: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,51 @@ def first_devices(count: int | None) -> list[Any] | None:
     if not 1 <= count <= jax.device_count():
         raise InvalidArgumentError(f"devices must be between 1 and {jax.device_count()}, got {count}")
     return jax.devices()[:count]
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The axes of --mesh, as in "fsdp=2,tensor=4": name -> devices along it.
+
+    Raises:
+        UnknownNameError: an axis that a mesh does not have.
+        InvalidArgumentError: anything else than counts, each name once.
+    """
+    from jaxldm.models.sharding import AXES
+
+    sizes: dict[str, int] = {}
+    for word in text.replace(",", " ").split():
+        name, _, size = word.partition("=")
+        one_of("axis of --mesh", name, AXES)
+        if not size.isdecimal() or not 1 <= int(size) <= LARGEST_NUMBER or name in sizes:
+            raise InvalidArgumentError(
+                f"--mesh takes AXIS=DEVICES, each axis once, as in fsdp=2,tensor=4, got {shown_value(text)}"
+            )
+        sizes[name] = int(size)
+    if not sizes:
+        raise InvalidArgumentError("--mesh is empty: give axes, as in --mesh tensor=4")
+    return sizes
+
+
+def read_mesh(text: str, devices: int | None = None) -> Any:
+    """The mesh of --mesh over the first `devices` devices, or all; the rest of them along `data`.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError: as `mesh_sizes`; axes that do not divide the devices.
+    """
+    import jax
+
+    from jaxldm import models
+
+    sizes = mesh_sizes(text)
+    data = sizes.pop("data", None)
+    first_devices(devices)
+    there = jax.device_count() if devices is None else devices
+    if data is not None:
+        wanted = math.prod(sizes.values()) * data
+        if wanted > there or (devices is not None and wanted != there):
+            raise InvalidArgumentError(f"--mesh {text} needs {wanted} devices, got {there}")
+        there = wanted
+    return models.make_mesh(there, **sizes)
 
 
 def named_values(texts: tuple[str, ...] | None, option: str, names: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.commands.options import first_devices, named_values, numbers, shown
+from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
 
@@ -166,6 +166,9 @@ class Sample:
     devices: Annotated[int | None, shown("INT", "all; with --prompt 1")] = None
     """Number of devices to use."""
 
+    mesh: Annotated[str | None, shown("AXIS=INT,...", "each device has all weights")] = None
+    """Split the weights over the devices: `tensor=4`, `fsdp=2,tensor=4`; the rest draw other images."""
+
     output_dir: Annotated[str, shown("OUT")] = "samples"
     """Folder for the images; it is made where needed, and images of an earlier call in it are replaced."""
 
@@ -219,9 +222,14 @@ class Sample:
         if sigmas is not None and self.num_inference_steps is None:
             options["num_inference_steps"] = len(sigmas)
         options |= {"sigmas": sigmas, "guidance_rescale": self.guidance_rescale}
-        options["devices"] = first_devices(self.devices)
+        options["devices"] = None if self.mesh else first_devices(self.devices)
         options |= named_values(self.options, "options", own_options(pipe))
         return {name: value for name, value in options.items() if value is not None}
+
+    def _loading(self) -> dict[str, Any]:
+        """Options of `pipelines.load`."""
+        mesh = None if self.mesh is None else read_mesh(self.mesh, self.devices)
+        return {"dtype": self.dtype, "mesh": mesh}
 
     def _of_classes(self) -> tuple[Any, float, Any, int]:
         """(images, guidance scale, labels, columns of the grid) of a model of classes."""
@@ -229,7 +237,7 @@ class Sample:
 
         from jaxldm import pipelines
 
-        pipe = pipelines.load(self.folder, dtype=self.dtype, family=self.family)
+        pipe = pipelines.load(self.folder, family=self.family, **self._loading())
         labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
         options = supported(pipe, self._common_options(pipe))
@@ -257,7 +265,8 @@ class Sample:
         mask = None if self.mask is None else read_mask(self.mask, image)
         if self.refiner is not None and pipelines.kind_of(self.refiner) != "text-to-image":
             raise InvalidArgumentError(f"--refiner {self.refiner} is not a text-to-image model")
-        pipe = pipelines.load(self.folder, dtype=self.dtype, family=self.family)
+        loading = self._loading()
+        pipe = pipelines.load(self.folder, family=self.family, **loading)
         if not pipe.family.draws_images:
             raise InvalidArgumentError(
                 f"{self.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
@@ -265,7 +274,7 @@ class Sample:
             )
         if self.lora is not None:
             pipe = pipelines.with_lora(pipe, self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
-        refiner = None if self.refiner is None else pipelines.load(self.refiner, dtype=self.dtype)
+        refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask}
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)

@@ -54,6 +54,7 @@ from jaxldm.models.registry import (
     shapes,
 )
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
+from jaxldm.models.sharding import make_mesh, sharding_of, shardings
 from jaxldm.models.sit import SiT, SiTConfig
 from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from jaxldm.models.text_encoder import TextEncoding
@@ -151,11 +152,14 @@ __all__ = [
     "largest_product",
     "lpips_heads",
     "macs_of",
+    "make_mesh",
     "memory_of",
     "network",
     "patchify",
     "resize_linear",
     "sentence_embedding",
     "shapes",
+    "sharding_of",
+    "shardings",
     "unpatchify",
 ]

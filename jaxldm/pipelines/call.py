@@ -71,7 +71,8 @@ class Call:
         tiling: decode large images in squares, in less memory.
         batch_size: images that a device computes at once. An image does not depend on the other images of its
             batch, but larger batches may be rounded differently; they are faster on a large device.
-        devices: default the first device; the weights are copied to each.
+        devices: default the first device, or those of the mesh that the model was loaded on; the weights are
+            copied to each.
         in_flight: images under way before the first is waited for, at least a batch.
         on_step: called as on_step(step, latents) after each step of each batch on each device.
         progress: called as progress(steps done, steps in all) after each step of each batch; no latents leave

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
@@ -27,6 +28,7 @@ from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.entries import checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
+from jaxldm.models.sharding import RULES, Rule, a_mesh, check_splits, some_rules
 from jaxldm.pipelines import families
 from jaxldm.pipelines.call import call_options
 from jaxldm.pipelines.families.class_to_image import (
@@ -47,13 +49,21 @@ WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipel
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
 
 
-@checked_arguments(folder=a_path, dtype=optional(text), variant=optional(text))
+@checked_arguments(
+    folder=a_path,
+    dtype=optional(text),
+    variant=optional(text),
+    mesh=optional(a_mesh),
+    rules=optional(some_rules),
+)
 def load(
     folder: str | Path,
     *,
     dtype: str | None = None,
     variant: str | None = None,
     family: Family | str | None = None,
+    mesh: Mesh | None = None,
+    rules: Sequence[Rule] | None = None,
 ) -> Pipeline:
     """The model in a run folder (from training), an exported one, or a folder of diffusers.
 
@@ -62,11 +72,15 @@ def load(
         dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is that of the config.
         variant: "fp16" for the weight files of that variant.
         family: a `Family` of your own, or "package.module:FAMILY", in place of the one that the folder names.
+        mesh: split the weights of every network over these devices, as `models.make_mesh(tensor=4)` makes
+            them; each device reads only its parts. Calls of the pipeline then compute on the mesh.
+        rules: how, before the usual ones: (pattern, `PartitionSpec`), see `jaxldm.models.sharding`.
 
     Raises:
         CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
             yet, is damaged, or is put together from parts of different models.
-        UnknownNameError, InvalidArgumentError: a dtype or a family that does not exist.
+        UnknownNameError, InvalidArgumentError: a dtype or a family that does not exist; a mesh that splits
+            nothing; a rule whose pattern matches no parameter.
 
     >>> from jaxldm import pipelines                                          # doctest: +SKIP
     >>> pipe = pipelines.load("stable-diffusion-v1-5", dtype="bfloat16")      # doctest: +SKIP
@@ -82,7 +96,11 @@ def load(
     layout, named = found.folder, checkpoints.read_model_index(folder)
     _check_named(folder, _class_name(index, folder), found, named)
     only = [part for part in (*layout.parts, *layout.optional) if part in named]
-    loaded = checkpoints.load_components(folder, dtype=dtype, only=only, variant=variant)
+    sharding = None
+    if mesh is not None or rules is not None:
+        sharding = _placement(folder, family, mesh, rules)
+    options = {"dtype": dtype, "only": only, "variant": variant, "sharding": sharding}
+    loaded = checkpoints.load_components(folder, **options)
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
     scheduler = parts.get("scheduler")
     _check_path_known(folder, scheduler.get("path") if isinstance(scheduler, Mapping) else None)
@@ -98,6 +116,19 @@ def load(
     if is_run:
         _check_data_of_run(pipe, folder)
     return pipe
+
+
+def _placement(
+    folder: Path, family: Family | str | None, mesh: Mesh | None, rules: Sequence[Rule] | None
+) -> Callable[..., NamedSharding]:
+    """Where the parameters of all networks in a folder go. Checked by their shapes, before any is read."""
+    if mesh is None:
+        raise InvalidArgumentError(
+            "rules= are for mesh=: give a mesh, as models.make_mesh(tensor=4) makes it"
+        )
+    shapes = {name: models.shapes(module) for name, module in modules_in(folder, family).items()}
+    check_splits(mesh, shapes, rules or ())
+    return models.sharding_of(mesh, (*(rules or ()), *RULES))
 
 
 def _check_path_known(folder: Path, path: Any) -> None:

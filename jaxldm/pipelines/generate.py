@@ -23,7 +23,16 @@ from jaxldm import models, schedulers
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
 from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, check_count, initial_latents, read_inputs
-from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, Progress, decode_images, denoise
+from jaxldm.pipelines.latents import (
+    Compiled,
+    PerCall,
+    PerImage,
+    Progress,
+    computing_mesh,
+    decode_images,
+    denoise,
+    num_batches_at_once,
+)
 from jaxldm.pipelines.pipeline import Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.schedulers import GridRule, Sampler, Scheduler
@@ -228,9 +237,8 @@ def num_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
     given = {name: value for name, value in options.items() if name in SHARED and value is not None}
     call = read_call(pipe, {name: value for name, value in given.items() if name not in pipe.family.unused})
     _, rows = pipe.family.grid(pipe, call, pipe.latent_spec.default_size)
-    devices = 1 if call.devices is None else len(call.devices)
-    devices = devices if num_images > call.batch_size else 1
-    return int(D.steps_in(rows)) * -(-num_images // (call.batch_size * devices))
+    mesh = computing_mesh(pipe.denoiser.params, num_images, call.batch_size, call.devices)
+    return int(D.steps_in(rows)) * -(-num_images // (call.batch_size * num_batches_at_once(mesh)))
 
 
 # ---------------------------------------------------------------- denoise and decode

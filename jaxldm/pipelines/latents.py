@@ -26,11 +26,13 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
+from jaxldm.models.sharding import AXES, mesh_of
 from jaxldm.pipelines.network import Network
 from jaxldm.reading import shown
 from jaxldm.schedulers import Sampler
 
 IMAGES, EVERYWHERE = PartitionSpec("images"), PartitionSpec()
+SPLIT_IMAGES = PartitionSpec(("data", "fsdp"))  # of weights that are split by rule
 
 
 class PerCall(NamedTuple):
@@ -132,7 +134,7 @@ def denoise(
             carry, (x, previews) = take(carry, np.int32(i), np.int32(i + 1))
             x.block_until_ready()
             if progress.on_step is not None:
-                for shard in x.addressable_shards:
+                for shard in x.addressable_shards[: 1 if x.is_fully_replicated else None]:
                     progress.on_step(int(per_call.grid.start) + i, np.asarray(shard.data))
             if progress.progress is not None:
                 progress.progress(i + 1, last)
@@ -193,19 +195,21 @@ def _solver(per_image: PerImage, compiled: Compiled) -> D.Solver:
 
 
 def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -> Any:
-    """Zeros in the shape of `_first_carry` on each device; the first step does not read them."""
-    local = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(a) // mesh.size, *a.shape[1:]), a.dtype), batch)
+    """Zeros in the shape of `_first_carry` of each program; the first step does not read them."""
+    programs = mesh.shape.get("images", 1)
+    local = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(a) // programs, *a.shape[1:]), a.dtype), batch)
     carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), shared[1], local)
-    zeros = jax.tree.map(lambda leaf: np.zeros((mesh.size, *leaf.shape), leaf.dtype), carry)
-    return jax.device_put(zeros, NamedSharding(mesh, IMAGES))  # as later carries are: one compilation
+    zeros = jax.tree.map(lambda leaf: np.zeros((programs, *leaf.shape), leaf.dtype), carry)
+    spec = IMAGES if "images" in mesh.shape else EVERYWHERE
+    return jax.device_put(zeros, NamedSharding(mesh, spec))  # as later carries are: one compilation
 
 
 @functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
 def _take_steps(shared, per_image, carry, first, last, *, compiled, mesh):
-    """(carry, (x, previews)) behind step `last` - 1. The carry has an axis for the devices in front."""
+    """(carry, (x, previews)) behind step `last` - 1. The carry has an axis for the programs in front."""
 
-    def on_one_device(shared, bounds, rows):
-        per_image, carry = rows
+    def on_one_device(shared, rows):
+        (shared, bounds), (per_image, carry) = shared, rows
         carry = jax.tree.map(lambda leaf: leaf[0], carry)
         carry = take_steps(
             *shared, per_image=per_image, carry=carry, first=bounds[0], last=bounds[1], compiled=compiled
@@ -215,10 +219,7 @@ def _take_steps(shared, per_image, carry, first, last, *, compiled, mesh):
             x = _with_known_part(x, shared[1].grid, bounds[1], per_image, compiled)
         return jax.tree.map(lambda leaf: leaf[None], carry), (x, previews)
 
-    specs = (EVERYWHERE, EVERYWHERE, IMAGES)
-    # check_vma: a solver's state starts the same on all devices and then differs, which the check refuses.
-    split = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=IMAGES, check_vma=False)
-    return split(shared, (first, last), (per_image, carry))
+    return over_images(on_one_device, mesh)((shared, (first, last)), (per_image, carry))
 
 
 def take_steps(
@@ -376,9 +377,14 @@ def _decode(
 def over_images(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`function(shared, per_image)` with the rows of `per_image` and of the result split over the mesh.
 
-    Each device runs the same program on its own rows; nothing passes between devices.
+    Each device runs the same program on its own rows; nothing passes between devices. On a mesh of weights
+    that are split by rule it is one program for all rows, in which the compiler splits what can be.
     """
+    if mesh.axis_names == AXES:
+        whole = NamedSharding(mesh, EVERYWHERE)  # of the result, for a caller on any host
+        return lambda *inputs: jax.lax.with_sharding_constraint(function(*inputs), whole)
     specs = (EVERYWHERE, IMAGES)
+    # check_vma: a solver's state starts the same on all devices and then differs, which the check refuses.
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=IMAGES, check_vma=False)
 
 
@@ -398,7 +404,8 @@ def in_batches(
         run: returns a tree of arrays with a row for each row of the batch.
         shared: a tree that every device gets whole.
         batch_size: rows that a device computes at once.
-        devices: None is the first alone, as weights are large.
+        devices: None is the mesh over which `shared` is split by rule, or else the first alone, as weights
+            are large.
         in_flight: as many batches as make this many images are started before the first result is waited
             for; None: one batch.
 
@@ -406,23 +413,45 @@ def in_batches(
         InvalidArgumentError: no device at all.
     """
     num_rows = len(jax.tree.leaves(per_image)[0])
-    devices = list(jax.local_devices()[:1] if devices is None else devices)
-    if not devices:
-        raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
+    mesh = computing_mesh(shared, num_rows, batch_size, devices)
     each = sum(math.prod(np.shape(leaf)[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(per_image))
     fix = "give a smaller batch_size"
-    check_fits(each * batch_size, f"batches of {shown(batch_size)} images need", fix, devices[0])
-    mesh = Mesh(np.asarray(devices if num_rows > batch_size else devices[:1]), ("images",))
-    shared = jax.device_put(shared, NamedSharding(mesh, EVERYWHERE))
-    rows_per_batch = batch_size * mesh.size
+    check_fits(each * batch_size, f"batches of {shown(batch_size)} images need", fix, mesh.devices.flat[0])
+    if mesh.axis_names == AXES:
+        whole, rows = NamedSharding(mesh, EVERYWHERE), NamedSharding(mesh, SPLIT_IMAGES)
+        shared = jax.tree.map(lambda leaf: leaf if mesh_of(leaf) else jax.device_put(leaf, whole), shared)
+    else:
+        shared, rows = jax.device_put(shared, NamedSharding(mesh, EVERYWHERE)), None
+    rows_per_batch = batch_size * num_batches_at_once(mesh)
     started: list[Any] = []
     results: list[Any] = []
     for batch in _batches(per_image, num_rows, rows_per_batch):
+        batch = batch if rows is None else jax.device_put(batch, rows)
         started.append(run(shared, batch, mesh))
         if len(started) * rows_per_batch >= (in_flight or 1):
             results.append(jax.tree.map(np.asarray, started.pop(0)))
     results += [jax.tree.map(np.asarray, result) for result in started]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *results)
+
+
+def computing_mesh(shared: Any, num_rows: int, batch_size: int, devices: Sequence[Any] | None) -> Mesh:
+    """Where `in_batches` computes: the devices as an axis `images`, or the mesh over which `shared` is split.
+
+    Raises:
+        InvalidArgumentError: no device at all.
+    """
+    split = mesh_of(shared)
+    if devices is None and split is not None:
+        return split
+    devices = list(jax.local_devices()[:1] if devices is None else devices)
+    if not devices:
+        raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
+    return Mesh(np.asarray(devices if num_rows > batch_size else devices[:1]), ("images",))
+
+
+def num_batches_at_once(mesh: Mesh) -> int:
+    """How many batches are computed side by side."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] if mesh.axis_names == AXES else mesh.size
 
 
 def _batches(per_image: Any, num_rows: int, rows_per_batch: int) -> Iterator[Any]:

@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
 from jaxldm.arguments import check_all
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.models.sharding import mesh_of
 from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
 from jaxldm.pipelines.network import Network
@@ -125,6 +127,11 @@ class Pipeline:
     def denoiser(self) -> Network:
         """The denoising network."""
         return self.parts[self.denoiser_name]
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh over which the denoising network is split, and calls compute; None: on whole devices."""
+        return mesh_of(self.denoiser.params)
 
     @property
     def autoencoder(self) -> Network | None:

@@ -12,46 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxldm.arguments import checked, count, instance, optional, refuse, several
+from jaxldm.arguments import instance
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.models.sharding import make_mesh, plain, with_fsdp
 
-AXES = ("data", "fsdp", "tensor")
+__all__ = ["make_mesh"]
+
 A_MESH = instance(Mesh, "a mesh such as training.make_mesh()")
-A_DEVICE = instance(jax.Device, "one of jax.devices()")
-
-
-def some_devices(name: str, value: Any) -> Any:
-    """The number of devices, or a list of them."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
-    if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
-        raise refuse(name, "a number of devices, or some of jax.devices()", value)
-    return several(A_DEVICE)(name, np.ravel(np.asarray(value, object)))
-
-
-@checked(devices=optional(some_devices), fsdp=count(1), tensor=count(1))
-def make_mesh(devices: Sequence[Any] | int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over `devices` (None: all of them; a number: the first so many), the rest of them along `data`.
-
-    Raises:
-        InvalidArgumentError: there are not so many devices, or `fsdp * tensor` does not divide them.
-    """
-    if devices is None:
-        devices = jax.devices()
-    elif isinstance(devices, int):
-        if not 1 <= devices <= jax.device_count():
-            raise InvalidArgumentError(
-                f"devices must lie in [1, {jax.device_count()}] on this machine, got {devices}"
-            )
-        devices = jax.devices()[:devices]
-    if len(devices) % (fsdp * tensor):
-        raise InvalidArgumentError(
-            f"fsdp * tensor must divide the {len(devices)} devices, got fsdp={fsdp} and tensor={tensor}"
-        )
-    return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,22 +39,16 @@ def leaf_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     `tensor` splits the last axis (the output features) of arrays with two or more axes; `fsdp` splits the
     largest of the axes that are left. An axis that cannot be split evenly is not split.
 
-    Source: Rajbhandari et al. 2020 (ZeRO, stage 3), for `fsdp`.
-
+    >>> from jaxldm.models.sharding import AXES
     >>> mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
     >>> tuple(leaf_sharding(mesh, (3, 3, 64, 128)).spec)
     (None, None, 'fsdp', 'tensor')
     """
     names: list[str | None] = [None] * len(shape)
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    tensor = mesh.shape["tensor"]
     if tensor > 1 and len(shape) >= 2 and shape[-1] % tensor == 0:
         names[-1] = "tensor"
-    even = [axis for axis, name in enumerate(names) if name is None and shape[axis] % fsdp == 0]
-    if fsdp > 1 and even:
-        names[max(even, key=lambda axis: shape[axis])] = "fsdp"
-    while names and names[-1] is None:  # as JAX writes the sharding of an output: equal ones compile once
-        names.pop()
-    return NamedSharding(mesh, PartitionSpec(*names))
+    return NamedSharding(mesh, plain(mesh, with_fsdp(names, shape, mesh.shape["fsdp"])))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -39,6 +39,12 @@ jax.block_until_ready(
 )  # what tracing and JAX itself take
 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 before = resident("VmRSS")
-_, params = checkpoints.load(folder, dtype=dtype) if way == "load" else all_at_once(folder)
+if way == "all at once":
+    _, params = all_at_once(folder)
+else:
+    mesh = models.make_mesh(8, fsdp=4, tensor=2) if way == "split" else None
+    sharding = mesh and models.sharding_of(mesh)
+    _, params = checkpoints.load(folder, dtype=dtype, sharding=sharding)
 grown = resident("VmHWM") - before
-print(grown, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+held = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+print(grown, sum(held))

@@ -15,6 +15,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxldm import checkpoints, models
+from jaxldm.checkpoints import names
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -104,6 +105,20 @@ def test_over_a_mesh_each_device_gets_its_part(saved, model):
     jax.tree.map(np.testing.assert_array_equal, whole, model[1])
 
 
+def test_each_part_is_read_alone(saved, model, monkeypatch):
+    """A split kernel is never read whole: what is copied out of the file is what a device has of it."""
+    copied, own = [], names._owned
+    monkeypatch.setattr(
+        names, "_owned", lambda views, dtype: copied.append(views[0].shape) or own(views, dtype)
+    )
+    mesh = models.make_mesh(8, fsdp=4, tensor=2)
+    params = checkpoints.load(saved, sharding=models.sharding_of(mesh))[1]
+    jax.tree.map(np.testing.assert_array_equal, params, model[1])
+    parts = [shard.data.shape for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    assert sorted(copied) == sorted(parts)
+    assert parts.count((4, 24)) >= 8 and (16, 48) not in copied  # qkv
+
+
 def test_saving_what_is_split_over_a_mesh(saved, model, tmp_path):
     sharding = NamedSharding(Mesh(jax.devices()[:2], "fsdp"), PartitionSpec())
     module, params = checkpoints.load(saved, sharding=sharding)
@@ -147,9 +162,10 @@ def memory(way, folder, *dtype):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize("dtype", [(), ("bfloat16",)])
-def test_loading_takes_less_than_a_shard_of_host_memory(large, dtype):
-    extra, shard = memory("load", large, *dtype)
+@pytest.mark.parametrize("how", [("load",), ("load", "bfloat16"), ("split", "bfloat16")])
+def test_loading_takes_less_than_a_shard_of_host_memory(large, how):
+    """Beyond the parameters themselves, whole or split over a mesh: those of no device are held twice."""
+    extra, shard = memory(how[0], large, *how[1:])
     assert extra < 1.3 * shard
 
 

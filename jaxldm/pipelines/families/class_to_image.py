@@ -89,7 +89,7 @@ def draw_classes(
         negative_labels: for the unconditional branch, in place of the null class: one label, or several,
             repeated like `class_labels`.
         batch_size: images under way at once; it is rounded up to whole batches of `images_per_device`.
-        devices: default all devices of this process.
+        devices: default all devices of this process, or those of the mesh that the model was loaded on.
         options: of `generate`; guidance_scale 1 is the conditional model, 0 the unconditional one.
 
     Raises:
@@ -110,7 +110,7 @@ def draw_classes(
     else:
         negatives = np.resize(checked_labels(pipe, negative_labels, "negative labels"), count)
     batches = {"batch_size": pipe.images_per_device, "in_flight": batch_size}
-    batches["devices"] = jax.local_devices() if devices is None else devices
+    batches["devices"] = jax.local_devices() if devices is None and pipe.mesh is None else devices
     _check_guided_channels(pipe)
     _check_latents(pipe, options.get("latents"), count)
     return generate(pipe, key, cast(Any, labels), cast(Any, negatives), **batches, **options)
@@ -210,7 +210,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
     """How often a call with these options calls its `progress`; see `generate.num_callbacks`."""
     devices = options.get("devices")
     batches = {"batch_size": pipe.images_per_device}
-    batches["devices"] = jax.local_devices() if devices is None else devices
+    batches["devices"] = jax.local_devices() if devices is None and pipe.mesh is None else devices
     return num_callbacks(pipe, num_images, **options | batches)
 
 
