@@ -38,8 +38,8 @@ def test_each_device_has_its_share_of_flux(flux, sizes):
 
 
 PRESETS = (
-    *("sd3-medium", "pixart-sigma", "z-image", "dit-s-2", "sd15-unet", "amused-256", "wuerstchen-prior"),
-    *("t5-base", "qwen3-4b", "clip-l", "minilm", "sd-vae"),
+    *("sd3-medium", "z-image", "dit-s-8", "amused-256", "wuerstchen-prior"),
+    *("t5-base", "qwen3-4b", "clip-l", "minilm", "mini-unet"),
 )
 
 
@@ -52,7 +52,7 @@ def shapes_of(preset):
 def test_each_device_has_its_share_of_other_networks(name):
     counts = count_by_rule(mesh_of_sizes((1, 2, 2)), shapes_of(name))
     numbers = sum(count.numbers for count in counts)
-    assert sum(count.per_device for count in counts) < 0.3 * numbers + 1e5
+    assert sum(count.per_device for count in counts) < 0.3 * numbers
 
 
 def test_heads_and_hidden_layers_stay_on_their_device():
@@ -123,6 +123,8 @@ NETWORKS = {
 
 def values(spec, seed):
     """An input: random numbers of its shape; tokens and labels below the smallest table."""
+    if spec is None:
+        return None
     rng = np.random.default_rng(seed)
     shape = (2, *spec.shape[1:])
     if jnp.issubdtype(spec.dtype, jnp.integer):

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from command_lines import complaint, run
 from compilations import COMPILATIONS
 from jax.sharding import PartitionSpec
 from tiny_models import latent_pipeline, text_parts
@@ -66,9 +65,6 @@ def test_texts(texts, mesh):
     assert len(held(whole)) == 1 and held(split) == set(jax.devices())
     options = {"num_inference_steps": 2, "num_images_per_prompt": 2}
     assert_near(split(KEY, ["a cat", "dogs"], **options), whole(KEY, ["a cat", "dogs"], **options))
-    image = whole(KEY, "a cat", num_inference_steps=2)
-    options = {"image": image, "num_inference_steps": 2, "output": "latents"}
-    assert_near(split(KEY, "a dog", **options), whole(KEY, "a dog", **options))
 
 
 def test_own_rules(texts, mesh):
@@ -92,34 +88,3 @@ def test_mistakes_are_found_before_anything_is_read(texts, mesh, monkeypatch):
     ):
         with pytest.raises(InvalidArgumentError, match=words):
             pipelines.load(texts, **options)
-
-
-def test_command_line(classes, tmp_path, capsys):
-    sample = ("sample", classes, "--num-inference-steps", 2, "--output-dir", tmp_path, "--quiet")
-    assert run(capsys, *sample, "--class-labels", 1, "--mesh", "fsdp=2,tensor=2", "--devices", 4)[0] == 0
-    drawn = np.load(tmp_path / "samples.npz")["images"].astype(int)
-    assert run(capsys, *sample, "--class-labels", 1)[0] == 0
-    assert np.abs(drawn - np.load(tmp_path / "samples.npz")["images"]).max() <= 1
-    for words, message in (
-        (("--mesh", "tensor=3"), "must divide the 8 devices, got fsdp=1 and tensor=3"),
-        (("--mesh", "tensor=2", "--devices", 9), "devices must be between 1 and 8"),
-        (("--mesh", "tensr=2"), "tensor"),
-        (("--mesh", "tensor=0"), "as in fsdp=2,tensor=4, got 'tensor=0'"),
-        (("--mesh", "data=4,tensor=4"), "needs 16 devices, got 8"),
-        (("--mesh", "data=8"), "splits no weights"),
-    ):
-        assert message in complaint(capsys, *sample, *words)
-
-
-def test_info(classes, capsys):
-    code, out, _ = run(capsys, "info", classes, "--mesh", "data=2,fsdp=2,tensor=2")
-    assert code == 0 and "data=2, fsdp=2, tensor=2: 8 devices" in out
-    for name, network in pipelines.load(classes, mesh=models.make_mesh(8, fsdp=2, tensor=2)).networks.items():
-        leaves = jax.tree.leaves(network.params)
-        each, total = sum(x.addressable_shards[0].data.size for x in leaves), sum(x.size for x in leaves)
-        assert f"{name}: {each:,} of {total:,} parameters on each device" in out
-    code, out, _ = run(capsys, "info", "flux-dev", "--mesh", "tensor=8")
-    assert code == 0 and "of 11,901,408,320 parameters" in out and "(to_out_0|" in out
-    assert "needs one folder or preset" in complaint(capsys, "info", "--mesh", "tensor=8")
-    assert "flux-dev" in complaint(capsys, "info", "flux-dv", "--mesh", "tensor=8")
-    assert "choose another tensor" in complaint(capsys, "info", "flux-dev", "--mesh", "tensor=7")
