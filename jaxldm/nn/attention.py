@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention_kernels import accelerator_attention, explicit_attention
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
-from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
+from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 from jaxldm.nn.normalization import GroupNorm
 
 
@@ -113,9 +113,12 @@ def projections(
     parts = [_Projection(features, use_bias, name=name)(x.shape[-1]) for name in names]
     number = compute_dtype(dtype)
 
+    wide = product_dtype(number)
+
     def project(kernel: Array, bias: Array | None = None) -> Array:
-        y = flat_matmul(x.astype(number), kernel.astype(number))
-        return y if bias is None else y + bias.astype(number).reshape(1, 1, -1)
+        y = flat_matmul(x.astype(number).astype(wide), kernel.astype(number).astype(wide))
+        y = y if bias is None else y + bias.astype(wide).reshape(1, 1, -1)
+        return y.astype(number)
 
     if jax.default_backend() != "cpu":
         return [project(*part) for part in parts]

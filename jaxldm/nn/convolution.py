@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.nn.initialization import fan_in_uniform, parameter
-from jaxldm.nn.linear import compute_dtype, flat_matmul
+from jaxldm.nn.linear import compute_dtype, flat_matmul, product_dtype
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -44,8 +44,9 @@ class Conv2d(nn.Module):
         size, channels = self.kernel_size, x.shape[-1] // self.groups
         default = fan_in_uniform(size * size * channels)
         shape = (size, size, channels, self.features)
-        kernel = parameter(self, "kernel", default, shape).astype(dtype)
-        x = x.astype(dtype)
+        wide = product_dtype(dtype)
+        kernel = parameter(self, "kernel", default, shape).astype(dtype).astype(wide)
+        x = x.astype(dtype).astype(wide)
         if self.doubled:
             assert (size, self.stride, self.padding, self.groups) == (3, 1, 1, 1)
             y = conv_of_doubled(x, kernel)
@@ -63,9 +64,9 @@ class Conv2d(nn.Module):
                 dimension_numbers=DIMENSIONS,
                 feature_group_count=self.groups,
             )
-        if not self.use_bias:
-            return y
-        return y + parameter(self, "bias", default, (self.features,)).astype(dtype).reshape(1, 1, 1, -1)
+        if self.use_bias:
+            y = y + parameter(self, "bias", default, (self.features,)).astype(wide).reshape(1, 1, 1, -1)
+        return y.astype(dtype)
 
     def _is_depthwise(self, x: Array) -> bool:
         return self.groups == x.shape[-1] == self.features and self.stride == 1
@@ -172,8 +173,10 @@ class ConvTranspose4x4(nn.Module):
         dtype = compute_dtype(self.dtype)
         default = fan_in_uniform(16 * self.features)
         weight = parameter(self, "weight", default, (x.shape[-1], self.features, 4, 4))
-        bias = parameter(self, "bias", default, (self.features,)).astype(dtype)
-        return conv_transpose_4x4_stride_2(x.astype(dtype), weight.astype(dtype)) + bias.reshape(1, 1, 1, -1)
+        bias = parameter(self, "bias", default, (self.features,))
+        wide = product_dtype(dtype)
+        y = conv_transpose_4x4_stride_2(*(value.astype(dtype).astype(wide) for value in (x, weight)))
+        return (y + bias.astype(wide).reshape(1, 1, 1, -1)).astype(dtype)
 
 
 class ConvTranspose2x2(nn.Module):
@@ -192,10 +195,11 @@ class ConvTranspose2x2(nn.Module):
         dtype, out = compute_dtype(self.dtype), self.features
         batch, height, width, channels = x.shape
         init = fan_in_uniform(4 * out)
-        weight = parameter(self, "weight", init, (channels, out, 2, 2)).astype(dtype)
-        y = flat_matmul(x.astype(dtype), weight.transpose(0, 2, 3, 1).reshape(channels, 4 * out))
+        wide = product_dtype(dtype)
+        weight = parameter(self, "weight", init, (channels, out, 2, 2)).astype(dtype).astype(wide)
+        y = flat_matmul(x.astype(dtype).astype(wide), weight.transpose(0, 2, 3, 1).reshape(channels, 4 * out))
         y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
         y = y.reshape(batch, 2 * height, 2 * width, out)
-        if not self.use_bias:
-            return y
-        return y + parameter(self, "bias", init, (out,)).astype(dtype).reshape(1, 1, 1, -1)
+        if self.use_bias:
+            y = y + parameter(self, "bias", init, (out,)).astype(wide).reshape(1, 1, 1, -1)
+        return y.astype(dtype)

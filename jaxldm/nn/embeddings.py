@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import Initializer, parameter, xavier_uniform, zeros
-from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul
+from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
@@ -228,8 +228,10 @@ class PatchProjection(nn.Module):
         dtype = compute_dtype(self.dtype)
         p = self.patch_size
         shape = (p, p, images.shape[-1], self.features)
-        kernel = parameter(self, "kernel", self.kernel_init, shape).astype(dtype)
-        tokens = flat_matmul(patchify(images.astype(dtype), p), kernel.reshape(-1, self.features))
-        if not self.use_bias:
-            return tokens
-        return tokens + parameter(self, "bias", zeros, (self.features,)).astype(dtype).reshape(1, 1, -1)
+        wide = product_dtype(dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, shape).astype(dtype).astype(wide)
+        patches = patchify(images.astype(dtype).astype(wide), p)
+        tokens = flat_matmul(patches, kernel.reshape(-1, self.features))
+        if self.use_bias:
+            tokens = tokens + parameter(self, "bias", zeros, (self.features,)).astype(wide).reshape(1, 1, -1)
+        return tokens.astype(dtype)

@@ -24,6 +24,16 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(one_of("dtype", name, DTYPES))
 
 
+def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """In which dtype the compiler is given the operands of a product in `dtype`, and a bias is added to it.
+
+    Sums of products are float32, the bias is added to them, and then they are rounded once: so it is in
+    PyTorch, and in the kernels into which XLA fuses the bias on accelerators. On a CPU it would round the
+    sum, add the bias and round again; there the products are computed in float32 in any case.
+    """
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+
+
 class Linear(nn.Module):
     """y = x W + b on the last axis, in `dtype`, the parameters in float32. `[..., in]` -> `[..., features]`.
 
@@ -48,11 +58,13 @@ class Linear(nn.Module):
         output = compute_dtype(self.output_dtype or self.dtype)
         default = fan_in_uniform(x.shape[-1])
         kernel = parameter(self, "kernel", self.kernel_init or default, (x.shape[-1], self.features))
-        y = flat_matmul(x.astype(dtype), kernel.astype(dtype), output)
+        wide = product_dtype(dtype)
+        x, kernel = (value.astype(dtype).astype(wide) for value in (x, kernel))
+        y = flat_matmul(x, kernel, wide if wide == jnp.float32 else output)
         if self.use_bias:
             bias = parameter(self, "bias", self.bias_init or default, (self.features,))
-            y = y + bias.astype(output).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y.astype(output)
 
 
 def flat_matmul(
