@@ -216,7 +216,13 @@ def load_classifier(folder: str) -> Any:
     """The classifier of a run, images -> (features, logits). Raises `CheckpointError` when there is none."""
     from jaxldm import checkpoints, metrics, pipelines, training
 
-    if pipelines.kind_of(folder) != "run":
+    kind = pipelines.kind_of(folder)
+    if kind == "text-to-image":
+        raise CheckpointError(
+            f"{folder} draws from texts, which no classifier measures: compare its images with real ones, "
+            "jaxldm eval SAMPLES --real IMAGES"
+        )
+    if kind != "run":
         raise CheckpointError(
             f"{folder} is an exported folder, without data and classifier: give the run folder"
         )

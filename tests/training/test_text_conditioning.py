@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxldm import checkpoints, models, pipelines, training
 from jaxldm import diffusion as D
+from jaxldm.commands.eval import load_classifier
 from jaxldm.commands.info import describe
 from jaxldm.data import ArrayRows
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
@@ -144,6 +145,8 @@ def test_a_run_is_a_pipeline_folder_that_draws_from_prompts(run, tmp_path):
     assert list((run.path / "diffusion" / "samples").glob("*.png"))
     text = describe(str(run.path))
     assert "run of the recipe tiny-text" in text and "text_encoder" in text and "--prompt" in text
+    with pytest.raises(CheckpointError, match="draws from texts"):
+        load_classifier(str(run.path))
     pipelines.save(pipe, tmp_path / "exported")
     assert not any(row.difference for row in pipelines.compare(pipe, pipelines.load(tmp_path / "exported")))
 
