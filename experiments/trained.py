@@ -16,6 +16,23 @@ def load_classifier(run_dir: Path) -> Classify:
     return metrics.classifier_function(*checkpoints.load(folder))
 
 
+def check_demo(run_dir: Path) -> None:
+    """Raises `InvalidArgumentError` unless there is a run, with how to make it."""
+    if not (run_dir / "config.json").exists():
+        raise InvalidArgumentError(
+            f"{run_dir} is no run: `make demo` makes runs/mini-ldm, or name another with --run-dir"
+        )
+
+
+def weights_hash(run_dir: Path) -> str:
+    """The SHA-256 of the trained networks of a run."""
+    run = training.RunFolder(run_dir)
+    folders = [run.stage(name).model for name in training.STAGES]
+    return checkpoints.hash_of_files(
+        file for folder in folders for file in sorted(folder.glob("*.safetensors"))
+    )
+
+
 def load_dataset(run_dir: Path) -> data.Dataset:
     """The data that a run was trained on."""
     recipe = training.read_recipe(run_dir)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks import timing
 from experiments.choosing_a_model import families
+from experiments.results import markdown
 from jaxldm import host, models
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
@@ -187,12 +188,6 @@ def number(value: float | None, unit: float = 1.0) -> str:
         return ""
     value /= unit
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main(options: Measure) -> None:

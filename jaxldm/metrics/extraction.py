@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import threading
@@ -148,12 +149,18 @@ def _compiled(
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     spec = jax.sharding.PartitionSpec
     whole, split = (jax.sharding.NamedSharding(mesh, part) for part in (spec(), spec("data")))
-    params = jax.device_put(network.params, whole)
+    params, run = jax.device_put(network.params, whole), _jitted(network.apply, layers)
+    return lambda x: run(params, jax.device_put(x, split))
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(apply: Callable[[Any, Array], Layers], layers: tuple[str, ...]) -> Callable[[Any, Array], Any]:
+    """`apply` with only these layers; one function for all sets of images, so that it is compiled once."""
 
     @jax.jit
     def run(params: Any, x: Array) -> dict[str, Array]:
         with jax.default_matmul_precision("highest"):  # else 19 or 16 bits where the device has them
-            found = network.apply(params, x)
+            found = apply(params, x)
         return {layer: found[layer] for layer in layers}
 
-    return lambda x: run(params, jax.device_put(x, split))
+    return run

@@ -7,6 +7,7 @@ border, in every block but the last, which has a maximum there; batch normalisat
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -56,8 +57,17 @@ class _Conv(nn.Module):
         kernel = parameter(self, "kernel", Initializer("normal", _he_size), shape)
         if self.kernel_size == (1, 1):
             return x @ kernel[0, 0]
+        if self.padding == "VALID" and self.stride == 1:
+            # XLA's CPU backend is four times as fast where the output is as large as the input. What is cut
+            # off again is 3 % of the pixels.
+            rows, columns = (side // 2 for side in self.kernel_size)
+            padded = self._convolve(x, kernel, "SAME")
+            return padded[:, rows : padded.shape[1] - rows, columns : padded.shape[2] - columns]
+        return self._convolve(x, kernel, self.padding)
+
+    def _convolve(self, x: Array, kernel: Array, padding: str) -> Array:
         strides = (self.stride, self.stride)
-        return jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=DIMENSIONS)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
 
 
 class _BatchNorm(nn.Module):
@@ -115,8 +125,16 @@ def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     return x
 
 
-def _halving_pool(x: Array) -> Array:
-    return nn.max_pool(x, (3, 3), strides=(2, 2))
+def halving_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """The maximum of 3 x 3 pixels, stride 2, without padding.
+
+    Axis by axis as maxima of three slices: ten times as fast as the windowed reduction of XLA's CPU backend.
+    """
+    for axis in (1, 2):
+        stop = (x.shape[axis] - 3) // 2 * 2 + 1
+        first, *others = (jax.lax.slice_in_dim(x, k, k + stop, 2, axis) for k in range(3))
+        x = functools.reduce(jnp.maximum, others, first)
+    return x
 
 
 class InceptionA(nn.Module):
@@ -144,7 +162,7 @@ class InceptionB(nn.Module):
         branches = [
             _row(x, ("branch3x3", 384, 3), stride=2),
             _row(x, *double, stride=2),
-            _halving_pool(x),
+            halving_pool(x),
         ]
         return jnp.concatenate(branches, axis=-1)
 
@@ -184,7 +202,7 @@ class InceptionD(nn.Module):
         branches = [
             _row(x, ("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3), stride=2),
             _row(x, *sevens, stride=2),
-            _halving_pool(x),
+            halving_pool(x),
         ]
         return jnp.concatenate(branches, axis=-1)
 
@@ -238,9 +256,9 @@ class InceptionV3(nn.Module):
             raise InvalidArgumentError(f"images must be [B, {SIDE}, {SIDE}, 3], got {x.shape}: resize them")
         x = _row(x, ("Conv2d_1a_3x3", 32, 3), stride=2)
         x = BasicConv2d(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
-        x = _halving_pool(_row(x, ("Conv2d_2b_3x3", 64, 3)))
+        x = halving_pool(_row(x, ("Conv2d_2b_3x3", 64, 3)))
         x = _row(x, ("Conv2d_3b_1x1", 80, 1))
-        x = _halving_pool(BasicConv2d(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x))
+        x = halving_pool(BasicConv2d(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x))
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = InceptionA(pool_features, name=name)(x)
         x = InceptionB(name="Mixed_6a")(x)

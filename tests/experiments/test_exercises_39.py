@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import checks
 from experiments.lecture39 import (
+    e1_guidance_sweep,
+    e3_noise_offset,
     e4_zero_terminal_snr,
     e5_min_snr,
     e6_negative_prompt,
@@ -14,6 +18,7 @@ from experiments.lecture39 import (
     e8_translation_drills,
     e9_over_guidance,
 )
+from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -76,6 +81,61 @@ def test_over_guidance(random_run, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(f"| {method} | 3 |" in shown for method in options.methods)
     assert (tmp_path / "over-guidance.png").exists() and (tmp_path / "digits.png").exists()
+
+
+def test_guidance_sweep(random_run, tmp_path, capsys):
+    options = e1_guidance_sweep.GuidanceSweep(random_run("smoke"), tmp_path / "out", quick=True)
+    e1_guidance_sweep.main(options)
+    shown = capsys.readouterr().out
+    assert all(f"| {row} | " in shown for row in ("0", "1", "7.5", "(real digits)"))
+    assert all((options.output_dir / name).exists() for name in ("table.md", "curves.png", "digits.png"))
+    # A second call draws nothing: its results are read.
+    pipe = pytest.MonkeyPatch()
+    pipe.setattr(e1_guidance_sweep, "draw", None)
+    e1_guidance_sweep.main(options)
+    pipe.undo()
+    assert capsys.readouterr().out == shown
+    with pytest.raises(InvalidArgumentError, match="make demo"):
+        e1_guidance_sweep.main(dataclasses.replace(options, run_dir=tmp_path / "missing"))
+
+
+def test_noise_offset(random_run, tmp_path, capsys):
+    e3_noise_offset.main(e3_noise_offset.NoiseOffset(tmp_path, quick=True))
+    shown = capsys.readouterr().out
+    names = ("(real)", "offset 0.1", "offset 0.1, in the start, too", "constant 0.1")
+    assert all(f"| {label} | {name} |" in shown for label in ("dark", "bright") for name in names)
+    assert (tmp_path / "brightness.png").exists() and (tmp_path / "pictures.png").exists()
+
+
+def test_digits_on_dark_and_bright_grounds():
+    digits = np.full((6, 2, 2, 1), -1.0)
+    digits[:, 0] = 1.0  # ink
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    images = np.asarray(e3_noise_offset.on_grounds(jax.random.key(0), digits, labels))
+    ink, ground = images[:, 0, 0, 0], images[:, 1, 0, 0]
+    assert (ground[:3] < -0.2).all() and (ground[3:] > 0.2).all() and len(set(ground)) == 6
+    np.testing.assert_allclose(ink - ground, [1, 1, 1, -1, -1, -1], rtol=1e-6)
+
+
+def test_the_constant_is_in_the_noise_and_not_in_the_target(monkeypatch):
+    """A network that knows eps without the constant has no loss left."""
+    options = e3_noise_offset.NoiseOffset(hidden_size=8, depth=1)
+    trainer = e3_noise_offset.Trainer(options, e3_noise_offset.Setting(0.0, 0.1), np.zeros((4, 28, 28, 1)))
+    seen = []
+
+    def network(module):
+        def apply(params, x, t, labels):  # x_0 = 0: x_t is sigma (eps + constant)
+            sigma = trainer.prediction.path.sigma(t)[:, None, None, None]
+            seen.append(x)
+            return x / sigma - 0.1
+
+        return apply
+
+    trainer.prediction = D.epsilon(trainer.prediction.path)
+    monkeypatch.setattr(e3_noise_offset.models, "network", network)
+    batch = jnp.zeros((4, 28, 28, 1)), jnp.zeros(4, jnp.int32)
+    loss, _ = trainer.loss(None, None, batch, jax.random.key(0))
+    assert len(seen) == 1 and loss < 1e-10
 
 
 def test_min_snr(random_run, tmp_path, capsys):

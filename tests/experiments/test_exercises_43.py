@@ -10,7 +10,15 @@ import transformers
 from amused_folders import write_amused
 from PIL import Image
 
-from experiments.lecture43 import e4_dpmpp_on_dit, e7_prompts, e8_self_test, e10_interpolants
+from experiments.lecture43 import (
+    e1_e2_e3_shapes,
+    e4_dpmpp_on_dit,
+    e6_dit_against_unet,
+    e7_prompts,
+    e8_self_test,
+    e10_interpolants,
+    small_models,
+)
 from jaxldm import data, metrics, models
 from jaxldm.errors import DataError, InvalidArgumentError
 
@@ -99,3 +107,42 @@ def test_prompts_on_a_masked_image_model(tmp_path, capsys, monkeypatch):
 def test_without_the_model_it_says_where_to_find_it(tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"amused\.md"):
         e7_prompts.main(e7_prompts.Prompts(tmp_path / "missing"))
+
+
+def test_small_models(random_run, tmp_path, capsys, monkeypatch):
+    """E6 and E1 to E3 in their quick form: the second uses the model of the first, and trains one more."""
+    options = {"run_dir": random_run("smoke-dit"), "models_dir": tmp_path / "models", "quick": True}
+    trained, train, measure = [], small_models.train_network, small_models.measure_seconds
+    monkeypatch.setattr(small_models, "train_network", lambda *args: trained.append(args) or train(*args))
+    seconds = {"DiT-Tiny": {"epoch_seconds": 7.0, "sample_milliseconds": 3.0}}
+    monkeypatch.setattr(small_models, "measure_seconds", lambda names, bench: seconds)
+    e6 = e6_dit_against_unet.DiTAgainstUNet(**options, output_dir=tmp_path / "e6", models=("DiT-Tiny",))
+    e6_dit_against_unet.main(e6)
+    shown = capsys.readouterr().out
+    assert "| DiT-Tiny | 0.0" in shown and "| 0.8 M | 7.0 | 3.0 |" in shown and "epochs in 7 s" in shown
+    monkeypatch.setattr(small_models, "measure_seconds", lambda names, bench: measure(["no classes"], bench))
+    monkeypatch.setattr(e1_e2_e3_shapes, "ROWS", {"as it is": "DiT-Tiny", "without": "no classes"})
+    e1_e2_e3_shapes.main(e1_e2_e3_shapes.Shapes(**options, output_dir=tmp_path / "shapes"))
+    shown = capsys.readouterr().out
+    assert len(trained) == 2 and "| as it is | 0.0" in shown and "| no class |" in shown
+    for name in ("e6/quality-against-seconds.png", "e6/digits.png", "e6/table.md", "shapes/digits.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_equal_seconds_lie_between_measurements():
+    curve = e6_dit_against_unet.Curve(np.array([2, 4]), np.array([0.2, 0.6]), np.array([16.0, 4.0]), 10.0)
+    assert curve.at(20.0) == pytest.approx((2, 0.2, 16))
+    assert curve.at(30.0) == pytest.approx((3, 0.4, 8))  # the distance falls by a factor
+
+
+def test_the_small_models_are_as_large_as_they_say():
+    """The lecture counts a transformer's 12 width^2 a block, without modulation and embedders."""
+    digits = {"sample_size": 28, "in_channels": 1, "out_channels": 1}
+    counts = {}
+    for name in ("DiT-Tiny", "U-Net-Small", "U-Net-Medium"):
+        model = small_models.MODELS[name]
+        from_data = digits if model.preset == "mini-unet" else {}
+        counts[name] = models.count_params(models.build(model.preset, **model.overrides, **from_data))
+    assert 1.2e6 < counts["U-Net-Small"] < 1.3e6 and 4.4e6 < counts["U-Net-Medium"] < 4.6e6
+    assert counts["DiT-Tiny"] == 1_275_408 and pytest.approx(0.8e6, rel=0.03) == 4 * 12 * 128**2
+    assert pytest.approx(3.2e6, rel=0.03) == 4 * 12 * 256**2

@@ -6,8 +6,12 @@ import pathlib
 import re
 import tomllib
 
+import numpy as np
 import pytest
 import setuptools
+
+from experiments import results
+from jaxldm.errors import CheckpointError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -59,3 +63,20 @@ def test_an_entry_has_question_command_minutes_result_and_lesson(section):
     for part in ("**Question.**", "**Command.**", "**What came out.**", "**What it shows.**"):
         assert part in section[1]
     assert "**Minutes.**" in section[1] or re.search(r"(minutes?|seconds?)\b", section[1])
+
+
+def test_results_are_made_once(tmp_path):
+    made, kept = [], results.Results(tmp_path)
+
+    def make():
+        made.append(1)
+        return {"figure": len(made)}, {"images": np.arange(3)}
+
+    for _ in range(2):
+        figures, arrays = kept.row("a row", {"seed": (0,)}, make)
+        assert figures == {"figure": 1} and arrays["images"].tolist() == [0, 1, 2]
+    assert kept.row("a row", {"seed": (1,)}, make)[0] == {"figure": 2}
+    assert kept.row("another", {}, make)[0] == {"figure": 3} and set(kept.rows()) == {"a row", "another"}
+    kept.path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"results\.json"):
+        kept.row("another", {}, make)

@@ -139,6 +139,19 @@ def test_other_weights_and_other_images_are_computed_again(tmp_path):
     assert len(list(tmp_path.rglob("*.npy"))) == 3
 
 
+def test_a_network_is_compiled_once_for_all_sets(tmp_path):
+    toy, traced = Counting(), []
+
+    def apply(params, x):
+        traced.append(x.shape)
+        return toy.apply(params, x)
+
+    network = toy.network._replace(apply=apply)
+    for seed, count in enumerate((8, 13, 16)):
+        extract(array_set(pixels(count, seed=seed), "x"), network, ["mean"], tmp_path, batch_size=8)
+    assert len(traced) == 1
+
+
 def test_networks_are_computed_in_full_float32(tmp_path):
     """Accelerators round the factors of products to 19 or 16 bits unless told otherwise."""
     precisions = []

@@ -6,29 +6,15 @@ import pytest
 import torch
 from torch_fidelity_reference import reference
 
+from experiments.benchmarks.metrics import random_inception_state
 from jaxldm import checkpoints, models
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.resizing import inception_inputs
 
 
-def random_state(seed=0):
-    """Weights with which features neither vanish nor grow, in PyTorch's names and layout."""
-    random = np.random.default_rng(seed)
-    state = {}
-    for name, tensor in checkpoints.published(models.shapes(models.InceptionV3())).items():
-        draw = random.standard_normal(tensor.shape, dtype=np.float32)
-        if len(tensor.shape) > 1:
-            state[name] = draw * np.float32(np.sqrt(2 / np.prod(tensor.shape[1:])))
-        elif name.endswith(("running_var", "bn.weight")):
-            state[name] = 1 + 0.3 * np.abs(draw)
-        else:
-            state[name] = 0.2 * draw
-    return state
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    state = random_state()
+    state = random_inception_state()
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
     torch.save({name: torch.from_numpy(tensor) for name, tensor in state.items()}, path)
     loaded = checkpoints.load_inception(path)
