@@ -7,7 +7,7 @@ import torch
 from torch_fidelity_reference import reference
 
 from experiments.benchmarks.metrics import random_inception_state
-from jaxldm import checkpoints, models
+from jaxldm import checkpoints, metrics, models
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.resizing import inception_inputs
 
@@ -26,18 +26,26 @@ def pair(tmp_path_factory):
 
 def test_the_features_agree_with_torch_fidelity(pair):
     theirs, loaded = pair
-    images = np.random.default_rng(1).integers(0, 256, [2, 40, 32, 3], dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, [4, 40, 32, 3], dtype=np.uint8)
+    images[2:] //= 3  # another set
     kept = {}
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: kept.update(out=out))
     with torch.no_grad():
         pool, logits = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     ours = jax.jit(loaded.module.apply)({"params": loaded.params}, inception_inputs(images))
-    spatial = kept["out"][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+    spatial = kept["out"][:, :7].permute(0, 2, 3, 1).reshape(4, -1)
     assert float(pool.std()) > 0.1  # the weights are such that there is something to compare
     for found, expected in zip(ours, (pool, spatial, logits), strict=True):
         expected = expected.numpy()
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # KID from images to the figure, with torch-fidelity's kernel in float64.
+    kid = reference("torch_fidelity.metric_kid")
+    options = {"kid_subsets": 1, "kid_subset_size": 2, "verbose": False, "rng_seed": 2020}
+    expected = kid.kid_features_to_metric(pool[:2].double(), pool[2:].double(), **options)
+    pool = np.asarray(ours.pool)
+    found = metrics.kernel_distance(pool[:2], pool[2:], subsets=1, subset_size=2)
+    np.testing.assert_allclose(found.mean, expected["kernel_inception_distance_mean"], rtol=1e-6)
 
 
 def test_the_network_has_the_parameters_of_the_reference(pair):
