@@ -16,6 +16,7 @@ PAGES = [
 RUN = (
     *(f"tutorials/write-a-{thing}.md" for thing in ("solver", "path", "family")),
     "training.md",
+    "looking-inside.md",
 )
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)

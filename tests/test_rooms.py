@@ -35,7 +35,7 @@ MAY_IMPORT = {
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}
 DATA = {"tensorflow_datasets", "grain", "array_record", "mlxtend", "PIL"}
-PLOTS = {"matplotlib"}
+PLOTS = {"matplotlib", "sklearn"}
 TEXT = {"tokenizers"}
 TRAINING = {"optax", "orbax", "tqdm"}
 # What a user types -> packages that it must not load: each is imported by the function that needs it.

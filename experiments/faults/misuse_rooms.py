@@ -56,6 +56,14 @@ def networks() -> list[Case]:
             False,
             {"condition": "condition|labels"},
         ),
+        Case(
+            "models.look_inside",
+            lambda module, x, t, attention: models.look_inside(
+                module, params, x, t, np.zeros(1, np.int32), attention=attention
+            ),
+            {"module": module, "x": x, "t": t, "attention": True},
+            False,
+        ),
         Case("models.init", models.init, {"module": module, "key": KEY}, False),
         Case("models.shapes", models.shapes, {"module": module}),
         Case(

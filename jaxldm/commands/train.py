@@ -51,6 +51,12 @@ class Train:
     learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
     """Highest learning rate of the denoising network, after the warm-up."""
 
+    save_every: Annotated[int | None, shown("INT", _RECIPE)] = None
+    """Epochs between checkpoints of the denoising network."""
+
+    keep_checkpoints: Annotated[int | None, shown("INT", _RECIPE)] = None
+    """Number of its newest checkpoints that stay, for example for `jaxldm inspect`."""
+
     preset: Annotated[str | None, shown("NAME", _RECIPE)] = None
     """Another denoising network, by its preset name."""
 
@@ -106,6 +112,8 @@ class Train:
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
+            "save_every": self.save_every,
+            "keep_checkpoints": self.keep_checkpoints,
         }
         if self.preset is not None:
             # The recipe's overrides are for its own network.

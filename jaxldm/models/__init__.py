@@ -38,6 +38,7 @@ from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
+from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
@@ -102,6 +103,7 @@ __all__ = [
     "ImageEncoding",
     "InceptionFeatures",
     "InceptionV3",
+    "Inside",
     "PaellaVQModel",
     "PaellaVQModelConfig",
     "PixArtTransformer2DConfig",
@@ -150,6 +152,7 @@ __all__ = [
     "guidance_embedding",
     "init",
     "largest_product",
+    "look_inside",
     "lpips_heads",
     "macs_of",
     "make_mesh",

@@ -50,11 +50,12 @@ def convention(module: nn.Module) -> Convention:
     return getattr(module, "convention", Convention())
 
 
-def _check_inputs(x: Any, t: Any, example: Any) -> None:
+def check_inputs(module: Any, x: Any, t: Any) -> None:
     """Raises `InvalidArgumentError` for x that is no batch of the network's inputs, or t not one for each."""
     for name, value in (("x", x), ("t", t)):
         if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.number)):
             raise InvalidArgumentError(f"{name} must be an array of numbers, got {shown(value)}")
+    example = module.example_inputs()[0] if hasattr(module, "example_inputs") else None
     if example is None or x.ndim != 4 or len(example.shape) != 4:
         return  # no network of images: what it takes is for the module to say
     channels = example.shape[-1]
@@ -89,8 +90,7 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     >>> jax.eval_shape(models.network(sit), models.shapes(sit), x, t, labels).shape
     (2, 32, 32, 4)
     """
-    counts, signature = convention(module), inspect.signature(module.__call__)
-    example = module.example_inputs()[0] if hasattr(module, "example_inputs") else None
+    call_with = applied(module)
 
     def call(
         params: Any,
@@ -100,22 +100,40 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
         *,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B ..."]:
-        more: dict[str, Any] = dict(condition) if isinstance(condition, Mapping) else {}
+        if dropout_key is None:
+            return call_with(params, x, t, condition)
+        return call_with(params, x, t, condition, {"train": True}, rngs={"dropout": dropout_key})
+
+    return call
+
+
+def applied(module: nn.Module) -> Callable[..., Any]:
+    """`network(module)` as `(params, x, t, condition, more={}, **options)`, with options of `module.apply`.
+
+    `more` are further keyword arguments of the module. With an option that makes `apply` return a pair,
+    `mutable` for one, the result is (output, what else it returned).
+    """
+    counts, signature = convention(module), inspect.signature(module.__call__)
+
+    def call(
+        params: Any, x: Any, t: Any, condition: Any, more: Mapping[str, Any] | None = None, **options: Any
+    ) -> Any:
+        named: dict[str, Any] = dict(condition) if isinstance(condition, Mapping) else {}
         inputs = (x, counts.time(t))
         if condition is not None and not isinstance(condition, Mapping):
             inputs = (*inputs, condition)
-        rngs = None
-        if dropout_key is not None:
-            more["train"], rngs = True, {"dropout": dropout_key}
+        named |= more or {}
         try:
-            signature.bind(*inputs, **more)
+            signature.bind(*inputs, **named)
         except TypeError as error:
             raise InvalidArgumentError(
                 f"the condition does not fit {type(module).__name__}: {error}"
             ) from error
-        _check_inputs(x, t, example)
+        check_inputs(module, x, t)
         with fitting(module):
-            output = cast(Array, module.apply({"params": params}, *inputs, **more, rngs=rngs))
-        return counts.output(output)
+            result = cast(Any, module.apply({"params": params}, *inputs, **named, **options))
+        if options.get("mutable"):
+            return counts.output(result[0]), result[1]
+        return counts.output(result)
 
     return call

@@ -8,6 +8,7 @@
 """
 
 from jaxldm.training.autoencoder import annealed_beta, autoencoder_loss, kl_per_channel, latent_scale
+from jaxldm.training.kept import KeptParams, kept_steps, read_kept
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
@@ -38,6 +39,7 @@ __all__ = [
     "AutoencoderRecipe",
     "ClassifierRecipe",
     "DiffusionRecipe",
+    "KeptParams",
     "Optimizer",
     "Plan",
     "Recipe",
@@ -51,12 +53,14 @@ __all__ = [
     "compile_train_step",
     "create_train_state",
     "fit",
+    "kept_steps",
     "kl_per_channel",
     "latent_scale",
     "make_mesh",
     "make_train_step",
     "optimizer",
     "read_config",
+    "read_kept",
     "read_log",
     "read_recipe",
     "recipe_to_resume",

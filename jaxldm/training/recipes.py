@@ -60,6 +60,7 @@ class StageRecipe:
         dtype: compute type, "float32" or "bfloat16"; parameters, loss and optimizer are float32.
         save_every: epochs between checkpoints; 0: only at the end. (On Ctrl-C there is always one.)
         sample_every: epochs between pictures of what the model makes; 0: none.
+        keep_checkpoints: the newest so many stay; `jaxldm inspect` measures those of the denoising network.
     """
 
     preset: str
@@ -77,9 +78,10 @@ class StageRecipe:
     dtype: str = "float32"
     save_every: int = 5
     sample_every: int = 0
+    keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup_epochs", "save_every", "sample_every"):

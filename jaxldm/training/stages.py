@@ -134,7 +134,10 @@ def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[
         recipe.b2,
         final_scale=recipe.final_scale,
     )
-    return adam, Plan(total, recipe.save_every * steps_per_epoch, recipe.sample_every * steps_per_epoch)
+    save_every, sample_every = (
+        epochs * steps_per_epoch for epochs in (recipe.save_every, recipe.sample_every)
+    )
+    return adam, Plan(total, save_every, sample_every, recipe.keep_checkpoints)
 
 
 def train_network(

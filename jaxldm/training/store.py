@@ -191,20 +191,24 @@ class TrainingStore:
                 folder.rename(aside)
                 log(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}")
                 continue
-            if manifest.get("format", 1) != FORMAT:
-                raise CheckpointError(
-                    f"{folder} is a checkpoint of format {manifest.get('format', 1)}, this version reads "
-                    f"{FORMAT}: finish the run with the version that began it, or start a new run"
-                )
-            layout = manifest["layout"]
-            _check_layout(folder, layout, _layout(template))
-            abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in layout.items()}
-            with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
-                arrays = checkpointer.restore(folder / "state", abstract)
+            arrays = _read_arrays(folder, manifest, _layout(template))
             return Restored(step, _into(template, arrays))
         if steps:
             log("no whole checkpoint is left: this stage begins again")
         return None
+
+    def read(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of one checkpoint by their paths in the state ("ema_params/conv_in/kernel").
+
+        Raises `CheckpointError` for one that is absent, damaged, or of another version's format. Nothing is
+        changed, so that a run may go on meanwhile.
+        """
+        folder = self.folder / str(step)
+        try:
+            manifest = _whole_manifest(folder, step)
+        except _DamagedError as damage:
+            raise CheckpointError(f"the checkpoint {folder} is damaged: {damage}") from damage
+        return _read_arrays(folder, manifest)
 
     def has_whole(self) -> bool:
         """Whether a checkpoint is whole, of whatever model."""
@@ -247,6 +251,23 @@ def _whole_manifest(folder: Path, step: int) -> dict[str, Any]:
         if found[name] != wanted:
             raise _DamagedError(f"the bytes of {name} have changed")
     return manifest | {"layout": {name: list(entry) for name, entry in layout.items()}}
+
+
+def _read_arrays(
+    folder: Path, manifest: dict[str, Any], wanted: dict[str, list] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of a whole checkpoint. Raises `CheckpointError` for another format, or another layout."""
+    if manifest.get("format", 1) != FORMAT:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of format {manifest.get('format', 1)}, this version reads "
+            f"{FORMAT}: finish the run with the version that began it, or start a new run"
+        )
+    layout = manifest["layout"]
+    if wanted is not None:
+        _check_layout(folder, layout, wanted)
+    abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in layout.items()}
+    with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "state", abstract)
 
 
 def _is_whole(folder: Path, step: int) -> bool:

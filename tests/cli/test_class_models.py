@@ -20,6 +20,25 @@ def test_sample_draws_classes_from_a_folder_of_diffusers(capsys, folder, tmp_pat
     assert "knows no texts" in complaint(capsys, "sample", folder, "--prompt", "a cat")
 
 
+def test_a_folder_of_diffusers_is_shown_from_the_inside(capsys, folder, tmp_path):
+    words = [
+        "--class-labels",
+        207,
+        3,
+        "--num-images",
+        4,
+        "--num-inference-steps",
+        2,
+        "--output-dir",
+        tmp_path,
+    ]
+    code, out, err = run(capsys, "inspect", folder, *words)
+    assert code == 0 and not err and "no run folder, so it has no checkpoints" in out
+    page = (tmp_path / "index.html").read_text()
+    assert "Class animal 207, beast 207, seen from one patch" in page and page.count("<img") == 6
+    assert "4 images that the model drew" in page and "transformer_blocks_1.attn1 " in page
+
+
 def test_info_says_what_it_draws(capsys, folder):
     code, out, _ = run(capsys, "info", folder)
     assert code == 0 and "8x8x4 latents -> 16x16x3 images" in out and "0 to 999" in out

@@ -10,6 +10,7 @@ from PIL import Image
 from reference_pipelines import SIZE, write_sd, write_sdxl
 
 from jaxldm import pipelines
+from jaxldm.commands.inspect_subject import words_of
 from jaxldm.data import to_uint8
 
 # What the command passes on, so that what it compiled serves here, too.
@@ -54,6 +55,20 @@ def test_prompts_repeat_and_are_what_the_pipeline_draws(capsys, folder, tmp_path
     ]
     expected = pipelines.load(folder)(jax.random.key(4), ["a cat", "the dog", "a cat"], "bad", **CALL)
     np.testing.assert_array_equal(images, to_uint8(expected))
+
+
+def test_words_over_the_picture_that_was_drawn_of_them(capsys, folder, tmp_path):
+    words = ["--num-images", 1, "--num-inference-steps", 2, "--output-dir", tmp_path / "out"]
+    code, _, err = run(capsys, "inspect", folder, "--prompt", "a cat", *words)
+    assert code == 0 and not err
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Which word goes where" in page and "Words of &#x27;a cat&#x27; over the image" in page
+    assert "add --prompt" in complaint(capsys, "inspect", folder, *words)
+    tokenizer = pipelines.load(folder).tokenizer
+    ids = np.asarray(tokenizer(["a cat"]).input_ids)[0]
+    (first, places), (second, others) = words_of(tokenizer, "a cat")
+    assert (first, second) == ("a", "cat") and places == (1,) and others[0] == 2
+    assert not set(ids[[*places, *others]]) & {ids[0], ids[-1]}  # neither the start nor the end of the text
 
 
 def test_a_picture_is_resized_and_drawn_again_where_the_mask_is_white(capsys, folder, pictures):

@@ -1,18 +1,22 @@
 """The session of `jaxldm --help` on a recipe of seconds: train, info, eval, and what can go wrong."""
 
+import html
 import importlib
 import json
 import math
+import re
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 from command_lines import complaint, run
 
-from jaxldm import cli, schedulers, training
+from jaxldm import checkpoints, cli, schedulers, training
 from jaxldm import diffusion as D
-from jaxldm.commands import eval_images
+from jaxldm.commands import eval_images, inspect_sections
+from jaxldm.errors import CheckpointError
 from jaxldm.metrics import FeatureNetwork
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
@@ -182,3 +186,71 @@ def test_without_nan_json_stays_json():
         "b": [None, 1.5],
         "c": {"d": "text", "e": None},
     }
+
+
+def inspected(capsys, run_dir, out, *words):
+    """(the page, what was printed) of `jaxldm inspect` with few images."""
+    words = [*words, "--num-images", 20, "--num-inference-steps", 2, "--output-dir", out]
+    code, printed, err = run(capsys, "inspect", run_dir, *words)
+    assert code == 0 and not err, err
+    return (out / "index.html").read_text(encoding="utf-8"), printed
+
+
+def test_a_run_is_shown_from_the_inside_as_one_page(capsys, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_sections, "MOST_PATCHES", 60)
+    page, printed = inspected(capsys, trained, tmp_path / "out", "--class-labels", 3, 7)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
+    assert f"saved in {tmp_path / 'out' / 'index.html'}" in printed
+    # Everything is in the page: no script, no other file, no other host.
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+    sources = re.findall(r'<img alt="([^"]+)" src="([^"]{30})', page)
+    assert len(sources) == len(re.findall("<img", page)) == 8
+    assert all(alt and source.startswith("data:image/png;base64,iVBOR") for alt, source in sources)
+    for title in ("How it learned", "What the network draws: pixels", "self-attention", "t-SNE"):
+        assert f"{title}" in page
+    assert "Class 3, seen from one patch" in page and "Class 7, averaged" in page
+    assert "Checkpoints that this run keeps: 1." in page
+    (only,) = training.kept_steps(trained)
+    kept, (_, finished) = training.read_kept(trained, only), checkpoints.load(trained / "transformer")
+    jax.tree.map(np.testing.assert_array_equal, kept.params, finished)
+
+
+def test_what_is_missing_is_said_on_the_page(capsys, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "diffusion" / "checkpoints")
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    page, printed = inspected(capsys, tmp_path / "run", tmp_path / "out")
+    for text in ("keeps no checkpoints", "pip install 'jaxldm[inspect]'"):
+        assert text in html.unescape(page) and text in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--class-labels", 11], "there are images of class 0, 1, 2"),
+        (["--point", 28, 0], "--point must lie in the image of 28 x 28 pixels, got 28 0"),
+        (["--noise", 0], "noise must be above 0"),
+        (["--num-images", 3], "num_images must be 20 or more"),
+        (["--num-inference-steps", 0], "num_inference_steps must be 1 or more"),
+        (["--prompt", "a cat"], "--prompt is for text-to-image models"),
+        (["--inception", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_mistakes_in_what_to_inspect(capsys, trained, tmp_path, words, expected):
+    words = ["inspect", trained, "--output-dir", tmp_path / "out", *words]
+    assert expected in complaint(capsys, *words)
+    assert not (tmp_path / "out" / "index.html").exists()
+
+
+def test_a_damaged_checkpoint_is_left_out(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (step,) = training.kept_steps(tmp_path / "run")
+    (tmp_path / "run" / "diffusion" / "checkpoints" / str(step) / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"checkpoint .* is damaged"):
+        training.read_kept(tmp_path / "run", step)
+    assert training.kept_steps(tmp_path / "run") == [step]  # nothing is set aside
+
+
+def test_what_is_no_model_is_refused(capsys, tmp_path):
+    assert "does not exist" in complaint(capsys, "inspect", tmp_path / "nowhere")
+    assert "neither a run folder" in complaint(capsys, "inspect", tmp_path)

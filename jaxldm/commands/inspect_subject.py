@@ -1,0 +1,181 @@
+"""What `jaxldm inspect` looks at: images with the latents, labels and conditions that the network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxldm.errors import InvalidArgumentError
+
+MOST_REAL = 200  # test images of a run
+
+
+class Subject(NamedTuple):
+    """A model and some images.
+
+    Attributes:
+        pipe: the model.
+        images: `[N, H, W, C]` in [-1, 1].
+        x_0: `[N, h, w, c]`, the same as the network has them: latents, or the pixels themselves.
+        labels: the class of each `[N]`; zeros for a model without classes.
+        class_names: of the labels.
+        cond: what the network takes for each image, by argument name.
+        uncond: the same without class or text.
+        source: where the images are from.
+        dataset: of a run, else None.
+        words: of the caption, each with the places of its tokens; empty without a caption.
+    """
+
+    pipe: Any
+    images: Float[np.ndarray, "N H W C"]
+    x_0: Float[np.ndarray, "N h w c"]
+    labels: Int[np.ndarray, " N"]
+    class_names: tuple[str, ...]
+    cond: Mapping[str, Any]
+    uncond: Mapping[str, Any]
+    source: str
+    dataset: Any = None
+    words: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+def load_subject(options: Any) -> Subject:
+    """The subject of a run, of an exported class-to-image model, or of a text-to-image model.
+
+    Raises:
+        CheckpointError: no model.
+        InvalidArgumentError: an option that this model does not have.
+    """
+    from jaxldm import pipelines
+
+    kind = pipelines.kind_of(options.folder)
+    if kind == "text-to-image" and not options.prompt:
+        raise InvalidArgumentError(
+            f'{options.folder} draws from texts: add --prompt "a cat in the snow", whose words are shown'
+        )
+    if kind != "text-to-image" and options.prompt is not None:
+        raise InvalidArgumentError("--prompt is for text-to-image models: leave it out")
+    if kind != "run" and options.inception is not None:
+        raise InvalidArgumentError("--inception measures the checkpoints of a run: leave it out")
+    pipe = pipelines.load(options.folder)
+    if kind == "run":
+        return _of_run(options, pipe)
+    return _of_text(options, pipe) if kind == "text-to-image" else _of_classes(options, pipe)
+
+
+def _of_run(options: Any, pipe: Any) -> Subject:
+    """Test images, equally many of each class in turn."""
+    from jaxldm import models, training
+    from jaxldm.data import map_batches
+
+    dataset = training.read_recipe(options.folder).load_data()
+    images, labels = dataset.arrays("test")
+    turn = np.empty(len(labels), np.int64)  # how many of its class came before
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange(np.sum(labels == label))
+    chosen = np.lexsort((labels, turn))[:MOST_REAL]
+    images, labels = images[chosen], labels[chosen]
+    x_0 = images
+    if pipe.autoencoder is not None:
+        import jax
+
+        module, params = pipe.autoencoder.module, pipe.autoencoder.params
+        encode = jax.jit(lambda params, batch: models.encode_latents(module, params, batch))
+        x_0 = map_batches(lambda batch: encode(params, batch), images, 100)
+    cond, uncond = pipe.encode_prompts(labels) if pipe.num_classes is not None else ({}, {})
+    source = f"test images of {dataset.name}"
+    return Subject(pipe, images, x_0, labels, dataset.class_names, cond, uncond, source, dataset)
+
+
+def _of_classes(options: Any, pipe: Any) -> Subject:
+    number = options.num_images or 16
+    classes = options.class_labels or np.arange(min(pipe.num_classes or 1, 10))
+    labels = pipe.cycle_labels(classes if pipe.num_classes else None, number)
+    x_0, images = _draw(options, pipe, lambda key, progress, **more: pipe(
+        key, labels, num_images=number, progress=progress, **more
+    ))  # fmt: skip
+    names = pipe.class_names or tuple(f"class {label}" for label in range(pipe.num_classes or 1))
+    cond, uncond = pipe.encode_prompts(labels) if labels is not None else ({}, {})
+    labels = np.zeros(number, np.int32) if labels is None else labels
+    return Subject(pipe, images, x_0, labels, tuple(names), cond, uncond, "images that the model drew")
+
+
+def _of_text(options: Any, pipe: Any) -> Subject:
+    number = options.num_images or 4
+    x_0, images = _draw(options, pipe, lambda key, progress, **more: pipe(
+        key, options.prompt, num_images_per_prompt=number, progress=progress, **more
+    ))  # fmt: skip
+    cond, uncond = (
+        {name: np.repeat(np.asarray(rows), number, axis=0) for name, rows in side.items()}
+        for side in pipe.encode_prompts([options.prompt], [""])
+    )
+    source = f"images that the model drew of {options.prompt!r}"
+    words = words_of(pipe.parts.get("tokenizer"), options.prompt)
+    labels = np.zeros(number, np.int32)
+    return Subject(pipe, images, x_0, labels, ("image",), cond, uncond, source, words=words)
+
+
+def _draw(options: Any, pipe: Any, call: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(latents, images) that a model draws."""
+    import jax
+
+    from jaxldm.commands.terminal import progress_bar
+
+    steps = options.num_inference_steps
+    with progress_bar(steps, "drawing", options.quiet) as progress:
+        latents = call(jax.random.key(options.seed), progress, num_inference_steps=steps, output="latents")
+    return np.asarray(latents), np.asarray(pipe.decode(latents))
+
+
+def words_of(tokenizer: Any, prompt: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The words of a caption, each with the places of its tokens in the row that the text encoder sees."""
+    if tokenizer is None:
+        return ()
+    offsets = tokenizer.backend.encode(prompt).offsets
+    words, end = [], 0
+    for word in prompt.split():
+        start = prompt.index(word, end)
+        end = start + len(word)
+        places = tuple(
+            place
+            for place, (first, last) in enumerate(offsets)
+            if first < last and first < end and last > start
+        )
+        if places:
+            words.append((word, places))
+    return tuple(words)
+
+
+def check_options(subject: Subject, options: Any) -> None:
+    """Raise `InvalidArgumentError` for what does not fit the model or its images, before much is computed."""
+    pipe, is_run = subject.pipe, subject.dataset is not None
+    number = options.num_images or (200 if is_run else len(subject.images))
+    fewest = 2 * (pipe.num_classes or 1)
+    if is_run and number < fewest:
+        raise InvalidArgumentError(f"num_images must be {fewest} or more, two of each class, got {number}")
+    if is_run:
+        pipe.num_callbacks(number, num_inference_steps=options.num_inference_steps)
+    height, width = subject.images.shape[1:3]
+    y, x = options.point or (0, 0)
+    if not (0 <= y < height and 0 <= x < width):
+        raise InvalidArgumentError(f"--point must lie in the image of {height} x {width} pixels, got {y} {x}")
+    chosen_rows(subject, options.class_labels)
+
+
+def chosen_rows(subject: Subject, class_labels: Sequence[int]) -> list[int]:
+    """One image of each of the classes; of the first three where none is named."""
+    known = list(dict.fromkeys(subject.labels.tolist()))
+    for label in class_labels:
+        if label not in known:
+            there = ", ".join(map(str, sorted(known)))
+            raise InvalidArgumentError(f"--class-labels {label}: there are images of class {there}")
+    wanted = class_labels or known[:3]
+    return [subject.labels.tolist().index(label) for label in wanted]
+
+
+def default_output(folder: str) -> Path:
+    """Where the report goes when nobody says."""
+    return Path(folder) / "inspect"

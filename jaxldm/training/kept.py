@@ -1,0 +1,35 @@
+"""The networks of the checkpoints that a run keeps, to look at or to measure: the run is not changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+
+from jaxldm.errors import CheckpointError
+from jaxldm.training.runs import RunFolder
+from jaxldm.training.store import TrainingStore
+
+
+class KeptParams(NamedTuple):
+    """The parameters of one checkpoint: their moving average where the run keeps one."""
+
+    step: int
+    params: Any
+
+
+def kept_steps(run_dir: Path | str, stage: str = "diffusion") -> list[int]:
+    """The steps whose checkpoints a run keeps, oldest first: see `keep_checkpoints` of a recipe."""
+    return TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints").steps()
+
+
+def read_kept(run_dir: Path | str, step: int, stage: str = "diffusion") -> KeptParams:
+    """The network of one checkpoint, on the host. Raises `CheckpointError` for one that is damaged."""
+    store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")
+    arrays = store.read(step)
+    for name in ("ema_params/", "params/"):
+        found = {path.removeprefix(name): array for path, array in arrays.items() if path.startswith(name)}
+        if found:
+            return KeptParams(step, traverse_util.unflatten_dict(found, sep="/"))
+    raise CheckpointError(f"the checkpoint {store.folder / str(step)} has no parameters")
