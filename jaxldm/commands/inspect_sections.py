@@ -245,7 +245,7 @@ def embedding_section(subject: Subject, options: Any) -> Section:
             T.TSNE,
             Shown(
                 F.scatter_figure(panels, colours, subject.class_names),
-                f"Patches of {len(rows)} {subject.source}, seen with noise ({options.noise:g} times the signal).",
+                f"Patches of {len(rows)} {subject.source}, with noise ({options.noise:g} times the signal).",
             ),
             T.TSNE_SEEN,
         ],
