@@ -220,7 +220,7 @@ def embedding_section(subject: Subject, options: Any) -> Section:
         embed = tsne_function(options.seed)
     except MissingDependencyError as error:
         return Section(title, [], f"This section is missing: {error}.")
-    rows = range(min(len(subject.x_0), 100))
+    rows = range(len(subject.x_0))
     inside = look(subject, rows, options, cond=False, attention=False).inside
     tokens = {
         name: rows_of_patches(values)
