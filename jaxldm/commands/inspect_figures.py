@@ -123,7 +123,7 @@ def histogram_figure(channels: Float[np.ndarray, "N C"], name: str) -> bytes:
             axes.set_visible(False)
             continue
         values = channels[:, place]
-        axes.hist(values, 80, (-edge, edge), density=True, color="#4c78a8", label=name)
+        axes.hist(values, 80, range=(-edge, edge), density=True, color="#4c78a8", label=name)
         axes.plot(line, np.exp(-(line**2) / 2) / np.sqrt(2 * np.pi), color="#d1495b", label="N(0, 1)")
         axes.set_title(f"channel {place}: mean {values.mean():.2f}, std {values.std():.2f}", fontsize=9)
         axes.set_xlabel("value", fontsize=8)

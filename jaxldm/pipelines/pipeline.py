@@ -188,7 +188,7 @@ class Pipeline:
 
     def encode_prompts(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Any] | Int[np.ndarray, " P"],
         negatives: Sequence[Any] | None = None,
         size: Size | None = None,
         **options: Any,
