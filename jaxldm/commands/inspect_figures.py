@@ -58,7 +58,7 @@ def bare(axes: Any) -> None:
 
 def attention_figure(
     image: Float[np.ndarray, "H W C"],
-    maps: Mapping[str, Float[np.ndarray, "columns h w"]],
+    maps: Mapping[str, Float[np.ndarray, "_ _ _"]],
     column_names: Sequence[str],
     query: Mapping[str, tuple[int, int]] | None = None,
 ) -> bytes:
@@ -66,7 +66,7 @@ def attention_figure(
 
     Args:
         image: in [-1, 1].
-        maps: by layer; every column of a layer has one scale, from 0 to the largest value of its maps.
+        maps: by layer `[columns, h, w]`; every column of a layer has one scale, from 0 to the largest value of its maps.
         column_names: of the longest row.
         query: (row, column) of the patch that looks, by layer.
     """
@@ -165,8 +165,8 @@ def curve_figure(steps: Sequence[int], curves: Mapping[str, Sequence[float]], fl
 
 
 def scatter_figure(
-    panels: Mapping[str, Float[np.ndarray, "N 2"]],
-    labels: Mapping[str, Int[np.ndarray, " N"]],
+    panels: Mapping[str, Float[np.ndarray, "_ 2"]],
+    labels: Mapping[str, Int[np.ndarray, " _"]],
     class_names: Sequence[str],
 ) -> bytes:
     """Points in the plane coloured by class, a panel for each set, with one legend."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxldm.commands.inspect_subject import Subject, chosen_rows
 from jaxldm.errors import MissingDependencyError
 
 MOST_LAYERS, MOST_HEADS, MOST_WORDS, MOST_PATCHES = 8, 6, 10, 800
+FEWEST_IMAGES = 4  # that t-SNE can lay out
 
 
 class Noised(NamedTuple):
@@ -119,7 +121,7 @@ def attention_section(subject: Subject, options: Any) -> Section:
 
 
 def _of_one_image(
-    subject: Subject, row: int, maps: Mapping[str, Float[np.ndarray, "heads N N"]], options: Any
+    subject: Subject, row: int, maps: Mapping[str, Float[np.ndarray, "_ _ _"]], options: Any
 ) -> list[str | Shown]:
     image, shape = subject.images[row], subject.x_0.shape[1:3]
     cells = {name: cells_of(weights.shape[1], shape) or shape for name, weights in maps.items()}
@@ -237,8 +239,9 @@ def embedding_section(subject: Subject, options: Any) -> Section:
         title_of = f"{name}: {layer}"
         panels[title_of] = embed(patches.reshape(-1, patches.shape[-1])[chosen])
         colours[title_of] = np.repeat(labels, patches.shape[1])[chosen]
-    whole = f"one point an image: mean of {middle}"
-    panels[whole], colours[whole] = embed(tokens[middle].mean(1)), labels
+    if len(rows) >= FEWEST_IMAGES:
+        whole = f"one point an image: mean of {middle}"
+        panels[whole], colours[whole] = embed(tokens[middle].mean(1)), labels
     return Section(
         title,
         [
@@ -272,7 +275,7 @@ def tsne_function(seed: int) -> Any:
 
 def is_of_patches(values: Any, number: int) -> bool:
     """Whether an output is a vector for each patch of so many images."""
-    return values.ndim in (3, 4) and values.shape[0] == number and np.prod(values.shape[1:-1]) > 1
+    return values.ndim in (3, 4) and values.shape[0] == number and math.prod(values.shape[1:-1]) > 1
 
 
 def rows_of_patches(values: Any) -> Float[np.ndarray, "B N C"]:
