@@ -66,7 +66,7 @@ def attention_figure(
 
     Args:
         image: in [-1, 1].
-        maps: by layer `[columns, h, w]`; every column of a layer has one scale, from 0 to the largest value of its maps.
+        maps: `[columns, h, w]` by layer, on one scale from 0 to the largest value of the layer.
         column_names: of the longest row.
         query: (row, column) of the patch that looks, by layer.
     """
