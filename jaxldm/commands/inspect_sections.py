@@ -74,7 +74,8 @@ def evenly(names: Sequence[str], most: int) -> list[str]:
     """At most so many of the names, from the first to the last."""
     if len(names) <= most:
         return list(names)
-    return [names[place] for place in np.unique(np.linspace(0, len(names) - 1, most).round().astype(int))]
+    places = np.linspace(0, len(names) - 1, most).round().astype(int).tolist()
+    return [names[place] for place in dict.fromkeys(places)]
 
 
 def most_detailed(image: Float[np.ndarray, "H W C"], cells: tuple[int, int]) -> tuple[int, int]:

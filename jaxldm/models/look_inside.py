@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -84,7 +84,7 @@ def look_inside(
     def run(params: Any, x: Any, t: Any, condition: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         options = {"mutable": ["intermediates"], "capture_intermediates": is_direct}
         output, kept = call(params, x, t, condition, **options)
-        sown = traverse_util.flatten_dict(kept.get("intermediates", {}))
+        sown = cast(dict[Any, Any], traverse_util.flatten_dict(kept.get("intermediates", {})))
         found = {
             name: {path[:-1]: entries[0] for path, entries in sown.items() if path[-1] == name}
             for name in (_WEIGHTS, _OUTPUTS)

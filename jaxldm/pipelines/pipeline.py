@@ -194,7 +194,7 @@ class Pipeline:
         **options: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(cond, uncond): what the network takes of P prompts, and of P negatives, by argument name."""
-        request = Request(prompts, negatives, None, self.default_size if size is None else size)
+        request = Request(cast(Any, prompts), negatives, None, self.default_size if size is None else size)
         return self.family.encode(self, request, **options)
 
     def grid(self, size: Size | None = None, **options: Any) -> tuple[Any, D.Grid]:
