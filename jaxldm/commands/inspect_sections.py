@@ -74,7 +74,7 @@ def evenly(names: Sequence[str], most: int) -> list[str]:
     """At most so many of the names, from the first to the last."""
     if len(names) <= most:
         return list(names)
-    places = np.linspace(0, len(names) - 1, most).round().astype(int).tolist()
+    places: list[int] = np.linspace(0, len(names) - 1, most).round().astype(int).tolist()
     return [names[place] for place in dict.fromkeys(places)]
 
 
