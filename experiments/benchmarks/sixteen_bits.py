@@ -1,0 +1,89 @@
+"""Is a network in 16 bits as near to the exact result as the reference's?
+
+Question: for every family, what is the error of jaxldm in bfloat16 and float16, next to that of diffusers or
+          transformers with the same weights, inputs and dtype?
+Command:  python -m experiments.benchmarks.sixteen_bits          (--quick: one seed, bfloat16)
+Needs:    the `test` extra; no accelerator. Minutes and figures: README.md in this folder.
+
+Small random networks (`sixteen_bits_cases.py`). Weights and inputs are numbers of the 16-bit dtype, so that
+the exact result is that of the reference in float64 on the same numbers (float32 where it cannot be computed
+in float64); an error is the root mean square of all differences, over all seeds, over that of the exact
+result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.timing import machine
+from jaxldm.commands.terminal import run_script
+from jaxldm.files import write_atomically
+
+DTYPES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class SixteenBits:
+    """Measure the errors of all families in 16 bits, and write the table."""
+
+    quick: bool = False
+    """One seed, bfloat16: only to see that everything runs."""
+    cases: tuple[str, ...] | None = None
+    """Names in sixteen_bits_cases.py; None: all."""
+    seeds: int = 4
+    """Networks of other random numbers."""
+    output_dir: Path = Path(__file__).parent / "results"
+    """Where sixteen_bits.md and sixteen_bits.json go."""
+
+
+def main(options: SixteenBits) -> None:
+    """Measures, prints and writes the table, row by row."""
+    import diffusers
+    import torch
+
+    from experiments.benchmarks.sixteen_bits_cases import CASES
+    from experiments.benchmarks.sixteen_bits_errors import measure
+
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    dtypes, seeds = (DTYPES[:1], 1) if options.quick else (DTYPES, options.seeds)
+    facts = machine("sixteen_bits", versions) | {"seeds": seeds}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in options.cases or CASES:
+        rows[name] = {dtype: measure(name, dtype, range(seeds)) for dtype in dtypes}
+        print(line(name, rows[name]), flush=True)
+        write(options.output_dir, rows, facts)
+
+
+def line(name: str, errors: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [
+        f"{1e3 * each:.3f}" if n < 2 else f"{each:.2f}"
+        for one in errors.values()
+        for n, each in enumerate((one.ours, one.theirs, one.ratio))
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def write(folder: Path, rows: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """The table and its figures."""
+    dtypes = next(iter(rows.values()))
+    heads = [f"{dtype}: {what}" for dtype in dtypes for what in ("jaxldm", "reference", "ratio")]
+    text = [
+        "Relative errors, times 1000 (see sixteen_bits.py).\n",
+        f"| network | {' | '.join(heads)} |",
+        f"|{'---|' * (1 + len(heads))}",
+        *(line(name, errors) for name, errors in rows.items()),
+        "\n" + ", ".join(f"{key} {value}" for key, value in facts.items()),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "sixteen_bits.md", ("\n".join(text) + "\n").encode())
+    figures = {name: {k: v._asdict() for k, v in errors.items()} for name, errors in rows.items()}
+    content = json.dumps({"machine": facts, "errors": figures}, indent=1) + "\n"
+    write_atomically(folder / "sixteen_bits.json", content.encode())
+
+
+if __name__ == "__main__":
+    run_script(main, SixteenBits)
