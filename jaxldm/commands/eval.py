@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from jaxldm.commands import eval_images
 from jaxldm.commands.options import first_devices, numbers, shown
-from jaxldm.commands.sample import check_solver
+from jaxldm.commands.sample import check_solver, supported
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
@@ -78,10 +78,12 @@ class Eval:
     num_images: int = 500
     """Number of images at each scale, equally many of each class."""
 
-    num_inference_steps: Annotated[int | None, shown("INT", "50, or one for each of --sigmas")] = None
+    num_inference_steps: Annotated[
+        int | None, shown("INT", "50, or one for each of --sigmas; 12 for masked tokens")
+    ] = None
     """Number of steps from noise to image."""
 
-    solver: Annotated[str, shown("NAME")] = "ddim"
+    solver: Annotated[str | None, shown("NAME", "ddim")] = None
     """Solver (`jaxldm info` lists all), or package.module:function."""
 
     spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None
@@ -129,10 +131,11 @@ class Eval:
             raise InvalidArgumentError(
                 f"num_images must be {fewest} or more, two of each class, got {self.num_images}"
             )
-        pipe.num_callbacks(self.num_images, **self.call_options())  # checks them, before the data is loaded
+        options = self.call_options(pipe)
+        pipe.num_callbacks(self.num_images, **options)  # checks them, before the data is loaded
         dataset = recipe.load_data()
 
-        figures: dict[str, Any] = {"settings": self.settings()}
+        figures: dict[str, Any] = {"settings": self.settings(pipe)}
         grids = {}
         sections = []
         if pipe.autoencoder is not None:
@@ -158,25 +161,29 @@ class Eval:
             print(text)
             print(f"saved in {out}: metrics.md, metrics.json and a grid of images for each guidance scale")
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, pipe: Any) -> dict[str, Any]:
         """The options that the metrics depend on."""
-        options = {"num_images": self.num_images, **self.call_options(), "seed": self.seed}
+        options = {"num_images": self.num_images, **self.call_options(pipe), "seed": self.seed}
         names = ("num_images", "num_inference_steps", "solver", "seed", "spacing", "sigmas")
         return {name: options[name] for name in names if name in options}
 
-    def call_options(self) -> dict[str, Any]:
-        """The options of the pipeline's call that are given."""
+    def call_options(self, pipe: Any) -> dict[str, Any]:
+        """The options of the pipeline's call: those that are given, and the defaults of an evaluation."""
         sigmas = numbers(self.sigmas, "sigmas")
-        steps = 50 if sigmas is None else len(sigmas)
+        steps, solver = self.num_inference_steps, self.solver
+        if "solver" in pipe.call_options():
+            solver = "ddim" if solver is None else solver
+            if steps is None:
+                steps = 50 if sigmas is None else len(sigmas)
         options = {
-            "num_inference_steps": steps if self.num_inference_steps is None else self.num_inference_steps,
-            "solver": self.solver,
+            "num_inference_steps": pipe.defaults.num_inference_steps if steps is None else steps,
+            "solver": solver,
             "spacing": self.spacing,
             "sigmas": sigmas,
             "batch_size": self.batch_size,
             "devices": first_devices(self.devices),
         }
-        return {name: value for name, value in options.items() if value is not None}
+        return supported(pipe, options)
 
     def draw(self, pipe: Any, guidance_scale: float) -> tuple[Any, Any]:
         """Images and their labels, equally many of each class."""
@@ -186,7 +193,7 @@ class Eval:
         from jaxldm import pipelines
 
         labels = pipe.cycle_labels(None, self.num_images)
-        options = self.call_options()
+        options = self.call_options(pipe)
         total = pipe.num_callbacks(self.num_images, **options)
         with progress_bar(total, f"w = {guidance_scale:g}", self.quiet) as progress:
             images = pipe(

@@ -98,9 +98,11 @@ def first_line(function: Any) -> str:
 
 def describe_recipe(recipe: Any) -> str:
     """One line: the stages of a recipe and its data."""
+    from jaxldm import training
+
     stages = [
         f"{stage} {part.preset} ({part.epochs} epochs)"
-        for stage in ("autoencoder", "diffusion", "classifier")
+        for stage in training.STAGES
         if (part := getattr(recipe, stage)) is not None
     ]
     text = "" if recipe.text is None else f" with captions, by {recipe.text.encoder}"
@@ -205,7 +207,7 @@ def describe_run(folder: Path) -> str:
     place = f"{folder}/config.json: data"
     name = checked(checked(config.get("data"), dict, place).get("name"), str, f"{place}: name")
     head = f"{folder} is a run of the recipe {recipe.name} on {name}"
-    if not run.stage("diffusion").complete:
+    if not run.has_model:
         resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
         return f"{head}\n{table(rows)}\nresume:  {resume}"
     if recipe.text is not None:
@@ -225,7 +227,7 @@ def steps_done(stage: Any) -> int:
 
 
 def describe_pipeline(pipe: Any) -> str:
-    """A table of networks, sizes, classes and noise schedule."""
+    """A table of networks, sizes, classes and the schedule of noise or masks."""
     import jax
 
     from jaxldm import pipelines
@@ -234,20 +236,28 @@ def describe_pipeline(pipe: Any) -> str:
         (name, type(module).__name__, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
         for name, module, params in pipelines.components(pipe)
     ]
-    prediction = pipe.prediction
     size = lambda shape: "x".join(map(str, shape))  # noqa: E731
+    latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape())} latents -> "
+    facts = [
+        ("draws", f"{latents}{size(pipe.image_shape())} images"),
+        ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
+        describe_steps(pipe),
+    ]
+    return f"{table(rows)}\n{table(facts)}"
+
+
+def describe_steps(pipe: Any) -> tuple[str, str]:
+    """From what to what its steps lead: from noise on a path, or from masked to known tokens."""
+    if "mask_token" in pipe.family.methods:
+        schedule = pipe.scheduler.get("masking_schedule", "cosine")
+        return "tokens", f"of {pipe.mask_token()} values, masked by the {schedule} schedule"
+    prediction = pipe.prediction
     kind, path = f"{prediction.path.name} path", prediction.path
     if path.num_train_timesteps is not None:
         named = getattr(path, "schedule", None)
         kind += f", {named.name} betas" if named else ""
         kind += f", {path.num_train_timesteps} timesteps"
-    latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape())} latents -> "
-    facts = [
-        ("draws", f"{latents}{size(pipe.image_shape())} images"),
-        ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
-        ("noise", f"{kind}, predicts {prediction.name}"),
-    ]
-    return f"{table(rows)}\n{table(facts)}"
+    return "noise", f"{kind}, predicts {prediction.name}"
 
 
 def describe_mesh(target: str, text: str, family: str | None = None) -> str:

@@ -60,6 +60,7 @@ class Sample:
       family                    steps  guidance scale  strength
       ClassToImage                 50             3.0
       DiT                          50             4.0
+      MaskGIT                      12             2.0
       StableDiffusion              50             7.5       0.8
       StableDiffusionXL            50             5.0       0.3
       StableDiffusion3             28             7.0       0.6

@@ -21,7 +21,7 @@ _RECIPE = "the recipe's"
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model from a recipe: autoencoder, denoising network, and a classifier for its evaluation.
+    """Train a model from a recipe: autoencoder, denoising network or masked image model, and a classifier.
 
     For example:
       jaxldm train mini-ldm --run-dir runs/mini-ldm
@@ -40,16 +40,16 @@ class Train:
     """Continue from the last checkpoint in the run folder."""
 
     epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """Epochs of the denoising network over the training images."""
+    """Epochs of the denoising network, or of the masked image model, over the training images."""
 
     autoencoder_epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Epochs of the autoencoder over the training images."""
 
     batch_size: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """Images per step of the denoising network."""
+    """Images per step of the same."""
 
     learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
-    """Highest learning rate of the denoising network, after the warm-up."""
+    """Highest learning rate of the same, after the warm-up."""
 
     save_every: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Epochs between checkpoints of the denoising network."""
@@ -58,7 +58,7 @@ class Train:
     """Number of its newest checkpoints that stay, for example for `jaxldm inspect`."""
 
     preset: Annotated[str | None, shown("NAME", _RECIPE)] = None
-    """Another denoising network, by its preset name."""
+    """Another network in its place, by its preset name."""
 
     dataset: Annotated[str | None, shown("NAME|FOLDER", _RECIPE)] = None
     """Another data set: a TFDS name, or a folder of your own pictures (class folders, captions, .parquet or
@@ -108,7 +108,7 @@ class Train:
         of_run = training.recipe_to_resume(run_dir) if self.resume else None
         if of_run is not None and of_run.name == self.recipe:
             recipe = of_run
-        diffusion = {
+        generator = {
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
@@ -117,10 +117,11 @@ class Train:
         }
         if self.preset is not None:
             # The recipe's overrides are for its own network.
-            diffusion |= {"preset": one_of("preset", self.preset, denoiser_presets()), "overrides": {}}
-        changes = {"diffusion": given(recipe.diffusion, **diffusion), "seed": self.seed}
+            presets = generator_presets(recipe.generator)
+            generator |= {"preset": one_of("preset", self.preset, presets), "overrides": {}}
+        changes: dict[str, Any] = {"seed": self.seed, "image_size": self.image_size}
         changes["data"] = None if self.dataset is None else data.source_name(self.dataset)
-        changes["image_size"] = self.image_size
+        changes[recipe.generator] = given(getattr(recipe, recipe.generator), **generator)
         if self.autoencoder_epochs is not None:
             if recipe.autoencoder is None:
                 raise InvalidArgumentError(
@@ -137,8 +138,13 @@ def given(recipe: Any, **changes: Any) -> Any:
     )
 
 
-def denoiser_presets() -> list[str]:
-    """Presets of denoising networks."""
+def generator_presets(stage: str) -> list[str]:
+    """Presets of denoising networks, or of masked image models."""
     from jaxldm import models, pipelines
 
-    return [name for name, config in models.PRESETS.items() if pipelines.is_denoiser(config)]
+    def fits(config: Any) -> bool:
+        if stage == "masked_tokens":
+            return isinstance(config, models.MaskGITTransformerConfig)
+        return pipelines.is_denoiser(config)
+
+    return [name for name, config in models.PRESETS.items() if fits(config)]

@@ -4,7 +4,14 @@ from jaxldm.data.augmentation import Augmentation, augment
 from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.folders import describe_skipped, load_folder
-from jaxldm.data.images import check_images, check_labels, from_uint8, to_uint8
+from jaxldm.data.images import (
+    check_images,
+    check_labels,
+    from_grey_levels,
+    from_uint8,
+    to_grey_levels,
+    to_uint8,
+)
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.data.load import data_folder, load, source_name
 
@@ -21,11 +28,13 @@ __all__ = [
     "data_folder",
     "describe_skipped",
     "fingerprint",
+    "from_grey_levels",
     "from_uint8",
     "load",
     "load_folder",
     "map_batches",
     "prefetch",
     "source_name",
+    "to_grey_levels",
     "to_uint8",
 ]

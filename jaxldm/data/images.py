@@ -24,6 +24,25 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def to_grey_levels(images: Float[np.ndarray, "B H W 1"], num_levels: int) -> Int[np.ndarray, "B H W"]:
+    """Returns the nearest of `num_levels` equally spaced grey levels of each pixel, int32: 0 is black.
+
+    Raises `DataError` for images that `check_images` refuses, or of several channels.
+
+    >>> to_grey_levels(np.array([-1.0, -0.9, 0.0, 1.0]).reshape(1, 2, 2, 1), 16).ravel()
+    array([ 0,  1,  8, 15], dtype=int32)
+    """
+    images = check_images(images)
+    if images.shape[-1] != 1:
+        raise DataError(f"grey levels are of images of one channel, got {images.shape[-1]} channels")
+    return np.clip(np.rint((images[..., 0] + 1) / 2 * (num_levels - 1)), 0, num_levels - 1).astype(np.int32)
+
+
+def from_grey_levels(levels: Int[np.ndarray, "B H W"], num_levels: int) -> Float[np.ndarray, "B H W 1"]:
+    """Returns 2 level / (num_levels - 1) - 1, float32: `to_grey_levels` gives the levels back."""
+    return (np.asarray(levels, np.float32) * np.float32(2 / (num_levels - 1)) - 1)[..., None]
+
+
 def check_images(
     images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None, name: str = "images"
 ) -> Float[np.ndarray, "B H W C"]:

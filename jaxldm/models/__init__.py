@@ -40,6 +40,7 @@ from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTrans
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
 from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
+from jaxldm.models.maskgit_transformer import MaskGITTransformer, MaskGITTransformerConfig
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
@@ -104,6 +105,8 @@ __all__ = [
     "InceptionFeatures",
     "InceptionV3",
     "Inside",
+    "MaskGITTransformer",
+    "MaskGITTransformerConfig",
     "PaellaVQModel",
     "PaellaVQModelConfig",
     "PixArtTransformer2DConfig",

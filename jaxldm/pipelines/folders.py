@@ -38,12 +38,14 @@ from jaxldm.pipelines.families.class_to_image import (
     TRAINED,
     class_to_image,
 )
+from jaxldm.pipelines.families.maskgit import MASKGIT_CLASS
 from jaxldm.pipelines.family import Family
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import read_json, reading, shown
 
 RUN_CONFIG = "config.json"
+RUN_CLASSES = (EXPORT_CLASS, MASKGIT_CLASS)  # what training writes
 WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
@@ -195,7 +197,7 @@ def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
     has_run_config = (folder / RUN_CONFIG).exists()
     if (folder / INDEX_FILE).exists():
         name = _class_name(read_json(folder / INDEX_FILE), folder)
-        if name == EXPORT_CLASS and has_run_config:
+        if name in RUN_CLASSES and has_run_config:
             return "run"
         return "export" if draws_classes(family_of(folder, family)) else "text-to-image"
     if has_run_config:

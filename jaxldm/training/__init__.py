@@ -18,6 +18,7 @@ from jaxldm.training.recipes import (
     AutoencoderRecipe,
     ClassifierRecipe,
     DiffusionRecipe,
+    MaskedTokensRecipe,
     Recipe,
     TextRecipe,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "ClassifierRecipe",
     "DiffusionRecipe",
     "KeptParams",
+    "MaskedTokensRecipe",
     "Optimizer",
     "Plan",
     "Recipe",

@@ -21,7 +21,7 @@ from jaxldm.exact import round_product
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
-from jaxldm.training.recipes import AutoencoderRecipe, Recipe
+from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_autoencoder
 from jaxldm.training.stages import (
     Context,
@@ -184,7 +184,8 @@ def train_autoencoder(context: Context) -> None:
         context, STAGE, recipe, module, loss_fn, with_names(rows, image="image"), on_sample
     )
     posterior = cast(Any, encode_all(module, params, rows))  # of NumPy arrays
-    seen = posterior.log_variance if context.recipe.diffusion.sample_latents else None
+    diffusion = cast(DiffusionRecipe, context.recipe.diffusion)  # masked image models have no autoencoder
+    seen = posterior.log_variance if diffusion.sample_latents else None
     scale, shift = latent_scale(posterior.mean, seen)
     if context.recipe.text is not None:  # diffusers knows no shift in Stable Diffusion's pipeline
         scale, shift = float(1 / np.sqrt(scale**-2 + shift**2)), 0.0

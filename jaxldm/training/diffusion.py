@@ -20,7 +20,6 @@ from jaxldm.data.folders import FolderRows, identity
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
-from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models.config import height_width
 from jaxldm.reading import shortened
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
@@ -28,10 +27,12 @@ from jaxldm.training.autoencoder import build_autoencoder, encode_all
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
+    MOST_CLASSES,
     Context,
     build_model,
     report_health,
     sample_size,
+    save_samples,
     stage_keys,
     train_network,
     with_names,
@@ -47,9 +48,13 @@ from jaxldm.training.text import (
 )
 
 STAGE = "diffusion"
-MOST_CLASSES = 10  # in a picture of samples
 MOST_CAPTIONS = 6
 CAPTIONS_FILE = "captions.npz"  # the cache of their states, in the run folder
+
+
+def denoiser_recipe(recipe: Recipe) -> DiffusionRecipe:
+    """The part of a recipe that this stage is of; recipes of masked image models have none."""
+    return cast(DiffusionRecipe, recipe.diffusion)
 
 
 def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -70,14 +75,15 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
 
     A network that can learn the variance too (DiT) is built without it: this loss would not train it.
     """
-    path = recipe.diffusion.prediction.path
-    D.make_grid(path, recipe.diffusion.sample_steps)  # refuses more steps than the path has
-    if recipe.diffusion.time is not None:  # refuses a distribution of continuous times on timesteps
-        draw = cast(Callable[..., Any], recipe.diffusion.make_time())
+    own = denoiser_recipe(recipe)
+    path = own.prediction.path
+    D.make_grid(path, own.sample_steps)  # refuses more steps than the path has
+    if own.time is not None:  # refuses a distribution of continuous times on timesteps
+        draw = cast(Callable[..., Any], own.make_time())
         jax.eval_shape(lambda key: draw(key, (1,), path), jax.random.key(0))
     shape = latent_shape(recipe, image_shape)
     module = build_model(
-        recipe.diffusion,
+        own,
         sample_size=sample_size(shape),
         in_channels=shape[-1],
         out_channels=shape[-1],
@@ -88,7 +94,7 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
     if isinstance(module, models.UNet2DConditionModel) != (recipe.text is not None):
         wanted = "a UNet2DConditionModel, for example preset sd15-unet" if recipe.text else "one of classes"
         raise InvalidArgumentError(
-            f"{recipe.diffusion.preset} is a {type(module).__name__}: a recipe "
+            f"{own.preset} is a {type(module).__name__}: a recipe "
             f"{'with' if recipe.text else 'without'} text needs {wanted}"
         )
     if models.convention(module).continuous and path.num_train_timesteps is not None:
@@ -183,7 +189,7 @@ def latent_columns(context: Context) -> Mapping[str, Any] | Rows:
 
     config = json.dumps(models.config_to_dict(module.config), sort_keys=True)
     columns = cached(context.run.latents, fingerprint(params, config, images), compute)
-    names = ("mean", "std") if context.recipe.diffusion.sample_latents else ("mean",)
+    names = ("mean", "std") if denoiser_recipe(context.recipe).sample_latents else ("mean",)
     return {**{name: columns[name] for name in names}, "label": labels}
 
 
@@ -198,7 +204,7 @@ def make_sampler(
     context: Context, module: nn.Module, on: Condition, shown: Shaped[np.ndarray, "K ..."]
 ) -> Callable[[Params, Any], Float[np.ndarray, "N H W C"]]:
     """`draw(params, key)`: `samples_per_class` images of each of K conditions, by DDIM; jitted."""
-    recipe = context.recipe.diffusion
+    recipe = denoiser_recipe(context.recipe)
     grid = D.make_grid(recipe.prediction.path, recipe.sample_steps)
     conditions = np.concatenate([shown] * recipe.samples_per_class)
     shape = (len(conditions), *height_width(module.config.sample_size), module.config.in_channels)
@@ -251,7 +257,7 @@ def with_captions(
 
 def train_diffusion(context: Context) -> None:
     """Train the denoising network of a run and write its moving average into the run folder."""
-    recipe, folder = context.recipe.diffusion, context.run.stage(STAGE)
+    recipe, folder = denoiser_recipe(context.recipe), context.run.stage(STAGE)
     module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = latent_columns(context)
     text = None
@@ -274,10 +280,7 @@ def train_diffusion(context: Context) -> None:
 
     def on_sample(params: Params, step: int) -> None:
         drawn[:] = draw(params, key)
-        images = np.nan_to_num(np.stack(drawn), nan=-1.0)
-        title = f"Samples after {step} steps"
-        grid = labelled_grid(images, len(names), title=title, column_labels=names, scale=2)
-        save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
+        save_samples(folder, np.stack(drawn), names, step)
 
     loss_fn = make_loss(recipe, module, on)
     params = train_network(context, STAGE, recipe, module, loss_fn, columns, on_sample)

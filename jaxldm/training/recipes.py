@@ -184,6 +184,43 @@ class DiffusionRecipe(StageRecipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedTokensRecipe(StageRecipe):
+    """A masked image model in place of stage two, see `jaxldm.diffusion.masked_token_loss`.
+
+    Its tokens are the grey levels of the pixels.
+
+    Attributes:
+        schedule: the part that is masked, of a uniform number: a name of `jaxldm.diffusion.MASK_SCHEDULES`.
+        label_smoothing, condition_dropout: arguments of that.
+        sample_steps, sample_guidance_scale, samples_per_class: of the pictures on the way.
+        sample_temperature: (first, last), see `jaxldm.diffusion.make_unmasking`.
+    """
+
+    preset: str = "tiny-maskgit"
+    schedule: str = "cosine"
+    label_smoothing: float = 0.0
+    condition_dropout: float = 0.1
+    sample_steps: int = 12
+    sample_guidance_scale: float = 2.0
+    sample_temperature: tuple[float, float] = (4.5, 0.0)
+    samples_per_class: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        D.make_unmasking(self.sample_steps, self.schedule, self.sample_temperature)  # refuses what cannot be
+        if not 0 <= self.sample_guidance_scale < float("inf"):
+            raise InvalidArgumentError(
+                f"sample_guidance_scale must be >= 0, got {self.sample_guidance_scale}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise InvalidArgumentError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0 <= self.condition_dropout <= 1:
+            raise InvalidArgumentError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
+        if self.samples_per_class < 1:
+            raise InvalidArgumentError(f"samples_per_class must be >= 1, got {self.samples_per_class}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe(StageRecipe):
     """The classifier for the metrics, see `jaxldm.models.digit_classifier`.
 
@@ -224,7 +261,8 @@ class Recipe:
         pad_to: side of the black square in whose centre they are then placed; None: as they are.
         max_train_images: use only the first so many of the training split; None: all.
         autoencoder: None: the diffusion model works on pixels.
-        diffusion: the denoising network.
+        diffusion: the denoising network; None for a masked image model.
+        masked_tokens: the masked image model; None for a denoising network.
         classifier: None: no metrics that need one.
         text: None: the condition is the class; else it is the caption, and the finished run is a pipeline
             folder of Stable Diffusion.
@@ -237,7 +275,8 @@ class Recipe:
     pad_to: int | None = None
     max_train_images: int | None = None
     autoencoder: AutoencoderRecipe | None = None
-    diffusion: DiffusionRecipe = dataclasses.field(default_factory=DiffusionRecipe)
+    diffusion: DiffusionRecipe | None = dataclasses.field(default_factory=DiffusionRecipe)
+    masked_tokens: MaskedTokensRecipe | None = None
     classifier: ClassifierRecipe | None = None
     text: TextRecipe | None = None
     seed: int = 0
@@ -249,6 +288,19 @@ class Recipe:
             raise InvalidArgumentError(f"max_train_images must be >= 1, got {self.max_train_images}")
         if self.text is not None and self.autoencoder is None:
             raise InvalidArgumentError("a recipe with text needs an autoencoder: it draws latents")
+        if (self.diffusion is None) == (self.masked_tokens is None):
+            raise InvalidArgumentError(
+                "a recipe has either diffusion or masked_tokens: give diffusion=None with masked_tokens=..."
+            )
+        if self.masked_tokens is not None and self.autoencoder is not None:
+            raise InvalidArgumentError(
+                "a masked image model has grey levels as its tokens: leave the autoencoder out"
+            )
+
+    @property
+    def generator(self) -> str:
+        """The stage that trains what draws: "diffusion" or "masked_tokens"."""
+        return "diffusion" if self.masked_tokens is None else "masked_tokens"
 
     def load_data(self) -> Dataset:
         """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""
@@ -422,6 +474,16 @@ RECIPES: dict[str, Recipe] = {
         ),
         text=TextRecipe(max_length=20),
     ),
+    # Exercise 43.E5: the 784 pixels of a digit in 16 grey levels as tokens, unmasked in 12 steps.
+    #   jaxldm train masked-digits --run-dir runs/masked-digits
+    "masked-digits": Recipe(
+        name="masked-digits",
+        diffusion=None,
+        masked_tokens=MaskedTokensRecipe(
+            epochs=12, batch_size=32, learning_rate=2e-3, warmup_epochs=1, ema_decay=0.998, sample_every=5
+        ),
+        classifier=_CLASSIFIER,
+    ),
     # Seconds instead of minutes, to see that everything runs; what it draws is noise.
     "smoke": Recipe(
         name="smoke",
@@ -448,6 +510,28 @@ RECIPES: dict[str, Recipe] = {
         diffusion=DiffusionRecipe(
             preset="tiny-dit",
             overrides={"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 7},
+            epochs=2,
+            batch_size=64,
+            ema_decay=0.9,
+            save_every=1,
+            sample_every=2,
+            sample_steps=2,
+            samples_per_class=1,
+        ),
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+    "smoke-masked": Recipe(
+        name="smoke-masked",
+        max_train_images=256,
+        diffusion=None,
+        masked_tokens=MaskedTokensRecipe(
+            overrides={
+                "hidden_size": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "block_out_channels": (4, 8),
+                "norm_num_groups": 4,
+            },
             epochs=2,
             batch_size=64,
             ema_decay=0.9,

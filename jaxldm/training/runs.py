@@ -17,8 +17,11 @@ model_index.json is there: vae, unet or transformer, and scheduler are read as i
 config.json. model_index.json has `_class_name`, `_jaxldm_version` and an entry [library, class] for each of
 them. Networks are config.json and safetensors.
 
-A stage is "autoencoder", "diffusion" or "classifier". Its folder has checkpoints/, log.csv, loss.png,
-grad_norm.png, health.txt (not the classifier), and reconstructions.png, samples/step-*.png or metrics.json.
+So is the run of a masked image model, as a `MaskGITPipeline` of transformer and scheduler.
+
+A stage is "autoencoder", "diffusion", "masked_tokens" or "classifier". Its folder has checkpoints/, log.csv,
+loss.png, grad_norm.png, health.txt (not the classifier), and reconstructions.png, samples/step-*.png or
+metrics.json.
 Finished networks are renamed into place: each is whole or absent.
 """
 
@@ -47,8 +50,8 @@ from jaxldm.training.state import Params
 from jaxldm.training.store import TrainingStore
 
 FORMAT = 2  # of config.json
-STAGES = ("autoencoder", "diffusion", "classifier")
-PIPELINE_CLASS = "LatentDiffusionPipeline"
+STAGES = ("autoencoder", "diffusion", "masked_tokens", "classifier")
+PIPELINE_CLASS, MASKGIT_CLASS = "LatentDiffusionPipeline", "MaskGITPipeline"
 TEXT_CLASS = "StableDiffusionPipeline"  # of a model that was trained on captions
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
@@ -103,6 +106,11 @@ class RunFolder:
         return self.path / INDEX_FILE
 
     @property
+    def has_model(self) -> bool:
+        """Whether the finished model can be drawn from."""
+        return self.index.exists()
+
+    @property
     def latents(self) -> Path:
         """The cache of `jaxldm.training.diffusion.latent_columns`."""
         return self.path / "latents.npz"
@@ -110,6 +118,8 @@ class RunFolder:
     def stage(self, name: str) -> StageFolder:
         """`name` is one of `STAGES`."""
         path = self.path / name
+        if name == "masked_tokens":
+            return StageFolder(path, self.path / "transformer", self.index)
         if name == "diffusion":
             transformer = self.path / "transformer"
             return StageFolder(path, transformer if transformer.is_dir() else self.path / "unet", self.index)
@@ -128,7 +138,12 @@ def save_classifier(run: RunFolder, module: nn.Module, params: Params) -> None:
 
 
 def save_denoiser(
-    run: RunFolder, module: nn.Module, params: Params, scheduler: Mapping[str, Any], text: Any = None
+    run: RunFolder,
+    module: nn.Module,
+    params: Params,
+    scheduler: Mapping[str, Any],
+    text: Any = None,
+    class_name: str = PIPELINE_CLASS,
 ) -> None:
     """Write the finished denoising network, and what makes the run a pipeline folder.
 
@@ -138,10 +153,11 @@ def save_denoiser(
         params: its parameters.
         scheduler: the entries of scheduler_config.json, `_class_name` among them.
         text: the frozen text encoder (`jaxldm.training.text.TextEncoder`) of a text-to-image model.
+        class_name: of the pipeline, for model_index.json, of a model without one.
     """
     name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
     checkpoints.save(run.path / name, module, params)
-    kind = PIPELINE_CLASS if text is None else TEXT_CLASS
+    kind = class_name if text is None else TEXT_CLASS
     index: dict[str, Any] = {"_class_name": kind, "_jaxldm_version": __version__}
     vae = run.stage("autoencoder")
     if vae.complete:

@@ -22,6 +22,7 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import round_product
 from jaxldm.files import write_atomically
 from jaxldm.metrics.health import Finding, check_loss, report
+from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import check_batch_size
 from jaxldm.training.optimizer import Optimizer, optimizer
@@ -32,6 +33,7 @@ from jaxldm.training.step import LossFunction, make_train_step
 
 MAX_STEPS = 2**31 - 1  # they are counted in int32
 MAX_BYTES_AS_ARRAYS = 2**30  # of a folder's pictures, decoded; more are read from disk by batch
+MOST_CLASSES = 10  # in a picture of samples
 
 
 class Keys(NamedTuple):
@@ -175,6 +177,22 @@ def train_network(
         bar=context.bar,
     )
     return finished_params(state)
+
+
+def labels_of_samples(num_classes: int, samples_per_class: int) -> Int[np.ndarray, " N"]:
+    """The labels of a picture of samples: every class (of the first ten) so many times."""
+    return np.tile(np.arange(min(num_classes, MOST_CLASSES), dtype=np.int32), samples_per_class)
+
+
+def save_samples(
+    folder: StageFolder, images: Float[np.ndarray, "N H W C"], names: Sequence[str], step: int
+) -> None:
+    """Write images as a picture with a column for each name, of a class or a caption."""
+    title = f"Samples after {step} steps"
+    grid = labelled_grid(
+        np.nan_to_num(images, nan=-1.0), len(names), title=title, column_labels=names, scale=2
+    )
+    save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
 
 
 def explain_divergence(step: int, metrics: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,13 +21,34 @@ from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
 from jaxldm.training.classifier import build_classifier, train_classifier
 from jaxldm.training.diffusion import build_denoiser, train_diffusion
 from jaxldm.training.hold import HeldFolder
+from jaxldm.training.masked_tokens import build_masked_model, train_masked_tokens
 from jaxldm.training.mesh import make_mesh
-from jaxldm.training.recipes import Recipe
+from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
 from jaxldm.training.stages import Context, make_optimizer
 
 SKIPPED_FILE = "skipped-pictures.jsonl"  # of a folder of pictures, in the run folder
-_TRAIN = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "classifier": train_classifier}
+
+
+class Task(NamedTuple):
+    """What one stage of a recipe trains.
+
+    Attributes:
+        build: (recipe, image shape, number of classes) -> the network. Raises `UnknownNameError` and
+            `InvalidArgumentError` for whatever would fail later; computes nothing.
+        train: (context) trains it and writes it into the run folder.
+    """
+
+    build: Callable[[Recipe, tuple[int, int, int], int], nn.Module]
+    train: Callable[[Context], None]
+
+
+TASKS = {
+    "autoencoder": Task(lambda recipe, shape, classes: build_autoencoder(recipe, shape), train_autoencoder),
+    "diffusion": Task(build_denoiser, train_diffusion),
+    "masked_tokens": Task(build_masked_model, train_masked_tokens),
+    "classifier": Task(build_classifier, train_classifier),
+}
 
 
 def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
@@ -35,29 +57,27 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
     Raises:
         UnknownNameError, InvalidArgumentError: for whatever would fail later, before anything is written.
     """
-    shape = dataset.image_shape
     if recipe.text is not None and dataset.captions("train", 1) is None:
         raise DataError(
             f"the recipe {recipe.name} is trained on captions, and {dataset.name} has none: put a .txt file "
             "beside each picture, or take a recipe of classes such as mini-ldm"
         )
-    if recipe.autoencoder is not None:
-        build_autoencoder(recipe, shape)
-    _check_state_fits(recipe, build_denoiser(recipe, shape, dataset.num_classes), mesh)
-    if recipe.classifier is not None:
-        build_classifier(recipe, shape, dataset.num_classes)
+    for stage in stages_of(recipe):
+        module = TASKS[stage].build(recipe, dataset.image_shape, dataset.num_classes)
+        if stage == recipe.generator:
+            _check_state_fits(getattr(recipe, stage), module, mesh)
     num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
     for stage in stages_of(recipe):
         make_optimizer(getattr(recipe, stage), num_examples, mesh)
 
 
-def _check_state_fits(recipe: Recipe, denoiser: nn.Module, mesh: Mesh) -> None:
+def _check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> None:
     """Refuse a network whose parameters and Adam's two moments are more than the memory, in float32."""
-    count, device = models.count_params(denoiser), mesh.devices.flat[0]
+    count, device = models.count_params(module), mesh.devices.flat[0]
     shares = 1 if device.platform == "cpu" else mesh.size  # an accelerator may hold a part of each
     check_fits(
-        4 * (4 if recipe.diffusion.ema_decay else 3) * count // shares,
-        f"training {recipe.diffusion.preset} with its {count:,} parameters needs",
+        4 * (4 if recipe.ema_decay else 3) * count // shares,
+        f"training {recipe.preset} with its {count:,} parameters needs",
         device=device,
         fix="take a smaller preset",
     )
@@ -143,6 +163,6 @@ def train(
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")
         for stage in unfinished:
-            _TRAIN[stage](context)
+            TASKS[stage].train(context)
             held.check()
     return run

@@ -161,18 +161,24 @@ def chain():
     return joint
 
 
-def test_one_token_a_step_in_random_order_draws_from_the_joint_distribution():
-    joint, length, values, batch = chain(), 4, 3, 40_000
+def exact_conditionals(joint):
+    """tokens [B, 4] -> log p(token | all known tokens) [B, 4, 3], exactly."""
+    length, values = joint.ndim, joint.shape[0]
     states = jnp.asarray(list(itertools.product(range(values), repeat=length)))  # [81, 4]
     table = jnp.asarray(joint.reshape(-1), jnp.float32)
 
     def conditionals(tokens):
-        """log p(token | all known tokens) [B, 4, 3], exactly."""
         agrees = ((tokens[:, None] == states[None]) | (tokens[:, None] == values)).all(-1)
         weight = jnp.where(agrees, table[None], 0)
         is_value = (states[:, :, None] == jnp.arange(values)[None, None]).astype(jnp.float32)
         return jnp.log(jnp.einsum("bs,slv->blv", weight, is_value) + 1e-30)
 
+    return conditionals
+
+
+def test_one_token_a_step_in_random_order_draws_from_the_joint_distribution():
+    joint, length, values, batch = chain(), 4, 3, 40_000
+    conditionals = exact_conditionals(joint)
     # A temperature far above the confidences makes the order random.
     one_each = D.make_unmasking(length, "linear", temperature=1e4, max_steps=length)
     all_at_once = D.make_unmasking(1, max_steps=length)
@@ -195,6 +201,41 @@ def test_one_token_a_step_in_random_order_draws_from_the_joint_distribution():
     # All at once draws each token from its own marginal: another distribution, which this test must see.
     value, freedom = chi_square(all_at_once)
     assert value > 20 * freedom
+
+
+def test_the_loss_at_the_true_conditionals_is_their_entropy():
+    """H(token | seen) by enumeration; its sum over the numbers of seen tokens is the joint's entropy."""
+    joint, length, values = chain(), 4, 3
+    conditionals = jax.jit(exact_conditionals(joint))
+    states = np.array(list(itertools.product(range(values), repeat=length)))
+    entropies = []  # of one masked token, the mean over all ways to mask k of them
+    for count in range(1, length + 1):
+        of_ways = []
+        for places in itertools.combinations(range(length), count):
+            seen = states.copy()
+            seen[:, places] = values
+            log_p = np.asarray(conditionals(seen) - jax.nn.logsumexp(conditionals(seen), -1, keepdims=True))
+            own = np.take_along_axis(log_p, states[..., None], -1)[..., 0]
+            of_ways.append(-(joint.reshape(-1)[:, None] * own)[:, list(places)].sum() / count)
+        entropies.append(np.mean(of_ways))
+    of_joint = -(joint * np.log(joint)).sum()
+    assert np.sum(entropies) == pytest.approx(of_joint, rel=1e-5)  # the chain rule, mean over all orders
+
+    # ceil(N cos(pi r / 2)) = k for r between 2 / pi arccos(k / N) and 2 / pi arccos((k - 1) / N).
+    edges = 2 / np.pi * np.arccos(np.arange(length + 1) / length)
+    share = -np.diff(edges) * np.arange(1, length + 1)
+    tokens = jax.random.categorical(
+        KEY, jnp.log(jnp.asarray(joint.reshape(-1), jnp.float32)), shape=(20_000,)
+    )
+    loss, metrics = D.masked_token_loss(
+        KEY,
+        lambda tokens, _: conditionals(tokens),
+        jnp.asarray(states)[tokens],
+        mask_token=values,
+        label_smoothing=0.0,
+    )
+    assert float(loss) == pytest.approx((share * entropies).sum() / share.sum(), rel=0.02)
+    assert float(metrics["cross_entropy"]) == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_an_image_depends_on_its_own_key_and_nothing_compiles_again():

@@ -11,7 +11,15 @@ from jaxldm import data, models, schedulers, training
 from jaxldm.training.autoencoder import build_autoencoder
 from jaxldm.training.classifier import build_classifier
 from jaxldm.training.diffusion import build_denoiser
-from jaxldm.training.runs import FORMAT, RunFolder, save_autoencoder, save_classifier, save_denoiser
+from jaxldm.training.masked_tokens import build_masked_model
+from jaxldm.training.runs import (
+    FORMAT,
+    MASKGIT_CLASS,
+    RunFolder,
+    save_autoencoder,
+    save_classifier,
+    save_denoiser,
+)
 
 SHAPE, CLASSES = (28, 28, 1), 10
 
@@ -40,13 +48,14 @@ def random_run(tmp_path, monkeypatch):
 
     def make(name):
         recipe, folder = training.RECIPES[name], tmp_path / name
+        build = build_denoiser if recipe.masked_tokens is None else build_masked_model
         modules = {
-            "diffusion": build_denoiser(recipe, SHAPE, CLASSES),
+            "diffusion": build(recipe, SHAPE, CLASSES),
             "classifier": build_classifier(recipe, SHAPE, CLASSES),
         }
         if recipe.autoencoder is not None:
             modules["autoencoder"] = build_autoencoder(recipe, SHAPE)
-        run, prediction = RunFolder(folder), recipe.diffusion.prediction
+        run = RunFolder(folder)
         numbered = {
             stage: (module, random_params(module, seed))
             for seed, (stage, module) in enumerate(modules.items())
@@ -54,7 +63,11 @@ def random_run(tmp_path, monkeypatch):
         folder.mkdir()
         if "autoencoder" in numbered:
             save_autoencoder(run, *numbered["autoencoder"])
-        save_denoiser(run, *numbered["diffusion"], schedulers.to_config(prediction))
+        if recipe.masked_tokens is None:
+            save_denoiser(run, *numbered["diffusion"], schedulers.to_config(recipe.diffusion.prediction))
+        else:
+            scheduler = schedulers.masked_tokens_config(modules["diffusion"].config.mask_token)
+            save_denoiser(run, *numbered["diffusion"], scheduler, class_name=MASKGIT_CLASS)
         save_classifier(run, *numbered["classifier"])
         data = {"name": "mnist5k", "image_shape": SHAPE, "class_names": [str(k) for k in range(CLASSES)]}
         config = {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": {}}

@@ -1,5 +1,6 @@
 """The exercises of lecture 43 run to their end with tiny settings; each checks what it shows by itself."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,13 +14,14 @@ from PIL import Image
 from experiments.lecture43 import (
     e1_e2_e3_shapes,
     e4_dpmpp_on_dit,
+    e5_masked_images,
     e6_dit_against_unet,
     e7_prompts,
     e8_self_test,
     e10_interpolants,
     small_models,
 )
-from jaxldm import data, metrics, models
+from jaxldm import data, metrics, models, training
 from jaxldm.errors import DataError, InvalidArgumentError
 
 
@@ -45,6 +47,32 @@ def test_dpmpp_on_dit(random_run, tmp_path, capsys):
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"experiments\.lecture43\.tiny_dit"):
         e4_dpmpp_on_dit.main(e4_dpmpp_on_dit.DPMppOnDiT(tmp_path / "missing"))
+
+
+def test_masked_images(random_run, tmp_path, capsys, monkeypatch):
+    """On random networks, whose training is taken for done."""
+    runs = {name: training.RunFolder(random_run(f"smoke-{name}")) for name in ("masked", "dit")}
+    for run, stage in zip(runs.values(), ("masked_tokens", "diffusion"), strict=True):
+        run.stage(stage).path.mkdir()
+        columns = "epoch,step,loss,grad_norm,learning_rate,seconds"
+        run.stage(stage).log.write_text(f"{columns}\n1,1,2.0,1.0,0.001,0.5\n1,2,1.0,1.0,0.001,1.5\n")
+    monkeypatch.setattr(e5_masked_images, "train", lambda options: runs)
+    every = e5_masked_images.rows_of(e5_masked_images.MaskedImages(slow_steps=101))
+    few = [dataclasses.replace(row, steps=row.steps if row.steps > 100 else row.steps // 3) for row in every]
+    monkeypatch.setattr(e5_masked_images, "rows_of", lambda options: [few[0], few[1], few[6]])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "masked").mkdir()  # the runs lie where the results are written
+    options = e5_masked_images.MaskedImages(out, num_images=20, timed_images=10)
+    e5_masked_images.main(options)
+    shown, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert "| masked tokens | 2 | 4 |" in shown and "| Tiny DiT, DDPM | 3 | 101 |" in shown
+    assert results["trained"]["masked"]["updates"] == 2 and len(every) == 7
+    assert [row["images_per_call"] for row in results["rows"]] == [10, 20, 20]
+    assert "accuracy" not in results["rows"][-1] and 0 <= results["rows"][0]["accuracy"] <= 1
+    text = (out / "results.md").read_text()
+    assert text.count("| masked tokens |") == 2 and "| real test digits |" in text
+    assert (out / "digits.png").stat().st_size > 0 and (out / "masked").is_dir()
 
 
 def test_self_test(capsys):

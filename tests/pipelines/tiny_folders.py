@@ -3,7 +3,7 @@
 import json
 
 from jaxldm.training import RECIPES
-from jaxldm.training.runs import FORMAT, RunFolder, save_autoencoder, save_denoiser
+from jaxldm.training.runs import FORMAT, MASKGIT_CLASS, RunFolder, save_autoencoder, save_denoiser
 
 
 def write_run(folder, pipe, *, finished=True):
@@ -18,4 +18,22 @@ def write_run(folder, pipe, *, finished=True):
     if finished:
         denoiser = pipe.denoiser
         save_denoiser(RunFolder(folder), denoiser.module, denoiser.params, pipe.parts["scheduler"])
+    return folder
+
+
+def write_masked_run(folder, pipe):
+    """A finished run folder of the recipe smoke-masked around a pipeline of masked tokens."""
+    folder.mkdir(parents=True)
+    data = {
+        "name": "mnist5k",
+        "image_shape": list(pipe.image_shape()),
+        "class_names": [str(label) for label in range(pipe.num_classes)],
+    }
+    recipe = RECIPES["smoke-masked"].to_dict()
+    entries = {"format": FORMAT, "recipe": recipe, "data": data, "versions": {"jaxldm": "0.2.0"}}
+    (folder / "config.json").write_text(json.dumps(entries))
+    network = pipe.transformer
+    save_denoiser(
+        RunFolder(folder), network.module, network.params, pipe.parts["scheduler"], class_name=MASKGIT_CLASS
+    )
     return folder

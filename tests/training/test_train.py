@@ -17,32 +17,25 @@ from PIL import Image
 from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
-from jaxldm.training import RECIPES, Recipe, create_train_state, make_mesh, optimizer, read_log, train
+from jaxldm.training import (
+    RECIPES,
+    Recipe,
+    create_train_state,
+    make_mesh,
+    optimizer,
+    read_log,
+    stages_of,
+    train,
+)
 from jaxldm.training import diffusion as diffusion_stage
 from jaxldm.training.diffusion import build_denoiser, latent_columns, latent_shape, make_loss
 from jaxldm.training.mesh import batch_sharding, bytes_per_device, state_shardings
-from jaxldm.training.runs import STAGES
 from jaxldm.training.stages import Context
 from jaxldm.training.step import compile_train_step, make_train_step
 from jaxldm.training.store import TrainingStore
 
 SMOKE = RECIPES["smoke"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The second run of the same recipe finds the programs of the first on disk."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def straight(tmp_path_factory):
 
 def test_every_stage_leaves_its_model_log_and_pictures(straight):
     run, _ = straight
-    for stage in STAGES:
+    for stage in stages_of(SMOKE):
         folder = run.stage(stage)
         assert (
             folder.complete
@@ -151,7 +144,7 @@ def test_interruptions_change_no_bit_of_the_result(straight, tmp_path):
             train(SMOKE, run_dir, resume=number > 0, devices=1, log=say_and_stop(at))
     run = train(SMOKE, run_dir, resume=True, devices=1, log=said.append)
     assert sum(line.startswith("stopped after step") for line in said) == 3
-    for stage in STAGES:
+    for stage in stages_of(SMOKE):
         ours, theirs = run.stage(stage), straight[0].stage(stage)
         logs = [read_log(folder.log) for folder in (ours, theirs)]
         for log in logs:

@@ -11,6 +11,7 @@ from jaxldm.pipelines.families.amused import AMUSED
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
 from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
 from jaxldm.pipelines.families.flux import FLUX
+from jaxldm.pipelines.families.maskgit import MASKGIT
 from jaxldm.pipelines.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
@@ -20,7 +21,7 @@ from jaxldm.pipelines.families.z_image import Z_IMAGE
 from jaxldm.pipelines.family import Family
 
 # Class-to-image families, which `jaxldm sample` draws from labels.
-OF_CLASSES: tuple[Family, ...] = (CLASS_TO_IMAGE, DIT)
+OF_CLASSES: tuple[Family, ...] = (CLASS_TO_IMAGE, DIT, MASKGIT)
 # A new family adds one line.
 FAMILIES: tuple[Family, ...] = (
     *OF_CLASSES,

@@ -8,32 +8,28 @@ and inpainting are one call. `latents=` and `output="latents"` are tokens, int32
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
-from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.data.pictures import shrink_masks
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import floor_product
 from jaxldm.models.config import height_width
-from jaxldm.pipelines.call import Call, Defaults, ImageKeys, Request
+from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.family import Family, Folder
-from jaxldm.pipelines.generate import STEPS_AT_ONCE
 from jaxldm.pipelines.inputs import (
     Inputs,
     Latents,
     LatentSpec,
     Size,
-    check_count,
     check_rows,
     read_inputs,
     repeated,
@@ -42,50 +38,15 @@ from jaxldm.pipelines.latents import in_batches, over_images, scale_factor
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
-
-SCHEDULER = "AmusedScheduler"
-TEMPERATURE = (2.0, 0.0)
-
-
-class InitialTokens(NamedTuple):
-    """Where N images start.
-
-    Attributes:
-        tokens: [N, h, w], the mask token where nothing is known.
-        total: [N], the number of tokens that the steps' fractions are parts of.
-        by_chance: the part of the tokens that is masked by chance before the first step is the unmasking's.
-    """
-
-    tokens: Int[np.ndarray, "N h w"]
-    total: Int[np.ndarray, " N"]
-    by_chance: bool = False
-
-
-class PerCall(NamedTuple):
-    """What all images of a call share. All of it is data to the compiled function."""
-
-    unmasking: D.Unmasking
-    masked_by_chance: Float[Any, ""]
-    guidance_scale: Float[Any, ""]
-    on_step: D.Listener | None = None
-    progress: D.Listener | None = None
-
-
-class PerImage(NamedTuple):
-    """What each of N images has of its own: its key's numbers, and the rest as in `InitialTokens`."""
-
-    key: UInt32[Any, "N 2"]
-    tokens: Int[Any, "N h w"]
-    total: Int[Any, " N"]
-    cond: dict[str, Any]
-    uncond: dict[str, Any] | None
-
-
-class Compiled(NamedTuple):
-    """What is compiled into the token loop, besides shapes: another value of it compiles again."""
-
-    mask_token: int
-    key_impl: Any
+from jaxldm.pipelines.tokens import (
+    TEMPERATURE,
+    InitialTokens,
+    as_tokens,
+    check_mask_token,
+    mask_token,
+    unmask_tokens,
+    unmasking,
+)
 
 
 def encode(
@@ -123,32 +84,13 @@ def encode(
     return request.both(condition)
 
 
-def unmasking(pipe: Pipeline, call: Call, size: Size) -> D.Unmasking:
-    """The steps of a call, padded."""
-    schedule = call.own.get("mask_schedule") or _schedule(pipe, call.mask_image is not None)
-    steps = (
-        pipe.defaults.num_inference_steps if call.num_inference_steps is None else call.num_inference_steps
-    )
-    padded = -(-check_count(steps, "num_inference_steps") // STEPS_AT_ONCE) * STEPS_AT_ONCE
-    strength = 1.0 if call.strength is None else call.strength
-    return D.make_unmasking(steps, schedule, call.own.get("temperature", TEMPERATURE), padded, strength)
-
-
-def _schedule(pipe: Pipeline, with_mask: bool = False) -> str:
-    """The folder's mask schedule; the published pipeline for inpainting has its own."""
-    name = pipe.scheduler.get("masking_schedule", "cosine")
-    if name not in D.MASK_SCHEDULES:
-        raise CheckpointError(f"scheduler_config.json has masking_schedule {name!r}, which is not known")
-    return "linear" if with_mask else name
-
-
 def token_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
     """The size, the image and mask in pixels, and the tokens that a call starts from."""
     spec, tokens, height, width = pipe.latent_spec, call.latents, call.height, call.width
     if tokens is not None:
         if call.image is not None:
             raise InvalidArgumentError("image and latents are both a start: give one of them")
-        tokens = _as_tokens(pipe, tokens)
+        tokens = as_tokens(pipe, tokens)
         check_rows(tokens, num_images, "latents")
         given = tuple(n * int(spec.factor) for n in tokens.shape[1:])
         height, width = given[0] if height is None else height, given[1] if width is None else width
@@ -162,21 +104,6 @@ def token_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
         given, wanted = ("x".join(map(str, sides)) for sides in (tokens.shape[1:], shape))
         raise InvalidArgumentError(f"latents are {given} tokens, {wanted} are needed")
     return inputs._replace(latents=tokens)
-
-
-def _as_tokens(pipe: Pipeline, tokens: Any) -> Int[np.ndarray, "N h w"]:
-    tokens, vocabulary = np.asarray(tokens), pipe.transformer.config.vocab_size
-    tokens = tokens[None] if tokens.ndim == 2 else tokens
-    if tokens.ndim != 3 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
-        raise InvalidArgumentError(
-            f"latents are tokens here: whole numbers [N, h, w], not {tokens.dtype} {list(tokens.shape)}"
-        )
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise InvalidArgumentError(
-            f"latents hold tokens from {tokens.min()} to {tokens.max()}; this model knows 0 to "
-            f"{vocabulary - 1}, the mask token is {mask_token(pipe)}"
-        )
-    return tokens.astype(np.int32)
 
 
 def initial_tokens(pipe: Pipeline, call: Call, inputs: Inputs, num_images: int) -> InitialTokens:
@@ -193,63 +120,6 @@ def initial_tokens(pipe: Pipeline, call: Call, inputs: Inputs, num_images: int) 
         white = shrink_masks(repeated(inputs.mask, num_images), int(pipe.latent_spec.factor))
         tokens = np.where(white[..., 0] > 0, np.int32(mask), tokens)
     return InitialTokens(tokens, (tokens == mask).sum((1, 2), dtype=np.int32))
-
-
-def unmask_tokens(
-    pipe: Pipeline,
-    call: Call,
-    unmasking: D.Unmasking,
-    guidance_scale: float,
-    keys: ImageKeys,
-    condition: tuple[dict[str, Any], dict[str, Any] | None],
-    start: InitialTokens,
-    latent_shape: tuple[int, int, int],
-) -> tuple[Int[np.ndarray, "N h w"], None]:
-    """The tokens of a call, in batches of one fixed size, split over the devices."""
-    by_chance = unmasking.start if start.by_chance else np.float32(0)
-    if call.compile_only:
-        unmasking = unmasking._replace(num_steps=np.int32(0))
-    per_image = PerImage(keys.data, start.tokens, start.total, *condition)
-    compiled = Compiled(mask_token(pipe), keys.impl)
-
-    def run(shared: Any, batch: PerImage, mesh: Mesh) -> Any:
-        return _unmask(shared, batch, compiled=compiled, mesh=mesh)
-
-    with contextlib.ExitStack() as stack:
-        listeners = [
-            None if function is None else stack.enter_context(D.listening(function))
-            for function in (call.on_step, call.progress)
-        ]
-        per_call = PerCall(unmasking, by_chance, np.float32(guidance_scale), *listeners)
-        shared = (pipe.transformer, per_call)
-        return in_batches(run, shared, per_image, call.batch_size, call.devices, call.in_flight), None
-
-
-@functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
-def _unmask(shared: Any, per_image: PerImage, *, compiled: Compiled, mesh: Mesh) -> Int[Array, "N h w"]:
-    def on_one_device(shared, per_image):
-        return unmask(*shared, per_image=per_image, compiled=compiled)
-
-    return over_images(on_one_device, mesh)(shared, per_image)
-
-
-def unmask(
-    transformer: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled
-) -> Int[Array, "N h w"]:
-    """The tokens of N images. Pure; jit it."""
-    keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
-
-    def network(tokens, condition):
-        return transformer(tokens, **condition)
-
-    if per_image.uncond is None:
-        logits = functools.partial(network, condition=per_image.cond)
-    else:
-        branches = (per_image.cond, per_image.uncond)
-        logits = D.guided_logits(network, *branches, per_call.guidance_scale, cond_only_at_1=False)
-    tokens = D.mask_by_chance(keys, per_image.tokens, per_call.masked_by_chance, compiled.mask_token)
-    more = {"total": per_image.total, "callback": per_call.on_step, "progress": per_call.progress}
-    return D.sample_tokens(keys, logits, tokens, per_call.unmasking, mask_token=compiled.mask_token, **more)
 
 
 def decode(pipe: Pipeline, tokens: Int[Any, "N h w"], **options: Any) -> Float[np.ndarray, "N H W C"]:
@@ -285,11 +155,6 @@ def _encode(vqvae: Network, images: Float[Array, "N H W C"]) -> Int[Array, "N h 
     return models.encode_indices(cast(Any, vqvae.module), vqvae.params, (images + 1) / 2)
 
 
-def mask_token(pipe: Pipeline) -> int:
-    """The id that stands for "unknown"."""
-    return int(pipe.scheduler["mask_token_id"])
-
-
 def latent_spec(pipe: Pipeline) -> LatentSpec:
     """Tokens; in the model for 512 pixels the transformer halves them once more."""
     factor, config = scale_factor(pipe.vqvae), pipe.transformer.config
@@ -310,14 +175,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
 def check(pipe: Pipeline) -> None:
     """Raise `CheckpointError` where the parts are of different models."""
     config = pipe.transformer.config
-    kind = pipe.scheduler.get("_class_name")
-    if kind != SCHEDULER or "mask_token_id" not in pipe.scheduler:
-        raise CheckpointError(f"its scheduler is a {kind}; an {SCHEDULER} with a mask_token_id is needed")
-    _schedule(pipe)
-    if not 0 <= mask_token(pipe) < config.vocab_size:
-        raise CheckpointError(
-            f"its scheduler's mask is token {mask_token(pipe)}, its transformer knows {config.vocab_size}"
-        )
+    check_mask_token(pipe)
     text, entries = pipe.text_encoder.config, pipe.vqvae.config.num_vq_embeddings
     for what, width, wanted in (
         ("text encoder gives states", text.hidden_size, config.encoder_hidden_size),

@@ -27,8 +27,8 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.family import Family, Folder
-from jaxldm.pipelines.generate import generate, grid, num_callbacks, read_scheduler
-from jaxldm.pipelines.inputs import LatentSpec, Size
+from jaxldm.pipelines.generate import generate, grid, num_callbacks, read_call_inputs, read_scheduler
+from jaxldm.pipelines.inputs import Inputs, LatentSpec, Size
 from jaxldm.pipelines.labels import checked_labels, cycle_labels
 from jaxldm.pipelines.latents import scale_factor
 from jaxldm.pipelines.network import Network
@@ -111,8 +111,6 @@ def draw_classes(
         negatives = np.resize(checked_labels(pipe, negative_labels, "negative labels"), count)
     batches = {"batch_size": pipe.images_per_device, "in_flight": batch_size}
     batches["devices"] = jax.local_devices() if devices is None and pipe.mesh is None else devices
-    _check_guided_channels(pipe)
-    _check_latents(pipe, options.get("latents"), count)
     return generate(pipe, key, cast(Any, labels), cast(Any, negatives), **batches, **options)
 
 
@@ -122,6 +120,13 @@ def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, 
         return {}, {}
     null = np.full_like(request.prompts, pipe.num_classes)
     return {"labels": request.prompts}, {"labels": null if request.negatives is None else request.negatives}
+
+
+def read_latents(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
+    """The noise of a call, one for each image."""
+    _check_guided_channels(pipe)
+    _check_latents(pipe, call.latents, num_images)
+    return read_call_inputs(pipe, call, num_images)
 
 
 def latent_spec(pipe: Pipeline) -> LatentSpec:
@@ -288,9 +293,16 @@ def read_options(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
 
 def write_options(pipe: Pipeline) -> dict[str, Any]:
     """The inverse of `read_options`: names of the classes, and options that are not the usual ones."""
-    usual = OPTIONS | (OF_LARGE_MODELS if class_name(pipe) == DIT_CLASS else {})
+    usual = OPTIONS | OF_LARGE_MODELS if class_name(pipe) == DIT_CLASS else OPTIONS
+    return options_to_write(pipe, usual)
+
+
+def options_to_write(pipe: Pipeline, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of model_index.json for the options that differ from the usual ones, and `id2label`."""
     entries = {
-        entry: pipe.options[name] for name, entry in _ENTRIES.items() if pipe.options[name] != usual[name]
+        entry: pipe.options[name]
+        for name, entry in _ENTRIES.items()
+        if name in usual and pipe.options[name] != usual[name]
     }
     names = {str(label): name for label, name in enumerate(pipe.class_names)}
     return entries | ({"id2label": names} if names else {})
@@ -316,6 +328,7 @@ CLASS_TO_IMAGE = Family(
     is_guidance_distilled=lambda pipe: False,
     check_guidance=check_guidance,
     read_prompts=lambda labels, negatives: (labels, negatives),
+    read_inputs=read_latents,
     call=draw_classes,
     num_callbacks=count_callbacks,
     unused=("num_images_per_prompt", "true_cfg_scale", "height", "width", "image", "strength", "mask_image"),
