@@ -61,6 +61,11 @@ def load_subject(options: Any) -> Subject:
     if kind != "run" and options.inception is not None:
         raise InvalidArgumentError("--inception measures the checkpoints of a run: leave it out")
     pipe = pipelines.load(options.folder)
+    if "mask_token" in pipe.family.methods:
+        raise InvalidArgumentError(
+            f"{options.folder} unmasks tokens, and what is shown here is of models that remove noise: look "
+            "at it with jaxldm info or jaxldm sample"
+        )
     if kind == "run":
         return _of_run(options, pipe)
     return _of_text(options, pipe) if kind == "text-to-image" else _of_classes(options, pipe)

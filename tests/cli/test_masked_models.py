@@ -42,6 +42,10 @@ def test_info_and_export(folder, capsys, tmp_path):
     assert code == 0 and "the same, bit for bit" in out
 
 
+def test_inspect_says_that_it_is_not_for_tokens(folder, capsys, tmp_path):
+    assert "unmasks tokens" in complaint(capsys, "inspect", folder, "--output-dir", tmp_path / "out")
+
+
 def test_sample(folder, capsys, tmp_path):
     words = ["sample", folder, "--class-labels", 3, 7, "--num-images", 4, "--quiet"]
     words += ["--output-dir", tmp_path / "out"]

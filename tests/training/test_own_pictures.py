@@ -35,7 +35,8 @@ def contexts(monkeypatch):
     """The contexts that the stages of a run are given; nothing is trained."""
     given = []
     module = sys.modules["jaxldm.training.train"]  # the package has a function of that name
-    monkeypatch.setitem(module._TRAIN, "diffusion", given.append)
+    task = module.TASKS["diffusion"]._replace(train=given.append)
+    monkeypatch.setitem(module.TASKS, "diffusion", task)
     return given
 
 
