@@ -20,9 +20,9 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.timing import cores, machine
+from experiments.figures import save_results
 from jaxldm import models
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
 
 NETWORKS = ("flux-dev", "sd3-medium", "sd35-large", "dit-xl-2")
 # The fields that say how many blocks a network has.
@@ -103,11 +103,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def write(options: CompileTime, setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """compile_time.md and compile_time.json."""
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table(rows)}\n"
-    write_atomically(options.output_dir / "compile_time.md", text.encode())
     figures = json.dumps({**setting, "rows": rows}, indent=1)
-    write_atomically(options.output_dir / "compile_time.json", figures.encode())
+    save_results(options.output_dir, {"compile_time.md": text, "compile_time.json": figures})
 
 
 def main(options: CompileTime) -> None:

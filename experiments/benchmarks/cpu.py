@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from experiments.benchmarks import pairs
 from experiments.benchmarks.pairs import BETA, GUIDANCE_SCALE, LEARNING_RATE, MAX_GRAD_NORM, NUM_CLASSES, Pair
 from experiments.benchmarks.timing import Run, cells, installed, machine, measure_row
+from experiments.figures import save_results
 from jaxldm import diffusion as D
 from jaxldm import host, models, training
 from jaxldm.commands.terminal import run_script
@@ -194,13 +195,10 @@ def main(options: Cpu) -> None:
         if options.quick:
             pair = dataclasses.replace(pair, batch_size=8, num_images=8)
         rows.extend(measure_pair(pair, options, theirs))
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     table = "\n".join([HEAD, *(as_line(row) for row in rows)])
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table}\n"
-    (options.output_dir / "cpu.md").write_text(text, encoding="utf-8")
-    (options.output_dir / "cpu.json").write_text(
-        json.dumps({**setting, "rows": rows}, indent=1), encoding="utf-8"
-    )
+    figures = json.dumps({**setting, "rows": rows}, indent=1)
+    save_results(options.output_dir, {"cpu.md": text, "cpu.json": figures})
     print(f"\nwritten to {options.output_dir}/cpu.md and cpu.json")
 
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.timing import Run, machine, measure_row, turns
+from experiments.figures import save_results
 from jaxldm import diffusion as D
 from jaxldm import host, models
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
 
 PATH = D.VP(D.linear_betas())
 # All that call the network once a step; a test counts it. `euler` and `dpmpp_1s` are `ddim`.
@@ -238,8 +238,8 @@ def main(options: Fold) -> None:
         ]
         parts += ["Compile time of `sample`:", compile_table(rows["compilations"], options.compiled_steps)]
         figures = {**setting, "work": work, **rows}
-        write_atomically(options.output_dir / "fold.md", ("\n\n".join(parts) + "\n").encode())
-        write_atomically(options.output_dir / "fold.json", json.dumps(figures, indent=1).encode())
+        contents = {"fold.md": "\n\n".join(parts) + "\n", "fold.json": json.dumps(figures, indent=1)}
+        save_results(options.output_dir, contents)
 
     measure_added(options, keep)
     for name in options.networks:

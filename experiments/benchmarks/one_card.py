@@ -28,9 +28,9 @@ from typing import Any
 
 from experiments.benchmarks.card_report import report
 from experiments.benchmarks.card_rows import ROWS, VARIANTS, Unit, expected_seconds, fits, units
+from experiments.figures import save_results
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 RESERVE = 4.0  # seconds for the last table
@@ -245,8 +245,7 @@ def main(options: OneCard) -> None:
         def done(records: list[dict[str, Any]]) -> None:
             text = report(setting, records)
             figures = json.dumps({**setting, "records": records}, indent=1)
-            write_atomically(options.output_dir / f"{name}.json", figures.encode())
-            write_atomically(options.output_dir / f"{name}.md", text.encode())
+            save_results(options.output_dir, {f"{name}.json": figures, f"{name}.md": text})
             last = {key: value for key, value in records[-1].items() if key != "lines"}
             print(json.dumps(last), flush=True)
 

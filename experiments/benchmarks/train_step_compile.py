@@ -25,9 +25,9 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.timing import cores, machine
+from experiments.figures import save_results
 from jaxldm import models, training
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
 from jaxldm.training.diffusion import build_denoiser, latent_shape, make_loss
 
 IMAGE_SHAPE, NUM_CLASSES = (28, 28, 1), 10
@@ -149,11 +149,9 @@ def main(options: TrainStepCompile) -> None:
             rows.append({"recipe": name, "arrays": arrays, "optimizer": variant, "seconds": by_kind})
     print(table(rows))
     setting = machine("train_step_compile.py", {"optax": optax.__version__}) | {"cores": cores()}
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table(rows)}\n"
-    write_atomically(options.output_dir / "train_step_compile.md", text.encode())
     figures = json.dumps({**setting, "rows": rows}, indent=1)
-    write_atomically(options.output_dir / "train_step_compile.json", figures.encode())
+    save_results(options.output_dir, {"train_step_compile.md": text, "train_step_compile.json": figures})
 
 
 if __name__ == "__main__":

@@ -29,11 +29,10 @@ import jax.numpy as jnp
 
 from experiments.benchmarks import timing
 from experiments.choosing_a_model import families
-from experiments.results import markdown
+from experiments.figures import read_result, save_results
 from jaxldm import host, models
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
-from jaxldm.files import write_atomically
 
 QUICK = ("tiny-dit", "mini-unet", "mini-autoencoder, 28 pixels")
 LARGE = 1e11  # multiply-accumulates of networks whose rate stands for those that are not run
@@ -190,13 +189,17 @@ def number(value: float | None, unit: float = 1.0) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def main(options: Measure) -> None:
     names = options.parts or (QUICK if options.quick else tuple(families.PARTS))
     for name in names:
         one_of("part", name, families.PARTS)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    path = options.output_dir / "models.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = json.loads(read_result(options.output_dir / "models.json") or '{"rows": []}')["rows"]
     rows = {(row["part"], row["dtype"]): row for row in kept}
     versions = timing.machine("", {})["versions"]
     where = timing.machine("", {})["processor"] + f", {timing.cores()} core(s)"
@@ -207,8 +210,7 @@ def main(options: Measure) -> None:
             print(name, dtype, f"{number(row.get('seconds'))} s", row.get("not_run", ""), flush=True)
             text = report(rows)
             content = json.dumps({"rows": list(rows.values())}, indent=1)
-            write_atomically(path, content.encode())
-            write_atomically(options.output_dir / "models.md", text.encode())
+            save_results(options.output_dir, {"models.json": content, "models.md": text})
     print(f"\n{text}\n{where}; models.json and models.md: {options.output_dir}")
 
 

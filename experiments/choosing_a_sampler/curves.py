@@ -14,7 +14,6 @@ import numpy as np
 
 from experiments.figures import save_figure
 from jaxldm import diffusion as D
-from jaxldm.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 # `euler` and `dpmpp_1s` take the same step as `ddim`.
@@ -67,14 +66,14 @@ def make_grid(path: D.Path, steps: int, spacing: str, max_steps: int) -> D.Grid:
 Row = dict[str, Any]
 
 
-def write_results(path: Path, rows: Sequence[Row]) -> None:
+def as_csv(rows: Sequence[Row]) -> str:
     """Rows with the same columns as a CSV file; numbers with four digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()})
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue()
 
 
 def read_results(path: Path) -> list[Row]:

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.choosing_a_sampler import curves
+from experiments.figures import save_results
 from experiments.trained import load_classifier, load_dataset
 from jaxldm import diffusion as D
 from jaxldm import host, metrics, models, pipelines, training
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
+from jaxldm.files import finish_interrupted
 
 ALL = {**curves.DETERMINISTIC, **curves.STOCHASTIC}
 # Two runs of many steps that share neither solver nor spacing: the distance between them bounds what the
@@ -200,11 +201,12 @@ def main(options: Digits) -> None:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     model = Model(options)
+    finish_interrupted(options.output_dir)
     earlier = curves.read_results(path) if path.exists() else []
     for found in measure(options, model):  # what is done is kept if the run is stopped
         rows = merged(earlier, found)
-        curves.write_results(path, rows)
-        write_atomically(options.output_dir / "digits.md", markdown(options, rows).encode())
+        contents = {"digits.csv": curves.as_csv(rows), "digits.md": markdown(options, rows)}
+        save_results(options.output_dir, contents)
         plot(rows, [folder / "digits-solvers.png" for folder in folders])
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{minutes:.1f} minutes; digits.csv, digits.md and a picture: {options.output_dir}")

@@ -22,11 +22,11 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from experiments.choosing_a_sampler import curves
+from experiments.figures import save_results
 from jaxldm import diffusion as D
 from jaxldm import metrics
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.files import write_atomically
 from jaxldm.metrics.frechet import Gaussian
 
 # Four blobs on a plane; the class that is asked for is the last two.
@@ -240,10 +240,9 @@ def main(options: Mixture) -> None:
     stochastic = [row for betas in ("linear", "flow") for row in study.stochastic(betas)]
     floor = moment_error(exact_samples(options.num_samples, options.seed))
     plot(options, rows, stochastic, floor, folders)
-    curves.write_results(options.output_dir / "mixture.csv", rows)
-    curves.write_results(options.output_dir / "mixture-stochastic.csv", stochastic)
     text = markdown(options, rows, stochastic, floor)
-    write_atomically(options.output_dir / "mixture.md", text.encode())
+    tables = {"mixture.csv": curves.as_csv(rows), "mixture-stochastic.csv": curves.as_csv(stochastic)}
+    save_results(options.output_dir, tables | {"mixture.md": text})
     minutes = (time.perf_counter() - start) / 60
     print(f"{text}\n{minutes:.1f} minutes; mixture.csv, mixture.md and pictures: {options.output_dir}")
 

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.checks import Check, show
-from experiments.figures import save_figure
+from experiments.figures import figure_png, save_results
 from jaxldm import diffusion as D
 from jaxldm import metrics
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.metrics.pictures import png_bytes
 
 LEVELS = np.linspace(-0.95, 0.95, 20)
 TEXTURE = 0.05  # the standard deviation of each pixel around the picture's brightness
@@ -153,7 +154,6 @@ def save_pictures(options: ZeroTerminalSNR, brightness: dict, pictures: dict) ->
             title=f"{side} x {side} pixels", xlabel="brightness (data: even, -0.95 to 0.95)", ylabel="samples"
         )
     axes.legend()
-    save_figure(options.output_dir / "brightness.png", figure)
     side = options.sides[-1]
     kinds = [(target, way) for target in TARGETS for way in ("ordinary", "rescaled")]
     grid = metrics.labelled_grid(
@@ -163,7 +163,8 @@ def save_pictures(options: ZeroTerminalSNR, brightness: dict, pictures: dict) ->
         row_labels=[f"{target}, {way}" for target, way in kinds],
         scale=max(1, 32 // side),
     )
-    metrics.save_png(options.output_dir / "pictures.png", grid)
+    contents = {"brightness.png": figure_png(figure), "pictures.png": png_bytes(grid)}
+    save_results(options.output_dir, contents)
 
 
 def main(options: ZeroTerminalSNR) -> None:

@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.figures import save_figure
+from experiments.figures import figure_png, save_results
 from experiments.trained import load_classifier, load_dataset, load_latent_model
 from jaxldm import diffusion as D
 from jaxldm import metrics, models, pipelines
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
+from jaxldm.metrics.pictures import png_bytes
 
 METHODS = ("none", "rescale 0.7", "threshold", "interval")
 
@@ -145,8 +146,8 @@ def run(options: OverGuidance, pipe: pipelines.Pipeline) -> tuple[dict, np.ndarr
     return found, np.concatenate(pictures)
 
 
-def plot(path: Path, options: OverGuidance, found: dict) -> None:
-    """Contrast, ink, round trip and diversity against w, a line for each method."""
+def plot(options: OverGuidance, found: dict) -> bytes:
+    """A picture of contrast, ink, round trip and diversity against w, a line for each method."""
     from matplotlib.figure import Figure
 
     names = {
@@ -170,7 +171,7 @@ def plot(path: Path, options: OverGuidance, found: dict) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(title="method", fontsize=8)
-    save_figure(path, figure)
+    return figure_png(figure)
 
 
 def main(options: OverGuidance) -> None:
@@ -178,7 +179,7 @@ def main(options: OverGuidance) -> None:
     for method in options.methods:
         one_of("method", method, METHODS)
     found, pictures = run(options, pipe)
-    plot(options.output_dir / "over-guidance.png", options, found)
+    curves = plot(options, found)
     columns = min(pipe.num_classes, options.num_images)
     grid = metrics.labelled_grid(
         pictures,
@@ -187,7 +188,7 @@ def main(options: OverGuidance) -> None:
         column_labels=[str(label) for label in range(columns)],
         row_labels=[f"{method}, w = {w:g}" for method in options.methods for w in options.guidance_scales],
     )
-    metrics.save_png(options.output_dir / "digits.png", grid)
+    save_results(options.output_dir, {"over-guidance.png": curves, "digits.png": png_bytes(grid)})
     print(f"\nLook at {options.output_dir}/over-guidance.png and digits.png.")
 
 

@@ -25,11 +25,10 @@ import jax
 import numpy as np
 
 import jaxldm
-from experiments.figures import save_figure
+from experiments.figures import figure_png, save_results
 from experiments.trained import load_classifier, load_dataset
 from jaxldm import host, metrics, pipelines, training
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_together
 from jaxldm.metrics import health
 from jaxldm.training.runs import RunFolder
 
@@ -182,8 +181,8 @@ def report_text(options: MiniLDM, reports: dict[float, metrics.Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_scales(path: Path, reports: dict[float, metrics.Report]) -> None:
-    """Draws accuracy, Fréchet distance and diversity against the guidance scale."""
+def plot_scales(reports: dict[float, metrics.Report]) -> bytes:
+    """A picture of accuracy, Fréchet distance and diversity against the guidance scale."""
     from matplotlib.figure import Figure
 
     scales = list(reports)
@@ -200,7 +199,7 @@ def plot_scales(path: Path, reports: dict[float, metrics.Report]) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.suptitle("Guidance buys legible digits with variety")
-    save_figure(path, figure)
+    return figure_png(figure)
 
 
 def export(run: RunFolder) -> None:
@@ -227,8 +226,7 @@ def main(options: MiniLDM) -> None:
         "metrics.md": report_text(options, reports).encode(),
         "metrics.json": json.dumps(figures, indent=1).encode(),
     }
-    write_together(run.path, contents, contents.__contains__)
-    plot_scales(run.path / "guidance.png", reports)
+    save_results(run.path, contents | {"guidance.png": plot_scales(reports)})
     export(run)
     end = time.perf_counter()
     minutes = (trained - start) / 60, (end - trained) / 60

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +12,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jaxldm.errors import DataError
-from jaxldm.files import storage_errors
+from jaxldm.errors import DataError, JaxldmError
+from jaxldm.files import finish_interrupted, folder_written_whole
 from jaxldm.metrics.image_sets import ImageSet
 from jaxldm.metrics.resizing import inception_inputs
+from jaxldm.reading import check_regular, read_bytes, reading
 
 Layers = Mapping[str, Array]
+_SUM = ".sum"  # of a file with the checksum of the features of that name
 _VERSION = 1  # of what a network's features mean here: raise it with every change
 
 
@@ -95,15 +95,35 @@ def extract(
         StorageError: the folder cannot be written.
     """
     key = f"{_VERSION} {images.digest} {network.name} {network.variant} {network.sha256}"
-    place = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-    files = {layer: place / f"{layer}.npy" for layer in layers}
-    missing = [layer for layer, file in files.items() if not file.is_file()]
+    place = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:32]
+    finish_interrupted(place)
+    missing = [layer for layer in layers if not _is_whole(place, layer, images.count)]
     if missing:
-        with storage_errors(place):
-            place.mkdir(parents=True, exist_ok=True)
-            wanted = {layer: files[layer] for layer in missing}
-            _compute(images, network, wanted, batch_size, devices or jax.devices(), progress)
-    return {layer: np.load(file, mmap_mode="r") for layer, file in files.items()}
+        names = {f"{layer}{suffix}" for layer in missing for suffix in (".npy", _SUM)}
+        with folder_written_whole(place, names.__contains__) as partial:
+            files = {layer: partial / f"{layer}.npy" for layer in missing}
+            _compute(images, network, files, batch_size, devices or jax.devices(), progress)
+            for file in files.values():
+                file.with_suffix(_SUM).write_text(_checksum(file))
+    return {layer: np.load(place / f"{layer}.npy", mmap_mode="r") for layer in layers}
+
+
+def _is_whole(place: Path, layer: str, count: int) -> bool:
+    """Whether a file of features is there, with a row for each image, and as it was written."""
+    file = place / f"{layer}.npy"
+    try:
+        check_regular(file, "file of features", DataError)
+        with reading(file, DataError):
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+            fits = found.dtype == np.float32 and found.ndim == 2 and len(found) == count
+            return fits and read_bytes(file.with_suffix(_SUM), 100).decode() == _checksum(file)
+    except JaxldmError:
+        return False
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()[:32]
 
 
 def _compute(
@@ -114,32 +134,25 @@ def _compute(
     devices: Sequence[Any],
     progress: Callable[[int], Any],
 ) -> None:
-    """Fill the files; each has its name only when it is whole."""
-    mine = f".{os.getpid()}.{threading.get_ident()}.tmp"
-    temporary = {layer: file.with_name(file.name + mine) for layer, file in files.items()}
+    """Write the features of each layer into its file, a batch at a time."""
     run = _compiled(network, tuple(files), devices)
     batch_size = -(-min(batch_size, images.count) // len(devices)) * len(devices)
     written: dict[str, np.ndarray] = {}
     done = 0
-    try:
-        for batch in images.batches(batch_size):
-            filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-            for layer, features in run(network.prepare(filled)).items():
-                rows = np.asarray(features)[: len(batch)].astype(np.float32)
-                if not np.isfinite(rows).all():
-                    raise DataError(f"{network.name} gives NaN for {images.name}: its weights are damaged")
-                if layer not in written:
-                    shape = (images.count, rows.shape[1])
-                    written[layer] = np.lib.format.open_memmap(temporary[layer], "w+", np.float32, shape)
-                written[layer][done : done + len(rows)] = rows
-            done += len(batch)
-            progress(len(batch))
-        for layer, array in written.items():
-            array.flush()  # type: ignore[attr-defined]
-            os.replace(temporary[layer], files[layer])
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+    for batch in images.batches(batch_size):
+        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        for layer, features in run(network.prepare(filled)).items():
+            rows = np.asarray(features)[: len(batch)].astype(np.float32)
+            if not np.isfinite(rows).all():
+                raise DataError(f"{network.name} gives NaN for {images.name}: its weights are damaged")
+            if layer not in written:
+                shape = (images.count, rows.shape[1])
+                written[layer] = np.lib.format.open_memmap(files[layer], "w+", np.float32, shape)
+            written[layer][done : done + len(rows)] = rows
+        done += len(batch)
+        progress(len(batch))
+    for array in written.values():
+        array.flush()  # type: ignore[attr-defined]
 
 
 def _compiled(

@@ -43,7 +43,7 @@ def test_rows_of_other_networks_and_solvers_are_kept():
 
 def test_results_are_read_as_they_were_written(tmp_path):
     rows = [{"a": "trailing", "b": 0.25, "c": 5, "d": None}, {"a": "beta", "b": 1e-5, "c": 10, "d": 2.0}]
-    curves.write_results(tmp_path / "rows.csv", rows)
+    (tmp_path / "rows.csv").write_text(curves.as_csv(rows))
     assert curves.read_results(tmp_path / "rows.csv") == rows
 
 

@@ -58,7 +58,7 @@ def test_it_draws_measures_and_says_what_it_did(random_run, capsys):
     reports = mini_ldm.draw_and_measure(options, run)
     shown = capsys.readouterr().out
     assert "w = 1: 20 digits" in shown and "w = 3: 20 digits" in shown
-    mini_ldm.plot_scales(run.path / "guidance.png", reports)
+    (run.path / "guidance.png").write_bytes(mini_ldm.plot_scales(reports))
     for name in ("grid-w1", "grid-w3", "nearest-training-digits", "guidance"):
         assert (run.path / f"{name}.png").stat().st_size > 0
     text = mini_ldm.report_text(options, reports)

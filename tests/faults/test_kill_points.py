@@ -2,14 +2,16 @@
 
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 
+from experiments.faults import kills
 from experiments.faults.kill_points import Killed, kill_points, killed, moments
 from experiments.faults.result import Result
 from experiments.faults.run import MAX_FAULTS, table
-from jaxldm.files import write_atomically
+from jaxldm.files import write_atomically, write_together
 from jaxldm.training import read_log
 from jaxldm.training.log import CsvLog
 from jaxldm.training.store import TrainingStore
@@ -83,6 +85,70 @@ def test_a_checkpoint_killed_at_any_moment_is_whole_or_absent(tmp_path):
         assert state["x"].tolist() == [step] * 5 and step in (1, 2) and not said
         save(folder, 2)
         assert os.listdir(folder) == ["2"]
+
+
+class Forks:
+    """Stands for `kills.child`: a kill is `Killed`; every `lucky`-th write to be killed ends first."""
+
+    def __init__(self, lucky):
+        self.lucky, self.killed, self.ended = lucky, 0, 0
+
+    def __call__(self, place, action):
+        at = (
+            getattr(action, "args", (None, None))[1]
+            if getattr(action, "func", None) is kills._killed
+            else None
+        )
+        if at is not None and (self.killed + self.ended) % self.lucky == self.lucky - 1:
+            self.ended += 1
+            action.args[2]()
+            return 0, ""
+        try:
+            return action() or 0, ""
+        except ValueError as error:
+            return 1, str(error)
+        except Killed:
+            self.killed += 1
+            return -signal.SIGKILL, ""
+
+
+def kill_writes(tmp_path, monkeypatch, write, lucky):
+    forks = Forks(lucky)
+    monkeypatch.setattr(kills, "child", forks)
+    monkeypatch.setattr(kills, "die", None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+    def version_of(folder):
+        (version,) = {int(path.read_text()) for path in folder.iterdir()}
+        return version
+
+    found = kills.kill_writers(tmp_path, "writing", 12, np.random.default_rng(0), write, version_of)
+    return found, forks
+
+
+def test_a_write_that_ends_before_its_kill_is_no_kill(tmp_path, monkeypatch):
+    def write(folder, version):
+        write_together(folder, {name: str(version).encode() for name in "ab"})
+
+    found, forks = kill_writes(tmp_path, monkeypatch, write, lucky=3)
+    assert (found, forks.killed) == ([], 12) and forks.ended >= 5
+
+
+def test_writes_that_are_never_killed_are_a_fault(tmp_path, monkeypatch):
+    def write(folder, version):
+        write_together(folder, {"a": str(version).encode()})
+
+    found, forks = kill_writes(tmp_path, monkeypatch, write, lucky=1)
+    assert found == ["writing: more writes ended than were killed"] and forks.killed == 0
+
+
+def test_a_writer_that_mixes_is_found(tmp_path, monkeypatch):
+    def write(folder, version):
+        for name in "ab":
+            write_atomically(folder / name, str(version).encode())
+
+    found, _ = kill_writes(tmp_path, monkeypatch, write, lucky=100)
+    assert any("too many values" in fault for fault in found)
 
 
 def test_the_table():

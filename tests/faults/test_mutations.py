@@ -11,7 +11,7 @@ from experiments.faults.mutators import mutate
 from experiments.faults.readers import Reader, readers, write_files
 from jaxldm.errors import CheckpointError, DataError
 
-COUNT = 400
+COUNT = 250
 
 
 def test_every_reader_reads_its_files_as_they_are():

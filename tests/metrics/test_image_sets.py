@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.faults.kill_points import killed, moments
 from jaxldm.errors import DataError
+from jaxldm.metrics import extraction
 from jaxldm.metrics.extraction import FeatureNetwork, extract
 from jaxldm.metrics.image_sets import array_set, open_image_set
 from jaxldm.metrics.pairs import pair_distances
@@ -174,6 +176,47 @@ def test_a_pass_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match="toy gives NaN for x"):
         extract(array_set(pixels(3), "x"), broken, ["twice"], tmp_path)
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: b"x" * 200,
+        lambda content: content[:-4] + bytes(4),  # another number, of which nothing but a checksum tells
+    ],
+)
+def test_damaged_features_are_computed_again(tmp_path, damage):
+    toy, source = Counting(), array_set(pixels(3), "x")
+    whole = np.array(extract(source, toy.network, ["mean"], tmp_path)["mean"])
+    (file,) = tmp_path.rglob("*.npy")
+    file.write_bytes(damage(file.read_bytes()))
+    found, seen = extract(source, toy.network, ["mean"], tmp_path), toy.seen
+    assert np.array_equal(found["mean"], whole) and seen > 3
+    extract(source, toy.network, ["mean"], tmp_path)
+    assert toy.seen == seen
+
+
+def test_features_killed_at_any_moment_are_whole_or_absent(tmp_path, monkeypatch):
+    toy, source = Counting(), array_set(pixels(3), "x")
+    run = lambda x: toy.apply(2.0, x)  # noqa: E731
+    monkeypatch.setattr(extraction, "_compiled", lambda *options: run)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    layers = ["mean", "twice"]
+
+    def write(folder):
+        return extract(source, toy.network, layers, folder)
+
+    points = moments(tmp_path / "counted", lambda: write(tmp_path / "counted"))
+    wanted = {layer: np.array(rows) for layer, rows in write(tmp_path / "counted").items()}
+    for at in points:
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        killed(folder, at, lambda folder=folder: write(folder))
+        assert all(np.array_equal(rows, wanted[layer]) for layer, rows in write(folder).items())
+        names = {path.name for path in folder.rglob("*") if path.is_file()}
+        assert names == {"mean.npy", "mean.sum", "twice.npy", "twice.sum"}
 
 
 def test_pairs_are_compared_one_by_one():
