@@ -194,6 +194,7 @@ def lines(folder: Path) -> Iterator[list[str]]:
         "eval": [str(write_run(folder / "run"))],
         "export": [str(folder / "run"), "out"],
         "info": [str(folder / "run")],
+        "inspect": [str(folder / "run")],
     }
     yield from ALONE
     for kind, words in right.items():
