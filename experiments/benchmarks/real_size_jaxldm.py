@@ -1,4 +1,9 @@
-"""One process of `real_size.py`: loads a folder with jaxldm, draws two images, prints its figures."""
+"""One process of `real_size.py`: loads a folder with jaxldm, draws two images, prints its figures.
+
+Question: how long do loading, the first image and a step take with jaxldm, in how much memory?
+Command:  python -m experiments.benchmarks.real_size_jaxldm FOLDER PIXELS STEPS     (called by `real_size`)
+Needs:    nothing but the package.
+"""
 
 import json
 import resource

@@ -1,4 +1,9 @@
-"""One process of `real_size.py`: the same with diffusers."""
+"""One process of `real_size.py`: the same with diffusers.
+
+Question: how long do loading, the first image and a step take with diffusers, in how much memory?
+Command:  python -m experiments.benchmarks.real_size_torch FOLDER PIXELS STEPS     (called by `real_size`)
+Needs:    PyTorch and diffusers.
+"""
 
 import json
 import resource

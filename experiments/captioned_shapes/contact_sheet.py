@@ -1,4 +1,9 @@
-"""A picture of 96 captioned shapes: `python -m experiments.captioned_shapes.contact_sheet OUT.png`."""
+"""A picture of 96 captioned shapes.
+
+Question: what do the pictures look like?
+Command:  python -m experiments.captioned_shapes.contact_sheet OUT.png
+Needs:    the `plots` extra.
+"""
 
 from __future__ import annotations
 

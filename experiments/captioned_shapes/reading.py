@@ -1,6 +1,8 @@
 """How often `read_shapes` reads rendered pictures rightly: clean, blurred and noisy ones.
 
-python -m experiments.captioned_shapes.reading --image-size 32
+Question: how often is each attribute read as it was drawn?
+Command:  python -m experiments.captioned_shapes.reading --image-size 32
+Needs:    nothing but the package. Minutes and figures: README.md in this folder.
 """
 
 from __future__ import annotations

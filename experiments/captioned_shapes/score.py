@@ -1,6 +1,8 @@
 """How often a run draws what its prompts ask for, with pairs of shape and colour seen and held out.
 
-python -m experiments.captioned_shapes.score runs/captioned-shapes --guidance-scales 1.5 3 5
+Question: are shape, colour, size, place and background those of the prompt, also for pairs never trained on?
+Command:  python -m experiments.captioned_shapes.score runs/captioned-shapes --guidance-scales 1.5 3 5
+Needs:    a run of the recipe `captioned-shapes`. Minutes and figures: README.md in this folder.
 """
 
 from __future__ import annotations

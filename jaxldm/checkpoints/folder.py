@@ -69,7 +69,7 @@ def load(
 ) -> tuple[nn.Module, dict]:
     """Opens a model folder that `save`, diffusers or transformers wrote: (module, its parameters).
 
-    Tensors are read from disk one at a time, each put on its device before the next is read: the host needs
+    Tensors are read from disk two at a time, each put on its device before the next is read: the host needs
     memory for the largest of them, not for the model.
 
     Args:

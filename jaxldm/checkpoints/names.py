@@ -19,6 +19,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -70,6 +71,7 @@ ENCODER_PREFIXES = ("text_model.", "vision_model.", "bert.", "model.")
 
 MAX_LISTED = 8  # tensors that do not fit, in a message
 _BLOCK = 2**19  # bytes that are converted at a time
+_READERS = 2  # threads: one waits for the disk or for new pages of memory while the other converts
 _STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a stack of modules: the blocks of a scan
 
 
@@ -158,7 +160,7 @@ def from_state_dict(
 ) -> dict:
     """{published name: tensor} -> nested Flax parameters: the inverse of `to_state_dict`.
 
-    One tensor at a time is read, converted and put on its device.
+    Two tensors at a time are read, converted and put on their devices.
 
     Args:
         state: arrays, or tensors in a file that are not read yet.
@@ -183,14 +185,16 @@ def from_state_dict(
     stored: dict[Path, list[Tensor]] = {}
     for name, tensor in wanted.items():
         stored.setdefault(tensor.path, []).append(state[name])
-    params = {}
-    for tensor in wanted.values():
-        if tensor.path in params:  # another block of a stack
-            continue
+    firsts = {tensor.path: tensor for tensor in reversed(wanted.values())}  # of a stack, one for all blocks
+
+    def parameter(path: Path) -> jax.Array:
+        tensor = firsts[path]
         floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
         kind = np.dtype(dtype) if dtype is not None and floating else tensor.dtype
-        where = _placement(sharding, tensor.path, tuple(tensor.value.shape))
-        params[tensor.path] = placed(stored[tensor.path], tensor, kind, where)
+        return placed(stored[path], tensor, kind, _placement(sharding, path, tuple(tensor.value.shape)))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        params = dict(zip(stored, pool.map(parameter, stored), strict=True))
     return traverse_util.unflatten_dict(params)
 
 
