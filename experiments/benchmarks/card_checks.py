@@ -91,7 +91,9 @@ def attention_gradients(query, key, value, cotangent):
 def attention_checks(rng: np.random.Generator, tokens: int) -> Iterator[Check]:
     """Self-attention with the head sizes of the published models, text, padding, causal and biased."""
 
-    def make(name, dtype, dim, keys=tokens, gradients=False, **masks):
+    causal_mask = np.tril(np.ones((tokens, tokens), bool))[None, None]
+
+    def make(name, dtype, dim, keys=tokens, gradients=False, causal=False, **masks):
         shape = {"query": (2, tokens, 4, dim), "key": (2, keys, 4, dim), "value": (2, keys, 4, dim)}
         if gradients:
             shape["cotangent"] = shape["query"]
@@ -99,21 +101,25 @@ def attention_checks(rng: np.random.Generator, tokens: int) -> Iterator[Check]:
         if gradients:
             kind, answers = "attention gradients", attention_gradients(**inputs)
         else:
-            kind, answers = "attention", softmax_attention(**inputs, **masks)[:1]
+            later = {"mask": causal_mask & masks.get("mask", True)} if causal else {}
+            kind, answers = "attention", softmax_attention(**inputs, **(masks | later))[:1]
+        options = {"causal": True} if causal else {}
         bound = BOUNDS[dtype] * (2 if gradients else 1)
-        return Check(f"{name}, heads of {dim}", kind, dtype, bound, inputs | masks, {}, answers)
+        return Check(f"{name}, heads of {dim}", kind, dtype, bound, inputs | masks, options, answers)
 
     lengths = np.array([tokens // 3, tokens - 5])
     padding = (np.arange(tokens) < lengths[:, None])[:, None, None, :]
-    causal = np.tril(np.ones((tokens, tokens), bool))[None, None]
     bias = rounded(rng.standard_normal((1, 4, tokens, tokens)), "bfloat16")
     for dtype in HALVES:
         for dim in (64, 72, 128):
             yield make("self-attention", dtype, dim)
         yield make("attention to 77 keys", dtype, 64, keys=77)
         yield make("attention with padding", dtype, 64, mask=padding)
-        yield make("causal attention", dtype, 64, mask=causal)
+        yield make("causal attention", dtype, 64, causal=True)
+        yield make("causal attention with padding", dtype, 64, causal=True, mask=padding)
+        yield make("attention with any mask", dtype, 64, mask=causal_mask)
         yield make("attention with a bias", dtype, 64, bias=bias)
+        yield make("attention with a bias and padding", dtype, 64, bias=bias, mask=padding)
         yield make("gradients of attention", dtype, 64, gradients=True)
     yield make("one head of all channels", "bfloat16", 512)
     yield make("self-attention", "float32", 64)

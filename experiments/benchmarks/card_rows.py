@@ -100,6 +100,12 @@ ROWS = (
     ),
 )
 
+# Rows that are planned, and what they wait for.
+NOT_YET = {
+    "captioned-shapes": "there is no recipe for pictures with captions",
+    "few-steps": "there is no recipe that distils a network",
+}
+
 # Expected seconds of (jaxldm, eager, torch.compile), building and compiling included, by a part of the
 # device's name; other GPUs take OTHER_GPUS times those of an H100. Correct them after each run from the
 # column "took": those of GPUs are guesses until a run on one stands in results/.

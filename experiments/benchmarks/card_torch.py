@@ -103,10 +103,16 @@ def compute(check: card_checks.Check) -> list[np.ndarray]:
     return [output.detach().float().cpu().numpy() for output in outputs]
 
 
-def _attention(query, key, value, mask=None, bias=None):
+def _attention(query, key, value, mask=None, bias=None, causal=False):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    mask = bias if mask is None else mask
-    return [F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)]
+    if mask is not None and causal:
+        mask = mask & torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None and bias is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
+    given = mask if bias is None else bias
+    alone = causal and given is None
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=given, is_causal=alone)
+    return [out.transpose(1, 2)]
 
 
 def _attention_gradients(query, key, value, cotangent):

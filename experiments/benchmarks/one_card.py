@@ -3,6 +3,7 @@
 Question: are the results right on this card, and what are seconds, share of the card's matrix peak, compile
           time and memory, next to diffusers as it is and with torch.compile?
 Command:  python -m experiments.benchmarks.one_card --minutes 8 --output-dir OUT       (--dry-run: on a CPU)
+          or python experiments/benchmarks/one_card.py, from anywhere
 Needs:    the `cuda` and `test` extras; without PyTorch or diffusers jaxldm's rows are run alone.
 
 Rows (`card_rows.py`) are taken in order of worth until the time is up; one that would not be finished is not
@@ -26,8 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from experiments.benchmarks.card_report import report
-from experiments.benchmarks.card_rows import ROWS, VARIANTS, Unit, expected_seconds, fits, units
+from experiments.benchmarks.card_rows import NOT_YET, ROWS, VARIANTS, Unit, expected_seconds, fits, units
 from experiments.figures import save_results
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError, one_of
@@ -209,6 +213,9 @@ def check(options: OneCard) -> tuple[Any, ...]:
         raise InvalidArgumentError(f"minutes must be > 0, got {options.minutes}")
     if not 0 < options.memory_fraction <= 1:
         raise InvalidArgumentError(f"memory_fraction must be in (0, 1], got {options.memory_fraction}")
+    for name in options.rows:
+        if name in NOT_YET:
+            raise InvalidArgumentError(f"row {name} does not exist yet: {NOT_YET[name]}")
     return tuple(known[one_of("row", name, known)] for name in options.rows)
 
 

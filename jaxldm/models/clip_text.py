@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import one_of
 from jaxldm.models.config import check_heads
@@ -95,17 +95,11 @@ class CLIPTextTransformer(nn.Module):
         self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
     ) -> TextEncoding:
         check_tokens(input_ids, self.config.max_position_embeddings)
-        mask = causal_mask(input_ids.shape[1])
-        padding = padding_mask(attention_mask)
-        states = self.encoder(self.embeddings(input_ids), mask if padding is None else mask & padding)
+        mask = padding_mask(attention_mask)
+        states = self.encoder(self.embeddings(input_ids), mask=mask, causal=True)
         last = self.final_layer_norm(states[-1])
         pooled = pooled_at_eos(last, input_ids, self.config.eos_token_id)
         return TextEncoding(last, pooled, None, states)
-
-
-def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
-    """True where a query (row) attends to a key (column): itself and those before it."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
 def pooled_at_eos(

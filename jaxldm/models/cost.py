@@ -129,7 +129,8 @@ def _macs_of_equation(equation: Any) -> int:
         kernel = equation.invars[1].aval.shape
         taps = math.prod(kernel) // kernel[features]
         return _size(equation.outvars[0]) * taps // math.prod(params["lhs_dilation"])
-    if name.startswith("dot_product_attention_fwd"):  # cuDNN's kernel: query, key, value [B, N, H, D]
+    # A flash kernel, cuDNN's or Tokamax's: query, key, value [B, N, H, D].
+    if name.startswith("dot_product_attention_fwd") or params.get("name") == "hopper_attention":
         query, key = (variable.aval.shape for variable in equation.invars[:2])
         return 2 * math.prod(query) * key[1]
     if name == "scan":

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxldm.entries import checked
 from jaxldm.errors import CheckpointError, one_of
-from jaxldm.models.clip_text import causal_mask
 from jaxldm.models.config import check
 from jaxldm.models.text_encoder import (
     GENERIC,
@@ -106,7 +105,7 @@ class Qwen3Attention(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], mask: Array) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B T D"]:
         config = self.config
         heads, shared, length = config.num_attention_heads, config.key_value_heads, x.shape[1]
         cos, sin = rotary_embedding(np.arange(length), config.head_dim, config.rope_theta)
@@ -125,7 +124,7 @@ class Qwen3Attention(nn.Module):
         key, value = rotated("k_norm", project("k_proj", shared)), project("v_proj", shared)
         key, value = (jnp.repeat(part, heads // shared, axis=2) for part in (key, value))
         query, key, value = (part.reshape(*x.shape[:2], -1) for part in (query, key, value))
-        h = attend(self, query, key, value, heads, mask=mask)
+        h = attend(self, query, key, value, heads, mask=mask, causal=True)
         options: dict[str, Any] = {"kernel_init": KERNEL_INIT, "bias_init": zeros, "output_dtype": "float32"}
         return Linear(x.shape[-1], config.attention_bias, config.dtype, **options, name="o_proj")(h)
 
@@ -136,7 +135,7 @@ class Qwen3DecoderLayer(nn.Module):
     config: Qwen3Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], mask: Array) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B T D"]:
         config = self.config
 
         def norm(name: str, x: Array) -> Array:
@@ -179,8 +178,7 @@ class Qwen3Model(nn.Module):
     ) -> TextEncoding:
         config = self.config
         check_tokens(input_ids, config.max_position_embeddings)
-        mask, padding = causal_mask(input_ids.shape[1]), padding_mask(attention_mask)
-        mask = mask if padding is None else mask & padding
+        mask = padding_mask(attention_mask)
         embed = Embedding(
             config.vocab_size, config.hidden_size, config.dtype, KERNEL_INIT, name="embed_tokens"
         )

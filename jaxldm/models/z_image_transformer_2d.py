@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
@@ -109,7 +109,7 @@ class ZImageTransformerBlock(nn.Module):
 
     An RMS norm before and after each branch. The scales, 1 + s, and gates, tanh(g), of both branches are
     linear in the embedded time c `[B, 256]`; without `modulation` they are 1, and c is ignored. `rotary` is
-    (cos, sin) of the tokens' positions; the mask `[B, N]` is False for tokens that are not attended to.
+    (cos, sin) of the tokens' positions; the first `lengths` `[B]` tokens are attended to, or all.
     """
 
     config: ZImageTransformer2DConfig
@@ -120,7 +120,7 @@ class ZImageTransformerBlock(nn.Module):
         self,
         x: Float[Array, "B N C"],
         rotary: Rotary,
-        mask: Bool[Array, "B N"] | None,
+        lengths: Int[Array, " B"] | None,
         c: Float[Array, "B D"] | None,
     ) -> Float[Array, "B N C"]:
         config = self.config
@@ -134,12 +134,12 @@ class ZImageTransformerBlock(nn.Module):
         inner = int(config.dim / 3 * 8)
         feed_forward = SwiGLU(inner, ("w1", "w3", "w2"), config.dtype, name="feed_forward")
         if not self.modulation:
-            h = attention(norm("attention_norm1", x), rotary=rotary, mask=mask)
+            h = attention(norm("attention_norm1", x), rotary=rotary, lengths=lengths)
             x = x + norm("attention_norm2", h)
             return x + norm("ffn_norm2", feed_forward(norm("ffn_norm1", x)))
         modulation = Linear(4 * config.dim, dtype=config.dtype, name="adaLN_modulation_0")(cast(Array, c))
         scale_msa, gate_msa, scale_mlp, gate_mlp = jnp.split(modulation, 4, axis=-1)
-        h = attention(gated(norm("attention_norm1", x), 1 + scale_msa), rotary=rotary, mask=mask)
+        h = attention(gated(norm("attention_norm1", x), 1 + scale_msa), rotary=rotary, lengths=lengths)
         x = x + gated(norm("attention_norm2", h), jnp.tanh(gate_msa))
         h = feed_forward(gated(norm("ffn_norm1", x), 1 + scale_mlp))
         return x + gated(norm("ffn_norm2", h), jnp.tanh(gate_mlp))
@@ -219,7 +219,8 @@ class ZImageTransformer2DModel(nn.Module):
         self._check(x, encoder_hidden_states)
         c = self._time(t)
         image = self._image_tokens(x)
-        text, lengths, mask = self._text_tokens(encoder_hidden_states, encoder_attention_mask)
+        text, lengths = self._text_tokens(encoder_hidden_states, encoder_attention_mask)
+        padded = encoder_attention_mask is not None
         of_image, of_text = self._rotary(size, text.shape[1], lengths)
 
         def blocks(name: str, count: int, x: Array, *shared: object, modulation: bool = True) -> Array:
@@ -228,11 +229,12 @@ class ZImageTransformer2DModel(nn.Module):
 
         refiners = config.n_refiner_layers
         image = blocks("noise_refiner", refiners, image, of_image, None, c)
-        text = blocks("context_refiner", refiners, text, of_text, mask, None, modulation=False)
+        text = blocks(
+            "context_refiner", refiners, text, of_text, lengths if padded else None, None, modulation=False
+        )
         rotary = jax.tree.map(_append, of_image, of_text)
-        if mask is not None:
-            mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), mask], axis=1)
-        h = blocks("layers", config.n_layers, _append(image, text), rotary, mask, c)
+        attended = image.shape[1] + lengths if padded else None  # the image comes first
+        h = blocks("layers", config.n_layers, _append(image, text), rotary, attended, c)
 
         rows, columns = (side // config.patch_size for side in size)
         final = OfPatchSize(partial(FinalLayer, config), config.patch_size, name="all_final_layer")
@@ -262,8 +264,8 @@ class ZImageTransformer2DModel(nn.Module):
 
     def _text_tokens(
         self, states: Float[Array, "B T D"], given: Array | None
-    ) -> tuple[Float[Array, "B padded C"], Int[Array, " b"], Bool[Array, "B padded"] | None]:
-        """The padded text, its length after padding, `[B]` or `[1]` for all, and the mask of its tokens."""
+    ) -> tuple[Float[Array, "B padded C"], Int[Array, " b"]]:
+        """The padded text, and its length after padding: `[B]`, or `[1]` for all where no mask is given."""
         config = self.config
         h = RMSNorm(config.norm_eps, config.dtype, name="cap_embedder_0")(states)
         h = Linear(config.dim, dtype=config.dtype, name="cap_embedder_1")(h)
@@ -272,11 +274,10 @@ class ZImageTransformer2DModel(nn.Module):
         h = jnp.pad(h, ((0, 0), (0, padded - length), (0, 0)))
         positions = jnp.arange(padded)[None]
         if given is None:
-            return jnp.where((positions < length)[..., None], h, padding[None]), jnp.array([padded]), None
-        lengths = (given != 0).sum(axis=1)
+            return jnp.where((positions < length)[..., None], h, padding[None]), jnp.array([padded])
+        lengths = (given != 0).sum(axis=1, dtype=jnp.int32)
         h = jnp.where((positions < lengths[:, None])[..., None], h, padding[None])
-        lengths = _rounded_up(lengths)
-        return h, lengths, positions < lengths[:, None]
+        return h, _rounded_up(lengths)
 
     def _rotary(
         self, size: tuple[int, int], text_length: int, lengths: Int[Array, " b"]

@@ -9,10 +9,11 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.nn.attention_kernels import accelerator_attention, explicit_attention
+from jaxldm.nn.attention_kernels import explicit_attention, merged_mask
+from jaxldm.nn.flash_attention import accelerator_attention
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 from jaxldm.nn.normalization import GroupNorm
@@ -26,20 +27,25 @@ def dot_product_attention(
     scale: float | None = None,
     bias: Float[Array, "#B #H #N M"] | None = None,
     mask: Bool[Array, "#B #H #N M"] | None = None,
+    causal: bool = False,
+    key_lengths: Int[Array, " B"] | None = None,
     return_weights: bool = False,
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
     """softmax(Q K^T scale + bias) V for every head, the softmax in float32; by default scale = 1/sqrt(D).
 
     Vaswani et al. 2017, eq. 1. On a CPU, or with `return_weights`, two explicit batched matrix products; on
-    accelerators cuDNN's flash kernel or chunks of queries, never the whole matrix of logits: see
-    `jaxldm.nn.attention_kernels`.
+    accelerators a flash kernel (16 bits on NVIDIA) or chunks of queries, never the whole matrix of logits:
+    see `jaxldm.nn.flash_attention`.
 
     Args:
         query, key, value: `[B, N, H, D]` and `[B, M, H, D]`: N queries and M keys of H heads.
         scale: of the logits; None: 1/sqrt(D).
         bias: added to the logits, such as the relative positions of T5.
-        mask: False where a query must not attend: padding, or later tokens of a causal model. A row without
-            any True attends to all keys equally.
+        mask: False where a query must not attend, such as padding. A row without any True attends to all
+            keys equally.
+        causal: query n attends to the keys up to n alone.
+        key_lengths: how many keys count, from the first on, at least 1; a mask of keys with any other order
+            costs more.
         return_weights: also return the softmax, float32 `[B, H, N, M]`, whose rows sum to 1 (the attention
             maps).
     """
@@ -48,15 +54,16 @@ def dot_product_attention(
     chex.assert_equal_shape([query, key], dims=(0, 2, 3))
     scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
     if return_weights or jax.default_backend() == "cpu":
+        mask = merged_mask(mask, causal, key_lengths, query.shape[1], key.shape[1])
         out, weights = explicit_attention(query, key, value, scale, bias, mask)
         return (out, weights) if return_weights else out
-    return accelerator_attention(query, key, value, scale, bias, mask)
+    return accelerator_attention(query, key, value, scale, bias, mask, causal, key_lengths)
 
 
 def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any) -> Float[Array, "B N C"]:
     """Split `[B, N, C]` projections into heads, attend, and join the heads again.
 
-    The options are those of `dot_product_attention`: scale, bias, mask.
+    The options are those of `dot_product_attention`: scale, bias, mask, causal, key_lengths.
 
     With `mutable=["intermediates"]` the attention weights `[B, heads, N, M]` are sown under the module's path
     as `attention_weights`; without it accelerators never form them.

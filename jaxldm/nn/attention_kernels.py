@@ -1,4 +1,4 @@
-"""Attention on accelerators, never with all logits at once: cuDNN's flash kernel, or queries in chunks."""
+"""Attention as matrix products: with all logits at once, or queries in chunks."""
 
 from __future__ import annotations
 
@@ -9,65 +9,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MOST_LOGITS = 2**24  # of one chunk: 64 MB in float32
-FLASH_DTYPES, MAX_FLASH_HEAD_DIM = (jnp.bfloat16, jnp.float16), 128
 
 
-def accelerator_attention(
-    query: Float[Array, "B N H D"],
-    key: Float[Array, "B M H D"],
-    value: Float[Array, "B M H D"],
-    scale: float,
-    bias: Float[Array, "#B #H #N M"] | None,
+def merged_mask(
     mask: Bool[Array, "#B #H #N M"] | None,
-) -> Float[Array, "B N H D"]:
-    """softmax(Q K^T scale + bias) V, arguments as in `dot_product_attention`.
-
-    cuDNN's flash kernel takes 16-bit inputs and head sizes up to 128 in steps of 8. It has no masks, but
-    numbers of keys: a mask of keys alone (padding) becomes one, since the order of keys does not matter.
-    Anything else is two matrix products, for so many queries at a time that the logits stay small.
-    """
-    if bias is None and has_flash_kernel(query):
-        if mask is None:
-            return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
-        if mask.shape[1] == mask.shape[2] == 1:
-            query, key, value, lengths = _allowed_first(query, key, value, mask[:, 0, 0])
-            return jax.nn.dot_product_attention(
-                query, key, value, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
-            )
-    return chunked_attention(query, key, value, scale, bias, mask)
-
-
-def has_flash_kernel(query: Float[Array, "B N H D"]) -> bool:
-    """Whether cuDNN has a kernel for this dtype and head size, and this is a CUDA device."""
-    head_dim = query.shape[-1]
-    fits = query.dtype in FLASH_DTYPES and head_dim <= MAX_FLASH_HEAD_DIM and head_dim % 8 == 0
-    return fits and on_cuda()
-
-
-def on_cuda() -> bool:
-    """Whether JAX's default device is NVIDIA's."""
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
-
-
-def _allowed_first(
-    query: Float[Array, "B N H D"],
-    key: Float[Array, "B M H D"],
-    value: Float[Array, "B M H D"],
-    mask: Bool[Array, "#B M"],
-) -> tuple[Float[Array, "B N H D"], Float[Array, "B M H D"], Float[Array, "B M H D"], Int[Array, " B"]]:
-    """(query, key, value, lengths): the keys to attend to in front, and how many they are.
-
-    Where there is none the query becomes 0 and all keys count, so that it attends to all equally.
-    """
-    batch, keys = key.shape[:2]
-    allowed = jnp.broadcast_to(mask, (batch, keys))
-    order = jnp.argsort(~allowed, axis=-1, stable=True)
-    rows = jnp.arange(batch)[:, None]
-    # Unique: the gradient is then written, and not added up in some order.
-    key, value = (x.at[rows, order].get(unique_indices=True, mode="promise_in_bounds") for x in (key, value))
-    lengths = allowed.sum(-1, dtype=jnp.int32)
-    query = jnp.where((lengths == 0)[:, None, None, None], jnp.zeros((), query.dtype), query)
-    return query, key, value, jnp.where(lengths == 0, jnp.int32(keys), lengths)
+    causal: bool,
+    key_lengths: Int[Array, " B"] | None,
+    queries: int,
+    keys: int,
+) -> Bool[Array, "#B #H #N #M"] | None:
+    """One mask of keys masked, later ones and those after the first `key_lengths`; None if there is none."""
+    if causal:
+        earlier = jnp.tril(jnp.ones((queries, keys), bool))[None, None]
+        mask = earlier if mask is None else mask & earlier
+    if key_lengths is not None:
+        first = (jnp.arange(keys)[None] < key_lengths[:, None])[:, None, None]
+        mask = first if mask is None else mask & first
+    return mask
 
 
 def chunked_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.nn.attention import attend, projections
 from jaxldm.nn.linear import Linear
@@ -47,6 +47,7 @@ class JointAttention(nn.Module):
         text: Float[Array, "B T C"] | None = None,
         rotary: tuple[Float[Array, "*#B M half"], Float[Array, "*#B M half"]] | None = None,
         mask: Bool[Array, "B M"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B N C"] | tuple[Float[Array, "B N C"], Float[Array, "B T C"]]:
         """Attend within and between text and image.
 
@@ -55,6 +56,7 @@ class JointAttention(nn.Module):
             text: `[B, T, C]`, the tokens before x; None: x alone.
             rotary: (cos, sin) of `rotary_embedding`, for all T + N tokens, text first; None: no rotation.
             mask: `[B, T + N]`, True for the tokens to attend to; None: all.
+            lengths: `[B]`, how many tokens are attended to, from the first on; None: all.
 
         Returns:
             `[B, N, C]` of the image; with a text the pair of it and `[B, T, C]`.
@@ -67,7 +69,7 @@ class JointAttention(nn.Module):
         if rotary is not None:
             query, key = (self._rotated(part, rotary) for part in (query, key))
         allowed = None if mask is None else mask[:, None, None, :]
-        h = attend(self, query, key, value, self.num_heads, mask=allowed)
+        h = attend(self, query, key, value, self.num_heads, mask=allowed, key_lengths=lengths)
         length = 0 if text is None else text.shape[1]
         out = h[:, length:]
         if self.project_out:

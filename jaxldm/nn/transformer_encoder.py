@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxldm.nn.attention import attend
 from jaxldm.nn.initialization import Initializer, normal, zeros
@@ -37,7 +37,7 @@ ACTIVATIONS = {
 class ProjectedAttention(nn.Module):
     """Multi-head self-attention by projections of any names. x `[B, N, C]` -> the same shape.
 
-    The options of the call are those of `dot_product_attention`: scale, bias, mask.
+    The options of the call are those of `dot_product_attention`: scale, bias, mask, causal.
 
     Attributes:
         names: of the projections to query, key and value and, unless another module has it, of the output.
@@ -101,7 +101,10 @@ class SwiGLU(nn.Module):
 
 
 class PreNormLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Radford et al. 2021, section 2.4. `[B, N, C]`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Radford et al. 2021, section 2.4. `[B, N, C]`.
+
+    The options of the call are those of `dot_product_attention`: mask, causal.
+    """
 
     num_heads: int
     mlp_features: int
@@ -111,9 +114,7 @@ class PreNormLayer(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N C"], mask: Bool[Array, "#B #H #N N"] | None = None
-    ) -> Float[Array, "B N C"]:
+    def __call__(self, x: Float[Array, "B N C"], **masks: Any) -> Float[Array, "B N C"]:
         width = x.shape[-1] ** -0.5
         deep = normal(width * (2 * self.num_layers) ** -0.5)
         attention = ProjectedAttention(
@@ -123,14 +124,17 @@ class PreNormLayer(nn.Module):
             kernel_inits=(deep, deep, deep, normal(width)),
             name="self_attn",
         )
-        x = x + attention(LayerNorm(self.eps, self.dtype, name="layer_norm1")(x), mask=mask)
+        x = x + attention(LayerNorm(self.eps, self.dtype, name="layer_norm1")(x), **masks)
         kernel_inits = (normal(width * 2**-0.5), deep)
         mlp = MLP(self.mlp_features, self.act, self.dtype, kernel_inits, name="mlp")
         return x + mlp(LayerNorm(self.eps, self.dtype, name="layer_norm2")(x))
 
 
 class PreNormEncoder(nn.Module):
-    """`num_layers` pre-norm layers, as in both towers of CLIP. `[B, N, C]` -> all states, the input first."""
+    """`num_layers` pre-norm layers, as in both towers of CLIP. `[B, N, C]` -> all states, the input first.
+
+    The options of the call are those of `dot_product_attention`: mask, causal.
+    """
 
     num_layers: int
     num_heads: int
@@ -140,9 +144,7 @@ class PreNormEncoder(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N C"], mask: Bool[Array, "#B #H #N N"] | None = None
-    ) -> tuple[Float[Array, "B N C"], ...]:
+    def __call__(self, x: Float[Array, "B N C"], **masks: Any) -> tuple[Float[Array, "B N C"], ...]:
         states = [x]
         for index in range(self.num_layers):
             layer = PreNormLayer(
@@ -154,5 +156,5 @@ class PreNormEncoder(nn.Module):
                 self.dtype,
                 name=f"layers_{index}",
             )
-            states.append(layer(states[-1], mask))
+            states.append(layer(states[-1], **masks))
         return tuple(states)

@@ -204,9 +204,12 @@ def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -
     return jax.device_put(zeros, NamedSharding(mesh, spec))  # as later carries are: one compilation
 
 
-@functools.partial(jax.jit, static_argnames=("compiled", "mesh"))
+@functools.partial(jax.jit, static_argnames=("compiled", "mesh"), donate_argnames="carry")
 def _take_steps(shared, per_image, carry, first, last, *, compiled, mesh):
-    """(carry, (x, previews)) behind step `last` - 1. The carry has an axis for the programs in front."""
+    """(carry, (x, previews)) behind step `last` - 1. The carry has an axis for the programs in front.
+
+    The carry is donated: the new one takes its memory.
+    """
 
     def on_one_device(shared, rows):
         (shared, bounds), (per_image, carry) = shared, rows

@@ -1,15 +1,26 @@
 """A denoising step on an accelerator: never all logits of its attention, never a copy of the weights.
 
-The networks' programs are traced with abstract weights at their published sizes, as on an NVIDIA device.
+The programs of all presets are traced with abstract weights at their published sizes, as on an NVIDIA
+device: denoising networks in the sampling loop that pipelines run, with guidance; text encoders on texts of
+the published lengths, with padding; autoencoders on whole images. What XLA and cuDNN make of them is not seen
+here.
 """
+
+import functools
+import inspect
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxldm import models
+from jaxldm import diffusion as D
+from jaxldm import models, pipelines, schedulers
 from jaxldm.models.cost import _jaxprs_in
-from jaxldm.nn import attention_kernels
+from jaxldm.nn import attention_kernels, flash_attention
+from jaxldm.pipelines import latents
+from jaxldm.pipelines.families import amused
 
 
 @pytest.fixture(autouse=True)
@@ -18,19 +29,69 @@ def cuda(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention_kernels, "on_cuda", lambda: True)
+    monkeypatch.setattr(flash_attention, "on_cuda", lambda: True)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda: False)
+    monkeypatch.setattr(flash_attention, "works", lambda *asked: True)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
-def traced(name, dtype, inputs=None, **options):
-    """(module, its program: weights, then inputs) of a preset."""
-    module = models.build(name, dtype=dtype, **options)
-    shapes = models.shapes(module)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    method = "decode" if inputs else None
-    inputs = inputs or module.example_inputs()
+def array(shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@functools.cache
+def shapes(module):
+    return models.shapes(module)
+
+
+def weights(module, dtype):
+    return jax.tree.map(lambda leaf: array(leaf.shape, dtype), shapes(module))
+
+
+def traced(module, dtype, *inputs, method=None):
+    """The program of a call: weights, then inputs."""
     forward = lambda params, *inputs: module.apply({"params": params}, *inputs, method=method)  # noqa: E731
-    return module, jax.make_jaxpr(forward)(params, *inputs).jaxpr
+    return jax.make_jaxpr(forward)(weights(module, dtype), *inputs)
+
+
+def sampling_loop(module, dtype, **more):
+    """The program of the loop over the steps that pipelines run, with guidance, for one image.
+
+    Weights come first; grid, scales, keys and conditions are arguments as well. more: of the network.
+    """
+    x, _, *others = module.example_inputs()
+    names = list(inspect.signature(module.__call__).parameters)[2:]
+    cond = {name: value for name, value in zip(names, others, strict=False) if value is not None} | more
+    channels = module.config.out_channels if "extra_channels" in more else x.shape[-1]
+    continuous = models.convention(module).continuous
+    kind = "FlowMatchEulerDiscreteScheduler" if continuous else "DPMSolverMultistepScheduler"
+    scheduler = schedulers.from_config({"_class_name": kind})
+    grid = jax.tree.map(
+        lambda leaf: array(jnp.shape(leaf), jnp.result_type(leaf)), D.make_grid(scheduler.path_for(64), 5)
+    )
+    key = jax.random.key(0)
+    shape = (*x.shape[1:3], channels)
+    compiled = latents.Compiled(
+        scheduler.sampler, latents.classifier_free_guidance, shape, channels, jax.random.key_impl(key)
+    )
+    per_call = latents.PerCall(grid, array(()), array(()))
+    per_image = latents.PerImage(array((1, 2), "uint32"), cond, cond)
+    carry = jax.eval_shape(functools.partial(latents._first_carry, compiled=compiled), per_call, per_image)
+    network = pipelines.Network(module, weights(module, dtype))
+    take = functools.partial(latents.take_steps, compiled=compiled)
+    bounds = (array((), "int32"), array((), "int32"))
+    return jax.make_jaxpr(take)(network, per_call, per_image, carry, *bounds)
+
+
+def token_loop(module, dtype):
+    """The same of aMUSEd."""
+    tokens, *cond = module.example_inputs()
+    cond = dict(zip(("encoder_hidden_states", "pooled_text_emb", "micro_conds"), cond, strict=True))
+    per_call = amused.PerCall(D.make_unmasking(5, "cosine"), array(()), array(()))
+    per_image = amused.PerImage(array((1, 2), "uint32"), tokens, array((1,), "int32"), cond, cond)
+    compiled = amused.Compiled(module.config.vocab_size - 1, jax.random.key_impl(jax.random.key(0)))
+    network = pipelines.Network(module, weights(module, dtype))
+    return jax.make_jaxpr(functools.partial(amused.unmask, compiled=compiled))(network, per_call, per_image)
 
 
 def equations(jaxpr):
@@ -42,11 +103,17 @@ def equations(jaxpr):
 
 
 def attention_of(jaxpr):
-    """(calls of the flash kernel, numbers in the largest softmax)."""
+    """(batches of the flash kernel's calls, numbers in the largest softmax or product of batches)."""
     found = list(equations(jaxpr))
-    flash = sum(equation.primitive.name.startswith("dot_product_attention_fwd") for equation in found)
-    exponents = (equation.outvars[0].aval for equation in found if equation.primitive.name == "exp")
-    return flash, max((x.size for x in exponents if len(x.shape) >= 3), default=0)
+    flash = [x for x in found if x.primitive.name.startswith("dot_product_attention_fwd")]
+    logits = [
+        equation.outvars[0].aval
+        for equation in found
+        if equation.primitive.name == "exp"
+        or (equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][1][0])
+    ]
+    sizes = [math.prod(x.shape) for x in logits if len(x.shape) >= 3]
+    return [x.invars[0].aval.shape[0] for x in flash], max(sizes, default=0)
 
 
 VIEWS = ("reshape", "squeeze", "broadcast_in_dim", "slice", "stop_gradient")  # read where they are used
@@ -83,40 +150,130 @@ def prepared_from_weights(jaxpr, weights):
                 yield equation.primitive.name, max(variable.aval.size for variable in equation.outvars)
 
 
-# Preset -> (blocks whose attention is the flash kernel's, one in each scan; other options).
-NETWORKS = {
-    "flux-dev": (2, {"scan": True}),
-    "sd3-medium": (2, {"scan": True}),  # the last block is of another kind
-    "dit-xl-2": (1, {"scan": True}),
-    "pixart-sigma": (2, {"scan": True}),  # of the image, and to the text
-    "z-image": (3, {"scan": True}),  # the refiners of text and image, then all tokens
-    "amused-512": (None, {"scan": True}),
-    "sd15-unet": (None, {"layers_per_block": 1}),
+def check(name, module, program, flash, branches=1):
+    """Few logits, no work on weights alone, no call of the host, no large constant.
+
+    flash: how many calls of the flash kernel there are, those in a scan once; None: some.
+    branches: images or texts in each.
+    """
+    jaxpr = program.jaxpr
+    batches, largest = attention_of(jaxpr)
+    assert largest <= attention_kernels.MOST_LOGITS, name
+    assert len(batches) == flash if flash is not None else batches, f"{name}: {len(batches)}"
+    assert set(batches) <= {branches}
+    params = jaxpr.invars[: len(jax.tree.leaves(shapes(module)))]
+    prepared = sum(size for _, size in prepared_from_weights(jaxpr, params))
+    assert prepared < 0.005 * sum(
+        x.aval.size for x in params
+    )  # norms are float32; aMUSEd's upsampling transposes
+    assert not any("callback" in equation.primitive.name for equation in equations(jaxpr))
+    assert max((np.size(constant) for constant in program.consts), default=0) < 2**24  # tables of positions
+
+
+# Preset -> (dtype, calls of the flash kernel, one in each scan; other options, fewer blocks of a kind).
+# Small feature maps of Stable Diffusion 1.5 have heads of 160 channels, which are attended in chunks.
+FEWER = {"layers_per_block": 1}
+DENOISERS = {
+    "sd15-unet": ("float16", 12, FEWER),
+    "sdxl-unet": ("float16", None, FEWER),
+    "if-i-xl": ("bfloat16", None, FEWER),
+    "dit-xl-2": ("bfloat16", 1, {}),
+    "sit-xl-2": ("float16", 1, {}),
+    "flux-dev": ("bfloat16", 2, {}),  # blocks of both kinds
+    "pixart-sigma-2k": ("float16", 2, {}),  # of the image, and to the text
+    "sd3-medium": ("float16", 2, {}),  # the last block is of another kind
+    "sd35-medium": ("bfloat16", None, {}),  # some blocks attend twice
+    "wuerstchen-prior": ("bfloat16", None, {}),
+    "wuerstchen-decoder": ("float16", None, {}),
+    "z-image": ("bfloat16", 3, {}),  # the refiners of text and image, then all tokens
+}
+# Preset -> one with the same blocks, heads up to its size, and as many tokens or more.
+SIZES = [f"{kind}-{size}" for kind in ("dit", "sit") for size in ("s", "b", "l", "xl")]
+ALIKE = {
+    **dict.fromkeys(("lcm-unet",), "sd15-unet"),
+    **dict.fromkeys(("sd20-unet", "sd21-unet", "sdxl-refiner-unet", "playground-unet"), "sdxl-unet"),
+    **dict.fromkeys(("if-i-l", "if-i-m", "if-ii-l", "if-ii-m"), "if-i-xl"),
+    **{f"{name}-{patch}": f"{name[:3]}-xl-2" for name in SIZES for patch in (2, 4, 8)},
+    "flux-schnell": "flux-dev",
+    **{f"pixart-sigma{size}": "pixart-sigma-2k" for size in ("", "-256", "-512")},
+    "sd35-large": "sd3-medium",
+    "amused-256": "amused-512",
+    **dict.fromkeys(("sd-vae", "playground-vae", "sd3-vae", "flux-vae"), "sdxl-vae"),
+    "ldm-vq-f8": "ldm-vq-f4",
+    **dict.fromkeys(("openclip-h", "openclip-bigg"), "clip-l"),
+    **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
+}
+WITHOUT_ATTENTION = {"mini-autoencoder", "digit-classifier", "amused-vq", "wuerstchen-vqgan"}
+SMALL = {"mini-unet", "tiny-dit"}
+TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "if-i-xl": 77}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_step_uses_the_flash_kernel_for_both_branches_at_once_and_weights_as_they_are(name):
+    dtype, flash, options = DENOISERS[name]
+    module = models.build(name, dtype=dtype, **options)
+    more = {}
+    if name in TEXT_MASKS:
+        more["encoder_attention_mask"] = array((1, TEXT_MASKS[name]), "int32")
+    check(name, module, sampling_loop(module, dtype, **more), flash, branches=2)
+
+
+def test_a_step_of_tokens_uses_the_flash_kernel_for_both_branches_at_once():
+    module = models.build("amused-512", dtype="bfloat16")
+    check("amused-512", module, token_loop(module, "bfloat16"), None, branches=2)
+
+
+# Texts and tokens of (preset, whether they have padding), as published; two layers of each.
+ENCODERS = {
+    ("clip-l", False): (1, 77),
+    ("clip-l", True): (2, 77),
+    ("t5-xxl", False): (1, 512),  # FLUX
+    ("t5-xxl", True): (2, 300),  # PixArt
+    ("qwen3-4b", True): (2, 512),
+    ("minilm", True): (2, 256),
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_16_bits_use_the_flash_kernel_and_weights_as_they_are(name):
-    expected, options = NETWORKS[name]
-    module, jaxpr = traced(name, "bfloat16", **options)
-    flash, largest = attention_of(jaxpr)
-    assert flash > 0 and largest <= attention_kernels.MOST_LOGITS
-    assert expected is None or flash == expected
-    count = len(jax.tree.leaves(models.shapes(module)))
-    prepared = sum(size for _, size in prepared_from_weights(jaxpr, jaxpr.invars[:count]))
-    assert prepared < 0.005 * models.count_params(module)  # norms are float32; aMUSEd's upsampling transposes
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "padded"), ENCODERS)
+def test_text_encoders_use_the_flash_kernel(name, padded, dtype):
+    """Causal, with padding, and with T5's bias."""
+    shape, layers = ENCODERS[name, padded], "num_layers" if name == "t5-xxl" else "num_hidden_layers"
+    module = models.build(name, dtype=dtype, **{layers: 2})
+    tokens = array(shape, "int32")
+    program = traced(module, dtype, tokens, *([tokens] if padded else []))
+    check(name, module, program, 2, branches=shape[0])
+
+
+@pytest.mark.parametrize("name", ["clip-l-vision", "dinov2-large"])
+def test_image_encoders_use_the_flash_kernel(name):
+    module = models.build(name, dtype="bfloat16", num_hidden_layers=2)
+    check(name, module, traced(module, "bfloat16", *module.example_inputs()), 2)
 
 
 def test_float32_is_attended_in_chunks():
-    flash, largest = attention_of(traced("flux-dev", "float32", scan=True)[1])
-    assert flash == 0 and 0 < largest <= attention_kernels.MOST_LOGITS
+    module = models.build("flux-dev", dtype="float32")
+    flash, largest = attention_of(traced(module, "float32", *module.example_inputs()).jaxpr)
+    assert flash == [] and 0 < largest <= attention_kernels.MOST_LOGITS
 
 
-def test_one_head_of_all_channels_of_an_autoencoder_is_attended_in_chunks():
-    z = jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32)
-    flash, largest = attention_of(traced("sdxl-vae", "bfloat16", (z,))[1])
-    assert flash == 0
-    assert 0 < largest <= attention_kernels.MOST_LOGITS < 128**4
+@pytest.mark.parametrize("name", ["sdxl-vae", "ldm-vq-f4"])
+def test_one_head_of_all_channels_of_an_autoencoder_is_attended_in_chunks(name):
+    """In both directions, of images of the published size."""
+    module = models.build(name, dtype="bfloat16")
+    (image,) = module.example_inputs()
+    encode = lambda params, image: module.apply({"params": params}, image, method="encode")  # noqa: E731
+    moments = jax.eval_shape(encode, weights(module, "bfloat16"), image)
+    for method, given in (("encode", image), ("decode", getattr(moments, "mean", moments))):
+        flash, largest = attention_of(traced(module, "bfloat16", given, method=method).jaxpr)
+        assert flash == [] and 0 < largest <= attention_kernels.MOST_LOGITS
+
+
+def test_every_preset_is_among_these_or_like_one():
+    checked = {*DENOISERS, *(name for name, _ in ENCODERS), "amused-512", "sdxl-vae", "ldm-vq-f4"}
+    checked |= {"clip-l-vision", "dinov2-large"}
+    assert checked | set(ALIKE) | WITHOUT_ATTENTION | SMALL == set(models.PRESETS)
+    assert {ALIKE[name] for name in ALIKE} <= checked
 
 
 def test_what_is_computed_from_weights_alone_is_found():

@@ -1,13 +1,19 @@
+import contextlib
+import functools
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from jaxldm import nn
-from jaxldm.nn import attention_kernels
+from jaxldm import models, nn
+from jaxldm.nn import attention_kernels, flash_attention
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
+WORKS = flash_attention.works.__wrapped__
 
 
 def heads(*shape, seed=0, dtype=np.float32):
@@ -34,19 +40,35 @@ def test_the_way_of_accelerators_agrees_with_the_way_of_cpus(monkeypatch):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """JAX as on an NVIDIA device, its flash kernel replaced by plain products; returns the calls of it."""
+    """JAX as on an NVIDIA device, its flash kernel replaced by plain products; returns the calls of it.
+
+    Each call is the names of what it was given. The kernel is not tried first.
+    """
     asked = []
 
-    def kernel(query, key, value, *, scale, implementation, key_value_seq_lengths=None):
-        asked.append((implementation, key_value_seq_lengths is not None))
-        keys = jnp.arange(key.shape[1])[None, None, None, :]
-        counts = None if key_value_seq_lengths is None else keys < key_value_seq_lengths[:, None, None, None]
-        return attention_kernels.explicit_attention(query, key, value, scale, None, counts)[0]
+    def kernel(query, key, value, bias=None, *, scale, implementation, is_causal=False, **lengths):
+        assert implementation == "cudnn" and set(lengths) <= {"key_value_seq_lengths"}
+        given = {"bias": bias is not None, "causal": is_causal, "lengths": bool(lengths)}
+        if query.shape[1] != 64:  # that of the trial
+            asked.append([name for name, there in given.items() if there])
+        counts = lengths.get("key_value_seq_lengths")
+        mask = attention_kernels.merged_mask(None, is_causal, counts, query.shape[1], key.shape[1])
+        return attention_kernels.explicit_attention(query, key, value, scale, bias, mask)[0]
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention_kernels, "on_cuda", lambda: True)
+    monkeypatch.setattr(flash_attention, "on_cuda", lambda: True)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda: False)
+    monkeypatch.setattr(flash_attention, "KERNELS", dict(flash_attention.KERNELS))
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    monkeypatch.setattr(flash_attention, "works", lambda *asked: True)
     return asked
+
+
+@pytest.fixture
+def tried(cuda, monkeypatch):
+    """The same, and kernels are tried first; trials are not among the calls."""
+    monkeypatch.setattr(flash_attention, "works", functools.cache(WORKS))
+    return cuda
 
 
 def test_flash_kernel_is_requested_exactly_where_it_is_supported(cuda):
@@ -60,18 +82,124 @@ def test_flash_kernel_is_requested_exactly_where_it_is_supported(cuda):
     ):
         q = jnp.zeros((1, 4, 2, dim), dtype)
         nn.dot_product_attention(q, q, q)
-        assert cuda == [("cudnn", False)] * flash
+        assert cuda == [[]] * flash
         cuda.clear()
-    q = jnp.zeros((1, 4, 2, 64), "bfloat16")
-    for masks, lengths in (
-        ({"bias": jnp.zeros((1, 2, 4, 4))}, False),
-        ({"mask": jnp.ones((1, 1, 4, 4), bool)}, False),  # causal, for example
-        ({"mask": jnp.ones((1, 1, 1, 4), bool)}, True),
-        ({"mask": jnp.ones((1, 1, 1, 4), bool), "bias": jnp.zeros((1, 2, 4, 4))}, False),
-    ):
-        nn.dot_product_attention(q, q, q, **masks)
-        assert cuda == [("cudnn", True)] * lengths
-        cuda.clear()
+
+
+# Masks -> what the flash kernel is given in their place.
+B, H, N = 2, 2, 5
+KEYS = jnp.asarray(np.array([[1, 0, 1, 1, 0], [1, 1, 1, 0, 0]]), bool)[:, None, None]
+ANY = jnp.asarray(np.random.default_rng(9).random((B, H, N, N)) < 0.5).at[0, 0, 2].set(False)
+BIAS = jnp.asarray(heads(1, H, N, N, seed=3), jnp.bfloat16).astype(jnp.float32)
+FORMS = {
+    "causal": ({"causal": True}, ["causal"]),
+    "lengths": ({"key_lengths": jnp.array([3, 5], jnp.int32)}, ["lengths"]),
+    "causal lengths": ({"key_lengths": jnp.array([3, 5], jnp.int32), "causal": True}, ["causal", "lengths"]),
+    "keys": ({"mask": KEYS}, ["lengths"]),
+    "causal keys": ({"mask": KEYS, "causal": True}, ["bias"]),
+    "any mask": ({"mask": ANY}, ["bias"]),
+    "bias": ({"bias": BIAS}, ["bias"]),
+    "bias and keys": ({"bias": BIAS, "mask": KEYS}, ["bias"]),
+    "bias and causal": ({"bias": BIAS, "causal": True}, ["bias"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [*((form, "bfloat16") for form in FORMS), ("any mask", "float16"), ("keys", "float16")]
+)
+def test_masks_and_biases_have_a_form_that_the_flash_kernel_takes(monkeypatch, cuda, form, dtype):
+    """Results and gradients, of the bias too, are those of a CPU; a row that may attend to nothing also."""
+    masks, given = FORMS[form]
+    q, k, v = (jnp.asarray(heads(B, N, H, 8, seed=i), dtype) for i in range(3))
+    weight = heads(B, N, H, 8, seed=5)
+    bias = masks.get("bias", jnp.zeros((1, 1, 1, 1)))
+
+    def value(q, k, v, bias):
+        biased = masks | ({"bias": bias} if "bias" in masks else {})
+        out = nn.dot_product_attention(q, k, v, **biased).astype(jnp.float32)
+        return (out * weight).sum(), out
+
+    found = jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
+    assert cuda == [given]
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    expected = jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        one, other = (np.asarray(x.astype(jnp.float32)) for x in (one, other))
+        np.testing.assert_allclose(one, other, atol=0.02 * max(1.0, np.abs(other).max()))
+
+
+def test_a_bias_too_large_to_be_written_out_is_added_in_chunks(monkeypatch, cuda):
+    monkeypatch.setattr(flash_attention, "MOST_BIASES", H * N * N - 1)
+    q, k, v = (jnp.asarray(heads(B, N, H, 8, seed=i), jnp.bfloat16) for i in range(3))
+    found = nn.dot_product_attention(q, k, v, bias=BIAS)
+    assert cuda == []
+    expected = attention_kernels.explicit_attention(q, k, v, 8**-0.5, BIAS)[0]
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, expected)), atol=0.02)
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong", "not a number"])
+def test_a_kernel_that_fails_its_trial_is_not_used_and_one_line_says_so(monkeypatch, tried, fault):
+    """Also inside of a compiled, sharded, recomputed scan; the trial is made once."""
+    trials = []
+
+    def broken(query, *given):
+        trials.append(query.shape)
+        if fault == "raises":
+            raise RuntimeError("no\nsuch kernel")
+        return query * (jnp.nan if fault == "not a number" else 1)
+
+    broken_kernel = flash_attention.KERNELS["cuDNN"]._replace(attend=broken)
+    monkeypatch.setitem(flash_attention.KERNELS, "cuDNN", broken_kernel)
+    q = jnp.asarray(heads(1, 4, 2, 8), jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("images",))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+    def run(q):
+        body = jax.checkpoint(lambda q, _: (nn.dot_product_attention(q, q, q), None))
+        return jax.grad(lambda q: jax.lax.scan(body, q, jnp.arange(3))[0].astype(jnp.float32).sum())(q)
+
+    reason = "RuntimeError: no such kernel" if fault == "raises" else "its error is"
+    with pytest.warns(UserWarning, match=f"^attention without cuDNN's kernel for heads of 8 .*: {reason}"):
+        assert np.isfinite(np.asarray(run(q), np.float32)).all()
+    count = len(trials)
+    nn.dot_product_attention(q, q, q)  # without another warning
+    assert len(trials) == count > 0
+
+
+@pytest.mark.parametrize("package", ["works", "refuses these shapes", "fails", "absent"])
+def test_hopper_kernels_are_used_where_the_package_is_there_and_works(monkeypatch, tried, package):
+    """Tokamax first, then cuDNN; one line says why not."""
+    calls = []
+
+    def attention(query, key, value, *, scale, is_causal, key_value_seq_lengths, implementation):
+        assert implementation == "mosaic"
+        of_trial = query.shape[1] == 64
+        if package == "fails" or (package == "refuses these shapes" and not of_trial):
+            raise NotImplementedError("not for these")
+        calls.extend([] if of_trial else [query.shape])
+        mask = attention_kernels.merged_mask(
+            None, is_causal, key_value_seq_lengths, query.shape[1], key.shape[1]
+        )
+        return attention_kernels.explicit_attention(query, key, value, scale, None, mask)[0]
+
+    module = None if package == "absent" else types.SimpleNamespace(dot_product_attention=attention)
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda: True)
+    q = jnp.asarray(heads(1, 5, 2, 8), jnp.bfloat16)
+    said = package in ("refuses these shapes", "fails")
+    expect = pytest.warns(UserWarning, match="without tokamax's kernel") if said else contextlib.nullcontext()
+    with expect:
+        found = nn.dot_product_attention(q, q, q, causal=True)
+    assert (calls, tried) == (([q.shape], []) if package == "works" else ([], [["causal"]]))
+    expected = attention_kernels.explicit_attention(
+        q, q, q, 8**-0.5, None, jnp.tril(jnp.ones((1, 1, 5, 5), bool))
+    )
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, expected[0])), atol=0.02)
+    if package == "works":
+        assert models.macs_of(lambda q: nn.dot_product_attention(q, q, q), q) == 2 * 5 * 5 * 2 * 8
+        nn.dot_product_attention(q, q, q, bias=jnp.zeros((1, 2, 5, 5)))  # which only cuDNN takes
+        assert tried == [["bias"]]
 
 
 def test_a_mask_of_keys_is_a_number_of_keys_for_the_flash_kernel(cuda):
@@ -87,7 +215,7 @@ def test_a_mask_of_keys_is_a_number_of_keys_for_the_flash_kernel(cuda):
         return attention_kernels.explicit_attention(q, k, v, 8**-0.5, None, mask)[0].astype(jnp.float32)
 
     found, expected = kernel(q, k, v), plain(q, k, v)
-    assert cuda == [("cudnn", True)]
+    assert cuda == [["lengths"]]
     np.testing.assert_allclose(found, expected, atol=0.02)
     weight = heads(*found.shape, seed=5)
     of_kernel, of_plain = (

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines, schedulers
@@ -34,7 +35,7 @@ def products(jaxpr):
 
 @pytest.fixture(scope="module")
 def loop():
-    """(module, the closed program of `take_steps` under guidance), abstract arrays everywhere."""
+    """(module, the program of `take_steps` under guidance, its arguments), abstract arrays everywhere."""
     module = models.build("dit-s-8", depth=1, hidden_size=16, num_heads=2, num_classes=4, sample_size=8)
     labels = np.arange(IMAGES, dtype=np.int32)
     scheduler = schedulers.from_config({"_class_name": "DPMSolverMultistepScheduler"})
@@ -49,11 +50,12 @@ def loop():
     carry = jax.eval_shape(functools.partial(latents._first_carry, compiled=compiled), per_call, per_image)
     network = pipelines.Network(module, models.shapes(module))
     take = functools.partial(latents.take_steps, compiled=compiled)
-    return module, jax.make_jaxpr(take)(network, per_call, per_image, carry, np.int32(0), np.int32(STEPS))
+    arguments = (network, per_call, per_image, carry, np.int32(0), np.int32(STEPS))
+    return module, jax.make_jaxpr(take)(*arguments), (arguments, compiled)
 
 
 def test_both_branches_of_guidance_are_one_call_of_the_network(loop):
-    module, program = loop
+    module, program, _ = loop
     rows = 2 * IMAGES
     x, t = jax.ShapeDtypeStruct((rows, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
     labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -65,9 +67,24 @@ def test_both_branches_of_guidance_are_one_call_of_the_network(loop):
 
 def test_nothing_calls_the_host_and_nothing_of_a_call_is_a_constant(loop):
     """Grid, scales, keys and conditions are arguments: only tables of the module and path are compiled in."""
-    _, program = loop
+    _, program, _ = loop
     names = {equation.primitive.name for equation in equations(program.jaxpr)}
     assert "while" in names and not any("callback" in name for name in names)
     positions, frequencies, of_path = (1, 1, 16), (1, 128), (1000,)
     shapes = {np.shape(constant) for constant in program.consts if np.size(constant) > 1}
     assert shapes <= {positions, frequencies, of_path}
+
+
+def test_the_latents_of_the_last_step_give_their_memory_to_the_next(loop):
+    """State and previews alone: weights and conditions are used again."""
+    _, _, ((network, per_call, per_image, carry, *bounds), compiled) = loop
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("images",))
+    carry = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), carry)
+    arguments = ((network, per_call), per_image, carry, *bounds)
+    lowered = latents._take_steps.lower(*arguments, compiled=compiled, mesh=mesh)
+    count = len(jax.tree.leaves(carry))
+    text = lowered.as_text()
+    assert count > 1 and text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == count
+    assert "callback" not in text
+    donated = [[leaf.donated for leaf in jax.tree.leaves(part)] for part in lowered.args_info[0]]
+    assert [set(part) for part in donated] == [{False}, {False}, {True}, {False}, {False}]
