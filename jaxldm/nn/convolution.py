@@ -197,8 +197,9 @@ class ConvTranspose2x2(nn.Module):
         init = fan_in_uniform(4 * out)
         wide = product_dtype(dtype)
         weight = parameter(self, "weight", init, (channels, out, 2, 2)).astype(dtype).astype(wide)
-        y = flat_matmul(x.astype(dtype).astype(wide), weight.transpose(0, 2, 3, 1).reshape(channels, 4 * out))
-        y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
+        # The weight as it is: transposing it would cost as much again in every denoising step.
+        y = flat_matmul(x.astype(dtype).astype(wide), weight.reshape(channels, out * 4))
+        y = y.reshape(batch, height, width, out, 2, 2).transpose(0, 1, 4, 2, 5, 3)
         y = y.reshape(batch, 2 * height, 2 * width, out)
         if self.use_bias:
             y = y + parameter(self, "bias", init, (out,)).astype(wide).reshape(1, 1, 1, -1)
