@@ -21,10 +21,10 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.timing import machine
+from experiments.figures import save_results
 from jaxldm import diffusion as D
 from jaxldm import models, training
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
 
 # What is computed again in the backward pass: nothing; the inside of each block; all, in one piece.
 POLICIES = ("off", "blocks", "whole network")
@@ -99,11 +99,10 @@ def main(options: TrainStepMemory) -> None:
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     setting = machine("train_step_memory.py", {}) | {"preset": options.preset, "dtype": options.dtype}
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table(rows)}\n"
-    write_atomically(options.output_dir / "train_step_memory.md", text.encode())
     figures = json.dumps({**setting, "rows": rows}, indent=1)
-    write_atomically(options.output_dir / "train_step_memory.json", figures.encode())
+    files = {"train_step_memory.md": text, "train_step_memory.json": figures}
+    save_results(options.output_dir, files)
 
 
 if __name__ == "__main__":

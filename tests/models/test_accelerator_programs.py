@@ -202,7 +202,7 @@ ALIKE = {
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
 }
 WITHOUT_ATTENTION = {"mini-autoencoder", "digit-classifier", "amused-vq", "wuerstchen-vqgan"}
-SMALL = {"mini-unet", "tiny-dit"}
+SMALL = {"mini-unet", "tiny-dit", "tiny-maskgit"}
 TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "if-i-xl": 77}
 
 
