@@ -20,7 +20,7 @@ from jaxldm import models, pipelines, schedulers
 from jaxldm.models.cost import _jaxprs_in
 from jaxldm.nn import attention_kernels, flash_attention
 from jaxldm.pipelines import latents
-from jaxldm.pipelines.families import amused
+from jaxldm.pipelines import tokens as token_steps
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +87,13 @@ def token_loop(module, dtype):
     """The same of aMUSEd."""
     tokens, *cond = module.example_inputs()
     cond = dict(zip(("encoder_hidden_states", "pooled_text_emb", "micro_conds"), cond, strict=True))
-    per_call = amused.PerCall(D.make_unmasking(5, "cosine"), array(()), array(()))
-    per_image = amused.PerImage(array((1, 2), "uint32"), tokens, array((1,), "int32"), cond, cond)
-    compiled = amused.Compiled(module.config.vocab_size - 1, jax.random.key_impl(jax.random.key(0)))
+    per_call = token_steps.PerCall(D.make_unmasking(5, "cosine"), array(()), array(()))
+    per_image = token_steps.PerImage(array((1, 2), "uint32"), tokens, array((1,), "int32"), cond, cond)
+    compiled = token_steps.Compiled(module.config.vocab_size - 1, jax.random.key_impl(jax.random.key(0)))
     network = pipelines.Network(module, weights(module, dtype))
-    return jax.make_jaxpr(functools.partial(amused.unmask, compiled=compiled))(network, per_call, per_image)
+    return jax.make_jaxpr(functools.partial(token_steps.unmask, compiled=compiled))(
+        network, per_call, per_image
+    )
 
 
 def equations(jaxpr):
