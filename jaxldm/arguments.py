@@ -24,12 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32, LARGEST_UINT32
 
 Check = Callable[[str, Any], Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-LARGEST_COUNT = 2**31 - 1  # counts end up as int32
-LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 def checked(**checks: Check) -> Callable[[Function], Function]:
@@ -49,7 +47,8 @@ def checked(**checks: Check) -> Callable[[Function], Function]:
             for place, (name, parameter) in enumerate(parameters.items())
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         }
-        unknown = set(checks) - set(parameters)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = set() if takes_any else set(checks) - set(parameters)
         assert not unknown, f"{function.__qualname__} has no argument {unknown}"
 
         @functools.wraps(function)
@@ -116,7 +115,7 @@ def _a_number(
     return " ".join([f"a {finite}number", *words])
 
 
-def count(low: int = 0, high: int = LARGEST_COUNT) -> Check:
+def count(low: int = 0, high: int = LARGEST_INT32) -> Check:
     """A whole number from `low` to `high`, returned as an int.
 
     >>> count(1)("order", np.int64(2))
@@ -173,7 +172,7 @@ def number(
             plain = float(str(given) if isinstance(given, np.floating) else given)
         except OverflowError:
             raise refuse(name, wanted, value) from None
-        within = abs(plain) <= LARGEST_NUMBER or (infinite and math.isinf(plain))
+        within = abs(plain) <= LARGEST_FLOAT32 or (infinite and math.isinf(plain))
         within = within and (low is None or plain >= low) and (high is None or plain <= high)
         if not (within and (above is None or plain > above) and (below is None or plain < below)):
             raise refuse(name, wanted, value)
@@ -204,9 +203,38 @@ def a_path(name: str, value: Any) -> Any:
     return value
 
 
+def a_module(name: str, value: Any) -> Any:
+    """A Flax module, or what is applied as one."""
+    is_like = callable(getattr(value, "apply", None)) and callable(value)
+    if is_like and not isinstance(value, type):
+        return value
+    return instance((), "a module such as models.build('tiny-dit')")(name, value)
+
+
+def a_params(name: str, value: Any) -> Any:
+    """Parameters of a module: nested dictionaries of arrays, or of their shapes; tracers pass."""
+
+    def fits(entry: Any) -> bool:
+        if isinstance(entry, Mapping):
+            return all(isinstance(key, str) and fits(inside) for key, inside in entry.items())
+        return hasattr(entry, "shape") and hasattr(entry, "dtype")
+
+    if not isinstance(value, Mapping) or not fits(value):
+        raise refuse(name, "nested dictionaries of arrays such as models.init(module, key)", value)
+    return value
+
+
 def choice(kind: str, choices: Sequence[str] | Mapping[str, Any]) -> Check:
     """One of these names; `UnknownNameError` for others."""
     return lambda name, value: one_of(kind, value, choices)
+
+
+DTYPES = ("float32", "bfloat16", "float16")  # of parameters and computations, as configs name them
+
+
+def a_dtype(name: str, value: Any) -> str:
+    """The name of a dtype; `UnknownNameError` for others."""
+    return one_of("dtype", value, DTYPES)
 
 
 def instance(cls: type | tuple[type, ...], example: str) -> Check:
@@ -231,7 +259,8 @@ def instance(cls: type | tuple[type, ...], example: str) -> Check:
 
 def function(signature: str) -> Check:
     """Something that can be called with as many arguments as the signature has: "(x, t) -> x_0"."""
-    arguments = signature.split("->")[0].split(")")[0].strip("( ").split(",")
+    words = signature.split("->")[0].split(")")[0].strip("( ")
+    arguments = words.split(",") if words else []
     any_number = any("*" in argument for argument in arguments)
 
     def check(name: str, value: Any) -> Any:
@@ -255,15 +284,35 @@ def takes(value: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def several(check: Check) -> Check:
-    """A list or tuple of what the check allows, returned as a tuple."""
+def some_devices(name: str, value: Any) -> tuple[Any, ...]:
+    """One device or more."""
+    devices = several(instance(jax.Device, "one of jax.devices()"))(name, value)
+    if not devices:
+        raise InvalidArgumentError(f"{name} is empty: leave it out, or name one or more of jax.devices()")
+    return devices
+
+
+def several(check: Check, wanted: str = "a list") -> Check:
+    """A list or tuple of what the check allows, returned as a tuple; `wanted` is for the message."""
 
     def check_each(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple, range, np.ndarray)) or hasattr(value, "_fields"):
-            raise refuse(name, "a list", value)
+            raise refuse(name, wanted, value)
         return tuple(check(f"{name}[{k}]", item) for k, item in enumerate(value))
 
     return check_each
+
+
+def pair(low: int = 0, high: int = LARGEST_INT32) -> Check:
+    """Two whole numbers, such as (height, width) or (top, left)."""
+
+    def check(name: str, value: Any) -> tuple[int, ...]:
+        numbers = several(count(low, high))(name, value)
+        if len(numbers) != 2:
+            raise refuse(name, "two whole numbers", value)
+        return numbers
+
+    return check
 
 
 def check_fields(self: Any, **checks: Check) -> None:
@@ -293,6 +342,9 @@ def array(
 ) -> Check:
     """An array, a number or a list of them; tracers pass. Lists are returned as NumPy arrays.
 
+    Python's numbers stay what they are: JAX gives them the dtype of what they are combined with. Numbers that
+    a device would change, beyond int32 or float32, are refused where they can be seen.
+
     Args:
         kind: of `_KINDS`: "floating", "whole", "real", "any".
         shape: in words, for the message: "[B, H, W, C]".
@@ -317,15 +369,30 @@ def array(
             raise refuse(name, wanted, value)
         if not isinstance(given, np.ndarray):
             return given
+        _check_held(name, given)
         if finite and not np.isfinite(given).all():
             raise InvalidArgumentError(f"{name} must be finite, got NaN or infinity in {shown(value)}")
         if low is not None and high is not None:
             outside = given[~((given >= low) & (given <= high))]
             if outside.size:
                 raise InvalidArgumentError(f"{name} must be {wanted}, got {outside.flat[0]} in it")
-        return given
+        return value if type(value) in (int, float) else given
 
     return check
+
+
+def _check_held(name: str, given: np.ndarray) -> None:
+    """Refuses numbers that would become others, or infinite, on a device."""
+    if given.dtype.kind in "iu":
+        most = LARGEST_UINT32 if given.dtype.kind == "u" else LARGEST_INT32
+    else:
+        most = LARGEST_FLOAT32
+    if given.dtype.itemsize < 8 or jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    outside = given[((given > most) | (given < -most - 1)) & np.isfinite(given)]
+    if outside.size:
+        kind = f"numbers of at most {most:.3g}"
+        raise InvalidArgumentError(f"{name} must hold {kind} in size, as devices do, got {outside.flat[0]:g}")
 
 
 def as_array(name: str, wanted: str, value: Any) -> Any:
@@ -366,6 +433,25 @@ def check_shapes(**arrays: Any) -> None:
 def _shapes_differ(arrays: Mapping[str, Any]) -> InvalidArgumentError:
     listed = ", ".join(f"{name} {list(np.shape(array))}" for name, array in arrays.items())
     return InvalidArgumentError(f"the shapes do not go together: {listed}")
+
+
+def check_dims(**arrays: tuple[Any, str]) -> None:
+    """Raises `InvalidArgumentError` unless axes of one name have one length.
+
+    Args:
+        arrays: name -> (the array, the names of its axes): "B H W C"; a number is that length, and with # in
+            front 1 will do, too.
+    """
+    lengths: dict[str, int] = {}
+    for array, axes in arrays.values():
+        for axis, length in zip(axes.split(), np.shape(array), strict=True):
+            wanted = int(axis) if axis.isdigit() else lengths.setdefault(axis.strip("#"), length)
+            if axis.startswith("#") and 1 in (length, wanted):
+                lengths[axis[1:]] = max(length, wanted)
+            elif length != wanted:
+                names = ", ".join(f"{name} [{', '.join(axes.split())}]" for name, (_, axes) in arrays.items())
+                shapes = {name: array for name, (array, _) in arrays.items()}
+                raise InvalidArgumentError(f"{_shapes_differ(shapes)}: {names} are wanted")
 
 
 def check_broadcast(**arrays: Any) -> None:

@@ -17,11 +17,13 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from jaxldm.errors import CheckpointError, JaxldmError
+import numpy as np
+
+from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError
+from jaxldm.exact import LARGEST_INT64
 from jaxldm.reading import reason, shortened, shown
 
 T = TypeVar("T")
-LARGEST = 2**63 - 1  # of whole numbers without bounds
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -117,6 +119,44 @@ def make(kind: type[T], values: Mapping[str, Any], place: str) -> T:
         raise CheckpointError(f"{place} does not describe a {kind.__name__}: {text}") from error
 
 
+def check_types(self: Any) -> None:
+    """Checks every field of a frozen dataclass by its annotation, in `__post_init__`: lists become tuples.
+
+    A field that a file's `Read` makes has the value that it makes.
+
+    Raises:
+        InvalidArgumentError: another type, or out of bounds.
+    """
+    for name, kind in _value_types(type(self)).items():
+        try:
+            value = _convert(_plain(getattr(self, name)), kind, name)
+        except _WrongValue as error:
+            where, words, found = error.args
+            raise InvalidArgumentError(f"{where} must be {words}, got {shown(found)}") from None
+        object.__setattr__(self, name, value)
+
+
+@functools.cache
+def _value_types(kind: type) -> Mapping[str, Any]:
+    return {name: _without_readers(annotation) for name, annotation in field_types(kind).items()}
+
+
+def _without_readers(kind: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated and any(isinstance(note, Read) for note in args[1:]):
+        return args[0]
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(map(_without_readers, args))]  # noqa: UP007 (of any number)
+    return kind
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as those of Python, in tuples, too."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def unknown_key(place: str, key: Any, known: Iterable[str]) -> str:
     """The message about a key that nothing here knows, with the closest name that is known."""
     names = sorted(known)
@@ -165,7 +205,7 @@ def _convert(value: Any, kind: Any, place: str) -> Any:
         return build(typing.cast(type, kind), value, place)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return value if abs(value) < 2**1023 else _wrong(value, kind, place)
-    if kind is int and isinstance(value, int) and abs(value) > LARGEST:
+    if kind is int and isinstance(value, int) and abs(value) > LARGEST_INT64:
         raise _WrongValue(place, "a whole number of at most 19 digits", value)
     fits = isinstance(value, type(None) if kind is None else typing.cast(type, kind))
     return (

@@ -10,6 +10,12 @@ import math
 from fractions import Fraction
 from typing import Any
 
+# What a device's numbers hold: counts, extents and indices are int32, seeds uint32, all else float32.
+LARGEST_INT32, LARGEST_UINT32, LARGEST_INT64 = 2**31 - 1, 2**32 - 1, 2**63 - 1
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+# Published paths have 1000 or 2000 timesteps, of which a table is made; a grid has some hundreds of rows.
+MAX_TIMESTEPS, MAX_STEPS = 100_000, 10**6
+
 
 def as_typed(number: Any) -> Fraction:
     """The number exactly as it was typed: an int, a float of any precision, a `Fraction` or a scalar array.

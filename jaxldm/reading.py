@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,21 @@ def shortened(text: str, length: int) -> str:
     """The text in one line of at most so many characters."""
     text = " ".join(text[: 20 * length].split())
     return text if len(text) <= length else text[: length - 4] + " ..."
+
+
+def some_of(problems: Sequence[str], most: int = 8, length: int = MAX_MESSAGE - 60) -> str:
+    """The first of several problems in a line for a message, and how many more there are.
+
+    >>> some_of(["a", "b", "c"], most=2)
+    'a; b; and 1 more'
+    """
+    listed = ""
+    for number, problem in enumerate(problems):
+        longer = f"{listed}; {problem}" if number else shortened(problem, length)
+        if number == most or len(longer) > length:
+            return f"{listed}; and {len(problems) - number} more"
+        listed = longer
+    return listed
 
 
 def shown(value: Any, length: int = 60) -> str:

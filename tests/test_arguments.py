@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxldm import arguments as A
+from jaxldm import diffusion as D
+from jaxldm import exact
 from jaxldm.errors import InvalidArgumentError, UnknownNameError, shown
 
 
@@ -100,3 +102,35 @@ def test_messages_stay_short():
     with pytest.raises(InvalidArgumentError, match="got a value of type int"):
         A.number()("x", 10**5000)  # of more digits than Python prints
     assert shown(A.count) == "the function count" and shown(int) == "the class int"
+
+
+@pytest.mark.parametrize("scale", [2.0, 2])
+def test_a_python_number_does_not_change_the_dtype_that_it_is_combined_with(scale):
+    x = jnp.ones((1, 2, 2, 1), jnp.bfloat16)
+    assert D.guide(x, x, scale).dtype == D.project_guidance(x, x, scale, 0, 1).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, [1, 2**40], 1e39, [0.5, -1e300], np.float64(1e39)])
+def test_numbers_that_a_device_would_change_are_refused(value):
+    """2**32 + 2 would be 2 in int32, and 1e39 infinity in float32."""
+    with pytest.raises(InvalidArgumentError, match="x must hold numbers of at most"):
+        A.array()("x", value)
+
+
+def test_the_largest_numbers_that_a_device_holds_pass():
+    largest = float(np.finfo(np.float32).max)
+    for value in (2**31 - 1, -(2**31), largest, -largest, np.inf, np.array([largest, np.nan])):
+        A.array()("x", value)
+    assert (largest, np.iinfo(np.int32).max) == (exact.LARGEST_FLOAT32, exact.LARGEST_INT32)
+
+
+def test_lengths_of_axes():
+    x, y = np.zeros((2, 3)), np.zeros((1, 3))
+    A.check_dims(x=(x, "B N"), y=(y, "#B N"))
+    A.check_dims(x=(x, "#B N"), y=(x, "#B N"), z=(y, "1 3"))
+    with pytest.raises(
+        InvalidArgumentError, match=r"x \[2, 3\], y \[1, 3\]: x \[B, N\], y \[B, N\] are wanted"
+    ):
+        A.check_dims(x=(x, "B N"), y=(y, "B N"))
+    with pytest.raises(InvalidArgumentError):
+        A.check_dims(x=(np.zeros((3, 3)), "#B N"), y=(x, "#B N"))

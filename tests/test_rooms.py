@@ -16,10 +16,10 @@ PACKAGE = pathlib.Path(jaxldm.__file__).parent
 GROUND_FLOOR = {"errors", "arguments", "exact", "reading", "entries", "files", "host", "memory"}
 MAY_IMPORT = {
     "errors": set(),
-    "arguments": {"errors"},
+    "arguments": {"errors", "exact"},
     "exact": set(),
     "reading": {"errors"},
-    "entries": {"errors", "reading"},
+    "entries": {"errors", "exact", "reading"},
     "files": {"errors", "reading"},
     "host": {"errors", "files"},
     "memory": {"errors", "host"},

@@ -12,8 +12,10 @@ characters that names the argument. Anything else is a fault.
 from __future__ import annotations
 
 import collections
+import contextlib
 import random
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -124,7 +126,7 @@ def outcome_of(case: Case, argument: str, words: str, arguments: dict[str, Any])
     start = time.perf_counter()
     outcome, message = "works", ""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _elsewhere():
             warnings.simplefilter("ignore")
             call(case.function, arguments)
     except JaxldmError as error:
@@ -133,6 +135,13 @@ def outcome_of(case: Case, argument: str, words: str, arguments: dict[str, Any])
     except Exception as error:  # noqa: BLE001 (these are what is looked for)
         outcome, message = f"foreign {type(error).__name__}", str(error)
     return Row(case.name, argument, words, outcome, message, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """An empty working folder: "x" may be taken for the name of a file to write."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

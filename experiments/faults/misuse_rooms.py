@@ -8,14 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.faults.misuse_arrays import of_arrays
 from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
+from experiments.faults.misuse_files import of_files
+from experiments.faults.misuse_settings import settings
 from jaxldm import diffusion as D
 from jaxldm import metrics, models, pipelines, schedulers
 from jaxldm import training as T
 
 
+@functools.cache
 def all_cases() -> list[Case]:
-    """Of all rooms."""
+    """Of all rooms; made once."""
     return [
         *networks(),
         *pipelines_of_classes(),
@@ -23,6 +27,9 @@ def all_cases() -> list[Case]:
         *schedules(),
         *figures(),
         *cases_of_diffusion(),
+        *of_arrays(),
+        *settings(),
+        *of_files(),
     ]
 
 
@@ -289,24 +296,4 @@ def figures() -> list[Case]:
     }
     return [
         Case(f"metrics.{name}", getattr(metrics, name), given, words=width) for name, given in figures.items()
-    ]
-
-
-def files() -> list[Case]:
-    """What opens files and folders: here of none, so that valid arguments end in "there is no ..."."""
-    nowhere, words = (
-        "/no/such/folder",
-        {"folder": "folder|file|holds|check the path", "dtype": "dtype|folder", "variant": "variant|folder"},
-    )
-    words |= dict.fromkeys(("pipeline_folder", "path", "run_dir", "only"), "folder|file|holds")
-    return [
-        Case(
-            "pipelines.load",
-            pipelines.load,
-            {"folder": nowhere, "dtype": None, "variant": None, "mesh": None, "rules": None},
-            words=words,
-        ),
-        Case("T.read_recipe", T.read_recipe, {"run_dir": nowhere}, words=words),
-        Case("models.Tiling", models.Tiling, {"size": 64, "overlap": 0.25}),
-        Case("T.train", functools.partial(T.train, run_dir="/dev/null/run"), {"recipe": None}),
     ]

@@ -109,7 +109,7 @@ def _config(folder: Path) -> None:
     models.config_to_dict(models.config_from_dict(checkpoints.read_config(folder)))
 
 
-def _model_files(config: Any) -> dict[str, bytes]:
+def model_files(config: Any) -> dict[str, bytes]:
     stem = "model" if config.library == "transformers" else "diffusion_pytorch_model"
     return {"config.json": _json(models.config_to_dict(config)), f"{stem}.safetensors": _tensors(config)}
 
@@ -138,7 +138,7 @@ def _lora_tensors(spelling: str) -> dict[str, np.ndarray]:
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
-def _lora_files(spelling: str) -> dict[str, bytes]:
+def lora_files(spelling: str) -> dict[str, bytes]:
     settings = {"lora_alpha": 4, "r": 2, "alpha_pattern": {"mid_block.*.proj_in": 3}, "use_rslora": False}
     if spelling == "peft":
         tensors = {f"base_model.model.{name}": value for name, value in _lora_tensors("peft").items()}
@@ -202,7 +202,7 @@ def _spiece() -> bytes:
     return message + field(2, bytes([3 << 3, 1])) + field(3, b"\x0a\x03nmt")
 
 
-def _t5_files() -> dict[str, bytes]:
+def t5_files() -> dict[str, bytes]:
     return {"spiece.model": _spiece(), "tokenizer_config.json": _json({"extra_ids": 3, "eos_token": "</s>"})}
 
 
@@ -245,8 +245,8 @@ def _pipeline_files() -> dict[str, bytes]:
         "id2label": {"0": "a", "1": "b", "2": "c"},
     }
     parts = {
-        "transformer": _model_files(DIT),
-        "vae": _model_files(VAE),
+        "transformer": model_files(DIT),
+        "vae": model_files(VAE),
         "scheduler": _scheduler_files("DDIMScheduler"),
     }
     files = {f"{part}/{name}": content for part, own in parts.items() for name, content in own.items()}
@@ -414,8 +414,8 @@ def readers() -> dict[str, Reader]:
     for name in SCHEDULERS:
         named[f"scheduler {name}"] = Reader(_scheduler_files(name), _scheduler, 2.0)
     for spelling in ("kohya", "diffusers", "peft"):
-        named[f"LoRA of {spelling}"] = Reader(_lora_files(spelling), checkpoints.load_lora, 3.0)
-    for name, files in (("CLIP", _clip_files()), ("BERT", _bert_files()), ("T5", _t5_files())):
+        named[f"LoRA of {spelling}"] = Reader(lora_files(spelling), checkpoints.load_lora, 3.0)
+    for name, files in (("CLIP", _clip_files()), ("BERT", _bert_files()), ("T5", t5_files())):
         named[f"tokenizer of {name}"] = Reader(files, _tokenizer, 3.0)
         named[f"tokenizer.json of {name}"] = Reader(_fast_files(files), _tokenizer, 2.0)
     for suffix in ("png", "jpg", "gif"):
@@ -429,9 +429,9 @@ def readers() -> dict[str, Reader]:
         "shards": Reader(_shards(), _shard, 4.0),
         "model_index.json": Reader({"model_index.json": _pipeline_files()["model_index.json"]}, _index, 4.0),
         "pipeline folder": Reader(_pipeline_files(), pipelines.load, 0.15),
-        "model folder of VAE": Reader(_model_files(VAE), checkpoints.load, 0.3),
-        "model folder of CLIP": Reader(_model_files(CLIP), checkpoints.load, 0.3),
-        "model folder of DiT": Reader(_model_files(DIT), checkpoints.load, 0.3),
+        "model folder of VAE": Reader(model_files(VAE), checkpoints.load, 0.3),
+        "model folder of CLIP": Reader(model_files(CLIP), checkpoints.load, 0.3),
+        "model folder of DiT": Reader(model_files(DIT), checkpoints.load, 0.3),
         "single file of a VAE": Reader(
             _vae_alone(), lambda folder: checkpoints.load_single_file(folder / "vae.safetensors"), 0.3
         ),

@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
 from jaxldm import models
-from jaxldm.checkpoints.names import Placement, from_state_dict, published
+from jaxldm.arguments import a_dtype, a_module, a_params, a_path, checked, count, instance, optional, text
+from jaxldm.checkpoints.names import Placement, a_placement, from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
@@ -24,6 +26,7 @@ from jaxldm.checkpoints.weight_files import (
     weight_contents,
 )
 from jaxldm.errors import CheckpointError
+from jaxldm.exact import LARGEST_INT64
 from jaxldm.files import finish_interrupted, write_together
 from jaxldm.models.config import ModelConfig, check_size
 from jaxldm.reading import named, read_json, reading
@@ -34,6 +37,16 @@ WITHOUT_WEIGHTS = (2000, 2**23)  # tensors and numbers that a config alone may c
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
+def a_model(name: str, value: Any) -> Any:
+    """A module with a config, so that it can be written."""
+    module = a_module(name, value)
+    instance(ModelConfig, "of a module with a config, such as models.build('tiny-dit')")(
+        f"{name}.config", getattr(module, "config", None)
+    )
+    return module
+
+
+@checked(folder=a_path, module=a_model, params=a_params, max_shard_size=count(1, LARGEST_INT64))
 def save(
     folder: Path | str, module: nn.Module, params: dict, *, max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
@@ -60,6 +73,7 @@ def save(
     write_together(folder, contents, lambda name: name == CONFIG_FILE or is_plain_weights(stem, name))
 
 
+@checked(folder=a_path, dtype=optional(a_dtype), sharding=optional(a_placement), variant=optional(text))
 def load(
     folder: Path | str,
     *,
@@ -100,8 +114,6 @@ def load_as(
     variant: str | None = None,
 ) -> tuple[nn.Module, dict]:
     """`load` with these entries instead of those of the folder's config.json."""
-    if dtype is not None:
-        models.compute_dtype(dtype)
     with reading(folder):
         config = models.config_from_dict(entries)
     config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
@@ -117,6 +129,7 @@ def load_as(
         raise CheckpointError(named(weights, str(error))) from error
 
 
+@checked(folder=a_path)
 def module_in(folder: Path | str) -> nn.Module:
     """The network of a model folder by its config alone; of its weights, if there, only the names are read.
 
@@ -139,6 +152,7 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor]) -> None:
     check_size(config, len(stored), sum(math.prod(tensor.shape) for tensor in stored.values()))
 
 
+@checked(folder=a_path)
 def read_config(folder: Path | str) -> dict:
     """The entries of a model folder's config.json.
 

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxldm import models
+from jaxldm.arguments import a_path, checked, several
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.checkpoints.safetensors_file import read_safetensors
 from jaxldm.checkpoints.tensorflow_graph import read_tensorflow_graph
 from jaxldm.checkpoints.torch_file import read_torch_file
 from jaxldm.errors import CheckpointError
-from jaxldm.reading import check_regular
+from jaxldm.reading import check_regular, reading
 
 WHERE = (
     "take pt_inception-2015-12-05-6726825d.pth from the releases of pytorch-fid, inception-2015-12-05.pt of "
@@ -92,6 +93,7 @@ class LoadedNetwork(NamedTuple):
     file: str
 
 
+@checked(path=a_path)
 def load_inception(path: Path | str) -> LoadedNetwork:
     """FID's InceptionV3 from a file in any of the forms above.
 
@@ -109,6 +111,7 @@ def load_inception(path: Path | str) -> LoadedNetwork:
     return LoadedNetwork(module, params, file_hash(path), path.name)
 
 
+@checked(path=a_path)
 def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     """The tensors of a file of any form that is known here, by the names in it.
 
@@ -135,10 +138,12 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
 
 def file_hash(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
+    check_regular(path, "weight file")
+    with reading(path), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@checked(paths=several(a_path))
 def hash_of_files(paths: Iterable[Path]) -> str:
     """The SHA-256 of the hashes of several files, in this order."""
     return hashlib.sha256(" ".join(file_hash(path) for path in paths).encode()).hexdigest()

@@ -30,14 +30,21 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxldm.checkpoints.names import ENCODER_PREFIXES, MAX_LISTED, PublishedTensor, placed, published
+from jaxldm.arguments import a_path, checked, instance, number
+from jaxldm.checkpoints.names import (
+    COMPONENTS,
+    ENCODER_PREFIXES,
+    PublishedTensor,
+    placed,
+    published,
+)
 from jaxldm.checkpoints.original.layout import place_of
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
 from jaxldm.entries import checked_entries
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
-from jaxldm.reading import parse_json, read_json, reading, shown
+from jaxldm.reading import parse_json, read_json, reading, shown, some_of
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 # What kohya's names begin with, for each component.
@@ -115,6 +122,7 @@ class Lora(NamedTuple):
         return self._replace(layers=layers)
 
 
+@checked(path=a_path)
 def load_lora(path: Path | str) -> Lora:
     """Opens a LoRA file in the format of kohya's scripts or of diffusers, or the folder that holds one.
 
@@ -152,10 +160,9 @@ def _read_layers(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
         for tensor in parts.values()
     ]
     if unknown:
-        more = [f"and {len(unknown) - MAX_LISTED} more"] if len(unknown) > MAX_LISTED else []
         raise CheckpointError(
             f"{path} holds tensors that are not of a plain LoRA (matrices down and up, one number alpha): "
-            + "; ".join([*unknown[:MAX_LISTED], *more])
+            + some_of(unknown, length=4000)
         )
     if not modules:
         raise CheckpointError(f"{path} holds no LoRA layers")
@@ -163,6 +170,17 @@ def _read_layers(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
     return Lora(path, {module: _layer(path, module, parts, settings) for module, parts in modules.items()})
 
 
+A_LORA = instance(Lora, "a LoRA from checkpoints.load_lora(path)")
+
+
+def a_scale(name: str, value: Any) -> Any:
+    """One number, or one for each component by its name."""
+    if isinstance(value, Mapping):
+        return {key: number()(f"{name}[{shown(key)}]", each) for key, each in value.items()}
+    return number()(name, value)
+
+
+@checked(components=COMPONENTS, lora=A_LORA, scale=a_scale)
 def merge_lora(
     components: Mapping[str, Any], lora: Lora, scale: float | Mapping[str, float] = 1.0
 ) -> dict[str, Any]:
@@ -185,7 +203,9 @@ def merge_lora(
     """
     networks = {name: part for name, part in components.items() if _is_network(part)}
     if isinstance(scale, Mapping):
-        scales = {one_of("component", name, networks): float(number) for name, number in scale.items()}
+        scales = {
+            one_of("component of scale", name, networks): float(number) for name, number in scale.items()
+        }
     else:
         scales = dict.fromkeys(networks, float(scale))
     places = _places(networks)
@@ -377,9 +397,7 @@ def _check(lora: Lora, places: Mapping[str, tuple[str, PublishedTensor]]) -> Non
     if problems:
         others = sorted({_component(name) for name in unmatched} - {part for part, _ in places.values()})
         hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
-        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        listed = "; ".join([*problems[:MAX_LISTED], *more])
-        raise CheckpointError(f"{lora.path} does not fit the model: {listed}{hint}")
+        raise CheckpointError(f"{lora.path} does not fit the model: {some_of(problems, length=4000)}{hint}")
 
 
 def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxldm import models
+from jaxldm.arguments import a_path, checked
 from jaxldm.checkpoints.inception_weights import LoadedNetwork, file_hash, read_weights
 from jaxldm.checkpoints.names import from_state_dict, published
 from jaxldm.errors import CheckpointError
@@ -15,6 +16,7 @@ WHERE = "take torchvision's vgg16-397923af.pth or alexnet-owt-7be5be79.pth"
 _FIRST_KERNELS = {(64, 3, 3, 3): "vgg", (64, 3, 11, 11): "alex"}
 
 
+@checked(path=a_path)
 def load_lpips(path: Path | str) -> LoadedNetwork:
     """LPIPS with the network of a file, VGG16 or AlexNet, and the published heads.
 

@@ -26,8 +26,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from jaxldm.arguments import a_module, a_params, checked, instance, optional, refuse
+from jaxldm.arguments import function as a_function
 from jaxldm.checkpoints.safetensors_file import Tensor
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.reading import some_of
 
 Path = tuple[str, ...]
 if TYPE_CHECKING:
@@ -69,10 +72,54 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 # Transformers writes an encoder with one of these in front of every tensor, or without it:
 ENCODER_PREFIXES = ("text_model.", "vision_model.", "bert.", "model.")
 
-MAX_LISTED = 8  # tensors that do not fit, in a message
 _BLOCK = 2**19  # bytes that are converted at a time
 _READERS = 2  # threads: one waits for the disk or for new pages of memory while the other converts
 _STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # a stack of modules: the blocks of a scan
+
+
+COMPONENTS = instance(Mapping, "the components by name, such as checkpoints.load_components(folder)")
+
+
+def a_state(name: str, value: Any) -> Any:
+    """Tensors, in memory or in a file, by their names."""
+    fits = isinstance(value, Mapping) and all(
+        isinstance(key, str) and hasattr(tensor, "shape") and hasattr(tensor, "dtype")
+        for key, tensor in value.items()
+    )
+    if not fits:
+        raise refuse(name, "a dictionary of tensors by their published names", value)
+    return value
+
+
+def several_networks(name: str, value: Any) -> Any:
+    """Networks by the names of their components."""
+    fits = isinstance(value, Mapping) and all(
+        isinstance(part, tuple) and len(part) == 2 for part in value.values()
+    )
+    if not fits:
+        raise refuse(name, "networks by name, such as {'unet': (module, params)}", value)
+    for key, (module, params) in value.items():
+        a_module(f"{name}[{key!r}][0]", module)
+        a_params(f"{name}[{key!r}][1]", params)
+    return value
+
+
+def a_float_dtype(name: str, value: Any) -> Any:
+    """Any dtype of floating-point numbers, or its name."""
+    try:
+        dtype = np.dtype(value) if value is not None else None
+    except TypeError:
+        dtype = None
+    if dtype is None or not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise refuse(name, "a dtype of floating-point numbers such as 'bfloat16'", value)
+    return value
+
+
+def a_placement(name: str, value: Any) -> Any:
+    """A device, a sharding, or a function that gives one for each parameter."""
+    if isinstance(value, (jax.Device, jax.sharding.Sharding)):
+        return value
+    return a_function("(path, shape) -> sharding, a sharding or one of jax.devices()")(name, value)
 
 
 def published_name(path: tuple[str, ...]) -> str:
@@ -131,6 +178,7 @@ class PublishedTensor:
         return np.array(np.asarray(value).transpose(self.axes), dtype, copy=copy, order="C")
 
 
+@checked(params=a_params)
 def published(params: Mapping) -> dict[str, PublishedTensor]:
     """Nested Flax parameters, or their shapes -> {published name: its tensor, not fetched yet}."""
     tensors = {}
@@ -146,11 +194,15 @@ def published(params: Mapping) -> dict[str, PublishedTensor]:
     return tensors
 
 
+@checked(params=a_params)
 def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
     """Nested Flax parameters -> {published name: tensor}, in host memory, values unchanged bit for bit."""
     return {name: np.asarray(tensor) for name, tensor in published(params).items()}
 
 
+@checked(
+    state=a_state, template_params=a_params, dtype=optional(a_float_dtype), sharding=optional(a_placement)
+)
 def from_state_dict(
     state: Mapping[str, Tensor],
     template_params: Mapping,
@@ -308,9 +360,7 @@ def _check(wanted: Mapping[str, tuple], given: Mapping[str, tuple]) -> None:
             if name in given and given[name] != shape
         ],
     )
-    several = sum(map(bool, kinds)) > 1
-    listed = [problem for kind in kinds for problem in kind[: MAX_LISTED // 4 if several else MAX_LISTED]]
-    more = sum(map(len, kinds)) - len(listed)
-    if listed:
-        rest = [f"and {more} more"] if more else []
-        raise CheckpointError(f"the weights do not fit the model: {'; '.join([*listed, *rest])}")
+    # Of several kinds the first of each come first.
+    problems = [kind[place] for place in range(max(map(len, kinds))) for kind in kinds if place < len(kind)]
+    if problems:
+        raise CheckpointError(f"the weights do not fit the model: {some_of(problems)}")

@@ -15,8 +15,9 @@ from typing import Any
 import flax.linen as nn
 
 from jaxldm import __version__, models
+from jaxldm.arguments import a_dtype, a_path, checked, instance, optional, several, text
 from jaxldm.checkpoints.folder import load_as, read_config, save
-from jaxldm.checkpoints.names import Placement
+from jaxldm.checkpoints.names import COMPONENTS, Placement, a_placement
 from jaxldm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from jaxldm.errors import CheckpointError, StorageError, one_of
 from jaxldm.files import finish_interrupted, folder_written_whole, is_temporary
@@ -31,6 +32,7 @@ Network = tuple[nn.Module, dict]
 Component = Network | Tokenizer | dict[str, Any]
 
 
+@checked(folder=a_path)
 def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
     """The components of a pipeline folder: name -> (library, class). Absent ones are left out.
 
@@ -59,6 +61,13 @@ def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
     return components
 
 
+@checked(
+    pipeline_folder=a_path,
+    dtype=optional(a_dtype),
+    only=optional(several(text)),
+    sharding=optional(a_placement),
+    variant=optional(text),
+)
 def load_components(
     pipeline_folder: Path | str,
     dtype: str | None = None,
@@ -129,6 +138,12 @@ def _of_class(entries: dict[str, Any], kind: str) -> dict[str, Any]:
     return entries | {key: value}
 
 
+@checked(
+    folder=a_path,
+    class_name=text,
+    components=COMPONENTS,
+    options=optional(instance(Mapping, "a dictionary of entries of model_index.json")),
+)
 def save_components(
     folder: Path | str,
     class_name: str,

@@ -11,11 +11,15 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from jaxldm.arguments import a_path, count, optional, several, text
+from jaxldm.arguments import checked as checked_arguments
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
 from jaxldm.entries import Bounds, checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError
 from jaxldm.files import finish_interrupted, write_together
 from jaxldm.reading import parse_json, read_bytes, reading, reason, shown
+
+MAX_LENGTH = 10**6  # of a row of tokens
 
 
 class Tokens(NamedTuple):
@@ -48,14 +52,13 @@ class Tokenizer:
     backend: Any
     files: Mapping[str, bytes]
 
+    @checked_arguments(texts=several(text, "a list of strings"), max_length=optional(count(1, MAX_LENGTH)))
     def __call__(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
         """Tokenizes texts, each as a row of `max_length`.
 
         Raises:
             InvalidArgumentError: no texts, something other than strings, or no room for one token of a text.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise InvalidArgumentError(f"texts must be a list of strings, not {texts!r:.80}")
         if not texts:
             raise InvalidArgumentError("an empty list of texts: give at least one; '' is the empty text")
         length = self.max_length if max_length is None else max_length
@@ -78,6 +81,7 @@ class Tokenizer:
         """The largest number that a text can have in it."""
         return _largest_token(self.backend)
 
+    @checked_arguments(folder=a_path)
     def save(self, folder: Path | str) -> None:
         """Writes the files that the tokenizer was read from, and tokenizer.json.
 
@@ -165,6 +169,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
+@checked_arguments(folder=a_path)
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Opens the tokenizer folder of a published text encoder, written by any version of transformers.
 
@@ -205,7 +210,7 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
     except Exception as error:  # `tokenizers` has no exception of its own
         raise CheckpointError(f"the tokenizer's files do not fit together: {reason(error)}") from error
     longest = settings.get("model_max_length")
-    if longest is None or not 1 <= longest <= 1e6:  # transformers writes 1e30 for "unknown"
+    if longest is None or not 1 <= longest <= MAX_LENGTH:  # transformers writes 1e30 for "unknown"
         longest = kind.max_length
     pad = backend.token_to_id(_content(special["pad_token"] or ""))
     if pad is None:

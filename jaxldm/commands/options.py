@@ -9,8 +9,8 @@ from typing import Any
 
 import tyro
 
-from jaxldm.commands.words import LARGEST_NUMBER
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.reading import shown as shown_value
 
 
@@ -89,7 +89,9 @@ def named_values(texts: tuple[str, ...] | None, option: str, names: Sequence[str
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or name in values:
-            raise InvalidArgumentError(f"--{option} takes NAME=VALUE, each name once, got {text!r}")
+            raise InvalidArgumentError(
+                f"--{option} takes NAME=VALUE, each name once, got {shown_value(text)}"
+            )
         if not names:
             raise InvalidArgumentError(f"this model has no options of its own: leave out --{option} {text}")
         one_of(f"name of --{option}", name, names)
@@ -113,6 +115,6 @@ def numbers(texts: tuple[str, ...] | None, option: str) -> list[float] | None:
             f"--{option} must be numbers, got {shown_value(' '.join(words))}{hint}"
         ) from None
     for number in given:
-        if not 0 <= number <= LARGEST_NUMBER:
+        if not 0 <= number <= LARGEST_FLOAT32:
             raise InvalidArgumentError(f"--{option} must be finite numbers of 0 or more, got {number}")
     return given

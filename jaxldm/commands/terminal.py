@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.exact import LARGEST_UINT32
 from jaxldm.reading import shortened
 
 if TYPE_CHECKING:
     from jaxldm.metrics import Finding
 
-LARGEST_SEED = 2**32 - 1
-
 
 def check_seed(seed: int) -> int:
     """Returns the seed. Raises `InvalidArgumentError` unless it is in 0 .. 2^32 - 1."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise InvalidArgumentError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {seed}")
+    if not 0 <= seed <= LARGEST_UINT32:
+        raise InvalidArgumentError(f"seed must be a whole number from 0 to {LARGEST_UINT32}, got {seed}")
     return seed
 
 

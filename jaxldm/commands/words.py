@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT64
 from jaxldm.reading import shown
 
-LARGEST_WHOLE = 2**63 - 1
-LARGEST_NUMBER = 3.4028234663852886e38  # of float32
 _WORDS = {int: "a whole number", float: "a number", str: "a value", bool: "nothing"}
 _SEVERAL = {int: "whole numbers", float: "numbers", str: "values"}
 
@@ -135,13 +134,13 @@ def _check_values(option: Option, values: list[str], name: str) -> None:
         number = _as_whole(value) if option.kind is int else _as_number(value)
         if number is None:
             raise InvalidArgumentError(f"{option.name} must be {option.takes}, got {shown(value)} {help_}")
-        if option.kind is int and abs(number) > LARGEST_WHOLE:
+        if option.kind is int and abs(number) > LARGEST_INT64:
             raise InvalidArgumentError(
-                f"{option.name} must be {option.takes} of at most {LARGEST_WHOLE}, got {shown(value)}"
+                f"{option.name} must be {option.takes} of at most {LARGEST_INT64}, got {shown(value)}"
             )
-        if option.kind is float and not abs(number) <= LARGEST_NUMBER:
+        if option.kind is float and not abs(number) <= LARGEST_FLOAT32:
             raise InvalidArgumentError(
-                f"{option.name} must be finite, and at most {LARGEST_NUMBER:.2g}, got {shown(value)}"
+                f"{option.name} must be finite, and at most {LARGEST_FLOAT32:.2g}, got {shown(value)}"
             )
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxldm.arguments import array, checked, instance, number, one_key
+
 
 class Augmentation(NamedTuple):
     """Largest random change of an image: rotation in degrees, share of its size, shift in pixels."""
@@ -20,6 +22,15 @@ class Augmentation(NamedTuple):
 LIGHT = Augmentation()
 
 
+AN_AUGMENTATION = instance(Augmentation, "a data.Augmentation(degrees, scale, shift)")
+
+
+@checked(
+    key=one_key,
+    images=array("floating", "[B, H, W, C]", axes=4, filled=True),
+    strength=AN_AUGMENTATION,
+    fill=number(),
+)
 def augment(
     key: Key[Array, ""], images: Float[Array, "B H W C"], strength: Augmentation = LIGHT, fill: float = -1.0
 ) -> Float[Array, "B H W C"]:

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, Shaped
 
+from jaxldm.arguments import array, checked, count, flag, instance, one_key, refuse
+from jaxldm.arguments import function as a_function
 from jaxldm.errors import DataError, InvalidArgumentError
 
 
@@ -33,7 +35,8 @@ class ArrayRows:
     columns: Mapping[str, Shaped[np.ndarray, "N ..."]]
 
     def __post_init__(self):
-        columns = {name: np.asarray(column) for name, column in self.columns.items()}
+        instance(Mapping, "a dictionary of arrays, one row per example")("columns", self.columns)
+        columns = {name: _column(f"columns[{name!r}]", column) for name, column in self.columns.items()}
         lengths = {name: len(column) if column.ndim else 0 for name, column in columns.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise DataError(f"columns must have one row per example, and at least one, got lengths {lengths}")
@@ -44,6 +47,24 @@ class ArrayRows:
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
         return {name: column[rows] for name, column in self.columns.items()}
+
+
+def _column(name: str, column: Any) -> Shaped[np.ndarray, "N ..."]:
+    """An array of numbers or texts. Raises `InvalidArgumentError` for other things."""
+    try:
+        array = np.asarray(column)
+    except ValueError:  # rows of different lengths
+        raise refuse(name, "an array", column) from None
+    if array.dtype == object:
+        raise refuse(name, "an array", column)
+    return array
+
+
+def SOME_ROWS(name: str, value: Any) -> Any:
+    """Named arrays, or examples on disk."""
+    if isinstance(value, Mapping) or (isinstance(value, Rows) and not isinstance(value, np.ndarray)):
+        return value
+    raise refuse(name, "named arrays, {'image': [N, H, W, C], ...}, or the rows of a split", value)
 
 
 class Batches:
@@ -70,6 +91,7 @@ class Batches:
     (2, (4, 2, 2, 1))
     """
 
+    @checked(rows=SOME_ROWS, batch_size=count(-(2**31)), key=one_key, shuffle=flag)
     def __init__(
         self,
         rows: Rows | Mapping[str, Shaped[np.ndarray, "N ..."]],
@@ -97,9 +119,8 @@ class Batches:
             self._order = (epoch, order)  # takes milliseconds to draw, so the last one is cached
         return order
 
+    @checked(step=count())
     def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
-        if step < 0:
-            raise InvalidArgumentError(f"step must be 0 or more, got {step}")
         epoch, place = divmod(step, len(self))
         return self.rows.take(self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size])
 
@@ -128,6 +149,9 @@ class RowsView:
         return {name: columns[other] for name, other in self.names.items()}
 
 
+@checked(
+    function=a_function("rows -> arrays"), rows=array("any", "[N, ...]", axes=(1, 64)), batch_size=count(1)
+)
 def map_batches(
     function: Callable[[Any], Any],
     rows: Shaped[np.ndarray, "N ..."] | Rows,
@@ -174,6 +198,13 @@ class ReadAhead:
         return batch
 
 
+@checked(
+    batches=instance(Batches, "a data.Batches(rows, batch_size, key)"),
+    start=count(0),
+    stop=count(0),
+    num_threads=count(1, 1024),
+    buffer_size=count(1, 2**20),
+)
 def prefetch(
     batches: Batches, start: int, stop: int, *, num_threads: int = 4, buffer_size: int = 4
 ) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:

@@ -3,16 +3,19 @@
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from jaxldm.arguments import array, checked, count, optional, several, text
 from jaxldm.errors import DataError
 
 TOLERANCE = 1e-3  # how far a value may be outside [-1, 1], by rounding
 
 
+@checked(pixels=array("whole", "of 8 bits"))
 def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Returns pixels / 127.5 - 1: 0 becomes -1, 255 becomes 1 (float32)."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+@checked(images=array("real"))
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns round(127.5 (images + 1)) cut to [0, 255]: the inverse of `from_uint8`, for images in [-1, 1].
 
@@ -43,6 +46,7 @@ def from_grey_levels(levels: Int[np.ndarray, "B H W"], num_levels: int) -> Float
     return (np.asarray(levels, np.float32) * np.float32(2 / (num_levels - 1)) - 1)[..., None]
 
 
+@checked(images=array("any"), shape=optional(several(count(1))), name=text)
 def check_images(
     images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None, name: str = "images"
 ) -> Float[np.ndarray, "B H W C"]:
@@ -83,6 +87,7 @@ def check_images(
     return images
 
 
+@checked(labels=array("real"), num_images=count(0), num_classes=count(1), name=text)
 def check_labels(
     labels: Int[np.ndarray, "B"], num_images: int, num_classes: int, name: str = "labels"
 ) -> Int[np.ndarray, "B"]:

@@ -8,14 +8,15 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxldm.errors import DataError
+from jaxldm.arguments import a_path, checked, function, text
+from jaxldm.errors import DataError, InvalidArgumentError, shown
 from jaxldm.files import write_atomically
 from jaxldm.reading import check_regular, reading
 
@@ -42,6 +43,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+@checked(path=a_path, key=text, compute=function("() -> arrays by name"))
 def cached(path: str | os.PathLike, key: str, compute: Callable[[], Columns]) -> Columns:
     """Returns the arrays stored in the .npz file `path` under the fingerprint `key`, or computes and stores
     them.
@@ -58,7 +60,10 @@ def cached(path: str | os.PathLike, key: str, compute: Callable[[], Columns]) ->
     path = pathlib.Path(path)
     columns = _read(path, key)
     if columns is None:
-        columns = {name: np.asarray(column) for name, column in compute().items()}
+        columns = compute()
+        if not isinstance(columns, Mapping):
+            raise InvalidArgumentError(f"compute must return named arrays, got {shown(columns)}")
+        columns = {name: np.asarray(column) for name, column in columns.items()}
         _write(path, key, columns)
     return columns
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxldm.arguments import a_path, checked, count, optional, text
 from jaxldm.data.dataset import Dataset, RecordRows
 from jaxldm.data.folders import load_folder
 from jaxldm.data.splits import split_records
@@ -30,6 +31,7 @@ CAPTIONS = ("caption", "text", "description")  # names of the feature that descr
 WELL_KNOWN = ("mnist5k", "captioned_shapes", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
 
 
+@checked(data_dir=optional(a_path))
 def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """Returns the folder of the datasets.
 
@@ -39,6 +41,12 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     return pathlib.Path(next(filter(None, choices), "~/tensorflow_datasets")).expanduser()
 
 
+@checked(
+    name=text,
+    data_dir=optional(a_path),
+    image_size=optional(count(1, 2**16)),
+    pad_to=optional(count(1, 2**16)),
+)
 def load(
     name: str,
     *,
@@ -169,7 +177,7 @@ def _builder(name: str, folder: pathlib.Path):
         near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
         raise UnknownNameError("dataset", name, dict.fromkeys([*WELL_KNOWN, *near])) from error
     except Exception as error:  # a builder may import anything and read any file
-        raise DataError(f"cannot open the dataset {name!r} in {folder}: {_reason(error)}") from error
+        raise DataError(f"cannot open the dataset {shown(name)} in {folder}: {_reason(error)}") from error
 
 
 def _source(builder, split: str):

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from scipy.special import expit
 
 from jaxldm.arguments import array, checked, count, flag, function, number
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.exact import MAX_TIMESTEPS
 
 
-@checked(num_train_timesteps=count(2), beta_start=number(), beta_end=number())
+@checked(num_train_timesteps=count(2, MAX_TIMESTEPS), beta_start=number(), beta_end=number())
 def linear_betas(
     num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Float[np.ndarray, " T"]:
@@ -26,7 +27,7 @@ def linear_betas(
     return checked_betas(np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
 
 
-@checked(num_train_timesteps=count(2), beta_start=number(0), beta_end=number(0))
+@checked(num_train_timesteps=count(2, MAX_TIMESTEPS), beta_start=number(0), beta_end=number(0))
 def scaled_linear_betas(
     num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> Float[np.ndarray, " T"]:
@@ -35,7 +36,7 @@ def scaled_linear_betas(
     return checked_betas(roots**2)
 
 
-@checked(num_train_timesteps=count(2), beta_start=number(), beta_end=number())
+@checked(num_train_timesteps=count(2, MAX_TIMESTEPS), beta_start=number(), beta_end=number())
 def sigmoid_betas(
     num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Float[np.ndarray, " T"]:
@@ -47,7 +48,9 @@ def sigmoid_betas(
     return checked_betas(beta_start + (beta_end - beta_start) * rise)
 
 
-@checked(alpha_bar=function("t -> alphas_cumprod"), num_train_timesteps=count(2), max_beta=number())
+@checked(
+    alpha_bar=function("t -> alphas_cumprod"), num_train_timesteps=count(2, MAX_TIMESTEPS), max_beta=number()
+)
 def betas_from_alpha_bar(
     alpha_bar: Callable[[Float[np.ndarray, " ..."]], Float[np.ndarray, " ..."]],
     num_train_timesteps: int = 1000,
@@ -67,7 +70,7 @@ def betas_from_alpha_bar(
     return checked_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
-@checked(num_train_timesteps=count(2), s=number(0), max_beta=number())
+@checked(num_train_timesteps=count(2, MAX_TIMESTEPS), s=number(0), max_beta=number())
 def cosine_betas(
     num_train_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999
 ) -> Float[np.ndarray, " T"]:
@@ -77,7 +80,9 @@ def cosine_betas(
     )
 
 
-@checked(num_train_timesteps=count(2), start=number(), end=number(), tau=number(), max_beta=number())
+@checked(
+    num_train_timesteps=count(2, MAX_TIMESTEPS), start=number(), end=number(), tau=number(), max_beta=number()
+)
 def sigmoid_alphas_betas(
     num_train_timesteps: int = 1000,
     start: float = -3.0,
@@ -103,13 +108,15 @@ def sigmoid_alphas_betas(
     )
 
 
-@checked(num_train_timesteps=count(2), rate=number())
+@checked(num_train_timesteps=count(2, MAX_TIMESTEPS), rate=number())
 def exponential_betas(num_train_timesteps: int = 1000, rate: float = 12.0) -> Float[np.ndarray, " T"]:
     """alphas_cumprod f(t) = exp(-rate t): one beta for all, float64 [T]; "exp" in diffusers."""
     return betas_from_alpha_bar(lambda t: np.exp(-rate * t), num_train_timesteps)
 
 
-@checked(num_train_timesteps=count(2), mu=number(), b=number(), max_beta=number(), square_root=flag)
+@checked(
+    num_train_timesteps=count(2, MAX_TIMESTEPS), mu=number(), b=number(), max_beta=number(), square_root=flag
+)
 def laplace_betas(
     num_train_timesteps: int = 1000,
     mu: float = 0.0,
@@ -161,7 +168,7 @@ def checked_betas(betas: Any) -> Float[np.ndarray, " T"]:
     """Betas as float64 [T], or `InvalidArgumentError`."""
     if isinstance(betas, str):
         raise InvalidArgumentError(
-            f"betas must be numbers, got the name {betas!r}: write D.VP.named({betas!r})"
+            f"betas must be numbers, got the name {shown(betas)}: write D.VP.named({shown(betas)})"
         )
     betas = array("real", "[T]")("betas", betas).astype(np.float64)
     if betas.ndim != 1 or betas.size < 2:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from jaxldm.arguments import checked, count, number
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.exact import floor_product
+from jaxldm.exact import MAX_STEPS, MAX_TIMESTEPS, floor_product
 
 
 def lcm_times(path: Path, count: int, original_steps: int) -> Float[np.ndarray, " N"]:
@@ -21,9 +21,9 @@ def lcm_times(path: Path, count: int, original_steps: int) -> Float[np.ndarray, 
 
 
 @checked(
-    num_inference_steps=count(1),
-    num_train_timesteps=count(1),
-    original_inference_steps=count(1),
+    num_inference_steps=count(1, MAX_STEPS),
+    num_train_timesteps=count(1, MAX_TIMESTEPS),
+    original_inference_steps=count(1, MAX_STEPS),
     strength=number(above=0, high=1),
 )
 def lcm_timesteps(

@@ -15,10 +15,10 @@ from jaxldm.diffusion.paths import A_PATH, EDM, VP, ContinuousVP, Path
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction, edm, prediction
 from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.entries import Bounds, checked_entries, field_types
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
+from jaxldm.exact import MAX_TIMESTEPS
 from jaxldm.reading import reason
 
-MAX_TIMESTEPS = 100_000  # of betas by name, in a file
 # Name in files -> class. A path of your own is named "package.module:Class".
 PATHS: dict[str, type[Path]] = {
     "vp": VP,
@@ -99,7 +99,8 @@ def _own_class(name: str) -> type[Path]:
     cls = getattr(sys.modules.get(module), attribute, None)
     if not (isinstance(cls, type) and issubclass(cls, Path)):
         raise InvalidArgumentError(
-            f"the path {name!r} is not known: import {module} first (on the command line: jaxldm --import "
+            f"the path {shown(name)} is not known: import {module} first (on the command line: "
+            "jaxldm --import "
             f"{module} COMMAND ...), and let {attribute} be a subclass of D.Path"
         )
     return cls
@@ -165,7 +166,7 @@ def prediction_of_0_1(entries: Mapping[str, Any]) -> Prediction:
     """
     unknown = sorted(set(entries) - set(_DEFAULTS_OF_0_1))
     if unknown:
-        raise InvalidArgumentError(f"{unknown[0]!r} is no entry of a noise schedule")
+        raise InvalidArgumentError(f"{shown(unknown[0])} is no entry of a noise schedule")
     values = _DEFAULTS_OF_0_1 | dict(entries)
     kind = one_of("path", values["path"], _FIELDS_OF_0_1)
     fields = {name: values[name] for name in _FIELDS_OF_0_1[kind]}

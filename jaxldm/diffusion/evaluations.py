@@ -15,9 +15,11 @@ from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.sampling import sample
 from jaxldm.diffusion.solvers import A_SOLVER, Solver
 from jaxldm.diffusion.spacings import make_grid
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import MAX_STEPS
 
 
-@checked(solver=A_SOLVER, path=A_PATH, max_steps=count(1))
+@checked(solver=A_SOLVER, path=A_PATH, max_steps=count(1, MAX_STEPS))
 def evaluation_counter(solver: Solver, path: Path, max_steps: int) -> Callable[[int], int]:
     """Returns a function: number of steps, at most `max_steps` -> how often the run calls the denoiser.
 
@@ -49,7 +51,7 @@ def evaluation_counter(solver: Solver, path: Path, max_steps: int) -> Callable[[
     return count
 
 
-@checked(solver=A_SOLVER, path=A_PATH, budgets=several(count(1)))
+@checked(solver=A_SOLVER, path=A_PATH, budgets=several(count(1, MAX_STEPS)))
 def steps_within(solver: Solver, path: Path, budgets: Sequence[int]) -> list[tuple[int, int]]:
     """Returns for each budget of evaluations the most steps that it pays for, as (steps, evaluations).
 
@@ -60,6 +62,8 @@ def steps_within(solver: Solver, path: Path, budgets: Sequence[int]) -> list[tup
     >>> D.steps_within(D.solvers.heun(), D.VP.named("linear"), [5, 10])
     [(3, 5), (5, 9)]
     """
+    if not budgets:
+        raise InvalidArgumentError("budgets is empty: give one number of evaluations or more")
     count, pairs = evaluation_counter(solver, path, max(budgets)), []
     for budget in budgets:
         low, high = 1, budget

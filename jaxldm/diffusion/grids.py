@@ -17,6 +17,7 @@ from jaxldm.arguments import checked, instance, optional
 from jaxldm.arguments import count as a_count
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.exact import MAX_STEPS
 
 FINALS = ("clean", "sigma_min")
 
@@ -75,7 +76,7 @@ def grid_of_times(path: Path, t: Float[np.ndarray, " N"], final: str = "clean") 
 
 def check_count(path: Path, count: Any) -> None:
     """Raises `InvalidArgumentError` unless N is a whole number of at least 1 that the path has."""
-    count = a_count(1)("num_inference_steps", count)
+    count = a_count(1, MAX_STEPS)("num_inference_steps", count)
     if path.num_train_timesteps is not None and count > path.num_train_timesteps:
         raise InvalidArgumentError(
             f"num_inference_steps={count} is more than the {path.num_train_timesteps} "
@@ -99,7 +100,7 @@ def _check_times(path: Path, t: Float[np.ndarray, " N"]) -> None:
         )
 
 
-@checked(grid=A_GRID, max_steps=a_count(1))
+@checked(grid=A_GRID, max_steps=a_count(1, MAX_STEPS))
 def pad(grid: Grid, max_steps: int) -> Grid:
     """Repeats the last row until the grid has `max_steps` steps; `sample` skips the repeated rows.
 

@@ -14,6 +14,7 @@ from jaxldm.diffusion.solvers.restart import restart
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import MAX_STEPS
 
 # Folded into the key of a step; no solver reaches this number for its own noises.
 _KNOWN_NOISE = 2**32 - 2
@@ -93,6 +94,10 @@ def resampling_grid(grid: Grid, jump_length: int = 10, resamplings: int = 10) ->
         )
     if not resamplings >= 1:
         raise InvalidArgumentError(f"resamplings must be at least 1 (no jump), not {resamplings}")
+    if resamplings * len(grid.t) > MAX_STEPS:
+        raise InvalidArgumentError(
+            f"resamplings={resamplings} of {len(grid.t)} rows: more than {MAX_STEPS} steps"
+        )
     last = steps - 1  # the cleanest row that is not yet the end
     left = dict.fromkeys(range(last, jump_length - 1, -jump_length), resamplings - 1)
     rows, at = [0], 0

@@ -34,7 +34,7 @@ from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.losses import drop_condition
 from jaxldm.diffusion.sampling import Keys, image_keys
 from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.exact import ceil_quotient, floor_product
+from jaxldm.exact import MAX_STEPS, ceil_quotient, floor_product
 
 # gamma(r): the part of the tokens that is masked when the part r of the way is done, from gamma(0) = 1 to
 # gamma(1) = 0 (Chang et al. 2022, section 3.3); functions of (numpy or jax.numpy, r).
@@ -199,7 +199,11 @@ class Unmasking(NamedTuple):
 AN_UNMASKING = instance(Unmasking, "an unmasking from D.make_unmasking(12)")
 
 
-@checked(num_inference_steps=count(1), max_steps=optional(count(1)), strength=number(above=0, high=1))
+@checked(
+    num_inference_steps=count(1, MAX_STEPS),
+    max_steps=optional(count(1, MAX_STEPS)),
+    strength=number(above=0, high=1),
+)
 def make_unmasking(
     num_inference_steps: int = 12,
     schedule: str = "cosine",

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Num, Real
 from jaxldm.arguments import array, check_fields, checked, count, flag, instance, number, optional
 from jaxldm.diffusion.betas import BetaSchedule, checked_betas
 from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.exact import MAX_TIMESTEPS
 
 
 def at_least_float32(x: Num[Array, " *shape"]) -> Float[Array, " *shape"]:
@@ -173,7 +174,7 @@ class VP(Path):
 
     @classmethod
     @checked(
-        num_train_timesteps=count(2),
+        num_train_timesteps=count(2, MAX_TIMESTEPS),
         beta_start=optional(number()),
         beta_end=optional(number()),
         zero_terminal_snr=flag,

@@ -221,6 +221,12 @@ def from_x0(
     return prediction.target(x_0, implied_noise(x_0, x_t, path.alpha(t), path.sigma(t)), t)
 
 
+@checked(
+    x_0=array("floating", "[B, ...]"),
+    x_t=array("floating", "[B, ...]"),
+    alpha=array("real"),
+    sigma=array("real"),
+)
 def implied_noise(
     x_0: Float[Any, "B ..."],
     x_t: Float[Any, "B ..."],
@@ -235,6 +241,7 @@ def implied_noise(
         x_0, x_t: [B, H, W, C].
         alpha, sigma: numbers, or one per image [B].
     """
+    check_broadcast(x_0=x_0, x_t=x_t)
     alpha, sigma = per_image(alpha, x_t), per_image(sigma, x_t)
     divisor = jnp.where(sigma == 0, 1, sigma) if isinstance(sigma, jax.Array) else sigma + (sigma == 0)
     return (x_t - alpha * x_0) / divisor

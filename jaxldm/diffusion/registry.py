@@ -51,7 +51,7 @@ def check_options(kind: str, name: str, function: Callable[..., Any], options: M
     for option in options:
         if not has_option(function, option):
             known = ", ".join(_keywords(function)) or "none"
-            raise InvalidArgumentError(f"{kind} {name!r} has no option {option!r}; it has: {known}")
+            raise InvalidArgumentError(f"{kind} {shown(name)} has no option {shown(option)}; it has: {known}")
 
 
 def call(kind: str, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.paths import at_least_float32
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.memory import check_fits
 
 # One key, or one per image; of either kind of JAX.
 Keys = PRNGKeyArray | Key[Array, " B"] | UInt32[Array, "B words"]
@@ -45,6 +47,9 @@ def a_shape(name: str, value: Any) -> tuple[int, ...]:
     shape = several(count(1))(name, value)
     if not shape:
         raise refuse(name, "the shape of images, [B, H, W, C]", value)
+    check_fits(
+        4 * math.prod(shape), f"{name}={list(shape)} needs", "draw fewer images at a time, or smaller ones"
+    )
     return shape
 
 

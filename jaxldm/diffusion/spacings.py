@@ -37,6 +37,7 @@ from jaxldm.diffusion.levels import (
 )
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.exact import MAX_STEPS
 
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
 # Steps", quickstart guide). Made for the paths of Stable Diffusion 1.5, SDXL and Stable Video Diffusion.
@@ -177,7 +178,7 @@ def stage_c(
     return make(path, num_inference_steps, times, shift, final)
 
 
-@checked(path=A_PATH, original_steps=count(1), final=FINAL)
+@checked(path=A_PATH, original_steps=count(1, MAX_STEPS), final=FINAL)
 def lcm(path: Path, num_inference_steps: int, *, original_steps: int = 50, final: str = "clean") -> Grid:
     """N of the `original_steps` times that a consistency model was distilled on, evenly (Luo et al. 2023).
 

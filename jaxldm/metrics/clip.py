@@ -9,11 +9,17 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxldm.arguments import array, checked
+from jaxldm.arguments import a_params, array, checked, function, several, text
 from jaxldm.data.images import to_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
 
 
+@checked(
+    params=a_params,
+    tokenizer=function("(texts, max_length)"),
+    images=array("floating", "[N, H, W, 3]", axes=4, filled=True),
+    prompts=several(text),
+)
 def clip_similarities(
     module: Any, params: Any, tokenizer: Any, images: Float[np.ndarray, "N H W 3"], prompts: Sequence[str]
 ) -> Float[np.ndarray, "N K"]:
@@ -30,16 +36,18 @@ def clip_similarities(
         InvalidArgumentError: another module than CLIP.
     """
     from jaxldm import models  # late: the other metrics need none
+    from jaxldm.models.inputs import fitting
 
     if not isinstance(module, models.CLIPModel):
         raise InvalidArgumentError(f"CLIP score needs a CLIPModel, got {type(module).__name__}")
+    if not prompts:
+        raise InvalidArgumentError("prompts is empty: give one text or more")
     length = module.config.text_config.max_position_embeddings
     tokens = np.asarray(tokenizer(list(prompts), max_length=length).input_ids)
     pixels = models.clip_pixel_values(to_uint8(images), module.config.vision_config.image_size)
     apply = jax.jit(module.apply)
-    logits = [
-        apply({"params": params}, tokens, pixel[None]) for pixel in pixels
-    ]  # one at a time: little memory
+    with fitting(module):  # one image at a time: little memory
+        logits = [apply({"params": params}, tokens, pixel[None]) for pixel in pixels]
     return np.concatenate(logits) / np.exp(np.asarray(params["logit_scale"]))
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxldm.arguments import a_params, array, checked, count, function, instance, refuse
 from jaxldm.data.batches import map_batches
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_images, check_labels
@@ -22,6 +23,16 @@ from jaxldm.metrics.scores import (
 )
 
 Classify = Callable[[Float[np.ndarray, "N H W C"]], tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]]
+
+
+ROWS, LABELS = array("real", "[N, ...]", axes=(1, 64)), array("whole", "[N]", axes=1)
+
+
+def A_CLASSIFIER(name: str, value: Any) -> Any:
+    """A module with the method that the metrics call."""
+    if not hasattr(value, "apply") or not hasattr(value, "features_and_logits") or isinstance(value, type):
+        raise refuse(name, "a classifier such as models.build('digit-classifier')", value)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +121,7 @@ class Report:
         return "\n".join(lines)
 
 
+@checked(module=A_CLASSIFIER, params=a_params, batch_size=count(1))
 def classifier_function(module: Any, params: Any, batch_size: int = 256) -> Classify:
     """Return images [N, H, W, C] -> (features [N, D], logits [N, K]) of a classifier, jitted, in batches.
 
@@ -123,6 +135,10 @@ def classifier_function(module: Any, params: Any, batch_size: int = 256) -> Clas
     )
 
 
+@checked(
+    classify=function("images -> (features, logits)"),
+    dataset=instance(Dataset, "a dataset from data.load(name)"),
+)
 def evaluate(
     images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], classify: Classify, dataset: Dataset
 ) -> Report:
@@ -179,12 +195,14 @@ def evaluate(
     )
 
 
+@checked(labels=array("whole", "[N]", axes=1, filled=True), number=count(0))
 def stratified_subset(labels: Int[np.ndarray, "N"], number: int) -> Int[np.ndarray, "M"]:
     """Return `number` row numbers, spread evenly over the rows in order of their class."""
     order = np.argsort(labels, kind="stable")
     return order[np.arange(number) * len(labels) // number]
 
 
+@checked(vectors=ROWS, labels=LABELS, real_vectors=ROWS, real_labels=LABELS)
 def diversity_ratio(
     vectors: Float[np.ndarray, "N ..."],
     labels: Int[np.ndarray, "N"],

@@ -12,10 +12,24 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jaxldm.errors import DataError, JaxldmError
+from jaxldm.arguments import (
+    a_module,
+    a_params,
+    a_path,
+    checked,
+    choice,
+    count,
+    function,
+    instance,
+    optional,
+    several,
+    some_devices,
+    text,
+)
+from jaxldm.errors import DataError, JaxldmError, one_of
 from jaxldm.files import finish_interrupted, folder_written_whole
-from jaxldm.metrics.image_sets import ImageSet
-from jaxldm.metrics.resizing import inception_inputs
+from jaxldm.metrics.image_sets import AN_IMAGE_SET, ImageSet
+from jaxldm.metrics.resizing import VARIANTS, inception_inputs
 from jaxldm.reading import check_regular, read_bytes, reading
 
 Layers = Mapping[str, Array]
@@ -45,6 +59,10 @@ class FeatureNetwork(NamedTuple):
     params: Any
 
 
+A_NETWORK = instance(FeatureNetwork, "a network from metrics.inception_network(...)")
+
+
+@checked(module=a_module, params=a_params, sha256=text, variant=choice("resize variant", VARIANTS))
 def inception_network(module: Any, params: Any, sha256: str, variant: str = "tf1") -> FeatureNetwork:
     """Return FID's network, of `models.InceptionV3`: layers pool, spatial and logits."""
 
@@ -57,6 +75,13 @@ def inception_network(module: Any, params: Any, sha256: str, variant: str = "tf1
     return FeatureNetwork("inception", variant, sha256, ("pool", "spatial", "logits"), prepare, apply, params)
 
 
+@checked(
+    name=text,
+    encode=function("(params, pixels)"),
+    params=a_params,
+    sha256=text,
+    prepare=function("images -> pixels"),
+)
 def image_encoder_network(name: str, encode: Callable, params: Any, sha256: str, prepare: Callable):
     """Return an image encoder with one layer, `embedding`: `encode(params, pixels)` -> [B, D]."""
 
@@ -66,6 +91,15 @@ def image_encoder_network(name: str, encode: Callable, params: Any, sha256: str,
     return FeatureNetwork(name, "bicubic", sha256, ("embedding",), prepare, apply, params)
 
 
+@checked(
+    images=AN_IMAGE_SET,
+    network=A_NETWORK,
+    layers=several(text),
+    folder=a_path,
+    batch_size=count(1),
+    devices=optional(some_devices),
+    progress=function("(number)"),
+)
 def extract(
     images: ImageSet,
     network: FeatureNetwork,
@@ -95,7 +129,10 @@ def extract(
         StorageError: the folder cannot be written.
     """
     key = f"{_VERSION} {images.digest} {network.name} {network.variant} {network.sha256}"
-    place = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:32]
+    folder = Path(folder)
+    for layer in layers:
+        one_of(f"layer of {network.name}", layer, network.layers)
+    place = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
     finish_interrupted(place)
     missing = [layer for layer in layers if not _is_whole(place, layer, images.count)]
     if missing:

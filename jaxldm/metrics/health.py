@@ -5,12 +5,13 @@ and the demo call them and print `report(findings)`; nothing here stops a run. T
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxldm.arguments import array, check_shapes, checked, instance, number, optional, refuse, several
 from jaxldm.errors import DataError
 from jaxldm.metrics.scores import class_diversities, reconstruction_error
 
@@ -25,11 +26,25 @@ class Finding(NamedTuple):
     ok: bool = True
 
 
+IMAGES = array("real", "[N, H, W, C]", axes=4, filled=True)
+OUTPUTS = array("real", "[N, ...]", axes=(2, 64), filled=True)
+FINDINGS = several(instance(Finding, "findings of these checks"))
+
+
+def _has_a_shape(name: str, value: Any) -> Any:
+    """An array, or a `jax.ShapeDtypeStruct`."""
+    if not isinstance(getattr(value, "shape", None), tuple):
+        raise refuse(name, "an array or a jax.ShapeDtypeStruct", value)
+    return value
+
+
+@checked(findings=FINDINGS)
 def failed(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings that are not ok."""
     return [finding for finding in findings if not finding.ok]
 
 
+@checked(findings=FINDINGS)
 def report(findings: Sequence[Finding]) -> str:
     """Return the findings as text: a line each, and two more with likely cause and fix for a bad one."""
     lines = []
@@ -40,6 +55,7 @@ def report(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
+@checked(images=IMAGES, reconstructions=IMAGES, max_unexplained=number(0))
 def check_reconstruction(
     images: Float[np.ndarray, "N H W C"],
     reconstructions: Float[np.ndarray, "N H W C"],
@@ -67,6 +83,9 @@ def check_reconstruction(
     )
 
 
+@checked(
+    z_T=array("real", "[N, ..., C]", axes=(2, 64), filled=True), sigma=number(above=0), tolerance=number(0)
+)
 def check_terminal_latents(
     z_T: Float[np.ndarray, "N ..."], *, sigma: float = 1.0, tolerance: float = 0.1
 ) -> list[Finding]:
@@ -103,6 +122,7 @@ def check_terminal_latents(
     )
 
 
+@checked(output=_has_a_shape, x_t=_has_a_shape)
 def check_prediction_shape(
     output: Float[np.ndarray, "..."] | jax.ShapeDtypeStruct,
     x_t: Float[np.ndarray, "..."] | jax.ShapeDtypeStruct,
@@ -117,6 +137,7 @@ def check_prediction_shape(
     )
 
 
+@checked(guided=OUTPUTS, guidance_scale=number(), unguided=optional(OUTPUTS))
 def check_guided(
     guided: Float[np.ndarray, "B ..."],
     guidance_scale: float,
@@ -136,7 +157,8 @@ def check_guided(
     return _finding("NaN after guidance", seen, broken == 0, cause, fix)
 
 
-def check_loss(losses: Sequence[float]) -> list[Finding]:
+@checked(losses=array("real", "[N]", axes=1))
+def check_loss(losses: Sequence[float] | Float[np.ndarray, " N"]) -> list[Finding]:
     """Check whether every logged loss is finite."""
     values = np.asarray(losses, np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
@@ -157,6 +179,7 @@ def check_loss(losses: Sequence[float]) -> list[Finding]:
     )
 
 
+@checked(mean=OUTPUTS, log_variance=OUTPUTS, min_kl=number())
 def check_posterior_collapse(
     mean: Float[np.ndarray, "N h w c"], log_variance: Float[np.ndarray, "N h w c"], *, min_kl: float = 0.01
 ) -> list[Finding]:
@@ -164,6 +187,7 @@ def check_posterior_collapse(
 
     KL = (mean^2 + exp(log_variance) - 1 - log_variance) / 2 per number (Kingma and Welling 2014, appendix B).
     """
+    check_shapes(mean=mean, log_variance=log_variance)
     mean, log_variance = np.asarray(mean, np.float64), np.asarray(log_variance, np.float64)
     kl = 0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance)
     kl = kl.mean(axis=tuple(range(kl.ndim - 1)))
@@ -180,6 +204,7 @@ def check_posterior_collapse(
     )
 
 
+@checked(images=OUTPUTS, min_contrast=number(0), max_share=number(0))
 def check_blank(
     images: Float[np.ndarray, "N H W C"], *, min_contrast: float = 0.05, max_share: float = 0.02
 ) -> list[Finding]:
@@ -202,6 +227,7 @@ def check_blank(
     )
 
 
+@checked(min_ratio=number(0))
 def check_diversity(
     vectors: Float[np.ndarray, "N ..."],
     labels: Int[np.ndarray, "N"],
@@ -233,6 +259,7 @@ def check_diversity(
     )
 
 
+@checked(images=OUTPUTS, real_images=OUTPUTS, max_contrast=number(0), max_excess=number(0))
 def check_saturation(
     images: Float[np.ndarray, "N H W C"],
     real_images: Float[np.ndarray, "M H W C"],
@@ -247,7 +274,10 @@ def check_saturation(
     `max_excess`.
     """
     images, real_images = _rows(images), _rows(real_images)
-    contrast = images.std(axis=1).mean() / real_images.std(axis=1).mean()
+    of_real = real_images.std(axis=1).mean()
+    if of_real == 0:
+        raise DataError("the saturation check needs real_images that are not all of one grey level")
+    contrast = images.std(axis=1).mean() / of_real
     clipped, real_clipped = (abs(images) >= 0.98).mean(), (abs(real_images) >= 0.98).mean()
     seen = (
         f"contrast {contrast:.2f} of the real one; {clipped:.0%} of the pixels at the ends of the range, "
@@ -262,6 +292,7 @@ def check_saturation(
     )
 
 
+@checked(images=IMAGES, real_images=IMAGES, min_ratio=number(0))
 def check_sharpness(
     images: Float[np.ndarray, "N H W C"],
     real_images: Float[np.ndarray, "M H W C"],
@@ -273,7 +304,10 @@ def check_sharpness(
     It is the mean squared difference of neighbouring pixels over the variance within an image, so neither
     brightness nor contrast changes it.
     """
-    ratio = _mean_square_frequency(images) / _mean_square_frequency(real_images)
+    of_real = _mean_square_frequency(real_images)
+    if of_real == 0:
+        raise DataError("the sharpness check needs real_images that are not all of one grey level")
+    ratio = _mean_square_frequency(images) / of_real
     return _finding(
         "sharpness",
         f"mean square frequency {ratio:.2f} of the real one",

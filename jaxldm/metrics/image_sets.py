@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxldm.arguments import a_path, array, checked, instance, text
 from jaxldm.data.images import to_uint8
 from jaxldm.data.pictures import open_picture, rgb_of
 from jaxldm.errors import DataError
@@ -40,6 +41,10 @@ class ImageSet(NamedTuple):
     lossy: bool = False
 
 
+AN_IMAGE_SET = instance(ImageSet, "images from metrics.open_image_set(path) or array_set(images, name)")
+
+
+@checked(path=a_path)
 def open_image_set(path: Path | str) -> ImageSet:
     """Return the images of a folder (also in folders within it, by path) or of an .npz file.
 
@@ -57,6 +62,7 @@ def open_image_set(path: Path | str) -> ImageSet:
     raise DataError(f"{path} is neither a folder of pictures nor an .npz file")
 
 
+@checked(images=array("any"), name=text)
 def array_set(images: UInt8[np.ndarray, "N H W C"], name: str) -> ImageSet:
     """Return images in memory as a set. Raises `DataError` unless they are uint8 [N, H, W, 1 or 3]."""
     images = np.asarray(images)

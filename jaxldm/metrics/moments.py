@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxldm.arguments import array, checked, count, instance, text
 from jaxldm.errors import DataError
 from jaxldm.metrics.frechet import Gaussian
 
@@ -26,13 +27,21 @@ class Moments(NamedTuple):
     scatter: Float[np.ndarray, "D D"]
 
 
+MAX_WIDTH = 2**15  # of features: their covariance then has 8 GB
+SOME_MOMENTS = instance(Moments, "moments from metrics.no_moments(width)")
+
+
+@checked(width=count(1, MAX_WIDTH))
 def no_moments(width: int) -> Moments:
     """Return the moments of no rows of `width` features."""
     return Moments(0, np.zeros(width), np.zeros((width, width)))
 
 
+@checked(a=SOME_MOMENTS, b=SOME_MOMENTS)
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Return the moments of the rows of both. Chan, Golub and LeVeque 1979, eq. 2.1."""
+    if len(a.mean) != len(b.mean):
+        raise DataError(f"the moments a and b are of {len(a.mean)} and {len(b.mean)} features")
     count = a.count + b.count
     if a.count == 0 or b.count == 0:
         return b if a.count == 0 else a
@@ -41,6 +50,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + difference * (b.count / count), a.scatter + b.scatter + shift)
 
 
+@checked(moments=SOME_MOMENTS, features=array("real", "[N, D]"), name=text)
 def add_rows(moments: Moments, features: Float[np.ndarray, "N D"], name: str = "features") -> Moments:
     """Return the moments with the rows of a block added.
 
@@ -59,6 +69,7 @@ def add_rows(moments: Moments, features: Float[np.ndarray, "N D"], name: str = "
     return merge_moments(moments, Moments(len(features), mean, centred.T @ centred))
 
 
+@checked(moments=SOME_MOMENTS, name=text)
 def gaussian_of(moments: Moments, name: str = "features") -> Gaussian:
     """Return the mean and the unbiased covariance. Raises `DataError` for fewer than two rows."""
     if moments.count < 2:
@@ -71,6 +82,7 @@ def blocks_of(rows: np.ndarray, size: int = 2048) -> Iterable[np.ndarray]:
     return (np.asarray(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
+@checked(features=array("real", "[N, D]"), name=text)
 def fit_gaussian_by_blocks(features: Float[np.ndarray, "N D"], name: str = "features") -> Gaussian:
     """Return what `fit_gaussian` does, with only one block of the rows in memory as float64.
 

@@ -9,13 +9,22 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import a_tree, checked, count, function
 from jaxldm.data.images import from_uint8
 from jaxldm.errors import DataError
-from jaxldm.metrics.image_sets import ImageSet
+from jaxldm.metrics.image_sets import AN_IMAGE_SET, ImageSet
 
 Distance = Callable[[Any, Float[Array, "B H W C"], Float[Array, "B H W C"]], Float[Array, " B"]]
 
 
+@checked(
+    images=AN_IMAGE_SET,
+    real=AN_IMAGE_SET,
+    distance=function("(params, x, y) -> [B]"),
+    params=a_tree,
+    batch_size=count(1),
+    progress=function("(number)"),
+)
 def pair_distances(
     images: ImageSet,
     real: ImageSet,

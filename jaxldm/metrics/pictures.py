@@ -11,6 +11,7 @@ from jaxldm.arguments import a_path, array, checked, count, optional, several, t
 from jaxldm.data.images import to_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.files import write_atomically
+from jaxldm.memory import check_fits
 from jaxldm.metrics.scores import nearest_neighbour_distances
 
 BORDER = 32  # the grey between images: neither the black nor the white of a digit
@@ -44,10 +45,13 @@ def image_grid(
         raise DataError(f"images must be [B, H, W, C] and not empty, got shape {images.shape}")
     columns = int(np.ceil(np.sqrt(len(images)))) if columns is None else columns
     images = images if images.dtype == np.uint8 else to_uint8(images)
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     number, height, width, channels = images.shape
     columns = min(columns, number)
     rows = -(-number // columns)
+    size = rows * columns * (height * scale + padding) * (width * scale + padding) * channels
+    check_fits(3 * size, "a grid of these images needs", "take fewer of them, or a smaller scale or padding")
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = height * scale, width * scale
     cells = np.full((rows * columns, height + padding, width + padding, channels), BORDER, np.uint8)
     cells[:number, padding:, padding:] = images
     cells = cells.reshape(rows, columns, height + padding, width + padding, channels).transpose(0, 2, 1, 3, 4)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jaxldm.errors import one_of
+from jaxldm.arguments import array, checked, choice
 
 VARIANTS = ("tf1", "pytorch", "clean")
 SIDE = 299
 
 
+@checked(images=array("any", "[B, H, W, 3]", axes=4, filled=True), variant=choice("resize variant", VARIANTS))
 def inception_inputs(
     images: UInt8[np.ndarray, "B H W 3"], variant: str = "tf1"
 ) -> Float[Array, "B 299 299 3"]:
@@ -35,7 +36,6 @@ def inception_inputs(
     Raises:
         UnknownNameError: another variant.
     """
-    one_of("resize variant", variant, VARIANTS)
     if variant == "clean":
         return (jnp.asarray(_bicubic(images)) - 128) / 128
     x = jnp.asarray(images).astype(jnp.float32)

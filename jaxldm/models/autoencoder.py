@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxldm.arguments import a_key, array, checked, flag, instance, optional
+from jaxldm.arguments import a_key, a_module, a_params, array, checked, flag, instance, optional
 from jaxldm.models.config import ModelConfig
-from jaxldm.models.denoising_network import A_MODULE
 from jaxldm.models.inputs import fitting
 from jaxldm.models.tiling import Tiling, sliced, tiled_decoder, tiled_encoder
 
@@ -47,7 +46,14 @@ LATENTS = array("floating", "[B, h, w, c]", axes=4, filled=True)
 A_TILING = instance(Tiling, "models.Tiling(...)")
 
 
-@checked(module=A_MODULE, images=IMAGES, key=optional(a_key), tiling=optional(A_TILING), slicing=flag)
+@checked(
+    module=a_module,
+    params=a_params,
+    images=IMAGES,
+    key=optional(a_key),
+    tiling=optional(A_TILING),
+    slicing=flag,
+)
 def encode_latents(
     module: nn.Module,
     params: dict,
@@ -86,7 +92,7 @@ def encode_latents(
     return (encoded - shift) * scale
 
 
-@checked(module=A_MODULE, latents=LATENTS, tiling=optional(A_TILING), slicing=flag)
+@checked(module=a_module, params=a_params, latents=LATENTS, tiling=optional(A_TILING), slicing=flag)
 def decode_latents(
     module: nn.Module,
     params: dict,

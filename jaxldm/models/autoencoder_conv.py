@@ -40,7 +40,7 @@ class ConvAutoencoderConfig(ModelConfig):
     shift_factor: float | None = None
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         factor = 2 ** (len(self.block_out_channels) - 1)
         for side in height_width(self.sample_size):
             check(

@@ -51,7 +51,7 @@ class ImageAutoencoderConfig(ModelConfig):
     published: ClassVar = True
     fixed: ClassVar = {"act_fn": "silu"}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         check_groups(self.block_out_channels, self.norm_num_groups)
         check(self.scaling_factor > 0, "scaling_factor must be positive")
@@ -80,8 +80,8 @@ class AutoencoderKLConfig(ImageAutoencoderConfig):
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         statistics = self.latents_mean, self.latents_std
         if statistics != (None, None):
             check(

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxldm.arguments import array, check_dims, checked
 from jaxldm.errors import one_of
 from jaxldm.models.config import check_heads
 from jaxldm.models.text_encoder import (
@@ -45,7 +46,7 @@ class BertConfig(TransformersConfig):
     model_type: ClassVar[str] = "bert"
     fixed: ClassVar = {**TransformersConfig.fixed, "position_embedding_type": "absolute"}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_heads(self.hidden_size, self.num_attention_heads)
         one_of("activation", self.hidden_act, ACTIVATIONS)
         compute_dtype(self.dtype)
@@ -176,6 +177,9 @@ class BertModel(nn.Module):
         return token_shapes(min(8, self.config.max_position_embeddings))
 
 
+@checked(
+    last_hidden_state=array("floating", "[B, T, D]", axes=3), attention_mask=array("any", "[B, T]", axes=2)
+)
 def sentence_embedding(
     last_hidden_state: Float[Array, "B T D"], attention_mask: Int[Array, "B T"]
 ) -> Float[Array, "B D"]:
@@ -187,6 +191,7 @@ def sentence_embedding(
     >>> sentence_embedding(jnp.array([[[3.0, 4.0], [9.0, 9.0]]]), jnp.array([[1, 0]])).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
+    check_dims(last_hidden_state=(last_hidden_state, "B T D"), attention_mask=(attention_mask, "B T"))
     weight = (attention_mask != 0).astype(jnp.float32)[:, :, None]
     mean = (last_hidden_state.astype(jnp.float32) * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-9)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxldm.errors import CheckpointError
+from jaxldm.errors import CheckpointError, shown
 from jaxldm.models.clip_text import CLIPTextConfig, CLIPTextTransformer
 from jaxldm.models.clip_vision import CLIPVisionConfig, CLIPVisionTransformer, ImageEncoding, check_pixels
 from jaxldm.models.text_encoder import (
@@ -48,7 +48,7 @@ class CLIPConfig(TransformersConfig):
     # Old files also hold these: the entries of the towers that differ from the defaults.
     ignored: ClassVar = frozenset(GENERIC.split()) | {"text_config_dict", "vision_config_dict"}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         compute_dtype(self.dtype)
         for name in self.towers:
             object.__setattr__(self, name, dataclasses.replace(getattr(self, name), dtype=self.dtype))
@@ -68,7 +68,7 @@ class CLIPConfig(TransformersConfig):
         for name, kind in cls.towers.items():
             tower = entries.get(name) or {}
             if not isinstance(tower, Mapping):
-                raise CheckpointError(f"config.json has no object under {name!r}, but {tower!r}")
+                raise CheckpointError(f"config.json has no object under {name!r}, but {shown(tower)}")
             own = {key: value for key, value in tower.items() if key not in ("model_type", "_dtype")}
             entries[name] = kind.from_dict(own)
         return super().from_dict(entries)

@@ -53,7 +53,7 @@ class CLIPTextConfig(TransformersConfig):
 
     model_type: ClassVar[str] = "clip_text_model"
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_heads(self.hidden_size, self.num_attention_heads)
         one_of("activation", self.hidden_act, ACTIVATIONS)
         compute_dtype(self.dtype)

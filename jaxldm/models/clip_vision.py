@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from jaxldm.arguments import array, checked, count
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import check, check_heads
 from jaxldm.models.text_encoder import POSITION_NUMBERS, TransformersConfig, pre_norm_encoder
@@ -55,7 +56,7 @@ class CLIPVisionConfig(TransformersConfig):
 
     model_type: ClassVar[str] = "clip_vision_model"
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_heads(self.hidden_size, self.num_attention_heads)
         check(
             self.image_size % self.patch_size == 0,
@@ -161,6 +162,7 @@ def as_pixels(images: Any) -> UInt8[np.ndarray, "B H W 3"]:
     return images
 
 
+@checked(images=array("any"), image_size=count(1, 2**14))
 def clip_pixel_values(
     images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224
 ) -> Float[np.ndarray, "B {image_size} {image_size} 3"]:

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self, cast
 
-from jaxldm.entries import checked_entries, field_types, make, unknown_key
+from jaxldm.entries import check_types, checked_entries, field_types, make, unknown_key
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.reading import shown
 
 OWN_FIELDS = ("dtype", "remat", "scan")  # of our configs; published configs lack them
@@ -29,8 +30,6 @@ LOWEST = {
     "eos_token_id": -1,
     "pad_token_id": -1,
 }
-LARGEST = 2**31 - 1  # of whole numbers: of what an extent or an index on a device may be
-LARGEST_FLOAT = 3.4e38  # of float32
 # The fields that say how many blocks a network has, each of which has tensors of its own.
 BLOCK_COUNTS = (
     *("depth", "num_layers", "num_single_layers", "num_hidden_layers", "n_layers", "n_refiner_layers"),
@@ -67,6 +66,17 @@ class ModelConfig:
     library: ClassVar[str] = "diffusers"
     model_type: ClassVar[str] = ""
 
+    def __post_init__(self):
+        check_types(self)
+        for field in dataclasses.fields(self):
+            problem = _out_of_range(field.name, getattr(self, field.name))
+            if problem is not None:
+                raise InvalidArgumentError(problem)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raises `InvalidArgumentError` or `UnknownNameError` for values that do not go together."""
+
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of config.json, without `_class_name`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -95,7 +105,9 @@ class ModelConfig:
         kinds = {written: field_types(cls)[name] for written, name in names.items()}
         values = checked_entries(given, kinds, "config.json")
         for key, value in values.items():
-            _check_range(key, value)
+            problem = _out_of_range(key, value)
+            if problem is not None:
+                raise CheckpointError(f"config.json: {problem}")
         return make(cls, {names[key]: value for key, value in values.items()}, "config.json")
 
     def num_blocks(self) -> int:
@@ -127,16 +139,17 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_range(key: str, value: Any) -> None:
-    """Raise `CheckpointError` for a number that no extent, index or float32 can be."""
-    low, high = LOWEST.get(key, 1), MOST_BLOCKS if key in BLOCK_COUNTS else LARGEST
+def _out_of_range(key: str, value: Any) -> str | None:
+    """What is wrong with a number that no extent, index or float32 can be; None where it can."""
+    low, high = LOWEST.get(key, 1), MOST_BLOCKS if key in BLOCK_COUNTS else LARGEST_INT32
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         if isinstance(number, int) and not low <= number <= high:
-            raise CheckpointError(f"config.json: {key} must be from {low} to {high}, not {shown(value)}")
-        if abs(number) > LARGEST_FLOAT:
-            raise CheckpointError(f"config.json: {key} is no number of float32: {shown(value)}")
+            return f"{key} must be from {low} to {high}, not {shown(value)}"
+        if abs(number) > LARGEST_FLOAT32:
+            return f"{key} is no number of float32: {shown(value)}"
+    return None
 
 
 def check_size(config: ModelConfig, num_tensors: int, num_numbers: int) -> None:

@@ -10,10 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxldm.arguments import a_dtype, as_array, checked, instance, takes
+from jaxldm.arguments import function as a_function
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.registry import build, shapes
+from jaxldm.models.registry import a_name_or_module, shapes
+
+A_FUNCTION = a_function("(*arrays) -> arrays")
 
 
+@checked(name_or_module=a_name_or_module)
 def count_macs(name_or_module: str | nn.Module, *inputs: Any, **options: Any) -> int:
     """Multiply-accumulates of one forward pass, as papers count their "Gflops", from shapes alone.
 
@@ -24,13 +29,14 @@ def count_macs(name_or_module: str | nn.Module, *inputs: Any, **options: Any) ->
     >>> models.count_macs("dit-xl-2") // 10**6
     118621
     """
-    module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
+    module: Any = name_or_module
     inputs = inputs or module.example_inputs()
     return macs_of(
         lambda params, *x: module.apply({"params": params}, *x, **options), shapes(module), *inputs
     )
 
 
+@checked(function=A_FUNCTION)
 def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
     """Multiply-accumulates of `function(*inputs)`, which is traced and not run.
 
@@ -45,9 +51,10 @@ def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
     Raises:
         InvalidArgumentError: a loop with an unknown number of iterations (`jax.lax.while_loop`).
     """
-    return _macs(jax.make_jaxpr(function)(*inputs).jaxpr)
+    return _macs(_traced(function, inputs))
 
 
+@checked(function=A_FUNCTION)
 def largest_product(function: Callable[..., Any], *inputs: Any) -> int:
     """Bytes of the largest result of a matrix product or convolution in `function(*inputs)`, from shapes.
 
@@ -58,7 +65,7 @@ def largest_product(function: Callable[..., Any], *inputs: Any) -> int:
     >>> largest_product(lambda x: (x @ x.T).sum(), jnp.ones((1000, 2)))
     4000000
     """
-    return _largest(jax.make_jaxpr(function)(*inputs).jaxpr)
+    return _largest(_traced(function, inputs))
 
 
 class Memory(NamedTuple):
@@ -76,6 +83,7 @@ class Memory(NamedTuple):
     temporary: int
 
 
+@checked(name_or_module=a_name_or_module, dtype=a_dtype)
 def forward_memory(
     name_or_module: str | nn.Module, *inputs: Any, dtype: str = "float32", **options: Any
 ) -> Memory:
@@ -86,6 +94,7 @@ def forward_memory(
     return memory_of(compile_forward(name_or_module, *inputs, dtype=dtype, **options))
 
 
+@checked(name_or_module=a_name_or_module, dtype=a_dtype)
 def compile_forward(
     name_or_module: str | nn.Module, *inputs: Any, dtype: str = "float32", **options: Any
 ) -> jax.stages.Compiled:
@@ -98,13 +107,16 @@ def compile_forward(
         inputs, options: as for `count_macs`.
         dtype: of the parameters; the compute dtype is the config's.
     """
-    module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
+    module: Any = name_or_module
     inputs = inputs or module.example_inputs()
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes(module))
     forward = jax.jit(lambda params, *x: module.apply({"params": params}, *x, **options))
     return forward.lower(params, *inputs).compile()
 
 
+@checked(
+    compiled=instance(jax.stages.Compiled, "a compiled function, such as models.compile_forward('tiny-dit')")
+)
 def memory_of(compiled: jax.stages.Compiled) -> Memory:
     """Memory of a compiled function whose first argument is the weights, such as `compile_forward`'s."""
     (params, *_), _ = compiled.args_info
@@ -112,6 +124,18 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
     analysis = cast(Any, compiled.memory_analysis())
     moved = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     return Memory(weights, moved - weights, analysis.temp_size_in_bytes)
+
+
+def _traced(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    for place, tree in enumerate(inputs):
+        for leaf in jax.tree.leaves(tree):
+            if not isinstance(leaf, jax.ShapeDtypeStruct):
+                as_array(f"inputs[{place}]", "an array or its jax.ShapeDtypeStruct, or a tree of them", leaf)
+    if not takes(function, len(inputs)):
+        raise InvalidArgumentError(
+            f"function must be one of {len(inputs)} arrays, as many as inputs are given"
+        )
+    return jax.make_jaxpr(function)(*inputs).jaxpr
 
 
 def _macs(jaxpr: Any) -> int:

@@ -10,17 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxldm.arguments import checked, instance
+from jaxldm.arguments import a_module, checked
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.inputs import fitting
-
-
-def A_MODULE(name: str, value: Any) -> Any:
-    """A Flax module, or what is applied as one."""
-    is_like = callable(getattr(value, "apply", None)) and callable(value)
-    if is_like and not isinstance(value, type):
-        return value
-    return instance(nn.Module, "a module such as models.build('tiny-dit')")(name, value)
 
 
 class Convention(NamedTuple):
@@ -45,6 +37,7 @@ UNIT_TIME = Convention(continuous=True)
 FROM_NOISE_TO_DATA = Convention(time=lambda t: 1 - t, output=lambda velocity: -velocity, continuous=True)
 
 
+@checked(module=a_module)
 def convention(module: nn.Module) -> Convention:
     """How the module counts time and signs its output."""
     return getattr(module, "convention", Convention())
@@ -67,7 +60,7 @@ def check_inputs(module: Any, x: Any, t: Any) -> None:
         raise InvalidArgumentError(f"t must be [B], one for each of {x.shape[0]} images, got {shown(t)}")
 
 
-@checked(module=A_MODULE)
+@checked(module=a_module)
 def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     """A denoising network as a function `(params, x, t, condition=None, *, dropout_key=None) -> output`.
 

@@ -26,7 +26,7 @@ class DigitClassifierConfig(ModelConfig):
     num_classes: int = 10
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check(min(height_width(self.sample_size)) >= 4, "sample_size must be at least 4")
         check(len(self.block_out_channels) == 3, "block_out_channels must be three numbers")
         check(

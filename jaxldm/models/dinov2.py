@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from jaxldm.arguments import array, checked, count
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.clip_vision import ImageEncoding, as_pixels
 from jaxldm.models.config import check, check_heads
@@ -57,7 +58,7 @@ class Dinov2Config(TransformersConfig):
     }
     ignored: ClassVar = frozenset(GENERIC.split()) | _UNUSED | {"drop_path_rate"}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_heads(self.hidden_size, self.num_attention_heads)
         check(
             self.image_size % self.patch_size == 0,
@@ -225,6 +226,7 @@ class Dinov2Model(nn.Module):
         return (jax.ShapeDtypeStruct(size, jnp.float32),)
 
 
+@checked(images=array("any"), image_size=count(1, 2**14))
 def dinov2_pixel_values(
     images: UInt8[np.ndarray, "B H W 3"], image_size: int = 224
 ) -> Float[np.ndarray, "B {image_size} {image_size} 3"]:

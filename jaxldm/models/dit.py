@@ -70,7 +70,7 @@ class DiTConfig(ModelConfig):
     scan: bool = False
     remat: bool = False
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         for side in height_width(self.sample_size):
             check(
                 side % self.patch_size == 0,

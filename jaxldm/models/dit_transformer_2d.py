@@ -77,7 +77,7 @@ class DiTTransformer2DConfig(ModelConfig):
     # Softmax and logits are float32 in any case; this network has no group norm.
     ignored: ClassVar = frozenset({"upcast_attention", "norm_num_groups"})
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check(self.num_layers >= 1, "num_layers must be 1 or more")
         check(isinstance(self.num_embeds_ada_norm, int), "num_embeds_ada_norm must be the number of classes")
         check(

@@ -67,7 +67,7 @@ class FluxTransformer2DConfig(ModelConfig):
     published: ClassVar[bool] = True
     fixed: ClassVar[Mapping[str, Any]] = {"patch_size": 1}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         for channels in (self.in_channels, self.out_channels or self.in_channels):
             check(channels % PATCH**2 == 0, f"a token of {channels} channels is not one of 2x2 latents")
         check(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import checked, choice
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.initialization import ones, parameter
@@ -128,9 +129,9 @@ def _unit(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     return x / (jnp.sqrt((x * x).sum(-1, keepdims=True)) + 1e-10)
 
 
+@checked(net=choice("LPIPS network", BACKBONES))
 def lpips_heads(net: str) -> dict[str, Float[np.ndarray, "1 C 1 1"]]:
     """The published weights of the five layers, {"lin0.model.1.weight": [1, C, 1, 1]} ... (version 0.1)."""
-    one_of("LPIPS network", net, BACKBONES)
     file = resources.files("jaxldm.models") / "lpips_heads.npz"
     with file.open("rb") as content, np.load(content, allow_pickle=False) as heads:
         return {f"lin{n}.model.1.weight": heads[f"{net}_{n}"] for n in range(5)}

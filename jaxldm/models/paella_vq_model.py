@@ -50,7 +50,7 @@ class PaellaVQModelConfig(ModelConfig):
     package: ClassVar[str] = "wuerstchen"
     pixels_from_zero: ClassVar[bool] = True  # images in [0, 1]
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         sizes = ("levels", "bottleneck_blocks", "num_vq_embeddings", "up_down_scale_factor")
         for name in sizes:
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")

@@ -82,7 +82,7 @@ class PixArtTransformer2DConfig(ModelConfig):
     # The first two have no effect on this norm; logits and softmax are float32 in any case.
     ignored: ClassVar = frozenset({"norm_num_groups", "num_embeds_ada_norm", "upcast_attention"})
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         for name in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size", "sample_size"):
             value = getattr(self, name)
             check(isinstance(value, int) and value > 0, f"{name} must be a whole number above 0, not {value}")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxldm.entries import checked
-from jaxldm.errors import CheckpointError, one_of
+from jaxldm.errors import CheckpointError, one_of, shown
 from jaxldm.models.config import check
 from jaxldm.models.text_encoder import (
     GENERIC,
@@ -61,7 +61,7 @@ class Qwen3Config(TransformersConfig):
     fixed: ClassVar = {**TransformersConfig.fixed, "use_sliding_window": False, "rope_scaling": None}
     ignored: ClassVar = frozenset(GENERIC.split()) | {"sliding_window", "max_window_layers"}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         one_of("hidden_act", self.hidden_act, ("silu",))
         check(
             self.num_attention_heads % self.key_value_heads == 0,
@@ -92,7 +92,7 @@ class Qwen3Config(TransformersConfig):
         layers = checked(entries.pop("layer_types", None), tuple[str, ...] | None, place) or (FULL,)
         if set(layers) != {FULL}:
             other = next(kind for kind in layers if kind != FULL)
-            raise CheckpointError(f"config.json has layer_types {other!r}; only {FULL!r} is supported")
+            raise CheckpointError(f"config.json has layer_types {shown(other)}; only {FULL!r} is supported")
         return super().from_dict(entries | rope)
 
 

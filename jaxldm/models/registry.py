@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
-import numpy as np
 from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
 from jaxldm import entries as entries_of
+from jaxldm.arguments import a_module, instance, one_key
 from jaxldm.arguments import checked as checked_arguments
-from jaxldm.arguments import instance, one_key
 from jaxldm.entries import checked, known_names
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.models import (
@@ -47,7 +46,6 @@ from jaxldm.models import (
     z_image_transformer_2d,
 )
 from jaxldm.models.config import ModelConfig
-from jaxldm.models.denoising_network import A_MODULE
 from jaxldm.nn.initialization import init_params
 from jaxldm.reading import reading, reason, shown
 
@@ -147,12 +145,16 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+A_MODEL_CONFIG = instance(ModelConfig, "a config of a model, such as models.DiTConfig(...)")
+
+
+@checked_arguments(config=A_MODEL_CONFIG)
 def class_name(config: ModelConfig) -> str:
     """The architecture that a config belongs to."""
     return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
 
 
-@checked_arguments(config=instance(ModelConfig, "a config of a model, such as models.DiTConfig(...)"))
+@checked_arguments(config=A_MODEL_CONFIG)
 def from_config(config: ModelConfig) -> nn.Module:
     """The module that a config describes."""
     return ARCHITECTURES[class_name(config)][0](config)
@@ -173,43 +175,41 @@ def build(name: str, **overrides: Any) -> nn.Module:
         if key not in kinds:
             raise UnknownNameError(f"field of {type(config).__name__}", key, kinds)
     try:
-        given = {key: checked(plain(value), kinds[key], f"{name}: {key}") for key, value in overrides.items()}
-        changed = dataclasses.replace(config, **given)
-    except CheckpointError as error:  # as of a file: here they are arguments
-        raise InvalidArgumentError(str(error)) from error
+        changed = dataclasses.replace(config, **overrides)
     except ArithmeticError as error:  # of the config's own checks: a width of 0
         given = ", ".join(f"{key}={shown(value)}" for key, value in overrides.items())
         raise InvalidArgumentError(f"{name} cannot have {given}: {reason(error)}") from error
     return from_config(changed)
 
 
-def plain(value: Any) -> Any:
-    """A NumPy number as one of Python."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-@checked_arguments(module=A_MODULE, key=one_key)
+@checked_arguments(module=a_module, key=one_key)
 def init(module: nn.Module, key: PRNGKeyArray) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
     return init_params(module, key, *module.example_inputs())
 
 
-@checked_arguments(module=A_MODULE)
+@checked_arguments(module=a_module)
 def shapes(module: nn.Module) -> dict:
     """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, computed without memory for them."""
     inputs = module.example_inputs()
     return jax.eval_shape(lambda key, *args: module.init(key, *args)["params"], jax.random.key(0), *inputs)
 
 
+def a_name_or_module(name: str, value: Any) -> Any:
+    """A module, or the name of a preset, of which its module is made."""
+    return build(value) if isinstance(value, str) else a_module(name, value)
+
+
+@checked_arguments(name_or_module=a_name_or_module)
 def count_params(name_or_module: str | nn.Module) -> int:
     """Number of trained parameters of a model, from shapes alone: also for presets larger than the memory."""
-    module = build(name_or_module) if isinstance(name_or_module, str) else name_or_module
-    A_MODULE("name_or_module", module)
+    module: Any = name_or_module
     untrained = getattr(module, "untrained", ())  # such as tables of positions
     leaves = cast(dict[str, Any], traverse_util.flatten_dict(shapes(module), sep="/"))
     return sum(leaf.size for path, leaf in leaves.items() if path not in untrained)
 
 
+@checked_arguments(config=A_MODEL_CONFIG)
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json: the class and the fields, in the names of the published architecture."""
     if config.library == "transformers":

@@ -70,7 +70,7 @@ class SD3Transformer2DConfig(ModelConfig):
 
     published: ClassVar = True
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check(
             isinstance(self.sample_size, int) and self.sample_size >= self.patch_size,
             f"sample_size {self.sample_size} must be one number, at least the patch size",

@@ -64,7 +64,7 @@ class T5EncoderConfig(TransformersConfig):
         "is_gated_act",
     }
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         one_of("feed_forward_proj", self.feed_forward_proj, FEED_FORWARDS)
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         check(

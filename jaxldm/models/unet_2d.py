@@ -74,7 +74,7 @@ class UNet2DConfig(ModelConfig):
     }
     ignored: ClassVar = frozenset({"num_train_timesteps"})
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")

@@ -115,7 +115,7 @@ class UNet2DConditionConfig(ModelConfig):
         "class_embeddings_concat": False,
     }
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         levels = len(self.block_out_channels)
         for name in PER_LEVEL:

@@ -76,7 +76,7 @@ class UVit2DConfig(ModelConfig):
         "attention_dropout": 0.0,
     }
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check_heads(self.hidden_size, self.num_attention_heads)
         check(
             self.block_out_channels % self.block_num_heads == 0,

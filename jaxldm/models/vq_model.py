@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxldm.arguments import a_params, array, checked, instance
 from jaxldm.models.autoencoder_kl import Decoder, Encoder, ImageAutoencoderConfig
 from jaxldm.models.config import check
-from jaxldm.models.inputs import image_shape
+from jaxldm.models.inputs import fitting, image_shape
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.initialization import fan_in_uniform
 from jaxldm.nn.linear import Embedding
@@ -35,8 +36,8 @@ class VQModelConfig(ImageAutoencoderConfig):
 
     fixed: ClassVar = {**ImageAutoencoderConfig.fixed, "norm_type": "group"}
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_values(self) -> None:
+        super().check_values()
         check(self.num_vq_embeddings > 0, "the codebook needs entries: num_vq_embeddings must be positive")
 
     @property
@@ -116,17 +117,24 @@ class VQModel(nn.Module):
         return image_shape(self.config)
 
 
+A_VQ_MODEL = instance(VQModel, "a module such as models.build('ldm-vq-f4')")
+
+
+@checked(module=A_VQ_MODEL, params=a_params, images=array("floating", "[B, H, W, C]", axes=4, filled=True))
 def encode_indices(module: VQModel, params: dict, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
     """Images in [-1, 1] -> the index of each latent's nearest codebook entry, in [0, num_vq_embeddings)."""
-    return cast(Array, module.apply({"params": params}, images, method="encode_indices"))
+    with fitting(module):
+        return cast(Array, module.apply({"params": params}, images, method="encode_indices"))
 
 
+@checked(module=A_VQ_MODEL, params=a_params, indices=array("whole", "[B, h, w]", axes=3, filled=True))
 def decode_indices(module: VQModel, params: dict, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
     """The codebook's entries at `indices` -> images, about [-1, 1], float32.
 
     An index outside the codebook, such as aMUSEd's mask token, gives the nearest entry.
     """
-    return cast(Array, module.apply({"params": params}, indices, method="decode_indices"))
+    with fitting(module):
+        return cast(Array, module.apply({"params": params}, indices, method="decode_indices"))
 
 
 _LDM = VQModelConfig(sample_size=256, layers_per_block=2, scaling_factor=1.0)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.models.wuerstchen_blocks import (
@@ -67,7 +67,7 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
     published: ClassVar[bool] = True
     package: ClassVar[str] = "wuerstchen"
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         lists = ("nhead", "blocks", "level_config", "inject_effnet")
         for name in lists + (() if isinstance(self.dropout, int | float) else ("dropout",)):
             count = len(getattr(self, name))
@@ -76,7 +76,7 @@ class WuerstchenDiffNeXtConfig(ModelConfig):
             self.level_config, self.blocks, self.c_hidden, self.nhead, strict=True
         ):
             fits = kinds[:1] == "C" and set(kinds) <= set("CTA")
-            check(fits, f"level_config must be strings of C, T and A that begin with C, got {kinds!r}")
+            check(fits, f"level_config must be strings of C, T and A that begin with C, got {shown(kinds)}")
             check(count > 0, f"every level needs blocks, not {count}")
             split = "A" not in kinds or (heads > 0 and width % heads == 0)
             check(split, f"c_hidden {width} cannot be split into {heads} heads")

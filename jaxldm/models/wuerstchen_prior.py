@@ -52,7 +52,8 @@ class WuerstchenPriorConfig(ModelConfig):
     published: ClassVar[bool] = True
     package: ClassVar[str] = "wuerstchen"
 
-    def __post_init__(self):
+    def check_values(self) -> None:
+        check(self.nhead >= 1, f"nhead must be 1 or more, not {self.nhead}")
         check(self.c % self.nhead == 0, f"c {self.c} cannot be split into {self.nhead} heads")
         check(self.c_r >= 4, f"c_r must be 4 or more, not {self.c_r}")
         check(self.depth > 0, f"depth must be positive, not {self.depth}")

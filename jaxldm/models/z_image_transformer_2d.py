@@ -71,7 +71,7 @@ class ZImageTransformer2DConfig(ModelConfig):
     published: ClassVar[bool] = True
     fixed: ClassVar = {"siglip_feat_dim": None}
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check(
             len(self.all_patch_size) == 1 and tuple(self.all_f_patch_size) == (1,),
             f"all_patch_size {self.all_patch_size} and all_f_patch_size {self.all_f_patch_size}: one patch "

@@ -1,5 +1,6 @@
 """Layers that several models share. Channels last, parameters float32, compute dtype a string."""
 
+from jaxldm.arguments import DTYPES
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
 from jaxldm.nn.attention import Attention2D, CrossAttention, SelfAttention, dot_product_attention
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
@@ -22,7 +23,7 @@ from jaxldm.nn.embeddings import (
     unpatchify,
 )
 from jaxldm.nn.joint_attention import JointAttention
-from jaxldm.nn.linear import DTYPES, Embedding, Linear, compute_dtype
+from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import (
     GlobalResponseNorm,
     GroupNorm,

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import array, check_dims, checked
 from jaxldm.nn.initialization import zeros
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import layer_norm, modulate
@@ -72,6 +73,8 @@ class AdaLayerNormContinuous(nn.Module):
         return modulate(normed, shift, scale)
 
 
+@checked(x=array("floating", "[B, N, C]", axes=3), gate=array("floating", "[B, C]", axes=2))
 def gated(x: Float[Array, "B N C"], gate: Float[Array, "B C"]) -> Float[Array, "B N C"]:
     """x gate, the same for every token of an example: the output of a branch in adaLN-Zero."""
+    check_dims(x=(x, "#B N C"), gate=(gate, "#B C"))
     return x * gate[:, None, :]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxldm.arguments import array, check_dims, checked, flag, number, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention_kernels import explicit_attention, merged_mask
 from jaxldm.nn.flash_attention import accelerator_attention
@@ -18,7 +18,18 @@ from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 from jaxldm.nn.normalization import GroupNorm
 
+HEADS = array("floating", "[B, N, H, D]", axes=4)
 
+
+@checked(
+    query=HEADS,
+    key=HEADS,
+    value=HEADS,
+    scale=optional(number()),
+    bias=optional(array("floating", "[B, H, N, M]", axes=4)),
+    mask=optional(array("any", "[B, H, N, M]", axes=4)),
+    return_weights=flag,
+)
 def dot_product_attention(
     query: Float[Array, "B N H D"],
     key: Float[Array, "B M H D"],
@@ -49,9 +60,11 @@ def dot_product_attention(
         return_weights: also return the softmax, float32 `[B, H, N, M]`, whose rows sum to 1 (the attention
             maps).
     """
-    chex.assert_rank([query, key, value], 4)
-    chex.assert_equal_shape([key, value])
-    chex.assert_equal_shape([query, key], dims=(0, 2, 3))
+    check_dims(query=(query, "B N H D"), key=(key, "B M H D"), value=(value, "B M H D"))
+    logits = jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1], key.shape[1]), query.dtype)
+    for name, extra in (("bias", bias), ("mask", mask)):
+        if extra is not None:
+            check_dims(**{"logits": (logits, "B H N M"), name: (extra, "#B #H #N M")})
     scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
     if return_weights or jax.default_backend() == "cpu":
         mask = merged_mask(mask, causal, key_lengths, query.shape[1], key.shape[1])

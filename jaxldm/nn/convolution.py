@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import array, check_dims, checked
 from jaxldm.nn.initialization import fan_in_uniform, parameter
 from jaxldm.nn.linear import compute_dtype, flat_matmul, product_dtype
 
@@ -121,6 +122,7 @@ def doubling_convolution(
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernels.shape[-1])
 
 
+@checked(x=array("floating", "[B, H, W, C]", axes=4), weight=array("floating", "[C, out, 4, 4]", axes=4))
 def conv_transpose_4x4_stride_2(
     x: Float[Array, "B H W C"], weight: Float[Array, "C out 4 4"]
 ) -> Float[Array, "B 2*H 2*W out"]:
@@ -130,11 +132,13 @@ def conv_transpose_4x4_stride_2(
     through that tap, if it exists, which leaves d = a - 1 and d = a. So the flipped taps, taken two by two,
     are the kernels of a `doubling_convolution`. It is `torch.nn.ConvTranspose2d(C, out, 4, 2, 1)`.
     """
+    check_dims(x=(x, "B H W C"), weight=(weight, "C out 4 4"))
     channels, features = weight.shape[:2]
     taps = weight[:, :, ::-1, ::-1].reshape(channels, features, 2, 2, 2, 2)  # [C, out, row, a, column, b]
     return doubling_convolution(x, taps.transpose(3, 5, 2, 4, 0, 1))
 
 
+@checked(x=array("floating", "[B, H, W, C]", axes=4), kernel=array("floating", "[3, 3, C, out]", axes=4))
 def conv_of_doubled(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C out"]
 ) -> Float[Array, "B 2*H 2*W out"]:
@@ -144,6 +148,7 @@ def conv_of_doubled(
     w0 + w1, w2 for odd ones. Four ninths of the multiplications. On accelerators the sums would be computed
     from the weights again in every denoising step, and 16 bits would round them: there the image is doubled.
     """
+    check_dims(x=(x, "B H W C"), kernel=(kernel, "3 3 C out"))
     if jax.default_backend() != "cpu":
         doubled = x.repeat(2, axis=1).repeat(2, axis=2)
         y = jax.lax.conv_general_dilated(doubled, kernel, (1, 1), ((1, 1),) * 2, dimension_numbers=DIMENSIONS)

@@ -9,12 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from jaxldm.arguments import array, checked, count, flag, number, optional
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.memory import check_fits
 from jaxldm.nn.initialization import Initializer, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
+@checked(
+    t=array("real", "[B]", axes=1),
+    dim=count(3, 2**16),
+    flip_sin_to_cos=flag,
+    downscale_freq_shift=number(),
+    max_period=number(above=0),
+)
 def timestep_embedding(
     t: Num[Array, " B"],
     dim: int,
@@ -39,6 +48,7 @@ def timestep_embedding(
     return jnp.pad(embedding, ((0, 0), (0, 1))) if dim % 2 else embedding
 
 
+@checked(w=array("real", "[B]", axes=1), dim=count(4, 2**16))
 def guidance_embedding(w: Float[Array, " B"], dim: int = 256) -> Float[Array, "B dim"]:
     """Embedding of the guidance scale for a guidance-distilled network: sines, then cosines, of 1000 w w_k.
 
@@ -133,6 +143,13 @@ class TimestepTextEmbedding(nn.Module):
         return embedding + TextProjection(self.dim, "silu", self.dtype, name="text_embedder")(pooled)
 
 
+@checked(
+    dim=count(4, 2**16),
+    height=count(1),
+    width=count(1),
+    base_size=optional(count(1)),
+    interpolation_scale=number(above=0),
+)
 def sincos_position_embedding_2d(
     dim: int,
     height: int,
@@ -159,6 +176,8 @@ def sincos_position_embedding_2d(
     """
     if dim % 4:
         raise InvalidArgumentError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
+    what = f"positions of a grid of {height}x{width}, {dim} numbers each, need"
+    check_fits(8 * dim * height * width, what, "take a smaller image")
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
 
     def along(count: int) -> np.ndarray:
@@ -173,6 +192,7 @@ def sincos_position_embedding_2d(
     return np.concatenate([one_axis(columns), one_axis(rows)], axis=1).astype(np.float32)
 
 
+@checked(images=array("real", "[B, H, W, C]", axes=4), patch_size=count(1))
 def patchify(
     images: Float[Array, "B H W C"], patch_size: int
 ) -> Float[Array, "B N {patch_size}*{patch_size}*C"]:
@@ -192,6 +212,7 @@ def patchify(
     return x.reshape(batch, (height // p) * (width // p), p * p * channels)
 
 
+@checked(tokens=array("real", "[B, N, D]", axes=3), patch_size=count(1), height=count(1), width=count(1))
 def unpatchify(
     tokens: Float[Array, "B N D"], patch_size: int, height: int, width: int
 ) -> Float[Array, "B {height} {width} C"]:

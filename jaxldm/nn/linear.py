@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxldm.arguments import is_tracer
-from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.arguments import a_dtype, is_tracer
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, normal, parameter
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -21,7 +19,7 @@ def compute_dtype(name: str) -> jnp.dtype:
     Raises:
         UnknownNameError: another name.
     """
-    return jnp.dtype(one_of("dtype", name, DTYPES))
+    return jnp.dtype(a_dtype("dtype", name))
 
 
 def product_dtype(dtype: jnp.dtype) -> jnp.dtype:

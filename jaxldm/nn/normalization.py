@@ -8,10 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import array, check_dims, checked, count, number
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.initialization import ones, parameter, zeros
 from jaxldm.nn.linear import compute_dtype
 
 
+@checked(
+    x=array("floating", "[B, H, W, C]", axes=4),
+    scale=array("floating", "[C]", axes=1),
+    bias=array("floating", "[C]", axes=1),
+    num_groups=count(1),
+    eps=number(0),
+)
 def group_norm(
     x: Float[Array, "B H W C"],
     scale: Float[Array, " C"],
@@ -27,7 +36,10 @@ def group_norm(
     one pass: good to 1e-4 while the mean is below ten standard deviations, and a third cheaper than two
     passes.
     """
+    check_dims(x=(x, "B H W C"), scale=(scale, "C"), bias=(bias, "C"))
     batch, _, _, channels = x.shape
+    if channels % num_groups:
+        raise InvalidArgumentError(f"{channels} channels cannot be split into num_groups={num_groups}")
     x32 = x.astype(jnp.float32)
 
     def over_group(moment: Float[Array, "B C"]) -> Float[Array, "B C"]:
@@ -58,6 +70,7 @@ class GroupNorm(nn.Module):
         return group_norm(x.astype(compute_dtype(self.dtype)), scale, bias, self.num_groups, self.eps)
 
 
+@checked(x=array("floating", "[..., C]", axes=(1, 64)), eps=number(0))
 def layer_norm(x: Float[Array, "... C"], eps: float = 1e-6) -> Float[Array, "... C"]:
     """(x - mean) / sqrt(var + eps) over the last axis, without learned scale or bias, statistics in float32.
 
@@ -127,8 +140,14 @@ class GlobalResponseNorm(nn.Module):
         return (x32 * factor + beta).astype(compute_dtype(self.dtype))
 
 
+@checked(
+    x=array("floating", "[B, N, C]", axes=3),
+    shift=array("floating", "[B, C]", axes=2),
+    scale=array("floating", "[B, C]", axes=2),
+)
 def modulate(
     x: Float[Array, "B N C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
 ) -> Float[Array, "B N C"]:
     """x (1 + scale) + shift, the same for every token of an example. Peebles & Xie 2023, section 3.2."""
+    check_dims(x=(x, "#B N C"), shift=(shift, "#B C"), scale=(scale, "#B C"))
     return x * (1 + scale[:, None, :]) + shift[:, None, :]

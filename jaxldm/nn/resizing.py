@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxldm.arguments import array, checked, pair
 
+IMAGES = array("real", "[B, H, W, C]", axes=4, filled=True)
+
+
+@checked(x=IMAGES, size=pair(1, 2**16))
 def resize_cubic(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
     """x at another size by antialiased cubic interpolation, float32. `[B, H, W, C]` -> `[B, h, w, C]`.
 
@@ -18,6 +23,7 @@ def resize_cubic(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Arr
     return _resized(x, *(cubic_weights(x.shape[axis + 1], size[axis]) for axis in (0, 1)))
 
 
+@checked(x=IMAGES, size=pair(1, 2**16))
 def resize_linear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B h w C"]:
     """x at another size by linear interpolation, float32. `[B, H, W, C]` -> `[B, h, w, C]`.
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from jaxldm.arguments import array, check_dims, checked, count, flag, number, several
 from jaxldm.errors import InvalidArgumentError
 
 
+@checked(positions=array("real", "[N]", axes=1), dim=count(2), theta=number(above=0))
 def rotary_embedding(
     positions: Real[np.ndarray, " N"], dim: int, theta: float
 ) -> tuple[Float[np.ndarray, "N half"], Float[np.ndarray, "N half"]]:
@@ -34,6 +36,7 @@ def rotary_embedding(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+@checked(positions=array("real", "[N, axes]", axes=2), dims=several(count(2)), theta=number(above=0))
 def rotary_embedding_of_axes(
     positions: Real[np.ndarray, "N axes"], dims: Sequence[int], theta: float
 ) -> tuple[Float[np.ndarray, "N half"], Float[np.ndarray, "N half"]]:
@@ -47,11 +50,21 @@ def rotary_embedding_of_axes(
     >>> cos.shape
     (24, 8)
     """
+    if len(dims) != positions.shape[1] or not dims:
+        raise InvalidArgumentError(
+            f"dims must have one width for each of {positions.shape[1]} axes, got {len(dims)}"
+        )
     tables = [rotary_embedding(positions[:, axis], dim, theta) for axis, dim in enumerate(dims)]
     cos, sin = (np.concatenate(parts, axis=1) for parts in zip(*tables, strict=True))
     return cos, sin
 
 
+@checked(
+    x=array("floating", "[B, N, H, D]", axes=4),
+    cos=array("real", "[N, D/2]", axes=(2, 3)),
+    sin=array("real", "[N, D/2]", axes=(2, 3)),
+    interleaved=flag,
+)
 def apply_rotary(
     x: Float[Array, "B N H D"],
     cos: Float[Array, "*B N D/2"],
@@ -69,6 +82,12 @@ def apply_rotary(
         interleaved: pairs are neighbours (2k, 2k + 1), as in FLUX and Z-Image. False: (k, k + D/2), as in
             Llama and Qwen; the same function with the channels of a head in another order.
     """
+    batch = "#B " if cos.ndim == 3 else ""
+    check_dims(x=(x, "B N H D"), cos=(cos, f"{batch}N half"), sin=(sin, f"{batch}N half"))
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        raise InvalidArgumentError(
+            f"cos and sin must be half as wide as x, {x.shape[-1]}, got {cos.shape[-1]}"
+        )
     x32 = x.astype(jnp.float32)
     cos, sin = (jnp.asarray(table, jnp.float32)[..., None, :] for table in (cos, sin))
     if cos.ndim == 3:

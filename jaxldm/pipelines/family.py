@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+from jaxldm.arguments import checked as checked_arguments
+from jaxldm.arguments import count, optional, pair
 from jaxldm.entries import checked
 from jaxldm.errors import CheckpointError
 from jaxldm.models.config import height_width
@@ -39,7 +41,7 @@ from jaxldm.pipelines.generate import (
 )
 from jaxldm.pipelines.inputs import INPAINTING_CHANNELS, LatentSpec, Size
 from jaxldm.pipelines.latents import classifier_free_guidance, scale_factor
-from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 
 _TITLES = {"unet": "U-Net"}  # of denoising networks in messages, where it is not the part's name
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -101,6 +103,9 @@ class Folder(NamedTuple):
     write_options: Callable[[Pipeline], dict[str, Any]] = options_of
 
 
+@checked_arguments(
+    pipe=A_PIPELINE, patch=count(1), in_channels=optional(count(1)), default_size=optional(pair(1))
+)
 def default_latent_spec(
     pipe: Pipeline,
     patch: int = 1,

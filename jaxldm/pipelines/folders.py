@@ -22,12 +22,26 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxldm import checkpoints, models
 from jaxldm import diffusion as D
-from jaxldm.arguments import a_path, optional, text
+from jaxldm.arguments import (
+    a_dtype,
+    a_module,
+    a_params,
+    a_path,
+    choice,
+    count,
+    instance,
+    optional,
+    refuse,
+    several,
+    text,
+)
 from jaxldm.arguments import checked as checked_arguments
+from jaxldm.checkpoints.lora import a_scale
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.entries import checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
+from jaxldm.models.registry import A_MODEL_CONFIG
 from jaxldm.models.sharding import RULES, Rule, a_mesh, check_splits, some_rules
 from jaxldm.pipelines import families
 from jaxldm.pipelines.call import call_options
@@ -41,7 +55,7 @@ from jaxldm.pipelines.families.class_to_image import (
 from jaxldm.pipelines.families.maskgit import MASKGIT_CLASS
 from jaxldm.pipelines.family import Family
 from jaxldm.pipelines.network import Network
-from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.reading import read_json, reading, shown
 
 RUN_CONFIG = "config.json"
@@ -51,10 +65,23 @@ WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipel
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
 
 
+A_FAMILY = instance((Family, str), "a pipelines.Family, or where it is, 'package.module:FAMILY'")
+
+
+def a_folder_or_parts(name: str, value: Any) -> Any:
+    """The folder of a network, or (module, its parameters)."""
+    if not isinstance(value, tuple):
+        return a_path(name, value)
+    if len(value) != 2:
+        raise refuse(name, "the folder of an autoencoder, or (module, parameters)", value)
+    return a_module(f"{name}[0]", value[0]), a_params(f"{name}[1]", value[1])
+
+
 @checked_arguments(
     folder=a_path,
-    dtype=optional(text),
+    dtype=optional(a_dtype),
     variant=optional(text),
+    family=optional(A_FAMILY),
     mesh=optional(a_mesh),
     rules=optional(some_rules),
 )
@@ -89,8 +116,6 @@ def load(
     >>> images = pipe(jax.random.key(0), prompt=["a cat"], solver="dpmpp_2m") # doctest: +SKIP
     """
     folder = Path(folder)
-    if dtype is not None:
-        models.compute_dtype(dtype)
     is_run = kind_of(folder, family) == "run"
     if is_run:
         _check_finished(folder)
@@ -173,6 +198,7 @@ def family_of(folder: str | Path, family: Family | str | None = None) -> Family:
     return families.find(name)
 
 
+@checked_arguments(folder=a_path, family=optional(A_FAMILY))
 def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
     """ "run", "export" (of a class-to-image model) or "text-to-image".
 
@@ -218,6 +244,7 @@ def draws_classes(family: Family) -> bool:
     return "class_labels" in call_options(family.call, family.encode)
 
 
+@checked_arguments(pipe=A_PIPELINE, folder=a_path)
 def save(pipe: Pipeline, folder: str | Path) -> None:
     """Write a folder that `load` and diffusers open: all of it or nothing. An earlier export is replaced.
 
@@ -240,6 +267,7 @@ def save(pipe: Pipeline, folder: str | Path) -> None:
     checkpoints.save_components(folder, name, parts, options=options)
 
 
+@checked_arguments(folder=a_path, family=A_FAMILY)
 def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> None:
     """Raise `StorageError` unless `folder` is new, empty, or one of the family that `save` wrote."""
     folder = Path(folder)
@@ -259,12 +287,14 @@ def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> 
         )
 
 
+@checked_arguments(pipe=A_PIPELINE)
 def components(pipe: Pipeline) -> Iterator[tuple[str, Any, Any]]:
     """(name of the subfolder, module, parameters) of each network of a pipeline, the denoiser last."""
     names = sorted(pipe.networks, key=lambda name: name == pipe.denoiser_name)
     yield from ((name, pipe.networks[name].module, pipe.networks[name].params) for name in names)
 
 
+@checked_arguments(folder=a_path, family=optional(A_FAMILY))
 def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[str, nn.Module]:
     """The networks that a folder of diffusers names, from their configs alone: no weights are read.
 
@@ -283,6 +313,7 @@ def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[s
     }
 
 
+@checked_arguments(pipe=A_PIPELINE, path=a_path, scale=a_scale)
 def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> Pipeline:
     """The model with a LoRA file merged into its weights; the one that was given stays as it is.
 
@@ -299,6 +330,15 @@ def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, floa
     return pipe.replace(**{name: Network(*part) for name, part in merged.items()})
 
 
+@checked_arguments(
+    path=a_path,
+    architecture=choice("architecture", PUBLISHED),
+    vae=a_folder_or_parts,
+    prediction=optional(D.predictions.A_PREDICTION),
+    class_names=several(text),
+    num_heads=optional(count(1)),
+    dtype=optional(a_dtype),
+)
 def load_original(
     path: str | Path,
     architecture: str = "DiT",
@@ -351,6 +391,7 @@ class TensorComparison(NamedTuple):
     difference: str
 
 
+@checked_arguments(first=A_PIPELINE, second=A_PIPELINE)
 def compare(first: Pipeline, second: Pipeline) -> list[TensorComparison]:
     """Compare two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
     tensors = [
@@ -383,6 +424,7 @@ def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | No
     )
 
 
+@checked_arguments(config=A_MODEL_CONFIG)
 def is_denoiser(config: Any) -> bool:
     """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
     return models.class_name(config) in TRAINED

@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
+from jaxldm.arguments import a_key, checked
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
-from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, check_count, initial_latents, read_inputs
+from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs
 from jaxldm.pipelines.latents import (
     Compiled,
     PerCall,
@@ -33,7 +35,7 @@ from jaxldm.pipelines.latents import (
     denoise,
     num_batches_at_once,
 )
-from jaxldm.pipelines.pipeline import Pipeline, read_call
+from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.schedulers import GridRule, Sampler, Scheduler
 
@@ -41,6 +43,7 @@ from jaxldm.schedulers import GridRule, Sampler, Scheduler
 STEPS_AT_ONCE = 64
 
 
+@checked(pipe=A_PIPELINE, key=a_key)
 def generate(
     pipe: Pipeline,
     key: Key[Array, " ..."],
@@ -65,7 +68,7 @@ def generate(
     """
     family, call, spec = pipe.family, read_call(pipe, options), pipe.latent_spec
     prompts, negatives = family.read_prompts(prompt, negative_prompt)
-    num_images = check_count(call.num_images_per_prompt, "num_images_per_prompt") * len(prompts)
+    num_images = call.num_images_per_prompt * len(prompts)
     inputs = family.read_inputs(pipe, call, num_images)
     guidance_input, guidance_scale = read_guidance(pipe, call, negatives)
     schedule = family.grid(pipe, call, inputs.size)
@@ -110,7 +113,7 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
     family.check_guidance(pipe, call)
     scale = pipe.defaults.guidance_scale if call.guidance_scale is None else call.guidance_scale
     for name, value in (("guidance_scale", scale), ("true_cfg_scale", call.true_cfg_scale)):
-        if not 0 <= value <= float(np.finfo(np.float32).max):
+        if not 0 <= value <= LARGEST_FLOAT32:
             raise InvalidArgumentError(
                 f"{name} must be a finite number of 0 or more, not {value}: 1 is the model as trained, "
                 f"{pipe.defaults.guidance_scale:g} is a good start"
@@ -190,7 +193,6 @@ def grid(
         steps = 4 if rule.spacing == "lcm" else pipe.defaults.num_inference_steps
     if distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
-        check_count(steps, "num_inference_steps", 1)
         original = (GridRule() if named else rule).original_steps
         total = cast(int, path.num_train_timesteps)
         rows = D.at_times(path, D.lcm_timesteps(steps, total, original, call.strength))

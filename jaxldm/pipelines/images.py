@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxldm.arguments import a_path, array, checked, count, number, optional
 from jaxldm.data import to_uint8
 from jaxldm.errors import DataError, StorageError
 from jaxldm.files import Content, write_together
@@ -21,6 +22,7 @@ MAX_NAME = 255  # bytes of a file's name, on all usual systems
 _OURS = re.compile(r"image-\d{5,}(-class-\d+)?\.png|grid\.png|samples\.npz")
 
 
+@checked(num_images=count(1), num_labels=count(0))
 def columns_for(num_images: int, num_labels: int = 1) -> int:
     """Columns of a nearly square grid; a multiple of `num_labels` where that fits, so that a column is one
     class.
@@ -34,6 +36,7 @@ def columns_for(num_images: int, num_labels: int = 1) -> int:
     return square
 
 
+@checked(images=array("floating", "[N, ...]", axes=(2, 64), filled=True), guidance_scale=number())
 def check_drawn(images: Float[np.ndarray, "N H W C"], guidance_scale: float = 1.0) -> list[Finding]:
     """Looks for NaN, and for blank (black, white, grey) images, among those drawn at a guidance scale.
 
@@ -45,6 +48,7 @@ def check_drawn(images: Float[np.ndarray, "N H W C"], guidance_scale: float = 1.
     return findings
 
 
+@checked(folder=a_path)
 def check_output_folder(folder: str | Path) -> Path:
     """Raises `StorageError` when `folder` cannot become a folder to write to; writes nothing itself."""
     folder = Path(folder)
@@ -63,6 +67,12 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
+@checked(
+    folder=a_path,
+    images=array("floating", "[N, H, W, C]", axes=4, filled=True),
+    labels=optional(array("whole", "[N]", axes=1)),
+    columns=optional(count(1)),
+)
 def save_samples(
     folder: str | Path,
     images: Float[np.ndarray, "N H W C"],

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from jaxldm.arguments import array as numbers
+from jaxldm.arguments import checked, count, pair, text
 from jaxldm.data.images import check_images, from_uint8
 from jaxldm.data.pictures import is_picture, mask_of, rgb_of, shrink_masks
 from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError
@@ -234,23 +235,13 @@ def _size(height: int | None, width: int | None, trained: Size, given: dict[str,
     return size
 
 
-def check_count(number: Any, name: str, lowest: int = 1, highest: int = 2**31 - 1) -> int:
-    """`number`. Raises `InvalidArgumentError` unless it is a whole one from `lowest` to `highest`."""
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < lowest:
-        raise InvalidArgumentError(f"{name} must be a whole number of at least {lowest}, not {shown(number)}")
-    if number > highest:
-        raise InvalidArgumentError(f"{name} must be at most {highest}, not {shown(number)}")
-    return int(number)
-
-
+@checked(height=count(1), width=count(1), multiple=count(1))
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raises `InvalidArgumentError`, with the nearest sizes, unless both are multiples of `multiple`.
 
     >>> check_size(512, 768, 8)
     """
     for name, size in (("height", height), ("width", width)):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise InvalidArgumentError(f"{name} must be a whole number of pixels, not {size!r}")
         below = size // multiple * multiple
         if below != size:
             nearest = f"{below} and {below + multiple}" if below else f"{multiple}"
@@ -270,6 +261,7 @@ def check_images_fit(num_images: int, size: Size, spec: LatentSpec) -> None:
     )
 
 
+@checked(name=text)
 def as_images(images: Any, name: str = "image") -> Float[np.ndarray, "N H W C"]:
     """Pictures as float32 [N, H, W, C] in [-1, 1].
 
@@ -293,6 +285,7 @@ def _floats(image: Any, name: str) -> np.ndarray:
     return from_uint8(image) if image.dtype == np.uint8 else image
 
 
+@checked(size=pair(1))
 def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
     """Masks as float32 [N, H, W, 1]: 1 where the mask is white (half or more), 0 elsewhere.
 

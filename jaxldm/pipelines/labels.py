@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from jaxldm.arguments import as_array, refuse
 from jaxldm.data import check_labels
-from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.errors import InvalidArgumentError, UnknownNameError, shown
 from jaxldm.pipelines.inputs import check_images_fit
 from jaxldm.pipelines.pipeline import Pipeline
 
@@ -68,7 +68,7 @@ def checked_labels(pipe: Pipeline, labels: Any, name: str) -> Int[np.ndarray, " 
 
 def _label(name: str, labels_by_name: dict[str, int]) -> int:
     if not labels_by_name:
-        raise InvalidArgumentError(f"nobody named the classes of this model: give {name!r} as a number")
+        raise InvalidArgumentError(f"nobody named the classes of this model: give {shown(name)} as a number")
     if name not in labels_by_name:  # a thousand choices are no help
         raise UnknownNameError("class", name, difflib.get_close_matches(name, labels_by_name, 8, 0.0))
     return labels_by_name[name]

@@ -24,10 +24,11 @@ from jaxtyping import Array, Float, UInt32
 
 from jaxldm import diffusion as D
 from jaxldm import models
+from jaxldm.arguments import array, checked, count, instance, optional, some_devices
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.models.sharding import AXES, mesh_of
-from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.network import A_NETWORK, Network
 from jaxldm.reading import shown
 from jaxldm.schedulers import Sampler
 
@@ -298,6 +299,7 @@ def scale_factor(vae: Network) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+@checked(vae=A_NETWORK, images=array("floating", "[N, H, W, C]", axes=4, filled=True))
 def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarray, "N h w c"]:
     """The latents of images in [-1, 1]: the mean of q(z | x), scaled as diffusion models have them."""
     rows = np.asarray(images, np.float32)
@@ -307,6 +309,14 @@ def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarr
     return np.concatenate([np.asarray(_encode(vae, rows[k : k + 1])) for k in range(len(rows))])
 
 
+@checked(
+    vae=optional(A_NETWORK),
+    latents=array("floating", "[N, h, w, c]", axes=4, filled=True),
+    tiling=optional(instance(models.Tiling, "models.Tiling(...)")),
+    batch_size=count(1),
+    devices=optional(some_devices),
+    in_flight=optional(count(1)),
+)
 def decode_images(
     vae: Network | None,
     latents: Float[Any, "N h w c"],

@@ -7,6 +7,8 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 
+from jaxldm.arguments import instance
+
 
 @flax.struct.dataclass
 class Network:
@@ -27,3 +29,6 @@ class Network:
     def __call__(self, *inputs: Any, **more: Any) -> Any:
         """`module.apply` with these parameters."""
         return self.module.apply({"params": self.params}, *inputs, **more)
+
+
+A_NETWORK = instance(Network, "a network such as pipelines.Network(module, params)")

@@ -25,35 +25,18 @@ from jaxldm.arguments import (
     is_tracer,
     number,
     optional,
-    refuse,
-    several,
+    pair,
+    some_devices,
     text,
 )
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import MAX_STEPS
 from jaxldm.schedulers.read import a_solver_or_name
-
-MAX_STEPS = 10**6  # more than any path has timesteps
 
 
 def a_name_or_numbers(name: str, value: Any) -> Any:
     """The name of a rule for noise levels, or the levels."""
     return value if isinstance(value, str) else array("real", "[N], or a name", axes=1)(name, value)
-
-
-def some_devices(name: str, value: Any) -> tuple[Any, ...]:
-    """One device or more."""
-    devices = several(instance(jax.Device, "one of jax.devices()"))(name, value)
-    if not devices:
-        raise InvalidArgumentError("devices is empty: leave it out, or name one or more of jax.devices()")
-    return devices
-
-
-def a_size(name: str, value: Any) -> tuple[int, ...]:
-    """(height, width), or (top, left)."""
-    pair = several(count(0))(name, value)
-    if len(pair) != 2:
-        raise refuse(name, "two whole numbers", value)
-    return pair
 
 
 CHECKS: Mapping[str, Check] = {
@@ -84,12 +67,12 @@ CHECKS: Mapping[str, Check] = {
     "progress": optional(function("(steps done, steps in all)")),
     "compile_only": flag,
     "max_sequence_length": optional(count(1)),
-    "original_size": optional(a_size),
-    "target_size": optional(a_size),
-    "crops_coords_top_left": optional(a_size),
-    "negative_original_size": optional(a_size),
-    "negative_target_size": optional(a_size),
-    "negative_crops_coords_top_left": optional(a_size),
+    "original_size": optional(pair()),
+    "target_size": optional(pair()),
+    "crops_coords_top_left": optional(pair()),
+    "negative_original_size": optional(pair()),
+    "negative_target_size": optional(pair()),
+    "negative_crops_coords_top_left": optional(pair()),
     "aesthetic_score": number(),
     "negative_aesthetic_score": number(),
     "noise_level": count(0),

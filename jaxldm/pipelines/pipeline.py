@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
-from jaxldm.arguments import check_all
+from jaxldm.arguments import check_all, instance
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.sharding import mesh_of
 from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options
@@ -253,3 +253,6 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
         raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
     strength = strength_of(call.image, call.strength, call.mask_image, defaults.strength)
     return dataclasses.replace(call, strength=strength, guidance_rescale=rescale)
+
+
+A_PIPELINE = instance(Pipeline, "a pipeline from pipelines.load(folder)")

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxldm.errors import InvalidArgumentError
-from jaxldm.pipelines.inputs import check_count
-from jaxldm.pipelines.network import Network
+from jaxldm.arguments import checked, count, flag, function, optional, refuse, several
+from jaxldm.arguments import text as a_text
+from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.pipelines.network import A_NETWORK, Network
 
 
 class Encoded(NamedTuple):
@@ -43,13 +44,13 @@ def as_texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     """
     texts = [prompt] if isinstance(prompt, str) else prompt
     if texts is None or isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__"):
-        raise InvalidArgumentError(f"{name} must be a text or a list of texts, not {prompt!r}")
+        raise InvalidArgumentError(f"{name} must be a text or a list of texts, got {shown(prompt)}")
     texts = list(texts)
     if not texts:
         raise InvalidArgumentError(f"{name} is an empty list: give one text or more, as in {name}=['a cat']")
     for text in texts:
         if not isinstance(text, str):
-            raise InvalidArgumentError(f"{name} must hold texts, not {text!r}")
+            raise InvalidArgumentError(f"{name} must hold texts, got {shown(text)}")
     return texts
 
 
@@ -79,6 +80,24 @@ def check_sequence_length(max_sequence_length: int, most: int = 512) -> None:
         )
 
 
+def a_template(name: str, value: Any) -> str:
+    """A text with one {} in it."""
+    if not isinstance(value, str) or value.count("{}") != 1:
+        raise refuse(name, "a text with one {} in it, where each text goes", value)
+    return value
+
+
+@checked(
+    encoder=A_NETWORK,
+    tokenizer=function("(texts, max_length)"),
+    texts=several(a_text),
+    skip=count(0),
+    final_norm=flag,
+    warn=flag,
+    max_length=optional(count(1)),
+    mask=flag,
+    template=a_template,
+)
 def encode_texts(
     encoder: Network,
     tokenizer: Any,
@@ -111,7 +130,6 @@ def encode_texts(
         InvalidArgumentError: as many layers to skip as there are, or a normalisation that cannot be applied
             to other layers than the last.
     """
-    check_count(skip, "the number of layers to skip", 0)
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
     tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length)

@@ -8,19 +8,19 @@ from typing import Annotated, Any
 
 from jaxldm.entries import Bounds, checked, checked_entries
 from jaxldm.errors import CheckpointError
+from jaxldm.exact import LARGEST_INT32, MAX_TIMESTEPS
 from jaxldm.reading import shown
 
 PLACE = "scheduler_config.json"
-MAX_TRAIN_TIMESTEPS = 100_000  # published ones have 1000 or 2000; a table of betas has as many rows
 _Flag: Any = bool | None  # null is false, as in diffusers
-_Count: Any = Annotated[int, Bounds(0, 2**31 - 1)]
+_Count: Any = Annotated[int, Bounds(0, LARGEST_INT32)]
 _Float: Any = Annotated[float, Bounds(-3.4e38, 3.4e38)]
 _Positive: Any = Annotated[float, Bounds(1e-30, 3.4e38)]
 _Unit: Any = Annotated[float, Bounds(0, 1)]
 TYPES: Mapping[str, Any] = {
     "_class_name": str,
     # the path and the prediction
-    "num_train_timesteps": Annotated[int, Bounds(1, MAX_TRAIN_TIMESTEPS)],
+    "num_train_timesteps": Annotated[int, Bounds(1, MAX_TIMESTEPS)],
     "beta_schedule": str,
     "beta_start": _Unit,
     "beta_end": _Unit,
@@ -46,8 +46,8 @@ TYPES: Mapping[str, Any] = {
     "time_shift_type": str | None,
     # the grid
     "timestep_spacing": str,
-    "steps_offset": Annotated[int, Bounds(0, MAX_TRAIN_TIMESTEPS)],
-    "original_inference_steps": Annotated[int, Bounds(1, MAX_TRAIN_TIMESTEPS)],
+    "steps_offset": Annotated[int, Bounds(0, MAX_TIMESTEPS)],
+    "original_inference_steps": Annotated[int, Bounds(1, MAX_TIMESTEPS)],
     "set_alpha_to_one": _Flag,
     "final_sigmas_type": str | None,
     "timestep_type": str,

@@ -22,6 +22,7 @@ from jaxldm import diffusion as D
 from jaxldm.arguments import check_fields, count, flag, number, optional, text
 from jaxldm.diffusion import distilled_times, levels, registry, spacings
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.exact import MAX_STEPS
 
 # Names of timesteps -> (path, span, N, rule) -> N values of t.
 TIMES: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
@@ -82,7 +83,7 @@ class GridRule:
             levels=optional(text),
             final=text,
             steps_offset=count(0),
-            original_steps=count(1),
+            original_steps=count(1, MAX_STEPS),
             rho=number(above=0),
             lambda_min=optional(number(infinite=True)),
             shift_terminal=optional(number()),

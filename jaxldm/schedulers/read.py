@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from jaxldm import diffusion as D
-from jaxldm.arguments import checked, flag, instance, number, optional
+from jaxldm.arguments import checked, flag, number, optional
 from jaxldm.entries import build
-from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, UnknownNameError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, UnknownNameError, one_of, shown
 from jaxldm.reading import reading, reason
 from jaxldm.schedulers.entries import PLACE, typed, with_defaults
 from jaxldm.schedulers.grids import TIMES, GridRule
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import (
+    A_CONFIG,
     DISCRETE,
     LEVELS,
     OWN,
@@ -37,9 +38,6 @@ BETAS = {
     "laplace_root": "laplace",
 }
 PREDICTIONS = {"flow": "flow_prediction"}  # the names that differ
-
-
-A_CONFIG = instance(Mapping, "the entries of a scheduler_config.json, a dictionary")
 
 
 def a_solver_or_name(name: str, value: Any) -> Any:
@@ -136,7 +134,7 @@ def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
         if options["variance"] not in VARIANCES:
             known = ", ".join(VARIANCES)
             raise CheckpointError(
-                f"scheduler_config.json has variance_type {options['variance']!r}; known: {known}"
+                f"scheduler_config.json has variance_type {shown(options['variance'])}; known: {known}"
             )
         options["variance"] = VARIANCES[options["variance"]]
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in options.items()}
@@ -159,7 +157,9 @@ def _read(config: Mapping[str, Any]) -> tuple[D.Prediction, GridRule, DynamicShi
     name = class_name(config)
     for entry, plain in (("timestep_type", "discrete"), ("interpolation_type", "linear")):
         if config.get(entry, plain) != plain:
-            raise CheckpointError(f"scheduler_config.json has {entry} {config[entry]!r}, known: {plain!r}")
+            raise CheckpointError(
+                f"scheduler_config.json has {entry} {shown(config[entry])}, known: {plain!r}"
+            )
     try:
         read = _readers()[name if name in (OWN, OWN_OF_0_1) else SCHEDULERS[name].rows]
         prediction, grid, shift = read(name, config)
@@ -253,7 +253,7 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> GridRule:
 def _read_edm(name, config):
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise CheckpointError(
-            f"EDM's preconditioning with prediction_type {config['prediction_type']!r} is not known here"
+            f"EDM's preconditioning with prediction_type {shown(config['prediction_type'])} is not known here"
         )
     path = D.EDM(**{key: config[key] for key in ("sigma_min", "sigma_max") if key in config})
     grid = GridRule(

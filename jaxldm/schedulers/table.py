@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxldm.arguments import checked, instance
 from jaxldm.entries import known_names
 from jaxldm.errors import CheckpointError
 from jaxldm.reading import shown
@@ -134,6 +135,10 @@ def class_name(config: Mapping[str, Any]) -> str:
     return name
 
 
+A_CONFIG = instance(Mapping, "the entries of a scheduler_config.json, a dictionary")
+
+
+@checked(config=A_CONFIG)
 def default_solver(config: Mapping[str, Any]) -> str:
     """Our name of the solver that a scheduler_config.json names.
 

@@ -14,7 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm import models
-from jaxldm.arguments import array, check_shapes, checked, count, function, number, one_key, optional
+from jaxldm.arguments import (
+    array,
+    check_shapes,
+    checked,
+    count,
+    function,
+    instance,
+    number,
+    one_key,
+    optional,
+)
 from jaxldm.data.batches import Rows, map_batches
 from jaxldm.errors import one_of
 from jaxldm.exact import round_product
@@ -36,6 +46,7 @@ from jaxldm.training.state import Params
 STAGE = "autoencoder"
 
 
+@checked(posterior=instance(DiagonalGaussian, "a models.DiagonalGaussian"))
 def kl_per_channel(posterior: DiagonalGaussian) -> Float[Array, " c"]:
     """KL(q(z | x) || N(0, 1)) in nats of each latent channel: summed over its places, mean over the batch.
 

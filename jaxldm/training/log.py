@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
+from jaxldm.arguments import a_path, checked
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
 
@@ -157,6 +158,7 @@ def _longest_rise(values: list[int]) -> list[int]:
     return chosen[::-1]
 
 
+@checked(path=a_path)
 def read_log(path: Path | str) -> dict[str, np.ndarray]:
     """Read a training log: name of the column -> float64 `[rows]` (`epoch` and `step` int64).
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 from jaxldm import data
 from jaxldm import diffusion as D
 from jaxldm.data import Dataset
-from jaxldm.entries import Read, build, checked, checked_entries
+from jaxldm.entries import Read, build, check_types, checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
+from jaxldm.exact import LARGEST_UINT32
 from jaxldm.reading import shown
 
 
@@ -81,6 +82,7 @@ class StageRecipe:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        check_types(self)
         for name in ("epochs", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -130,7 +132,7 @@ def _from_table(kind: str, table: Mapping[str, Callable[..., Any]], entry: Mappi
     try:
         return make(**options)
     except TypeError as error:
-        raise InvalidArgumentError(f"{kind} {dict(entry)!r}: {error}") from error
+        raise InvalidArgumentError(f"{kind} {shown(dict(entry))}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,8 +284,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**32 - 1}, got {self.seed}")
+        check_types(self)
+        if not 0 <= self.seed <= LARGEST_UINT32:
+            raise InvalidArgumentError(
+                f"seed must be a whole number from 0 to {LARGEST_UINT32}, got {self.seed}"
+            )
         if self.max_train_images is not None and self.max_train_images < 1:
             raise InvalidArgumentError(f"max_train_images must be >= 1, got {self.max_train_images}")
         if self.text is not None and self.autoencoder is None:

@@ -88,7 +88,7 @@ class RunFolder:
     path: Path
 
     def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "path", Path(a_path("path", self.path)))
 
     @property
     def config(self) -> Path:
@@ -236,6 +236,7 @@ def read_recipe(run_dir: Path | str) -> Recipe:
         return Recipe.from_dict(entries)
 
 
+@checked(run_dir=a_path)
 def recipe_to_resume(run_dir: Path | str) -> Recipe | None:
     """The recipe of a run to go on with, None where its folder does not tell (`open_run` then says why)."""
     try:
@@ -368,7 +369,7 @@ def versions() -> dict[str, str]:
 def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
     saved, given = _flat(Recipe.from_dict(entries).to_dict()), _flat(recipe.to_dict())
     differences = [
-        f"{name} is {saved.get(name, 'absent')!r} in it and {given.get(name, 'absent')!r} now"
+        f"{name} is {shown(saved.get(name, 'absent'))} in it and {shown(given.get(name, 'absent'))} now"
         for name in sorted({*saved, *given})
         if saved.get(name) != given.get(name)
     ]

@@ -19,7 +19,7 @@ from jaxldm.data import ArrayRows, Batches, Dataset, Rows
 from jaxldm.data.batches import ReadAhead, RowsView
 from jaxldm.data.folders import FolderRows
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.exact import round_product
+from jaxldm.exact import LARGEST_INT32, round_product
 from jaxldm.files import write_atomically
 from jaxldm.metrics.health import Finding, check_loss, report
 from jaxldm.metrics.pictures import labelled_grid, save_png
@@ -31,7 +31,7 @@ from jaxldm.training.runs import RunFolder, StageFolder
 from jaxldm.training.state import Params, create_train_state
 from jaxldm.training.step import LossFunction, make_train_step
 
-MAX_STEPS = 2**31 - 1  # they are counted in int32
+MAX_STEPS = LARGEST_INT32  # they are counted in int32
 MAX_BYTES_AS_ARRAYS = 2**30  # of a folder's pictures, decoded; more are read from disk by batch
 MOST_CLASSES = 10  # in a picture of samples
 

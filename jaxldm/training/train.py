@@ -22,7 +22,7 @@ from jaxldm.training.classifier import build_classifier, train_classifier
 from jaxldm.training.diffusion import build_denoiser, train_diffusion
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.masked_tokens import build_masked_model, train_masked_tokens
-from jaxldm.training.mesh import make_mesh
+from jaxldm.training.mesh import A_MESH, make_mesh
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
 from jaxldm.training.stages import Context, make_optimizer
@@ -51,6 +51,11 @@ TASKS = {
 }
 
 
+A_RECIPE = instance(Recipe, "a recipe such as training.RECIPES['smoke']")
+A_DATASET = instance(data.Dataset, "a dataset from data.load(name)")
+
+
+@checked(recipe=A_RECIPE, dataset=A_DATASET, mesh=A_MESH)
 def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
     """Build every network and optimizer of a recipe, without computing anything.
 
@@ -83,6 +88,7 @@ def _check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> Non
     )
 
 
+@checked(recipe=A_RECIPE)
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages that a recipe has, in order."""
     return [stage for stage in STAGES if getattr(recipe, stage) is not None]
@@ -102,9 +108,6 @@ def _report_skipped(run: RunFolder, dataset: data.Dataset, log: Callable[[str], 
     write_atomically(path, data.describe_skipped(dataset.skipped).encode())
     used = sum(len(dataset.rows(split)) for split in dataset.splits)
     log(f"{len(dataset.skipped)} of {len(dataset.skipped) + used} pictures are not used: {path} says why")
-
-
-A_RECIPE = instance(Recipe, "a recipe such as training.RECIPES['smoke']")
 
 
 @checked(

@@ -16,8 +16,10 @@ import flax.linen as nn
 import numpy as np
 
 from jaxldm import models
-from jaxldm.checkpoints.folder import check_stored
-from jaxldm.checkpoints.names import Placement, from_state_dict, published, to_state_dict
+from jaxldm.arguments import a_dtype, a_params, a_path, checked, choice, instance, optional
+from jaxldm.arguments import count as a_count
+from jaxldm.checkpoints.folder import a_model, check_stored
+from jaxldm.checkpoints.names import Placement, a_placement, from_state_dict, published, to_state_dict
 from jaxldm.checkpoints.original.layout import (
     Place,
     Shapes,
@@ -29,7 +31,7 @@ from jaxldm.checkpoints.original.layout import (
     to_original,
 )
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.files import write_atomically
 from jaxldm.reading import named, reading
 
@@ -41,6 +43,13 @@ _EMBEDDERS = {
 }
 
 
+@checked(
+    path=a_path,
+    architecture=choice("architecture", ARCHITECTURES),
+    num_heads=optional(a_count(1)),
+    dtype=optional(a_dtype),
+    sharding=optional(a_placement),
+)
 def load_dit_file(
     path: Path | str,
     architecture: str = "DiT",
@@ -68,9 +77,7 @@ def load_dit_file(
     >>> module, params = checkpoints.load_dit_file("SiT-XL-2-256.safetensors", "SiT")        # doctest: +SKIP
     """
     path = Path(path)
-    kind = ARCHITECTURES[one_of("architecture", architecture, ARCHITECTURES)]
-    if dtype is not None:
-        models.compute_dtype(dtype)
+    kind = ARCHITECTURES[architecture]
     stored: Mapping[str, Tensor] = open_safetensors(path).tensors
     with reading(path):
         try:
@@ -93,6 +100,7 @@ def load_dit_file(
         raise CheckpointError(named(path, str(error))) from error
 
 
+@checked(path=a_path, module=a_model, params=a_params)
 def save_dit_file(path: Path | str, module: Any, params: dict) -> None:
     """Writes a DiT or SiT as the authors' code loads it (`safetensors.torch.load_file`), bit for bit.
 
@@ -143,6 +151,11 @@ def dit_config(
     )
 
 
+@checked(
+    module=instance(models.DiTTransformer2DModel, "a models.DiTTransformer2DModel"),
+    params=a_params,
+    freq_shift=a_count(0, 1),
+)
 def dit_from_diffusers(
     module: models.DiTTransformer2DModel, params: Mapping, *, freq_shift: int = 0
 ) -> tuple[models.DiT, dict]:
@@ -193,6 +206,7 @@ def dit_from_diffusers(
     return original, _as_params(to_original(state, _table(config.num_layers)), original, params)
 
 
+@checked(module=instance(models.DiT, "a models.DiT"), params=a_params)
 def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTransformer2DModel, dict]:
     """Converts a `DiT` to the layout of diffusers: the inverse of `dit_from_diffusers`.
 

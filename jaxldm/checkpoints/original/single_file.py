@@ -12,8 +12,9 @@ from typing import Any
 import flax.linen as nn
 
 from jaxldm import models
+from jaxldm.arguments import a_dtype, a_path, checked, optional
 from jaxldm.checkpoints.folder import check_stored
-from jaxldm.checkpoints.names import from_state_dict, published
+from jaxldm.checkpoints.names import from_state_dict, published, several_networks
 from jaxldm.checkpoints.original import autoencoder
 from jaxldm.checkpoints.original.flux import FLUX
 from jaxldm.checkpoints.original.layout import Component, Family, from_original, place_of, to_original
@@ -34,6 +35,7 @@ _TRAINING_LEFTOVERS = (
 )
 
 
+@checked(path=a_path, dtype=optional(a_dtype))
 def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str, tuple[nn.Module, dict]]:
     """Opens an original single file.
 
@@ -81,6 +83,7 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
     return loaded
 
 
+@checked(path=a_path, components=several_networks)
 def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module, dict]]) -> None:
     """Writes components as one original file, the inverse of `load_single_file`; all of it or nothing.
 

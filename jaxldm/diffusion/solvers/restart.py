@@ -16,6 +16,7 @@ from jaxldm.diffusion.solvers.heun import heun
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, divide, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import MAX_STEPS
 
 
 class Restart(NamedTuple):
@@ -38,7 +39,10 @@ def A_RESTART(name: str, value: Any) -> Restart:
     """A `Restart`, or a tuple of its four numbers."""
     if not isinstance(value, tuple) or len(value) != 4:
         raise refuse(name, "a D.Restart(lowest, highest, num_steps, times)", value)
-    return Restart(*(check(name, item) for check, item in zip(RESTART, value, strict=True)))
+    restart = Restart(*(check(name, item) for check, item in zip(RESTART, value, strict=True)))
+    if restart.num_steps * restart.times > MAX_STEPS:
+        raise refuse(name, f"of at most {MAX_STEPS} steps in all, num_steps * times", value)
+    return restart
 
 
 RESTART = number(), number(), count(1), count(1)

@@ -21,9 +21,11 @@ from jaxtyping import Array, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
-from jaxldm.arguments import as_array
+from jaxldm.arguments import as_array, optional
+from jaxldm.arguments import checked as checked_arguments
 from jaxldm.entries import Bounds, checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.family import Family, Folder
@@ -31,7 +33,7 @@ from jaxldm.pipelines.generate import generate, grid, num_callbacks, read_call_i
 from jaxldm.pipelines.inputs import Inputs, LatentSpec, Size
 from jaxldm.pipelines.labels import checked_labels, cycle_labels
 from jaxldm.pipelines.latents import scale_factor
-from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.network import A_NETWORK, Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.schedulers import Sampler, Scheduler
 
@@ -59,7 +61,7 @@ _ENTRIES = {
 }
 _TYPES = {
     "default_guidance_scale": Annotated[float, Bounds(0, 1e6)],
-    "guided_channels": Annotated[int | None, Bounds(1, 2**31 - 1)],
+    "guided_channels": Annotated[int | None, Bounds(1, LARGEST_INT32)],
     "images_per_device": Annotated[int, Bounds(1, 2**16)],
 }
 
@@ -171,7 +173,7 @@ def check_guidance_scale(pipe: Pipeline, guidance_scale: float | None) -> float:
     """The scale, or the default for None. Raises `InvalidArgumentError` unless finite and 0 or more."""
     if guidance_scale is None:
         return pipe.default_guidance_scale
-    if not 0 <= guidance_scale <= float(np.finfo(np.float32).max):
+    if not 0 <= guidance_scale <= LARGEST_FLOAT32:
         raise InvalidArgumentError(
             f"guidance_scale must be a finite number of 0 or more, not {guidance_scale}: "
             "1 is the model as trained, 3 is a good start"
@@ -222,6 +224,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
 # ---------------------------------------------------------------- on the disk
 
 
+@checked_arguments(denoiser=A_NETWORK, prediction=D.predictions.A_PREDICTION, autoencoder=optional(A_NETWORK))
 def class_to_image(
     denoiser: Network,
     prediction: D.Prediction,

@@ -23,14 +23,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxldm import arguments, models, schedulers
 from jaxldm import diffusion as D
-from jaxldm import models, schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.families.stable_diffusion import WITHOUT_SAFETY_CHECKER
 from jaxldm.pipelines.family import Family, Folder, check_text_width, default_latent_spec
 from jaxldm.pipelines.generate import generate, grid, num_callbacks
-from jaxldm.pipelines.inputs import LatentSpec, Size, as_images, check_count, check_rows, repeated
+from jaxldm.pipelines.inputs import LatentSpec, Size, as_images, check_rows, repeated
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import as_texts, encode_texts, for_each
 
@@ -104,8 +104,7 @@ def encode_with_image(
     """
     path = schedulers.from_config(pipe.image_noising_scheduler, "ddim").path
     last = cast(int, path.num_train_timesteps) - 1
-    if check_count(noise_level, "noise_level", 0) > last:
-        raise InvalidArgumentError(f"noise_level must be a timestep from 0 to {last}, not {noise_level}")
+    arguments.count(0, last)("noise_level", noise_level)
     cond, uncond = encode(pipe, request)
     count = len(request.prompts)
     enlarged = repeated(np.asarray(models.resize_linear(small_image, request.size)), count)
@@ -145,15 +144,15 @@ def enlarge(
         UnknownNameError, InvalidArgumentError, DataError: always before the network is compiled.
     """
     prompts = as_texts(prompt)
-    copies = check_count(num_images_per_prompt, "num_images_per_prompt", 1)
     negatives = for_each(negative_prompt, prompts, "negative_prompt")
-    each = [text for text in prompts for _ in range(copies)]
-    negatives = None if negatives is None else [text for text in negatives for _ in range(copies)]
+    each = [text for text in prompts for _ in range(num_images_per_prompt)]
+    if negatives is not None:
+        negatives = [text for text in negatives for _ in range(num_images_per_prompt)]
     if image is None:
         raise InvalidArgumentError("super-resolution needs image=, the small image that stage I drew")
     small = as_images(image)
     if len(small) == len(prompts):
-        small = np.repeat(small, copies, axis=0)
+        small = np.repeat(small, num_images_per_prompt, axis=0)
     check_rows(small, len(each), "image")
     own = {"small_image": small, "noise_level": noise_level}
     return generate(pipe, key, each, negatives, image=original_image, **own, **options)

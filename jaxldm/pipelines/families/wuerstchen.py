@@ -22,13 +22,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxldm import diffusion as D
+from jaxldm.arguments import checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import floor_product
 from jaxldm.pipelines.call import Defaults, Request
 from jaxldm.pipelines.family import Family, Folder, check_latent_channels, check_text_width
 from jaxldm.pipelines.generate import generate
-from jaxldm.pipelines.inputs import LatentSpec, Size, check_count, four_axes
-from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.inputs import LatentSpec, Size, four_axes
+from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.pipelines.prompts import as_texts, encode_texts
 
 TRAINED_SIZE = (1024, 1024)  # the smallest images of the training
@@ -132,14 +133,13 @@ def decode_embeddings(
         if options.get(name) is not None:
             raise InvalidArgumentError(f"the image embeddings set the {name}: leave it out")
     count = len(as_texts(prompt))
-    copies = check_count(num_images_per_prompt, "num_images_per_prompt", 1)
-    if len(given) not in (1, count, count * copies):
+    if len(given) not in (1, count, count * num_images_per_prompt):
         raise InvalidArgumentError(
-            f"{len(given)} image_embeddings for {count} prompts and {count * copies} images: give "
+            f"{len(given)} image_embeddings for {count} prompts of {num_images_per_prompt} images each: give "
             "one for all, one for each prompt, or one for each image"
         )
     height, width = size_of(pipe, given.shape[1:3])
-    size = {"height": height, "width": width, "num_images_per_prompt": copies}
+    size = {"height": height, "width": width, "num_images_per_prompt": num_images_per_prompt}
     return generate(pipe, key, prompt, negative_prompt, image_embeddings=given, **size, **options)
 
 
@@ -204,6 +204,7 @@ WUERSTCHEN_DECODER = Family(
 # ---------------------------------------------------------------- all stages in one
 
 
+@checked(prior=A_PIPELINE, decoder=A_PIPELINE)
 def join_wuerstchen(prior: Pipeline, decoder: Pipeline) -> Pipeline:
     """The two published folders as one model.
 
@@ -211,7 +212,11 @@ def join_wuerstchen(prior: Pipeline, decoder: Pipeline) -> Pipeline:
         InvalidArgumentError: scales other than the published ones, which a folder of this kind cannot hold.
         CheckpointError: the prior draws embeddings that the decoder does not take.
     """
-    for stage in (prior, decoder):
+    for name, stage, family in (("prior", prior, WUERSTCHEN_PRIOR), ("decoder", decoder, WUERSTCHEN_DECODER)):
+        if stage.family.name != family.name:
+            raise InvalidArgumentError(
+                f"{name} must be a {family.folder.class_names[0]}, got a pipeline of {stage.family.name}"
+            )
         for name, usual in stage.family.folder.options.items():
             if stage.options[name] != usual:
                 raise InvalidArgumentError(
@@ -267,10 +272,10 @@ def draw_both(
     prior, decoder = prior_stage(pipe), decoder_stage(pipe)
     size = cast(Size, tuple(TRAINED_SIZE[0] if side is None else side for side in (height, width)))
     size_of(decoder, prior.latent_shape(size)[:2])
-    copies = check_count(num_images_per_prompt, "num_images_per_prompt", 1)
-    keys = D.image_keys(key, copies * len(as_texts(prompt)))
+    keys = D.image_keys(key, num_images_per_prompt * len(as_texts(prompt)))
     of_prior, of_decoder = (jax.vmap(jax.random.fold_in, (0, None))(keys, stage) for stage in (0, 1))
-    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "num_images_per_prompt": copies}
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+    texts["num_images_per_prompt"] = num_images_per_prompt
     prior_options, decoder_options = _of_each_stage(options)
     scale = pipe.default_guidance_scale if guidance_scale is None else guidance_scale
     size = {"height": size[0], "width": size[1], "guidance_scale": scale}

@@ -1,0 +1,395 @@
+"""The valid calls that `misuse` starts from, of what reads and writes files, which are small."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.faults.misuse_cases import Case
+from experiments.faults.readers import CLIP, DIT, VAE, lora_files, model_files, t5_files, write_files
+from experiments.faults.small_folders import class_pipeline, write_export, write_run, write_texts, zeros
+from jaxldm import checkpoints, data, metrics, models, pipelines
+from jaxldm import diffusion as D
+from jaxldm import training as T
+from jaxldm.checkpoints.safetensors_file import safetensors_bytes
+
+# Checked behind the paths, so that the message may be about what lies there.
+THERE = "there is no|does not exist|no run folder|holds|folder|file|config.json"
+PATHS = dict.fromkeys(("folder", "path", "pipeline_folder", "run_dir", "paths", "data_dir", "variant"), THERE)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="misuse-")  # removed with the process
+
+
+@functools.cache
+def place() -> Path:
+    """A folder with one of each kind: models, pipelines, runs, pictures."""
+    folder = Path(_scratch().name)
+    write_files(folder / "clip", model_files(CLIP))
+    write_files(folder / "vae", model_files(VAE))
+    write_files(folder / "lora", lora_files("diffusers"))
+    write_files(folder / "tokenizer", t5_files())
+    write_export(folder / "export")
+    write_run(folder / "run")
+    checkpoints.save_single_file(folder / "vae.safetensors", {"vae": of(VAE)})
+    checkpoints.save_dit_file(folder / "dit.safetensors", *of(DIT))
+    (folder / "a.safetensors").write_bytes(safetensors_bytes({"a": np.zeros(2, np.float32)}))
+    metrics.save_png(folder / "pictures" / "1.png", np.zeros((8, 8, 3), np.uint8))
+    (folder / "log.csv").write_text("epoch,step,loss,grad_norm,learning_rate,seconds\n1,1,0.5,1.0,0.1,0.5\n")
+    down, up = np.ones((2, 16), np.float32), np.ones((48, 2), np.float32)
+    tensors = {
+        "transformer.blocks.0.attn.qkv.lora_A.weight": down,
+        "transformer.blocks.0.attn.qkv.lora_B.weight": up,
+    }
+    (folder / "dit-lora.safetensors").write_bytes(safetensors_bytes(tensors))
+    write_texts(folder / "texts")
+    return folder
+
+
+def of(config: Any) -> tuple[Any, dict]:
+    """A network of zeros."""
+    network = zeros(models.from_config(config))
+    return network.module, network.params
+
+
+def case(name: str, function: Any, /, words: dict[str, str] | None = None, **arguments: Any) -> Case:
+    """A case whose valid call takes long enough not to be cheap."""
+    return Case(name, function, arguments, False, PATHS | (words or {}))
+
+
+def of_files() -> list[Case]:
+    """What opens files and folders, or writes them."""
+    return [*networks_on_disk(), *single_files(), *adapters(), *whole_pipelines(), *runs(), *datasets()]
+
+
+def networks_on_disk() -> list[Case]:
+    """Folders of one network, and what they are made of."""
+    c, here = checkpoints, place()
+    module, params = of(CLIP)
+    state = c.to_state_dict(params)
+    options = {"dtype": None, "sharding": None}
+    return [
+        case("checkpoints.load", c.load, folder=here / "clip", variant=None, **options),
+        case(
+            "checkpoints.save",
+            c.save,
+            folder=here / "saved",
+            module=module,
+            params=params,
+            max_shard_size=10**9,
+            words={"params": "params|parameters|tensor"},
+        ),
+        case("checkpoints.module_in", c.module_in, folder=here / "clip"),
+        case("checkpoints.read_config", c.read_config, folder=here / "clip"),
+        case("checkpoints.published", c.published, params=params),
+        case("checkpoints.to_state_dict", c.to_state_dict, params=params),
+        case(
+            "checkpoints.from_state_dict",
+            c.from_state_dict,
+            state=state,
+            template_params=params,
+            words={"state": "state|weights", "template_params": "template_params|weights"},
+            **options,
+        ),
+        case("checkpoints.hash_of_files", c.hash_of_files, paths=[here / "clip" / "config.json"]),
+        case("checkpoints.read_weights", c.read_weights, path=here / "a.safetensors"),
+        case("checkpoints.load_tokenizer", c.load_tokenizer, folder=here / "tokenizer"),
+        case(
+            "tokenizer(...)",
+            c.load_tokenizer(here / "tokenizer"),
+            texts=["at"],
+            max_length=8,
+        ),
+        case("tokenizer.save", c.load_tokenizer(here / "tokenizer").save, folder=here / "saved-tokenizer"),
+        case("checkpoints.load_inception", c.load_inception, path=here / "nowhere"),
+        case("checkpoints.load_lpips", c.load_lpips, path=here / "nowhere"),
+    ]
+
+
+def single_files() -> list[Case]:
+    """Original files of one network or of all."""
+    c, here = checkpoints, place()
+    module, params = of(DIT)
+    theirs = c.dit_to_diffusers(module, params)
+    return [
+        case("checkpoints.load_single_file", c.load_single_file, path=here / "vae.safetensors", dtype=None),
+        case(
+            "checkpoints.save_single_file",
+            c.save_single_file,
+            path=here / "saved.safetensors",
+            components={"vae": of(VAE)},
+            words={"components": "component"},
+        ),
+        case(
+            "checkpoints.load_dit_file",
+            c.load_dit_file,
+            path=here / "dit.safetensors",
+            architecture="DiT",
+            num_heads=2,
+            dtype=None,
+            sharding=None,
+            words={"num_heads": "heads"},
+        ),
+        case(
+            "checkpoints.save_dit_file",
+            c.save_dit_file,
+            path=here / "saved-dit.safetensors",
+            module=module,
+            params=params,
+        ),
+        case(
+            "checkpoints.dit_to_diffusers",
+            c.dit_to_diffusers,
+            module=module,
+            params=params,
+            words={"params": "params|weights|tensor"},
+        ),
+        case(
+            "checkpoints.dit_from_diffusers",
+            c.dit_from_diffusers,
+            module=theirs[0],
+            params=theirs[1],
+            freq_shift=0,
+            words={"params": "params|weights|tensor"},
+        ),
+    ]
+
+
+def adapters() -> list[Case]:
+    """LoRA."""
+    c, here = checkpoints, place()
+    lora = c.load_lora(here / "lora")
+    dense = {"mid_block": {"attentions_0": {"proj_in": {"kernel": np.zeros((4, 4), np.float32)}}}}
+    parts = {"unet": (models.build("mini-unet"), dense)}
+    return [
+        case("checkpoints.load_lora", c.load_lora, path=here / "lora"),
+        case(
+            "checkpoints.merge_lora",
+            c.merge_lora,
+            components=parts,
+            lora=lora,
+            scale=0.5,
+            words={"components": "component"},
+        ),
+        case(
+            "pipelines.with_lora",
+            pipelines.with_lora,
+            pipe=class_pipeline(),
+            path=here / "dit-lora.safetensors",
+            scale=1.0,
+            words={"scale": "scale|component"},
+        ),
+    ]
+
+
+def whole_pipelines() -> list[Case]:
+    """Folders of pipelines."""
+    c, p, here, pipe = checkpoints, pipelines, place(), class_pipeline()
+    network = pipe.denoiser
+    vae = pipelines.Network(*of(VAE))
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    return [
+        case("checkpoints.read_model_index", c.read_model_index, folder=here / "export"),
+        case(
+            "checkpoints.load_components",
+            c.load_components,
+            pipeline_folder=here / "export",
+            dtype=None,
+            only=["transformer"],
+            sharding=None,
+            variant=None,
+            words={"only": "only|component"},
+        ),
+        case(
+            "checkpoints.save_components",
+            c.save_components,
+            folder=here / "components",
+            class_name="LatentDiffusionPipeline",
+            components={"transformer": (network.module, network.params), "n": 3},
+            options={"id2label": {}},
+            words={"components": "component"},
+        ),
+        case("pipelines.load", p.load, folder=here / "export", dtype=None, variant=None, family=None),
+        case(
+            "pipelines.load_original",
+            p.load_original,
+            path=here / "dit.safetensors",
+            architecture="DiT",
+            vae=of(VAE),
+            prediction=None,
+            class_names=["a", "b", "c"],
+            num_heads=2,
+            dtype=None,
+            words={"num_heads": "heads", "vae": f"vae|{THERE}", "class_names": "class_names|id2label"},
+        ),
+        case("pipelines.save", p.save, pipe=pipe, folder=here / "saved-pipeline"),
+        case("pipelines.kind_of", p.kind_of, folder=here / "export", family=None),
+        case("pipelines.modules_in", p.modules_in, folder=here / "export", family=None),
+        case("pipelines.check_export_folder", p.check_export_folder, folder=here / "new", family=pipe.family),
+        case("pipelines.check_output_folder", p.check_output_folder, folder=here / "new"),
+        case(
+            "pipelines.save_samples",
+            p.save_samples,
+            folder=here / "samples",
+            images=images,
+            labels=[0],
+            columns=1,
+        ),
+        case("pipelines.components", lambda pipe: list(p.components(pipe)), pipe=pipe),
+        case("pipelines.compare", p.compare, first=pipe, second=pipe),
+        case("pipelines.is_denoiser", p.is_denoiser, config=network.config),
+        case("pipelines.join_wuerstchen", p.join_wuerstchen, prior=pipe, decoder=pipe, words=TWO_STAGES),
+        case(
+            "pipelines.class_to_image",
+            p.class_to_image,
+            denoiser=network,
+            prediction=D.v(D.VP.named("linear")),
+            autoencoder=None,
+            guided_channels=None,
+        ),
+        case(
+            "pipelines.default_latent_spec",
+            p.default_latent_spec,
+            pipe=pipe,
+            patch=1,
+            in_channels=3,
+            default_size=None,
+            words={"in_channels": "channels"},
+        ),
+        case(
+            "pipelines.generate",
+            p.generate,
+            pipe=pipelines.load(here / "texts"),
+            key=jax.random.key(0),
+            prompt="a cat",
+            negative_prompt=None,
+            num_inference_steps=1,
+            output="latents",
+            words={"num_inference_steps": "steps"},
+        ),
+        case(
+            "pipelines.encode_images",
+            p.encode_images,
+            vae=vae,
+            images=images,
+            words={"images": "images|inputs"},
+        ),
+        case(
+            "pipelines.decode_images",
+            p.decode_images,
+            vae=vae,
+            latents=np.zeros((1, 8, 8, 2), np.float32),
+            tiling=None,
+            batch_size=1,
+            devices=None,
+            in_flight=None,
+            words={"latents": "latents|inputs"},
+        ),
+        case(
+            "pipelines.encode_texts",
+            p.encode_texts,
+            encoder=pipelines.Network(*of(CLIP)),
+            tokenizer=c.load_tokenizer(here / "tokenizer"),
+            texts=["at"],
+            skip=0,
+            final_norm=True,
+            warn=True,
+            max_length=8,
+            mask=False,
+            template="{}",
+            words={"skip": "skip"},
+        ),
+        Case(
+            "pipelines.as_images", p.as_images, {"images": images, "name": "image"}, words={"images": "image"}
+        ),
+        Case("pipelines.as_masks", p.as_masks, {"masks": images[..., :1] > 0, "size": (8, 8)}, words=MASKS),
+        Case(
+            "pipelines.check_drawn",
+            p.check_drawn,
+            {"images": images, "guidance_scale": 1.0},
+            words={"images": "images|outputs"},
+        ),
+        Case("pipelines.columns_for", p.columns_for, {"num_images": 9, "num_labels": 3}),
+    ]
+
+
+TWO_STAGES = {"prior": "prior|lacks|part", "decoder": "decoder|lacks|part"}
+MASKS = {"masks": "mask", "size": "size|mask_image"}
+
+
+def runs() -> list[Case]:
+    """Runs of trainings."""
+    here, recipe = place(), T.RECIPES["smoke-dit"]
+    images = {"image": np.zeros((64, 28, 28, 1), np.float32), "label": np.zeros(64, np.int32)}
+    dataset = data.Dataset("small", (28, 28, 1), tuple("0123456789"), {"train": data.ArrayRows(images)})
+    return [
+        case("T.read_recipe", T.read_recipe, run_dir=here / "run"),
+        case("T.read_config", T.read_config, run_dir=here / "run"),
+        case("T.recipe_to_resume", T.recipe_to_resume, run_dir=here / "run"),
+        case("T.read_log", T.read_log, path=here / "log.csv", words={"path": "path|log"}),
+        case("T.stages_of", T.stages_of, recipe=recipe),
+        case(
+            "T.check_recipe",
+            T.check_recipe,
+            recipe=recipe,
+            dataset=dataset,
+            mesh=T.make_mesh(1),
+            words={"dataset": "dataset|split"},
+        ),
+        case(
+            "T.train",
+            functools.partial(T.train, run_dir="/dev/null/run"),  # where nothing can be written
+            recipe=recipe,
+            resume=False,
+            devices=1,
+            log=print,
+            bar=False,
+            words=dict.fromkeys(
+                ("recipe", "resume", "log", "bar", "devices"), "recipe|part of that path|devices"
+            ),
+        ),
+        Case("T.RunFolder", T.RunFolder, {"path": "run"}),
+    ]
+
+
+def datasets() -> list[Case]:
+    """Images of files, and their cache."""
+    here = place()
+    return [
+        Case(
+            "data.load",
+            data.load,
+            {"name": "no/such", "data_dir": here, "image_size": None, "pad_to": None},
+            False,
+            PATHS
+            | dict.fromkeys(
+                ("name", "image_size", "pad_to", "data_dir"), "name|dataset|data set|size|pad_to"
+            ),
+        ),
+        Case("data.data_folder", data.data_folder, {"data_dir": here}),
+        Case(
+            "data.cached",
+            data.cached,
+            {"path": here / "cache.npz", "key": "k", "compute": lambda: {"a": np.zeros(2)}},
+            words=PATHS | {"compute": "compute"},
+        ),
+        Case(
+            "metrics.open_image_set",
+            metrics.open_image_set,
+            {"path": here / "pictures"},
+            words=PATHS | {"path": "images|path|pictures|file"},
+        ),
+        Case(
+            "metrics.save_png",
+            metrics.save_png,
+            {"path": here / "p.png", "picture": np.zeros((4, 4, 1), np.uint8)},
+            words=PATHS,
+        ),
+    ]
