@@ -14,6 +14,7 @@ from experiments.faults.small_folders import class_pipeline, zeros
 from jaxldm import data, metrics, models, nn, schedulers
 from jaxldm import diffusion as D
 from jaxldm import training as T
+from jaxldm.data.example import Skipped
 
 FIT = "do not fit"  # what Flax says about shapes
 FEATURES = np.random.default_rng(0).normal(size=(8, 3))
@@ -370,6 +371,13 @@ def data_of_arrays() -> list[Case]:
         ),
         Case("data.from_uint8", data.from_uint8, {"pixels": PICTURES}),
         Case("data.to_uint8", data.to_uint8, {"images": floats}),
+        Case("data.to_grey_levels", data.to_grey_levels, {"images": floats, "num_levels": 16}),
+        Case(
+            "data.from_grey_levels",
+            data.from_grey_levels,
+            {"levels": np.zeros((2, 4, 4), np.int32), "num_levels": 16},
+        ),
+        Case("data.describe_skipped", data.describe_skipped, {"skipped": [Skipped("a.png", "damaged")]}),
         Case(
             "data.check_images",
             data.check_images,

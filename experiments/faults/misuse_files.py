@@ -216,7 +216,16 @@ def whole_pipelines() -> list[Case]:
             options={"id2label": {}},
             words={"components": "component"},
         ),
-        case("pipelines.load", p.load, folder=here / "export", dtype=None, variant=None, family=None),
+        case(
+            "pipelines.load",
+            p.load,
+            folder=here / "export",
+            dtype=None,
+            variant=None,
+            family=None,
+            mesh=None,
+            rules=None,
+        ),
         case(
             "pipelines.load_original",
             p.load_original,
@@ -333,6 +342,15 @@ def runs() -> list[Case]:
         case("T.read_recipe", T.read_recipe, run_dir=here / "run"),
         case("T.read_config", T.read_config, run_dir=here / "run"),
         case("T.recipe_to_resume", T.recipe_to_resume, run_dir=here / "run"),
+        case("T.kept_steps", T.kept_steps, run_dir=here / "run", stage="diffusion"),
+        case(
+            "T.read_kept",
+            T.read_kept,
+            run_dir=here / "run",
+            step=1,
+            stage="diffusion",
+            words=dict.fromkeys(("run_dir", "step", "stage"), "run_dir|step|stage|checkpoint|there is no"),
+        ),
         case("T.read_log", T.read_log, path=here / "log.csv", words={"path": "path|log"}),
         case("T.stages_of", T.stages_of, recipe=recipe),
         case(
@@ -373,6 +391,19 @@ def datasets() -> list[Case]:
                 ("name", "image_size", "pad_to", "data_dir"), "name|dataset|data set|size|pad_to"
             ),
         ),
+        Case(
+            "data.load_folder",
+            data.load_folder,
+            {"folder": here / "pictures", "image_size": 4, "pad_to": 8, "max_skipped": 0.1},
+            words=PATHS
+            | {
+                "folder": "folder|file|pictures",
+                "image_size": "image_size|pictures",
+                "max_skipped": "max_skipped|pictures",
+                "pad_to": "pad_to|pictures",
+            },
+        ),
+        Case("data.source_name", data.source_name, {"dataset": here}),
         Case("data.data_folder", data.data_folder, {"data_dir": here}),
         Case(
             "data.cached",

@@ -15,6 +15,7 @@ from experiments.faults.misuse_settings import settings
 from jaxldm import diffusion as D
 from jaxldm import metrics, models, pipelines, schedulers
 from jaxldm import training as T
+from jaxldm.models.sharding import RULES
 
 
 @functools.cache
@@ -179,6 +180,17 @@ def trainings() -> list[Case]:
             False,
         ),
         Case("T.make_mesh", T.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
+        Case("models.make_mesh", models.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
+        Case("models.sharding_of", models.sharding_of, {"mesh": T.make_mesh(1), "rules": RULES}),
+        Case(
+            "models.shardings",
+            models.shardings,
+            {
+                "mesh": T.make_mesh(1),
+                "params": {"fc1": {"kernel": np.zeros((4, 4), np.float32)}},
+                "rules": RULES,
+            },
+        ),
         Case("T.Plan", T.Plan, {"num_steps": 1, "save_every": 0, "sample_every": 0, "keep": 2}),
         Case("T.annealed_beta", T.annealed_beta, {"beta": 1e-3, "warmup_steps": 10, "step": 1}),
         Case(
@@ -219,6 +231,12 @@ def schedules() -> list[Case]:
     """Schedulers of diffusers."""
     config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "steps_offset": 1}
     return [
+        Case(
+            "schedulers.masked_tokens_config",
+            schedulers.masked_tokens_config,
+            {"mask_token": 16, "schedule": "cosine"},
+            words={"schedule": "schedule"},
+        ),
         Case(
             "schedulers.from_config",
             schedulers.from_config,

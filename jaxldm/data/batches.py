@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, Shaped
 
-from jaxldm.arguments import array, checked, count, flag, instance, one_key, refuse
+from jaxldm.arguments import array, checked, count, flag, instance, one_key, refuse, text
 from jaxldm.arguments import function as a_function
 from jaxldm.errors import DataError, InvalidArgumentError
 
@@ -149,9 +149,13 @@ class RowsView:
         return {name: columns[other] for name, other in self.names.items()}
 
 
-@checked(
-    function=a_function("rows -> arrays"), rows=array("any", "[N, ...]", axes=(1, 64)), batch_size=count(1)
-)
+def _some_rows(name: str, value: Any) -> Any:
+    """Rows on disk, or an array of them."""
+    on_disk = isinstance(value, Rows) and not hasattr(value, "shape")
+    return value if on_disk else array("any", "[N, ...]", axes=(1, 64))(name, value)
+
+
+@checked(function=a_function("rows -> arrays"), rows=_some_rows, batch_size=count(1), column=text)
 def map_batches(
     function: Callable[[Any], Any],
     rows: Shaped[np.ndarray, "N ..."] | Rows,

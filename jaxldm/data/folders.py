@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxldm.arguments import a_path, checked, count, instance, number, optional, several
 from jaxldm.data.dataset import Dataset, central_square, padded_square
 from jaxldm.data.example import Example, Skipped
 from jaxldm.data.images import from_uint8, to_uint8
@@ -80,6 +81,12 @@ def _pixels(example: Example) -> Any:
     return to_uint8(rgb_of(decode_picture(content, example.name), name=example.name))
 
 
+@checked(
+    folder=a_path,
+    image_size=optional(count(1, 2**16)),
+    pad_to=optional(count(1, 2**16)),
+    max_skipped=number(0, 1),
+)
 def load_folder(
     folder: str | os.PathLike,
     *,
@@ -200,6 +207,7 @@ def _check_enough(root: Path, usable: list[Example], skipped: list[Skipped], mos
         raise DataError(f"{root} has {len(usable)} pictures: at least {FEWEST} are needed")
 
 
+@checked(skipped=several(instance(Skipped, "an entry of a dataset's `skipped`")))
 def describe_skipped(skipped: Sequence[Skipped]) -> str:
     """A line of JSON for each picture that is not used: its name and why."""
     return "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in skipped)

@@ -9,7 +9,7 @@ from jaxldm.errors import DataError
 TOLERANCE = 1e-3  # how far a value may be outside [-1, 1], by rounding
 
 
-@checked(pixels=array("whole", "of 8 bits"))
+@checked(pixels=array("whole", "of 8 bits", axes=(1, 64)))
 def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Returns pixels / 127.5 - 1: 0 becomes -1, 255 becomes 1 (float32)."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -27,6 +27,7 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+@checked(images=array("any"), num_levels=count(2, 2**16))
 def to_grey_levels(images: Float[np.ndarray, "B H W 1"], num_levels: int) -> Int[np.ndarray, "B H W"]:
     """Returns the nearest of `num_levels` equally spaced grey levels of each pixel, int32: 0 is black.
 
@@ -41,6 +42,7 @@ def to_grey_levels(images: Float[np.ndarray, "B H W 1"], num_levels: int) -> Int
     return np.clip(np.rint((images[..., 0] + 1) / 2 * (num_levels - 1)), 0, num_levels - 1).astype(np.int32)
 
 
+@checked(levels=array("any"), num_levels=count(2, 2**16))
 def from_grey_levels(levels: Int[np.ndarray, "B H W"], num_levels: int) -> Float[np.ndarray, "B H W 1"]:
     """Returns 2 level / (num_levels - 1) - 1, float32: `to_grey_levels` gives the levels back."""
     return (np.asarray(levels, np.float32) * np.float32(2 / (num_levels - 1)) - 1)[..., None]
@@ -87,7 +89,7 @@ def check_images(
     return images
 
 
-@checked(labels=array("real"), num_images=count(0), num_classes=count(1), name=text)
+@checked(num_images=count(0), num_classes=count(1), name=text)
 def check_labels(
     labels: Int[np.ndarray, "B"], num_images: int, num_classes: int, name: str = "labels"
 ) -> Int[np.ndarray, "B"]:
@@ -95,7 +97,7 @@ def check_labels(
 
     Raises `DataError` with the first invalid one.
     """
-    labels = np.asarray(labels)
+    labels = np.asarray(array("real", axes=(1, 64))(name, labels))
     if labels.shape != (num_images,):
         raise DataError(f"{name} must be one per image, [{num_images}], got shape {labels.shape}")
     if not np.issubdtype(labels.dtype, np.integer):

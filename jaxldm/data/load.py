@@ -117,6 +117,7 @@ def load(
     return Dataset(name, shape, class_names, parts)
 
 
+@checked(dataset=a_path)
 def source_name(dataset: str | os.PathLike) -> str:
     """A TFDS name as it is, a folder with its whole path, so that a run is resumed from anywhere."""
     name = os.fspath(dataset)

@@ -170,7 +170,7 @@ def checked_betas(betas: Any) -> Float[np.ndarray, " T"]:
         raise InvalidArgumentError(
             f"betas must be numbers, got the name {shown(betas)}: write D.VP.named({shown(betas)})"
         )
-    betas = array("real", "[T]")("betas", betas).astype(np.float64)
+    betas = array("real", "[T]", axes=(1, 64))("betas", betas).astype(np.float64)
     if betas.ndim != 1 or betas.size < 2:
         raise InvalidArgumentError(f"betas must be a list of at least 2 numbers, got shape {betas.shape}")
     if not np.all((betas > 0) & (betas[-1] <= 1)) or not np.all(betas[:-1] < 1):

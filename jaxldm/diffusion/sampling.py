@@ -20,6 +20,7 @@ from jaxldm.diffusion.listeners import report
 from jaxldm.diffusion.paths import at_least_float32
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.exact import LARGEST_INT32
 from jaxldm.memory import check_fits
 
 # One key, or one per image; of either kind of JAX.
@@ -178,7 +179,12 @@ def a_state(name: str, value: Any) -> Any:
 
 
 @checked(
-    keys=a_key, denoise=A_DENOISER, solver=A_SOLVER, grid=A_GRID, state=a_state, i=array("whole", axes=0)
+    keys=a_key,
+    denoise=A_DENOISER,
+    solver=A_SOLVER,
+    grid=A_GRID,
+    state=a_state,
+    i=array("whole", axes=0, low=0, high=LARGEST_INT32),
 )
 def sample_step(
     keys: Key[Array, " B"],

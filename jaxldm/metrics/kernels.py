@@ -22,8 +22,8 @@ class KernelDistance(NamedTuple):
 def check_two_sets(a: Array | np.ndarray, b: Array | np.ndarray, fewest: int = 1) -> None:
     """Raise `DataError` unless both are [N, D] of one width, with at least `fewest` rows."""
     for name, rows in (("features", a), ("real features", b)):
-        if rows.ndim != 2 or len(rows) < fewest:
-            raise DataError(f"{name} must be [N, D] with N >= {fewest}, got shape {rows.shape}")
+        if np.ndim(rows) != 2 or len(rows) < fewest:
+            raise DataError(f"{name} must be [N, D] with N >= {fewest}, got shape {np.shape(rows)}")
     if a.shape[1] != b.shape[1]:
         raise DataError(f"features have different widths: {a.shape[1]} and {b.shape[1]}")
 

@@ -82,7 +82,7 @@ def blocks_of(rows: np.ndarray, size: int = 2048) -> Iterable[np.ndarray]:
     return (np.asarray(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
-@checked(features=array("real", "[N, D]"), name=text)
+@checked(features=array("real", "[N, D]", axes=(1, 64)), name=text)
 def fit_gaussian_by_blocks(features: Float[np.ndarray, "N D"], name: str = "features") -> Gaussian:
     """Return what `fit_gaussian` does, with only one block of the rows in memory as float64.
 

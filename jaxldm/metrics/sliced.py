@@ -11,7 +11,12 @@ from jaxldm.metrics.kernels import check_two_sets
 from jaxldm.metrics.moments import blocks_of
 
 
-@checked(features=array("real"), real=array("real"), directions=count(1, 10**6), seed=count(0))
+@checked(
+    features=array("real", axes=(1, 64)),
+    real=array("real", axes=(1, 64)),
+    directions=count(1, 10**6),
+    seed=count(0),
+)
 def sliced_wasserstein(
     features: Float[np.ndarray, "N D"],
     real: Float[np.ndarray, "M D"],

@@ -11,8 +11,8 @@ import jax
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from jaxldm.arguments import checked, flag, refuse
-from jaxldm.models.denoising_network import A_MODULE, applied, check_inputs
+from jaxldm.arguments import a_module, checked, flag, refuse
+from jaxldm.models.denoising_network import applied, check_inputs
 
 _WEIGHTS, _OUTPUTS = "attention_weights", "__call__"
 _SCANNED = re.compile(r"(.+_)(\d+)to(\d+)")  # a scanned stack of blocks, see `jaxldm.nn.apply_blocks`
@@ -35,7 +35,7 @@ class Inside(NamedTuple):
     outputs: dict[str, Array]
 
 
-@checked(module=A_MODULE, attention=flag)
+@checked(module=a_module, attention=flag)
 def look_inside(
     module: nn.Module,
     params: Any,

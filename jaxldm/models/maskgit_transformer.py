@@ -61,7 +61,7 @@ class MaskGITTransformerConfig(ModelConfig):
     scan: bool = False
     remat: bool = False
 
-    def __post_init__(self):
+    def check_values(self) -> None:
         check(self.codebook_size > 1, "codebook_size must be 2 or more")
         self.blocks()  # refuses what a DiT of these sizes refuses
 

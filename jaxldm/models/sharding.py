@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxldm.arguments import checked, count, instance, optional, refuse, several
+from jaxldm.arguments import a_params, checked, count, instance, optional, refuse, several
 from jaxldm.errors import InvalidArgumentError, shown
 
 AXES = ("data", "fsdp", "tensor")
@@ -133,7 +133,7 @@ def sharding_of(mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> Callable[..., N
     return place
 
 
-@checked(mesh=any_mesh, rules=some_rules)
+@checked(mesh=any_mesh, params=a_params, rules=some_rules)
 def shardings(mesh: AnyMesh, params: Mapping[str, Any], rules: Sequence[Rule] = RULES) -> dict[str, Any]:
     """The sharding of each parameter of a network, or of its shapes: a tree of the same structure."""
     place, flat = sharding_of(mesh, rules), traverse_util.flatten_dict(params)

@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxldm import diffusion as D
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
 from jaxldm.pipelines.call import Call, ImageKeys
 from jaxldm.pipelines.generate import STEPS_AT_ONCE
-from jaxldm.pipelines.inputs import Size, check_count
+from jaxldm.pipelines.inputs import Size
 from jaxldm.pipelines.latents import in_batches, over_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
@@ -83,7 +83,7 @@ def unmasking(
     steps = (
         pipe.defaults.num_inference_steps if call.num_inference_steps is None else call.num_inference_steps
     )
-    padded = -(-check_count(steps, "num_inference_steps") // STEPS_AT_ONCE) * STEPS_AT_ONCE
+    padded = -(-steps // STEPS_AT_ONCE) * STEPS_AT_ONCE
     strength = 1.0 if call.strength is None else call.strength
     return D.make_unmasking(steps, schedule, call.own.get("temperature", temperature), padded, strength)
 
@@ -92,7 +92,7 @@ def mask_schedule_of(pipe: Pipeline, with_mask: bool = False) -> str:
     """The folder's mask schedule; the published pipeline for inpainting has its own."""
     name = pipe.scheduler.get("masking_schedule", "cosine")
     if name not in D.MASK_SCHEDULES:
-        raise CheckpointError(f"scheduler_config.json has masking_schedule {name!r}, which is not known")
+        raise CheckpointError(f"scheduler_config.json has masking_schedule {shown(name)}, which is not known")
     return "linear" if with_mask else name
 
 

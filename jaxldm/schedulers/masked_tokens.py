@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jaxldm import diffusion as D
+from jaxldm.arguments import checked, count, text
 from jaxldm.errors import one_of
 
 MASKED_TOKENS_SCHEDULER = "AmusedScheduler"
 
 
+@checked(mask_token=count(0), schedule=text)
 def masked_tokens_config(mask_token: int, schedule: str = "cosine") -> dict[str, Any]:
     """The entries of the scheduler_config.json of a masked image model.
 

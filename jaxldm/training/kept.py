@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 
+from jaxldm.arguments import a_path, checked, choice, count
 from jaxldm.errors import CheckpointError
-from jaxldm.training.runs import RunFolder
+from jaxldm.training.runs import STAGES, RunFolder
 from jaxldm.training.store import TrainingStore
+
+A_STAGE = choice("stage", STAGES)
 
 
 class KeptParams(NamedTuple):
@@ -19,11 +22,13 @@ class KeptParams(NamedTuple):
     params: Any
 
 
+@checked(run_dir=a_path, stage=A_STAGE)
 def kept_steps(run_dir: Path | str, stage: str = "diffusion") -> list[int]:
     """The steps whose checkpoints a run keeps, oldest first: see `keep_checkpoints` of a recipe."""
     return TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints").steps()
 
 
+@checked(run_dir=a_path, step=count(0), stage=A_STAGE)
 def read_kept(run_dir: Path | str, step: int, stage: str = "diffusion") -> KeptParams:
     """The network of one checkpoint, on the host. Raises `CheckpointError` for one that is damaged."""
     store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")

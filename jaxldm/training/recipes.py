@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from jaxldm import data
 from jaxldm import diffusion as D
+from jaxldm.arguments import count
 from jaxldm.data import Dataset
 from jaxldm.entries import Read, build, check_types, checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
@@ -209,6 +210,7 @@ class MaskedTokensRecipe(StageRecipe):
 
     def __post_init__(self):
         super().__post_init__()
+        count(1)("sample_steps", self.sample_steps)
         D.make_unmasking(self.sample_steps, self.schedule, self.sample_temperature)  # refuses what cannot be
         if not 0 <= self.sample_guidance_scale < float("inf"):
             raise InvalidArgumentError(
@@ -248,6 +250,7 @@ class TextRecipe:
     max_length: int = 24
 
     def __post_init__(self):
+        check_types(self)
         if self.max_length < 3:
             raise InvalidArgumentError(f"max_length must be >= 3, got {self.max_length}")
 
