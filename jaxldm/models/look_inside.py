@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 from flax import traverse_util
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxldm.arguments import a_module, checked, flag, refuse
 from jaxldm.models.denoising_network import applied, check_inputs
@@ -41,7 +41,7 @@ def look_inside(
     params: Any,
     x: Float[Array, "B ..."],
     t: Float[Array, " B"],
-    condition: Array | Mapping[str, Any] | None = None,
+    condition: Shaped[Array, "B ..."] | Mapping[str, Any] | None = None,
     *,
     attention: bool = True,
 ) -> Inside:

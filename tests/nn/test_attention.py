@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jaxldm import models, nn
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn import attention_kernels, flash_attention
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
@@ -307,7 +308,7 @@ def test_16_bit_queries_are_rounded_once(dim):
 @pytest.mark.unchecked
 def test_shapes_that_do_not_fit_are_refused():
     q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 4, 2, 6))
-    with pytest.raises(AssertionError):
+    with pytest.raises(InvalidArgumentError, match="do not go together"):
         nn.dot_product_attention(q, k, k)
-    with pytest.raises(AssertionError):
+    with pytest.raises(InvalidArgumentError, match="do not go together"):
         nn.dot_product_attention(q, q, k)
