@@ -42,6 +42,7 @@ class Info:
 
     def run(self) -> None:
         """Prints the description or the comparison."""
+        self._check_family()
         if self.mesh is not None:
             if self.target is None or self.compare is not None:
                 raise InvalidArgumentError(
@@ -56,6 +57,18 @@ class Info:
             compare(self.target, self.compare)
         else:
             print(describe(self.target, self.family))
+
+    def _check_family(self) -> None:
+        """Refuse a family that does not exist, whether or not the folder needs one, or without a folder."""
+        if self.family is None:
+            return
+        if self.target is None or self.compare is not None or not Path(self.target).exists():
+            raise InvalidArgumentError(
+                "--family needs one folder: jaxldm info FOLDER --family package.module:FAMILY"
+            )
+        from jaxldm.pipelines import families
+
+        families.find(self.family)
 
 
 def describe_everything() -> str:

@@ -212,3 +212,16 @@ def test_a_solver_from_outside_takes_eta(pipe):
     np.testing.assert_array_equal(drawn, pipe(KEY, "a cat", solver="ddim", eta=0.5, **options))
     with pytest.raises(InvalidArgumentError, match="no option 'eta'"):
         pipe(KEY, "a cat", solver="jaxldm.diffusion.solvers:euler", eta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([".", "--family", "no such thing"], "unknown family 'no such thing'"),
+        (["--family", "FluxPipeline"], "--family needs one folder"),
+        (["dit-xl-2", "--family", "FluxPipeline"], "--family needs one folder"),
+        ([".", "--compare", ".", "--family", "FluxPipeline"], "--family needs one folder"),
+    ],
+)
+def test_info_refuses_a_family_that_does_not_exist_or_has_no_folder(capsys, line, said):
+    assert said in complaint(capsys, "info", *line)
