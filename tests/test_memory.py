@@ -1,7 +1,6 @@
 """Plans that cannot fit in memory are refused with their size, before anything is compiled."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from compilations import COMPILATIONS
 from tiny_models import latent_pipeline, pixel_pipeline
 
 from jaxldm import host, models, training
+from jaxldm.data import Dataset
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import as_bytes, size_of
 from jaxldm.pipelines import encode_images
@@ -73,7 +73,7 @@ def test_a_training_that_does_not_fit_is_refused(monkeypatch):
         recipe.diffusion, preset="tiny-dit", overrides={"hidden_size": 4096, "depth": 30}
     )
     monkeypatch.setattr(host, "memory_bytes", lambda device=None: 16 * 10**9)
-    data = SimpleNamespace(image_shape=(28, 28, 1), num_classes=10)
+    data = Dataset("digits", (28, 28, 1), tuple("0123456789"), {})
     with pytest.raises(InvalidArgumentError, match=r"its [\d,]+ parameters needs .* smaller preset"):
         training.check_recipe(dataclasses.replace(recipe, diffusion=large), data, make_mesh(1))
 

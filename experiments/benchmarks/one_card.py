@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    os.execv(sys.executable, [sys.executable, "-m", "experiments.benchmarks.one_card", *sys.argv[1:]])
 
 from experiments.benchmarks.card_report import report
 from experiments.benchmarks.card_rows import NOT_YET, ROWS, VARIANTS, Unit, expected_seconds, fits, units

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.exact import LARGEST_FLOAT32
+from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.reading import shown as shown_value
 
 
@@ -46,7 +46,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
     for word in text.replace(",", " ").split():
         name, _, size = word.partition("=")
         one_of("axis of --mesh", name, AXES)
-        if not size.isdecimal() or not 1 <= int(size) <= LARGEST_NUMBER or name in sizes:
+        if not size.isdecimal() or not 1 <= int(size) <= LARGEST_INT32 or name in sizes:
             raise InvalidArgumentError(
                 f"--mesh takes AXIS=DEVICES, each axis once, as in fsdp=2,tensor=4, got {shown_value(text)}"
             )

@@ -48,7 +48,7 @@ def from_grey_levels(levels: Int[np.ndarray, "B H W"], num_levels: int) -> Float
     return (np.asarray(levels, np.float32) * np.float32(2 / (num_levels - 1)) - 1)[..., None]
 
 
-@checked(images=array("any"), shape=optional(several(count(1))), name=text)
+@checked(shape=optional(several(count(1))), name=text)
 def check_images(
     images: Float[np.ndarray, "B H W C"], shape: tuple[int, int, int] | None = None, name: str = "images"
 ) -> Float[np.ndarray, "B H W C"]:
@@ -62,7 +62,7 @@ def check_images(
     Raises:
         DataError: what is wrong, in which image, and how to fix it.
     """
-    images = np.asarray(images)
+    images = np.asarray(images if hasattr(images, "dtype") else array("any")(name, images))
     if images.ndim != 4 or 0 in images.shape:
         raise DataError(f"{name} must be [B, H, W, C] and not empty, got shape {images.shape}")
     if shape is not None and images.shape[1:] != tuple(shape):

@@ -15,6 +15,7 @@ from jaxldm.reading import shown
 OWN_FIELDS = ("dtype", "remat", "scan")  # of our configs; published configs lack them
 # The least that a whole number in a config.json may be, where it is not 1. Numbers of tokens are 0 or more.
 LOWEST = {
+    "depth": 0,
     "freq_shift": 0,
     "downsample_padding": 0,
     "num_layers": 0,

@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_named_and_counted(plain):
         for name, tensor in state.items()
         if f"{what}{name} {tuple(tensor.shape)}" in message
     ]
-    assert {text.split(":")[0] for text in named} == {"missing", "left over"} and len(named) == 4
+    assert {text.split(":")[0] for text in named} == {"missing", "left over"} and len(named) >= 4
     assert message.endswith(f"and {2 * len(state) - len(named)} more")
     assert str(plain) in message and len(message) < 400 + len(str(plain))
 

@@ -100,7 +100,7 @@ def test_zero_terminal_snr_shifts_and_scales_the_root(betas):
     "make, words",
     [
         (lambda: D.linear_betas(1000, -1e-4), "beta"),
-        (lambda: D.linear_betas(1), "at least 2"),
+        (lambda: D.linear_betas(1), "from 2"),
         (lambda: D.sigmoid_alphas_betas(start=1.0, end=1.0), "start < end"),
         (lambda: D.sigmoid_alphas_betas(tau=0.0), "tau > 0"),
         (lambda: D.laplace_betas(b=0.0), "b must be > 0"),

@@ -269,7 +269,7 @@ def test_shift_grows_with_the_resolution():
         (lambda: D.log_normal(std=-1.0), "std > 0"),
         (lambda: drawn(VP, D.logit_normal()), "use uniform"),
         (lambda: drawn(VP, D.log_normal()), "use uniform"),
-        (lambda: D.VP.named("linear", 1), "num_train_timesteps must be .* at least 2"),
+        (lambda: D.VP.named("linear", 1), "num_train_timesteps must be .* from 2"),
         (lambda: D.ContinuousVP(beta_min=0.0), "beta_min"),
         (lambda: D.ContinuousVP(t_min=1.0), "t_min"),
         (lambda: D.Interpolant(t_min=1.0), "t_min"),

@@ -124,7 +124,7 @@ def test_prompts_on_a_masked_image_model(tmp_path, capsys, monkeypatch):
         expected = logits / reference.logit_scale.exp()
     np.testing.assert_allclose(cosines, expected.numpy(), atol=1e-4)
     with pytest.raises(InvalidArgumentError, match="needs a CLIPModel"):
-        find(models.build("tiny-dit"), {}, None, images, prompts)
+        find(models.build("tiny-dit"), {}, lambda texts, max_length: None, images, prompts)
     assert metrics.clip_score(cosines, [0, 0, 1, 1, 2, 2]) == pytest.approx(
         np.mean([100 * max(cosines[n, n // 2], 0) for n in range(6)])
     )

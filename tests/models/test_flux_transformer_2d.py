@@ -181,7 +181,7 @@ def test_configs_that_cannot_be():
         ({"in_channels": 18}, "2x2 latents"),
         ({"axes_dims_rope": (16, 56, 58)}, "add up to the 128"),
         ({"axes_dims_rope": (15, 57, 56)}, "even numbers"),
-        ({"num_layers": -1}, "negative"),
+        ({"num_layers": -1}, "from 0 to"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             FluxTransformer2DConfig(**fields)

@@ -295,7 +295,7 @@ def test_a_text_encoder_may_be_shared(folders, pipes, tmp_path):
         ("I", {"spacing": "smart27", "sigmas": "karras"}, InvalidArgumentError, "leave out sigmas"),
         ("I", {"noise_level": 3}, UnknownNameError, "noise_level"),
         ("II", {}, InvalidArgumentError, "needs image="),
-        ("II", {"image": picture(4), "noise_level": 1000}, InvalidArgumentError, "from 0 to 999, not 1000"),
+        ("II", {"image": picture(4), "noise_level": 1000}, InvalidArgumentError, "from 0 to 999, got 1000"),
         ("II", {"image": picture(4), "noise_level": 2.5}, InvalidArgumentError, "noise_level"),
         ("II", {"image": picture(4, 3)}, InvalidArgumentError, "3 arrays in image"),
         ("II", {"image": "cat.png"}, DataError, "image must be"),

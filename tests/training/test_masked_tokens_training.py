@@ -11,6 +11,7 @@ import pytest
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
+from jaxldm.data import ArrayRows, Dataset
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training import RECIPES, MaskedTokensRecipe, Recipe, check_recipe, make_mesh, read_log, train
 from jaxldm.training.masked_tokens import make_loss
@@ -83,20 +84,17 @@ def test_the_loss_of_a_recipe_is_the_masked_token_loss():
     assert metrics.keys() == of_expected.keys()
 
 
-class Colours:
-    name, image_shape, num_classes = "colours", (28, 28, 3), 10
-
-    def rows(self, split):
-        return range(256)
+def pictures(channels):
+    columns = {"image": np.zeros((256, 28, 28, channels), np.float32), "label": np.zeros(256, np.int32)}
+    return Dataset("pictures", (28, 28, channels), tuple("0123456789"), {"train": ArrayRows(columns)})
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written():
     with pytest.raises(InvalidArgumentError, match="3 channels"):
-        check_recipe(RECIPE, Colours(), make_mesh(1))
+        check_recipe(RECIPE, pictures(3), make_mesh(1))
     dit = dataclasses.replace(RECIPE.masked_tokens, preset="tiny-dit", overrides={})
-    grey = type("Grey", (Colours,), {"image_shape": (28, 28, 1)})()
     with pytest.raises(InvalidArgumentError, match="take tiny-maskgit"):
-        check_recipe(dataclasses.replace(RECIPE, masked_tokens=dit), grey, make_mesh(1))
+        check_recipe(dataclasses.replace(RECIPE, masked_tokens=dit), pictures(1), make_mesh(1))
     with pytest.raises(InvalidArgumentError, match="either diffusion or masked_tokens"):
         Recipe(name="x", masked_tokens=MaskedTokensRecipe())
     with pytest.raises(InvalidArgumentError, match="either diffusion or masked_tokens"):
@@ -108,7 +106,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written():
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"sample_steps": 0}, "num_inference_steps"),
+        ({"sample_steps": 0}, "sample_steps"),
         ({"sample_temperature": (-1.0, 0.0)}, "temperature"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"condition_dropout": 1.5}, "condition_dropout"),
