@@ -195,6 +195,11 @@ def measure_all(
     return records
 
 
+def with_present(planned: list[Unit], present: list[str]) -> list[Unit]:
+    """The units without those of PyTorch where that is missing; jaxldm's stay, and fail with their reason."""
+    return [unit for unit in planned if side_of(unit.variant) in {"jaxldm", *present}]
+
+
 def driver() -> str | None:
     """Of NVIDIA's cards: name, driver and memory."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -237,7 +242,7 @@ def main(options: OneCard) -> None:
         present = [name for name, setting in found.items() if "error" not in setting]
         if not present:
             raise InvalidArgumentError(f"nothing can be run: {found}; see the logs in {options.output_dir}")
-        planned = [unit for unit in planned if side_of(unit.variant) in present]
+        planned = with_present(planned, present)
         device = found[present[0]]["device"]
         setting = {
             "date": datetime.date.today().isoformat(),

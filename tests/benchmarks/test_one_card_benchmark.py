@@ -91,6 +91,12 @@ def test_a_failed_row_is_a_row_with_its_reason():
     assert "- FLUX.1-dev, 1024 pixels (flux-1024), jaxldm: MemoryError: no memory for that" in text
 
 
+def test_without_pytorch_its_rows_are_left_out_and_without_jaxldm_its_rows_fail():
+    planned = one_card.units(ROWS[:2], VARIANTS)
+    assert {unit.variant for unit in one_card.with_present(planned, ["jaxldm"])} == {"jaxldm"}
+    assert one_card.with_present(planned, ["torch"]) == planned
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_arrays_of_a_row_are_free_before_the_other_process_has_its_turn(fails):
     arrays, alive = [], []
