@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -136,7 +136,7 @@ def sharding_of(mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> Callable[..., N
 @checked(mesh=any_mesh, params=a_params, rules=some_rules)
 def shardings(mesh: AnyMesh, params: Mapping[str, Any], rules: Sequence[Rule] = RULES) -> dict[str, Any]:
     """The sharding of each parameter of a network, or of its shapes: a tree of the same structure."""
-    place, flat = sharding_of(mesh, rules), traverse_util.flatten_dict(params)
+    place, flat = sharding_of(mesh, rules), _flat(params)
     return traverse_util.unflatten_dict({path: place(path, leaf.shape) for path, leaf in flat.items()})
 
 
@@ -199,7 +199,7 @@ def check_splits(mesh: AnyMesh, networks: Mapping[str, Any], rules: Sequence[Rul
     flat = {
         (network, *path): tuple(leaf.shape)
         for network, params in networks.items()
-        for path, leaf in traverse_util.flatten_dict(params).items()
+        for path, leaf in _flat(params).items()
     }
     check_rules(rules, ["/".join(path[1:]) for path in flat])
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
@@ -250,7 +250,7 @@ def count_by_rule(mesh: AnyMesh, params: Mapping[str, Any], rules: Sequence[Rule
     found = {
         pattern: RuleCount(pattern, spec, 0, 0, 0) for pattern, spec in (*rules, (None, PartitionSpec()))
     }
-    for path, leaf in traverse_util.flatten_dict(params).items():
+    for path, leaf in _flat(params).items():
         pattern, spec = split(mesh, path, leaf.shape, rules)
         before, here = found[pattern], NamedSharding(mesh, spec).shard_shape(tuple(leaf.shape))
         found[pattern] = before._replace(
@@ -265,10 +265,16 @@ def mesh_of(tree: Any) -> Mesh | None:
     """The mesh over which arrays of a tree are split by rule; None where each device has all of them."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
-        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        if isinstance(mesh, Mesh) and mesh.axis_names == AXES and not sharding.is_fully_replicated:
-            return mesh
+        if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+            continue
+        if isinstance(sharding.mesh, Mesh) and sharding.mesh.axis_names == AXES:
+            return sharding.mesh
     return None
+
+
+def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """{path: the parameter, or its shape}."""
+    return cast(Any, traverse_util.flatten_dict(params))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

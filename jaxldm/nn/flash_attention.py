@@ -79,8 +79,13 @@ class Form(NamedTuple):
 
 def _by_flash_kernel(query, key, value, scale, bias, mask, causal, key_lengths) -> Array | None:
     """The result of a flash kernel; None if there is none for it."""
-    of_keys = mask is not None and mask.shape[1] == mask.shape[2] == 1
-    if bias is None and of_keys and not causal and key_lengths is None:
+    if (
+        bias is None
+        and mask is not None
+        and mask.shape[1] == mask.shape[2] == 1  # of keys alone
+        and not causal
+        and key_lengths is None
+    ):
         query, key, value, key_lengths = _allowed_first(query, key, value, mask[:, 0, 0])
         mask = None
     if bias is None and mask is None:
@@ -157,7 +162,7 @@ def cudnn_attention(query, key, value, scale, bias, causal, lengths) -> Float[Ar
 
 def hopper_attention(query, key, value, scale, bias, causal, lengths) -> Float[Array, "B N H D"]:
     """Tokamax's for Hopper and later devices. It is called as a function of this name: see `cost`."""
-    import tokamax  # the extra `kernels`
+    import tokamax  # the extra `kernels`  # pyright: ignore[reportMissingImports]
 
     def hopper_attention(query, key, value, lengths):
         return tokamax.dot_product_attention(
@@ -248,7 +253,7 @@ def _trial_error(kernel: Kernel, dtype: str, head_dim: int, form: Form) -> float
 
     mask = merged_mask(None, form.causal, lengths, 64, 64)
     found = weighted(lambda *x: kernel.attend(*x, scale, bias, form.causal, lengths))
-    expected = weighted(lambda *x: explicit_attention(*x, scale, bias, mask)[0])
+    expected = weighted(lambda q, k, v: explicit_attention(q, k, v, scale, bias, mask)[0])
     errors = []
     for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = (np.asarray(x.astype(jnp.float32)) for x in (ours, theirs))

@@ -38,6 +38,7 @@ from jaxldm.arguments import (
 from jaxldm.arguments import checked as checked_arguments
 from jaxldm.checkpoints.lora import a_scale
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
+from jaxldm.diffusion.predictions import A_PREDICTION
 from jaxldm.entries import checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
@@ -334,7 +335,7 @@ def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, floa
     path=a_path,
     architecture=choice("architecture", PUBLISHED),
     vae=a_folder_or_parts,
-    prediction=optional(D.predictions.A_PREDICTION),
+    prediction=optional(A_PREDICTION),
     class_names=several(text),
     num_heads=optional(count(1)),
     dtype=optional(a_dtype),

@@ -23,6 +23,7 @@ from jaxldm import diffusion as D
 from jaxldm import models, schedulers
 from jaxldm.arguments import as_array, optional
 from jaxldm.arguments import checked as checked_arguments
+from jaxldm.diffusion.predictions import A_PREDICTION
 from jaxldm.entries import Bounds, checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
@@ -224,7 +225,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
 # ---------------------------------------------------------------- on the disk
 
 
-@checked_arguments(denoiser=A_NETWORK, prediction=D.predictions.A_PREDICTION, autoencoder=optional(A_NETWORK))
+@checked_arguments(denoiser=A_NETWORK, prediction=A_PREDICTION, autoencoder=optional(A_NETWORK))
 def class_to_image(
     denoiser: Network,
     prediction: D.Prediction,
