@@ -59,9 +59,13 @@ def make_folder(folder: Path, quick: bool) -> None:
 
 def run_side(side: str, folder: Path, cache: Path, options: RealSize) -> dict[str, Any]:
     """The figures that one process measured of itself."""
-    module = "real_size_jaxldm" if side.startswith("jaxldm") else "real_size_torch"
-    given = [str(folder), str(32 if options.quick else options.pixels), str(options.steps)]
-    command = [sys.executable, "-m", f"experiments.benchmarks.{module}", *given]
+    given = [
+        side.split(",")[0],
+        str(folder),
+        str(32 if options.quick else options.pixels),
+        str(options.steps),
+    ]
+    command = [sys.executable, "-m", "experiments.benchmarks.real_size_side", *given]
     environment = os.environ | {host.COMPILATION_CACHE: str(cache), "JAX_PLATFORMS": "cpu"}
     lines = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {"side": side, **json.loads(lines.splitlines()[-1])}

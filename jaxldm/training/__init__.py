@@ -9,12 +9,12 @@
 
 from jaxldm.training.autoencoder import annealed_beta, autoencoder_loss, kl_per_channel, latent_scale
 from jaxldm.training.kept import KeptParams, kept_steps, read_kept
+from jaxldm.training.known_recipes import RECIPES
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.optimizer import Optimizer, optimizer, warmup_cosine
 from jaxldm.training.recipes import (
-    RECIPES,
     AutoencoderRecipe,
     ClassifierRecipe,
     DiffusionRecipe,

