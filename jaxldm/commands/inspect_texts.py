@@ -55,7 +55,7 @@ TSNE = (
 )
 TSNE_SEEN = (
     "In a trained network colours are mixed at the left: a patch alone, a piece of a stroke, does not say "
-    "which class it is from. Further inside, attention and convolutions have told each patch about the "
+    "which class it is from. Further inside, attention and convolutions have mixed each patch with the "
     "others: where colours gather, the network has recognised the class without being asked to. Distances "
     "between far groups and the size of a group mean nothing in t-SNE, nor do the axes."
 )
