@@ -32,7 +32,7 @@ docs: .venv/.docs
 bench: .venv/.test
 	$(BIN)/python -m experiments.benchmarks.cpu
 
-# Kills, damaged files, mistakes in command lines and in calls: about 20 minutes.
+# Kills, damaged files, mistakes in command lines and in calls: about 12 minutes.
 faults: .venv/.test
 	$(BIN)/python -m experiments.faults
 

@@ -2,7 +2,7 @@
 
 Question: is anything lost or mixed by a kill, does anything hang or end in a traceback?
 Command: python -m experiments.faults, which is `make faults`; the same is python -m experiments.faults.run
-Needs: Linux, two cores, about 20 minutes; with --short about two.
+Needs: Linux, two cores, about 12 minutes; with --short about two.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import tyro
 from experiments.faults.result import Result
 from jaxldm.files import write_atomically
 
-# Module with `run(count, seed)`: how many cases in 20 minutes, and how many in the short form.
+# Module with `run(count, seed)`: how many cases in the full run, and how many in the short form.
 KINDS = {
     "kills": (200, 8),
     "mutations": (100_000, 2_000),
     "command_lines": (300, 30),
     "misuse": (250, 40),
 }
-MINUTES = 20.0
+MINUTES = 12.0
 RESULTS = Path(__file__).with_name("results.md")
 MAX_FAULTS = 20  # shown of each kind
 
