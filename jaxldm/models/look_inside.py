@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -13,9 +12,9 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxldm.arguments import a_module, checked, flag, refuse
 from jaxldm.models.denoising_network import applied, check_inputs
+from jaxldm.nn.block_stack import STACK
 
 _WEIGHTS, _OUTPUTS = "attention_weights", "__call__"
-_SCANNED = re.compile(r"(.+_)(\d+)to(\d+)")  # a scanned stack of blocks, see `jaxldm.nn.apply_blocks`
 
 
 class Inside(NamedTuple):
@@ -104,7 +103,7 @@ def look_inside(
 def _names(path: tuple[str, ...]) -> list[str]:
     """The path with dots; of a scanned stack one for each block."""
     for place, part in enumerate(path):
-        stack = _SCANNED.fullmatch(part)
+        stack = STACK.fullmatch(part)
         if stack:
             blocks = range(int(stack[2]), int(stack[3]) + 1)
             return [".".join((*path[:place], f"{stack[1]}{block}", *path[place + 1 :])) for block in blocks]

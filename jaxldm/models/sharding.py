@@ -23,11 +23,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxldm.arguments import a_params, checked, count, instance, optional, refuse, several
 from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.nn.block_stack import STACK
 
 AXES = ("data", "fsdp", "tensor")
 Rule: TypeAlias = tuple[str, PartitionSpec]
 AnyMesh: TypeAlias = Mesh | AbstractMesh
-_STACK = re.compile(r".+_\d+to\d+")  # blocks in one scan: their first axis counts the blocks
 
 # The second of two products, of an attention or an MLP: its input is split, as the output of the first is,
 # and what the devices have of the result is added up (Shoeybi et al. 2019, Megatron-LM, section 3).
@@ -151,7 +151,7 @@ def split(
     Raises:
         InvalidArgumentError: a rule that splits more axes than the parameter has.
     """
-    name, first = "/".join(path), any(map(_STACK.fullmatch, path))
+    name, first = "/".join(path), any(map(STACK.fullmatch, path))
     own = len(shape) - first
     pattern, spec = next((rule for rule in rules if re.fullmatch(rule[0], name)), (None, PartitionSpec()))
     if len(spec) > own > 1:

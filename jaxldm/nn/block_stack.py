@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+
+STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # the name of a scanned stack: its start, first and last block
 
 
 def apply_blocks(
