@@ -42,6 +42,7 @@ from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
 from jaxldm.models.maskgit_transformer import MaskGITTransformer, MaskGITTransformerConfig
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
+from jaxldm.models.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
 from jaxldm.models.registry import (
@@ -109,6 +110,8 @@ __all__ = [
     "MaskGITTransformerConfig",
     "PaellaVQModel",
     "PaellaVQModelConfig",
+    "PatchDiscriminator",
+    "PatchDiscriminatorConfig",
     "PixArtTransformer2DConfig",
     "PixArtTransformer2DModel",
     "Qwen3Config",

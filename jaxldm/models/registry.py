@@ -31,6 +31,7 @@ from jaxldm.models import (
     flux_transformer_2d,
     maskgit_transformer,
     paella_vq_model,
+    patch_discriminator,
     pixart_transformer_2d,
     qwen3,
     sd3_transformer_2d,
@@ -109,6 +110,10 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
     "PaellaVQModel": (paella_vq_model.PaellaVQModel, paella_vq_model.PaellaVQModelConfig),
     "DigitClassifier": (digit_classifier.DigitClassifier, digit_classifier.DigitClassifierConfig),
+    "PatchDiscriminator": (
+        patch_discriminator.PatchDiscriminator,
+        patch_discriminator.PatchDiscriminatorConfig,
+    ),
 }
 
 # Today's class of a `Transformer2DModel` in older folders, by its norm_type.
@@ -135,6 +140,7 @@ PRESETS: dict[str, ModelConfig] = {
     **wuerstchen_diffnext.PRESETS,
     **paella_vq_model.PRESETS,
     **digit_classifier.PRESETS,
+    **patch_discriminator.PRESETS,
     **clip_text.PRESETS,
     **clip_vision.PRESETS,
     **dinov2.PRESETS,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.arguments import array, check_dims, checked
-from jaxldm.nn.initialization import fan_in_uniform, parameter
+from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import compute_dtype, flat_matmul, product_dtype
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -28,6 +28,7 @@ class Conv2d(nn.Module):
             stride 1 and padding 1 only.
         groups: each group of output channels depends on its group of input channels alone; as many groups as
             channels are a depthwise convolution, computed as `shifted_products` on a CPU.
+        kernel_init: initializer; None is PyTorch's.
     """
 
     features: int
@@ -38,6 +39,7 @@ class Conv2d(nn.Module):
     doubled: bool = False
     groups: int = 1
     use_bias: bool = True
+    kernel_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
@@ -46,7 +48,7 @@ class Conv2d(nn.Module):
         default = fan_in_uniform(size * size * channels)
         shape = (size, size, channels, self.features)
         wide = product_dtype(dtype)
-        kernel = parameter(self, "kernel", default, shape).astype(dtype).astype(wide)
+        kernel = parameter(self, "kernel", self.kernel_init or default, shape).astype(dtype).astype(wide)
         x = x.astype(dtype).astype(wide)
         if self.doubled:
             assert (size, self.stride, self.padding, self.groups) == (3, 1, 1, 1)

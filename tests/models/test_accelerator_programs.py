@@ -203,7 +203,14 @@ ALIKE = {
     **dict.fromkeys(("openclip-h", "openclip-bigg"), "clip-l"),
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
 }
-WITHOUT_ATTENTION = {"mini-autoencoder", "digit-classifier", "amused-vq", "wuerstchen-vqgan"}
+WITHOUT_ATTENTION = {
+    "mini-autoencoder",
+    "digit-classifier",
+    "amused-vq",
+    "wuerstchen-vqgan",
+    "patch-gan",
+    "mini-patch-gan",
+}
 SMALL = {"mini-unet", "tiny-dit", "tiny-maskgit"}
 TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "if-i-xl": 77}
 
