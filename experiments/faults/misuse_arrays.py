@@ -13,7 +13,6 @@ from experiments.faults.misuse_cases import IMAGES, KEY, Case, accept
 from experiments.faults.small_folders import class_pipeline, zeros
 from jaxldm import data, metrics, models, nn, schedulers
 from jaxldm import diffusion as D
-from jaxldm import training as T
 from jaxldm.data.example import Skipped
 
 FIT = "do not fit"  # what Flax says about shapes
@@ -413,9 +412,8 @@ def data_of_arrays() -> list[Case]:
 
 
 def of_diffusion() -> list[Case]:
-    """What is left of `jaxldm.diffusion`, schedulers and training."""
+    """What is left of `jaxldm.diffusion` and schedulers."""
     config = {"_class_name": "DDIMScheduler"}
-    posterior = models.DiagonalGaussian(IMAGES, IMAGES)
     return [
         array_case(
             "D.implied_noise",
@@ -437,21 +435,5 @@ def of_diffusion() -> list[Case]:
             schedulers.default_solver,
             {"config": config},
             words={"config": "config"},
-        ),
-        Case("T.kl_per_channel", T.kl_per_channel, {"posterior": posterior}),
-        Case(
-            "T.autoencoder_loss",
-            T.autoencoder_loss,
-            {
-                "key": KEY,
-                "encode": lambda images: posterior,
-                "decode": lambda z: z,
-                "images": IMAGES,
-                "beta": 1e-3,
-                "free_bits": 0.0,
-                "reconstruction": "mse",
-            },
-            False,
-            {"images": "images|shapes"},
         ),
     ]

@@ -12,6 +12,7 @@ from experiments.faults.misuse_arrays import of_arrays
 from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
 from experiments.faults.misuse_files import of_files
 from experiments.faults.misuse_settings import settings
+from experiments.faults.misuse_training import of_training
 from jaxldm import diffusion as D
 from jaxldm import metrics, models, pipelines, schedulers
 from jaxldm import training as T
@@ -31,6 +32,7 @@ def all_cases() -> list[Case]:
         *of_arrays(),
         *settings(),
         *of_files(),
+        *of_training(),
     ]
 
 

@@ -46,6 +46,14 @@ class VQModelConfig(ImageAutoencoderConfig):
         return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
 
 
+def nearest_entries(z: Float[Array, "*rows c"], table: Float[Array, "K c"]) -> Int[Array, "*rows"]:
+    """The index of the entry nearest to each z, from |e|^2 - 2 z e; |z|^2 is the same for all entries."""
+    table = table.astype(jnp.float32)
+    products = jnp.einsum("...c,kc->...k", z.astype(jnp.float32), table, precision="highest")
+    lengths = jnp.square(table).sum(-1).reshape((1,) * (z.ndim - 1) + (-1,))
+    return jnp.argmin(lengths - 2.0 * products, axis=-1).astype(jnp.int32)
+
+
 class VectorQuantizer(nn.Module):
     """A codebook `[num_embeddings, features]` in float32, parameter `embedding`, initialised as in diffusers.
 
@@ -60,11 +68,8 @@ class VectorQuantizer(nn.Module):
         self.embedding = Embedding(self.num_embeddings, self.features, embedding_init=init)
 
     def indices(self, z: Float[Array, "B h w c"]) -> Int[Array, "B h w"]:
-        """The nearest entry of each z, from |e|^2 - 2 z e; |z|^2 is the same for all entries."""
-        table = self.embedding(jnp.arange(self.num_embeddings))
-        products = jnp.einsum("bhwc,kc->bhwk", z.astype(jnp.float32), table, precision="highest")
-        distances = jnp.square(table).sum(-1).reshape(1, 1, 1, -1) - 2.0 * products
-        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+        """The nearest entry of each z."""
+        return nearest_entries(z, self.embedding(jnp.arange(self.num_embeddings)))
 
     def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         """The nearest entries; gradients pass straight through to z."""

@@ -7,7 +7,17 @@
 `make_train_step` and `fit` train any network on any loss; see their docstrings.
 """
 
+from jaxldm.training.adversarial import Adversary, adaptive_weight, discriminator_loss
 from jaxldm.training.autoencoder import annealed_beta, autoencoder_loss, kl_per_channel, latent_scale
+from jaxldm.training.codebook import (
+    Codebook,
+    Quantized,
+    codebook_entries,
+    new_codebook,
+    quantization_losses,
+    update_codebook,
+)
+from jaxldm.training.equivariance import equivariance_loss
 from jaxldm.training.kept import KeptParams, kept_steps, read_kept
 from jaxldm.training.known_recipes import RECIPES
 from jaxldm.training.log import read_log
@@ -37,30 +47,39 @@ from jaxldm.training.train import check_recipe, stages_of, train
 __all__ = [
     "RECIPES",
     "STAGES",
+    "Adversary",
     "AutoencoderRecipe",
     "ClassifierRecipe",
+    "Codebook",
     "DiffusionRecipe",
     "KeptParams",
     "MaskedTokensRecipe",
     "Optimizer",
     "Plan",
+    "Quantized",
     "Recipe",
     "RunFolder",
     "StageFolder",
     "TextRecipe",
     "TrainState",
+    "adaptive_weight",
     "annealed_beta",
     "autoencoder_loss",
     "check_recipe",
+    "codebook_entries",
     "compile_train_step",
     "create_train_state",
+    "discriminator_loss",
+    "equivariance_loss",
     "fit",
     "kept_steps",
     "kl_per_channel",
     "latent_scale",
     "make_mesh",
     "make_train_step",
+    "new_codebook",
     "optimizer",
+    "quantization_losses",
     "read_config",
     "read_kept",
     "read_log",
@@ -68,5 +87,6 @@ __all__ = [
     "recipe_to_resume",
     "stages_of",
     "train",
+    "update_codebook",
     "warmup_cosine",
 ]

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxldm import models
 from jaxldm.arguments import (
     array,
-    check_shapes,
     checked,
     count,
     function,
@@ -26,11 +25,16 @@ from jaxldm.arguments import (
     optional,
 )
 from jaxldm.data.batches import Rows, map_batches
-from jaxldm.errors import one_of
 from jaxldm.exact import round_product
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
+from jaxldm.training.adversarial import (
+    Adversary,
+    Perceptual,
+    image_distance,
+    reconstruction_loss,
+)
 from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_autoencoder
 from jaxldm.training.stages import (
@@ -73,6 +77,9 @@ def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]
     images=array("floating", "[B, H, W, C]", axes=4, filled=True),
     beta=array("real", axes=0),
     free_bits=array("real", axes=0),
+    perceptual=optional(function("(images, decoded) -> distances")),
+    log_variance=array("real", axes=0),
+    adversary=optional(instance(Adversary, "a training.Adversary(...)")),
 )
 def autoencoder_loss(
     key: PRNGKeyArray,
@@ -83,14 +90,18 @@ def autoencoder_loss(
     beta: Any = 1e-3,
     free_bits: Float[Array, ""] | float = 0.0,
     reconstruction: str = "mse",
+    perceptual: Perceptual | None = None,
+    log_variance: Any = 0.0,
+    adversary: Adversary | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The negative evidence bound per pixel, with a weight on its KL term.
 
-        loss = R + beta / (H W C) sum_k max(free_bits, KL_k)
+        loss = R / exp(s) + s + beta / (H W C) sum_k max(free_bits, KL_k) + adversarial term
 
-    with R the mean squared ("mse") or absolute ("l1") error of a pixel for one drawn z = mean + std eps, and
-    KL_k the nats of latent channel k (`kl_per_channel`). Both terms are divided by the pixels of an image,
-    so beta means the same as where both are sums (latent diffusion has 1e-6), at every image size.
+    with R the mean squared ("mse") or absolute ("l1") error of a pixel for one drawn z = mean + std eps, plus
+    the perceptual distance, s the log-variance, and KL_k the nats of latent channel k (`kl_per_channel`).
+    All terms are divided by the numbers of an image, so beta means the same as where they are sums (latent
+    diffusion has 1e-6), at every image size.
 
     Args:
         key: draws z.
@@ -98,25 +109,27 @@ def autoencoder_loss(
         images: `[B, H, W, C]` in [-1, 1].
         beta: weight, may be traced (see `annealed_beta`).
         free_bits: nats of each channel that cost nothing, so that it does not collapse.
+        perceptual: (images, decoded) -> a distance of each pair `[B]`, its weight included.
+        log_variance: s, a number or a trained parameter; 0 in latent diffusion, where it starts.
+        adversary: the discriminator; None trains against none. `decode` is then that of the adversary.
 
     Returns:
-        (loss, {"reconstruction": R, "kl": nats of an image, "kl_channel": nats of each channel [c],
-        "beta"}), float32.
+        (loss, {"reconstruction": mean error of a pixel, "kl": nats of an image, "kl_channel": nats of each
+        channel [c], "beta", and of the terms that are used "perceptual", "generator", "adaptive_weight"}),
+        float32.
 
     Sources: Higgins et al. 2017, eq. 4 (beta); Kingma et al. 2016, eq. 16 (free bits); Rombach et al. 2022,
       appendix G.
     """
-    one_of("reconstruction", reconstruction, ("mse", "l1"))
+    distance = image_distance(images, reconstruction, perceptual)
     posterior = encode(images)
     posterior = DiagonalGaussian(*(moment.astype(jnp.float32) for moment in posterior))
-    decoded = decode(posterior.sample(key)).astype(jnp.float32)
-    check_shapes(decoded=decoded, images=images)
-    error = decoded - images
-    distance = jnp.mean(jnp.square(error) if reconstruction == "mse" else jnp.abs(error))
+    z = posterior.sample(key)
+    loss, _, metrics = reconstruction_loss(z, decode, distance, log_variance, adversary)
     kl = kl_per_channel(posterior)
     pixels = images.size // images.shape[0]
-    loss = distance + beta * jnp.sum(jnp.maximum(free_bits, kl)) / pixels
-    return loss, {"reconstruction": distance, "kl": jnp.sum(kl), "kl_channel": kl, "beta": jnp.float32(beta)}
+    loss = loss + beta * jnp.sum(jnp.maximum(free_bits, kl)) / pixels
+    return loss, {**metrics, "kl": jnp.sum(kl), "kl_channel": kl, "beta": jnp.float32(beta)}
 
 
 @checked(
