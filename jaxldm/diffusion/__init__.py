@@ -60,7 +60,7 @@ from jaxldm.diffusion.guidance_schedules import cfg_plus_plus, guidance_interval
 from jaxldm.diffusion.inpainting import inpaint, resampling_grid
 from jaxldm.diffusion.interpolants import INTERPOLANTS, Interpolant, interpolant_gamma
 from jaxldm.diffusion.listeners import Listener, listening
-from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr
+from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr, p2
 from jaxldm.diffusion.masked_tokens import (
     MASK_SCHEDULES,
     Unmasking,
@@ -220,6 +220,7 @@ __all__ = [
     "mode",
     "network_branches",
     "on_path",
+    "p2",
     "pad",
     "path_from_dict",
     "path_to_dict",

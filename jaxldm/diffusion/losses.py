@@ -26,6 +26,7 @@ from jaxldm.errors import InvalidArgumentError
     x_0=array("floating", "[B, ...]", axes=(2, 64), instead="x / 127.5 - 1 of 8-bit images"),
     weight=optional(function("log-SNR -> weight")),
     time=optional(function("(key, shape, path) -> t")),
+    log_variance=optional(function("log-SNR -> log-variance")),
     noise_offset=number(0),
     condition_dropout=number(0, 1),
 )
@@ -38,6 +39,7 @@ def diffusion_loss(
     *,
     weight: Callable[[Any], Any] | None = None,
     time: TrainingTimes | None = None,
+    log_variance: Callable[[Any], Any] | None = None,
     noise_offset: float = 0.0,
     null_condition: Any = None,
     condition_dropout: float = 0.0,
@@ -56,6 +58,9 @@ def diffusion_loss(
             over to the output by `prediction.gain(t)^2`. None: the plain error of the output.
         time: (key, shape, path) -> t, such as `logit_normal()`. None: `log_normal()` on an EDM path, else
             `uniform()`.
+        log_variance: log-SNR [B] -> u [B], trained with the network: the weighted error becomes
+            error / exp(u) + u, whose least is at u = ln of the mean error at that noise (Karras et al. 2024,
+            EDM2, equation 15). Every noise then pulls alike, whatever the weight is.
         noise_offset: adds noise_offset N(0, 1) of shape [B, 1, 1, C] to eps, and keeps it in the target, so
             that the model learns to move the mean brightness (Guttenberg 2023; 0.05 to 0.1).
         null_condition: what a dropped condition is replaced by (see `classifier_free_guidance`).
@@ -88,11 +93,13 @@ def diffusion_loss(
     check_output_shape(output, x_0)
     error = output.astype(x_0.dtype) - prediction.target(x_0, epsilon, t)
     squares = jnp.mean(error**2, axis=tuple(range(1, x_0.ndim)))
-    loss = mse = jnp.mean(squares)
+    mse, log_snr = jnp.mean(squares), 2 * (jnp.log(alpha) - jnp.log(sigma))
     if weight is not None:
-        log_snr = 2 * (jnp.log(alpha) - jnp.log(sigma))
-        loss = jnp.mean(weight(log_snr) * prediction.gain(t) ** 2 * squares)
-    return loss, {"mse": mse}
+        squares = weight(log_snr) * prediction.gain(t) ** 2 * squares
+    if log_variance is not None:
+        u = log_variance(log_snr)
+        squares = squares * jnp.exp(-u) + u
+    return jnp.mean(squares), {"mse": mse}
 
 
 @checked(gamma=number(above=0, note="(5 in the paper)"))
@@ -107,6 +114,26 @@ def min_snr(gamma: float = 5.0) -> Callable[[Any], Any]:
         InvalidArgumentError: unless gamma > 0.
     """
     return lambda log_snr: jnp.minimum(jnp.exp(log_snr), gamma)
+
+
+@checked(k=number(above=0, note="(1 in the paper)"), gamma=number(0, note="(0.5 or 1 in the paper)"))
+def p2(k: float = 1.0, gamma: float = 1.0) -> Callable[[Any], Any]:
+    """SNR / (k + SNR)^gamma, a weight for `diffusion_loss` (Choi et al. 2022, equation 8).
+
+    On the error of the noise it is 1 / (k + SNR)^gamma: less for the last details. With gamma = 0 it is no
+    weight there.
+
+    Raises:
+        InvalidArgumentError: unless k > 0 and gamma >= 0.
+    """
+
+    def weight(log_snr: Any) -> Any:
+        log_snr = jnp.minimum(log_snr, 80.0)  # exp(80) is near the largest number of float32
+        return jnp.exp(
+            log_snr - gamma * jnp.logaddexp(jnp.log(jnp.float32(k)).astype(log_snr.dtype), log_snr)
+        )
+
+    return weight
 
 
 @checked(key=one_key, condition=a_condition, probability=number(0, 1))

@@ -135,6 +135,44 @@ def test_published_min_snr_weights():
     assert D.min_snr(5.0)(-jnp.inf) == 0 and D.min_snr(5.0)(jnp.inf) == 5
 
 
+@pytest.mark.parametrize(("k", "gamma"), [(1.0, 1.0), (1.0, 0.5), (0.1, 2.0)])
+def test_p2_on_the_noise_is_the_published_weight(k, gamma):
+    """1 / (k + SNR)^gamma, and no weight on the noise at all for gamma = 0."""
+    t = np.arange(1000)
+    snr = VP.alpha(t) ** 2 / VP.sigma(t) ** 2
+    gain = D.epsilon(VP).gain(jnp.asarray(t, jnp.float32)) ** 2
+    log_snr = jnp.asarray(np.log(snr), jnp.float32)
+    np.testing.assert_allclose(D.p2(k, gamma)(log_snr) * gain, (k + snr) ** -gamma, rtol=1e-4)
+    np.testing.assert_allclose(D.p2(k, 0.0)(log_snr) * gain, 1, rtol=1e-4)
+    assert D.p2(k, gamma)(jnp.float32(-jnp.inf)) == 0
+    assert np.isfinite(D.p2(k, gamma)(jnp.float32(jnp.inf)))
+    assert D.p2()(jnp.float32(jnp.inf)) == 1
+
+
+def test_a_learned_log_variance_is_the_logarithm_of_the_mean_error():
+    """The minimiser of error / exp(u) + u at each noise is u = ln E[error]: known for Gaussian data."""
+    prediction, steps = D.v(VP), 10
+    t = jnp.asarray(np.linspace(50, 950, steps).astype(int), jnp.float32)
+    times = lambda key, shape, path: jnp.tile(t, shape[0] // steps)  # noqa: E731
+    log_snr = 2 * (jnp.log(VP.alpha(t)) - jnp.log(VP.sigma(t)))
+
+    def loss(table, key):
+        u = lambda seen: table[jnp.argmin(jnp.abs(seen[:, None] - log_snr[None]), 1)]  # noqa: E731
+        return D.diffusion_loss(key, exact(prediction), prediction, X_0, time=times, log_variance=u)
+
+    def newton(table, key):  # the second derivative at the least is 1 / steps
+        gradient, aux = jax.grad(loss, has_aux=True)(table, key)
+        return table - steps * gradient, aux["mse"]
+
+    keys = jax.random.split(KEY, 30)
+    table, mse = jax.jit(lambda start: jax.lax.scan(newton, start, keys))(jnp.zeros(steps))
+    alpha, sigma = VP.alpha(t), VP.sigma(t)
+    least = STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2) / prediction.gain(t) ** 2
+    np.testing.assert_allclose(table, np.log(least), atol=4 * (2 / (200 * 32)) ** 0.5)
+    plain = D.diffusion_loss(keys[-1], exact(prediction), prediction, X_0, time=times)[1]["mse"]
+    assert float(mse[-1]) == pytest.approx(float(plain), rel=1e-6)  # the plain error is not touched
+
+
 def test_a_weight_of_ones_own_is_a_function_of_log_snr():
     """SNR as the weight on x_0 is no weight on eps (Ho et al. 2020)."""
     prediction = D.epsilon(VP)
