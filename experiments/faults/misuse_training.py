@@ -13,6 +13,7 @@ from jaxldm import models
 from jaxldm import training as T
 
 TABLE = np.eye(3, 1, dtype=np.float32)
+TOKENS = np.ones((1, 2, 3), np.float32)
 LOGITS = np.zeros((2, 2, 2, 1), np.float32)
 
 
@@ -44,6 +45,13 @@ def of_training() -> list[Case]:
             "T.adaptive_weight", T.adaptive_weight, nll_gradient=TABLE, generator_gradient=TABLE, largest=1e4
         ),
         *codebooks(),
+        array_case("T.alignment_loss", T.alignment_loss, projected=TOKENS, features=TOKENS),
+        Case(
+            "T.kept_tokens",
+            T.kept_tokens,
+            {"key": KEY, "batch_size": 1, "num_tokens": 4, "share": 0.5},
+            False,
+        ),
         Case(
             "T.equivariance_loss",
             T.equivariance_loss,

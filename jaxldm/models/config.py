@@ -26,6 +26,7 @@ LOWEST = {
     "dual_attention_layers": 0,
     "axes_dims_rope": 0,
     "axes_dims": 0,
+    "route": 0,
     "nhead": -1,  # of a level without attention
     "bos_token_id": -1,
     "eos_token_id": -1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxldm.errors import one_of
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.attention import SelfAttention
@@ -50,6 +51,9 @@ class DiTConfig(ModelConfig):
         norm_eps: 1e-6 as published.
         scan: compile one block for all, see `jaxldm.nn.block_stack`.
         remat: recompute activations inside of blocks in the backward pass, to save memory.
+        route: (first, last): from block `first` up to, not including, block `last` the network can go on with
+            a part of the tokens, see `kept` in its call. For training (Krause et al. 2025, TREAD).
+        tap: the tokens behind so many blocks are sown as the intermediate "tapped". For training.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -69,8 +73,19 @@ class DiTConfig(ModelConfig):
     dtype: str = "float32"
     scan: bool = False
     remat: bool = False
+    route: tuple[int, int] | None = None
+    tap: int | None = None
 
     def check_values(self) -> None:
+        if self.route is not None:
+            check(
+                len(self.route) == 2 and 0 <= self.route[0] < self.route[1] <= self.depth,
+                f"route must be (first, last) of the {self.depth} blocks, got {self.route}",
+            )
+        check(
+            self.tap is None or self.tap <= self.depth,
+            f"tap must be at most the {self.depth} blocks, got {self.tap}",
+        )
         for side in height_width(self.sample_size):
             check(
                 side % self.patch_size == 0,
@@ -96,6 +111,12 @@ class DiTConfig(ModelConfig):
     def out_channels(self) -> int:
         """Channels of the output, those of the last layer."""
         return self.head_channels
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """The blocks in runs (first, last) that are cut where tokens leave, come back or are sown."""
+        cuts = sorted({0, self.depth, *(self.route or ()), *(() if self.tap is None else (self.tap,))})
+        return list(itertools.pairwise(cuts))
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -210,6 +231,7 @@ class DiT(nn.Module):
         t: Float[Array, " B"],
         labels: Int[Array, " B"] | None = None,
         train: bool = False,
+        kept: Int[Array, "B k"] | None = None,
     ) -> Float[Array, "B H W out"]:
         """Predict from noisy images or latents, the time and the class.
 
@@ -219,15 +241,21 @@ class DiT(nn.Module):
             labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
                 for all.
             train: draw dropout from the rng stream "dropout".
+            kept: int `[B, k]`, tokens that go through the blocks of the config's `route`, different ones; the
+                others skip these blocks. None: all go through.
 
         Returns:
             `[B, H, W, out_channels]` in the dtype of x: zero everywhere at the start of training. With
             `learn_sigma` the second half of the channels is for the variance.
 
         Raises:
-            InvalidArgumentError: labels given to a model without classes.
+            InvalidArgumentError: labels given to a model without classes, `kept` to one without a route.
         """
         config = self.config
+        if kept is not None and config.route is None:
+            raise InvalidArgumentError(
+                "kept is for a network with a route: give its config route=(first, last)"
+            )
         height, width = height_width(config.sample_size)
         chex.assert_shape(x, (None, height, width, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
@@ -236,11 +264,28 @@ class DiT(nn.Module):
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is not None:
             c = c + LabelEmbedder(config, name="y_embedder")(labels)
-        block = functools.partial(DiTBlock, config)
-        options = {"scan": config.scan, "remat": config.remat}
-        h = apply_blocks(block, "blocks", config.depth, h, c, train, **options)
+        h = self._blocks(h, c, train, kept)
         tokens = FinalLayer(config, name="final_layer")(h, c)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
+
+    def _blocks(
+        self, h: Float[Array, "B N C"], c: Float[Array, "B C"], train: bool, kept: Int[Array, "B k"] | None
+    ) -> Float[Array, "B N C"]:
+        """All blocks; those of the route on the kept tokens alone."""
+        config, full = self.config, h
+        block = functools.partial(DiTBlock, config)
+        options = {"scan": config.scan, "remat": config.remat}
+        enters, leaves = config.route if kept is not None and config.route else (-1, -1)
+        for first, last in config.segments:
+            if first == enters:
+                full, h = h, jnp.take_along_axis(h, cast(Array, kept)[..., None], axis=1)
+            h = apply_blocks(block, "blocks", last - first, h, c, train, first=first, **options)
+            if last == config.tap:
+                self.sow("intermediates", "tapped", h)
+            if last == leaves:
+                rows = jnp.arange(h.shape[0])[:, None]
+                h = full.at[rows, cast(Array, kept)].set(h)
+        return h
 
     def _position(self) -> Float[Array, "1 N C"]:
         config = self.config

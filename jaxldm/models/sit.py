@@ -50,8 +50,9 @@ class SiT(DiT):
         t: Float[Array, " B"],
         labels: Int[Array, " B"] | None = None,
         train: bool = False,
+        kept: Int[Array, "B k"] | None = None,
     ) -> Float[Array, "B H W C"]:
-        return super().__call__(x, t, labels, train)[..., : x.shape[-1]]
+        return super().__call__(x, t, labels, train, kept)[..., : x.shape[-1]]
 
 
 PRESETS = {

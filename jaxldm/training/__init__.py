@@ -17,6 +17,7 @@ from jaxldm.training.codebook import (
     quantization_losses,
     update_codebook,
 )
+from jaxldm.training.denoiser_terms import alignment_loss, kept_tokens
 from jaxldm.training.equivariance import equivariance_loss
 from jaxldm.training.kept import KeptParams, kept_steps, read_kept
 from jaxldm.training.known_recipes import RECIPES
@@ -63,6 +64,7 @@ __all__ = [
     "TextRecipe",
     "TrainState",
     "adaptive_weight",
+    "alignment_loss",
     "annealed_beta",
     "autoencoder_loss",
     "check_recipe",
@@ -73,6 +75,7 @@ __all__ = [
     "equivariance_loss",
     "fit",
     "kept_steps",
+    "kept_tokens",
     "kl_per_channel",
     "latent_scale",
     "make_mesh",

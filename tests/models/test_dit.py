@@ -11,6 +11,7 @@ from torch_reference import assert_agrees, images, randomised, to_torch
 
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.models.dit import DiTBlock
 
 PUBLISHED = {  # Peebles & Xie 2023, table 1: depth, width, heads
     "s": (12, 384, 6),
@@ -246,3 +247,58 @@ def test_images_of_another_size_are_refused():
 def test_config_survives_its_dictionary():
     config = dataclasses.replace(models.PRESETS["tiny-dit"], sample_size=(8, 12), dropout=0.5)
     assert models.config_from_dict(models.config_to_dict(config)) == config
+
+
+def test_kept_tokens_go_through_the_route_as_if_there_were_no_others():
+    """By hand from the block's own parameters; the others skip it. A tap sees what is on the way."""
+    module = small(depth=3, route=(1, 2), tap=1)
+    params = random_params(small(depth=3))
+    x, t, labels = images(2, 8, 8, 3), np.float32([0.3, 700]), np.array([1, 2])
+    kept = np.array([[0, 3, 9], [15, 2, 7]])
+
+    @jax.jit
+    def both(params, kept):
+        _, seen = module.apply(
+            {"params": params}, x, t, labels, kept=kept, capture_intermediates=True, mutable="intermediates"
+        )
+        seen = seen["intermediates"]
+        before, after = seen["blocks_0"]["__call__"][0], seen["blocks_2"]["__call__"][0]
+        c = seen["t_embedder"]["__call__"][0] + seen["y_embedder"]["__call__"][0]
+        block = DiTBlock(module.config)
+        h = jnp.take_along_axis(before, kept[..., None], 1)
+        h = block.apply({"params": params["blocks_1"]}, h, c)
+        h = before.at[jnp.arange(2)[:, None], kept].set(h)
+        return after, block.apply({"params": params["blocks_2"]}, h, c), before, seen["tapped"][0]
+
+    found, expected, before, tapped = both(params, kept)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_array_equal(tapped, before)
+
+
+def test_a_scanned_network_with_a_route_has_the_published_tensors():
+    unrolled, scanned = small(depth=4), small(depth=4, scan=True, route=(1, 3))
+    params = random_params(unrolled)
+    same = checkpoints.from_state_dict(checkpoints.to_state_dict(params), models.shapes(scanned))
+    names = [name for name in same if name.startswith("blocks")]
+    assert names == ["blocks_0to0", "blocks_1to2", "blocks_3to3"]
+    x, t, labels = images(2, 8, 8, 3), np.float32([0.3, 700]), np.array([1, 2])
+    expected = jax.jit(unrolled.apply)({"params": params}, x, t, labels)
+    apply = jax.jit(scanned.apply)
+    every = np.tile(np.arange(16), (2, 1))
+    for kept in (None, every):  # without routing, and with all tokens on the route
+        found = apply({"params": same}, x, t, labels, kept=kept)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    few = apply({"params": same}, x, t, labels, kept=every[:, :5])
+    assert few.shape == expected.shape and np.abs(few - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("fields", [{"route": (2, 2)}, {"route": (0, 5)}, {"route": (1,)}, {"tap": 5}])
+def test_routes_and_taps_that_cannot_be(fields):
+    with pytest.raises(InvalidArgumentError, match=next(iter(fields))):
+        small(depth=4, **fields)
+
+
+def test_kept_tokens_need_a_route():
+    module = small()
+    with pytest.raises(InvalidArgumentError, match="route="):
+        module.apply({"params": {}}, images(1, 8, 8, 3), np.ones(1, np.float32), kept=np.zeros((1, 2), int))
