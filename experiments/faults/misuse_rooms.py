@@ -133,6 +133,9 @@ def pipelines_of_classes() -> list[Case]:
     return [Case("pipe", pipe, arguments, False, words)]
 
 
+TWO_PARTS = {name: {"bias": np.zeros(2, np.float32)} for name in ("encoder", "decoder")}
+
+
 def trainings() -> list[Case]:
     """Training any network on any loss."""
     adam = T.optimizer(1e-3, warmup_steps=1, total_steps=10)
@@ -167,7 +170,18 @@ def trainings() -> list[Case]:
             True,
             {"total_steps": "steps"},
         ),
-        Case("T.make_train_step", T.make_train_step, {"loss_fn": loss, "optimizer": adam, "ema_decay": None}),
+        Case(
+            "T.make_train_step",
+            T.make_train_step,
+            {"loss_fn": loss, "optimizer": adam, "ema_decay": None, "accumulate": 2},
+        ),
+        Case(
+            "T.Player",
+            T.Player,
+            {"name": "critic", "loss": loss, "optimizer": adam, "ema_decay": 0.9, "every": 1, "start": 0},
+        ),
+        Case("T.freeze", T.freeze, {"params": TWO_PARTS, "patterns": ["encoder/*"]}),
+        Case("T.merge", T.merge, {"params": TWO_PARTS, "frozen": {"head": np.zeros(2, np.float32)}}),
         Case("T.compile_train_step", T.compile_train_step, {"train_step": step, "mesh": T.make_mesh(1)}),
         Case(
             "T.create_train_state",

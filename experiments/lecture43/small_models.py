@@ -29,7 +29,8 @@ from jaxldm.files import write_atomically
 from jaxldm.metrics.evaluate import Classify
 from jaxldm.training.diffusion import STAGE, build_denoiser, make_loss
 from jaxldm.training.runs import open_run, save_denoiser
-from jaxldm.training.stages import Context, train_network
+from jaxldm.training.stages import Context, Job
+from jaxldm.training.train import run_job
 
 
 class Measured(NamedTuple):
@@ -224,8 +225,15 @@ class Bench:
         if not run.stage(STAGE).complete:
             columns = {"mean": images, "label": labels}
             loss = make_loss(diffusion, module)
-            params = train_network(context, STAGE, diffusion, module, loss, columns, on_sample)
-            save_denoiser(run, module, params, schedulers.to_config(diffusion.prediction))
+            init, scheduler = (
+                functools.partial(models.init, module),
+                schedulers.to_config(diffusion.prediction),
+            )
+
+            def finish(params):
+                save_denoiser(run, module, params, scheduler)
+
+            run_job(context, STAGE, Job(init, loss, columns, finish, on_sample))
 
         def lost() -> np.ndarray:
             raise CheckpointError(

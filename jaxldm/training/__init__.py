@@ -19,6 +19,7 @@ from jaxldm.training.codebook import (
 )
 from jaxldm.training.denoiser_terms import alignment_loss, kept_tokens
 from jaxldm.training.equivariance import equivariance_loss
+from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.kept import KeptParams, kept_steps, read_kept
 from jaxldm.training.known_recipes import RECIPES
 from jaxldm.training.log import read_log
@@ -42,7 +43,7 @@ from jaxldm.training.runs import (
     recipe_to_resume,
 )
 from jaxldm.training.state import TrainState, create_train_state
-from jaxldm.training.step import compile_train_step, make_train_step
+from jaxldm.training.step import Player, compile_train_step, make_train_step
 from jaxldm.training.train import check_recipe, stages_of, train
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "MaskedTokensRecipe",
     "Optimizer",
     "Plan",
+    "Player",
     "Quantized",
     "Recipe",
     "RunFolder",
@@ -74,12 +76,14 @@ __all__ = [
     "discriminator_loss",
     "equivariance_loss",
     "fit",
+    "freeze",
     "kept_steps",
     "kept_tokens",
     "kl_per_channel",
     "latent_scale",
     "make_mesh",
     "make_train_step",
+    "merge",
     "new_codebook",
     "optimizer",
     "quantization_losses",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -39,10 +40,11 @@ from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_autoencoder
 from jaxldm.training.stages import (
     Context,
+    Job,
+    Task,
     build_model,
     report_health,
     sample_size,
-    train_network,
     with_names,
 )
 from jaxldm.training.state import Params
@@ -190,24 +192,39 @@ def encode_all(
     return map_batches(lambda batch: encode(params, batch), images)
 
 
-def train_autoencoder(context: Context) -> None:
-    """Train the autoencoder of a run and write it, with its scaling_factor, into `vae`."""
+def prepare(context: Context) -> Job:
+    """The autoencoder of a run, which is written with its scaling_factor into `vae`."""
     recipe, folder = cast(AutoencoderRecipe, context.recipe.autoencoder), context.run.stage(STAGE)
     module = build_autoencoder(context.recipe, context.dataset.image_shape)
     rows = context.train_rows()
     held_out = context.some("validation")[0]
     reconstruct = jax.jit(lambda params, batch: module.apply({"params": params}, batch))
 
-    def on_sample(params: Params, step: int) -> None:
+    def preview(params: Params, step: int) -> None:
         decoded = reconstruct(params, held_out[:32])
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded)
 
     warmup_steps = round_product(recipe.beta_warmup_epochs, len(rows) // recipe.batch_size)
-    loss_fn = make_loss(recipe, module, warmup_steps)
-    params = train_network(
-        context, STAGE, recipe, module, loss_fn, with_names(rows, image="image"), on_sample
-    )
-    posterior = cast(Any, encode_all(module, params, rows))  # of NumPy arrays
+    loss = make_loss(recipe, module, warmup_steps)
+
+    def finish(params: Params) -> None:
+        posterior = cast(Any, encode_all(module, params, rows))  # of NumPy arrays
+        decoded = map_batches(lambda batch: reconstruct(params, batch), held_out)
+        save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
+        scaled = with_scale(context, module, posterior)
+        findings = [*check_reconstruction(held_out, decoded), *check_posterior_collapse(*posterior)]
+        report_health(context, folder, findings)
+        save_autoencoder(context.run, scaled, params)
+
+    init = functools.partial(models.init, module)
+    return Job(init, loss, with_names(rows, image="image"), finish, preview)
+
+
+TASK = Task(lambda recipe, shape, classes: build_autoencoder(recipe, shape), prepare)
+
+
+def with_scale(context: Context, module: nn.Module, posterior: Any) -> nn.Module:
+    """The autoencoder with the scaling_factor and shift_factor of its latents in its config."""
     diffusion = cast(DiffusionRecipe, context.recipe.diffusion)  # masked image models have no autoencoder
     seen = posterior.log_variance if diffusion.sample_latents else None
     scale, shift = latent_scale(posterior.mean, seen)
@@ -217,12 +234,8 @@ def train_autoencoder(context: Context) -> None:
         f"autoencoder: latents have mean {shift:+.3f} and standard deviation {1 / scale:.3f}; "
         f"scaling_factor {scale:.4f}"
     )
-    module = models.from_config(dataclasses.replace(module.config, scaling_factor=scale, shift_factor=shift))
-    decoded = map_batches(lambda batch: reconstruct(params, batch), held_out)
-    save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
-    findings = [*check_reconstruction(held_out, decoded), *check_posterior_collapse(*posterior)]
-    report_health(context, folder, findings)
-    save_autoencoder(context.run, module, params)
+    config = dataclasses.replace(cast(Any, module).config, scaling_factor=scale, shift_factor=shift)
+    return models.from_config(config)
 
 
 def save_reconstructions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,13 +13,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from jaxldm import models
 from jaxldm.data.augmentation import LIGHT, Augmentation, augment
 from jaxldm.files import write_atomically
 from jaxldm.metrics.evaluate import classifier_function
 from jaxldm.metrics.scores import accuracy
 from jaxldm.training.recipes import ClassifierRecipe, Recipe
 from jaxldm.training.runs import save_classifier
-from jaxldm.training.stages import Context, build_model, sample_size, train_network, with_names
+from jaxldm.training.stages import Context, Job, Task, build_model, sample_size, with_names
+from jaxldm.training.state import Params
 
 STAGE = "classifier"
 
@@ -70,18 +73,24 @@ def make_loss(recipe: ClassifierRecipe, module: nn.Module):
     return loss_fn
 
 
-def train_classifier(context: Context) -> None:
-    """Train the classifier of a run into `classifier/model`; write its test accuracy to `metrics.json`."""
+def prepare(context: Context) -> Job:
+    """The classifier of a run, into `classifier/model`; its test accuracy goes to `metrics.json`."""
     recipe, folder = cast(ClassifierRecipe, context.recipe.classifier), context.run.stage(STAGE)
     module = build_classifier(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = with_names(context.train_rows(), image="image", label="label")
-    params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns)
-    classify = classifier_function(module, params)
-    test_images, test_labels = context.some("test")
-    test_accuracy = accuracy(classify(test_images)[1], test_labels)
-    context.log(
-        f"classifier: {test_accuracy:.1%} of {len(test_labels)} real test images classified correctly"
-    )
-    figures = {"test_accuracy": test_accuracy, "test_images": len(test_labels)}
-    write_atomically(folder.path / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
-    save_classifier(context.run, module, params)
+
+    def finish(params: Params) -> None:
+        classify = classifier_function(module, params)
+        test_images, test_labels = context.some("test")
+        test_accuracy = accuracy(classify(test_images)[1], test_labels)
+        context.log(
+            f"classifier: {test_accuracy:.1%} of {len(test_labels)} real test images classified correctly"
+        )
+        figures = {"test_accuracy": test_accuracy, "test_images": len(test_labels)}
+        write_atomically(folder.path / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
+        save_classifier(context.run, module, params)
+
+    return Job(functools.partial(models.init, module), make_loss(recipe, module), columns, finish)
+
+
+TASK = Task(build_classifier, prepare)

@@ -29,12 +29,13 @@ from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
     MOST_CLASSES,
     Context,
+    Job,
+    Task,
     build_model,
     report_health,
     sample_size,
     save_samples,
     stage_keys,
-    train_network,
     with_names,
 )
 from jaxldm.training.state import Params
@@ -255,8 +256,8 @@ def with_captions(
     return on, [shortened(text, 24) for text in first], captioned.take(np.array(places))[STATES], captioned
 
 
-def train_diffusion(context: Context) -> None:
-    """Train the denoising network of a run and write its moving average into the run folder."""
+def prepare(context: Context) -> Job:
+    """The denoising network of a run, on latents or pixels."""
     recipe, folder = denoiser_recipe(context.recipe), context.run.stage(STAGE)
     module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     columns = latent_columns(context)
@@ -278,13 +279,16 @@ def train_diffusion(context: Context) -> None:
     draw, key = make_sampler(context, module, on, shown), stage_keys(context.recipe.seed, STAGE).sample
     drawn: list[np.ndarray] = []
 
-    def on_sample(params: Params, step: int) -> None:
+    def preview(params: Params, step: int) -> None:
         drawn[:] = draw(params, key)
         save_samples(folder, np.stack(drawn), names, step)
 
-    loss_fn = make_loss(recipe, module, on)
-    params = train_network(context, STAGE, recipe, module, loss_fn, columns, on_sample)
-    if drawn:
-        findings = [*findings, *check_blank(np.stack(drawn))]
-    report_health(context, folder, findings)
-    save_denoiser(context.run, module, params, schedulers.to_config(recipe.prediction), text)
+    def finish(params: Params) -> None:
+        report_health(context, folder, [*findings, *(check_blank(np.stack(drawn)) if drawn else ())])
+        save_denoiser(context.run, module, params, schedulers.to_config(recipe.prediction), text)
+
+    loss = make_loss(recipe, module, on)
+    return Job(functools.partial(models.init, module), loss, columns, finish, preview)
+
+
+TASK = Task(build_denoiser, prepare)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,13 +21,14 @@ from jaxldm.training.runs import MASKGIT_CLASS, save_denoiser
 from jaxldm.training.stages import (
     MOST_CLASSES,
     Context,
+    Job,
+    Task,
     build_model,
     labels_of_samples,
     report_health,
     sample_size,
     save_samples,
     stage_keys,
-    train_network,
 )
 from jaxldm.training.state import Params
 
@@ -100,8 +102,8 @@ def make_sampler(
     return lambda params, key: data.from_grey_levels(np.asarray(draw(params, key)), config.codebook_size)
 
 
-def train_masked_tokens(context: Context) -> None:
-    """Train the masked image model of a run and write its moving average into the run folder."""
+def prepare(context: Context) -> Job:
+    """The masked image model of a run, on the grey levels of its images."""
     recipe, folder = cast(MaskedTokensRecipe, context.recipe.masked_tokens), context.run.stage(STAGE)
     module = build_masked_model(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     config = cast(models.MaskGITTransformerConfig, module.config)
@@ -110,11 +112,17 @@ def train_masked_tokens(context: Context) -> None:
     draw, key = make_sampler(recipe, module), stage_keys(context.recipe.seed, STAGE).sample
     drawn: list[np.ndarray] = []
 
-    def on_sample(params: Params, step: int) -> None:
+    def preview(params: Params, step: int) -> None:
         drawn[:] = draw(params, key)
         save_samples(folder, np.stack(drawn), context.dataset.class_names[:MOST_CLASSES], step)
 
-    params = train_network(context, STAGE, recipe, module, make_loss(recipe, module), columns, on_sample)
-    report_health(context, folder, check_blank(np.stack(drawn)) if drawn else [])
-    scheduler = schedulers.masked_tokens_config(config.mask_token, recipe.schedule)
-    save_denoiser(context.run, module, params, scheduler, class_name=MASKGIT_CLASS)
+    def finish(params: Params) -> None:
+        report_health(context, folder, check_blank(np.stack(drawn)) if drawn else [])
+        scheduler = schedulers.masked_tokens_config(config.mask_token, recipe.schedule)
+        save_denoiser(context.run, module, params, scheduler, class_name=MASKGIT_CLASS)
+
+    loss = make_loss(recipe, module)
+    return Job(functools.partial(models.init, module), loss, columns, finish, preview)
+
+
+TASK = Task(build_masked_model, prepare)

@@ -80,9 +80,15 @@ def bytes_per_device(state: Any) -> int:
     return max(held.values(), default=0)
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raise `InvalidArgumentError` when a batch cannot be split evenly over the mesh."""
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raise `InvalidArgumentError` when a batch, or its parts, cannot be split evenly over the mesh."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if accumulate > 1 and batch_size % (shares * accumulate):
+        over = f" over {shares} devices" if shares > 1 else ""
+        raise InvalidArgumentError(
+            f"batch_size {batch_size} cannot be split into {accumulate} equal parts{over}: choose a multiple "
+            f"of {shares * accumulate}, or another accumulate"
+        )
     if batch_size % shares:
         raise InvalidArgumentError(
             f"batch_size {batch_size} cannot be split over {shares} devices: choose a multiple "

@@ -56,6 +56,7 @@ class StageRecipe:
             data and need not be given.
         epochs: how often each example is seen.
         batch_size: examples in an update.
+        accumulate: the batch is computed in so many parts, one after another: with the memory of a part.
         learning_rate, final_scale, weight_decay, max_grad_norm, b1, b2: see `jaxldm.training.optimizer`.
         warmup_epochs: of the learning rate; may be a fraction.
         ema_decay: of the moving average of the parameters, which is what the finished model then holds.
@@ -69,6 +70,7 @@ class StageRecipe:
     overrides: Options = dataclasses.field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 64
+    accumulate: int = 1
     learning_rate: float = 1e-3
     warmup_epochs: float = 0.5
     final_scale: float = 0.0
@@ -84,7 +86,7 @@ class StageRecipe:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("epochs", "batch_size", "keep_checkpoints"):
+        for name in ("epochs", "batch_size", "accumulate", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup_epochs", "save_every", "sample_every"):

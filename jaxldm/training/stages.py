@@ -1,4 +1,4 @@
-"""What the stages share: network, optimizer and plan from a recipe; keys; the finished model on disk."""
+"""What a stage is (`Task`, `Job`), and what the stages share: network, optimizer, plan, keys, pictures."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from jaxldm import models
-from jaxldm.data import ArrayRows, Batches, Dataset, Rows
-from jaxldm.data.batches import ReadAhead, RowsView
+from jaxldm.data import ArrayRows, Dataset, Rows
+from jaxldm.data.batches import RowsView
 from jaxldm.data.folders import FolderRows
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_INT32, round_product
 from jaxldm.files import write_atomically
-from jaxldm.metrics.health import Finding, check_loss, report
+from jaxldm.metrics.health import Finding, report
 from jaxldm.metrics.pictures import labelled_grid, save_png
-from jaxldm.training.loop import Plan, fit
+from jaxldm.training.loop import Plan
 from jaxldm.training.mesh import check_batch_size
 from jaxldm.training.optimizer import Optimizer, optimizer
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import RunFolder, StageFolder
-from jaxldm.training.state import Params, create_train_state
-from jaxldm.training.step import LossFunction, make_train_step
+from jaxldm.training.state import Params
+from jaxldm.training.step import LossFunction, Player
 
 MAX_STEPS = LARGEST_INT32  # they are counted in int32
 MAX_BYTES_AS_ARRAYS = 2**30  # of a folder's pictures, decoded; more are read from disk by batch
@@ -90,6 +90,43 @@ class Context:
         return images[: self.recipe.max_train_images], labels[: self.recipe.max_train_images]
 
 
+class Job(NamedTuple):
+    """What a stage trains in a run: all that the loop has to know of it.
+
+    Attributes:
+        init: key -> the parameters to begin with; of players a dict by their names.
+        loss: `loss(params, state, batch, key) -> (loss, metrics)`, or players: see `make_train_step`.
+        data: columns or rows of examples.
+        finish: takes the finished parameters (their moving average where there is one), on the host, and
+            writes the network into the run folder; then, and only then, the stage is complete.
+        preview: (parameters, step) -> None, a picture of how far it is, every `sample_every` epochs.
+        frozen: what the loss finds as `state.frozen`.
+        freeze: patterns of parameters that stay as `init` made them (`jaxldm.training.freeze`). The loss,
+            the preview and the end are given the whole network all the same.
+    """
+
+    init: Callable[[PRNGKeyArray], Params]
+    loss: LossFunction | Sequence[Player]
+    data: Mapping[str, Any] | Rows
+    finish: Callable[[Params], None]
+    preview: Callable[[Params, int], None] | None = None
+    frozen: Any = None
+    freeze: Sequence[str] = ()
+
+
+class Task(NamedTuple):
+    """What one stage of a recipe trains.
+
+    Attributes:
+        build: (recipe, image shape, number of classes) -> the network. Raises `UnknownNameError` and
+            `InvalidArgumentError` for whatever would fail later; computes nothing.
+        prepare: (context) -> the job: reads or computes what is trained on. Trains nothing.
+    """
+
+    build: Callable[[Recipe, tuple[int, int, int], int], nn.Module]
+    prepare: Callable[[Context], Job]
+
+
 def with_names(rows: Rows, **names: str) -> Rows:
     """Rows with their columns under other names, name="name there"; arrays stay arrays."""
     if isinstance(rows, ArrayRows):
@@ -114,7 +151,7 @@ def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
 
 def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
     """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`."""
-    check_batch_size(mesh, recipe.batch_size)
+    check_batch_size(mesh, recipe.batch_size, recipe.accumulate)
     if recipe.batch_size > num_examples:
         raise InvalidArgumentError(
             f"batch_size {recipe.batch_size} is more than the {num_examples} training images"
@@ -142,43 +179,6 @@ def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[
     return adam, Plan(total, save_every, sample_every, recipe.keep_checkpoints)
 
 
-def train_network(
-    context: Context,
-    stage: str,
-    recipe: StageRecipe,
-    module: nn.Module,
-    loss_fn: LossFunction,
-    columns: Mapping[str, Shaped[np.ndarray, "N ..."]] | Rows,
-    on_sample: Callable[[Params, int], None] | None = None,
-) -> Params:
-    """Fit one network on columns or rows of examples; return its parameters, or their moving average."""
-    keys = stage_keys(context.recipe.seed, stage)
-    batches = Batches(columns, recipe.batch_size, keys.order)
-    on_disk = not isinstance(batches.rows, ArrayRows)
-    params = models.init(module, keys.init)
-    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
-    state = create_train_state(keys.train, params, adam, ema=recipe.ema_decay is not None)
-
-    def finished_params(state):
-        return jax.device_get(state.evaluation_params)
-
-    state = fit(
-        state,
-        make_train_step(loss_fn, adam, recipe.ema_decay),
-        ReadAhead(batches) if on_disk else batches,
-        plan,
-        context.run.stage(stage).path,
-        resume=context.resume,
-        mesh=context.mesh,
-        name=stage,
-        on_sample=on_sample and (lambda state, step: on_sample(finished_params(state), step)),
-        explain_divergence=explain_divergence,
-        log=context.log,
-        bar=context.bar,
-    )
-    return finished_params(state)
-
-
 def labels_of_samples(num_classes: int, samples_per_class: int) -> Int[np.ndarray, " N"]:
     """The labels of a picture of samples: every class (of the first ten) so many times."""
     return np.tile(np.arange(min(num_classes, MOST_CLASSES), dtype=np.int32), samples_per_class)
@@ -193,12 +193,6 @@ def save_samples(
         np.nan_to_num(images, nan=-1.0), len(names), title=title, column_labels=names, scale=2
     )
     save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
-
-
-def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
-    """Likely cause and fix of a loss that is not finite, in one line."""
-    finding = check_loss([float("nan")])[0]
-    return f"likely cause: {finding.likely_cause}; fix: {finding.fix}"
 
 
 def report_health(context: Context, folder: StageFolder, findings: Sequence[Finding]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxldm.arguments import a_tree, checked, flag, one_key, refuse
+from jaxldm.errors import InvalidArgumentError
 
 Params = Any  # a nested dict of float32 arrays
 
@@ -19,9 +20,10 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: number of finished updates.
-        params: what the optimizer moves.
+        params: what the optimizer moves. Of several players (`jaxldm.training.Player`) this and the two
+            below are dicts by their names.
         opt_state: of the optimizer.
-        ema_params: moving average of `params`; None where none is kept.
+        ema_params: moving average of `params`; None where none is kept. Players without one have no entry.
         key: never changes: update n draws its random numbers from `fold_in(key, n)`, so a resumed run draws
             the same numbers as one that was never interrupted.
         frozen: any pytree that a loss may look at and no optimizer moves (a teacher, the base weights under
@@ -38,11 +40,17 @@ class TrainState(flax.struct.PyTreeNode):
     @property
     def evaluation_params(self) -> Params:
         """The parameters to draw and to measure with: the moving average where there is one."""
+        if isinstance(self.params, dict) and isinstance(self.ema_params, dict):
+            return {**self.params, **self.ema_params}
         return self.params if self.ema_params is None else self.ema_params
 
 
 def has_init(name: str, value: Any) -> Any:
-    """An optimizer."""
+    """An optimizer, or players that have one each."""
+    if isinstance(value, (list, tuple)) and not callable(getattr(value, "init", None)):
+        for player in value:
+            has_init(f"the optimizer of each of {name}", getattr(player, "optimizer", player))
+        return value
     if not callable(getattr(value, "init", None)) or isinstance(value, type):
         raise refuse(name, "an optimizer such as training.optimizer(1e-3)", value)
     return value
@@ -54,16 +62,34 @@ def create_train_state(
 ) -> TrainState:
     """The state before the first update: `ema_params` starts as a copy of `params`.
 
+    Given players in place of an optimizer, `params` are a dict by their names, and moving averages are kept
+    of those with an `ema_decay`.
+
     A copy, not the same arrays: the train step is given the whole state to overwrite, and one buffer cannot
     be given away twice. For the same reason the key and `frozen` are copied, as their owner may still want
     them.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)  # noqa: E731
+    if callable(getattr(optimizer, "init", None)):
+        opt_state, ema_params = optimizer.init(params), copy(params) if ema else None
+    else:
+        _check_names(params, [player.name for player in optimizer])
+        opt_state = {player.name: player.optimizer.init(params[player.name]) for player in optimizer}
+        averaged = [player.name for player in optimizer if player.ema_decay is not None]
+        ema_params = {name: copy(params[name]) for name in averaged} or None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=copy(params),
-        opt_state=optimizer.init(params),
-        ema_params=copy(params) if ema else None,
+        opt_state=opt_state,
+        ema_params=ema_params,
         key=jnp.array(key, copy=True),
         frozen=copy(frozen),
     )
+
+
+def _check_names(params: Params, players: list[str]) -> None:
+    if not isinstance(params, dict) or sorted(params) != sorted(players):
+        given = ", ".join(map(str, params)) if isinstance(params, dict) else type(params).__name__
+        raise InvalidArgumentError(
+            f"params must be a dict with the parameters of each player ({', '.join(players)}), got {given}"
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxldm.arguments import checked, function, number, optional
+from jaxldm.arguments import check_fields, checked, count, function, number, optional, refuse, text
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.mesh import A_MESH, batch_sharding, replicated, state_shardings
 from jaxldm.training.optimizer import AN_OPTIMIZER, Optimizer
@@ -21,6 +23,72 @@ Batch = Any  # a dict of arrays with the examples along axis 0
 Metrics = dict[str, Float[Array, ""]]
 LossFunction = Callable[[Params, TrainState, Batch, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+A_LOSS = function("(params, state, batch, key) -> (loss, metrics)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """One of several networks that train each other, such as an autoencoder and its discriminator.
+
+    Attributes:
+        name: its entry in the dicts `params`, `opt_state` and `ema_params` of the state.
+        loss: `loss(params, state, batch, key) -> (loss, metrics)`; `params` are the player's own, those of
+            the others are in `state.params`.
+        optimizer: of its parameters.
+        ema_decay: of their moving average; None: none is kept.
+        every: it moves in every so-manieth update,
+        start: beginning with the update after so many.
+    """
+
+    name: str
+    loss: LossFunction
+    optimizer: Optimizer
+    ema_decay: float | None = None
+    every: int = 1
+    start: int = 0
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            name=text,
+            loss=A_LOSS,
+            optimizer=AN_OPTIMIZER,
+            ema_decay=optional(number(0, 1)),
+            every=count(1),
+            start=count(0),
+        )
+
+    @property
+    def always(self) -> bool:
+        """Whether it moves in every update."""
+        return self.every == 1 and self.start == 0
+
+    def turns(self, step: Int[Array, ""]) -> Int[Array, ""]:
+        """How often it has moved in the first `step` updates."""
+        return step if self.always else jnp.maximum(0, step - self.start + self.every - 1) // self.every
+
+    def moves(self, step: Int[Array, ""]) -> Any:
+        """Whether it moves in the update after `step`."""
+        return (step >= self.start) & ((step - self.start) % self.every == 0)
+
+
+def some_players(name: str, value: Any) -> tuple[Player, ...]:
+    """Players with different names."""
+    wanted = "a loss, or players such as (training.Player(name, loss, optimizer), ...)"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+        raise refuse(name, wanted, value)
+    for player in value:
+        if not isinstance(player, Player):
+            raise refuse(f"each of {name}", "a training.Player(name, loss, optimizer)", player)
+    names = [player.name for player in value]
+    if len(set(names)) < len(names):
+        raise InvalidArgumentError(f"{name}: two players have one name, got {', '.join(names)}")
+    return tuple(value)
+
+
+def a_loss_or_players(name: str, value: Any) -> Any:
+    """A loss function, or players."""
+    return A_LOSS(name, value) if callable(value) else some_players(name, value)
 
 
 def ema_decay_at(ema_decay: float, step: int | Int[Array, ""]) -> Float[Array, ""]:
@@ -39,50 +107,185 @@ def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> P
 
 
 @checked(
-    loss_fn=function("(params, state, batch, key) -> (loss, metrics)"),
-    optimizer=AN_OPTIMIZER,
+    loss_fn=a_loss_or_players,
+    optimizer=optional(AN_OPTIMIZER),
     ema_decay=optional(number(0, 1)),
+    accumulate=count(1),
 )
-def make_train_step(loss_fn: LossFunction, optimizer: Optimizer, ema_decay: float | None = None) -> TrainStep:
-    """Return a pure `train_step(state, batch) -> (state, metrics)`.
+def make_train_step(
+    loss_fn: LossFunction | Sequence[Player],
+    optimizer: Optimizer | None = None,
+    ema_decay: float | None = None,
+    *,
+    accumulate: int = 1,
+) -> TrainStep:
+    """Return a pure `train_step(state, batch) -> (state, metrics)`, of one network or of several players.
+
+    Players move in turn, in the order given: each sees in `state` what those before it have just become, and
+    one whose turn it is not stays as it is, bit for bit, its optimizer's state too.
 
     Args:
         loss_fn: `loss_fn(params, state, batch, key) -> (loss, metrics)`: a float32 scalar, the mean over the
             batch, and a dict of numbers to log. Gradients are taken with respect to `params`, which are
             `state.params`; of the state it may use `step` (for schedules inside the loss) and `frozen`.
-            `key` is `fold_in(state.key, state.step)`.
-        optimizer: see `jaxldm.training.optimizer`.
+            `key` is `fold_in(state.key, state.step)`. Or players, each of which has a loss: the key of
+            player i is `fold_in(key, i)`.
+        optimizer: see `jaxldm.training.optimizer`; players have their own.
         ema_decay: of the moving average after each update; the state must then hold `ema_params`.
+        accumulate: the batch is split into so many parts that follow one another, and their gradients and
+            metrics are averaged: an update as of the whole batch with the memory of a part. The key of part
+            i is `fold_in(key, i)`.
 
     Returns:
         The step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate` and those of the
-        loss.
+        loss; of the second and later players "NAME_loss" and so on. Those of a player whose turn it is not
+        are NaN.
     """
+    if callable(loss_fn):
+        if optimizer is None:
+            raise InvalidArgumentError("optimizer is missing: write make_train_step(loss_fn, optimizer)")
+        return _step_of_one(_Turn(loss_fn, optimizer, ema_decay, accumulate))
+    if optimizer is not None or ema_decay is not None:
+        raise InvalidArgumentError(
+            "players have their own optimizer and ema_decay: write make_train_step(players)"
+        )
+    return _step_of_players(loss_fn, accumulate)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch, key)
-        if loss.shape != () or loss.dtype != jnp.float32:
-            raise InvalidArgumentError(
-                f"loss_fn must return a float32 scalar, got shape {list(loss.shape)} of {loss.dtype}: write "
-                "jnp.mean(loss.astype(jnp.float32))"
-            )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_decay is not None:
-            ema_params = update_ema(ema_params, params, ema_decay_at(ema_decay, state.step))
+
+class _Own(NamedTuple):
+    """What an update changes of one network."""
+
+    params: Params
+    opt_state: Any
+    ema_params: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """One update of one network."""
+
+    loss_fn: LossFunction
+    optimizer: Optimizer
+    ema_decay: float | None
+    accumulate: int
+
+    def __call__(
+        self, own: _Own, state: TrainState, batch: Batch, key: PRNGKeyArray, turn: Int[Array, ""]
+    ) -> tuple[_Own, Metrics]:
+        loss, aux, gradients = self.gradients(own.params, state, batch, key)
+        updates, opt_state = self.optimizer.update(gradients, own.opt_state, own.params)
+        params = optax.apply_updates(own.params, updates)
+        ema_params = own.ema_params
+        if self.ema_decay is not None:
+            ema_params = update_ema(ema_params, params, ema_decay_at(self.ema_decay, turn))
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": optimizer.learning_rate(state.step),
+            "learning_rate": self.optimizer.learning_rate(turn),
             **aux,
         }
-        return state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
-        ), metrics
+        return _Own(params, opt_state, ema_params), metrics
+
+    def gradients(self, params: Params, state: TrainState, batch: Batch, key: PRNGKeyArray):
+        """(loss, other metrics, gradients), averaged over the parts of the batch."""
+
+        def of(batch, key):
+            (loss, aux), gradients = jax.value_and_grad(self.loss_fn, has_aux=True)(params, state, batch, key)
+            if loss.shape != () or loss.dtype != jnp.float32:
+                raise InvalidArgumentError(
+                    f"loss_fn must return a float32 scalar, got shape {list(loss.shape)} of {loss.dtype}: "
+                    "write jnp.mean(loss.astype(jnp.float32))"
+                )
+            return loss, aux, gradients
+
+        if self.accumulate == 1:
+            return of(batch, key)
+
+        def add(total, part):
+            number, batch = part
+            loss, aux, gradients = of(batch, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, gradients), (loss, aux)
+
+        parts = jnp.arange(self.accumulate), _parts(batch, self.accumulate)
+        total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        loss, aux = jax.tree.map(functools.partial(jnp.mean, axis=0), metrics)
+        return loss, aux, jax.tree.map(lambda gradient: gradient / self.accumulate, total)
+
+
+def _parts(batch: Batch, number: int) -> Batch:
+    """The batch as parts that follow one another along a new axis 0.
+
+    Part i has the examples i, i + number, ...: so every device keeps its own, where they are split over it.
+    """
+
+    def split(column):
+        if column.shape[0] % number:
+            raise InvalidArgumentError(
+                f"a batch of {column.shape[0]} examples cannot be split into {number} equal parts: choose an "
+                "accumulate that divides it"
+            )
+        return jnp.swapaxes(jnp.reshape(column, (-1, number, *column.shape[1:])), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _step_of_one(turn: _Turn) -> TrainStep:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        own = _Own(state.params, state.opt_state, state.ema_params)
+        own, metrics = turn(own, state, batch, key, state.step)
+        return state.replace(step=state.step + 1, **own._asdict()), metrics
 
     return train_step
+
+
+def _step_of_players(players: Sequence[Player], accumulate: int) -> TrainStep:
+    turns = [_Turn(player.loss, player.optimizer, player.ema_decay, accumulate) for player in players]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key, new, metrics = jax.random.fold_in(state.key, state.step), state, {}
+        for place, (player, turn) in enumerate(zip(players, turns, strict=True)):
+            update = functools.partial(
+                turn,
+                state=new,
+                batch=batch,
+                key=jax.random.fold_in(key, place),
+                turn=player.turns(state.step),
+            )
+            own = _Own(*(_of(tree, player.name) for tree in (new.params, new.opt_state, new.ema_params)))
+            if player.always:
+                own, found = update(own)
+            else:
+                own, found = jax.lax.cond(player.moves(state.step), update, _stay(update), own)
+            new = new.replace(
+                **{
+                    name: {**(getattr(new, name) or {}), player.name: part}
+                    for name, part in own._asdict().items()
+                    if part is not None
+                }
+            )
+            metrics |= found if place == 0 else {f"{player.name}_{name}": found[name] for name in found}
+        return new.replace(step=state.step + 1), metrics
+
+    return train_step
+
+
+def _of(tree: Any, name: str) -> Any:
+    """The entry of a player; None where it has no moving average."""
+    return None if tree is None else cast(Any, tree).get(name)
+
+
+def _stay(update: Callable[[_Own], tuple[_Own, Metrics]]) -> Callable[[_Own], tuple[_Own, Metrics]]:
+    """What takes the place of an update that is not due."""
+
+    def stay(own):
+        _, metrics = jax.eval_shape(update, own)
+        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+        return own, jax.tree.map(
+            lambda leaf: jnp.full(leaf.shape, jnp.nan if floating(leaf) else 0, leaf.dtype), metrics
+        )
+
+    return stay
 
 
 @checked(train_step=function("(state, batch) -> (state, metrics)"), mesh=A_MESH)

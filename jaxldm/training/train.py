@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,40 +14,33 @@ from tqdm import tqdm
 
 from jaxldm import data, models
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
-from jaxldm.errors import DataError
+from jaxldm.data.batches import ArrayRows, Batches, ReadAhead
+from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
-from jaxldm.training.autoencoder import build_autoencoder, train_autoencoder
-from jaxldm.training.classifier import build_classifier, train_classifier
-from jaxldm.training.diffusion import build_denoiser, train_diffusion
+from jaxldm.metrics.health import check_loss
+from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
+from jaxldm.training.classifier import TASK as CLASSIFIER_TASK
+from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
+from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
-from jaxldm.training.masked_tokens import build_masked_model, train_masked_tokens
+from jaxldm.training.loop import fit
+from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, make_mesh
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
-from jaxldm.training.stages import Context, make_optimizer
+from jaxldm.training.stages import Context, Job, make_optimizer, stage_keys
+from jaxldm.training.state import TrainState, create_train_state
+from jaxldm.training.step import LossFunction, make_train_step
 
 SKIPPED_FILE = "skipped-pictures.jsonl"  # of a folder of pictures, in the run folder
 
 
-class Task(NamedTuple):
-    """What one stage of a recipe trains.
-
-    Attributes:
-        build: (recipe, image shape, number of classes) -> the network. Raises `UnknownNameError` and
-            `InvalidArgumentError` for whatever would fail later; computes nothing.
-        train: (context) trains it and writes it into the run folder.
-    """
-
-    build: Callable[[Recipe, tuple[int, int, int], int], nn.Module]
-    train: Callable[[Context], None]
-
-
 TASKS = {
-    "autoencoder": Task(lambda recipe, shape, classes: build_autoencoder(recipe, shape), train_autoencoder),
-    "diffusion": Task(build_denoiser, train_diffusion),
-    "masked_tokens": Task(build_masked_model, train_masked_tokens),
-    "classifier": Task(build_classifier, train_classifier),
+    "autoencoder": AUTOENCODER_TASK,
+    "diffusion": DIFFUSION_TASK,
+    "masked_tokens": MASKED_TOKENS_TASK,
+    "classifier": CLASSIFIER_TASK,
 }
 
 
@@ -96,7 +89,8 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def max_devices(recipe: Recipe) -> int:
     """The largest number of this machine's devices over which every batch of a recipe can be split."""
-    sizes = [getattr(recipe, stage).batch_size for stage in stages_of(recipe)]
+    stages = [getattr(recipe, stage) for stage in stages_of(recipe)]
+    sizes = [stage.batch_size // stage.accumulate for stage in stages]
     return next(n for n in range(jax.device_count(), 0, -1) if all(size % n == 0 for size in sizes))
 
 
@@ -108,6 +102,71 @@ def _report_skipped(run: RunFolder, dataset: data.Dataset, log: Callable[[str], 
     write_atomically(path, data.describe_skipped(dataset.skipped).encode())
     used = sum(len(dataset.rows(split)) for split in dataset.splits)
     log(f"{len(dataset.skipped)} of {len(dataset.skipped) + used} pictures are not used: {path} says why")
+
+
+class _Parts(NamedTuple):
+    """`frozen` of a state whose network is partly frozen: the rest of it, and what else the loss looks at."""
+
+    params: Any
+    other: Any
+
+
+def _of_whole_network(loss_fn: LossFunction) -> LossFunction:
+    """The loss, given the parameters that move, of the whole network."""
+
+    def whole(params, state, batch, key):
+        held = state.frozen
+        return loss_fn(merge(params, held.params), state.replace(frozen=held.other), batch, key)
+
+    return whole
+
+
+def run_job(context: Context, stage: str, job: Job) -> None:
+    """Train what a job says by the numbers of the stage's recipe, and finish it: the one call of `fit`."""
+    recipe, keys = getattr(context.recipe, stage), stage_keys(context.recipe.seed, stage)
+    batches = Batches(job.data, recipe.batch_size, keys.order)
+    on_disk = not isinstance(batches.rows, ArrayRows)
+    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
+    params, frozen, loss = job.init(keys.init), job.frozen, job.loss
+    one_network = callable(loss)
+    if job.freeze:
+        if not one_network:
+            raise InvalidArgumentError("freeze is for one network: leave it out with several players")
+        params, rest = freeze(params, job.freeze)
+        frozen, loss = _Parts(rest, frozen), _of_whole_network(loss)
+    ema = recipe.ema_decay is not None
+    moved = adam if one_network else loss
+    state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen)
+    step = make_train_step(
+        loss, *((adam, recipe.ema_decay) if one_network else ()), accumulate=recipe.accumulate
+    )
+
+    def finished_params(state: TrainState) -> Any:
+        found = state.evaluation_params
+        return jax.device_get(merge(found, state.frozen.params) if job.freeze else found)
+
+    preview = job.preview
+    state = fit(
+        state,
+        step,
+        ReadAhead(batches) if on_disk else batches,
+        plan,
+        context.run.stage(stage).path,
+        resume=context.resume,
+        mesh=context.mesh,
+        name=stage,
+        on_sample=preview and (lambda state, step: preview(finished_params(state), step)),
+        explain_divergence=explain_divergence,
+        log=context.log,
+        bar=context.bar,
+    )
+    job.finish(finished_params(state))
+
+
+def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
+    """Likely cause and fix of a loss that is not finite, in one line."""
+    finding = check_loss([float("nan")])[0]
+    return f"likely cause: {finding.likely_cause}; fix: {finding.fix}"
 
 
 @checked(
@@ -166,6 +225,6 @@ def train(
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")
         for stage in unfinished:
-            TASKS[stage].train(context)
+            run_job(context, stage, TASKS[stage].prepare(context))
             held.check()
     return run

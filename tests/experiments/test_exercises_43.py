@@ -140,8 +140,8 @@ def test_without_the_model_it_says_where_to_find_it(tmp_path):
 def test_small_models(random_run, tmp_path, capsys, monkeypatch):
     """E6 and E1 to E3 in their quick form: the second uses the model of the first, and trains one more."""
     options = {"run_dir": random_run("smoke-dit"), "models_dir": tmp_path / "models", "quick": True}
-    trained, train, measure = [], small_models.train_network, small_models.measure_seconds
-    monkeypatch.setattr(small_models, "train_network", lambda *args: trained.append(args) or train(*args))
+    trained, train, measure = [], small_models.run_job, small_models.measure_seconds
+    monkeypatch.setattr(small_models, "run_job", lambda *args: trained.append(args) or train(*args))
     seconds = {"DiT-Tiny": {"epoch_seconds": 7.0, "sample_milliseconds": 3.0}}
     monkeypatch.setattr(small_models, "measure_seconds", lambda names, bench: seconds)
     e6 = e6_dit_against_unet.DiTAgainstUNet(**options, output_dir=tmp_path / "e6", models=("DiT-Tiny",))
