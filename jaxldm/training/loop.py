@@ -31,7 +31,7 @@ from jaxldm.training.interruption import StopRequest
 from jaxldm.training.log import CsvLog
 from jaxldm.training.mesh import A_MESH, batch_sharding, make_mesh, state_shardings
 from jaxldm.training.plots import plot_log_or_report
-from jaxldm.training.progress import Progress
+from jaxldm.training.progress import MOST_SKIPPED, Progress
 from jaxldm.training.state import TrainState
 from jaxldm.training.step import TrainStep, compile_train_step
 from jaxldm.training.store import TrainingStore
@@ -137,7 +137,8 @@ def fit(
         bar: a progress bar; None: where the output is a screen.
 
     Raises:
-        DivergenceError: a loss or gradient is not finite; the last good checkpoint stays.
+        DivergenceError: the losses or gradients of ten updates in a row were not finite; the last good
+            checkpoint stays. (Fewer are skipped: see `make_train_step`.)
         CheckpointError: a folder that holds a run (without `resume`) or another model's (with it), or that
             another process trains in; it was moved, removed or replaced meanwhile.
         StorageError: the disk is full.
@@ -272,9 +273,10 @@ class _Loop:
             if kept
             else "there is no checkpoint before it"
         )
+        many = f", and {MOST_SKIPPED} updates in a row were skipped" if "skipped" in metrics else ""
         raise DivergenceError(
             f"{self.progress.name}: the loss was {float(metrics['loss'])} and the gradient norm "
-            f"{float(metrics['grad_norm'])} at step {step}{why}; {place}"
+            f"{float(metrics['grad_norm'])} at step {step}{many}{why}; {place}"
         )
 
 

@@ -19,14 +19,17 @@ from jaxldm.training.log import CsvLog
 # So many steps may be under way before the numbers of the oldest are waited for: the device always has its
 # next step, and the clock of the log is at most this far ahead.
 STEPS_IN_FLIGHT = 2
+MOST_SKIPPED = 10  # updates in a row; then the run stops
 
 
 class Progress:
     """Take the metrics of each step as they leave the device and report them; the device never waits.
 
     `push` is given metrics that are still being computed; their numbers are fetched when `STEPS_IN_FLIGHT`
-    later steps have been started. `drain` fetches all of them. The first loss or gradient norm that is not
-    finite is kept in `diverged` as (step, metrics), and nothing after it is logged.
+    later steps have been started. `drain` fetches all of them. The last of `MOST_SKIPPED` updates in a row
+    that the train step skipped is kept in `diverged` as (step, metrics), and nothing after it is logged. Of a
+    train step that skips nothing (its metrics have no `skipped`) that is the first loss or gradient norm that
+    is not finite.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Progress:
         self._steps_per_epoch, self._num_epochs = steps_per_epoch, -(-num_steps // steps_per_epoch)
         self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
         self._epoch_rows: list[tuple[float, float]] = []
+        self._in_a_row = 0  # updates skipped so far
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
         self._epoch_started = time.perf_counter()
         # disable=None: no bar where the output is a file and not a screen
@@ -91,8 +95,9 @@ class Progress:
         epoch = (step - 1) // self._steps_per_epoch + 1
         self._rows.append(epoch, step, now - self._started, metrics)
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.diverged = step, metrics
+        if self._is_skipped(step, metrics):
+            loss = grad_norm = math.nan
+        if self.diverged is not None:
             return
         self._epoch_rows.append((loss, grad_norm))
         self._bar.update()
@@ -103,11 +108,34 @@ class Progress:
             self._rows.flush()
             self._flushed = now
 
+    def _is_skipped(self, step: int, metrics: Mapping[str, np.ndarray]) -> bool:
+        """Whether an update changed nothing; one line tells of the first of several."""
+        values = [float(metrics[name]) for name in ("loss", "grad_norm")]
+        if "skipped" not in metrics:
+            if not all(map(math.isfinite, values)):
+                self.diverged = step, dict(metrics)
+            return False
+        if not metrics["skipped"]:
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        if self._in_a_row == 1:
+            self._log(
+                f"{self.name}: the loss was {values[0]:.4g} and the gradient norm {values[1]:.4g} at step "
+                f"{step}: this update is skipped"
+            )
+        if self._in_a_row == MOST_SKIPPED:
+            self.diverged = step, dict(metrics)
+        return True
+
     def _end_epoch(self, epoch: int, learning_rate: float, now: float) -> None:
-        loss, grad_norm = np.mean(self._epoch_rows, axis=0)
+        rows = np.array(self._epoch_rows)
+        finite = rows[np.isfinite(rows).all(axis=1)]
+        loss, grad_norm = finite.mean(axis=0) if len(finite) else (math.nan, math.nan)
+        skipped = f"  {len(rows) - len(finite)} skipped" if len(finite) < len(rows) else ""
         self._log(
             f"{self.name}: epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  grad norm {grad_norm:.3g}  "
-            f"learning rate {learning_rate:.2e}  {now - self._epoch_started:.1f} s"
+            f"learning rate {learning_rate:.2e}  {now - self._epoch_started:.1f} s{skipped}"
         )
         self._epoch_rows.clear()
         self._epoch_started = now

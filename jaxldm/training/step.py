@@ -137,9 +137,10 @@ def make_train_step(
             i is `fold_in(key, i)`.
 
     Returns:
-        The step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate` and those of the
-        loss; of the second and later players "NAME_loss" and so on. Those of a player whose turn it is not
-        are NaN.
+        The step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and those
+        of the loss; of the second and later players "NAME_loss" and so on. Those of a player whose turn it
+        is not are NaN. An update whose loss or gradients are not finite is skipped: parameters, optimizer
+        and moving average stay as they are, only `step` goes on, and `skipped` is 1 instead of 0.
     """
     if callable(loss_fn):
         if optimizer is None:
@@ -178,13 +179,19 @@ class _Turn:
         ema_params = own.ema_params
         if self.ema_decay is not None:
             ema_params = update_ema(ema_params, params, ema_decay_at(self.ema_decay, turn))
+        grad_norm = optax.tree.norm(gradients)
+        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        moved = jax.tree.map(
+            lambda new, old: jnp.where(fine, new, old), _Own(params, opt_state, ema_params), own
+        )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": grad_norm,
             "learning_rate": self.optimizer.learning_rate(turn),
+            "skipped": jnp.where(fine, 0.0, 1.0),
             **aux,
         }
-        return _Own(params, opt_state, ema_params), metrics
+        return moved, metrics
 
     def gradients(self, params: Params, state: TrainState, batch: Batch, key: PRNGKeyArray):
         """(loss, other metrics, gradients), averaged over the parts of the batch."""
@@ -264,7 +271,9 @@ def _step_of_players(players: Sequence[Player], accumulate: int) -> TrainStep:
                     if part is not None
                 }
             )
+            skipped = jnp.maximum(metrics.get("skipped", 0.0), found["skipped"])
             metrics |= found if place == 0 else {f"{player.name}_{name}": found[name] for name in found}
+            metrics["skipped"] = skipped
         return new.replace(step=state.step + 1), metrics
 
     return train_step
@@ -281,9 +290,8 @@ def _stay(update: Callable[[_Own], tuple[_Own, Metrics]]) -> Callable[[_Own], tu
     def stay(own):
         _, metrics = jax.eval_shape(update, own)
         floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-        return own, jax.tree.map(
-            lambda leaf: jnp.full(leaf.shape, jnp.nan if floating(leaf) else 0, leaf.dtype), metrics
-        )
+        nothing = lambda leaf: jnp.full(leaf.shape, jnp.nan if floating(leaf) else 0, leaf.dtype)  # noqa: E731
+        return own, jax.tree.map(nothing, metrics) | {"skipped": jnp.zeros((), jnp.float32)}
 
     return stay
 

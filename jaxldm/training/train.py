@@ -205,7 +205,8 @@ def train(
         CheckpointError: a run without `resume`, the run of another recipe, a folder that is none, or that
             another process trains in; it was moved, removed or replaced meanwhile (the state is saved where
             it can be, and the message says where).
-        StorageError: the disk is full; what was saved stays. DivergenceError: the loss was not finite.
+        StorageError: the disk is full; what was saved stays.
+        DivergenceError: the losses or gradients of ten updates in a row were not finite.
         KeyboardInterrupt: Ctrl-C, after everything was saved.
 
     >>> from jaxldm import training                                                  # doctest: +SKIP

@@ -177,17 +177,44 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
-def test_a_loss_of_nan_stops_with_the_cause_and_keeps_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(DivergenceError, match=r"nan.* at step 9: a broken label; the checkpoint of step 8"):
+def test_a_loss_of_nan_is_skipped_and_counted(tmp_path, straight):
+    """Steps 3, 7 and 8: nothing moves in them, and the ones after them do what they would have done."""
+    states, said = {}, []
+    state = run(
+        tmp_path,
+        Plan(12, sample_every=1),
+        batches=ToyBatches(nan_at=(2, 6, 7)),
+        log=said.append,
+        on_sample=lambda state, step: states.update({step: numbers(state)}),
+    )
+    for step in (3, 7, 8):
+        before, after = states[step - 1], states[step]
+        chex.assert_trees_all_equal(before.replace(step=after.step), after)
+        assert int(after.step) == step
+    assert (states[4].params["w1"] != states[3].params["w1"]).all()
+    log = read_log(tmp_path / "log.csv")
+    np.testing.assert_array_equal(np.flatnonzero(log["skipped"]) + 1, [3, 7, 8])
+    np.testing.assert_array_equal(np.isnan(log["loss"]), log["skipped"] == 1)
+    assert int(state.opt_state.count) == 9 and int(state.step) == 12
+    np.testing.assert_array_equal(log["loss"][:2], rows(straight[0])["loss"][:2])
+    assert sum("this update is skipped" in line for line in said) == 2
+    assert said[1].endswith("1 skipped") and "loss nan" not in said[1]
+
+
+def test_ten_losses_of_nan_stop_with_the_cause_and_keep_the_last_good_checkpoint(tmp_path):
+    reason = (
+        r"nan.* at step 18, and 10 updates in a row were skipped: a broken label; the checkpoint of step 16"
+    )
+    with pytest.raises(DivergenceError, match=reason):
         run(
             tmp_path,
-            Plan(12, save_every=4),
-            batches=ToyBatches(nan_at=8),
+            Plan(40, save_every=8),
+            batches=ToyBatches(nan_at=(2, *range(8, 30))),
             explain_divergence=lambda step, metrics: "a broken label",
         )
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["16", "8"]
     log = read_log(tmp_path / "log.csv")
-    assert log["step"][-1] == 9 and np.isnan(log["loss"][-1]) and (tmp_path / "loss.png").is_file()
+    assert log["step"][-1] == 18 and np.isnan(log["loss"][-1]) and (tmp_path / "loss.png").is_file()
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, straight):

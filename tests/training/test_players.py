@@ -87,6 +87,27 @@ def test_a_player_whose_turn_it_is_not_stays_bit_for_bit():
     assert moved == [2, 5, 8] and int(state.opt_state["maker"].count) == 9
 
 
+def test_a_player_with_a_loss_that_is_not_finite_stays_and_the_other_moves():
+    players = two_players()
+    bad = Player("critic", lambda *args: (jnp.float32(jnp.inf) * jnp.sum(args[0]["w"]), {}), OTHER)
+    state = begin(players)
+    new, metrics = jax.jit(make_train_step((players[0], bad)))(state, {})
+    assert float(metrics["skipped"]) == 1.0 and np.isfinite(metrics["loss"])
+    chex.assert_trees_all_equal(new.params["critic"], state.params["critic"])
+    chex.assert_trees_all_equal(new.opt_state["critic"], state.opt_state["critic"])
+    assert (new.params["maker"]["w"] != state.params["maker"]["w"]).any()
+
+
+def test_gradients_that_are_not_finite_are_skipped_too():
+    """The loss is 0, its derivative at 0 is infinite."""
+    loss = lambda params, state, batch, key: (jnp.sum(jnp.sqrt(params["w"])), {})  # noqa: E731
+    state = create_train_state(jax.random.key(0), {"w": jnp.zeros(2)}, ADAM)
+    new, metrics = jax.jit(make_train_step(loss, ADAM, 0.9))(state, {})
+    assert float(metrics["loss"]) == 0.0 and float(metrics["skipped"]) == 1.0
+    chex.assert_trees_all_equal(new.params, state.params)
+    chex.assert_trees_all_equal(new.ema_params, state.ema_params)
+
+
 def squares(params, state, batch, key):
     error = jnp.tanh(batch["x"] @ params["w1"]) @ params["w2"] - batch["y"]
     return jnp.mean(error**2), {"bias": jnp.mean(error), "draw": jax.random.normal(key)}

@@ -14,11 +14,11 @@ from jaxldm.training.step import make_train_step
 class ToyBatches:
     """Five batches of 16 an epoch, in another order each epoch; pure in the step."""
 
-    def __init__(self, nan_at=None):
+    def __init__(self, nan_at=()):
         numbers = np.random.default_rng(0)
         self.x = numbers.normal(size=(80, 6)).astype(np.float32)
         self.y = np.sin(self.x.sum(axis=1, keepdims=True)).astype(np.float32)
-        self.nan_at = nan_at
+        self.nan_at = nan_at  # steps
 
     def __len__(self):
         return 5
@@ -26,7 +26,7 @@ class ToyBatches:
     def __getitem__(self, step):
         epoch, place = divmod(step, 5)
         order = np.random.default_rng((1, epoch)).permutation(80)[place * 16 : (place + 1) * 16]
-        y = np.full_like(self.y[order], np.nan) if step == self.nan_at else self.y[order]
+        y = np.full_like(self.y[order], np.nan) if step in self.nan_at else self.y[order]
         return {"x": self.x[order], "y": y}
 
 
