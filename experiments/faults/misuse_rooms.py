@@ -159,9 +159,10 @@ def trainings() -> list[Case]:
                 "b2": 0.999,
                 "eps": 1e-8,
                 "final_scale": 0.0,
+                "name": "adamw",
             },
             True,
-            {"total_steps": "steps"},
+            {"total_steps": "steps", "name": "optimizer"},
         ),
         Case(
             "T.warmup_cosine",

@@ -16,7 +16,7 @@ A_STAGE = choice("stage", STAGES)
 
 
 class KeptParams(NamedTuple):
-    """The parameters of one checkpoint: their moving average where the run keeps one."""
+    """The parameters of one checkpoint: their average where the run, or its optimizer, keeps one."""
 
     step: int
     params: Any
@@ -33,8 +33,15 @@ def read_kept(run_dir: Path | str, step: int, stage: str = "diffusion") -> KeptP
     """The network of one checkpoint, on the host. Raises `CheckpointError` for one that is damaged."""
     store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")
     arrays = store.read(step)
-    for name in ("ema_params/", "params/"):
-        found = {path.removeprefix(name): array for path, array in arrays.items() if path.startswith(name)}
-        if found:
-            return KeptParams(step, traverse_util.unflatten_dict(found, sep="/"))
-    raise CheckpointError(f"the checkpoint {store.folder / str(step)} has no parameters")
+    params, averages, z = (_below(arrays, name) for name in ("params/", "ema_params/", "opt_state/z/"))
+    if not params:
+        raise CheckpointError(f"the checkpoint {store.folder / str(step)} has no parameters")
+    if z:  # of schedule-free AdamW, see `optax.contrib.schedule_free_eval_params`
+        b1 = arrays["opt_state/b1"]
+        params = {path: (y - (1 - b1) * z[path]) / b1 for path, y in params.items()}
+    return KeptParams(step, traverse_util.unflatten_dict(params | averages, sep="/"))
+
+
+def _below(arrays: dict[str, Any], name: str) -> dict[str, Any]:
+    """The arrays whose paths begin with a name, by the rest of them."""
+    return {path.removeprefix(name): array for path, array in arrays.items() if path.startswith(name)}

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, cosine decay and clipping by the global norm, as one optax transformation."""
+"""Optimizers by name, with linear warm-up, cosine decay and clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxldm.arguments import checked, count, number, optional, refuse
+from jaxldm.arguments import checked, choice, count, number, optional, refuse
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.training.kinds import decays, map_with_names
+from jaxldm.training.named_optimizers import NAMED, Settings, optax_promotion
+
+OPTIMIZERS = ("adamw", *NAMED)
 
 
 class Optimizer(NamedTuple):
@@ -69,6 +73,7 @@ def warmup_cosine(
     b2=number(0, below=1),
     eps=number(0),
     final_scale=number(0, 1),
+    name=choice("optimizer", OPTIMIZERS),
 )
 def optimizer(
     learning_rate: float,
@@ -81,15 +86,25 @@ def optimizer(
     *,
     eps: float = 1e-8,
     final_scale: float = 0.0,
+    name: str = "adamw",
 ) -> Optimizer:
-    """AdamW with decoupled weight decay, the rate of `warmup_cosine`, gradients clipped to a global norm.
+    """An optimizer with the rate of `warmup_cosine` and gradients clipped to a global norm. The usual, AdamW:
 
         g <- g min(1, max_grad_norm / |g|)          (|g| over all gradients; None: no clipping)
         m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
         p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p)
 
-    Arrays of two or more dimensions decay; biases and the scales of norms do not. With `weight_decay = 0`
-    this is Adam.
+    Arrays of two or more dimensions decay; biases and the scales of norms do not, those of a scan of blocks
+    neither. With `weight_decay = 0` this is Adam.
+
+    Other values of `name`, each from optax:
+
+    - "lion": a tenth to a third of AdamW's rate, with as much more weight decay; its authors have b2 = 0.99.
+    - "muon": for the matrices inside blocks, AdamW for the rest (`jaxldm.training.kinds.muon_axes`), at
+      AdamW's rates; its matrices decay.
+    - "schedule_free_adamw": the rate stays constant after the warm-up. `state.evaluation_params` is the
+      average that it keeps, so that a moving average is not needed; b1 > 0.
+    - "prodigy": finds the rate itself, `learning_rate` is a factor of it: give 1. All arrays decay.
 
     Sources: Kingma and Ba 2015, Algorithm 1; Loshchilov and Hutter 2019, Algorithm 2; Pascanu et al. 2013.
     Raises `InvalidArgumentError` for numbers outside their range.
@@ -99,8 +114,25 @@ def optimizer(
     >>> float(adam.learning_rate(0)), float(adam.learning_rate(9)), float(adam.learning_rate(100))
     (0.00010000000474974513, 0.0010000000474974513, 0.0)
     """
-    schedule = warmup_cosine(learning_rate, warmup_steps, total_steps, final_scale)
-    return adamw(schedule, b1, b2, eps, weight_decay, max_grad_norm)
+    constant = name == "schedule_free_adamw"
+    schedule = warmup_cosine(learning_rate, warmup_steps, total_steps, 1.0 if constant else final_scale)
+    if name == "adamw":
+        return adamw(schedule, b1, b2, eps, weight_decay, max_grad_norm)
+    if constant and b1 == 0:
+        raise InvalidArgumentError("b1 must be > 0 for schedule_free_adamw, got 0")
+    inner = NAMED[name](Settings(schedule, b1, b2, eps, weight_decay))
+
+    def update(gradients, state, params):
+        clip = _clip(gradients, max_grad_norm)
+        with optax_promotion():
+            return inner.update(jax.tree.map(lambda g: clip * g, gradients), state, params)
+
+    return Optimizer(inner.init, update, schedule)
+
+
+def _clip(gradients: Any, max_grad_norm: float | None) -> Any:
+    """The factor of the gradients with which their norm is not above this."""
+    return 1.0 if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / optax.tree.norm(gradients))
 
 
 def adamw(
@@ -125,20 +157,15 @@ def adamw(
     def update(gradients, state, params):
         count = cast(Any, optax.safe_increment(state.count))
         n, rate = count.astype(jnp.float32), schedule(state.count)
-        clip = 1.0 if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / optax.tree.norm(gradients))
+        clip = _clip(gradients, max_grad_norm)
         rate_m, scale_v = rate / (1.0 - b1**n), 1.0 / (1.0 - b2**n)
         mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * (clip * g), gradients, state.mu)
         nu = jax.tree.map(lambda g, v: b2 * v + (1.0 - b2) * jnp.square(clip * g), gradients, state.nu)
 
-        def step(m, v, p):
+        def step(names, m, v, p):
             adam = -rate_m * m / (jnp.sqrt(scale_v * v) + eps)
-            return adam - rate * weight_decay * p if weight_decay and decays(p) else adam
+            return adam - rate * weight_decay * p if weight_decay and decays(names, p) else adam
 
-        return jax.tree.map(step, mu, nu, params), optax.ScaleByAdamState(count, mu, nu)
+        return map_with_names(step, mu, nu, params), optax.ScaleByAdamState(count, mu, nu)
 
     return Optimizer(init, update, schedule)
-
-
-def decays(p: Any) -> bool:
-    """Whether weight decay acts on an array: two or more dimensions, so not biases nor scales of norms."""
-    return p.ndim >= 2

@@ -18,6 +18,7 @@ from jaxldm.entries import Read, build, check_types, checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.reading import shown
+from jaxldm.training.optimizer import OPTIMIZERS
 
 
 def _tupled(value: Any, place: str) -> Any:
@@ -57,6 +58,7 @@ class StageRecipe:
         epochs: how often each example is seen.
         batch_size: examples in an update.
         accumulate: the batch is computed in so many parts, one after another: with the memory of a part.
+        optimizer: "adamw", "lion", "muon", "schedule_free_adamw" or "prodigy".
         learning_rate, final_scale, weight_decay, max_grad_norm, b1, b2: see `jaxldm.training.optimizer`.
         warmup_epochs: of the learning rate; may be a fraction.
         ema_decay: of the moving average of the parameters, which is what the finished model then holds.
@@ -71,6 +73,7 @@ class StageRecipe:
     epochs: int = 10
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_epochs: float = 0.5
     final_scale: float = 0.0
@@ -95,6 +98,11 @@ class StageRecipe:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InvalidArgumentError(f"ema_decay must be in [0, 1), or be None, got {self.ema_decay}")
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "schedule_free_adamw" and self.ema_decay is not None:
+            raise InvalidArgumentError(
+                "schedule_free_adamw keeps its own average of the parameters: leave ema_decay out (None)"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

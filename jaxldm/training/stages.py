@@ -172,6 +172,7 @@ def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[
         recipe.b1,
         recipe.b2,
         final_scale=recipe.final_scale,
+        name=recipe.optimizer,
     )
     save_every, sample_every = (
         epochs * steps_per_epoch for epochs in (recipe.save_every, recipe.sample_every)

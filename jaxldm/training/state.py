@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxldm.arguments import a_tree, checked, flag, one_key, refuse
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.training.named_optimizers import evaluated
 
 Params = Any  # a nested dict of float32 arrays
 
@@ -39,10 +40,11 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def evaluation_params(self) -> Params:
-        """The parameters to draw and to measure with: the moving average where there is one."""
-        if isinstance(self.params, dict) and isinstance(self.ema_params, dict):
-            return {**self.params, **self.ema_params}
-        return self.params if self.ema_params is None else self.ema_params
+        """The parameters to draw and to measure with: the average where there is one, the optimizer's too."""
+        if isinstance(self.opt_state, dict):  # of players
+            own = {name: evaluated(params, self.opt_state[name]) for name, params in self.params.items()}
+            return {**own, **(self.ema_params or {})}
+        return evaluated(self.params, self.opt_state) if self.ema_params is None else self.ema_params
 
 
 def has_init(name: str, value: Any) -> Any:
