@@ -1,8 +1,9 @@
 """Where arrays live: one mesh with the axes data, fsdp and tensor, from one CPU to a pod.
 
-The batch is split over `data` and `fsdp`. Each array of the state is split over `fsdp` and `tensor` where its
-shape allows it (`leaf_sharding`) and whole on the devices along `data`. What has to move between devices
-(gathered parameters, sums over the batch) is put in by the compiler: the train step knows of no device.
+The batch is split over `data` and `fsdp`. Each array of the state is split over `fsdp` and `tensor` by the
+rules for its name (`jaxldm.models.sharding`) and whole on the devices along `data`. What has to move between
+devices (gathered parameters, sums over the batch) is put in by the compiler: the train step knows of no
+device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxldm.arguments import instance
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.sharding import make_mesh, plain, with_fsdp
+from jaxldm.models.sharding import RULES, make_mesh, split
+from jaxldm.training.kinds import map_with_names
 
 __all__ = ["make_mesh"]
 
@@ -33,31 +35,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def leaf_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """How an array of the state is split: the one rule.
-
-    `tensor` splits the last axis (the output features) of arrays with two or more axes; `fsdp` splits the
-    largest of the axes that are left. An axis that cannot be split evenly is not split.
-
-    >>> from jaxldm.models.sharding import AXES
-    >>> mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
-    >>> tuple(leaf_sharding(mesh, (3, 3, 64, 128)).spec)
-    (None, None, 'fsdp', 'tensor')
-    """
-    names: list[str | None] = [None] * len(shape)
-    tensor = mesh.shape["tensor"]
-    if tensor > 1 and len(shape) >= 2 and shape[-1] % tensor == 0:
-        names[-1] = "tensor"
-    return NamedSharding(mesh, plain(mesh, with_fsdp(names, shape, mesh.shape["fsdp"])))
-
-
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """`leaf_sharding` of each array of a state: a tree of the same structure.
+    """The sharding of each array of a state, a tree of the same structure, by `models.sharding.RULES`.
+
+    Each name counts from the start of its tree, so the moments and the moving average of a parameter lie
+    where that lies. Numbers, vectors and the key are whole on every device.
 
     Raises:
         InvalidArgumentError: `fsdp` or `tensor` is above 1 and splits no array at all.
+
+    >>> from jaxldm.models.sharding import AXES
+    >>> mesh = jax.sharding.AbstractMesh((1, 2, 2), AXES)
+    >>> kernel = jax.ShapeDtypeStruct((64, 128), "float32")
+    >>> params = {"to_q": {"kernel": kernel}, "to_out_0": {"kernel": kernel}}
+    >>> found = state_shardings(mesh, params)
+    >>> tuple(found["to_q"]["kernel"].spec), tuple(found["to_out_0"]["kernel"].spec)
+    (('fsdp', 'tensor'), ('tensor', 'fsdp'))
     """
-    shardings = jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), state)
+
+    def place(names: Sequence[str], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, split(mesh, names, leaf.shape, RULES)[1])
+
+    shardings = map_with_names(place, state)
     shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
     for axis in ("fsdp", "tensor"):
         used = any(axis in sharding.spec for sharding in jax.tree.leaves(shardings))

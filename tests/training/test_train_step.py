@@ -11,7 +11,6 @@ from jaxldm.training.mesh import (
     batch_sharding,
     bytes_per_device,
     check_batch_size,
-    leaf_sharding,
     make_mesh,
     replicated,
     state_shardings,
@@ -52,7 +51,7 @@ def test_jit_is_eager():
     chex.assert_trees_all_close(eager.ema_params, jitted.ema_params, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(fsdp=2, tensor=2), dict(fsdp=8)])
+@pytest.mark.parametrize("layout", [dict(), dict(fsdp=2), dict(fsdp=8)])
 def test_eight_devices_take_the_step_of_one(layout):
     assert jax.device_count() == 8
     losses, params = {}, {}
@@ -84,20 +83,6 @@ def test_the_batch_is_really_split():
         make_mesh(9)
     with pytest.raises(InvalidArgumentError, match="fsdp=3"):
         make_mesh(8, fsdp=3)
-
-
-def test_each_array_is_split_where_its_shape_allows_it():
-    mesh = make_mesh(8, fsdp=2, tensor=2)
-    for shape, spec in {
-        (): (),
-        (3,): (),
-        (6,): ("fsdp",),
-        (3, 3, 8, 4): (None, None, "fsdp", "tensor"),
-        (6, 5): ("fsdp",),
-        (5, 6): (None, "tensor"),
-        (4, 4, 7): ("fsdp",),
-    }.items():
-        assert leaf_sharding(mesh, shape).spec == jax.sharding.PartitionSpec(*spec), shape
 
 
 def test_the_share_of_a_device_falls_and_a_mesh_that_splits_nothing_is_refused():
