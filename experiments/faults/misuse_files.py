@@ -351,6 +351,15 @@ def runs() -> list[Case]:
             stage="diffusion",
             words=dict.fromkeys(("run_dir", "step", "stage"), "run_dir|step|stage|checkpoint|there is no"),
         ),
+        case(
+            "T.post_hoc_ema",
+            T.post_hoc_ema,
+            run_dir=here / "run",
+            relative_length=0.1,
+            step=None,
+            stage="diffusion",
+            words=dict.fromkeys(("run_dir", "step", "stage"), "run_dir|step|stage|checkpoint"),
+        ),
         case("T.read_log", T.read_log, path=here / "log.csv", words={"path": "path|log"}),
         case("T.stages_of", T.stages_of, recipe=recipe),
         case(

@@ -174,7 +174,7 @@ def trainings() -> list[Case]:
         Case(
             "T.make_train_step",
             T.make_train_step,
-            {"loss_fn": loss, "optimizer": adam, "ema_decay": None, "accumulate": 2},
+            {"loss_fn": loss, "optimizer": adam, "ema_decay": None, "accumulate": 2, "power_ema": [0.1]},
         ),
         Case(
             "T.Player",
@@ -193,6 +193,7 @@ def trainings() -> list[Case]:
                 "optimizer": adam,
                 "ema": True,
                 "frozen": None,
+                "power_ema": [0.05, 0.1],
             },
             False,
         ),

@@ -20,7 +20,7 @@ from jaxldm.training.codebook import (
 from jaxldm.training.denoiser_terms import alignment_loss, kept_tokens
 from jaxldm.training.equivariance import equivariance_loss
 from jaxldm.training.freezing import freeze, merge
-from jaxldm.training.kept import KeptParams, kept_steps, read_kept
+from jaxldm.training.kept import KeptParams, kept_steps, post_hoc_ema, read_kept
 from jaxldm.training.known_recipes import RECIPES
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
@@ -86,6 +86,7 @@ __all__ = [
     "merge",
     "new_codebook",
     "optimizer",
+    "post_hoc_ema",
     "quantization_losses",
     "read_config",
     "read_kept",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import traverse_util
 
-from jaxldm.arguments import a_path, checked, choice, count
+from jaxldm.arguments import a_path, checked, choice, count, optional
 from jaxldm.errors import CheckpointError
+from jaxldm.training.power_ema import A_LENGTH, gamma_of, profile_weights
 from jaxldm.training.runs import STAGES, RunFolder
 from jaxldm.training.store import TrainingStore
 
@@ -45,3 +48,48 @@ def read_kept(run_dir: Path | str, step: int, stage: str = "diffusion") -> KeptP
 def _below(arrays: dict[str, Any], name: str) -> dict[str, Any]:
     """The arrays whose paths begin with a name, by the rest of them."""
     return {path.removeprefix(name): array for path, array in arrays.items() if path.startswith(name)}
+
+
+@checked(run_dir=a_path, relative_length=A_LENGTH, step=optional(count(1)), stage=A_STAGE)
+def post_hoc_ema(
+    run_dir: Path | str, relative_length: float, *, step: int | None = None, stage: str = "diffusion"
+) -> KeptParams:
+    """The moving average of any length, from the checkpoints of a run that keeps power-function averages.
+
+    Its recipe has `power_ema=(0.05, 0.1)`, and a `keep_checkpoints` of ten or more, with `save_every`.
+
+    Args:
+        run_dir: of the run, which is not changed.
+        relative_length: the standard deviation of its weights as a share of the training, in (0, 0.288).
+        step: after so many updates, one of `kept_steps`; None: the last.
+        stage: of the recipe.
+
+    Raises:
+        CheckpointError: no such checkpoint, or none with such averages.
+    """
+    store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")
+    kept = store.steps()
+    last = step if step is not None else (kept[-1] if kept else 0)
+    if last not in kept:
+        raise CheckpointError(f"{store.folder} has no checkpoint of step {last}: it has {kept or 'none'}")
+    found: list[tuple[int, float, Mapping[str, Any]]] = []
+    for one in (each for each in kept if each <= last):
+        averages: dict[str, dict[str, Any]] = {}
+        for path, array in store.read(one).items():
+            if path.startswith("averages/"):
+                _, length, name = path.split("/", 2)
+                averages.setdefault(length, {})[name] = array
+        found += [(one, gamma_of(float(length)), arrays) for length, arrays in averages.items()]
+    if not found:
+        raise CheckpointError(
+            f"the checkpoints in {store.folder} hold no power-function averages: train with "
+            "power_ema=(0.05, 0.1) in the recipe"
+        )
+    steps, gammas, trees = zip(*found, strict=True)
+    weights = profile_weights(steps, gammas, last, gamma_of(relative_length))
+    total = {
+        name: sum(weight * tree[name].astype(np.float64) for weight, tree in zip(weights, trees, strict=True))
+        for name in trees[0]
+    }
+    params = {name: array.astype(trees[0][name].dtype) for name, array in total.items()}
+    return KeptParams(last, traverse_util.unflatten_dict(params, sep="/"))

@@ -19,6 +19,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameErro
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.reading import shown
 from jaxldm.training.optimizer import OPTIMIZERS
+from jaxldm.training.power_ema import SOME_LENGTHS
 
 
 def _tupled(value: Any, place: str) -> Any:
@@ -62,6 +63,8 @@ class StageRecipe:
         learning_rate, final_scale, weight_decay, max_grad_norm, b1, b2: see `jaxldm.training.optimizer`.
         warmup_epochs: of the learning rate; may be a fraction.
         ema_decay: of the moving average of the parameters, which is what the finished model then holds.
+        power_ema: relative lengths of the power-function averages that each checkpoint keeps besides, such
+            as (0.05, 0.1): `jaxldm.training.post_hoc_ema` makes one of any length of them.
         dtype: compute type, "float32" or "bfloat16"; parameters, loss and optimizer are float32.
         save_every: epochs between checkpoints; 0: only at the end. (On Ctrl-C there is always one.)
         sample_every: epochs between pictures of what the model makes; 0: none.
@@ -82,6 +85,7 @@ class StageRecipe:
     b1: float = 0.9
     b2: float = 0.999
     ema_decay: float | None = None
+    power_ema: tuple[float, ...] = ()
     dtype: str = "float32"
     save_every: int = 5
     sample_every: int = 0
@@ -99,6 +103,7 @@ class StageRecipe:
             raise InvalidArgumentError(f"ema_decay must be in [0, 1), or be None, got {self.ema_decay}")
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
+        SOME_LENGTHS("power_ema", self.power_ema)
         if self.optimizer == "schedule_free_adamw" and self.ema_decay is not None:
             raise InvalidArgumentError(
                 "schedule_free_adamw keeps its own average of the parameters: leave ema_decay out (None)"

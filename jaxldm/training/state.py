@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -12,6 +13,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jaxldm.arguments import a_tree, checked, flag, one_key, refuse
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.named_optimizers import evaluated
+from jaxldm.training.power_ema import SOME_LENGTHS, name_of
 
 Params = Any  # a nested dict of float32 arrays
 
@@ -29,6 +31,8 @@ class TrainState(flax.struct.PyTreeNode):
             the same numbers as one that was never interrupted.
         frozen: any pytree that a loss may look at and no optimizer moves (a teacher, the base weights under
             an adapter); None where there is none.
+        averages: moving averages of power-function profiles by their relative length
+            (`jaxldm.training.post_hoc_ema`); None where none are kept.
     """
 
     step: Int[Array, ""]
@@ -37,6 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Params | None
     key: PRNGKeyArray
     frozen: Any = None
+    averages: dict[str, Params] | None = None
 
     @property
     def evaluation_params(self) -> Params:
@@ -58,14 +63,20 @@ def has_init(name: str, value: Any) -> Any:
     return value
 
 
-@checked(key=one_key, params=a_tree, optimizer=has_init, ema=flag, frozen=a_tree)
+@checked(key=one_key, params=a_tree, optimizer=has_init, ema=flag, frozen=a_tree, power_ema=SOME_LENGTHS)
 def create_train_state(
-    key: PRNGKeyArray, params: Params, optimizer, *, ema: bool = True, frozen: Any = None
+    key: PRNGKeyArray,
+    params: Params,
+    optimizer,
+    *,
+    ema: bool = True,
+    frozen: Any = None,
+    power_ema: Sequence[float] = (),
 ) -> TrainState:
     """The state before the first update: `ema_params` starts as a copy of `params`.
 
     Given players in place of an optimizer, `params` are a dict by their names, and moving averages are kept
-    of those with an `ema_decay`.
+    of those with an `ema_decay`. `power_ema` are the relative lengths of power-function averages to keep.
 
     A copy, not the same arrays: the train step is given the whole state to overwrite, and one buffer cannot
     be given away twice. For the same reason the key and `frozen` are copied, as their owner may still want
@@ -86,6 +97,7 @@ def create_train_state(
         ema_params=ema_params,
         key=jnp.array(key, copy=True),
         frozen=copy(frozen),
+        averages={name_of(length): copy(params) for length in power_ema} or None,
     )
 
 

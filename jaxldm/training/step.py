@@ -17,6 +17,7 @@ from jaxldm.arguments import check_fields, checked, count, function, number, opt
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.mesh import A_MESH, batch_sharding, replicated, state_shardings
 from jaxldm.training.optimizer import AN_OPTIMIZER, Optimizer
+from jaxldm.training.power_ema import SOME_LENGTHS, gamma_of, name_of, update_power_ema
 from jaxldm.training.state import Params, TrainState
 
 Batch = Any  # a dict of arrays with the examples along axis 0
@@ -111,6 +112,7 @@ def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> P
     optimizer=optional(AN_OPTIMIZER),
     ema_decay=optional(number(0, 1)),
     accumulate=count(1),
+    power_ema=SOME_LENGTHS,
 )
 def make_train_step(
     loss_fn: LossFunction | Sequence[Player],
@@ -118,6 +120,7 @@ def make_train_step(
     ema_decay: float | None = None,
     *,
     accumulate: int = 1,
+    power_ema: Sequence[float] = (),
 ) -> TrainStep:
     """Return a pure `train_step(state, batch) -> (state, metrics)`, of one network or of several players.
 
@@ -135,6 +138,8 @@ def make_train_step(
         accumulate: the batch is split into so many parts that follow one another, and their gradients and
             metrics are averaged: an update as of the whole batch with the memory of a part. The key of part
             i is `fold_in(key, i)`.
+        power_ema: the relative lengths of the power-function averages that the state keeps, see
+            `post_hoc_ema`; of one network.
 
     Returns:
         The step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and those
@@ -145,10 +150,10 @@ def make_train_step(
     if callable(loss_fn):
         if optimizer is None:
             raise InvalidArgumentError("optimizer is missing: write make_train_step(loss_fn, optimizer)")
-        return _step_of_one(_Turn(loss_fn, optimizer, ema_decay, accumulate))
-    if optimizer is not None or ema_decay is not None:
+        return _step_of_one(_Turn(loss_fn, optimizer, ema_decay, accumulate, tuple(power_ema)))
+    if optimizer is not None or ema_decay is not None or len(power_ema):
         raise InvalidArgumentError(
-            "players have their own optimizer and ema_decay: write make_train_step(players)"
+            "players have their own optimizer and ema_decay, and no power_ema: write make_train_step(players)"
         )
     return _step_of_players(loss_fn, accumulate)
 
@@ -159,6 +164,7 @@ class _Own(NamedTuple):
     params: Params
     opt_state: Any
     ema_params: Params | None
+    averages: dict[str, Params] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +175,7 @@ class _Turn:
     optimizer: Optimizer
     ema_decay: float | None
     accumulate: int
+    power_ema: tuple[float, ...] = ()
 
     def __call__(
         self, own: _Own, state: TrainState, batch: Batch, key: PRNGKeyArray, turn: Int[Array, ""]
@@ -179,10 +186,13 @@ class _Turn:
         ema_params = own.ema_params
         if self.ema_decay is not None:
             ema_params = update_ema(ema_params, params, ema_decay_at(self.ema_decay, turn))
+        averages = own.averages
+        if self.power_ema:
+            averages = self.averages(own.averages, params, turn)
         grad_norm = optax.tree.norm(gradients)
         fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         moved = jax.tree.map(
-            lambda new, old: jnp.where(fine, new, old), _Own(params, opt_state, ema_params), own
+            lambda new, old: jnp.where(fine, new, old), _Own(params, opt_state, ema_params, averages), own
         )
         metrics = {
             "loss": loss,
@@ -192,6 +202,19 @@ class _Turn:
             **aux,
         }
         return moved, metrics
+
+    def averages(self, averages: Any, params: Params, turn: Int[Array, ""]) -> dict[str, Params]:
+        """The power-function averages after this update."""
+        names = [name_of(length) for length in self.power_ema]
+        if sorted(names) != sorted(averages or ()):
+            raise InvalidArgumentError(
+                f"the state keeps the power-function averages {', '.join(averages or ()) or 'of none'}, the "
+                f"step {', '.join(names)}: give create_train_state and make_train_step the same power_ema"
+            )
+        return {
+            name: update_power_ema(averages[name], params, gamma_of(length), turn)
+            for name, length in zip(names, self.power_ema, strict=True)
+        }
 
     def gradients(self, params: Params, state: TrainState, batch: Batch, key: PRNGKeyArray):
         """(loss, other metrics, gradients), averaged over the parts of the batch."""
@@ -239,7 +262,7 @@ def _parts(batch: Batch, number: int) -> Batch:
 def _step_of_one(turn: _Turn) -> TrainStep:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        own = _Own(state.params, state.opt_state, state.ema_params)
+        own = _Own(state.params, state.opt_state, state.ema_params, state.averages)
         own, metrics = turn(own, state, batch, key, state.step)
         return state.replace(step=state.step + 1, **own._asdict()), metrics
 
@@ -259,7 +282,8 @@ def _step_of_players(players: Sequence[Player], accumulate: int) -> TrainStep:
                 key=jax.random.fold_in(key, place),
                 turn=player.turns(state.step),
             )
-            own = _Own(*(_of(tree, player.name) for tree in (new.params, new.opt_state, new.ema_params)))
+            trees = (new.params, new.opt_state, new.ema_params)
+            own = _Own(*(_of(tree, player.name) for tree in trees), averages=None)
             if player.always:
                 own, found = update(own)
             else:

@@ -136,10 +136,10 @@ def run_job(context: Context, stage: str, job: Job) -> None:
         frozen, loss = _Parts(rest, frozen), _of_whole_network(loss)
     ema = recipe.ema_decay is not None
     moved = adam if one_network else loss
-    state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen)
-    step = make_train_step(
-        loss, *((adam, recipe.ema_decay) if one_network else ()), accumulate=recipe.accumulate
-    )
+    power = recipe.power_ema
+    state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
+    own = (adam, recipe.ema_decay) if one_network else ()
+    step = make_train_step(loss, *own, accumulate=recipe.accumulate, power_ema=power)
 
     def finished_params(state: TrainState) -> Any:
         found = state.evaluation_params
