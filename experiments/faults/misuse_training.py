@@ -40,6 +40,24 @@ def of_training() -> list[Case]:
             False,
             {"images": "images|shapes"},
         ),
+        Case(
+            "T.vq_autoencoder_loss",
+            T.vq_autoencoder_loss,
+            {
+                "encode": lambda images: images,
+                "decode": lambda z: z,
+                "table": TABLE,
+                "images": IMAGES,
+                "commitment": 0.25,
+                "codebook_weight": 0.0,
+                "reconstruction": "mse",
+                "perceptual": None,
+                "log_variance": 0.0,
+                "adversary": None,
+            },
+            False,
+            {"images": "images|shapes", "table": "table|shapes"},
+        ),
         array_case("T.discriminator_loss", T.discriminator_loss, real=LOGITS, fake=LOGITS, kind="hinge"),
         array_case(
             "T.adaptive_weight", T.adaptive_weight, nll_gradient=TABLE, generator_gradient=TABLE, largest=1e4

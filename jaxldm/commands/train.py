@@ -90,6 +90,9 @@ class Train:
             return
         run = training.train(recipe, run_dir, **options)
         classes = len(training.read_config(run.path)["data"]["class_names"])
+        if recipe.generator == "autoencoder":
+            print(f"finished: the autoencoder is {run.path / 'vae'}")
+            return
         print(f"finished: everything is in {run.path}; try")
         text = recipe.text is not None
         print(f"  {hints.sample_texts(run.path) if text else hints.sample_classes(run.path, classes)}")
@@ -127,7 +130,8 @@ class Train:
                 raise InvalidArgumentError(
                     f"recipe {self.recipe} has no autoencoder: leave --autoencoder-epochs out"
                 )
-            changes["autoencoder"] = given(recipe.autoencoder, epochs=self.autoencoder_epochs)
+            changed = changes.get("autoencoder", recipe.autoencoder)
+            changes["autoencoder"] = given(changed, epochs=self.autoencoder_epochs)
         return given(recipe, **changes)
 
 
@@ -139,10 +143,14 @@ def given(recipe: Any, **changes: Any) -> Any:
 
 
 def generator_presets(stage: str) -> list[str]:
-    """Presets of denoising networks, or of masked image models."""
+    """Presets of denoising networks, of masked image models, or of autoencoders."""
     from jaxldm import models, pipelines
 
+    autoencoders = (models.ConvAutoencoderConfig, models.AutoencoderKLConfig, models.VQModelConfig)
+
     def fits(config: Any) -> bool:
+        if stage == "autoencoder":
+            return isinstance(config, autoencoders)
         if stage == "masked_tokens":
             return isinstance(config, models.MaskGITTransformerConfig)
         return pipelines.is_denoiser(config)

@@ -53,11 +53,18 @@ class DigitClassifier(nn.Module):
         self.dense = Linear(self.config.num_features, dtype=dtype)
         self.head = Linear(self.config.num_classes, dtype=dtype)
 
-    def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
+    def maps(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B _ _ _"]]:
+        """What the three convolutions make of images, behind their SiLU."""
         chex.assert_shape(x, (None, *height_width(self.config.sample_size), self.config.in_channels))
+        found = []
         for convolution in (self.conv_0, self.conv_1, self.conv_2):
             x = nn.silu(convolution(x))
-        return self.dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+            found.append(x)
+        return found
+
+    def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
+        last = self.maps(x)[-1]
+        return self.dense(last.reshape(last.shape[0], -1)).astype(jnp.float32)
 
     def features_and_logits(
         self, x: Float[Array, "B H W C"]

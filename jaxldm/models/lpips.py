@@ -114,7 +114,7 @@ class LPIPS(nn.Module):
         total = jnp.zeros(x.shape[0])
         for index, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True)):
             weights = getattr(self, f"lin{index}")()
-            squares = (_unit(a) - _unit(b)) ** 2 * weights.reshape(1, 1, 1, -1)
+            squares = (unit_pixels(a) - unit_pixels(b)) ** 2 * weights.reshape(1, 1, 1, -1)
             total = total + squares.sum(-1).mean((1, 2))
         return total
 
@@ -124,9 +124,12 @@ class LPIPS(nn.Module):
         return image, image
 
 
-def _unit(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Each pixel's vector divided by its length; the addend is the published one."""
-    return x / (jnp.sqrt((x * x).sum(-1, keepdims=True)) + 1e-10)
+def unit_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Each pixel's vector divided by its length; the addend is the published one.
+
+    The bound below the root changes no result; without it a vector of zeros has NaN as its gradient.
+    """
+    return x / (jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-30)) + 1e-10)
 
 
 @checked(net=choice("LPIPS network", BACKBONES))

@@ -8,7 +8,13 @@
 """
 
 from jaxldm.training.adversarial import Adversary, adaptive_weight, discriminator_loss
-from jaxldm.training.autoencoder import annealed_beta, autoencoder_loss, kl_per_channel, latent_scale
+from jaxldm.training.autoencoder import latent_scale
+from jaxldm.training.autoencoder_losses import (
+    annealed_beta,
+    autoencoder_loss,
+    kl_per_channel,
+    vq_autoencoder_loss,
+)
 from jaxldm.training.codebook import (
     Codebook,
     Quantized,
@@ -30,6 +36,7 @@ from jaxldm.training.recipes import (
     AutoencoderRecipe,
     ClassifierRecipe,
     DiffusionRecipe,
+    DiscriminatorRecipe,
     MaskedTokensRecipe,
     Recipe,
     TextRecipe,
@@ -54,6 +61,7 @@ __all__ = [
     "ClassifierRecipe",
     "Codebook",
     "DiffusionRecipe",
+    "DiscriminatorRecipe",
     "KeptParams",
     "MaskedTokensRecipe",
     "Optimizer",
@@ -96,5 +104,6 @@ __all__ = [
     "stages_of",
     "train",
     "update_codebook",
+    "vq_autoencoder_loss",
     "warmup_cosine",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,31 +10,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float
 
 from jaxldm import models
 from jaxldm.arguments import (
     array,
     checked,
-    count,
-    function,
-    instance,
-    number,
-    one_key,
     optional,
 )
 from jaxldm.data.batches import Rows, map_batches
-from jaxldm.exact import round_product
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
-from jaxldm.training.adversarial import (
-    Adversary,
-    Perceptual,
-    image_distance,
-    reconstruction_loss,
-)
-from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
+from jaxldm.training.autoencoder_players import LEAST_LOG_VARIANCE, build_discriminator, make_game
+from jaxldm.training.perceptual import check_perceptual
+from jaxldm.training.recipes import AutoencoderRecipe, Recipe
 from jaxldm.training.runs import save_autoencoder
 from jaxldm.training.stages import (
     Context,
@@ -50,88 +38,6 @@ from jaxldm.training.stages import (
 from jaxldm.training.state import Params
 
 STAGE = "autoencoder"
-
-
-@checked(posterior=instance(DiagonalGaussian, "a models.DiagonalGaussian"))
-def kl_per_channel(posterior: DiagonalGaussian) -> Float[Array, " c"]:
-    """KL(q(z | x) || N(0, 1)) in nats of each latent channel: summed over its places, mean over the batch.
-
-    Source: Kingma and Welling 2014, appendix B.
-    """
-    return jnp.mean(jnp.sum(posterior.kl(), axis=(1, 2)), axis=0)
-
-
-@checked(beta=number(0), warmup_steps=count(0), step=array("real", axes=0))
-def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]:
-    """beta min(1, step / warmup_steps); beta at once for 0 warm-up steps.
-
-    Source: Bowman et al. 2016, section 3.1.
-    """
-    if warmup_steps == 0:
-        return jnp.float32(beta)
-    return beta * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup_steps)
-
-
-@checked(
-    key=one_key,
-    encode=function("images -> posterior"),
-    decode=function("z -> images"),
-    images=array("floating", "[B, H, W, C]", axes=4, filled=True),
-    beta=array("real", axes=0),
-    free_bits=array("real", axes=0),
-    perceptual=optional(function("(images, decoded) -> distances")),
-    log_variance=array("real", axes=0),
-    adversary=optional(instance(Adversary, "a training.Adversary(...)")),
-)
-def autoencoder_loss(
-    key: PRNGKeyArray,
-    encode: Callable[[Any], DiagonalGaussian],
-    decode: Callable[[Any], Any],
-    images: Float[Array, "B H W C"],
-    *,
-    beta: Any = 1e-3,
-    free_bits: Float[Array, ""] | float = 0.0,
-    reconstruction: str = "mse",
-    perceptual: Perceptual | None = None,
-    log_variance: Any = 0.0,
-    adversary: Adversary | None = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The negative evidence bound per pixel, with a weight on its KL term.
-
-        loss = R / exp(s) + s + beta / (H W C) sum_k max(free_bits, KL_k) + adversarial term
-
-    with R the mean squared ("mse") or absolute ("l1") error of a pixel for one drawn z = mean + std eps, plus
-    the perceptual distance, s the log-variance, and KL_k the nats of latent channel k (`kl_per_channel`).
-    All terms are divided by the numbers of an image, so beta means the same as where they are sums (latent
-    diffusion has 1e-6), at every image size.
-
-    Args:
-        key: draws z.
-        encode: images -> posterior; decode: z, not scaled -> images. Closed over the parameters.
-        images: `[B, H, W, C]` in [-1, 1].
-        beta: weight, may be traced (see `annealed_beta`).
-        free_bits: nats of each channel that cost nothing, so that it does not collapse.
-        perceptual: (images, decoded) -> a distance of each pair `[B]`, its weight included.
-        log_variance: s, a number or a trained parameter; 0 in latent diffusion, where it starts.
-        adversary: the discriminator; None trains against none. `decode` is then that of the adversary.
-
-    Returns:
-        (loss, {"reconstruction": mean error of a pixel, "kl": nats of an image, "kl_channel": nats of each
-        channel [c], "beta", and of the terms that are used "perceptual", "generator", "adaptive_weight"}),
-        float32.
-
-    Sources: Higgins et al. 2017, eq. 4 (beta); Kingma et al. 2016, eq. 16 (free bits); Rombach et al. 2022,
-      appendix G.
-    """
-    distance = image_distance(images, reconstruction, perceptual)
-    posterior = encode(images)
-    posterior = DiagonalGaussian(*(moment.astype(jnp.float32) for moment in posterior))
-    z = posterior.sample(key)
-    loss, _, metrics = reconstruction_loss(z, decode, distance, log_variance, adversary)
-    kl = kl_per_channel(posterior)
-    pixels = images.size // images.shape[0]
-    loss = loss + beta * jnp.sum(jnp.maximum(free_bits, kl)) / pixels
-    return loss, {**metrics, "kl": jnp.sum(kl), "kl_channel": kl, "beta": jnp.float32(beta)}
 
 
 @checked(
@@ -155,40 +61,38 @@ def latent_scale(
 
 
 def build_autoencoder(recipe: Recipe, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The autoencoder of a recipe. Raises `UnknownNameError`, `InvalidArgumentError`."""
+    """The autoencoder of a recipe, and what its loss needs once, so that it fails now where it would later.
+
+    Raises `UnknownNameError`, `InvalidArgumentError`, `CheckpointError`.
+    """
+    own = cast(AutoencoderRecipe, recipe.autoencoder)
+    check_perceptual(own, image_shape)
+    if own.discriminator is not None:
+        build_discriminator(own, image_shape)
     return build_model(
-        cast(AutoencoderRecipe, recipe.autoencoder),
+        own,
         sample_size=sample_size(image_shape),
         in_channels=image_shape[-1],
         out_channels=image_shape[-1],
     )
 
 
-def make_loss(recipe: AutoencoderRecipe, module: nn.Module, warmup_steps: int):
-    """`loss_fn(params, state, batch, key)` for `make_train_step`; `batch["image"]` is `[B, H, W, C]`."""
-
-    def loss_fn(params, state, batch, key):
-        def apply(method: str) -> Callable[[Any], Any]:
-            return lambda x: module.apply({"params": params}, x, method=method)
-
-        return autoencoder_loss(
-            key,
-            apply("encode"),
-            apply("decode"),
-            batch["image"],
-            beta=annealed_beta(recipe.beta, warmup_steps, state.step),
-            free_bits=recipe.free_bits,
-            reconstruction=recipe.reconstruction,
-        )
-
-    return loss_fn
+def as_posterior(encoded: Any) -> DiagonalGaussian:
+    """What an autoencoder's `encode` gives, latents before a codebook as a posterior without spread."""
+    if isinstance(encoded, DiagonalGaussian):
+        return encoded
+    return DiagonalGaussian(encoded, jnp.full_like(encoded, LEAST_LOG_VARIANCE))
 
 
 def encode_all(
     module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"] | Rows
 ) -> DiagonalGaussian:
     """The posteriors of any number of images, not scaled, on the host."""
-    encode = jax.jit(lambda params, batch: module.apply({"params": params}, batch, method="encode"))
+
+    @jax.jit
+    def encode(params: Any, batch: Any) -> DiagonalGaussian:
+        return as_posterior(module.apply({"params": params}, batch, method="encode"))
+
     return map_batches(lambda batch: encode(params, batch), images)
 
 
@@ -199,25 +103,23 @@ def prepare(context: Context) -> Job:
     rows = context.train_rows()
     held_out = context.some("validation")[0]
     reconstruct = jax.jit(lambda params, batch: module.apply({"params": params}, batch))
+    game = make_game(context, recipe, module, len(rows))
 
     def preview(params: Params, step: int) -> None:
-        decoded = reconstruct(params, held_out[:32])
+        decoded = reconstruct(game.network(params), held_out[:32])
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded)
 
-    warmup_steps = round_product(recipe.beta_warmup_epochs, len(rows) // recipe.batch_size)
-    loss = make_loss(recipe, module, warmup_steps)
-
     def finish(params: Params) -> None:
-        posterior = cast(Any, encode_all(module, params, rows))  # of NumPy arrays
-        decoded = map_batches(lambda batch: reconstruct(params, batch), held_out)
+        network = game.network(params)
+        posterior = cast(Any, encode_all(module, network, rows))  # of NumPy arrays
+        decoded = map_batches(lambda batch: reconstruct(network, batch), held_out)
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
         scaled = with_scale(context, module, posterior)
         findings = [*check_reconstruction(held_out, decoded), *check_posterior_collapse(*posterior)]
         report_health(context, folder, findings)
-        save_autoencoder(context.run, scaled, params)
+        save_autoencoder(context.run, scaled, network)
 
-    init = functools.partial(models.init, module)
-    return Job(init, loss, with_names(rows, image="image"), finish, preview)
+    return Job(game.init, game.loss, with_names(rows, image="image"), finish, preview, frozen=game.frozen)
 
 
 TASK = Task(lambda recipe, shape, classes: build_autoencoder(recipe, shape), prepare)
@@ -225,17 +127,19 @@ TASK = Task(lambda recipe, shape, classes: build_autoencoder(recipe, shape), pre
 
 def with_scale(context: Context, module: nn.Module, posterior: Any) -> nn.Module:
     """The autoencoder with the scaling_factor and shift_factor of its latents in its config."""
-    diffusion = cast(DiffusionRecipe, context.recipe.diffusion)  # masked image models have no autoencoder
-    seen = posterior.log_variance if diffusion.sample_latents else None
-    scale, shift = latent_scale(posterior.mean, seen)
-    if context.recipe.text is not None:  # diffusers knows no shift in Stable Diffusion's pipeline
+    diffusion, config = context.recipe.diffusion, cast(Any, module).config
+    on_means = diffusion is not None and not diffusion.sample_latents
+    scale, shift = latent_scale(posterior.mean, None if on_means else posterior.log_variance)
+    # diffusers knows no shift in Stable Diffusion's pipeline, nor of an autoencoder with a codebook.
+    has_shift = hasattr(config, "shift_factor") and context.recipe.text is None
+    if not has_shift:
         scale, shift = float(1 / np.sqrt(scale**-2 + shift**2)), 0.0
     context.log(
         f"autoencoder: latents have mean {shift:+.3f} and standard deviation {1 / scale:.3f}; "
         f"scaling_factor {scale:.4f}"
     )
-    config = dataclasses.replace(cast(Any, module).config, scaling_factor=scale, shift_factor=shift)
-    return models.from_config(config)
+    shifted = {"shift_factor": shift} if hasattr(config, "shift_factor") else {}
+    return models.from_config(dataclasses.replace(config, scaling_factor=scale, **shifted))
 
 
 def save_reconstructions(

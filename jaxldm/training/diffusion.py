@@ -23,7 +23,7 @@ from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, 
 from jaxldm.models.config import height_width
 from jaxldm.reading import shortened
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
-from jaxldm.training.autoencoder import build_autoencoder, encode_all
+from jaxldm.training.autoencoder import as_posterior, build_autoencoder, encode_all
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
@@ -66,7 +66,7 @@ def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def encode(params, x) -> Any:
-        return cast(Any, module.apply({"params": params}, x, method="encode")).mean
+        return as_posterior(module.apply({"params": params}, x, method="encode")).mean
 
     return jax.eval_shape(encode, models.shapes(module), images).shape[1:]
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 from jaxldm import data
 from jaxldm import diffusion as D
-from jaxldm.arguments import count
+from jaxldm.arguments import count, number
 from jaxldm.data import Dataset
 from jaxldm.entries import Read, build, check_types, checked, checked_entries
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.reading import shown
+from jaxldm.training.equivariance import some_scales
 from jaxldm.training.optimizer import OPTIMIZERS
 from jaxldm.training.power_ema import SOME_LENGTHS
 
@@ -110,15 +111,62 @@ class StageRecipe:
             )
 
 
+def _check_not_negative(recipe: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(recipe, name) < float("inf"):
+            raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(recipe, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorRecipe:
+    """The patch discriminator that an autoencoder is trained against, see `jaxldm.training.adversarial`.
+
+    Attributes:
+        preset, overrides: as those of a stage.
+        loss: "hinge" or "vanilla".
+        weight: of the generator's loss, times the adaptive weight (0.5 in latent diffusion).
+        start_epochs: it is trained, and counts, after so many epochs; may be a fraction.
+        learning_rate: the highest; it warms up and falls as the autoencoder's. None: the autoencoder's.
+        b1, b2: of its Adam; as published.
+    """
+
+    preset: str = "mini-patch-gan"
+    overrides: Options = dataclasses.field(default_factory=dict)
+    loss: str = "hinge"
+    weight: float = 0.5
+    start_epochs: float = 0.0
+    learning_rate: float | None = None
+    b1: float = 0.5
+    b2: float = 0.9
+
+    def __post_init__(self):
+        check_types(self)
+        _check_not_negative(self, "weight", "start_epochs")
+        one_of("discriminator loss", self.loss, ("hinge", "vanilla"))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe(StageRecipe):
     """Stage one, see `jaxldm.training.autoencoder.autoencoder_loss`.
+
+    The preset says whether it has a KL term (`AutoencoderKL`, `ConvAutoencoder`) or a codebook (`VQModel`).
 
     Attributes:
         beta: weight of the KL term.
         beta_warmup_epochs: it rises from 0 to beta over so many epochs.
         free_bits: nats of each latent channel that cost nothing.
         reconstruction: "mse" or "l1".
+        log_variance: s of the reconstruction's likelihood, error / exp(s) + s.
+        learn_log_variance: train s, from there.
+        perceptual_weight: of the perceptual distance; 0: none.
+        perceptual_file: torchvision's file of VGG16 or AlexNet, for LPIPS. None: the features of the run's
+            own classifier, which is then trained first.
+        discriminator: None: it is trained against none.
+        commitment: weight of the distance of latents from their entries of a codebook.
+        codebook_decay, restart_below: of the codebook's moving averages, see
+            `jaxldm.training.update_codebook`.
+        equivariance_weight, equivariance_scales: of EQ regularisation, see
+            `jaxldm.training.equivariance_loss`; 0: none.
     """
 
     preset: str = "mini-autoencoder"
@@ -126,13 +174,30 @@ class AutoencoderRecipe(StageRecipe):
     beta_warmup_epochs: float = 0.0
     free_bits: float = 0.0
     reconstruction: str = "mse"
+    log_variance: float = 0.0
+    learn_log_variance: bool = False
+    perceptual_weight: float = 0.0
+    perceptual_file: str | None = None
+    discriminator: DiscriminatorRecipe | None = None
+    commitment: float = 0.25
+    codebook_decay: float = 0.99
+    restart_below: float = 0.1
+    equivariance_weight: float = 0.0
+    equivariance_scales: tuple[float, ...] = (0.5, 0.75)
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("beta", "beta_warmup_epochs", "free_bits"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")
+        _check_not_negative(self, "beta", "beta_warmup_epochs", "free_bits", "commitment")
+        _check_not_negative(self, "perceptual_weight", "equivariance_weight")
         one_of("reconstruction", self.reconstruction, ("mse", "l1"))
+        number(0, 1)("codebook_decay", self.codebook_decay)
+        number(0, below=1)("restart_below", self.restart_below)
+        some_scales("equivariance_scales", self.equivariance_scales)
+
+    @property
+    def uses_classifier(self) -> bool:
+        """Whether its perceptual distance is by the run's classifier."""
+        return self.perceptual_weight > 0 and self.perceptual_file is None
 
 
 # Name of a weight of the loss -> maker.
@@ -281,7 +346,7 @@ class Recipe:
         pad_to: side of the black square in whose centre they are then placed; None: as they are.
         max_train_images: use only the first so many of the training split; None: all.
         autoencoder: None: the diffusion model works on pixels.
-        diffusion: the denoising network; None for a masked image model.
+        diffusion: the denoising network; None for a masked image model, or an autoencoder alone.
         masked_tokens: the masked image model; None for a denoising network.
         classifier: None: no metrics that need one.
         text: None: the condition is the class; else it is the caption, and the finished run is a pipeline
@@ -311,9 +376,20 @@ class Recipe:
             raise InvalidArgumentError(f"max_train_images must be >= 1, got {self.max_train_images}")
         if self.text is not None and self.autoencoder is None:
             raise InvalidArgumentError("a recipe with text needs an autoencoder: it draws latents")
-        if (self.diffusion is None) == (self.masked_tokens is None):
+        if self.diffusion is not None and self.masked_tokens is not None:
             raise InvalidArgumentError(
                 "a recipe has either diffusion or masked_tokens: give diffusion=None with masked_tokens=..."
+            )
+        if self.diffusion is None and self.masked_tokens is None and self.autoencoder is None:
+            raise InvalidArgumentError(
+                "a recipe without diffusion and masked_tokens trains an autoencoder alone: give one"
+            )
+        if self.text is not None and self.diffusion is None:
+            raise InvalidArgumentError("a recipe with text needs diffusion: leave text out")
+        if self.classifier_first and self.classifier is None:
+            raise InvalidArgumentError(
+                "a perceptual distance without perceptual_file is by the run's classifier: give the recipe a "
+                "classifier, or perceptual_file"
             )
         if self.masked_tokens is not None and self.autoencoder is not None:
             raise InvalidArgumentError(
@@ -322,8 +398,14 @@ class Recipe:
 
     @property
     def generator(self) -> str:
-        """The stage that trains what draws: "diffusion" or "masked_tokens"."""
-        return "diffusion" if self.masked_tokens is None else "masked_tokens"
+        """The stage that trains what draws, "diffusion" or "masked_tokens"; else "autoencoder"."""
+        drawing = ("diffusion", "masked_tokens")
+        return next((stage for stage in drawing if getattr(self, stage) is not None), "autoencoder")
+
+    @property
+    def classifier_first(self) -> bool:
+        """Whether the loss of another stage looks at the classifier."""
+        return self.autoencoder is not None and self.autoencoder.uses_classifier
 
     def load_data(self) -> Dataset:
         """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""

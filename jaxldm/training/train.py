@@ -83,8 +83,9 @@ def _check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> Non
 
 @checked(recipe=A_RECIPE)
 def stages_of(recipe: Recipe) -> list[str]:
-    """The stages that a recipe has, in order."""
-    return [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    """The stages that a recipe has, in order: the classifier last, unless another stage's loss needs it."""
+    stages = [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    return sorted(stages, key=lambda stage: stage != "classifier") if recipe.classifier_first else stages
 
 
 def max_devices(recipe: Recipe) -> int:

@@ -11,7 +11,7 @@ from torch_reference import images, randomised, to_torch
 from jaxldm import checkpoints, models, training
 from jaxldm.models import DiagonalGaussian
 from jaxldm.training.adversarial import Adversary, adversarial_loss, generator_loss, with_gradient
-from jaxldm.training.autoencoder import autoencoder_loss
+from jaxldm.training.autoencoder_losses import autoencoder_loss
 
 WIDTHS, SIDE, CHANNELS = (4, 6), 8, 2
 PIXELS = SIDE * SIDE * CHANNELS

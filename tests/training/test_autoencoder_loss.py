@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 from jaxldm import models
 from jaxldm.errors import UnknownNameError
 from jaxldm.models import DiagonalGaussian
-from jaxldm.training.autoencoder import (
-    annealed_beta,
-    autoencoder_loss,
-    kl_per_channel,
-    latent_scale,
-    make_loss,
-)
+from jaxldm.training.autoencoder import latent_scale
+from jaxldm.training.autoencoder_losses import annealed_beta, autoencoder_loss, kl_per_channel
+from jaxldm.training.autoencoder_players import make_loss
 from jaxldm.training.recipes import AutoencoderRecipe
 
 
