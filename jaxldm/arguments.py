@@ -455,11 +455,14 @@ def check_dims(**arrays: tuple[Any, str]) -> None:
 
 
 def check_broadcast(**arrays: Any) -> None:
-    """Raises `InvalidArgumentError` unless the arrays go with each other."""
+    """Raises `InvalidArgumentError` unless the arrays go with each other, all empty or none."""
+    shapes = [np.shape(array) for array in arrays.values()]
     try:
-        np.broadcast_shapes(*(np.shape(array) for array in arrays.values()))
+        np.broadcast_shapes(*shapes)
     except ValueError:
         raise _shapes_differ(arrays) from None
+    if len({0 in shape for shape in shapes}) > 1:
+        raise _shapes_differ(arrays)
 
 
 def _is_key(value: Any) -> bool:

@@ -134,3 +134,10 @@ def test_lengths_of_axes():
         A.check_dims(x=(x, "B N"), y=(y, "B N"))
     with pytest.raises(InvalidArgumentError):
         A.check_dims(x=(np.zeros((3, 3)), "#B N"), y=(x, "#B N"))
+
+
+def test_arrays_that_go_with_each_other_are_all_empty_or_none():
+    A.check_broadcast(mean=np.zeros(1), x=np.zeros((4, 3)))
+    A.check_broadcast(mean=np.zeros(0), x=np.zeros((4, 0)))
+    with pytest.raises(InvalidArgumentError, match="mean"):
+        A.check_broadcast(mean=np.zeros(0), x=np.zeros((4, 1)))
