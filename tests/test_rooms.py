@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "metrics": GROUND_FLOOR | {"data", "models"},
     "schedulers": GROUND_FLOOR | {"diffusion"},
     "pipelines": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},
-    "training": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},
+    # Captions become conditions in training as they do where the finished model draws.
+    "training": GROUND_FLOOR
+    | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics", "pipelines"},
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}
 DATA = {"tensorflow_datasets", "grain", "array_record", "mlxtend", "PIL"}

@@ -71,10 +71,11 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     Its arguments are the module's parameters (the inside of `{"params": ...}`), noisy images or latents x
     `[B, H, W, C]`, t `[B]` floating, and the condition: None; an array, the module's argument after t (labels
     `[B]`, or the states of a text); or a mapping of the module's keyword arguments to arrays. A `dropout_key`
-    turns dropout on, for training. It returns `[B, H, W, C]`, 2C channels for a network with learned
-    variance, and raises `InvalidArgumentError` for a condition that lacks an argument of the module or has
-    one too many, and for shapes that do not fit. Labels and token ids outside of their tables are refused
-    where they can be seen; inside jit they cannot, and the nearest row answers: check them before.
+    turns dropout on, for training, where the module has it. It returns `[B, H, W, C]`, 2C channels for a
+    network with learned variance, and raises `InvalidArgumentError` for a condition that lacks an argument of
+    the module or has one too many, and for shapes that do not fit. Labels and token ids outside of their
+    tables are refused where they can be seen; inside jit they cannot, and the nearest row answers: check them
+    before.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import models
@@ -84,6 +85,7 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     (2, 32, 32, 4)
     """
     call_with = applied(module)
+    has_dropout = "train" in inspect.signature(module.__call__).parameters
 
     def call(
         params: Any,
@@ -93,7 +95,7 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
         *,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B ..."]:
-        if dropout_key is None:
+        if dropout_key is None or not has_dropout:
             return call_with(params, x, t, condition)
         return call_with(params, x, t, condition, {"train": True}, rngs={"dropout": dropout_key})
 

@@ -280,11 +280,11 @@ class DiT(nn.Module):
             if first == enters:
                 full, h = h, jnp.take_along_axis(h, cast(Array, kept)[..., None], axis=1)
             h = apply_blocks(block, "blocks", last - first, h, c, train, first=first, **options)
-            if last == config.tap:
-                self.sow("intermediates", "tapped", h)
             if last == leaves:
                 rows = jnp.arange(h.shape[0])[:, None]
                 h = full.at[rows, cast(Array, kept)].set(h)
+            if last == config.tap:
+                self.sow("intermediates", "tapped", h)
         return h
 
     def _position(self) -> Float[Array, "1 N C"]:

@@ -196,6 +196,11 @@ def check_text_width(pipe: Pipeline, width: int, taken: int, encoder: str = "tex
         raise CheckpointError(f"its {encoder} gives states {width} wide, its {network} takes {taken}")
 
 
+def states_width(encoder: Any) -> int:
+    """The width of a text encoder's states, whatever its config calls it."""
+    return getattr(encoder.config, "d_model", None) or encoder.config.hidden_size
+
+
 def check_latent_channels(pipe: Pipeline, taken: int) -> None:
     """Raise `CheckpointError` unless the autoencoder has the latent channels that the network takes."""
     channels = 3 if pipe.autoencoder is None else pipe.autoencoder.config.latent_channels

@@ -33,6 +33,7 @@ from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.optimizer import Optimizer, optimizer, warmup_cosine
 from jaxldm.training.recipes import (
+    AlignmentRecipe,
     AutoencoderRecipe,
     ClassifierRecipe,
     DiffusionRecipe,
@@ -57,6 +58,7 @@ __all__ = [
     "RECIPES",
     "STAGES",
     "Adversary",
+    "AlignmentRecipe",
     "AutoencoderRecipe",
     "ClassifierRecipe",
     "Codebook",

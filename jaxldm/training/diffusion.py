@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from jaxldm import checkpoints, models, schedulers
 from jaxldm import diffusion as D
 from jaxldm.data import ArrayRows, Rows
 from jaxldm.data.folders import FolderRows, identity
 from jaxldm.data.latents import cached, fingerprint
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
-from jaxldm.models.config import height_width
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import shortened
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import as_posterior, build_autoencoder, encode_all
+from jaxldm.training.denoiser_loss import (
+    FEATURES,
+    Condition,
+    label_condition,
+    make_loss,
+    network_params,
+    new_params,
+)
+from jaxldm.training.frozen_features import FrozenFeatures, check_encoder, load_features
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
     MOST_CLASSES,
     Context,
     Job,
+    JoinedRows,
     Task,
     build_model,
     report_health,
@@ -40,12 +51,13 @@ from jaxldm.training.stages import (
 )
 from jaxldm.training.state import Params
 from jaxldm.training.text import (
-    STATES,
+    PIPELINE_OF,
     CaptionedRows,
-    TextEncoder,
     encode_captions,
-    load_text_encoder,
-    text_width,
+    load_text_parts,
+    pipeline_class,
+    text_fields,
+    text_pipeline,
 )
 
 STAGE = "diffusion"
@@ -83,17 +95,21 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         draw = cast(Callable[..., Any], own.make_time())
         jax.eval_shape(lambda key: draw(key, (1,), path), jax.random.key(0))
     shape = latent_shape(recipe, image_shape)
+    _check_terms(own)
     module = build_model(
         own,
         sample_size=sample_size(shape),
-        in_channels=shape[-1],
-        out_channels=shape[-1],
+        **channels_of(own.preset, shape[-1]),
         num_classes=num_classes,
         learn_sigma=False,
-        **({} if recipe.text is None else {"cross_attention_dim": text_width(recipe.text)}),
+        route=own.route,
+        tap=None if own.alignment is None else own.alignment.block,
+        **(
+            {} if recipe.text is None else text_fields(recipe.text, models.PRESETS[own.preset], own.overrides)
+        ),
     )
-    if isinstance(module, models.UNet2DConditionModel) != (recipe.text is not None):
-        wanted = "a UNet2DConditionModel, for example preset sd15-unet" if recipe.text else "one of classes"
+    if (pipeline_class(module.config) is None) == (recipe.text is not None):
+        wanted = f"one of {', '.join(PIPELINE_OF)}" if recipe.text else "one of classes"
         raise InvalidArgumentError(
             f"{own.preset} is a {type(module).__name__}: a recipe "
             f"{'with' if recipe.text else 'without'} text needs {wanted}"
@@ -106,61 +122,33 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
     return module
 
 
-class Condition(NamedTuple):
-    """What the network is conditioned on.
-
-    Attributes:
-        column: of a batch.
-        argument: the network's name for it; None: the one after t.
-        null: in place of a condition that is dropped.
-    """
-
-    column: str
-    argument: str | None
-    null: Any
-
-    def of(self, values: Any) -> Any:
-        """The condition as the network takes it."""
-        return values if self.argument is None else {self.argument: values}
-
-
-def label_condition(num_classes: int) -> Condition:
-    """Class labels, and the null class."""
-    return Condition("label", None, np.int32(num_classes))
-
-
-def make_loss(recipe: DiffusionRecipe, module: nn.Module, condition: Condition | None = None):
-    """`loss_fn(params, state, batch, key)` for `make_train_step`.
-
-    `batch`: `mean` `[B, h, w, c]`, the condition's column (`label` int32 `[B]` where it is None) and, to draw
-    x_0 = mean + std N(0, 1) at each update, `std`.
-    """
-    on = label_condition(module.config.num_classes) if condition is None else condition
-    weight, time = recipe.make_weight(), recipe.make_time()
-
-    def loss_fn(params, state, batch, key):
-        latent_key, loss_key, dropout_key = jax.random.split(key, 3)
-        x_0 = batch["mean"]
-        if "std" in batch:
-            x_0 = x_0 + batch["std"] * jax.random.normal(latent_key, x_0.shape)
-
-        def network(x, t, labels):
-            return models.network(module)(params, x, t, labels, dropout_key=dropout_key)
-
-        return D.diffusion_loss(
-            loss_key,
-            network,
-            recipe.prediction,
-            x_0,
-            on.of(batch[on.column]),
-            weight=weight,
-            time=time,
-            noise_offset=recipe.noise_offset,
-            null_condition=on.of(jnp.asarray(on.null)),
-            condition_dropout=recipe.condition_dropout,
+def _check_terms(recipe: DiffusionRecipe) -> None:
+    """Refuse a route and an alignment of a network that has neither, and an encoder that is none."""
+    config = models.PRESETS[one_of("preset", recipe.preset, models.PRESETS)]
+    if (recipe.route or recipe.alignment) and not isinstance(config, models.DiTConfig):
+        raise InvalidArgumentError(
+            f"{recipe.preset} is a {models.class_name(config)}: route and alignment are for DiT and SiT, "
+            "leave them out"
         )
+    if recipe.alignment is not None:
+        check_encoder(recipe.alignment)
 
-    return loss_fn
+
+def without_terms(module: nn.Module, params: Params) -> tuple[nn.Module, Params]:
+    """The finished network as others have it, without a route and a tap, and its parameters."""
+    config, params = cast(Any, module).config, network_params(params)
+    if getattr(config, "route", None) is None and getattr(config, "tap", None) is None:
+        return module, params
+    plain = models.from_config(dataclasses.replace(config, route=None, tap=None))
+    state = checkpoints.to_state_dict(params)  # stacks of blocks have other lengths
+    return plain, checkpoints.from_state_dict(state, models.shapes(plain))
+
+
+def channels_of(preset: str, latent_channels: int) -> dict[str, int]:
+    """The fields of a network's config that the channels of its latents fill."""
+    if isinstance(models.PRESETS[preset], models.FluxTransformer2DConfig):  # its tokens are 2x2 latents
+        return {"in_channels": 4 * latent_channels}
+    return {"in_channels": latent_channels, "out_channels": latent_channels}
 
 
 def latent_columns(context: Context) -> Mapping[str, Any] | Rows:
@@ -178,7 +166,8 @@ def latent_columns(context: Context) -> Mapping[str, Any] | Rows:
         folder = context.dataset.rows("train")
         images, labels = identity(cast(FolderRows, folder)), cast(FolderRows, folder).labels[: len(rows)]
     module, params = checkpoints.load(context.run.stage(AUTOENCODER).model)
-    scale, shift = np.float32(module.config.scaling_factor), np.float32(module.config.shift_factor or 0.0)
+    scale = np.float32(module.config.scaling_factor)
+    shift = np.float32(getattr(module.config, "shift_factor", None) or 0.0)  # one with a codebook has none
 
     def compute():
         context.log("diffusion: encoding the training images")
@@ -194,6 +183,12 @@ def latent_columns(context: Context) -> Mapping[str, Any] | Rows:
     return {**{name: columns[name] for name in names}, "label": labels}
 
 
+def with_images(context: Context, columns: Mapping[str, Any] | Rows) -> Rows:
+    """Examples with their images as a further column."""
+    rows = ArrayRows(columns) if isinstance(columns, Mapping) else columns
+    return JoinedRows(rows, with_names(context.train_rows(), image="image"))
+
+
 def first_rows(columns: Mapping[str, Any] | Rows, most: int) -> Mapping[str, Any]:
     """Named columns of the first `most` examples."""
     if isinstance(columns, Mapping):
@@ -202,13 +197,17 @@ def first_rows(columns: Mapping[str, Any] | Rows, most: int) -> Mapping[str, Any
 
 
 def make_sampler(
-    context: Context, module: nn.Module, on: Condition, shown: Shaped[np.ndarray, "K ..."]
+    context: Context, module: nn.Module, on: Condition, shown: Mapping[str, Shaped[np.ndarray, "K ..."]]
 ) -> Callable[[Params, Any], Float[np.ndarray, "N H W C"]]:
-    """`draw(params, key)`: `samples_per_class` images of each of K conditions, by DDIM; jitted."""
+    """`draw(params, key)`: `samples_per_class` images of each of K conditions, by DDIM; jitted.
+
+    `shown` has the columns of the conditions.
+    """
     recipe = denoiser_recipe(context.recipe)
     grid = D.make_grid(recipe.prediction.path, recipe.sample_steps)
-    conditions = np.concatenate([shown] * recipe.samples_per_class)
-    shape = (len(conditions), *height_width(module.config.sample_size), module.config.in_channels)
+    conditions = on.of({k: np.concatenate([v] * recipe.samples_per_class) for k, v in shown.items()})
+    number = len(jax.tree.leaves(conditions)[0])
+    shape = (number, *latent_shape(context.recipe, context.dataset.image_shape))
     autoencoder, decoder_params = None, None
     if context.recipe.autoencoder is not None:
         autoencoder, decoder_params = checkpoints.load(context.run.stage(AUTOENCODER).model)
@@ -217,8 +216,7 @@ def make_sampler(
     def draw(params, decoder_params, key):
         network = functools.partial(models.network(module), params)
         scale = recipe.sample_guidance_scale
-        null = on.of(jnp.asarray(on.null))
-        predict = D.classifier_free_guidance(network, on.of(conditions), null, scale)
+        predict = D.classifier_free_guidance(network, conditions, on.nulls(), scale)
         denoise, x_T = D.denoiser(predict, recipe.prediction), D.initial_noise(key, shape, grid)
         latents = D.sample(key, denoise, D.solvers.ddim(), grid, x_T)
         return latents if autoencoder is None else models.decode_latents(autoencoder, decoder_params, latents)
@@ -242,18 +240,19 @@ def preflight(
 
 
 def with_captions(
-    context: Context, encoder: TextEncoder, columns: Mapping[str, Any] | Rows
-) -> tuple[Condition, list[str], Float[np.ndarray, "K T D"], Rows]:
-    """(condition, captions to draw on the way, their states, examples with the states of their captions)."""
+    context: Context, pipe: Pipeline, columns: Mapping[str, Any] | Rows
+) -> tuple[Condition, list[str], Mapping[str, Shaped[np.ndarray, "K ..."]], Rows]:
+    """(condition, captions to draw on the way, their columns, examples with those of their captions)."""
     rows = ArrayRows(columns) if isinstance(columns, Mapping) else columns
     texts = cast(list[str], context.dataset.captions("train", len(rows)))
     context.log(f"diffusion: encoding {len(set(texts))} different captions")
-    states = encode_captions(encoder, texts, context.run.path / CAPTIONS_FILE)
+    size = cast(tuple[int, int], tuple(context.dataset.image_shape[:2]))
+    found = encode_captions(pipe, texts, size, context.run.path / CAPTIONS_FILE)
     first = list(dict.fromkeys(texts))[:MOST_CAPTIONS]
-    places = [texts.index(text) for text in first]
-    captioned = CaptionedRows(rows, states)
-    on = Condition(STATES, STATES, states.null)
-    return on, [shortened(text, 24) for text in first], captioned.take(np.array(places))[STATES], captioned
+    places = np.array([texts.index(text) for text in first])
+    captioned = CaptionedRows(rows, found)
+    shown = {name: captioned.take(places)[name] for name in found.null}
+    return Condition(found.null), [shortened(text, 24) for text in first], shown, captioned
 
 
 def prepare(context: Context) -> Job:
@@ -265,9 +264,9 @@ def prepare(context: Context) -> Job:
     if context.recipe.text is None:
         on = label_condition(module.config.num_classes)
         names = context.dataset.class_names[:MOST_CLASSES]
-        shown = np.arange(min(module.config.num_classes, MOST_CLASSES), dtype=np.int32)
+        shown = {"label": np.arange(min(module.config.num_classes, MOST_CLASSES), dtype=np.int32)}
     else:
-        text = load_text_encoder(context.recipe.text)
+        text = text_pipeline(module, load_text_parts(context.recipe.text))
         on, names, shown, columns = with_captions(context, text, columns)
     example = jax.tree.map(lambda part: jax.ShapeDtypeStruct((1, *part.shape[1:]), part.dtype), on.of(shown))
     findings = preflight(recipe, module, first_rows(columns, 1000)["mean"], example)
@@ -278,17 +277,26 @@ def prepare(context: Context) -> Job:
         )
     draw, key = make_sampler(context, module, on, shown), stage_keys(context.recipe.seed, STAGE).sample
     drawn: list[np.ndarray] = []
+    features: FrozenFeatures | None = None
+    if recipe.alignment is not None:
+        features = load_features(context, recipe.alignment, module.config.grid_size)
+        columns = with_images(context, columns)
 
     def preview(params: Params, step: int) -> None:
-        drawn[:] = draw(params, key)
+        drawn[:] = draw(network_params(params), key)
         save_samples(folder, np.stack(drawn), names, step)
 
     def finish(params: Params) -> None:
         report_health(context, folder, [*findings, *(check_blank(np.stack(drawn)) if drawn else ())])
-        save_denoiser(context.run, module, params, schedulers.to_config(recipe.prediction), text)
+        plain, network = without_terms(module, params)
+        save_denoiser(context.run, plain, network, schedulers.to_config(recipe.prediction), text)
 
-    loss = make_loss(recipe, module, on)
-    return Job(functools.partial(models.init, module), loss, columns, finish, preview)
+    def init(key: PRNGKeyArray) -> Params:
+        return new_params(recipe, module, key, features)
+
+    frozen = None if features is None else {FEATURES: features.params}
+    loss = make_loss(recipe, module, on, features)
+    return Job(init, loss, columns, finish, preview, frozen=frozen)
 
 
 TASK = Task(build_denoiser, prepare)

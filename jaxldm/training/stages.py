@@ -127,6 +127,20 @@ class Task(NamedTuple):
     prepare: Callable[[Context], Job]
 
 
+@dataclasses.dataclass(frozen=True)
+class JoinedRows:
+    """The columns of two kinds of rows of the same examples."""
+
+    first: Rows
+    second: Rows
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
+        return {**self.first.take(rows), **self.second.take(rows)}
+
+
 def with_names(rows: Rows, **names: str) -> Rows:
     """Rows with their columns under other names, name="name there"; arrays stay arrays."""
     if isinstance(rows, ArrayRows):

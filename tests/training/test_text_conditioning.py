@@ -10,20 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxldm import checkpoints, models, pipelines, training
+from jaxldm import checkpoints, models, pipelines, schedulers, training
 from jaxldm import diffusion as D
 from jaxldm.commands.eval import load_classifier
 from jaxldm.commands.info import describe
 from jaxldm.data import ArrayRows
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
-from jaxldm.training.diffusion import Condition, make_loss
-from jaxldm.training.text import (
-    STATES,
-    CaptionedRows,
-    encode_captions,
-    load_text_encoder,
-    text_width,
-)
+from jaxldm.training.diffusion import Condition, build_denoiser, make_loss
+from jaxldm.training.runs import RunFolder, save_denoiser
+from jaxldm.training.text import CaptionedRows, encode_captions, load_text_parts, text_pipeline
+
+STATES = "encoder_hidden_states"
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dark", "light", "picture"]
 BERT = models.BertConfig(
@@ -94,22 +91,30 @@ def recipe(encoder_folder, tmp_path_factory):
     )
 
 
-def test_states_are_those_of_the_pipelines_and_are_kept(encoder_folder, tmp_path, monkeypatch):
-    text = load_text_encoder(training.TextRecipe(encoder=str(encoder_folder), max_length=6))
-    assert text_width(training.TextRecipe(encoder=str(encoder_folder), max_length=6)) == 8
+def pipeline_of(recipe, preset="sd15-unet", **overrides):
+    """The pipeline that encodes captions for a network."""
+    own = dataclasses.replace(
+        recipe.diffusion, preset=preset, overrides=overrides or recipe.diffusion.overrides
+    )
+    module = build_denoiser(dataclasses.replace(recipe, diffusion=own), (8, 8, 3), 2)
+    return text_pipeline(module, load_text_parts(recipe.text))
+
+
+def test_states_are_those_of_the_pipelines_and_are_kept(recipe, tmp_path, monkeypatch):
+    pipe = pipeline_of(recipe)
+    assert pipe.unet.config.cross_attention_dim == 8
     captions = ["a dark picture", "a light picture", "a dark picture"]
-    found = encode_captions(text, captions, tmp_path / "captions.npz")
-    assert found.states.shape == (3, 6, 8) and found.which[0] == found.which[2] != found.which[1]
-    network = pipelines.Network(text.module, text.params)
-    expected = pipelines.prompts.encode_texts(network, text.tokenizer, ["", *captions]).hidden
-    np.testing.assert_allclose(found.null, expected[0], atol=2e-3)
+    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
+    assert found.arrays[STATES].shape == (3, 6, 8) and found.which[0] == found.which[2] != found.which[1]
+    expected = pipelines.prompts.encode_texts(pipe.text_encoder, pipe.tokenizer, ["", *captions]).hidden
+    np.testing.assert_allclose(found.null[STATES], expected[0], atol=2e-3)
     rows = CaptionedRows(ArrayRows({"mean": np.arange(3.0)}), found)
     taken = rows.take(np.array([2, 1]))
     assert taken["mean"].tolist() == [2, 1] and taken[STATES].dtype == np.float32
     np.testing.assert_allclose(taken[STATES], expected[[3, 2]], atol=2e-3)
-    monkeypatch.setattr(type(text.module), "__call__", None)  # a second time they come from the cache
-    again = encode_captions(text, captions, tmp_path / "captions.npz")
-    np.testing.assert_array_equal(again.states, found.states)
+    monkeypatch.setattr(type(pipe.text_encoder.module), "__call__", None)  # they come from the cache
+    again = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
+    np.testing.assert_array_equal(again.arrays[STATES], found.arrays[STATES])
 
 
 def test_a_dropped_caption_is_the_empty_one(monkeypatch):
@@ -125,7 +130,7 @@ def test_a_dropped_caption_is_the_empty_one(monkeypatch):
     monkeypatch.setattr(models, "network", network)
     recipe = training.DiffusionRecipe(condition_dropout=0.5)
     null = np.full((3, 2), -7, np.float32)
-    loss_fn = make_loss(recipe, models.build("tiny-dit"), Condition(STATES, STATES, null))
+    loss_fn = make_loss(recipe, models.build("tiny-dit"), Condition({STATES: null}))
     states = np.arange(64 * 6, dtype=np.float32).reshape(64, 3, 2)
     loss_fn({}, None, {"mean": np.zeros((64, 2, 2, 1), np.float32), STATES: states}, jax.random.key(0))
     dropped = (np.asarray(seen[0]) == null).all(axis=(1, 2))
@@ -183,3 +188,110 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_pat
     refused(DataError, "trained on captions", data=str(silent))
     with pytest.raises(InvalidArgumentError, match="needs an autoencoder"):
         dataclasses.replace(recipe, autoencoder=None)
+
+
+HEADS = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 1}
+MMDIT = {**HEADS, "caption_projection_dim": 16, "pos_embed_max_size": 4}
+# Network -> its overrides, and the encoders of its pipeline besides the first.
+OTHERS = {
+    "pixart-sigma": ({**HEADS, "cross_attention_dim": 16}, {}),
+    "sd3-medium": (MMDIT, {"encoder_3": "t5"}),
+    "flux-schnell": ({**HEADS, "num_single_layers": 1, "axes_dims_rope": (2, 2, 4)}, {"encoder_2": "t5"}),
+    "sdxl-unet": (
+        {
+            "block_out_channels": (8,),
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("UpBlock2D",),
+            "mid_block_type": None,
+            "layers_per_block": 1,
+            "transformer_layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+            "addition_time_embed_dim": 4,
+        },
+        {"encoder_2": "clip"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def encoders(encoder_folder, tmp_path_factory):
+    """A CLIP with projection, one without, and a T5 of random weights, with the same tokenizer."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = {**sizes, "vocab_size": len(WORDS), "projection_dim": 6, "eos_token_id": 3}
+    t5 = {"d_model": 10, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
+    modules = {"clip": models.build("openclip-bigg", **clip), "t5": models.build("t5-base", **t5)}
+    modules["clip-l"] = models.build("clip-l", **clip)
+    folder = tmp_path_factory.mktemp("encoders")
+    for name, module in modules.items():
+        params = models.init(module, jax.random.key(0))
+        checkpoints.save(folder / name / "text_encoder", module, params)
+        shutil.copytree(encoder_folder / "tokenizer", folder / name / "tokenizer")
+    return folder
+
+
+def other_recipe(recipe, encoders, preset):
+    overrides, more = OTHERS[preset]
+    first = {"pixart-sigma": "t5", "flux-schnell": "clip-l"}.get(preset, "clip")
+    given = {name: str(encoders / kind) for name, kind in more.items()}
+    text = training.TextRecipe(encoder=str(encoders / first), max_length=6, **given)
+    path = D.flow(D.Flow()) if preset in ("sd3-medium", "flux-schnell") else D.v(D.VP.named("cosine"))
+    own = dataclasses.replace(recipe.diffusion, preset=preset, overrides=overrides, prediction=path)
+    return dataclasses.replace(recipe, diffusion=own, text=text)
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+def test_other_networks_train_on_what_their_pipeline_draws_from(recipe, encoders, preset, tmp_path):
+    """The gradient reaches every parameter's shape, and the saved folder makes the same conditions."""
+    recipe = other_recipe(recipe, encoders, preset)
+    module = build_denoiser(recipe, (8, 8, 3), 2)
+    pipe = text_pipeline(module, load_text_parts(recipe.text))
+    captions = ["a dark picture", "a light picture"]
+    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
+    rows = CaptionedRows(ArrayRows({"mean": np.zeros((2, 8, 8, 4), np.float32)}), found)
+    loss = make_loss(recipe.diffusion, module, Condition(found.null))
+    shapes = models.shapes(module)
+    _, gradients = jax.eval_shape(
+        lambda params, batch: jax.value_and_grad(loss, has_aux=True)(params, None, batch, jax.random.key(0)),
+        shapes,
+        rows.take(np.arange(2)),
+    )
+    assert jax.tree.structure(gradients) == jax.tree.structure(shapes)
+
+    run = RunFolder(tmp_path / "run")
+    vae = models.build("sd-vae", sample_size=8, **recipe.autoencoder.overrides)
+    checkpoints.save(run.stage("autoencoder").model, vae, models.init(vae, jax.random.key(0)))
+    params = models.init(module, jax.random.key(1))
+    save_denoiser(run, module, params, schedulers.to_config(recipe.diffusion.prediction), pipe)
+    loaded = pipelines.load(run.path)
+    assert loaded.family is pipe.family
+    cond, uncond = loaded.encode_prompts(captions, None, (8, 8))
+    columns = rows.take(np.arange(2))
+    assert set(cond) == set(found.null)
+    for name in cond:
+        np.testing.assert_allclose(cond[name], columns[name], atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(uncond[name][0], found.null[name], atol=2e-3, err_msg=name)
+
+
+def test_a_run_of_mmdit_draws_from_prompts(recipe, encoders, tmp_path):
+    recipe = other_recipe(recipe, encoders, "sd3-medium")
+    run = training.train(recipe, tmp_path / "run", log=lambda line: None, bar=False)
+    pipe = pipelines.load(run.path)
+    images = pipe(jax.random.key(0), "a dark picture", num_inference_steps=1)
+    assert pipe.family.name == "StableDiffusion3" and images.shape == (1, 8, 8, 3)
+    assert np.isfinite(images).all() and list((run.path / "diffusion" / "samples").glob("*.png"))
+
+
+def test_encoders_that_a_network_cannot_take_are_refused(recipe, encoders):
+    def refused(words, preset, **text):
+        changed = other_recipe(recipe, encoders, preset)
+        changed = dataclasses.replace(changed, text=dataclasses.replace(changed.text, **text))
+        with pytest.raises(CheckpointError, match=words):
+            build_denoiser(changed, (8, 8, 3), 2)
+
+    refused("FluxPipeline lacks encoder_2", "flux-schnell", encoder_2=None)
+    refused("PixArtSigmaPipeline has no use for encoder_2", "pixart-sigma", encoder_2=str(encoders / "t5"))
+    refused(
+        "pooled state of a CLIPTextModel, without projection", "flux-schnell", encoder=str(encoders / "t5")
+    )
+    refused("pooled state of a CLIPTextModelWithProjection", "sd3-medium", encoder=str(encoders / "t5"))

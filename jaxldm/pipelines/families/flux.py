@@ -21,6 +21,7 @@ from jaxldm.pipelines.family import (
     check_latent_channels,
     check_text_width,
     default_latent_spec,
+    states_width,
 )
 from jaxldm.pipelines.generate import grid, read_scheduler
 from jaxldm.pipelines.inputs import LatentSpec, Size
@@ -42,13 +43,14 @@ def encode(
     Args:
         prompt_2, negative_prompt_2: other texts for T5.
         max_sequence_length: tokens that T5 sees, up to 512; None: as many as in training, 512 in dev and 256
-            in schnell. CLIP sees 77.
+            in schnell, or fewer where the tokenizer has fewer. CLIP sees 77.
 
     Raises:
         InvalidArgumentError: a number of texts or of tokens that does not fit.
     """
     if max_sequence_length is None:
-        max_sequence_length = 512 if pipe.is_guidance_distilled else 256
+        published = 512 if pipe.is_guidance_distilled else 256
+        max_sequence_length = min(published, pipe.tokenizer_2.max_length)
     check_sequence_length(max_sequence_length)
     prompts, negatives = request.prompts, request.negatives or [""] * len(request.prompts)
     second = for_each(prompt_2, prompts, "prompt_2")
@@ -111,7 +113,7 @@ def check(pipe: Pipeline) -> None:
         CheckpointError: parts of different models.
     """
     config = pipe.transformer.config
-    check_text_width(pipe, pipe.text_encoder_2.config.d_model, config.joint_attention_dim, "T5")
+    check_text_width(pipe, states_width(pipe.text_encoder_2), config.joint_attention_dim, "T5")
     given, taken = pipe.text_encoder.config.hidden_size, config.pooled_projection_dim
     if given != taken:
         raise CheckpointError(f"its CLIP gives a pooled state {given} wide, its transformer takes {taken}")

@@ -19,7 +19,13 @@ import numpy as np
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.call import Defaults, Request
-from jaxldm.pipelines.family import Family, Folder, check_text_width, default_latent_spec
+from jaxldm.pipelines.family import (
+    Family,
+    Folder,
+    check_text_width,
+    default_latent_spec,
+    states_width,
+)
 from jaxldm.pipelines.inputs import LatentSpec, Size
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
@@ -45,13 +51,14 @@ def encode(
     diffusers takes out where two more packages are installed, stay.
 
     Args:
-        max_sequence_length: tokens of a text; default 300 for PixArt-Sigma, 120 for PixArt-Alpha.
+        max_sequence_length: tokens of a text; default 300 for PixArt-Sigma, 120 for PixArt-Alpha, or fewer
+            where the tokenizer has fewer.
 
     Raises:
         InvalidArgumentError: no room for a token.
     """
     most = TOKENS[pipe.family.name]
-    length = most if max_sequence_length is None else max_sequence_length
+    length = min(most, pipe.tokenizer.max_length) if max_sequence_length is None else max_sequence_length
     if length < 2:
         raise InvalidArgumentError(
             f"max_sequence_length must be 2 or more, not {length}: {most} is the model's own"
@@ -101,7 +108,7 @@ def check(pipe: Pipeline) -> None:
         CheckpointError: parts of different models.
     """
     config, channels = pipe.transformer.config, pipe.vae.config.latent_channels
-    check_text_width(pipe, pipe.text_encoder.config.d_model, config.text_width)
+    check_text_width(pipe, states_width(pipe.text_encoder), config.text_width)
     out = config.out_channels or config.in_channels
     if config.in_channels != channels or out not in (channels, 2 * channels):
         raise CheckpointError(

@@ -24,6 +24,7 @@ from jaxldm.pipelines.family import (
     check_latent_channels,
     check_text_width,
     default_latent_spec,
+    states_width,
 )
 from jaxldm.pipelines.generate import grid, read_scheduler
 from jaxldm.pipelines.inputs import LatentSpec, Size
@@ -44,17 +45,20 @@ def encode(
     prompt_3: str | list[str] | None = None,
     negative_prompt_2: str | list[str] | None = None,
     negative_prompt_3: str | list[str] | None = None,
-    max_sequence_length: int = 256,
+    max_sequence_length: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The penultimate states of both CLIPs, side by side, behind them T5's; and the CLIPs' pooled states.
 
     Args:
         prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other texts for the larger CLIP and T5.
-        max_sequence_length: tokens that T5 sees, up to 512; the CLIPs see 77.
+        max_sequence_length: tokens that T5 sees, up to 512; None: 256, or fewer where its tokenizer has
+            fewer. The CLIPs see 77.
 
     Raises:
         InvalidArgumentError: a number of texts or of tokens that does not fit.
     """
+    if max_sequence_length is None:
+        max_sequence_length = 256 if pipe.tokenizer_3 is None else min(256, pipe.tokenizer_3.max_length)
     check_sequence_length(max_sequence_length)
     prompts, negatives = request.prompts, request.negatives or [""] * len(request.prompts)
     second, third, negative_second, negative_third = (
@@ -77,12 +81,12 @@ def _encode_all(
     third: list[str] | None,
     max_sequence_length: int,
 ) -> dict[str, Any]:
-    width = pipe.transformer.config.joint_attention_dim
-    clips = []
+    width, clips = pipe.transformer.config.joint_attention_dim, []
+    clip_tokens = [tokenizer.max_length for tokenizer in (pipe.tokenizer, pipe.tokenizer_2) if tokenizer]
     for k, (own, (states, pooled)) in enumerate(zip((None, second), _clip_widths(pipe), strict=True)):
         encoder, tokenizer = getattr(pipe, ENCODERS[k]), getattr(pipe, TOKENIZERS[k])
         if encoder is None:
-            shapes = (len(texts), CLIP_TOKENS, states), (len(texts), pooled)
+            shapes = (len(texts), min([CLIP_TOKENS, *clip_tokens]), states), (len(texts), pooled)
             clips.append(Encoded(*(np.zeros(shape, np.float32) for shape in shapes)))
             continue
         # The same text has the same tokens in both: one warning is enough.
@@ -153,7 +157,7 @@ def check(pipe: Pipeline) -> None:
             f"up to {config.joint_attention_dim} and {config.pooled_projection_dim}"
         )
     if pipe.text_encoder_3 is not None:
-        check_text_width(pipe, pipe.text_encoder_3.config.d_model, config.joint_attention_dim, "T5")
+        check_text_width(pipe, states_width(pipe.text_encoder_3), config.joint_attention_dim, "T5")
 
 
 STABLE_DIFFUSION_3 = Family(
