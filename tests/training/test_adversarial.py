@@ -138,7 +138,7 @@ def test_the_adaptive_weight_makes_both_pull_alike():
     assert (slope == 0).all()
 
 
-def test_nothing_is_computed_before_the_start():
+def test_a_discriminator_does_nothing_before_its_start():
     """A discriminator of NaNs does no harm until it counts."""
 
     def loss(kernel, started):
