@@ -52,6 +52,7 @@ def settings() -> list[Case]:
         *small,
         *(of_fields(f"models.{name}", kind, kind()) for name, kind in configs.items()),
         *(of_fields(f"T.{name}", kind, kind()) for name, kind in recipes.items()),
+        of_fields("T.AlignmentRecipe", T.AlignmentRecipe, T.AlignmentRecipe(block=1)),
         of_fields("T.Recipe", T.Recipe, T.RECIPES["smoke"]),
     ]
 
