@@ -220,6 +220,8 @@ def describe_run(folder: Path) -> str:
     place = f"{folder}/config.json: data"
     name = checked(checked(config.get("data"), dict, place).get("name"), str, f"{place}: name")
     head = f"{folder} is a run of the recipe {recipe.name} on {name}"
+    if recipe.generator == "autoencoder" and run.stage("autoencoder").complete:
+        return f"{head}\n{table(rows)}\nthe autoencoder:  {run.stage('autoencoder').model}"
     if not run.has_model:
         resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
         return f"{head}\n{table(rows)}\nresume:  {resume}"

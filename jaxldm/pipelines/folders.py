@@ -453,6 +453,12 @@ def _check_finished(folder: Path) -> None:
     recipe, _, _ = _read_run(folder)
     if (folder / "diffusion" / "model").is_dir():
         raise CheckpointError(f"{folder} is a run of version 0.1: export it with that version, and load that")
+    entries = read_json(folder / RUN_CONFIG)["recipe"]
+    if entries.get("diffusion", {}) is None and entries.get("masked_tokens") is None:
+        raise CheckpointError(
+            f"{folder} is the run of an autoencoder alone, which draws nothing: give the run of a recipe "
+            "that draws, such as mini-ldm"
+        )
     if not (folder / INDEX_FILE).exists():
         raise CheckpointError(
             f"{folder} holds no finished model yet: go on with its training, with "

@@ -52,7 +52,8 @@ def equivariance_loss(
         decode: latents of any height and width -> images.
         z: latents; images: what they should decode to, larger by a whole factor.
         distance: of two batches of one shape.
-        scales: one is drawn. Each is a further decoder in the compiled program. Sides become
+        scales: one is drawn. Each is a further decoder in the compiled program, and several are a
+            conditional, for which XLA's CPU backend has one thread: there give one. Sides become
             round(scale x side) of the latents, at least 1.
 
     Raises:

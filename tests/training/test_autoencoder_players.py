@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxldm import checkpoints, models, training
+from jaxldm import checkpoints, models, pipelines, training
+from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 from jaxldm.training import autoencoder_players as players
 from jaxldm.training.codebook import Codebook, new_codebook, update_codebook
@@ -75,6 +76,9 @@ def test_a_run_against_a_discriminator(run):
     module, params = checkpoints.load(run.stage("autoencoder").model)
     assert isinstance(module, models.ConvAutoencoder) and players.LOG_VARIANCE not in params
     assert (run.path / "autoencoder" / "reconstructions.png").is_file()
+    assert "the autoencoder:" in describe(str(run.path)) and "resume" not in describe(str(run.path))
+    with pytest.raises(CheckpointError, match="autoencoder alone, which draws nothing"):
+        pipelines.load(run.path)
 
 
 def test_a_stop_changes_no_bit_of_two_players(run, recipe, tmp_path):

@@ -38,7 +38,7 @@ from jaxldm.pipelines.network import A_NETWORK, Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.schedulers import Sampler, Scheduler
 
-AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL")
+AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL", "VQModel")
 # Networks of classes, or of none; the last is not trained here.
 TRAINED = ("UNet2DModel", "DiT", "SiT")
 CLASS_CONDITIONAL = (*TRAINED, "DiTTransformer2DModel")
