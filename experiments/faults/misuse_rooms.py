@@ -197,6 +197,7 @@ def trainings() -> list[Case]:
             },
             False,
         ),
+        Case("T.local_examples", T.local_examples, {"mesh": T.make_mesh(1), "batch_size": 8}),
         Case("T.make_mesh", T.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
         Case("models.make_mesh", models.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
         Case("models.sharding_of", models.sharding_of, {"mesh": T.make_mesh(1), "rules": RULES}),

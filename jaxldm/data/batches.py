@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, Shaped
 
-from jaxldm.arguments import array, checked, count, flag, instance, one_key, refuse, text
+from jaxldm.arguments import array, checked, count, flag, instance, one_key, optional, refuse, text
 from jaxldm.arguments import function as a_function
 from jaxldm.errors import DataError, InvalidArgumentError
 
@@ -80,6 +80,8 @@ class Batches:
         batch_size: examples in a batch, at least 1 and at most N.
         key: a JAX key.
         shuffle: False keeps the order of the rows in every epoch.
+        part: the places in a batch to read, such as slice(0, 32), and no others: the share of a process
+            where several train together (`jaxldm.training.local_examples`). None: the whole batch.
 
     Raises:
         InvalidArgumentError: `batch_size` or a step is out of range.
@@ -91,7 +93,13 @@ class Batches:
     (2, (4, 2, 2, 1))
     """
 
-    @checked(rows=SOME_ROWS, batch_size=count(-(2**31)), key=one_key, shuffle=flag)
+    @checked(
+        rows=SOME_ROWS,
+        batch_size=count(-(2**31)),
+        key=one_key,
+        shuffle=flag,
+        part=optional(instance(slice, "a slice of the places in a batch")),
+    )
     def __init__(
         self,
         rows: Rows | Mapping[str, Shaped[np.ndarray, "N ..."]],
@@ -99,6 +107,7 @@ class Batches:
         key: PRNGKeyArray,
         *,
         shuffle: bool = True,
+        part: slice | None = None,
     ):
         self.rows = ArrayRows(rows) if isinstance(rows, Mapping) else rows
         if not 1 <= batch_size <= len(self.rows):
@@ -106,6 +115,7 @@ class Batches:
                 f"batch_size must be between 1 and the number of examples, {len(self.rows)}, got {batch_size}"
             )
         self.batch_size, self.key, self.shuffle = batch_size, key, shuffle
+        self.part = slice(None) if part is None else part
         self._order = (-1, np.arange(len(self.rows)))
 
     def __len__(self) -> int:
@@ -122,7 +132,8 @@ class Batches:
     @checked(step=count())
     def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
         epoch, place = divmod(step, len(self))
-        return self.rows.take(self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size])
+        rows = self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.rows.take(rows[self.part])
 
     def __iter__(self) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
         """Yields the batches of the first epoch."""

@@ -30,7 +30,7 @@ from jaxldm.training.kept import KeptParams, kept_steps, post_hoc_ema, read_kept
 from jaxldm.training.known_recipes import RECIPES
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
-from jaxldm.training.mesh import make_mesh
+from jaxldm.training.mesh import local_examples, make_mesh
 from jaxldm.training.optimizer import Optimizer, optimizer, warmup_cosine
 from jaxldm.training.recipes import (
     AlignmentRecipe,
@@ -91,6 +91,7 @@ __all__ = [
     "kept_tokens",
     "kl_per_channel",
     "latent_scale",
+    "local_examples",
     "make_mesh",
     "make_train_step",
     "merge",

@@ -9,6 +9,11 @@ import threading
 from types import FrameType
 from typing import Any
 
+import jax
+import numpy as np
+
+AGREE_EVERY = 10  # steps; where several processes train, a signal to one of them stops all
+
 
 class StopRequest:
     """In a `with` block, the first SIGINT or SIGTERM sets `signal_number`; a second SIGINT stops at once.
@@ -45,3 +50,20 @@ class StopRequest:
         if self.signal_number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(message)
+
+
+def agreed_stop(request: StopRequest, step: int) -> bool:
+    """Whether to stop after this step: the same answer in every process, which all have to call it.
+
+    Several processes ask one another every `AGREE_EVERY` steps, as each signal reaches them at a time of its
+    own.
+    """
+    if jax.process_count() == 1:
+        return bool(request)
+    if step % AGREE_EVERY:
+        return False
+    from jax.experimental import multihost_utils
+
+    numbers = multihost_utils.process_allgather(np.int32(request.signal_number or 0))
+    request.signal_number = int(numbers.max()) or None
+    return bool(request)

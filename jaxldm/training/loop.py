@@ -27,9 +27,9 @@ from jaxldm.arguments import (
 from jaxldm.errors import CheckpointError, DivergenceError
 from jaxldm.files import storage_errors
 from jaxldm.training.hold import HeldFolder
-from jaxldm.training.interruption import StopRequest
+from jaxldm.training.interruption import StopRequest, agreed_stop
 from jaxldm.training.log import CsvLog
-from jaxldm.training.mesh import A_MESH, batch_sharding, make_mesh, state_shardings
+from jaxldm.training.mesh import A_MESH, make_mesh, place_batch, place_state, state_shardings
 from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import MOST_SKIPPED, Progress
 from jaxldm.training.state import TrainState
@@ -125,13 +125,15 @@ def fit(
     Args:
         state: donated to the first step, which reuses its memory: go on with the one returned.
         train_step: pure, not yet compiled; see `make_train_step`.
-        batches: the data.
+        batches: the data; where several processes train together, each one's part of every batch (see
+            `local_examples`). The first of them writes checkpoints and log.csv, the n-th log.n.csv.
         plan: number of updates, and when to save and to sample.
         run_dir: receives `log.csv`, `checkpoints/<step>` and at the end `loss.png` and `grad_norm.png`.
         resume: go on from the newest whole checkpoint in `run_dir`, on this mesh or another.
         mesh: where the state and the batch live (see `jaxldm.training.mesh`); None: all devices along `data`.
         name: of the training, in messages.
-        on_sample: `on_sample(state, step)`, called every `plan.sample_every` updates and at the end.
+        on_sample: `on_sample(state, step)`, called in every process, every `plan.sample_every` updates
+            and at the end.
         explain_divergence: `explain_divergence(step, metrics)`, the words for a loss that is not finite.
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
@@ -146,8 +148,11 @@ def fit(
     """
     run_dir = Path(run_dir)
     mesh = make_mesh() if mesh is None else mesh
-    shardings = state_shardings(mesh, state)
-    rows = CsvLog(run_dir / "log.csv")
+    state_shardings(mesh, state)  # refuses a mesh that splits nothing
+    number = jax.process_index()
+    rows = CsvLog(run_dir / (f"log.{number}.csv" if number else "log.csv"))
+    if number:  # the first process speaks for all
+        log, bar = _say_nothing, False
     with (
         HeldFolder(run_dir, log) as held,
         TrainingStore(run_dir / "checkpoints", plan.keep, lambda: held.lost() is None) as store,
@@ -159,11 +164,15 @@ def fit(
         progress = Progress(rows, name=name, **counts, seconds=seconds, log=log, bar=bar)
         loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, held, log)
         with contextlib.closing(progress):
-            step, state = compile_train_step(train_step, mesh), jax.device_put(state, shardings)
-            state = loop.run(state, step, batches, batch_sharding(mesh), start)
+            step, state = compile_train_step(train_step, mesh), place_state(mesh, state)
+            state = loop.run(state, step, batches, mesh, start)
         loop.end(state)
-        plot_log_or_report(rows.path, log)
+        loop.plot()
     return state
+
+
+def _say_nothing(line: str) -> None:
+    """A log that nobody reads."""
 
 
 @dataclasses.dataclass
@@ -182,13 +191,13 @@ class _Loop:
         return self.held.path
 
     def run(
-        self, state: TrainState, train_step: TrainStep, batches: Batches, sharding, start: int
+        self, state: TrainState, train_step: TrainStep, batches: Batches, mesh: Mesh, start: int
     ) -> TrainState:
         last = self.plan.num_steps
         if start > 0 and self.sample_is_due(start):
             self.sample(start, state)  # a kill may have come between the checkpoint and this
         for step in range(start + 1, last + 1):
-            batch = jax.device_put(batches[step - 1], sharding)
+            batch = place_batch(mesh, batches[step - 1])
             state, metrics = train_step(state, batch)
             self.progress.push(step, metrics)
             saved = bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)
@@ -198,11 +207,16 @@ class _Loop:
                 self.save(step, state)
             if self.sample_is_due(step):
                 self.sample(step, state)
-            if self.stop:
+            if agreed_stop(self.stop, step):
                 if not saved:
                     self.save(step, state)
                 self.end_early(step)
         return state
+
+    def plot(self) -> None:
+        """The curves of the log."""
+        if jax.process_index() == 0:
+            plot_log_or_report(self.run_dir / "log.csv", self.log)
 
     def sample_is_due(self, step: int) -> bool:
         """Every `sample_every` updates, and at the end."""
@@ -254,7 +268,7 @@ class _Loop:
 
     def end_early(self, step: int) -> None:
         self.store.wait()
-        plot_log_or_report(self.run_dir / "log.csv", self.log)
+        self.plot()
         message = (
             f"stopped after step {step} of {self.plan.num_steps} and saved in {self.run_dir}: "
             "to go on, type the same command with --resume"
@@ -264,7 +278,7 @@ class _Loop:
 
     def end_diverged(self) -> None:
         self.store.wait()
-        plot_log_or_report(self.run_dir / "log.csv", self.log)
+        self.plot()
         step, metrics = cast(Any, self.progress.diverged)
         why = f": {self.explain_divergence(step, metrics)}" if self.explain_divergence else ""
         kept = self.store.steps()

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxldm.arguments import instance
+from jaxldm.arguments import checked, count, instance
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.sharding import RULES, make_mesh, split
 from jaxldm.training.kinds import map_with_names
@@ -33,6 +34,61 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Every device holds its share of axis 0: the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+@checked(mesh=A_MESH, batch_size=count(1))
+def local_examples(mesh: Mesh, batch_size: int) -> slice | None:
+    """The places in a batch that this process's devices hold, where several train together; else None.
+
+    `data.Batches(..., part=local_examples(mesh, batch_size))` reads these alone.
+    """
+    if jax.process_count() == 1:
+        return None
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    places = [part[0].indices(batch_size) for part in held if part is not None]
+    return slice(min(start for start, _, _ in places), max(stop for _, stop, _ in places))
+
+
+def place_batch(mesh: Mesh, batch: Any) -> Any:
+    """The batch on its devices: of one process all of it, of several the part that each of them has read."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    put = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda column: put(sharding, np.asarray(column)), batch)
+
+
+def place_state(mesh: Mesh, state: Any) -> Any:
+    """A state, which every process has whole, on its devices by `state_shardings`."""
+    shardings = state_shardings(mesh, state)
+    if jax.process_count() == 1:
+        return jax.device_put(state, shardings)
+
+    def put(leaf, sharding):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, state, shardings)
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays of a tree in host memory, whole in every process: they are gathered where they are split.
+
+    Every process has to call it.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    def fetch(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, tree)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxldm.errors import CheckpointError, StorageError
 from jaxldm.files import folder_written_whole, remove_folder, storage_error
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes
+from jaxldm.training.mesh import on_host
 from jaxldm.training.sealed import sealed, unsealed
 
 MANIFEST = "manifest.json"
@@ -52,7 +53,7 @@ def _to_host(tree: Any) -> dict[str, np.ndarray]:
     """Path -> a copy in host memory. A copy: on CPU `device_get` gives a view, and the train step overwrites
     its (donated) state while the checkpoint is still being written."""
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    values = jax.device_get([jax.random.key_data(leaf) if _is_key(leaf) else leaf for _, leaf in named])
+    values = on_host([jax.random.key_data(leaf) if _is_key(leaf) else leaf for _, leaf in named])
     return {_name(path): np.array(value, copy=True) for (path, _), value in zip(named, values, strict=True)}
 
 
@@ -119,6 +120,8 @@ class TrainingStore:
         self.wait()
         self.check_space(state)
         arrays = _to_host(state)
+        if jax.process_index():  # the first process writes for all
+            return
         self._pending = self._thread.submit(self._write, step, arrays)
 
     def wait(self) -> None:
@@ -148,7 +151,7 @@ class TrainingStore:
             self._check_place()
             with folder_written_whole(self.folder / str(step)) as folder:
                 _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
-                with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
+                with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
                     checkpointer.save(folder / "state", arrays)
                 layout, files = _layout(arrays), _checksums(folder)
                 manifest = {"format": FORMAT, "step": step, "layout": layout, "files": files}
@@ -266,7 +269,7 @@ def _read_arrays(
     if wanted is not None:
         _check_layout(folder, layout, wanted)
     abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in layout.items()}
-    with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
+    with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
         return checkpointer.restore(folder / "state", abstract)
 
 
@@ -291,6 +294,17 @@ def _quiet_orbax():
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _of_this_process(ocp: Any) -> Any:
+    """A checkpointer that waits for no other process: the arrays are whole, in host memory."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    number = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"process{number}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 def _check_layout(place: Path, saved: dict[str, list], wanted: dict[str, list]) -> None:

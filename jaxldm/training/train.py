@@ -26,7 +26,7 @@ from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.loop import fit
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
-from jaxldm.training.mesh import A_MESH, make_mesh
+from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
 from jaxldm.training.stages import Context, Job, make_optimizer, stage_keys
@@ -125,7 +125,8 @@ def _of_whole_network(loss_fn: LossFunction) -> LossFunction:
 def run_job(context: Context, stage: str, job: Job) -> None:
     """Train what a job says by the numbers of the stage's recipe, and finish it: the one call of `fit`."""
     recipe, keys = getattr(context.recipe, stage), stage_keys(context.recipe.seed, stage)
-    batches = Batches(job.data, recipe.batch_size, keys.order)
+    part = local_examples(context.mesh, recipe.batch_size)
+    batches = Batches(job.data, recipe.batch_size, keys.order, part=part)
     on_disk = not isinstance(batches.rows, ArrayRows)
     adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
     params, frozen, loss = job.init(keys.init), job.frozen, job.loss
@@ -144,7 +145,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
 
     def finished_params(state: TrainState) -> Any:
         found = state.evaluation_params
-        return jax.device_get(merge(found, state.frozen.params) if job.freeze else found)
+        return on_host(merge(found, state.frozen.params) if job.freeze else found)
 
     preview = job.preview
     state = fit(

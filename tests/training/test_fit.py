@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import chex
@@ -16,6 +17,7 @@ from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
+from jaxldm.training.store import TrainingStore
 
 OPTIMIZED = True  # compiled as users do, see tests/conftest.py
 
@@ -215,6 +217,26 @@ def test_ten_losses_of_nan_stop_with_the_cause_and_keep_the_last_good_checkpoint
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["16", "8"]
     log = read_log(tmp_path / "log.csv")
     assert log["step"][-1] == 18 and np.isnan(log["loss"][-1]) and (tmp_path / "loss.png").is_file()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, straight):
+    """The disk takes the checkpoint of step 5 only after update 9 is done."""
+    written, arrived = TrainingStore._write, threading.Event()
+
+    def slow(self, step, arrays):
+        assert arrived.wait(timeout=30), "training waits for the disk"
+        written(self, step, arrays)
+
+    monkeypatch.setattr(TrainingStore, "_write", slow)
+
+    def on_sample(state, step):
+        if step == 9:
+            assert not (tmp_path / "checkpoints").exists()
+            arrived.set()
+
+    state = run(tmp_path, Plan(12, save_every=5, sample_every=1), on_sample=on_sample)
+    assert_same_run(tmp_path, state, straight)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12"]
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, straight):
