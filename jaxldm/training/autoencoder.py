@@ -22,7 +22,12 @@ from jaxldm.data.batches import Rows, map_batches
 from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
-from jaxldm.training.autoencoder_players import LEAST_LOG_VARIANCE, build_discriminator, make_game
+from jaxldm.training.autoencoder_players import (
+    LEAST_LOG_VARIANCE,
+    build_discriminator,
+    has_codebook,
+    make_game,
+)
 from jaxldm.training.perceptual import check_perceptual
 from jaxldm.training.recipes import AutoencoderRecipe, Recipe
 from jaxldm.training.runs import save_autoencoder
@@ -115,7 +120,9 @@ def prepare(context: Context) -> Job:
         decoded = map_batches(lambda batch: reconstruct(network, batch), held_out)
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
         scaled = with_scale(context, module, posterior)
-        findings = [*check_reconstruction(held_out, decoded), *check_posterior_collapse(*posterior)]
+        findings = list(check_reconstruction(held_out, decoded))
+        if not has_codebook(module):
+            findings += check_posterior_collapse(*posterior)
         report_health(context, folder, findings)
         save_autoencoder(context.run, scaled, network)
 

@@ -197,10 +197,12 @@ RECIPES: dict[str, Recipe] = {
                 "num_vq_embeddings": 64,
                 "latent_channels": 4,
             },
-            epochs=4,
+            epochs=6,
             beta=0.0,
             beta_warmup_epochs=0,
             ema_decay=None,
+            # A discriminator that comes before the strokes are there pulls them apart again.
+            discriminator=DiscriminatorRecipe(start_epochs=4, learning_rate=5e-4, weight=0.1),
         ),
         diffusion=None,
         classifier=dataclasses.replace(_CLASSIFIER, epochs=4),
