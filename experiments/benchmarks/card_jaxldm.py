@@ -260,21 +260,33 @@ def decoding(variant: str, dtype: str, family: str, pixels: int, quick: bool = F
     yield network_line(f"decoding an image of {pixels} pixels", decode, vae, z, flops=flops)
 
 
-def demo(variant: str, dtype: str, recipe: str, num_images: int, num_inference_steps: int) -> Iterator[Line]:
-    """`make demo`, once, in a process of its own: training, drawing, measuring and the export."""
+def program_line(what: str, module: str, *words: object) -> Line:
+    """A script, once, in a process of its own; {run} in its words is a folder that is made for it."""
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            options = {"--recipe": recipe, "--num-images": num_images, "--run-dir": folder}
-            options |= {"--num-inference-steps": num_inference_steps}
-            words = [str(word) for pair in options.items() for word in pair]
-            command = [sys.executable, "-m", "experiments.lecture39.mini_ldm", *words]
+            given = [str(word).format(run=Path(folder) / "run") for word in words]
+            command = [sys.executable, "-m", module, *given]
             done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         print(done.stderr, file=sys.stderr)
         if done.returncode != 0:
-            raise RuntimeError((done.stderr.strip() or "the demo failed").splitlines()[-1])
+            raise RuntimeError((done.stderr.strip() or f"{module} failed").splitlines()[-1])
 
-    yield Line("training, digits, metrics, export", run, calls=1)
+    return Line(what, run, calls=1)
+
+
+def demo(variant: str, dtype: str, recipe: str, num_images: int, num_inference_steps: int) -> Iterator[Line]:
+    """`make demo`: training, drawing, measuring and the export."""
+    options = {"--recipe": recipe, "--num-images": num_images, "--num-inference-steps": num_inference_steps}
+    words = [word for pair in options.items() for word in pair]
+    script = "experiments.lecture39.mini_ldm"
+    yield program_line("training, digits, metrics, export", script, "--run-dir", "{run}", *words)
+
+
+def captions(variant: str, dtype: str, quick: bool = False) -> Iterator[Line]:
+    """The recipe of captioned shapes: training, and pictures of every pair of shape and colour."""
+    script = "experiments.benchmarks.card_captions"
+    yield program_line("training, pictures as asked", script, "{run}", *(["--quick"] if quick else []))
 
 
 KINDS = {
@@ -284,4 +296,5 @@ KINDS = {
     "model": model,
     "decoding": decoding,
     "demo": demo,
+    "captions": captions,
 }

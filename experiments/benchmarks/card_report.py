@@ -17,6 +17,7 @@ HEAD = (
     "memory, GB",
 )
 CHECKS_HEAD = ("check", "error", "PyTorch's", "bound", "")
+NAMES = {"jaxldm": "jaxldm", "torch": "PyTorch"}  # of the processes
 TITLES = {row.name: row.title for row in ROWS}
 
 Records = list[dict[str, Any]]
@@ -135,6 +136,8 @@ def report(setting: dict[str, Any], records: Records) -> str:
     parts = [f"```\n{json.dumps(setting, indent=1)}\n```"]
     if setting["small_sizes"]:
         parts.append("SMALL SIZES on a processor: they show that everything runs, not how fast.")
+    missing = [(NAMES[side], setting[side]["error"]) for side in NAMES if "error" in setting.get(side, {})]
+    parts += [f"{name} was not run: {why}" for name, why in missing]
     checks = check_cells(records)
     if checks:
         wrong = sum(line[-1] == "WRONG" for line in checks)

@@ -20,7 +20,7 @@ class Row(NamedTuple):
         kind: what `card_jaxldm.KINDS` and `card_torch.KINDS` have a function for.
         sizes: arguments of that function at the published size.
         small: the same for `--dry-run`.
-        variants: who does it; the demo is jaxldm's alone, and a product is not compiled.
+        variants: who does it; whole programs are jaxldm's alone, and a product is not compiled.
     """
 
     name: str
@@ -98,11 +98,11 @@ ROWS = (
         {"recipe": "smoke", "num_images": 20, "num_inference_steps": 2},
         VARIANTS[:1],
     ),
+    Row("captioned-shapes", "captioned shapes, end to end", "captions", {}, {"quick": True}, VARIANTS[:1]),
 )
 
 # Rows that are planned, and what they wait for.
 NOT_YET = {
-    "captioned-shapes": "there is no recipe for pictures with captions",
     "few-steps": "there is no recipe that distils a network",
 }
 
@@ -122,18 +122,20 @@ SECONDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "dit-xl-sampling": (35, 15, 40),
         "decode-1024": (25, 8, 30),
         "demo": (150,),
+        "captioned-shapes": (240,),
     },
     "cpu": {  # the small sizes of --dry-run
-        "correctness": (60, 4),
+        "correctness": (45, 2),
         "peak": (2, 2),
-        "dit-xl-training": (10, 4, 4),
-        "flux-1024": (8, 3, 4),
-        "sdxl-1024": (35, 16, 22),
-        "sd15-512": (22, 6, 12),
-        "sd3-1024": (8, 3, 6),
-        "dit-xl-sampling": (12, 5, 6),
-        "decode-1024": (6, 3, 3),
-        "demo": (60,),
+        "dit-xl-training": (10, 3, 3),
+        "flux-1024": (10, 2, 3),
+        "sdxl-1024": (20, 3, 10),
+        "sd15-512": (18, 3, 7),
+        "sd3-1024": (6, 2, 2),
+        "dit-xl-sampling": (10, 2, 3),
+        "decode-1024": (6, 2, 2),
+        "demo": (40,),
+        "captioned-shapes": (90,),
     },
 }
 

@@ -13,6 +13,7 @@ they work in turn. What is known is written after each row, so that a run that i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -82,7 +83,8 @@ class Worker:
             text=True,
         )
         self.answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:  # type: ignore[union-attr]
@@ -110,7 +112,10 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self.log.close()
+        self.reader.join()
+        for stream in (self.process.stdin, self.process.stdout, self.log):
+            with contextlib.suppress(BrokenPipeError):  # a request that nobody reads any more
+                stream.close()  # type: ignore[union-attr]
 
 
 class Sides:

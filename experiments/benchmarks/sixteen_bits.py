@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.benchmarks.timing import machine
 from jaxldm.commands.terminal import run_script
@@ -32,11 +32,24 @@ class SixteenBits:
     quick: bool = False
     """One seed, bfloat16: only to see that everything runs."""
     cases: tuple[str, ...] | None = None
-    """Names in sixteen_bits_cases.py; None: all."""
+    """Names in sixteen_bits_cases.py; None: all. The others keep their rows where those are of the same
+    versions and seeds."""
     seeds: int = 4
     """Networks of other random numbers."""
     output_dir: Path = Path(__file__).parent / "results"
     """Where sixteen_bits.md and sixteen_bits.json go."""
+
+
+class Errors(NamedTuple):
+    """Root mean square of the differences to the exact result, over that of the exact result."""
+
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        """Ours over theirs: 1 is as good as the reference."""
+        return self.ours / self.theirs
 
 
 def main(options: SixteenBits) -> None:
@@ -50,11 +63,27 @@ def main(options: SixteenBits) -> None:
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     dtypes, seeds = (DTYPES[:1], 1) if options.quick else (DTYPES, options.seeds)
     facts = machine("sixteen_bits", versions) | {"seeds": seeds}
-    rows: dict[str, dict[str, Any]] = {}
+    known = earlier(options.output_dir, facts, dtypes)
     for name in options.cases or CASES:
-        rows[name] = {dtype: measure(name, dtype, range(seeds)) for dtype in dtypes}
-        print(line(name, rows[name]), flush=True)
+        known[name] = {dtype: measure(name, dtype, range(seeds)) for dtype in dtypes}
+        print(line(name, known[name]), flush=True)
+        rows = {case: known[case] for case in CASES if case in known}
         write(options.output_dir, rows, facts)
+
+
+def earlier(folder: Path, facts: dict[str, Any], dtypes: tuple[str, ...]) -> dict[str, dict[str, Errors]]:
+    """The rows that are in the folder already, if they are of the same versions, seeds and dtypes."""
+    file = folder / "sixteen_bits.json"
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if any(found["machine"].get(key) != facts[key] for key in ("versions", "seeds")):
+        return {}
+    rows = {
+        name: {dtype: Errors(**errors) for dtype, errors in row.items()}
+        for name, row in found["errors"].items()
+    }
+    return {name: row for name, row in rows.items() if tuple(row) == dtypes}
 
 
 def line(name: str, errors: dict[str, Any]) -> str:

@@ -5,26 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 
+from experiments.benchmarks.sixteen_bits import Errors
 from experiments.benchmarks.sixteen_bits_cases import CASES, Case
 from jaxldm import checkpoints
-
-
-class Errors(NamedTuple):
-    """Root mean square of the differences to the exact result, over that of the exact result."""
-
-    ours: float
-    theirs: float
-
-    @property
-    def ratio(self) -> float:
-        """Ours over theirs: 1 is as good as the reference."""
-        return self.ours / self.theirs
 
 
 def randomised(model: torch.nn.Module, generator: torch.Generator, dtype: torch.dtype) -> torch.nn.Module:

@@ -142,6 +142,23 @@ def test_the_script_runs_by_its_path_from_another_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_goes_through_without_pytorch_and_says_so(tmp_path, monkeypatch, capsys):
+    """Rows of a whole run, in processes of their own, where PyTorch and diffusers cannot be imported."""
+    (tmp_path / "block").mkdir()
+    for name in ("torch", "diffusers", "transformers"):
+        text = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')"
+        (tmp_path / "block" / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "block"), str(one_card.ROOT)]))
+    out = tmp_path / "out"
+    one_card.main(one_card.OneCard(dry_run=True, rows=("peak",), minutes=5, output_dir=out))
+    printed = capsys.readouterr().out
+    text = (out / "one_card_cpu.md").read_text()
+    assert text in printed and "PyTorch was not run: ModuleNotFoundError: No module named" in text
+    assert "SMALL SIZES" in text and "TFLOP/s" in text and "100.0%, -, -" in text
+    (record,) = json.loads((out / "one_card_cpu.json").read_text())["records"]
+    assert record["variant"] == "jaxldm" and record["lines"] and "error" not in record
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -171,7 +188,7 @@ def test_the_table_has_ratios_and_shares_of_the_peak_of_the_same_run():
         "",
     ]
     assert "| the demo, end to end | not started |" in text
-    assert "do not exist yet: captioned-shapes (there is no recipe" in text
+    assert "do not exist yet: few-steps (there is no recipe" in text
     assert "SMALL" not in text
 
 
