@@ -28,9 +28,16 @@ from experiments.figures import save_results
 from jaxldm import diffusion as D
 from jaxldm import host, models, training
 from jaxldm.commands.terminal import run_script
+from jaxldm.errors import one_of
 from jaxldm.training.autoencoder import autoencoder_loss
 from jaxldm.training.mesh import batch_sharding, make_mesh, replicated
 from jaxldm.training.step import compile_train_step
+
+ARCHITECTURES = {
+    "mini-unet": pairs.mini_unet,
+    "tiny-dit": pairs.tiny_dit,
+    "autoencoder": pairs.autoencoder,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Cpu:
     """How long a turn is, at least; one call is always made."""
     num_inference_steps: int = 50
     """DDIM steps of the sampling rows."""
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
+    """Which, in order."""
     output_dir: Path = Path(__file__).parent / "results"
     """Where cpu.md and cpu.json go."""
 
@@ -181,6 +190,7 @@ def measure_pair(pair: Pair, options: Cpu, theirs: Any) -> Iterator[dict[str, An
 
 
 def main(options: Cpu) -> None:
+    makers = [ARCHITECTURES[one_of("architecture", name, ARCHITECTURES)] for name in options.architectures]
     host.prepare()  # before anything is computed
     if options.quick:
         options = dataclasses.replace(options, rounds=2, seconds=0.0, num_inference_steps=2)
@@ -190,7 +200,7 @@ def main(options: Cpu) -> None:
     setting, rows = machine("cpu", versions) | (theirs.prepare() if theirs else {}), []
     print(json.dumps(setting) + ("" if theirs else "\nPyTorch is not installed: jaxldm alone"))
     print("\n" + HEAD, flush=True)
-    for make in (pairs.mini_unet, pairs.tiny_dit, pairs.autoencoder):
+    for make in makers:
         pair = make(4) if options.quick else make()
         if options.quick:
             pair = dataclasses.replace(pair, batch_size=8, num_images=8)
