@@ -1,4 +1,4 @@
-"""Seconds from `jaxldm sample` to its first step, with an empty compilation cache, a warm one, and without one.
+"""Seconds from `jaxldm sample` to its first step, with compiled functions on disk and without.
 
 Question: how long does a user wait before the first step of a sample is done?
 Command:  python -m experiments.benchmarks.startup       (--quick: a small network, one round)
