@@ -2,7 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-optimized test-core lint types docs bench faults clean
+# The newest Python and JAX that pyproject.toml allows, in a venv of its own, and the tests that depend on them most.
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= python3.13
+NEWEST_TESTS := tests/test_host.py tests/nn tests/checkpoints tests/training
+
+.PHONY: demo test test-newest test-optimized test-core lint types docs bench faults clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.lecture39.mini_ldm --run-dir runs/mini-ldm
@@ -10,6 +15,11 @@ demo: .venv/.demo
 # Everything, compiled in the quick way (see tests/conftest.py).
 test: .venv/.test lint
 	$(BIN)/python -m pytest -n 2
+
+# Without PyTorch, so that a release of JAX is never held up by it.
+test-newest: $(NEWEST)/.test-core
+	$(NEWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'with JAX', jax.__version__)"
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not torch" $(NEWEST_TESTS)
 
 # Everything, compiled as users run it: weekly, and before a release.
 test-optimized: .venv/.test
@@ -47,6 +57,11 @@ faults: .venv/.test
 	$(BIN)/python -m pip install -e '.[test-core]'
 	touch $@ .venv/.demo
 
+$(NEWEST)/.test-core: pyproject.toml
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -e '.[test-core]'
+	touch $@
+
 # torch-fidelity and lpips ask for torchvision, which the tests do not need: see tests/models/torch_fidelity_reference.py
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[test]'
@@ -62,4 +77,4 @@ faults: .venv/.test
 	touch $@ .venv/.test .venv/.test-core .venv/.demo .venv/.docs
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv $(NEWEST) build site *.egg-info

@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 MAX_DEVICES = 8
 COMPILATION_CACHE = "JAXLDM_COMPILATION_CACHE"  # an environment variable: a folder, or "off"
 MAX_CACHE_BYTES = 2 * 2**30
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"  # a flag of XLA: what that library computes
 _MIN_COMPILE_SECONDS = 0.2  # smaller functions compile about as fast as they are read
 
 
 def prepare() -> None:
     """Makes JAX fast on a CPU; without effect on other devices. Call it once, at the start of a program.
 
-    See `keep_freed_memory` and `use_every_core`; `experiments/benchmarks/README.md` shows the gain of each.
+    See `keep_freed_memory`, `use_eigen_convolutions` and `use_every_core`; `experiments/benchmarks/README.md`
+    shows the gain of each.
     """
     keep_freed_memory()
+    use_eigen_convolutions()
     use_every_core()
 
 
@@ -43,6 +47,21 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
     return all([libc.mallopt(parameter, value) for parameter, value in settings])
+
+
+def use_eigen_convolutions() -> bool:
+    """Makes XLA compute convolutions on a CPU with Eigen, as JAX 0.10 does. Returns whether it did.
+
+    JAX 0.11 and 0.12 take YNNPACK for them, which is as fast at best, and needs up to four times as long:
+    few output channels, small images with many channels, gradients of weights. Call it before the first
+    computation. What XLA_FLAGS says about YNNPACK stays; other versions are not told, since XLA ends the
+    process at a flag that it does not know.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jaxlib.__version__.split(".")[:2] not in (["0", "11"], ["0", "12"]) or _YNNPACK in flags:
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} --{_YNNPACK}=-individual_convolution".strip()
+    return True
 
 
 def use_every_core() -> bool:

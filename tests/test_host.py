@@ -66,6 +66,40 @@ print(done, libc.mallinfo2().hblks - before)
     assert run(code) == ["None", "1"]
 
 
+CONVOLUTION = """
+from jaxldm import host
+host.prepare()
+import jax
+from jax import lax, numpy as jnp
+def convolve(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+shapes = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+print("ynn" in jax.jit(convolve).lower(*shapes).compile().as_text())
+"""
+
+
+def test_convolutions_are_not_left_to_ynnpack():
+    assert run(CONVOLUTION) == ["False"]
+
+
+def test_versions_without_that_flag_and_what_the_user_said_stay(monkeypatch):
+    for version, before, after in (
+        ("0.12.0.1", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"),
+        ("0.11.0", "", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"),
+        ("0.10.2", "--a=1", "--a=1"),
+        ("0.1.2", "", ""),
+        (
+            "0.12.1",
+            "--xla_cpu_experimental_ynn_fusion_type=+dot",
+            "--xla_cpu_experimental_ynn_fusion_type=+dot",
+        ),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", before)
+        monkeypatch.setattr(host.jaxlib, "__version__", version)
+        assert host.use_eigen_convolutions() == (before != after)
+        assert os.environ["XLA_FLAGS"] == after
+
+
 COMPILE = """
 import sys, time
 from jaxldm import host

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxldm.models.autoencoder import DiagonalGaussian, split_moments
 from jaxldm.models.config import ModelConfig, check, check_groups, height_width
 from jaxldm.models.inputs import image_shape
+from jaxldm.nn.activations import silu
 from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4
 from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.normalization import GroupNorm
@@ -56,7 +57,7 @@ def normalized_silu(config: ConvAutoencoderConfig, x: Float[Array, "B H W C"], n
     """Group normalisation, if the config has it, and SiLU."""
     if config.norm_num_groups is not None:
         x = GroupNorm(config.norm_num_groups, dtype=config.dtype, name=name)(x)
-    return nn.silu(x)
+    return silu(x)
 
 
 class ConvEncoder(nn.Module):
@@ -68,7 +69,7 @@ class ConvEncoder(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w moments"]:
         config = self.config
         first, *halvings = config.block_out_channels
-        x = nn.silu(Conv2d(first, dtype=config.dtype, name="conv_in")(x))
+        x = silu(Conv2d(first, dtype=config.dtype, name="conv_in")(x))
         for i, channels in enumerate(halvings):
             x = Conv2d(channels, kernel_size=4, stride=2, dtype=config.dtype, name=f"down_{i}")(x)
             x = normalized_silu(config, x, f"norm_{i}")

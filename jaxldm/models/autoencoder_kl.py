@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxldm.models.autoencoder import DiagonalGaussian, split_moments
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
+from jaxldm.nn.activations import silu
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import compute_dtype
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
                 downsample_padding=0,
                 name=f"down_blocks_{i}",
             )(h)
-        h = nn.silu(_norm_out(config)(_mid_block(config)(h)))
+        h = silu(_norm_out(config)(_mid_block(config)(h)))
         return Conv2d(self.out_channels, dtype=config.dtype, name="conv_out")(h)
 
 
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
                 add_upsample=i < len(config.block_out_channels) - 1,
                 name=f"up_blocks_{i}",
             )(h)
-        h = nn.silu(_norm_out(config)(h))
+        h = silu(_norm_out(config)(h))
         return Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(h)
 
 

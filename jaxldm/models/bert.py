@@ -20,10 +20,11 @@ from jaxldm.models.text_encoder import (
     padding_mask,
     token_shapes,
 )
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.initialization import normal, zeros
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS, ProjectedAttention
+from jaxldm.nn.transformer_encoder import ProjectedAttention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ from jaxldm.models.text_encoder import (
     pre_norm_encoder,
     token_shapes,
 )
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.initialization import normal
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from jaxldm.arguments import array, checked, count
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import check, check_heads
 from jaxldm.models.text_encoder import POSITION_NUMBERS, TransformersConfig, pre_norm_encoder
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.embeddings import PatchProjection
 from jaxldm.nn.initialization import normal, parameter
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 class ImageEncoding(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.models.config import ModelConfig, check, height_width
+from jaxldm.nn.activations import silu
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear, compute_dtype
 
@@ -58,7 +59,7 @@ class DigitClassifier(nn.Module):
         chex.assert_shape(x, (None, *height_width(self.config.sample_size), self.config.in_channels))
         found = []
         for convolution in (self.conv_0, self.conv_1, self.conv_2):
-            x = nn.silu(convolution(x))
+            x = silu(convolution(x))
             found.append(x)
         return found
 
@@ -70,7 +71,7 @@ class DigitClassifier(nn.Module):
         self, x: Float[Array, "B H W C"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "B K"]]:
         features = self.features(x)
-        return features, self.head(nn.silu(features)).astype(jnp.float32)
+        return features, self.head(silu(features)).astype(jnp.float32)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
         return self.features_and_logits(x)[1]

@@ -16,12 +16,13 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.clip_vision import ImageEncoding, as_pixels
 from jaxldm.models.config import check, check_heads
 from jaxldm.models.text_encoder import GENERIC, TransformersConfig
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.attention import attend
 from jaxldm.nn.embeddings import PatchProjection
 from jaxldm.nn.initialization import constant, normal, parameter, zeros
 from jaxldm.nn.linear import Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS, MLP
+from jaxldm.nn.transformer_encoder import MLP
 
 # Mean and standard deviation of the red, green and blue of ImageNet, in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

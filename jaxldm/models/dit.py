@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
+from jaxldm.nn.activations import gelu_tanh, silu
 from jaxldm.nn.attention import SelfAttention
 from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import (
@@ -136,7 +137,7 @@ class TimestepEmbedder(nn.Module):
         size, shift = config.frequency_embedding_size, config.freq_shift
         x = timestep_embedding(t, size, flip_sin_to_cos=True, downscale_freq_shift=shift)
         x = Linear(config.hidden_size, dtype=config.dtype, name="mlp_0", **NORMAL)(x)
-        return Linear(config.hidden_size, dtype=config.dtype, name="mlp_2", **NORMAL)(nn.silu(x))
+        return Linear(config.hidden_size, dtype=config.dtype, name="mlp_2", **NORMAL)(silu(x))
 
 
 class LabelEmbedder(nn.Module):
@@ -161,7 +162,7 @@ class Mlp(nn.Module):
         config = self.config
         hidden = int(config.hidden_size * config.mlp_ratio)
         x = Linear(hidden, dtype=config.dtype, name="fc1", **XAVIER)(x)
-        x = nn.gelu(x, approximate=True)
+        x = gelu_tanh(x)
         if config.dropout > 0.0:
             x = nn.Dropout(config.dropout, deterministic=not train)(x)
         return Linear(config.hidden_size, dtype=config.dtype, name="fc2", **XAVIER)(x)
@@ -182,7 +183,7 @@ class DiTBlock(nn.Module):
     ) -> Float[Array, "B N C"]:
         config = self.config
         modulation = Linear(6 * config.hidden_size, dtype=config.dtype, name="adaLN_modulation_1", **ZERO)(
-            nn.silu(c)
+            silu(c)
         )
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         attention = SelfAttention(config.num_heads, config.dtype, **XAVIER, name="attn")
@@ -204,7 +205,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x: Float[Array, "B N C"], c: Float[Array, "B C"]) -> Float[Array, "B N out"]:
         config = self.config
         modulation = Linear(2 * config.hidden_size, dtype=config.dtype, name="adaLN_modulation_1", **ZERO)(
-            nn.silu(c)
+            silu(c)
         )
         shift, scale = jnp.split(modulation, 2, axis=-1)
         features = config.patch_size**2 * config.head_channels

@@ -16,6 +16,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.dit import LabelEmbedder, PatchEmbed
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
+from jaxldm.nn.activations import silu
 from jaxldm.nn.adaptive_norm import ZERO, gated
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.block_stack import apply_blocks
@@ -125,7 +126,7 @@ class LabelledModulation(nn.Module):
     ) -> tuple[Float[Array, "B C"], list[Float[Array, "B C"]]]:
         config = self.config
         c = TimestepLabelEmbedding(config, name="emb")(wave, labels)
-        vectors = Linear(6 * config.hidden_size, dtype=config.dtype, **ZERO, name="linear")(nn.silu(c))
+        vectors = Linear(6 * config.hidden_size, dtype=config.dtype, **ZERO, name="linear")(silu(c))
         return c, jnp.split(vectors, 6, axis=-1)
 
 
@@ -200,7 +201,7 @@ class DiTTransformer2DModel(nn.Module):
         options = {"scan": config.scan, "remat": config.remat}
         h, c = apply_blocks(block, name, config.num_layers - 1, carry, wave, labels, first=1, **options)
         shift, scale = jnp.split(
-            Linear(2 * config.hidden_size, dtype=config.dtype, **ZERO, name="proj_out_1")(nn.silu(c)),
+            Linear(2 * config.hidden_size, dtype=config.dtype, **ZERO, name="proj_out_1")(silu(c)),
             2,
             axis=-1,
         )

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import UNIT_TIME, Convention
+from jaxldm.nn.activations import gelu_tanh
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
 from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import TimestepTextEmbedding, patchify, unpatchify
@@ -175,7 +176,7 @@ class FluxSingleTransformerBlock(nn.Module):
         attention = JointAttention(
             config.num_attention_heads, qk_norm=True, project_out=False, dtype=config.dtype, name="attn"
         )
-        inner = nn.gelu(Linear(4 * width, dtype=config.dtype, name="proj_mlp")(h), approximate=True)
+        inner = gelu_tanh(Linear(4 * width, dtype=config.dtype, name="proj_mlp")(h))
         both = jnp.concatenate([cast(Array, attention(h, rotary=(cos, sin))), inner], axis=-1)
         return clip_to_float16(x + gated(Linear(width, dtype=config.dtype, name="proj_out")(both), gate))
 

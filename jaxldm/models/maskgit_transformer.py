@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.models.dit import DiTBlock, DiTConfig, LabelEmbedder
 from jaxldm.models.inputs import labels_or_null
+from jaxldm.nn.activations import silu
 from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import sincos_position_embedding_2d
@@ -145,7 +146,7 @@ class MaskGITTransformer(nn.Module):
         for level, channels in reversed(list(enumerate(config.block_out_channels))):
             h = Conv2d(channels, dtype=dtype, doubled=True, name=f"upsample_{level}")(h)
             h = self._resnet(channels, f"up_{level}")(jnp.concatenate([h, skips[level]], -1), c, train)
-        h = nn.silu(GroupNorm(config.norm_num_groups, dtype=dtype, name="norm_out")(h))
+        h = silu(GroupNorm(config.norm_num_groups, dtype=dtype, name="norm_out")(h))
         return Conv2d(config.codebook_size, dtype=dtype, name="conv_out")(h).astype(jnp.float32)
 
     def _resnet(self, channels: int, name: str) -> ResnetBlock2D:

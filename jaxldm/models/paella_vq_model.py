@@ -16,6 +16,7 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.vq_model import VectorQuantizer
 from jaxldm.models.wuerstchen_blocks import check_width
+from jaxldm.nn.activations import gelu
 from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4
 from jaxldm.nn.initialization import ones, parameter, zeros
 from jaxldm.nn.linear import Linear, compute_dtype
@@ -94,7 +95,7 @@ class MixingResidualBlock(nn.Module):
         depthwise = Conv2d(channels, padding=0, dtype=self.dtype, groups=channels, name="depthwise_1")
         x = x + gammas[2] * depthwise(h)
         h = layer_norm(x) * (1 + gammas[3]) + gammas[4]
-        h = nn.gelu(Linear(4 * channels, dtype=self.dtype, name="channelwise_0")(h), approximate=False)
+        h = gelu(Linear(4 * channels, dtype=self.dtype, name="channelwise_0")(h))
         return x + gammas[5] * Linear(channels, dtype=self.dtype, name="channelwise_2")(h)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.inputs import image_shape
+from jaxldm.nn.activations import silu
 from jaxldm.nn.adaptive_norm import gated
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.block_stack import apply_blocks
@@ -165,7 +166,7 @@ class AdaLayerNormSingle(nn.Module):
     ) -> tuple[Float[Array, "B 6 C"], Float[Array, "B C"]]:
         config = self.config
         embedding = TimestepSizeEmbeddings(config, name="emb")(t, resolution, aspect_ratio)
-        modulation = Linear(6 * config.hidden_size, dtype=config.dtype, name="linear")(nn.silu(embedding))
+        modulation = Linear(6 * config.hidden_size, dtype=config.dtype, name="linear")(silu(embedding))
         return modulation.reshape(t.shape[0], 6, config.hidden_size), embedding
 
 

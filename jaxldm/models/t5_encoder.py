@@ -22,11 +22,11 @@ from jaxldm.models.text_encoder import (
     padding_mask,
     token_shapes,
 )
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.attention import attend
 from jaxldm.nn.initialization import normal
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import RMSNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 FEED_FORWARDS = {"relu": "relu", "gated-gelu": "gelu_new"}  # -> activation; T5's GELU is the tanh form
 

@@ -15,6 +15,7 @@ from jaxldm.entries import checked
 from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
+from jaxldm.nn.activations import silu
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
@@ -135,7 +136,7 @@ class UNet2DModel(nn.Module):
             h = self._mid()(h, temb, train)
         h = apply_up_blocks(h, skips, self._up_blocks(), temb, train)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
-        h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(nn.silu(h))
+        h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(silu(h))
         return h.astype(x.dtype)
 
     def _embed(self, t: Float[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B time"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Num, Real, Shaped
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.added_kv_attention import AddedKVOptions, TextPoolingEmbedding
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
 from jaxldm.nn.convolution import Conv2d
@@ -21,7 +22,6 @@ from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import GroupNorm
 from jaxldm.nn.transformer_2d import TransformerOptions
-from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 RESNET_DOWN_BLOCKS = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 RESNET_UP_BLOCKS = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")

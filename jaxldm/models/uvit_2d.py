@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check, check_heads, height_width
+from jaxldm.nn.activations import gelu, silu
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.block_stack import apply_blocks
@@ -131,9 +132,9 @@ class ConvNextBlock(nn.Module):
         h = Conv2d(channels, groups=channels, **plain, name="depthwise")(x)
         h = RMSNorm(config.layer_norm_eps, config.dtype, name="norm")(h)
         h = Linear(4 * channels, **plain, name="channelwise_linear_1")(h)
-        h = GlobalResponseNorm(config.dtype, name="channelwise_norm")(nn.gelu(h, approximate=False))
+        h = GlobalResponseNorm(config.dtype, name="channelwise_norm")(gelu(h))
         h = Linear(channels, **plain, name="channelwise_linear_2")(h) + x
-        both = Linear(2 * channels, **plain, name="cond_embeds_mapper")(nn.silu(c))
+        both = Linear(2 * channels, **plain, name="cond_embeds_mapper")(silu(c))
         scale, shift = jnp.split(both[:, None, None, :], 2, axis=-1)
         return h * (1 + scale) + shift
 
@@ -148,7 +149,7 @@ class SkipFFTransformerBlock(nn.Module):
         config = self.config
         if config.hidden_size != x.shape[-1]:
             mapped = Linear(x.shape[-1], use_bias=False, dtype=config.dtype, name="kv_mapper")
-            context = mapped(nn.silu(context))
+            context = mapped(silu(context))
         for i in (1, 2):
             h = RMSNorm(SKIP_EPS, config.dtype, name=f"norm{i}")(x)
             heads = config.block_num_heads

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.activations import gelu, silu
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import timestep_embedding
@@ -50,7 +51,7 @@ class ResBlock(nn.Module):
         if skip is not None:
             h = jnp.concatenate([h, skip.astype(h.dtype)], axis=-1)
         h = Linear(4 * channels, dtype=self.dtype, name="channelwise_0")(h)
-        h = GlobalResponseNorm(self.dtype, name="channelwise_2")(nn.gelu(h, approximate=False))
+        h = GlobalResponseNorm(self.dtype, name="channelwise_2")(gelu(h))
         if self.dropout > 0.0:
             h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return x.astype(h.dtype) + Linear(channels, dtype=self.dtype, name="channelwise_4")(h)
@@ -86,7 +87,7 @@ class AttnBlock(nn.Module):
         self, x: Float[Array, "B H W C"], condition: Float[Array, "B T D"], train: bool = False
     ) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
-        context = Linear(channels, dtype=self.dtype, name="kv_mapper_1")(nn.silu(condition))
+        context = Linear(channels, dtype=self.dtype, name="kv_mapper_1")(silu(condition))
         pixels = layer_norm(x).reshape(batch, height * width, channels).astype(context.dtype)
         attention = CrossAttention(self.num_heads, self.dtype, use_bias=True, name="attention")
         h = attention(pixels, jnp.concatenate([pixels, context], axis=1))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
+from jaxldm.nn.activations import silu
 from jaxldm.nn.adaptive_norm import gated
 from jaxldm.nn.block_stack import apply_blocks
 from jaxldm.nn.embeddings import TimestepEmbedding, patchify, timestep_embedding, unpatchify
@@ -153,7 +154,7 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], c: Float[Array, "B D"]) -> Float[Array, "B N out"]:
         config = self.config
-        scale = Linear(config.dim, dtype=config.dtype, name="adaLN_modulation_1")(nn.silu(c))
+        scale = Linear(config.dim, dtype=config.dtype, name="adaLN_modulation_1")(silu(c))
         out = config.patch_size**2 * config.in_channels
         return Linear(out, dtype=config.dtype, name="linear")(gated(layer_norm(x, 1e-6), 1 + scale))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.arguments import array, check_dims, checked
+from jaxldm.nn.activations import silu
 from jaxldm.nn.initialization import zeros
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import layer_norm, modulate
@@ -41,7 +42,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, c: Float[Array, "B C"]) -> list[Float[Array, "B features"]]:
         features = self.features or c.shape[-1]
-        vectors = Linear(self.count * features, dtype=self.dtype, **ZERO, name="linear")(nn.silu(c))
+        vectors = Linear(self.count * features, dtype=self.dtype, **ZERO, name="linear")(silu(c))
         return jnp.split(vectors, self.count, axis=-1)
 
 
@@ -64,7 +65,7 @@ class AdaLayerNormContinuous(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], c: Float[Array, "B D"]) -> Float[Array, "B N C"]:
-        both = Linear(2 * x.shape[-1], self.use_bias, self.dtype, **ZERO, name="linear")(nn.silu(c))
+        both = Linear(2 * x.shape[-1], self.use_bias, self.dtype, **ZERO, name="linear")(silu(c))
         scale, shift = jnp.split(both, 2, axis=-1)
         if self.learned is None:
             normed = layer_norm(x, self.eps)

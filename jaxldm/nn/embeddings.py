@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Num
 from jaxldm.arguments import array, checked, count, flag, number, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_fits
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.initialization import Initializer, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
-from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 @checked(

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm
-from jaxldm.nn.transformer_encoder import ACTIVATIONS
 
 
 class ResnetBlock2D(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.nn.activations import gelu, gelu_tanh
 from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
@@ -54,7 +55,7 @@ class GEGLU(nn.Module):
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N features"]:
         project = Linear(2 * self.features, self.use_bias, self.dtype, name="proj")
         value, gate = jnp.split(project(x), 2, axis=-1)
-        return value * nn.gelu(gate, approximate=False)
+        return value * gelu(gate)
 
 
 class GELU(nn.Module):
@@ -68,7 +69,7 @@ class GELU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N features"]:
         project = Linear(self.features, self.use_bias, self.dtype, name="proj")
-        return nn.gelu(project(x), approximate=self.approximate)
+        return (gelu_tanh if self.approximate else gelu)(project(x))
 
 
 class FeedForward(nn.Module):

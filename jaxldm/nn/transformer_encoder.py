@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Float
 
+from jaxldm.nn.activations import ACTIVATIONS, silu
 from jaxldm.nn.attention import attend
 from jaxldm.nn.initialization import Initializer, normal, zeros
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import LayerNorm
-
-
-def quick_gelu(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
-    """x sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with.
-
-    Hendrycks & Gimpel 2016, section 2.
-    """
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-# By the names that config.json uses. "gelu" is exact, with the error function; "gelu_new" its tanh form.
-ACTIVATIONS = {
-    "quick_gelu": quick_gelu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 class ProjectedAttention(nn.Module):
@@ -95,7 +75,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         gate, up, down = self.names
         options = {"use_bias": False, "dtype": self.dtype, "kernel_init": self.kernel_init}
-        h = jax.nn.silu(Linear(self.features, **options, name=gate)(x))
+        h = silu(Linear(self.features, **options, name=gate)(x))
         h = h * Linear(self.features, **options, name=up)(x)
         return Linear(x.shape[-1], **options, output_dtype=self.output_dtype, name=down)(h)
 
