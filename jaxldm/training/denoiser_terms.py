@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxldm.arguments import array, check_dims, checked, count, number, one_key
-from jaxldm.nn.activations import silu
 
 # The frequencies and phases of the Fourier features are drawn once and for all: they are not trained.
 _CHANNELS = 128
@@ -70,7 +69,7 @@ def project(params: dict[str, Any], tokens: Float[Array, "B N C"]) -> Float[Arra
     h = tokens.astype(jnp.float32)
     for place in range(3):
         layer = params[f"layer_{place}"]
-        h = silu(h) if place else h
+        h = jax.nn.silu(h) if place else h
         h = h @ layer["kernel"] + layer["bias"].reshape(1, 1, -1)
     return h
 
