@@ -29,7 +29,6 @@ from jaxldm import diffusion as D
 from jaxldm import host, models, training
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
-from jaxldm.training.autoencoder import autoencoder_loss
 from jaxldm.training.mesh import batch_sharding, make_mesh, replicated
 from jaxldm.training.step import compile_train_step
 
@@ -75,7 +74,7 @@ def our_training(pair: Pair) -> Run:
 
     def reconstruction_loss(params, state, batch, key):
         apply = lambda method: lambda x: pair.ours.apply({"params": params}, x, method=method)  # noqa: E731
-        return autoencoder_loss(key, apply("encode"), apply("decode"), batch["image"], beta=BETA)
+        return training.autoencoder_loss(key, apply("encode"), apply("decode"), batch["image"], beta=BETA)
 
     loss_fn = reconstruction_loss if pair.name == "AutoencoderKL" else denoising_loss
     step = compile_train_step(training.make_train_step(loss_fn, optimizer), mesh)

@@ -147,7 +147,7 @@ class DiscriminatorRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe(StageRecipe):
-    """Stage one, see `jaxldm.training.autoencoder.autoencoder_loss`.
+    """Stage one, see `jaxldm.training.autoencoder_loss`.
 
     The preset says whether it has a KL term (`AutoencoderKL`, `ConvAutoencoder`) or a codebook (`VQModel`).
 
