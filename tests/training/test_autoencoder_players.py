@@ -17,7 +17,7 @@ from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 from jaxldm.training import autoencoder_players as players
 from jaxldm.training.codebook import Codebook, new_codebook, update_codebook
-from jaxldm.training.perceptual import classifier_distance, load_perceptual
+from jaxldm.training.perceptual import classifier_distance, load_perceptual, lpips_distance
 from jaxldm.training.recipes import DiscriminatorRecipe
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -182,6 +182,15 @@ def test_the_classifiers_distance():
     )(x)
     assert distances.shape == (3,) and (distances > 0).all() and (distances < 4).all()
     assert (between(params, x, x) == 0).all() and (slope == 0).all()
+
+
+def test_lpips_takes_grey_images_and_has_a_gradient_where_features_are_zero():
+    module = models.LPIPS("alex")
+    params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), models.shapes(module))
+    between = lpips_distance(module)
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 32, 32, 1))
+    value, slope = jax.jit(jax.value_and_grad(lambda x: between(params, x, y).sum()))(x)
+    assert value == 0 and (slope == 0).all()
 
 
 @pytest.mark.unchecked  # a stand-in for the context of a run
