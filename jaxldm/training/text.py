@@ -35,6 +35,7 @@ PIPELINE_OF = {
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
 }
+_TEXTS_AT_ONCE = 256
 _TIME_IDS = 6  # SDXL's: size, crop and target size of a picture
 
 
@@ -252,9 +253,15 @@ def encode_captions(
     encoders = {name: part for name, part in pipe.networks.items() if name.startswith("text_encoder")}
 
     def compute() -> dict[str, Any]:
-        cond, uncond = pipe.encode_prompts(different, None, size)
-        null = {f"null {name}": array[:1] for name, array in uncond.items()}
-        return {name: _halved(array) for name, array in (cond | null).items()}
+        parts = [
+            {name: _halved(array) for name, array in pipe.encode_prompts(some, None, size)[0].items()}
+            for some in batched(different, _TEXTS_AT_ONCE)
+        ]
+        null = pipe.encode_prompts([""], None, size)[1]
+        return {
+            **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+            **{f"null {name}": _halved(array) for name, array in null.items()},
+        }
 
     configs = [models.config_to_dict(encoder.config) for encoder in encoders.values()]
     described = json.dumps([pipe.family.name, list(size), configs], sort_keys=True)
@@ -263,6 +270,11 @@ def encode_captions(
     arrays = {name: array for name, array in found.items() if not name.startswith("null ")}
     null = {name: widened(found[f"null {name}"][0]) for name in arrays}
     return CaptionConditions(arrays, np.array([numbers[text] for text in texts], np.int32), null)
+
+
+def batched(texts: Sequence[str], most: int) -> list[Sequence[str]]:
+    """The texts in runs of so many, which bound the memory of their states in float32."""
+    return [texts[start : start + most] for start in range(0, len(texts), most)]
 
 
 def _halved(array: Any) -> Shaped[np.ndarray, "..."]:

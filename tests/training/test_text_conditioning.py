@@ -16,6 +16,7 @@ from jaxldm.commands.eval import load_classifier
 from jaxldm.commands.info import describe
 from jaxldm.data import ArrayRows
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
+from jaxldm.training import text as text_room
 from jaxldm.training.diffusion import Condition, build_denoiser, make_loss
 from jaxldm.training.runs import RunFolder, save_denoiser
 from jaxldm.training.text import CaptionedRows, encode_captions, load_text_parts, text_pipeline
@@ -104,6 +105,7 @@ def test_states_are_those_of_the_pipelines_and_are_kept(recipe, tmp_path, monkey
     pipe = pipeline_of(recipe)
     assert pipe.unet.config.cross_attention_dim == 8
     captions = ["a dark picture", "a light picture", "a dark picture"]
+    monkeypatch.setattr(text_room, "_TEXTS_AT_ONCE", 2)  # the empty text is one, too
     found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
     assert found.arrays[STATES].shape == (3, 6, 8) and found.which[0] == found.which[2] != found.which[1]
     expected = pipelines.prompts.encode_texts(pipe.text_encoder, pipe.tokenizer, ["", *captions]).hidden
