@@ -16,6 +16,7 @@ from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
+CLOCKS = ("seconds", "waiting")  # the columns that a second run has differently
 
 
 def flatten_metrics(metrics: Mapping[str, Float[ArrayLike, " ..."]]) -> dict[str, np.float32]:
@@ -34,8 +35,9 @@ class CsvLog:
     """Append rows `epoch, step, loss, grad_norm, learning_rate, seconds` and then whatever else is measured.
 
     `step` counts finished updates (the first row has step 1), `epoch` is counted from 1, `seconds` is the
-    training time so far, over all interruptions. Numbers are written in the shortest form that reads back as
-    the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
+    training time so far, over all interruptions; `waiting`, among the further ones, is how many
+    seconds of the update the loop waited for its batch. Numbers are written in the shortest form that reads
+    back as the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
     checkpoint.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -197,9 +198,11 @@ class _Loop:
         if start > 0 and self.sample_is_due(start):
             self.sample(start, state)  # a kill may have come between the checkpoint and this
         for step in range(start + 1, last + 1):
+            began = time.perf_counter()
             batch = place_batch(mesh, batches[step - 1])
+            waiting, examples = time.perf_counter() - began, _examples(batch)
             state, metrics = train_step(state, batch)
-            self.progress.push(step, metrics)
+            self.progress.push(step, metrics, waiting=waiting, examples=examples)
             saved = bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)
             if saved or self.stop or self.sample_is_due(step):
                 self.check_place(step, state)
@@ -292,6 +295,11 @@ class _Loop:
             f"{self.progress.name}: the loss was {float(metrics['loss'])} and the gradient norm "
             f"{float(metrics['grad_norm'])} at step {step}{many}{why}; {place}"
         )
+
+
+def _examples(batch: Any) -> int:
+    """How many examples a batch has, in all processes."""
+    return next((len(leaf) for leaf in jax.tree.leaves(batch) if leaf.ndim), 0)
 
 
 def _due(step: int, every: int) -> bool:

@@ -48,8 +48,9 @@ class Progress:
         self.name = name
         self._rows, self._log = rows, log
         self._steps_per_epoch, self._num_epochs = steps_per_epoch, -(-num_steps // steps_per_epoch)
-        self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
+        self._pending: deque[tuple[int, Mapping[str, Any], float, int]] = deque()
         self._epoch_rows: list[tuple[float, float]] = []
+        self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._in_a_row = 0  # updates skipped so far
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
         self._epoch_started = time.perf_counter()
@@ -64,11 +65,22 @@ class Progress:
             disable=None if bar is None else not bar,
         )
 
-    def push(self, step: int, metrics: Mapping[str, Float[jax.Array, " ..."]]) -> None:
-        """Take the metrics of update number `step` (counted from 1)."""
+    def push(
+        self,
+        step: int,
+        metrics: Mapping[str, Float[jax.Array, " ..."]],
+        *,
+        waiting: float = 0.0,
+        examples: int = 0,
+    ) -> None:
+        """Take the metrics of update number `step` (counted from 1).
+
+        `waiting` is how many seconds its batch of `examples` took to be there: the device notices when it is
+        longer than the steps that are under way.
+        """
         for value in metrics.values():
             value.copy_to_host_async()
-        self._pending.append((step, metrics))
+        self._pending.append((step, metrics, waiting, examples))
         while len(self._pending) > STEPS_IN_FLIGHT:
             self._take()
 
@@ -87,13 +99,15 @@ class Progress:
         self._bar.close()
 
     def _take(self) -> None:
-        step, on_device = self._pending.popleft()
+        step, on_device, waiting, examples = self._pending.popleft()
         metrics = {name: np.asarray(value) for name, value in jax.device_get(on_device).items()}
         if self.diverged is not None:
             return
         now = time.perf_counter()
         epoch = (step - 1) // self._steps_per_epoch + 1
-        self._rows.append(epoch, step, now - self._started, metrics)
+        self._rows.append(epoch, step, now - self._started, {**metrics, "waiting": np.float32(waiting)})
+        self._epoch_waiting += waiting
+        self._epoch_examples += examples
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if self._is_skipped(step, metrics):
             loss = grad_norm = math.nan
@@ -128,6 +142,11 @@ class Progress:
             self.diverged = step, dict(metrics)
         return True
 
+    def _speed(self, seconds: float) -> str:
+        """Examples in a second, and the share of time in which the loop waited for them."""
+        seconds = max(seconds, 1e-9)
+        return f"{self._epoch_examples / seconds:.4g} examples/s, {self._epoch_waiting / seconds:.0%} waiting"
+
     def _end_epoch(self, epoch: int, learning_rate: float, now: float) -> None:
         rows = np.array(self._epoch_rows)
         finite = rows[np.isfinite(rows).all(axis=1)]
@@ -135,7 +154,9 @@ class Progress:
         skipped = f"  {len(rows) - len(finite)} skipped" if len(finite) < len(rows) else ""
         self._log(
             f"{self.name}: epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  grad norm {grad_norm:.3g}  "
-            f"learning rate {learning_rate:.2e}  {now - self._epoch_started:.1f} s{skipped}"
+            f"learning rate {learning_rate:.2e}  {now - self._epoch_started:.1f} s  "
+            f"{self._speed(now - self._epoch_started)}{skipped}"
         )
         self._epoch_rows.clear()
+        self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._epoch_started = now

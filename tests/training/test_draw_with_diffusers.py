@@ -13,7 +13,7 @@ import pytest
 from jaxldm import models, pipelines, schedulers
 from jaxldm.training import RECIPES
 from jaxldm.training.autoencoder import build_autoencoder
-from jaxldm.training.autoencoder import make_loss as autoencoder_loss
+from jaxldm.training.autoencoder_players import make_loss as autoencoder_loss
 from jaxldm.training.diffusion import build_denoiser, latent_shape
 from jaxldm.training.runs import RunFolder, save_autoencoder, save_denoiser
 

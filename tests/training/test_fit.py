@@ -14,7 +14,7 @@ import pytest
 from toy import ToyBatches, toy
 
 from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError, StorageError
-from jaxldm.training.log import read_log
+from jaxldm.training.log import CLOCKS, read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 from jaxldm.training.store import TrainingStore
@@ -36,7 +36,7 @@ def run(folder, plan=None, *, width=8, batches=None, **options):
 
 def rows(folder):
     """The log without the clock."""
-    return {name: column for name, column in read_log(folder / "log.csv").items() if name != "seconds"}
+    return {name: column for name, column in read_log(folder / "log.csv").items() if name not in CLOCKS}
 
 
 def numbers(state):

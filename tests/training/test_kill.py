@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from toy import ToyBatches, toy
 
-from jaxldm.training.log import read_log
+from jaxldm.training.log import CLOCKS, read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
 
@@ -34,7 +34,7 @@ def finish(folder, resume):
     )
     state = jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
     log = read_log(folder / "log.csv")
-    return state, {name: column for name, column in log.items() if name != "seconds"}, said
+    return state, {name: column for name, column in log.items() if name not in CLOCKS}, said
 
 
 @pytest.fixture(scope="module")
