@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -293,10 +293,11 @@ def some_devices(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def several(check: Check, wanted: str = "a list") -> Check:
-    """A list or tuple of what the check allows, returned as a tuple; `wanted` is for the message."""
+    """A list, tuple or iterator of what the check allows, as a tuple; `wanted` is for the message."""
 
     def check_each(name: str, value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, (list, tuple, range, np.ndarray)) or hasattr(value, "_fields"):
+        is_several = isinstance(value, (list, tuple, range, np.ndarray)) and not hasattr(value, "_fields")
+        if not is_several and not isinstance(value, Iterator):
             raise refuse(name, wanted, value)
         return tuple(check(f"{name}[{k}]", item) for k, item in enumerate(value))
 

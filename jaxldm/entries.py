@@ -59,7 +59,7 @@ class _WrongValue(Exception):
     """A value that its annotation does not allow; (place, words)."""
 
 
-def checked(value: Any, kind: Any, place: str) -> Any:
+def read_value(value: Any, kind: Any, place: str) -> Any:
     """A value of a file, as its annotation says.
 
     Args:
@@ -77,10 +77,10 @@ def checked(value: Any, kind: Any, place: str) -> Any:
         raise CheckpointError(f"{where} must be {words}, not {shown(found)}") from None
 
 
-def checked_entries(entries: Mapping[str, Any], kinds: Mapping[str, Any], place: str) -> dict[str, Any]:
+def read_values(entries: Mapping[str, Any], kinds: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The entries that `kinds` names, each as its annotation says; the others unchanged."""
     return {
-        key: checked(value, kinds[key], f"{place}: {key}") if key in kinds else value
+        key: read_value(value, kinds[key], f"{place}: {key}") if key in kinds else value
         for key, value in entries.items()
     }
 
@@ -107,7 +107,7 @@ def build(kind: type[T], entries: Any, place: str) -> T:
     ]
     if missing:
         raise CheckpointError(f"{place} lacks {', '.join(missing)}")
-    return make(kind, checked_entries(entries, kinds, place), place)
+    return make(kind, read_values(entries, kinds, place), place)
 
 
 def make(kind: type[T], values: Mapping[str, Any], place: str) -> T:

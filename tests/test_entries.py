@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxldm.entries import Bounds, build, checked
+from jaxldm.entries import Bounds, build, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 
@@ -94,9 +94,9 @@ def test_a_missing_key_and_no_object():
 
 
 def test_bounds_that_allow_infinity():
-    assert checked(-math.inf, Annotated[float, Bounds()], "x") == -math.inf
+    assert read_value(-math.inf, Annotated[float, Bounds()], "x") == -math.inf
     with pytest.raises(CheckpointError, match="of 0 or more"):
-        checked(-math.inf, Annotated[float, Bounds(0)], "x")
+        read_value(-math.inf, Annotated[float, Bounds(0)], "x")
 
 
 JSON = st.recursive(

@@ -13,7 +13,7 @@ import jaxldm
 
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
-GROUND_FLOOR = {"errors", "arguments", "exact", "reading", "entries", "files", "host", "memory"}
+GROUND_FLOOR = {"errors", "arguments", "exact", "reading", "entries", "files", "host", "memory", "indices"}
 MAY_IMPORT = {
     "errors": set(),
     "arguments": {"errors", "exact"},
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "entries": {"errors", "exact", "reading"},
     "files": {"errors", "reading"},
     "host": {"errors", "files"},
+    "indices": {"arguments", "errors"},
     "memory": {"errors", "host"},
     "diffusion": GROUND_FLOOR,
     "nn": GROUND_FLOOR,

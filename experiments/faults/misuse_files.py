@@ -41,7 +41,8 @@ def place() -> Path:
     checkpoints.save_single_file(folder / "vae.safetensors", {"vae": of(VAE)})
     checkpoints.save_dit_file(folder / "dit.safetensors", *of(DIT))
     (folder / "a.safetensors").write_bytes(safetensors_bytes({"a": np.zeros(2, np.float32)}))
-    metrics.save_png(folder / "pictures" / "1.png", np.zeros((8, 8, 3), np.uint8))
+    for number in range(10):
+        metrics.save_png(folder / "pictures" / f"{number}.png", np.zeros((8, 8, 3), np.uint8))
     (folder / "log.csv").write_text("epoch,step,loss,grad_norm,learning_rate,seconds\n1,1,0.5,1.0,0.1,0.5\n")
     down, up = np.ones((2, 16), np.float32), np.ones((48, 2), np.float32)
     tensors = {
@@ -53,6 +54,7 @@ def place() -> Path:
     return folder
 
 
+@functools.cache
 def of(config: Any) -> tuple[Any, dict]:
     """A network of zeros."""
     network = zeros(models.from_config(config))

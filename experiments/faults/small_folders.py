@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jaxldm.training.runs import FORMAT, RunFolder, save_classifier, save_denois
 LETTERS = "abcdefghijklmnopqrstuvwxyz,!"
 
 
+@functools.cache
 def zeros(module: Any) -> Network:
     """A network with zeros in every tensor."""
     return Network(module, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), models.shapes(module)))

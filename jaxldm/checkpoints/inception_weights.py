@@ -15,7 +15,7 @@ All hold the numbers of one network.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,13 +143,7 @@ def file_hash(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _some_paths(name: str, value: Any) -> Any:
-    """Paths, in whatever order one goes through them."""
-    given = list(value) if isinstance(value, Iterator) else value
-    return several(a_path)(name, given)
-
-
-@checked(paths=_some_paths)
+@checked(paths=several(a_path))
 def hash_of_files(paths: Iterable[Path]) -> str:
     """The SHA-256 of the hashes of several files, in this order."""
     return hashlib.sha256(" ".join(file_hash(path) for path in paths).encode()).hexdigest()

@@ -41,7 +41,7 @@ from jaxldm.checkpoints.names import (
 from jaxldm.checkpoints.original.layout import place_of
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
-from jaxldm.entries import checked_entries
+from jaxldm.entries import read_values
 from jaxldm.errors import CheckpointError, one_of
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
 from jaxldm.reading import parse_json, read_json, reading, shown, some_of
@@ -274,7 +274,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         place = f"{path}: its lora_adapter_metadata"
         settings = parse_json(metadata.get("lora_adapter_metadata", "{}"), place)
     kinds = {key: _TYPES[key.split(".")[-1]] for key in settings if key.split(".")[-1] in _TYPES}
-    settings = checked_entries(settings, kinds, place)
+    settings = read_values(settings, kinds, place)
     for key, patterns in settings.items():
         if key.split(".")[-1] == "alpha_pattern":
             for pattern in patterns or {}:

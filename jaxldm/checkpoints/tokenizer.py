@@ -11,10 +11,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxldm.arguments import a_path, count, optional, several, text
-from jaxldm.arguments import checked as checked_arguments
+from jaxldm.arguments import a_path, checked, count, optional, several, text
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
-from jaxldm.entries import Bounds, checked, checked_entries
+from jaxldm.entries import Bounds, read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError
 from jaxldm.files import finish_interrupted, write_together
 from jaxldm.reading import parse_json, read_bytes, reading, reason, shown
@@ -52,7 +51,7 @@ class Tokenizer:
     backend: Any
     files: Mapping[str, bytes]
 
-    @checked_arguments(texts=several(text, "a list of strings"), max_length=optional(count(1, MAX_LENGTH)))
+    @checked(texts=several(text, "a list of strings"), max_length=optional(count(1, MAX_LENGTH)))
     def __call__(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
         """Tokenizes texts, each as a row of `max_length`.
 
@@ -81,7 +80,7 @@ class Tokenizer:
         """The largest number that a text can have in it."""
         return _largest_token(self.backend)
 
-    @checked_arguments(folder=a_path)
+    @checked(folder=a_path)
     def save(self, folder: Path | str) -> None:
         """Writes the files that the tokenizer was read from, and tokenizer.json.
 
@@ -169,7 +168,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
-@checked_arguments(folder=a_path)
+@checked(folder=a_path)
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Opens the tokenizer folder of a published text encoder, written by any version of transformers.
 
@@ -194,8 +193,8 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
     settings = _json(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # a newer tokenizer_config.json holds them all
         settings |= _json(files, "special_tokens_map.json")
-    settings = checked_entries(settings, _TYPES, "tokenizer_config.json")
-    added = checked(_json(files, "added_tokens.json"), Mapping[str, _Number], "added_tokens.json")
+    settings = read_values(settings, _TYPES, "tokenizer_config.json")
+    added = read_value(_json(files, "added_tokens.json"), Mapping[str, _Number], "added_tokens.json")
     if (settings.get("padding_side") or "right") != "right":
         raise CheckpointError("tokenizer_config.json has padding on the left: only the right is supported")
     try:
@@ -269,8 +268,10 @@ def _check_fast(entries: Mapping[str, Any]) -> None:
     """
     model, processor = entries.get("model"), entries.get("post_processor")
     if isinstance(model, Mapping) and model.get("continuing_subword_prefix"):
-        prefix = checked(model["continuing_subword_prefix"], str, "tokenizer.json: continuing_subword_prefix")
-        for pair in checked(model.get("merges", []), tuple[Any, ...], "tokenizer.json: merges"):
+        prefix = read_value(
+            model["continuing_subword_prefix"], str, "tokenizer.json: continuing_subword_prefix"
+        )
+        for pair in read_value(model.get("merges", []), tuple[Any, ...], "tokenizer.json: merges"):
             second = pair.split(" ")[-1] if isinstance(pair, str) else pair[-1] if pair else ""
             if not str(second).startswith(prefix):
                 raise CheckpointError(f"tokenizer.json has a pair without its prefix: {shown(pair)}")
@@ -326,7 +327,7 @@ def _byte_pairs(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[Any]]:
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if not all(len(pair) == 2 for pair in pairs):
         raise CheckpointError("merges.txt has a line that is not two pieces with a space between them")
-    return checked(_json(files, "vocab.json"), dict[str, _Number], "vocab.json"), pairs
+    return read_value(_json(files, "vocab.json"), dict[str, _Number], "vocab.json"), pairs
 
 
 def _qwen(files: Mapping[str, bytes]) -> Any:
@@ -402,7 +403,7 @@ def _bert(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Any:
 
 def _content(token: str | Mapping[str, Any]) -> str:
     """The text of a token: a string, or an object that also describes how it is matched."""
-    return token if isinstance(token, str) else checked(token.get("content"), str, "content of a token")
+    return token if isinstance(token, str) else read_value(token.get("content"), str, "content of a token")
 
 
 def _added_token(token: str | Mapping[str, Any], special: bool) -> Any:
@@ -411,7 +412,7 @@ def _added_token(token: str | Mapping[str, Any], special: bool) -> Any:
     if isinstance(token, str):
         return AddedToken(token, special=special, normalized=not special)
     names = ("single_word", "lstrip", "rstrip", "normalized")
-    flags = {name: checked(token[name], bool, name) for name in names if name in token}
+    flags = {name: read_value(token[name], bool, name) for name in names if name in token}
     return AddedToken(token["content"], special=token.get("special", special), **flags)
 
 

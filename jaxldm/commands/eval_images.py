@@ -269,6 +269,7 @@ def text_embeddings(options: Any, texts: list[str]) -> Any:
 
     from jaxldm import checkpoints, models
     from jaxldm.data import map_batches
+    from jaxldm.models.text_encoder import check_token_ids
 
     module: Any
     module, params = checkpoints.load(options.clip)
@@ -278,6 +279,7 @@ def text_embeddings(options: Any, texts: list[str]) -> Any:
         )
     length = module.config.text_config.max_position_embeddings
     tokens = checkpoints.load_tokenizer(options.clip)(texts, max_length=length).input_ids
+    check_token_ids(module.config.text_config, tokens)
     apply: Any = module.apply
 
     @jax.jit

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from jaxldm.commands import hints
 from jaxldm.commands.options import mesh_sizes, shown
 from jaxldm.commands.terminal import table
-from jaxldm.entries import checked
+from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 
 
@@ -218,7 +218,7 @@ def describe_run(folder: Path) -> str:
             )
         )
     place = f"{folder}/config.json: data"
-    name = checked(checked(config.get("data"), dict, place).get("name"), str, f"{place}: name")
+    name = read_value(read_value(config.get("data"), dict, place).get("name"), str, f"{place}: name")
     head = f"{folder} is a run of the recipe {recipe.name} on {name}"
     if recipe.generator == "autoencoder" and run.stage("autoencoder").complete:
         return f"{head}\n{table(rows)}\nthe autoencoder:  {run.stage('autoencoder').model}"

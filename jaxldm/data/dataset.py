@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jaxldm.data.batches import Rows
 from jaxldm.data.example import Skipped
-from jaxldm.data.images import from_uint8
+from jaxldm.data.images import check_labels, from_uint8
 from jaxldm.errors import DataError, one_of
 
 SPLITS = ("train", "validation", "test")
@@ -110,7 +110,8 @@ class Dataset:
     def arrays(self, split: str) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]:
         """Returns a whole split in memory: images float32 [N, H, W, C] in [-1, 1] and labels int32 [N].
 
-        Raises `UnknownNameError` for another split name, `DataError` if the split needs more than 16 GiB.
+        Raises `UnknownNameError` for another split name, `DataError` if the split needs more than 16 GiB or
+        has a label that is none of the classes.
         """
         rows = self.rows(split)
         size = 4 * len(rows) * int(np.prod(self.image_shape))
@@ -120,7 +121,8 @@ class Dataset:
                 f"dataset.rows({split!r}) instead of arrays"
             )
         columns = rows.take(np.arange(len(rows)))
-        return columns["image"], columns["label"]
+        name = f"the labels of {self.name} {split}"
+        return columns["image"], check_labels(columns["label"], len(rows), self.num_classes, name)
 
 
 def central_square(image: UInt8[np.ndarray, "h w C"], size: int) -> UInt8[np.ndarray, "{size} {size} C"]:

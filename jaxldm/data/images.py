@@ -1,5 +1,6 @@
 """Images as numbers: 8-bit pixels to [-1, 1] and back, and checks of images and labels."""
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -15,7 +16,7 @@ def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-@checked(images=array("real"))
+@checked(images=array("floating"))
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns round(127.5 (images + 1)) cut to [0, 255]: the inverse of `from_uint8`, for images in [-1, 1].
 
@@ -69,7 +70,7 @@ def check_images(
         raise DataError(
             f"{name} must be {_extents(shape)} (height x width x channels), got {_extents(images.shape[1:])}"
         )
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
         fix = ": use jaxldm.data.from_uint8" if images.dtype == np.uint8 else ""
         raise DataError(f"{name} must be floats in [-1, 1], got {images.dtype}{fix}")
     images = images.astype(np.float32)

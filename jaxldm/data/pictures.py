@@ -11,11 +11,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxldm.data.images import from_uint8
 from jaxldm.errors import DataError
+from jaxldm.reading import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,11 +71,13 @@ def is_picture(value: Any) -> bool:
     return pillow is not None and isinstance(value, pillow.Image)
 
 
-def upright(picture: Image) -> Image:
-    """The picture turned as its EXIF orientation says."""
+def upright(picture: Image, name: str = "picture") -> Image:
+    """The picture, decoded, and turned as its EXIF orientation says. Raises `DataError` for a damaged one."""
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(picture)
+    with reading(name, DataError):  # a file that was opened is decoded now
+        picture.load()
+        return ImageOps.exif_transpose(picture)
 
 
 def rgb_of(
@@ -88,19 +92,20 @@ def rgb_of(
     """
     from PIL import Image
 
-    picture, shape = upright(picture), None if size is None else (size[1], size[0])
+    picture, shape = upright(picture, name), None if size is None else (size[1], size[0])
+    if picture.mode.startswith("I;16"):
+        levels = np.asarray(picture, np.float32) / np.float32(32767.5) - np.float32(1)
+        levels[_transparent(picture)] = 1
+        if shape is not None and shape != picture.size:
+            resized = Image.fromarray(levels).resize(shape, Image.Resampling.LANCZOS)
+            levels = np.clip(np.asarray(resized), -1, 1)
+        return np.repeat(levels[..., None], 3, axis=-1)
     if picture.has_transparency_data and picture.mode != "La":
         with_alpha = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, with_alpha).convert("RGB")
     elif picture.mode in _CONVERTED:
         picture = picture.convert("RGB")
-    elif picture.mode.startswith("I;16"):
-        levels = np.asarray(picture, np.float32) / np.float32(32767.5) - np.float32(1)
-        if shape is not None and shape != picture.size:
-            resized = Image.fromarray(levels).resize(shape, Image.Resampling.LANCZOS)
-            levels = np.clip(np.asarray(resized), -1, 1)
-        return np.repeat(levels[..., None], 3, axis=-1)
     else:
         raise DataError(
             f"{name} has Pillow's mode {picture.mode!r}, in which black and white are not known: give it as "
@@ -122,7 +127,7 @@ def mask_of(mask: Any, name: str = "mask_image") -> Bool[np.ndarray, "*N"]:
     Raises:
         DataError: colours, transparency, or numbers of another range.
     """
-    mask = _grey_levels(upright(mask), name) if is_picture(mask) else np.asarray(mask)
+    mask = _grey_levels(upright(mask, name), name) if is_picture(mask) else np.asarray(mask)
     if mask.dtype == bool:
         return mask
     if mask.dtype.kind in "iu":
@@ -130,7 +135,7 @@ def mask_of(mask: Any, name: str = "mask_image") -> Bool[np.ndarray, "*N"]:
         if lowest >= 0 and highest <= _FULL_SCALES[-1]:
             return mask >= next(scale for scale in _FULL_SCALES if highest <= scale) / 2
         raise DataError(f"{name} must hold 0 and 1, or 0 to 255, it holds {lowest} to {highest}")
-    if np.issubdtype(mask.dtype, np.floating):
+    if jnp.issubdtype(mask.dtype, jnp.floating):
         mask = mask.astype(np.float32)
         if ((mask >= 0) & (mask <= 1)).all():
             return mask >= 0.5
@@ -141,9 +146,9 @@ def mask_of(mask: Any, name: str = "mask_image") -> Bool[np.ndarray, "*N"]:
 def _grey_levels(mask: Image, name: str) -> np.ndarray:
     """The numbers of a mask in a picture. Raises `DataError` where it is not in black and white."""
     if mask.has_transparency_data:
-        if mask.mode == "La" or np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+        if mask.mode == "La" or _transparent(mask).any():
             raise DataError(f"{name} is partly transparent, which may mean either: {SAVE_MASK}")
-        mask = mask.convert("RGB")
+        mask = mask if mask.mode.startswith("I;16") else mask.convert("RGB")
     if mask.mode in ("1", "L") or mask.mode.startswith("I;16") or mask.mode in ("I", "F"):
         return np.asarray(mask)
     if mask.mode not in _CONVERTED:
@@ -155,6 +160,13 @@ def _grey_levels(mask: Image, name: str) -> np.ndarray:
     if len(several) == 2 and not several[0].any():  # black and one colour, as label files have it
         return np.any(colours > 0, axis=-1, keepdims=True)[..., 0]
     raise DataError(f"{name} has colours: {SAVE_MASK}")
+
+
+def _transparent(picture: Image) -> Bool[np.ndarray, "H W"]:
+    """Where a picture is not opaque. One of 16 bits has a single transparent level, or none."""
+    if picture.mode.startswith("I;16"):
+        return np.asarray(picture) == picture.info.get("transparency", -1)
+    return np.asarray(picture.convert("RGBA"))[..., 3] < 255
 
 
 def resize_mask(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:

@@ -14,7 +14,7 @@ from jaxldm.diffusion.interpolants import Interpolant
 from jaxldm.diffusion.paths import A_PATH, EDM, VP, ContinuousVP, Path
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction, edm, prediction
 from jaxldm.diffusion.rectified_flow import Flow
-from jaxldm.entries import Bounds, checked_entries, field_types
+from jaxldm.entries import Bounds, field_types, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
 from jaxldm.exact import MAX_TIMESTEPS
 from jaxldm.reading import reason
@@ -77,7 +77,7 @@ def path_from_dict(entries: Mapping[str, Any]) -> Path:
     if make is not cls:
         options.setdefault("betas", "linear")
     try:
-        return make(**checked_entries(options, _types_of(make), f"the {kind} path"))
+        return make(**read_values(options, _types_of(make), f"the {kind} path"))
     except (CheckpointError, TypeError) as error:
         words = str(error) if isinstance(error, CheckpointError) else reason(error)
         raise InvalidArgumentError(f"the entries of a {kind} path are not right: {words}") from error

@@ -35,6 +35,7 @@ from jaxldm.diffusion.losses import drop_condition
 from jaxldm.diffusion.sampling import Keys, image_keys
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.exact import MAX_STEPS, ceil_quotient, floor_product
+from jaxldm.indices import check_indices
 
 # gamma(r): the part of the tokens that is masked when the part r of the way is done, from gamma(0) = 1 to
 # gamma(1) = 0 (Chang et al. 2022, section 3.3); functions of (numpy or jax.numpy, r).
@@ -161,7 +162,7 @@ def masked_token_loss(
 
     Raises:
         UnknownNameError: another schedule.
-        InvalidArgumentError: an option out of its range, dropout without a null condition.
+        InvalidArgumentError: an option or a token out of its range, dropout without a null condition.
     """
     mask_key, dropout_key = jax.random.split(key)
     if condition_dropout:
@@ -169,6 +170,7 @@ def masked_token_loss(
     seen, masked = mask_tokens(mask_key, tokens, mask_token, schedule)
     logits = network(seen, condition)
     _check_logits(logits, tokens)
+    check_indices("tokens", tokens, logits.shape[-1], where="the logits of the network")
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     entropy = -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
     smoothed = (1 - label_smoothing) * entropy - label_smoothing * jnp.mean(log_p, axis=-1)
@@ -359,6 +361,9 @@ def sample_tokens(
     Returns:
         tokens [B, ...]; with `return_trajectory` the pair (tokens, trajectory).
 
+    Raises:
+        InvalidArgumentError: tokens that are neither the mask token nor below V, or a total of another shape.
+
     >>> import jax, jax.numpy as jnp
     >>> from jaxldm import diffusion as D
     >>> start = jnp.full((2, 4, 4), 16)
@@ -367,7 +372,7 @@ def sample_tokens(
     >>> tokens.shape, bool((tokens < 16).all())
     ((2, 4, 4), True)
     """
-    tokens = jnp.asarray(tokens)
+    tokens, vocabulary = jnp.asarray(tokens), []
     keys = image_keys(key, tokens.shape[0])
     if total is None:
         total = _count((tokens == mask_token).reshape(tokens.shape[0], -1))
@@ -376,8 +381,13 @@ def sample_tokens(
     total = jnp.broadcast_to(jnp.asarray(total), tokens.shape[:1]).astype(jnp.float32)
     unmasking = jax.tree.map(jnp.asarray, unmasking)
 
+    def counted(tokens):
+        answer = logits(tokens)
+        vocabulary[:] = np.shape(answer)[-1:]
+        return answer
+
     def step(keys, total, unmasking, tokens, i):
-        return _unmask(keys, logits, tokens, unmasking, total, mask_token, i)
+        return _unmask(keys, counted, tokens, unmasking, total, mask_token, i)
 
     def scan(keys, total, unmasking, tokens):
         num_steps = _steps_in(unmasking)
@@ -402,9 +412,13 @@ def sample_tokens(
     arguments = (keys, total, unmasking)
     if traced(arguments, tokens, mask_token):
         return scan(*arguments, tokens)
-    if callback is None and progress is None:
-        return compile_once(scan, *arguments, tokens)(*arguments, tokens)
-    run = compile_once(step, *arguments, tokens, np.int32(0))
+    alone = callback is None and progress is None
+    run = compile_once(scan if alone else step, *arguments, tokens, *([] if alone else [np.int32(0)]))
+    if vocabulary:  # the network was traced, if not run
+        known = {"where": "the logits of the network", "allowed": mask_token}
+        check_indices("tokens", tokens, vocabulary[0], **known)
+    if alone:
+        return run(*arguments, tokens)
     if run is step and not jit_disabled():  # it cannot be compiled by itself
         return scan(*arguments, tokens)
     rows = _rows_on_the_host(functools.partial(run, *arguments), tokens, unmasking, callback, progress)

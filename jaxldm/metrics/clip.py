@@ -33,10 +33,11 @@ def clip_similarities(
         prompts: K texts.
 
     Raises:
-        InvalidArgumentError: another module than CLIP.
+        InvalidArgumentError: another module than CLIP, or a tokenizer with tokens that it does not know.
     """
     from jaxldm import models  # late: the other metrics need none
     from jaxldm.models.inputs import fitting
+    from jaxldm.models.text_encoder import check_token_ids
 
     if not isinstance(module, models.CLIPModel):
         raise InvalidArgumentError(f"CLIP score needs a CLIPModel, got {type(module).__name__}")
@@ -44,6 +45,7 @@ def clip_similarities(
         raise InvalidArgumentError("prompts is empty: give one text or more")
     length = module.config.text_config.max_position_embeddings
     tokens = np.asarray(tokenizer(list(prompts), max_length=length).input_ids)
+    check_token_ids(module.config.text_config, tokens)
     pixels = models.clip_pixel_values(to_uint8(images), module.config.vision_config.image_size)
     apply = jax.jit(module.apply)
     with fitting(module):  # one image at a time: little memory

@@ -127,7 +127,7 @@ def _extents(pixels: np.ndarray) -> str:
 def _picture(file: Path) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
     picture = open_picture(file)
     grey = picture.mode in _GREY_MODES
-    if picture.mode == "RGB":
+    if picture.mode == "RGB" and not picture.has_transparency_data:
         return np.asarray(picture), grey
     return to_uint8(rgb_of(picture, name=str(file))), grey
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self, cast
 
-from jaxldm.entries import check_types, checked_entries, field_types, make, unknown_key
+from jaxldm.entries import check_types, field_types, make, read_values, unknown_key
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.reading import shown
@@ -105,7 +105,7 @@ class ModelConfig:
             elif key not in cls.ignored and not key.startswith("_"):
                 raise CheckpointError(unknown_key("config.json", key, names))
         kinds = {written: field_types(cls)[name] for written, name in names.items()}
-        values = checked_entries(given, kinds, "config.json")
+        values = read_values(given, kinds, "config.json")
         for key, value in values.items():
             problem = _out_of_range(key, value)
             if problem is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxldm.entries import checked
+from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError, one_of, shown
 from jaxldm.models.config import check
 from jaxldm.models.text_encoder import (
@@ -84,12 +84,12 @@ class Qwen3Config(TransformersConfig):
         """
         entries = dict(entries)
         place = "config.json: rope_parameters"
-        rope = dict(checked(entries.pop("rope_parameters", None), dict | None, place) or {})
+        rope = dict(read_value(entries.pop("rope_parameters", None), dict | None, place) or {})
         if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
             raise CheckpointError(f"config.json has rope_parameters {rope}; only rope_theta is supported")
         rope.pop("rope_type", None)
         place = "config.json: layer_types"
-        layers = checked(entries.pop("layer_types", None), tuple[str, ...] | None, place) or (FULL,)
+        layers = read_value(entries.pop("layer_types", None), tuple[str, ...] | None, place) or (FULL,)
         if set(layers) != {FULL}:
             other = next(kind for kind in layers if kind != FULL)
             raise CheckpointError(f"config.json has layer_types {shown(other)}; only {FULL!r} is supported")

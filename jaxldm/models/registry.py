@@ -12,9 +12,8 @@ from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
 from jaxldm import entries as entries_of
-from jaxldm.arguments import a_module, instance, one_key
-from jaxldm.arguments import checked as checked_arguments
-from jaxldm.entries import checked, known_names
+from jaxldm.arguments import a_module, checked, instance, one_key
+from jaxldm.entries import known_names, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.models import (
     autoencoder_conv,
@@ -154,13 +153,13 @@ PRESETS: dict[str, ModelConfig] = {
 A_MODEL_CONFIG = instance(ModelConfig, "a config of a model, such as models.DiTConfig(...)")
 
 
-@checked_arguments(config=A_MODEL_CONFIG)
+@checked(config=A_MODEL_CONFIG)
 def class_name(config: ModelConfig) -> str:
     """The architecture that a config belongs to."""
     return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
 
 
-@checked_arguments(config=A_MODEL_CONFIG)
+@checked(config=A_MODEL_CONFIG)
 def from_config(config: ModelConfig) -> nn.Module:
     """The module that a config describes."""
     return ARCHITECTURES[class_name(config)][0](config)
@@ -188,13 +187,13 @@ def build(name: str, **overrides: Any) -> nn.Module:
     return from_config(changed)
 
 
-@checked_arguments(module=a_module, key=one_key)
+@checked(module=a_module, key=one_key)
 def init(module: nn.Module, key: PRNGKeyArray) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
     return init_params(module, key, *module.example_inputs())
 
 
-@checked_arguments(module=a_module)
+@checked(module=a_module)
 def shapes(module: nn.Module) -> dict:
     """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, computed without memory for them."""
     inputs = module.example_inputs()
@@ -206,7 +205,7 @@ def a_name_or_module(name: str, value: Any) -> Any:
     return build(value) if isinstance(value, str) else a_module(name, value)
 
 
-@checked_arguments(name_or_module=a_name_or_module)
+@checked(name_or_module=a_name_or_module)
 def count_params(name_or_module: str | nn.Module) -> int:
     """Number of trained parameters of a model, from shapes alone: also for presets larger than the memory."""
     module: Any = name_or_module
@@ -215,7 +214,7 @@ def count_params(name_or_module: str | nn.Module) -> int:
     return sum(leaf.size for path, leaf in leaves.items() if path not in untrained)
 
 
-@checked_arguments(config=A_MODEL_CONFIG)
+@checked(config=A_MODEL_CONFIG)
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json: the class and the fields, in the names of the published architecture."""
     if config.library == "transformers":
@@ -223,7 +222,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     return {"_class_name": class_name(config), **config.to_dict()}
 
 
-@checked_arguments(entries=instance(Mapping, "the entries of a config.json, a dictionary"))
+@checked(entries=instance(Mapping, "the entries of a config.json, a dictionary"))
 def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
     """The inverse of `config_to_dict`; also reads the config.json of diffusers and transformers.
 
@@ -231,7 +230,7 @@ def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: the class is missing or unknown, an unknown key, an unsupported value.
     """
     entries = dict(entries)
-    architectures = checked(
+    architectures = read_value(
         entries.pop("architectures", None), tuple[str, ...] | None, "config.json: architectures"
     )
     name = entries.get("_class_name", architectures[0] if architectures else None)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxldm.arguments import a_params, checked, count, instance, optional, refuse, several
+from jaxldm.arguments import a_params, checked, count, instance, optional, refuse, some_devices
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.nn.block_stack import STACK
 
@@ -82,17 +82,16 @@ def some_rules(name: str, value: Any) -> tuple[Rule, ...]:
     return tuple((pattern, spec) for pattern, spec in value)
 
 
-def some_devices(name: str, value: Any) -> Any:
-    """The number of devices, or a list of them."""
+def devices_or_number(name: str, value: Any) -> Any:
+    """Some devices, or how many of them."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
-    if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
+    if not isinstance(value, (list, tuple, np.ndarray)):
         raise refuse(name, "a number of devices, or some of jax.devices()", value)
-    each = instance(jax.Device, "one of jax.devices()")
-    return several(each)(name, np.ravel(np.asarray(value, object)))
+    return some_devices(name, value.ravel() if isinstance(value, np.ndarray) else value)
 
 
-@checked(devices=optional(some_devices), fsdp=count(1), tensor=count(1))
+@checked(devices=optional(devices_or_number), fsdp=count(1), tensor=count(1))
 def make_mesh(devices: Sequence[Any] | int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over `devices` (None: all of them; a number: the first so many), the rest of them along `data`.
 

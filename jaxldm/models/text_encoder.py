@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.indices import check_indices
 from jaxldm.models.config import ModelConfig
 from jaxldm.nn.transformer_encoder import PreNormEncoder
 
@@ -89,6 +90,17 @@ def check_tokens(input_ids: Int[Array, "B T"], longest: int | None = None) -> No
             f"{input_ids.shape[1]} tokens per text, but this encoder has positions for {longest}: "
             f"truncate them in the tokenizer (max_length={longest})"
         )
+
+
+def check_token_ids(config: Any, input_ids: Any) -> None:
+    """Raise `InvalidArgumentError` for tokens that a text encoder, of this config, has no embedding of.
+
+    To be called with the numbers of a tokenizer, before a compiled encoder takes the nearest row for them.
+    """
+    rows = getattr(config, "vocab_size", None)
+    if rows is not None:
+        fix = "words were added to the tokenizer alone, or it is of another model"
+        check_indices("token ids", input_ids, rows, where="the embeddings of the text encoder", fix=fix)
 
 
 def padding_mask(attention_mask: Int[Array, "B T"] | None) -> Bool[Array, "B 1 1 T"] | None:

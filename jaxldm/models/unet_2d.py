@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Int
 
-from jaxldm.entries import checked
+from jaxldm.entries import read_value
 from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import denoiser_shapes, labels_or_null
@@ -91,7 +91,7 @@ class UNet2DConfig(ModelConfig):
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> UNet2DConfig:
         entries = dict(entries)
-        num_class_embeds = checked(
+        num_class_embeds = read_value(
             entries.pop("num_class_embeds", None), int | None, "config.json: num_class_embeds"
         )
         num_classes = None if num_class_embeds is None else num_class_embeds - 1

@@ -136,7 +136,9 @@ def encode_indices(module: VQModel, params: dict, images: Float[Array, "B H W C"
 def decode_indices(module: VQModel, params: dict, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
     """The codebook's entries at `indices` -> images, about [-1, 1], float32.
 
-    An index outside the codebook, such as aMUSEd's mask token, gives the nearest entry.
+    Raises:
+        InvalidArgumentError: an index outside the codebook, such as aMUSEd's mask token; inside of jit it
+            cannot be seen, and gives the nearest entry.
     """
     with fitting(module):
         return cast(Array, module.apply({"params": params}, indices, method="decode_indices"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxldm.arguments import a_dtype, is_tracer
+from jaxldm.arguments import a_dtype
 from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.indices import check_indices
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, normal, parameter
 
 
@@ -104,13 +104,7 @@ class Embedding(nn.Module):
             raise InvalidArgumentError(
                 f"token ids and class labels must be whole numbers, got {shown(indices)}"
             )
-        if not is_tracer(indices) and indices.size:
-            seen = np.asarray(indices)  # JAX's own operations would be traced inside of jit
-            lowest, highest = int(seen.min()), int(seen.max())
-            if lowest < 0 or highest >= self.num_embeddings:
-                raise InvalidArgumentError(
-                    f"token ids and class labels must lie in [0, {self.num_embeddings - 1}] for the table "
-                    f"{self.name!r}, got {lowest if lowest < 0 else highest}"
-                )
+        where = f"the table {self.name!r}"
+        check_indices("token ids and class labels", indices, self.num_embeddings, where=where)
         table = parameter(self, "embedding", self.embedding_init, (self.num_embeddings, self.features))
         return jnp.take(table, indices, axis=0, mode="clip").astype(compute_dtype(self.dtype))

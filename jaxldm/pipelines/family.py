@@ -21,9 +21,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from jaxldm.arguments import checked as checked_arguments
-from jaxldm.arguments import count, optional, pair
-from jaxldm.entries import checked
+from jaxldm.arguments import checked, count, optional, pair
+from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults
@@ -65,7 +64,7 @@ def class_named(pipe: Pipeline, word: str) -> str:
 def options_in(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
     """The options that a model_index.json has, by their own names, of the type of their defaults."""
     return {
-        name: checked(index[name], type(default), name)
+        name: read_value(index[name], type(default), name)
         for name, default in folder.options.items()
         if name in index
     }
@@ -103,9 +102,7 @@ class Folder(NamedTuple):
     write_options: Callable[[Pipeline], dict[str, Any]] = options_of
 
 
-@checked_arguments(
-    pipe=A_PIPELINE, patch=count(1), in_channels=optional(count(1)), default_size=optional(pair(1))
-)
+@checked(pipe=A_PIPELINE, patch=count(1), in_channels=optional(count(1)), default_size=optional(pair(1)))
 def default_latent_spec(
     pipe: Pipeline,
     patch: int = 1,

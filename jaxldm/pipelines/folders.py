@@ -27,6 +27,7 @@ from jaxldm.arguments import (
     a_module,
     a_params,
     a_path,
+    checked,
     choice,
     count,
     instance,
@@ -35,11 +36,10 @@ from jaxldm.arguments import (
     several,
     text,
 )
-from jaxldm.arguments import checked as checked_arguments
 from jaxldm.checkpoints.lora import a_scale
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.diffusion.predictions import A_PREDICTION
-from jaxldm.entries import checked, checked_entries
+from jaxldm.entries import read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
 from jaxldm.models.registry import A_MODEL_CONFIG
@@ -78,7 +78,7 @@ def a_folder_or_parts(name: str, value: Any) -> Any:
     return a_module(f"{name}[0]", value[0]), a_params(f"{name}[1]", value[1])
 
 
-@checked_arguments(
+@checked(
     folder=a_path,
     dtype=optional(a_dtype),
     variant=optional(text),
@@ -199,7 +199,7 @@ def family_of(folder: str | Path, family: Family | str | None = None) -> Family:
     return families.find(name)
 
 
-@checked_arguments(folder=a_path, family=optional(A_FAMILY))
+@checked(folder=a_path, family=optional(A_FAMILY))
 def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
     """ "run", "export" (of a class-to-image model) or "text-to-image".
 
@@ -237,7 +237,7 @@ def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
 def _class_name(index: Mapping[str, Any], folder: Path) -> str:
     """The class of the pipeline that the entries of a model_index.json name."""
     place = f"{folder / INDEX_FILE}: _class_name"
-    return checked(index.get("_class_name", EXPORT_CLASS), str, place)
+    return read_value(index.get("_class_name", EXPORT_CLASS), str, place)
 
 
 def draws_classes(family: Family) -> bool:
@@ -245,7 +245,7 @@ def draws_classes(family: Family) -> bool:
     return "class_labels" in call_options(family.call, family.encode)
 
 
-@checked_arguments(pipe=A_PIPELINE, folder=a_path)
+@checked(pipe=A_PIPELINE, folder=a_path)
 def save(pipe: Pipeline, folder: str | Path) -> None:
     """Write a folder that `load` and diffusers open: all of it or nothing. An earlier export is replaced.
 
@@ -268,7 +268,7 @@ def save(pipe: Pipeline, folder: str | Path) -> None:
     checkpoints.save_components(folder, name, parts, options=options)
 
 
-@checked_arguments(folder=a_path, family=A_FAMILY)
+@checked(folder=a_path, family=A_FAMILY)
 def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> None:
     """Raise `StorageError` unless `folder` is new, empty, or one of the family that `save` wrote."""
     folder = Path(folder)
@@ -288,14 +288,14 @@ def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> 
         )
 
 
-@checked_arguments(pipe=A_PIPELINE)
+@checked(pipe=A_PIPELINE)
 def components(pipe: Pipeline) -> Iterator[tuple[str, Any, Any]]:
     """(name of the subfolder, module, parameters) of each network of a pipeline, the denoiser last."""
     names = sorted(pipe.networks, key=lambda name: name == pipe.denoiser_name)
     yield from ((name, pipe.networks[name].module, pipe.networks[name].params) for name in names)
 
 
-@checked_arguments(folder=a_path, family=optional(A_FAMILY))
+@checked(folder=a_path, family=optional(A_FAMILY))
 def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[str, nn.Module]:
     """The networks that a folder of diffusers names, from their configs alone: no weights are read.
 
@@ -314,7 +314,7 @@ def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[s
     }
 
 
-@checked_arguments(pipe=A_PIPELINE, path=a_path, scale=a_scale)
+@checked(pipe=A_PIPELINE, path=a_path, scale=a_scale)
 def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> Pipeline:
     """The model with a LoRA file merged into its weights; the one that was given stays as it is.
 
@@ -331,7 +331,7 @@ def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, floa
     return pipe.replace(**{name: Network(*part) for name, part in merged.items()})
 
 
-@checked_arguments(
+@checked(
     path=a_path,
     architecture=choice("architecture", PUBLISHED),
     vae=a_folder_or_parts,
@@ -392,7 +392,7 @@ class TensorComparison(NamedTuple):
     difference: str
 
 
-@checked_arguments(first=A_PIPELINE, second=A_PIPELINE)
+@checked(first=A_PIPELINE, second=A_PIPELINE)
 def compare(first: Pipeline, second: Pipeline) -> list[TensorComparison]:
     """Compare two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
     tensors = [
@@ -425,7 +425,7 @@ def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | No
     )
 
 
-@checked_arguments(config=A_MODEL_CONFIG)
+@checked(config=A_MODEL_CONFIG)
 def is_denoiser(config: Any) -> bool:
     """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
     return models.class_name(config) in TRAINED
@@ -436,16 +436,16 @@ def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
     config = read_json(folder / RUN_CONFIG)
     place = f"{folder / RUN_CONFIG} is no config.json of a run"
     kinds = {"recipe": Mapping[str, Any], "data": Mapping[str, Any]}
-    entries = checked_entries(config, kinds, place)
+    entries = read_values(config, kinds, place)
     try:
         recipe, data = entries["recipe"], entries["data"]
         name, shape, names = recipe["name"], data["image_shape"], data["class_names"]
     except KeyError as error:
         raise CheckpointError(f"{place}: it lacks {error}") from error
     return (
-        checked(name, str, f"{place}: name"),
-        checked(shape, tuple[int, int, int], f"{place}: image_shape"),
-        len(checked(names, tuple[str, ...], f"{place}: class_names")),
+        read_value(name, str, f"{place}: name"),
+        read_value(shape, tuple[int, int, int], f"{place}: image_shape"),
+        len(read_value(names, tuple[str, ...], f"{place}: class_names")),
     )
 
 

@@ -91,10 +91,15 @@ def save_samples(
         columns: of the grid; None for a square.
 
     Raises:
-        DataError: NaN, or images that are no pictures.
+        DataError: NaN, or images that are no pictures, such as latents of four channels.
         StorageError: the disk is full, ...; what lay in the folder is then as it was.
     """
     folder = check_output_folder(folder)
+    if np.shape(images)[-1] not in (1, 3):
+        raise DataError(
+            f"images must be [N, H, W, 3 or 1], got {list(np.shape(images))}: latents are decoded first, by "
+            "pipelines.decode_images"
+        )
     pictures = to_uint8(images)
     names = [
         f"image-{k:05d}.png" if labels is None else f"image-{k:05d}-class-{labels[k]}.png"

@@ -114,7 +114,11 @@ def read_inputs(
     _check_together(spec, image, mask_image, latents)
     mask, given, image_is_latents = None, {}, isinstance(image, Latents)
     if image is not None:
-        image = four_axes(image.array, spec.channels, "image=Latents") if image_is_latents else _pixels(image)
+        image = (
+            four_axes(image.array, spec.channels, "image=Latents")
+            if image_is_latents
+            else rgb_pixels(image, LATENTS)
+        )
         check_rows(image, num_images, "image")
         by = spec.factor if image_is_latents else 1
         given["image"] = tuple(floor_product(n, by) for n in image.shape[1:3])
@@ -206,14 +210,22 @@ def four_axes(array: Any, channels: int, name: str = "latents") -> Float[np.ndar
     return array
 
 
-def _pixels(image: Any) -> Float[np.ndarray, "N H W 3"]:
-    array = None if isinstance(image, (list, tuple)) or is_picture(image) else np.asarray(image)
-    channels = 3 if array is None or array.ndim not in (3, 4) else array.shape[-1]
-    if channels != 3:
-        raise InvalidArgumentError(
-            f"image must have 3 channels (RGB), it has {channels}: give RGB pixels, or if these are latents "
-            "image=pipelines.Latents(array)"
-        )
+LATENTS = ", or if these are latents image=pipelines.Latents(array)"
+
+
+def rgb_pixels(image: Any, or_else: str = "") -> Float[np.ndarray, "N H W 3"]:
+    """`as_images` of pictures of three channels.
+
+    Raises:
+        InvalidArgumentError: arrays of another number of channels; `or_else` is what they may be.
+        DataError: shapes or values that are no images.
+    """
+    for each in image if isinstance(image, (list, tuple)) else [image]:
+        shape = (3,) if is_picture(each) else np.shape(each)
+        if len(shape) in (3, 4) and shape[-1] != 3:
+            raise InvalidArgumentError(
+                f"image must have 3 channels (RGB), it has {shape[-1]}: give RGB pixels{or_else}"
+            )
     return as_images(image)
 
 

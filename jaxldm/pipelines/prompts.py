@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from jaxldm.arguments import checked, count, flag, function, optional, refuse, several
 from jaxldm.arguments import text as a_text
 from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.models.text_encoder import check_token_ids
 from jaxldm.pipelines.network import A_NETWORK, Network
 
 
@@ -127,12 +128,13 @@ def encode_texts(
         template: what is encoded of a text, which stands in it as {}.
 
     Raises:
-        InvalidArgumentError: as many layers to skip as there are, or a normalisation that cannot be applied
-            to other layers than the last.
+        InvalidArgumentError: as many layers to skip as there are, a normalisation that cannot be applied to
+            other layers than the last, or a tokenizer with tokens that the encoder does not know.
     """
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
     tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length)
+    check_token_ids(encoder.config, tokens.input_ids)
     behind = template.split("{}")[1].strip()
     known: dict[str, Encoded] = {}
     for k, (text, ids, cut) in enumerate(zip(texts, np.asarray(tokens.input_ids), tokens.cut, strict=True)):

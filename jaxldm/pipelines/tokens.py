@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
+from jaxldm.indices import check_indices
 from jaxldm.pipelines.call import Call, ImageKeys
 from jaxldm.pipelines.generate import STEPS_AT_ONCE
 from jaxldm.pipelines.inputs import Size
@@ -97,18 +98,14 @@ def mask_schedule_of(pipe: Pipeline, with_mask: bool = False) -> str:
 
 
 def as_tokens(pipe: Pipeline, tokens: Any) -> Int[np.ndarray, "N h w"]:
-    """The tokens that a caller gives as latents, int32, checked against the network's."""
-    tokens, vocabulary = np.asarray(tokens), pipe.transformer.config.vocab_size
+    """The tokens that a caller gives as latents, int32: entries of the codebook, and the mask token."""
+    tokens = np.asarray(tokens)
     tokens = tokens[None] if tokens.ndim == 2 else tokens
     if tokens.ndim != 3 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
         raise InvalidArgumentError(
             f"latents are tokens here: whole numbers [N, h, w], not {tokens.dtype} {list(tokens.shape)}"
         )
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise InvalidArgumentError(
-            f"latents hold tokens from {tokens.min()} to {tokens.max()}; this model knows 0 to "
-            f"{vocabulary - 1}, the mask token is {mask_token(pipe)}"
-        )
+    check_indices("latents", tokens, pipe.transformer.config.codebook_size, allowed=mask_token(pipe))
     return tokens.astype(np.int32)
 
 

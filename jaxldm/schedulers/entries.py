@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from jaxldm.entries import Bounds, checked, checked_entries
+from jaxldm.entries import Bounds, read_value, read_values
 from jaxldm.errors import CheckpointError
 from jaxldm.exact import LARGEST_INT32, MAX_TIMESTEPS
 from jaxldm.reading import shown
@@ -109,7 +109,7 @@ def typed(config: Any) -> dict[str, Any]:
     Entries that nothing here knows are left as they are, as in diffusers, unless they look like a name that
     is misspelled: then the error says which.
     """
-    entries = checked(config, dict, PLACE)
+    entries = read_value(config, dict, PLACE)
     kinds = TYPES_OF_OWN if entries.get("_class_name") == "PathScheduler" else TYPES
     for key in entries:
         if not isinstance(key, str):
@@ -117,7 +117,7 @@ def typed(config: Any) -> dict[str, Any]:
         near = [] if key in kinds else difflib.get_close_matches(key[:60], kinds, n=1, cutoff=0.9)
         if near and not key.startswith("_"):
             raise CheckpointError(f"{PLACE} has an unknown key {shown(key)}; did you mean {near[0]!r}?")
-    return checked_entries(entries, kinds, PLACE)
+    return read_values(entries, kinds, PLACE)
 
 
 def with_defaults(config: Mapping[str, Any], scheduler: str, *, names_it: bool) -> dict[str, Any]:

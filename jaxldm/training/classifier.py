@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxldm import models
 from jaxldm.data.augmentation import LIGHT, Augmentation, augment
 from jaxldm.files import write_atomically
+from jaxldm.indices import check_indices
 from jaxldm.metrics.evaluate import classifier_function
 from jaxldm.metrics.scores import accuracy
 from jaxldm.training.recipes import ClassifierRecipe, Recipe
@@ -46,6 +47,7 @@ def classification_loss(
         images = augment(key, images, augmentation)
     logits = classify(images)
     chex.assert_shape(logits, (labels.shape[0], None))
+    check_indices("labels", labels, logits.shape[1], where="the classes of the classifier")
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, {"accuracy": (jnp.argmax(logits, axis=-1) == labels).mean()}
 

@@ -14,7 +14,7 @@ from jaxldm import data
 from jaxldm import diffusion as D
 from jaxldm.arguments import count, number
 from jaxldm.data import Dataset
-from jaxldm.entries import Read, build, check_types, checked, checked_entries
+from jaxldm.entries import Read, build, check_types, read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.reading import shown
@@ -37,11 +37,11 @@ def _deep_tuples(value: Any) -> Any:
 
 
 def _prediction(entries: Any, place: str) -> D.Prediction:
-    options = dict(checked(entries, dict, place))
+    options = dict(read_value(entries, dict, place))
     try:
-        path = D.path_from_dict(checked(options.pop("path", {}), dict, f"{place}: path"))
-        name = checked(options.pop("name", "epsilon"), str, f"{place}: name")
-        return D.prediction(name, path, **checked_entries(options, {"sigma_data": float}, place))
+        path = D.path_from_dict(read_value(options.pop("path", {}), dict, f"{place}: path"))
+        name = read_value(options.pop("name", "epsilon"), str, f"{place}: name")
+        return D.prediction(name, path, **read_values(options, {"sigma_data": float}, place))
     except (AttributeError, TypeError, ValueError, InvalidArgumentError, UnknownNameError) as error:
         raise CheckpointError(f"{place}: {error}") from error
 

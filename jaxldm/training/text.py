@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from jaxldm import checkpoints, models
+from jaxldm.checkpoints.pipeline_folder import check_vocabulary
 from jaxldm.data import Rows
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import CheckpointError, InvalidArgumentError
@@ -207,14 +208,16 @@ def load_text_parts(recipe: TextRecipe) -> dict[str, Any]:
     The tokenizers make rows of the recipe's length.
 
     Raises:
-        CheckpointError: no such folder, or no text encoder and tokenizer in it; "minilm" without its package.
+        CheckpointError: no such folder, or no text encoder and tokenizer in it; a tokenizer with tokens that
+            the encoder has no embedding of; "minilm" without its package.
     """
     parts = {}
     for suffix, encoder in encoders_of(recipe).items():
         folder, of_tokenizer = _folders(encoder, suffix)
-        parts[f"text_encoder{suffix}"] = Network(*checkpoints.load(folder))
+        parts[f"text_encoder{suffix}"] = network = Network(*checkpoints.load(folder))
         tokenizer = checkpoints.load_tokenizer(of_tokenizer)
         with reading(of_tokenizer):
+            check_vocabulary("tokenizer", tokenizer, network.config)
             settings = json.loads(tokenizer.files["tokenizer_config.json"]) | {
                 "model_max_length": recipe.max_length
             }

@@ -2,6 +2,7 @@
 
 import io
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxldm import pipelines
+from jaxldm.data import to_uint8
 from jaxldm.data.pictures import mask_of, open_picture, resize_mask, rgb_of, shrink_masks
-from jaxldm.errors import DataError
+from jaxldm.errors import DataError, InvalidArgumentError
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -171,3 +173,43 @@ def test_pipelines_take_pictures_of_any_mode_and_masks_of_any_range():
     for wrong in (LEFT.T, [LEFT, LEFT.T], []):
         with pytest.raises(DataError):
             pipelines.as_masks(wrong, (6, 4))
+
+
+@pytest.mark.parametrize("hidden", [None, 256])
+def test_sixteen_bits_with_a_transparent_level_keep_their_range(hidden):
+    """As PNG has them: Pillow itself would cut them to 8 bits."""
+    values = np.array([[0, 256, 65535], [40000, 256, 30000]], np.uint16)
+    picture, written = Image.fromarray(values), io.BytesIO()
+    picture.save(written, "PNG", transparency=1 if hidden is None else hidden)
+    with Image.open(written) as opened:
+        seen = np.where(values == hidden, 1, values / 32767.5 - 1)
+        np.testing.assert_allclose(rgb_of(opened)[..., 0], seen, atol=1e-6)
+        if hidden is None:
+            np.testing.assert_array_equal(mask_of(opened), values >= 32768)
+        else:
+            with pytest.raises(DataError, match="transparent"):
+                mask_of(opened)
+
+
+def test_a_file_that_ends_early_is_found_where_its_picture_is_used():
+    """Pillow decodes what was opened only when its pixels are needed."""
+    written, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (54, 36, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(written, "PNG")
+    for read in (pipelines.as_images, lambda picture: pipelines.as_masks(picture, (54, 36))):
+        torn = Image.open(io.BytesIO(written.getvalue()[:-300]))
+        with pytest.raises(DataError, match="image: it cannot be read"):
+            read(torn)
+
+
+def test_pictures_and_masks_of_half_precision_are_floats():
+    half = jnp.asarray(np.where(LEFT, 1.0, 0.0), jnp.bfloat16)
+    assert pipelines.as_images(half[..., None]).dtype == np.float32
+    np.testing.assert_array_equal(mask_of(half), LEFT)
+
+
+def test_latents_are_no_pictures_to_save_and_pixels_no_floats(tmp_path):
+    with pytest.raises(DataError, match=r"\[1, 8, 8, 4\].*decode_images"):
+        pipelines.save_samples(tmp_path / "out", np.zeros((1, 8, 8, 4), np.float32))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InvalidArgumentError, match="floating-point"):
+        to_uint8(RGB)

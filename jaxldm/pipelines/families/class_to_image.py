@@ -21,10 +21,9 @@ from jaxtyping import Array, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
-from jaxldm.arguments import as_array, optional
-from jaxldm.arguments import checked as checked_arguments
+from jaxldm.arguments import as_array, checked, optional
 from jaxldm.diffusion.predictions import A_PREDICTION
-from jaxldm.entries import Bounds, checked
+from jaxldm.entries import Bounds, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.models.config import height_width
@@ -225,7 +224,7 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
 # ---------------------------------------------------------------- on the disk
 
 
-@checked_arguments(denoiser=A_NETWORK, prediction=A_PREDICTION, autoencoder=optional(A_NETWORK))
+@checked(denoiser=A_NETWORK, prediction=A_PREDICTION, autoencoder=optional(A_NETWORK))
 def class_to_image(
     denoiser: Network,
     prediction: D.Prediction,
@@ -284,12 +283,14 @@ def read_options(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
         CheckpointError: an `id2label` that does not name each class.
     """
     options = {
-        name: checked(index[entry], _TYPES[name], entry) for name, entry in _ENTRIES.items() if entry in index
+        name: read_value(index[entry], _TYPES[name], entry)
+        for name, entry in _ENTRIES.items()
+        if entry in index
     }
     table = index.get("id2label")
     if not table:
         return options
-    labels = [str(label) for label in range(len(checked(table, dict, "id2label")))]
+    labels = [str(label) for label in range(len(read_value(table, dict, "id2label")))]
     if set(table) != set(labels):
         raise CheckpointError("its id2label does not name each of its network's classes")
     return options | {"class_names": tuple(str(table[label]) for label in labels)}

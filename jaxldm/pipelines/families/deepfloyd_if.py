@@ -30,7 +30,7 @@ from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.families.stable_diffusion import WITHOUT_SAFETY_CHECKER
 from jaxldm.pipelines.family import Family, Folder, check_text_width, default_latent_spec
 from jaxldm.pipelines.generate import generate, grid, num_callbacks
-from jaxldm.pipelines.inputs import LatentSpec, Size, as_images, check_rows, repeated
+from jaxldm.pipelines.inputs import LatentSpec, Size, check_rows, repeated, rgb_pixels
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import as_texts, encode_texts, for_each
 
@@ -150,7 +150,7 @@ def enlarge(
         negatives = [text for text in negatives for _ in range(num_images_per_prompt)]
     if image is None:
         raise InvalidArgumentError("super-resolution needs image=, the small image that stage I drew")
-    small = as_images(image)
+    small = rgb_pixels(image)
     if len(small) == len(prompts):
         small = np.repeat(small, num_images_per_prompt, axis=0)
     check_rows(small, len(each), "image")
