@@ -18,7 +18,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,8 +165,18 @@ def run(count: int | None = None, seed: int = 0) -> Result:
     """`count` misuses, chosen evenly over the functions and their arguments; None: all of them."""
     start = time.perf_counter()
     rows = list(outcomes(None, count, seed))
-    faults = [line_of(row) for row in rows if row.foreign]
+    faults = [*refused(all_cases()), *(line_of(row) for row in rows if row.foreign)]
     return Result("misuses", len(rows), faults, time.perf_counter() - start)
+
+
+def refused(cases: Iterable[Case]) -> list[str]:
+    """The cases whose valid call is refused: their misuses may be refused for the same reason, and hide."""
+    faults = []
+    for case in cases:
+        row = outcome_of(case, "nothing", "valid", case.arguments)
+        if (row.outcome != "works") != bool(case.refusal) or case.refusal not in row.message:
+            faults.append(line_of(row))
+    return faults
 
 
 def outcomes(

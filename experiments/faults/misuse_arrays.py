@@ -14,6 +14,7 @@ from experiments.faults.small_folders import class_pipeline, zeros
 from jaxldm import data, metrics, models, nn, schedulers
 from jaxldm import diffusion as D
 from jaxldm.data.example import Skipped
+from jaxldm.pipelines import Network
 
 FIT = "do not fit"  # what Flax says about shapes
 FEATURES = np.random.default_rng(0).normal(size=(8, 3))
@@ -28,7 +29,8 @@ def of_arrays() -> list[Case]:
         *models_of_arrays(),
         *costs(),
         *pictures(),
-        *features(),
+        *feature_networks(),
+        *figures_of_networks(),
         *statistics(),
         *health(),
         *data_of_arrays(),
@@ -200,16 +202,16 @@ def pictures() -> list[Case]:
     ]
 
 
-def features() -> list[Case]:
-    """Networks of metrics and their features."""
-    classifier = models.build("digit-classifier", sample_size=8, block_out_channels=(4, 4, 4), num_features=4)
-    network = zeros(classifier)
-    encoder = metrics.image_encoder_network(
-        "mean", lambda params, x: x.mean((1, 2)), {}, "0" * 64, lambda images: images
+def small_classifier() -> Network:
+    """A classifier of images of 8x8 pixels."""
+    return zeros(
+        models.build("digit-classifier", sample_size=8, block_out_channels=(4, 4, 4), num_features=4)
     )
-    clip = zeros(models.from_config(small_clip()))
-    pixels = np.zeros((1, 8, 8, 3), np.float32)
-    tokens = lambda texts, max_length: Tokenized(np.zeros((len(texts), max_length), np.int32))  # noqa: E731
+
+
+def feature_networks() -> list[Case]:
+    """Networks of metrics."""
+    network = small_classifier()
     return [
         Case(
             "metrics.classifier_function",
@@ -232,6 +234,19 @@ def features() -> list[Case]:
                 "prepare": lambda images: images,
             },
         ),
+    ]
+
+
+def figures_of_networks() -> list[Case]:
+    """What networks of metrics compute."""
+    network = small_classifier()
+    encoder = metrics.image_encoder_network(
+        "mean", lambda params, x: x.mean((1, 2)), {}, "0" * 64, lambda images: images
+    )
+    clip = zeros(models.from_config(small_clip()))
+    pixels = np.zeros((1, 8, 8, 3), np.float32)
+    tokens = lambda texts, max_length: Tokenized(np.zeros((len(texts), max_length), np.int32))  # noqa: E731
+    return [
         Case(
             "metrics.extract",
             metrics.extract,
@@ -249,6 +264,7 @@ def features() -> list[Case]:
                 "layer|devices|cannot write|batch_size|progress|images",
             )
             | {"folder": "folder|write"},
+            refusal="cannot write",
         ),
         Case(
             "metrics.evaluate",

@@ -29,6 +29,8 @@ class Case(NamedTuple):
         arguments: valid ones, or () -> valid ones.
         cheap: the valid call, and with it wrong values that turn out to be allowed, takes milliseconds.
         words: argument -> another word for it in messages.
+        refusal: a word of the error of the valid call itself, where what it needs would be too large, or
+            nothing is to be written. Any other valid call works.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
     cheap: bool = True
     words: Mapping[str, str] = MappingProxyType({})
+    refusal: str = ""
 
 
 def halve(x, t):
@@ -202,7 +205,9 @@ def predictions() -> list[Case]:
         of_d("denoiser", network=halve, prediction=D.v(VP), learned_variance=False),
         of_d("Denoiser", function=halve, path=VP),
         of_d("gaussian_denoiser", path=FLOW, mean=0.0, std=1.0),
-        of_d("gaussian_solution", path=FLOW, mean=0.0, std=1.0, x=IMAGES, t_start=1.0, t_end=0.0),
+        of_d(
+            "gaussian_solution", cheap=False, path=FLOW, mean=0.0, std=1.0, x=IMAGES, t_start=1.0, t_end=0.0
+        ),
         of_d("gaussian_mixture_denoiser", path=FLOW, weights=ONES, means=np.zeros((2, 4, 4, 1)), stds=ONES),
         of_d(
             "gaussian_mixture_log_density",
@@ -212,6 +217,7 @@ def predictions() -> list[Case]:
             stds=ONES,
             x=IMAGES,
             t=0.5,
+            cheap=False,
         ),
         of_d(
             "consistency_function", denoise=D.denoiser(halve, D.v(VP)), timestep_scaling=10.0, sigma_data=0.5
@@ -328,7 +334,7 @@ def guidance() -> list[Case]:
         of_d("autoguidance", network=halve, weak=halve, **scales),
         of_d("guidance_schedule", grid=grid, scales=[1.0, 2.0, 3.0, 1.0]),
         of_d("guidance_interval", path=FLOW, guidance_scale=2.0, low=0.0, high=1.0),
-        of_d("cfg_plus_plus", grid=grid, scale=0.5, eta=0.0),
+        of_d("cfg_plus_plus", cheap=False, grid=grid, scale=0.5, eta=0.0),
         of_d(
             "project_guidance",
             conditional=IMAGES,

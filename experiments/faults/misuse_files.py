@@ -17,9 +17,12 @@ from jaxldm import checkpoints, data, metrics, models, pipelines
 from jaxldm import diffusion as D
 from jaxldm import training as T
 from jaxldm.checkpoints.safetensors_file import safetensors_bytes
+from jaxldm.training.store import TrainingStore
 
 # Checked behind the paths, so that the message may be about what lies there.
 THERE = "there is no|does not exist|no run folder|holds|folder|file|config.json"
+IMAGES = np.zeros((1, 8, 8, 3), np.float32)
+NOWHERE = "there is no weight file"
 PATHS = dict.fromkeys(("folder", "path", "pipeline_folder", "run_dir", "paths", "data_dir", "variant"), THERE)
 
 
@@ -38,6 +41,8 @@ def place() -> Path:
     write_files(folder / "tokenizer", t5_files())
     write_export(folder / "export")
     write_run(folder / "run")
+    with TrainingStore(folder / "run" / "diffusion" / "checkpoints") as store:
+        store.save(1, {"params": {"w": np.zeros(2, np.float32)}})
     checkpoints.save_single_file(folder / "vae.safetensors", {"vae": of(VAE)})
     checkpoints.save_dit_file(folder / "dit.safetensors", *of(DIT))
     (folder / "a.safetensors").write_bytes(safetensors_bytes({"a": np.zeros(2, np.float32)}))
@@ -68,7 +73,16 @@ def case(name: str, function: Any, /, words: dict[str, str] | None = None, **arg
 
 def of_files() -> list[Case]:
     """What opens files and folders, or writes them."""
-    return [*networks_on_disk(), *single_files(), *adapters(), *whole_pipelines(), *runs(), *datasets()]
+    return [
+        *networks_on_disk(),
+        *single_files(),
+        *adapters(),
+        *pipeline_folders(),
+        *pipelines_in_memory(),
+        *generation(),
+        *runs(),
+        *datasets(),
+    ]
 
 
 def networks_on_disk() -> list[Case]:
@@ -110,8 +124,8 @@ def networks_on_disk() -> list[Case]:
             max_length=8,
         ),
         case("tokenizer.save", c.load_tokenizer(here / "tokenizer").save, folder=here / "saved-tokenizer"),
-        case("checkpoints.load_inception", c.load_inception, path=here / "nowhere"),
-        case("checkpoints.load_lpips", c.load_lpips, path=here / "nowhere"),
+        case("checkpoints.load_inception", c.load_inception, path=here / "nowhere")._replace(refusal=NOWHERE),
+        case("checkpoints.load_lpips", c.load_lpips, path=here / "nowhere")._replace(refusal=NOWHERE),
     ]
 
 
@@ -191,12 +205,10 @@ def adapters() -> list[Case]:
     ]
 
 
-def whole_pipelines() -> list[Case]:
-    """Folders of pipelines."""
+def pipeline_folders() -> list[Case]:
+    """Folders of pipelines, and of samples."""
     c, p, here, pipe = checkpoints, pipelines, place(), class_pipeline()
     network = pipe.denoiser
-    vae = pipelines.Network(*of(VAE))
-    images = np.zeros((1, 8, 8, 3), np.float32)
     return [
         case("checkpoints.read_model_index", c.read_model_index, folder=here / "export"),
         case(
@@ -249,14 +261,24 @@ def whole_pipelines() -> list[Case]:
             "pipelines.save_samples",
             p.save_samples,
             folder=here / "samples",
-            images=images,
+            images=IMAGES,
             labels=[0],
             columns=1,
         ),
+    ]
+
+
+def pipelines_in_memory() -> list[Case]:
+    """What is made of networks, or asked of a pipeline."""
+    p, pipe = pipelines, class_pipeline()
+    network = pipe.denoiser
+    return [
         case("pipelines.components", lambda pipe: list(p.components(pipe)), pipe=pipe),
         case("pipelines.compare", p.compare, first=pipe, second=pipe),
         case("pipelines.is_denoiser", p.is_denoiser, config=network.config),
-        case("pipelines.join_wuerstchen", p.join_wuerstchen, prior=pipe, decoder=pipe, words=TWO_STAGES),
+        case(
+            "pipelines.join_wuerstchen", p.join_wuerstchen, prior=pipe, decoder=pipe, words=TWO_STAGES
+        )._replace(refusal="must be a WuerstchenPriorPipeline"),
         case(
             "pipelines.class_to_image",
             p.class_to_image,
@@ -274,6 +296,25 @@ def whole_pipelines() -> list[Case]:
             default_size=None,
             words={"in_channels": "channels"},
         ),
+        Case(
+            "pipelines.as_images", p.as_images, {"images": IMAGES, "name": "image"}, words={"images": "image"}
+        ),
+        Case("pipelines.as_masks", p.as_masks, {"masks": IMAGES[..., :1] > 0, "size": (8, 8)}, words=MASKS),
+        Case(
+            "pipelines.check_drawn",
+            p.check_drawn,
+            {"images": IMAGES, "guidance_scale": 1.0},
+            words={"images": "images|outputs"},
+        ),
+        Case("pipelines.columns_for", p.columns_for, {"num_images": 9, "num_labels": 3}),
+    ]
+
+
+def generation() -> list[Case]:
+    """What computes with the networks of a pipeline."""
+    c, p, here = checkpoints, pipelines, place()
+    vae = pipelines.Network(*of(VAE))
+    return [
         case(
             "pipelines.generate",
             p.generate,
@@ -289,7 +330,7 @@ def whole_pipelines() -> list[Case]:
             "pipelines.encode_images",
             p.encode_images,
             vae=vae,
-            images=images,
+            images=IMAGES,
             words={"images": "images|inputs"},
         ),
         case(
@@ -317,17 +358,6 @@ def whole_pipelines() -> list[Case]:
             template="{}",
             words={"skip": "skip"},
         ),
-        Case(
-            "pipelines.as_images", p.as_images, {"images": images, "name": "image"}, words={"images": "image"}
-        ),
-        Case("pipelines.as_masks", p.as_masks, {"masks": images[..., :1] > 0, "size": (8, 8)}, words=MASKS),
-        Case(
-            "pipelines.check_drawn",
-            p.check_drawn,
-            {"images": images, "guidance_scale": 1.0},
-            words={"images": "images|outputs"},
-        ),
-        Case("pipelines.columns_for", p.columns_for, {"num_images": 9, "num_labels": 3}),
     ]
 
 
@@ -361,7 +391,7 @@ def runs() -> list[Case]:
             step=None,
             stage="diffusion",
             words=dict.fromkeys(("run_dir", "step", "stage"), "run_dir|step|stage|checkpoint"),
-        ),
+        )._replace(refusal="averages"),
         case("T.read_log", T.read_log, path=here / "log.csv", words={"path": "path|log"}),
         case("T.stages_of", T.stages_of, recipe=recipe),
         case(
@@ -383,7 +413,7 @@ def runs() -> list[Case]:
             words=dict.fromkeys(
                 ("recipe", "resume", "log", "bar", "devices"), "recipe|part of that path|devices"
             ),
-        ),
+        )._replace(refusal="cannot write"),
         Case("T.RunFolder", T.RunFolder, {"path": "run"}),
     ]
 
@@ -401,6 +431,7 @@ def datasets() -> list[Case]:
             | dict.fromkeys(
                 ("name", "image_size", "pad_to", "data_dir"), "name|dataset|data set|size|pad_to"
             ),
+            refusal="unknown dataset",
         ),
         Case(
             "data.load_folder",

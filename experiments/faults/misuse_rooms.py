@@ -13,6 +13,7 @@ from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases
 from experiments.faults.misuse_files import of_files
 from experiments.faults.misuse_settings import settings
 from experiments.faults.misuse_training import of_training
+from experiments.faults.small_folders import zeros
 from jaxldm import diffusion as D
 from jaxldm import metrics, models, pipelines, schedulers
 from jaxldm import training as T
@@ -25,7 +26,9 @@ def all_cases() -> list[Case]:
     return [
         *networks(),
         *pipelines_of_classes(),
+        *optimizers(),
         *trainings(),
+        *meshes(),
         *schedules(),
         *figures(),
         *cases_of_diffusion(),
@@ -42,7 +45,7 @@ SIZES: dict[str, Any] = dict(sample_size=4, in_channels=1, patch_size=2, hidden_
 def networks() -> list[Case]:
     """Models: building, and the one way to call them."""
     module = models.build("tiny-dit", **SIZES, num_classes=3)
-    params, x, t = models.init(module, KEY), np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
+    params, x, t = zeros(module).params, np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
     call = models.network(module)
     return [
         Case(
@@ -96,8 +99,7 @@ def networks() -> list[Case]:
 def pipelines_of_classes() -> list[Case]:
     """A pipeline in memory, called."""
     module = models.build("tiny-dit", **SIZES, num_classes=3)
-    network = pipelines.Network(module, models.init(module, KEY))
-    pipe = pipelines.class_to_image(network, D.v(VP))
+    pipe = pipelines.class_to_image(zeros(module), D.v(VP))
     arguments = {
         "key": KEY,
         "class_labels": [0],
@@ -136,15 +138,8 @@ def pipelines_of_classes() -> list[Case]:
 TWO_PARTS = {name: {"bias": np.zeros(2, np.float32)} for name in ("encoder", "decoder")}
 
 
-def trainings() -> list[Case]:
-    """Training any network on any loss."""
-    adam = T.optimizer(1e-3, warmup_steps=1, total_steps=10)
-    state = T.create_train_state(KEY, {"w": np.zeros(2, np.float32)}, adam)
-
-    def loss(params, state, batch, key):
-        return jnp.sum(params["w"]), {}
-
-    step = T.make_train_step(loss, adam)
+def optimizers() -> list[Case]:
+    """Optimizers and schedules."""
     return [
         Case(
             "T.optimizer",
@@ -171,6 +166,20 @@ def trainings() -> list[Case]:
             True,
             {"total_steps": "steps"},
         ),
+        Case("T.annealed_beta", T.annealed_beta, {"beta": 1e-3, "warmup_steps": 10, "step": 1}),
+    ]
+
+
+def trainings() -> list[Case]:
+    """Training any network on any loss."""
+    adam = T.optimizer(1e-3, warmup_steps=1, total_steps=10)
+    state = T.create_train_state(KEY, {"w": np.zeros(2, np.float32)}, adam)
+
+    def loss(params, state, batch, key):
+        return jnp.sum(params["w"]), {}
+
+    step = T.make_train_step(loss, adam)
+    return [
         Case(
             "T.make_train_step",
             T.make_train_step,
@@ -197,6 +206,19 @@ def trainings() -> list[Case]:
             },
             False,
         ),
+        Case("T.Plan", T.Plan, {"num_steps": 1, "save_every": 0, "sample_every": 0, "keep": 2}),
+        Case(
+            "T.latent_scale",
+            T.latent_scale,
+            {"mean": IMAGES + np.arange(2).reshape(2, 1, 1, 1), "log_variance": None},
+        ),
+        fit_of(state, step),
+    ]
+
+
+def meshes() -> list[Case]:
+    """Devices, and where parameters lie on them."""
+    return [
         Case("T.local_examples", T.local_examples, {"mesh": T.make_mesh(1), "batch_size": 8}),
         Case("T.make_mesh", T.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
         Case("models.make_mesh", models.make_mesh, {"devices": 1, "fsdp": 1, "tensor": 1}),
@@ -210,14 +232,6 @@ def trainings() -> list[Case]:
                 "rules": RULES,
             },
         ),
-        Case("T.Plan", T.Plan, {"num_steps": 1, "save_every": 0, "sample_every": 0, "keep": 2}),
-        Case("T.annealed_beta", T.annealed_beta, {"beta": 1e-3, "warmup_steps": 10, "step": 1}),
-        Case(
-            "T.latent_scale",
-            T.latent_scale,
-            {"mean": IMAGES + np.arange(2).reshape(2, 1, 1, 1), "log_variance": None},
-        ),
-        fit_of(state, step),
     ]
 
 
@@ -243,6 +257,7 @@ def fit_of(state: Any, step: Any) -> Case:
             ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar"),
             "cannot write",
         ),
+        refusal="cannot write",
     )
 
 

@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from jaxldm.arguments import a_path, checked, choice, count, optional
 from jaxldm.errors import CheckpointError
+from jaxldm.reading import shortened
 from jaxldm.training.power_ema import A_LENGTH, gamma_of, profile_weights
 from jaxldm.training.runs import STAGES, RunFolder
 from jaxldm.training.store import TrainingStore
@@ -33,8 +34,12 @@ def kept_steps(run_dir: Path | str, stage: str = "diffusion") -> list[int]:
 
 @checked(run_dir=a_path, step=count(0), stage=A_STAGE)
 def read_kept(run_dir: Path | str, step: int, stage: str = "diffusion") -> KeptParams:
-    """The network of one checkpoint, on the host. Raises `CheckpointError` for one that is damaged."""
-    store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")
+    """The network of one checkpoint, on the host.
+
+    Raises `CheckpointError` for one that is damaged, or not there.
+    """
+    store, kept = _store_of(run_dir, stage)
+    _check_kept(store, step, kept)
     arrays = store.read(step)
     params, averages, z = (_below(arrays, name) for name in ("params/", "ema_params/", "opt_state/z/"))
     if not params:
@@ -43,6 +48,18 @@ def read_kept(run_dir: Path | str, step: int, stage: str = "diffusion") -> KeptP
         b1 = arrays["opt_state/b1"]
         params = {path: (y - (1 - b1) * z[path]) / b1 for path, y in params.items()}
     return KeptParams(step, traverse_util.unflatten_dict(params | averages, sep="/"))
+
+
+def _store_of(run_dir: Path | str, stage: str) -> tuple[TrainingStore, list[int]]:
+    """The checkpoints of a stage, and the steps that are there."""
+    store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")
+    return store, list(store.steps())
+
+
+def _check_kept(store: TrainingStore, step: int, kept: list[int]) -> None:
+    if step not in kept:
+        there = shortened(str(kept), 200) if kept else "none"
+        raise CheckpointError(f"{store.folder} has no checkpoint of step {step}: it has {there}")
 
 
 def _below(arrays: dict[str, Any], name: str) -> dict[str, Any]:
@@ -67,11 +84,9 @@ def post_hoc_ema(
     Raises:
         CheckpointError: no such checkpoint, or none with such averages.
     """
-    store = TrainingStore(RunFolder(Path(run_dir)).stage(stage).path / "checkpoints")
-    kept = store.steps()
+    store, kept = _store_of(run_dir, stage)
     last = step if step is not None else (kept[-1] if kept else 0)
-    if last not in kept:
-        raise CheckpointError(f"{store.folder} has no checkpoint of step {last}: it has {kept or 'none'}")
+    _check_kept(store, last, kept)
     found: list[tuple[int, float, Mapping[str, Any]]] = []
     for one in (each for each in kept if each <= last):
         averages: dict[str, dict[str, Any]] = {}
