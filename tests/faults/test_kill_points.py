@@ -116,7 +116,6 @@ def kill_writes(tmp_path, monkeypatch, write, lucky):
     forks = Forks(lucky)
     monkeypatch.setattr(kills, "child", forks)
     monkeypatch.setattr(kills, "die", None)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def version_of(folder):
         (version,) = {int(path.read_text()) for path in folder.iterdir()}
