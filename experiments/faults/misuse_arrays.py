@@ -418,6 +418,27 @@ def data_of_arrays() -> list[Case]:
             False,
         ),
         Case(
+            "data.Buckets", data.Buckets, {"image_size": 96, "multiple": 8, "max_aspect": 2.0, "slack": 0.0}
+        ),
+        Case("data.assign_buckets", data.assign_buckets, {"sizes": [(9, 8)], "buckets": data.Buckets(16, 8)}),
+        Case(
+            "data.BucketedBatches",
+            data.BucketedBatches,
+            {
+                "rows": batches.rows,
+                "bucket_of": np.zeros(len(batches.rows), int),
+                "batch_size": 1,
+                "key": KEY,
+            },
+            words={"batch_size": "batch_size|examples", "bucket_of": "bucket"},
+        ),
+        Case(
+            "data.Reader",
+            data.Reader,
+            {"batches": batches, "num_workers": 0, "ahead": 1, "process": 0, "num_processes": 1},
+            words={"process": "process|batch", "num_processes": "num_processes|batch"},
+        ),
+        Case(
             "data.Batches",
             data.Batches,
             {"rows": {"image": IMAGES}, "batch_size": 1, "key": KEY, "shuffle": True, "part": slice(0, 1)},

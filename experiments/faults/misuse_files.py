@@ -454,6 +454,18 @@ def datasets() -> list[Case]:
             words=PATHS | {"compute": "compute"},
         ),
         Case(
+            "data.sharded",
+            data.sharded,
+            {
+                "folder": here / "shards",
+                "key": "k",
+                "num_rows": 3,
+                "compute": lambda start, stop: {"a": np.zeros(stop - start)},
+                "rows_per_shard": 2,
+            },
+            words=PATHS | {"compute": "compute"},
+        ),
+        Case(
             "metrics.open_image_set",
             metrics.open_image_set,
             {"path": here / "pictures"},

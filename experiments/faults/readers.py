@@ -7,8 +7,10 @@ import functools
 import gzip
 import io
 import json
+import os
 import pickle
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -330,6 +332,23 @@ def _cache(folder: Path) -> None:
     assert {name: column.shape for name, column in found.items()} == {"mean": (3, 2), "std": (3, 2)}
 
 
+def _shard_rows(start: int, stop: int) -> dict[str, np.ndarray]:
+    numbers = np.arange(start, stop, dtype=np.float32)
+    return {"mean": np.stack([numbers, -numbers], 1), "label": numbers.astype(np.int32)}
+
+
+def _row_shards() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = data.sharded(folder, "key", 5, _shard_rows, 3)
+        return {os.path.relpath(path, folder): Path(path).read_bytes() for path in rows.paths}
+
+
+def _read_rows(folder: Path) -> None:
+    found = data.sharded(folder, "key", 5, _shard_rows, 3).take(np.arange(5))
+    for name, column in _shard_rows(0, 5).items():
+        np.testing.assert_array_equal(found[name], column)
+
+
 def _picture_files(suffix: str) -> dict[str, bytes]:
     from PIL import Image
 
@@ -457,4 +476,5 @@ def readers() -> dict[str, Reader]:
         ),
         "IDX": Reader(_idx_files(), _idx, 2.0),
         "latents cache": Reader(_cache_files(), _cache, 2.0),
+        "shards of latents": Reader(_row_shards(), _read_rows, 2.0),
     }

@@ -74,6 +74,9 @@ class Train:
     devices: Annotated[int | None, shown("INT", "as many as divide every batch")] = None
     """Number of devices over which each batch is split."""
 
+    workers: int = 0
+    """Processes that read and decode pictures that do not fit into memory; 0: a thread."""
+
     quiet: bool = False
     """Print only errors, and no progress bar."""
 
@@ -84,7 +87,11 @@ class Train:
         run_dir = Path(self.run_dir or f"runs/{self.recipe}")
         recipe = self.make_recipe(run_dir)
         first_devices(self.devices)
-        options: dict[str, Any] = {"resume": self.resume, "devices": self.devices}
+        options: dict[str, Any] = {
+            "resume": self.resume,
+            "devices": self.devices,
+            "workers": self.workers,
+        }
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return

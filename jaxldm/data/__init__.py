@@ -2,6 +2,7 @@
 
 from jaxldm.data.augmentation import Augmentation, augment
 from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
+from jaxldm.data.buckets import BucketedBatches, Buckets, assign_buckets
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.folders import describe_skipped, load_folder
 from jaxldm.data.images import (
@@ -14,13 +15,19 @@ from jaxldm.data.images import (
 )
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.data.load import data_folder, load, source_name
+from jaxldm.data.reader import Reader
+from jaxldm.data.shards import sharded
 
 __all__ = [
     "ArrayRows",
     "Augmentation",
     "Batches",
+    "BucketedBatches",
+    "Buckets",
     "Dataset",
+    "Reader",
     "Rows",
+    "assign_buckets",
     "augment",
     "cached",
     "check_images",
@@ -34,6 +41,7 @@ __all__ = [
     "load_folder",
     "map_batches",
     "prefetch",
+    "sharded",
     "source_name",
     "to_grey_levels",
     "to_uint8",

@@ -5,7 +5,6 @@ So a run resumed in the middle of an epoch sees the same batches, and no positio
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
@@ -129,11 +128,14 @@ class Batches:
             self._order = (epoch, order)  # takes milliseconds to draw, so the last one is cached
         return order
 
+    def row_numbers(self, step: int) -> Int[np.ndarray, "B"]:
+        """Returns the rows of batch `step`, or of the part of it."""
+        epoch, place = divmod(step, len(self))
+        return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size][self.part]
+
     @checked(step=count())
     def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
-        epoch, place = divmod(step, len(self))
-        rows = self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        return self.rows.take(rows[self.part])
+        return self.rows.take(self.row_numbers(step))
 
     def __iter__(self) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
         """Yields the batches of the first epoch."""
@@ -158,6 +160,34 @@ class RowsView:
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
         columns = self.rows.take(rows)
         return {name: columns[other] for name, other in self.names.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsAt:
+    """The examples `numbers` of `rows`, in that order."""
+
+    rows: Rows
+    numbers: Int[np.ndarray, "N"]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        return self.rows.take(self.numbers[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsWith:
+    """Examples with further columns, which are in memory."""
+
+    rows: Rows
+    columns: Mapping[str, Shaped[np.ndarray, "N ..."]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        return self.rows.take(rows) | {name: column[rows] for name, column in self.columns.items()}
 
 
 def _some_rows(name: str, value: Any) -> Any:
@@ -192,25 +222,6 @@ def map_batches(
         filled = np.concatenate([part, np.repeat(part[-1:], batch_size - size, axis=0)])
         results.append(jax.tree.map(lambda array, size=size: np.asarray(array)[:size], function(filled)))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *results)
-
-
-class ReadAhead:
-    """The same batches, of which the next is read while one is used: for rows on disk."""
-
-    def __init__(self, batches: Batches):
-        self._batches = batches
-        self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future] | None = None
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, step: int) -> dict[str, Shaped[np.ndarray, "B ..."]]:
-        ready = self._next
-        ahead = step + 1
-        batch = ready[1].result() if ready is not None and ready[0] == step else self._batches[step]
-        self._next = ahead, self._pool.submit(self._batches.__getitem__, ahead)
-        return batch
 
 
 @checked(

@@ -76,6 +76,7 @@ class Dataset:
         class_names: one name per class.
         parts: the rows of each split.
         skipped: what a folder of pictures holds that cannot be used, as (name, reason).
+        license: whose pictures they are and on what terms, to be named wherever one is shown; "" if unknown.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Dataset:
     class_names: tuple[str, ...]
     parts: Mapping[str, Rows]
     skipped: tuple[Skipped, ...] = ()
+    license: str = ""
 
     @property
     def num_classes(self) -> int:

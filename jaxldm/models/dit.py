@@ -237,7 +237,8 @@ class DiT(nn.Module):
         """Predict from noisy images or latents, the time and the class.
 
         Args:
-            x: `[B, H, W, in_channels]` of the config's `sample_size`.
+            x: `[B, H, W, in_channels]` of the config's `sample_size`; with sin-cos positions of any sides
+                that are multiples of the patch.
             t: `[B]` floating, the path's t; may be fractional.
             labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
                 for all.
@@ -257,10 +258,12 @@ class DiT(nn.Module):
             raise InvalidArgumentError(
                 "kept is for a network with a route: give its config route=(first, last)"
             )
-        height, width = height_width(config.sample_size)
+        height, width = x.shape[1:3]
+        if config.position_embedding == "learned":
+            height, width = height_width(config.sample_size)
         chex.assert_shape(x, (None, height, width, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
-        h = PatchEmbed(config, name="x_embedder")(x) + self._position()
+        h = PatchEmbed(config, name="x_embedder")(x) + self._position(height, width)
         c = TimestepEmbedder(config, name="t_embedder")(t)
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is not None:
@@ -288,13 +291,16 @@ class DiT(nn.Module):
                 self.sow("intermediates", "tapped", h)
         return h
 
-    def _position(self) -> Float[Array, "1 N C"]:
+    def _position(self, height: int, width: int) -> Float[Array, "1 N C"]:
         config = self.config
+        size = config.patch_size
         if config.position_embedding == "learned":
             rows, columns = config.grid_size
             table = parameter(self, "pos_embed", normal(0.02), (1, rows * columns, config.hidden_size))
+        elif height % size or width % size:
+            raise InvalidArgumentError(f"{height}x{width} cannot be cut into patches of {size}")
         else:
-            table = self.constant_tensors()["pos_embed"]
+            table = sincos_position_embedding_2d(config.hidden_size, height // size, width // size)[None]
         return jnp.asarray(table, compute_dtype(config.dtype))
 
     def constant_tensors(self) -> Mapping[str, Float[np.ndarray, " ..."]]:

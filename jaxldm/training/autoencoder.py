@@ -36,6 +36,7 @@ from jaxldm.training.stages import (
     Job,
     Task,
     build_model,
+    of_one_shape,
     report_health,
     sample_size,
     with_names,
@@ -116,7 +117,7 @@ def prepare(context: Context) -> Job:
 
     def finish(params: Params) -> None:
         network = game.network(params)
-        posterior = cast(Any, encode_all(module, network, rows))  # of NumPy arrays
+        posterior = cast(Any, encode_all(module, network, of_one_shape(rows)))  # of NumPy arrays
         decoded = map_batches(lambda batch: reconstruct(network, batch), held_out)
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
         scaled = with_scale(context, module, posterior)

@@ -6,19 +6,22 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, Shaped
+from jaxtyping import Float, Int, PRNGKeyArray, Shaped
 
 from jaxldm import checkpoints, models, schedulers
 from jaxldm import diffusion as D
-from jaxldm.data import ArrayRows, Rows
+from jaxldm.data import ArrayRows, Dataset, Rows, fingerprint, sharded
+from jaxldm.data.batches import RowsAt, RowsWith
+from jaxldm.data.buckets import JoinedBuckets, buckets_of
 from jaxldm.data.folders import FolderRows, identity
-from jaxldm.data.latents import cached, fingerprint
+from jaxldm.data.shards import ShardRows, rows_per_shard
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.pipelines.pipeline import Pipeline
@@ -43,6 +46,7 @@ from jaxldm.training.stages import (
     JoinedRows,
     Task,
     build_model,
+    of_one_shape,
     report_health,
     sample_size,
     save_samples,
@@ -62,7 +66,6 @@ from jaxldm.training.text import (
 
 STAGE = "diffusion"
 MOST_CAPTIONS = 6
-CAPTIONS_FILE = "captions.npz"  # the cache of their states, in the run folder
 
 
 def denoiser_recipe(recipe: Recipe) -> DiffusionRecipe:
@@ -114,12 +117,38 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
             f"{own.preset} is a {type(module).__name__}: a recipe "
             f"{'with' if recipe.text else 'without'} text needs {wanted}"
         )
+    check_buckets(recipe, module, image_shape[-1])
     if models.convention(module).continuous and path.num_train_timesteps is not None:
         raise InvalidArgumentError(
             f"{type(module).__name__} counts time from 0 to 1: train it on a continuous path, for example "
             "prediction D.flow(D.Flow()), or train a DiT"
         )
     return module
+
+
+def check_buckets(recipe: Recipe, module: nn.Module, channels: int) -> None:
+    """Trace the network once for each size of the recipe's buckets.
+
+    Raises `InvalidArgumentError` for a size that it cannot work on.
+    """
+    for height, width in () if recipe.buckets is None else recipe.buckets.sizes:
+        try:
+            shape = latent_shape(recipe, (height, width, channels))
+            x, t, *condition = cast(Any, module).example_inputs()
+            inputs = (jax.ShapeDtypeStruct((*x.shape[:1], *shape), x.dtype), t, *condition)
+            found = jax.eval_shape(
+                lambda params, *given: module.apply({"params": params}, *given),
+                models.shapes(module),
+                *inputs,
+            )
+            fits = found.shape[1:3] == shape[:2]
+        except (AssertionError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise InvalidArgumentError(
+                f"{denoiser_recipe(recipe).preset} cannot work on images of {height}x{width}: give buckets "
+                "with a larger multiple, or take a U-Net or a DiT with position_embedding 'sincos'"
+            )
 
 
 def _check_terms(recipe: DiffusionRecipe) -> None:
@@ -151,49 +180,79 @@ def channels_of(preset: str, latent_channels: int) -> dict[str, int]:
     return {"in_channels": latent_channels, "out_channels": latent_channels}
 
 
-def latent_columns(context: Context) -> Mapping[str, Any] | Rows:
-    """Named columns of examples: pixels, or the latents that the finished autoencoder makes of the images.
+def latent_columns(context: Context) -> Rows:
+    """Examples for the denoising network: pixels, or the latents that the finished autoencoder makes of them.
 
-    Latents are scaled by the autoencoder's own factors. They are kept in latents.npz, keyed by a hash of the
-    autoencoder and the images, and computed again when either is another.
+    Latents are scaled by the autoencoder's own factors. They are kept in shards in the folder latents, keyed
+    by a hash of the autoencoder and the images, computed again when either is another, and read by rows.
     """
     rows = context.train_rows()
     if context.recipe.autoencoder is None:
         return with_names(rows, mean="image", label="label")
-    if isinstance(rows, ArrayRows):
-        images, labels = rows.columns["image"], rows.columns["label"]
-    else:
-        folder = context.dataset.rows("train")
-        images, labels = identity(cast(FolderRows, folder)), cast(FolderRows, folder).labels[: len(rows)]
+    images, labels = _identity_and_labels(rows, context.dataset)
+    own = buckets_of(rows)
+    if own is None:
+        return RowsWith(
+            _latents(context, rows, images, context.dataset.image_shape, context.run.latents),
+            {"label": labels},
+        )
+    parts = []
+    for bucket in np.unique(own):
+        height, width = cast(FolderRows, context.dataset.rows("train")).sizes[bucket]
+        shape, folder = (height, width, context.dataset.image_shape[2]), f"{height}x{width}"
+        part = RowsAt(rows, np.flatnonzero(own == bucket))
+        parts.append(_latents(context, part, images, shape, context.run.latents / folder))
+    return RowsWith(JoinedBuckets(tuple(parts), own), {"label": labels})
+
+
+def _latents(
+    context: Context, rows: Rows, images: Any, shape: tuple[int, int, int], folder: Path
+) -> ShardRows:
+    """The latents of examples of one shape; those that are in shards in `folder` are not computed again."""
     module, params = checkpoints.load(context.run.stage(AUTOENCODER).model)
     scale = np.float32(module.config.scaling_factor)
     shift = np.float32(getattr(module.config, "shift_factor", None) or 0.0)  # one with a codebook has none
 
-    def compute():
-        context.log("diffusion: encoding the training images")
-        posterior = encode_all(module, params, rows)
+    def compute(start: int, stop: int) -> dict[str, Any]:
+        context.log(f"diffusion: encoding the training images {start + 1} to {stop} of {len(rows)}")
+        part = rows.columns["image"][start:stop] if isinstance(rows, ArrayRows) else None
+        posterior = encode_all(module, params, RowsAt(rows, np.arange(start, stop)) if part is None else part)
         return {
             "mean": (posterior.mean - shift) * scale,
             "std": np.exp(0.5 * posterior.log_variance) * scale,
         }
 
     config = json.dumps(models.config_to_dict(module.config), sort_keys=True)
-    columns = cached(context.run.latents, fingerprint(params, config, images), compute)
-    names = ("mean", "std") if denoiser_recipe(context.recipe).sample_latents else ("mean",)
-    return {**{name: columns[name] for name in names}, "label": labels}
+    row = jax.ShapeDtypeStruct(latent_shape(context.recipe, shape), np.float32)
+    key, size = fingerprint(params, config, images, str(shape)), rows_per_shard(mean=row, std=row)
+    latents = sharded(folder, key, len(rows), compute, size)
+    return latents.only(*(("mean", "std") if denoiser_recipe(context.recipe).sample_latents else ("mean",)))
 
 
-def with_images(context: Context, columns: Mapping[str, Any] | Rows) -> Rows:
+def with_images(context: Context, rows: Rows) -> Rows:
     """Examples with their images as a further column."""
-    rows = ArrayRows(columns) if isinstance(columns, Mapping) else columns
     return JoinedRows(rows, with_names(context.train_rows(), image="image"))
 
 
-def first_rows(columns: Mapping[str, Any] | Rows, most: int) -> Mapping[str, Any]:
-    """Named columns of the first `most` examples."""
-    if isinstance(columns, Mapping):
-        return {name: column[:most] for name, column in columns.items()}
-    return columns.take(np.arange(min(len(columns), most)))
+def _identity_and_labels(rows: Rows, dataset: Dataset) -> tuple[Any, Int[np.ndarray, " N"]]:
+    """(images or a hash of them, labels) of training examples."""
+    if isinstance(rows, ArrayRows):
+        return rows.columns["image"], rows.columns["label"]
+    origin = dataset.rows("train")
+    if isinstance(origin, FolderRows):
+        return identity(origin), origin.labels[: len(rows)]
+    hashes, labels = [], []
+    for start in range(0, len(rows), 1024):
+        columns = rows.take(np.arange(start, min(start + 1024, len(rows))))
+        hashes.append(fingerprint(columns["image"]))
+        labels.append(columns["label"])
+    return fingerprint(*hashes), np.concatenate(labels)
+
+
+def first_rows(rows: Rows, most: int) -> Mapping[str, Any]:
+    """Named columns of the first `most` examples, of one shape."""
+    rows = of_one_shape(rows)
+    return rows.take(np.arange(min(len(rows), most)))
 
 
 def make_sampler(
@@ -240,19 +299,17 @@ def preflight(
 
 
 def with_captions(
-    context: Context, pipe: Pipeline, columns: Mapping[str, Any] | Rows
+    context: Context, pipe: Pipeline, rows: Rows
 ) -> tuple[Condition, list[str], Mapping[str, Shaped[np.ndarray, "K ..."]], Rows]:
     """(condition, captions to draw on the way, their columns, examples with those of their captions)."""
-    rows = ArrayRows(columns) if isinstance(columns, Mapping) else columns
     texts = cast(list[str], context.dataset.captions("train", len(rows)))
     context.log(f"diffusion: encoding {len(set(texts))} different captions")
     size = cast(tuple[int, int], tuple(context.dataset.image_shape[:2]))
-    found = encode_captions(pipe, texts, size, context.run.path / CAPTIONS_FILE)
+    found = encode_captions(pipe, texts, size, context.run.captions)
     first = list(dict.fromkeys(texts))[:MOST_CAPTIONS]
     places = np.array([texts.index(text) for text in first])
-    captioned = CaptionedRows(rows, found)
-    shown = {name: captioned.take(places)[name] for name in found.null}
-    return Condition(found.null), [shortened(text, 24) for text in first], shown, captioned
+    shown = found.of(places)
+    return Condition(found.null), [shortened(text, 24) for text in first], shown, CaptionedRows(rows, found)
 
 
 def prepare(context: Context) -> Job:

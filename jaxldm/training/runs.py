@@ -10,7 +10,7 @@
     runs/NAME/model_index.json                   names these; written last
     runs/NAME/classifier/model/                  the finished classifier
     runs/NAME/captions.npz                       what the text encoder made of the captions
-    runs/NAME/latents.npz                        what the autoencoder made of the training images
+    runs/NAME/latents/                           what the autoencoder made of the training images, in shards
     runs/NAME/STAGE/                             how a stage was trained
 
 So a run is a pipeline folder (`LatentDiffusionPipeline`, as `pipelines.save` writes it) as soon as its
@@ -113,7 +113,12 @@ class RunFolder:
     @property
     def latents(self) -> Path:
         """The cache of `jaxldm.training.diffusion.latent_columns`."""
-        return self.path / "latents.npz"
+        return self.path / "latents"
+
+    @property
+    def captions(self) -> Path:
+        """The cache of `jaxldm.training.text.encode_captions`."""
+        return self.path / "captions.npz"
 
     def stage(self, name: str) -> StageFolder:
         """`name` is one of `STAGES`."""
@@ -319,6 +324,7 @@ def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
+        **({"license": dataset.license} if dataset.license else {}),
     }
     return {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
 

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from jaxldm import models
 from jaxldm.data import ArrayRows, Dataset, Rows
-from jaxldm.data.batches import RowsView
+from jaxldm.data.batches import RowsAt, RowsView
+from jaxldm.data.buckets import buckets_of
 from jaxldm.data.folders import FolderRows
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_INT32, round_product
@@ -32,7 +33,7 @@ from jaxldm.training.state import Params
 from jaxldm.training.step import LossFunction, Player
 
 MAX_STEPS = LARGEST_INT32  # they are counted in int32
-MAX_BYTES_AS_ARRAYS = 2**30  # of a folder's pictures, decoded; more are read from disk by batch
+MAX_BYTES_AS_ARRAYS = 2**30  # of the training images; more are read from disk by batch
 MOST_CLASSES = 10  # in a picture of samples
 
 
@@ -61,17 +62,17 @@ class Context:
     resume: bool = False
     log: Callable[[str], None] = print
     bar: bool | None = None
+    workers: int = 0
 
     def train_rows(self) -> Rows:
         """The training examples, columns `image` and `label`.
 
-        In memory, but for a folder of pictures that as numbers are more than a GiB: these are read batch by
-        batch.
+        In memory, but for those that as numbers are more than a GiB: these are read batch by batch.
         """
         rows = self.dataset.rows("train")
         length = min(len(rows), self.recipe.max_train_images or len(rows))
         size = 4 * length * math.prod(self.dataset.image_shape)
-        if isinstance(rows, FolderRows) and size > MAX_BYTES_AS_ARRAYS:
+        if size > MAX_BYTES_AS_ARRAYS or buckets_of(rows) is not None:
             return RowsView(rows, length, {"image": "image", "label": "label"})
         if isinstance(rows, FolderRows):
             return ArrayRows(rows.take(np.arange(length)))
@@ -139,6 +140,12 @@ class JoinedRows:
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
         return {**self.first.take(rows), **self.second.take(rows)}
+
+
+def of_one_shape(rows: Rows) -> Rows:
+    """All rows, or those of the bucket that has most."""
+    own = buckets_of(rows)
+    return rows if own is None else RowsAt(rows, np.flatnonzero(own == np.bincount(own).argmax()))
 
 
 def with_names(rows: Rows, **names: str) -> Rows:

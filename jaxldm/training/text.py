@@ -53,6 +53,10 @@ class CaptionConditions(NamedTuple):
     which: Int[np.ndarray, "N"]
     null: Mapping[str, Shaped[np.ndarray, "..."]]
 
+    def of(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        """The conditions of the captions of examples."""
+        return {name: widened(array[self.which[rows]]) for name, array in self.arrays.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedRows:
@@ -65,9 +69,7 @@ class CaptionedRows:
         return len(self.rows)
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
-        which = self.captions.which[rows]
-        columns = {name: widened(array[which]) for name, array in self.captions.arrays.items()}
-        return self.rows.take(rows) | columns
+        return self.rows.take(rows) | self.captions.of(rows)
 
 
 def widened(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

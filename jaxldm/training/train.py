@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 from jaxldm import data, models
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
-from jaxldm.data.batches import ArrayRows, Batches, ReadAhead
+from jaxldm.data import ArrayRows, Batches, BucketedBatches, Reader
+from jaxldm.data.buckets import buckets_of
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
@@ -122,12 +124,22 @@ def _of_whole_network(loss_fn: LossFunction) -> LossFunction:
     return whole
 
 
+def batches_of(
+    rows: Any, batch_size: int, key: PRNGKeyArray, part: slice | None = None
+) -> tuple[Batches | BucketedBatches, bool]:
+    """The batches of a stage, each of one bucket where there are buckets; whether all is in memory."""
+    own = buckets_of(rows)
+    if own is not None:
+        return BucketedBatches(rows, own, batch_size, key, part=part), False
+    batches = Batches(rows, batch_size, key, part=part)
+    return batches, isinstance(batches.rows, ArrayRows)
+
+
 def run_job(context: Context, stage: str, job: Job) -> None:
     """Train what a job says by the numbers of the stage's recipe, and finish it: the one call of `fit`."""
     recipe, keys = getattr(context.recipe, stage), stage_keys(context.recipe.seed, stage)
     part = local_examples(context.mesh, recipe.batch_size)
-    batches = Batches(job.data, recipe.batch_size, keys.order, part=part)
-    on_disk = not isinstance(batches.rows, ArrayRows)
+    batches, in_memory = batches_of(job.data, recipe.batch_size, keys.order, part)
     adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
     params, frozen, loss = job.init(keys.init), job.frozen, job.loss
     one_network = callable(loss)
@@ -148,20 +160,21 @@ def run_job(context: Context, stage: str, job: Job) -> None:
         return on_host(merge(found, state.frozen.params) if job.freeze else found)
 
     preview = job.preview
-    state = fit(
-        state,
-        step,
-        ReadAhead(batches) if on_disk else batches,
-        plan,
-        context.run.stage(stage).path,
-        resume=context.resume,
-        mesh=context.mesh,
-        name=stage,
-        on_sample=preview and (lambda state, step: preview(finished_params(state), step)),
-        explain_divergence=explain_divergence,
-        log=context.log,
-        bar=context.bar,
-    )
+    with Reader(batches, num_workers=context.workers) as reader:
+        state = fit(
+            state,
+            step,
+            batches if in_memory else reader,
+            plan,
+            context.run.stage(stage).path,
+            resume=context.resume,
+            mesh=context.mesh,
+            name=stage,
+            on_sample=preview and (lambda state, step: preview(finished_params(state), step)),
+            explain_divergence=explain_divergence,
+            log=context.log,
+            bar=context.bar,
+        )
     job.finish(finished_params(state))
 
 
@@ -179,6 +192,7 @@ def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
     dataset=optional(a_path),
     log=function("(line)"),
     bar=optional(flag),
+    workers=count(0, 1024),
 )
 def train(
     recipe: Recipe,
@@ -189,6 +203,7 @@ def train(
     dataset: Path | str | None = None,
     log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
+    workers: int = 0,
 ) -> RunFolder:
     """Train all the stages of a recipe in a run folder (see `jaxldm.training.runs`), and return it.
 
@@ -201,6 +216,7 @@ def train(
             `jaxldm.data.load`), of which those that cannot be used are listed in skipped-pictures.jsonl.
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
+        workers: processes that read and decode what is not in memory; 0: a thread of this one.
 
     Raises:
         UnknownNameError, InvalidArgumentError, DataError, MissingDependencyError: before anything is written.
@@ -223,7 +239,9 @@ def train(
     with HeldFolder(run_dir, log) as held:
         run = open_run(run_dir, recipe, loaded, resume=resume, log=log)
         _report_skipped(run, loaded, log)
-        context = Context(recipe, loaded, run, mesh, resume, log, bar)
+        if loaded.license:
+            log(f"the pictures of {loaded.name}: {loaded.license}")
+        context = Context(recipe, loaded, run, mesh, resume, log, bar, workers)
         unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")

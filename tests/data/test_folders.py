@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from jaxldm import data
-from jaxldm.data.batches import Batches, ReadAhead, RowsView, map_batches
+from jaxldm.data import Batches, Reader, map_batches
+from jaxldm.data.batches import RowsView
 from jaxldm.data.folders import identity
 from jaxldm.errors import DataError, InvalidArgumentError
 
@@ -206,7 +207,7 @@ def test_rows_on_disk_are_read_by_batch_and_ahead(classes):
     rows = data.load(str(classes)).rows("train")
     view = RowsView(rows, 12, {"mean": "image"})
     batches = Batches(view, 4, jax.random.key(0))
-    ahead = ReadAhead(batches)
+    ahead = Reader(batches)
     for step in (0, 1, 2, 7, 3):
         np.testing.assert_array_equal(ahead[step]["mean"], batches[step]["mean"])
     assert list(ahead[0]) == ["mean"] and len(ahead) == 3

@@ -30,6 +30,7 @@ class Digits:
     __class__ = Dataset  # to `isinstance`
 
     name, image_shape, num_classes, class_names = "mnist5k", (28, 28, 1), 10, tuple("0123456789")
+    license = ""
 
     def rows(self, split):
         return range(4000)
