@@ -106,5 +106,5 @@ def post_hoc_ema(
         name: sum(weight * tree[name].astype(np.float64) for weight, tree in zip(weights, trees, strict=True))
         for name in trees[0]
     }
-    params = {name: array.astype(trees[0][name].dtype) for name, array in total.items()}
+    params = {name: np.asarray(array, trees[0][name].dtype) for name, array in total.items()}
     return KeptParams(last, traverse_util.unflatten_dict(params, sep="/"))

@@ -44,10 +44,10 @@ def muon(settings: Settings) -> optax.GradientTransformation:
     def init(params):
         return inner.init(map_with_names(three_apart, params))
 
-    def update(gradients, state, params):
-        parts = (map_with_names(three_apart, tree) for tree in (gradients, params))
-        updates, state = inner.update(next(parts), state, next(parts))
-        return jax.tree.map(lambda update, p: update.reshape(p.shape), updates, params), state
+    def update(updates, state, params=None):
+        parts = (map_with_names(three_apart, tree) for tree in (updates, params))
+        moved, state = inner.update(next(parts), state, next(parts))
+        return jax.tree.map(lambda update, p: update.reshape(p.shape), moved, params), state
 
     return optax.GradientTransformation(init, update)
 

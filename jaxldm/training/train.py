@@ -152,8 +152,8 @@ def run_job(context: Context, stage: str, job: Job) -> None:
     moved = adam if one_network else loss
     power = recipe.power_ema
     state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
-    own = (adam, recipe.ema_decay) if one_network else ()
-    step = make_train_step(loss, *own, accumulate=recipe.accumulate, power_ema=power)
+    own: dict[str, Any] = {"optimizer": adam, "ema_decay": recipe.ema_decay} if one_network else {}
+    step = make_train_step(loss, **own, accumulate=recipe.accumulate, power_ema=power)
 
     def finished_params(state: TrainState) -> Any:
         found = state.evaluation_params
