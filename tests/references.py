@@ -15,7 +15,7 @@ import sys
 import types
 
 ROOT = pathlib.Path(__file__).parents[1]
-REFERENCES = frozenset({"torch", "diffusers", "transformers"})
+REFERENCES = frozenset({"torch", "diffusers", "transformers", "peft"})
 
 
 @functools.cache

@@ -195,6 +195,15 @@ def adapters() -> list[Case]:
             words={"components": "component"},
         ),
         case(
+            "checkpoints.save_lora",
+            c.save_lora,
+            path=here / "new-lora.safetensors",
+            adapters={"unet": models.init_lora(jax.random.key(0), dense, 2, ["*/proj_in"])},
+            scale=0.5,
+            names="kohya",
+            words={"adapters": "component|adapters|lora", "path": THERE + "|suffix|end in", "names": "names"},
+        ),
+        case(
             "pipelines.with_lora",
             pipelines.with_lora,
             pipe=class_pipeline(),

@@ -77,6 +77,20 @@ def networks() -> list[Case]:
             {"module": module, "x": x, "t": t, "attention": True},
             False,
         ),
+        Case(
+            "models.init_lora",
+            models.init_lora,
+            {"key": KEY, "params": params, "rank": 2, "targets": ["*/attn/qkv"]},
+            True,
+            {"params": "params|layer", "targets": "targets|layer"},
+        ),
+        Case(
+            "models.apply_lora",
+            models.apply_lora,
+            {"params": params, "lora": models.init_lora(KEY, params, 2), "scale": 0.5},
+            True,
+            {"params": "params|parameters", "lora": "lora|adapter"},
+        ),
         Case("models.init", models.init, {"module": module, "key": KEY}, False),
         Case("models.shapes", models.shapes, {"module": module}),
         Case(

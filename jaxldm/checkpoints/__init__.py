@@ -3,6 +3,7 @@
 from jaxldm.checkpoints.folder import load, module_in, read_config, save
 from jaxldm.checkpoints.inception_weights import LoadedNetwork, hash_of_files, load_inception, read_weights
 from jaxldm.checkpoints.lora import load_lora, merge_lora
+from jaxldm.checkpoints.lora_file import save_lora
 from jaxldm.checkpoints.lpips_weights import load_lpips
 from jaxldm.checkpoints.names import from_state_dict, published, to_state_dict
 from jaxldm.checkpoints.original import (
@@ -41,6 +42,7 @@ __all__ = [
     "save",
     "save_components",
     "save_dit_file",
+    "save_lora",
     "save_single_file",
     "to_state_dict",
 ]

@@ -55,6 +55,7 @@ _KOHYA = {
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
+COMPONENT_NAMES = tuple(_KOHYA)
 _DENOISERS = ("unet", "transformer")
 _TENSOR = re.compile(
     r"(?P<module>.+?)(?:"

@@ -6,6 +6,7 @@
 True
 """
 
+from jaxldm.models.adapters import apply_lora, init_lora
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -138,6 +139,7 @@ __all__ = [
     "WuerstchenPriorConfig",
     "ZImageTransformer2DConfig",
     "ZImageTransformer2DModel",
+    "apply_lora",
     "build",
     "class_name",
     "clip_pixel_values",
@@ -157,6 +159,7 @@ __all__ = [
     "from_config",
     "guidance_embedding",
     "init",
+    "init_lora",
     "largest_product",
     "look_inside",
     "lpips_heads",

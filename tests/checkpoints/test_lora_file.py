@@ -1,0 +1,218 @@
+"""LoRA files that we write: diffusers and PEFT merge them to the weights that `models.apply_lora` makes."""
+
+import diffusers
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from diffusers.loaders import (
+    FluxLoraLoaderMixin,
+    SD3LoraLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+    ZImageLoraLoaderMixin,
+)
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch_reference import randomised
+
+from jaxldm import checkpoints, models
+from jaxldm.checkpoints.lora import COMPONENT_NAMES
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
+
+RANK, SCALE = 2, 0.375
+UNET = {"sample_size": 8, "norm_num_groups": 4, "cross_attention_dim": 12, "block_out_channels": (8, 16)}
+UNET |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
+SD15 = UNET | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2}
+SDXL = SD15 | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 34,
+}
+SD3 = {"sample_size": 12, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8, "num_layers": 2}
+SD3 |= {"num_attention_heads": 2, "caption_projection_dim": 16, "joint_attention_dim": 12}
+SD3 |= {"pooled_projection_dim": 10, "pos_embed_max_size": 8}
+FLUX = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 12, "in_channels": 16}
+FLUX |= {"pooled_projection_dim": 10, "axes_dims_rope": (4, 6, 6), "num_layers": 2, "num_single_layers": 2}
+PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "num_layers": 2}
+PIXART |= {"sample_size": 8, "caption_channels": 10, "use_additional_conditions": False}
+Z_IMAGE = {"in_channels": 4, "dim": 24, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "cap_feat_dim": 10}
+Z_IMAGE |= {"axes_dims": [4, 6, 2], "axes_lens": [100, 16, 16]}
+DIT = {"sample_size": 8, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2}
+DIT |= {"in_channels": 4, "out_channels": 8, "norm_type": "ada_norm_zero", "num_embeds_ada_norm": 5}
+# Class, config, and the part of the pipeline that reads LoRA files; PixArt's and DiT's pipelines have none.
+FAMILIES = {
+    "Stable Diffusion": (diffusers.UNet2DConditionModel, SD15, StableDiffusionLoraLoaderMixin),
+    "SDXL": (diffusers.UNet2DConditionModel, SDXL, StableDiffusionXLLoraLoaderMixin),
+    "SD 3": (diffusers.SD3Transformer2DModel, SD3, SD3LoraLoaderMixin),
+    "FLUX": (diffusers.FluxTransformer2DModel, FLUX, FluxLoraLoaderMixin),
+    "PixArt": (diffusers.PixArtTransformer2DModel, PIXART, None),
+    "Z-Image": (diffusers.ZImageTransformer2DModel, Z_IMAGE, ZImageLoraLoaderMixin),
+    "DiT": (diffusers.DiTTransformer2DModel, DIT, None),
+}
+
+
+def random_like(tree, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
+
+
+def targets_of(kind):
+    """Attention and, for U-Nets, a convolution and a 1x1 convolution or matrix, too."""
+    return (
+        None
+        if kind is not diffusers.UNet2DConditionModel
+        else ["*/to_[qkv]", "*/to_out_0", "*/conv1", "*/proj_in"]
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """(their model, its component, who reads files, our weights with the adapter, lora, folder)."""
+    kind, fields, mixin = FAMILIES[request.param]
+    theirs = randomised(kind(**fields))
+    folder = tmp_path_factory.mktemp("lora")
+    theirs.save_pretrained(folder / "model")
+    module, params = checkpoints.load(folder / "model")
+    lora = random_like(models.init_lora(jax.random.key(0), params, RANK, targets_of(kind)))
+    component = "unet" if kind is diffusers.UNet2DConditionModel else "transformer"
+    wanted = checkpoints.to_state_dict(models.apply_lora(params, lora, SCALE))
+    before = checkpoints.to_state_dict(params)
+    assert sum(not np.array_equal(wanted[name], before[name]) for name in wanted) * 2 == len(
+        checkpoints.to_state_dict(lora)
+    )
+    return {
+        "kind": kind,
+        "component": component,
+        "mixin": mixin,
+        "wanted": wanted,
+        "parts": {component: (module, params)},
+        "lora": lora,
+        "folder": folder,
+    }
+
+
+def assert_weights(state, wanted):
+    """Every weight within 1e-6 of the largest."""
+    state = {name.replace(".base_layer.", "."): tensor.detach().numpy() for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+    compared = 0
+    for name, tensor in wanted.items():
+        if name in state:
+            np.testing.assert_allclose(
+                state[name], tensor, rtol=0, atol=1e-6 * max(1.0, np.abs(tensor).max()), err_msg=name
+            )
+            compared += 1
+    assert compared >= 0.9 * len(wanted)
+
+
+def fresh(case):
+    return case["kind"].from_pretrained(case["folder"] / "model", low_cpu_mem_usage=False)
+
+
+def written(case, names="diffusers"):
+    path = case["folder"] / f"{names}.safetensors"
+    checkpoints.save_lora(path, {case["component"]: case["lora"]}, SCALE, names)
+    return path
+
+
+def by_diffusers(case, path):
+    """Their weights with the file loaded and merged, as their pipeline does it."""
+    theirs, mixin = fresh(case), case["mixin"]
+    if mixin is None:
+        theirs.load_lora_adapter(load_file(path), prefix=case["component"])
+    elif case["component"] == "unet":
+        state, alphas = mixin.lora_state_dict(path, unet_config=theirs.config)
+        mixin.load_lora_into_unet(state, network_alphas=alphas, unet=theirs, adapter_name="ours")
+    else:
+        state = mixin.lora_state_dict(path)
+        options = {"network_alphas": None} if mixin is FluxLoraLoaderMixin else {}
+        mixin.load_lora_into_transformer(state, transformer=theirs, adapter_name="ours", **options)
+    theirs.fuse_lora()
+    return theirs.state_dict()
+
+
+def test_diffusers_merges_the_same_weights(case, caplog):
+    if case["mixin"] is None and not hasattr(case["kind"], "load_lora_adapter"):
+        return  # diffusers has none for it; PEFT has, below
+    diffusers.utils.logging.enable_propagation()
+    assert_weights(by_diffusers(case, written(case)), case["wanted"])
+    assert not caplog.records
+
+
+def test_peft_merges_the_same_weights(case):
+    state = {name.split(".", 1)[1]: tensor for name, tensor in load_file(written(case)).items()}
+    modules = sorted({name.split(".lora_")[0] for name in state})
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules)
+    theirs = peft.inject_adapter_in_model(config, fresh(case))
+    result = peft.set_peft_model_state_dict(theirs, state)
+    assert not result.unexpected_keys
+    layers = [module for module in theirs.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == len(modules)
+    for layer in layers:
+        layer.merge()
+    assert_weights(theirs.state_dict(), case["wanted"])
+
+
+def test_our_reader_merges_the_same_weights(case):
+    """The file under both kinds of names, by the code that reads everybody's files."""
+    for names in ("diffusers", "kohya") if case["component"] == "unet" else ("diffusers",):
+        merged = checkpoints.merge_lora(case["parts"], checkpoints.load_lora(written(case, names)))
+        ours = {
+            name: torch.tensor(tensor)
+            for name, tensor in checkpoints.to_state_dict(merged[case["component"]][1]).items()
+        }
+        assert_weights(ours, case["wanted"])
+
+
+def test_kohya_names_for_diffusers_and_comfyui(case):
+    if case["component"] != "unet":
+        with pytest.raises(InvalidArgumentError, match=r"kohya's names are for unet, .* got transformer"):
+            written(case, "kohya")
+        return
+    path = written(case, "kohya")
+    assert all(name.startswith("lora_unet_") for name in load_file(path))
+    assert_weights(by_diffusers(case, path), case["wanted"])
+
+
+def test_text_encoders_have_the_prefix_that_comfyui_looks_for(tmp_path):
+    config = transformers.CLIPTextConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+    )
+    theirs = randomised(transformers.CLIPTextModel(config))
+    theirs.save_pretrained(tmp_path / "text_encoder")
+    parts = {"text_encoder": checkpoints.load(tmp_path / "text_encoder")}
+    params = parts["text_encoder"][1]
+    lora = random_like(models.init_lora(jax.random.key(0), params, RANK))
+    wanted = checkpoints.to_state_dict(models.apply_lora(params, lora, SCALE))
+    for names, prefix in (
+        ("diffusers", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A"),
+        ("kohya", "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down"),
+    ):
+        path = tmp_path / f"{names}.safetensors"
+        checkpoints.save_lora(path, {"text_encoder": lora}, SCALE, names)
+        assert f"{prefix}.weight" in load_file(path)
+        merged = checkpoints.merge_lora(parts, checkpoints.load_lora(path))["text_encoder"][1]
+        for name, tensor in checkpoints.to_state_dict(merged).items():
+            np.testing.assert_allclose(tensor, wanted[name], rtol=0, atol=1e-6 * np.abs(wanted[name]).max())
+
+
+def test_what_cannot_be_written(tmp_path):
+    lora = {"to_q": {"lora_A": {"kernel": np.ones((4, 2))}, "lora_B": {"kernel": np.ones((2, 4))}}}
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(InvalidArgumentError, match=r"must end in \.safetensors"):
+        checkpoints.save_lora(tmp_path / "a.bin", {"unet": lora})
+    with pytest.raises(UnknownNameError, match=COMPONENT_NAMES[0]):
+        checkpoints.save_lora(path, {"unnet": lora})
+    with pytest.raises(UnknownNameError, match="kohya"):
+        checkpoints.save_lora(path, {"unet": lora}, names="koya")
+    with pytest.raises(InvalidArgumentError, match="lora_A and lora_B"):
+        checkpoints.save_lora(path, {"unet": {"to_q": {"kernel": np.ones((4, 4))}}})
+    assert not list(tmp_path.iterdir())
