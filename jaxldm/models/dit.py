@@ -237,8 +237,8 @@ class DiT(nn.Module):
         """Predict from noisy images or latents, the time and the class.
 
         Args:
-            x: `[B, H, W, in_channels]` of the config's `sample_size`; with sin-cos positions of any sides
-                that are multiples of the patch.
+            x: `[B, H, W, in_channels]` of the config's `sample_size`; with sin-cos positions also of
+                other sides that make as many tokens, down to half as many.
             t: `[B]` floating, the path's t; may be fractional.
             labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
                 for all.
@@ -258,9 +258,7 @@ class DiT(nn.Module):
             raise InvalidArgumentError(
                 "kept is for a network with a route: give its config route=(first, last)"
             )
-        height, width = x.shape[1:3]
-        if config.position_embedding == "learned":
-            height, width = height_width(config.sample_size)
+        height, width = self._size_of(x)
         chex.assert_shape(x, (None, height, width, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
         h = PatchEmbed(config, name="x_embedder")(x) + self._position(height, width)
@@ -290,6 +288,15 @@ class DiT(nn.Module):
             if last == config.tap:
                 self.sow("intermediates", "tapped", h)
         return h
+
+    def _size_of(self, x: Float[Array, "B H W C"]) -> tuple[int, int]:
+        """(height, width) that x may have: with sin-cos positions its own, of about as many tokens."""
+        config, (height, width) = self.config, x.shape[1:3]
+        tokens = (height // config.patch_size) * (width // config.patch_size)
+        most = int(np.prod(config.grid_size))
+        if config.position_embedding == "learned" or not most / 2 <= tokens <= most:
+            return height_width(config.sample_size)
+        return height, width
 
     def _position(self, height: int, width: int) -> Float[Array, "1 N C"]:
         config = self.config

@@ -244,6 +244,18 @@ def test_images_of_another_size_are_refused():
         )
 
 
+def test_sides_of_as_many_tokens_have_the_positions_of_a_network_of_that_size():
+    """For aspect-ratio buckets: the parameters do not depend on the size."""
+    module, t = small(), np.full(2, 0.5, np.float32)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, models.init(module, jax.random.key(0)))
+    wide = models.from_config(dataclasses.replace(module.config, sample_size=(4, 16)))
+    x = images(2, 4, 16, 3)
+    given = module.apply({"params": params}, x, t)
+    np.testing.assert_array_equal(given, wide.apply({"params": params}, x, t))
+    turned = module.apply({"params": params}, x.swapaxes(1, 2), t)
+    assert np.abs(given - turned.swapaxes(1, 2)).max() > 1e-3
+
+
 def test_config_survives_its_dictionary():
     config = dataclasses.replace(models.PRESETS["tiny-dit"], sample_size=(8, 12), dropout=0.5)
     assert models.config_from_dict(models.config_to_dict(config)) == config
