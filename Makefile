@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The newest Python and JAX that pyproject.toml allows, in a venv of its own, and the tests that depend on them most.
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= python3.13
-NEWEST_TESTS := tests/test_host.py tests/nn tests/checkpoints tests/training
+NEWEST_TESTS := tests/test_host.py tests/nn tests/checkpoints $(addprefix tests/training/test_,store.py train_step.py optimizer.py)
 
 .PHONY: demo test test-newest test-optimized test-core lint types docs bench faults clean
 
