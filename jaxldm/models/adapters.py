@@ -85,7 +85,7 @@ def init_lora(
     >>> shapes = models.shapes(models.build("tiny-dit"))
     >>> lora = init_lora(jax.random.key(0), shapes, rank=2, targets=["*/attn/qkv"])
     >>> {name: factor["kernel"].shape for name, factor in lora["blocks_0"]["attn"]["qkv"].items()}
-    {'lora_A': (192, 2), 'lora_B': (2, 576)}
+    {'lora_A': (128, 2), 'lora_B': (2, 384)}
     """
     found = {path: _dimensions(path, shape) for path, shape in _targeted(params, targets).items()}
     largest = max(min(math.prod(own[:-1]), own[-1]) for _, own in found.values())
