@@ -12,6 +12,7 @@ __all__ = [
     "data",
     "diffusion",
     "errors",
+    "few_steps",
     "host",
     "metrics",
     "models",

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.faults.misuse_arrays import of_arrays
 from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
+from experiments.faults.misuse_few_steps import of_few_steps
 from experiments.faults.misuse_files import of_files
 from experiments.faults.misuse_settings import settings
 from experiments.faults.misuse_training import of_training
@@ -32,6 +33,7 @@ def all_cases() -> list[Case]:
         *schedules(),
         *figures(),
         *cases_of_diffusion(),
+        *of_few_steps(),
         *of_arrays(),
         *settings(),
         *of_files(),

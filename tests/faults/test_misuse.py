@@ -87,6 +87,7 @@ ROOMS = {
     "checkpoints": "checkpoints",
     "data": "data",
     "diffusion": "D",
+    "few_steps": "few",
     "metrics": "metrics",
     "metrics.health": "metrics.health",
     "models": "models",

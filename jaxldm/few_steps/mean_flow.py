@@ -1,0 +1,162 @@
+"""Mean flows: a network learns the average velocity over an interval, without a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Real
+
+from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key, optional
+from jaxldm.diffusion.paths import per_image
+from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, squares_of, stopped
+
+# (z_t [B, ...], r [B], t [B], condition) -> the average velocity over [r, t], [B, ...]
+MeanVelocity = Callable[[Any, Any, Any, Any], Any]
+A_MEAN_VELOCITY = function("(z_t, r, t, condition) -> u")
+
+
+@checked(key=one_key, batch_size=count(1), equal=number(0, 1), mean=number(), std=number(above=0))
+def interval_times(
+    key: PRNGKeyArray, batch_size: int, equal: float = 0.75, mean: float = -0.4, std: float = 1.0
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """(r, t) with r <= t: two draws of sigmoid(N(mean, std^2)) in order; a share `equal` has r = t.
+
+    Geng et al. 2025, section 4.3 and table 1. r = t is ordinary flow matching, which holds the rest down.
+    """
+    draws = jax.nn.sigmoid(mean + std * jax.random.normal(key, (2, batch_size), jnp.float32))
+    t, r = jnp.max(draws, axis=0), jnp.min(draws, axis=0)
+    return jnp.where(jnp.arange(batch_size) < int(equal * batch_size), t, r), t
+
+
+@checked(
+    u=A_MEAN_VELOCITY,
+    z=A_LATENT,
+    t=TIMES,
+    velocity=A_LATENT,
+    condition=a_tree,
+    null_condition=a_tree,
+    omega=array("real", axes=(0, 1), filled=True),
+    kappa=array("real", axes=(0, 1), filled=True),
+)
+def guided_velocity(
+    u: MeanVelocity,
+    z: Float[Array, "B ..."],
+    t: Real[Array, " B"],
+    velocity: Float[Array, "B ..."],
+    condition: Any,
+    null_condition: Any,
+    omega: Any,
+    kappa: Any = 0.0,
+) -> Float[Array, "B ..."]:
+    """omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, c): guidance inside the target.
+
+    The student then has guidance of scale omega / (1 - kappa) in one call; guiding it again doubles it. A
+    constant. Source: Geng et al. 2025, eq. 19 and appendix B.1.
+    """
+    omega, kappa = (jnp.asarray(value, z.dtype) for value in (omega, kappa))
+    check_batch(z=z, t=t, velocity=velocity, omega=omega, kappa=kappa)
+    omega, kappa = per_image(omega, z), per_image(kappa, z)
+    free, bound = u(z, t, t, null_condition), u(z, t, t, condition)
+    return stopped(omega * velocity + (1 - omega - kappa) * free + kappa * bound)
+
+
+@checked(
+    u=A_MEAN_VELOCITY,
+    x_0=A_LATENT,
+    epsilon=A_LATENT,
+    r=TIMES,
+    t=TIMES,
+    condition=a_tree,
+    velocity=optional(A_LATENT),
+    power=number(0),
+    offset=number(above=0),
+)
+def mean_flow_loss(
+    u: MeanVelocity,
+    x_0: Float[Array, "B ..."],
+    epsilon: Float[Array, "B ..."],
+    r: Real[Array, " B"],
+    t: Real[Array, " B"],
+    condition: Any = None,
+    *,
+    velocity: Float[Array, "B ..."] | None = None,
+    power: float = 1.0,
+    offset: float = 0.01,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean of w |u(z_t, r, t) - (v - (t - r) du/dt)|^2, the target a constant.
+
+        z_t = (1 - t) x_0 + t eps,  v = eps - x_0,  z_r = z_t - (t - r) u(z_t, r, t),
+
+    du/dt is the derivative of u along (v, 0, 1), by one forward-mode product. From (t - r) u = the integral
+    of v: differentiate by t. Sampling is one call, x_0 = eps - u(eps, 0, 1).
+
+    Args:
+        u: the average velocity, (z_t [B, ...], r [B], t [B], condition) -> [B, ...].
+        x_0: data; epsilon: noise; r, t: [B], see `interval_times`.
+        condition: of u.
+        velocity: in place of v, where guidance is inside (`guided_velocity`).
+        power, offset: w = 1 / (|error|^2 + offset)^power, a constant, with |error|^2 summed over an example;
+            power 0 is the plain square.
+
+    Returns:
+        (loss, {"mse": the plain square of an example, summed}).
+
+    Source: Geng et al. 2025 (Mean flows for one-step generative modeling), Algorithm 1, eq. 10 and 22.
+    """
+    check_batch(x_0=x_0, epsilon=epsilon, r=r, t=t, velocity=velocity)
+    z = per_image(1 - t, x_0) * x_0 + per_image(t, x_0) * epsilon
+    v = epsilon - x_0 if velocity is None else velocity
+    value, slope = _along(u, z, r, t, condition, v)
+    squares = squares_of(value - stopped(v - per_image(t - r, z) * slope))
+    return _weighed(squares, power, offset)
+
+
+@checked(
+    u=A_MEAN_VELOCITY,
+    x_0=A_LATENT,
+    epsilon=A_LATENT,
+    r=TIMES,
+    t=TIMES,
+    condition=a_tree,
+    velocity=optional(A_LATENT),
+    power=number(0),
+    offset=number(above=0),
+)
+def improved_mean_flow_loss(
+    u: MeanVelocity,
+    x_0: Float[Array, "B ..."],
+    epsilon: Float[Array, "B ..."],
+    r: Real[Array, " B"],
+    t: Real[Array, " B"],
+    condition: Any = None,
+    *,
+    velocity: Float[Array, "B ..."] | None = None,
+    power: float = 1.0,
+    offset: float = 0.01,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean of w |u + (t - r) sg(du/dt) - v|^2, with du/dt along the network's own velocity u(z_t, t, t).
+
+    The derivative no longer sees the noisy v of one example, and the target is that of flow matching. Same
+    arguments as `mean_flow_loss`. Source: Geng et al. 2026 (Improved mean flows), section 4.1.
+    """
+    check_batch(x_0=x_0, epsilon=epsilon, r=r, t=t, velocity=velocity)
+    z = per_image(1 - t, x_0) * x_0 + per_image(t, x_0) * epsilon
+    v = epsilon - x_0 if velocity is None else velocity
+    own = stopped(u(z, t, t, condition))
+    value, slope = _along(u, z, r, t, condition, own)
+    squares = squares_of(value + per_image(t - r, z) * stopped(slope) - v)
+    return _weighed(squares, power, offset)
+
+
+def _along(u, z, r, t, condition, v):
+    """(u, du/dt) along (v, 0, 1)."""
+    still, one = jnp.zeros_like(r), jnp.ones_like(t)
+    return jax.jvp(lambda z, r, t: u(z, r, t, condition), (z, r, t), (v.astype(z.dtype), still, one))
+
+
+def _weighed(squares, power, offset):
+    weight = stopped(1 / (squares + offset) ** power) if power else 1.0
+    return jnp.mean(weight * squares), {"mse": jnp.mean(squares)}

@@ -1,0 +1,169 @@
+"""Stop-gradients, closed forms and boundaries of the losses of few steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxldm import diffusion as D
+from jaxldm import few_steps as few
+from jaxldm.errors import InvalidArgumentError
+
+KEY = jax.random.key(0)
+X, NOISE = jax.random.normal(KEY, (2, 8, 4, 4, 1))
+T, S = jnp.linspace(0.3, 0.9, 8), jnp.linspace(0.2, 0.5, 8)
+FLOW = D.flow(D.Flow())
+
+
+def scaled(theta):
+    return lambda x, t, *rest: theta * x + t.reshape(-1, 1, 1, 1)
+
+
+def jump_of(theta):
+    return few.ddim_jump(D.denoiser(scaled(theta), FLOW))
+
+
+TEACHERS = {
+    "progressive": lambda own, other: few.progressive_loss(
+        scaled(own), jump_of(other), FLOW, X, NOISE, T, (T + S) / 2, S
+    ),
+    "guidance": lambda own, other: few.guidance_distillation_loss(
+        scaled(own), scaled(other), FLOW, X, NOISE, T, 1 + T, T, S
+    ),
+    "consistency": lambda own, other: few.consistency_loss(scaled(own), scaled(other), X, T, NOISE, S),
+    "shortcut": lambda own, other: few.shortcut_loss(
+        scaled(own), X, NOISE, T, S, few.shortcut_target(scaled(other), X[:2], T[:2], S[:2])
+    ),
+    "mean flow": lambda own, other: few.mean_flow_loss(
+        scaled(own), X, NOISE, S, T, velocity=few.guided_velocity(scaled(other), X, T, NOISE, T, S, 1.5, 0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", TEACHERS.values(), ids=TEACHERS)
+def test_no_gradient_reaches_the_teacher(loss):
+    own, teacher = jax.grad(lambda own, other: loss(own, other)[0], argnums=(0, 1))(0.3, 0.7)
+    assert teacher == 0
+    assert own != 0
+
+
+def test_derivatives_inside_targets_are_constants():
+    # |u - target|^2 with a constant target: the gradient is 2 (u - target) du/dtheta, and nothing of d2u.
+    def u(theta, z, r, t):
+        return theta * z * (t - r).reshape(-1, 1, 1, 1)
+
+    theta = 0.7
+    found = jax.grad(
+        lambda theta: few.mean_flow_loss(lambda z, r, t, c: u(theta, z, r, t), X, NOISE, S, T, power=0.0)[0]
+    )(theta)
+    gap = (T - S).reshape(-1, 1, 1, 1)
+    z, v = (1 - T.reshape(-1, 1, 1, 1)) * X + T.reshape(-1, 1, 1, 1) * NOISE, NOISE - X
+    slope = theta * (v * gap + z)
+    error = theta * z * gap - (v - gap * slope)
+    np.testing.assert_allclose(found, 2 * jnp.sum(error * z * gap) / 8, rtol=1e-5)
+
+
+def test_the_product_of_mean_flow_is_the_derivative(x64):
+    # du/dt along (v, 0, 1) against a difference of u along the straight line, in float64.
+    x, e = (jnp.asarray(value, jnp.float64) for value in (X, NOISE))
+    r, t = S.astype(jnp.float64), T.astype(jnp.float64)
+
+    def u(z, r, t, condition=None):
+        t, r = (value.reshape(-1, 1, 1, 1) for value in (t, r))
+        return jnp.sin(z * t) + r * t**2
+
+    z = (1 - t).reshape(-1, 1, 1, 1) * x + t.reshape(-1, 1, 1, 1) * e
+    h = 1e-5
+    slope = (u(z + h * (e - x), r, t + h) - u(z - h * (e - x), r, t - h)) / (2 * h)
+    error = u(z, r, t) - (e - x - (t - r).reshape(-1, 1, 1, 1) * slope)
+    loss, _ = few.mean_flow_loss(u, x, e, r, t, power=0.0)
+    np.testing.assert_allclose(loss, jnp.mean(jnp.sum(error**2, (1, 2, 3))), rtol=1e-8)
+
+
+def test_mean_flow_weighs_large_errors_down():
+    u = lambda z, r, t, condition: 0.1 * z  # noqa: E731
+    plain, parts = few.mean_flow_loss(u, X, NOISE, S, T, power=0.0)
+    np.testing.assert_allclose(plain, parts["mse"])
+    weighed, _ = few.mean_flow_loss(u, X, NOISE, S, T)
+    assert 0.99 < weighed < 1  # |e|^2 / (|e|^2 + 0.01) of an error that is large
+
+
+def test_the_edm_consistency_model_is_the_identity_at_its_clean_end():
+    f = few.edm_consistency_model(lambda x, noise: 3 * x + noise.reshape(-1, 1, 1, 1), sigma_min=0.002)
+    np.testing.assert_allclose(f(X, 0.002), X, rtol=1e-6)
+    sigma, d = 2.0, 0.5
+    noise = np.log(sigma) / 4
+    c_in, c_out = 1 / np.hypot(sigma, d), d * (sigma - 0.002) / np.hypot(sigma, d)
+    c_skip = d**2 / ((sigma - 0.002) ** 2 + d**2)
+    np.testing.assert_allclose(f(X, sigma), c_skip * X + c_out * (3 * c_in * X + noise), rtol=1e-5)
+
+
+def test_pseudo_huber():
+    error = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(few.pseudo_huber(0.0)(error), [5.0, 0.0])
+    np.testing.assert_allclose(few.pseudo_huber(2.0)(error), [np.sqrt(29) - 2, 0.0], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda e: few.pseudo_huber(0.0)(e).sum())(error)).all()
+
+
+def test_straightness():
+    t = jnp.array([1.0, 0.75, 0.25, 0.0])
+    line = X[None] + t.reshape(-1, 1, 1, 1, 1) * NOISE[None]
+    assert few.straightness(line, t) == pytest.approx(0, abs=1e-9)
+    bent = line + (t**2).reshape(-1, 1, 1, 1, 1)  # slopes 2t at the middles less their mean 1
+    expected = sum((b - a) * (a + b - 1) ** 2 for a, b in ((0, 0.25), (0.25, 0.75), (0.75, 1)))
+    assert few.straightness(bent, t) == pytest.approx(expected, rel=1e-4)
+
+
+def test_backward_simulation_visits_the_generators_own_states():
+    path, times = D.ContinuousVP(), jnp.array([0.99, 0.7, 0.3])
+    generator = lambda x, t: 0.5 * x  # noqa: E731
+    run = jax.jit(lambda row: few.backward_simulation(KEY, generator, path, NOISE, times, row))
+    np.testing.assert_array_equal(run(0), NOISE)
+    x = NOISE
+    for row in (1, 2):
+        fresh = jax.random.normal(jax.random.fold_in(KEY, row - 1), x.shape)
+        x = path.alpha(times[row]) * 0.5 * x + path.sigma(times[row]) * fresh
+        np.testing.assert_allclose(run(row), x, rtol=1e-5, atol=1e-6)
+    assert run._cache_size() == 1  # one program for every row
+    through = jax.grad(lambda noise: few.backward_simulation(KEY, generator, path, noise, times, 2).sum())
+    assert np.abs(through(NOISE)).max() == 0
+
+
+def test_drift_pulls_to_data_and_vanishes_where_both_are_one_set():
+    one, two, far = jax.random.normal(KEY, (3, 256, 2))
+    together, _ = few.drift(one, two)
+    pulled, _ = few.drift(one + jnp.array([[3.0, 0.0]]), far)
+    assert pulled[:, 0].mean() < -1  # back to the left
+    assert abs(together.mean(0)).max() < 0.3 * abs(pulled.mean(0)).max()
+    swapped, _ = few.drift(two, one)
+    assert together.shape == swapped.shape
+
+
+def test_drift_is_antisymmetric_and_does_not_know_the_origin():
+    # Two points and one datum: repulsion off the other point, attraction to the datum, with equal weights.
+    samples, data = jnp.array([[0.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0]])
+    force, unit = few.drift(samples, data, radii=(1.0,))
+    moved, same = few.drift(samples + 5, data + 5, radii=(1.0,))
+    np.testing.assert_allclose(force, moved, atol=1e-4)
+    assert unit == pytest.approx(float(same), rel=1e-4)
+    # For sample 0 both weights are A+ A-, so it moves along (datum - other) = (1, -1).
+    assert force[0, 0] == pytest.approx(-float(force[0, 1]), rel=1e-5)
+    assert jnp.mean(force**2) == pytest.approx(1, rel=1e-5)
+
+
+def test_the_gradient_of_drifting_is_its_force():
+    samples, data = jax.random.normal(KEY, (2, 32, 3))
+    force, unit = few.drift(samples, data)
+    gradient = jax.grad(lambda samples: few.drifting_loss(samples, data)[0])(samples)
+    np.testing.assert_allclose(gradient, -2 * force / unit / samples.size, rtol=1e-4, atol=1e-7)
+
+
+def test_one_line_for_what_cannot_be():
+    with pytest.raises(InvalidArgumentError, match="use ddim_jump"):
+        few.heun_jump(D.gaussian_denoiser(D.Flow()))
+    with pytest.raises(InvalidArgumentError, match=r"D\.denoiser\(network, prediction\)"):
+        few.ddim_jump(lambda x, t: x)
+    with pytest.raises(InvalidArgumentError, match="a quarter is usual"):
+        few.shortcut_loss(scaled(1.0), X, NOISE, T, S, X)
+    with pytest.raises(InvalidArgumentError, match="must have the shape"):
+        few.progressive_loss(lambda x, t, c: x[..., :0], jump_of(1.0), FLOW, X, NOISE, T, T, S)
