@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jaxlib
@@ -58,7 +58,8 @@ def use_eigen_convolutions() -> bool:
     process at a flag that it does not know.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if jaxlib.__version__.split(".")[:2] not in (["0", "11"], ["0", "12"]) or _YNNPACK in flags:
+    version = cast(Any, jaxlib).__version__.split(".")[:2]
+    if version not in (["0", "11"], ["0", "12"]) or _YNNPACK in flags:
         return False
     os.environ["XLA_FLAGS"] = f"{flags} --{_YNNPACK}=-individual_convolution".strip()
     return True

@@ -121,7 +121,7 @@ def sharded(
         dtype = dtype or found
         paths.append(str(path))
     _remove_others(folder, name)
-    return ShardRows(tuple(paths), num_rows, rows_per_shard, tuple(dtype.names if dtype else ()))
+    return ShardRows(tuple(paths), num_rows, rows_per_shard, tuple((dtype and dtype.names) or ()))
 
 
 def fingerprint_name(key: str, rows_per_shard: int) -> str:

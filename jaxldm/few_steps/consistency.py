@@ -126,8 +126,8 @@ def karras_levels(
     """
     if sigma_min >= sigma_max:
         raise InvalidArgumentError(f"sigma_min must be < sigma_max, got {sigma_min} and {sigma_max}")
-    ends = np.array([sigma_min, sigma_max], np.float64) ** (1 / rho)
-    return np.linspace(*ends, num_levels) ** rho
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return np.linspace(low, high, num_levels) ** rho
 
 
 @checked(step=count(0), total_steps=count(1), first=count(1), last=count(1))

@@ -119,7 +119,7 @@ def apply_lora(params: Mapping[str, Any], lora: Mapping[str, Any], scale: Any = 
     Raises:
         InvalidArgumentError: the adapter has a layer that these parameters lack, or of another shape.
     """
-    flat = traverse_util.flatten_dict(cast(Any, params))
+    flat = cast(Any, traverse_util.flatten_dict(params))
     for path, (down, up) in lora_layers(lora).items():
         place = (*path, "kernel")
         if place not in flat:
@@ -140,7 +140,7 @@ def apply_lora(params: Mapping[str, Any], lora: Mapping[str, Any], scale: Any = 
 
 def lora_layers(lora: Mapping[str, Any]) -> dict[Path, tuple[Any, Any]]:
     """{path of the layer: (A, B)} of a tree of `init_lora`. Raises `InvalidArgumentError` for another."""
-    flat = traverse_util.flatten_dict(cast(Any, lora))
+    flat = cast(Any, traverse_util.flatten_dict(lora))
     layers = {path[:-2]: (leaf, flat.get(path[:-2] + UP)) for path, leaf in flat.items() if path[-2:] == DOWN}
     whole = [path for path, (_, up) in layers.items() if up is not None]
     if not whole or 2 * len(whole) != len(flat):
@@ -160,7 +160,7 @@ def _targeted(params: Mapping[str, Any], targets: Sequence[str] | None) -> dict[
     """{path of a layer: the shape of its kernel} of the layers that a pattern names."""
     kernels = {
         "/".join(path[:-1]): (path[:-1], tuple(leaf.shape))
-        for path, leaf in traverse_util.flatten_dict(cast(Any, params)).items()
+        for path, leaf in cast(Any, traverse_util.flatten_dict(params)).items()
         if path[-1] == "kernel" and len(leaf.shape) >= 2
     }
     found: set[str] = set()

@@ -199,7 +199,7 @@ def make_codebook_loss(recipe: AutoencoderRecipe, module: nn.Module) -> LossFunc
 
     def loss_fn(params: Params, state: Any, batch: Any, key: PRNGKeyArray) -> tuple[Any, dict[str, Any]]:
         network = network_params(state.params[AUTOENCODER], params)
-        z = module.apply({"params": network}, batch["image"], method="encode")
+        z = cast(Any, module.apply({"params": network}, batch["image"], method="encode"))
         now, held = Codebook(**params), jax.lax.stop_gradient
         new = held(update_codebook(key, held(now), held(z), recipe.codebook_decay, recipe.restart_below))
         squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), now, new)

@@ -112,7 +112,8 @@ def make_loss(
         if features is None:
             return loss, metrics
         wanted = features.of(state.frozen[FEATURES], batch["image"])
-        aligned = _alignment(params[PROJECTOR], *call.tapped[0], wanted)
+        tokens, which = call.tapped[0]
+        aligned = _alignment(params[PROJECTOR], tokens, which, wanted)
         weight_of_it = cast(AlignmentRecipe, recipe.alignment).weight
         return loss + weight_of_it * aligned, {**metrics, "alignment": aligned}
 
@@ -137,7 +138,7 @@ class _Call(NamedTuple):
         route, tap = getattr(config, "route", None), getattr(config, "tap", None)
         if route is None and tap is None:
             return models.network(self.module)(self.params, x, t, condition, dropout_key=self.key)
-        kept, more = None, {"train": True}
+        kept, more = None, cast(dict[str, Any], {"train": True})
         if route is not None:
             rows, columns = config.grid_size
             route_key = jax.random.fold_in(self.key, 1)

@@ -449,8 +449,8 @@ class Recipe:
     @property
     def classifier_first(self) -> bool:
         """Whether the loss of another stage looks at the classifier."""
-        aligned = self.diffusion is not None and self.diffusion.alignment is not None
-        by_classifier = aligned and self.diffusion.alignment.encoder == "classifier"
+        alignment = None if self.diffusion is None else self.diffusion.alignment
+        by_classifier = alignment is not None and alignment.encoder == "classifier"
         return by_classifier or (self.autoencoder is not None and self.autoencoder.uses_classifier)
 
     def load_data(self) -> Dataset:
