@@ -48,7 +48,7 @@ class CheckpointError(JaxldmError, OSError):
 
 
 class StorageError(JaxldmError, OSError):
-    """Writing failed: the disk is full, permission is missing, a folder is a file."""
+    """The disk is full, a permission is missing, a folder is a file, another writer does not end."""
 
 
 class DivergenceError(JaxldmError, ArithmeticError):

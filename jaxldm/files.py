@@ -84,6 +84,7 @@ _COMMIT, _OBSOLETE, _INSIDE = ".jaxldm-commit", ".obsolete.json", "jaxldm"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _LEFTOVER = r"\.{}(\.[0-9a-f]+)?\.(tmp|old)"  # with the names of version 0.1
 _ABANDONED_AFTER = 24 * 3600  # seconds, of temporary files on systems without locks
+_PATIENCE = 30  # seconds, with a writer that is moving files into place
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV)
 
@@ -173,15 +174,28 @@ def finish_interrupted(folder: Path | str) -> None:
     """Ends a write of `folder_written_whole` that was killed while it moved files into place.
 
     Whoever is about to read such a folder calls it first; where nothing was interrupted it costs one look.
-    Raises `StorageError` where the files cannot be moved.
+    A writer that lives is waited for, half a minute at most, as it only renames. Raises `StorageError` where
+    the files cannot be moved, the writer does not end, or the folder may not be looked into.
     """
     commit = Path(folder) / _COMMIT
-    if not commit.is_dir() or commit.is_symlink():
-        return
+    try:
+        if not commit.is_dir() or commit.is_symlink():
+            return
+    except PermissionError as error:
+        raise StorageError(
+            f"cannot read {folder}: no permission to look into this folder (its mode lacks x): change that, "
+            "or choose another folder"
+        ) from error
     with storage_errors(folder):
         descriptor = os.open(commit, os.O_RDONLY)
         try:
-            lock(descriptor, wait=True)  # of a writer that lives and is about to end
+            end = time.monotonic() + _PATIENCE
+            while lock(descriptor) is False:
+                if time.monotonic() > end:
+                    raise StorageError(
+                        f"another process began to write {folder} and does not end: stop it, then try again"
+                    )
+                time.sleep(0.02)
             if commit.is_dir():
                 _move_into_place(commit, Path(os.path.realpath(folder)))
         finally:
@@ -222,7 +236,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def lock(descriptor: int, *, wait: bool = False) -> bool | None:
+def lock(descriptor: int) -> bool | None:
     """Locks an open file or folder until it is closed or its process ends, whichever way.
 
     Returns:
@@ -231,7 +245,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool | None:
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return None

@@ -28,6 +28,7 @@ from jaxldm.arguments import array, checked, count, instance, optional, some_dev
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.models.sharding import AXES, mesh_of
+from jaxldm.pipelines.handed_in import check_channels, check_range, latent_channels
 from jaxldm.pipelines.network import A_NETWORK, Network
 from jaxldm.reading import shown
 from jaxldm.schedulers import Sampler
@@ -301,8 +302,14 @@ def scale_factor(vae: Network) -> int:
 
 @checked(vae=A_NETWORK, images=array("floating", "[N, H, W, C]", axes=4, filled=True))
 def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarray, "N h w c"]:
-    """The latents of images in [-1, 1]: the mean of q(z | x), scaled as diffusion models have them."""
+    """The latents of images in [-1, 1]: the mean of q(z | x), scaled as diffusion models have them.
+
+    Raises:
+        InvalidArgumentError: images of other channels than the autoencoder's, or of numbers up to 255.
+    """
     rows = np.asarray(images, np.float32)
+    check_channels("images", rows, vae.config.in_channels)
+    check_range(rows)
     one = jax.ShapeDtypeStruct((1, *rows.shape[1:]), jnp.float32)
     fix = "give a smaller image"
     _check_autoencoder_fits(_encode, vae, one, rows.shape[1:3], jax.local_devices()[0], "encoding", fix)
@@ -330,10 +337,14 @@ def decode_images(
         vae: None where the latents are pixels.
         tiling: decode large images in squares, in less memory.
         batches: batch_size, devices, in_flight of `in_batches`.
+
+    Raises:
+        InvalidArgumentError: latents of other channels than the autoencoder's; too large for the memory.
     """
     latents = np.asarray(latents, np.float32)
     if vae is None:
         return np.clip(latents, -1.0, 1.0)
+    check_channels("latents", latents, latent_channels(vae.config))
 
     def run(vae, batch, mesh):
         return _decode(vae, batch, tiling=tiling, mesh=mesh)

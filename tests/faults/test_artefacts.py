@@ -3,9 +3,11 @@
 Then the next writer, and after it nothing is left of the killed one.
 """
 
+import errno
 import functools
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -286,3 +288,33 @@ def test_the_working_folder_stays_where_it_is(tmp_path, monkeypatch):
     write_samples(".", 2)
     assert os.stat(".").st_ino == inode == (tmp_path / "out").stat().st_ino
     assert read_samples(tmp_path / "out") == 2
+
+
+def half_moved(folder):
+    """A folder whose new files are committed and not moved yet."""
+    commit = folder / files._COMMIT
+    commit.mkdir(parents=True)
+    (commit / "a.txt").write_text("new")
+    return commit
+
+
+def test_a_writer_that_does_not_end_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    descriptor = os.open(half_moved(tmp_path / "run"), os.O_RDONLY)
+    try:
+        assert files.lock(descriptor)
+        with pytest.raises(StorageError, match=r"another process began to write .*run and does not end"):
+            files.finish_interrupted(tmp_path / "run")
+    finally:
+        os.close(descriptor)
+    files.finish_interrupted(tmp_path / "run")  # the writer has died
+    assert (tmp_path / "run" / "a.txt").read_text() == "new"
+
+
+def test_a_folder_that_may_not_be_looked_into_is_said_to_be_unreadable(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "is_dir", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*no permission to look into this folder"):
+        files.finish_interrupted(tmp_path)
