@@ -242,7 +242,13 @@ RECIPES: dict[str, Recipe] = {
         ),
         diffusion=DiffusionRecipe(
             preset="sd15-unet",
-            overrides={**_TEXT_UNET, "block_out_channels": (96, 192), "attention_head_dim": 6},
+            overrides={
+                **_TEXT_UNET,
+                "block_out_channels": (96, 192),
+                "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+                "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+                "attention_head_dim": 6,
+            },
             epochs=80,
             batch_size=32,
             learning_rate=1e-3,
