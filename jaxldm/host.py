@@ -54,8 +54,8 @@ def use_eigen_convolutions() -> bool:
 
     JAX 0.11 and 0.12 take YNNPACK for them, which is as fast at best, and needs up to four times as long:
     few output channels, small images with many channels, gradients of weights. Call it before the first
-    computation. What XLA_FLAGS says about YNNPACK stays; other versions are not told, since XLA ends the
-    process at a flag that it does not know.
+    computation. What XLA_FLAGS says about YNNPACK stays; other versions do not get the flag, since
+    XLA ends the process at one that it does not know.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     version = cast(Any, jaxlib).__version__.split(".")[:2]

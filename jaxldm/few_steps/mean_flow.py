@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key, optional
 from jaxldm.diffusion.paths import per_image
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, squares_of, stopped
+from jaxldm.diffusion.rectified_flow import Flow
+from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, noised, squares_of, stopped
 
 # (z_t [B, ...], r [B], t [B], condition) -> the average velocity over [r, t], [B, ...]
 MeanVelocity = Callable[[Any, Any, Any, Any], Any]
@@ -63,7 +64,7 @@ def guided_velocity(
     return stopped(omega * velocity + (1 - omega - kappa) * free + kappa * bound)
 
 
-@checked(
+_checked_loss = checked(
     u=A_MEAN_VELOCITY,
     x_0=A_LATENT,
     epsilon=A_LATENT,
@@ -74,6 +75,9 @@ def guided_velocity(
     power=number(0),
     offset=number(above=0),
 )
+
+
+@_checked_loss
 def mean_flow_loss(
     u: MeanVelocity,
     x_0: Float[Array, "B ..."],
@@ -106,25 +110,13 @@ def mean_flow_loss(
 
     Source: Geng et al. 2025 (Mean flows for one-step generative modeling), Algorithm 1, eq. 10 and 22.
     """
-    check_batch(x_0=x_0, epsilon=epsilon, r=r, t=t, velocity=velocity)
-    z = per_image(1 - t, x_0) * x_0 + per_image(t, x_0) * epsilon
-    v = epsilon - x_0 if velocity is None else velocity
+    z, v = _point(x_0, epsilon, r, t, velocity)
     value, slope = _along(u, z, r, t, condition, v)
     squares = squares_of(value - stopped(v - per_image(t - r, z) * slope))
     return _weighed(squares, power, offset)
 
 
-@checked(
-    u=A_MEAN_VELOCITY,
-    x_0=A_LATENT,
-    epsilon=A_LATENT,
-    r=TIMES,
-    t=TIMES,
-    condition=a_tree,
-    velocity=optional(A_LATENT),
-    power=number(0),
-    offset=number(above=0),
-)
+@_checked_loss
 def improved_mean_flow_loss(
     u: MeanVelocity,
     x_0: Float[Array, "B ..."],
@@ -142,13 +134,17 @@ def improved_mean_flow_loss(
     The derivative no longer sees the noisy v of one example, and the target is that of flow matching. Same
     arguments as `mean_flow_loss`. Source: Geng et al. 2026 (Improved mean flows), section 4.1.
     """
-    check_batch(x_0=x_0, epsilon=epsilon, r=r, t=t, velocity=velocity)
-    z = per_image(1 - t, x_0) * x_0 + per_image(t, x_0) * epsilon
-    v = epsilon - x_0 if velocity is None else velocity
+    z, v = _point(x_0, epsilon, r, t, velocity)
     own = stopped(u(z, t, t, condition))
     value, slope = _along(u, z, r, t, condition, own)
     squares = squares_of(value + per_image(t - r, z) * stopped(slope) - v)
     return _weighed(squares, power, offset)
+
+
+def _point(x_0, epsilon, r, t, velocity):
+    """(z_t, v): on the straight path, and the velocity there unless another is given."""
+    check_batch(x_0=x_0, epsilon=epsilon, r=r, t=t, velocity=velocity)
+    return noised(Flow(), x_0, epsilon, jnp.asarray(t)), epsilon - x_0 if velocity is None else velocity
 
 
 def _along(u, z, r, t, condition, v):

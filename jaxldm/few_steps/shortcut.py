@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, checked, count, function, number, one_key, optional
 from jaxldm.diffusion.paths import per_image
+from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped
+from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised, stopped
 
 
 @checked(key=one_key, batch_size=count(1), smallest=count(1))
@@ -113,7 +114,7 @@ def shortcut_loss(
         raise InvalidArgumentError(
             f"target must be of some of the {x_0.shape[0]} examples, not of {first}: a quarter is usual"
         )
-    x_t = per_image(1 - t, x_0) * x_0 + per_image(t, x_0) * epsilon
+    x_t = noised(Flow(), x_0, epsilon, jnp.asarray(t))
     steps = jnp.where(jnp.arange(len(d)) < first, d, 0)
     wanted = jnp.concatenate([stopped(target), (epsilon - x_0)[first:]])
     squares = means_of(network(x_t, t, steps, condition) - wanted)

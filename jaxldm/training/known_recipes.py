@@ -192,7 +192,7 @@ RECIPES: dict[str, Recipe] = {
     # Autoencoders alone, as latent diffusion trains them: L1, a perceptual distance by the run's own
     # classifier and a patch discriminator; a KL term, or a codebook of moving averages. Question: how sharp
     # are the strokes, and how many of the 64 entries are in use?
-    #   jaxldm train kl-gan-digits --run-dir runs/kl-gan-digits      (about 3 minutes on two cores)
+    #   jaxldm train kl-gan-digits --run-dir runs/kl-gan-digits
     #   jaxldm train vq-gan-digits --run-dir runs/vq-gan-digits
     "kl-gan-digits": Recipe(
         name="kl-gan-digits",
