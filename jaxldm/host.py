@@ -19,18 +19,22 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 MAX_DEVICES = 8
 COMPILATION_CACHE = "JAXLDM_COMPILATION_CACHE"  # an environment variable: a folder, or "off"
 MAX_CACHE_BYTES = 2 * 2**30
-_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"  # a flag of XLA: what that library computes
+# Flags of XLA: what YNNPACK computes, and whether oneDNN, which is in the wheels for x86, computes anything.
+_CONVOLUTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "-individual_convolution",
+    "xla_cpu_experimental_onednn_custom_call": "true",
+}
 _MIN_COMPILE_SECONDS = 0.2  # smaller functions compile about as fast as they are read
 
 
 def prepare() -> None:
     """Makes JAX fast on a CPU; without effect on other devices. Call it once, at the start of a program.
 
-    See `keep_freed_memory`, `use_eigen_convolutions` and `use_every_core`; `experiments/benchmarks/README.md`
+    See `keep_freed_memory`, `use_fast_convolutions` and `use_every_core`; `experiments/benchmarks/README.md`
     shows the gain of each.
     """
     keep_freed_memory()
-    use_eigen_convolutions()
+    use_fast_convolutions()
     use_every_core()
 
 
@@ -49,19 +53,21 @@ def keep_freed_memory() -> bool:
     return all([libc.mallopt(parameter, value) for parameter, value in settings])
 
 
-def use_eigen_convolutions() -> bool:
-    """Makes XLA compute convolutions on a CPU with Eigen, as JAX 0.10 does. Returns whether it did.
+def use_fast_convolutions() -> bool:
+    """Makes XLA compute convolutions on a CPU with oneDNN where it can, else Eigen. Returns whether it did.
 
     JAX 0.11 and 0.12 take YNNPACK for them, which is as fast at best, and needs up to four times as long:
-    few output channels, small images with many channels, gradients of weights. Call it before the first
-    computation. What XLA_FLAGS says about YNNPACK stays; other versions do not get the flag, since
-    XLA ends the process at one that it does not know.
+    few output channels, small images with many channels, gradients of weights. oneDNN takes two thirds of
+    Eigen's time where images are large and channels few, and the same elsewhere. Call it before the first
+    computation. What XLA_FLAGS says about either stays; other versions do not get the flags, since XLA ends
+    the process at one that it does not know, and JAX 0.10 gains nothing.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    given = os.environ.get("XLA_FLAGS", "")
     version = cast(Any, jaxlib).__version__.split(".")[:2]
-    if version not in (["0", "11"], ["0", "12"]) or _YNNPACK in flags:
+    flags = [f"--{name}={value}" for name, value in _CONVOLUTIONS.items() if name not in given]
+    if version not in (["0", "11"], ["0", "12"]) or not flags:
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} --{_YNNPACK}=-individual_convolution".strip()
+    os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
     return True
 
 

@@ -82,21 +82,23 @@ def test_convolutions_are_not_left_to_ynnpack():
     assert run(CONVOLUTION) == ["False"]
 
 
-def test_versions_without_that_flag_and_what_the_user_said_stay(monkeypatch):
+def test_versions_without_these_flags_and_what_the_user_said_stay(monkeypatch):
+    eigen = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    onednn = "--xla_cpu_experimental_onednn_custom_call=true"
+    other = "--xla_cpu_experimental_ynn_fusion_type=+dot"
+    without = "--xla_cpu_experimental_onednn_custom_call=false"
     for version, before, after in (
-        ("0.12.0.1", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"),
-        ("0.11.0", "", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"),
+        ("0.12.0.1", "--a=1", f"--a=1 {eigen} {onednn}"),
+        ("0.11.0", "", f"{eigen} {onednn}"),
         ("0.10.2", "--a=1", "--a=1"),
         ("0.1.2", "", ""),
-        (
-            "0.12.1",
-            "--xla_cpu_experimental_ynn_fusion_type=+dot",
-            "--xla_cpu_experimental_ynn_fusion_type=+dot",
-        ),
+        ("0.12.1", other, f"{other} {onednn}"),
+        ("0.12.1", without, f"{without} {eigen}"),
+        ("0.12.1", f"{without} {other}", f"{without} {other}"),
     ):
         monkeypatch.setenv("XLA_FLAGS", before)
         monkeypatch.setattr(host.jaxlib, "__version__", version)
-        assert host.use_eigen_convolutions() == (before != after)
+        assert host.use_fast_convolutions() == (before != after)
         assert os.environ["XLA_FLAGS"] == after
 
 

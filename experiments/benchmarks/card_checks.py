@@ -20,6 +20,8 @@ import numpy as np
 HALVES = ("bfloat16", "float16")
 # Largest ||out - answer|| / ||answer||. Products of float32 may run in TF32, with 10 bits of mantissa.
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 2e-3}
+# Sums of whole numbers are exact; products of 8-bit floats may be summed with 13 bits or so of mantissa.
+EIGHT_BITS = {"int8": 0.0, "float8_e4m3fn": 2e-3}
 NETWORK_BOUNDS = {"bfloat16": 6e-2, "float32": 1e-2}
 
 
@@ -56,8 +58,7 @@ def error(outputs: Any, check: Check) -> float:
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     """float32 numbers that the dtype has."""
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    return x.astype(kind).astype(np.float32)
+    return x.astype(getattr(ml_dtypes, dtype, dtype)).astype(np.float32)
 
 
 # ---------------------------------------------------------------- attention
@@ -169,11 +170,20 @@ def layer_checks(rng: np.random.Generator, pixels: int, channels: int) -> Iterat
         yield Check("matrix product", "product", dtype, bound, inputs, {}, answers)
 
 
+def product_checks(rng: np.random.Generator, rows: int, channels: int) -> Iterator[Check]:
+    """Products of numbers of 8 bits, summed in 32."""
+    for dtype, bound in EIGHT_BITS.items():
+        x, kernel = (rounded(20 * rng.standard_normal((n, channels)), dtype) for n in (rows, channels))
+        inputs, answers = {"x": x, "kernel": kernel}, (x.astype(np.float64) @ kernel.astype(np.float64),)
+        yield Check("matrix product", "product of 8 bits", dtype, bound, inputs, {}, answers)
+
+
 def checks(tokens: int, pixels: int, channels: int) -> Iterator[Check]:
     """All checks that both sides make."""
     rng = np.random.default_rng(0)
     yield from attention_checks(rng, tokens)
     yield from layer_checks(rng, pixels, channels)
+    yield from product_checks(rng, 32 * pixels, 16 * channels)
 
 
 # ---------------------------------------------------------------- whole networks

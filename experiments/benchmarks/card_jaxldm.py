@@ -157,12 +157,18 @@ def _convolution(x: Any, kernel: Any, stride: int, doubled: bool) -> Any:
     return layer.apply({"params": {"kernel": kernel}}, x)
 
 
+def _product_of_8_bits(x: Any, kernel: Any) -> Any:
+    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot(x, kernel, preferred_element_type=wide)
+
+
 CHECKS = {
     "attention": dot_product_attention,
     "attention gradients": _attention_gradients,
     "group norm": functools.partial(group_norm, eps=1e-5),
     "convolution": _convolution,
     "product": flat_matmul,
+    "product of 8 bits": _product_of_8_bits,
 }
 
 

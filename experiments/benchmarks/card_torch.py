@@ -130,12 +130,21 @@ def _convolution(x, kernel, stride, doubled):
     return [F.conv2d(x, kernel.permute(3, 2, 0, 1), None, stride, 1).permute(0, 2, 3, 1)]
 
 
+def _product_of_8_bits(x, kernel):
+    columns = kernel.t().contiguous().t()  # the layout that both kernels take
+    if x.dtype == torch.int8:
+        return [torch._int_mm(x, columns)]
+    one = torch.ones((), device=x.device)
+    return [torch._scaled_mm(x, columns, one, one, out_dtype=torch.float32)]
+
+
 CHECKS = {
     "attention": _attention,
     "attention gradients": _attention_gradients,
     "group norm": _group_norm,
     "convolution": _convolution,
     "product": lambda x, kernel: [x @ kernel],
+    "product of 8 bits": _product_of_8_bits,
 }
 
 
