@@ -54,6 +54,11 @@ def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
     return _macs(_traced(function, inputs))
 
 
+def macs_of_traced(traced: jax.stages.Traced) -> int:
+    """`macs_of` of a function that is traced already, `jax.jit(function).trace(*inputs)`."""
+    return _macs(traced.jaxpr.jaxpr)
+
+
 @checked(function=A_FUNCTION)
 def largest_product(function: Callable[..., Any], *inputs: Any) -> int:
     """Bytes of the largest result of a matrix product or convolution in `function(*inputs)`, from shapes.

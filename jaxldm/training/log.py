@@ -16,7 +16,7 @@ from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
-CLOCKS = ("seconds", "waiting")  # the columns that a second run has differently
+CLOCKS = ("seconds", "waiting", "of_peak")  # the columns that a second run has differently
 
 
 def flatten_metrics(metrics: Mapping[str, Float[ArrayLike, " ..."]]) -> dict[str, np.float32]:
@@ -36,7 +36,8 @@ class CsvLog:
 
     `step` counts finished updates (the first row has step 1), `epoch` is counted from 1, `seconds` is the
     training time so far, over all interruptions; `waiting`, among the further ones, is how many
-    seconds of the update the loop waited for its batch. Numbers are written in the shortest form that reads
+    seconds of the update the loop waited for its batch, `of_peak` the share of the devices' matrix peak
+    (`jaxldm.training.peak`), nan where it is not known. Numbers are written in the shortest form that reads
     back as the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
     checkpoint.
     """

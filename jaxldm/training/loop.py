@@ -31,6 +31,7 @@ from jaxldm.training.hold import HeldFolder
 from jaxldm.training.interruption import StopRequest, agreed_stop
 from jaxldm.training.log import CsvLog
 from jaxldm.training.mesh import A_MESH, make_mesh, place_batch, place_state, state_shardings
+from jaxldm.training.peak import seconds_at_peak
 from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import MOST_SKIPPED, Progress
 from jaxldm.training.state import TrainState
@@ -201,6 +202,8 @@ class _Loop:
             began = time.perf_counter()
             batch = place_batch(mesh, batches[step - 1])
             waiting, examples = time.perf_counter() - began, _examples(batch)
+            if step == start + 1:
+                self.progress.at_peak = seconds_at_peak(train_step, state, batch, mesh)
             state, metrics = train_step(state, batch)
             self.progress.push(step, metrics, waiting=waiting, examples=examples)
             saved = bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)

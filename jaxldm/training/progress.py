@@ -30,7 +30,12 @@ class Progress:
     that the train step skipped is kept in `diverged` as (step, metrics), and nothing after it is logged. Of a
     train step that skips nothing (its metrics have no `skipped`) that is the first loss or gradient norm that
     is not finite.
+
+    Attributes:
+        at_peak: seconds of a step at the peak of the devices (`seconds_at_peak`), where they are known.
     """
+
+    at_peak: float | None = None
 
     def __init__(
         self,
@@ -53,7 +58,7 @@ class Progress:
         self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._in_a_row = 0  # updates skipped so far
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
-        self._epoch_started = time.perf_counter()
+        self._epoch_started = self._last = time.perf_counter()
         # disable=None: no bar where the output is a file and not a screen
         self._bar = tqdm(
             total=num_steps,
@@ -105,7 +110,9 @@ class Progress:
             return
         now = time.perf_counter()
         epoch = (step - 1) // self._steps_per_epoch + 1
-        self._rows.append(epoch, step, now - self._started, {**metrics, "waiting": np.float32(waiting)})
+        clocks = {"waiting": np.float32(waiting), "of_peak": self._of_peak(1, now - self._last)}
+        self._rows.append(epoch, step, now - self._started, {**metrics, **clocks})
+        self._last = now
         self._epoch_waiting += waiting
         self._epoch_examples += examples
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -142,10 +149,17 @@ class Progress:
             self.diverged = step, dict(metrics)
         return True
 
+    def _of_peak(self, steps: int, seconds: float) -> np.float32:
+        """The matrix products of so many steps in these seconds, as a share of what the devices can do."""
+        known = math.nan if self.at_peak is None else self.at_peak
+        return np.float32(known * steps / max(seconds, 1e-9))
+
     def _speed(self, seconds: float) -> str:
-        """Examples in a second, and the share of time in which the loop waited for them."""
+        """Examples in a second, the share of time waiting for them, and that of the matrix peak."""
         seconds = max(seconds, 1e-9)
-        return f"{self._epoch_examples / seconds:.4g} examples/s, {self._epoch_waiting / seconds:.0%} waiting"
+        waiting, of_peak = self._epoch_waiting / seconds, self._of_peak(len(self._epoch_rows), seconds)
+        peak = "" if np.isnan(of_peak) else f", {of_peak:.0%} of the matrix peak"
+        return f"{self._epoch_examples / seconds:.4g} examples/s, {waiting:.0%} waiting{peak}"
 
     def _end_epoch(self, epoch: int, learning_rate: float, now: float) -> None:
         rows = np.array(self._epoch_rows)

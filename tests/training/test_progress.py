@@ -54,17 +54,26 @@ def test_the_newest_steps_are_never_waited_for(progress, tmp_path):
 
 @pytest.mark.unchecked
 def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, monkeypatch):
-    """Four updates of 16 examples in 8 seconds, of which the loop waited 2 for batches."""
+    """Four updates of 16 examples in 8 seconds, of which the loop waited 2 for batches.
+
+    The products of an update would take 0.8 s at the peak, which is known from the second epoch on.
+    """
     said, now = [], [100.0]
     monkeypatch.setattr("jaxldm.training.progress.time.perf_counter", lambda: now[0])
     counts = {"start": 0, "num_steps": 8, "steps_per_epoch": 4, "seconds": 0.0}
     progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=said.append, bar=False)
     for step in range(1, 9):
         now[0] += 2.0
+        progress.at_peak = None if step < 5 else 0.8
         progress.push(step, metrics(1.0, []), waiting=0.5, examples=16)
         progress.drain()
-    assert [line.split("  ")[-1] for line in said] == ["8 examples/s, 25% waiting"] * 2
-    np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["waiting"], [0.5] * 8)
+    assert [line.split("  ")[-1] for line in said] == [
+        "8 examples/s, 25% waiting",
+        "8 examples/s, 25% waiting, 40% of the matrix peak",
+    ]
+    log = read_log(tmp_path / "log.csv")
+    np.testing.assert_array_equal(log["waiting"], [0.5] * 8)
+    np.testing.assert_allclose(log["of_peak"], [np.nan] * 4 + [0.4] * 4, rtol=1e-6)
 
 
 @pytest.mark.unchecked
