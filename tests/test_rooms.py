@@ -115,3 +115,22 @@ def test_the_version_has_one_source():
     assert f"\nversion: {jaxldm.__version__}\n" in citation
     changelog = (PACKAGE.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {jaxldm.__version__}" in changelog
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function below its `def`, without its docstring."""
+    first = function.body[0]
+    documented = ast.get_docstring(function, clean=False) is not None
+    return function.end_lineno - function.lineno - documented * (first.end_lineno - first.lineno + 1)
+
+
+def test_files_stay_under_500_lines_and_functions_under_60():
+    too_long = []
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "experiments").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") >= 500:
+            too_long.append(f"{path}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of(node) >= 60:
+                too_long.append(f"{path}: {node.name} has {lines_of(node)} lines")
+    assert too_long == []

@@ -33,7 +33,8 @@ def of_arrays() -> list[Case]:
         *figures_of_networks(),
         *statistics(),
         *health(),
-        *data_of_arrays(),
+        *images_in_memory(),
+        *batches_in_memory(),
         *of_diffusion(),
     ]
 
@@ -376,9 +377,8 @@ def health() -> list[Case]:
     ]
 
 
-def data_of_arrays() -> list[Case]:
-    """Images, labels and batches in memory."""
-    batches = data.Batches({"image": IMAGES, "label": np.arange(2)}, 1, KEY)
+def images_in_memory() -> list[Case]:
+    """Images and labels in memory."""
     floats = np.zeros((2, 4, 4, 1), np.float32)
     return [
         array_case(
@@ -406,10 +406,17 @@ def data_of_arrays() -> list[Case]:
             words={"num_images": "num_images|labels", "num_classes": "num_classes|labels"},
         ),
         Case("data.fingerprint", lambda part: data.fingerprint(part), {"part": {"w": floats}}),
+    ]
+
+
+def batches_in_memory() -> list[Case]:
+    """Batches of rows in memory."""
+    batches = data.Batches({"image": IMAGES, "label": np.arange(2)}, 1, KEY)
+    return [
         Case(
             "data.map_batches",
             data.map_batches,
-            {"function": lambda rows: rows, "rows": floats, "batch_size": 1},
+            {"function": lambda rows: rows, "rows": IMAGES, "batch_size": 1},
         ),
         Case(
             "data.prefetch",

@@ -26,6 +26,7 @@ def all_cases() -> list[Case]:
     """Of all rooms; made once."""
     return [
         *networks(),
+        *calls_of_networks(),
         *pipelines_of_classes(),
         *optimizers(),
         *trainings(),
@@ -45,10 +46,9 @@ SIZES: dict[str, Any] = dict(sample_size=4, in_channels=1, patch_size=2, hidden_
 
 
 def networks() -> list[Case]:
-    """Models: building, and the one way to call them."""
+    """Models: building, sizes and adapters."""
     module = models.build("tiny-dit", **SIZES, num_classes=3)
-    params, x, t = zeros(module).params, np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
-    call = models.network(module)
+    params = zeros(module).params
     return [
         Case(
             "models.build",
@@ -61,23 +61,6 @@ def networks() -> list[Case]:
                 "hidden_size": "heads|hidden_size",
                 "num_heads": "heads",
             },
-        ),
-        Case("models.network", models.network, {"module": module}),
-        Case("network(...)", lambda x, t: call(params, x, t, np.zeros(1, np.int32)), {"x": x, "t": t}, False),
-        Case(
-            "network(condition)",
-            lambda condition: call(params, x, t, condition),
-            {"condition": np.zeros(1, np.int32)},
-            False,
-            {"condition": "condition|labels"},
-        ),
-        Case(
-            "models.look_inside",
-            lambda module, x, t, attention: models.look_inside(
-                module, params, x, t, np.zeros(1, np.int32), attention=attention
-            ),
-            {"module": module, "x": x, "t": t, "attention": True},
-            False,
         ),
         Case(
             "models.init_lora",
@@ -108,6 +91,32 @@ def networks() -> list[Case]:
             {"entries": models.config_to_dict(module.config)},
             True,
             {"entries": "config.json"},
+        ),
+    ]
+
+
+def calls_of_networks() -> list[Case]:
+    """The one way to call models."""
+    module = models.build("tiny-dit", **SIZES, num_classes=3)
+    params, x, t = zeros(module).params, np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
+    call = models.network(module)
+    return [
+        Case("models.network", models.network, {"module": module}),
+        Case("network(...)", lambda x, t: call(params, x, t, np.zeros(1, np.int32)), {"x": x, "t": t}, False),
+        Case(
+            "network(condition)",
+            lambda condition: call(params, x, t, condition),
+            {"condition": np.zeros(1, np.int32)},
+            False,
+            {"condition": "condition|labels"},
+        ),
+        Case(
+            "models.look_inside",
+            lambda module, x, t, attention: models.look_inside(
+                module, params, x, t, np.zeros(1, np.int32), attention=attention
+            ),
+            {"module": module, "x": x, "t": t, "attention": True},
+            False,
         ),
     ]
 

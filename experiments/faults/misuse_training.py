@@ -18,7 +18,12 @@ LOGITS = np.zeros((2, 2, 2, 1), np.float32)
 
 
 def of_training() -> list[Case]:
-    """Losses of autoencoders and what they are made of."""
+    """Losses of training and what they are made of."""
+    return [*autoencoders(), *adversaries(), *codebooks(), *regularizers()]
+
+
+def autoencoders() -> list[Case]:
+    """Losses of autoencoders."""
     posterior = models.DiagonalGaussian(IMAGES, IMAGES)
     return [
         Case("T.kl_per_channel", T.kl_per_channel, {"posterior": posterior}),
@@ -58,11 +63,22 @@ def of_training() -> list[Case]:
             False,
             {"images": "images|shapes", "table": "table|shapes"},
         ),
+    ]
+
+
+def adversaries() -> list[Case]:
+    """Discriminators of autoencoders."""
+    return [
         array_case("T.discriminator_loss", T.discriminator_loss, real=LOGITS, fake=LOGITS, kind="hinge"),
         array_case(
             "T.adaptive_weight", T.adaptive_weight, nll_gradient=TABLE, generator_gradient=TABLE, largest=1e4
         ),
-        *codebooks(),
+    ]
+
+
+def regularizers() -> list[Case]:
+    """What keeps tokens and latents close to something else."""
+    return [
         array_case("T.alignment_loss", T.alignment_loss, projected=TOKENS, features=TOKENS),
         Case(
             "T.kept_tokens",

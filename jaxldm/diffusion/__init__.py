@@ -63,14 +63,10 @@ from jaxldm.diffusion.listeners import Listener, listening
 from jaxldm.diffusion.losses import diffusion_loss, drop_condition, min_snr, p2
 from jaxldm.diffusion.masked_tokens import (
     MASK_SCHEDULES,
-    Unmasking,
-    guided_logits,
-    make_unmasking,
     mask_by_chance,
     mask_fraction,
     mask_tokens,
     masked_token_loss,
-    sample_tokens,
 )
 from jaxldm.diffusion.paths import EDM, VP, ContinuousVP, Path
 from jaxldm.diffusion.predictions import (
@@ -125,6 +121,7 @@ from jaxldm.diffusion.training_times import (
     training_times,
     uniform,
 )
+from jaxldm.diffusion.unmasking import Unmasking, guided_logits, make_unmasking, sample_tokens
 
 __all__ = [
     "BETAS",
