@@ -44,7 +44,7 @@ settings.load_profile("jaxldm")
 MEMORY_LIMIT = 1.2e9  # bytes
 # Folders whose tests run with annotations checked.
 CHECKED = {"nn", "models", "diffusion", "schedulers", "metrics", "data", "checkpoints"}
-CHECKED |= {"training", "pipelines", "cli", "faults", "experiments", "few_steps"}
+CHECKED |= {"training", "pipelines", "serving", "cli", "faults", "experiments", "few_steps"}
 
 
 @contextlib.contextmanager

@@ -36,12 +36,14 @@ MAY_IMPORT = {
     # Captions become conditions in training as they do where the finished model draws.
     "training": GROUND_FLOOR
     | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics", "pipelines"},
+    "serving": GROUND_FLOOR | {"diffusion", "models", "data", "pipelines"},
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}
 DATA = {"tensorflow_datasets", "grain", "array_record", "mlxtend", "PIL"}
 PLOTS = {"matplotlib", "sklearn"}
 TEXT = {"tokenizers"}
 TRAINING = {"optax", "orbax", "tqdm"}
+HTTP = {"starlette", "uvicorn", "prometheus_client"}
 # What a user types -> packages that it must not load: each is imported by the function that needs it.
 LIGHT = {
     "import jaxldm": DATA | PLOTS | TEXT | TRAINING | {"jax", "flax", "numpy", "scipy"},
@@ -51,6 +53,7 @@ LIGHT = {
     "from jaxldm import nn": DATA | PLOTS | TEXT | TRAINING | {"scipy"},
     "from jaxldm import data, metrics": DATA | PLOTS | TEXT | TRAINING | {"flax", "scipy"},
     "from jaxldm import pipelines": DATA | PLOTS | TEXT | TRAINING,
+    "from jaxldm import serving": DATA | PLOTS | TEXT | TRAINING | HTTP,
     "from jaxldm import training": DATA | PLOTS | TEXT | {"orbax"},
     "from jaxldm import diffusion, models, training, pipelines": DATA | PLOTS | TEXT | {"orbax"},
 }

@@ -14,9 +14,9 @@ from experiments.faults.misuse_few_steps import of_few_steps
 from experiments.faults.misuse_files import of_files
 from experiments.faults.misuse_settings import settings
 from experiments.faults.misuse_training import of_training
-from experiments.faults.small_folders import zeros
+from experiments.faults.small_folders import class_pipeline, zeros
 from jaxldm import diffusion as D
-from jaxldm import metrics, models, pipelines, schedulers
+from jaxldm import metrics, models, pipelines, schedulers, serving
 from jaxldm import training as T
 from jaxldm.models.sharding import RULES
 
@@ -28,6 +28,7 @@ def all_cases() -> list[Case]:
         *networks(),
         *calls_of_networks(),
         *pipelines_of_classes(),
+        *servers(),
         *optimizers(),
         *trainings(),
         *meshes(),
@@ -158,6 +159,28 @@ def pipelines_of_classes() -> list[Case]:
         "sigmas": "sigmas|spacing",
     }
     return [Case("pipe", pipe, arguments, False, words)]
+
+
+def servers() -> list[Case]:
+    """What a server is made of; nothing is compiled."""
+    pipe = class_pipeline()
+    limits = {
+        "max_queue": 2,
+        "max_queue_seconds": 1.0,
+        "requests_per_second": 1.0,
+        "burst": 1,
+        "quantum": 1,
+    }
+    job = {"pipe": pipe, "key": KEY, "encode": None, "num_inference_steps": 2}
+    sizes = {"pipe": pipe, "sizes": (1, 4), "devices": None, "encode": None}
+    return [
+        Case("serving.Limits", serving.Limits, limits),
+        Case("serving.Embeddings", serving.Embeddings, {"max_bytes": 8}),
+        Case("serving.Engine", serving.Engine, sizes),
+        Case("serving.as_served", serving.as_served, {"pipe": pipe, "slots": 4}),
+        Case("serving.prepare", serving.prepare, job, words={"num_inference_steps": "steps"}),
+        Case("serving.sharing", serving.sharing, {"pipe": pipe, "cache": serving.Embeddings(8)}),
+    ]
 
 
 TWO_PARTS = {name: {"bias": np.zeros(2, np.float32)} for name in ("encoder", "decoder")}

@@ -94,6 +94,7 @@ ROOMS = {
     "nn": "nn",
     "pipelines": "pipelines",
     "schedulers": "schedulers",
+    "serving": "serving",
     "training": "T",
 }
 # What needs no case of its own. Besides these: functions without arguments, NamedTuples and protocols, which

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import equations
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines, schedulers
@@ -94,14 +95,6 @@ def token_loop(module, dtype):
     return jax.make_jaxpr(functools.partial(token_steps.unmask, compiled=compiled))(
         network, per_call, per_image
     )
-
-
-def equations(jaxpr):
-    """All equations of a program, those of the functions that it calls among them."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in _jaxprs_in(equation.params.values()):
-            yield from equations(inner)
 
 
 def attention_of(jaxpr):

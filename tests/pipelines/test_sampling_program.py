@@ -7,30 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from programs import equations, products
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines, schedulers
-from jaxldm.models.cost import _jaxprs_in
 from jaxldm.pipelines import latents
 
 IMAGES, STEPS = 3, 5
-
-
-def equations(jaxpr):
-    """All equations of a program, those of the functions that it calls among them."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in _jaxprs_in(equation.params.values()):
-            yield from equations(inner)
-
-
-def products(jaxpr):
-    """The matrix products of a program, each by the shapes of its inputs and result."""
-    return sorted(
-        tuple(variable.aval.shape for variable in (*equation.invars, *equation.outvars))
-        for equation in equations(jaxpr)
-        if equation.primitive.name == "dot_general"
-    )
 
 
 @pytest.fixture(scope="module")

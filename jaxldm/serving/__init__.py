@@ -1,0 +1,13 @@
+"""A server of images: many requests share the steps of one network.
+
+`slots` is the arithmetic, `engine` says which image is in which slot, `jobs` makes rows of a pipeline's call.
+`alone` draws a call by itself, `admission` says who may wait and who is next.
+"""
+
+from jaxldm.serving.admission import Limits
+from jaxldm.serving.alone import as_served
+from jaxldm.serving.embeddings import Embeddings
+from jaxldm.serving.engine import Drawn, Engine, Seen
+from jaxldm.serving.jobs import Job, prepare, sharing
+
+__all__ = ["Drawn", "Embeddings", "Engine", "Job", "Limits", "Seen", "as_served", "prepare", "sharing"]

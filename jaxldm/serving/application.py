@@ -1,0 +1,434 @@
+"""The HTTP application: reads requests, hands orders to the service, and answers. Nothing here computes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from jaxldm.arguments import check_fields, count, number
+from jaxldm.serving.figures import Figures
+from jaxldm.serving.mailbox import Mailbox
+from jaxldm.serving.openapi import document
+from jaxldm.serving.pictures import picture_bytes
+from jaxldm.serving.requests import (
+    BadRequest,
+    Generation,
+    Offer,
+    call_of,
+    param_in,
+    read_generation,
+    read_json,
+    read_openai,
+)
+from jaxldm.serving.service import Accepted, Event, Failed, Order, Picture, Progress, Service
+
+LOG = logging.getLogger("jaxldm.serving")
+STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503}  # others are 429
+STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504, "server_error": 500}
+PREVIEW_FORMAT = "png"
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpLimits:
+    """Bounds of the HTTP side.
+
+    Attributes:
+        max_body_bytes: of a request.
+        body_seconds: in which it must have arrived.
+        ping_seconds: between two comments of a stream in which nothing happens.
+    """
+
+    max_body_bytes: int = 2**20
+    body_seconds: float = 10.0
+    ping_seconds: float = 15.0
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            max_body_bytes=count(1),
+            body_seconds=number(above=0),
+            ping_seconds=number(above=0),
+        )
+
+
+def application(
+    offer: Offer,
+    service: Service,
+    *,
+    figures: Figures | None = None,
+    token: str | None = None,
+    limits: HttpLimits | None = None,
+) -> Starlette:
+    """The ASGI application of a server.
+
+    Args:
+        offer: what it draws.
+        service: started and closed with the application.
+        figures: of `/metrics`.
+        token: that requests must carry as "Authorization: Bearer TOKEN"; None: anybody may ask.
+        limits: of bodies and streams.
+    """
+    server = _Server(offer, service, figures or Figures(service), token, limits or HttpLimits())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await run_in_threadpool(service.close, service.admission.limits.max_queue_seconds)
+
+    images, requests = ["POST"], ["DELETE"]
+    table: list[tuple[str, Callable[[Request], Any], list[str]]] = [
+        ("/generate", server.generate, images),
+        ("/v1/images/generations", server.openai, images),
+        ("/requests/{id}", server.cancel, requests),
+        ("/models", server.models, ["GET"]),
+        ("/v1/models", server.openai_models, ["GET"]),
+        ("/openapi.json", server.openapi, ["GET"]),
+        ("/metrics", server.metrics, ["GET"]),
+    ]
+    routes = [Route(path, server.counted(path, answer), methods=methods) for path, answer, methods in table]
+    # Of whoever watches over the process, without a token.
+    routes += [Route("/health", server.health), Route("/ready", server.ready)]
+    handlers: Any = {HTTPException: _http_error}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+def _error(error: BadRequest) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """Paths and methods that do not exist."""
+    status = getattr(error, "status_code", 500)
+    message = {
+        404: f"there is no {request.url.path[:100]}: see /openapi.json",
+        405: "another method is needed",
+    }
+    return _error(BadRequest(message.get(status, "the request cannot be answered"), status=status))
+
+
+class _Server:
+    """The routes."""
+
+    def __init__(
+        self, offer: Offer, service: Service, figures: Figures, token: str | None, limits: HttpLimits
+    ):
+        self.offer, self.service, self.figures, self.limits = offer, service, figures, limits
+        self._token = token
+
+    def counted(self, path: str, route: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        """The route with its errors as JSON, counted and logged, for those who have the token."""
+
+        async def answer(request: Request) -> Response:
+            start = time.perf_counter()
+            try:
+                self._check_token(request)
+                response = await route(request)
+            except BadRequest as error:
+                response = _error(error)
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            seconds = time.perf_counter() - start
+            self.figures.requests.labels(path, str(response.status_code)).inc()
+            entry = {"path": path, "status": response.status_code, "seconds": round(seconds, 4)}
+            LOG.info(json.dumps(entry))
+            return response
+
+        return answer
+
+    def _check_token(self, request: Request) -> None:
+        if self._token is None:
+            return
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            message = 'this server wants its token: send the header "Authorization: Bearer TOKEN"'
+            raise BadRequest(message, status=401, type="authentication_error", param="Authorization")
+
+    # ---------------------------------------------------------------- requests of images
+
+    async def generate(self, request: Request) -> Response:
+        """POST /generate."""
+        start = time.perf_counter()
+        generation = read_generation(self.offer, await self._body(request))
+        order, mailbox = await self._accepted(request, generation)
+        if generation.stream:
+            events = self._stream(order, mailbox, generation, start)
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Request-Id": order.id}
+            return _Stream(events, headers, lambda: self.service.cancel(order.id))
+        pictures = await self._pictures(request, order, mailbox)
+        facts = self._facts(order, generation, start) | {"slots": pictures[0].slots}
+        return await run_in_threadpool(_images_response, facts, "images", pictures)
+
+    async def openai(self, request: Request) -> Response:
+        """POST /v1/images/generations."""
+        start = time.perf_counter()
+        generation = read_generation(self.offer, read_openai(self.offer, await self._body(request)))
+        order, mailbox = await self._accepted(request, generation)
+        pictures = await self._pictures(request, order, mailbox)
+        facts = self._facts(order, generation, start)
+        facts["output_format"] = facts.pop("format")
+        return await run_in_threadpool(_images_response, facts, "data", pictures)
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The body, which has so many bytes and seconds at most."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise BadRequest(
+                "send the header Content-Type: application/json", status=415, param="Content-Type"
+            )
+        content = bytearray()
+
+        async def read() -> None:
+            async for chunk in request.stream():
+                content.extend(chunk)
+                if len(content) > self.limits.max_body_bytes:
+                    most = self.limits.max_body_bytes
+                    raise BadRequest(f"a body may have {most} bytes: send a smaller one", status=413)
+
+        try:
+            await asyncio.wait_for(read(), self.limits.body_seconds)
+        except TimeoutError:
+            message = f"the body did not arrive within {self.limits.body_seconds:g} s: send it faster"
+            raise BadRequest(message, status=408) from None
+        return read_json(bytes(content))
+
+    async def _accepted(self, request: Request, generation: Generation) -> tuple[Order, Mailbox]:
+        """The order of a request, accepted and checked."""
+        prompts, options = call_of(self.offer, generation)
+        mailbox = Mailbox(generation.num_images)
+        order = Order(
+            id=secrets.token_hex(8),
+            client=request.client.host if request.client else "",
+            prompts=prompts,
+            options=options,
+            seed=generation.seed,
+            num_images=generation.num_images,
+            num_steps=self.offer.steps(generation.num_inference_steps, options.get("solver")),
+            guided=self.offer.guided(generation.guidance_scale),
+            listener=mailbox.put,
+            format=generation.format,
+            previews=generation.previews,
+            timeout=generation.timeout,
+        )
+        refusal = self.service.submit(order)
+        if refusal is not None:
+            status = STATUS_OF_REFUSAL.get(refusal.type, 429)
+            raise BadRequest(
+                refusal.message, status=status, type=refusal.type, retry_after=refusal.retry_after
+            )
+        try:
+            failure = await self._unless_gone(request, mailbox.accepted())
+        except BaseException:
+            self.service.cancel(order.id)
+            raise
+        if failure is not None:
+            raise self._failure(failure)
+        return order, mailbox
+
+    async def _pictures(self, request: Request, order: Order, mailbox: Mailbox) -> list[Picture]:
+        """All pictures of an order, in order; it is cancelled where nobody waits for them any more."""
+
+        async def collect() -> list[Picture]:
+            pictures: dict[int, Picture] = {}
+            async for event in mailbox.events():
+                if isinstance(event, Failed):
+                    raise self._failure(event)
+                if isinstance(event, Picture):
+                    pictures[event.image] = event
+            return [pictures[image] for image in sorted(pictures)]
+
+        try:
+            return await self._unless_gone(request, collect())
+        finally:
+            self.service.cancel(order.id)  # without effect on one that is done
+
+    async def _unless_gone(self, request: Request, work: Any) -> Any:
+        """The result of the work; `ClientDisconnect` where the client is gone before."""
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                return tasks[0].result()
+            raise ClientDisconnect
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _failure(self, failure: Failed) -> BadRequest:
+        """What the engine says, as an error of the API."""
+        param = failure.param or param_in(failure.message, [*self.offer.fields])
+        kind = "invalid_request_error" if failure.type == "invalid_request" else failure.type
+        status = STATUS_OF_FAILURE[failure.type]
+        return BadRequest(failure.message, status=status, type=kind, param=param if status == 400 else None)
+
+    def _facts(self, order: Order, generation: Generation, start: float) -> dict[str, Any]:
+        """What an answer says besides its images."""
+        seconds = time.perf_counter() - start
+        self.figures.seconds.observe(seconds)
+        return {
+            "id": order.id,
+            "created": int(time.time()),
+            "model": self.offer.name,
+            "seed": generation.seed,
+            "format": generation.format,
+            "num_inference_steps": order.num_steps,
+            "latency_ms": round(1000 * seconds, 2),
+        }
+
+    async def _stream(
+        self, order: Order, mailbox: Mailbox, generation: Generation, start: float
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events: accepted, progress, image, and done or error."""
+        yield _event("accepted", {"id": order.id, "seed": generation.seed})
+        slots = None
+        async for event in _with_pings(mailbox.events(), self.limits.ping_seconds):
+            if event is None:
+                yield b": ping\n\n"
+            elif isinstance(event, Failed):
+                yield _event("error", self._failure(event).body())
+                return
+            elif not isinstance(event, Accepted):
+                slots = event.slots if isinstance(event, Picture) else slots
+                yield await run_in_threadpool(_stream_event, event)
+        yield _event("done", self._facts(order, generation, start) | {"slots": slots})
+
+    # ---------------------------------------------------------------- everything else
+
+    async def cancel(self, request: Request) -> Response:
+        """DELETE /requests/{id}."""
+        order_id = request.path_params["id"]
+        if not self.service.cancel(order_id):
+            raise BadRequest(
+                "there is no such request, or it is done", status=404, type="not_found", param="id"
+            )
+        return JSONResponse({"id": order_id, "cancelled": True})
+
+    async def models(self, request: Request) -> Response:
+        """GET /models."""
+        offer, engine = self.offer, self.service.engine
+        return JSONResponse(
+            {
+                "models": [
+                    {
+                        "id": offer.name,
+                        "family": offer.pipe.family.name,
+                        "sizes": [{"height": height, "width": width} for height, width in offer.all_sizes],
+                        "solvers": [*offer.solvers],
+                        "num_classes": offer.pipe.num_classes,
+                        "class_names": [*getattr(offer.pipe, "class_names", ())],
+                        "slots": [*engine.sizes],
+                        "max_images": offer.max_images,
+                        "max_steps": offer.max_steps,
+                        "default_steps": offer.pipe.default_steps(),
+                        "default_guidance_scale": offer.pipe.default_guidance_scale,
+                    }
+                ]
+            }
+        )
+
+    async def openai_models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        model = {"id": self.offer.name, "object": "model", "created": 0, "owned_by": "jaxldm"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(document(self.offer))
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        content, kind = self.figures.text()
+        return Response(content, headers={"Content-Type": kind})
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 500 where only a new process helps."""
+        broken = self.service.broken
+        return JSONResponse({"status": "broken" if broken else "ok"}, 500 if broken else 200)
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready."""
+        ready = self.service.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `end` is called when the last was sent, or the reader is gone."""
+
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], end: Callable[[], Any]):
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
+def _images_response(facts: dict[str, Any], name: str, pictures: list[Picture]) -> JSONResponse:
+    texts = [base64.b64encode(picture.content).decode() for picture in pictures]
+    images: Any = texts if name == "images" else [{"b64_json": text} for text in texts]
+    return JSONResponse(facts | {name: images})
+
+
+def _stream_event(event: Event) -> bytes:
+    if isinstance(event, Picture):
+        image = base64.b64encode(event.content).decode()
+        return _event("image", {"image": event.image, "slots": event.slots, "b64": image})
+    assert isinstance(event, Progress)
+    facts: dict[str, Any] = {"image": event.image, "step": event.done, "steps": event.total}
+    if event.preview is not None:
+        small = picture_bytes(np.asarray(event.preview), PREVIEW_FORMAT)
+        facts["preview"] = base64.b64encode(small).decode()
+    return _event("progress", facts)
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+async def _with_pings(events: AsyncIterator[Event], seconds: float) -> AsyncIterator[Event | None]:
+    """The events, and None whenever none came for so long."""
+    following: Any = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(events, None))
+            done, _ = await asyncio.wait([following], timeout=seconds)
+            if not done:
+                yield None
+                continue
+            event, following = following.result(), None
+            if event is None:
+                return
+            yield event
+    finally:
+        if following is not None:
+            following.cancel()

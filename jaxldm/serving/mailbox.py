@@ -1,0 +1,66 @@
+"""What the engine's threads tell one request in the event loop, in bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from jaxldm.serving.service import Accepted, Event, Failed, Picture, Progress
+
+
+class Mailbox:
+    """Events of one order, from any thread to one coroutine.
+
+    Of progress only the latest of each image is kept: a client that reads slowly misses some, and holds
+    nothing up.
+
+    Args:
+        num_images: pictures until the order is done.
+    """
+
+    def __init__(self, num_images: int):
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._progress: dict[int, Progress] = {}
+        self._others: list[Event] = []
+        self._left = num_images
+
+    def put(self, event: Event) -> None:
+        """From any thread; what comes after the event loop has ended is dropped."""
+        try:
+            self._loop.call_soon_threadsafe(self._put, event)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    def _put(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self._progress[event.image] = event
+        else:
+            self._others.append(event)
+        self._arrived.set()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """All that happens, up to the last picture or a failure."""
+        while self._left > 0:
+            await self._arrived.wait()
+            self._arrived.clear()
+            progress, self._progress = self._progress, {}
+            others, self._others = self._others, []
+            for event in progress.values():
+                yield event
+            for event in others:
+                yield event
+                if isinstance(event, Failed):
+                    self._left = 0
+                    break
+                self._left -= isinstance(event, Picture)
+
+    async def accepted(self) -> Failed | None:
+        """Waits until the order was checked; what went wrong, or None."""
+        async for event in self.events():
+            if isinstance(event, Failed):
+                return event
+            if isinstance(event, Accepted):
+                return None
+        return None

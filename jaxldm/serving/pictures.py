@@ -1,0 +1,58 @@
+"""Pictures as bytes, and quick previews of latents."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jaxldm.data.images import to_uint8
+
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # as requests name them, and as Pillow does
+MOST_SAMPLES = 4096  # latents that a preview's map is fitted to
+
+
+def picture_bytes(image: Float[np.ndarray, "H W C"], format: str = "png") -> bytes:
+    """An image in [-1, 1] as the bytes of a file.
+
+    Args:
+        image: of 1 or 3 channels.
+        format: a name of `FORMATS`.
+    """
+    from PIL import Image
+
+    pixels: UInt8[np.ndarray, "H W C"] = to_uint8(image)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    stream = io.BytesIO()
+    picture.save(stream, FORMATS[format], **({"quality": 95} if format != "png" else {}))
+    return stream.getvalue()
+
+
+class Preview(NamedTuple):
+    """A linear map from latents to colours: a small picture without the autoencoder.
+
+    Attributes:
+        weights: [c, C].
+        bias: [C].
+    """
+
+    weights: Float[np.ndarray, "c C"]
+    bias: Float[np.ndarray, " C"]
+
+    def __call__(self, latents: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w C"]:
+        """A picture [h, w, C] in [-1, 1]."""
+        return np.clip(latents @ self.weights + self.bias, -1, 1).astype(np.float32)
+
+
+def fit_preview(latents: Float[np.ndarray, "h w c"], image: Float[np.ndarray, "H W C"]) -> Preview:
+    """The map that fits one image best: least squares on the means of the pixels that each latent covers."""
+    height, width, channels = latents.shape
+    tall, wide = image.shape[0] // height, image.shape[1] // width
+    pixels = image[: tall * height, : wide * width].reshape(height, tall, width, wide, -1).mean((1, 3))
+    inputs = np.concatenate([latents, np.ones((height, width, 1), latents.dtype)], -1)
+    inputs, pixels = inputs.reshape(-1, channels + 1), pixels.reshape(-1, image.shape[-1])
+    every = -(-len(inputs) // MOST_SAMPLES)
+    solution = np.linalg.lstsq(inputs[::every], pixels[::every], rcond=1e-3)[0]
+    return Preview(solution[:-1], solution[-1])

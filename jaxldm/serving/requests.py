@@ -1,0 +1,406 @@
+"""What requests may ask for: one table of fields, from which bodies are read and the API is described."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxldm.arguments import check_fields, count, flag, number, several, text
+from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, shown
+from jaxldm.exact import LARGEST_UINT32
+from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+from jaxldm.serving.engine import Engine
+from jaxldm.serving.jobs import MAX_STEPS
+from jaxldm.serving.pictures import FORMATS
+
+MAX_IMAGES, MAX_PREVIEWS, MAX_TIMEOUT = 10, 20, 86400.0
+MAX_TEXT = 10_000  # characters of a prompt
+# What OpenAI's clients may send besides, and what has no meaning here; nothing else is ignored.
+IGNORED_OF_OPENAI = ("background", "moderation", "quality", "style", "user", "output_compression")
+
+
+class BadRequest(Exception):
+    """A request that is refused.
+
+    Attributes:
+        status: of HTTP.
+        type: a short name for programs.
+        message: one line for people: what was given, what is allowed.
+        param: the field that it is about.
+        allowed: what may be sent instead, as JSON.
+        retry_after: seconds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        allowed: Any = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.type, self.message = status, type, message
+        self.param, self.allowed, self.retry_after = param, allowed, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        error = {"type": self.type, "message": self.message, "param": self.param, "allowed": self.allowed}
+        return {"error": error}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Offer:
+    """What a server draws: a model, and what is compiled of it.
+
+    Attributes:
+        pipe: the model.
+        name: in answers, and what clients send as "model".
+        solvers: names; the first is the default.
+        sizes: (height, width) of the images; the first is the default.
+        max_steps: the most of one image.
+        max_images: the most of one request.
+    """
+
+    pipe: Pipeline
+    name: str
+    solvers: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    max_steps: int = MAX_STEPS
+    max_images: int = MAX_IMAGES
+
+    def __post_init__(self):
+        check_fields(self, pipe=A_PIPELINE, name=text, solvers=several(text), max_images=count(1, 1000))
+        known = self.pipe.call_options()
+        if self.sizes and "height" not in known:
+            raise InvalidArgumentError(
+                f"a {self.pipe.family.name} draws images of one size: leave the sizes out"
+            )
+
+    @property
+    def draws_texts(self) -> bool:
+        """Whether it draws from texts, and not from classes."""
+        return "negative_labels" not in self.pipe.call_options()
+
+    @functools.cached_property
+    def all_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the images."""
+        if self.sizes:
+            return self.sizes
+        shape = self.pipe.image_shape()[:2] if "image_shape" in self.pipe.family.methods else None
+        return (tuple(shape or self.pipe.default_size),)
+
+    def guided(self, guidance_scale: float | None) -> bool:
+        """Whether a step of such a request takes two rows of the network's batch."""
+        scale = self.pipe.default_guidance_scale if guidance_scale is None else guidance_scale
+        return scale != 1 and not self.pipe.is_guidance_distilled and not self.pipe.family.true_cfg
+
+    def steps(self, num_inference_steps: int | None, solver: str | None) -> int:
+        """The steps of a request."""
+        return num_inference_steps or self.pipe.default_steps(solver)
+
+    def calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """(prompts, options) of one call of each kind that is to be compiled."""
+        prompts = ("",) if self.draws_texts else (None if self.pipe.num_classes is None else [0],)
+        scales = dict.fromkeys((self.pipe.default_guidance_scale, 1.0))
+        for size in self.sizes or (None,):
+            place = {} if size is None else {"height": size[0], "width": size[1]}
+            for solver in self.solvers or (None,):
+                for scale in scales:
+                    yield prompts, {"solver": solver, "guidance_scale": scale, **place}
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Field]:
+        """The fields of POST /generate."""
+        return fields_of(self)
+
+    def allow(self, engine: Engine) -> None:
+        """Has an engine compile all of it in `warm_up`."""
+        for prompts, options in self.calls():
+            engine.allow(*prompts, **options)
+
+
+class Field(NamedTuple):
+    """A field of a request's body.
+
+    Attributes:
+        schema: of JSON, with a description; what errors say is allowed.
+        check: (name, value) -> value.
+    """
+
+    schema: dict[str, Any]
+    check: Callable[[str, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A request that was read: fields as in the API; None is what was left out, but for the seed."""
+
+    seed: int
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    class_labels: tuple[int | str, ...] | None = None
+    negative_labels: tuple[int | str, ...] | None = None
+    num_images: int = 1
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    height: int | None = None
+    width: int | None = None
+    format: str = "png"
+    stream: bool = False
+    previews: int = 0
+    timeout: float | None = None
+
+
+def fields_of(offer: Offer) -> dict[str, Field]:
+    """The fields of POST /generate, for a model."""
+    heights, widths = ([*dict.fromkeys(side)] for side in zip(*offer.all_sizes, strict=True))
+    fields = {
+        "num_images": _whole("How many images.", 1, offer.max_images, 1),
+        "num_inference_steps": _whole("Steps of each image.", 1, offer.max_steps, None),
+        "guidance_scale": Field(
+            {
+                "type": "number",
+                "minimum": 0,
+                "default": offer.pipe.default_guidance_scale,
+                "description": "Scale of classifier-free guidance; 1 is the model as trained.",
+            },
+            number(0),
+        ),
+        "seed": _whole("Of all random numbers; without one, another each time.", 0, LARGEST_UINT32, None),
+        "solver": _choice("Solver.", offer.solvers) if offer.solvers else None,
+        "height": _choice("Pixels.", heights),
+        "width": _choice("Pixels.", widths),
+        "format": _choice("Of the images.", list(FORMATS)),
+        "stream": Field(
+            {"type": "boolean", "default": False, "description": "Answer with server-sent events."}, flag
+        ),
+        "previews": _whole("With stream: small pictures on the way.", 0, MAX_PREVIEWS, 0),
+        "timeout": Field(
+            {
+                "type": "number",
+                "exclusiveMinimum": 0,
+                "maximum": MAX_TIMEOUT,
+                "description": "Seconds after which the images are of no use.",
+            },
+            number(above=0, high=MAX_TIMEOUT),
+        ),
+    }
+    if offer.draws_texts:
+        own = {"prompt": _text("What to draw."), "negative_prompt": _text("What to avoid.")}
+    elif offer.pipe.num_classes is not None:
+        own = {
+            "class_labels": _labels("Classes to draw: numbers or names, repeated.", offer),
+            "negative_labels": _labels("Classes to avoid.", offer),
+        }
+    else:
+        own = {}
+    return own | {name: field for name, field in fields.items() if field is not None}
+
+
+def read_generation(offer: Offer, body: Mapping[str, Any]) -> Generation:
+    """A request's body, checked.
+
+    Raises:
+        BadRequest: a field that does not exist, is missing, or has a value that is not allowed.
+    """
+    fields = offer.fields
+    given = {name: value for name, value in body.items() if value is not None}
+    for name in given:
+        if name not in fields:
+            raise BadRequest(
+                f"there is no field {shown(name)}: send {', '.join(fields)}", param=name, allowed=[*fields]
+            )
+    values = {name: _checked(name, fields[name], value) for name, value in given.items()}
+    if offer.draws_texts and "prompt" not in values:
+        raise BadRequest('give a text, as in {"prompt": "a cat in the snow"}', param="prompt")
+    labels = values.get("class_labels")
+    if labels is not None and "num_images" not in given:
+        values["num_images"] = _checked("num_images", fields["num_images"], len(labels))
+    if labels is None and "class_labels" in fields:
+        raise BadRequest('name the classes to draw, as in {"class_labels": [3, 7]}', param="class_labels")
+    _check_size(offer, values)
+    if values.get("previews") and not values.get("stream"):
+        raise BadRequest('previews come in a stream: send "stream": true, too', param="previews")
+    values.setdefault("seed", secrets.randbelow(LARGEST_UINT32 + 1))
+    return Generation(**values)
+
+
+def call_of(offer: Offer, request: Generation) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(prompts, options) of the pipeline's call that draws a request, after the key."""
+    names = ("num_inference_steps", "guidance_scale", "solver", "height", "width")
+    options = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    if "solver" not in options and offer.solvers:
+        options["solver"] = offer.solvers[0]
+    if offer.draws_texts:
+        if offer.sizes and "height" not in options:
+            options["height"], options["width"] = offer.sizes[0]
+        options["num_images_per_prompt"] = request.num_images
+        return (request.prompt, request.negative_prompt), options
+    for name in ("height", "width"):
+        options.pop(name, None)
+    if offer.pipe.num_classes is None:
+        return (None,), options | {"num_images": request.num_images}
+    if request.negative_labels is not None:
+        options["negative_labels"] = list(request.negative_labels)
+    return (list(request.class_labels or ()),), options | {"num_images": request.num_images}
+
+
+def read_openai(offer: Offer, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of POST /v1/images/generations as one of POST /generate: n, size, output_format.
+
+    Raises:
+        BadRequest: another model, response format or size.
+    """
+    own = {name: value for name, value in body.items() if value is not None and name not in IGNORED_OF_OPENAI}
+    model = own.pop("model", offer.name)
+    if model != offer.name:
+        message = f"there is no model {shown(model)} here: send {shown(offer.name)}, or leave it out"
+        raise BadRequest(message, status=404, type="model_not_found", param="model", allowed=[offer.name])
+    if own.pop("response_format", "b64_json") != "b64_json":
+        message = 'images are sent as base64: send "response_format": "b64_json", or leave it out'
+        raise BadRequest(message, param="response_format", allowed=["b64_json"])
+    if own.get("stream"):
+        raise BadRequest("streams are answers of POST /generate: leave stream out", param="stream")
+    for theirs, ours in (("n", "num_images"), ("output_format", "format")):
+        if theirs in own:
+            own[ours] = own.pop(theirs)
+    size = own.pop("size", "auto")
+    if size != "auto":
+        sizes = [f"{width}x{height}" for height, width in offer.all_sizes]
+        if size not in sizes:
+            message = f"size must be one of {', '.join(sizes)} (width x height) or auto, got {shown(size)}"
+            raise BadRequest(message, param="size", allowed=[*sizes, "auto"])
+        width, height = map(int, size.split("x"))
+        own |= {"width": width, "height": height}
+    if not offer.draws_texts and isinstance(own.get("prompt"), str):
+        own["class_labels"] = _labels_in(own.pop("prompt"))
+    return own
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A JSON object, without NaN and infinity.
+
+    Raises:
+        BadRequest: anything else.
+    """
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is no JSON: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(value, dict):
+        raise BadRequest('the body must be a JSON object, as {"seed": 1}')
+    return value
+
+
+def param_in(message: str, names: Sequence[str]) -> str | None:
+    """The field that a message of the pipeline is about: the first that it names."""
+    words = (_SAID_AS.get(word, word) for word in re.findall(r"\w+", message.lower()))
+    return next((word for word in words if word in names), None)
+
+
+_SAID_AS = {"class": "class_labels", "classes": "class_labels", "labels": "class_labels", "text": "prompt"}
+
+
+def _checked(name: str, field: Field, value: Any) -> Any:
+    try:
+        return field.check(name, value)
+    except JaxldmError as error:
+        allowed = field.schema.get("enum") or {
+            key: entry for key, entry in field.schema.items() if key not in ("description", "default")
+        }
+        raise BadRequest(str(error), param=name, allowed=allowed) from None
+
+
+def _check_size(offer: Offer, values: Mapping[str, Any]) -> None:
+    """Raises `BadRequest` for a height and a width that are allowed, but not together."""
+    sizes = offer.all_sizes
+    given = values.get("height"), values.get("width")
+    if given == (None, None) or given in sizes:
+        return
+    if None in given:
+        raise BadRequest("give height and width, or neither", param="height", allowed=[*map(list, sizes)])
+    nearest = min(sizes, key=lambda size: abs(size[0] - given[0]) + abs(size[1] - given[1]))
+    raise BadRequest(
+        f"height and width must be one of the sizes that are compiled, got {given[0]}x{given[1]}: "
+        f"the nearest is {nearest[0]}x{nearest[1]}",
+        param="height",
+        allowed=[*map(list, sizes)],
+    )
+
+
+def _whole(description: str, low: int, high: int, default: int | None) -> Field:
+    schema: dict[str, Any] = {"type": "integer", "minimum": low, "maximum": high, "description": description}
+    if default is not None:
+        schema["default"] = default
+    return Field(schema, count(low, high))
+
+
+def _choice(description: str, choices: Sequence[Any]) -> Field:
+    kind = "integer" if isinstance(choices[0], int) else "string"
+    schema = {"type": kind, "enum": [*choices], "default": choices[0], "description": description}
+
+    def check(name: str, value: Any) -> Any:
+        if type(value) is type(choices[0]) and value in choices:
+            return value
+        if kind == "string":
+            raise UnknownNameError(name, value, choices)
+        near = ""
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
+            near = f"; the nearest is {min(choices, key=lambda choice: abs(choice - value))}"
+        listed = " or ".join(map(str, choices))
+        raise InvalidArgumentError(f"{name} must be {listed}, got {shown(value)}{near}")
+
+    return Field(schema, check)
+
+
+def _text(description: str) -> Field:
+    def check(name: str, value: Any) -> str:
+        if len(text(name, value)) > MAX_TEXT:
+            raise InvalidArgumentError(
+                f"{name} must have at most {MAX_TEXT} characters, got {len(value)}: shorten it"
+            )
+        return value
+
+    return Field({"type": "string", "maxLength": MAX_TEXT, "description": description}, check)
+
+
+def _labels(description: str, offer: Offer) -> Field:
+    """One label or a list of them, each a number or a name."""
+    last = (offer.pipe.num_classes or 1) - 1
+    one = {"oneOf": [{"type": "integer", "minimum": 0, "maximum": last}, {"type": "string"}]}
+    most = offer.max_images
+    schema = {
+        "oneOf": [*one["oneOf"], {"type": "array", "items": one, "minItems": 1, "maxItems": most}],
+        "description": description,
+    }
+
+    def check(name: str, value: Any) -> tuple[int | str, ...]:
+        several = value if isinstance(value, list) else [value]
+        if not 1 <= len(several) <= most:
+            raise InvalidArgumentError(f"{name} must be 1 to {most} labels, got {len(several)}")
+        whole = count(0, last)
+        return tuple(
+            label if isinstance(label, str) and len(label) <= MAX_TEXT else whole(name, label)
+            for label in several
+        )
+
+    return Field(schema, check)
+
+
+def _labels_in(prompt: str) -> list[int | str]:
+    """The classes that a prompt names, as "3, 7" or "tench"."""
+    words = [word.strip() for word in prompt.split(",") if word.strip()]
+    return [int(word) if word.isascii() and word.isdigit() and len(word) < 10 else word for word in words]

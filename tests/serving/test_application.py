@@ -1,0 +1,371 @@
+"""The HTTP application, in this process: answers, refusals, streams, cancellation, bounds."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+from starlette.testclient import TestClient
+
+from jaxldm import serving
+from jaxldm.data.images import to_uint8
+from jaxldm.serving.application import HttpLimits, application
+from jaxldm.serving.figures import Figures
+from jaxldm.serving.requests import Offer
+from jaxldm.serving.service import Service
+
+K, MAX_STEPS = 2, 1000
+
+
+class GatedEngine(serving.Engine):
+    """An engine that takes a step only while its gate is open."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def step(self, wanted=frozenset()):
+        assert self.gate.wait(20)
+        return super().step(wanted)
+
+
+@pytest.fixture(scope="module")
+def offer():
+    return Offer(tiny_models.latent_pipeline(), "digits", max_steps=MAX_STEPS)
+
+
+def warm_engine(offer):
+    engine = GatedEngine(offer.pipe, sizes=(K,))
+    offer.allow(engine)
+    engine.warm_up()
+    engine.warm_up = lambda: None  # once for all tests
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(offer):
+    """Of the server that most tests ask."""
+    return warm_engine(offer)
+
+
+@pytest.fixture(scope="module")
+def spare(offer):
+    """Of servers of one test each."""
+    return warm_engine(offer)
+
+
+@contextlib.contextmanager
+def serve(offer, engine, *, limits=None, http=None, token=None):
+    engine.gate.set()
+    service = Service(engine, limits or serving.Limits(burst=1000, requests_per_second=1000))
+    app = application(offer, service, figures=Figures(service), limits=http, token=token)
+    with TestClient(app) as client:
+        wait_until(lambda: service.ready)
+        client.service = service
+        yield client
+        engine.gate.set()
+
+
+@pytest.fixture(scope="module")
+def client(offer, engine):
+    with serve(offer, engine) as client:
+        yield client
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def pixels(text):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def drawn_alone(offer, seed, labels, **options):
+    images = serving.as_served(offer.pipe, K)(jax.random.key(seed), labels, **options)
+    return to_uint8(images)[..., 0]
+
+
+def events_of(text):
+    """[(event, data)] of a stream."""
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    lines = (block.split("\n") for block in blocks)
+    return [(one.removeprefix("event: "), json.loads(two.removeprefix("data: "))) for one, two in lines]
+
+
+def test_the_images_are_those_of_the_pipeline(client, offer):
+    body = {"class_labels": [2, 0, 1], "seed": 7, "num_inference_steps": 3, "guidance_scale": 2.5}
+    answer = client.post("/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    facts = answer.json()
+    assert facts["seed"] == 7 and facts["slots"] == K and facts["num_inference_steps"] == 3
+    alone = drawn_alone(offer, 7, [2, 0, 1], num_inference_steps=3, guidance_scale=2.5)
+    np.testing.assert_array_equal(np.stack([pixels(text) for text in facts["images"]]), alone)
+
+
+def test_a_request_as_openai_s_clients_send_it(client, offer):
+    body = {"model": "digits", "prompt": "1", "n": 2, "size": "8x8", "response_format": "b64_json", "seed": 3}
+    answer = client.post("/v1/images/generations", json=body | {"num_inference_steps": 2, "user": "me"})
+    assert answer.status_code == 200, answer.text
+    facts = answer.json()
+    assert facts["output_format"] == "png" and isinstance(facts["created"], int)
+    alone = drawn_alone(offer, 3, [1], num_images=2, num_inference_steps=2)
+    np.testing.assert_array_equal(np.stack([pixels(one["b64_json"]) for one in facts["data"]]), alone)
+    assert client.get("/v1/models").json()["data"][0]["id"] == "digits"
+
+
+def test_requests_at_one_time_get_their_own_images(client, offer):
+    calls = [{"class_labels": n % 3, "seed": n, "num_inference_steps": 2 + n % 4} for n in range(8)]
+    answers = {}
+
+    def ask(n):
+        answers[n] = client.post("/generate", json=calls[n]).json()
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for n, call in enumerate(calls):
+        alone = drawn_alone(offer, n, [n % 3], num_inference_steps=call["num_inference_steps"])[0]
+        np.testing.assert_array_equal(pixels(answers[n]["images"][0]), alone)
+    assert len({answer["id"] for answer in answers.values()}) == len(calls)
+
+
+def test_a_stream_says_how_far_each_image_is(client, offer):
+    body = {"class_labels": [1], "seed": 4, "num_inference_steps": 6, "stream": True, "previews": 2}
+    answer = client.post("/generate", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = events_of(answer.text)
+    assert [name for name, _ in events if name != "progress"] == ["accepted", "image", "done"]
+    assert events[0][1]["seed"] == 4 and events[0][1]["id"] == answer.headers["x-request-id"]
+    steps = [data["step"] for name, data in events if name == "progress"]
+    assert steps == sorted(steps) and set(steps) <= set(range(1, 6))
+    image = next(data for name, data in events if name == "image")
+    alone = drawn_alone(offer, 4, [1], num_inference_steps=6)[0]
+    np.testing.assert_array_equal(pixels(image["b64"]), alone)
+    for name, data in events:
+        if name == "progress" and "preview" in data:
+            assert data["step"] in (2, 4) and pixels(data["preview"]).shape == (4, 4)
+
+
+def error_of(answer, status):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"type", "message", "param", "allowed"} and "\n" not in error["message"]
+    return error
+
+
+def test_refusals_are_json_that_says_what_to_send(client):
+    wrong = {"class_labels": 1, "num_images": 99}
+    error = error_of(client.post("/generate", json=wrong), 400)
+    assert error["param"] == "num_images" and error["allowed"]["maximum"] == 10
+    error = error_of(client.post("/generate", json={"class_labels": ["seven"]}), 400)  # found by the pipeline
+    assert error["param"] == "class_labels" and "give 'seven' as a number" in error["message"]
+    error_of(client.post("/generate", content=b"{", headers={"Content-Type": "application/json"}), 400)
+    error_of(client.post("/generate", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
+    large = b" " * (2**20 + 1)
+    error_of(client.post("/generate", content=large, headers={"Content-Type": "application/json"}), 413)
+    assert "/openapi.json" in error_of(client.get("/nothing"), 404)["message"]
+    error_of(client.get("/generate"), 405)
+    error_of(client.delete("/requests/x"), 404)
+    error = error_of(client.post("/v1/images/generations", json={"prompt": "1", "model": "x"}), 404)
+    assert error["type"] == "model_not_found" and error["allowed"] == ["digits"]
+
+
+def test_what_watches_over_a_server_finds_its_answers(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"ready": True}
+    model = client.get("/models").json()["models"][0]
+    assert model["id"] == "digits" and model["num_classes"] == 3 and model["slots"] == [K]
+    document = client.get("/openapi.json").json()
+    body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["class_labels"] and body["properties"]["num_images"]["maximum"] == 10
+    text = client.get("/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(figures["jaxldm_ready"]) == 1 and float(figures["jaxldm_slots"]) == 2 * K
+    assert float(figures["jaxldm_images_total"]) >= 1
+    assert float(figures['jaxldm_requests_total{code="200",path="/generate"}']) >= 1
+    assert "seven" not in text
+
+
+def test_delete_ends_a_request_before_its_next_step(client, engine):
+    engine.gate.clear()
+    answers = []
+    body = {"class_labels": 1, "num_inference_steps": MAX_STEPS}
+    thread = threading.Thread(target=lambda: answers.append(client.post("/generate", json=body)))
+    thread.start()
+    wait_until(lambda: engine.busy == 1)
+    (order_id,) = client.service._orders
+    assert client.delete(f"/requests/{order_id}").json() == {"id": order_id, "cancelled": True}
+    steps = client.service.counters["steps"]
+    engine.gate.set()
+    thread.join(10)
+    assert error_of(answers[0], 409)["type"] == "cancelled"
+    wait_until(lambda: engine.busy == 0)
+    assert client.service.counters["steps"] - steps <= 2
+    error_of(client.delete(f"/requests/{order_id}"), 404)
+
+
+def test_too_many_requests_are_told_when_to_come_again(offer, spare):
+    with serve(offer, spare, limits=serving.Limits(requests_per_second=0.5, burst=1)) as client:
+        assert client.post("/generate", json={"class_labels": 1, "num_inference_steps": 1}).status_code == 200
+        answer = client.post("/generate", json={"class_labels": 1, "num_inference_steps": 1})
+        assert error_of(answer, 429)["type"] == "rate_limit_exceeded"
+        assert 1 <= int(answer.headers["retry-after"]) <= 2
+        assert 'jaxldm_refused_total{type="rate_limit_exceeded"} 1.0' in client.get("/metrics").text
+
+
+def test_a_full_queue_refuses_and_what_was_accepted_is_drawn(offer, spare):
+    with serve(offer, spare, limits=serving.Limits(max_queue=1, burst=100)) as client:
+        spare.gate.clear()
+        answers, threads = [], []
+
+        def ask(seed):
+            body = {"class_labels": 1, "num_inference_steps": 2, "seed": seed}
+            answers.append(client.post("/generate", json=body))
+
+        for seed in range(2):  # one is in its step, the other waits for it to end
+            threads.append(threading.Thread(target=ask, args=(seed,)))
+            threads[-1].start()
+            wait_until(lambda: spare.busy == 1)
+            wait_until(lambda seed=seed: client.service.waiting == seed)
+        ask(2)
+        assert error_of(answers.pop(), 429)["type"] == "queue_full"
+        spare.gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_a_timeout_that_cannot_be_kept_is_refused_or_ends_the_request(offer, spare):
+    with serve(offer, spare) as client:
+        body = {"class_labels": 1, "num_inference_steps": MAX_STEPS, "num_images": 10, "timeout": 1e-4}
+        assert error_of(client.post("/generate", json=body), 429)["type"] == "deadline_too_short"
+        spare.gate.clear()
+        threading.Timer(0.3, spare.gate.set).start()
+        body = {"class_labels": 1, "num_inference_steps": 2, "timeout": 0.2}
+        assert error_of(client.post("/generate", json=body), 504)["type"] == "deadline_exceeded"
+        wait_until(lambda: spare.busy == 0)
+
+
+def test_only_those_with_the_token_are_served(offer, spare):
+    with serve(offer, spare, token="secret") as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            error_of(client.get("/models", headers=headers), 401)
+        assert client.get("/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+def test_a_server_that_is_stopped_finishes_what_it_accepted(offer, spare):
+    with serve(offer, spare) as client:
+        spare.gate.clear()
+        answers = []
+        body = {"class_labels": 1, "num_inference_steps": 3, "seed": 1}
+        thread = threading.Thread(target=lambda: answers.append(client.post("/generate", json=body)))
+        thread.start()
+        wait_until(lambda: spare.busy == 1)
+        client.service.drain()
+        error = error_of(client.post("/generate", json=body), 503)
+        assert error["type"] == "shutting_down" and client.get("/ready").status_code == 503
+        spare.gate.set()
+        thread.join(10)
+        assert answers[0].status_code == 200
+
+
+def test_an_engine_that_breaks_fails_its_requests_and_says_so(offer, spare, monkeypatch):
+    with serve(offer, spare) as client:
+
+        def fail(wanted=frozenset()):
+            raise ValueError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(spare, "step", fail)
+            answer = client.post("/generate", json={"class_labels": 1})
+            assert "a bug" in error_of(answer, 500)["message"]
+        assert client.get("/health").status_code == 500 and client.get("/ready").status_code == 503
+        assert error_of(client.post("/generate", json={"class_labels": 1}), 503)["type"] == "server_error"
+    for table in spare.tables:
+        table.clear()
+
+
+def asgi(app, chunks, *, gone=None):
+    """One POST by hand: the body in chunks (None is a chunk that never comes); the status, or None."""
+
+    async def talk():
+        left, sent = list(chunks), []
+        forever = asyncio.Event()
+
+        async def receive():
+            if not left:
+                await (forever.wait() if gone is None else asyncio.to_thread(gone))
+                return {"type": "http.disconnect"}
+            chunk = left.pop(0)
+            if chunk is None:
+                await forever.wait()
+            return {"type": "http.request", "body": chunk, "more_body": bool(left)}
+
+        async def collect(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/generate",
+            "raw_path": b"/generate",
+            "headers": headers,
+        }
+        scope |= {"query_string": b"", "client": ("127.0.0.1", 1), "server": ("x", 80), "scheme": "http"}
+        scope |= {"http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"}, "root_path": ""}
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(app(scope, receive, collect), 10)
+        return next((message["status"] for message in sent if "status" in message), None)
+
+    return asyncio.run(talk())
+
+
+def test_a_closed_connection_cancels_its_request(client, engine):
+    engine.gate.clear()
+    body = json.dumps({"class_labels": [1], "num_inference_steps": MAX_STEPS}).encode()
+    cancelled = client.service.counters["cancelled"]
+    asgi(client.app, [body], gone=lambda: wait_until(lambda: engine.busy == 1))
+    engine.gate.set()
+    wait_until(lambda: engine.busy == 0)
+    assert client.service.counters["cancelled"] == cancelled + 1
+
+
+def test_a_stream_whose_reader_is_gone_is_cancelled(client, engine):
+    engine.gate.clear()
+    body = json.dumps({"class_labels": [1], "num_inference_steps": MAX_STEPS, "stream": True}).encode()
+    cancelled = client.service.counters["cancelled"]
+    status = asgi(client.app, [body], gone=lambda: wait_until(lambda: engine.busy == 1))
+    assert status in (200, None)
+    engine.gate.set()
+    wait_until(lambda: engine.busy == 0)
+    assert client.service.counters["cancelled"] == cancelled + 1
+
+
+def test_a_slow_sender_is_not_waited_for(offer, spare):
+    with serve(offer, spare, http=HttpLimits(body_seconds=0.05)) as client:
+        assert asgi(client.app, [b'{"class', None]) == 408
+
+
+def test_a_stream_in_which_nothing_happens_has_pings(offer, spare):
+    with serve(offer, spare, http=HttpLimits(ping_seconds=0.02)) as client:
+        spare.gate.clear()
+        threading.Timer(0.2, spare.gate.set).start()
+        body = {"class_labels": [1], "num_inference_steps": 2, "stream": True}
+        text = client.post("/generate", json=body).text
+        assert ": ping\n\n" in text and events_of(text)[-1][0] == "done"

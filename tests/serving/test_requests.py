@@ -1,0 +1,169 @@
+"""Bodies of requests: what is allowed, and that everything else is refused in words."""
+
+import json
+import re
+
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxldm import pipelines
+from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from jaxldm.serving.requests import (
+    BadRequest,
+    Generation,
+    Offer,
+    call_of,
+    param_in,
+    read_generation,
+    read_json,
+    read_openai,
+)
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return Offer(tiny_models.latent_pipeline(), "digits", ("ddim", "heun"), max_steps=20)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    parts = tiny_models.text_parts(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+    return Offer(pipelines.Pipeline(STABLE_DIFFUSION, parts), "cats", (), ((16, 16), (16, 32), (32, 16)))
+
+
+def refused(offer, body):
+    with pytest.raises(BadRequest) as caught:
+        read_generation(offer, body)
+    error = caught.value.body()["error"]
+    assert "\n" not in error["message"] and len(error["message"]) < 400
+    return error
+
+
+BAD = {
+    "prompt": ({"class_labels": 1, "prompt": "a"}, "there is no field 'prompt'"),
+    "class_labels": ({}, r'{"class_labels": \[3, 7\]}'),
+    "class_labels of no class": ({"class_labels": [0, 3]}, "from 0 to 2, got 3"),
+    "class_labels true": ({"class_labels": True}, "from 0 to 2, got True"),
+    "class_labels many": ({"class_labels": [1] * 11}, "must be 1 to 10 labels, got 11"),
+    "num_images": ({"class_labels": 0, "num_images": 11}, "from 1 to 10, got 11"),
+    "num_images half": ({"class_labels": 0, "num_images": 1.5}, "got 1.5"),
+    "num_inference_steps": ({"class_labels": 0, "num_inference_steps": 21}, "from 1 to 20, got 21"),
+    "guidance_scale": ({"class_labels": 0, "guidance_scale": -1}, "of at least 0, got -1"),
+    "guidance_scale large": ({"class_labels": 0, "guidance_scale": 1e300}, "guidance_scale must be"),
+    "seed": ({"class_labels": 0, "seed": 2**32}, "seed must be"),
+    "solver": ({"class_labels": 0, "solver": "unipc"}, "choose one of ddim, heun"),
+    "height": ({"class_labels": 0, "height": 512, "width": 8}, "height must be 8, got 512; the nearest is 8"),
+    "height alone": ({"class_labels": 0, "height": 8}, "give height and width, or neither"),
+    "format": ({"class_labels": 0, "format": "gif"}, "choose one of png, jpeg, webp"),
+    "stream": ({"class_labels": 0, "stream": "yes"}, "stream must be True or False"),
+    "previews": ({"class_labels": 0, "previews": 2}, '"stream": true'),
+    "timeout": ({"class_labels": 0, "timeout": 0}, "timeout must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_said_with_the_field(classes, case):
+    body, message = BAD[case]
+    error = refused(classes, body)
+    assert error["param"] == case.split()[0] and error["type"] == "invalid_request_error"
+    assert re.search(message, error["message"]), error["message"]
+
+
+def test_what_is_allowed_comes_with_the_refusal(classes):
+    assert refused(classes, {"class_labels": 0, "solver": "x"})["allowed"] == ["ddim", "heun"]
+    allowed = refused(classes, {"class_labels": 0, "num_images": 0})["allowed"]
+    assert allowed == {"type": "integer", "minimum": 1, "maximum": 10}
+    assert "class_labels" in refused(classes, {"labels": 1})["allowed"]
+
+
+def test_the_nearest_size_is_named(texts):
+    error = refused(texts, {"prompt": "a", "height": 32, "width": 32})
+    assert "the nearest is 16x32" in error["message"] or "the nearest is 32x16" in error["message"]
+    assert error["allowed"] == [[16, 16], [16, 32], [32, 16]]
+    assert refused(texts, {"class_labels": 1, "prompt": "a"})["param"] == "class_labels"
+    assert refused(texts, {"prompt": "a" * 10_001})["param"] == "prompt"
+    assert refused(texts, {})["param"] == "prompt"
+
+
+def test_a_request_becomes_the_pipeline_s_call(classes, texts):
+    request = read_generation(classes, {"class_labels": [2, 0], "seed": 5, "guidance_scale": 2})
+    assert request == Generation(5, class_labels=(2, 0), num_images=2, guidance_scale=2.0)
+    assert call_of(classes, request) == (
+        ([2, 0],),
+        {"guidance_scale": 2.0, "solver": "ddim", "num_images": 2},
+    )
+    request = read_generation(texts, {"prompt": "a", "num_images": 3, "height": 16, "width": 32})
+    options = {"height": 16, "width": 32, "num_images_per_prompt": 3}
+    assert call_of(texts, request) == (("a", None), options)
+    assert call_of(texts, read_generation(texts, {"prompt": "a"}))[1]["height"] == 16
+
+
+def test_a_seed_is_drawn_where_none_is_given(classes):
+    seeds = {read_generation(classes, {"class_labels": 0, "seed": None}).seed for _ in range(5)}
+    assert len(seeds) == 5
+
+
+def test_openai_s_names_are_understood(classes, texts):
+    body = {"model": "cats", "prompt": "a", "n": 2, "size": "32x16", "user": "u", "quality": "hd", "seed": 3}
+    expected = {"prompt": "a", "num_images": 2, "height": 16, "width": 32, "seed": 3}
+    assert read_openai(texts, body) == expected
+    assert read_openai(classes, {"prompt": "2, 1"})["class_labels"] == [2, 1]
+    for wrong, param in (
+        ({"model": "dall-e-3"}, "model"),
+        ({"response_format": "url"}, "response_format"),
+        ({"size": "1024x1024"}, "size"),
+        ({"size": 5}, "size"),
+        ({"stream": True}, "stream"),
+    ):
+        with pytest.raises(BadRequest) as caught:
+            read_openai(texts, {"prompt": "a", **wrong})
+        assert caught.value.param == param
+
+
+NO_OBJECTS = (b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"seed": NaN}', b'{"seed": -Infinity}')
+TOO_MUCH = (b"[" * 100_000, b'{"seed": ' + b"9" * 10_000 + b"}")
+
+
+@pytest.mark.parametrize("body", [*NO_OBJECTS, *TOO_MUCH], ids=lambda body: body[:20])
+def test_what_is_no_json_object_is_refused(body):
+    with pytest.raises(BadRequest) as caught:
+        read_json(body)
+    assert caught.value.status == 400
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+def test_any_json_is_read_or_refused(classes, texts, data):
+    for offer in (classes, texts):
+        names = st.sampled_from([*offer.fields, "n", "size", "model", "x"])
+        body = data.draw(st.dictionaries(names, JSON, max_size=5))
+        body = json.loads(
+            json.dumps(body | {"prompt": "a"} if offer is texts else body | {"class_labels": 1})
+        )
+        for read in (lambda body: body, lambda body, offer=offer: read_openai(offer, body)):
+            try:
+                request = read_generation(offer, read(body))
+            except BadRequest as error:
+                assert 400 <= error.status < 500 and len(error.message) < 400
+            else:
+                prompts, options = call_of(offer, request)
+                assert prompts and 1 <= request.num_images <= 10 and options
+
+
+def test_the_field_of_a_message_is_found():
+    names = ["guidance_scale", "class_labels"]
+    assert param_in("unknown class 'x': choose one of class labels", names) == "class_labels"
+    assert param_in("guidance_scale must be finite", names) == "guidance_scale"
+    assert param_in("something else", names) is None
