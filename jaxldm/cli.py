@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxldm import __version__
-from jaxldm.commands import COMMANDS, IMPORTED, load_command
+from jaxldm.commands import COMMANDS, IMPORTED, SUBCOMMANDS, load_command
 from jaxldm.commands.words import check_text, check_words
 from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
 from jaxldm.files import storage_error, storage_errors
@@ -158,7 +158,11 @@ def parse(words: list[str]):
         return None
     name, *words = words
     one_of("command", name, COMMANDS)
-    command_class = load_command(name)
+    if words and words[0] in SUBCOMMANDS.get(name, ()):
+        command_class = load_command(words[0])
+        name = f"{name} {words.pop(0)}"
+    else:
+        command_class = load_command(name)
     check_words(words, command_class, name)
 
     import tyro

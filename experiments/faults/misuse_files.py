@@ -203,6 +203,7 @@ def adapters() -> list[Case]:
             names="kohya",
             words={"adapters": "component|adapters|lora", "path": THERE + "|suffix|end in", "names": "names"},
         ),
+        *words(),
         case(
             "pipelines.with_lora",
             pipelines.with_lora,
@@ -211,6 +212,40 @@ def adapters() -> list[Case]:
             scale=1.0,
             words={"scale": "scale|component"},
         ),
+    ]
+
+
+def words() -> list[Case]:
+    """Files of textual inversion."""
+    c, here, vectors = checkpoints, place(), np.zeros((1, 8), np.float32)
+    tokenizer = c.load_tokenizer(here / "tokenizer")
+    told = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
+    return [
+        case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors"),
+        case(
+            "checkpoints.save_embedding",
+            c.save_embedding,
+            path=here / "new-word.safetensors",
+            word="<cat>",
+            vectors=vectors,
+            words=told,
+        ),
+        case("checkpoints.with_word", c.with_word, tokenizer=tokenizer, word="<cat>", count=1),
+        case(
+            "pipelines.with_word",
+            pipelines.with_word,
+            pipe=class_pipeline(),
+            word="<cat>",
+            vectors=vectors,
+            words=told,
+        )._replace(refusal="family"),
+        case(
+            "pipelines.with_embedding",
+            pipelines.with_embedding,
+            pipe=class_pipeline(),
+            path=here / "a.safetensors",
+            words=told,
+        )._replace(refusal="family"),
     ]
 
 
@@ -424,6 +459,12 @@ def runs() -> list[Case]:
             ),
         )._replace(refusal="cannot write"),
         Case("T.RunFolder", T.RunFolder, {"path": "run"}),
+        Case(
+            "T.finetune_recipe",
+            T.finetune_recipe,
+            {"source": "sd", "data": "pictures", "method": "lora", "image_size": 8, "seed": 0},
+            words={"data": "data|pictures"},
+        ),
     ]
 
 
@@ -434,18 +475,25 @@ def datasets() -> list[Case]:
         Case(
             "data.load",
             data.load,
-            {"name": "no/such", "data_dir": here, "image_size": None, "pad_to": None},
+            {"name": "no/such", "data_dir": here, "image_size": None, "pad_to": None, "hold_out": True},
             False,
             PATHS
             | dict.fromkeys(
-                ("name", "image_size", "pad_to", "data_dir"), "name|dataset|data set|size|pad_to"
+                ("name", "image_size", "pad_to", "data_dir", "hold_out"),
+                "name|dataset|data set|size|pad_to|hold_out",
             ),
             refusal="unknown dataset",
         ),
         Case(
             "data.load_folder",
             data.load_folder,
-            {"folder": here / "pictures", "image_size": 4, "pad_to": 8, "max_skipped": 0.1},
+            {
+                "folder": here / "pictures",
+                "image_size": 4,
+                "pad_to": 8,
+                "max_skipped": 0.1,
+                "hold_out": False,
+            },
             words=PATHS
             | {
                 "folder": "folder|file|pictures",

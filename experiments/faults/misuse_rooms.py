@@ -300,9 +300,10 @@ def fit_of(state: Any, step: Any) -> Case:
             "explain_divergence": None,
             "log": accept,
             "bar": False,
+            "save_frozen": False,
         },
         words=dict.fromkeys(
-            ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar"),
+            ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar", "save_frozen"),
             "cannot write",
         ),
         refusal="cannot write",

@@ -48,11 +48,15 @@ def settings() -> list[Case]:
     ]
     recipes = {kind.__name__: kind for kind in (T.AutoencoderRecipe, T.ClassifierRecipe, T.DiffusionRecipe)}
     recipes |= {kind.__name__: kind for kind in (T.MaskedTokensRecipe, T.TextRecipe, T.DiscriminatorRecipe)}
+    recipes["LoraRecipe"] = T.LoraRecipe
     return [
         *small,
         *(of_fields(f"models.{name}", kind, kind()) for name, kind in configs.items()),
         *(of_fields(f"T.{name}", kind, kind()) for name, kind in recipes.items()),
         of_fields("T.AlignmentRecipe", T.AlignmentRecipe, T.AlignmentRecipe(block=1)),
+        of_fields("T.PriorRecipe", T.PriorRecipe, T.PriorRecipe(prompt="a photo of a dog")),
+        of_fields("T.WordRecipe", T.WordRecipe, T.WordRecipe(word="<cat>", initial="cat")),
+        of_fields("T.FinetuneRecipe", T.FinetuneRecipe, T.FinetuneRecipe(source="sd")),
         of_fields("T.Recipe", T.Recipe, T.RECIPES["smoke"]),
     ]
 

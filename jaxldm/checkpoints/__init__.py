@@ -1,5 +1,6 @@
 """Weights on disk: folders in the layout of diffusers, original single files, LoRA files and tokenizers."""
 
+from jaxldm.checkpoints.embedding_file import WordEmbedding, load_embedding, save_embedding, with_word
 from jaxldm.checkpoints.folder import load, module_in, read_config, save
 from jaxldm.checkpoints.inception_weights import LoadedNetwork, hash_of_files, load_inception, read_weights
 from jaxldm.checkpoints.lora import load_lora, merge_lora
@@ -21,6 +22,7 @@ __all__ = [
     "LoadedNetwork",
     "Tokenizer",
     "Tokens",
+    "WordEmbedding",
     "dit_from_diffusers",
     "dit_to_diffusers",
     "from_state_dict",
@@ -28,6 +30,7 @@ __all__ = [
     "load",
     "load_components",
     "load_dit_file",
+    "load_embedding",
     "load_inception",
     "load_lora",
     "load_lpips",
@@ -42,7 +45,9 @@ __all__ = [
     "save",
     "save_components",
     "save_dit_file",
+    "save_embedding",
     "save_lora",
     "save_single_file",
     "to_state_dict",
+    "with_word",
 ]

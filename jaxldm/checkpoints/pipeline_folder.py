@@ -20,7 +20,13 @@ from jaxldm.checkpoints.folder import load_as, read_config, save
 from jaxldm.checkpoints.names import COMPONENTS, Placement, a_placement
 from jaxldm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from jaxldm.errors import CheckpointError, StorageError, one_of
-from jaxldm.files import finish_interrupted, folder_written_whole, is_temporary
+from jaxldm.files import (
+    finish_interrupted,
+    folder_written_whole,
+    is_temporary,
+    storage_errors,
+    write_atomically,
+)
 from jaxldm.reading import parse_json, read_json, reading, shortened, shown
 
 INDEX_FILE = "model_index.json"
@@ -173,12 +179,12 @@ def save_components(
     index |= options or {}
     with folder_written_whole(folder) as partial:
         for name, component in components.items():
-            index[name] = _save_component(partial / name, component)
+            index[name] = save_component(partial / name, component)
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_component(folder: Path, component: Any) -> Any:
-    """Writes a component and returns its entry in model_index.json."""
+def save_component(folder: Path, component: Any) -> Any:
+    """Writes a component and returns its entry in model_index.json; one that is there is replaced."""
     if component is None:
         return [None, None]
     if isinstance(component, bool | int | float | str):
@@ -190,9 +196,10 @@ def _save_component(folder: Path, component: Any) -> Any:
     if isinstance(component, Mapping):
         if "_class_name" not in component:
             raise CheckpointError(f"{folder.name} is a dictionary without _class_name, so not a scheduler")
-        folder.mkdir(parents=True)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dict(component), indent=2) + "\n"
-        (folder / SCHEDULER_FILE).write_text(text, encoding="utf-8")
+        write_atomically(folder / SCHEDULER_FILE, text.encode())
         return ["diffusers", component["_class_name"]]
     module, params = component
     save(folder, module, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,12 +69,22 @@ class Tokenizer:
             )
         input_ids = np.full((len(texts), length), self.pad_token_id, np.int32)
         attention_mask = np.zeros_like(input_ids)
-        cut = []
-        for row, encoding in enumerate(self.backend.encode_batch(list(texts))):
+        cut, texts = [], self._with_all_tokens(texts)
+        for row, encoding in enumerate(self.backend.encode_batch(texts)):
             ids, words = _truncate(length, encoding, texts[row])
             input_ids[row, : len(ids)], attention_mask[row, : len(ids)] = ids, 1
             cut.append(words)
         return Tokens(input_ids, attention_mask, tuple(cut))
+
+    def _with_all_tokens(self, texts: Sequence[str]) -> list[str]:
+        """The texts, in which an added word of several tokens stands as all of them, as in diffusers."""
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        texts = list(texts)
+        for word in sorted(word for word in added if f"{word}_1" in added):
+            count = next(n for n in itertools.count(1) if f"{word}_{n}" not in added)
+            spelled = " ".join(word_of_several(word, count))
+            texts = [text if f"{word}_1" in text else text.replace(word, spelled) for text in texts]
+        return texts
 
     @property
     def largest_token(self) -> int:
@@ -92,6 +103,15 @@ class Tokenizer:
         """
         files = {"tokenizer.json": self.backend.to_str(pretty=True).encode()} | dict(self.files)
         write_together(folder, files, lambda name: name in (*_VOCABULARIES, *_SETTINGS))
+
+
+def word_of_several(word: str, count: int) -> list[str]:
+    """The tokens of an added word, as diffusers names them.
+
+    >>> word_of_several("<cat>", 3)
+    ['<cat>', '<cat>_1', '<cat>_2']
+    """
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
 
 
 def _truncate(length: int, encoding: Any, text: str) -> tuple[list[int], str]:

@@ -15,11 +15,14 @@ COMMANDS = {
     "info": "Describe a run, an exported folder or a preset; without argument, list all names.",
 }
 
+# A word behind a command that makes it another one: jaxldm train finetune.
+SUBCOMMANDS = {"train": ("finetune",)}
+
 # Modules that `--import` names in front of the command: suggested commands need them, too.
 IMPORTED: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("imported", default=())
 
 
 def load_command(name: str) -> type:
-    """The dataclass of the command `name`, a key of `COMMANDS`."""
+    """The dataclass of the command `name`: a key of `COMMANDS`, or one of `SUBCOMMANDS`."""
     module = importlib.import_module(f"jaxldm.commands.{name}")
     return getattr(module, name.capitalize())

@@ -114,7 +114,7 @@ def describe_recipe(recipe: Any) -> str:
     from jaxldm import training
 
     stages = [
-        f"{stage} {part.preset} ({part.epochs} epochs)"
+        f"{stage} {network_of(part)} ({part.epochs} epochs)"
         for stage in training.STAGES
         if (part := getattr(recipe, stage)) is not None
     ]
@@ -212,7 +212,7 @@ def describe_run(folder: Path) -> str:
         rows.append(
             (
                 stage,
-                getattr(recipe, stage).preset,
+                network_of(getattr(recipe, stage)),
                 steps,
                 "complete" if run.stage(stage).complete else "not finished",
             )
@@ -222,13 +222,22 @@ def describe_run(folder: Path) -> str:
     head = f"{folder} is a run of the recipe {recipe.name} on {name}"
     if recipe.generator == "autoencoder" and run.stage("autoencoder").complete:
         return f"{head}\n{table(rows)}\nthe autoencoder:  {run.stage('autoencoder').model}"
+    if recipe.finetune is not None and run.stage("finetune").complete and not run.has_model:
+        from jaxldm.commands.finetune import hint_of
+
+        return f"{head}\n{table(rows)}\nsample:  {hint_of(run, recipe)}"
     if not run.has_model:
         resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
         return f"{head}\n{table(rows)}\nresume:  {resume}"
-    if recipe.text is not None:
+    if pipelines.kind_of(folder) == "text-to-image":
         return f"{head}\n{table(rows)}\n{describe_text_to_image(folder)}"
     pipe = pipelines.load(folder)
     return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\nsample:  {hints.sample(folder, pipe)}"
+
+
+def network_of(stage: Any) -> str:
+    """What a stage of a recipe trains: a preset, or a model that is there."""
+    return getattr(stage, "preset", None) or stage.source
 
 
 def steps_done(stage: Any) -> int:

@@ -14,9 +14,10 @@ from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.reading import shown as shown_value
 
 
-def shown(metavar: str, default: str | None = None) -> Any:
-    """An option with its value shown as `metavar` and its default described by `default`."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})" if default else None)
+def shown(metavar: str, default: str | None = None, name: str | None = None) -> Any:
+    """An option with its value shown as `metavar`, its default described, and perhaps another name."""
+    hint = f"(default: {default})" if default else None
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, name=name)
 
 
 def first_devices(count: int | None) -> list[Any] | None:

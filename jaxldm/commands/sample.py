@@ -30,8 +30,7 @@ OF_TEXTS = (
     "mask",
     "refiner",
     "refiner_start",
-    "lora",
-    "lora_scale",
+    "embedding",
 )
 # Options that do nothing without another one, and those that do nothing without guidance.
 NEEDS = {"lora_scale": "lora", "refiner_start": "refiner", "strength": "image", "mask": "image"}
@@ -109,10 +108,13 @@ class Sample:
     """Fraction of the noise that the base model removes before the --refiner starts."""
 
     lora: Annotated[str | None, shown("FILE", "none")] = None
-    """LoRA file to merge into the weights of the text-to-image model."""
+    """LoRA file to merge into the weights of the model."""
 
     lora_scale: Annotated[float | None, shown("FLOAT", "1")] = None
     """How much of --lora to merge."""
+
+    embedding: Annotated[str | None, shown("FILE", "none")] = None
+    """File of textual inversion, whose word may then stand in --prompt (Stable Diffusion)."""
 
     options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", "none")] = None
     """Options that only the model's family has, as in `--options clip_skip=1 original_size=[768,768]`."""
@@ -232,13 +234,21 @@ class Sample:
         mesh = None if self.mesh is None else read_mesh(self.mesh, self.devices)
         return {"dtype": self.dtype, "mesh": mesh}
 
+    def _with_lora(self, pipe: Any) -> Any:
+        """The model, with the file of --lora in it where there is one."""
+        from jaxldm import pipelines
+
+        if self.lora is None:
+            return pipe
+        return pipelines.with_lora(pipe, self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
+
     def _of_classes(self) -> tuple[Any, float, Any, int]:
         """(images, guidance scale, labels, columns of the grid) of a model of classes."""
         import jax
 
         from jaxldm import pipelines
 
-        pipe = pipelines.load(self.folder, family=self.family, **self._loading())
+        pipe = self._with_lora(pipelines.load(self.folder, family=self.family, **self._loading()))
         labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
         options = supported(pipe, self._common_options(pipe))
@@ -273,8 +283,9 @@ class Sample:
                 f"{self.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
                 "folder, as described on the page of the model"
             )
-        if self.lora is not None:
-            pipe = pipelines.with_lora(pipe, self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
+        pipe = self._with_lora(pipe)
+        if self.embedding is not None:
+            pipe = pipelines.with_embedding(pipe, self.embedding)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask}

@@ -26,6 +26,7 @@ class Train:
     For example:
       jaxldm train mini-ldm --run-dir runs/mini-ldm
       jaxldm train mini-ldm --run-dir runs/mini-ldm --resume        (after an interruption)
+      jaxldm train finetune --help        (a finished model on your own pictures)
 
     Complete stages are not trained again. `jaxldm info` lists the recipes.
     """

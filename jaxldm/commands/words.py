@@ -106,7 +106,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
     several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if several else hint
     metavar = next((extra.metavar for extra in extras if getattr(extra, "metavar", None)), field.name)
-    name = metavar if positional else "--" + field.name.replace("_", "-")
+    own = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name)
+    name = metavar if positional else "--" + own.replace("_", "-")
     return Option(name, kind, several, positional, field.default is dataclasses.MISSING)
 
 

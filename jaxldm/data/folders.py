@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxldm.arguments import a_path, checked, count, instance, number, optional, several
+from jaxldm.arguments import a_path, checked, count, flag, instance, number, optional, several
 from jaxldm.data.buckets import A_BUCKETS, Buckets, assign_buckets, cover, only_bucket
 from jaxldm.data.dataset import Dataset, central_square, padded_square
 from jaxldm.data.example import Example, Skipped
@@ -96,6 +96,7 @@ def _pixels(example: Example) -> Any:
     pad_to=optional(count(1, 2**16)),
     max_skipped=number(0, 1),
     buckets=optional(A_BUCKETS),
+    hold_out=flag,
 )
 def load_folder(
     folder: str | os.PathLike,
@@ -104,6 +105,7 @@ def load_folder(
     pad_to: int | None = None,
     max_skipped: float = MOST_SKIPPED,
     buckets: Buckets | None = None,
+    hold_out: bool = True,
 ) -> Dataset:
     """Returns the pictures of a folder as a dataset; the docstring of this module has the layouts.
 
@@ -118,13 +120,16 @@ def load_folder(
         max_skipped: largest share of pictures that may be skipped.
         buckets: in place of `image_size`: the training pictures keep about their ratio of sides (see
             `jaxldm.data.buckets`); those of the other splits are squares of the buckets' `image_size`.
+        hold_out: False: the only split is train, with every picture (of its folder, where there are splits),
+            and one picture is enough.
 
     Returns:
         The dataset; its `skipped` lists what cannot be used: damaged files, pictures that are too small,
         captions that are missing where others have one.
 
     Raises:
-        DataError: no folder, no pictures, fewer than ten, more skipped than allowed, layouts mixed.
+        DataError: no folder, no pictures, fewer than ten with `hold_out`, more skipped than allowed, layouts
+            mixed.
         InvalidArgumentError: `image_size` is needed; a size out of range.
     """
     root = Path(folder).expanduser()
@@ -165,8 +170,8 @@ def load_folder(
             own_sizes.append(size)
         else:
             skipped.append(Skipped(example.name, problem))
-    _check_enough(root, usable, skipped, max_skipped)
-    dataset = _dataset(root, usable, tuple(skipped), image_size, pad_to)
+    _check_enough(root, usable, skipped, max_skipped, FEWEST if hold_out else 1)
+    dataset = _dataset(root, usable, tuple(skipped), image_size, pad_to, hold_out)
     if buckets is None:
         return dataset
     return _bucketed(dataset, dict(zip(usable, own_sizes, strict=True)), buckets)
@@ -188,7 +193,12 @@ def _bucketed(dataset: Dataset, sizes: dict[Example, tuple[int, int]], buckets: 
 
 
 def _dataset(
-    root: Path, usable: list[Example], skipped: tuple[Skipped, ...], image_size: int, pad_to: int | None
+    root: Path,
+    usable: list[Example],
+    skipped: tuple[Skipped, ...],
+    image_size: int,
+    pad_to: int | None,
+    hold_out: bool,
 ) -> Dataset:
     names = sorted({example.label for example in usable if example.label is not None}, key=_numbers_first)
     numbers = {name: number for number, name in enumerate(names)}
@@ -196,8 +206,8 @@ def _dataset(
     own = np.array([example.split or "train" for example in usable])
     kept = {split: np.flatnonzero(own == split) for split in dict.fromkeys(SPLIT_NAMES.values())}
     sizes = {split: len(rows) for split, rows in kept.items() if len(rows)}
-    parts = {}
-    for split, (origin, records) in split_records(sizes).items():
+    parts, whole = {}, {"train": ("train", np.arange(sizes.get("train", 0)))}
+    for split, (origin, records) in (split_records(sizes) if hold_out else whole).items():
         rows = kept[origin][records]
         parts[split] = FolderRows(tuple(usable[row] for row in rows), labels[rows], image_size, pad_to)
     side = image_size if pad_to is None else pad_to
@@ -233,7 +243,9 @@ def _common_size(root: Path, sizes: Sequence[tuple[int, int]]) -> int:
     )
 
 
-def _check_enough(root: Path, usable: list[Example], skipped: list[Skipped], most: float) -> None:
+def _check_enough(
+    root: Path, usable: list[Example], skipped: list[Skipped], most: float, fewest: int
+) -> None:
     total = len(usable) + len(skipped)
     if len(skipped) > most * total:
         name, reason = skipped[0]
@@ -241,8 +253,8 @@ def _check_enough(root: Path, usable: list[Example], skipped: list[Skipped], mos
             f"{len(skipped)} of the {total} pictures of {root} cannot be used, more than {most:.0%}; the "
             f"first is {shortened(name, 80)}: {shortened(reason, 120)}"
         )
-    if len(usable) < FEWEST:
-        raise DataError(f"{root} has {len(usable)} pictures: at least {FEWEST} are needed")
+    if len(usable) < fewest:
+        raise DataError(f"{root} has {len(usable)} pictures: at least {fewest} are needed")
 
 
 @checked(skipped=several(instance(Skipped, "an entry of a dataset's `skipped`")))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxldm.arguments import a_path, checked, count, optional, text
+from jaxldm.arguments import a_path, checked, count, flag, optional, text
 from jaxldm.data.buckets import A_BUCKETS, Buckets
 from jaxldm.data.dataset import Dataset, RecordRows
 from jaxldm.data.folders import load_folder
@@ -58,6 +58,7 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     image_size=optional(count(1, 2**16)),
     pad_to=optional(count(1, 2**16)),
     buckets=optional(A_BUCKETS),
+    hold_out=flag,
 )
 def load(
     name: str,
@@ -66,6 +67,7 @@ def load(
     image_size: int | None = None,
     pad_to: int | None = None,
     buckets: Buckets | None = None,
+    hold_out: bool = True,
 ) -> Dataset:
     """Returns the dataset of a TFDS name, and prepares it first if it is not in the data folder; or the
     pictures of a folder.
@@ -86,6 +88,7 @@ def load(
         pad_to: side of the black square in whose centre each image is then placed: 28x28 digits become 32x32,
             which halves more often.
         buckets: in place of both, for a folder: the training images keep about their ratio of sides.
+        hold_out: of a folder, see `jaxldm.data.load_folder`.
 
     Raises:
         UnknownNameError: there is no dataset of that name.
@@ -99,7 +102,8 @@ def load(
     if image_size is not None and image_size < 1:
         raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
     if is_folder(name):
-        return load_folder(name, image_size=image_size, pad_to=pad_to, buckets=buckets)
+        options = {"image_size": image_size, "pad_to": pad_to, "buckets": buckets}
+        return load_folder(name, **options, hold_out=hold_out)
     if buckets is not None:
         raise InvalidArgumentError(f"buckets are for folders of pictures, and {shown(name)} is a TFDS name")
     if not _NAME.fullmatch(name):

@@ -88,7 +88,7 @@ def encode_latents(
     encoded = (sliced(encode) if slicing else encode)(images)
     if isinstance(encoded, DiagonalGaussian):
         encoded = encoded.mean if key is None else encoded.sample(key)
-    shift, scale = _shift_and_scale(module.config, encoded)
+    shift, scale = shift_and_scale(module.config, encoded)
     return (encoded - shift) * scale
 
 
@@ -114,7 +114,7 @@ def decode_latents(
 
     if tiling is not None:
         decode = tiled_decoder(decode, module.config, tiling)
-    shift, scale = _shift_and_scale(module.config, latents)
+    shift, scale = shift_and_scale(module.config, latents)
     return (sliced(decode) if slicing else decode)(latents / scale + shift)
 
 
@@ -127,7 +127,7 @@ def _pixels(config: ModelConfig, images: Array) -> Array:
     return images / 2 + 0.5 if _from_zero(config) else images
 
 
-def _shift_and_scale(config: Any, like: Array) -> tuple[Array, Array]:
+def shift_and_scale(config: Any, like: Array) -> tuple[Array, Array]:
     """The scaled latents are (z - shift) * scale; both broadcast against latents such as `like`."""
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is None:

@@ -37,6 +37,7 @@ from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.words import with_embedding, with_word
 
 __all__ = [
     "FAMILIES",
@@ -73,5 +74,7 @@ __all__ = [
     "modules_in",
     "save",
     "save_samples",
+    "with_embedding",
     "with_lora",
+    "with_word",
 ]

@@ -36,7 +36,8 @@ from jaxldm.arguments import (
     several,
     text,
 )
-from jaxldm.checkpoints.lora import a_scale
+from jaxldm.checkpoints.embedding_file import EMBEDDING_FILE
+from jaxldm.checkpoints.lora import FILE_NAMES, a_scale
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.diffusion.predictions import A_PREDICTION
 from jaxldm.entries import read_value, read_values
@@ -119,7 +120,7 @@ def load(
     folder = Path(folder)
     is_run = kind_of(folder, family) == "run"
     if is_run:
-        _check_finished(folder)
+        check_finished(folder)
     index, found = read_json(folder / INDEX_FILE), family_of(folder, family)
     layout, named = found.folder, checkpoints.read_model_index(folder)
     _check_named(folder, _class_name(index, folder), found, named)
@@ -449,12 +450,15 @@ def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
     )
 
 
-def _check_finished(folder: Path) -> None:
+def check_finished(folder: Path) -> None:
+    """Raise `CheckpointError` for a run that holds no finished model, with what to do."""
     recipe, _, _ = _read_run(folder)
     if (folder / "diffusion" / "model").is_dir():
         raise CheckpointError(f"{folder} is a run of version 0.1: export it with that version, and load that")
     entries = read_json(folder / RUN_CONFIG)["recipe"]
-    if entries.get("diffusion", {}) is None and entries.get("masked_tokens") is None:
+    if entries.get("finetune") is not None:
+        _check_finetuned(folder, entries["finetune"])
+    elif entries.get("diffusion", {}) is None and entries.get("masked_tokens") is None:
         raise CheckpointError(
             f"{folder} is the run of an autoencoder alone, which draws nothing: give the run of a recipe "
             "that draws, such as mini-ldm"
@@ -470,6 +474,16 @@ def _check_finished(folder: Path) -> None:
         if found != kind:
             raise CheckpointError(
                 f"{folder} mixes two models: {name} holds a {found}, its {INDEX_FILE} names a {kind}"
+            )
+
+
+def _check_finetuned(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a run whose result is a file for another model."""
+    for file, what, option in ((FILE_NAMES[0], "LoRA", "lora"), (EMBEDDING_FILE, "word", "embedding")):
+        if (folder / file).exists():
+            raise CheckpointError(
+                f"{folder} holds a {what} and no model: draw with the model that it was trained on, jaxldm "
+                f"sample {entries.get('source')} --{option} {folder}"
             )
 
 

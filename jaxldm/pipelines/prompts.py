@@ -148,12 +148,12 @@ def encode_texts(
                 stacklevel=2,
             )
         own = np.asarray(tokens.attention_mask)[k : k + 1] if mask else None
-        known[text] = jax.tree.map(np.asarray, _encode(encoder, ids[None], own, skip, final_norm))
+        known[text] = jax.tree.map(np.asarray, encode_ids(encoder, ids[None], own, skip, final_norm))
     return jax.tree.map(lambda *rows: np.concatenate(rows), *(known[text] for text in texts))
 
 
 @functools.partial(jax.jit, static_argnames=("skip", "final_norm"))
-def _encode(encoder: Network, input_ids: Any, mask: Any, skip: int, final_norm: bool) -> Encoded:
+def encode_ids(encoder: Network, input_ids: Any, mask: Any, skip: int, final_norm: bool) -> Encoded:
     encoding = encoder(input_ids) if mask is None else encoder(input_ids, mask)
     hidden = _states(encoder, encoding, skip, final_norm)
     pooled = encoding.pooled if encoding.text_embeds is None else encoding.text_embeds

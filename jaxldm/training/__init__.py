@@ -25,6 +25,8 @@ from jaxldm.training.codebook import (
 )
 from jaxldm.training.denoiser_terms import alignment_loss, kept_tokens
 from jaxldm.training.equivariance import equivariance_loss
+from jaxldm.training.finetune_recipe import FinetuneRecipe, LoraRecipe, PriorRecipe, WordRecipe
+from jaxldm.training.finetune_source import finetune_recipe
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.kept import KeptParams, kept_steps, post_hoc_ema, read_kept
 from jaxldm.training.known_recipes import RECIPES
@@ -64,17 +66,21 @@ __all__ = [
     "Codebook",
     "DiffusionRecipe",
     "DiscriminatorRecipe",
+    "FinetuneRecipe",
     "KeptParams",
+    "LoraRecipe",
     "MaskedTokensRecipe",
     "Optimizer",
     "Plan",
     "Player",
+    "PriorRecipe",
     "Quantized",
     "Recipe",
     "RunFolder",
     "StageFolder",
     "TextRecipe",
     "TrainState",
+    "WordRecipe",
     "adaptive_weight",
     "alignment_loss",
     "annealed_beta",
@@ -85,6 +91,7 @@ __all__ = [
     "create_train_state",
     "discriminator_loss",
     "equivariance_loss",
+    "finetune_recipe",
     "fit",
     "freeze",
     "kept_steps",

@@ -91,15 +91,15 @@ def as_posterior(encoded: Any) -> DiagonalGaussian:
 
 
 def encode_all(
-    module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"] | Rows
+    module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"] | Rows, at_once: int = 256
 ) -> DiagonalGaussian:
-    """The posteriors of any number of images, not scaled, on the host."""
+    """The posteriors of any number of images, so many at once, not scaled, on the host."""
 
     @jax.jit
     def encode(params: Any, batch: Any) -> DiagonalGaussian:
         return as_posterior(module.apply({"params": params}, batch, method="encode"))
 
-    return map_batches(lambda batch: encode(params, batch), images)
+    return map_batches(lambda batch: encode(params, batch), images, at_once)
 
 
 def prepare(context: Context) -> Job:

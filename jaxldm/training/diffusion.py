@@ -24,6 +24,7 @@ from jaxldm.data.folders import FolderRows, identity
 from jaxldm.data.shards import ShardRows, rows_per_shard
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
+from jaxldm.models.autoencoder import shift_and_scale
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import shortened
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
@@ -77,7 +78,11 @@ def latent_shape(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int
     """(h, w, c) of what the denoising network works on, without computing anything."""
     if recipe.autoencoder is None:
         return cast(tuple[int, int, int], tuple(image_shape))
-    module = build_autoencoder(recipe, image_shape)
+    return encoded_shape(build_autoencoder(recipe, image_shape), image_shape)
+
+
+def encoded_shape(module: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of an autoencoder, without computing anything."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def encode(params, x) -> Any:
@@ -189,7 +194,7 @@ def latent_columns(context: Context) -> Rows:
     rows = context.train_rows()
     if context.recipe.autoencoder is None:
         return with_names(rows, mean="image", label="label")
-    images, labels = _identity_and_labels(rows, context.dataset)
+    images, labels = identity_and_labels(rows, context.dataset)
     own = buckets_of(rows)
     if own is None:
         return RowsWith(
@@ -208,25 +213,50 @@ def latent_columns(context: Context) -> Rows:
 def _latents(
     context: Context, rows: Rows, images: Any, shape: tuple[int, int, int], folder: Path
 ) -> ShardRows:
-    """The latents of examples of one shape; those that are in shards in `folder` are not computed again."""
-    module, params = checkpoints.load(context.run.stage(AUTOENCODER).model)
-    scale = np.float32(module.config.scaling_factor)
-    shift = np.float32(getattr(module.config, "shift_factor", None) or 0.0)  # one with a codebook has none
+    """The latents of examples of one shape."""
+    autoencoder = checkpoints.load(context.run.stage(AUTOENCODER).model)
+    log = lambda line: context.log(f"{STAGE}: {line}")  # noqa: E731
+    latents = latents_of(autoencoder, rows, images, shape, folder, log)
+    return latents.only(*(("mean", "std") if denoiser_recipe(context.recipe).sample_latents else ("mean",)))
+
+
+def latents_of(
+    autoencoder: tuple[nn.Module, Params],
+    rows: Rows,
+    images: Any,
+    shape: tuple[int, int, int],
+    folder: Path,
+    log: Callable[[str], None],
+    at_once: int = 256,
+) -> ShardRows:
+    """The latents of examples of one shape; those that are in shards in `folder` are not computed again.
+
+    Args:
+        autoencoder: finished.
+        rows: the examples, column `image`.
+        images: theirs or a hash of them, for the key.
+        shape: (H, W, C) of them.
+        folder: of the shards.
+        log: is given a line before a shard is computed.
+        at_once: images that are encoded together.
+    """
+    module, params = cast(Any, autoencoder[0]), autoencoder[1]
+    shift, scale = (np.asarray(part) for part in shift_and_scale(module.config, jnp.zeros((), jnp.float32)))
 
     def compute(start: int, stop: int) -> dict[str, Any]:
-        context.log(f"diffusion: encoding the training images {start + 1} to {stop} of {len(rows)}")
+        log(f"encoding the training images {start + 1} to {stop} of {len(rows)}")
         part = rows.columns["image"][start:stop] if isinstance(rows, ArrayRows) else None
-        posterior = encode_all(module, params, RowsAt(rows, np.arange(start, stop)) if part is None else part)
+        some = RowsAt(rows, np.arange(start, stop)) if part is None else part
+        posterior = encode_all(module, params, some, at_once)
         return {
             "mean": (posterior.mean - shift) * scale,
             "std": np.exp(0.5 * posterior.log_variance) * scale,
         }
 
     config = json.dumps(models.config_to_dict(module.config), sort_keys=True)
-    row = jax.ShapeDtypeStruct(latent_shape(context.recipe, shape), np.float32)
+    row = jax.ShapeDtypeStruct(encoded_shape(module, shape), np.float32)
     key, size = fingerprint(params, config, images, str(shape)), rows_per_shard(mean=row, std=row)
-    latents = sharded(folder, key, len(rows), compute, size)
-    return latents.only(*(("mean", "std") if denoiser_recipe(context.recipe).sample_latents else ("mean",)))
+    return sharded(folder, key, len(rows), compute, size)
 
 
 def with_images(context: Context, rows: Rows) -> Rows:
@@ -234,7 +264,7 @@ def with_images(context: Context, rows: Rows) -> Rows:
     return JoinedRows(rows, with_names(context.train_rows(), image="image"))
 
 
-def _identity_and_labels(rows: Rows, dataset: Dataset) -> tuple[Any, Int[np.ndarray, " N"]]:
+def identity_and_labels(rows: Rows, dataset: Dataset) -> tuple[Any, Int[np.ndarray, " N"]]:
     """(images or a hash of them, labels) of training examples."""
     if isinstance(rows, ArrayRows):
         return rows.columns["image"], rows.columns["label"]

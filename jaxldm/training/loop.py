@@ -74,7 +74,12 @@ def SOME_BATCHES(name: str, value: Any) -> Any:
 
 
 def _resume(
-    state: TrainState, store: TrainingStore, resume: bool, rows: CsvLog, log: Callable[[str], None]
+    state: TrainState,
+    store: TrainingStore,
+    resume: bool,
+    rows: CsvLog,
+    log: Callable[[str], None],
+    save_frozen: bool,
 ) -> tuple[TrainState, int, float]:
     """State, updates done and seconds spent, from the newest whole checkpoint where there is one."""
     if not resume and (store.steps() or rows.path.exists()):
@@ -82,11 +87,17 @@ def _resume(
             f"{rows.path.parent} already holds a run: type --resume (resume=True) to go on with it, "
             "or choose another folder to start a new one"
         )
-    restored = store.restore_latest(state, log) if resume else None
+    restored = store.restore_latest(_saved(state, save_frozen), log) if resume else None
     if restored is None:
         return state, 0, rows.keep_until(0, log)
     log(f"resuming from the checkpoint of step {restored.step}")
-    return restored.state, restored.step, rows.keep_until(restored.step, log)
+    found = restored.state if save_frozen else restored.state.replace(frozen=state.frozen)
+    return found, restored.step, rows.keep_until(restored.step, log)
+
+
+def _saved(state: TrainState, save_frozen: bool) -> TrainState:
+    """What a checkpoint holds of a state."""
+    return state if save_frozen else state.replace(frozen=None)
 
 
 @checked(
@@ -102,6 +113,7 @@ def _resume(
     explain_divergence=optional(function("(step, metrics) -> text")),
     log=function("(line)"),
     bar=optional(flag),
+    save_frozen=flag,
 )
 def fit(
     state: TrainState,
@@ -117,6 +129,7 @@ def fit(
     explain_divergence: Callable[[int, dict[str, Any]], str] | None = None,
     log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
+    save_frozen: bool = True,
 ) -> TrainState:
     """Run `train_step` until `plan.num_steps` updates are done, and return the last state.
 
@@ -139,6 +152,8 @@ def fit(
         explain_divergence: `explain_divergence(step, metrics)`, the words for a loss that is not finite.
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
+        save_frozen: False: checkpoints lack `state.frozen`, which whoever resumes gives again: the weights of
+            a published model under an adapter are large, and lie on the disk already.
 
     Raises:
         DivergenceError: the losses or gradients of ten updates in a row were not finite; the last good
@@ -160,11 +175,11 @@ def fit(
         TrainingStore(run_dir / "checkpoints", plan.keep, lambda: held.lost() is None) as store,
         StopRequest() as stop,
     ):
-        state, start, seconds = _resume(state, store, resume, rows, log)
-        store.check_space(state)
+        state, start, seconds = _resume(state, store, resume, rows, log, save_frozen)
+        store.check_space(_saved(state, save_frozen))
         counts = {"start": start, "num_steps": plan.num_steps, "steps_per_epoch": len(batches)}
         progress = Progress(rows, name=name, **counts, seconds=seconds, log=log, bar=bar)
-        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, held, log)
+        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, held, log, save_frozen)
         with contextlib.closing(progress):
             step, state = compile_train_step(train_step, mesh), place_state(mesh, state)
             state = loop.run(state, step, batches, mesh, start)
@@ -187,6 +202,7 @@ class _Loop:
     on_sample: Callable[[TrainState, int], None] | None
     held: HeldFolder
     log: Callable[[str], None]
+    save_frozen: bool
 
     @property
     def run_dir(self) -> Path:
@@ -250,7 +266,7 @@ class _Loop:
         if self.progress.diverged:
             self.end_diverged()
         with TrainingStore(lost.place / "checkpoints", self.plan.keep) as store:
-            store.save(step, state)
+            store.save(step, _saved(state, self.save_frozen))
         raise CheckpointError(
             f"{self.run_dir} {lost.what} during the training: the state of step {step} is saved in "
             f"{lost.place}; to go on, type the same command with --resume and --run-dir {lost.place.parent}"
@@ -270,7 +286,7 @@ class _Loop:
         self.progress.drain()
         if self.progress.diverged:
             self.end_diverged()
-        self.store.save(step, state)
+        self.store.save(step, _saved(state, self.save_frozen))
 
     def end_early(self, step: int) -> None:
         self.store.wait()

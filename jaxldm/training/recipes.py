@@ -17,23 +17,15 @@ from jaxldm.data import Dataset
 from jaxldm.entries import Read, build, check_types, read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
-from jaxldm.reading import shown
 from jaxldm.training.equivariance import some_scales
-from jaxldm.training.optimizer import OPTIMIZERS
-from jaxldm.training.power_ema import SOME_LENGTHS
-
-
-def _tupled(value: Any, place: str) -> Any:
-    """The options of a file, whose lists stand for tuples."""
-    if value is not None and not isinstance(value, Mapping):
-        raise CheckpointError(f"{place} must be an object, not {shown(value)}")
-    return _deep_tuples(value)
-
-
-def _deep_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _deep_tuples(entry) for key, entry in value.items()}
-    return tuple(_deep_tuples(entry) for entry in value) if isinstance(value, (tuple, list)) else value
+from jaxldm.training.finetune_recipe import FinetuneRecipe
+from jaxldm.training.stage_recipe import (
+    WEIGHTS,
+    Options,
+    StageRecipe,
+    check_not_negative,
+    from_table,
+)
 
 
 def _prediction(entries: Any, place: str) -> D.Prediction:
@@ -44,77 +36,6 @@ def _prediction(entries: Any, place: str) -> D.Prediction:
         return D.prediction(name, path, **read_values(options, {"sigma_data": float}, place))
     except (AttributeError, TypeError, ValueError, InvalidArgumentError, UnknownNameError) as error:
         raise CheckpointError(f"{place}: {error}") from error
-
-
-Options = Annotated[Mapping[str, Any], Read(_tupled)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageRecipe:
-    """What every trained network has.
-
-    Attributes:
-        preset: a name in `jaxldm.models.PRESETS`.
-        overrides: changed fields of its config. Image size, channels and number of classes come from the
-            data and need not be given.
-        epochs: how often each example is seen.
-        batch_size: examples in an update.
-        accumulate: the batch is computed in so many parts, one after another: with the memory of a part.
-        optimizer: "adamw", "lion", "muon", "schedule_free_adamw" or "prodigy".
-        learning_rate, final_scale, weight_decay, max_grad_norm, b1, b2: see `jaxldm.training.optimizer`.
-        warmup_epochs: of the learning rate; may be a fraction.
-        ema_decay: of the moving average of the parameters, which is what the finished model then holds.
-        power_ema: relative lengths of the power-function averages that each checkpoint keeps besides, such
-            as (0.05, 0.1): `jaxldm.training.post_hoc_ema` makes one of any length of them.
-        dtype: compute type, "float32" or "bfloat16"; parameters, loss and optimizer are float32.
-        save_every: epochs between checkpoints; 0: only at the end. (On Ctrl-C there is always one.)
-        sample_every: epochs between pictures of what the model makes; 0: none.
-        keep_checkpoints: the newest so many stay; `jaxldm inspect` measures those of the denoising network.
-    """
-
-    preset: str
-    overrides: Options = dataclasses.field(default_factory=dict)
-    epochs: int = 10
-    batch_size: int = 64
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    warmup_epochs: float = 0.5
-    final_scale: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    ema_decay: float | None = None
-    power_ema: tuple[float, ...] = ()
-    dtype: str = "float32"
-    save_every: int = 5
-    sample_every: int = 0
-    keep_checkpoints: int = 2
-
-    def __post_init__(self):
-        check_types(self)
-        for name in ("epochs", "batch_size", "accumulate", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("warmup_epochs", "save_every", "sample_every"):
-            if not getattr(self, name) >= 0:
-                raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise InvalidArgumentError(f"ema_decay must be in [0, 1), or be None, got {self.ema_decay}")
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("optimizer", self.optimizer, OPTIMIZERS)
-        SOME_LENGTHS("power_ema", self.power_ema)
-        if self.optimizer == "schedule_free_adamw" and self.ema_decay is not None:
-            raise InvalidArgumentError(
-                "schedule_free_adamw keeps its own average of the parameters: leave ema_decay out (None)"
-            )
-
-
-def _check_not_negative(recipe: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(recipe, name) < float("inf"):
-            raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(recipe, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +62,7 @@ class DiscriminatorRecipe:
 
     def __post_init__(self):
         check_types(self)
-        _check_not_negative(self, "weight", "start_epochs")
+        check_not_negative(self, "weight", "start_epochs")
         one_of("discriminator loss", self.loss, ("hinge", "vanilla"))
 
 
@@ -187,8 +108,8 @@ class AutoencoderRecipe(StageRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_not_negative(self, "beta", "beta_warmup_epochs", "free_bits", "commitment")
-        _check_not_negative(self, "perceptual_weight", "equivariance_weight")
+        check_not_negative(self, "beta", "beta_warmup_epochs", "free_bits", "commitment")
+        check_not_negative(self, "perceptual_weight", "equivariance_weight")
         one_of("reconstruction", self.reconstruction, ("mse", "l1"))
         number(0, 1)("codebook_decay", self.codebook_decay)
         number(0, below=1)("restart_below", self.restart_below)
@@ -198,22 +119,6 @@ class AutoencoderRecipe(StageRecipe):
     def uses_classifier(self) -> bool:
         """Whether its perceptual distance is by the run's classifier."""
         return self.perceptual_weight > 0 and self.perceptual_file is None
-
-
-# Name of a weight of the loss -> maker.
-WEIGHTS: dict[str, Callable[..., Callable[[Any], Any]]] = {"min_snr": D.min_snr, "p2": D.p2}
-
-
-def _from_table(kind: str, table: Mapping[str, Callable[..., Any]], entry: Mapping[str, Any] | None) -> Any:
-    """What a recipe's entry {"name": ..., option: ...} stands for; None stays None."""
-    if entry is None:
-        return None
-    options = dict(entry)
-    make = table[one_of(kind, options.pop("name", None), table)]
-    try:
-        return make(**options)
-    except TypeError as error:
-        raise InvalidArgumentError(f"{kind} {shown(dict(entry))}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +139,7 @@ class AlignmentRecipe:
 
     def __post_init__(self):
         check_types(self)
-        _check_not_negative(self, "weight")
+        check_not_negative(self, "weight")
         count(1)("block", self.block)
         count(1)("hidden", self.hidden)
 
@@ -291,11 +196,11 @@ class DiffusionRecipe(StageRecipe):
 
     def make_weight(self) -> Callable[[Any], Any] | None:
         """log-SNR -> weight, for `diffusion_loss`."""
-        return _from_table("weight", WEIGHTS, self.weight)
+        return from_table("weight", WEIGHTS, self.weight)
 
     def make_time(self) -> Callable[..., Any] | None:
         """(key, shape, path) -> t, for `diffusion_loss`."""
-        return _from_table("time", D.TRAINING_TIMES, self.time)
+        return from_table("time", D.TRAINING_TIMES, self.time)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,6 +292,7 @@ class Recipe:
         diffusion: the denoising network; None for a masked image model, or an autoencoder alone.
         masked_tokens: the masked image model; None for a denoising network.
         classifier: None: no metrics that need one.
+        finetune: of a model that is there, in place of all stages; `finetune_recipe` makes such a recipe.
         text: None: the condition is the class; else it is the caption, and the finished run is a pipeline
             folder of the network's family, such as Stable Diffusion.
         seed: of every random number.
@@ -402,6 +308,7 @@ class Recipe:
     diffusion: DiffusionRecipe | None = dataclasses.field(default_factory=DiffusionRecipe)
     masked_tokens: MaskedTokensRecipe | None = None
     classifier: ClassifierRecipe | None = None
+    finetune: FinetuneRecipe | None = None
     text: TextRecipe | None = None
     seed: int = 0
 
@@ -413,6 +320,9 @@ class Recipe:
             )
         if self.max_train_images is not None and self.max_train_images < 1:
             raise InvalidArgumentError(f"max_train_images must be >= 1, got {self.max_train_images}")
+        if self.finetune is not None:
+            self._check_finetuning()
+            return
         if self.text is not None and self.autoencoder is None:
             raise InvalidArgumentError("a recipe with text needs an autoencoder: it draws latents")
         if self.diffusion is not None and self.masked_tokens is not None:
@@ -440,10 +350,18 @@ class Recipe:
                 "a masked image model has grey levels as its tokens: leave the autoencoder out"
             )
 
+    def _check_finetuning(self) -> None:
+        stages = ("autoencoder", "diffusion", "masked_tokens", "classifier", "text", "pad_to", "buckets")
+        others = [name for name in stages if getattr(self, name) is not None]
+        if others:
+            raise InvalidArgumentError(
+                f"a recipe with finetune takes all else from the model: give {others[0]}=None"
+            )
+
     @property
     def generator(self) -> str:
-        """The stage that trains what draws, "diffusion" or "masked_tokens"; else "autoencoder"."""
-        drawing = ("diffusion", "masked_tokens")
+        """The stage that trains what draws; "autoencoder" where none does."""
+        drawing = ("diffusion", "masked_tokens", "finetune")
         return next((stage for stage in drawing if getattr(self, stage) is not None), "autoencoder")
 
     @property
@@ -455,7 +373,8 @@ class Recipe:
 
     def load_data(self) -> Dataset:
         """The images of the recipe, as its networks see them. Raises as `jaxldm.data.load` does."""
-        return data.load(self.data, image_size=self.image_size, pad_to=self.pad_to, buckets=self.buckets)
+        options = {"image_size": self.image_size, "pad_to": self.pad_to, "buckets": self.buckets}
+        return data.load(self.data, **options, hold_out=self.finetune is None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: nested dictionaries, lists, numbers and strings."""

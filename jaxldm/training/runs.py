@@ -8,6 +8,8 @@
                                                  some have text_encoder_2/, tokenizer_2/ besides
     runs/NAME/scheduler/scheduler_config.json    its path and prediction
     runs/NAME/model_index.json                   names these; written last
+    runs/NAME/pytorch_lora_weights.safetensors   in place of all these: the adapter of a fine-tuning,
+    runs/NAME/learned_embeds.safetensors         or the new word of a textual inversion
     runs/NAME/classifier/model/                  the finished classifier
     runs/NAME/captions.npz                       what the text encoder made of the captions
     runs/NAME/latents/                           what the autoencoder made of the training images, in shards
@@ -20,9 +22,9 @@ them. Networks are config.json and safetensors.
 
 So is the run of a masked image model, as a `MaskGITPipeline` of transformer and scheduler.
 
-A stage is "autoencoder", "diffusion", "masked_tokens" or "classifier". Its folder has checkpoints/, log.csv,
-loss.png, grad_norm.png, health.txt (not the classifier), and reconstructions.png, samples/step-*.png or
-metrics.json.
+A stage is "autoencoder", "diffusion", "masked_tokens", "finetune" or "classifier". Its folder has
+checkpoints/, log.csv, loss.png, grad_norm.png, health.txt (not the classifier, nor a fine-tuning), and
+reconstructions.png, samples/step-*.png or metrics.json.
 Finished networks are renamed into place: each is whole or absent.
 """
 
@@ -40,9 +42,14 @@ import flax.linen as nn
 
 from jaxldm import __version__, checkpoints, models
 from jaxldm.arguments import a_path, checked
+from jaxldm.checkpoints.embedding_file import EMBEDDING_FILE
+from jaxldm.checkpoints.lora import FILE_NAMES
+from jaxldm.checkpoints.pipeline_folder import save_component
 from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
+from jaxldm.pipelines import folders as pipeline_folders
+from jaxldm.pipelines.network import Network
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
 from jaxldm.training.hold import LOCK_FILE
 from jaxldm.training.recipes import Recipe
@@ -51,8 +58,9 @@ from jaxldm.training.state import Params
 from jaxldm.training.store import TrainingStore
 
 FORMAT = 2  # of config.json
-STAGES = ("autoencoder", "diffusion", "masked_tokens", "classifier")
+STAGES = ("autoencoder", "diffusion", "masked_tokens", "finetune", "classifier")
 PIPELINE_CLASS, MASKGIT_CLASS = "LatentDiffusionPipeline", "MaskGITPipeline"
+LORA_FILE = FILE_NAMES[0]  # the name that diffusers looks for
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
 
@@ -125,6 +133,10 @@ class RunFolder:
         path = self.path / name
         if name == "masked_tokens":
             return StageFolder(path, self.path / "transformer", self.index)
+        if name == "finetune":
+            files = [self.path / name for name in (LORA_FILE, EMBEDDING_FILE)]
+            mark = next((file for file in files if file.exists()), self.index)
+            return StageFolder(path, self.path, mark)
         if name == "diffusion":
             transformer = self.path / "transformer"
             return StageFolder(path, transformer if transformer.is_dir() else self.path / "unet", self.index)
@@ -174,6 +186,18 @@ def save_denoiser(
     with storage_errors(run.path):
         (run.path / SCHEDULER_FILE).parent.mkdir(exist_ok=True)
     write_atomically(run.path / SCHEDULER_FILE, _as_json(dict(scheduler)))
+    write_atomically(run.index, _as_json(index))
+
+
+def save_pipeline(run: RunFolder, pipe: Any) -> None:
+    """Write a whole model into a run folder; model_index.json last: it is complete then, and only then."""
+    layout = pipe.family.folder
+    index: dict[str, Any] = {"_class_name": layout.class_name(pipe), "_jaxldm_version": __version__}
+    index |= dict(layout.constants) | layout.write_options(pipe)
+    for name, part in pipe.parts.items():
+        if part is not None or not pipeline_folders.draws_classes(pipe.family):
+            component = (part.module, part.params) if isinstance(part, Network) else part
+            index[name] = save_component(run.path / name, component)
     write_atomically(run.index, _as_json(index))
 
 

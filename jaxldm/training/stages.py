@@ -29,6 +29,7 @@ from jaxldm.training.mesh import check_batch_size
 from jaxldm.training.optimizer import Optimizer, optimizer
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import RunFolder, StageFolder
+from jaxldm.training.stage_recipe import UpdatesRecipe
 from jaxldm.training.state import Params
 from jaxldm.training.step import LossFunction, Player
 
@@ -102,6 +103,7 @@ class Job(NamedTuple):
             writes the network into the run folder; then, and only then, the stage is complete.
         preview: (parameters, step) -> None, a picture of how far it is, every `sample_every` epochs.
         frozen: what the loss finds as `state.frozen`.
+        save_frozen: whether checkpoints hold that; False where `frozen` is always the same.
         freeze: patterns of parameters that stay as `init` made them (`jaxldm.training.freeze`). The loss,
             the preview and the end are given the whole network all the same.
     """
@@ -113,6 +115,7 @@ class Job(NamedTuple):
     preview: Callable[[Params, int], None] | None = None
     frozen: Any = None
     freeze: Sequence[str] = ()
+    save_frozen: bool = True
 
 
 class Task(NamedTuple):
@@ -122,10 +125,13 @@ class Task(NamedTuple):
         build: (recipe, image shape, number of classes) -> the network. Raises `UnknownNameError` and
             `InvalidArgumentError` for whatever would fail later; computes nothing.
         prepare: (context) -> the job: reads or computes what is trained on. Trains nothing.
+        check: (recipe, data, mesh), in place of the usual checks of the memory and the data; raises for
+            whatever would fail later. None: the usual ones.
     """
 
     build: Callable[[Recipe, tuple[int, int, int], int], nn.Module]
     prepare: Callable[[Context], Job]
+    check: Callable[[Recipe, Dataset, Mesh], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +176,7 @@ def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
     return shape[0] if shape[0] == shape[1] else (shape[0], shape[1])
 
 
-def make_optimizer(recipe: StageRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
+def make_optimizer(recipe: UpdatesRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
     """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`."""
     check_batch_size(mesh, recipe.batch_size, recipe.accumulate)
     if recipe.batch_size > num_examples:

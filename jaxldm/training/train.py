@@ -24,6 +24,7 @@ from jaxldm.metrics.health import check_loss
 from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
 from jaxldm.training.classifier import TASK as CLASSIFIER_TASK
 from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
+from jaxldm.training.finetuning import TASK as FINETUNE_TASK
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.loop import fit
@@ -42,6 +43,7 @@ TASKS = {
     "autoencoder": AUTOENCODER_TASK,
     "diffusion": DIFFUSION_TASK,
     "masked_tokens": MASKED_TOKENS_TASK,
+    "finetune": FINETUNE_TASK,
     "classifier": CLASSIFIER_TASK,
 }
 
@@ -64,7 +66,10 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
         )
     for stage in stages_of(recipe):
         module = TASKS[stage].build(recipe, dataset.image_shape, dataset.num_classes)
-        if stage == recipe.generator:
+        own_check = TASKS[stage].check
+        if own_check is not None:
+            own_check(recipe, dataset, mesh)
+        elif stage == recipe.generator:
             _check_state_fits(getattr(recipe, stage), module, mesh)
     num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
     for stage in stages_of(recipe):
@@ -174,6 +179,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
             explain_divergence=explain_divergence,
             log=context.log,
             bar=context.bar,
+            save_frozen=job.save_frozen,
         )
     job.finish(finished_params(state))
 

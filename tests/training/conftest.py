@@ -1,7 +1,13 @@
 """What several files of this folder use."""
 
+import functools
+from unittest import mock
+
+import flax.linen as nn
 import jax
 import pytest
+
+from jaxldm import models
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +24,16 @@ def compile_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def shapes_once():
+    """The shapes of a network are found once, where one folder is opened again and again."""
+    real, cached = models.shapes, functools.cache(models.shapes)
+
+    def shapes(module):
+        found = cached(module) if isinstance(module, nn.Module) else real(module)
+        return jax.tree.map(lambda leaf: leaf, found)
+
+    with mock.patch.object(models, "shapes", shapes):
+        yield

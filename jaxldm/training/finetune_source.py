@@ -1,0 +1,266 @@
+"""The model that a fine-tuning starts from, without its weights, and whether recipe and data fit it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxldm import checkpoints, models, pipelines
+from jaxldm.arguments import a_path, checked, count, optional, text
+from jaxldm.data import Dataset, load_folder, source_name
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
+from jaxldm.exact import LARGEST_UINT32
+from jaxldm.memory import check_fits
+from jaxldm.models.adapters import init_lora
+from jaxldm.pipelines.folders import check_finished, draws_classes, family_of
+from jaxldm.pipelines.inputs import INPAINTING_CHANNELS
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.words import check_takes_words
+from jaxldm.reading import read_json, reading, shortened, shown
+from jaxldm.training.finetune_recipe import FinetuneRecipe, WordRecipe, make_finetuning
+from jaxldm.training.freezing import freeze
+from jaxldm.training.recipes import Recipe
+
+# Families whose networks train on the plain loss of their path.
+FAMILIES = (
+    *("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "PixArtSigma", "PixArtAlpha"),
+    *("ClassToImage", "DiT"),
+)
+
+
+@checked(
+    source=a_path,
+    data=a_path,
+    method=text,
+    image_size=optional(count(1, 2**16)),
+    seed=count(0, LARGEST_UINT32),
+)
+def finetune_recipe(
+    source: str | os.PathLike,
+    data: str | os.PathLike,
+    method: str = "lora",
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Recipe:
+    """The recipe that trains a model further on pictures, for `train`.
+
+    Captions are those of the pictures; a model of classes needs as many classes of pictures as it has.
+
+    Args:
+        source: folder of the model: a published one, an exported one, or a run.
+        data: folder of pictures (see `jaxldm.data.load_folder`), all of which are trained on, or a TFDS name.
+        method: "lora": an adapter of low rank, which becomes one file; "full": all parameters of the network;
+            "freeze": those that no pattern of `freeze` names; "dreambooth": one subject, whose pictures have
+            the caption `instance_prompt`, beside pictures of its class; "textual-inversion": the embeddings
+            of a new word alone, which become a file. What is no file is a model of its own.
+        image_size: side to which the central square of each picture is scaled; None: the model's own.
+        seed: of every random number.
+        options: fields of `FinetuneRecipe`, and what a method alone has: rank, alpha, targets and lora_names
+            of lora (and of dreambooth, which is one then); freeze of freeze; instance_prompt, class_prompt,
+            class_images (a folder) or num_class_images, and prior_weight of dreambooth; word, initial_text,
+            num_vectors and templates of textual-inversion.
+
+    Raises:
+        CheckpointError: no such model, or one that cannot be trained so.
+        UnknownNameError: a method or an option that does not exist.
+        InvalidArgumentError: an option without effect, or with a value that cannot be.
+
+    >>> from jaxldm import training                                                        # doctest: +SKIP
+    >>> recipe = training.finetune_recipe("stable-diffusion-v1-5", "my-pictures", rank=4)  # doctest: +SKIP
+    >>> run = training.train(recipe, "runs/my-lora")                                       # doctest: +SKIP
+    """
+    own = make_finetuning(source, method, options)
+    if image_size is None:
+        height, width = outline_of(own).default_size
+        if height != width:
+            raise InvalidArgumentError(
+                f"{source} draws {width}x{height} pixels: give image_size, for squares"
+            )
+        image_size = height
+    where = {"data": source_name(data), "image_size": image_size}
+    return Recipe(name="finetune", **where, diffusion=None, finetune=own, seed=seed)
+
+
+def outline_of(recipe: FinetuneRecipe) -> Pipeline:
+    """The model of a fine-tuning without its parameters. Reads configs and tokenizers alone.
+
+    Raises:
+        CheckpointError: no model, a damaged one, or one of a kind that is not trained on this loss.
+    """
+    folder = Path(recipe.source)
+    if pipelines.kind_of(folder) == "run":
+        check_finished(folder)
+    index, family = read_json(folder / pipelines.folders.INDEX_FILE), family_of(folder)
+    if family.name not in FAMILIES:
+        raise CheckpointError(
+            f"{folder} is a model of the family {family.name}: those that can be fine-tuned are "
+            f"{', '.join(FAMILIES)}"
+        )
+    layout, named = family.folder, checkpoints.read_model_index(folder)
+    modules = pipelines.modules_in(folder)
+    others = [name for name in (*layout.parts, *layout.optional) if name in named and name not in modules]
+    parts: dict[str, Any] = dict(checkpoints.load_components(folder, only=others))
+    parts |= {name: Network(module, {}) for name, module in modules.items()}
+    with reading(folder):
+        pipe = Pipeline(family, parts, layout.read_options(index, layout))
+        pipe.check_parts()
+    _check_kind(folder, pipe)
+    return with_single_blocks(pipe) if recipe.freeze else pipe
+
+
+def _check_kind(folder: Path, pipe: Pipeline) -> None:
+    """Refuse models of a family whose networks learned something else than to denoise from a condition."""
+    config = pipe.denoiser.config
+    if getattr(config, "in_channels", None) == INPAINTING_CHANNELS:
+        what, instead = "an inpainting model", "the model that it was made from"
+    elif getattr(config, "time_cond_proj_dim", None) is not None:
+        what, instead = "a latent consistency model", "the model that it was distilled from"
+    elif pipe.options.get("requires_aesthetics_score"):
+        what, instead = "the refiner of SDXL", "the base model"
+    elif draws_classes(pipe.family) and pipe.num_classes is None:
+        what, instead = "a model without classes and captions", "one that has either"
+    else:
+        return
+    raise CheckpointError(f"{folder} is {what}, which this loss would spoil: fine-tune {instead}")
+
+
+def with_single_blocks(pipe: Pipeline) -> Pipeline:
+    """The pipeline with the blocks of its network one by one, by which they can be named."""
+    module, params = pipe.denoiser.module, pipe.denoiser.params
+    config = cast(Any, module).config
+    if not getattr(config, "scan", False):
+        return pipe
+    single = models.from_config(dataclasses.replace(config, scan=False))
+    if params:
+        params = checkpoints.from_state_dict(checkpoints.to_state_dict(params), models.shapes(single))
+    return pipe.replace(denoiser=Network(single, params))
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """The network of a fine-tuning. Raises as `outline_of`."""
+    return outline_of(cast(FinetuneRecipe, recipe.finetune)).denoiser.module
+
+
+def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
+    """Refuse what would fail later, before anything is written or compiled.
+
+    Raises:
+        CheckpointError: as `outline_of`; a scheduler that is not known.
+        DataError: pictures without captions, or of other classes.
+        InvalidArgumentError: a pattern that names nothing, a rank that is too large, captions that are too
+            long, a size that the network cannot work on, more than the memory.
+    """
+    own = cast(FinetuneRecipe, recipe.finetune)
+    pipe = outline_of(own)
+    with reading(Path(own.source)):
+        pipe.prediction  # noqa: B018
+    total, moving = _count_parameters(own, models.shapes(pipe.denoiser.module))
+    _check_pictures(recipe, pipe, dataset)
+    device = mesh.devices.flat[0]
+    shares = 1 if device.platform == "cpu" else mesh.size
+    needed = 4 * (total + (3 if own.ema_decay else 2) * moving) // shares
+    check_fits(needed, f"fine-tuning {own.source} needs", device=device, fix="take a smaller model")
+    if own.word is not None:
+        _check_word(own.word, pipe)
+    if draws_classes(pipe.family):
+        if own.prompt is not None:
+            raise InvalidArgumentError(f"{own.source} draws from classes: a prompt is for one of texts")
+        if dataset.num_classes != pipe.num_classes:
+            raise DataError(
+                f"{own.source} draws {pipe.num_classes} classes, and {dataset.name} has "
+                f"{dataset.num_classes}: give a class folder for each"
+            )
+        return
+    if own.prior is not None and own.prior.images is not None:
+        load_folder(own.prior.images, image_size=dataset.image_shape[0], hold_out=False)
+    if own.word is not None:
+        return
+    texts = dataset.captions("train") if own.prompt is None else [own.prompt]
+    if texts is None:
+        raise DataError(
+            f"{own.source} draws from texts, and the pictures of {dataset.name} have no captions: put a .txt "
+            "file beside each, or a metadata.jsonl into the folder"
+        )
+    check_captions(pipe, texts if own.prior is None else [*texts, own.prior.prompt])
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without those at both ends. Raises `InvalidArgumentError` for none."""
+    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise InvalidArgumentError(f"initial_text {shown(text)} has no token: give a word such as cat")
+    return ids
+
+
+def _check_word(recipe: WordRecipe, pipe: Pipeline) -> None:
+    """Refuse a word that exists, one that is like nothing, and models that take none."""
+    check_takes_words(pipe)
+    checkpoints.with_word(pipe.tokenizer, recipe.word, recipe.vectors)
+    ids_of(pipe.tokenizer, recipe.initial)
+
+
+def _count_parameters(recipe: FinetuneRecipe, shapes: Any) -> tuple[int, int]:
+    """(all, those that move). Raises `InvalidArgumentError` for patterns that name none."""
+    moving = shapes
+    if recipe.lora is not None:
+        lora = recipe.lora
+        moving = jax.eval_shape(
+            lambda key: init_lora(key, shapes, lora.rank, lora.targets), jax.eval_shape(jax.random.key, 0)
+        )
+    elif recipe.freeze:
+        moving = freeze(shapes, recipe.freeze).params
+    elif recipe.word is not None:
+        moving = {}
+    total, own = (
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in (shapes, moving)
+    )
+    return total, own
+
+
+def _check_pictures(recipe: Recipe, pipe: Pipeline, dataset: Dataset) -> None:
+    """Raise `InvalidArgumentError` for pictures of a size or with channels that the model cannot draw."""
+    height, width, channels = dataset.image_shape
+    multiple = pipe.latent_spec.multiple
+    taken = channels if pipe.autoencoder is None else pipe.autoencoder.config.in_channels
+    if channels != taken:
+        raise InvalidArgumentError(
+            f"{dataset.name} has pictures of {channels} channels, the model draws {taken}"
+        )
+    if (height, width) == tuple(pipe.default_size):
+        return
+    fixed = draws_classes(pipe.family)
+    if fixed or height % multiple or width % multiple:
+        side = pipe.default_size[0]
+        allowed = str(side) if fixed else f"a multiple of {multiple}, and {side} is the model's own"
+        raise InvalidArgumentError(f"image_size must be {allowed}, got {height}")
+
+
+def check_captions(pipe: Pipeline, texts: Sequence[str]) -> None:
+    """Raise `InvalidArgumentError` for captions of which no text encoder of the model reads the end."""
+    different = list(dict.fromkeys(texts))
+    cut, longest = np.ones(len(different), bool), 0
+    for name, tokenizer in pipe.parts.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        encoder = pipe.parts[name.replace("tokenizer", "text_encoder")]
+        length = tokenizer.max_length
+        length = min(length, getattr(encoder.config, "max_position_embeddings", length))
+        cut &= np.array([bool(rest) for rest in tokenizer(different, max_length=length).cut])
+        longest = max(longest, length)
+    if cut.any():
+        example = shortened(different[int(np.argmax(cut))], 60)
+        raise InvalidArgumentError(
+            f"{int(cut.sum())} of {len(different)} captions are longer than the {longest} tokens that the "
+            f"text encoder reads, the first is {shown(example)}: shorten them"
+        )
