@@ -76,7 +76,6 @@ def of_files() -> list[Case]:
     return [
         *networks_on_disk(),
         *single_files(),
-        *adapters(),
         *pipeline_folders(),
         *pipelines_in_memory(),
         *generation(),
@@ -175,77 +174,6 @@ def single_files() -> list[Case]:
             freq_shift=0,
             words={"params": "params|weights|tensor"},
         ),
-    ]
-
-
-def adapters() -> list[Case]:
-    """LoRA."""
-    c, here = checkpoints, place()
-    lora = c.load_lora(here / "lora")
-    dense = {"mid_block": {"attentions_0": {"proj_in": {"kernel": np.zeros((4, 4), np.float32)}}}}
-    parts = {"unet": (models.build("mini-unet"), dense)}
-    return [
-        case("checkpoints.load_lora", c.load_lora, path=here / "lora"),
-        case(
-            "checkpoints.merge_lora",
-            c.merge_lora,
-            components=parts,
-            lora=lora,
-            scale=0.5,
-            words={"components": "component"},
-        ),
-        case(
-            "checkpoints.save_lora",
-            c.save_lora,
-            path=here / "new-lora.safetensors",
-            adapters={"unet": models.init_lora(jax.random.key(0), dense, 2, ["*/proj_in"])},
-            scale=0.5,
-            names="kohya",
-            words={"adapters": "component|adapters|lora", "path": THERE + "|suffix|end in", "names": "names"},
-        ),
-        *words(),
-        case(
-            "pipelines.with_lora",
-            pipelines.with_lora,
-            pipe=class_pipeline(),
-            path=here / "dit-lora.safetensors",
-            scale=1.0,
-            words={"scale": "scale|component"},
-        ),
-    ]
-
-
-def words() -> list[Case]:
-    """Files of textual inversion."""
-    c, here, vectors = checkpoints, place(), np.zeros((1, 8), np.float32)
-    tokenizer = c.load_tokenizer(here / "tokenizer")
-    told = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
-    return [
-        case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors"),
-        case(
-            "checkpoints.save_embedding",
-            c.save_embedding,
-            path=here / "new-word.safetensors",
-            word="<cat>",
-            vectors=vectors,
-            words=told,
-        ),
-        case("checkpoints.with_word", c.with_word, tokenizer=tokenizer, word="<cat>", count=1),
-        case(
-            "pipelines.with_word",
-            pipelines.with_word,
-            pipe=class_pipeline(),
-            word="<cat>",
-            vectors=vectors,
-            words=told,
-        )._replace(refusal="family"),
-        case(
-            "pipelines.with_embedding",
-            pipelines.with_embedding,
-            pipe=class_pipeline(),
-            path=here / "a.safetensors",
-            words=told,
-        )._replace(refusal="family"),
     ]
 
 
@@ -487,13 +415,8 @@ def datasets() -> list[Case]:
         Case(
             "data.load_folder",
             data.load_folder,
-            {
-                "folder": here / "pictures",
-                "image_size": 4,
-                "pad_to": 8,
-                "max_skipped": 0.1,
-                "hold_out": False,
-            },
+            {"image_size": 4, "pad_to": 8, "max_skipped": 0.1, "hold_out": False}
+            | {"folder": here / "pictures"},
             words=PATHS
             | {
                 "folder": "folder|file|pictures",
@@ -522,6 +445,14 @@ def datasets() -> list[Case]:
             },
             words=PATHS | {"compute": "compute"},
         ),
+        *pictures(),
+    ]
+
+
+def pictures() -> list[Case]:
+    """Pictures that are read and written."""
+    here = place()
+    return [
         Case(
             "metrics.open_image_set",
             metrics.open_image_set,

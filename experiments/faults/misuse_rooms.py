@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.faults.misuse_adapters import adapters
 from experiments.faults.misuse_arrays import of_arrays
 from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
 from experiments.faults.misuse_few_steps import of_few_steps
@@ -39,6 +40,7 @@ def all_cases() -> list[Case]:
         *of_arrays(),
         *settings(),
         *of_files(),
+        *adapters(),
         *of_training(),
     ]
 

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -152,29 +152,38 @@ def load_folder(
         image_size = _common_size(root, [size for size in sizes if isinstance(size, tuple)])
     if pad_to is not None and pad_to < image_size:
         raise InvalidArgumentError(f"pad_to must be >= {image_size}, the images' side, got {pad_to}")
+    usable, skipped = _usable(found, sizes, lambda size: _least_size(size, image_size, buckets))
+    _check_enough(root, list(usable), skipped, max_skipped, FEWEST if hold_out else 1)
+    dataset = _dataset(root, list(usable), tuple(skipped), image_size, pad_to, hold_out)
+    return dataset if buckets is None else _bucketed(dataset, usable, buckets)
+
+
+def _usable(
+    found: Sequence[Example],
+    sizes: Sequence[tuple[int, int] | str],
+    least: Callable[[tuple[int, int]], tuple[int, int]],
+) -> tuple[dict[Example, tuple[int, int]], list[Skipped]]:
+    """(pictures that can be used with their sizes, the others with the reason)."""
     has_captions = any(example.caption for example in found)
     has_labels = any(example.label is not None for example in found)
-    usable, skipped, own_sizes = [], [], []
+    usable: dict[Example, tuple[int, int]] = {}
+    skipped: list[Skipped] = []
     for example, size in zip(found, sizes, strict=True):
-        problem = size if isinstance(size, str) else None
-        if isinstance(size, tuple):
-            height, width = _least_size(size, image_size, buckets)
-            if size[0] < height or size[1] < width:
-                problem = f"its {size[1]}x{size[0]} pixels are fewer than {width}x{height}"
-        if problem is None and has_captions and not example.caption:
+        if isinstance(size, str):
+            skipped.append(Skipped(example.name, size))
+            continue
+        problem, (height, width) = None, least(size)
+        if size[0] < height or size[1] < width:
+            problem = f"its {size[1]}x{size[0]} pixels are fewer than {width}x{height}"
+        elif has_captions and not example.caption:
             problem = "it has no caption"
-        if problem is None and has_labels and example.label is None:
+        elif has_labels and example.label is None:
             problem = "it lies in no class folder and has no label"
         if problem is None:
-            usable.append(example)
-            own_sizes.append(size)
+            usable[example] = size
         else:
             skipped.append(Skipped(example.name, problem))
-    _check_enough(root, usable, skipped, max_skipped, FEWEST if hold_out else 1)
-    dataset = _dataset(root, usable, tuple(skipped), image_size, pad_to, hold_out)
-    if buckets is None:
-        return dataset
-    return _bucketed(dataset, dict(zip(usable, own_sizes, strict=True)), buckets)
+    return usable, skipped
 
 
 def _least_size(size: tuple[int, int], image_size: int, buckets: Buckets | None) -> tuple[int, int]:

@@ -1,0 +1,82 @@
+"""The valid calls that `misuse` starts from, of files that change a model: LoRA, and words."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from experiments.faults.misuse_cases import Case
+from experiments.faults.misuse_files import THERE, case, place
+from experiments.faults.small_folders import class_pipeline
+from jaxldm import checkpoints, models, pipelines
+
+
+def adapters() -> list[Case]:
+    """LoRA."""
+    c, here = checkpoints, place()
+    lora = c.load_lora(here / "lora")
+    dense = {"mid_block": {"attentions_0": {"proj_in": {"kernel": np.zeros((4, 4), np.float32)}}}}
+    parts = {"unet": (models.build("mini-unet"), dense)}
+    return [
+        case("checkpoints.load_lora", c.load_lora, path=here / "lora"),
+        case(
+            "checkpoints.merge_lora",
+            c.merge_lora,
+            components=parts,
+            lora=lora,
+            scale=0.5,
+            words={"components": "component"},
+        ),
+        case(
+            "checkpoints.save_lora",
+            c.save_lora,
+            path=here / "new-lora.safetensors",
+            adapters={"unet": models.init_lora(jax.random.key(0), dense, 2, ["*/proj_in"])},
+            scale=0.5,
+            names="kohya",
+            words={"adapters": "component|adapters|lora", "path": THERE + "|suffix|end in", "names": "names"},
+        ),
+        *words(),
+        case(
+            "pipelines.with_lora",
+            pipelines.with_lora,
+            pipe=class_pipeline(),
+            path=here / "dit-lora.safetensors",
+            scale=1.0,
+            words={"scale": "scale|component"},
+        ),
+    ]
+
+
+def words() -> list[Case]:
+    """Files of textual inversion."""
+    c, here, vectors = checkpoints, place(), np.zeros((1, 8), np.float32)
+    tokenizer = c.load_tokenizer(here / "tokenizer")
+    told = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
+    return [
+        case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors"),
+        case(
+            "checkpoints.save_embedding",
+            c.save_embedding,
+            path=here / "new-word.safetensors",
+            word="<cat>",
+            vectors=vectors,
+            words=told,
+        ),
+        case("checkpoints.with_word", c.with_word, tokenizer=tokenizer, word="<cat>", count=1),
+        case(
+            "pipelines.with_word",
+            pipelines.with_word,
+            pipe=class_pipeline(),
+            word="<cat>",
+            vectors=vectors,
+            words=told,
+        )._replace(refusal="family"),
+        case(
+            "pipelines.with_embedding",
+            pipelines.with_embedding,
+            pipe=class_pipeline(),
+            path=here / "a.safetensors",
+            words=told,
+        )._replace(refusal="family"),
+    ]
