@@ -1,4 +1,4 @@
-"""The command line: `jaxldm train | sample | eval | inspect | export | info`.
+"""The command line: `jaxldm train | sample | eval | serve | inspect | export | info`.
 
 Each command is a frozen dataclass in `jaxldm.commands`; tyro derives the options and the help from its fields
 and their docstrings. A user error is one line on stderr and exit code 2, without a traceback. Nothing heavy

@@ -113,6 +113,16 @@ TOGETHER = {
         "--image cat.png --guidance-scale -1",
         "--batch-size 1000000000",
     ],
+    "serve": [
+        "--host 0.0.0.0",
+        "--port 70000",
+        "--sizes 8x8",
+        "--sizes 8",
+        "--solvers ddim no",
+        "--slots 0",
+        "--max-steps 1001",
+        "--dtype float64",
+    ],
     "train": [
         "--resume",
         "--preset digit-classifier",
@@ -195,6 +205,7 @@ def lines(folder: Path) -> Iterator[list[str]]:
         "export": [str(folder / "run"), "out"],
         "info": [str(folder / "run")],
         "inspect": [str(folder / "run")],
+        "serve": [str(folder / "export"), "--slots", "1"],
     }
     yield from ALONE
     for kind, words in right.items():

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "Train a model from a recipe, or resume an interrupted training.",
     "sample": "Sample images from a model: a grid, one PNG per image and an .npz.",
     "eval": "Evaluate a trained model: class accuracy, Frechet distance, diversity, memorisation.",
+    "serve": "Serve a model over HTTP: many requests share the steps of the network.",
     "inspect": "Show a model from the inside: attention, latents, checkpoints, as one HTML page.",
     "export": "Write a trained model as safetensors and JSON, in the layout of diffusers.",
     "info": "Describe a run, an exported folder or a preset; without argument, list all names.",

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxldm.arguments import check_fields, count, number
+from jaxldm.errors import shown
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.mailbox import Mailbox
 from jaxldm.serving.openapi import document
@@ -123,8 +124,8 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Paths and methods that do not exist."""
     status = getattr(error, "status_code", 500)
     message = {
-        404: f"there is no {request.url.path[:100]}: see /openapi.json",
-        405: "another method is needed",
+        404: f"there is no path {shown(request.url.path)}: see /openapi.json",
+        405: "this path takes another method: see /openapi.json",
     }
     return _error(BadRequest(message.get(status, "the request cannot be answered"), status=status))
 
@@ -229,6 +230,7 @@ class _Server:
             guided=self.offer.guided(generation.guidance_scale),
             listener=mailbox.put,
             format=generation.format,
+            progress=generation.stream,
             previews=generation.previews,
             timeout=generation.timeout,
         )

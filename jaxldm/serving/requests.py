@@ -20,6 +20,7 @@ from jaxldm.serving.pictures import FORMATS
 
 MAX_IMAGES, MAX_PREVIEWS, MAX_TIMEOUT = 10, 20, 86400.0
 MAX_TEXT = 10_000  # characters of a prompt
+MAX_SCALE = 1000.0  # of guidance: beyond it numbers overflow
 # What OpenAI's clients may send besides, and what has no meaning here; nothing else is ignored.
 IGNORED_OF_OPENAI = ("background", "moderation", "quality", "style", "user", "output_compression")
 
@@ -170,10 +171,11 @@ def fields_of(offer: Offer) -> dict[str, Field]:
             {
                 "type": "number",
                 "minimum": 0,
+                "maximum": MAX_SCALE,
                 "default": offer.pipe.default_guidance_scale,
                 "description": "Scale of classifier-free guidance; 1 is the model as trained.",
             },
-            number(0),
+            number(0, MAX_SCALE),
         ),
         "seed": _whole("Of all random numbers; without one, another each time.", 0, LARGEST_UINT32, None),
         "solver": _choice("Solver.", offer.solvers) if offer.solvers else None,
@@ -227,6 +229,9 @@ def read_generation(offer: Offer, body: Mapping[str, Any]) -> Generation:
         values["num_images"] = _checked("num_images", fields["num_images"], len(labels))
     if labels is None and "class_labels" in fields:
         raise BadRequest('name the classes to draw, as in {"class_labels": [3, 7]}', param="class_labels")
+    for name in ("negative_prompt", "negative_labels"):
+        if name in values and not offer.guided(values.get("guidance_scale")):
+            raise BadRequest(f"{name} has no effect without guidance: leave it out", param=name)
     _check_size(offer, values)
     if values.get("previews") and not values.get("stream"):
         raise BadRequest('previews come in a stream: send "stream": true, too', param="previews")
@@ -298,6 +303,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(body, parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False).encode()  # refuses halves of a character, as in "\\ud800"
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is no JSON: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(value, dict):

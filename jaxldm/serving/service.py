@@ -77,6 +77,7 @@ class Order:
         guided: whether a step takes two rows of the network's batch.
         listener: called with each `Event`, from any thread; must return at once.
         format: of the pictures.
+        progress: whether the listener is told of each step.
         previews: how many small pictures on the way of each image.
         timeout: seconds from now.
     """
@@ -91,6 +92,7 @@ class Order:
     guided: bool
     listener: Callable[[Event], None]
     format: str = "png"
+    progress: bool = False
     previews: int = 0
     timeout: float | None = None
     job: Job | None = None
@@ -311,7 +313,7 @@ class Service:
         self.counters["steps"] += 1
         for one in seen:
             order = self._orders.get(one.ticket)
-            if order is not None:
+            if order is not None and order.progress:
                 order.listener(Progress(one.image, one.done, one.total, self._picture_of(order, one)))
         together = collections.defaultdict(list)
         for one in drawn:

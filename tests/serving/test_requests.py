@@ -50,8 +50,12 @@ BAD = {
     "num_images": ({"class_labels": 0, "num_images": 11}, "from 1 to 10, got 11"),
     "num_images half": ({"class_labels": 0, "num_images": 1.5}, "got 1.5"),
     "num_inference_steps": ({"class_labels": 0, "num_inference_steps": 21}, "from 1 to 20, got 21"),
-    "guidance_scale": ({"class_labels": 0, "guidance_scale": -1}, "of at least 0, got -1"),
-    "guidance_scale large": ({"class_labels": 0, "guidance_scale": 1e300}, "guidance_scale must be"),
+    "guidance_scale": ({"class_labels": 0, "guidance_scale": -1}, "got -1"),
+    "guidance_scale large": (
+        {"class_labels": 0, "guidance_scale": 1e300},
+        "must be a number in",
+    ),
+    "negative_labels": ({"class_labels": 0, "negative_labels": 1, "guidance_scale": 1}, "has no effect"),
     "seed": ({"class_labels": 0, "seed": 2**32}, "seed must be"),
     "solver": ({"class_labels": 0, "solver": "unipc"}, "choose one of ddim, heun"),
     "height": ({"class_labels": 0, "height": 512, "width": 8}, "height must be 8, got 512; the nearest is 8"),
@@ -123,10 +127,11 @@ def test_openai_s_names_are_understood(classes, texts):
 
 
 NO_OBJECTS = (b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"seed": NaN}', b'{"seed": -Infinity}')
+NO_TEXTS = (b'{"\\ud800": 1}', b'{"prompt": "\\udfff"}')
 TOO_MUCH = (b"[" * 100_000, b'{"seed": ' + b"9" * 10_000 + b"}")
 
 
-@pytest.mark.parametrize("body", [*NO_OBJECTS, *TOO_MUCH], ids=lambda body: body[:20])
+@pytest.mark.parametrize("body", [*NO_OBJECTS, *NO_TEXTS, *TOO_MUCH], ids=lambda body: body[:20])
 def test_what_is_no_json_object_is_refused(body):
     with pytest.raises(BadRequest) as caught:
         read_json(body)

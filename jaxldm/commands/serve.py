@@ -1,0 +1,197 @@
+"""`jaxldm serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional
+
+from jaxldm.commands.options import first_devices, shown
+from jaxldm.errors import InvalidArgumentError, MissingDependencyError
+from jaxldm.reading import shown as shown_value
+
+TOKEN = "JAXLDM_SERVER_TOKEN"  # an environment variable
+MAX_CONNECTIONS = 1000  # beyond them the answer is 503
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP: many requests share the steps of the network.
+
+    For example:
+      jaxldm serve runs/mini-ldm
+      jaxldm serve stable-diffusion-v1-5 --dtype bfloat16 --slots 4 --solvers dpmpp_2m --sizes 512x512
+      curl -s localhost:8000/generate -H 'Content-Type: application/json' -d '{"class_labels": [3, 7]}'
+
+    An image is the same to the last bit whatever else is drawn at the time. GET /ready answers 200 when all
+    is compiled; GET /openapi.json describes the rest. Requests need the token in the environment variable
+    JAXLDM_SERVER_TOKEN, where that is set.
+    """
+
+    folder: Annotated[Positional[str], shown("RUN")]
+    """Run folder made by `jaxldm train`, folder made by `jaxldm export`, or a folder in the layout of
+    diffusers.
+    """
+
+    host: Annotated[str, shown("ADDRESS")] = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every address of this machine, and needs a token."""
+
+    port: Annotated[int, shown("INT")] = 8000
+    """Port to listen at; 0 is any that is free."""
+
+    slots: Annotated[tuple[int, ...], shown("INT ...")] = (1, 4, 16)
+    """Numbers of images that are computed at once; each is compiled, and the smallest that holds all that
+    wait is used. An image stays in the one in which it began.
+    """
+
+    solvers: Annotated[tuple[str, ...] | None, shown("NAME ...", "that of the model")] = None
+    """Solvers that requests may name, the default first; each is compiled."""
+
+    sizes: Annotated[tuple[str, ...] | None, shown("HEIGHTxWIDTH ...", "that of the model")] = None
+    """Sizes in pixels that requests may name, the default first; each is compiled."""
+
+    max_steps: Annotated[int, shown("INT")] = 250
+    """The most steps of one image."""
+
+    max_images: Annotated[int, shown("INT")] = 10
+    """The most images of one request."""
+
+    max_queue: Annotated[int, shown("INT")] = 64
+    """Requests that may wait; beyond them the answer is 429 with Retry-After."""
+
+    max_queue_seconds: Annotated[float, shown("FLOAT")] = 120.0
+    """The longest estimated time of a request, from acceptance to its last step; likewise."""
+
+    requests_per_second: Annotated[float, shown("FLOAT")] = 10.0
+    """Of one client, on average."""
+
+    burst: Annotated[int, shown("INT")] = 5
+    """Requests of one client at once."""
+
+    embeddings_mib: Annotated[int, shown("INT")] = 256
+    """Memory for what prompts were encoded to."""
+
+    family: Annotated[str | None, shown("MODULE:FAMILY", "the one that the folder names")] = None
+    """A family of models of your own: package.module:FAMILY."""
+
+    dtype: Annotated[str | None, shown("DTYPE", "that of the files")] = None
+    """Of weights and computations: float32, bfloat16 or float16."""
+
+    devices: Annotated[int | None, shown("INT", "one")] = None
+    """Number of devices to use; each has slots of its own."""
+
+    quiet: bool = False
+    """Print only errors and warnings, and log no requests."""
+
+    def run(self) -> None:
+        """Checks the options, loads the model, and serves it until it is interrupted."""
+        check_packages()
+        sizes = tuple(read_size(size) for size in self.sizes or ())
+        token = os.environ.get(TOKEN) or None
+        if self.host not in ("127.0.0.1", "::1", "localhost") and token is None:
+            raise InvalidArgumentError(
+                f"--host {self.host} is open to others: set {TOKEN} to a secret that requests must carry, or "
+                "listen at 127.0.0.1"
+            )
+        with listening(self.host, self.port) as bound:
+            server = server_of(self._application(sizes, token), self.quiet)
+            if not self.quiet:
+                address, port = bound.getsockname()[:2]
+                print(f"{self.folder}: http://{address}:{port} (GET /ready says when it is)", flush=True)
+            run_until_interrupted(server, bound)
+
+    def _application(self, sizes: tuple[tuple[int, int], ...], token: str | None) -> Any:
+        from jaxldm import pipelines, serving
+        from jaxldm.serving.server import Settings, build
+
+        pipe = pipelines.load(self.folder, family=self.family, dtype=self.dtype)
+        settings = Settings(
+            name=Path(self.folder).resolve().name,
+            slots=self.slots,
+            solvers=self.solvers or (),
+            sizes=sizes,
+            max_steps=self.max_steps,
+            max_images=self.max_images,
+            embeddings_bytes=self.embeddings_mib * 2**20,
+            limits=serving.Limits(
+                max_queue=self.max_queue,
+                max_queue_seconds=self.max_queue_seconds,
+                requests_per_second=self.requests_per_second,
+                burst=self.burst,
+            ),
+        )
+        return build(pipe, settings, devices=first_devices(self.devices), token=token)
+
+
+def check_packages() -> None:
+    """Raises `MissingDependencyError` where a package of the extra is not installed."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingDependencyError(package, "serve", "jaxldm serve") from None
+
+
+def read_size(size: str) -> tuple[int, int]:
+    """(height, width) of HEIGHTxWIDTH."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if match is None:
+        raise InvalidArgumentError(f"--sizes takes HEIGHTxWIDTH, as in 512x768, got {shown_value(size)}")
+    return int(match[1]), int(match[2])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket bound to an address.
+
+    Raises:
+        InvalidArgumentError: a port in use or out of range, or an address that is not of this machine.
+    """
+    if not 0 <= port < 2**16:
+        raise InvalidArgumentError(f"--port must be from 0 to 65535, got {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.ExitStack() as stack:
+            bound = stack.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            stack.pop_all()  # what is bound is the caller's to close
+    except OSError as error:
+        reason = error.strerror or error
+        raise InvalidArgumentError(
+            f"cannot listen at {host}:{port}: {reason}; choose another --port or --host"
+        ) from None
+    return bound
+
+
+class Lines(logging.Handler):
+    """Writes what is logged on stderr, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one."""
+        print(record.getMessage(), file=sys.stderr)
+
+
+def server_of(app: Any, quiet: bool) -> Any:
+    """The server of an application, not yet running."""
+    import uvicorn
+
+    if not quiet:
+        log = logging.getLogger("jaxldm.serving")
+        log.setLevel(logging.INFO)
+        log.handlers = [Lines()]
+    options: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, **options)
+    return uvicorn.Server(config)
+
+
+def run_until_interrupted(server: Any, bound: socket.socket) -> None:
+    """Serves until Ctrl-C or SIGTERM; then what was accepted is finished first."""
+    server.run(sockets=[bound])
