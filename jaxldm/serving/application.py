@@ -29,6 +29,7 @@ from jaxldm.serving.mailbox import Mailbox
 from jaxldm.serving.openapi import document
 from jaxldm.serving.pictures import picture_bytes
 from jaxldm.serving.requests import (
+    OPENAI_NAMES,
     BadRequest,
     Generation,
     Offer,
@@ -185,7 +186,11 @@ class _Server:
     async def openai(self, request: Request) -> Response:
         """POST /v1/images/generations."""
         start = time.perf_counter()
-        generation = read_generation(self.offer, read_openai(self.offer, await self._body(request)))
+        own = read_openai(self.offer, await self._body(request))
+        try:
+            generation = read_generation(self.offer, own)
+        except BadRequest as error:
+            raise error.with_names(OPENAI_NAMES) from None
         order, mailbox = await self._accepted(request, generation)
         pictures = await self._pictures(request, order, mailbox)
         facts = self._facts(order, generation, start)

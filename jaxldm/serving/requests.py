@@ -22,6 +22,7 @@ MAX_IMAGES, MAX_PREVIEWS, MAX_TIMEOUT = 10, 20, 86400.0
 MAX_TEXT = 10_000  # characters of a prompt
 MAX_SCALE = 1000.0  # of guidance: beyond it numbers overflow
 # What OpenAI's clients may send besides, and what has no meaning here; nothing else is ignored.
+OPENAI_NAMES = {"num_images": "n", "format": "output_format"}  # ours -> theirs
 IGNORED_OF_OPENAI = ("background", "moderation", "quality", "style", "user", "output_compression")
 
 
@@ -50,6 +51,13 @@ class BadRequest(Exception):
         super().__init__(message)
         self.status, self.type, self.message = status, type, message
         self.param, self.allowed, self.retry_after = param, allowed, retry_after
+
+    def with_names(self, names: Mapping[str, str]) -> BadRequest:
+        """The same about a field that the caller calls by another name."""
+        name = names.get(self.param or "")
+        if name is not None:
+            self.message, self.param = self.message.replace(str(self.param), name), name
+        return self
 
     def body(self) -> dict[str, Any]:
         """As JSON."""
@@ -275,7 +283,7 @@ def read_openai(offer: Offer, body: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequest(message, param="response_format", allowed=["b64_json"])
     if own.get("stream"):
         raise BadRequest("streams are answers of POST /generate: leave stream out", param="stream")
-    for theirs, ours in (("n", "num_images"), ("output_format", "format")):
+    for ours, theirs in OPENAI_NAMES.items():
         if theirs in own:
             own[ours] = own.pop(theirs)
     size = own.pop("size", "auto")

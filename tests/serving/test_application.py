@@ -125,6 +125,23 @@ def test_a_request_as_openai_s_clients_send_it(client, offer):
     assert client.get("/v1/models").json()["data"][0]["id"] == "digits"
 
 
+def test_openai_s_own_client_gets_images_and_errors(client, offer):
+    openai = pytest.importorskip("openai")
+    theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
+    more = {"seed": 3, "num_inference_steps": 2}
+    answer = theirs.images.generate(prompt="1", model="digits", n=2, size="8x8", extra_body=more)
+    alone = drawn_alone(offer, 3, [1], num_images=2, num_inference_steps=2)
+    np.testing.assert_array_equal(np.stack([pixels(one.b64_json) for one in answer.data]), alone)
+    assert [model.id for model in theirs.models.list().data] == ["digits"]
+    with pytest.raises(
+        openai.BadRequestError, match="n must be a whole number from 1 to 10, got 11"
+    ) as error:
+        theirs.images.generate(prompt="1", n=11)
+    assert error.value.body["param"] == "n"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x' here"):
+        theirs.images.generate(prompt="1", model="x")
+
+
 def test_requests_at_one_time_get_their_own_images(client, offer):
     calls = [{"class_labels": n % 3, "seed": n, "num_inference_steps": 2 + n % 4} for n in range(8)]
     answers = {}
