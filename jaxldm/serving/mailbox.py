@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 from collections.abc import AsyncIterator
 
 from jaxldm.serving.service import Accepted, Event, Failed, Picture, Progress
@@ -22,7 +23,7 @@ class Mailbox:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._progress: dict[int, Progress] = {}
-        self._others: list[Event] = []
+        self._others: collections.deque[Event] = collections.deque()
         self._left = num_images
 
     def put(self, event: Event) -> None:
@@ -40,27 +41,29 @@ class Mailbox:
             self._others.append(event)
         self._arrived.set()
 
+    async def _next(self) -> Event:
+        """The next event; what came with it stays for whoever asks next."""
+        while not (self._progress or self._others):
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._progress:
+            return self._progress.pop(next(iter(self._progress)))
+        return self._others.popleft()
+
     async def events(self) -> AsyncIterator[Event]:
         """All that happens, up to the last picture or a failure."""
         while self._left > 0:
-            await self._arrived.wait()
-            self._arrived.clear()
-            progress, self._progress = self._progress, {}
-            others, self._others = self._others, []
-            for event in progress.values():
-                yield event
-            for event in others:
-                yield event
-                if isinstance(event, Failed):
-                    self._left = 0
-                    break
-                self._left -= isinstance(event, Picture)
+            event = await self._next()
+            if isinstance(event, Failed):
+                self._left = 0
+            self._left -= isinstance(event, Picture)
+            yield event
 
     async def accepted(self) -> Failed | None:
         """Waits until the order was checked; what went wrong, or None."""
-        async for event in self.events():
+        while True:
+            event = await self._next()
             if isinstance(event, Failed):
                 return event
             if isinstance(event, Accepted):
                 return None
-        return None

@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from jaxldm.serving.engine import Drawn, Engine, Seen
 from jaxldm.serving.jobs import Job
 from jaxldm.serving.pictures import Preview, fit_preview, picture_bytes
 
+LOG = logging.getLogger("jaxldm.serving")
 PREPARING, FINISHING = 2, 2  # threads
 IDLE_SECONDS = 0.25  # how long the thread sleeps at most while nothing waits: deadlines are looked at then
 
@@ -277,8 +279,11 @@ class Service:
 
     def _break(self, error: Exception) -> None:
         """The engine cannot go on: every order fails, and none is accepted any more."""
-        self.broken = f"{type(error).__name__}: {error}"
-        for order in list(self._orders.values()):
+        LOG.error("the engine has stopped", exc_info=error)
+        with self._lock:  # what is submitted from here on is refused
+            self.broken = f"{type(error).__name__}: {error}"
+            orders = list(self._orders.values())
+        for order in orders:
             self._end(order, Failed("server_error", f"the engine has stopped: {self.broken}"))
 
     def _between_steps(self) -> None:
