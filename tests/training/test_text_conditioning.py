@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import diffusers
 import jax
@@ -18,6 +19,8 @@ from jaxldm.data import ArrayRows
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.training import text as text_room
 from jaxldm.training.diffusion import Condition, build_denoiser, make_loss
+from jaxldm.training.finetuning import denoising, tuned_of
+from jaxldm.training.finetuning import make_loss as make_adapter_loss
 from jaxldm.training.runs import RunFolder, save_denoiser
 from jaxldm.training.text import CaptionedRows, encode_captions, load_text_parts, text_pipeline
 
@@ -273,6 +276,25 @@ def test_other_networks_train_on_what_their_pipeline_draws_from(recipe, encoders
     for name in cond:
         np.testing.assert_allclose(cond[name], columns[name], atol=2e-3, err_msg=name)
         np.testing.assert_allclose(uncond[name][0], found.null[name], atol=2e-3, err_msg=name)
+    check_finetuning(loaded, run.path, recipe.data)
+
+
+def check_finetuning(pipe, folder, pictures):
+    """The folder can be fine-tuned: an adapter of it has gradients under the conditions of its captions."""
+    recipe = training.finetune_recipe(folder, pictures, "lora", image_size=8, rank=2)
+    training.check_recipe(recipe, recipe.load_data(), training.make_mesh(1))
+    tuned = tuned_of(recipe.finetune, pipe)
+    cond, uncond = pipe.encode_prompts(["a dark picture"], None, (8, 8))
+    null = {name: part[0] for name, part in uncond.items()}
+    loss = make_adapter_loss(
+        recipe.finetune, pipe.prediction, denoising(pipe, "float32"), tuned, Condition(null)
+    )
+    state = types.SimpleNamespace(frozen=tuned.frozen)
+    params, batch = tuned.init(jax.random.key(0)), {"mean": np.zeros((1, 8, 8, 4), np.float32), **cond}
+    gradients, _ = jax.eval_shape(
+        lambda params: jax.grad(loss, has_aux=True)(params, state, batch, jax.random.key(0)), params
+    )
+    assert jax.tree.structure(gradients) == jax.tree.structure(params)
 
 
 def test_a_run_of_mmdit_draws_from_prompts(recipe, encoders, tmp_path):
