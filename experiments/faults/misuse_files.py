@@ -387,6 +387,7 @@ def runs() -> list[Case]:
             ),
         )._replace(refusal="cannot write"),
         Case("T.RunFolder", T.RunFolder, {"path": "run"}),
+        case("T.write_report", T.write_report, run_dir=here / "run"),
         Case(
             "T.finetune_recipe",
             T.finetune_recipe,

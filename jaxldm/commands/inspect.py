@@ -14,8 +14,8 @@ from jaxldm.commands.terminal import check_seed
 from jaxldm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from jaxldm.commands.inspect_page import Section
     from jaxldm.commands.inspect_subject import Subject
+    from jaxldm.metrics.page import Section
 
 PAGE = "index.html"
 
@@ -73,9 +73,9 @@ class Inspect:
         from jaxldm import pipelines
         from jaxldm.commands.inspect_checkpoints import inception_of
         from jaxldm.commands.inspect_figures import new_figure
-        from jaxldm.commands.inspect_page import page
         from jaxldm.commands.inspect_subject import check_options, default_output, load_subject
         from jaxldm.files import write_atomically
+        from jaxldm.metrics.page import page
 
         check_seed(self.seed)
         self.check_numbers()

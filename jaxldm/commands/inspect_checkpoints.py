@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 
 from jaxldm.commands import inspect_figures as F
 from jaxldm.commands import inspect_texts as T
-from jaxldm.commands.inspect_page import Section, Shown
 from jaxldm.commands.inspect_subject import Subject
 from jaxldm.errors import CheckpointError
+from jaxldm.metrics.page import Section, Shown
 
 MOST_CLASSES, MOST_GRIDS, PER_CLASS = 10, 8, 2
 

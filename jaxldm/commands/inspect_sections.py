@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from jaxldm.commands import inspect_figures as F
 from jaxldm.commands import inspect_texts as T
-from jaxldm.commands.inspect_page import Section, Shown
 from jaxldm.commands.inspect_subject import Subject, chosen_rows
 from jaxldm.errors import MissingDependencyError
+from jaxldm.metrics.page import Section, Shown
 
 MOST_LAYERS, MOST_HEADS, MOST_WORDS, MOST_PATCHES = 8, 6, 10, 800
 FEWEST_IMAGES = 4  # that t-SNE can lay out

@@ -44,6 +44,7 @@ from jaxldm.training.recipes import (
     Recipe,
     TextRecipe,
 )
+from jaxldm.training.report import write_report
 from jaxldm.training.runs import (
     STAGES,
     RunFolder,
@@ -116,4 +117,5 @@ __all__ = [
     "update_codebook",
     "vq_autoencoder_loss",
     "warmup_cosine",
+    "write_report",
 ]

@@ -7,6 +7,7 @@
     runs/NAME/text_encoder/, tokenizer/          of a model of captions, a pipeline of the network's family;
                                                  some have text_encoder_2/, tokenizer_2/ besides
     runs/NAME/scheduler/scheduler_config.json    its path and prediction
+    runs/NAME/report.html                        curves, pictures and settings, see `jaxldm.training.report`
     runs/NAME/model_index.json                   names these; written last
     runs/NAME/pytorch_lora_weights.safetensors   in place of all these: the adapter of a fine-tuning,
     runs/NAME/learned_embeds.safetensors         or the new word of a textual inversion
@@ -406,7 +407,7 @@ def versions() -> dict[str, str]:
 
 
 def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
-    saved, given = _flat(Recipe.from_dict(entries).to_dict()), _flat(recipe.to_dict())
+    saved, given = flat_entries(Recipe.from_dict(entries).to_dict()), flat_entries(recipe.to_dict())
     differences = [
         f"{name} is {shown(saved.get(name, 'absent'))} in it and {shown(given.get(name, 'absent'))} now"
         for name in sorted({*saved, *given})
@@ -420,11 +421,12 @@ def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
         )
 
 
-def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_entries(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The entries of nested dictionaries by their paths, "diffusion.epochs"."""
     flat: dict[str, Any] = {}
     for name, value in entries.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_entries(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

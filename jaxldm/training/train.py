@@ -31,6 +31,7 @@ from jaxldm.training.loop import fit
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.recipes import Recipe, StageRecipe
+from jaxldm.training.report import reported
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
 from jaxldm.training.stages import Context, Job, make_optimizer, stage_keys
 from jaxldm.training.state import TrainState, create_train_state
@@ -252,6 +253,7 @@ def train(
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")
         for stage in unfinished:
-            run_job(context, stage, TASKS[stage].prepare(context))
+            with reported(run):
+                run_job(context, stage, TASKS[stage].prepare(context))
             held.check()
     return run

@@ -1,4 +1,7 @@
-"""The page of `jaxldm inspect`: one HTML file with its pictures in it, no scripts and no other hosts."""
+"""A page of figures: one HTML file with its pictures in it, no scripts and no other hosts.
+
+`jaxldm inspect` makes one, and every training run (`jaxldm.training.report`).
+"""
 
 from __future__ import annotations
 
@@ -33,24 +36,29 @@ class Shown(NamedTuple):
     caption: str
 
 
+class Table(NamedTuple):
+    """Names and values, of plain text."""
+
+    rows: Sequence[tuple[str, str]]
+
+
 class Section(NamedTuple):
     """A part of the page: paragraphs and figures in their order.
 
     Attributes:
         title: its heading.
-        parts: text is a paragraph, of plain text; a `Shown` is a figure.
+        parts: text is a paragraph, of plain text; a `Shown` is a figure, a `Table` a table.
         note: what is missing, and how to get it; "" for nothing.
     """
 
     title: str
-    parts: Sequence[str | Shown]
+    parts: Sequence[str | Shown | Table]
     note: str = ""
 
 
 def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> bytes:
     """The HTML file: a heading, a table of facts, a list of what follows, the sections."""
     places = [f"section-{number}" for number, _ in enumerate(sections)]
-    rows = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>\n" for a, b in facts)
     links = "".join(
         f'<li><a href="#{place}">{html.escape(section.title)}</a></li>\n'
         for place, section in zip(places, sections, strict=True)
@@ -67,9 +75,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-<table>
-{rows}</table>
-<nav><ul>
+{_table(Table(facts))}<nav><ul>
 {links}</ul></nav>
 {body}</body>
 </html>
@@ -77,9 +83,20 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sectio
 
 
 def _section(place: str, section: Section) -> str:
-    parts = "".join(_figure(part) if isinstance(part, Shown) else _paragraph(part) for part in section.parts)
+    parts = "".join(map(_part, section.parts))
     note = f'<p class="note">{html.escape(section.note)}</p>\n' if section.note else ""
     return f'<section id="{place}">\n<h2>{html.escape(section.title)}</h2>\n{parts}{note}</section>\n'
+
+
+def _part(part: str | Shown | Table) -> str:
+    if isinstance(part, Shown):
+        return _figure(part)
+    return _table(part) if isinstance(part, Table) else _paragraph(part)
+
+
+def _table(table: Table) -> str:
+    rows = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>\n" for a, b in table.rows)
+    return f"<table>\n{rows}</table>\n"
 
 
 def _paragraph(text: str) -> str:

@@ -1,0 +1,76 @@
+"""report.html of a run: what is in it, of a finished run, of one that was stopped, and of an empty one."""
+
+import html
+import re
+
+import numpy as np
+import pytest
+
+from jaxldm import training
+from jaxldm.data import Dataset
+from jaxldm.errors import CheckpointError
+from jaxldm.metrics import save_png
+from jaxldm.training.log import CsvLog
+from jaxldm.training.report import REPORT_FILE, reported
+from jaxldm.training.runs import open_run
+
+DATA = Dataset("digits <b>", (28, 28, 1), ("0", "1"), {}, license="CC BY 4.0")
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = open_run(tmp_path / "run", training.RECIPES["smoke"], DATA, resume=False, log=print)
+    stage = run.stage("diffusion")
+    for step in range(100, 1100, 100):
+        save_png(stage.path / "samples" / f"step-{step:06d}.png", np.full((4, 4, 3), step % 256, np.uint8))
+    save_png(stage.path / "loss.png", np.zeros((4, 4, 3), np.uint8))
+    log = CsvLog(stage.log)
+    for step in range(1, 5):
+        metrics = {"loss": 0.5 * step, "grad_norm": 1.0, "learning_rate": 0.1, "waiting": 0.25}
+        metrics["of_peak"] = 0.2 if step % 2 else 0.6
+        log.append((step + 1) // 2, step, 2.0 * step, metrics)
+    log.flush()
+    return run
+
+
+def text_of(page):
+    return html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r'src="[^"]*"', "", page)))
+
+
+def test_curves_pictures_figures_and_settings(run):
+    page = training.write_report(run.path).read_text()
+    text = text_of(page)
+    assert "digits <b>" in text and "<b>" not in page and "CC BY 4.0" in text
+    assert re.search(r"diffusion\s+4 updates in 0\.1 minutes, not finished", text)
+    assert page.count("data:image/png;base64,") == 7  # the curve, and six of ten pictures
+    drawn = [int(number) for number in re.findall(r"<figcaption>Drawn after (\d+) updates", page)]
+    assert drawn[0] == 100 and drawn[-1] == 1000 and drawn == sorted(set(drawn)) and len(drawn) == 6
+    # Of the last epoch: two updates in four seconds, of which half a second was waiting.
+    assert re.search(r"updates per second\s+0\.5", text) and re.search(r"waiting for data\s+12\.5%", text)
+    assert re.search(r"matrix peak\s+30%", text)  # of the time: the mean of the seconds, not of the shares
+    assert re.search(r"loss\s+1\.75", text) and re.search(r"diffusion\.batch_size\s+64", text)
+    assert "<script" not in page and "http" not in re.sub(r'http-equiv="[^"]*"', "", page)
+
+
+def test_it_is_written_at_the_end_and_when_a_run_is_stopped(run):
+    file = run.path / REPORT_FILE
+    with reported(run):
+        assert not file.exists()
+    assert file.exists()
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt), reported(run):
+        raise KeyboardInterrupt
+    assert file.exists()
+    file.unlink()
+    with pytest.raises(ValueError, match="of the training"), reported(run):
+        raise ValueError("of the training")
+    assert not file.exists()
+
+
+def test_a_run_without_a_row_and_no_run(tmp_path):
+    run = open_run(tmp_path / "run", training.RECIPES["smoke"], DATA, resume=False, log=print)
+    (run.stage("autoencoder").path).mkdir()
+    run.stage("autoencoder").log.write_text("")
+    assert "nothing yet" in text_of(training.write_report(run.path).read_text())
+    with pytest.raises(CheckpointError, match="no run folder"):
+        training.write_report(tmp_path)
