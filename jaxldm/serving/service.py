@@ -218,7 +218,7 @@ class Service:
         except JaxldmError as error:
             self._end(order, Failed("invalid_request", str(error)))
         except Exception as error:  # noqa: BLE001 (told to the client, whatever it is)
-            self._end(order, Failed("server_error", f"{type(error).__name__}: {error}"))
+            self._end(order, _fault(error))
         else:
             order.listener(Accepted())
             with self._lock:
@@ -236,7 +236,7 @@ class Service:
                 self._preview = fit_preview(latents[0], images[0])
         except Exception as error:  # noqa: BLE001 (told to the clients, whatever it is)
             for order, _ in drawn:
-                self._end(order, Failed("server_error", f"{type(error).__name__}: {error}"))
+                self._end(order, _fault(error))
             return
         for (order, one), image in zip(drawn, images, strict=True):
             if not np.isfinite(one.latents).all():
@@ -329,7 +329,7 @@ class Service:
             self._finish.submit(self._finish_images, images)
         for ticket, error in failed.items():
             with contextlib.suppress(KeyError):
-                self._end(self._orders[ticket], Failed("server_error", f"{type(error).__name__}: {error}"))
+                self._end(self._orders[ticket], _fault(error))
 
     def _picture_of(self, order: Order, seen: Seen) -> np.ndarray | None:
         """A preview of an image, at `order.previews` places of its way."""
@@ -339,3 +339,9 @@ class Service:
         if self.engine.pipe.autoencoder is None:
             return np.clip(seen.x_0, -1, 1)
         return None if self._preview is None else self._preview(seen.x_0)
+
+
+def _fault(error: Exception) -> Failed:
+    """What went wrong in the server: its kind for the client, all of it for the log."""
+    LOG.error("a request failed", exc_info=error)
+    return Failed("server_error", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

@@ -153,6 +153,22 @@ def test_nothing_compiles_after_the_warm_up():
     assert compilations.COMPILATIONS.count == before
 
 
+def test_each_device_has_slots_of_its_own():
+    """One slot on each of two devices: both images begin at once, and neither device rounds otherwise."""
+    engine = serving.Engine(tiny_models.pixel_pipeline(), sizes=(1,), devices=jax.local_devices()[:2])
+    engine.allow([0], guidance_scale=SCALE)
+    engine.warm_up()
+    options = {"num_inference_steps": 3, "guidance_scale": SCALE}
+    jobs = [engine.prepare(jax.random.key(n), [n], **options) for n in range(2)]
+    for n, job in enumerate(jobs):
+        engine.begin(job, 0, n)
+    assert not engine.has_room(jobs[0]) and [table.busy for table in engine.tables] == [1, 1]
+    results = run(engine, [])
+    for n in range(2):
+        alone = serving.as_served(engine.pipe, 1)(jax.random.key(n), [n], output="latents", **options)
+        np.testing.assert_array_equal(results[n, 0], alone[0])
+
+
 def test_a_cancelled_image_frees_its_slot_at_once_and_harms_nobody():
     engine = engine_of(tiny_models.latent_pipeline)
     options = {"num_inference_steps": 5, "guidance_scale": SCALE}
