@@ -23,7 +23,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.errors import InvalidArgumentError, one_of, path_error, shown
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32, LARGEST_UINT32
 
 Check = Callable[[str, Any], Any]
@@ -59,7 +59,13 @@ def checked(**checks: Check) -> Callable[[Function], Function]:
                     kwargs[name] = check(name, kwargs[name])
                 elif places.get(name, len(given)) < len(given):
                     given[places[name]] = check(name, given[places[name]])
-            return function(*given, **kwargs)
+            try:
+                return function(*given, **kwargs)
+            except OSError as error:  # what the system refuses of a path among the arguments
+                refused = path_error(error, [*given, *kwargs.values()])
+                if refused is None:
+                    raise
+                raise refused from error
 
         return cast(Function, call)
 

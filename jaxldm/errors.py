@@ -7,10 +7,13 @@ One type per kind of error, raised before anything is compiled or written. The c
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 MAX_CHOICES, MAX_LISTED = 40, 300  # a list of more names, or of more characters, is shown in part
 MAX_SHOWN = 60  # characters of a value that was given
+MAX_PATH = 240  # of a path
 
 
 class JaxldmError(Exception):
@@ -60,6 +63,25 @@ class MissingDependencyError(JaxldmError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs the package {package!r}: type  pip install 'jaxldm[{extra}]'")
+
+
+def path_error(error: OSError, given: Iterable[object]) -> StorageError | None:
+    """The `StorageError` for a path that was handed in, or lies in one, and that the system refuses.
+
+    A folder without permission lets nobody ask what is in it, and a name may be too long to be asked for.
+    None for an error of a file of somebody else, and for one of this library.
+    """
+    if isinstance(error, JaxldmError) or not isinstance(error.filename, (str, bytes, os.PathLike)):
+        return None
+    place = os.path.abspath(os.fsdecode(error.filename))
+    roots = [os.path.abspath(os.fsdecode(path)) for path in given if isinstance(path, (str, os.PathLike))]
+    if not any(place == root or place.startswith(os.path.join(root, "")) for root in roots):
+        return None
+    if error.errno in (errno.EACCES, errno.EPERM):
+        reason = "no permission: check who may read and write it and the folders above, or give another path"
+    else:
+        reason = f"{error.strerror}: check this path, or give another one"
+    return StorageError(f"{place if len(place) <= MAX_PATH else '...' + place[3 - MAX_PATH :]}: {reason}")
 
 
 def shown(value: object) -> str:

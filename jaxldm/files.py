@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from jaxldm.errors import StorageError
+from jaxldm.errors import InvalidArgumentError, StorageError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -76,6 +76,19 @@ def storage_errors(target: Path | str) -> Iterator[None]:
         if translated is None or translated is error:
             raise
         raise translated from error
+
+
+def expanded(path: Path | str) -> Path:
+    """The path with the home folder in place of ~.
+
+    Raises `InvalidArgumentError` where that is not known, as for a user without an account.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InvalidArgumentError(
+            f"the home folder of {str(path)!r} is not known: write the whole path, or set HOME"
+        ) from None
 
 
 Content = bytes | Iterable[bytes | memoryview]

@@ -14,6 +14,9 @@ from typing import Any, cast
 import jax
 import jaxlib
 
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.files import expanded
+
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 MAX_DEVICES = 8
@@ -115,26 +118,35 @@ def _host_memory_bounds() -> Iterator[int]:
         yield resource.getrlimit(resource.RLIMIT_AS)[0]  # -1: no bound
 
 
-def user_cache_folder() -> Path:
-    """The folder in which programs of this user cache files, by the conventions of the system."""
+def user_cache_folder() -> Path | None:
+    """The folder in which programs of this user cache files, by the conventions of the system.
+
+    None for a user without a home folder, as in some containers.
+    """
     if sys.platform == "win32":
         folder = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         folder = "~/Library/Caches"
     else:
         folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser()
+    try:
+        return expanded(folder)
+    except InvalidArgumentError:
+        return None
 
 
 def compilation_cache_folder() -> Path | None:
     """The folder of compiled functions that `JAXLDM_COMPILATION_CACHE` names, by default one of the user's.
 
-    None where the variable is "off".
+    None where the variable is "off", and where the user has no home folder.
     """
     setting = os.environ.get(COMPILATION_CACHE, "")
     if setting.lower() in ("off", "0", "no", "false"):
         return None
-    return Path(setting).expanduser() if setting else user_cache_folder() / "jaxldm" / "compiled"
+    if setting:
+        return expanded(setting)
+    of_user = user_cache_folder()
+    return of_user and of_user / "jaxldm" / "compiled"
 
 
 def use_compilation_cache() -> Path | None:

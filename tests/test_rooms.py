@@ -14,6 +14,7 @@ import jaxldm
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
 GROUND_FLOOR = {"errors", "arguments", "exact", "reading", "entries", "files", "host", "memory", "indices"}
+GROUND_FLOOR |= {"pixels"}
 MAY_IMPORT = {
     "errors": set(),
     "arguments": {"errors", "exact"},
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "host": {"errors", "files"},
     "indices": {"arguments", "errors"},
     "memory": {"errors", "host"},
+    "pixels": {"arguments", "errors"},
     "diffusion": GROUND_FLOOR,
     "few_steps": GROUND_FLOOR | {"diffusion"},
     "nn": GROUND_FLOOR,

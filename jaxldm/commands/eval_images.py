@@ -331,15 +331,20 @@ def generated_images(options: Any) -> ImageSet:
 
 @contextlib.contextmanager
 def feature_cache() -> Iterator[Path]:
-    """The folder of features: that of JAXLDM_FEATURE_CACHE, by default one of the user's; "off": for now."""
+    """The folder of features: that of JAXLDM_FEATURE_CACHE, by default one of the user's.
+
+    "off", or no home folder: one that is removed again.
+    """
+    from jaxldm.files import expanded
     from jaxldm.host import user_cache_folder
 
     setting = os.environ.get(FEATURE_CACHE, "")
-    if setting.lower() in ("off", "0", "no", "false"):
+    of_user = user_cache_folder()
+    if setting.lower() in ("off", "0", "no", "false") or not (setting or of_user):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        yield Path(setting).expanduser() if setting else user_cache_folder() / "jaxldm" / "features"
+        yield expanded(setting) if setting or of_user is None else of_user / "jaxldm" / "features"
 
 
 def layer_key(metric: Metric) -> str:

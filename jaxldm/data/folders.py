@@ -7,7 +7,8 @@
     pictures/*.tar                                  shards of webdataset: 1.jpg with 1.txt, 1.json or 1.cls
 
 Every picture is decoded once when the folder is opened; what cannot be used is listed, and the others are
-read from disk again, batch by batch.
+read from disk again, batch by batch. A file of several frames or pages cannot be used: which one is meant
+is not known.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from jaxldm.data.layouts import SPLIT_NAMES, SUFFIXES, examples_in
 from jaxldm.data.pictures import decode_picture, rgb_of
 from jaxldm.data.splits import split_records
 from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.files import expanded
 from jaxldm.reading import shortened
 
 MOST_SKIPPED = 0.1  # share of the pictures; with more the folder is refused
@@ -125,14 +127,14 @@ def load_folder(
 
     Returns:
         The dataset; its `skipped` lists what cannot be used: damaged files, pictures that are too small,
-        captions that are missing where others have one.
+        animations, captions that are missing where others have one.
 
     Raises:
         DataError: no folder, no pictures, fewer than ten with `hold_out`, more skipped than allowed, layouts
             mixed.
         InvalidArgumentError: `image_size` is needed; a size out of range.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: give the folder of your pictures, or a TFDS name")
     if image_size is not None and image_size < 1:

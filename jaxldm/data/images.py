@@ -6,13 +6,20 @@ from jaxtyping import Float, Int, UInt8
 
 from jaxldm.arguments import array, checked, count, optional, several, text
 from jaxldm.errors import DataError
+from jaxldm.pixels import check_not_pixels
 
 TOLERANCE = 1e-3  # how far a value may be outside [-1, 1], by rounding
 
 
 @checked(pixels=array("whole", "of 8 bits", axes=(1, 64)))
 def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Returns pixels / 127.5 - 1: 0 becomes -1, 255 becomes 1 (float32)."""
+    """Returns pixels / 127.5 - 1: 0 becomes -1, 255 becomes 1 (float32).
+
+    Raises `DataError` for numbers of more bits that are not in 0 to 255.
+    """
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 and pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:
+        raise DataError(f"pixels must lie in 0 to 255, got {pixels.min()} to {pixels.max()}")
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
@@ -20,9 +27,12 @@ def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns round(127.5 (images + 1)) cut to [0, 255]: the inverse of `from_uint8`, for images in [-1, 1].
 
-    Raises `DataError` for NaN, which has no grey level.
+    Raises:
+        DataError: NaN, which has no grey level.
+        InvalidArgumentError: numbers of 0 to 255, which would all be white.
     """
     images = np.asarray(images, dtype=np.float32)
+    check_not_pixels("images", images, drawn=True)
     if np.isnan(images).any():
         raise DataError("images with NaN cannot be converted to 8-bit pixels")
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)

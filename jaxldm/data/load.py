@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -9,6 +10,7 @@ import pathlib
 import re
 import sys
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,11 @@ from jaxldm.errors import (
     DataError,
     InvalidArgumentError,
     MissingDependencyError,
+    StorageError,
     UnknownNameError,
     one_of,
 )
+from jaxldm.files import expanded, storage_error
 from jaxldm.reading import shown
 
 MAX_RETRIES = 4  # of a connection: after 3 seconds in all
@@ -49,7 +53,7 @@ def data_folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     `data_dir` if given, else $JAXLDM_DATA_DIR, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     """
     choices = (data_dir, os.environ.get("JAXLDM_DATA_DIR"), os.environ.get("TFDS_DATA_DIR"))
-    return pathlib.Path(next(filter(None, choices), "~/tensorflow_datasets")).expanduser()
+    return expanded(next(filter(None, choices), "~/tensorflow_datasets"))
 
 
 @checked(
@@ -143,7 +147,7 @@ def source_name(dataset: str | os.PathLike) -> str:
     """A TFDS name as it is, a folder with its whole path, so that a run is resumed from anywhere."""
     name = os.fspath(dataset)
     folder = isinstance(dataset, os.PathLike) or is_folder(name)
-    return os.fspath(pathlib.Path(name).expanduser().absolute()) if folder else name
+    return os.fspath(expanded(name).absolute()) if folder else name
 
 
 def is_folder(name: str) -> bool:
@@ -155,13 +159,15 @@ def _prepared(name: str, folder: pathlib.Path):
     """Returns the TFDS builder of `name`, with its data on disk."""
     builder = _builder(name, folder)
     path = pathlib.Path(builder.data_path)
-    if path.exists() and not builder.info.splits:
+    with _storage_errors(name, folder):  # a folder without permission cannot even be asked
+        prepared = path.exists()
+    if prepared and not builder.info.splits:
         raise DataError(f"the folder {path} is incomplete: delete it and run again")
-    if not path.exists():
+    if not prepared:
         try:
-            with _few_retries():
+            with _few_retries(), _storage_errors(name, folder):
                 builder.download_and_prepare()
-        except (MissingDependencyError, DataError):
+        except (MissingDependencyError, DataError, StorageError):
             raise
         except Exception as error:  # TFDS raises assertion, import, download and file errors
             if not (isinstance(error, OSError) and path.exists()):  # else another process was faster
@@ -170,9 +176,46 @@ def _prepared(name: str, folder: pathlib.Path):
     return builder
 
 
-def _builder(name: str, folder: pathlib.Path):
-    import tensorflow_datasets as tfds
+@contextlib.contextmanager
+def _storage_errors(name: str, folder: pathlib.Path) -> Iterator[None]:
+    """Says how to choose another folder of data sets, where there is no permission for that one."""
+    try:
+        yield
+    except OSError as error:
+        refused = storage_error(error, folder)
+        if refused is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise StorageError(
+            f"the dataset {name}: {refused} (the environment variable JAXLDM_DATA_DIR names the folder)"
+        ) from error
 
+
+def _tensorflow_datasets() -> Any:
+    """TFDS, all of it: where its own import fails it logs the error, and is an empty module.
+
+    Raises `DataError`, with the cause.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        import tensorflow_datasets as tfds
+
+        if not hasattr(tfds, "builder"):
+            importlib.import_module("tensorflow_datasets.public_api")  # fails for the same cause
+            raise ImportError("its import was interrupted")
+    except Exception as error:
+        raise DataError(
+            f"the package tensorflow_datasets cannot be imported ({_reason(error)}): look at  python -c "
+            "'import tensorflow_datasets'  (may this user read all of Python's folders?)"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    return tfds
+
+
+def _builder(name: str, folder: pathlib.Path):
+    tfds = _tensorflow_datasets()
     tfds.disable_progress_bar()
     try:
         if name == "mnist5k":

@@ -1,6 +1,7 @@
 """Pictures and masks of files, PIL images and arrays as numbers: by their mode and range, never by a guess.
 
-A picture that cannot be read without guessing what its numbers mean is refused. EXIF orientation is honoured.
+A picture that cannot be read without guessing what its numbers mean, or which of several pictures of its file
+is meant, is refused. EXIF orientation is honoured.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 _CONVERTED = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _FULL_SCALES = (1, 255, 65535)  # of whole numbers in masks
 _GREY = 32  # how far apart R, G and B of grey pixels may be: JPEG changes them by a few levels
+_FIRST_IS_WHOLE = ("MPO", "PSD")  # formats of which the first picture is the whole one: cameras' JPEG, layers
+_REDUCED = 254  # the tag of TIFF whose first bit says that a page is a small copy of another
+_MOST_COPIES = 32  # with more pages they are taken for pictures without looking at them
+TAKE_FRAME = "give one of them as a picture, with Pillow  picture.seek(0); picture.copy().save('frame.png')"
 SAVE_MASK = "save it in black and white, white where the image is drawn again"
 
 
@@ -33,8 +38,8 @@ def open_picture(path: str | Path, name: str = "picture") -> Image:
     """A picture file, decoded, and turned as its EXIF orientation says.
 
     Raises:
-        DataError: no such file, not a picture, a damaged one, or one of more pixels than Pillow takes to be
-            safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+        DataError: no such file, not a picture, a damaged one, one of several frames or pages, or one of more
+            pixels than Pillow takes to be safe (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     if not Path(path).is_file():
         raise DataError(f"there is no {name} {path}")
@@ -50,8 +55,11 @@ def decode_picture(source: str | Path | bytes, path: str | Path) -> Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                _check_single(opened, path)
                 opened.load()
                 return ImageOps.exif_transpose(opened)
+    except DataError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant to fill the memory: "
@@ -72,12 +80,37 @@ def is_picture(value: Any) -> bool:
 
 
 def upright(picture: Image, name: str = "picture") -> Image:
-    """The picture, decoded, and turned as its EXIF orientation says. Raises `DataError` for a damaged one."""
+    """The picture, decoded, and turned as its EXIF orientation says.
+
+    Raises `DataError` for a damaged one, and for an opened file of several frames or pages.
+    """
     from PIL import ImageOps
 
     with reading(name, DataError):  # a file that was opened is decoded now
+        _check_single(picture, name)
         picture.load()
         return ImageOps.exif_transpose(picture)
+
+
+def _check_single(picture: Image, name: str | Path) -> None:
+    """Raises `DataError` for an animation, or pages of which none is known to be the one that is meant."""
+    if not getattr(picture, "is_animated", False) or picture.format in _FIRST_IS_WHOLE:
+        return
+    if picture.format == "TIFF" and _has_small_copies(picture):
+        return
+    raise DataError(f"{name} holds several frames or pages, and one picture is wanted: {TAKE_FRAME}")
+
+
+def _has_small_copies(picture: Any) -> bool:
+    """Whether all pages of a TIFF behind the first are smaller copies of it, by their own tag."""
+    if picture.n_frames > _MOST_COPIES or picture.tell() != 0:
+        return False
+    copies = []
+    for page in range(1, picture.n_frames):
+        picture.seek(page)
+        copies.append(picture.tag_v2.get(_REDUCED, 0) & 1)
+    picture.seek(0)
+    return all(copies)
 
 
 def rgb_of(

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxldm.arguments import array, check_shapes, checked, instance, number, optional, refuse, several
 from jaxldm.errors import DataError
 from jaxldm.metrics.scores import class_diversities, reconstruction_error
+from jaxldm.pixels import in_unit_range
 
 
 class Finding(NamedTuple):
@@ -27,6 +28,7 @@ class Finding(NamedTuple):
 
 
 IMAGES = array("real", "[N, H, W, C]", axes=4, filled=True)
+DRAWN = in_unit_range(array("real", "[N, ...]", axes=(2, 64), filled=True), drawn=True)
 OUTPUTS = array("real", "[N, ...]", axes=(2, 64), filled=True)
 FINDINGS = several(instance(Finding, "findings of these checks"))
 
@@ -55,7 +57,7 @@ def report(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-@checked(images=IMAGES, reconstructions=IMAGES, max_unexplained=number(0))
+@checked(images=in_unit_range(IMAGES, drawn=True), reconstructions=IMAGES, max_unexplained=number(0))
 def check_reconstruction(
     images: Float[np.ndarray, "N H W C"],
     reconstructions: Float[np.ndarray, "N H W C"],
@@ -204,7 +206,7 @@ def check_posterior_collapse(
     )
 
 
-@checked(images=OUTPUTS, min_contrast=number(0), max_share=number(0))
+@checked(images=DRAWN, min_contrast=number(0), max_share=number(0))
 def check_blank(
     images: Float[np.ndarray, "N H W C"], *, min_contrast: float = 0.05, max_share: float = 0.02
 ) -> list[Finding]:
@@ -259,7 +261,7 @@ def check_diversity(
     )
 
 
-@checked(images=OUTPUTS, real_images=OUTPUTS, max_contrast=number(0), max_excess=number(0))
+@checked(images=DRAWN, real_images=DRAWN, max_contrast=number(0), max_excess=number(0))
 def check_saturation(
     images: Float[np.ndarray, "N H W C"],
     real_images: Float[np.ndarray, "M H W C"],

@@ -35,7 +35,7 @@ def image_grid(
 
     Raises:
         DataError: not [B, H, W, C], or NaN.
-        InvalidArgumentError: columns or scale below 1, padding below 0.
+        InvalidArgumentError: columns or scale below 1, padding below 0; floats of 0 to 255.
 
     >>> image_grid(np.zeros([5, 28, 28, 1]), columns=3, padding=2).shape
     (62, 92, 1)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 
 from jaxldm.arguments import array, checked, count, optional
 from jaxldm.errors import DataError
+from jaxldm.pixels import in_unit_range
 
 
 class ReconstructionError(NamedTuple):
@@ -150,7 +151,7 @@ def nearest_neighbour_distances(
     return Neighbours(distance, index)
 
 
-@checked(images=array("real"), reconstructions=array("real"))
+@checked(images=in_unit_range(array("real"), drawn=True), reconstructions=array("real"))
 def reconstruction_error(
     images: Float[np.ndarray, "N H W C"], reconstructions: Float[np.ndarray, "N H W C"]
 ) -> ReconstructionError:

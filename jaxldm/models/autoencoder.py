@@ -14,6 +14,7 @@ from jaxldm.arguments import a_key, a_module, a_params, array, checked, flag, in
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.inputs import fitting
 from jaxldm.models.tiling import Tiling, sliced, tiled_decoder, tiled_encoder
+from jaxldm.pixels import in_unit_range
 
 
 class DiagonalGaussian(NamedTuple):
@@ -41,7 +42,7 @@ def split_moments(moments: Float[Array, "B h w moments"]) -> DiagonalGaussian:
     return DiagonalGaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
 
-IMAGES = array("floating", "[B, H, W, C]", axes=4, filled=True)
+IMAGES = in_unit_range(array("floating", "[B, H, W, C]", axes=4, filled=True))
 LATENTS = array("floating", "[B, h, w, c]", axes=4, filled=True)
 A_TILING = instance(Tiling, "models.Tiling(...)")
 

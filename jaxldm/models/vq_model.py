@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxldm.arguments import a_params, array, checked, instance
+from jaxldm.models.autoencoder import IMAGES
 from jaxldm.models.autoencoder_kl import Decoder, Encoder, ImageAutoencoderConfig
 from jaxldm.models.config import check
 from jaxldm.models.inputs import fitting, image_shape
@@ -125,7 +126,7 @@ class VQModel(nn.Module):
 A_VQ_MODEL = instance(VQModel, "a module such as models.build('ldm-vq-f4')")
 
 
-@checked(module=A_VQ_MODEL, params=a_params, images=array("floating", "[B, H, W, C]", axes=4, filled=True))
+@checked(module=A_VQ_MODEL, params=a_params, images=IMAGES)
 def encode_indices(module: VQModel, params: dict, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
     """Images in [-1, 1] -> the index of each latent's nearest codebook entry, in [0, num_vq_embeddings)."""
     with fitting(module):

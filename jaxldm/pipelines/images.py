@@ -92,6 +92,7 @@ def save_samples(
 
     Raises:
         DataError: NaN, or images that are no pictures, such as latents of four channels.
+        InvalidArgumentError: numbers of 0 to 255.
         StorageError: the disk is full, ...; what lay in the folder is then as it was.
     """
     folder = check_output_folder(folder)

@@ -28,8 +28,9 @@ from jaxldm.arguments import array, checked, count, instance, optional, some_dev
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.models.sharding import AXES, mesh_of
-from jaxldm.pipelines.handed_in import check_channels, check_range, latent_channels
+from jaxldm.pipelines.handed_in import check_channels, latent_channels
 from jaxldm.pipelines.network import A_NETWORK, Network
+from jaxldm.pixels import check_not_pixels
 from jaxldm.reading import shown
 from jaxldm.schedulers import Sampler
 
@@ -309,7 +310,7 @@ def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarr
     """
     rows = np.asarray(images, np.float32)
     check_channels("images", rows, vae.config.in_channels)
-    check_range(rows)
+    check_not_pixels("images", rows)
     one = jax.ShapeDtypeStruct((1, *rows.shape[1:]), jnp.float32)
     fix = "give a smaller image"
     _check_autoencoder_fits(_encode, vae, one, rows.shape[1:3], jax.local_devices()[0], "encoding", fix)

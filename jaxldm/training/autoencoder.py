@@ -154,7 +154,7 @@ def save_reconstructions(
     path: Path, images: Float[np.ndarray, "N H W C"], decoded: Float[np.ndarray, "N H W C"]
 ) -> None:
     """Write rows of eight images, each with the row of its reconstructions below it."""
-    decoded = np.nan_to_num(np.asarray(decoded))
+    decoded = np.clip(np.nan_to_num(np.asarray(decoded)), -1, 1)  # a diverged one is drawn as well
     starts = range(0, len(images), 8)
     rows = [part[start : start + 8] for start in starts for part in (images, decoded)]
     title = "Images that were not trained on, and their reconstructions"

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import array, checked, count, function, instance, number, one_key, optional
 from jaxldm.models import DiagonalGaussian
+from jaxldm.pixels import in_unit_range
 from jaxldm.training.adversarial import Adversary, Perceptual, image_distance, reconstruction_loss
 from jaxldm.training.codebook import quantization_losses
 
@@ -41,7 +42,7 @@ def annealed_beta(beta: float, warmup_steps: int, step: Any) -> Float[Array, ""]
     key=one_key,
     encode=function("images -> posterior"),
     decode=function("z -> images"),
-    images=array("floating", "[B, H, W, C]", axes=4, filled=True),
+    images=in_unit_range(array("floating", "[B, H, W, C]", axes=4, filled=True)),
     beta=array("real", axes=0),
     free_bits=array("real", axes=0),
     perceptual=A_PERCEPTUAL,
@@ -103,7 +104,7 @@ def autoencoder_loss(
     encode=function("images -> latents"),
     decode=function("latents -> images"),
     table=array("floating", "[K, c]", axes=2, filled=True),
-    images=array("floating", "[B, H, W, C]", axes=4, filled=True),
+    images=in_unit_range(array("floating", "[B, H, W, C]", axes=4, filled=True)),
     commitment=number(0),
     codebook_weight=number(0),
     perceptual=A_PERCEPTUAL,

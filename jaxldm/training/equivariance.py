@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import array, checked, function, one_key, refuse
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.pixels import in_unit_range
 
 DEFAULT_SCALES = (0.5, 0.75)
 
@@ -33,7 +34,7 @@ def some_scales(name: str, value: Any) -> tuple[float, ...]:
     key=one_key,
     decode=function("z -> images"),
     z=array("floating", "[B, h, w, c]", axes=4, filled=True),
-    images=array("floating", "[B, H, W, C]", axes=4, filled=True),
+    images=in_unit_range(array("floating", "[B, H, W, C]", axes=4, filled=True)),
     distance=function("(decoded, images) -> number"),
     scales=some_scales,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError
+from jaxldm.files import expanded
 from jaxldm.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 from jaxldm.training.recipes import AlignmentRecipe
 from jaxldm.training.stages import Context
@@ -35,7 +35,7 @@ def check_encoder(recipe: AlignmentRecipe) -> None:
     """Raise `CheckpointError` for a folder that holds no DINOv2, before anything is read."""
     if recipe.encoder == "classifier":
         return
-    config = models.config_from_dict(checkpoints.read_config(Path(recipe.encoder).expanduser()))
+    config = models.config_from_dict(checkpoints.read_config(expanded(recipe.encoder)))
     if not isinstance(config, models.Dinov2Config):
         raise CheckpointError(
             f"{recipe.encoder} holds a {models.class_name(config)}: features are aligned with those of a "
@@ -49,7 +49,7 @@ def load_features(context: Context, recipe: AlignmentRecipe, grid: tuple[int, in
         module, params = checkpoints.load(context.run.stage("classifier").model)
         context.log("diffusion: aligned with the features of the run's own classifier")
         return FrozenFeatures(params, module.config.block_out_channels[-1], classifier_features(module, grid))
-    module, params = checkpoints.load(Path(recipe.encoder).expanduser())
+    module, params = checkpoints.load(expanded(recipe.encoder))
     context.log(f"diffusion: aligned with the features of {recipe.encoder}")
     return FrozenFeatures(params, module.config.hidden_size, dinov2_features(module, grid))
 

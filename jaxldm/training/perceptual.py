@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxldm import checkpoints
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.files import expanded
 from jaxldm.models.lpips import unit_pixels
 from jaxldm.training.recipes import AutoencoderRecipe
 from jaxldm.training.stages import Context
@@ -37,7 +37,7 @@ def check_perceptual(recipe: AutoencoderRecipe, image_shape: tuple[int, int, int
     """Raise for a file that is not there, and for images that LPIPS cannot take, before anything is read."""
     if not recipe.perceptual_weight or recipe.perceptual_file is None:
         return
-    if not Path(recipe.perceptual_file).expanduser().is_file():
+    if not expanded(recipe.perceptual_file).is_file():
         raise CheckpointError(f"perceptual_file {recipe.perceptual_file} does not exist: check the path")
     if min(image_shape[:2]) < SMALLEST_SIDE or image_shape[2] not in (1, 3):
         raise InvalidArgumentError(
@@ -52,7 +52,7 @@ def load_perceptual(context: Context, recipe: AutoencoderRecipe) -> PerceptualDi
     Raises `CheckpointError`.
     """
     if recipe.perceptual_file is not None:
-        loaded = checkpoints.load_lpips(Path(recipe.perceptual_file).expanduser())
+        loaded = checkpoints.load_lpips(expanded(recipe.perceptual_file))
         context.log(f"autoencoder: perceptual distance by LPIPS with {loaded.file}")
         return PerceptualDistance(loaded.params, lpips_distance(cast(Any, loaded.module)))
     module, params = checkpoints.load(context.run.stage("classifier").model)

@@ -217,9 +217,8 @@ def save_samples(
 ) -> None:
     """Write images as a picture with a column for each name, of a class or a caption."""
     title = f"Samples after {step} steps"
-    grid = labelled_grid(
-        np.nan_to_num(images, nan=-1.0), len(names), title=title, column_labels=names, scale=2
-    )
+    shown = np.clip(np.nan_to_num(images, nan=-1.0), -1, 1)
+    grid = labelled_grid(shown, len(names), title=title, column_labels=names, scale=2)
     save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
 
 

@@ -22,6 +22,7 @@ from jaxldm.checkpoints.pipeline_folder import check_vocabulary
 from jaxldm.data import Rows
 from jaxldm.data.latents import cached, fingerprint
 from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.files import expanded
 from jaxldm.pipelines.families import PIPELINES
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
@@ -92,7 +93,7 @@ def _folders(encoder: str, suffix: str = "") -> tuple[Path, Path]:
             )
         folder = Path(next(iter(found.submodule_search_locations))) / "model"
     else:
-        folder = Path(encoder).expanduser()
+        folder = expanded(encoder)
     for end in dict.fromkeys((suffix, "")):
         if (folder / f"text_encoder{end}").is_dir():
             return folder / f"text_encoder{end}", folder / f"tokenizer{end}"

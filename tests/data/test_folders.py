@@ -141,6 +141,16 @@ def test_what_cannot_be_used_is_skipped_and_listed(classes):
     assert len(data.load_folder(classes, image_size=8, max_skipped=0.2).skipped) == 3
 
 
+def test_an_animation_is_skipped_and_listed(classes):
+    frames, file = [Image.new("L", (8, 8), level) for level in (0, 255)], io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    write(classes, {"cats/moving.gif": file.getvalue()})
+    dataset = data.load(str(classes), image_size=8)
+    assert everything(dataset) == list(range(20))
+    [(name, reason)] = dataset.skipped
+    assert name == "cats/moving.gif" and reason.startswith("holds several frames") and "seek" in reason
+
+
 def test_a_missing_caption_and_a_missing_file_are_skipped(tmp_path):
     lines = [json.dumps({"file_name": f"{n}.png", "text": f"picture {n}"}) for n in range(30)]
     files = {f"{n}.png": picture(n) for n in range(31)} | {"metadata.jsonl": "\n".join(lines)}

@@ -213,3 +213,37 @@ def test_latents_are_no_pictures_to_save_and_pixels_no_floats(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InvalidArgumentError, match="floating-point"):
         to_uint8(RGB)
+
+
+FRAMES = [Image.new("RGB", (6, 4), colour) for colour in ("black", "white", "red")]
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_frames_none_is_taken_for_the_picture(form, tmp_path):
+    path = tmp_path / "cat.picture"
+    path.write_bytes(saved(FRAMES[0], format=form, save_all=True, append_images=FRAMES[1:]).read())
+    with pytest.raises(DataError, match=r"cat\.picture holds several frames.* picture\.seek"):
+        open_picture(path)
+    with Image.open(path) as opened:
+        for read in (rgb_of, mask_of):
+            with pytest.raises(DataError, match="holds several frames"):
+                read(opened)
+        opened.seek(1)
+        frame = opened.copy()  # as the message says
+    assert (levels(rgb_of(frame)) == 255).all()
+    path.write_bytes(saved(FRAMES[0], format=form).read())
+    assert open_picture(path).size == (6, 4)
+
+
+def test_a_preview_in_the_file_of_a_camera_is_no_second_picture(tmp_path):
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(saved(FRAMES[1], format="MPO", save_all=True, append_images=FRAMES[:1]).read())
+    assert (levels(rgb_of(open_picture(path))) == 255).all()
+    small = Image.new("RGB", (3, 2))
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    path.write_bytes(saved(FRAMES[1], format="TIFF", save_all=True, append_images=[small]).read())
+    assert (levels(rgb_of(open_picture(path))) == 255).all()
+    small.encoderinfo = {"tiffinfo": {254: 0}}
+    path.write_bytes(saved(FRAMES[1], format="TIFF", save_all=True, append_images=[small]).read())
+    with pytest.raises(DataError, match="several frames or pages"):
+        open_picture(path)
