@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -22,7 +23,7 @@ from typing import Any
 from jaxldm import __version__
 from jaxldm.commands import COMMANDS, IMPORTED, SUBCOMMANDS, load_command
 from jaxldm.commands.words import check_text, check_words
-from jaxldm.errors import InvalidArgumentError, JaxldmError, one_of
+from jaxldm.errors import InvalidArgumentError, JaxldmError, cause, one_of
 from jaxldm.files import storage_error, storage_errors
 
 MAX_LINE = 390  # characters of a message
@@ -231,6 +232,8 @@ def one_line(message: str) -> str:
 def describe_os_error(error: OSError) -> str:
     """One line about a file that a library could not read or write, with the fix where it is known."""
     target = error.filename or "the output"
+    if error.errno in (errno.EACCES, errno.EPERM) and not isinstance(error, JaxldmError):
+        return f"{target}: {cause(error)}"  # it may have been to be read
     return str(storage_error(error, target) or f"{target}: {error.strerror or error}")
 
 

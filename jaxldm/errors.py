@@ -77,11 +77,16 @@ def path_error(error: OSError, given: Iterable[object]) -> StorageError | None:
     roots = [os.path.abspath(os.fsdecode(path)) for path in given if isinstance(path, (str, os.PathLike))]
     if not any(place == root or place.startswith(os.path.join(root, "")) for root in roots):
         return None
+    return StorageError(
+        f"{place if len(place) <= MAX_PATH else '...' + place[3 - MAX_PATH :]}: {cause(error)}"
+    )
+
+
+def cause(error: OSError) -> str:
+    """Why the system refused a path, and what to do, whether it was to be read or to be written."""
     if error.errno in (errno.EACCES, errno.EPERM):
-        reason = "no permission: check who may read and write it and the folders above, or give another path"
-    else:
-        reason = f"{error.strerror}: check this path, or give another one"
-    return StorageError(f"{place if len(place) <= MAX_PATH else '...' + place[3 - MAX_PATH :]}: {reason}")
+        return "no permission: check who may read and write it and the folders above, or give another path"
+    return f"{error.strerror}: check this path, or give another one"
 
 
 def shown(value: object) -> str:

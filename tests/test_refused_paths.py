@@ -11,6 +11,7 @@ import pytest
 
 from jaxldm import checkpoints, data, host, metrics, pipelines, training
 from jaxldm.arguments import a_path, checked, function
+from jaxldm.cli import describe_os_error
 from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError, StorageError
 from jaxldm.files import expanded
 
@@ -115,3 +116,9 @@ def test_a_folder_of_data_sets_without_permission_is_named(tmp_path, refusing):
     refusing(tmp_path / "closed")
     with pytest.raises(StorageError, match=r"mnist5k: .*no permission.*JAXLDM_DATA_DIR"):
         data.load("mnist5k", data_dir=tmp_path / "closed" / "data")
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_written():
+    """As `jaxldm info` of a run with a folder that is closed."""
+    line = describe_os_error(PermissionError(13, "Permission denied", "run/log.csv"))
+    assert line.startswith("run/log.csv: no permission: check who may read") and "write run" not in line
