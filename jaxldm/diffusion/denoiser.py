@@ -27,11 +27,14 @@ class Denoiser:
         path: where x and t live.
         with_variance: None, or for a network with learned variance (x, t [B]) -> (x_0, v), both [B, ...], v
             in [0, 1]: how far the log-variance lies from the posterior's (0) to the forward step's (1).
+        any_image: None, or for a denoiser that is mapped over images at different steps a function that says
+            whether a condition holds for any of them.
     """
 
     function: Callable[[Any, Any], Any]
     path: Path
     with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    any_image: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         check_fields(self, function=function("(x, t) -> x_0"), path=A_PATH)

@@ -145,9 +145,12 @@ def once_for_all(denoiser: D.Denoiser) -> D.Denoiser:
 
         return call
 
+    def any_slot(condition):
+        return jax.lax.psum(jnp.asarray(condition, jnp.int32), SLOTS) > 0
+
     variance = denoiser.with_variance
     variance = None if variance is None else of_one_slot(variance)
-    return D.Denoiser(of_one_slot(denoiser.function), denoiser.path, variance)
+    return D.Denoiser(of_one_slot(denoiser.function), denoiser.path, variance, any_slot)
 
 
 def _first_state(row: Rows, compiled: Compiled) -> Any:

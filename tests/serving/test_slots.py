@@ -123,12 +123,13 @@ def test_texts_share_slots_as_classes_do(tmp_path):
     assert cache.misses == misses  # another seed and number of steps encode nothing
 
 
-def test_the_network_is_called_once_for_all_slots():
-    """One batch of 2K under guidance: the matrix products of a step are those of one call of the network."""
+@pytest.mark.parametrize("solver, calls", [("dpmpp_2m", 1), ("pndm", 2)])
+def test_the_network_is_called_once_for_all_slots(solver, calls):
+    """In one batch of 2K; the second call of PNDM's first step is made where a slot is at its first."""
     module = models.build("dit-s-8", depth=1, hidden_size=16, num_heads=2, num_classes=4, sample_size=8)
     network = pipelines.Network(module, tiny_models.random_params(module))
     pipe = pipelines.class_to_image(network, tiny_models.PREDICTION)
-    job = serving.prepare(pipe, jax.random.key(0), [0, 1, 2], solver="dpmpp_2m")
+    job = serving.prepare(pipe, jax.random.key(0), [0, 1, 2], solver=solver)
     compiled = job.kind.compiled
     table = slots.empty(K, job.rows, compiled)
     step = jax.make_jaxpr(functools.partial(slots.step_of_slots, compiled=compiled))(pipe.denoiser, table)
@@ -136,7 +137,10 @@ def test_the_network_is_called_once_for_all_slots():
     x, t = jax.ShapeDtypeStruct((rows, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
     labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
     call = jax.make_jaxpr(lambda params, *inputs: module.apply({"params": params}, *inputs))
-    assert products(step.jaxpr) == products(call(models.shapes(module), x, t, labels).jaxpr)
+    once = products(call(models.shapes(module), x, t, labels).jaxpr)
+    assert products(step.jaxpr) == sorted(once * calls)
+    choices = [equation for equation in equations(step.jaxpr) if equation.primitive.name == "cond"]
+    assert len(choices) == calls - 1
     names = {equation.primitive.name for equation in equations(step.jaxpr)}
     assert not any("callback" in name for name in names)
 

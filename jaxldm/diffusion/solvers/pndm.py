@@ -9,7 +9,7 @@ from jaxldm.arguments import checked, flag
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.predictions import LEVEL_COEFFICIENTS, implied_noise
 from jaxldm.diffusion.solvers.multistep import MultistepState, begin, difference, remember
-from jaxldm.diffusion.solvers.solver import Row, Solver, move, path_of, row
+from jaxldm.diffusion.solvers.solver import Row, Solver, is_needed, move, path_of, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
 
@@ -97,9 +97,11 @@ def pndm(skip_prk_steps: bool = True, combine: str = "epsilon") -> Solver:
 
         starts = (there.sigma > 0) & (here.sigma > 0) & ~pure_noise
         if skip_prk_steps:
-            x = jax.lax.cond(starts & (state.taken == 0) & (i < steps_in(grid) - 1), heun, multistep)
+            first, start = starts & (state.taken == 0) & (i < steps_in(grid) - 1), heun
         else:
-            x = jax.lax.cond(starts & (state.taken < 3), runge_kutta, multistep)
+            first, start = starts & (state.taken < 3), runge_kutta
+        started = jax.lax.cond(is_needed(denoise, first), start, lambda: x)
+        x = jnp.where(first, started, multistep())
         return MultistepState(x, remember(answer, state.past), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 3), step)

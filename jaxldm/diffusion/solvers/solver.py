@@ -85,6 +85,16 @@ def divide(
     return jnp.where(empty, otherwise, numerator / jnp.where(empty, 1, denominator))
 
 
+def is_needed(denoise: Any, condition: Any) -> Any:
+    """Whether a step has to compute what only some steps need, such as another evaluation.
+
+    That is the condition itself, or where the denoiser knows of images at other steps (`any_image`) whether
+    it holds for any of them: so `vmap` leaves the `cond` a choice, and does not compute both branches always.
+    """
+    any_image = getattr(denoise, "any_image", None)
+    return condition if any_image is None else any_image(condition)
+
+
 def path_of(denoise: Any, solver: str) -> Path:
     """The path of a denoiser, for solvers that look between the rows of the grid.
 
