@@ -15,6 +15,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -196,8 +197,8 @@ def flag(name: str, value: Any) -> bool:
 
 
 def text(name: str, value: Any) -> str:
-    """A string."""
-    if not isinstance(value, str):
+    """A string; half characters, as of bytes that are not UTF-8, are none."""
+    if not isinstance(value, str) or (not value.isascii() and re.search("[\ud800-\udfff]", value)):
         raise refuse(name, "a text", value)
     return value
 

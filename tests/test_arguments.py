@@ -35,6 +35,7 @@ def test_what_is_allowed_arrives_as_plain_python(check, given, wanted):
     "check, given, message",
     [
         (A.count(1), 3.0, "x must be a whole number of at least 1, got 3.0: write x=3"),
+        (A.text, "a\udcff", r"x must be a text, got 'a\udcff'"),
         (A.count(1), True, "x must be a whole number of at least 1, got True"),
         (A.count(1), 2**31, "x must be a whole number from 1 to 2147483647, got 2147483648"),
         (A.count(1, 4), 5, "x must be a whole number from 1 to 4, got 5"),

@@ -77,3 +77,11 @@ def test_pixels_of_more_than_8_bits_are_no_pixels():
     for wrong in ([0, 256], [-1, 255]):
         with pytest.raises(DataError, match=r"0 to 255, got"):
             data.from_uint8(np.array(wrong, np.int32))
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(("labels", "message"), [([1], "one for each of 2"), ([0, -1], "from 0 to")])
+def test_labels_of_samples_are_one_for_each_and_classes(labels, message, tmp_path):
+    with pytest.raises((DataError, InvalidArgumentError), match=message):
+        pipelines.save_samples(tmp_path, IMAGES, labels)
+    assert not list(tmp_path.iterdir())

@@ -249,6 +249,8 @@ def _common_size(root: Path, sizes: Sequence[tuple[int, int]]) -> int:
     different = set(sizes)
     if len(different) == 1 and len(set(sizes[0])) == 1:
         return sizes[0][0]
+    if not sizes:
+        return 1  # none can be used, which is said next
     raise InvalidArgumentError(
         f"the pictures of {root} are no squares of one size: give image_size (--image-size), for example 32"
     )

@@ -49,11 +49,11 @@ def check_inputs(module: Any, x: Any, t: Any) -> None:
         if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.number)):
             raise InvalidArgumentError(f"{name} must be an array of numbers, got {shown(value)}")
     example = module.example_inputs()[0] if hasattr(module, "example_inputs") else None
-    if example is None or x.ndim != 4 or len(example.shape) != 4:
+    if example is None or len(example.shape) != 4:
         return  # no network of images: what it takes is for the module to say
     channels = example.shape[-1]
-    if x.shape[-1] != channels:
-        first = x.shape[1] == channels
+    if x.ndim != 4 or x.shape[-1] != channels:
+        first = x.ndim == 4 and x.shape[1] == channels
         hint = ", which looks like [B, C, H, W]: write jnp.moveaxis(x, 1, -1)" if first else ""
         raise InvalidArgumentError(f"x must be [B, H, W, {channels}], got shape {list(x.shape)}{hint}")
     if t.shape != x.shape[:1]:

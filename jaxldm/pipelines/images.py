@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from jaxldm.arguments import a_path, array, checked, count, number, optional
 from jaxldm.data import to_uint8
 from jaxldm.errors import DataError, StorageError
+from jaxldm.exact import LARGEST_INT32
 from jaxldm.files import Content, write_together
 from jaxldm.metrics import Finding, health, image_grid
 from jaxldm.metrics.pictures import png_bytes
@@ -70,7 +71,7 @@ def check_output_folder(folder: str | Path) -> Path:
 @checked(
     folder=a_path,
     images=array("floating", "[N, H, W, C]", axes=4, filled=True),
-    labels=optional(array("whole", "[N]", axes=1)),
+    labels=optional(array("whole", "[N]", axes=1, low=0, high=LARGEST_INT32)),
     columns=optional(count(1)),
 )
 def save_samples(
@@ -91,7 +92,8 @@ def save_samples(
         columns: of the grid; None for a square.
 
     Raises:
-        DataError: NaN, or images that are no pictures, such as latents of four channels.
+        DataError: NaN, or images that are no pictures, such as latents of four channels; another number of
+            labels.
         InvalidArgumentError: numbers of 0 to 255.
         StorageError: the disk is full, ...; what lay in the folder is then as it was.
     """
@@ -102,6 +104,8 @@ def save_samples(
             "pipelines.decode_images"
         )
     pictures = to_uint8(images)
+    if labels is not None and len(labels) != len(pictures):
+        raise DataError(f"labels must be one for each of {len(pictures)} images, got {len(labels)}")
     names = [
         f"image-{k:05d}.png" if labels is None else f"image-{k:05d}-class-{labels[k]}.png"
         for k in range(len(pictures))

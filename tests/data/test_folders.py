@@ -148,6 +148,8 @@ def test_an_animation_is_skipped_and_listed(classes):
     dataset = data.load(str(classes), image_size=8)
     assert everything(dataset) == list(range(20))
     [(name, reason)] = dataset.skipped
+    with pytest.raises(DataError, match=r"1 of the 1 .* holds several frames"):
+        data.load(str(write(classes / "alone", {"moving.gif": file.getvalue()})))
     assert name == "cats/moving.gif" and reason.startswith("holds several frames") and "seek" in reason
 
 

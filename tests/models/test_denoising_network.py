@@ -165,7 +165,8 @@ def test_inputs_of_other_shapes_are_refused_in_one_line():
     labels = jnp.zeros(2, jnp.int32)
     for x, t, words in (
         (jnp.zeros((2, 4, 8, 8)), jnp.zeros(2), r"x must be \[B, H, W, 4\].*looks like \[B, C, H, W\]"),
-        (jnp.zeros((8, 8, 4)), jnp.zeros(8), "do not fit DiT"),
+        (jnp.zeros((8, 8, 4)), jnp.zeros(8), r"x must be \[B, H, W, 4\], got shape \[8, 8, 4\]"),
+        (jnp.zeros((2, 4)), jnp.zeros(2), r"x must be \[B, H, W, 4\], got shape \[2, 4\]"),
         (jnp.zeros((2, 8, 8, 4)), jnp.zeros(3), "t must be"),
         (jnp.zeros((2, 6, 8, 4)), jnp.zeros(2), "6x8 cannot be cut into whole 4x4 patches"),
     ):
