@@ -91,12 +91,17 @@ def _diffusers_tensors(component: str, lora: Mapping[str, Any], scale: float) ->
     return tensors
 
 
-def _kohya_tensors(component: str, lora: Mapping[str, Any], scale: float) -> dict[str, np.ndarray]:
-    if component not in _KOHYA:
+def check_names(component: str, names: str) -> None:
+    """Raise `InvalidArgumentError` for a component that has no names of that kind."""
+    if names == "kohya" and component not in _KOHYA:
         raise InvalidArgumentError(
             f"kohya's names are for {', '.join(_KOHYA)}, got {component}: names='diffusers' is what ComfyUI "
             "reads of a transformer, too"
         )
+
+
+def _kohya_tensors(component: str, lora: Mapping[str, Any], scale: float) -> dict[str, np.ndarray]:
+    check_names(component, "kohya")
     tensors = {}
     for name, tensor in _tensors(component, lora).items():
         module, part, _ = name.rsplit(".", 2)

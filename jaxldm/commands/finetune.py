@@ -172,7 +172,7 @@ class Finetune:
                     f"--{name} is missing: give {what}, as in `jaxldm train finetune --help`"
                 )
         given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
-        return training.finetune_recipe(self.source, self.data, self.method or "lora", **given)
+        return training.finetune_recipe(str(self.source), str(self.data), self.method or "lora", **given)
 
     def _check_nothing_else_given(self) -> None:
         given = [name for name in ("method", *_OPTIONS) if getattr(self, name) is not None]

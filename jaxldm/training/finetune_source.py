@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from jaxldm import checkpoints, models, pipelines
 from jaxldm.arguments import a_path, checked, count, optional, text
+from jaxldm.checkpoints.lora_file import check_names
+from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.data import Dataset, load_folder, source_name
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.exact import LARGEST_UINT32
@@ -101,7 +103,7 @@ def outline_of(recipe: FinetuneRecipe) -> Pipeline:
     folder = Path(recipe.source)
     if pipelines.kind_of(folder) == "run":
         check_finished(folder)
-    index, family = read_json(folder / pipelines.folders.INDEX_FILE), family_of(folder)
+    index, family = read_json(folder / INDEX_FILE), family_of(folder)
     if family.name not in FAMILIES:
         raise CheckpointError(
             f"{folder} is a model of the family {family.name}: those that can be fine-tuned are "
@@ -165,6 +167,8 @@ def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
     pipe = outline_of(own)
     with reading(Path(own.source)):
         pipe.prediction  # noqa: B018
+    if own.lora is not None:
+        check_names(pipe.denoiser_name, own.lora.names)
     total, moving = _count_parameters(own, models.shapes(pipe.denoiser.module))
     _check_pictures(recipe, pipe, dataset)
     device = mesh.devices.flat[0]

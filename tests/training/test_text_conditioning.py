@@ -283,6 +283,10 @@ def check_finetuning(pipe, folder, pictures):
     """The folder can be fine-tuned: an adapter of it has gradients under the conditions of its captions."""
     recipe = training.finetune_recipe(folder, pictures, "lora", image_size=8, rank=2)
     training.check_recipe(recipe, recipe.load_data(), training.make_mesh(1))
+    if pipe.denoiser_name == "transformer":
+        kohya = training.finetune_recipe(folder, pictures, "lora", image_size=8, lora_names="kohya")
+        with pytest.raises(InvalidArgumentError, match="kohya's names are for unet"):
+            training.check_recipe(kohya, kohya.load_data(), training.make_mesh(1))
     tuned = tuned_of(recipe.finetune, pipe)
     cond, uncond = pipe.encode_prompts(["a dark picture"], None, (8, 8))
     null = {name: part[0] for name, part in uncond.items()}
