@@ -80,8 +80,8 @@ def check_all(checks: Mapping[str, Check], values: Mapping[str, Any]) -> dict[st
 
 def refuse(name: str, wanted: str, value: Any, instead: str = "") -> InvalidArgumentError:
     """The error for an argument: raise it."""
-    hint = f": write {instead}" if instead else ""
-    return InvalidArgumentError(f"{name} must be {wanted}, got {shown(value)}{hint}")
+    instead = instead and f": write {instead}"
+    return InvalidArgumentError(f"{name} must be {wanted}, got {shown(value)}{instead}")
 
 
 def optional(check: Check) -> Check:
@@ -212,8 +212,7 @@ def a_path(name: str, value: Any) -> Any:
 
 def a_module(name: str, value: Any) -> Any:
     """A Flax module, or what is applied as one."""
-    is_like = callable(getattr(value, "apply", None)) and callable(value)
-    if is_like and not isinstance(value, type):
+    if callable(getattr(value, "apply", None)) and callable(value) and not isinstance(value, type):
         return value
     return instance((), "a module such as models.build('tiny-dit')")(name, value)
 
@@ -435,12 +434,13 @@ def a_condition(name: str, value: Any) -> Any:
 def check_shapes(**arrays: Any) -> None:
     """Raises `InvalidArgumentError` unless the arrays are of one shape."""
     if len({np.shape(array) for array in arrays.values()}) > 1:
-        raise _shapes_differ(arrays)
+        raise shapes_differ(arrays)
 
 
-def _shapes_differ(arrays: Mapping[str, Any]) -> InvalidArgumentError:
+def shapes_differ(arrays: Mapping[str, Any], wanted: str = "") -> InvalidArgumentError:
+    """The error for arrays whose shapes do not go together: raise it."""
     listed = ", ".join(f"{name} {list(np.shape(array))}" for name, array in arrays.items())
-    return InvalidArgumentError(f"the shapes do not go together: {listed}")
+    return InvalidArgumentError(f"the shapes do not go together: {listed}{wanted}")
 
 
 def check_dims(**arrays: tuple[Any, str]) -> None:
@@ -459,7 +459,7 @@ def check_dims(**arrays: tuple[Any, str]) -> None:
             elif length != wanted:
                 names = ", ".join(f"{name} [{', '.join(axes.split())}]" for name, (_, axes) in arrays.items())
                 shapes = {name: array for name, (array, _) in arrays.items()}
-                raise InvalidArgumentError(f"{_shapes_differ(shapes)}: {names} are wanted")
+                raise shapes_differ(shapes, f": {names} are wanted")
 
 
 def check_broadcast(**arrays: Any) -> None:
@@ -468,9 +468,9 @@ def check_broadcast(**arrays: Any) -> None:
     try:
         np.broadcast_shapes(*shapes)
     except ValueError:
-        raise _shapes_differ(arrays) from None
+        raise shapes_differ(arrays) from None
     if len({0 in shape for shape in shapes}) > 1:
-        raise _shapes_differ(arrays)
+        raise shapes_differ(arrays)
 
 
 def _is_key(value: Any) -> bool:

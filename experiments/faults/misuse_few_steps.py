@@ -175,7 +175,16 @@ def without_a_teacher() -> list[Case]:
         "offset": 0.01,
     }
     return [
-        of("shortcut_target", network=stepped, x_t=IMAGES, t=LATE, d=EARLY, condition=ONES, clip=4.0),
+        of(
+            "shortcut_target",
+            network=stepped,
+            x_t=IMAGES,
+            t=LATE,
+            d=EARLY,
+            condition=ONES,
+            clip=4.0,
+            smallest=8,
+        ),
         of(
             "shortcut_loss",
             network=stepped,

@@ -80,6 +80,13 @@ def networks() -> list[Case]:
             {"params": "params|parameters", "lora": "lora|adapter"},
         ),
         Case("models.init", models.init, {"module": module, "key": KEY}, False),
+        Case(
+            "models.init_from",
+            models.init_from,
+            {"module": scaled_module(), "key": KEY, "params": params},
+            False,
+            {"params": "params|parameters"},
+        ),
         Case("models.shapes", models.shapes, {"module": module}),
         Case(
             "models.count_params",
@@ -98,8 +105,15 @@ def networks() -> list[Case]:
     ]
 
 
+def scaled_module() -> Any:
+    """A network that takes the guidance scale."""
+    return models.build("tiny-dit", **SIZES, num_classes=3, scalar_inputs=("guidance_scale",))
+
+
 def calls_of_networks() -> list[Case]:
     """The one way to call models."""
+    scaled = scaled_module()
+    scaled_params = zeros(scaled).params
     module = models.build("tiny-dit", **SIZES, num_classes=3)
     params, x, t = zeros(module).params, np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
     call = models.network(module)
@@ -112,6 +126,14 @@ def calls_of_networks() -> list[Case]:
             {"condition": np.zeros(1, np.int32)},
             False,
             {"condition": "condition|labels"},
+        ),
+        Case(
+            "network(guidance_scale)",
+            lambda guidance_scale: models.network(scaled)(
+                scaled_params, x, t, {"labels": np.zeros(1, np.int32), "guidance_scale": guidance_scale}
+            ),
+            {"guidance_scale": np.full(1, 3.0, np.float32)},
+            False,
         ),
         Case(
             "models.look_inside",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from jaxldm.arguments import array, checked
+from jaxldm.arguments import array, checked, shapes_differ
 from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
 from jaxldm.diffusion.paths import A_PATH, Path, per_image
 from jaxldm.diffusion.predictions import implied_noise
@@ -22,19 +22,12 @@ TIMES = array("floating", "[B]", axes=1)
 
 
 def check_batch(**arrays: Any) -> None:
-    """Raise `InvalidArgumentError` unless all have the shape of the first, [B, ...], or are [B].
-
-    None and single numbers go with everything.
-    """
-    (first, x), *others = arrays.items()
+    """Raises `InvalidArgumentError` unless each is None, a number, [B], or of the first's shape [B, ...]."""
+    (first, x), *others = ((name, value) for name, value in arrays.items() if value is not None)
     for name, value in others:
-        if value is None or value.shape in (x.shape, x.shape[:1], ()):
-            continue
-        wanted = f"one number for each example, [{len(x)}]," if value.ndim == 1 else f"{list(x.shape)},"
-        raise InvalidArgumentError(
-            f"the shapes do not go together: {name} must be {wanted} next to {first} {list(x.shape)}, got "
-            f"{list(value.shape)}"
-        )
+        if value.shape not in (x.shape, x.shape[:1], ()):
+            each = f"one number for each example, [{len(x)}]" if value.ndim == 1 else f"as {first} is"
+            raise shapes_differ({first: x, name: value}, f": {name} must be {each}")
 
 
 @checked(path=A_PATH, x_0=A_LATENT, epsilon=A_LATENT, t=TIMES)

@@ -28,13 +28,17 @@ def shortcut_times(
     Raises:
         InvalidArgumentError: a number that is no power of two, or 1.
     """
-    if smallest < 2 or smallest & (smallest - 1):
-        raise InvalidArgumentError(f"smallest must be 2, 4, 8, 16, ..., got {smallest}")
+    _check_smallest(smallest)
     step_key, time_key = jax.random.split(key)
     power = jax.random.randint(step_key, (batch_size,), 0, smallest.bit_length() - 1)
     d = jnp.exp2(-power.astype(jnp.float32))
     row = jnp.floor(jax.random.uniform(time_key, (batch_size,)) / d)
     return jnp.minimum((row + 1) * d, 1.0), d
+
+
+def _check_smallest(smallest: int) -> None:
+    if smallest < 2 or smallest & (smallest - 1):
+        raise InvalidArgumentError(f"smallest must be 2, 4, 8, 16, ..., got {smallest}")
 
 
 @checked(
@@ -44,6 +48,7 @@ def shortcut_times(
     d=TIMES,
     condition=a_tree,
     clip=optional(number(above=0)),
+    smallest=count(1),
 )
 def shortcut_target(
     network: Callable[[Any, Any, Any, Any], Any],
@@ -53,6 +58,7 @@ def shortcut_target(
     condition: Any = None,
     *,
     clip: float | None = 4.0,
+    smallest: int = 128,
 ) -> Float[Array, "B ..."]:
     """The mean velocity of two steps of d / 2, which one step of d should have; a constant.
 
@@ -61,14 +67,21 @@ def shortcut_target(
         x_t: [B, ...]; t, d: [B]. The step goes from t to t - d.
         condition: of the network.
         clip: bound of the intermediate x and of the target, in standard deviations of data; None: none.
+        smallest: of `shortcut_times`. The network is asked for a step of 1 / smallest as for d = 0, the
+            velocity: of both `shortcut_loss` trains that one alone.
 
-    Source: Frans et al. 2025, eq. 5.
+    Raises:
+        InvalidArgumentError: a smallest that is no power of two, or 1.
+
+    Source: Frans et al. 2025, eq. 5 and section 3.1.
     """
     check_batch(x_t=x_t, t=t, d=d)
+    _check_smallest(smallest)
+    half = jnp.where(d * smallest < 3, 0.0, d / 2)  # d = 2 / smallest, whatever its last digit
     bounded = (lambda x: x) if clip is None else (lambda x: jnp.clip(x, -clip, clip))
-    first = network(x_t, t, d / 2, condition)
+    first = network(x_t, t, half, condition)
     middle = bounded(x_t - per_image(d / 2, x_t) * first)
-    second = network(middle, t - d / 2, d / 2, condition)
+    second = network(middle, t - d / 2, half, condition)
     return stopped(bounded((first + second) / 2))
 
 

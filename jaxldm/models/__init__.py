@@ -55,6 +55,7 @@ from jaxldm.models.registry import (
     count_params,
     from_config,
     init,
+    init_from,
     shapes,
 )
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
@@ -159,6 +160,7 @@ __all__ = [
     "from_config",
     "guidance_embedding",
     "init",
+    "init_from",
     "init_lora",
     "largest_product",
     "look_inside",

@@ -12,7 +12,8 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.reading import shown
 
-OWN_FIELDS = ("dtype", "remat", "scan")  # of our configs; published configs lack them
+OWN_FIELDS = ("dtype", "remat", "scan", "scalar_inputs")  # of our configs; published configs lack them
+OMITTED = ("scalar_inputs",)  # from config.json where it is empty
 # The least that a whole number in a config.json may be, where it is not 1. Numbers of tokens are 0 or more.
 LOWEST = {
     "depth": 0,
@@ -82,7 +83,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of config.json, without `_class_name`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {self._written_name(name): _listed(value) for name, value in fields.items()}
+        return {
+            self._written_name(name): _listed(value)
+            for name, value in fields.items()
+            if value or name not in OMITTED
+        }
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Self:

@@ -14,11 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, height_width
-from jaxldm.models.inputs import denoiser_shapes, labels_or_null
+from jaxldm.models.inputs import check_scalar_inputs, denoiser_shapes, labels_or_null, scalars_given
 from jaxldm.nn.activations import gelu_tanh, silu
 from jaxldm.nn.attention import SelfAttention
 from jaxldm.nn.block_stack import apply_blocks
@@ -50,6 +50,8 @@ class DiTConfig(ModelConfig):
         freq_shift: 0 as published; the port in diffusers has 1 (`downscale_freq_shift`): set 1 to agree with
             it.
         norm_eps: 1e-6 as published.
+        scalar_inputs: of "guidance_scale" and "step_size", those that the network takes as further inputs,
+            for students that draw in few steps. See `models.init_from`.
         scan: compile one block for all, see `jaxldm.nn.block_stack`.
         remat: recompute activations inside of blocks in the backward pass, to save memory.
         route: (first, last): from block `first` up to, not including, block `last` the network can go on with
@@ -71,6 +73,7 @@ class DiTConfig(ModelConfig):
     freq_shift: int = 0
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    scalar_inputs: tuple[str, ...] = ()
     dtype: str = "float32"
     scan: bool = False
     remat: bool = False
@@ -98,6 +101,7 @@ class DiTConfig(ModelConfig):
         )
         check(self.hidden_size % 4 == 0, "hidden_size must be a multiple of 4 for the position embedding")
         one_of("position_embedding", self.position_embedding, ("sincos", "learned"))
+        check_scalar_inputs(self.scalar_inputs)
         compute_dtype(self.dtype)
 
     def table_size(self) -> int:
@@ -127,9 +131,14 @@ class DiTConfig(ModelConfig):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal embedding, cosines first, then Linear, SiLU, Linear: t `[B]` -> `[B, hidden_size]`."""
+    """Sinusoidal embedding, cosines first, then Linear, SiLU, Linear: t `[B]` -> `[B, hidden_size]`.
+
+    Attributes:
+        begins_at_zero: the last layer starts at zero: for a scalar input beside t.
+    """
 
     config: DiTConfig
+    begins_at_zero: bool = False
 
     @nn.compact
     def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B C"]:
@@ -137,7 +146,8 @@ class TimestepEmbedder(nn.Module):
         size, shift = config.frequency_embedding_size, config.freq_shift
         x = timestep_embedding(t, size, flip_sin_to_cos=True, downscale_freq_shift=shift)
         x = Linear(config.hidden_size, dtype=config.dtype, name="mlp_0", **NORMAL)(x)
-        return Linear(config.hidden_size, dtype=config.dtype, name="mlp_2", **NORMAL)(silu(x))
+        start = ZERO if self.begins_at_zero else NORMAL
+        return Linear(config.hidden_size, dtype=config.dtype, name="mlp_2", **start)(silu(x))
 
 
 class LabelEmbedder(nn.Module):
@@ -231,6 +241,8 @@ class DiT(nn.Module):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         labels: Int[Array, " B"] | None = None,
+        guidance_scale: Num[Array, " B"] | None = None,
+        step_size: Num[Array, " B"] | None = None,
         train: bool = False,
         kept: Int[Array, "B k"] | None = None,
     ) -> Float[Array, "B H W out"]:
@@ -242,6 +254,8 @@ class DiT(nn.Module):
             t: `[B]` floating, the path's t; may be fractional.
             labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
                 for all.
+            guidance_scale: `[B]`, 1 for none, and step_size: `[B]` in units of t; None unless they are among
+                the config's `scalar_inputs`.
             train: draw dropout from the rng stream "dropout".
             kept: int `[B, k]`, tokens that go through the blocks of the config's `route`, different ones; the
                 others skip these blocks. None: all go through.
@@ -251,7 +265,8 @@ class DiT(nn.Module):
             `learn_sigma` the second half of the channels is for the variance.
 
         Raises:
-            InvalidArgumentError: labels given to a model without classes, `kept` to one without a route.
+            InvalidArgumentError: labels given to a model without classes, `kept` to one without a route; a
+                scalar input that is missing, or that the network does not take.
         """
         config = self.config
         if kept is not None and config.route is None:
@@ -263,6 +278,9 @@ class DiT(nn.Module):
         chex.assert_shape(t, (x.shape[0],))
         h = PatchEmbed(config, name="x_embedder")(x) + self._position(height, width)
         c = TimestepEmbedder(config, name="t_embedder")(t)
+        scalars = scalars_given(config.scalar_inputs, t, guidance_scale=guidance_scale, step_size=step_size)
+        for name, value in scalars.items():
+            c = c + TimestepEmbedder(config, begins_at_zero=True, name=f"{name}_embedder")(value)
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is not None:
             c = c + LabelEmbedder(config, name="y_embedder")(labels)
@@ -318,8 +336,8 @@ class DiT(nn.Module):
             "pos_embed": sincos_position_embedding_2d(self.config.hidden_size, *self.config.grid_size)[None]
         }
 
-    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, labels) that `init` traces the model with."""
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Shapes of (x, t, labels, guidance_scale, step_size) that `init` traces the model with."""
         return denoiser_shapes(self.config)
 
 

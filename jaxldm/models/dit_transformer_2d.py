@@ -216,6 +216,6 @@ class DiTTransformer2DModel(nn.Module):
         table = sincos_position_embedding_2d(config.hidden_size, rows, columns, base_size=base)
         return jnp.asarray(table[None], compute_dtype(config.dtype))
 
-    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
         """Shapes of (x, t, labels) that `init` traces the model with."""
         return denoiser_shapes(self.config)

@@ -12,7 +12,7 @@ from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
 from jaxldm import entries as entries_of
-from jaxldm.arguments import a_module, checked, instance, one_key
+from jaxldm.arguments import a_module, a_params, checked, instance, one_key
 from jaxldm.entries import known_names, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.models import (
@@ -46,6 +46,7 @@ from jaxldm.models import (
     z_image_transformer_2d,
 )
 from jaxldm.models.config import ModelConfig
+from jaxldm.models.inputs import SCALAR_INPUTS
 from jaxldm.nn.initialization import init_params
 from jaxldm.reading import reading, reason, shown
 
@@ -114,6 +115,9 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         patch_discriminator.PatchDiscriminatorConfig,
     ),
 }
+
+# Submodules of inputs that a network takes besides those of its teacher, see `init_from`.
+FURTHER = {f"{name}_{kind}" for name in SCALAR_INPUTS for kind in ("embedding", "embedder")} | {"cond_proj"}
 
 # Today's class of a `Transformer2DModel` in older folders, by its norm_type.
 TRANSFORMER_2D_MODELS = {
@@ -191,6 +195,47 @@ def build(name: str, **overrides: Any) -> nn.Module:
 def init(module: nn.Module, key: PRNGKeyArray) -> dict:
     """Fresh float32 parameters of a module: the nested dictionary inside `{"params": ...}`."""
     return init_params(module, key, *module.example_inputs())
+
+
+@checked(module=a_module, key=one_key, params=a_params)
+def init_from(module: nn.Module, key: PRNGKeyArray, params: Mapping[str, Any]) -> dict:
+    """Parameters of a module with further inputs that begin as those of a network without them.
+
+    A network takes further numbers as its config says: `scalar_inputs` of `UNet2DModel`, `DiT` and `SiT`,
+    `time_cond_proj_dim` of `UNet2DConditionModel`. What such a number adds to the embedding of the time is
+    zero at first, so that the student computes what its teacher does, whatever the numbers.
+
+    >>> import dataclasses, jax
+    >>> from jaxldm import models
+    >>> teacher = models.build("tiny-dit", depth=1)
+    >>> student = models.build("tiny-dit", depth=1, scalar_inputs=("guidance_scale",))
+    >>> params = models.init(teacher, jax.random.key(0))
+    >>> sorted(models.init_from(student, jax.random.key(1), params).keys() - params.keys())
+    ['guidance_scale_embedder']
+
+    Args:
+        module: with the further inputs.
+        key: draws the first layers of their embeddings.
+        params: of the network without them, unchanged in the result.
+
+    Raises:
+        InvalidArgumentError: the parameters are of a network that differs in more than these inputs.
+    """
+    wanted = cast(dict[Any, Any], traverse_util.flatten_dict(shapes(module)))
+    given = cast(dict[Any, Any], traverse_util.flatten_dict(params))
+    new = {path for path in wanted.keys() - given.keys() if FURTHER & set(path)}
+    odd = [path for path in given.keys() - wanted.keys()] or [*wanted.keys() - given.keys() - new]
+    odd = odd or [path for path in given if tuple(given[path].shape) != wanted[path].shape]
+    if odd:
+        path = min(odd)
+        own, other = (f"{list(tree[path].shape)}" if path in tree else "none" for tree in (wanted, given))
+        raise InvalidArgumentError(
+            f"params do not fit this {type(module).__name__}: of {'/'.join(path)} it has {own}, they have "
+            f"{other}; give those of a network that differs in its further inputs alone"
+        )
+    fresh = init_params(module, key, *cast(Any, module).example_inputs(), wanted=new.__contains__)
+    fresh = cast(dict[Any, Any], traverse_util.flatten_dict(fresh))
+    return traverse_util.unflatten_dict({path: given.get(path, fresh.get(path)) for path in wanted})
 
 
 @checked(module=a_module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
 from jaxldm.models.dit import PATCH_SIZES, SIZES, DiT, DiTConfig
@@ -49,10 +49,13 @@ class SiT(DiT):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         labels: Int[Array, " B"] | None = None,
+        guidance_scale: Num[Array, " B"] | None = None,
+        step_size: Num[Array, " B"] | None = None,
         train: bool = False,
         kept: Int[Array, "B k"] | None = None,
     ) -> Float[Array, "B H W C"]:
-        return super().__call__(x, t, labels, train, kept)[..., : x.shape[-1]]
+        output = super().__call__(x, t, labels, guidance_scale, step_size, train, kept)
+        return output[..., : x.shape[-1]]
 
 
 PRESETS = {

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, cast
 import chex
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.entries import read_value
 from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
-from jaxldm.models.inputs import denoiser_shapes, labels_or_null
+from jaxldm.models.inputs import check_scalar_inputs, denoiser_shapes, labels_or_null, scalars_given
 from jaxldm.nn.activations import silu
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
 from jaxldm.nn.convolution import Conv2d
@@ -33,6 +33,8 @@ class UNet2DConfig(ModelConfig):
     Attributes:
         num_classes: number of real classes; the label `num_classes` is the null class of classifier-free
             guidance, so the published `num_class_embeds` is num_classes + 1. None: not class-conditional.
+        scalar_inputs: of "guidance_scale" and "step_size", those that the network takes as further inputs,
+            for students that draw in few steps; diffusers does not know them. See `models.init_from`.
         dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 in any case.
     """
 
@@ -61,6 +63,7 @@ class UNet2DConfig(ModelConfig):
     downsample_padding: int = 1
     dropout: float = 0.0
     num_classes: int | None = None
+    scalar_inputs: tuple[str, ...] = ()
     dtype: str = "float32"
 
     published: ClassVar = True
@@ -81,6 +84,7 @@ class UNet2DConfig(ModelConfig):
         check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")
         check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
         check_groups(self.block_out_channels, self.norm_num_groups)
+        check_scalar_inputs(self.scalar_inputs)
         compute_dtype(self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +113,8 @@ class UNet2DModel(nn.Module):
         x: Float[Array, "B H W C"],
         t: Float[Array, " B"],
         labels: Int[Array, " B"] | None = None,
+        guidance_scale: Num[Array, " B"] | None = None,
+        step_size: Num[Array, " B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
         """Predict from noisy images or latents, the time and the class.
@@ -118,18 +124,22 @@ class UNet2DModel(nn.Module):
             t: `[B]` floating, the path's t; may be fractional.
             labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
                 for all.
+            guidance_scale: `[B]`, 1 for none, and step_size: `[B]` in units of t; None unless they are among
+                the config's `scalar_inputs`.
             train: draw dropout from the rng stream "dropout".
 
         Returns:
             `[B, H, W, out_channels]` in the dtype of x.
 
         Raises:
-            InvalidArgumentError: labels given to a model without classes.
+            InvalidArgumentError: labels given to a model without classes; a scalar input that is missing, or
+                that the network does not take.
         """
         config = self.config
         chex.assert_shape(x, (None, None, None, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
-        temb = self._embed(t, labels)
+        scalars = scalars_given(config.scalar_inputs, t, guidance_scale=guidance_scale, step_size=step_size)
+        temb = self._embed(t, labels, scalars)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
         h, skips = apply_down_blocks(h, self._down_blocks(), temb, train)
         if config.mid_block_type is not None:
@@ -139,14 +149,21 @@ class UNet2DModel(nn.Module):
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(silu(h))
         return h.astype(x.dtype)
 
-    def _embed(self, t: Float[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B time"]:
+    def _embed(
+        self, t: Float[Array, " B"], labels: Int[Array, " B"] | None, scalars: Mapping[str, Any]
+    ) -> Float[Array, "B time"]:
         config = self.config
         width = config.block_out_channels[0]
         dim = config.time_embedding_dim or 4 * width
-        sinusoid = timestep_embedding(
-            t, width, flip_sin_to_cos=config.flip_sin_to_cos, downscale_freq_shift=config.freq_shift
-        )
-        temb = TimestepEmbedding(dim, config.dtype, name="time_embedding")(sinusoid)
+
+        def of_number(value: Array, name: str, **options: Any) -> Array:
+            flip, shift = config.flip_sin_to_cos, config.freq_shift
+            wave = timestep_embedding(value, width, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+            return TimestepEmbedding(dim, config.dtype, name=name, **options)(wave)
+
+        temb = of_number(t, "time_embedding")
+        for name, value in scalars.items():
+            temb = temb + of_number(value, f"{name}_embedding", begins_at_zero=True)
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is None:
             return temb
@@ -209,8 +226,8 @@ class UNet2DModel(nn.Module):
             )
         ]
 
-    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of (x, t, labels) that `init` traces the model with."""
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Shapes of (x, t, labels, guidance_scale, step_size) that `init` traces the model with."""
         return denoiser_shapes(self.config)
 
 

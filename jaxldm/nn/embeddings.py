@@ -66,12 +66,13 @@ class TimestepEmbedding(nn.Module):
     """Linear, SiLU, Linear: `[B, in]` -> `[B, dim]`, submodules `linear_1` and `linear_2` as in diffusers.
 
     A second vector `condition` `[B, D]` enters through `cond_proj`, a linear map without bias that is added
-    to x: the guidance of LCM.
+    to x: the guidance of LCM. It starts at zero, so that a student with it begins as its teacher.
 
     Attributes:
         hidden_dim: width in between; None: dim.
         names: of the two layers, where a checkpoint has others.
         act: a name in `ACTIVATIONS`, in place of SiLU.
+        begins_at_zero: the second layer starts at zero: for an input that is added to a trained network.
     """
 
     dim: int
@@ -80,17 +81,21 @@ class TimestepEmbedding(nn.Module):
     hidden_dim: int | None = None
     names: tuple[str, str] = ("linear_1", "linear_2")
     act: str = "silu"
+    begins_at_zero: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B in"], condition: Float[Array, "B D"] | None = None
     ) -> Float[Array, "B dim"]:
         if condition is not None:
-            project = Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            project = Linear(
+                x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=zeros, name="cond_proj"
+            )
             x = x.astype(compute_dtype(self.dtype)) + project(condition)
         hidden, (first, second) = self.hidden_dim or self.dim, self.names
         x = ACTIVATIONS[self.act](Linear(hidden, self.use_bias, self.dtype, name=first)(x))
-        return Linear(self.dim, self.use_bias, self.dtype, name=second)(x)
+        start = zeros if self.begins_at_zero else None
+        return Linear(self.dim, self.use_bias, self.dtype, start, start, name=second)(x)
 
 
 class TextProjection(nn.Module):

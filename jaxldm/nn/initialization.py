@@ -82,18 +82,32 @@ def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Sha
     return module.param(name, initializer, shape, jnp.float32)
 
 
-def init_params(module: nn.Module, key: PRNGKeyArray, *inputs: Any) -> dict:
-    """Fresh parameters of a module from two flat draws; from Flax's if one has no `Initializer`."""
+def init_params(
+    module: nn.Module,
+    key: PRNGKeyArray,
+    *inputs: Any,
+    wanted: Callable[[tuple[str, ...]], bool] | None = None,
+) -> dict:
+    """Fresh parameters of a module from two flat draws; from Flax's if one has no `Initializer`.
+
+    `wanted` says by its path whether a parameter is to be drawn; None: all of them.
+    """
 
     def trace(key: PRNGKeyArray, *inputs: Array) -> Any:
         return module.init(key, *inputs, mutable=["params", "intermediates"])
 
     variables = jax.eval_shape(trace, key, *inputs)
     shapes = cast(dict[Any, Any], traverse_util.flatten_dict(variables["params"]))
+    shapes = {path: spec for path, spec in shapes.items() if wanted is None or wanted(path)}
     initializers = cast(dict[Any, Any], traverse_util.flatten_dict(variables.get("intermediates", {})))
     if not all(isinstance(initializers.get(path), Initializer) for path in shapes):
         zero = [None if spec is None else jnp.zeros(spec.shape, spec.dtype) for spec in inputs]
-        return jax.jit(lambda key: module.init(key, *zero)["params"])(key)
+
+        def draw(key: PRNGKeyArray) -> Any:
+            params = cast(dict[Any, Any], traverse_util.flatten_dict(module.init(key, *zero)["params"]))
+            return traverse_util.unflatten_dict({path: params[path] for path in shapes})
+
+        return jax.jit(draw)(key)
     plan = tuple((initializers[path], spec.shape) for path, spec in shapes.items())
     return traverse_util.unflatten_dict(dict(zip(shapes, _draw(key, plan), strict=True)))
 

@@ -8,6 +8,7 @@ import pytest
 from jaxldm import diffusion as D
 from jaxldm import few_steps as few
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.few_steps.jumps import check_batch
 
 KEY = jax.random.key(0)
 X, NOISE = jax.random.normal(KEY, (2, 8, 4, 4, 1))
@@ -45,6 +46,26 @@ def test_no_gradient_reaches_the_teacher(loss):
     own, teacher = jax.grad(lambda own, other: loss(own, other)[0], argnums=(0, 1))(0.3, 0.7)
     assert teacher == 0
     assert own != 0
+
+
+def test_a_shortcut_of_the_finest_steps_asks_for_the_velocity_which_alone_is_trained():
+    asked = []
+
+    def network(x, t, d, condition):
+        asked.append(d)
+        return x + d.reshape(-1, 1, 1, 1)
+
+    d = jnp.array([1.0, 0.5, 0.25, 1 / 32, 1 / 64, 1 / 64, 0.0, 0.5])
+    target = few.shortcut_target(network, X, jnp.ones(8), d, clip=None)
+    for each in asked:
+        np.testing.assert_array_equal(each, [0.5, 0.25, 0.125, 1 / 64, 0, 0, 0, 0.25])
+    moved = X - (d / 2).reshape(-1, 1, 1, 1) * (X + asked[0].reshape(-1, 1, 1, 1))  # by its own length
+    np.testing.assert_allclose(target, (X + moved) / 2 + asked[0].reshape(-1, 1, 1, 1), rtol=1e-5, atol=1e-6)
+    _, steps = few.shortcut_times(KEY, 4000, 8)
+    few.shortcut_target(network, X[:1], T[:1], steps.min()[None], smallest=8)
+    assert asked[-1] == 0
+    with pytest.raises(InvalidArgumentError, match="2, 4, 8, 16"):
+        few.shortcut_target(network, X, T, d, smallest=6)
 
 
 def test_derivatives_inside_targets_are_constants():
@@ -156,6 +177,17 @@ def test_the_gradient_of_drifting_is_its_force():
     force, unit = few.drift(samples, data)
     gradient = jax.grad(lambda samples: few.drifting_loss(samples, data)[0])(samples)
     np.testing.assert_allclose(gradient, -2 * force / unit / samples.size, rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_has_one_shape_or_one_number_for_each_example():
+    x = np.zeros((4, 3))
+    check_batch(x=x, t=np.zeros(4), epsilon=x, weight=None, scale=np.float32(0.5))
+    for wrong, words in (
+        ({"t": np.zeros(3)}, r"x \[4, 3\], t \[3\]: t must be one number for each example, \[4\]"),
+        ({"epsilon": np.zeros((4, 2))}, r"x \[4, 3\], epsilon \[4, 2\]: epsilon must be as x is"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            check_batch(x=x, y=x, **wrong)
 
 
 def test_one_line_for_what_cannot_be():

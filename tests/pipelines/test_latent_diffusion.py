@@ -40,6 +40,22 @@ class ExactEpsilon(nn.Module):
         return sigma * (x - alpha * mean) / (alpha**2 * STD**2 + sigma**2)
 
 
+@dataclasses.dataclass(frozen=True)
+class GuidedConfig(ExactConfig):
+    scalar_inputs: tuple[str, ...] = ("guidance_scale",)
+
+
+class GuidedEpsilon(nn.Module):
+    """The same, with guidance inside."""
+
+    config: GuidedConfig = GuidedConfig()
+
+    @nn.compact
+    def __call__(self, x, t, labels, guidance_scale):
+        cond, null = (ExactEpsilon()(x, t, of) for of in (labels, jnp.full_like(labels, len(MEANS) - 1)))
+        return D.guide(null, cond, guidance_scale)
+
+
 EXACT = class_to_image(Network(ExactEpsilon(), {}), PREDICTION)
 IMAGES_PER_DEVICE = EXACT.images_per_device
 
@@ -65,6 +81,16 @@ def test_gaussian_data_is_drawn_as_the_exact_solution_says(solver):
         x_T = sigma * first_noise(k)
         exact = mean + STD * (x_T - alpha * mean) / np.sqrt(alpha**2 * STD**2 + sigma**2)
         np.testing.assert_allclose(images[k], np.clip(exact, -1, 1), atol=3e-3)
+
+
+def test_a_network_that_takes_the_guidance_scale_is_called_once_and_guided_no_more():
+    student = class_to_image(Network(GuidedEpsilon(), {}), PREDICTION)
+    assert student.is_guidance_distilled and not EXACT.is_guidance_distilled
+    call = {"num_inference_steps": 4, "guidance_scale": 2.5}
+    images = student(KEY, [0, 1, 1], **call)
+    np.testing.assert_allclose(images, EXACT(KEY, [0, 1, 1], **call), atol=1e-5)
+    with pytest.raises(InvalidArgumentError, match="true_cfg_scale"):
+        student(KEY, [0], true_cfg_scale=2.0)
 
 
 def test_a_negative_label_replaces_the_null_class():

@@ -222,12 +222,13 @@ def dit_to_diffusers(module: models.DiT, params: Mapping) -> tuple[models.DiTTra
         and config.num_classes is not None
         and isinstance(config.sample_size, int)
         and config.position_embedding == "sincos"
+        and not config.scalar_inputs
         and (config.mlp_ratio, config.frequency_embedding_size, config.dropout) == (4.0, 256, 0.0)
     )
     if not fits:
         raise InvalidArgumentError(
             "diffusers has DiTs with classes only, for squares, with sin-cos positions, mlp_ratio 4, "
-            f"frequency_embedding_size 256 and no dropout; this one is {config}"
+            f"frequency_embedding_size 256, without dropout and scalar inputs; this one is {config}"
         )
     theirs = models.DiTTransformer2DModel(
         models.DiTTransformer2DConfig(

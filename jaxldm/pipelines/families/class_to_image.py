@@ -164,6 +164,16 @@ def defaults(pipe: Pipeline) -> Defaults:
     return Defaults(guidance_scale=scale, solver="ddim")
 
 
+def is_guidance_distilled(pipe: Pipeline) -> bool:
+    """Whether the network takes the guidance scale as an input."""
+    return "guidance_scale" in getattr(pipe.denoiser.config, "scalar_inputs", ())
+
+
+def guidance_condition(pipe: Pipeline, scale: float, count: int) -> dict[str, Any]:
+    """The scale as such a network takes it."""
+    return {"guidance_scale": np.full(count, scale, np.float32)}
+
+
 def check_guidance(pipe: Pipeline, call: Call) -> None:
     """Raise `InvalidArgumentError` for a scale that is not finite, negative, or without classes."""
     check_guidance_scale(pipe, call.guidance_scale)
@@ -330,7 +340,8 @@ CLASS_TO_IMAGE = Family(
     denoisers=("unet", "transformer"),
     latent_spec=latent_spec,
     grid=own_grid,
-    is_guidance_distilled=lambda pipe: False,
+    is_guidance_distilled=is_guidance_distilled,
+    guidance_condition=guidance_condition,
     check_guidance=check_guidance,
     read_prompts=lambda labels, negatives: (labels, negatives),
     read_inputs=read_latents,
