@@ -392,7 +392,7 @@ def runs() -> list[Case]:
             "T.finetune_recipe",
             T.finetune_recipe,
             {"source": "sd", "data": "pictures", "method": "lora", "image_size": 8, "seed": 0},
-            words={"data": "data|pictures"},
+            words={"data": "data|pictures", "image_size": "image_size|does not exist"},
         ),
     ]
 
