@@ -34,7 +34,7 @@ from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, squares_of, sto
 def edm_consistency_model(
     network: Callable[[Any, Any], Any], sigma_data: float = 0.5, sigma_min: float = 0.002
 ) -> Denoiser:
-    """f(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), with f(x, sigma_min) = x.
+    """f(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), with f(x, sigma) = x up to sigma_min.
 
         c_skip = d^2 / ((sigma - sigma_min)^2 + d^2),
         c_out = d (sigma - sigma_min) / sqrt(sigma^2 + d^2),  c_in = 1 / sqrt(sigma^2 + d^2).
@@ -43,7 +43,8 @@ def edm_consistency_model(
     """
 
     def function(x, sigma):
-        rest, root = sigma - sigma_min, jnp.sqrt(sigma**2 + sigma_data**2)
+        # Below sigma_min, where easy tuning ends, F is trained by nobody: a factor for it would feed back.
+        rest, root = jnp.maximum(sigma - sigma_min, 0), jnp.sqrt(sigma**2 + sigma_data**2)
         noise = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4
         output = network(x / per_image(root, x), noise).astype(x.dtype)
         c_skip = sigma_data**2 / (rest**2 + sigma_data**2)
