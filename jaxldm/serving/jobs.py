@@ -122,11 +122,8 @@ def job_of(loop: Loop) -> Job:
         raise InvalidArgumentError(f"num_inference_steps must be at most {MAX_STEPS}, got {num_steps}")
     image = PerImage(loop.keys.data, *jax.tree.map(np.asarray, (cond, uncond)))
     scales = loop.guidance_scale, loop.call.guidance_rescale
-    rows = Rows(
-        _grid_rows(grid, num_steps, num_images),
-        *(np.full(num_images, scale, np.float32) for scale in scales),
-        image,
-    )
+    scale, rescale = (np.full(num_images, scale, np.float32) for scale in scales)
+    rows = Rows(_grid_rows(grid, num_steps, num_images), scale, rescale, image)
     guided_channels = pipe.options.get("guided_channels") or loop.latent_shape[-1]
     compiled = Compiled(sampler, pipe.family.combine, loop.latent_shape, guided_channels, loop.keys.impl)
     leaves, structure = jax.tree.flatten(image)

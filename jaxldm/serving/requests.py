@@ -103,8 +103,10 @@ class Offer:
         """(height, width) of the images."""
         if self.sizes:
             return self.sizes
-        shape = self.pipe.image_shape()[:2] if "image_shape" in self.pipe.family.methods else None
-        return (tuple(shape or self.pipe.default_size),)
+        if "image_shape" not in self.pipe.family.methods:
+            return (self.pipe.default_size,)
+        height, width, _ = self.pipe.image_shape()
+        return ((height, width),)
 
     def guided(self, guidance_scale: float | None) -> bool:
         """Whether a step of such a request takes two rows of the network's batch."""
@@ -341,14 +343,14 @@ def _checked(name: str, field: Field, value: Any) -> Any:
 def _check_size(offer: Offer, values: Mapping[str, Any]) -> None:
     """Raises `BadRequest` for a height and a width that are allowed, but not together."""
     sizes = offer.all_sizes
-    given = values.get("height"), values.get("width")
-    if given == (None, None) or given in sizes:
+    height, width = values.get("height"), values.get("width")
+    if (height, width) == (None, None) or (height, width) in sizes:
         return
-    if None in given:
+    if height is None or width is None:
         raise BadRequest("give height and width, or neither", param="height", allowed=[*map(list, sizes)])
-    nearest = min(sizes, key=lambda size: abs(size[0] - given[0]) + abs(size[1] - given[1]))
+    nearest = min(sizes, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
     raise BadRequest(
-        f"height and width must be one of the sizes that are compiled, got {given[0]}x{given[1]}: "
+        f"height and width must be one of the sizes that are compiled, got {height}x{width}: "
         f"the nearest is {nearest[0]}x{nearest[1]}",
         param="height",
         allowed=[*map(list, sizes)],

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +121,7 @@ class Service:
         self.counters: collections.Counter[str] = collections.Counter()
         self.broken: str | None = None
         self._lock = threading.Condition()
-        self._orders: dict[str, Order] = {}
+        self._orders: dict[Hashable, Order] = {}
         self._cancelled: list[str] = []
         self._ready = self._draining = self._stopping = False
         self._seconds_left = 0.0
