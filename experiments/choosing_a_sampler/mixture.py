@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.integrate import solve_ivp
 
 from experiments.choosing_a_sampler import curves
+from experiments.exact_ode import follow
 from experiments.figures import save_results
 from jaxldm import diffusion as D
 from jaxldm import metrics
@@ -78,23 +78,9 @@ def guided_denoiser(path: D.Path, guidance_scale: Any) -> D.Denoiser:
 
 
 def solve_exactly(path: D.Path, noise: np.ndarray, guidance_scale: float) -> np.ndarray:
-    """Where the ODE takes sigma(t_noisy) noise, by SciPy's eighth-order solver.
-
-    In the angle a = atan(sigma / alpha), for z = x / norm, every path has alpha = cos a and sigma = sin a:
-    dz/da = cos(a) eps - sin(a) x_0 = (cos(a) z - x_0) / sin(a).
-    """
-    circle = D.Interpolant("gvp")
-    predict = jax.jit(lambda z, angle: guided_denoiser(circle, guidance_scale)(z, angle * 2 / np.pi))
-    alpha, sigma = path.alpha(path.t_noisy), path.sigma(path.t_noisy)
-
-    def slope(angle, z):
-        z = z.reshape(noise.shape)
-        return ((np.cos(angle) * z - np.asarray(predict(z, angle))) / np.sin(angle)).ravel()
-
-    start = np.ravel(noise) * sigma / np.hypot(alpha, sigma)
-    span = (float(np.arctan2(sigma, alpha)), 1e-6)
-    solution = solve_ivp(slope, span, start, method="DOP853", rtol=1e-9, atol=1e-10)
-    return solution.y[:, -1].reshape(noise.shape)
+    """Where the ODE takes sigma(t_noisy) noise."""
+    start = noise * path.sigma(path.t_noisy)
+    return follow(lambda circle: guided_denoiser(circle, guidance_scale), path, start)
 
 
 def runner(path: D.Path, solver: D.Solver) -> Run:

@@ -1,0 +1,167 @@
+"""Students without a teacher on a plane: each with the map that its loss teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.few_steps.plane import SAMPLES, Data, distribution_error, noise_at
+from experiments.few_steps.small_networks import Training, init_network, network
+from experiments.few_steps.with_teachers import BATCH, DISTRIBUTION, Method, draws, every, judge
+from jaxldm import diffusion as D
+from jaxldm import few_steps as few
+
+
+def _edm_student(params):
+    return few.edm_consistency_model(lambda x, noise: network(params, x, noise), 1.0)
+
+
+def _edm_method(data: Data, stages: list[Any], how: Training) -> Method:
+    path = D.EDM()
+    noise = noise_at(path)
+    run = lambda params, x: _edm_student(params)(x, every(path.t_noisy, x))  # noqa: E731
+    return Method(
+        lambda key: init_network(key, 1), stages, judge(run, noise, data.solve(path, noise)), how=how
+    )
+
+
+def improved_consistency_training(data: Data, distance: Callable[[Any], Any] = few.squares_of) -> Method:
+    """iCT: 10 to 1280 intervals, its own noise levels and weights; see `easy_consistency_tuning`."""
+    how = Training(updates=12000)
+
+    def stage(levels):
+        sigmas = few.karras_levels(levels)
+        probabilities = few.interval_probabilities(sigmas)
+
+        def loss(params, average, start, key, progress):
+            x_0, epsilon, key = draws(data, key)
+            t, s = few.draw_neighbours(key, sigmas, BATCH, probabilities)
+            x_t, x_s = (few.noised(D.EDM(), x_0, epsilon, u) for u in (t, s))
+            f = _edm_student(params)
+            return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=1 / (t - s))[0]
+
+        return loss
+
+    stages = [stage(few.num_levels(8 * k, 64)) for k in range(8)]
+    return _edm_method(data, stages, how)
+
+
+def easy_consistency_tuning(data: Data, distance: Callable[[Any], Any] = few.squares_of) -> Method:
+    """ECT: from denoising to ever nearer pairs, in eight stages.
+
+    The published distance is nearly |difference|. In many dimensions the noise of a target has nearly one
+    length, so that its mean is learned; on a plane it is the point of least distance, a median.
+    """
+    how = Training(updates=12000)
+
+    def stage(number):
+        def loss(params, average, start, key, progress):
+            x_0, epsilon, key = draws(data, key)
+            t = jnp.exp(-1.1 + 2.0 * jax.random.normal(key, (BATCH,)))
+            s = few.easy_times(t, number)
+            x_t, x_s = (few.noised(D.EDM(), x_0, epsilon, u) for u in (t, s))
+            f = _edm_student(params)
+            return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=1 / (t - s))[0]
+
+        return loss
+
+    return _edm_method(data, [stage(k) for k in range(8)], how)
+
+
+def continuous_consistency(data: Data, taught: bool) -> Method:
+    """sCM on TrigFlow, by the exact denoiser's slope or by that of each example."""
+    path = few.TrigFlow(sigma_data=1.0)
+    denoise = data.denoiser(path)
+
+    def student(params):
+        return lambda x, t: network(params, x, t)
+
+    def loss(params, average, start, key, progress):
+        x_0, z, key = draws(data, key)
+        t = few.trig_times(key, BATCH, sigma_data=1.0)
+        x_t = few.noised(path, x_0, z, t)
+        if taught:
+            slope = few.trig_teacher_slope(denoise, x_t, t)
+        else:
+            slope = jnp.cos(t)[:, None] * z - jnp.sin(t)[:, None] * x_0
+        warmth = jnp.minimum(1.0, 4 * progress)
+        return few.continuous_consistency_loss(student(params), x_t, t, slope, warmth=warmth)[0]
+
+    noise = noise_at(path)
+    run = lambda params, x: few.trig_consistency(student(params), x, every(path.t_noisy, x))  # noqa: E731
+    how = Training(updates=16000)
+    return Method(
+        lambda key: init_network(key, 1), [loss], judge(run, noise, data.solve(path, noise)), how=how
+    )
+
+
+def shortcut(data: Data) -> Method:
+    """One step of length 1, learned from steps of half the length, down to the velocity."""
+    path = D.Flow()
+
+    def student(params):
+        return lambda x, t, d, condition=None: network(params, x, t, d)
+
+    def loss(params, average, start, key, progress):
+        x_0, epsilon, key = draws(data, key)
+        step_key, time_key = jax.random.split(key)
+        first = BATCH // 4
+        t, d = few.shortcut_times(step_key, BATCH)
+        t = jnp.where(jnp.arange(BATCH) < first, t, jax.random.uniform(time_key, (BATCH,)))
+        x_t = few.noised(path, x_0, epsilon, t)
+        target = few.shortcut_target(student(average), x_t[:first], t[:first], d[:first], clip=None)
+        return few.shortcut_loss(student(params), x_0, epsilon, t, d, target)[0]
+
+    noise = noise_at(path)
+    run = lambda params, x: x - student(params)(x, every(1.0, x), every(1.0, x))  # noqa: E731
+    how = Training(updates=12000)
+    return Method(
+        lambda key: init_network(key, 2), [loss], judge(run, noise, data.solve(path, noise)), how=how
+    )
+
+
+def mean_flow(data: Data, loss_of: Callable[..., Any] = few.mean_flow_loss, power: float = 0.0) -> Method:
+    """The average velocity over the whole interval; `loss_of` is the plain or the improved loss.
+
+    The published power of the weights 1 / (|error|^2 + c)^power is 1. In many dimensions |error|^2 is nearly
+    the same for all examples; on a plane it is not, and what is learned is nearer to a mode than to the mean.
+    """
+    path = D.Flow()
+
+    def student(params):
+        return lambda z, r, t, condition=None: network(params, z, t, t - r)
+
+    def loss(params, average, start, key, progress):
+        x_0, epsilon, key = draws(data, key)
+        r, t = few.interval_times(key, BATCH, 0.5, 0.0, 2.5)  # up to both ends, where it is judged
+        return loss_of(student(params), x_0, epsilon, r, t, power=power)[0]
+
+    noise = noise_at(path)
+    run = lambda params, x: x - student(params)(x, every(0.0, x), every(1.0, x))  # noqa: E731
+    how = Training(updates=16000)
+    return Method(
+        lambda key: init_network(key, 2), [loss], judge(run, noise, data.solve(path, noise)), how=how
+    )
+
+
+def drifting(data: Data) -> Method:
+    """A generator that is pushed towards data; the distance is that of distributions."""
+
+    def loss(params, average, start, key, progress):
+        data_key, noise_key = jax.random.split(key)
+        samples = network(params, jax.random.normal(noise_key, (BATCH, 2)))
+        return few.drifting_loss(samples, data.draw(data_key, BATCH))[0]
+
+    @jax.jit
+    def draw(params):
+        return network(params, jax.random.normal(jax.random.key(4), (SAMPLES, 2)))
+
+    return Method(
+        lambda key: init_network(key, 0),
+        [loss],
+        lambda params: distribution_error(draw(params), data),
+        DISTRIBUTION,
+    )
