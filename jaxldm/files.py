@@ -78,7 +78,7 @@ def storage_errors(target: Path | str) -> Iterator[None]:
         raise translated from error
 
 
-def expanded(path: Path | str) -> Path:
+def expanded(path: str | os.PathLike) -> Path:
     """The path with the home folder in place of ~.
 
     Raises `InvalidArgumentError` where that is not known, as for a user without an account.

@@ -157,3 +157,19 @@ def test_the_table():
     assert (
         "| mutations | not there | | |" in text and text.count("- f") == MAX_FAULTS and "and 2 more" in text
     )
+
+
+def test_two_runs_may_differ_in_their_clocks_alone(tmp_path):
+    header = "epoch,step,loss,grad_norm,learning_rate,seconds,waiting,of_peak,kl"
+    for name, clocks, loss in (
+        ("a", "1.0,0.1,nan", "0.5"),
+        ("b", "9.0,0.7,0.2", "0.5"),
+        ("c", "1,1,1", "0.6"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text(f"{header}\n1,1,{loss},1.0,0.1,{clocks},0.25\n")
+        (tmp_path / name / "report.html").write_text(clocks)
+    assert kills.differences(tmp_path / "a", tmp_path / "b") == []
+    assert kills.differences(tmp_path / "a", tmp_path / "c") == ["log.csv differs"]
+    (tmp_path / "b" / "report.html").unlink()
+    assert kills.differences(tmp_path / "a", tmp_path / "b") == ["only one has report.html"]
