@@ -213,8 +213,8 @@ def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(
-            f"{folder} does not exist: check the path, or train a model with "
-            f"`jaxldm train mini-ldm --run-dir {folder}`"
+            f"{folder} does not exist, and nothing is downloaded: give the folder of a run (`jaxldm train` "
+            "makes one) or of a downloaded model, see docs/tutorials/load-a-published-model.md"
         )
     if not folder.is_dir():
         raise CheckpointError(
@@ -435,6 +435,8 @@ def is_denoiser(config: Any) -> bool:
 def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
     """Recipe, image shape and number of classes of a run."""
     config = read_json(folder / RUN_CONFIG)
+    if isinstance(config, Mapping) and "_class_name" in config:
+        raise CheckpointError(f"{folder} holds one network, no whole model: give its folder, {folder.parent}")
     place = f"{folder / RUN_CONFIG} is no config.json of a run"
     kinds = {"recipe": Mapping[str, Any], "data": Mapping[str, Any]}
     entries = read_values(config, kinds, place)

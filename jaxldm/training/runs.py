@@ -370,7 +370,11 @@ def _repaired_config(
             if not _has_whole_checkpoint(run):
                 raise CheckpointError(f"{error}; start a new run in another folder") from error
             source, entries = "the recipe that is given now", _new_config(recipe, dataset)
-        what = "damaged" if run.config.exists() else "missing"
+        what = (
+            "damaged, or edited by hand (start another run to change settings)"
+            if run.config.exists()
+            else "missing"
+        )
         log(f"{run.config} was {what}: it is written again from {source}")
         return entries
 

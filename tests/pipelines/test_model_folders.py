@@ -236,7 +236,7 @@ def flip_header(path):
         (lambda run: (run / "config.json").write_text("{}"), "config.json"),
         (lambda run: (run / "model_index.json").unlink(), "no finished model yet.*--resume"),
         (lambda run: shutil.rmtree(run / "vae"), "vae"),
-        (lambda run: shutil.rmtree(run), "does not exist"),
+        (lambda run: shutil.rmtree(run), "does not exist, and nothing is downloaded"),
         (
             lambda run: [(run / name).unlink() for name in ("config.json", "model_index.json")],
             "neither a run folder",
@@ -248,6 +248,11 @@ def test_a_run_folder_that_is_not_whole(run, damage, words):
     with pytest.raises(CheckpointError, match=words) as caught:
         pipelines.load(run)
     assert "\n" not in str(caught.value)
+
+
+def test_one_network_of_a_run_names_the_run(run):
+    with pytest.raises(CheckpointError, match=f"holds one network.*{run.name}$"):
+        pipelines.load(run / "unet")
 
 
 def put(folder, pipe):

@@ -262,6 +262,7 @@ def test_a_lost_or_damaged_config_is_written_again_from_its_copy(tmp_path, harm)
     open_run(run.path, changed("diffusion", epochs=7), Digits(), resume=True, log=said.append)
     assert run.config.read_bytes() == run.config_copy.read_bytes() == whole
     assert len(said) == 1 and "it is written again from its copy" in said[0]
+    assert ("edited by hand (start another run" in said[0]) == (harm != "lost")
     run.config_copy.unlink()
     open_run(run.path, changed("diffusion", epochs=7), Digits(), resume=True, log=said.append)
     assert run.config_copy.read_bytes() == whole and len(said) == 1
