@@ -1,4 +1,4 @@
-"""The command line: `jaxldm train | sample | eval | serve | inspect | export | info`.
+"""The command line: `jaxldm train | distill | sample | eval | serve | inspect | export | info`.
 
 Each command is a frozen dataclass in `jaxldm.commands`; tyro derives the options and the help from its fields
 and their docstrings. A user error is one line on stderr and exit code 2, without a traceback. Nothing heavy
@@ -27,6 +27,7 @@ from jaxldm.errors import InvalidArgumentError, JaxldmError, cause, one_of
 from jaxldm.files import storage_error, storage_errors
 
 MAX_LINE = 390  # characters of a message
+TRAINING = (["train"], ["distill"])  # commands that can be resumed
 
 HELP = """usage: jaxldm [--import MODULE] COMMAND ...
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return print_error("out of memory: use fewer images, a smaller batch or a smaller model")
     except KeyboardInterrupt:
-        return interrupted(own_process, words[:1] == ["train"])
+        return interrupted(own_process, words[:1] in TRAINING)
 
 
 def run(words: list[str], own_process: bool) -> None:
@@ -116,7 +117,7 @@ def on_interrupt(number: int, frame: Any) -> None:
     """Raises `KeyboardInterrupt`; while a module is imported, which may be C that it would crash, ends."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            interrupted(own_process=True, training=sys.argv[1:2] == ["train"])
+            interrupted(own_process=True, training=sys.argv[1:2] in TRAINING)
         frame = frame.f_back
     raise KeyboardInterrupt
 

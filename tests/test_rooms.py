@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "pipelines": GROUND_FLOOR | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics"},
     # Captions become conditions in training as they do where the finished model draws.
     "training": GROUND_FLOOR
-    | {"diffusion", "schedulers", "models", "data", "checkpoints", "metrics", "pipelines"},
+    | {"diffusion", "few_steps", "schedulers", "models", "data", "checkpoints", "metrics", "pipelines"},
     "serving": GROUND_FLOOR | {"diffusion", "models", "data", "pipelines"},
 }
 NEVER_IMPORTED = {"torch", "tensorflow", "diffusers", "transformers", "ray"}

@@ -134,6 +134,17 @@ TOGETHER = {
         "--devices 9",
         "--epochs 0",
     ],
+    "distill": [
+        "--num-steps 4",
+        "--guidance-scale 1 2 3",
+        "--guidance-scale 5 1",
+        "--options hubber=1",
+        "--options huber=-1",
+        "--options huber",
+        "--method lcm",
+        "--run-dir run",
+        "--resume",
+    ],
     "eval": [
         "--sigmas 3 1 --spacing karras",
         "--num-images 3",
@@ -159,6 +170,9 @@ ALONE = [
     ["-q"],
     [""],
     ["train"],
+    ["distill"],
+    ["distill", "nowhere"],
+    ["distill", "nowhere", "--method", "lcm"],
     ["sample"],
     ["eval"],
     ["export"],
@@ -199,6 +213,7 @@ def lines(folder: Path) -> Iterator[list[str]]:
     texts = [str(write_texts(folder / "texts")), "--prompt", "a cat"]
     right = {
         "train": ["smoke-dit"],
+        "distill": [str(folder / "run"), "--method", "lcm"],
         "sample classes": [str(write_export(folder / "export"))],
         "sample texts": texts,
         "eval": [str(write_run(folder / "run"))],

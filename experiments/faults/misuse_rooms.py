@@ -227,6 +227,7 @@ def optimizers() -> list[Case]:
                 "eps": 1e-8,
                 "final_scale": 0.0,
                 "name": "adamw",
+                "rounds": 1,
             },
             True,
             {"total_steps": "steps", "name": "optimizer"},
@@ -234,7 +235,13 @@ def optimizers() -> list[Case]:
         Case(
             "T.warmup_cosine",
             T.warmup_cosine,
-            {"learning_rate": 1e-3, "warmup_steps": 1, "total_steps": 10, "final_scale": 0.0},
+            {
+                "learning_rate": 1e-3,
+                "warmup_steps": 1,
+                "total_steps": 10,
+                "final_scale": 0.0,
+                "rounds": 1,
+            },
             True,
             {"total_steps": "steps"},
         ),

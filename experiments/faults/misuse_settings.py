@@ -57,6 +57,11 @@ def settings() -> list[Case]:
         of_fields("T.PriorRecipe", T.PriorRecipe, T.PriorRecipe(prompt="a photo of a dog")),
         of_fields("T.WordRecipe", T.WordRecipe, T.WordRecipe(word="<cat>", initial="cat")),
         of_fields("T.FinetuneRecipe", T.FinetuneRecipe, T.FinetuneRecipe(source="sd")),
+        of_fields(
+            "T.FewStepsRecipe",
+            T.FewStepsRecipe,
+            T.FewStepsRecipe(method="progressive", teacher="runs/a", guidance_scale=(1.0, 3.0)),
+        ),
         of_fields("T.Recipe", T.Recipe, T.RECIPES["smoke"]),
     ]
 

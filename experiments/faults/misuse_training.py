@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.faults.misuse_arrays import array_case
 from experiments.faults.misuse_cases import IMAGES, KEY, Case
+from experiments.faults.misuse_files import THERE, place
 from jaxldm import models
 from jaxldm import training as T
 
@@ -19,7 +20,7 @@ LOGITS = np.zeros((2, 2, 2, 1), np.float32)
 
 def of_training() -> list[Case]:
     """Losses of training and what they are made of."""
-    return [*autoencoders(), *adversaries(), *codebooks(), *regularizers()]
+    return [*autoencoders(), *adversaries(), *codebooks(), *regularizers(), *students()]
 
 
 def autoencoders() -> list[Case]:
@@ -101,6 +102,21 @@ def regularizers() -> list[Case]:
             {"z": "z|images", "images": "images|shapes"},
         ),
     ]
+
+
+def students() -> list[Case]:
+    """Recipes of students."""
+    arguments = {
+        "teacher": place() / "run",
+        "method": "lcm",
+        "num_steps": None,
+        "guidance_scale": 3.0,
+        "numbers": {"huber": 0.01},
+        "dataset": None,
+        "seed": 0,
+    }
+    words = {"teacher": f"teacher|{THERE}", "num_steps": "num_steps|num-steps", "numbers": "number"}
+    return [Case("T.distill_recipe", T.distill_recipe, arguments, False, words)]
 
 
 def codebooks() -> list[Case]:

@@ -8,6 +8,7 @@ import importlib
 # name -> its line in `jaxldm --help`. A module is imported when its command is used.
 COMMANDS = {
     "train": "Train a model from a recipe, or resume an interrupted training.",
+    "distill": "Train a student that draws in few steps, from a trained model.",
     "sample": "Sample images from a model: a grid, one PNG per image and an .npz.",
     "eval": "Evaluate a trained model: class accuracy, Frechet distance, diversity, memorisation.",
     "serve": "Serve a model over HTTP: many requests share the steps of the network.",

@@ -172,8 +172,9 @@ class Eval:
         sigmas = numbers(self.sigmas, "sigmas")
         steps, solver = self.num_inference_steps, self.solver
         if "solver" in pipe.call_options():
-            solver = "ddim" if solver is None else solver
-            if steps is None:
+            own = pipe.few_steps is not None  # a student's own solver and steps
+            solver = "ddim" if solver is None and not own else solver
+            if steps is None and not own:
                 steps = 50 if sigmas is None else len(sigmas)
         options = {
             "num_inference_steps": pipe.defaults.num_inference_steps if steps is None else steps,
@@ -253,7 +254,9 @@ def without_nan(figures: Any) -> Any:
 
 
 def default_scales(pipe: Any) -> tuple[float, ...]:
-    """1 and 3, or only 1 for a model without classes."""
+    """1 and 3, only 1 for a model without classes, only its own for a student with guidance inside."""
+    if pipe.few_steps is not None and pipe.few_steps.guidance != "outside":
+        return (pipe.default_guidance_scale,)
     return (1.0,) if pipe.num_classes is None else (1.0, 3.0)
 
 

@@ -44,5 +44,13 @@ def sample(folder: Path | str, pipe: Any, family: str | None = None) -> str | No
     return sample_texts(folder, family) if pipe.family.draws_images else None
 
 
+def resume(recipe: Any, folder: Path | str) -> str:
+    """The command to go on with a run."""
+    few = None if recipe.diffusion is None else recipe.diffusion.few_steps
+    if few is None or few.teacher is None:
+        return command("train", recipe.name, "--run-dir", folder, "--resume")
+    return command("distill", few.teacher, "--method", few.method, "--run-dir", folder, "--resume")
+
+
 def _family(family: str | None) -> list[str]:
     return [] if family is None else ["--family", family]

@@ -227,7 +227,7 @@ def describe_run(folder: Path) -> str:
 
         return f"{head}\n{table(rows)}\nsample:  {hint_of(run, recipe)}"
     if not run.has_model:
-        resume = hints.command("train", recipe.name, "--run-dir", folder, "--resume")
+        resume = hints.resume(recipe, folder)
         return f"{head}\n{table(rows)}\nresume:  {resume}"
     if pipelines.kind_of(folder) == "text-to-image":
         return f"{head}\n{table(rows)}\n{describe_text_to_image(folder)}"
@@ -266,6 +266,7 @@ def describe_pipeline(pipe: Any) -> str:
         ("draws", f"{latents}{size(pipe.image_shape())} images"),
         ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
         describe_steps(pipe),
+        *([] if pipe.few_steps is None else [("few steps", pipe.few_steps.described())]),
     ]
     return f"{table(rows)}\n{table(facts)}"
 

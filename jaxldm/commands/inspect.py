@@ -56,7 +56,7 @@ class Inspect:
     )
     """Number of images that are drawn."""
 
-    num_inference_steps: int = 20
+    num_inference_steps: Annotated[int | None, shown("INT", "20, or a student's own")] = None
     """Number of steps from noise to image."""
 
     inception: Annotated[str | None, shown("FILE", "none")] = None

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from jaxldm.commands import inspect_figures as F
 from jaxldm.commands import inspect_texts as T
-from jaxldm.commands.inspect_subject import Subject
+from jaxldm.commands.inspect_subject import Subject, steps_of
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics.page import Section, Shown
 
@@ -44,7 +44,7 @@ def checkpoint_section(subject: Subject, options: Any, network: Any, log: Any) -
         )
         return Section(title, [], note)
     drawn, damaged = draw_each(subject, steps, options, log)
-    parts: list[str | Shown] = [T.CHECKPOINTS.format(steps=options.num_inference_steps)]
+    parts: list[str | Shown] = [T.CHECKPOINTS.format(steps=steps_of(options, subject.pipe))]
     places = np.unique(np.linspace(0, len(drawn) - 1, MOST_GRIDS).round().astype(int)) if drawn else []
     shown = [drawn[place] for place in places]
     parts += [Shown(grid_of(one, subject), f"After {one.step} steps.") for one in shown]
@@ -64,13 +64,14 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
     import jax
 
     from jaxldm import pipelines, training
+    from jaxldm.training.few_steps.matching import of_student
 
     pipe, number = subject.pipe, options.num_images or 200
     labels = pipe.cycle_labels(None, number)
     drawn, damaged = [], []
     for step in steps:
         try:
-            params = training.read_kept(options.folder, step).params
+            params = of_student(training.read_kept(options.folder, step).params)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
@@ -80,8 +81,8 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
             jax.random.key(options.seed),
             labels,
             num_images=number,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=1.0,
+            num_inference_steps=steps_of(options, pipe),
+            guidance_scale=1.0 if pipe.few_steps is None else pipe.default_guidance_scale,
         )
         classes = np.zeros(number, np.int32) if labels is None else labels
         drawn.append(Drawn(step, np.nan_to_num(np.asarray(images), nan=-1.0), classes))

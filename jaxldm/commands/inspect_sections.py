@@ -51,6 +51,7 @@ def look(subject: Subject, rows: Sequence[int], options: Any, *, cond: bool, att
     x_t = np.float32(path.alpha(t)) * x_0 + np.float32(path.sigma(t)) * noise
     given = subject.cond if cond else subject.uncond
     condition = {name: np.asarray(values)[np.asarray(rows)] for name, values in given.items()}
+    condition |= numbers_taken(pipe, len(rows))
     seen = []
 
     def network(x: Any, t: Any) -> Any:
@@ -62,6 +63,13 @@ def look(subject: Subject, rows: Sequence[int], options: Any, *, cond: bool, att
 
     D.denoiser(network, pipe.prediction, learned_variance=pipe.has_learned_variance)(x_t, t)
     return Noised(seen[0], rows)
+
+
+def numbers_taken(pipe: Any, count: int) -> dict[str, Float[np.ndarray, " B"]]:
+    """What a student's network takes besides: its usual guidance scale, and a step of no length."""
+    usual = {"guidance_scale": pipe.default_guidance_scale, "step_size": 0.0}
+    taken = getattr(pipe.denoiser.config, "scalar_inputs", ())
+    return {name: np.full(count, usual[name], np.float32) for name in taken}
 
 
 def cells_of(number: int, shape: Sequence[int]) -> tuple[int, int] | None:

@@ -129,10 +129,16 @@ def _draw(options: Any, pipe: Any, call: Callable[..., Any]) -> tuple[np.ndarray
 
     from jaxldm.commands.terminal import progress_bar
 
-    steps = options.num_inference_steps
+    steps = steps_of(options, pipe)
     with progress_bar(steps, "drawing", options.quiet) as progress:
         latents = call(jax.random.key(options.seed), progress, num_inference_steps=steps, output="latents")
     return np.asarray(latents), np.asarray(pipe.decode(latents))
+
+
+def steps_of(options: Any, pipe: Any) -> int:
+    """How many steps the images are drawn in."""
+    usual = 20 if pipe.few_steps is None else pipe.few_steps.default_steps
+    return options.num_inference_steps or usual
 
 
 def words_of(tokenizer: Any, prompt: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -162,7 +168,7 @@ def check_options(subject: Subject, options: Any) -> None:
     if is_run and number < fewest:
         raise InvalidArgumentError(f"num_images must be {fewest} or more, two of each class, got {number}")
     if is_run:
-        pipe.num_callbacks(number, num_inference_steps=options.num_inference_steps)
+        pipe.num_callbacks(number, num_inference_steps=steps_of(options, pipe))
     height, width = subject.images.shape[1:3]
     y, x = options.point or (0, 0)
     if not (0 <= y < height and 0 <= x < width):

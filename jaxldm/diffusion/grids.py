@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxldm.arguments import checked, instance, optional
 from jaxldm.arguments import count as a_count
@@ -116,6 +117,16 @@ def pad(grid: Grid, max_steps: int) -> Grid:
         raise InvalidArgumentError(f"a grid of {steps} steps does not fit into max_steps={max_steps}")
     columns = [np.pad(column, (0, max_steps - steps), mode="edge") for column in grid[:3]]
     return Grid(*columns, num_steps=np.int32(steps), start=grid.start)
+
+
+def step_after(grid: Grid, t: Float[Array, " B"]) -> Float[Array, " B"]:
+    """How far the step that begins at t goes, in units of t: for networks that take it (`step_size`).
+
+    t must be that of a row; between two rows it is the step of the nearest.
+    """
+    times = jnp.asarray(grid.t, t.dtype)
+    row = jnp.argmin(jnp.abs(times[None, :-1] - t[:, None]), axis=1)
+    return times[row] - times[row + 1]
 
 
 @checked(grid=A_GRID, first=a_count(0), last=optional(a_count(0)))

@@ -56,6 +56,7 @@ from jaxldm.pipelines.families.class_to_image import (
 )
 from jaxldm.pipelines.families.maskgit import MASKGIT_CLASS
 from jaxldm.pipelines.family import Family
+from jaxldm.pipelines.few_steps import entry_of, read_few_steps, training_of
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.reading import read_json, reading, shown
@@ -134,10 +135,10 @@ def load(
     scheduler = parts.get("scheduler")
     _check_path_known(folder, scheduler.get("path") if isinstance(scheduler, Mapping) else None)
     with reading(folder / INDEX_FILE):
-        options = layout.read_options(index, layout)
+        options, few_steps = layout.read_options(index, layout), read_few_steps(index)
     try:
         with reading(folder):  # a part of another class lacks what the family looks for
-            pipe = Pipeline(found, parts, options)
+            pipe = Pipeline(found, parts, options, few_steps)
             pipe.check_parts()
     except CheckpointError as error:
         text = str(error).removeprefix(f"{folder}: ")
@@ -266,7 +267,7 @@ def save(pipe: Pipeline, folder: str | Path) -> None:
         if value is not None or not draws_classes(pipe.family)  # diffusers wants to read [null, null]
     }
     options = dict(layout.constants) | layout.write_options(pipe)
-    checkpoints.save_components(folder, name, parts, options=options)
+    checkpoints.save_components(folder, name, parts, options=options | entry_of(pipe.few_steps))
 
 
 @checked(folder=a_path, family=A_FAMILY)
@@ -454,7 +455,7 @@ def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
 
 def check_finished(folder: Path) -> None:
     """Raise `CheckpointError` for a run that holds no finished model, with what to do."""
-    recipe, _, _ = _read_run(folder)
+    _read_run(folder)  # refuses what is no run
     if (folder / "diffusion" / "model").is_dir():
         raise CheckpointError(f"{folder} is a run of version 0.1: export it with that version, and load that")
     entries = read_json(folder / RUN_CONFIG)["recipe"]
@@ -468,7 +469,7 @@ def check_finished(folder: Path) -> None:
     if not (folder / INDEX_FILE).exists():
         raise CheckpointError(
             f"{folder} holds no finished model yet: go on with its training, with "
-            f"`jaxldm train {recipe} --run-dir {folder} --resume`"
+            f"`jaxldm {training_of(entries)} --run-dir {folder} --resume`"
         )
     for name, (_, kind) in checkpoints.read_model_index(folder).items():
         config = {} if kind.endswith("Scheduler") else checkpoints.read_config(folder / name)

@@ -119,6 +119,10 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
                 f"{pipe.defaults.guidance_scale:g} is a good start"
             )
     distilled = family.is_guidance_distilled(pipe)
+    if pipe.few_steps is not None:
+        pipe.few_steps.check_scale(scale)
+        if pipe.few_steps.guidance == "inside":
+            scale, call = 1.0, dataclasses.replace(call, guidance_scale=1.0)
     if not (distilled or family.true_cfg):
         if call.true_cfg_scale != 1:
             raise InvalidArgumentError(
@@ -190,7 +194,10 @@ def grid(
     distilled = rows is None and (call.spacing if named else rule.spacing) == "lcm"
     steps = call.num_inference_steps
     if steps is None:
-        steps = 4 if rule.spacing == "lcm" else pipe.defaults.num_inference_steps
+        distilled_elsewhere = rule.spacing == "lcm" and pipe.few_steps is None
+        steps = 4 if distilled_elsewhere else pipe.defaults.num_inference_steps
+    if rows is None and pipe.few_steps is not None:
+        pipe.few_steps.check_steps(steps)
     if distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         original = (GridRule() if named else rule).original_steps

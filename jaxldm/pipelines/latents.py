@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, UInt32
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.arguments import array, checked, count, instance, optional, some_devices
+from jaxldm.diffusion.grids import step_after
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.models.sharding import AXES, mesh_of
@@ -272,11 +273,14 @@ def guided(
     it, is the one under the condition (Saharia et al. 2022, section 2.2, as published models do it).
     """
     channels, guided_channels = compiled.latent_shape[-1], compiled.guided_channels
+    takes_step = "step_size" in getattr(network.config, "scalar_inputs", ())
 
     def call(x, t, condition):
         arguments = {name: value for name, value in condition.items() if not name.startswith("_")}
         extra = arguments.pop("extra_channels", None)
         x = x if extra is None else jnp.concatenate([x, extra], axis=-1)
+        if takes_step:
+            arguments["step_size"] = step_after(per_call.grid, t)
         return models.network(network.module)(network.params, x, t, arguments)
 
     def predict(x, t):

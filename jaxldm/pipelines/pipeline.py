@@ -18,6 +18,7 @@ from jaxldm.arguments import check_all, instance
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.sharding import mesh_of
 from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options
+from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.options import CHECKS, check_call
@@ -36,6 +37,7 @@ class Pipeline:
         family: what it is, a `Family`.
         parts: by name: networks (`Network`), tokenizers, and the entries of scheduler_config.json.
         options: by name, see `Folder.options`.
+        few_steps: of a student that draws in few steps, how it does so; None of any other model.
 
     >>> import jax                                                                       # doctest: +SKIP
     >>> from jaxldm import pipelines                                                     # doctest: +SKIP
@@ -50,6 +52,7 @@ class Pipeline:
     family: Any
     parts: Mapping[str, Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    few_steps: FewSteps | None = None
 
     def __post_init__(self):
         folder = self.family.folder
@@ -146,7 +149,11 @@ class Pipeline:
     @property
     def defaults(self) -> Defaults:
         """What a call takes for options that it leaves out."""
-        return self.family.defaults(self)
+        found, own = self.family.defaults(self), self.few_steps
+        if own is None:
+            return found
+        scale = found.guidance_scale if own.default_scale is None else own.default_scale
+        return found._replace(guidance_scale=scale, num_inference_steps=own.default_steps, solver=own.solver)
 
     @property
     def default_guidance_scale(self) -> float:

@@ -107,7 +107,7 @@ def from_config(
             prediction,
             D.solvers.make(name, **options),
             learned_variance=options.get("variance") == "learned",
-            timestep_scaling=float(config.get("timestep_scaling", 10.0)) if name == "lcm" else None,
+            timestep_scaling=_timestep_scaling(config, name, prediction.path),
             **_x0_options(own),
         )
         return Scheduler(sampler, grid, shift)
@@ -138,6 +138,13 @@ def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
             )
         options["variance"] = VARIANCES[options["variance"]]
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in options.items()}
+
+
+def _timestep_scaling(config: Mapping[str, Any], solver: str, path: D.Path) -> float | None:
+    """Of the boundary condition of a consistency model; without timesteps it has none."""
+    if solver != "lcm" or path.num_train_timesteps is None:
+        return None
+    return float(config.get("timestep_scaling", 10.0))
 
 
 def _x0_options(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from jaxldm.training.codebook import (
 )
 from jaxldm.training.denoiser_terms import alignment_loss, kept_tokens
 from jaxldm.training.equivariance import equivariance_loss
+from jaxldm.training.few_steps.recipe import FewStepsRecipe
+from jaxldm.training.few_steps.teachers import distill_recipe
 from jaxldm.training.finetune_recipe import FinetuneRecipe, LoraRecipe, PriorRecipe, WordRecipe
 from jaxldm.training.finetune_source import finetune_recipe
 from jaxldm.training.freezing import freeze, merge
@@ -67,6 +69,7 @@ __all__ = [
     "Codebook",
     "DiffusionRecipe",
     "DiscriminatorRecipe",
+    "FewStepsRecipe",
     "FinetuneRecipe",
     "KeptParams",
     "LoraRecipe",
@@ -91,6 +94,7 @@ __all__ = [
     "compile_train_step",
     "create_train_state",
     "discriminator_loss",
+    "distill_recipe",
     "equivariance_loss",
     "finetune_recipe",
     "fit",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.models.denoising_network import applied
+from jaxldm.training.conditions import Condition, label_condition
 from jaxldm.training.denoiser_terms import (
     alignment_loss,
     kept_tokens,
@@ -28,32 +28,6 @@ from jaxldm.training.state import Params
 
 LOG_VARIANCE, PROJECTOR = "log_variance", "projector"  # trained beside the network
 FEATURES = "features"  # the frozen parameters of an encoder
-
-
-class Condition(NamedTuple):
-    """What the network is conditioned on.
-
-    Attributes:
-        null: in place of a condition that is dropped: of labels, or by the network's arguments, which are
-            columns of a batch.
-        column: of the labels; None where `null` has names.
-    """
-
-    null: Any
-    column: str | None = None
-
-    def of(self, batch: Mapping[str, Any]) -> Any:
-        """The condition of a batch, as the network takes it."""
-        return {name: batch[name] for name in self.null} if self.column is None else batch[self.column]
-
-    def nulls(self) -> Any:
-        """The null condition, as arrays."""
-        return jax.tree.map(jnp.asarray, self.null)
-
-
-def label_condition(num_classes: int) -> Condition:
-    """Class labels, and the null class."""
-    return Condition(np.int32(num_classes), "label")
 
 
 def new_params(

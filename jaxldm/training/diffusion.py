@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -29,10 +29,9 @@ from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import shortened
 from jaxldm.training.autoencoder import STAGE as AUTOENCODER
 from jaxldm.training.autoencoder import as_posterior, build_autoencoder, encode_all
+from jaxldm.training.conditions import Condition, label_condition
 from jaxldm.training.denoiser_loss import (
     FEATURES,
-    Condition,
-    label_condition,
     make_loss,
     network_params,
     new_params,
@@ -295,7 +294,21 @@ def make_sampler(
     recipe = denoiser_recipe(context.recipe)
     grid = D.make_grid(recipe.prediction.path, recipe.sample_steps)
     conditions = on.of({k: np.concatenate([v] * recipe.samples_per_class) for k, v in shown.items()})
+    scale = recipe.sample_guidance_scale
+
+    def denoise(params):
+        network = functools.partial(models.network(module), params)
+        predict = D.classifier_free_guidance(network, conditions, on.nulls(), scale)
+        return D.denoiser(predict, recipe.prediction)
+
     number = len(jax.tree.leaves(conditions)[0])
+    return decoded_draws(context, denoise, D.solvers.ddim(), grid, number)
+
+
+def decoded_draws(
+    context: Context, denoiser_of: Callable[[Params], D.Denoiser], solver: D.Solver, grid: D.Grid, number: int
+) -> Callable[[Params, Any], Float[np.ndarray, "N H W C"]]:
+    """`draw(params, key)`: so many images of a denoiser of these parameters; jitted."""
     shape = (number, *latent_shape(context.recipe, context.dataset.image_shape))
     autoencoder, decoder_params = None, None
     if context.recipe.autoencoder is not None:
@@ -303,11 +316,8 @@ def make_sampler(
 
     @jax.jit
     def draw(params, decoder_params, key):
-        network = functools.partial(models.network(module), params)
-        scale = recipe.sample_guidance_scale
-        predict = D.classifier_free_guidance(network, conditions, on.nulls(), scale)
-        denoise, x_T = D.denoiser(predict, recipe.prediction), D.initial_noise(key, shape, grid)
-        latents = D.sample(key, denoise, D.solvers.ddim(), grid, x_T)
+        x_T = D.initial_noise(key, shape, grid)
+        latents = D.sample(key, denoiser_of(params), solver, grid, x_T)
         return latents if autoencoder is None else models.decode_latents(autoencoder, decoder_params, latents)
 
     return lambda params, key: np.asarray(draw(params, decoder_params, key))
@@ -342,19 +352,40 @@ def with_captions(
     return Condition(found.null), [shortened(text, 24) for text in first], shown, CaptionedRows(rows, found)
 
 
+class Conditioned(NamedTuple):
+    """The examples of a denoising network, and what it is conditioned on.
+
+    Attributes:
+        on: the condition of a batch.
+        names: of the conditions that are drawn on the way,
+        shown: and their columns.
+        columns: of the examples.
+        text: the pipeline of a model of captions, None of one of classes.
+    """
+
+    on: Condition
+    names: Sequence[str]
+    shown: Mapping[str, Shaped[np.ndarray, "K ..."]]
+    columns: Rows
+    text: Pipeline | None
+
+
+def conditioned(context: Context, module: Any) -> Conditioned:
+    """Latents with labels, or with what the text encoders make of their captions."""
+    columns = latent_columns(context)
+    if context.recipe.text is not None:
+        text = text_pipeline(module, load_text_parts(context.recipe.text))
+        return Conditioned(*with_captions(context, text, columns), text)
+    names = context.dataset.class_names[:MOST_CLASSES]
+    shown = {"label": np.arange(min(module.config.num_classes, MOST_CLASSES), dtype=np.int32)}
+    return Conditioned(label_condition(module.config.num_classes), names, shown, columns, None)
+
+
 def prepare(context: Context) -> Job:
     """The denoising network of a run, on latents or pixels."""
     recipe, folder = denoiser_recipe(context.recipe), context.run.stage(STAGE)
     module = build_denoiser(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
-    columns = latent_columns(context)
-    text = None
-    if context.recipe.text is None:
-        on = label_condition(module.config.num_classes)
-        names = context.dataset.class_names[:MOST_CLASSES]
-        shown = {"label": np.arange(min(module.config.num_classes, MOST_CLASSES), dtype=np.int32)}
-    else:
-        text = text_pipeline(module, load_text_parts(context.recipe.text))
-        on, names, shown, columns = with_captions(context, text, columns)
+    on, names, shown, columns, text = conditioned(context, module)
     example = jax.tree.map(lambda part: jax.ShapeDtypeStruct((1, *part.shape[1:]), part.dtype), on.of(shown))
     findings = preflight(recipe, module, first_rows(columns, 1000)["mean"], example)
     for finding in failed(findings):

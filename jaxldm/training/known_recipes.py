@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxldm import diffusion as D
+from jaxldm.training.few_steps.methods import METHODS
+from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.recipes import (
     AutoencoderRecipe,
     ClassifierRecipe,
@@ -113,6 +116,21 @@ _TEXT_UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
+
+
+def _few_steps(name: str, method: str, **options: Any) -> Recipe:
+    """The demo with a network that draws in few steps, without a teacher."""
+    known = METHODS[method]
+    straight = {"prediction": D.flow(D.Flow())} if known.inputs else {}
+    diffusion = dataclasses.replace(
+        _MINI_UNET,
+        overrides={"scalar_inputs": known.inputs} if known.inputs else {},
+        few_steps=FewStepsRecipe(method=method, **options),
+        learning_rate=1e-3,
+        **straight,
+    )
+    return Recipe(name=name, autoencoder=_MINI_AUTOENCODER, diffusion=diffusion, classifier=_CLASSIFIER)
+
 
 RECIPES: dict[str, Recipe] = {
     # Exercise 39.E2: 28x28x1 digits -> 7x7x4 latents -> class-conditional U-Net in the latent space.
@@ -261,6 +279,14 @@ RECIPES: dict[str, Recipe] = {
         ),
         text=TextRecipe(max_length=24),
     ),
+    # Models of few steps that begin from nothing, in the latents of mini-ldm: mean flows with guidance
+    # inside, shortcut models, improved consistency training and drifting. Question: what does one step draw?
+    # Students of a trained model: `jaxldm distill`.
+    #   jaxldm train mini-mean-flow --run-dir runs/mini-mean-flow
+    "mini-mean-flow": _few_steps("mini-mean-flow", "mean_flow", guidance_scale=(3.0, 3.0)),
+    "mini-shortcut": _few_steps("mini-shortcut", "shortcut"),
+    "mini-ict": _few_steps("mini-ict", "ict"),
+    "mini-drifting": _few_steps("mini-drifting", "drifting"),
     # Exercise 43.E5: the 784 pixels of a digit in 16 grey levels as tokens, unmasked in 12 steps.
     #   jaxldm train masked-digits --run-dir runs/masked-digits
     "masked-digits": Recipe(

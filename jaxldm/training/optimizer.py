@@ -34,9 +34,15 @@ def AN_OPTIMIZER(name: str, value: Any) -> Any:
     raise refuse(name, "an optimizer such as training.optimizer(1e-3)", value)
 
 
-@checked(learning_rate=number(above=0), warmup_steps=count(0), total_steps=count(1), final_scale=number(0, 1))
+@checked(
+    learning_rate=number(above=0),
+    warmup_steps=count(0),
+    total_steps=count(1),
+    final_scale=number(0, 1),
+    rounds=count(1),
+)
 def warmup_cosine(
-    learning_rate: float, warmup_steps: int, total_steps: int, final_scale: float = 0.0
+    learning_rate: float, warmup_steps: int, total_steps: int, final_scale: float = 0.0, rounds: int = 1
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """The learning rate as a function of the number n of updates already done.
 
@@ -46,17 +52,25 @@ def warmup_cosine(
     with W = `warmup_steps`, N = `total_steps` and f = `final_scale` (f = 1 keeps the rate constant after the
     warm-up). The first update has the rate lr / W and not 0: a step with rate 0 would be a wasted one.
 
-    Source: Loshchilov and Hutter 2017 (SGDR, eq. 5), one cycle. Raises `InvalidArgumentError`.
+    Of several `rounds` each is such a curve of N = total_steps // rounds updates; the last is longer where
+    these do not come out even.
+
+    Source: Loshchilov and Hutter 2017 (SGDR, eq. 5). Raises `InvalidArgumentError`.
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise InvalidArgumentError(
-            f"warmup_steps must be in [0, total_steps = {total_steps}], got {warmup_steps}"
-        )
+    length = total_steps // rounds
+    if not 0 <= warmup_steps <= length or not length:
+        name = "total_steps" if rounds == 1 else "total_steps // rounds"
+        raise InvalidArgumentError(f"warmup_steps must be in [0, {name} = {length}], got {warmup_steps}")
+    of_last = max(total_steps - (rounds - 1) * length - warmup_steps, 1)
 
     def schedule(step):
-        n = jnp.asarray(step, jnp.float32)
+        n, after = jnp.asarray(step, jnp.float32), of_last
+        if rounds > 1:
+            number = jnp.minimum(jnp.floor(n / length), rounds - 1)
+            n = n - number * length
+            after = jnp.where(number < rounds - 1, max(length - warmup_steps, 1), of_last)
         rising = (n + 1.0) / max(warmup_steps, 1)
-        progress = jnp.clip((n - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
+        progress = jnp.clip((n - warmup_steps) / after, 0.0, 1.0)
         falling = final_scale + (1.0 - final_scale) * 0.5 * (1.0 + jnp.cos(math.pi * progress))
         return learning_rate * jnp.where(n < warmup_steps, rising, falling)
 
@@ -74,6 +88,7 @@ def warmup_cosine(
     eps=number(0),
     final_scale=number(0, 1),
     name=choice("optimizer", OPTIMIZERS),
+    rounds=count(1),
 )
 def optimizer(
     learning_rate: float,
@@ -87,6 +102,7 @@ def optimizer(
     eps: float = 1e-8,
     final_scale: float = 0.0,
     name: str = "adamw",
+    rounds: int = 1,
 ) -> Optimizer:
     """An optimizer with the rate of `warmup_cosine` and gradients clipped to a global norm. The usual, AdamW:
 
@@ -115,7 +131,8 @@ def optimizer(
     (0.00010000000474974513, 0.0010000000474974513, 0.0)
     """
     constant = name == "schedule_free_adamw"
-    schedule = warmup_cosine(learning_rate, warmup_steps, total_steps, 1.0 if constant else final_scale)
+    last = 1.0 if constant else final_scale
+    schedule = warmup_cosine(learning_rate, warmup_steps, total_steps, last, rounds)
     if name == "adamw":
         return adamw(schedule, b1, b2, eps, weight_decay, max_grad_norm)
     if constant and b1 == 0:

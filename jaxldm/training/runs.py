@@ -50,6 +50,8 @@ from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
 from jaxldm.pipelines import folders as pipeline_folders
+from jaxldm.pipelines.few_steps import ENTRY as FEW_STEPS
+from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.network import Network
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
 from jaxldm.training.hold import LOCK_FILE
@@ -162,6 +164,7 @@ def save_denoiser(
     scheduler: Mapping[str, Any],
     text: Any = None,
     class_name: str = PIPELINE_CLASS,
+    few_steps: FewSteps | None = None,
 ) -> None:
     """Write the finished denoising network, and what makes the run a pipeline folder.
 
@@ -172,6 +175,7 @@ def save_denoiser(
         scheduler: the entries of scheduler_config.json, `_class_name` among them.
         text: the pipeline of a text-to-image model (`jaxldm.training.text.text_pipeline`).
         class_name: of the pipeline, for model_index.json, of a model without one.
+        few_steps: of a student, how it draws.
     """
     name = "unet" if models.class_name(module.config).startswith("UNet") else "transformer"
     checkpoints.save(run.path / name, module, params)
@@ -182,6 +186,8 @@ def save_denoiser(
         index["vae"] = _library_and_class(models.config_from_dict(checkpoints.read_config(vae.model)))
     index[name] = _library_and_class(module.config)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if few_steps is not None:
+        index[FEW_STEPS] = few_steps.to_dict()
     if text is not None:
         index |= _save_text_parts(run, text)
     with storage_errors(run.path):

@@ -30,7 +30,7 @@ from jaxldm.training.optimizer import Optimizer, optimizer
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import RunFolder, StageFolder
 from jaxldm.training.stage_recipe import UpdatesRecipe
-from jaxldm.training.state import Params
+from jaxldm.training.state import Params, TrainState
 from jaxldm.training.step import LossFunction, Player
 
 MAX_STEPS = LARGEST_INT32  # they are counted in int32
@@ -106,6 +106,8 @@ class Job(NamedTuple):
         save_frozen: whether checkpoints hold that; False where `frozen` is always the same.
         freeze: patterns of parameters that stay as `init` made them (`jaxldm.training.freeze`). The loss,
             the preview and the end are given the whole network all the same.
+        rounds: the learning rate rises and falls so often.
+        next_round: what the state becomes between two of them.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -116,6 +118,8 @@ class Job(NamedTuple):
     frozen: Any = None
     freeze: Sequence[str] = ()
     save_frozen: bool = True
+    rounds: int = 1
+    next_round: Callable[[TrainState], TrainState] | None = None
 
 
 class Task(NamedTuple):
@@ -176,8 +180,13 @@ def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
     return shape[0] if shape[0] == shape[1] else (shape[0], shape[1])
 
 
-def make_optimizer(recipe: UpdatesRecipe, num_examples: int, mesh: Mesh) -> tuple[Optimizer, Plan]:
-    """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`."""
+def make_optimizer(
+    recipe: UpdatesRecipe, num_examples: int, mesh: Mesh, rounds: int = 1
+) -> tuple[Optimizer, Plan]:
+    """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`.
+
+    The learning rate rises and falls once in each of the `rounds`.
+    """
     check_batch_size(mesh, recipe.batch_size, recipe.accumulate)
     if recipe.batch_size > num_examples:
         raise InvalidArgumentError(
@@ -190,9 +199,13 @@ def make_optimizer(recipe: UpdatesRecipe, num_examples: int, mesh: Mesh) -> tupl
             f"{recipe.epochs} epochs of {steps_per_epoch} steps are more than the {MAX_STEPS} that a "
             "training can have: give fewer epochs"
         )
+    if rounds > total:
+        raise InvalidArgumentError(
+            f"{total} updates cannot be divided into {rounds} rounds: give more epochs"
+        )
     adam = optimizer(
         recipe.learning_rate,
-        min(round_product(recipe.warmup_epochs, steps_per_epoch), total),
+        min(round_product(recipe.warmup_epochs, steps_per_epoch), total // rounds),
         total,
         recipe.weight_decay,
         recipe.max_grad_norm,
@@ -200,6 +213,7 @@ def make_optimizer(recipe: UpdatesRecipe, num_examples: int, mesh: Mesh) -> tupl
         recipe.b2,
         final_scale=recipe.final_scale,
         name=recipe.optimizer,
+        rounds=rounds,
     )
     save_every, sample_every = (
         epochs * steps_per_epoch for epochs in (recipe.save_every, recipe.sample_every)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
@@ -24,6 +25,8 @@ from jaxldm.metrics.health import check_loss
 from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
 from jaxldm.training.classifier import TASK as CLASSIFIER_TASK
 from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
+from jaxldm.training.few_steps.job import TASK as FEW_STEPS_TASK
+from jaxldm.training.few_steps.teachers import bring_parts
 from jaxldm.training.finetuning import TASK as FINETUNE_TASK
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
@@ -33,9 +36,9 @@ from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.report import reported
 from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
-from jaxldm.training.stages import Context, Job, make_optimizer, stage_keys
+from jaxldm.training.stages import Context, Job, Task, make_optimizer, stage_keys
 from jaxldm.training.state import TrainState, create_train_state
-from jaxldm.training.step import LossFunction, make_train_step
+from jaxldm.training.step import LossFunction, TrainStep, make_train_step
 
 SKIPPED_FILE = "skipped-pictures.jsonl"  # of a folder of pictures, in the run folder
 
@@ -47,6 +50,12 @@ TASKS = {
     "finetune": FINETUNE_TASK,
     "classifier": CLASSIFIER_TASK,
 }
+
+
+def task_of(recipe: Recipe, stage: str) -> Task:
+    """What a stage of a recipe trains: a denoising network of few steps has a task of its own."""
+    few = stage == "diffusion" and cast(Any, recipe.diffusion).few_steps is not None
+    return FEW_STEPS_TASK if few else TASKS[stage]
 
 
 A_RECIPE = instance(Recipe, "a recipe such as training.RECIPES['smoke']")
@@ -66,10 +75,10 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
             "beside each picture, or take a recipe of classes such as mini-ldm"
         )
     for stage in stages_of(recipe):
-        module = TASKS[stage].build(recipe, dataset.image_shape, dataset.num_classes)
-        own_check = TASKS[stage].check
-        if own_check is not None:
-            own_check(recipe, dataset, mesh)
+        task = task_of(recipe, stage)
+        module = task.build(recipe, dataset.image_shape, dataset.num_classes)
+        if task.check is not None:
+            task.check(recipe, dataset, mesh)
         elif stage == recipe.generator:
             _check_state_fits(getattr(recipe, stage), module, mesh)
     num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
@@ -130,6 +139,22 @@ def _of_whole_network(loss_fn: LossFunction) -> LossFunction:
     return whole
 
 
+def in_rounds(step: TrainStep, job: Job, num_steps: int) -> TrainStep:
+    """The step that, behind the last of a round, hands the state to the next one."""
+    following, length = job.next_round, num_steps // job.rounds
+    if following is None or job.rounds == 1:
+        return step
+
+    def train_step(state, batch):
+        state, metrics = step(state, batch)
+        ends = (state.step % length == 0) & (state.step < job.rounds * length)
+        return jax.tree.map(
+            lambda new, old: jnp.where(ends, new, old) if new is not old else old, following(state), state
+        ), metrics
+
+    return train_step
+
+
 def batches_of(
     rows: Any, batch_size: int, key: PRNGKeyArray, part: slice | None = None
 ) -> tuple[Batches | BucketedBatches, bool]:
@@ -146,7 +171,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
     recipe, keys = getattr(context.recipe, stage), stage_keys(context.recipe.seed, stage)
     part = local_examples(context.mesh, recipe.batch_size)
     batches, in_memory = batches_of(job.data, recipe.batch_size, keys.order, part)
-    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh)
+    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh, job.rounds)
     params, frozen, loss = job.init(keys.init), job.frozen, job.loss
     one_network = callable(loss)
     if job.freeze:
@@ -160,6 +185,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
     state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
     own: dict[str, Any] = {"optimizer": adam, "ema_decay": recipe.ema_decay} if one_network else {}
     step = make_train_step(loss, **own, accumulate=recipe.accumulate, power_ema=power)
+    step = in_rounds(step, job, plan.num_steps)
 
     def finished_params(state: TrainState) -> Any:
         found = state.evaluation_params
@@ -248,12 +274,13 @@ def train(
         _report_skipped(run, loaded, log)
         if loaded.license:
             log(f"the pictures of {loaded.name}: {loaded.license}")
+        bring_parts(run, recipe, log)
         context = Context(recipe, loaded, run, mesh, resume, log, bar, workers)
         unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")
         for stage in unfinished:
             with reported(run):
-                run_job(context, stage, TASKS[stage].prepare(context))
+                run_job(context, stage, task_of(recipe, stage).prepare(context))
             held.check()
     return run

@@ -176,6 +176,28 @@ def test_diffusers_draws_the_same_pictures_from_it(run):
     np.testing.assert_allclose(np.clip(images, -1, 1) / 2 + 0.5, expected, atol=2e-3)
 
 
+def test_diffusers_draws_the_same_from_a_latent_consistency_student(run, tmp_path):
+    """The guidance scale is an input of the U-Net as there, and the scheduler is theirs."""
+    import torch
+
+    recipe = training.distill_recipe(run.path, "lcm", guidance_scale=(1.0, 4.0), epochs=1, sample_every=0)
+    student = training.train(recipe, tmp_path / "student", log=lambda line: None, bar=False)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(student.path)
+    theirs.set_progress_bar_config(disable=True)
+    assert isinstance(theirs.scheduler, diffusers.LCMScheduler)
+    assert theirs.unet.config.time_cond_proj_dim == 256
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    start = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
+    options = {"num_inference_steps": 1, "guidance_scale": 3.0}
+    expected = theirs(["a dark picture"], latents=start, output_type="np", height=8, width=8, **options)
+    pipe = pipelines.load(student.path)
+    images = pipe(jax.random.key(0), ["a dark picture"], latents=latents, **options)
+    np.testing.assert_allclose(np.clip(images, -1, 1) / 2 + 0.5, expected.images, atol=2e-3)
+    assert pipe.few_steps.guidance == "input" and pipe.default_steps() == 4
+    with pytest.raises(InvalidArgumentError, match="scales from 1 to 4, got 5"):
+        pipe(jax.random.key(0), ["a dark picture"], guidance_scale=5.0)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_path):
     def refused(error, words, **changes):
         with pytest.raises(error, match=words):

@@ -141,6 +141,8 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
 
 def own_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
     """The grid that fits the path: the file's solver and grid are for other programs."""
+    if pipe.few_steps is not None and call.solver is None:  # it was trained for the file's own
+        return folder_grid(pipe, call, size)
     scheduler = read_scheduler(pipe, call)
     sampler = _with_variance(pipe, Sampler(scheduler.prediction, scheduler.solver))
     return grid(pipe, call, size, Scheduler(sampler, dynamic_shift=scheduler.dynamic_shift))
@@ -192,6 +194,8 @@ def check_guidance_scale(pipe: Pipeline, guidance_scale: float | None) -> float:
         raise InvalidArgumentError(
             "this model has no classes, so there is nothing to guide it by: leave the guidance scale out"
         )
+    if pipe.few_steps is not None:
+        pipe.few_steps.check_scale(guidance_scale)
     return guidance_scale
 
 

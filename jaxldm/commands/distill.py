@@ -1,0 +1,155 @@
+"""`jaxldm distill`: a student that draws in few steps, from a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from jaxldm.commands import hints
+from jaxldm.commands.options import first_devices, named_values, shown
+from jaxldm.commands.train import given
+from jaxldm.errors import InvalidArgumentError, one_of
+
+if TYPE_CHECKING:
+    from jaxldm.training import Recipe
+
+_METHOD = "the method's"
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train a student that draws in few steps, from a trained model, its teacher.
+
+    For example:
+      jaxldm distill runs/mini-ldm --method lcm --run-dir runs/mini-lcm
+      jaxldm sample runs/mini-lcm --num-inference-steps 1 --output-dir OUT
+      jaxldm distill runs/mini-ldm --method progressive --num-steps 2 --run-dir runs/two-steps
+
+    Methods:
+      progressive  the steps are halved in rounds: a student for exactly --num-steps (4)
+      guidance     guidance in one evaluation a step, at any scale of --guidance-scale (1 7.5); as many steps
+      lcm          latent consistency, for 1 to 8 steps
+      cd           consistency distillation, for 1 to 8 steps
+      ect          easy consistency tuning, without asking the teacher; guidance as usual
+      scm          continuous-time consistency, for 1 to 8 steps
+      reflow       straight trajectories, for 1 to 8 steps
+      dmd          distribution matching: a student for exactly --num-steps (4)
+
+    OUT is a run folder as of `jaxldm train`: sample, eval, export, info and inspect read it. What it needs of
+    its teacher (autoencoder, classifier, latents) is copied.
+    """
+
+    teacher: Annotated[Positional[str], shown("RUN")]
+    """Run folder of the teacher, or the folder made by `jaxldm export` (then with --dataset)."""
+
+    method: Annotated[str | None, shown("NAME")] = None
+    """progressive, guidance, lcm, cd, ect, scm, reflow or dmd."""
+
+    run_dir: Annotated[str | None, shown("OUT", "RUN-METHOD")] = None
+    """Folder for the student: a new one."""
+
+    resume: bool = False
+    """Continue from the last checkpoint in OUT."""
+
+    num_steps: Annotated[int | None, shown("INT", "4")] = None
+    """Steps of the student, for progressive and dmd; the others draw in any number."""
+
+    guidance_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "the teacher's")] = None
+    """The scale of guidance that comes inside; or the lowest and the highest, which the student then takes as
+    an input.
+    """
+
+    options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", _METHOD)] = None
+    """Numbers of the method, as in `--options start_steps=32`."""
+
+    epochs: Annotated[int | None, shown("INT", _METHOD)] = None
+    """Epochs over the training images."""
+
+    batch_size: Annotated[int | None, shown("INT", "the teacher's")] = None
+    """Images per step."""
+
+    learning_rate: Annotated[float | None, shown("FLOAT", _METHOD)] = None
+    """Highest learning rate, after the warm-up."""
+
+    save_every: Annotated[int | None, shown("INT", "the teacher's")] = None
+    """Epochs between checkpoints."""
+
+    dataset: Annotated[str | None, shown("NAME|FOLDER", "the teacher's")] = None
+    """Another data set: a TFDS name, or a folder of your own pictures."""
+
+    seed: Annotated[int | None, shown("INT", "the teacher's")] = None
+    """Seed of all random numbers, from 0 to 4294967295."""
+
+    devices: Annotated[int | None, shown("INT", "as many as divide every batch")] = None
+    """Number of devices over which each batch is split."""
+
+    workers: int = 0
+    """Processes that read and decode pictures that do not fit into memory; 0: a thread."""
+
+    quiet: bool = False
+    """Print only errors, and no progress bar."""
+
+    def run(self) -> None:
+        """Checks the teacher, then trains the student."""
+        from jaxldm import training
+
+        first_devices(self.devices)
+        run_dir = self.out()
+        recipe = self.make_recipe(run_dir)
+        options: dict[str, Any] = {"resume": self.resume, "devices": self.devices, "workers": self.workers}
+        if self.quiet:
+            training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
+            return
+        run = training.train(recipe, run_dir, **options)
+        classes = len(training.read_config(run.path)["data"]["class_names"])
+        print(f"finished: everything is in {run.path}; try")
+        text = recipe.text is not None
+        print(f"  {hints.sample_texts(run.path) if text else hints.sample_classes(run.path, classes)}")
+
+    def out(self) -> Path:
+        """The student's folder. Raises `InvalidArgumentError` where that is the teacher's own."""
+        if self.run_dir is None and self.method is None:
+            raise InvalidArgumentError("--method is missing: give one, as in --method lcm")
+        run_dir = Path(self.run_dir or f"{self.teacher.rstrip('/')}-{self.method}")
+        if run_dir.resolve() == Path(self.teacher).resolve():
+            raise InvalidArgumentError(f"--run-dir {run_dir} is the teacher's own folder: give a new one")
+        return run_dir
+
+    def make_recipe(self, run_dir: Path) -> Recipe:
+        """The student's recipe; with --resume that of its run, with the changes of the options."""
+        from jaxldm import training
+        from jaxldm.training.few_steps.methods import METHODS, TAUGHT
+
+        of_run = training.recipe_to_resume(run_dir) if self.resume else None
+        few = None if of_run is None or of_run.diffusion is None else of_run.diffusion.few_steps
+        method = self.method or (None if few is None else few.method)
+        if method is None:
+            raise InvalidArgumentError("--method is missing: give one, as in --method lcm")
+        known = METHODS[one_of("method", method, dict.fromkeys(TAUGHT))]
+        numbers = named_values(self.options, "options", list(known.numbers))
+        changes = {
+            name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "save_every")
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        asked = {"num_steps": self.num_steps, "guidance_scale": self._scales(), "numbers": numbers or None}
+        if of_run is not None and few is not None:
+            changed = {**asked, "teacher": self.teacher, "method": self.method}
+            few = given(few, **changed | {"numbers": {**few.numbers, **numbers} if numbers else None})
+            student = given(of_run.diffusion, few_steps=few, **changes)
+            return given(of_run, diffusion=student, seed=self.seed)
+        return training.distill_recipe(
+            self.teacher, method, **asked, dataset=self.dataset, seed=self.seed, **changes
+        )
+
+    def _scales(self) -> tuple[float, float] | None:
+        scales = self.guidance_scale
+        if scales is None:
+            return None
+        if len(scales) not in (1, 2):
+            raise InvalidArgumentError(
+                f"--guidance-scale takes one scale, or the lowest and the highest, got {len(scales)}"
+            )
+        return scales[0], scales[-1]

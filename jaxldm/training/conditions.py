@@ -1,0 +1,36 @@
+"""What a denoising network is conditioned on in training: classes, or what encoders make of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Condition(NamedTuple):
+    """What the network is conditioned on.
+
+    Attributes:
+        null: in place of a condition that is dropped: of labels, or by the network's arguments, which are
+            columns of a batch.
+        column: of the labels; None where `null` has names.
+    """
+
+    null: Any
+    column: str | None = None
+
+    def of(self, batch: Mapping[str, Any]) -> Any:
+        """The condition of a batch, as the network takes it."""
+        return {name: batch[name] for name in self.null} if self.column is None else batch[self.column]
+
+    def nulls(self) -> Any:
+        """The null condition, as arrays."""
+        return jax.tree.map(jnp.asarray, self.null)
+
+
+def label_condition(num_classes: int) -> Condition:
+    """Class labels, and the null class."""
+    return Condition(np.int32(num_classes), "label")

@@ -1,0 +1,261 @@
+"""Teachers: which folders are one, and what a student's run has of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import flax.linen as nn
+from jaxtyping import PRNGKeyArray
+
+from jaxldm import checkpoints, data, models, pipelines
+from jaxldm.arguments import a_path, checked, count, instance, number, optional, refuse, text
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.exact import LARGEST_UINT32
+from jaxldm.files import folder_written_whole, storage_errors
+from jaxldm.pipelines.folders import draws_classes, family_of
+from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.training.few_steps.methods import METHODS, TAUGHT
+from jaxldm.training.few_steps.recipe import FewStepsRecipe
+from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
+from jaxldm.training.runs import RunFolder, read_recipe
+from jaxldm.training.state import Params
+
+# Fields of a network's config in which a student's may differ from its teacher's.
+OWN_FIELDS = ("scalar_inputs", "time_cond_proj_dim", "dtype", "remat", "scan", "route", "tap", "learn_sigma")
+SCALE_WIDTH = 256  # of the guidance embedding of latent consistency models
+
+
+def read_teacher(folder: str | Path) -> Pipeline:
+    """The model in a folder, if it can be a teacher.
+
+    Raises:
+        CheckpointError: no model, an unfinished one, or one of another kind.
+    """
+    folder = Path(folder)
+    pipelines.kind_of(folder)
+    pipe = pipelines.load(folder)
+    if "mask_token" in pipe.family.methods:
+        raise CheckpointError(
+            f"{folder} is a masked image model, which has no noise and no trajectories: take a denoising "
+            "network, such as the run of mini-ldm"
+        )
+    if pipe.few_steps is not None:
+        raise CheckpointError(
+            f"{folder} is itself a student, by {pipe.few_steps.method}, which has no trajectories: take the "
+            "model that it was distilled from"
+        )
+    if pipe.has_learned_variance:
+        raise CheckpointError(
+            f"{folder} draws its variance, too (twice as many channels), which no student learns: take a "
+            "teacher with learn_sigma=False"
+        )
+    of_texts = not draws_classes(pipe.family)
+    if of_texts and (pipe.is_guidance_distilled or not _is_run_of_stages(folder)):
+        raise CheckpointError(
+            f"{folder} draws from texts and is no run of this library, so that nobody knows its captions: "
+            "give the run folder of a recipe of captions, or a model of classes"
+        )
+    if not of_texts and pipe.num_classes is None:
+        raise CheckpointError(f"{folder} has no classes: teachers are models of classes or of captions")
+    return pipe
+
+
+def _a_scale_or_two(name: str, value: Any) -> Any:
+    """One guidance scale, or (lowest, highest)."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise refuse(name, "one scale, or (lowest, highest)", value)
+        return tuple(number(0)(name, each) for each in value)
+    return number(0)(name, value)
+
+
+@checked(
+    teacher=a_path,
+    method=text,
+    num_steps=optional(count(1)),
+    guidance_scale=optional(_a_scale_or_two),
+    numbers=optional(instance(Mapping, "a dictionary such as {'start_steps': 32}")),
+    dataset=optional(a_path),
+    seed=optional(count(0, LARGEST_UINT32)),
+)
+def distill_recipe(
+    teacher: str | Path,
+    method: str,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | tuple[float, float] | None = None,
+    numbers: Mapping[str, float] | None = None,
+    dataset: str | Path | None = None,
+    seed: int | None = None,
+    **changes: Any,
+) -> Recipe:
+    """The recipe of a student: its teacher's, with the method's numbers in place of those of its training.
+
+    Args:
+        teacher: the run folder of a finished model of classes or captions; or an exported one of classes.
+        method: a name of `METHODS`.
+        num_steps: of the student, for the methods that are trained for one number.
+        guidance_scale: of the teacher, which comes inside: one, or (lowest, highest), which the student takes
+            as an input. None: the default of the teacher, or of the method.
+        numbers: of the method, by name.
+        dataset: in place of the teacher's, as in `train`; an exported folder needs it.
+        seed: None: that of the teacher's recipe.
+        changes: fields of the stage's `DiffusionRecipe`, such as epochs=4.
+
+    Returns:
+        What `train` takes: `training.train(training.distill_recipe("runs/mini-ldm", "lcm"), "runs/lcm")`.
+
+    Raises:
+        CheckpointError: the folder is no teacher.
+        UnknownNameError, InvalidArgumentError: a method, a number of steps, scales or numbers that cannot be.
+    """
+    known = METHODS[one_of("method", method, dict.fromkeys(TAUGHT))]
+    scales = (guidance_scale,) * 2 if isinstance(guidance_scale, (int, float)) else guidance_scale
+    given: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": scales}
+    for name in changes:
+        one_of("field of the recipe", name, [field.name for field in dataclasses.fields(DiffusionRecipe)])
+    FewStepsRecipe(
+        method=method, teacher=str(teacher), numbers=numbers or {}, **given
+    )  # before a large folder
+    pipe = read_teacher(teacher)
+    if known.guidance == "inside" and scales is None and known.scales is None:
+        given["guidance_scale"] = (pipe.default_guidance_scale,) * 2
+    few = FewStepsRecipe(method=method, teacher=str(teacher), numbers=numbers or {}, **given)
+    known.check(pipe.prediction, few.num_steps, few.numbers)
+    of_teacher = _recipe_of(pipe, Path(teacher), dataset)
+    own = cast(DiffusionRecipe, of_teacher.diffusion)
+    plain = {"weight": None, "time": None, "learn_log_variance": False, "route": None, "alignment": None}
+    overrides = {name: value for name, value in own.overrides.items() if name not in ("route", "tap")}
+    student = dataclasses.replace(
+        own,
+        few_steps=few,
+        overrides={**overrides, **(_scale_fields(pipe) if few.takes_scale else {})},
+        **{"learning_rate": own.learning_rate / 4, "power_ema": (), **plain, **known.training, **changes},
+    )
+    return dataclasses.replace(
+        of_teacher,
+        name=f"{of_teacher.name}-{method}",
+        diffusion=student,
+        seed=of_teacher.seed if seed is None else seed,
+    )
+
+
+def _is_run_of_stages(folder: Path) -> bool:
+    """Whether a folder is the run of a recipe with a denoising network of its own; a fine-tuning has none."""
+    return RunFolder(folder).config.exists() and read_recipe(folder).diffusion is not None
+
+
+def _scale_fields(pipe: Pipeline) -> dict[str, Any]:
+    """The fields of a network's config with which it takes the guidance scale. Raises `CheckpointError`."""
+    config = pipe.denoiser.config
+    for name, value in (("scalar_inputs", ("guidance_scale",)), ("time_cond_proj_dim", SCALE_WIDTH)):
+        if hasattr(config, name):
+            return {name: value}
+    raise CheckpointError(
+        f"a {models.class_name(config)} cannot take the guidance scale as an input: give one scale, as in "
+        "--guidance-scale 3"
+    )
+
+
+def _recipe_of(pipe: Pipeline, folder: Path, dataset: str | Path | None) -> Recipe:
+    """The recipe of a run; of an exported model one that has its networks."""
+    changed = {} if dataset is None else {"data": data.source_name(dataset)}
+    if _is_run_of_stages(folder):
+        return dataclasses.replace(read_recipe(folder), **changed)
+    if dataset is None:
+        raise InvalidArgumentError(
+            f"{folder} is an exported model, which does not say what it was trained on: give the images, as "
+            "in --dataset mnist5k, or its run folder"
+        )
+    vae, size = pipe.autoencoder, pipe.image_shape()[0]
+    preset, overrides = _described(pipe.denoiser.config)
+    autoencoder = None
+    if vae is not None:
+        name, fields = _described(vae.config)
+        autoencoder = AutoencoderRecipe(preset=name, overrides=fields)
+    denoiser = DiffusionRecipe(
+        preset=preset, overrides=overrides, prediction=pipe.prediction, ema_decay=0.998
+    )
+    return Recipe(
+        name=folder.name or "exported",
+        image_size=size,
+        autoencoder=autoencoder,
+        diffusion=denoiser,
+        **changed,
+    )
+
+
+def _described(config: Any) -> tuple[str, dict[str, Any]]:
+    """(a preset, the fields in which the config differs from it)."""
+    preset = next(name for name, other in models.PRESETS.items() if type(other) is type(config))
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return preset, {
+        name: value for name, value in fields.items() if value != getattr(models.PRESETS[preset], name)
+    }
+
+
+def check_student(few: FewStepsRecipe, module: nn.Module) -> None:
+    """Refuse a student whose network is another than its teacher's, by their configs."""
+    of_teacher = checkpoints.module_in(denoiser_folder(cast(str, few.teacher)))
+    configs = [dataclasses.asdict(cast(Any, network).config) for network in (of_teacher, module)]
+    plain = [{name: c[name] for name in c if name not in OWN_FIELDS} for c in configs]
+    kinds = [type(cast(Any, network).config).__name__ for network in (of_teacher, module)]
+    if plain[0] != plain[1] or kinds[0] != kinds[1]:
+        odd = next((name for name in plain[0] if plain[0][name] != plain[1].get(name)), "its class")
+        raise InvalidArgumentError(
+            f"a student begins as its teacher, and its network is another than that of {few.teacher}: {odd} "
+            "differs"
+        )
+
+
+def denoiser_folder(teacher: str | Path) -> Path:
+    """Where the denoising network of a teacher lies. Raises `CheckpointError`."""
+    pipelines.kind_of(teacher)
+    named = checkpoints.read_model_index(teacher)
+    family = family_of(teacher)
+    return Path(teacher) / next(name for name in family.denoisers if name in named)
+
+
+def begin_as_teacher(few: FewStepsRecipe, module: nn.Module, key: PRNGKeyArray) -> Params:
+    """The teacher's parameters in the student's network."""
+    _, params = checkpoints.load(denoiser_folder(cast(str, few.teacher)))
+    return models.init_from(module, key, params)
+
+
+def bring_parts(run: RunFolder, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """What a student's run has of its teacher's; nothing in any other run. Raises `StorageError`."""
+    few = None if recipe.diffusion is None else recipe.diffusion.few_steps
+    if few is not None and few.teacher is not None:
+        copy_parts(run, recipe, few.teacher, log)
+
+
+def copy_parts(run: RunFolder, recipe: Recipe, teacher: str | Path, log: Callable[[str], None]) -> None:
+    """The autoencoder, the classifier and the latents of another run, those that the recipe has.
+
+    Networks are copied whole or not at all. Raises `StorageError`.
+    """
+    source = RunFolder(Path(teacher))
+    for stage in ("autoencoder", "classifier"):
+        here, there = run.stage(stage).model, source.stage(stage).model
+        if getattr(recipe, stage) is not None and there.is_dir() and not here.exists():
+            log(f"{stage}: that of {teacher}")
+            with folder_written_whole(here) as partial:
+                shutil.copytree(there, partial, dirs_exist_ok=True)
+    if source.latents.is_dir() and not run.latents.exists():
+        with storage_errors(run.latents):
+            for file in source.latents.rglob("*.npy"):
+                _link(file, run.latents / file.relative_to(source.latents))
+
+
+def _link(file: Path, target: Path) -> None:
+    """The same file under another name, or a copy of it; a torn one is computed again by who reads it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)

@@ -1,0 +1,44 @@
+"""The table of students: every row has a recipe that can be trained, and the teacher's figures come out."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments.few_steps import digits, judge
+from jaxldm.training import check_recipe, make_mesh
+
+
+@pytest.fixture
+def options(random_run, tmp_path):
+    return digits.Digits(random_run("smoke"), tmp_path / "out", students=(), num_images=20, quick=True)
+
+
+def test_every_row_has_a_recipe_that_can_be_trained(options):
+    recipes = {name: digits.recipe_of(options, name) for name in digits.STUDENTS}
+    assert len({str(recipe.to_dict()) for recipe in recipes.values()}) == len(recipes)
+    dataset = recipes["lcm"].load_data()
+    for recipe in recipes.values():
+        few = recipe.diffusion.few_steps
+        assert few.guidance_scale in (None, digits.RANGE, (1.0, 1.0)) or not few.takes_scale
+        check_recipe(dataclasses.replace(recipe, max_train_images=64), dataset, make_mesh(1))
+
+
+def test_the_teachers_rows(options, monkeypatch, capsys):
+    monkeypatch.setattr(digits, "TEACHER_STEPS", (1, 2))
+    digits.main(options)
+    table = (options.output_dir / "digits.md").read_text().splitlines()
+    assert len(table) == 2 + 2 + 2 * len(options.guidance_scales)
+    assert [row.split("|")[4].strip() for row in table[4:]] == ["1", "2", "2", "4"]  # evaluations
+    assert (options.output_dir / "digits.png").exists()
+    before = table
+    digits.main(options)
+    assert (options.output_dir / "digits.md").read_text().splitlines() == before  # nothing is drawn again
+
+
+def test_the_second_judge_knows_real_digits(random_run):
+    from jaxldm import data
+
+    dataset = data.load("mnist5k")
+    images, labels = dataset.arrays("test")
+    assert np.mean(judge.second_judge(dataset)(images) == labels) > 0.7  # of an eighth of the digits

@@ -1,0 +1,239 @@
+"""The losses of the methods on data of one point for each class, of which every student is known exactly."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxldm import diffusion as D
+from jaxldm.diffusion.paths import per_image
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.training import FewStepsRecipe, Player, create_train_state, make_train_step, optimizer
+from jaxldm.training.conditions import label_condition
+from jaxldm.training.few_steps.method import TABLE, TEACHER, Setting
+from jaxldm.training.few_steps.methods import METHODS
+from jaxldm.training.stages import Job
+from jaxldm.training.train import in_rounds
+
+V, FLOW = D.v(D.VP.named("cosine")), D.flow(D.Flow())
+POINTS = jnp.asarray([-1.0, 0.5, 2.0])  # of two classes, and of none
+BATCH = 6
+GUIDED = [name for name, method in METHODS.items() if method.guidance == "inside"]
+
+
+def prediction_of(name):
+    return FLOW if METHODS[name].inputs else V
+
+
+def network(prediction, params, x, t, condition):
+    """The exact denoiser of points as a network: `gain` is for the guidance scale, `late` an error of noise.
+
+    It is the exact average velocity, too: of a point all trajectories are straight.
+    """
+    named = condition if isinstance(condition, dict) else {"labels": condition}
+    point = params["points"][named["labels"]]
+    scale = named.get("guidance_scale", 1.0)
+    point = point + params["gain"] * (scale - 1) * (point - params["points"][2])
+    path = prediction.path
+    x_0 = jnp.broadcast_to(per_image(point + params["late"] * path.sigma(t), x), x.shape)
+    return prediction.target(x_0, D.implied_noise(x_0, x, path.alpha(t), path.sigma(t)), t)
+
+
+def teacher_of(scale=1.0, gain=0.0):
+    guided = POINTS.at[:2].set((1 - scale) * POINTS[2] + scale * POINTS[:2])
+    return {"points": guided, "gain": jnp.asarray(gain), "late": jnp.asarray(0.0)}
+
+
+def setting(name, scales=(1.0, 1.0), **numbers):
+    recipe = FewStepsRecipe(
+        method=name,
+        teacher="x" if METHODS[name].taught else None,
+        guidance_scale=scales if name in GUIDED else None,
+        numbers=numbers,
+    )
+    adam = optimizer(1e-2, 0, 10)
+    takes = scales[0] < scales[1]
+    return Setting(
+        network=functools.partial(network, prediction_of(name)),
+        prediction=prediction_of(name),
+        on=label_condition(2),
+        num_steps=recipe.num_steps,
+        guidance_scale=scales,
+        scale_input=lambda scale: {"guidance_scale": scale} if takes else {},
+        numbers=recipe.numbers,
+        updates=8,
+        condition_dropout=0.0,
+        optimizer=adam,
+        ema_decay=0.9,
+    )
+
+
+def batch_of(scale=1.0):
+    labels = jnp.arange(BATCH, dtype=jnp.int32) % 2
+    mean = jnp.broadcast_to(POINTS[labels][:, None, None, None], (BATCH, 2, 2, 1))
+    noise = jax.random.normal(jax.random.key(9), mean.shape)
+    sample = jnp.broadcast_to(teacher_of(scale)["points"][labels][:, None, None, None], mean.shape)
+    return {"mean": mean, "label": labels, "noise": noise, "sample": sample}
+
+
+def losses(own, student, batch, step=0):
+    """The loss of each player, with the student's parameters everywhere, and its gradient."""
+    made = METHODS[own[0]].make_loss(own[1])
+    players = [Player("student", made, own[1].optimizer)] if callable(made) else made
+    params = {player.name: student for player in players}
+    state = create_train_state(jax.random.key(0), params, players, frozen={TEACHER: teacher_of()})
+    if callable(made):
+        state = state.replace(params=student, ema_params=student)
+    state = state.replace(step=jnp.int32(step))
+    return [
+        jax.value_and_grad(lambda p, loss=player.loss: loss(p, state, batch, jax.random.key(4))[0])(student)
+        for player in players
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "drifting"])
+def test_a_student_that_knows_the_points_has_no_loss_and_another_has(name):
+    scale = 3.0 if name in GUIDED and name != "guidance" else 1.0
+    scales = (1.0, 4.0) if name == "guidance" else (scale, scale)
+    own = name, setting(name, scales)
+    student = teacher_of(scale, gain=float(name == "guidance"))
+    found = losses(own, student, batch_of(scale))
+    for value, gradient in found[1:] if name == "dmd" else found:  # its unit is the distance of the points: 0
+        assert value < 1e-5
+        assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 2e-2
+    wrong = {**student, "late": jnp.asarray(0.4)}  # a wrong point at all times would be consistent
+    value, gradient = losses(own, wrong, batch_of(scale))[0]
+    assert value > 1e-3 and float(jnp.abs(gradient["late"])) > 1e-3
+
+
+def test_drifting_pushes_the_images_of_a_class_towards_its_data():
+    loss = METHODS["drifting"].make_loss(setting("drifting", images=4))
+    spread = 0.1 * jax.random.normal(jax.random.key(1), (2, 5, 2, 2, 1))
+    table = POINTS[:2].reshape(2, 1, 1, 1, 1) + spread
+    student = {**teacher_of(), "points": jnp.zeros(3)}
+    state = create_train_state(
+        jax.random.key(0), student, setting("drifting").optimizer, frozen={TABLE: table}
+    )
+    of = jax.grad(lambda params: loss(params, state, batch_of(), jax.random.key(4))[0])
+    downhill = -of(student)["points"]
+    assert downhill[0] < -0.1 and downhill[1] > 0.1 and downhill[2] == 0  # to -1 and 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDED if name not in ("guidance", "reflow", "dmd")])
+def test_a_student_that_takes_the_scale_has_that_of_its_input_inside(name):
+    own = name, setting(name, (1.0, 4.0))
+    value, _ = losses(own, teacher_of(gain=1.0), batch_of())[0]
+    deaf, _ = losses(own, teacher_of(), batch_of())[0]
+    # What is wrong by the same everywhere is consistent, but for its end.
+    assert value < 1e-5 and (deaf > 1e-2 or name in ("lcm", "cd"))
+
+
+def test_the_teacher_of_a_second_round_has_the_guidance_inside():
+    own = "progressive", setting("progressive", (3.0, 3.0))
+    first, second = (losses(own, teacher_of(3.0), batch_of(3.0), step)[0][0] for step in (0, 4))
+    assert first < 1e-5 and second > 1e-2  # the frozen points are not guided yet
+    job = Job(lambda key: None, print, {}, print, rounds=2, next_round=METHODS["progressive"].next_round)
+    step = in_rounds(make_train_step(METHODS["progressive"].make_loss(own[1]), own[1].optimizer, 0.9), job, 8)
+    state = create_train_state(
+        jax.random.key(0), teacher_of(3.0), own[1].optimizer, frozen={TEACHER: teacher_of()}
+    )
+    step = jax.jit(step)
+    for number in range(1, 9):
+        before = state
+        state, metrics = step(state, batch_of(3.0))
+        same = np.array_equal(state.frozen[TEACHER]["points"], before.frozen[TEACHER]["points"])
+        assert same == (number != 4)
+        assert metrics["loss"] < 1e-2
+    np.testing.assert_allclose(state.frozen[TEACHER]["points"][:2], teacher_of(3.0)["points"][:2], atol=2e-2)
+
+
+def test_the_generator_and_its_critic_take_turns():
+    players = METHODS["dmd"].make_loss(setting("dmd", critic_updates=2))
+    params = {player.name: teacher_of(2.0) for player in players}
+    state = create_train_state(jax.random.key(0), params, players, frozen={TEACHER: teacher_of()})
+    step, moved = jax.jit(make_train_step(players)), []
+    for _ in range(4):
+        before = state
+        state, metrics = step(state, batch_of())
+        moved.append(
+            [
+                not np.array_equal(state.params[name]["points"], before.params[name]["points"])
+                for name in ("student", "critic")
+            ]
+        )
+        assert np.array_equal(state.frozen[TEACHER]["points"], POINTS)
+    assert moved == [[True, True], [False, True]] * 2
+    assert {"gradient", "critic_mse"} <= set(metrics)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "lcm", "num_steps": 4}, "--num-steps has no effect on lcm"),
+        ({"method": "ect", "guidance_scale": (3.0, 3.0)}, "--guidance-scale is not for ect"),
+        ({"method": "guidance", "guidance_scale": (3.0, 3.0)}, "for a range of scales, got 3 alone"),
+        ({"method": "lcm", "guidance_scale": (4.0, 3.0)}, "the lowest and the highest, got 4 and 3"),
+        ({"method": "lcm", "guidance_scale": (-1.0, 3.0)}, "guidance_scale must be"),
+        ({"method": "dmd", "num_steps": 0}, "num_steps must be"),
+        ({"method": "cd", "numbers": {"levels": 2.5}}, "levels must be a whole number"),
+        ({"method": "cd", "numbers": {"huber": -1.0}}, "huber must be"),
+        ({"method": "cd", "teacher": None}, "cd learns from a teacher"),
+        ({"method": "ict"}, "ict has no teacher"),
+    ],
+)
+def test_a_recipe_refuses_what_a_method_cannot(changes, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        FewStepsRecipe(**{"teacher": "x", **changes})
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UnknownNameError, match="method"):
+        FewStepsRecipe(teacher="x", method="lcn")
+    with pytest.raises(UnknownNameError, match="number of lcm"):
+        FewStepsRecipe(teacher="x", method="lcm", numbers={"hubber": 1.0})
+
+
+def checked_by(name, prediction, num_steps=None, **numbers):
+    teacher = "x" if METHODS[name].taught else None
+    recipe = FewStepsRecipe(method=name, teacher=teacher, num_steps=num_steps, numbers=numbers)
+    METHODS[name].check(prediction, recipe.num_steps, recipe.numbers)
+
+
+def test_steps_that_do_not_come_out_by_halving_are_refused():
+    for num_steps in (1, 2, 4, 8):
+        checked_by("progressive", V, num_steps)
+    for num_steps, start in ((3, 16), (16, 16), (3, 20), (8, 20), (4, 7)):
+        with pytest.raises(InvalidArgumentError, match="halves the steps"):
+            checked_by("progressive", V, num_steps, start_steps=start)
+    checked_by("progressive", V, 5, start_steps=20)
+
+
+def test_teachers_that_a_method_cannot_take_are_refused():
+    weak, path = D.epsilon(D.VP.named("cosine")), D.VP.named("linear")
+    for name in ("progressive", "lcm", "cd", "ect", "scm", "reflow", "dmd"):
+        with pytest.raises(InvalidArgumentError, match="says nothing of the image at the noisy end"):
+            checked_by(name, weak)
+        checked_by(name, D.epsilon(path))
+    checked_by("guidance", weak)
+    with pytest.raises(InvalidArgumentError, match="no consistency function"):
+        checked_by("cd", D.x0(path))
+    checked_by("progressive", D.x0(path))
+    with pytest.raises(InvalidArgumentError, match="num_steps must be 1"):
+        checked_by("drifting", V, 2)
+    with pytest.raises(InvalidArgumentError, match="counts timesteps"):
+        checked_by("lcm", D.flow(D.Flow()))
+    checked_by("cd", D.flow(D.Flow()))
+    for name in ("mean_flow", "shortcut"):
+        checked_by(name, FLOW)
+        with pytest.raises(InvalidArgumentError, match="velocities on the straight path"):
+            checked_by(name, V)
+
+
+def test_a_recipe_says_all_its_numbers():
+    recipe = FewStepsRecipe(method="ect", teacher="runs/a", numbers={"q": 2.0})
+    assert recipe.numbers == {**METHODS["ect"].numbers, "q": 2.0}
+    assert dataclasses.replace(recipe, numbers=recipe.numbers) == recipe
+    assert not recipe.takes_scale and FewStepsRecipe(method="guidance", teacher="x").takes_scale
