@@ -176,6 +176,11 @@ def fit(
         StopRequest() as stop,
     ):
         state, start, seconds = _resume(state, store, resume, rows, log, save_frozen)
+        if start > plan.num_steps:
+            raise CheckpointError(
+                f"{run_dir} has a checkpoint of step {start}, and this training ends at step "
+                f"{plan.num_steps}: give the number of epochs or steps that it was begun with"
+            )
         store.check_space(_saved(state, save_frozen))
         counts = {"start": start, "num_steps": plan.num_steps, "steps_per_epoch": len(batches)}
         progress = Progress(rows, name=name, **counts, seconds=seconds, log=log, bar=bar)

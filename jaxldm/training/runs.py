@@ -1,6 +1,7 @@
 """The run folder: where everything of one training run lies, and whether it may be written to.
 
-    runs/NAME/config.json                        recipe, data and versions; .config.json is a copy
+    runs/NAME/config.json                        recipe, data and versions; .config.json is a copy,
+                                                 here and in the folder of each stage
     runs/NAME/.lock                              while a process trains: only one can
     runs/NAME/vae/                               the finished autoencoder (none for a model of pixels)
     runs/NAME/unet/ or transformer/              the finished denoising network
@@ -31,6 +32,7 @@ Finished networks are renamed into place: each is whole or absent.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -64,6 +66,7 @@ FORMAT = 2  # of config.json
 STAGES = ("autoencoder", "diffusion", "masked_tokens", "finetune", "classifier")
 PIPELINE_CLASS, MASKGIT_CLASS = "LatentDiffusionPipeline", "MaskGITPipeline"
 LORA_FILE = FILE_NAMES[0]  # the name that diffusers looks for
+COPY = ".config.json"  # of config.json
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
 
@@ -109,7 +112,13 @@ class RunFolder:
     @property
     def config_copy(self) -> Path:
         """The same once more, for when that is lost or damaged."""
-        return self.path / ".config.json"
+        return self.path / COPY
+
+    @property
+    def config_copies(self) -> list[Path]:
+        """That, and the one in the folder of each stage that was begun."""
+        stages = [self.path / name for name in STAGES]
+        return [self.config_copy, *(folder / COPY for folder in stages if folder.is_dir())]
 
     @property
     def index(self) -> Path:
@@ -247,10 +256,18 @@ def read_config(run_dir: Path | str) -> dict[str, Any]:
     except _OtherFormatError:
         raise
     except CheckpointError as error:
-        try:
-            return _read_sealed(run.config_copy)
-        except CheckpointError:
+        copied = _read_copy(run)
+        if copied is None:
             raise error from None
+        return copied
+
+
+def _read_copy(run: RunFolder) -> dict[str, Any] | None:
+    """What the first whole copy of config.json holds."""
+    for path in run.config_copies:
+        with contextlib.suppress(CheckpointError):  # the next one may be whole
+            return _read_sealed(path)
+    return None
 
 
 class _OtherFormatError(CheckpointError):
@@ -296,7 +313,8 @@ def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> bo
     Raises what `open_run` raises. Nothing is changed.
     """
     run = RunFolder(Path(run_dir))
-    if run.config.exists() or run.config_copy.exists() or _has_whole_checkpoint(run):
+    known = any(path.exists() for path in (run.config, *run.config_copies))
+    if known or _has_whole_checkpoint(run):
         if resume:
             entries = _config_or_none(run)
             if entries is not None:
@@ -328,8 +346,7 @@ def open_run(
     """Make a new run folder or, with `resume`, open an existing one.
 
     An empty folder (the run was killed before anything was saved) starts at the beginning. A config.json
-    that is missing or damaged is written again, from its copy or, where there are whole checkpoints, from
-    `recipe`.
+    that is missing or damaged is written again, from one of its copies.
 
     Raises:
         CheckpointError: as `check_run_folder`; a run of another recipe. Nothing is changed then.
@@ -337,17 +354,28 @@ def open_run(
     """
     run = RunFolder(Path(run_dir))
     if check_run_folder(run.path, recipe, resume=resume):
-        entries = _repaired_config(run, recipe, dataset, log)
+        entries = _repaired_config(run, log)
     else:
         with storage_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         if resume:
             log(f"nothing was saved in {run.path} yet: starting at the beginning")
         entries = _new_config(recipe, dataset)
-    for path in (run.config, run.config_copy):
+    for path in (run.config, *run.config_copies):
         if not _holds(path, entries):
             write_atomically(path, sealed(entries))
     return run
+
+
+def begin_stage(run: RunFolder, stage: str) -> None:
+    """Make the folder of a stage, with one more copy of config.json: no other file says what it trains.
+
+    Raises `StorageError`.
+    """
+    folder = run.stage(stage).path
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / COPY, run.config.read_bytes())
 
 
 def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -360,28 +388,22 @@ def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
 
 
-def _repaired_config(
-    run: RunFolder, recipe: Recipe, dataset: Dataset, log: Callable[[str], None]
-) -> dict[str, Any]:
+def _repaired_config(run: RunFolder, log: Callable[[str], None]) -> dict[str, Any]:
     """What config.json holds, or should hold; `log` is given a line where that differs."""
     try:
         return _read_sealed(run.config)
     except _OtherFormatError:
         raise
     except CheckpointError as error:
-        source = "its copy"
-        try:
-            entries = _read_sealed(run.config_copy)
-        except CheckpointError:
-            if not _has_whole_checkpoint(run):
-                raise CheckpointError(f"{error}; start a new run in another folder") from error
-            source, entries = "the recipe that is given now", _new_config(recipe, dataset)
+        entries = _read_copy(run)
+        if entries is None:
+            raise CheckpointError(f"{error}; start a new run in another folder") from error
         what = (
             "damaged, or edited by hand (start another run to change settings)"
             if run.config.exists()
             else "missing"
         )
-        log(f"{run.config} was {what}: it is written again from {source}")
+        log(f"{run.config} was {what}: it is written again from its copy")
         return entries
 
 

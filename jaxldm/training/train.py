@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
-from jaxldm import data, models
+from jaxldm import checkpoints, data, models
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
 from jaxldm.data import ArrayRows, Batches, BucketedBatches, Reader
 from jaxldm.data.buckets import buckets_of
-from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
 from jaxldm.metrics.health import check_loss
@@ -35,10 +35,11 @@ from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.report import reported
-from jaxldm.training.runs import STAGES, RunFolder, check_run_folder, open_run
+from jaxldm.training.runs import STAGES, RunFolder, begin_stage, check_run_folder, open_run
 from jaxldm.training.stages import Context, Job, Task, make_optimizer, stage_keys
 from jaxldm.training.state import TrainState, create_train_state
 from jaxldm.training.step import LossFunction, TrainStep, make_train_step
+from jaxldm.training.store import TrainingStore
 
 SKIPPED_FILE = "skipped-pictures.jsonl"  # of a folder of pictures, in the run folder
 
@@ -217,6 +218,24 @@ def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
     return f"likely cause: {finding.likely_cause}; fix: {finding.fix}"
 
 
+def _is_unfinished(run: RunFolder, stage: str, log: Callable[[str], None]) -> bool:
+    """Whether a stage is not complete, or its network cannot be read and a checkpoint can give it again."""
+    folder = run.stage(stage)
+    if not folder.complete or stage == "finetune":
+        return not folder.complete
+    try:
+        checkpoints.load(folder.model)
+    except CheckpointError as error:
+        if not TrainingStore(folder.path / "checkpoints").has_whole():
+            raise CheckpointError(
+                f"{error}; no checkpoint of the stage {stage} is left to write it again from: copy it back, "
+                "or train in another run folder"
+            ) from error
+        log(f"{error}; it is written again from the newest checkpoint")
+        return True
+    return False
+
+
 @checked(
     recipe=A_RECIPE,
     run_dir=a_path,
@@ -243,7 +262,8 @@ def train(
     Args:
         recipe: for example `RECIPES["mini-ldm"]`.
         run_dir: a folder that does not exist yet; with `resume`, that of the run to go on with.
-        resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint.
+        resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint; a
+            finished network that cannot be read is written again from there.
         devices: split each batch over so many devices; None: as many as divide every batch of the recipe.
         dataset: in place of the recipe's: a TFDS name, or the folder of your own pictures (see
             `jaxldm.data.load`), of which those that cannot be used are listed in skipped-pictures.jsonl.
@@ -276,10 +296,11 @@ def train(
             log(f"the pictures of {loaded.name}: {loaded.license}")
         bring_parts(run, recipe, log)
         context = Context(recipe, loaded, run, mesh, resume, log, bar, workers)
-        unfinished = [stage for stage in stages_of(recipe) if not run.stage(stage).complete]
+        unfinished = [stage for stage in stages_of(recipe) if _is_unfinished(run, stage, log)]
         if not unfinished:
             log(f"{run.path} is finished: there is nothing left to train")
         for stage in unfinished:
+            begin_stage(run, stage)
             with reported(run):
                 run_job(context, stage, task_of(recipe, stage).prepare(context))
             held.check()

@@ -138,6 +138,12 @@ def test_resuming_what_is_finished_changes_nothing(tmp_path, straight):
     assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
 
 
+def test_a_checkpoint_beyond_the_end_of_the_training_is_refused(tmp_path, straight):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 12, and this training ends at step 8"):
+        run(tmp_path, resume=True, plan=Plan(8))
+
+
 def test_resuming_where_nothing_was_saved_starts_at_the_beginning(tmp_path, straight):
     (tmp_path / "log.csv").write_text((straight[0] / "log.csv").read_text()[:200])
     assert_same_run(tmp_path, run(tmp_path, resume=True), straight)

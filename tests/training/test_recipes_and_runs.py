@@ -16,7 +16,7 @@ from jaxldm.errors import (
     UnknownNameError,
 )
 from jaxldm.training import RECIPES, AutoencoderRecipe, DiffusionRecipe, Recipe, make_mesh
-from jaxldm.training.runs import RunFolder, open_run, read_config, read_recipe, recipe_to_resume
+from jaxldm.training.runs import RunFolder, begin_stage, open_run, read_config, read_recipe, recipe_to_resume
 from jaxldm.training.stages import stage_keys
 from jaxldm.training.store import TrainingStore
 from jaxldm.training.train import check_recipe, max_devices, train
@@ -268,17 +268,28 @@ def test_a_lost_or_damaged_config_is_written_again_from_its_copy(tmp_path, harm)
     assert run.config_copy.read_bytes() == whole and len(said) == 1
 
 
-def test_without_a_copy_whole_checkpoints_are_enough(tmp_path):
+def test_the_copy_of_a_stage_is_enough(tmp_path):
+    """It is the recipe that the stage was begun with, whatever is given now."""
+    longer, said = changed("diffusion", epochs=7), []
+    run = open_run(tmp_path / "run", longer, Digits(), resume=False)
+    begin_stage(run, "diffusion")
+    whole = run.config.read_bytes()
+    for path in (run.config, run.config_copy):
+        path.unlink()
+    assert recipe_to_resume(run.path) == longer
+    with pytest.raises(CheckpointError, match="epochs"):
+        open_run(run.path, SMOKE, Digits(), resume=True)
+    open_run(run.path, longer, Digits(), resume=True, log=said.append)
+    assert run.config.read_bytes() == run.config_copy.read_bytes() == whole
+    assert len(said) == 1 and "was missing: it is written again from its copy" in said[0]
+
+
+def test_without_any_copy_a_run_is_not_guessed(tmp_path):
     run = RunFolder(tmp_path)
     with TrainingStore(run.stage("diffusion").path / "checkpoints") as store:
         store.save(3, {"x": np.zeros(3)})
-    said = []
-    open_run(run.path, SMOKE, Digits(), resume=True, log=said.append)
-    assert read_recipe(run.path) == SMOKE
-    assert len(said) == 1 and "was missing: it is written again from the recipe that is given now" in said[0]
     for path in (run.config, run.config_copy):
         path.write_text("{")
-    (run.stage("diffusion").path / "checkpoints" / "3" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json.*start a new run in another folder"):
         open_run(run.path, SMOKE, Digits(), resume=True)
     assert recipe_to_resume(run.path) is None

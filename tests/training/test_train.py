@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import chex
@@ -32,6 +33,7 @@ from jaxldm.training import diffusion as diffusion_stage
 from jaxldm.training.diffusion import build_denoiser, latent_columns, latent_shape, make_loss
 from jaxldm.training.log import CLOCKS
 from jaxldm.training.mesh import batch_sharding, bytes_per_device, state_shardings
+from jaxldm.training.runs import RunFolder
 from jaxldm.training.stages import Context
 from jaxldm.training.step import compile_train_step, make_train_step
 from jaxldm.training.store import TrainingStore
@@ -170,6 +172,21 @@ def test_resuming_a_finished_run_says_so_and_a_new_one_is_refused(straight):
     with pytest.raises(CheckpointError, match="seed is 0 in it and 1 now"):
         train(dataclasses.replace(SMOKE, seed=1), run.path, resume=True, devices=1)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_a_finished_network_that_is_damaged_is_written_again_from_its_checkpoint(straight, tmp_path):
+    """Of the same bytes; where there is none left it is said, and nothing is trained."""
+    run, said = RunFolder(shutil.copytree(straight[0].path, tmp_path / "run")), []
+    file = run.stage("diffusion").model / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20000])
+    train(SMOKE, run.path, resume=True, devices=1, log=said.append)
+    assert file.read_bytes() == whole
+    assert "unet" in said[0] and "is written again from the newest checkpoint" in said[0]
+    file.write_bytes(whole[:20000])
+    shutil.rmtree(run.stage("diffusion").path / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint of the stage diffusion is left"):
+        train(SMOKE, run.path, resume=True, devices=1, log=said.append)
 
 
 def dit_step(dtype="float32"):
