@@ -36,7 +36,7 @@ Latent diffusion: train a model, sample from it, evaluate it, export it.
 commands:
 {commands}
 
-A first session (about ten minutes without an accelerator):
+A first session (four minutes on two cores):
   jaxldm train mini-ldm --run-dir runs/mini-ldm
   jaxldm sample runs/mini-ldm --class-labels 3 7 --num-images 64 --output-dir samples
   jaxldm eval runs/mini-ldm

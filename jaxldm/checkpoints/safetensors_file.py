@@ -111,7 +111,8 @@ def open_safetensors(path: Path | str) -> Contents:
     except _Damage as error:
         refuse_pickle(path, start)
         raise CheckpointError(
-            f"{path} ({size} bytes) is damaged ({error}): write or download it again"
+            f"{path} ({size} bytes) is damaged ({error}): write or download it again (of a run: "
+            "train with --resume)"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

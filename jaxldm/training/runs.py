@@ -440,6 +440,11 @@ def versions() -> dict[str, str]:
 
 def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
     saved, given = flat_entries(Recipe.from_dict(entries).to_dict()), flat_entries(recipe.to_dict())
+    if saved["name"] != given["name"]:
+        raise CheckpointError(
+            f"{run.path} holds a run of another recipe: {saved['name']}, not {given['name']}; resume with "
+            "that one, or choose another run folder"
+        )
     differences = [
         f"{name} is {shown(saved.get(name, 'absent'))} in it and {shown(given.get(name, 'absent'))} now"
         for name in sorted({*saved, *given})

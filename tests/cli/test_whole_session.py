@@ -42,7 +42,8 @@ def test_a_second_training_needs_resume_and_then_has_nothing_to_do(capsys, train
     assert run(capsys, "train", "smoke-dit", "--run-dir", trained, "--resume", "--quiet") == (0, "", "")
     other = complaint(capsys, "train", "smoke-dit", "--run-dir", trained, "--resume", "--epochs", 7)
     assert "epochs" in other and "another recipe" in other
-    assert "another recipe" in complaint(capsys, "train", "smoke", "--run-dir", trained, "--resume")
+    other = complaint(capsys, "train", "smoke", "--run-dir", trained, "--resume")
+    assert "another recipe: smoke-dit, not smoke; resume with that one" in other
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
 
 
