@@ -475,9 +475,7 @@ def check_finished(folder: Path) -> None:
         config = {} if kind.endswith("Scheduler") else checkpoints.read_config(folder / name)
         found = config.get("_class_name", kind)
         if found != kind:
-            raise CheckpointError(
-                f"{folder} mixes two models: {name} holds a {found}, its {INDEX_FILE} names a {kind}"
-            )
+            raise CheckpointError(f"{folder} mixes two models: {name} is a {found}, its index says {kind}")
 
 
 def _check_finetuned(folder: Path, entries: Mapping[str, Any]) -> None:

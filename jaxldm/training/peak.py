@@ -40,7 +40,7 @@ def seconds_at_peak(step: TrainStep, state: Any, batch: Any, mesh: Mesh) -> floa
 
 
 @functools.cache
-def matrix_peak(devices: tuple[jax.Device, ...]) -> float:
+def matrix_peak(devices: tuple[Any, ...]) -> float:
     """Floating-point operations per second of these devices together, in products of square matrices.
 
     Measured once in a process, in a second or less: the best of five turns. Of 1024x1024 in float32 on a

@@ -111,7 +111,7 @@ class ExactSiT(models.SiT):
     std: float = 0.5
 
     def __call__(self, x, t, labels=None, train=False):
-        t = (1 - t).reshape(-1, 1)
+        t = (1 - t).reshape(-1, 1, 1, 1)
         (alpha, sigma), (alpha_slope, sigma_slope) = (
             (self.path.alpha(t), self.path.sigma(t)),
             self.path.derivatives(t),
@@ -125,7 +125,7 @@ class ExactSiT(models.SiT):
 def test_the_exact_sit_denoises_exactly(name, gamma, x64):
     path = D.Interpolant(name, gamma=gamma)
     sit = ExactSiT(models.SiTConfig(), path=path)
-    x, t = jnp.linspace(-2, 2, 12).reshape(4, 3), jnp.array([0.01, 0.4, 0.8, 0.99])
+    x, t = jnp.linspace(-2, 2, 16).reshape(4, 1, 1, 4), jnp.array([0.01, 0.4, 0.8, 0.99])
     denoise = D.denoiser(functools.partial(models.network(sit), {}), D.velocity(path))
     exact = D.gaussian_denoiser(path, sit.mean, sit.std)(x, t)
     np.testing.assert_allclose(denoise(x, t), exact, rtol=1e-8, atol=1e-10)

@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_earlier_export_whole(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("jaxldm.checkpoints.pipeline_folder._save_component", full)
+    monkeypatch.setattr("jaxldm.checkpoints.pipeline_folder.save_component", full)
     with pytest.raises(StorageError, match="disk is full"):
         pipelines.save(pixel_pipeline(), tmp_path / "out")
     assert_same_model(pipelines.load(tmp_path / "out"), pipe)

@@ -152,7 +152,7 @@ def make_sampler(context: Context, setting: Setting, shown: Mapping[str, Any]) -
     scheduler = schedulers.from_config(scheduler_of(recipe), few.solver)
     columns = {name: np.concatenate([value] * recipe.samples_per_class) for name, value in shown.items()}
     number = len(next(iter(columns.values())))
-    scale = jnp.full(number, few.default_scale, jnp.float32) if few.guidance == "input" else 1.0
+    scale = jnp.full(number, cast(float, few.default_scale), jnp.float32) if few.guidance == "input" else 1.0
     condition = setting.condition(jax.tree.map(jnp.asarray, columns), scale)
     takes_step = "step_size" in METHODS[few.method].inputs
     outside = recipe.sample_guidance_scale if few.guidance == "outside" else 1.0
@@ -261,7 +261,7 @@ def prepare(context: Context) -> Job:
         setting = make_setting(context, module, given, len(columns))
     loss = method.make_loss(setting)
     if method.tables is not None:
-        table = class_table(given.columns, few.numbers[method.tables], module.config.num_classes)
+        table = class_table(given.columns, int(few.numbers[method.tables]), module.config.num_classes)
         frozen = {**(frozen or {}), TABLE: table}
     players = None if callable(loss) else [player.name for player in loss]
     draw = make_sampler(context, setting, given.shown)

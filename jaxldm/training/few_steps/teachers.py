@@ -164,7 +164,7 @@ def _scale_fields(pipe: Pipeline) -> dict[str, Any]:
 
 def _recipe_of(pipe: Pipeline, folder: Path, dataset: str | Path | None) -> Recipe:
     """The recipe of a run; of an exported model one that has its networks."""
-    changed = {} if dataset is None else {"data": data.source_name(dataset)}
+    changed: dict[str, Any] = {} if dataset is None else {"data": data.source_name(dataset)}
     if _is_run_of_stages(folder):
         return dataclasses.replace(read_recipe(folder), **changed)
     if dataset is None:

@@ -118,6 +118,9 @@ def make_ict_loss(setting: Setting) -> LossFunction:
         p = few_steps.interval_probabilities(sigmas, numbers["mean"], numbers["std"])
         return lambda key, size: few_steps.draw_neighbours(key, sigmas, size, p)
 
+    def draw_pair(draw, size, key):
+        return draw(key, size)
+
     def loss_fn(params, state, batch, key):
         keys = jax.random.split(key, 4)
         x_0 = setting.examples(batch, keys[0])
@@ -125,7 +128,7 @@ def make_ict_loss(setting: Setting) -> LossFunction:
             keys[1], setting.on.of(batch), setting.on.nulls(), setting.condition_dropout
         )
         size = len(x_0)
-        draws = [functools.partial(pairs(number), size=size) for number in counts]
+        draws = [functools.partial(draw_pair, pairs(number), size) for number in counts]
         t, s = jax.lax.switch(jnp.sum(state.step >= starts) - 1, draws, keys[2])
         rows, epsilon = (path.time(t), path.time(s)), jax.random.normal(keys[3], x_0.shape)
         x_t, x_s = (few_steps.noised(path, x_0, epsilon, row) for row in rows)
