@@ -1,4 +1,4 @@
-"""Images in [-1, 1], told from pixels of 0 to 255 by their numbers.
+"""Images in [-1, 1], distinguished from pixels of 0 to 255 by their numbers.
 
 A network's own images go a little beyond [-1, 1], and noise may go far beyond, on both sides of 0. Pixels of
 0 to 255 that lost their dtype are far above 1 and never far below 0.

@@ -52,7 +52,7 @@ def words() -> list[Case]:
     """Files of textual inversion."""
     c, here, vectors = checkpoints, place(), np.zeros((1, 8), np.float32)
     tokenizer = c.load_tokenizer(here / "tokenizer")
-    told = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
+    hints = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
     return [
         case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors"),
         case(
@@ -61,7 +61,7 @@ def words() -> list[Case]:
             path=here / "new-word.safetensors",
             word="<cat>",
             vectors=vectors,
-            words=told,
+            words=hints,
         ),
         case("checkpoints.with_word", c.with_word, tokenizer=tokenizer, word="<cat>", count=1),
         case(
@@ -70,13 +70,13 @@ def words() -> list[Case]:
             pipe=class_pipeline(),
             word="<cat>",
             vectors=vectors,
-            words=told,
+            words=hints,
         )._replace(refusal="family"),
         case(
             "pipelines.with_embedding",
             pipelines.with_embedding,
             pipe=class_pipeline(),
             path=here / "a.safetensors",
-            words=told,
+            words=hints,
         )._replace(refusal="family"),
     ]

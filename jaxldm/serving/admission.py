@@ -118,7 +118,7 @@ class FairQueue:
 
     In each round a client may spend `quantum` more, and spends it on its images in the order in which they
     came. Over time every client that waits gets the same share of the engine, whether its images are few and
-    expensive or many and cheap; a client that comes anew is served within one round.
+    expensive or many and cheap; a client that comes for the first time is served within one round.
     """
 
     def __init__(self, quantum: float):

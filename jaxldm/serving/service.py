@@ -79,7 +79,7 @@ class Order:
         guided: whether a step takes two rows of the network's batch.
         listener: called with each `Event`, from any thread; must return at once.
         format: of the pictures.
-        progress: whether the listener is told of each step.
+        progress: whether the listener gets each step.
         previews: how many small pictures on the way of each image.
         timeout: seconds from now.
     """
@@ -154,7 +154,7 @@ class Service:
             return len(self._orders)
 
     def submit(self, order: Order) -> Refusal | None:
-        """Accepts an order, or says why not. What becomes of it is told to its listener."""
+        """Accepts an order, or says why not. Its listener gets what becomes of it."""
         with self._lock:
             if not self.ready:
                 return Refusal(*self._not_ready())
@@ -217,7 +217,7 @@ class Service:
                 raise InvalidArgumentError(f"num_images must be {job.num_images}, got {order.num_images}")
         except JaxldmError as error:
             self._end(order, Failed("invalid_request", str(error)))
-        except Exception as error:  # noqa: BLE001 (told to the client, whatever it is)
+        except Exception as error:  # noqa: BLE001 (sent to the client, whatever it is)
             self._end(order, _fault(error))
         else:
             order.listener(Accepted())
@@ -234,7 +234,7 @@ class Service:
             images = np.asarray(pipe.family.decode(pipe, latents, **options))
             if self._preview is None and np.isfinite(latents).all():
                 self._preview = fit_preview(latents[0], images[0])
-        except Exception as error:  # noqa: BLE001 (told to the clients, whatever it is)
+        except Exception as error:  # noqa: BLE001 (sent to the clients, whatever it is)
             for order, _ in drawn:
                 self._end(order, _fault(error))
             return

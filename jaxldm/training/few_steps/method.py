@@ -126,7 +126,7 @@ class Method(NamedTuple):
         numbers: its own numbers, by name, as they are where a recipe leaves them out.
         training: fields of `DiffusionRecipe` that it changes.
         check: (prediction, num_steps, numbers), raises `InvalidArgumentError` for what cannot be.
-        rounds: (num_steps, numbers) -> how often the training begins anew,
+        rounds: (num_steps, numbers) -> how often the training begins again,
         next_round: with this state.
         pairs: it is trained on pairs of noise and what the teacher draws of it, not on data.
         tables: its loss finds so many examples of each class as `state.frozen`, by the number of this name.
