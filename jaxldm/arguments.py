@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxldm.errors import InvalidArgumentError, one_of, path_error, shown
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32, LARGEST_UINT32
+from jaxldm.functions import arguments_of, call_of_maker, signature_error, takes
 
 Check = Callable[[str, Any], Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -62,6 +63,11 @@ def checked(**checks: Check) -> Callable[[Function], Function]:
                     given[places[name]] = check(name, given[places[name]])
             try:
                 return function(*given, **kwargs)
+            except TypeError as error:
+                wrong = signature_error(function, given, kwargs)
+                if wrong is None:
+                    raise
+                raise wrong from error
             except OSError as error:  # what the system refuses of a path among the arguments
                 refused = path_error(error, [*given, *kwargs.values()])
                 if refused is None:
@@ -270,24 +276,16 @@ def function(signature: str) -> Check:
     any_number = any("*" in argument for argument in arguments)
 
     def check(name: str, value: Any) -> Any:
+        wanted = f"a function {signature}"
         if not callable(value) or inspect.isclass(value):
-            raise refuse(name, f"a function {signature}", value)
+            raise refuse(name, wanted, value)
+        if call_of_maker(value):
+            raise refuse(name, wanted, value, call_of_maker(value))
         if not any_number and not takes(value, len(arguments)):
-            raise InvalidArgumentError(f"{name} must be a function {signature}, got one of other arguments")
+            raise InvalidArgumentError(f"{name} must be {wanted}, got one of {arguments_of(value)}")
         return value
 
     return check
-
-
-def takes(value: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many arguments by place; True where it does not tell."""
-    try:
-        inspect.signature(value).bind(*range(count))
-    except ValueError:  # some functions in C
-        return True
-    except TypeError:
-        return False
-    return True
 
 
 def some_devices(name: str, value: Any) -> tuple[Any, ...]:

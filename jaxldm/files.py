@@ -35,6 +35,7 @@ except ImportError:  # Windows
 
 from jaxldm.errors import InvalidArgumentError, StorageError
 
+LOCK_FILE = ".lock"  # of a folder that one process alone works in
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is exceeded: free some space",
@@ -266,6 +267,27 @@ def lock(descriptor: int) -> bool | None:
             return False
         raise
     return True
+
+
+def holder(folder: Path) -> str | None:
+    """Which process has locked `LOCK_FILE` of a folder, in words; None: none has."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return named_holder(os.read(descriptor, 1000)) if lock(descriptor) is False else None
+    finally:
+        os.close(descriptor)
+
+
+def named_holder(content: bytes) -> str:
+    """Who holds a folder, as the content of its lock says."""
+    try:
+        who = json.loads(content)
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def _is_abandoned(descriptor: int) -> bool:

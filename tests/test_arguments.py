@@ -48,7 +48,7 @@ def test_what_is_allowed_arrives_as_plain_python(check, given, wanted):
         (
             A.function("(x, t) -> x_0"),
             lambda x: x,
-            "x must be a function (x, t) -> x_0, got one of other arguments",
+            "x must be a function (x, t) -> x_0, got one of (x)",
         ),
         (A.several(A.count(0)), [1, -2], "x[1] must be a whole number of at least 0, got -2"),
         (

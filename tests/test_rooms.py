@@ -14,14 +14,15 @@ import jaxldm
 PACKAGE = pathlib.Path(jaxldm.__file__).parent
 # Each room may import from itself and from the rooms named here, at the top of a file or inside a function.
 GROUND_FLOOR = {"errors", "arguments", "exact", "reading", "entries", "files", "host", "memory", "indices"}
-GROUND_FLOOR |= {"pixels"}
+GROUND_FLOOR |= {"pixels", "functions"}
 MAY_IMPORT = {
     "errors": set(),
-    "arguments": {"errors", "exact"},
+    "arguments": {"errors", "exact", "functions"},
     "exact": set(),
     "reading": {"errors"},
     "entries": {"errors", "exact", "reading"},
     "files": {"errors", "reading"},
+    "functions": {"errors"},
     "host": {"errors", "files"},
     "indices": {"arguments", "errors"},
     "memory": {"errors", "host"},

@@ -55,69 +55,49 @@ def draws() -> list[Case]:
     ]
 
 
+X_T = {"x_t": IMAGES, "t": EARLY}
+DRAW = {"x_0": IMAGES, "epsilon": IMAGES}
+TWO_SETS = {"samples": SET, "data": SET, "radii": (0.1,)}
+
+
 def teachers() -> list[Case]:
     """Jumps, and what stands beside them."""
     denoise = D.denoiser(halve, D.flow(FLOW))
     trajectory = np.zeros((3, 2, 4, 4, 1), np.float32)
+    simulation = {"key": KEY, "generator": halve, "path": FLOW, "noise": IMAGES, "times": TIMES, "row": 1}
     return [
         of("ddim_jump", denoise=denoise),
         of("heun_jump", denoise=D.denoiser(halve, D.epsilon(VP))),
-        of("noised", path=FLOW, x_0=IMAGES, epsilon=IMAGES, t=EARLY),
+        of("noised", path=FLOW, **DRAW, t=EARLY),
         of("means_of", error=IMAGES),
         of("squares_of", error=IMAGES),
         of("straightness", trajectory=trajectory, t=TIMES),
         of("TrigFlow", sigma_data=0.5),
-        of("trig_consistency", velocity=halve, x_t=IMAGES, t=EARLY),
-        of("trig_teacher_slope", denoise=halve, x_t=IMAGES, t=EARLY),
-        of(
-            "backward_simulation",
-            key=KEY,
-            generator=halve,
-            path=FLOW,
-            noise=IMAGES,
-            times=TIMES,
-            row=1,
-        ),
+        of("trig_consistency", velocity=halve, **X_T),
+        of("trig_teacher_slope", denoise=halve, **X_T),
+        of("backward_simulation", **simulation),
     ]
 
 
 def distillation() -> list[Case]:
     """Losses with a teacher."""
-    flow, draw = D.flow(FLOW), {"x_0": IMAGES, "epsilon": IMAGES}
+    flow = D.flow(FLOW)
+    student = {"network": conditional, "prediction": flow, "condition": ONES}
+    middle = (LATE + EARLY) / 2
     return [
-        of(
-            "progressive_loss",
-            network=conditional,
-            jump=jump,
-            prediction=flow,
-            **draw,
-            t=LATE,
-            middle=(LATE + EARLY) / 2,
-            s=EARLY,
-            condition=ONES,
-            weight=None,
-        ),
+        of("progressive_loss", **student, jump=jump, **DRAW, t=LATE, middle=middle, s=EARLY, weight=None),
         of(
             "guidance_distillation_loss",
             network=lambda x, t, condition, scale: 0.5 * x,
             teacher=conditional,
             prediction=flow,
-            **draw,
+            **DRAW,
             t=LATE,
             scale=ONES,
             condition=ONES,
             null_condition=ONES,
         ),
-        of(
-            "reflow_loss",
-            network=conditional,
-            prediction=flow,
-            samples=IMAGES,
-            noise=IMAGES,
-            t=EARLY,
-            condition=ONES,
-            distance=few.means_of,
-        ),
+        of("reflow_loss", **student, samples=IMAGES, noise=IMAGES, t=EARLY, distance=few.means_of),
         of(
             "distribution_matching_gradient",
             real=halve,
@@ -133,25 +113,15 @@ def distillation() -> list[Case]:
 
 def consistency() -> list[Case]:
     """Consistency models."""
+    pair = {"x_t": IMAGES, "t": LATE, "x_s": IMAGES, "s": EARLY}
     return [
         of("edm_consistency_model", network=halve, sigma_data=0.5, sigma_min=0.002),
         of("pseudo_huber", c=0.1),
-        of(
-            "consistency_loss",
-            f=halve,
-            target=halve,
-            x_t=IMAGES,
-            t=LATE,
-            x_s=IMAGES,
-            s=EARLY,
-            distance=few.squares_of,
-            weight=ONES,
-        ),
+        of("consistency_loss", f=halve, target=halve, **pair, distance=few.squares_of, weight=ONES),
         of(
             "continuous_consistency_loss",
             velocity=halve,
-            x_t=IMAGES,
-            t=LATE,
+            **X_T,
             slope=IMAGES,
             warmth=1.0,
             c=0.1,
@@ -162,52 +132,15 @@ def consistency() -> list[Case]:
 
 def without_a_teacher() -> list[Case]:
     """Shortcut models, mean flows and drifting."""
-    stepped = lambda x, t, d, condition: 0.5 * x  # noqa: E731
-    flows = {
-        "u": with_interval,
-        "x_0": IMAGES,
-        "epsilon": IMAGES,
-        "r": EARLY,
-        "t": LATE,
-        "condition": ONES,
-        "velocity": IMAGES,
-        "power": 1.0,
-        "offset": 0.01,
-    }
+    stepped = {"network": lambda x, t, d, condition: 0.5 * x, "t": LATE, "d": EARLY, "condition": ONES}
+    interval = {"u": with_interval, "t": LATE, "velocity": IMAGES, "condition": ONES}
+    flows = {**interval, **DRAW, "r": EARLY, "power": 1.0, "offset": 0.01}
     return [
-        of(
-            "shortcut_target",
-            network=stepped,
-            x_t=IMAGES,
-            t=LATE,
-            d=EARLY,
-            condition=ONES,
-            clip=4.0,
-            smallest=8,
-        ),
-        of(
-            "shortcut_loss",
-            network=stepped,
-            x_0=IMAGES,
-            epsilon=IMAGES,
-            t=LATE,
-            d=EARLY,
-            target=IMAGES[:1],
-            condition=ONES,
-        ),
+        of("shortcut_target", **stepped, x_t=IMAGES, clip=4.0, smallest=8),
+        of("shortcut_loss", **stepped, **DRAW, target=IMAGES[:1]),
         of("mean_flow_loss", **flows),
         of("improved_mean_flow_loss", **flows),
-        of(
-            "guided_velocity",
-            u=with_interval,
-            z=IMAGES,
-            t=LATE,
-            velocity=IMAGES,
-            condition=ONES,
-            null_condition=ONES,
-            omega=1.5,
-            kappa=0.5,
-        ),
-        of("drift", samples=SET, data=SET, radii=(0.1,)),
-        of("drifting_loss", samples=SET, data=SET, radii=(0.1,)),
+        of("guided_velocity", **interval, z=IMAGES, null_condition=ONES, omega=1.5, kappa=0.5),
+        of("drift", **TWO_SETS),
+        of("drifting_loss", **TWO_SETS),
     ]

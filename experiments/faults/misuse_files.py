@@ -345,6 +345,7 @@ def runs() -> list[Case]:
     return [
         case("T.read_recipe", T.read_recipe, run_dir=here / "run"),
         case("T.read_config", T.read_config, run_dir=here / "run"),
+        case("T.read_data", T.read_data, run_dir=here / "run")._replace(refusal="was trained with [8, 8, 1]"),
         case("T.recipe_to_resume", T.recipe_to_resume, run_dir=here / "run"),
         case("T.kept_steps", T.kept_steps, run_dir=here / "run", stage="diffusion"),
         case(

@@ -285,7 +285,11 @@ def trainings() -> list[Case]:
             },
             False,
         ),
-        Case("T.Plan", T.Plan, {"num_steps": 1, "save_every": 0, "sample_every": 0, "keep": 2}),
+        Case(
+            "T.Plan",
+            T.Plan,
+            {"num_steps": 1, "save_every": 0, "sample_every": 0, "keep": 2, "save_frozen": True},
+        ),
         Case(
             "T.latent_scale",
             T.latent_scale,
@@ -331,10 +335,9 @@ def fit_of(state: Any, step: Any) -> Case:
             "explain_divergence": None,
             "log": accept,
             "bar": False,
-            "save_frozen": False,
         },
         words=dict.fromkeys(
-            ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar", "save_frozen"),
+            ("batches", "resume", "mesh", "name", "on_sample", "explain_divergence", "bar"),
             "cannot write",
         ),
         refusal="cannot write",

@@ -163,11 +163,17 @@ def read_config(folder: Path | str) -> dict:
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no model folder {path.parent}")
     finish_interrupted(path.parent)
+    entries = read_json(path) if path.exists() else {}
+    whole = (path.parent / "model_index.json").exists() or "recipe" in entries
+    if whole and not {"_class_name", "architectures"} & set(entries):
+        networks = sorted(each.parent.name for each in path.parent.glob(f"*/{CONFIG_FILE}"))
+        one = f", or give the folder of one network of it, such as {networks[0][:60]}" if networks else ""
+        raise CheckpointError(f"{path.parent} holds a whole model: open it with pipelines.load{one}")
     if not path.exists():
         raise CheckpointError(
             f"{path.parent} has no {CONFIG_FILE}: it is not a model folder, or saving was interrupted"
         )
-    return read_json(path)
+    return entries
 
 
 def _constants(module: nn.Module) -> dict[str, np.ndarray]:

@@ -124,7 +124,7 @@ class Eval:
         out = Path(self.output_dir or Path(self.folder) / "eval")
         pipelines.check_output_folder(out)
         classify = load_classifier(self.folder)
-        pipe, recipe = pipelines.load(self.folder), training.read_recipe(self.folder)
+        pipe = pipelines.load(self.folder)
         scales = [pipe.check_guidance_scale(scale) for scale in self.guidance_scale or default_scales(pipe)]
         fewest = 2 * (pipe.num_classes or 1)
         if self.num_images < fewest:
@@ -133,7 +133,7 @@ class Eval:
             )
         options = self.call_options(pipe)
         pipe.num_callbacks(self.num_images, **options)  # checks them, before the data is loaded
-        dataset = recipe.load_data()
+        dataset = training.read_data(self.folder)
 
         figures: dict[str, Any] = {"settings": self.settings(pipe)}
         grids = {}

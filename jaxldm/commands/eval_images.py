@@ -309,7 +309,7 @@ def real_images(path: str) -> ImageSet:
 
     if not is_run(path):
         return open_image_set(path)
-    dataset = training.read_recipe(path).load_data()
+    dataset = training.read_data(path)
     return array_set(to_uint8(dataset.arrays("test")[0]), f"{dataset.name} (test)")
 
 

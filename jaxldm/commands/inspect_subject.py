@@ -76,7 +76,7 @@ def _of_run(options: Any, pipe: Any) -> Subject:
     from jaxldm import models, training
     from jaxldm.data import map_batches
 
-    dataset = training.read_recipe(options.folder).load_data()
+    dataset = training.read_data(options.folder)
     images, labels = dataset.arrays("test")
     turn = np.empty(len(labels), np.int64)  # how many of its class came before
     for label in np.unique(labels):

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.special import expit
 
 from jaxldm.arguments import array, checked, count, flag, function, number
-from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.errors import InvalidArgumentError, Table, one_of, shown
 from jaxldm.exact import MAX_TIMESTEPS
 
 
@@ -179,7 +179,10 @@ def checked_betas(betas: Any) -> Float[np.ndarray, " T"]:
 
 
 # Name of a beta schedule -> the function, and the published beta_start and beta_end where it has them.
-BETAS: dict[str, tuple[Callable[..., Float[np.ndarray, " T"]], tuple[float, float] | None]] = {
+BETAS: dict[str, tuple[Callable[..., Float[np.ndarray, " T"]], tuple[float, float] | None]] = Table(
+    "beta schedule"
+)
+BETAS |= {
     "linear": (linear_betas, (1e-4, 0.02)),
     "scaled_linear": (scaled_linear_betas, (0.00085, 0.012)),
     "cosine": (cosine_betas, None),

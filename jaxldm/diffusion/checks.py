@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxldm.diffusion.compiling import traced
@@ -25,6 +26,16 @@ def check_channels_last(shape: tuple[int, ...]) -> None:
             f"images must be [B, H, W, C], got shape {shape}, which looks like [B, C, H, W]: "
             "write jnp.moveaxis(x, 1, -1)"
         )
+
+
+def check_condition(condition: Any, x: Any, name: str = "condition", x_name: str = "x") -> None:
+    """Raises `InvalidArgumentError` unless each array of a condition has a row for each image of x."""
+    for leaf in jax.tree.leaves(condition):
+        shape = np.shape(leaf)
+        if shape and shape[0] != x.shape[0]:
+            raise InvalidArgumentError(
+                f"{name} has {shape[0]} rows, {x_name} has {x.shape[0]}: give one row for each"
+            )
 
 
 def check_path_of_grid(path: Any, grid: Grid) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxldm.arguments import checked, function
 from jaxldm.diffusion.denoiser import Denoiser
@@ -15,6 +16,8 @@ from jaxldm.diffusion.guidance import GuidanceScale, check_scale, scale_at
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.solvers.solver import divide, path_of
 from jaxldm.diffusion.thresholding import change_x0
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.functions import returned
 
 
 @checked(log_probability=function("(x, t) -> log p(c | x)"))
@@ -50,8 +53,18 @@ def classifier_guidance(
 
     def guided(x_0, x, t):
         w = scale_at(guidance_scale, t)
-        gradient = jax.grad(lambda x: jnp.sum(log_probability(x, t)))(x)
+        gradient = jax.grad(lambda x: _sum_of_each(log_probability(x, t), x))(x)
         strength = divide(path.sigma(t) ** 2, path.alpha(t), 0.0)
         return x_0 + per_image(w * strength, x) * gradient.astype(x.dtype)
 
     return change_x0(denoise, guided)
+
+
+def _sum_of_each(log_p: Any, x: Any) -> Float[Array, ""]:
+    """The sum over the images; one number each, or their sum already."""
+    if np.shape(returned("log_probability", log_p)) not in ((), x.shape[:1]):
+        raise InvalidArgumentError(
+            f"log_probability must return one number for each image, [{len(x)}], got shape "
+            f"{list(np.shape(log_p))}: pick those of the labels, log_p[jnp.arange({len(x)}), labels]"
+        )
+    return jnp.sum(log_p)

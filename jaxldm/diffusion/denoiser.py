@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxldm.arguments import check_fields, checked, flag, function
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.functions import returned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Denoiser:
         self, x: Float[Array, "B ..."], t: Real[ArrayLike, ""] | Real[Array, " B"]
     ) -> Float[Array, "B ..."]:
         """x_0 for noisy x; t is one number or one per image [B]."""
-        x_0 = self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1]))
+        x_0 = returned("denoise", self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])))
         if x_0.shape != x.shape:
             raise InvalidArgumentError(f"denoise(x, t) must have the shape of x, {x.shape}, got {x_0.shape}")
         return x_0.astype(x.dtype)  # a network may answer in bfloat16
@@ -91,12 +93,12 @@ def denoiser(
 def check_output_shape(output: Any, x: Any, learned_variance: bool = False) -> None:
     """Raises `InvalidArgumentError` unless a network's output goes with its input x [B, ..., C]."""
     wanted = (*x.shape[:-1], 2 * x.shape[-1]) if learned_variance else x.shape
-    if output.shape == wanted:
+    if np.shape(returned("the network", output)) == wanted:
         return
     hint = ""
-    if not learned_variance and output.shape == (*x.shape[:-1], 2 * x.shape[-1]):
+    if not learned_variance and np.shape(output) == (*x.shape[:-1], 2 * x.shape[-1]):
         hint = ": for a network with learned variance (2C channels) use denoiser(..., learned_variance=True)"
     raise InvalidArgumentError(
         f"the network's output for x of shape {x.shape} must have the shape {wanted}, got "
-        f"{output.shape}{hint}"
+        f"{np.shape(output)}{hint}"
     )

@@ -15,12 +15,13 @@ from jaxldm.diffusion.paths import A_PATH, EDM, VP, ContinuousVP, Path
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction, edm, prediction
 from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.entries import Bounds, field_types, read_values
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
+from jaxldm.errors import CheckpointError, InvalidArgumentError, Table, one_of, shown
 from jaxldm.exact import MAX_TIMESTEPS
 from jaxldm.reading import reason
 
 # Name in files -> class. A path of your own is named "package.module:Class".
-PATHS: dict[str, type[Path]] = {
+PATHS: dict[str, type[Path]] = Table("path")
+PATHS |= {
     "vp": VP,
     "continuous_vp": ContinuousVP,
     "edm": EDM,

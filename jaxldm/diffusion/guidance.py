@@ -27,9 +27,11 @@ from jaxldm.arguments import (
     instance,
     optional,
 )
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.functions import returned
 
 # w: a number, one per image, or a function of t [B] that gives either.
 GuidanceScale = ScalarLike | Real[Array, " B"] | Callable[[Any], Any]
@@ -100,7 +102,13 @@ class Branches(NamedTuple):
     ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
         """(uncond, cond), each [B, ...], from one batch of 2B."""
         t = jnp.broadcast_to(t, x.shape[:1])
-        outputs = self.both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
+        doubled = jnp.concatenate([x, x])
+        outputs = returned("the network", self.both(doubled, jnp.concatenate([t, t])))
+        if np.shape(outputs)[:1] != doubled.shape[:1]:
+            raise InvalidArgumentError(
+                f"the network must answer for each of the {len(doubled)} images that it is given, got shape "
+                f"{list(np.shape(outputs))}"
+            )
         uncond, cond = jnp.split(outputs.astype(x.dtype), 2)
         return uncond, cond
 
@@ -126,7 +134,16 @@ def condition_branches(
     condition = jax.tree.map(jnp.asarray, condition)
     null_condition = broadcast_null(null_condition, condition)
     both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
-    return Branches(lambda x, t: network(x, t, both), lambda x, t: network(x, t, condition))
+
+    def call_both(x, t):
+        check_condition(condition, x[: len(x) // 2])
+        return network(x, t, both)
+
+    def call_cond(x, t):
+        check_condition(condition, x)
+        return network(x, t, condition)
+
+    return Branches(call_both, call_cond)
 
 
 @checked(network=function("(x, t) -> output"), weak=function("(x, t) -> output"))
@@ -140,7 +157,8 @@ def network_branches(network: Callable[[Any, Any], Any], weak: Callable[[Any, An
 
     def both(x, t):
         half = x.shape[0] // 2
-        return jnp.concatenate([weak(x[:half], t[:half]), network(x[half:], t[half:])])
+        outputs = weak(x[:half], t[:half]), network(x[half:], t[half:])
+        return jnp.concatenate([returned("each network", output) for output in outputs])
 
     return Branches(both, network)
 
@@ -188,7 +206,7 @@ def mix_branches(
         guidance_scale = check_scale("guidance_scale", guidance_scale, np.inf)
 
     def unguided(x, t, w):
-        return branches.cond(x, t).astype(x.dtype)
+        return returned("the network", branches.cond(x, t)).astype(x.dtype)
 
     def guided(x, t, w):
         return mix(x, *branches.call(x, t), w)

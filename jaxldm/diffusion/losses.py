@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import a_condition, a_tree, array, checked, function, number, one_key, optional
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.guidance import broadcast_null
 from jaxldm.diffusion.paths import at_least_float32, per_image
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.diffusion.training_times import TrainingTimes, default_training_times
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.functions import returned
 
 
 @checked(
@@ -80,9 +82,10 @@ def diffusion_loss(
     >>> loss, _ = D.diffusion_loss(jax.random.key(0), network, prediction, x_0, weight=D.min_snr(5))
     """
     path, x_0 = prediction.path, at_least_float32(jnp.asarray(x_0))
+    check_condition(condition, x_0, x_name="x_0")
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     draw = default_training_times(path) if time is None else time
-    t = draw(time_key, x_0.shape[:1], path).astype(x_0.dtype)
+    t = jnp.asarray(returned("time", draw(time_key, x_0.shape[:1], path), x_0.shape[:1]), x_0.dtype)
     epsilon = _offset_noise(noise_key, x_0, noise_offset)
     if condition_dropout:
         condition = drop_condition(dropout_key, condition, null_condition, condition_dropout)
@@ -95,9 +98,9 @@ def diffusion_loss(
     squares = jnp.mean(error**2, axis=tuple(range(1, x_0.ndim)))
     mse, log_snr = jnp.mean(squares), 2 * (jnp.log(alpha) - jnp.log(sigma))
     if weight is not None:
-        squares = weight(log_snr) * prediction.gain(t) ** 2 * squares
+        squares = returned("weight", weight(log_snr)) * prediction.gain(t) ** 2 * squares
     if log_variance is not None:
-        u = log_variance(log_snr)
+        u = returned("log_variance", log_variance(log_snr))
         squares = squares * jnp.exp(-u) + u
     return jnp.mean(squares), {"mse": mse}
 

@@ -23,14 +23,17 @@ from jaxldm.arguments import (
     number,
     one_key,
 )
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.losses import drop_condition
 from jaxldm.diffusion.sampling import Keys, image_keys
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError, Table, one_of
+from jaxldm.functions import returned
 from jaxldm.indices import check_indices
 
 # gamma(r): the part of the tokens that is masked when the part r of the way is done, from gamma(0) = 1 to
 # gamma(1) = 0 (Chang et al. 2022, section 3.3); functions of (numpy or jax.numpy, r).
-MASK_SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
+MASK_SCHEDULES: dict[str, Callable[[Any, Any], Any]] = Table("mask schedule")
+MASK_SCHEDULES |= {
     "cosine": lambda xp, r: xp.cos(np.pi / 2 * r),
     "linear": lambda xp, r: 1 - r,
     "square": lambda xp, r: 1 - r**2,
@@ -152,6 +155,7 @@ def masked_token_loss(
         UnknownNameError: another schedule.
         InvalidArgumentError: an option or a token out of its range, dropout without a null condition.
     """
+    check_condition(condition, tokens, x_name="tokens")
     mask_key, dropout_key = jax.random.split(key)
     if condition_dropout:
         condition = drop_condition(dropout_key, condition, null_condition, condition_dropout)
@@ -172,7 +176,7 @@ def masked_token_loss(
 
 def check_logits(logits: Any, tokens: Any) -> None:
     """Raises `InvalidArgumentError` unless there is a row of logits for each token."""
-    shape = np.shape(logits)
+    shape = np.shape(returned("the network", logits))
     if shape[:-1] != tokens.shape or len(shape) != tokens.ndim + 1:
         raise InvalidArgumentError(f"the network must give logits {[*tokens.shape, 'V']}, got {list(shape)}")
 

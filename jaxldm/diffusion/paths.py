@@ -22,6 +22,7 @@ from jaxldm.arguments import array, check_fields, checked, count, flag, instance
 from jaxldm.diffusion.betas import BetaSchedule, checked_betas
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.exact import MAX_TIMESTEPS
+from jaxldm.functions import NamedFields
 
 
 def at_least_float32(x: Num[Array, " *shape"]) -> Float[Array, " *shape"]:
@@ -43,7 +44,7 @@ def host_or_device(t: Real[Any, " *shape"] | float) -> tuple[Any, Float[Any, " *
     return np, np.asarray(numbers, np.float64)
 
 
-class Path(abc.ABC):
+class Path(NamedFields, abc.ABC):
     """x_t = alpha(t) x_0 + sigma(t) eps, and the range of t.
 
     Subclass it for a path of your own, as a frozen dataclass with two methods, for NumPy and JAX alike:

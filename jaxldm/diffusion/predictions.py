@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Real
 from jaxldm.arguments import array, check_broadcast, checked, function, instance, number, text
 from jaxldm.diffusion.paths import A_PATH, EDM, Path, per_image
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError, Table, one_of
 
 
 class Prediction(NamedTuple):
@@ -183,7 +183,8 @@ def edm(path: Path, sigma_data: float = 0.5) -> Prediction:
 
 
 # Name, for files and the command line -> maker.
-PREDICTIONS: dict[str, Callable[..., Prediction]] = {
+PREDICTIONS: dict[str, Callable[..., Prediction]] = Table("prediction")
+PREDICTIONS |= {
     "epsilon": epsilon,
     "sample": x0,
     "v_prediction": v,

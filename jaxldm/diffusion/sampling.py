@@ -21,6 +21,7 @@ from jaxldm.diffusion.paths import at_least_float32
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_INT32
+from jaxldm.functions import returned
 from jaxldm.memory import check_fits
 
 # One key, or one per image; of either kind of JAX.
@@ -45,9 +46,10 @@ def image_keys(key: Keys, batch_size: int) -> Key[Array, " B"]:
 
 def a_shape(name: str, value: Any) -> tuple[int, ...]:
     """The shape of images: [B, H, W, C], or [B, ...]."""
-    shape = several(count(1))(name, value)
+    wanted = "the shape of images, such as (4, 8, 8, 1)"
+    shape = several(count(1), wanted)(name, value)
     if not shape:
-        raise refuse(name, "the shape of images, [B, H, W, C]", value)
+        raise refuse(name, wanted, value)
     check_fits(
         4 * math.prod(shape), f"{name}={list(shape)} needs", "draw fewer images at a time, or smaller ones"
     )
@@ -227,7 +229,7 @@ def _in_type_of_x(denoise: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
     """A plain function whose x_0 has x's shape and type, though a network may answer in bfloat16."""
 
     def function(x, t):
-        x_0 = jnp.asarray(denoise(x, t))
+        x_0 = jnp.asarray(returned("denoise", denoise(x, t)))
         if x_0.shape != x.shape:
             raise InvalidArgumentError(
                 f"denoise(x, t) must have the shape of x, {list(x.shape)}, got {list(x_0.shape)}"

@@ -36,7 +36,7 @@ from jaxldm.diffusion.levels import (
     times_of_levels,
 )
 from jaxldm.diffusion.paths import A_PATH, Path
-from jaxldm.errors import InvalidArgumentError, one_of, shown
+from jaxldm.errors import InvalidArgumentError, Table, one_of, shown
 from jaxldm.exact import MAX_STEPS
 
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
@@ -304,7 +304,8 @@ def _with_table(table: str) -> Callable[..., Grid]:
 
 
 # Name -> the function; those of Align Your Steps with their table.
-SPACINGS: dict[str, Callable[..., Grid]] = {
+SPACINGS: dict[str, Callable[..., Grid]] = Table("spacing")
+SPACINGS |= {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxldm.arguments import checked, number
+from jaxldm.diffusion import registry
 from jaxldm.diffusion.paths import A_PATH, EDM, Path
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError, Table, one_of
 
 TrainingTimes = Callable[[Any, tuple[int, ...], Path], Float[Array, "..."]]
 # The mode density of SD3 is a density for scales up to 2 / (pi - 2) (Esser et al. 2024, section 3.1).
@@ -103,7 +104,8 @@ def log_normal(mean: float = -1.2, std: float = 1.2) -> TrainingTimes:
 
 
 # Name, for files and the command line -> maker.
-TRAINING_TIMES: dict[str, Callable[..., TrainingTimes]] = {
+TRAINING_TIMES: dict[str, Callable[..., TrainingTimes]] = Table("time distribution")
+TRAINING_TIMES |= {
     "uniform": uniform,
     "logit_normal": logit_normal,
     "mode": mode,
@@ -114,7 +116,8 @@ TRAINING_TIMES: dict[str, Callable[..., TrainingTimes]] = {
 
 def training_times(name: str, **options: Any) -> TrainingTimes:
     """The distribution of that name. Raises `UnknownNameError`, `InvalidArgumentError`."""
-    return TRAINING_TIMES[one_of("time distribution", name, TRAINING_TIMES)](**options)
+    make = TRAINING_TIMES[one_of("time distribution", name, TRAINING_TIMES)]
+    return registry.call("time distribution", name, make, **options)
 
 
 @checked(path=A_PATH)

@@ -26,6 +26,7 @@ from jaxldm.arguments import (
     number,
     optional,
 )
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.compiling import compile_once, jit_disabled, traced
 from jaxldm.diffusion.guidance import broadcast_null, check_scale, guide
 from jaxldm.diffusion.listeners import report
@@ -33,6 +34,7 @@ from jaxldm.diffusion.masked_tokens import A_TOKEN, TOKENS, check_logits, mask_f
 from jaxldm.diffusion.sampling import Keys, image_keys
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import MAX_STEPS, ceil_quotient, floor_product
+from jaxldm.functions import returned
 from jaxldm.indices import check_indices
 
 # Numbers that an image's key of a step folds in, one for each purpose; the key itself folds in the number of
@@ -149,11 +151,15 @@ def guided_logits(
     both = jax.tree.map(lambda *branches: jnp.concatenate(branches), null_condition, condition)
 
     def alone(tokens):
-        return network(tokens, condition).astype(jnp.float32)
+        check_condition(condition, tokens, x_name="tokens")
+        return returned("the network", network(tokens, condition)).astype(jnp.float32)
 
     def guided(tokens):
-        answers = network(jnp.concatenate([tokens, tokens]), both).astype(jnp.float32)
-        uncond, cond = jnp.split(answers, 2)
+        check_condition(condition, tokens, x_name="tokens")
+        doubled = jnp.concatenate([tokens, tokens])
+        answers = network(doubled, both)
+        check_logits(answers, doubled)
+        uncond, cond = jnp.split(answers.astype(jnp.float32), 2)
         return guide(uncond, cond, jnp.asarray(guidance_scale, jnp.float32))
 
     def logits(tokens):

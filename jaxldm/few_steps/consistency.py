@@ -28,6 +28,7 @@ from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import EDM, per_image
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, squares_of, stopped
+from jaxldm.functions import returned
 
 
 @checked(network=function("(x, c_noise) -> F"), sigma_data=number(above=0), sigma_min=number(above=0))
@@ -46,7 +47,7 @@ def edm_consistency_model(
         # Below sigma_min, where easy tuning ends, F is trained by nobody: a factor for it would feed back.
         rest, root = jnp.maximum(sigma - sigma_min, 0), jnp.sqrt(sigma**2 + sigma_data**2)
         noise = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4
-        output = network(x / per_image(root, x), noise).astype(x.dtype)
+        output = returned("the network", network(x / per_image(root, x), noise), x.shape).astype(x.dtype)
         c_skip = sigma_data**2 / (rest**2 + sigma_data**2)
         return per_image(c_skip, x) * x + per_image(sigma_data * rest / root, x) * output
 
@@ -105,7 +106,11 @@ def consistency_loss(
     Sources: Song et al. 2023, eq. 7 and 10; Song and Dhariwal 2024, section 3.
     """
     check_batch(x_t=x_t, x_s=x_s, t=t, s=s, weight=weight)
-    apart = distance(f(x_t, t) - stopped(target(x_s, s)))
+    here, there = (
+        returned(name, function(x, time), x_t.shape)
+        for name, function, x, time in (("f", f, x_t, t), ("target", target, x_s, s))
+    )
+    apart = returned("distance", distance(here - stopped(there)), x_t.shape[:1])
     mean = jnp.mean(apart)
     loss = mean if weight is None else jnp.mean(jnp.asarray(weight, apart.dtype) * apart)
     return loss, {"distance": mean}

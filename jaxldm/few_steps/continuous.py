@@ -15,6 +15,7 @@ from jaxldm.arguments import array, check_fields, checked, count, flag, function
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, per_image
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped
+from jaxldm.functions import returned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ def trig_consistency(
 ) -> Float[Array, "B ..."]:
     """f(x_t, t) = cos(t) x_t - sin(t) sigma_data F: x_t itself at t = 0 (Lu and Song 2025, eq. 5)."""
     check_batch(x_t=x_t, t=t)
-    return per_image(jnp.cos(t), x_t) * x_t - per_image(jnp.sin(t), x_t) * velocity(x_t, t)
+    found = returned("velocity", velocity(x_t, t), x_t.shape)
+    return per_image(jnp.cos(t), x_t) * x_t - per_image(jnp.sin(t), x_t) * found
 
 
 @checked(denoise=function("(x, t) -> x_0"), x_t=A_LATENT, t=TIMES)
@@ -75,7 +77,7 @@ def trig_teacher_slope(
     """
     check_batch(x_t=x_t, t=t)
     cos, sin = per_image(jnp.cos(t), x_t), per_image(jnp.sin(t), x_t)
-    return (cos * x_t - denoise(x_t, t)) / sin
+    return (cos * x_t - returned("denoise", denoise(x_t, t), x_t.shape)) / sin
 
 
 @checked(
@@ -122,7 +124,8 @@ def continuous_consistency_loss(
     check_batch(x_t=x_t, t=t, slope=slope)
     cos, sin = per_image(jnp.cos(t), x_t), per_image(jnp.sin(t), x_t)
     both = jnp.cos(t) * jnp.sin(t)
-    F, dF = jax.jvp(velocity, (x_t, t), (cos * sin * slope, both))
+    student = lambda x_t, t: returned("velocity", velocity(x_t, t), x_t.shape)  # noqa: E731
+    F, dF = jax.jvp(student, (x_t, t), (cos * sin * slope, both))
     still, dF = stopped(F), stopped(dF)
     g = -(cos**2) * (still - slope) - warmth * (cos * sin * x_t + dF)
     norm = jnp.sqrt(means_of(g))

@@ -13,6 +13,7 @@ from jaxldm.arguments import array, checked, function, one_key
 from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
 from jaxldm.diffusion.paths import A_PATH, Path, per_image
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, noised, squares_of, stopped
+from jaxldm.functions import returned
 
 
 @checked(real=A_DENOISER, fake=A_DENOISER, images=A_LATENT, path=A_PATH, epsilon=A_LATENT, t=TIMES)
@@ -41,10 +42,12 @@ def distribution_matching_gradient(
     """
     check_batch(images=images, epsilon=epsilon, t=t)
     x_t = noised(path, images, epsilon, t)
-    wanted = real(x_t, t)
+    wanted, drawn = (
+        returned(name, denoise(x_t, t), x_t.shape) for name, denoise in (("real", real), ("fake", fake))
+    )
     scale = jnp.mean(jnp.abs(images - wanted), axis=tuple(range(1, images.ndim)))
     smallest = jnp.finfo(scale.dtype).tiny
-    return (fake(x_t, t) - wanted) / per_image(jnp.maximum(scale, smallest), images)
+    return (drawn - wanted) / per_image(jnp.maximum(scale, smallest), images)
 
 
 @checked(images=A_LATENT, gradient=A_LATENT)
@@ -95,7 +98,7 @@ def backward_simulation(
     size = noise.shape[:1]
 
     def step(i, x):
-        x_0 = generator(x, jnp.broadcast_to(t[i], size))
+        x_0 = returned("generator", generator(x, jnp.broadcast_to(t[i], size)), x.shape)
         epsilon = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         return noised(path, x_0, epsilon, jnp.broadcast_to(t[i + 1], size)).astype(x.dtype)
 

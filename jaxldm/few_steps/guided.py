@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, checked, count, function, number, one_key
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.guidance import guide
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised, stopped
+from jaxldm.functions import returned
 
 
 @checked(key=one_key, batch_size=count(1), lowest=number(0), highest=number(0))
@@ -71,9 +73,14 @@ def guidance_distillation_loss(
         (loss, {"mse": the same}).
     """
     check_batch(x_0=x_0, epsilon=epsilon, t=t, scale=scale)
+    check_condition(condition, x_0, x_name="x_0")
+    check_condition(null_condition, x_0, "null_condition", "x_0")
     x_t = noised(prediction.path, x_0, epsilon, t)
     inputs = prediction.precondition(x_t, t)
-    target = guide(teacher(*inputs, null_condition), teacher(*inputs, condition), scale)
+    free, bound = (
+        returned("teacher", teacher(*inputs, each), x_t.shape) for each in (null_condition, condition)
+    )
+    target = guide(free, bound, scale)
     output = network(*inputs, condition, scale)
     check_output_shape(output, x_t)
     mse = jnp.mean(means_of(output.astype(x_t.dtype) - stopped(target).astype(x_t.dtype)))

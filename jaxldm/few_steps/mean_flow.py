@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key, optional
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, noised, squares_of, stopped
+from jaxldm.functions import returned
 
 # (z_t [B, ...], r [B], t [B], condition) -> the average velocity over [r, t], [B, ...]
 MeanVelocity = Callable[[Any, Any, Any, Any], Any]
@@ -59,8 +61,10 @@ def guided_velocity(
     """
     omega, kappa = (jnp.asarray(value, z.dtype) for value in (omega, kappa))
     check_batch(z=z, t=t, velocity=velocity, omega=omega, kappa=kappa)
+    check_condition(condition, z, x_name="z")
+    check_condition(null_condition, z, "null_condition", "z")
     omega, kappa = per_image(omega, z), per_image(kappa, z)
-    free, bound = u(z, t, t, null_condition), u(z, t, t, condition)
+    free, bound = (_ask(u, z, t, t, each) for each in (null_condition, condition))
     return stopped(omega * velocity + (1 - omega - kappa) * free + kappa * bound)
 
 
@@ -110,10 +114,8 @@ def mean_flow_loss(
 
     Source: Geng et al. 2025 (Mean flows for one-step generative modeling), Algorithm 1, eq. 10 and 22.
     """
-    z, v = _point(x_0, epsilon, r, t, velocity)
-    value, slope = _along(u, z, r, t, condition, v)
-    squares = squares_of(value - stopped(v - per_image(t - r, z) * slope))
-    return _weighed(squares, power, offset)
+    z, v = _point(x_0, epsilon, r, t, velocity, condition)
+    return _loss_along(u, z, v, (r, t, condition), v, power, offset)
 
 
 @_checked_loss
@@ -134,25 +136,28 @@ def improved_mean_flow_loss(
     The derivative no longer sees the noisy v of one example, and the target is that of flow matching. Same
     arguments as `mean_flow_loss`. Source: Geng et al. 2026 (Improved mean flows), section 4.1.
     """
-    z, v = _point(x_0, epsilon, r, t, velocity)
-    own = stopped(u(z, t, t, condition))
-    value, slope = _along(u, z, r, t, condition, own)
-    squares = squares_of(value + per_image(t - r, z) * stopped(slope) - v)
-    return _weighed(squares, power, offset)
+    z, v = _point(x_0, epsilon, r, t, velocity, condition)
+    own = stopped(_ask(u, z, t, t, condition))
+    return _loss_along(u, z, v, (r, t, condition), own, power, offset)
 
 
-def _point(x_0, epsilon, r, t, velocity):
+def _point(x_0, epsilon, r, t, velocity, condition):
     """(z_t, v): on the straight path, and the velocity there unless another is given."""
     check_batch(x_0=x_0, epsilon=epsilon, r=r, t=t, velocity=velocity)
+    check_condition(condition, x_0, x_name="x_0")
     return noised(Flow(), x_0, epsilon, jnp.asarray(t)), epsilon - x_0 if velocity is None else velocity
 
 
-def _along(u, z, r, t, condition, v):
-    """(u, du/dt) along (v, 0, 1)."""
-    still, one = jnp.zeros_like(r), jnp.ones_like(t)
-    return jax.jvp(lambda z, r, t: u(z, r, t, condition), (z, r, t), (v.astype(z.dtype), still, one))
+def _ask(u, z, r, t, condition):
+    """What the network says."""
+    return returned("u", u(z, r, t, condition), z.shape)
 
 
-def _weighed(squares, power, offset):
+def _loss_along(u, z, v, arguments, direction, power, offset):
+    """(mean of w |u - sg(v - (t - r) du/dt)|^2, {"mse"}), du/dt along (direction, 0, 1)."""
+    r, t, condition = arguments
+    moves = direction.astype(z.dtype), jnp.zeros_like(r), jnp.ones_like(t)
+    value, slope = jax.jvp(lambda z, r, t: _ask(u, z, r, t, condition), (z, r, t), moves)
+    squares = squares_of(value - stopped(v - per_image(t - r, z) * slope))
     weight = stopped(1 / (squares + offset) ** power) if power else 1.0
     return jnp.mean(weight * squares), {"mse": jnp.mean(squares)}

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, array, checked, count, function, one_key, optional
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction, implied_noise
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, Jump, check_batch, means_of, noised, stopped
+from jaxldm.functions import returned
 
 A_GRID_OF_TIMES = array("real", "[2 N + 1]", axes=1)
 
@@ -105,9 +107,11 @@ def progressive_loss(
         (loss, {"mse": of the output}).
     """
     check_batch(x_0=x_0, epsilon=epsilon, t=t, middle=middle, s=s)
+    check_condition(condition, x_0, x_name="x_0")
     path = prediction.path
     x_t = noised(path, x_0, epsilon, t)
-    x_s = jump(jump(x_t, t, middle), middle, s)
+    x_middle = returned("jump", jump(x_t, t, middle), x_t.shape)
+    x_s = returned("jump", jump(x_middle, middle, s), x_t.shape)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = ((path.alpha(u), path.sigma(u)) for u in (t, s))
     ratio = sigma_s / sigma_t
     aim = (x_s - per_image(ratio, x_t) * x_t) / per_image(alpha_s - ratio * alpha_t, x_t)
@@ -119,4 +123,4 @@ def progressive_loss(
     if weight is None:
         return mse, {"mse": mse}
     log_snr = 2 * (jnp.log(alpha_t) - jnp.log(sigma_t))
-    return jnp.mean(weight(log_snr) * prediction.gain(t) ** 2 * squares), {"mse": mse}
+    return jnp.mean(returned("weight", weight(log_snr)) * prediction.gain(t) ** 2 * squares), {"mse": mse}

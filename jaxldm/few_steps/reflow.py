@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised
+from jaxldm.functions import returned
 
 
 @checked(
@@ -55,11 +57,13 @@ def reflow_loss(
     Sources: Liu et al. 2022, section 2.2; Lee et al. 2024 (times, distance).
     """
     check_batch(samples=samples, noise=noise, t=t)
+    check_condition(condition, samples, x_name="samples")
     x_t = noised(prediction.path, samples, noise, t)
     output = network(*prediction.precondition(x_t, t), condition)
     check_output_shape(output, x_t)
     error = output.astype(x_t.dtype) - prediction.target(samples, noise, t)
-    return jnp.mean(distance(error)), {"mse": jnp.mean(means_of(error))}
+    apart = returned("distance", distance(error), x_t.shape[:1])
+    return jnp.mean(apart), {"mse": jnp.mean(means_of(error))}
 
 
 @checked(key=one_key, batch_size=count(1), a=number(above=0))

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, checked, count, function, number, one_key, optional
+from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised, stopped
+from jaxldm.functions import returned
 
 
 @checked(key=one_key, batch_size=count(1), smallest=count(1))
@@ -34,6 +36,12 @@ def shortcut_times(
     d = jnp.exp2(-power.astype(jnp.float32))
     row = jnp.floor(jax.random.uniform(time_key, (batch_size,)) / d)
     return jnp.minimum((row + 1) * d, 1.0), d
+
+
+def _ask(network, x_t, t, d, condition):
+    """What the network says."""
+    check_condition(condition, x_t, x_name="x")
+    return returned("the network", network(x_t, t, d, condition), x_t.shape)
 
 
 def _check_smallest(smallest: int) -> None:
@@ -79,9 +87,9 @@ def shortcut_target(
     _check_smallest(smallest)
     half = jnp.where(d * smallest < 3, 0.0, d / 2)  # d = 2 / smallest, whatever its last digit
     bounded = (lambda x: x) if clip is None else (lambda x: jnp.clip(x, -clip, clip))
-    first = network(x_t, t, half, condition)
+    first = _ask(network, x_t, t, half, condition)
     middle = bounded(x_t - per_image(d / 2, x_t) * first)
-    second = network(middle, t - d / 2, half, condition)
+    second = _ask(network, middle, t - d / 2, half, condition)
     return stopped(bounded((first + second) / 2))
 
 
@@ -130,6 +138,6 @@ def shortcut_loss(
     x_t = noised(Flow(), x_0, epsilon, jnp.asarray(t))
     steps = jnp.where(jnp.arange(len(d)) < first, d, 0)
     wanted = jnp.concatenate([stopped(target), (epsilon - x_0)[first:]])
-    squares = means_of(network(x_t, t, steps, condition) - wanted)
+    squares = means_of(_ask(network, x_t, t, steps, condition) - wanted)
     parts = {"flow": jnp.mean(squares[first:]), "consistency": jnp.mean(squares[:first])}
     return jnp.mean(squares), parts

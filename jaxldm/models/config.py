@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, cast
 from jaxldm.entries import check_types, field_types, make, read_values, unknown_key
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
+from jaxldm.functions import NamedFields
 from jaxldm.reading import shown
 
 OWN_FIELDS = ("dtype", "remat", "scan", "scalar_inputs")  # of our configs; published configs lack them
@@ -45,7 +46,7 @@ MOST_BLOCKS = 10_000  # that a config may count, whatever the file of weights
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(NamedFields):
     """Base of the configs: frozen dataclasses of ints, floats, strings, bools, tuples and None.
 
     The class attributes are for architectures whose config.json other programs read.

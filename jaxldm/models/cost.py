@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxldm.arguments import a_dtype, as_array, checked, instance, takes
+from jaxldm.arguments import a_dtype, as_array, checked, instance
 from jaxldm.arguments import function as a_function
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.functions import takes
 from jaxldm.models.registry import a_name_or_module, shapes
 
 A_FUNCTION = a_function("(*arrays) -> arrays")

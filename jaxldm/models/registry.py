@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 from jaxldm import entries as entries_of
 from jaxldm.arguments import a_module, a_params, checked, instance, one_key
 from jaxldm.entries import known_names, read_value
-from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError, Table, UnknownNameError, one_of
 from jaxldm.models import (
     autoencoder_conv,
     autoencoder_kl,
@@ -125,7 +125,8 @@ TRANSFORMER_2D_MODELS = {
     "ada_norm_single": "PixArtTransformer2DModel",
 }
 
-PRESETS: dict[str, ModelConfig] = {
+PRESETS: dict[str, ModelConfig] = Table("preset")
+PRESETS |= {
     **autoencoder_conv.PRESETS,
     **unet_2d.PRESETS,
     **stable_diffusion_unets.PRESETS,

@@ -13,15 +13,13 @@ images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solve
 """
 
 from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.comparison import TensorComparison, compare, components
 from jaxldm.pipelines.families import FAMILIES, PIPELINES
 from jaxldm.pipelines.families.class_to_image import class_to_image
 from jaxldm.pipelines.families.wuerstchen import join_wuerstchen
 from jaxldm.pipelines.family import Family, Folder, default_latent_spec
 from jaxldm.pipelines.folders import (
-    TensorComparison,
     check_export_folder,
-    compare,
-    components,
     is_denoiser,
     kind_of,
     load,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -154,13 +154,15 @@ def call_options(function: Callable[..., Any], encode: Callable[..., Any]) -> li
         encode: its `encode`, of which the keywords are options, too.
     """
 
-    def keywords(function: Callable[..., Any]) -> Iterable[str]:
-        parameters = inspect.signature(function).parameters.values()
-        return (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-
     parameters = inspect.signature(function).parameters.values()
     first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pipe"]
-    names = dict.fromkeys([*first, *keywords(function)])
+    names = dict.fromkeys([*first, *keywords_of(function)])
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        names |= dict.fromkeys([*(field.name for field in dataclasses.fields(Call)), *keywords(encode)])
+        names |= dict.fromkeys([*(field.name for field in dataclasses.fields(Call)), *keywords_of(encode)])
     return [name for name in names if name != "own"]
+
+
+def keywords_of(function: Callable[..., Any]) -> list[str]:
+    """The names that a function takes as keywords alone."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -182,6 +182,9 @@ class Family(NamedTuple):
     methods: Mapping[str, Callable[..., Any]] = _NONE
     draws_images: bool = True
 
+    def __deepcopy__(self, memo: Any) -> Family:
+        return self
+
 
 # ---------------------------------------------------------------- what `Folder.check` is made of
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import flax.linen as nn
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxldm import checkpoints, models
@@ -36,11 +35,10 @@ from jaxldm.arguments import (
     several,
     text,
 )
-from jaxldm.checkpoints.embedding_file import EMBEDDING_FILE
-from jaxldm.checkpoints.lora import FILE_NAMES, a_scale
+from jaxldm.checkpoints.lora import a_scale
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.diffusion.predictions import A_PREDICTION
-from jaxldm.entries import read_value, read_values
+from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
 from jaxldm.files import finish_interrupted, is_temporary
 from jaxldm.models.registry import A_MODEL_CONFIG
@@ -56,12 +54,12 @@ from jaxldm.pipelines.families.class_to_image import (
 )
 from jaxldm.pipelines.families.maskgit import MASKGIT_CLASS
 from jaxldm.pipelines.family import Family
-from jaxldm.pipelines.few_steps import entry_of, read_few_steps, training_of
+from jaxldm.pipelines.few_steps import entry_of, read_few_steps
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+from jaxldm.pipelines.runs import RUN_CONFIG, check_data_of_run, check_finished
 from jaxldm.reading import read_json, reading, shown
 
-RUN_CONFIG = "config.json"
 RUN_CLASSES = (EXPORT_CLASS, MASKGIT_CLASS)  # what training writes
 WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
@@ -144,7 +142,7 @@ def load(
         text = str(error).removeprefix(f"{folder}: ")
         raise CheckpointError(f"{folder} mixes two models: {text}") from error
     if is_run:
-        _check_data_of_run(pipe, folder)
+        check_data_of_run(pipe, folder)
     return pipe
 
 
@@ -290,13 +288,6 @@ def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> 
         )
 
 
-@checked(pipe=A_PIPELINE)
-def components(pipe: Pipeline) -> Iterator[tuple[str, Any, Any]]:
-    """(name of the subfolder, module, parameters) of each network of a pipeline, the denoiser last."""
-    names = sorted(pipe.networks, key=lambda name: name == pipe.denoiser_name)
-    yield from ((name, pipe.networks[name].module, pipe.networks[name].params) for name in names)
-
-
 @checked(folder=a_path, family=optional(A_FAMILY))
 def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[str, nn.Module]:
     """The networks that a folder of diffusers names, from their configs alone: no weights are read.
@@ -386,113 +377,7 @@ def load_original(
     return class_to_image(network, prediction, decoder, class_names=tuple(class_names), **OF_LARGE_MODELS)
 
 
-class TensorComparison(NamedTuple):
-    """One tensor in two places. `difference` describes what differs; empty where all bits are equal."""
-
-    name: str
-    shape: tuple[int, ...]
-    difference: str
-
-
-@checked(first=A_PIPELINE, second=A_PIPELINE)
-def compare(first: Pipeline, second: Pipeline) -> list[TensorComparison]:
-    """Compare two pipelines tensor by tensor, under the names that the safetensors files use, bit by bit."""
-    tensors = [
-        {
-            f"{name}/{key}": np.asarray(value)
-            for name, _, params in components(pipe)
-            for key, value in checkpoints.to_state_dict(params).items()
-        }
-        for pipe in (first, second)
-    ]
-    return [
-        _compare_tensor(name, *(side.get(name) for side in tensors))
-        for name in sorted(tensors[0] | tensors[1])
-    ]
-
-
-def _compare_tensor(name: str, first: np.ndarray | None, second: np.ndarray | None) -> TensorComparison:
-    present = cast(np.ndarray, first if first is not None else second)
-    if first is None or second is None:
-        return TensorComparison(name, present.shape, f"only in the {'second' if first is None else 'first'}")
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return TensorComparison(
-            name, first.shape, f"{first.dtype}{list(first.shape)} and {second.dtype}{list(second.shape)}"
-        )
-    # Bytes and not numbers: -0.0 is not 0.0, and NaN is equal to itself.
-    bits = [np.ascontiguousarray(side).view(np.uint8).reshape(*side.shape, -1) for side in (first, second)]
-    differing = int((bits[0] != bits[1]).any(axis=-1).sum())
-    return TensorComparison(
-        name, first.shape, f"{differing} of {first.size} numbers differ" if differing else ""
-    )
-
-
 @checked(config=A_MODEL_CONFIG)
 def is_denoiser(config: Any) -> bool:
     """Whether a model's config is that of a denoising network for pixels, or for latents, and classes."""
     return models.class_name(config) in TRAINED
-
-
-def _read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
-    """Recipe, image shape and number of classes of a run."""
-    config = read_json(folder / RUN_CONFIG)
-    if isinstance(config, Mapping) and "_class_name" in config:
-        raise CheckpointError(f"{folder} holds one network, no whole model: give its folder, {folder.parent}")
-    place = f"{folder / RUN_CONFIG} is no config.json of a run"
-    kinds = {"recipe": Mapping[str, Any], "data": Mapping[str, Any]}
-    entries = read_values(config, kinds, place)
-    try:
-        recipe, data = entries["recipe"], entries["data"]
-        name, shape, names = recipe["name"], data["image_shape"], data["class_names"]
-    except KeyError as error:
-        raise CheckpointError(f"{place}: it lacks {error}") from error
-    return (
-        read_value(name, str, f"{place}: name"),
-        read_value(shape, tuple[int, int, int], f"{place}: image_shape"),
-        len(read_value(names, tuple[str, ...], f"{place}: class_names")),
-    )
-
-
-def check_finished(folder: Path) -> None:
-    """Raise `CheckpointError` for a run that holds no finished model, with what to do."""
-    _read_run(folder)  # refuses what is no run
-    if (folder / "diffusion" / "model").is_dir():
-        raise CheckpointError(f"{folder} is a run of version 0.1: export it with that version, and load that")
-    entries = read_json(folder / RUN_CONFIG)["recipe"]
-    if entries.get("finetune") is not None:
-        _check_finetuned(folder, entries["finetune"])
-    elif entries.get("diffusion", {}) is None and entries.get("masked_tokens") is None:
-        raise CheckpointError(
-            f"{folder} is the run of an autoencoder alone, which draws nothing: give the run of a recipe "
-            "that draws, such as mini-ldm"
-        )
-    if not (folder / INDEX_FILE).exists():
-        raise CheckpointError(
-            f"{folder} holds no finished model yet: go on with its training, with "
-            f"`jaxldm {training_of(entries)} --run-dir {folder} --resume`"
-        )
-    for name, (_, kind) in checkpoints.read_model_index(folder).items():
-        config = {} if kind.endswith("Scheduler") else checkpoints.read_config(folder / name)
-        found = config.get("_class_name", kind)
-        if found != kind:
-            raise CheckpointError(f"{folder} mixes two models: {name} is a {found}, its index says {kind}")
-
-
-def _check_finetuned(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for a run whose result is a file for another model."""
-    for file, what, option in ((FILE_NAMES[0], "LoRA", "lora"), (EMBEDDING_FILE, "word", "embedding")):
-        if (folder / file).exists():
-            raise CheckpointError(
-                f"{folder} holds a {what} and no model: draw with the model that it was trained on, jaxldm "
-                f"sample {entries.get('source')} --{option} {folder}"
-            )
-
-
-def _check_data_of_run(pipe: Pipeline, folder: Path) -> None:
-    """Refuse networks of other images or classes than those that the run was trained on."""
-    _, shape, num_classes = _read_run(folder)
-    if pipe.image_shape() != shape or pipe.num_classes not in (None, num_classes):
-        raise CheckpointError(
-            f"{folder} mixes two models: its networks draw {pipe.image_shape()} images of {pipe.num_classes} "
-            f"classes, its {RUN_CONFIG} has {shape} and {num_classes}"
-        )

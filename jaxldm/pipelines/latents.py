@@ -26,7 +26,7 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.arguments import array, checked, count, instance, optional, some_devices
 from jaxldm.diffusion.grids import step_after
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.models.sharding import AXES, mesh_of
 from jaxldm.pipelines.handed_in import check_channels, latent_channels
@@ -346,6 +346,8 @@ def decode_images(
     Raises:
         InvalidArgumentError: latents of other channels than the autoencoder's; too large for the memory.
     """
+    for name in batches:
+        one_of("argument of decode_images", name, ("tiling", "batch_size", "devices", "in_flight"))
     latents = np.asarray(latents, np.float32)
     if vae is None:
         return np.clip(latents, -1.0, 1.0)

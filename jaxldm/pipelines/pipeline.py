@@ -14,16 +14,20 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
-from jaxldm.arguments import check_all, instance
+from jaxldm.arguments import check_all, checked, count, instance, optional, pair
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.functions import signature_error
 from jaxldm.models.sharding import mesh_of
-from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options
+from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options, keywords_of
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.options import CHECKS, check_call
+from jaxldm.schedulers.read import a_solver_or_name
 
 OUTPUTS = ("images", "latents")
+OF_TEXTS, OF_CLASSES = ("prompt", "negative_prompt"), ("class_labels", "negative_labels")
+A_SIZE = optional(pair(1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -77,10 +81,18 @@ class Pipeline:
         )
         return f"Pipeline({self.family.name}: {', '.join(parts)})"
 
-    def __call__(self, key: Key[Array, " ..."], *prompts: Any, **options: Any) -> Any:
+    def __call__(self, key: Key[Array, " ..."] | None = None, *prompts: Any, **options: Any) -> Any:
         """Draw images, float32 [N, H, W, C] in [-1, 1]; see `generate`, and `Call` for the options."""
         key, options = check_call(key, prompts, options)
+        _check_kind(self, options)
+        wrong = signature_error(self.family.call, (self, key, *prompts), options, hidden=1)
+        if wrong is not None:
+            raise wrong
         return self.family.call(self, key, *prompts, **options)
+
+    def __reduce__(self) -> Any:
+        """For `pickle` and `copy`: what it is made of. Arrays split over a mesh become whole ones."""
+        return Pipeline, (self.family, self.parts, self.options, self.few_steps)
 
     def __getattr__(self, name: str) -> Any:
         """A part, an option, or a function of the family."""
@@ -111,6 +123,9 @@ class Pipeline:
         Later calls may differ in the key, the prompts, the guidance scale, callbacks, and the number of steps
         within the same 64.
         """
+        for name in ("key", "compile_only"):
+            if name in options:
+                raise InvalidArgumentError(f"warm_up gives {name} itself: leave it out")
         self(jax.random.key(0), *prompts, compile_only=True, **options)
 
     @property
@@ -185,14 +200,17 @@ class Pipeline:
         """(height, width) of the images of a call that names none."""
         return self.latent_spec.default_size
 
+    @checked(size=A_SIZE)
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of that (height, width)."""
         return self.latent_spec.shape(self.default_size if size is None else size)
 
+    @checked(size=pair(1))
     def num_image_tokens(self, size: Size) -> int:
         """Tokens of an image of that (height, width), which some schedules shift with."""
         return (size[0] // self.latent_spec.multiple) * (size[1] // self.latent_spec.multiple)
 
+    @checked(size=A_SIZE)
     def encode_prompts(
         self,
         prompts: Sequence[Any] | Int[np.ndarray, " P"],
@@ -201,9 +219,12 @@ class Pipeline:
         **options: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(cond, uncond): what the network takes of P prompts, and of P negatives, by argument name."""
+        for name in options:
+            one_of(f"option of the texts of {self.family.name}", name, keywords_of(self.family.encode))
         request = Request(cast(Any, prompts), negatives, None, self.default_size if size is None else size)
         return self.family.encode(self, request, **options)
 
+    @checked(size=A_SIZE)
     def grid(self, size: Size | None = None, **options: Any) -> tuple[Any, D.Grid]:
         """(solver and denoiser, rows) of a call with these options, padded, to look at or to use."""
         call = read_call(self, options)
@@ -218,10 +239,12 @@ class Pipeline:
         """
         return self.family.decode(self, latents, **options)
 
+    @checked(solver=optional(a_solver_or_name))
     def default_steps(self, solver: str | D.Solver | None = None) -> int:
         """The number of steps of a call that names none: 4 for the solvers of distilled models."""
         return int(D.steps_in(self.grid(solver=solver)[1]))
 
+    @checked(num_images=count(1))
     def num_callbacks(self, num_images: int, **options: Any) -> int:
         """How often a call with these options calls its `progress`: the length of a progress bar."""
         return self.family.num_callbacks(self, num_images, **options)
@@ -234,6 +257,19 @@ class Pipeline:
     def check_parts(self) -> None:
         """Raise `CheckpointError` where the parts are of different models."""
         self.family.folder.check(self)
+
+
+def _check_kind(pipe: Pipeline, options: Mapping[str, Any]) -> None:
+    """Raise `InvalidArgumentError` for texts where a model draws classes, and the other way round."""
+    known = call_options(pipe.family.call, pipe.family.encode)
+    for name in (*OF_TEXTS, *OF_CLASSES):
+        if name not in options or name in known:
+            continue
+        if name in OF_TEXTS and "class_labels" in known:
+            instead = "leave it out" if pipe.num_classes is None else "write class_labels=[3]"
+            raise InvalidArgumentError(f"{name} is a text, and this model draws no texts: {instead}")
+        if name in OF_CLASSES and "prompt" in known:
+            raise InvalidArgumentError(f"{name} are of classes, this model draws texts: write prompt='a cat'")
 
 
 def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:

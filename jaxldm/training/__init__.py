@@ -52,6 +52,7 @@ from jaxldm.training.runs import (
     RunFolder,
     StageFolder,
     read_config,
+    read_data,
     read_recipe,
     recipe_to_resume,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "post_hoc_ema",
     "quantization_losses",
     "read_config",
+    "read_data",
     "read_kept",
     "read_log",
     "read_recipe",

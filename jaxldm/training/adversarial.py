@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxldm.arguments import array, check_shapes, checked, choice, number
 from jaxldm.errors import one_of
+from jaxldm.functions import returned
 
 Images = Float[Array, "B H W C"]
 Scalar = Float[Array, ""]
@@ -163,12 +164,13 @@ def image_distance(images: Images, reconstruction: str, perceptual: Perceptual |
     one_of("reconstruction", reconstruction, RECONSTRUCTIONS)
 
     def distance(decoded: Images) -> tuple[Scalar, dict[str, Scalar]]:
-        check_shapes(decoded=decoded, images=images)
+        check_shapes(decoded=returned("decode", decoded), images=images)
         error = decoded.astype(jnp.float32) - images
         pixel = jnp.mean(jnp.square(error) if reconstruction == "mse" else jnp.abs(error))
         metrics = {"reconstruction": pixel}
         if perceptual is not None:
-            metrics["perceptual"] = jnp.mean(perceptual(images, decoded.astype(jnp.float32)))
+            apart = perceptual(images, decoded.astype(jnp.float32))
+            metrics["perceptual"] = jnp.mean(returned("perceptual", apart))
         return sum(metrics.values(), jnp.zeros(())), metrics
 
     return distance

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import array, checked, count, function, instance, number, one_key, optional
+from jaxldm.functions import returned
 from jaxldm.models import DiagonalGaussian
 from jaxldm.pixels import in_unit_range
 from jaxldm.training.adversarial import Adversary, Perceptual, image_distance, reconstruction_loss
 from jaxldm.training.codebook import quantization_losses
 
 A_PERCEPTUAL = optional(function("(images, decoded) -> distances"))
+A_POSTERIOR = instance(DiagonalGaussian, "a models.DiagonalGaussian")
 AN_ADVERSARY = optional(instance(Adversary, "a training.Adversary(...)"))
 
 
-@checked(posterior=instance(DiagonalGaussian, "a models.DiagonalGaussian"))
+@checked(posterior=A_POSTERIOR)
 def kl_per_channel(posterior: DiagonalGaussian) -> Float[Array, " c"]:
     """KL(q(z | x) || N(0, 1)) in nats of each latent channel: summed over its places, mean over the batch.
 
@@ -90,7 +92,7 @@ def autoencoder_loss(
       appendix G.
     """
     distance = image_distance(images, reconstruction, perceptual)
-    posterior = encode(images)
+    posterior = A_POSTERIOR("what encode returns", encode(images))
     posterior = DiagonalGaussian(*(moment.astype(jnp.float32) for moment in posterior))
     z = posterior.sample(key)
     loss, _, metrics = reconstruction_loss(z, decode, distance, log_variance, adversary)
@@ -146,7 +148,8 @@ def vq_autoencoder_loss(
 
     Sources: van den Oord et al. 2017, eq. 3; Esser et al. 2021, eq. 4 and 6.
     """
-    distance, z = image_distance(images, reconstruction, perceptual), encode(images)
+    distance = image_distance(images, reconstruction, perceptual)
+    z = returned("encode", encode(images))
     loss, _, metrics = reconstruction_loss(z, decode, distance, log_variance, adversary)
     found = quantization_losses(z, table)
     loss = loss + commitment * found.commitment + codebook_weight * found.codebook

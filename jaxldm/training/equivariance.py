@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import array, checked, function, one_key, refuse
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.functions import returned
 from jaxldm.pixels import in_unit_range
 
 DEFAULT_SCALES = (0.5, 0.75)
@@ -73,8 +74,9 @@ def equivariance_loss(
     def at(scale: float) -> Callable[[Any, Any], Any]:
         def branch(z: Any, images: Any) -> Any:
             small, wanted = rescaled(z, scale, z.shape[1:3]), rescaled(images, scale, z.shape[1:3])
-            decoded = decode(turned(small, turns))
-            return jnp.float32(distance(decoded, turned(wanted, turns)))
+            aim = turned(wanted, turns)
+            decoded = returned("decode", decode(turned(small, turns)), aim.shape)
+            return jnp.float32(returned("distance", distance(decoded, aim), ()))
 
         return branch
 

@@ -14,6 +14,7 @@ from jaxldm.checkpoints.embedding_file import a_word
 from jaxldm.checkpoints.lora_file import NAMES
 from jaxldm.entries import check_types
 from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.functions import NamedFields
 from jaxldm.models.adapters import some_targets
 from jaxldm.training.freezing import some_patterns
 from jaxldm.training.stage_recipe import (
@@ -26,7 +27,7 @@ from jaxldm.training.stage_recipe import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraRecipe:
+class LoraRecipe(NamedFields):
     """A low-rank adapter in place of the network's own parameters, see `jaxldm.models.init_lora`.
 
     Attributes:
@@ -57,7 +58,7 @@ class LoraRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PriorRecipe:
+class PriorRecipe(NamedFields):
     """Pictures of the class of a subject, drawn as before: DreamBooth, Ruiz et al. 2022, equation 2.
 
     Attributes:
@@ -108,7 +109,7 @@ TEMPLATES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordRecipe:
+class WordRecipe(NamedFields):
     """A new word, whose embeddings alone move: textual inversion, Gal et al. 2022, arXiv:2208.01618.
 
     Attributes:

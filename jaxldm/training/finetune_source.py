@@ -22,10 +22,11 @@ from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.memory import check_fits
 from jaxldm.models.adapters import init_lora
-from jaxldm.pipelines.folders import check_finished, draws_classes, family_of
+from jaxldm.pipelines.folders import draws_classes, family_of
 from jaxldm.pipelines.inputs import INPAINTING_CHANNELS
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.runs import check_finished
 from jaxldm.pipelines.words import check_takes_words
 from jaxldm.reading import read_json, reading, shortened, shown
 from jaxldm.training.finetune_recipe import FinetuneRecipe, WordRecipe, make_finetuning

@@ -15,9 +15,7 @@ from typing import NamedTuple
 import jax
 
 from jaxldm.errors import CheckpointError
-from jaxldm.files import lock, storage_errors
-
-LOCK_FILE = ".lock"
+from jaxldm.files import LOCK_FILE, lock, named_holder, storage_errors
 
 
 class Lost(NamedTuple):
@@ -51,7 +49,7 @@ class HeldFolder:
                 self._file = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
                 taken = lock(self._file)
                 if taken is False:
-                    holder = _holder(os.read(self._file, 1000))
+                    holder = named_holder(os.read(self._file, 1000))
                     os.close(self._file)
                     raise CheckpointError(
                         f"{self.path} is in use by {holder}: wait until that ends, or choose another run "
@@ -122,11 +120,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _same(opened: os.stat_result, path: Path) -> bool:
     return _identity(path) == (opened.st_dev, opened.st_ino)
-
-
-def _holder(content: bytes) -> str:
-    try:
-        who = json.loads(content)
-        return f"process {who['pid']} on {who['host']} since {who['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxldm import diffusion as D
+from jaxldm.errors import Table
 from jaxldm.training.few_steps.methods import METHODS
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.recipes import (
@@ -132,7 +133,8 @@ def _few_steps(name: str, method: str, **options: Any) -> Recipe:
     return Recipe(name=name, autoencoder=_MINI_AUTOENCODER, diffusion=diffusion, classifier=_CLASSIFIER)
 
 
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = Table("recipe")
+RECIPES |= {
     # Exercise 39.E2: 28x28x1 digits -> 7x7x4 latents -> class-conditional U-Net in the latent space.
     #   jaxldm train mini-ldm --run-dir runs/mini-ldm
     "mini-ldm": Recipe(

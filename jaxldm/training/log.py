@@ -174,8 +174,10 @@ def read_log(path: Path | str) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no training log {path}")
-    header, rows, _ = _parse(path.read_bytes())
-    if header is None:
+    content = path.read_bytes()
+    header, rows, _ = _parse(content)
+    begun = ",".join(COLUMNS).encode()
+    if header is None or not (content.startswith(begun) or begun.startswith(content)):
         raise CheckpointError(f"{path} is no training log: its first line should begin {','.join(COLUMNS)}")
     numbers = np.array([[float(field or "nan") for field in row] for row in rows], np.float64)
     columns = dict(zip(header, numbers.reshape(len(rows), len(header)).T, strict=True))

@@ -27,6 +27,7 @@ from jaxldm.arguments import (
 )
 from jaxldm.errors import CheckpointError, DivergenceError
 from jaxldm.files import storage_errors
+from jaxldm.functions import NamedFields
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.interruption import StopRequest, agreed_stop
 from jaxldm.training.log import CsvLog
@@ -48,16 +49,31 @@ class Batches(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """When the loop does what, in updates; 0 is never. `keep` is the number of checkpoints that stay."""
+class Plan(NamedFields):
+    """When the loop does what, in updates; 0 is never.
+
+    Attributes:
+        num_steps: of the whole training.
+        save_every: a checkpoint, and one at the end.
+        sample_every: `on_sample`, likewise.
+        keep: checkpoints that stay.
+        save_frozen: False: checkpoints lack `state.frozen`, which whoever resumes gives again: the weights of
+            a published model under an adapter are large, and lie on the disk already.
+    """
 
     num_steps: int
     save_every: int = 0
     sample_every: int = 0
     keep: int = 2
+    save_frozen: bool = True
 
     def __post_init__(self):
-        check_fields(self, num_steps=count(1), save_every=count(0), sample_every=count(0), keep=count(1))
+        counts = {"save_every": count(0), "sample_every": count(0), "keep": count(1)}
+        check_fields(self, num_steps=count(1), save_frozen=flag, **counts)
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds of a state."""
+        return state if self.save_frozen else state.replace(frozen=None)
 
 
 A_PLAN = instance(Plan, "a training.Plan(num_steps)")
@@ -79,7 +95,7 @@ def _resume(
     resume: bool,
     rows: CsvLog,
     log: Callable[[str], None],
-    save_frozen: bool,
+    plan: Plan,
 ) -> tuple[TrainState, int, float]:
     """State, updates done and seconds spent, from the newest whole checkpoint where there is one."""
     if not resume and (store.steps() or rows.path.exists()):
@@ -87,17 +103,12 @@ def _resume(
             f"{rows.path.parent} already holds a run: type --resume (resume=True) to go on with it, "
             "or choose another folder to start a new one"
         )
-    restored = store.restore_latest(_saved(state, save_frozen), log) if resume else None
+    restored = store.restore_latest(plan.saved(state), log) if resume else None
     if restored is None:
         return state, 0, rows.keep_until(0, log)
     log(f"resuming from the checkpoint of step {restored.step}")
-    found = restored.state if save_frozen else restored.state.replace(frozen=state.frozen)
+    found = restored.state if plan.save_frozen else restored.state.replace(frozen=state.frozen)
     return found, restored.step, rows.keep_until(restored.step, log)
-
-
-def _saved(state: TrainState, save_frozen: bool) -> TrainState:
-    """What a checkpoint holds of a state."""
-    return state if save_frozen else state.replace(frozen=None)
 
 
 @checked(
@@ -113,7 +124,6 @@ def _saved(state: TrainState, save_frozen: bool) -> TrainState:
     explain_divergence=optional(function("(step, metrics) -> text")),
     log=function("(line)"),
     bar=optional(flag),
-    save_frozen=flag,
 )
 def fit(
     state: TrainState,
@@ -129,7 +139,6 @@ def fit(
     explain_divergence: Callable[[int, dict[str, Any]], str] | None = None,
     log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
-    save_frozen: bool = True,
 ) -> TrainState:
     """Run `train_step` until `plan.num_steps` updates are done, and return the last state.
 
@@ -142,7 +151,7 @@ def fit(
         train_step: pure, not yet compiled; see `make_train_step`.
         batches: the data; where several processes train together, each one's part of every batch (see
             `local_examples`). The first of them writes checkpoints and log.csv, the n-th log.n.csv.
-        plan: number of updates, and when to save and to sample.
+        plan: number of updates, when to save and to sample, and what of the state.
         run_dir: receives `log.csv`, `checkpoints/<step>` and at the end `loss.png` and `grad_norm.png`.
         resume: go on from the newest whole checkpoint in `run_dir`, on this mesh or another.
         mesh: where the state and the batch live (see `jaxldm.training.mesh`); None: all devices along `data`.
@@ -152,8 +161,6 @@ def fit(
         explain_divergence: `explain_divergence(step, metrics)`, the words for a loss that is not finite.
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
-        save_frozen: False: checkpoints lack `state.frozen`, which whoever resumes gives again: the weights of
-            a published model under an adapter are large, and lie on the disk already.
 
     Raises:
         DivergenceError: the losses or gradients of ten updates in a row were not finite; the last good
@@ -175,16 +182,16 @@ def fit(
         TrainingStore(run_dir / "checkpoints", plan.keep, lambda: held.lost() is None) as store,
         StopRequest() as stop,
     ):
-        state, start, seconds = _resume(state, store, resume, rows, log, save_frozen)
+        state, start, seconds = _resume(state, store, resume, rows, log, plan)
         if start > plan.num_steps:
             raise CheckpointError(
                 f"{run_dir} has a checkpoint of step {start}, and this training ends at step "
                 f"{plan.num_steps}: give the number of epochs or steps that it was begun with"
             )
-        store.check_space(_saved(state, save_frozen))
+        store.check_space(plan.saved(state))
         counts = {"start": start, "num_steps": plan.num_steps, "steps_per_epoch": len(batches)}
         progress = Progress(rows, name=name, **counts, seconds=seconds, log=log, bar=bar)
-        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, held, log, save_frozen)
+        loop = _Loop(plan, store, progress, stop, explain_divergence, on_sample, held, log)
         with contextlib.closing(progress):
             step, state = compile_train_step(train_step, mesh), place_state(mesh, state)
             state = loop.run(state, step, batches, mesh, start)
@@ -207,7 +214,6 @@ class _Loop:
     on_sample: Callable[[TrainState, int], None] | None
     held: HeldFolder
     log: Callable[[str], None]
-    save_frozen: bool
 
     @property
     def run_dir(self) -> Path:
@@ -271,7 +277,7 @@ class _Loop:
         if self.progress.diverged:
             self.end_diverged()
         with TrainingStore(lost.place / "checkpoints", self.plan.keep) as store:
-            store.save(step, _saved(state, self.save_frozen))
+            store.save(step, self.plan.saved(state))
         raise CheckpointError(
             f"{self.run_dir} {lost.what} during the training: the state of step {step} is saved in "
             f"{lost.place}; to go on, type the same command with --resume and --run-dir {lost.place.parent}"
@@ -291,7 +297,7 @@ class _Loop:
         self.progress.drain()
         if self.progress.diverged:
             self.end_diverged()
-        self.store.save(step, _saved(state, self.save_frozen))
+        self.store.save(step, self.plan.saved(state))
 
     def end_early(self, step: int) -> None:
         self.store.wait()

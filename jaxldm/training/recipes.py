@@ -17,6 +17,7 @@ from jaxldm.data import Dataset
 from jaxldm.entries import Read, build, check_types, read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
+from jaxldm.functions import NamedFields
 from jaxldm.training.equivariance import some_scales
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.finetune_recipe import FinetuneRecipe
@@ -40,7 +41,7 @@ def _prediction(entries: Any, place: str) -> D.Prediction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiscriminatorRecipe:
+class DiscriminatorRecipe(NamedFields):
     """The patch discriminator that an autoencoder is trained against, see `jaxldm.training.adversarial`.
 
     Attributes:
@@ -123,7 +124,7 @@ class AutoencoderRecipe(StageRecipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlignmentRecipe:
+class AlignmentRecipe(NamedFields):
     """Alignment of a DiT's tokens with features of a frozen encoder, see `jaxldm.training.alignment_loss`.
 
     Attributes:
@@ -257,7 +258,7 @@ class ClassifierRecipe(StageRecipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextRecipe:
+class TextRecipe(NamedFields):
     """The frozen text encoders whose states the denoising network looks at.
 
     Attributes:
@@ -280,7 +281,7 @@ class TextRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(NamedFields):
     """A whole run.
 
     Attributes:

@@ -49,14 +49,13 @@ from jaxldm.checkpoints.embedding_file import EMBEDDING_FILE
 from jaxldm.checkpoints.lora import FILE_NAMES
 from jaxldm.checkpoints.pipeline_folder import save_component
 from jaxldm.data import Dataset
-from jaxldm.errors import CheckpointError
-from jaxldm.files import storage_errors, write_atomically
+from jaxldm.errors import CheckpointError, DataError
+from jaxldm.files import LOCK_FILE, storage_errors, write_atomically
 from jaxldm.pipelines import folders as pipeline_folders
 from jaxldm.pipelines.few_steps import ENTRY as FEW_STEPS
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.network import Network
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
-from jaxldm.training.hold import LOCK_FILE
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.sealed import sealed, unsealed
 from jaxldm.training.state import Params
@@ -296,6 +295,20 @@ def read_recipe(run_dir: Path | str) -> Recipe:
     entries = read_config(run_dir)["recipe"]
     with reading(RunFolder(Path(run_dir)).config):
         return Recipe.from_dict(entries)
+
+
+@checked(run_dir=a_path)
+def read_data(run_dir: Path | str) -> Dataset:
+    """The data that a run was trained on. Raises as `data.load` does, and `DataError` for changed data."""
+    entries, dataset = read_config(run_dir)["data"], read_recipe(run_dir).load_data()
+    for name, words in (("image_shape", "images of the shape"), ("class_names", "the classes")):
+        before, now = entries.get(name), list(getattr(dataset, name))
+        if before is not None and before != now:
+            raise DataError(
+                f"{dataset.name} has {words} {shown(now)}, and {run_dir} was trained with {shown(before)}: "
+                "the data has changed since, put it back as it was"
+            )
+    return dataset
 
 
 @checked(run_dir=a_path)

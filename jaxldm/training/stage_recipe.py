@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from jaxldm import diffusion as D
 from jaxldm.entries import Read, check_types
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.functions import NamedFields
 from jaxldm.reading import shown
 from jaxldm.training.optimizer import OPTIMIZERS
 from jaxldm.training.power_ema import SOME_LENGTHS
@@ -31,7 +32,7 @@ Options = Annotated[Mapping[str, Any], Read(_tupled)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UpdatesRecipe:
+class UpdatesRecipe(NamedFields):
     """The updates of a stage, whatever is trained.
 
     Attributes:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxldm.arguments import check_fields, checked, count, function, number, optional, refuse, text
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.arguments import as_array, check_fields, checked, count, function, number, optional, refuse, text
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.training.mesh import A_MESH, batch_sharding, replicated, state_shardings
 from jaxldm.training.optimizer import AN_OPTIMIZER, Optimizer
 from jaxldm.training.power_ema import SOME_LENGTHS, gamma_of, name_of, update_power_ema
@@ -216,16 +217,30 @@ class _Turn:
             for name, length in zip(names, self.power_ema, strict=True)
         }
 
+    def loss(self, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """What the loss function returns, if it is what it should."""
+        found = self.loss_fn(*arguments)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            got = f"a tuple of {len(found)}" if isinstance(found, tuple) else shown(found)
+            raise InvalidArgumentError(
+                f"loss_fn must return (loss, metrics), got {got}: write return loss, {{}} where there is "
+                "nothing else to log"
+            )
+        loss, metrics = found
+        if np.shape(loss) != () or getattr(loss, "dtype", None) != jnp.float32:
+            raise InvalidArgumentError(
+                f"loss_fn must return a float32 scalar as its loss, got {shown(loss)}: "
+                "write jnp.mean(loss.astype(jnp.float32))"
+            )
+        for name, value in metrics.items():
+            as_array(f"the metric {name} of loss_fn", "a number or an array of numbers", value)
+        return loss, dict(metrics)
+
     def gradients(self, params: Params, state: TrainState, batch: Batch, key: PRNGKeyArray):
         """(loss, other metrics, gradients), averaged over the parts of the batch."""
 
         def of(batch, key):
-            (loss, aux), gradients = jax.value_and_grad(self.loss_fn, has_aux=True)(params, state, batch, key)
-            if loss.shape != () or loss.dtype != jnp.float32:
-                raise InvalidArgumentError(
-                    f"loss_fn must return a float32 scalar, got shape {list(loss.shape)} of {loss.dtype}: "
-                    "write jnp.mean(loss.astype(jnp.float32))"
-                )
+            (loss, aux), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, state, batch, key)
             return loss, aux, gradients
 
         if self.accumulate == 1:

@@ -184,6 +184,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
     moved = adam if one_network else loss
     power = recipe.power_ema
     state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
+    plan = dataclasses.replace(plan, save_frozen=job.save_frozen)
     own: dict[str, Any] = {"optimizer": adam, "ema_decay": recipe.ema_decay} if one_network else {}
     step = make_train_step(loss, **own, accumulate=recipe.accumulate, power_ema=power)
     step = in_rounds(step, job, plan.num_steps)
@@ -207,7 +208,6 @@ def run_job(context: Context, stage: str, job: Job) -> None:
             explain_divergence=explain_divergence,
             log=context.log,
             bar=context.bar,
-            save_frozen=job.save_frozen,
         )
     job.finish(finished_params(state))
 

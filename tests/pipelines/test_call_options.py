@@ -1,12 +1,16 @@
 """What a call of a pipeline refuses before anything else, whatever the family."""
 
+import copy
+import dataclasses
+import pickle
+
 import jax
 import numpy as np
 import pytest
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
-from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.errors import InvalidArgumentError, JaxldmError, SignatureError, UnknownNameError
 from jaxldm.pipelines.options import check_call
 
 KEY = jax.random.key(0)
@@ -36,6 +40,12 @@ def pipe():
         ({"in_flight": 2}, InvalidArgumentError, "give batch_size"),
         ({"devices": ["cpu"]}, InvalidArgumentError, r"one of jax\.devices\(\)"),
         ({"latents": [[1], [1, 2]]}, InvalidArgumentError, "latents must be"),
+        ({"prompt": "a cat"}, InvalidArgumentError, r"prompt is a text, .* write class_labels=\[3\]"),
+        ({"negative_prompt": "a"}, InvalidArgumentError, "negative_prompt is a text"),
+        ({"own": {}}, UnknownNameError, "unknown argument of ClassToImage 'own'"),
+        ({"pipe": None}, SignatureError, "multiple values for argument 'pipe'"),
+        ({"steps": 5}, UnknownNameError, "did you mean 'num_inference_steps'"),
+        ({"solver": "DDIM"}, UnknownNameError, "did you mean 'ddim'"),
     ],
 )
 def test_wrong_types_and_ranges(pipe, options, error, words):
@@ -53,6 +63,34 @@ def test_a_pipeline_inside_of_a_transformation_says_what_to_write(pipe):
     for call in calls:
         with pytest.raises(InvalidArgumentError, match=r"cannot be inside jit, vmap or grad.*D\.sample"):
             call()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda pipe: pipe(class_labels=[1]), r"key must be a key, got None: write jax\.random\.key\(0\)"),
+        (lambda pipe: pipe(KEY, [1], [2]), "too many positional arguments"),
+        (lambda pipe: pipe(KEY, [1], class_labels=[1]), "multiple values for argument 'class_labels'"),
+        (lambda pipe: pipe.warm_up([1], compile_only=True), "warm_up gives compile_only itself"),
+        (lambda pipe: pipe.warm_up([1], key=KEY), "warm_up gives key itself"),
+        (lambda pipe: pipe.grid(512), "size must be"),
+        (lambda pipe: pipe.encode_prompts([1], skip=3), "unknown option of the texts of ClassToImage 'skip'"),
+        (lambda pipe: pipe.decode(np.zeros((1, 4, 4, 1)), batch=2), "did you mean 'batch_size'"),
+    ],
+)
+def test_what_a_pipeline_gives_itself_and_what_it_lacks(pipe, call, words):
+    with pytest.raises(JaxldmError, match=words):
+        call(pipe)
+
+
+def test_a_pipeline_is_pickled_and_copied_with_its_family(pipe):
+    for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe), copy.copy(pipe)):
+        assert other.family is pipe.family and other.denoiser.module == pipe.denoiser.module
+        assert not any(row.difference for row in pipelines.compare(pipe, other))
+    mine = dataclasses.replace(pipe, family=pipe.family._replace(name="mine"))
+    assert copy.deepcopy(mine).family is mine.family
+    with pytest.raises(InvalidArgumentError, match=r"'mine' cannot be found again.*pipelines\.save"):
+        pickle.dumps(mine)
 
 
 def test_old_keys_are_the_new_ones():

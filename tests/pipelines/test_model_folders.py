@@ -4,6 +4,7 @@ import errno
 import functools
 import inspect
 import json
+import os
 import shutil
 
 import diffusers
@@ -15,11 +16,12 @@ import torch
 from tiny_folders import write_run
 from tiny_models import latent_pipeline, pixel_pipeline, random_params
 
-from jaxldm import checkpoints, models, pipelines
+from jaxldm import checkpoints, models, pipelines, training
 from jaxldm import diffusion as D
 from jaxldm.checkpoints import folder as model_folder
-from jaxldm.errors import CheckpointError, StorageError
+from jaxldm.errors import CheckpointError, DataError, StorageError
 from jaxldm.pipelines.families import FAMILIES
+from jaxldm.training.hold import HeldFolder
 
 WEIGHTS = model_folder.WEIGHTS_FILE
 
@@ -253,6 +255,30 @@ def test_a_run_folder_that_is_not_whole(run, damage, words):
 def test_one_network_of_a_run_names_the_run(run):
     with pytest.raises(CheckpointError, match=f"holds one network.*{run.name}$"):
         pipelines.load(run / "unet")
+
+
+def test_a_whole_model_is_no_network(run, exported):
+    for folder, words in ((run, "such as unet$"), (exported, "such as unet$")):
+        with pytest.raises(
+            CheckpointError, match=rf"holds a whole model: open it with pipelines\.load.*{words}"
+        ):
+            checkpoints.load(folder)
+
+
+def test_a_run_that_is_being_trained_says_by_whom(run):
+    (run / "model_index.json").unlink()
+    with HeldFolder(run, print):
+        with pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* is training it"):
+            pipelines.load(run)
+        with pytest.raises(CheckpointError, match="in use"), HeldFolder(run, print):  # and it still holds it
+            pass
+    with pytest.raises(CheckpointError, match="go on with its training"):
+        pipelines.load(run)
+
+
+def test_data_that_is_not_that_of_the_training_is_refused(run):
+    with pytest.raises(DataError, match=r"shape \[28, 28, 1\], and .* was trained with \[\d, \d, 1\]"):
+        training.read_data(run)
 
 
 def put(folder, pipe):

@@ -125,9 +125,12 @@ def test_a_damaged_log_never_stops_a_run_nor_its_curves(tmp_path_factory, seed):
 
 
 def test_other_files_are_refused(tmp_path):
-    (tmp_path / "log.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(CheckpointError, match="is no training log"):
-        read_log(tmp_path / "log.csv")
+    for content in ("a,b\n1,2\n", "no line ends here", "\0"):
+        (tmp_path / "log.csv").write_text(content)
+        with pytest.raises(CheckpointError, match="is no training log"):
+            read_log(tmp_path / "log.csv")
+    (tmp_path / "log.csv").write_text("epoch,step,lo")  # killed in its first line
+    assert len(read_log(tmp_path / "log.csv")["step"]) == 0
     with pytest.raises(CheckpointError, match="no training log"):
         read_log(tmp_path / "nothing.csv")
 

@@ -37,9 +37,10 @@ from jaxldm.diffusion.solvers.solver import (
 )
 from jaxldm.diffusion.solvers.unipc import unipc
 from jaxldm.diffusion.values import equal_by_call
-from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.errors import InvalidArgumentError, Table, shown
 
-SOLVERS: dict[str, Callable[..., Solver]] = {
+SOLVERS: dict[str, Callable[..., Solver]] = Table("solver")
+SOLVERS |= {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,

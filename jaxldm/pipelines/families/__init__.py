@@ -6,7 +6,12 @@ point of your package in the group "jaxldm.families", named as the class in mode
 
 from __future__ import annotations
 
+import copyreg
+import sys
+from typing import Any, cast
+
 from jaxldm.diffusion import registry
+from jaxldm.errors import InvalidArgumentError, Table, shown
 from jaxldm.pipelines.families.amused import AMUSED
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
 from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
@@ -40,7 +45,8 @@ FAMILIES: tuple[Family, ...] = (
     Z_IMAGE,
 )
 # `_class_name` of model_index.json -> the family.
-PIPELINES: dict[str, Family] = {name: family for family in FAMILIES for name in family.folder.class_names}
+PIPELINES: dict[str, Family] = Table("pipeline class")
+PIPELINES |= {name: family for family in FAMILIES for name in family.folder.class_names}
 ENTRY_POINTS = "jaxldm.families"
 
 
@@ -58,6 +64,28 @@ def find(family: Family | str) -> Family:
     if isinstance(family, Family):
         return family
     return registry.find("family", family, PIPELINES, ENTRY_POINTS, Family)
+
+
+def place_of(family: Family) -> tuple[Any, tuple[str]]:
+    """`find`, and the name with which it gives this family again, as `pickle` wants to know it.
+
+    Raises:
+        InvalidArgumentError: a family of one's own that no module has.
+    """
+    for name, known in PIPELINES.items():
+        if known is family:
+            return find, (name,)
+    for module in {getattr(part, "__module__", None) for part in family if callable(part)}:
+        for name, value in vars(sys.modules.get(module or "", find)).items():
+            if value is family:
+                return find, (f"{module}:{name}",)
+    raise InvalidArgumentError(
+        f"the family {shown(family.name)} cannot be found again, as no module has it: give it a name in its "
+        "file, or write pipelines.save(pipe, folder) and pipelines.load(folder, family=...)"
+    )
+
+
+copyreg.pickle(cast(Any, Family), place_of)
 
 
 def class_names() -> list[str]:

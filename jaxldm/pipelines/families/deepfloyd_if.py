@@ -150,6 +150,8 @@ def enlarge(
         negatives = [text for text in negatives for _ in range(num_images_per_prompt)]
     if image is None:
         raise InvalidArgumentError("super-resolution needs image=, the small image that stage I drew")
+    if "small_image" in options:
+        raise InvalidArgumentError("small_image is what becomes of image: write image=")
     small = rgb_pixels(image)
     if len(small) == len(prompts):
         small = np.repeat(small, num_images_per_prompt, axis=0)

@@ -140,7 +140,7 @@ def decode_embeddings(
         )
     height, width = size_of(pipe, given.shape[1:3])
     size = {"height": height, "width": width, "num_images_per_prompt": num_images_per_prompt}
-    return generate(pipe, key, prompt, negative_prompt, image_embeddings=given, **size, **options)
+    return generate(pipe, key, prompt, negative_prompt, image_embeddings=given, **options | size)
 
 
 def size_of(pipe: Pipeline, embeddings: Size) -> Size:
@@ -277,12 +277,16 @@ def draw_both(
     texts = {"prompt": prompt, "negative_prompt": negative_prompt}
     texts["num_images_per_prompt"] = num_images_per_prompt
     prior_options, decoder_options = _of_each_stage(options)
+    for name in (*texts, "image_embeddings", "output"):
+        if name in decoder_options:
+            raise InvalidArgumentError(f"decoder_{name} is no option of its own: write {name}=")
     scale = pipe.default_guidance_scale if guidance_scale is None else guidance_scale
     size = {"height": size[0], "width": size[1], "guidance_scale": scale}
     embeddings = prior(of_prior, **texts, **size, **prior_options)
     if output == "image_embeddings":
         return embeddings
-    return decoder(of_decoder, **texts, image_embeddings=embeddings, output=output, **decoder_options)
+    given = texts | {"image_embeddings": embeddings, "output": output}
+    return decoder(of_decoder, **given, **decoder_options)
 
 
 def _of_each_stage(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,6 +9,7 @@ from jaxldm.arguments import count, number
 from jaxldm.entries import check_types
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.exact import MAX_STEPS
+from jaxldm.functions import NamedFields
 from jaxldm.reading import shown
 from jaxldm.training.few_steps.method import Method
 from jaxldm.training.few_steps.methods import METHODS
@@ -17,7 +18,7 @@ LARGEST_SCALE = 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewStepsRecipe:
+class FewStepsRecipe(NamedFields):
     """The method by which a denoising network is trained to draw in few steps, and its numbers.
 
     Attributes:
