@@ -13,11 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxldm.arguments import array, check_dims, checked, flag, number, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention_kernels import explicit_attention, merged_mask
-from jaxldm.nn.flash_attention import accelerator_attention
+from jaxldm.nn.flash_attention import memory_efficient_attention
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 from jaxldm.nn.normalization import GroupNorm
 
+_LARGEST_JOINED = 2**16  # numbers of one kernel
 HEADS = array("floating", "[B, N, H, D]", axes=4)
 
 
@@ -44,9 +45,9 @@ def dot_product_attention(
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], Float[Array, "B H N M"]]:
     """softmax(Q K^T scale + bias) V for every head, the softmax in float32; by default scale = 1/sqrt(D).
 
-    Vaswani et al. 2017, eq. 1. On a CPU, or with `return_weights`, two explicit batched matrix products; on
-    accelerators a flash kernel (16 bits on NVIDIA) or chunks of queries, never the whole matrix of logits:
-    see `jaxldm.nn.flash_attention`.
+    Vaswani et al. 2017, eq. 1. Two batched matrix products; where the matrix of logits is large, for chunks
+    of queries, so that it never exists as a whole (only with `return_weights` it must). On NVIDIA a flash
+    kernel in 16 bits: see `jaxldm.nn.flash_attention`.
 
     Args:
         query, key, value: `[B, N, H, D]` and `[B, M, H, D]`: N queries and M keys of H heads.
@@ -66,11 +67,10 @@ def dot_product_attention(
         if extra is not None:
             check_dims(**{"logits": (logits, "B H N M"), name: (extra, "#B #H #N M")})
     scale = cast(float, query.shape[-1] ** -0.5 if scale is None else scale)
-    if return_weights or jax.default_backend() == "cpu":
+    if return_weights:
         mask = merged_mask(mask, causal, key_lengths, query.shape[1], key.shape[1])
-        out, weights = explicit_attention(query, key, value, scale, bias, mask)
-        return (out, weights) if return_weights else out
-    return accelerator_attention(query, key, value, scale, bias, mask, causal, key_lengths)
+        return explicit_attention(query, key, value, scale, bias, mask)
+    return memory_efficient_attention(query, key, value, scale, bias, mask, causal, key_lengths)
 
 
 def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any) -> Float[Array, "B N C"]:
@@ -123,10 +123,10 @@ class _Projection(nn.Module):
 def projections(
     x: Float[Array, "B N C"], names: Sequence[str], features: int, *, use_bias: bool, dtype: str
 ) -> list[Float[Array, "B N features"]]:
-    """Linear maps of one input, one submodule per name. On a CPU they are computed as one matrix product.
+    """Linear maps of one input, one submodule per name. On a CPU small ones are one matrix product.
 
-    Elsewhere they stay several: joining their kernels would copy them in every denoising step, and one of
-    these products is large enough to fill an accelerator.
+    Elsewhere, and where they are large, they stay several: joining their kernels copies them in every
+    denoising step, and one of these products is work enough.
 
     Call it inside the compact method of the module that has them.
     """
@@ -140,7 +140,7 @@ def projections(
         y = y if bias is None else y + bias.astype(wide).reshape(1, 1, -1)
         return y.astype(number)
 
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or parts[0][0].size > _LARGEST_JOINED:
         return [project(*part) for part in parts]
     joined = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
     return jnp.split(project(*joined), len(names), axis=-1)

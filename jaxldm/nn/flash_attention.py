@@ -1,4 +1,4 @@
-"""Attention on accelerators, never with all logits at once: a flash kernel, or queries in chunks."""
+"""Attention that never holds all logits at once: a flash kernel on NVIDIA, or queries in chunks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKED = {"bfloat16": -(2.0**41), "float16": -(2.0**15)}  # the lowest whose dif
 TRIAL_ERROR = 0.05  # relative: 16 bits alone have about 0.01
 
 
-def accelerator_attention(
+def memory_efficient_attention(
     query: Float[Array, "B N H D"],
     key: Float[Array, "B M H D"],
     value: Float[Array, "B M H D"],

@@ -246,8 +246,9 @@ def test_chunks_of_queries_are_exact_and_hold_few_logits(monkeypatch, masks):
     found = value(attention_kernels.chunked_attention)(q, k, v)
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    program = str(jax.make_jaxpr(value(attention_kernels.chunked_attention))(q, k, v))
-    assert "f32[4,2,5]" in program and "f32[4,7,5]" not in program  # the heads are folded into the batch
+    for function in (attention_kernels.chunked_attention, lambda *x: nn.dot_product_attention(*x[:3])):
+        program = str(jax.make_jaxpr(value(function))(q, k, v))
+        assert "f32[4,2,5]" in program and "f32[4,7,5]" not in program  # the heads are folded into the batch
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
