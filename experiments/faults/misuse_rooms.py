@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.faults.misuse_adapters import adapters
 from experiments.faults.misuse_arrays import of_arrays
+from experiments.faults.misuse_caching import cases_of_caching
 from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
 from experiments.faults.misuse_few_steps import of_few_steps
 from experiments.faults.misuse_files import of_files
@@ -36,6 +37,7 @@ def all_cases() -> list[Case]:
         *schedules(),
         *figures(),
         *cases_of_diffusion(),
+        *cases_of_caching(),
         *of_few_steps(),
         *of_arrays(),
         *settings(),
@@ -119,6 +121,7 @@ def calls_of_networks() -> list[Case]:
     call = models.network(module)
     return [
         Case("models.network", models.network, {"module": module}),
+        Case("models.caching_network", models.caching_network, {"module": module, "params": params}),
         Case("network(...)", lambda x, t: call(params, x, t, np.zeros(1, np.int32)), {"x": x, "t": t}, False),
         Case(
             "network(condition)",
@@ -162,6 +165,7 @@ def pipelines_of_classes() -> list[Case]:
         "num_inference_steps": 1,
         "solver": "ddim",
         "eta": None,
+        "cache": None,
         "spacing": None,
         "sigmas": None,
         "timesteps": None,
@@ -182,7 +186,11 @@ def pipelines_of_classes() -> list[Case]:
         "spacing": "spacing|scheduler",
         "sigmas": "sigmas|spacing",
     }
-    return [Case("pipe", pipe, arguments, False, words)]
+    calibrated = {"pipe": pipe, "key": KEY, "num_inference_steps": 2}
+    return [
+        Case("pipe", pipe, arguments, False, words),
+        Case("pipelines.calibrate_cache", pipelines.calibrate_cache, calibrated, False, words),
+    ]
 
 
 def servers() -> list[Case]:

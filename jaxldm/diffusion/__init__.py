@@ -10,7 +10,7 @@
 No network lives here. See docs/mathematics.md.
 """
 
-from jaxldm.diffusion import solvers
+from jaxldm.diffusion import caching, solvers
 from jaxldm.diffusion.analytic import (
     gaussian_denoiser,
     gaussian_mixture_denoiser,
@@ -30,6 +30,9 @@ from jaxldm.diffusion.betas import (
     sigmoid_alphas_betas,
     sigmoid_betas,
 )
+from jaxldm.diffusion.cache_calibration import Calibration, calibrate_cache, fit_teacache
+from jaxldm.diffusion.cached_sampling import CachedDenoiser, cached, cached_denoiser
+from jaxldm.diffusion.caching import Cache
 from jaxldm.diffusion.classifier_guidance import classifier_guidance
 from jaxldm.diffusion.consistency import consistency_function
 from jaxldm.diffusion.conversion import convert_time, on_path
@@ -136,6 +139,9 @@ __all__ = [
     "VP",
     "BetaSchedule",
     "Branches",
+    "Cache",
+    "CachedDenoiser",
+    "Calibration",
     "ContinuousVP",
     "Cosine",
     "Denoiser",
@@ -158,6 +164,10 @@ __all__ = [
     "beta",
     "beta_sigmas",
     "betas_from_alpha_bar",
+    "cached",
+    "cached_denoiser",
+    "caching",
+    "calibrate_cache",
     "cfg_plus_plus",
     "change_x0",
     "classifier_free_guidance",
@@ -179,6 +189,7 @@ __all__ = [
     "evaluation_counter",
     "exponential",
     "exponential_betas",
+    "fit_teacache",
     "flow",
     "from_x0",
     "gaussian_denoiser",

@@ -129,7 +129,7 @@ class Path(NamedFields, abc.ABC):
         xp, t = host_or_device(t)
         if xp is jnp:
             return slopes(t)
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.ensure_compile_time_eval():  # also where a trace makes a prediction
             alpha, sigma = slopes(jnp.asarray(t))
             return np.asarray(alpha), np.asarray(sigma)
 

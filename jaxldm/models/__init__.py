@@ -32,7 +32,7 @@ from jaxldm.models.cost import (
     macs_of,
     memory_of,
 )
-from jaxldm.models.denoising_network import Convention, convention, network
+from jaxldm.models.denoising_network import Convention, caching_network, convention, network
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dinov2 import Dinov2Config, Dinov2Model, dinov2_pixel_values
 from jaxldm.models.dit import DiT, DiTConfig
@@ -142,6 +142,7 @@ __all__ = [
     "ZImageTransformer2DModel",
     "apply_lora",
     "build",
+    "caching_network",
     "class_name",
     "clip_pixel_values",
     "compile_forward",

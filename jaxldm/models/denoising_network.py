@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxldm.arguments import a_module, checked
+from jaxldm.arguments import a_module, a_params, checked
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.inputs import fitting
+from jaxldm.nn.reuse import Session, collection_of, session_in
 
 
 class Convention(NamedTuple):
@@ -102,16 +104,63 @@ def network(module: nn.Module) -> Callable[..., Float[Array, "B ..."]]:
     return call
 
 
+@checked(module=a_module, params=a_params)
+def caching_network(
+    module: nn.Module, params: Any
+) -> Callable[[Any, Any, Any, Any, Any, Any], tuple[Any, Any]]:
+    """A denoising network that may reuse what it computed in an earlier step: for `D.cached_denoiser`.
+
+    It is `(cache, memory, i, x, t, condition=None) -> (output, memory)`, with x, t, condition and output as
+    of `network(module)`, a cache of `D.caching`, and what the call of the step before returned as memory;
+    None begins a run. i is the number of the step. Where the step computes, the output is that of the plain
+    network.
+
+    Args:
+        module: a U-Net or a transformer for latents of `models.build`.
+        params: its parameters.
+
+    Raises:
+        InvalidArgumentError: when called, a module that has nothing to reuse, or not by this cache.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxldm import diffusion as D, models
+    >>> dit = models.build("tiny-dit", depth=2)
+    >>> call = models.caching_network(dit, models.init(dit, jax.random.key(0)))
+    >>> x, t = jnp.zeros((1, 28, 28, 1)), jnp.ones(1)
+    >>> output, memory = call(D.caching.fora(2), None, 0, x, t)
+    >>> output, memory = call(D.caching.fora(2), memory, 1, x, t)
+    """
+    call_with = applied(module)
+
+    def call(cache: Any, memory: Any, i: Any, x: Any, t: Any, condition: Any = None) -> tuple[Any, Any]:
+        collections = collection_of(Session(cache, memory, jnp.asarray(i, jnp.int32)))
+        output, left = call_with(params, x, t, condition, collections=collections, mutable=list(collections))
+        session = session_in(left)
+        if not session.runs:
+            raise InvalidArgumentError(
+                f"{type(module).__name__} has nothing that a cache can reuse: leave the cache out"
+            )
+        return output, session.left()
+
+    return call
+
+
 def applied(module: nn.Module) -> Callable[..., Any]:
     """`network(module)` as `(params, x, t, condition, more={}, **options)`, with options of `module.apply`.
 
-    `more` are further keyword arguments of the module. With an option that makes `apply` return a pair,
-    `mutable` for one, the result is (output, what else it returned).
+    `more` are further keyword arguments of the module, `collections` further ones besides "params". With an
+    option that makes `apply` return a pair, `mutable` for one, the result is (output, what else it returned).
     """
     counts, signature = convention(module), inspect.signature(module.__call__)
 
     def call(
-        params: Any, x: Any, t: Any, condition: Any, more: Mapping[str, Any] | None = None, **options: Any
+        params: Any,
+        x: Any,
+        t: Any,
+        condition: Any,
+        more: Mapping[str, Any] | None = None,
+        collections: Mapping[str, Any] = MappingProxyType({}),
+        **options: Any,
     ) -> Any:
         named: dict[str, Any] = dict(condition) if isinstance(condition, Mapping) else {}
         inputs = (x, counts.time(t))
@@ -126,7 +175,7 @@ def applied(module: nn.Module) -> Callable[..., Any]:
             ) from error
         check_inputs(module, x, t)
         with fitting(module):
-            result = cast(Any, module.apply({"params": params}, *inputs, **named, **options))
+            result = cast(Any, module.apply({"params": params, **collections}, *inputs, **named, **options))
         if options.get("mutable"):
             return counts.output(result[0]), result[1]
         return counts.output(result)

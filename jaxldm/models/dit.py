@@ -21,7 +21,7 @@ from jaxldm.models.config import ModelConfig, check, height_width
 from jaxldm.models.inputs import check_scalar_inputs, denoiser_shapes, labels_or_null, scalars_given
 from jaxldm.nn.activations import gelu_tanh, silu
 from jaxldm.nn.attention import SelfAttention
-from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.block_stack import Within, apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     sincos_position_embedding_2d,
@@ -299,7 +299,10 @@ class DiT(nn.Module):
         for first, last in config.segments:
             if first == enters:
                 full, h = h, jnp.take_along_axis(h, cast(Array, kept)[..., None], axis=1)
-            h = apply_blocks(block, "blocks", last - first, h, c, train, first=first, **options)
+            within = Within(self, first, config.depth - last)
+            h = apply_blocks(
+                block, "blocks", last - first, h, c, train, first=first, within=within, **options
+            )
             if last == leaves:
                 rows = jnp.arange(h.shape[0])[:, None]
                 h = full.at[rows, cast(Array, kept)].set(h)

@@ -19,7 +19,7 @@ from jaxldm.models.inputs import denoiser_shapes, labels_or_null
 from jaxldm.nn.activations import silu
 from jaxldm.nn.adaptive_norm import ZERO, gated
 from jaxldm.nn.attention import CrossAttention
-from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.block_stack import Within, apply_blocks
 from jaxldm.nn.embeddings import (
     TimestepEmbedding,
     sincos_position_embedding_2d,
@@ -198,7 +198,8 @@ class DiTTransformer2DModel(nn.Module):
         block, name = functools.partial(DiTTransformerBlock, config), "transformer_blocks"
         # The last layer uses the first block's embedders.
         carry = apply_blocks(block, name, 1, (h, None), wave, labels, remat=config.remat)
-        options = {"scan": config.scan, "remat": config.remat}
+        options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
+        options["within"] = Within(self)  # the first block is not of these, and always runs
         h, c = apply_blocks(block, name, config.num_layers - 1, carry, wave, labels, first=1, **options)
         shift, scale = jnp.split(
             Linear(2 * config.hidden_size, dtype=config.dtype, **ZERO, name="proj_out_1")(silu(c)),

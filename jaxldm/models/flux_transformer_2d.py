@@ -24,7 +24,7 @@ from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.nn.activations import gelu_tanh
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
-from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.block_stack import Within, apply_blocks
 from jaxldm.nn.embeddings import TimestepTextEmbedding, patchify, unpatchify
 from jaxldm.nn.joint_attention import JointAttention
 from jaxldm.nn.linear import Linear, compute_dtype
@@ -236,11 +236,14 @@ class FluxTransformer2DModel(nn.Module):
         double, single = (
             functools.partial(kind, config) for kind in (FluxTransformerBlock, FluxSingleTransformerBlock)
         )
+        doubles, singles = config.num_layers, config.num_single_layers
+        within = Within(self, 0, singles)
         image, text = apply_blocks(
-            double, "transformer_blocks", config.num_layers, (image, text), *shared, **options
+            double, "transformer_blocks", doubles, (image, text), *shared, within=within, **options
         )
         h = jnp.concatenate([text, image], axis=1)
-        h = apply_blocks(single, "single_transformer_blocks", config.num_single_layers, h, *shared, **options)
+        within = Within(self, doubles, 0)
+        h = apply_blocks(single, "single_transformer_blocks", singles, h, *shared, within=within, **options)
         h = AdaLayerNormContinuous(dtype=config.dtype, name="norm_out")(h[:, num_text:], c)
         features = config.out_channels or config.in_channels
         tokens = Linear(features, dtype=config.dtype, name="proj_out")(h)

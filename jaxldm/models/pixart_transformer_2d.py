@@ -18,7 +18,7 @@ from jaxldm.models.inputs import image_shape
 from jaxldm.nn.activations import silu
 from jaxldm.nn.adaptive_norm import gated
 from jaxldm.nn.attention import CrossAttention
-from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.block_stack import Within, apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TextProjection,
@@ -273,6 +273,7 @@ class PixArtTransformer2DModel(nn.Module):
             encoder_attention_mask,
             scan=config.scan,
             remat=config.remat,
+            within=Within(self),
         )
         shift, scale = modulation_table(self, 2, embedding[:, None])
         h = modulate(layer_norm(h, FINAL_EPS), shift, scale)

@@ -18,7 +18,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import Convention
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
-from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.block_stack import Within, apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TimestepTextEmbedding,
@@ -258,7 +258,9 @@ class SD3Transformer2DModel(nn.Module):
         text = Linear(config.caption_projection_dim, dtype=config.dtype, name="context_embedder")(text)
         for first, count, dual, last in config.runs:
             block = functools.partial(JointTransformerBlock, config, dual, last)
+            within = Within(self, first, config.num_layers - first - count)
             options = {"first": first, "scan": config.scan and count > 1, "remat": config.remat}
+            options |= {"within": within}
             h, text = apply_blocks(block, "transformer_blocks", count, (h, text), c, **options)
         h = AdaLayerNormContinuous(EPS, config.dtype, name="norm_out")(h, c)
         features = config.patch_size**2 * (config.out_channels or config.in_channels)

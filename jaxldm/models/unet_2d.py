@@ -16,7 +16,7 @@ from jaxldm.errors import one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import check_scalar_inputs, denoiser_shapes, labels_or_null, scalars_given
 from jaxldm.nn.activations import silu
-from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_levels
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, compute_dtype
@@ -141,10 +141,8 @@ class UNet2DModel(nn.Module):
         scalars = scalars_given(config.scalar_inputs, t, guidance_scale=guidance_scale, step_size=step_size)
         temb = self._embed(t, labels, scalars)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
-        h, skips = apply_down_blocks(h, self._down_blocks(), temb, train)
-        if config.mid_block_type is not None:
-            h = self._mid()(h, temb, train)
-        h = apply_up_blocks(h, skips, self._up_blocks(), temb, train)
+        mid = None if config.mid_block_type is None else self._mid()
+        h = apply_levels(self, h, self._down_blocks(), mid, self._up_blocks(), temb, train)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(silu(h))
         return h.astype(x.dtype)

@@ -16,7 +16,7 @@ from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import image_shape
 from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.added_kv_attention import AddedKVOptions, TextPoolingEmbedding
-from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_down_blocks, apply_up_blocks
+from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D, apply_levels
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
@@ -260,10 +260,8 @@ class UNet2DConditionModel(nn.Module):
             encoder_hidden_states = project(encoder_hidden_states)
         condition = (temb, train, encoder_hidden_states, encoder_attention_mask)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
-        h, skips = apply_down_blocks(h, self._down_blocks(), *condition)
-        if config.mid_block_type is not None:
-            h = self._mid_block()(h, *condition)
-        h = apply_up_blocks(h, skips, self._up_blocks(), *condition)
+        mid = None if config.mid_block_type is None else self._mid_block()
+        h = apply_levels(self, h, self._down_blocks(), mid, self._up_blocks(), *condition)
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(ACTIVATIONS[config.act_fn](h))
         return h.astype(x.dtype)

@@ -18,7 +18,7 @@ from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
 from jaxldm.nn.activations import silu
 from jaxldm.nn.adaptive_norm import gated
-from jaxldm.nn.block_stack import apply_blocks
+from jaxldm.nn.block_stack import Within, apply_blocks
 from jaxldm.nn.embeddings import TimestepEmbedding, patchify, timestep_embedding, unpatchify
 from jaxldm.nn.initialization import parameter, zeros
 from jaxldm.nn.joint_attention import JointAttention
@@ -226,7 +226,9 @@ class ZImageTransformer2DModel(nn.Module):
 
         def blocks(name: str, count: int, x: Array, *shared: object, modulation: bool = True) -> Array:
             block = partial(ZImageTransformerBlock, config, modulation)
-            return apply_blocks(block, name, count, x, *shared, scan=config.scan, remat=config.remat)
+            within = Within(self) if name == "layers" else None  # the refiners always run
+            options: dict[str, Any] = {"scan": config.scan, "remat": config.remat, "within": within}
+            return apply_blocks(block, name, count, x, *shared, **options)
 
         refiners = config.n_refiner_layers
         image = blocks("noise_refiner", refiners, image, of_image, None, c)

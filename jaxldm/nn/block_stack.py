@@ -1,14 +1,43 @@
-"""A stack of blocks of one kind: unrolled, or as one scan that compiles a single block."""
+"""A stack of blocks of one kind: unrolled, or as one scan that compiles a single block.
+
+This is also the one place where a transformer leaves blocks out in steps that reuse what an earlier one
+computed: [first F blocks | middle, computed or reused | last B]. See `jaxldm.nn.reuse`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.nn.reuse import (
+    Session,
+    first_leaf,
+    keep_session,
+    modulated_input,
+    session_of,
+)
 
 STACK = re.compile(r"(.+_)(\d+)to(\d+)")  # the name of a scanned stack: its start, first and last block
+
+
+class Within(NamedTuple):
+    """Where a stack is whose blocks may be reused.
+
+    Attributes:
+        module: whose compact method calls `apply_blocks`.
+        before, after: how many blocks of the network come before the stack and after it.
+    """
+
+    module: nn.Module
+    before: int = 0
+    after: int = 0
 
 
 def apply_blocks(
@@ -20,6 +49,7 @@ def apply_blocks(
     first: int = 0,
     scan: bool = False,
     remat: bool = False,
+    within: Within | None = None,
 ) -> Any:
     """carry <- block(carry, *shared), for `count` blocks. Call it in the compact method of their module.
 
@@ -38,7 +68,12 @@ def apply_blocks(
         scan: one `jax.lax.scan` in place of `count` blocks.
         remat: keep no activations inside a block for the backward pass, compute them again
             (Chen et al. 2016, arXiv:1604.06174).
+        within: for blocks of which a step may reuse the residual; None: they always run.
     """
+    session = None if within is None else session_of(within.module)
+    if within is not None and session is not None and count > 0:
+        blocks = _PureBlocks(make_block, name, first, count, shared, scan, remat)
+        return _apply_reusing(blocks, within, session, carry)
 
     def call(block: nn.Module, carry: Any) -> Any:
         return block(carry, *shared)
@@ -58,3 +93,78 @@ def apply_blocks(
         length=count,
     )
     return scanned(make_block(name=f"{name}_{first}to{first + count - 1}"), carry, None)[0]
+
+
+class _PureBlocks(NamedTuple):
+    """A stack as a function of its parameters; the fields are arguments of `apply_blocks`."""
+
+    make_block: Callable[..., nn.Module]
+    name: str
+    first: int
+    count: int
+    shared: tuple[Any, ...]
+    scan: bool
+    remat: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}_{self.first}to{self.first + self.count - 1}"
+
+    def call(self, params: Any, carry: Any) -> Any:
+        """The carry after the block that has these parameters."""
+
+        def block(params: Any, carry: Any) -> Any:
+            return self.make_block(parent=None).apply({"params": params}, carry, *self.shared)
+
+        return (jax.checkpoint(block) if self.remat else block)(params, carry)
+
+    def params(self, module: nn.Module, number: Any) -> Any:
+        """The parameters of a block of the stack."""
+        if not self.scan:
+            return module.get_variable("params", f"{self.name}_{self.first + number}")
+        stacked = module.get_variable("params", self.title)
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
+
+    def run(self, module: nn.Module, start: int, end: int, carry: Any) -> Any:
+        """The carry after the blocks `start` to `end` - 1 of the stack."""
+
+        def one(
+            carry: Any, number: Any
+        ) -> tuple[Any, None]:  # each takes its own parameters: no copy of a part
+            return self.call(self.params(module, number), carry), None
+
+        if self.scan and start < end:
+            return jax.lax.scan(one, carry, jnp.arange(start, end))[0]
+        for number in range(start, end):
+            carry, _ = one(carry, number)
+        return carry
+
+
+def _apply_reusing(blocks: _PureBlocks, within: Within, session: Session, carry: Any) -> Any:
+    """The stack in a session: its part of the first blocks, the middle or what stands for it, the last."""
+    module, cache, count = within.module, session.cache, blocks.count
+    if cache.skips is not None:
+        raise InvalidArgumentError(
+            "this cache is for U-Nets, and this network is a transformer: choose fora:3, taylor:4,1 or "
+            "first-block:0.1"
+        )
+    total = within.before + count + within.after
+    if cache.first_blocks + cache.last_blocks >= total:
+        raise InvalidArgumentError(
+            f"first_blocks={cache.first_blocks} and last_blocks={cache.last_blocks} always run, which leaves "
+            f"none of the {total} blocks to reuse: give less"
+        )
+    start = min(max(cache.first_blocks - within.before, 0), count)
+    end = max(count - max(cache.last_blocks - within.after, 0), start)
+    if session.wants == "modulated_input" and session.signal is None:
+        seen = modulated_input(lambda: blocks.call(blocks.params(module, 0), carry))
+        session = dataclasses.replace(session, signal=seen)
+    entered, carry = carry, blocks.run(module, 0, start, carry)
+    if start > 0:
+        session = dataclasses.replace(session, signal=first_leaf(carry) - first_leaf(entered))
+    if start < end:
+        carry, session = session.run(
+            blocks.title, lambda carry: blocks.run(module, start, end, carry), carry, residual=True
+        )
+    keep_session(module, session)
+    return blocks.run(module, end, count, carry)

@@ -9,15 +9,17 @@ attention, the time embedding, skip connections and what changes the size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.added_kv_attention import AddedKVAttention, AddedKVOptions
 from jaxldm.nn.attention import Attention2D
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from jaxldm.nn.reuse import keep_session, session_of
 from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
 
 
@@ -92,6 +94,7 @@ class DownBlock2D(_Level, kw_only=True):
     num_layers: int
     add_downsample: bool = True
     downsample_padding: int = 1
+    first_layer: int = 0
 
     @nn.compact
     def __call__(
@@ -103,7 +106,7 @@ class DownBlock2D(_Level, kw_only=True):
         mask: Shaped[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B h w out"], tuple[Float[Array, "B _ _ _"], ...]]:
         skips = []
-        for i in range(self.num_layers):
+        for i in range(self.first_layer, self.num_layers):
             x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
             x = self.attend(i, self.num_groups, x, context, mask)
             skips.append(x)
@@ -117,11 +120,15 @@ class DownBlock2D(_Level, kw_only=True):
 
 
 class UpBlock2D(_Level, kw_only=True):
-    """`num_layers` residual blocks, each with a skip connection as second input, then nearest upsampling."""
+    """`num_layers` residual blocks, each with a skip connection as second input, then nearest upsampling.
+
+    Layers before `first_layer` are left out.
+    """
 
     out_channels: int
     num_layers: int
     add_upsample: bool = True
+    first_layer: int = 0
 
     @nn.compact
     def __call__(
@@ -144,9 +151,9 @@ class UpBlock2D(_Level, kw_only=True):
             context, mask: those of `Transformer2D`.
             output_size: (h, w) to upsample to, see `Upsample2D`; residual blocks always double.
         """
-        for i in range(self.num_layers):
+        for i in range(self.first_layer, self.num_layers):
             if skips is not None:
-                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+                x = jnp.concatenate([x, skips[-1 - i + self.first_layer]], axis=-1)
             x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
             x = self.attend(i, self.num_groups, x, context, mask)
         if self.add_upsample and self.resnet_resampling:
@@ -182,7 +189,7 @@ class MidBlock2D(_Level, kw_only=True):
 
 
 def apply_down_blocks(
-    x: Float[Array, "B H W C"], blocks: Sequence[DownBlock2D], *condition
+    x: Float[Array, "B H W C"], blocks: Sequence[Any], *condition
 ) -> tuple[Float[Array, "B h w c"], tuple[Float[Array, "B _ _ _"], ...]]:
     """Apply all down blocks of a U-Net: (the lowest level, the skip connections, x itself first).
 
@@ -198,7 +205,7 @@ def apply_down_blocks(
 def apply_up_blocks(
     x: Float[Array, "B h w c"],
     skips: tuple[Float[Array, "B _ _ _"], ...],
-    blocks: Sequence[UpBlock2D],
+    blocks: Sequence[Any],
     *condition,
 ) -> Float[Array, "B H W C"]:
     """Apply all up blocks of a U-Net, each with as many skip connections as it has layers, the last first.
@@ -207,7 +214,74 @@ def apply_up_blocks(
     skip.
     """
     for block in blocks:
-        used, skips = skips[-block.num_layers :], skips[: -block.num_layers]
+        rest = len(skips) - block.num_layers
+        used, skips = skips[rest:], skips[:rest]
         size = cast(tuple[int, int], skips[-1].shape[1:3]) if skips else None
         x = block(x, used, *condition, output_size=size)
     return x
+
+
+def apply_levels(
+    module: nn.Module,
+    x: Float[Array, "B H W C"],
+    down: Sequence[DownBlock2D],
+    mid: MidBlock2D | None,
+    up: Sequence[UpBlock2D],
+    *condition,
+) -> Float[Array, "B H W _"]:
+    """All levels of a U-Net: down, the middle one, up. Call it in the compact method of their module.
+
+    In a session (`jaxldm.nn.reuse`) the outermost k skip connections are computed in every step, and all that
+    is deeper is computed or reused: DeepCache (Ma et al. 2023), with k = 1 its branch 0.
+
+    Args:
+        module: whose compact method this is.
+        x: `[B, H, W, C]`, the first skip connection.
+        down, mid, up: its blocks.
+        condition: as in `apply_down_blocks`.
+    """
+    session = session_of(module)
+    if session is None:
+        x, skips = apply_down_blocks(x, down, *condition)
+        x = x if mid is None else mid(x, *condition)
+        return apply_up_blocks(x, skips, up, *condition)
+    last = up[-1].num_layers
+    shallow = session.cache.skips or 1
+    if shallow > last:
+        raise InvalidArgumentError(
+            f"skips={shallow} of the cache is beyond this U-Net's outermost level, which has {last}"
+        )
+
+    def part(block: nn.Module, **changes: Any) -> Any:
+        return _Pure(module, str(block.name), block.clone(parent=None, name=None, **changes))
+
+    x, skips = apply_down_blocks(x, [part(down[0], num_layers=shallow - 1, add_downsample=False)], *condition)
+
+    def deep(x):
+        x, more = apply_down_blocks(
+            x, [part(down[0], first_layer=shallow - 1), *map(part, down[1:])], *condition
+        )
+        x = x if mid is None else part(mid)(x, *condition)
+        outermost = part(up[-1], num_layers=last - shallow, add_upsample=False)
+        return apply_up_blocks(x, skips + more[1:], [*map(part, up[:-1]), outermost], *condition)
+
+    x, session = session.run("deep", deep, x, residual=False)
+    keep_session(module, session)
+    outermost = part(up[-1], first_layer=last - shallow)
+    return outermost(x, skips, *condition)
+
+
+class _Pure(NamedTuple):
+    """A block as a function of the parameters that it has in a module; `num_layers` is the block's."""
+
+    module: nn.Module
+    name: str
+    block: nn.Module
+
+    @property
+    def num_layers(self) -> int:
+        return cast(Any, self.block).num_layers
+
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
+        params = self.module.get_variable("params", self.name)
+        return self.block.apply({"params": params}, *inputs, **more)

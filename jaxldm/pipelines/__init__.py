@@ -12,6 +12,7 @@ images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solve
 `family.py` how to add one.
 """
 
+from jaxldm.pipelines.cache_calibration import calibrate_cache
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.comparison import TensorComparison, compare, components
 from jaxldm.pipelines.families import FAMILIES, PIPELINES
@@ -52,6 +53,7 @@ __all__ = [
     "TensorComparison",
     "as_images",
     "as_masks",
+    "calibrate_cache",
     "check_drawn",
     "check_export_folder",
     "check_output_folder",

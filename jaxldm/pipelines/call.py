@@ -52,6 +52,8 @@ class Call:
             scheduler that the folder names.
         eta: for the solvers that have this option.
         variance: of solver "ddpm": "small", "large" or "learned", for networks with a learned variance.
+        cache: steps that reuse the blocks of an earlier one: a `D.Cache`, or what `D.caching.read` reads, as
+            "fora:3" or "first-block:0.1". One that looks at the blocks decides for a batch of images at once.
         spacing, sigmas: in place of the folder's own: a name of `D.SPACINGS` or "package.module:function", or
             the noise levels, one for each step.
         timesteps: the rows themselves, noisiest first, in place of a spacing.
@@ -91,6 +93,7 @@ class Call:
     solver: str | D.Solver | None = None
     eta: float | None = None
     variance: str | None = None
+    cache: Any = None
     spacing: str | None = None
     sigmas: str | Sequence[float] | Real[Array, " steps"] | None = None
     timesteps: Sequence[float] | Real[Array, " steps"] | None = None

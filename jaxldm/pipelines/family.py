@@ -39,8 +39,9 @@ from jaxldm.pipelines.generate import (
     read_prompts,
 )
 from jaxldm.pipelines.inputs import INPAINTING_CHANNELS, LatentSpec, Size
-from jaxldm.pipelines.latents import classifier_free_guidance, scale_factor
+from jaxldm.pipelines.latents import scale_factor
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+from jaxldm.pipelines.sampling_run import classifier_free_guidance
 
 _TITLES = {"unet": "U-Net"}  # of denoising networks in messages, where it is not the part's name
 _NONE: Mapping[str, Any] = MappingProxyType({})

@@ -26,9 +26,6 @@ from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
 from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs
 from jaxldm.pipelines.latents import (
-    Compiled,
-    PerCall,
-    PerImage,
     Progress,
     computing_mesh,
     decode_images,
@@ -37,6 +34,7 @@ from jaxldm.pipelines.latents import (
 )
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
+from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
 from jaxldm.schedulers import GridRule, Sampler, Scheduler
 
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
@@ -280,9 +278,13 @@ def denoise_latents(
         extra = {"extra_channels": start.extra_channels}
         cond, uncond = cond | extra, None if uncond is None else uncond | extra
     guided_channels = pipe.options.get("guided_channels") or latent_shape[-1]
+    cache = call.cache
+    if cache is not None:
+        cache.check_steps(int(D.steps_in(grid)))
+        cache = cache.padded(len(grid.t) - 1)
     return denoise(
         pipe.denoiser,
-        PerCall(grid, np.float32(guidance_scale), np.float32(call.guidance_rescale)),
+        PerCall(grid, np.float32(guidance_scale), np.float32(call.guidance_rescale), cache),
         PerImage(keys.data, cond, uncond, start.latents, start.image, start.known, start.repaint),
         Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews),
         Progress(call.on_step, call.progress, call.compile_only),

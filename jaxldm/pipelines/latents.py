@@ -13,81 +13,29 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.arguments import array, checked, count, instance, optional, some_devices
-from jaxldm.diffusion.grids import step_after
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.memory import check_computation, check_fits, most_in_step, size_of
 from jaxldm.models.sharding import AXES, mesh_of
 from jaxldm.pipelines.handed_in import check_channels, latent_channels
 from jaxldm.pipelines.network import A_NETWORK, Network
+from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage, solver_and_denoiser
 from jaxldm.pixels import check_not_pixels
 from jaxldm.reading import shown
-from jaxldm.schedulers import Sampler
 
 IMAGES, EVERYWHERE = PartitionSpec("images"), PartitionSpec()
 SPLIT_IMAGES = PartitionSpec(("data", "fsdp"))  # of weights that are split by rule
-
-
-class PerCall(NamedTuple):
-    """What all images of a call share. All of it is data to the compiled function."""
-
-    grid: D.Grid
-    guidance_scale: Float[Any, ""]
-    guidance_rescale: Float[Any, ""]
-
-
-class PerImage(NamedTuple):
-    """What each of N images has of its own; a part that does not apply is None.
-
-    Attributes:
-        key: [N, 2], the numbers of its key.
-        cond: arrays [N, ...] by the names of the network's arguments; "extra_channels" are added to x, and
-            names that begin with "_" are for the guidance rule alone.
-        uncond: the same for the unconditional or negative branch; None without guidance.
-        latents: [N, h, w, c], x at the first row of the grid, in place of noise.
-        image: [N, h, w, c], the latents of the image to start from, to be noised.
-        known: [N, h, w, c], the latents that are put back after each step where `repaint` is 0.
-        repaint: [N, h, w, 1].
-    """
-
-    key: UInt32[Any, "N 2"]
-    cond: dict[str, Any]
-    uncond: dict[str, Any] | None
-    latents: Float[Any, "N h w c"] | None = None
-    image: Float[Any, "N h w c"] | None = None
-    known: Float[Any, "N h w c"] | None = None
-    repaint: Float[Any, "N h w 1"] | None = None
-
-
-class Compiled(NamedTuple):
-    """What is compiled into the sampling loop, besides shapes: another value of it compiles again.
-
-    Attributes:
-        sampler: solver and denoiser.
-        combine: (uncond, cond, t, condition, per_call) -> the two outputs as one, under guidance.
-        latent_shape: (h, w, c).
-        guided_channels: how many channels of the output are guided, from the first on.
-        key_impl: which random numbers.
-        previews: how often x_0 is kept on the way.
-    """
-
-    sampler: Sampler
-    combine: Callable[..., Any]
-    latent_shape: tuple[int, int, int]
-    guided_channels: int
-    key_impl: Any
-    previews: int = 0
 
 
 class Progress(NamedTuple):
@@ -96,17 +44,6 @@ class Progress(NamedTuple):
     on_step: Callable[[Any, Any], None] | None = None
     progress: Callable[[Any, Any], None] | None = None
     compile_only: bool = False
-
-
-def classifier_free_guidance(
-    uncond: Float[Array, "N h w c"],
-    cond: Float[Array, "N h w c"],
-    t: Float[Array, " ..."],
-    condition: Mapping[str, Any],
-    per_call: PerCall,
-) -> Float[Array, "N h w c"]:
-    """(1 - w) uncond + w cond (Ho and Salimans 2022), rescaled as in Lin et al. 2023."""
-    return D.rescale_guidance(D.guide(uncond, cond, per_call.guidance_scale), cond, per_call.guidance_rescale)
 
 
 def denoise(
@@ -162,7 +99,8 @@ def _check_step_fits(
         batch = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), per_image
         )
-        carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), per_call, batch)
+        begin = functools.partial(_first_carry, compiled=compiled)
+        carry = jax.eval_shape(begin, network, per_call, batch)
         steps = functools.partial(take_steps, compiled=compiled)
         return models.largest_product(steps, network, per_call, batch, carry, jnp.int32(0), jnp.int32(1))
 
@@ -180,8 +118,9 @@ def _first_device(devices: Sequence[Any] | None) -> Any:
     return (jax.local_devices() if devices is None else [*devices, *jax.local_devices()])[0]
 
 
-def _first_carry(per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Any:
+def _first_carry(network: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Any:
     """The solver's state at the first row, and empty previews."""
+    solver, _ = solver_and_denoiser(network, per_call, per_image, compiled)
     keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
     grid, x = per_call.grid, per_image.latents
     if x is None:
@@ -189,20 +128,14 @@ def _first_carry(per_call: PerCall, per_image: PerImage, compiled: Compiled) -> 
         x = x if per_image.image is None else grid.alpha[0] * per_image.image + x
     x = jnp.asarray(x, jnp.float32)
     previews = jnp.zeros((len(keys), compiled.previews, *compiled.latent_shape), x.dtype)
-    return _solver(per_image, compiled).init(x), previews
-
-
-def _solver(per_image: PerImage, compiled: Compiled) -> D.Solver:
-    if per_image.repaint is None:
-        return compiled.sampler.solver
-    return D.inpaint(compiled.sampler.solver, cast(Any, per_image.known), 1 - per_image.repaint)
+    return solver.init(x), previews
 
 
 def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -> Any:
     """Zeros in the shape of `_first_carry` of each program; the first step does not read them."""
     programs = mesh.shape.get("images", 1)
     local = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(a) // programs, *a.shape[1:]), a.dtype), batch)
-    carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), shared[1], local)
+    carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), *shared, local)
     zeros = jax.tree.map(lambda leaf: np.zeros((programs, *leaf.shape), leaf.dtype), carry)
     spec = IMAGES if "images" in mesh.shape else EVERYWHERE
     return jax.device_put(zeros, NamedSharding(mesh, spec))  # as later carries are: one compilation
@@ -242,9 +175,8 @@ def take_steps(
 
     `D.sample` in pieces. Before step 0 the carry is not read.
     """
-    grid, solver = per_call.grid, _solver(per_image, compiled)
-    keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
-    denoiser = compiled.sampler.denoiser(guided(network, per_call, per_image, compiled))
+    grid, keys = per_call.grid, jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
+    solver, denoiser = solver_and_denoiser(network, per_call, per_image, compiled)
     places = (jnp.arange(compiled.previews) + 1) * D.steps_in(grid) // (compiled.previews + 1)
 
     def step(i, carry):
@@ -253,7 +185,8 @@ def take_steps(
         here = (places == i)[None, :, None, None, None]
         return state, jnp.where(here, x_0[:, None], previews)
 
-    carry = jax.lax.cond(first == 0, lambda: _first_carry(per_call, per_image, compiled), lambda: carry)
+    begin = functools.partial(_first_carry, network, per_call, per_image, compiled)
+    carry = jax.lax.cond(first == 0, begin, lambda: carry)
     return jax.lax.fori_loop(first, last, step, carry)
 
 
@@ -262,40 +195,6 @@ def _with_known_part(x: Any, grid: D.Grid, last: Any, per_image: PerImage, compi
     clean = (grid.t[-1] <= compiled.sampler.path.t_min) & (last == D.steps_in(grid))
     kept = (1 - cast(Any, per_image.repaint)) * clean.astype(jnp.float32)
     return kept * per_image.known + (1 - kept) * x
-
-
-def guided(
-    network: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled
-) -> Callable[[Any, Any], Float[Array, "N h w out"]]:
-    """`predict(x, t)`: the network's output, under classifier-free guidance where there is an uncond.
-
-    Of a network with learned variance the prediction alone is guided; the variance, where the solver wants
-    it, is the one under the condition (Saharia et al. 2022, section 2.2, as published models do it).
-    """
-    channels, guided_channels = compiled.latent_shape[-1], compiled.guided_channels
-    takes_step = "step_size" in getattr(network.config, "scalar_inputs", ())
-
-    def call(x, t, condition):
-        arguments = {name: value for name, value in condition.items() if not name.startswith("_")}
-        extra = arguments.pop("extra_channels", None)
-        x = x if extra is None else jnp.concatenate([x, extra], axis=-1)
-        if takes_step:
-            arguments["step_size"] = step_after(per_call.grid, t)
-        return models.network(network.module)(network.params, x, t, arguments)
-
-    def predict(x, t):
-        if per_image.uncond is None:
-            output = call(x, t, per_image.cond)
-        else:
-            uncond, output = branches.call(x, t)
-            cond = output[..., :guided_channels]
-            mixed = compiled.combine(uncond[..., :guided_channels], cond, t, per_image.cond, per_call)
-            output = jnp.concatenate([mixed, output[..., guided_channels:].astype(mixed.dtype)], axis=-1)
-        return output if compiled.sampler.learned_variance else output[..., :channels]
-
-    if per_image.uncond is not None:
-        branches = D.condition_branches(call, per_image.cond, per_image.uncond)
-    return predict
 
 
 def scale_factor(vae: Network) -> int:

@@ -29,6 +29,7 @@ from jaxldm.arguments import (
     some_devices,
     text,
 )
+from jaxldm.diffusion.caching import a_cache_or_notation
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import MAX_STEPS
 from jaxldm.schedulers.read import a_solver_or_name
@@ -50,6 +51,7 @@ CHECKS: Mapping[str, Check] = {
     "width": optional(count(1)),
     "solver": optional(a_solver_or_name),
     "eta": optional(number(0)),
+    "cache": optional(a_cache_or_notation),
     "variance": optional(choice("variance", ("small", "large", "learned"))),
     "spacing": optional(text),
     "sigmas": optional(a_name_or_numbers),

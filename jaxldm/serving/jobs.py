@@ -18,8 +18,8 @@ from jaxldm import diffusion as D
 from jaxldm.arguments import a_key, checked, function, instance, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.call import Call
-from jaxldm.pipelines.latents import Compiled, PerImage
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+from jaxldm.pipelines.sampling_run import Compiled, PerImage
 from jaxldm.serving.embeddings import Embeddings
 from jaxldm.serving.slots import Rows
 
@@ -117,6 +117,8 @@ def job_of(loop: Loop) -> Job:
     pipe, (sampler, grid), (cond, uncond) = loop.pipe, loop.run, loop.condition
     if any(part is not None for part in loop.start):
         raise InvalidArgumentError("slots start from noise: leave image, mask_image and latents out")
+    if loop.call.cache is not None:
+        raise InvalidArgumentError("slots share their steps, each at another one: leave the cache out")
     num_steps, num_images = int(D.steps_in(grid)), len(loop.keys.data)
     if num_steps > MAX_STEPS:
         raise InvalidArgumentError(f"num_inference_steps must be at most {MAX_STEPS}, got {num_steps}")

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxldm import diffusion as D
-from jaxldm.pipelines.latents import Compiled, PerCall, PerImage, guided
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage, guided
 
 SLOTS = "slots"  # the axis of `vmap`
 

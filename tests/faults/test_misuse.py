@@ -113,6 +113,8 @@ ROOMS = {
 # hold what they are given until a function that checks is given them, and Flax modules, whose configs check.
 EXCEPTIONS = {
     "checkpoints.Tokenizer": "made by load_tokenizer; its call and `save` have cases",
+    "D.Cache": "a pytree, made by the functions of D.caching, which have cases",
+    "D.CachedDenoiser": "made by D.cached_denoiser",
     "D.Listener": "made by D.listening",
     "D.Path": "the base class of paths, each of which has a case",
     "D.TrainingTimes": "a type",

@@ -20,7 +20,7 @@ from jaxldm import diffusion as D
 from jaxldm import models, pipelines, schedulers
 from jaxldm.models.cost import _jaxprs_in
 from jaxldm.nn import attention_kernels, flash_attention
-from jaxldm.pipelines import latents
+from jaxldm.pipelines import latents, sampling_run
 from jaxldm.pipelines import tokens as token_steps
 
 
@@ -72,13 +72,14 @@ def sampling_loop(module, dtype, **more):
     )
     key = jax.random.key(0)
     shape = (*x.shape[1:3], channels)
-    compiled = latents.Compiled(
-        scheduler.sampler, latents.classifier_free_guidance, shape, channels, jax.random.key_impl(key)
+    compiled = sampling_run.Compiled(
+        scheduler.sampler, sampling_run.classifier_free_guidance, shape, channels, jax.random.key_impl(key)
     )
-    per_call = latents.PerCall(grid, array(()), array(()))
-    per_image = latents.PerImage(array((1, 2), "uint32"), cond, cond)
-    carry = jax.eval_shape(functools.partial(latents._first_carry, compiled=compiled), per_call, per_image)
+    per_call = sampling_run.PerCall(grid, array(()), array(()))
+    per_image = sampling_run.PerImage(array((1, 2), "uint32"), cond, cond)
     network = pipelines.Network(module, weights(module, dtype))
+    begin = functools.partial(latents._first_carry, compiled=compiled)
+    carry = jax.eval_shape(begin, network, per_call, per_image)
     take = functools.partial(latents.take_steps, compiled=compiled)
     bounds = (array((), "int32"), array((), "int32"))
     return jax.make_jaxpr(take)(network, per_call, per_image, carry, *bounds)

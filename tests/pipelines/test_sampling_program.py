@@ -11,7 +11,7 @@ from programs import equations, products
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines, schedulers
-from jaxldm.pipelines import latents
+from jaxldm.pipelines import latents, sampling_run
 
 IMAGES, STEPS = 3, 5
 
@@ -23,15 +23,20 @@ def loop():
     labels = np.arange(IMAGES, dtype=np.int32)
     scheduler = schedulers.from_config({"_class_name": "DPMSolverMultistepScheduler"})
     shape = (8, 8, 4)
-    compiled = latents.Compiled(
-        scheduler.sampler, latents.classifier_free_guidance, shape, 4, jax.random.key_impl(jax.random.key(0))
+    compiled = sampling_run.Compiled(
+        scheduler.sampler,
+        sampling_run.classifier_free_guidance,
+        shape,
+        4,
+        jax.random.key_impl(jax.random.key(0)),
     )
     grid = D.make_grid(scheduler.path_for(64), STEPS)
-    per_call = latents.PerCall(grid, np.float32(4.0), np.float32(0.0))
+    per_call = sampling_run.PerCall(grid, np.float32(4.0), np.float32(0.0))
     keys = np.asarray(jax.random.key_data(D.image_keys(jax.random.key(0), IMAGES)))
-    per_image = latents.PerImage(keys, {"labels": labels}, {"labels": np.full_like(labels, 4)})
-    carry = jax.eval_shape(functools.partial(latents._first_carry, compiled=compiled), per_call, per_image)
+    per_image = sampling_run.PerImage(keys, {"labels": labels}, {"labels": np.full_like(labels, 4)})
     network = pipelines.Network(module, models.shapes(module))
+    begin = functools.partial(latents._first_carry, compiled=compiled)
+    carry = jax.eval_shape(begin, network, per_call, per_image)
     take = functools.partial(latents.take_steps, compiled=compiled)
     arguments = (network, per_call, per_image, carry, np.int32(0), np.int32(STEPS))
     return module, jax.make_jaxpr(take)(*arguments), (arguments, compiled)

@@ -205,7 +205,7 @@ AMUSED = Family(
     decode=decode,
     num_callbacks=count_callbacks,
     unused=(
-        *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews"),
+        *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
         *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end"),
     ),
     methods={"mask_token": mask_token, "image_tokens": image_tokens},

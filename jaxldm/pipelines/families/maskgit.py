@@ -189,7 +189,7 @@ MASKGIT = Family(
     num_callbacks=count_callbacks,
     unused=(
         *("num_images_per_prompt", "true_cfg_scale", "height", "width", "image", "strength", "mask_image"),
-        *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews"),
+        *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
         *("guidance_rescale", "denoising_start", "denoising_end"),
     ),
     methods={

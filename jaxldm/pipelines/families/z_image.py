@@ -29,9 +29,9 @@ from jaxldm.pipelines.family import (
 )
 from jaxldm.pipelines.generate import grid, read_scheduler
 from jaxldm.pipelines.inputs import LatentSpec, Size
-from jaxldm.pipelines.latents import PerCall
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
+from jaxldm.pipelines.sampling_run import PerCall
 
 # What Qwen3's chat template comes to for one question, its answer about to begin.
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -1,0 +1,86 @@
+"""Caches in pipelines: what they draw, what compiles, and what is refused before anything does."""
+
+import jax
+import numpy as np
+import pytest
+from compilations import COMPILATIONS
+from tiny_models import latent_pipeline, pixel_pipeline
+
+from jaxldm import diffusion as D
+from jaxldm import pipelines, serving
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
+
+KEY = jax.random.key(3)
+CALL = {"num_inference_steps": 6, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module", params=["unet", "dit"])
+def pipe(request):
+    return latent_pipeline() if request.param == "unet" else pixel_pipeline(depth=3)
+
+
+def test_a_cache_draws_nearly_the_same_and_compiles_once(pipe):
+    labels = [0, 1, 2]
+    plain = pipe(KEY, labels, **CALL)
+    every = pipe(KEY, labels, cache="fora:1", **CALL)
+    np.testing.assert_array_equal(every, plain)
+    before = COMPILATIONS.count
+    for steps, cache in ((6, "fora:2"), (6, D.caching.fora(3, warm_up=2)), (9, "fora:5"), (6, "fora:2,3")):
+        images = pipe(KEY, labels, cache=cache, **CALL | {"num_inference_steps": steps})
+        assert np.isfinite(images).all() and not (images == plain).all()
+    assert COMPILATIONS.count == before
+    schedules = [D.caching.at_steps([True, *row]) for row in ([True] * 5, [False] * 5, [True, False] * 2)]
+    first = pipe(KEY, labels, cache=schedules[0], **CALL)
+    np.testing.assert_array_equal(first, plain)
+    before = COMPILATIONS.count
+    none, some = (pipe(KEY, labels, cache=schedule, **CALL) for schedule in schedules[1:])
+    assert COMPILATIONS.count == before
+    errors = [np.abs(images - plain).mean() for images in (none, some)]
+    assert errors[0] > errors[1] > 0
+
+
+def test_steps_one_at_a_time_keep_the_memory(pipe):
+    """With a callback the loop is on the host."""
+    seen = []
+    images = pipe(KEY, [0, 1, 2], cache="fora:2", on_step=lambda i, x: seen.append(i), **CALL)
+    np.testing.assert_allclose(images, pipe(KEY, [0, 1, 2], cache="fora:2", **CALL), atol=1e-5)
+    assert seen == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"cache": "forra:3"}, UnknownNameError, "did you mean 'fora'"),
+        ({"cache": "fora:0"}, InvalidArgumentError, "interval must be"),
+        ({"cache": "first-block:-1"}, InvalidArgumentError, "threshold must be a positive number"),
+        ({"cache": 3}, InvalidArgumentError, "cache must be a cache such as D.caching.fora"),
+        ({"cache": D.caching.at_steps([True] * 7)}, InvalidArgumentError, "schedule has 7 steps, the run 6"),
+        ({"cache": "fora:2", "solver": "heun"}, InvalidArgumentError, "once a step: choose ddim"),
+    ],
+)
+def test_what_is_refused_before_anything_compiles(pipe, options, error, words):
+    before = COMPILATIONS.count
+    with pytest.raises(error, match=words) as caught:
+        pipe(KEY, [0], **CALL | options)
+    assert COMPILATIONS.count == before and "\n" not in str(caught.value)
+
+
+def test_caches_of_other_families_are_refused(pipe):
+    unet = pipe.denoiser_name == "unet"
+    with pytest.raises(InvalidArgumentError, match="transformer" if unet else "for U-Nets"):
+        pipe(KEY, [0], cache="first-block:0.1" if unet else "deepcache:3", **CALL)
+    with pytest.raises(InvalidArgumentError, match="leave the cache out"):
+        serving.prepare(pipe, KEY, [0], cache="fora:2", num_inference_steps=2)
+
+
+def test_a_calibration_makes_caches_of_the_model(pipe):
+    found = pipelines.calibrate_cache(pipe, KEY, [0, 1], **CALL)
+    assert (
+        found.ratios.shape == (6,) and (found.ratios[1:] > 0).all() and (found.residual_changes[1:] > 0).all()
+    )
+    assert found.input_changes[1:].all() == (pipe.denoiser_name != "unet")
+    images = pipe(KEY, [0, 1], cache=D.caching.magcache(found.ratios, 100.0, max_skips=2), **CALL)
+    skipping = D.caching.at_steps([True, True, False, False, True, False])
+    np.testing.assert_array_equal(images, pipe(KEY, [0, 1], cache=skipping, **CALL))
+    with pytest.raises(InvalidArgumentError, match="starts from noise"):
+        pipelines.calibrate_cache(pipe, KEY, [0], latents=np.zeros((1, *pipe.latent_shape())), **CALL)
