@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxldm import checkpoints, data, metrics, pipelines, training
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.metrics.evaluate import Classify
 
 
@@ -22,6 +22,16 @@ def check_demo(run_dir: Path) -> None:
         raise InvalidArgumentError(
             f"{run_dir} is no run: `make demo` makes runs/mini-ldm, or name another with --run-dir"
         )
+
+
+def load_run(run_dir: Path, recipe: str) -> Any:
+    """The pipeline of a finished run. Raises `CheckpointError`, of no run with how to make it."""
+    if not run_dir.exists():
+        raise CheckpointError(
+            f"{run_dir} does not exist: make it with `jaxldm train {recipe} --run-dir {run_dir}`, or give "
+            "another run"
+        )
+    return pipelines.load(run_dir)
 
 
 def weights_hash(run_dir: Path) -> str:

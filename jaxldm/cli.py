@@ -23,11 +23,12 @@ from typing import Any
 from jaxldm import __version__
 from jaxldm.commands import COMMANDS, IMPORTED, SUBCOMMANDS, load_command
 from jaxldm.commands.words import check_text, check_words
-from jaxldm.errors import InvalidArgumentError, JaxldmError, cause, one_of
+from jaxldm.errors import InvalidArgumentError, JaxldmError, Stopped, cause, one_of
 from jaxldm.files import storage_error, storage_errors
 
 MAX_LINE = 390  # characters of a message
 TRAINING = (["train"], ["distill"])  # commands that can be resumed
+RESUME = "the same command with --resume continues from the last checkpoint"
 
 HELP = """usage: jaxldm [--import MODULE] COMMAND ...
 
@@ -89,8 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return print_error("out of memory: use fewer images, a smaller batch or a smaller model")
-    except KeyboardInterrupt:
-        return interrupted(own_process, words[:1] in TRAINING)
+    except Stopped as error:  # its log has said so, where one is printed
+        return interrupted(own_process, str(error) if "--quiet" in words else "")
+    except KeyboardInterrupt as error:
+        return interrupted(own_process, str(error) or (RESUME if words[:1] in TRAINING else ""))
 
 
 def run(words: list[str], own_process: bool) -> None:
@@ -117,7 +120,7 @@ def on_interrupt(number: int, frame: Any) -> None:
     """Raises `KeyboardInterrupt`; while a module is imported, which may be C that it would crash, ends."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            interrupted(own_process=True, training=sys.argv[1:2] in TRAINING)
+            interrupted(own_process=True, more=RESUME if sys.argv[1:2] in TRAINING else "")
         frame = frame.f_back
     raise KeyboardInterrupt
 
@@ -130,11 +133,10 @@ def repeat_interrupt(unraisable: Any, later: float = 0.05) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def interrupted(own_process: bool, training: bool = False) -> int:
+def interrupted(own_process: bool, more: str = "") -> int:
     """Prints one line on stderr and returns, or in its own process ends with, exit code 130."""
-    resume = "; the same command with --resume continues from the last checkpoint"
     stderr = sys.__stderr__ if own_process else sys.stderr  # the parser's is redirected
-    print(f"\njaxldm: interrupted{resume if training else ''}", file=stderr)
+    print(f"\njaxldm: interrupted{': ' if more else ''}{more}", file=stderr)
     if own_process:
         # A running computation cannot be stopped, and would call back into an interpreter that has ended.
         with contextlib.suppress(OSError):

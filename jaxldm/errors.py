@@ -63,6 +63,10 @@ class UnknownNameError(JaxldmError, KeyError):
         return str(self.args[0])
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a training, after all was saved and a line of its log has said how to go on."""
+
+
 class InvalidArgumentError(JaxldmError, ValueError):
     """A value or an option is not allowed, or two options exclude each other."""
 

@@ -7,14 +7,28 @@ Needs:    the `plots` extra.
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import io
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 
+from jaxldm.commands.terminal import run_script
 from jaxldm.data import shapes
+from jaxldm.files import write_atomically
 
 
-def main(path: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class ContactSheet:
+    """Draw 96 pictures of the training split on one."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """The PNG file to write."""
+
+
+def main(options: ContactSheet) -> None:
     """Write 6 rows of 16 pictures of the training split, two pixels apart, in twice their size."""
     from PIL import Image
 
@@ -23,8 +37,10 @@ def main(path: str) -> None:
     tiles = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
     sheet = tiles.reshape(6, 16, 34, 34, 3).transpose(0, 2, 1, 3, 4).reshape(6 * 34, 16 * 34, 3)
     picture = Image.fromarray(sheet)
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)
+    content = io.BytesIO()
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(content, "PNG")
+    write_atomically(options.out, content.getvalue())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_script(main, ContactSheet)

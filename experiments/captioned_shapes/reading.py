@@ -7,15 +7,26 @@ Needs:    nothing but the package. Minutes and figures: README.md in this folder
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxldm.commands.terminal import run_script
 from jaxldm.data import shapes
 from jaxldm.metrics.shapes import read_shapes, shares_as_asked
 
 SEED = 1234
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Render pictures whose attributes are known, and read them: clean, blurred and noisy."""
+
+    image_size: int = 32
+    """Height and width in pixels."""
+    num_images: int = 10_000
+    """Of the clean ones; a thousand of each other kind."""
 
 
 def blurred(images: UInt8[np.ndarray, "N H W C"], sigma: float) -> UInt8[np.ndarray, "N H W C"]:
@@ -31,16 +42,12 @@ def noisy(images: UInt8[np.ndarray, "N H W C"], deviation: float) -> UInt8[np.nd
     return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
 
 
-def main() -> None:
+def main(options: Reading) -> None:
     """Print a row for the clean pictures, and one for each blur and each noise."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--num-images", type=int, default=10000)
-    args = parser.parse_args()
-    numbers = np.arange(args.num_images)
+    numbers = np.arange(options.num_images)
     shown = shapes.draw_attributes(SEED, numbers, (*shapes.SEEN, *sorted(shapes.HELD_OUT)))
-    images = shapes.render(SEED, numbers, shown, args.image_size)
-    few, scale = images[:1000], args.image_size / 32
+    images = shapes.render(SEED, numbers, shown, options.image_size)
+    few, scale = images[:1000], options.image_size / 32
     cases = {"clean": images}
     cases |= {f"blur of {sigma} pixels": blurred(few, sigma * scale) for sigma in (0.5, 0.75, 1.0, 1.5)}
     cases |= {f"noise of {deviation} levels": noisy(few, deviation) for deviation in (5, 10, 20, 40)}
@@ -53,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Reading)

@@ -7,18 +7,36 @@ Needs:    a run of the recipe `captioned-shapes`. Minutes and figures: README.md
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
-from jaxldm import data, pipelines
+from experiments.trained import load_run
+from jaxldm import data
+from jaxldm.commands.terminal import run_script
 from jaxldm.data import shapes
 from jaxldm.metrics.shapes import read_shapes, shares_as_asked
 
 SEED = 99
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Draw pairs of shape and colour, seen and held out, and read what was drawn."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """A finished run of the recipe captioned-shapes."""
+    guidance_scales: tuple[float, ...] = (1.5, 3.0, 5.0)
+    """A row for each."""
+    per_pair: int = 10
+    """Pictures of each pair."""
+    steps: int = 20
+    """Of the sampler."""
 
 
 def shares(
@@ -40,23 +58,17 @@ def shares(
     return shares_as_asked(read_shapes(data.to_uint8(np.asarray(images))), shown._asdict())
 
 
-def main() -> None:
+def main(options: Score) -> None:
     """Print a row for each guidance scale and kind of pair."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run")
-    parser.add_argument("--guidance-scales", type=float, nargs="+", default=[1.5, 3.0, 5.0])
-    parser.add_argument("--per-pair", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
-    pipe = pipelines.load(args.run)
+    pipe = load_run(options.run_dir, "captioned-shapes")
     columns = ("shape and colour", *shapes.KINDS, "all")
     print(f"| w | pairs | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
-    for scale in args.guidance_scales:
+    for scale in options.guidance_scales:
         for name, pairs in (("seen", shapes.SEEN), ("held out", sorted(shapes.HELD_OUT))):
-            found = shares(pipe, pairs, args.per_pair, scale, args.steps)
+            found = shares(pipe, pairs, options.per_pair, scale, options.steps)
             figures = " | ".join(f"{found[column]:.1%}" for column in columns)
-            print(f"| {scale:g} | {name} ({args.per_pair * len(pairs)}) | {figures} |", flush=True)
+            print(f"| {scale:g} | {name} ({options.per_pair * len(pairs)}) | {figures} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Score)

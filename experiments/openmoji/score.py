@@ -7,21 +7,40 @@ Needs:    a run of the recipe `openmoji`, the extra `openmoji`. Minutes and figu
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+import tyro
 from jaxtyping import UInt8
 
 from experiments.openmoji.features import Blocks, colour_and_shape, ranks
-from jaxldm import data, metrics, pipelines
+from experiments.trained import load_run
+from jaxldm import data, metrics
+from jaxldm.commands.terminal import run_script
 from jaxldm.data import openmoji
 
 SEED = 7
 ASKED, AMONG, NEAREST = 200, 500, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Draw names seen and held out, and look for the real picture among the nearest ones."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """A finished run of the recipe openmoji."""
+    guidance_scales: tuple[float, ...] = (1.5, 3.0, 5.0)
+    """A row for each."""
+    steps: int = 20
+    """Of the sampler."""
+    inception: Path | None = None
+    """A file of FID's weights, whose features then are the judge."""
+    gallery: Path | None = None
+    """A PNG file to write, of the last scale."""
 
 
 class Task(NamedTuple):
@@ -59,11 +78,11 @@ def share_near(drawn: UInt8[np.ndarray, "N H W 3"], task: Task, features: Callab
     return float((places < NEAREST).mean())
 
 
-def network_features(file: str) -> Callable[[UInt8[np.ndarray, "N H W 3"]], Blocks]:
+def network_features(file: Path) -> Callable[[UInt8[np.ndarray, "N H W 3"]], Blocks]:
     """The features of FID's Inception network, of a file with its weights."""
     from jaxldm import checkpoints
 
-    loaded = checkpoints.load_inception(Path(file))
+    loaded = checkpoints.load_inception(file)
     network = metrics.inception_network(loaded.module, loaded.params, loaded.sha256)
     apply = jax.jit(network.apply)
 
@@ -95,7 +114,7 @@ def autoencoded(pipe: Any, images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.nda
     return data.to_uint8(np.clip(np.concatenate([np.asarray(part) for part in parts]), -1, 1))
 
 
-def save_gallery(path: str, rows: dict[str, tuple[list[str], Any, Any]]) -> None:
+def save_gallery(path: Path, rows: dict[str, tuple[list[str], Any, Any]]) -> None:
     """Pictures drawn of eight names of each kind above the real ones, with whose these are."""
     pictures, labels, names = [], [], []
     for kind, (captions, drawn, real) in rows.items():
@@ -109,17 +128,10 @@ def save_gallery(path: str, rows: dict[str, tuple[list[str], Any, Any]]) -> None
         print(f"{kind}, from the left: {line}")
 
 
-def main() -> None:
+def main(options: Score) -> None:
     """Print a row for each guidance scale and kind of name, with two controls; write the gallery."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run")
-    parser.add_argument("--guidance-scales", type=float, nargs="+", default=[1.5, 3.0, 5.0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--inception", help="a file of FID's weights, whose features then are the judge")
-    parser.add_argument("--gallery", help="a PNG file to write")
-    args = parser.parse_args()
-    pipe = pipelines.load(args.run)
-    features = network_features(args.inception) if args.inception else colour_and_shape
+    pipe = load_run(options.run_dir, "openmoji")
+    features = network_features(options.inception) if options.inception else colour_and_shape
     asked = tasks(data.load("openmoji"))
     print(f"| pictures | {' | '.join(asked)} |\n|{'---|' * (len(asked) + 1)}", flush=True)
 
@@ -130,15 +142,14 @@ def main() -> None:
     real = {kind: task.candidates[: len(task.captions)] for kind, task in asked.items()}
     show("real ones through the autoencoder", {kind: autoencoded(pipe, real[kind]) for kind in asked})
     show("real ones of other names", {kind: np.roll(real[kind], 1, axis=0) for kind in asked})
-    for scale in args.guidance_scales:
-        drawn = {kind: draw(pipe, task.captions, scale, args.steps) for kind, task in asked.items()}
+    for scale in options.guidance_scales:
+        drawn = {kind: draw(pipe, task.captions, scale, options.steps) for kind, task in asked.items()}
         show(f"drawn, w = {scale:g}", drawn)
-        if args.gallery and scale == args.guidance_scales[-1]:
-            save_gallery(
-                args.gallery, {kind: (task.captions, drawn[kind], real[kind]) for kind, task in asked.items()}
-            )
+        if options.gallery and scale == options.guidance_scales[-1]:
+            rows = {kind: (task.captions, drawn[kind], real[kind]) for kind, task in asked.items()}
+            save_gallery(options.gallery, rows)
     print(f"\nReal pictures: {openmoji.LICENSE}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Score)

@@ -69,6 +69,7 @@ def evaluate_images(options: Any) -> None:
     from jaxldm.metrics import image_metrics as M
     from jaxldm.metrics.resizing import VARIANTS
 
+    check_json(options)
     one_of("resize variant", options.resize, VARIANTS)
     if options.batch_size < 1:
         raise InvalidArgumentError(f"batch_size must be 1 or more, got {options.batch_size}")
@@ -121,6 +122,16 @@ def evaluate_images(options: Any) -> None:
         if options.json:
             print(f"saved in {options.json}")
     print_findings(findings)
+
+
+def check_json(options: Any) -> None:
+    """Raises `InvalidArgumentError` for --json on a run without anything of published metrics."""
+    others = ("real", "metrics", "inception", "dinov2", "clip", "prompts", "lpips")
+    if options.json and not any(getattr(options, name) for name in others) and is_run(options.folder):
+        raise InvalidArgumentError(
+            "--json goes with --metrics: name some, or leave it out; the figures of the run's classifier are "
+            f"written to {Path(options.output_dir or Path(options.folder, 'eval'), 'metrics.json')}"
+        )
 
 
 def chosen_metrics(options: Any) -> dict[str, Metric]:
@@ -201,8 +212,8 @@ def inception_file(options: Any) -> Path:
     found = [file for file in known if file.is_file()]
     if not found:
         raise InvalidArgumentError(
-            f"FID's network needs its weights, which this package has not: {WHERE}, and give it by "
-            f"--inception FILE, or put it into the folder ${WEIGHTS}"
+            f"FID's network needs its weights, which this package lacks: {WHERE} "
+            f"(docs/metrics.md#the-weights), and give it by --inception FILE, or set {WEIGHTS} to its folder"
         )
     return found[0]
 

@@ -324,20 +324,18 @@ def describe_mesh(target: str, text: str, family: str | None = None) -> str:
 
 
 def compare(first: str, second: str) -> None:
-    """Prints a line per tensor. Raises `CheckpointError` with the names of the tensors that differ."""
+    """Prints that all tensors are the same, or a line for each that is not, and raises `CheckpointError`."""
     from jaxldm import pipelines
 
     rows = pipelines.compare(pipelines.load(first), pipelines.load(second))
-    print(
-        table(
-            [
-                (row.name, "x".join(map(str, row.shape)) or "scalar", row.difference or "bit-exact")
-                for row in rows
-            ]
-        )
-    )
     changed = [row.name for row in rows if row.difference]
     if changed:
+        lines = [
+            (row.name, "x".join(map(str, row.shape)) or "scalar", row.difference)
+            for row in rows
+            if row.difference
+        ]
+        print(table(lines, indent=""))
         raise CheckpointError(
             f"{len(changed)} of {len(rows)} tensors differ between {first} and {second}: {', '.join(changed)}"
         )

@@ -108,7 +108,7 @@ class Inspect:
         for make in makers:
             section = make()
             sections.append(section)
-            log(f"{section.title}{': ' + section.note if section.note else ''}")
+            log("\n  ".join(filter(None, (section.title, section.note))))
         return sections
 
     def check_numbers(self) -> None:

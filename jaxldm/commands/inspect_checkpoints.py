@@ -53,7 +53,8 @@ def checkpoint_section(subject: Subject, options: Any, network: Any, log: Any) -
     note = f"Not shown, because they are damaged: {'; '.join(damaged)}." if damaged else ""
     if len(steps) < 3 and not note:
         note = (
-            f"Checkpoints that this run keeps: {len(steps)}. For a longer curve train with --save-every 1 "
+            f"This run keeps {len(steps)} checkpoint{'s' * (len(steps) != 1)}. For a longer curve train with "
+            "--save-every 1 "
             "--keep-checkpoints 20; this page then has all of them."
         )
     return Section(title, parts, note)

@@ -80,6 +80,12 @@ def table(rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
     return "\n".join((indent + line).rstrip() for line in lines)
 
 
+def _own_command() -> str | None:
+    """`python -m MODULE` of the module that runs, as its help shows it; None where it was run by its path."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def run_script(main: Callable[[Any], None], options: type) -> None:
     """Runs `main(options)` with the options of the command line: the last line of an experiment's script.
 
@@ -88,7 +94,7 @@ def run_script(main: Callable[[Any], None], options: type) -> None:
     import tyro
 
     try:
-        main(tyro.cli(options, config=(tyro.conf.FlagCreatePairsOff,)))
+        main(tyro.cli(options, prog=_own_command(), config=(tyro.conf.FlagCreatePairsOff,)))
     except JaxldmError as error:
         print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -46,11 +46,14 @@ class Train:
     autoencoder_epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Epochs of the autoencoder over the training images."""
 
+    classifier_epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
+    """Epochs of the classifier, with which `jaxldm eval` measures, over the training images."""
+
     batch_size: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """Images per step of the same."""
+    """Images per step of the denoising network, or of the masked image model."""
 
     learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
-    """Highest learning rate of the same, after the warm-up."""
+    """Its highest learning rate, after the warm-up."""
 
     save_every: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Epochs between checkpoints of the denoising network."""
@@ -133,13 +136,13 @@ class Train:
         changes: dict[str, Any] = {"seed": self.seed, "image_size": self.image_size}
         changes["data"] = None if self.dataset is None else data.source_name(self.dataset)
         changes[recipe.generator] = given(getattr(recipe, recipe.generator), **generator)
-        if self.autoencoder_epochs is not None:
-            if recipe.autoencoder is None:
-                raise InvalidArgumentError(
-                    f"recipe {self.recipe} has no autoencoder: leave --autoencoder-epochs out"
-                )
-            changed = changes.get("autoencoder", recipe.autoencoder)
-            changes["autoencoder"] = given(changed, epochs=self.autoencoder_epochs)
+        for stage in ("autoencoder", "classifier"):
+            epochs = getattr(self, f"{stage}_epochs")
+            if epochs is None:
+                continue
+            if getattr(recipe, stage) is None:
+                raise InvalidArgumentError(f"recipe {self.recipe} has no {stage}: leave --{stage}-epochs out")
+            changes[stage] = given(changes.get(stage, getattr(recipe, stage)), epochs=epochs)
         return given(recipe, **changes)
 
 

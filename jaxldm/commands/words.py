@@ -6,6 +6,7 @@ What is wrong is said with the option as it was typed and what it takes, in word
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT64
 from jaxldm.reading import shown
 
+RUN = "RUN"  # how the help shows an argument that is the folder of a run
 _WORDS = {int: "a whole number", float: "a number", str: "a value", bool: "nothing"}
 _SEVERAL = {int: "whole numbers", float: "numbers", str: "values"}
 
@@ -76,12 +78,30 @@ def check_words(words: Sequence[str], command_class: type, name: str) -> None:
         _check_values(option, [value] if given else _values(option, left), name)
     for argument, option in zip(arguments, positional, strict=False):
         _check_values(option, [argument], name)
+        if option.name == RUN:
+            check_no_recipe(argument)
     if len(arguments) > len(positional):
         extra = shown(arguments[len(positional)])
         raise InvalidArgumentError(f"`jaxldm {name}` has no place for {extra} (see `jaxldm {name} --help`)")
     for option in positional[len(arguments) :]:
         if option.required:
             raise InvalidArgumentError(f"`jaxldm {name}` needs {option.name} (see `jaxldm {name} --help`)")
+
+
+def check_no_recipe(folder: str) -> None:
+    """Raises `InvalidArgumentError` for the name of a recipe where the folder of a run is wanted."""
+    if "/" in folder or os.path.exists(folder):
+        return
+    from jaxldm import training
+    from jaxldm.commands.hints import command
+
+    if folder not in training.RECIPES:
+        return
+    run = f"runs/{folder}"
+    train = "" if os.path.isdir(run) else f"train it with `{command('train', folder)}`, then "
+    raise InvalidArgumentError(
+        f"{folder} is the name of a recipe, and there is no such folder: {train}give the run, {run}"
+    )
 
 
 def options_of(command_class: type) -> list[Option]:

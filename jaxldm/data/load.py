@@ -112,8 +112,9 @@ def load(
         raise InvalidArgumentError(f"buckets are for folders of pictures, and {shown(name)} is a TFDS name")
     if not _NAME.fullmatch(name):
         raise InvalidArgumentError(
-            f"{shown(name)} is no name of a TFDS data set: give one such as mnist5k, emnist/digits or "
-            "mnist:3.0.1 (data sets of other catalogues are not read)"
+            f"there is no folder {shown(name)}, and it is no name of a TFDS data set: give a folder of "
+            "pictures, or a name such as mnist5k, emnist/digits or mnist:3.0.1 (other catalogues are not "
+            "read)"
         )
     folder = data_folder(data_dir)
     with _quiet():

@@ -256,8 +256,9 @@ def _warnings(labels, test_labels, number: int, width: int, classifier_accuracy:
             Finding(
                 "classifier",
                 f"only {classifier_accuracy:.1%} of the real test images are classified correctly",
-                "it is trained too short",
-                "Train it longer before believing figures that rest on it",
+                "the classifier is trained too short, or the recipe only shows that everything runs",
+                "Train a run with more epochs of the classifier (--classifier-epochs) before you believe "
+                "figures that rest on it",
                 False,
             )
         )

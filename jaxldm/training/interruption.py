@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxldm.errors import Stopped
+
 AGREE_EVERY = 10  # steps; where several processes train, a signal to one of them stops all
 
 
@@ -46,10 +48,10 @@ class StopRequest:
             os.write(2, b"\nstopping: the step under way is ended and saved (Ctrl-C again to stop at once)\n")
 
     def stop(self, message: str) -> None:
-        """Raise what the signal stands for: `KeyboardInterrupt`, or `SystemExit(143)` for SIGTERM."""
+        """Raise what the signal stands for: `Stopped`, or `SystemExit(143)` for SIGTERM."""
         if self.signal_number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt(message)
+        raise Stopped(message)
 
 
 def agreed_stop(request: StopRequest, step: int) -> bool:

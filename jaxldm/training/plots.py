@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -47,6 +48,19 @@ def plot_log_or_report(log_path: Path | str, report: Callable[[str], None]) -> N
         report(f"no curves next to {log_path}: {error}")
 
 
+def _scale(axes: Any, values: Float[np.ndarray, " N"]) -> None:
+    """A logarithmic axis for positive values, with plain decimals at its ticks: 0.9, not 9 x 10^-1."""
+    if not len(values) or values.min() <= 0:
+        return
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    plain = StrMethodFormatter("{x:g}")
+    axes.yaxis.set_major_formatter(plain)
+    within_a_decade = values.max() < 10 * values.min()  # else the powers of ten are enough
+    axes.yaxis.set_minor_formatter(plain if within_a_decade else NullFormatter())
+
+
 def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str) -> None:
     try:
         from matplotlib.figure import Figure  # late: half a second, and a server may lack it
@@ -63,9 +77,7 @@ def _plot_curve(path: Path, log: dict[str, np.ndarray], column: str, label: str)
         mean, end = centred_mean(values, window), len(values) - window // 4
         axes.plot(steps[:end], mean[:end], linewidth=1.5, label=f"mean of {window} steps")
         axes.legend()
-    finite = values[np.isfinite(values)]
-    if len(finite) and finite.min() > 0:
-        axes.set_yscale("log")
+    _scale(axes, values[np.isfinite(values)])
     axes.set(xlabel="step", ylabel=label, title=f"{path.parent.name}: {label}")
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()

@@ -158,8 +158,10 @@ class Progress:
         """Examples in a second, the share of time waiting for them, and that of the matrix peak."""
         seconds = max(seconds, 1e-9)
         waiting, of_peak = self._epoch_waiting / seconds, self._of_peak(len(self._epoch_rows), seconds)
-        peak = "" if np.isnan(of_peak) else f", {of_peak:.0%} of the matrix peak"
-        return f"{self._epoch_examples / seconds:.4g} examples/s, {waiting:.0%} waiting{peak}"
+        share = "under 1%" if of_peak < 0.01 else f"{of_peak:.0%}"
+        peak = "" if np.isnan(of_peak) else f", {share} of the matrix peak"
+        rate = self._epoch_examples / seconds
+        return f"{rate:{'.0f' if rate >= 100 else '.3g'}} examples/s, {waiting:.0%} waiting{peak}"
 
     def _end_epoch(self, epoch: int, learning_rate: float, now: float) -> None:
         rows = np.array(self._epoch_rows)

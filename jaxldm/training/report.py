@@ -116,7 +116,7 @@ def _last_epoch(log: dict[str, Any]) -> list[tuple[str, str]]:
     peak = log.get("of_peak", np.array([np.nan]))[-int(own.sum()) :]
     if np.isfinite(peak).any():
         share = 1 / np.nanmean(1 / peak)  # of the time that all took: some rows come in at once
-        rows.append(("share of the matrix peak", f"{share:.0%}"))
+        rows.append(("share of the matrix peak", "under 1%" if share < 0.01 else f"{share:.0%}"))
     others = [name for name in log if name not in ("epoch", "step", "seconds", "waiting", "of_peak")]
     means = {name: log[name][own] for name in others}
     return rows + [

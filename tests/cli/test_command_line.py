@@ -21,7 +21,7 @@ from jaxldm import __version__, cli, models, pipelines, training
 from jaxldm import diffusion as D
 from jaxldm.commands import COMMANDS, hints, info, load_command, sample, train
 from jaxldm.commands.terminal import check_seed, print_warnings_as_lines
-from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.errors import InvalidArgumentError, Stopped, UnknownNameError
 
 
 def test_help_lists_the_commands(capsys):
@@ -138,6 +138,45 @@ def test_ctrl_c_ends_with_130_and_a_word_on_resume(capsys, monkeypatch):
     assert code == 130 and "--resume" not in err and err.count("\n") == 2
 
 
+def test_how_to_go_on_after_ctrl_c_is_said_once(capsys, monkeypatch):
+    """By the log of the training, or where that is not printed, or did not get to it, by the last line."""
+    for error, words, last in (
+        (Stopped("stopped after step 3: --resume"), (), "jaxldm: interrupted"),
+        (
+            Stopped("stopped after step 3: --resume"),
+            ("--quiet",),
+            "jaxldm: interrupted: stopped after step 3",
+        ),
+        (
+            KeyboardInterrupt("stopped at once: --resume"),
+            (),
+            "jaxldm: interrupted: stopped at once: --resume",
+        ),
+    ):
+
+        def interrupted(self, error=error):
+            raise error
+
+        monkeypatch.setattr(train.Train, "run", interrupted)
+        code, _, err = run(capsys, "train", "smoke", *words)
+        assert code == 130 and err.strip().startswith(last)
+        assert err.count("--resume") == (0 if last.endswith("interrupted") else 1)
+
+
+@pytest.mark.parametrize("command", ["sample", "eval", "inspect", "serve", "distill"])
+def test_the_name_of_a_recipe_is_no_folder_and_its_run_is_named(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    line = complaint(capsys, command, "smoke-dit")
+    assert (
+        "name of a recipe" in line and "`jaxldm train smoke-dit`, then give the run, runs/smoke-dit" in line
+    )
+    (tmp_path / "runs" / "smoke-dit").mkdir(parents=True)
+    assert complaint(capsys, command, "smoke-dit").endswith("such folder: give the run, runs/smoke-dit\n")
+    (tmp_path / "smoke-dit").mkdir()  # a folder of that name is taken
+    if command in ("sample", "eval", "inspect"):
+        assert "name of a recipe" not in complaint(capsys, command, "smoke-dit")
+
+
 def test_ctrl_c_during_an_import_ends_the_process_at_once():
     code = """
 import signal, sys
@@ -219,6 +258,7 @@ def test_the_recipe_with_what_was_asked_for(tmp_path):
         "mini-ldm",
         epochs=3,
         autoencoder_epochs=2,
+        classifier_epochs=4,
         batch_size=16,
         learning_rate=0.5,
         seed=9,
@@ -226,12 +266,15 @@ def test_the_recipe_with_what_was_asked_for(tmp_path):
         preset="tiny-dit",
     ).make_recipe(tmp_path)
     assert (asked.seed, asked.data, asked.autoencoder.epochs) == (9, "mnist", 2)
+    assert asked.classifier.epochs == 4
     diffusion = asked.diffusion
     assert (diffusion.epochs, diffusion.batch_size, diffusion.learning_rate) == (3, 16, 0.5)
     assert (diffusion.preset, diffusion.overrides) == ("tiny-dit", {})
     assert train.Train("smoke").make_recipe(tmp_path) == training.RECIPES["smoke"]
     with pytest.raises(InvalidArgumentError, match="no autoencoder"):
         train.Train("tiny-dit", autoencoder_epochs=2).make_recipe(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="no classifier: leave --classifier-epochs out"):
+        train.Train("captioned-shapes", classifier_epochs=2).make_recipe(tmp_path)
     with pytest.raises(UnknownNameError, match="mini-unet"):
         train.Train("smoke", preset="digit-classifier").make_recipe(tmp_path)
 

@@ -133,6 +133,7 @@ def test_without_weights_the_line_says_which_file_to_get(capsys, folders, monkey
     words = ["eval", drawn, "--real", real]
     line = complaint(capsys, *words)
     assert "pt_inception-2015-12-05-6726825d.pth" in line and "--inception FILE" in line and len(line) < 400
+    assert "docs/metrics.md#the-weights" in line and "set JAXLDM_WEIGHTS to its folder" in line
     assert "facebook/dinov2-large" in complaint(capsys, *words, "--metrics", "fd-dinov2")
     assert "clip-vit-large-patch14-336" in complaint(capsys, *words, "--metrics", "cmmd")
     assert "vgg16-397923af.pth" in complaint(capsys, *words, "--metrics", "lpips")

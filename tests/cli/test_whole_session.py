@@ -210,10 +210,22 @@ def test_a_run_is_shown_from_the_inside_as_one_page(capsys, trained, tmp_path, m
     for title in ("How it learned", "What the network draws: pixels", "self-attention", "t-SNE"):
         assert f"{title}" in page
     assert "Class 3, seen from one patch" in page and "Class 7, averaged" in page
-    assert "Checkpoints that this run keeps: 1." in page
+    note = "This run keeps 1 checkpoint. For a longer curve"
+    assert note in page and f"How it learned: the checkpoints\n  {note}" in printed
     (only,) = training.kept_steps(trained)
     kept, (_, finished) = training.read_kept(trained, only), checkpoints.load(trained / "transformer")
     jax.tree.map(np.testing.assert_array_equal, kept.params, finished)
+
+
+def test_a_file_for_published_metrics_alone_names_where_the_figures_are(capsys, trained, tmp_path):
+    line = complaint(capsys, "eval", trained, "--json", tmp_path / "a.json")
+    assert "--json goes with --metrics" in line and str(trained / "eval" / "metrics.json") in line
+    assert "--real" in complaint(capsys, "eval", trained, "--json", tmp_path / "a.json", "--metrics", "fid")
+
+
+def test_a_whole_model_in_place_of_one_network_names_its_networks(trained):
+    with pytest.raises(CheckpointError, match=r"pipelines\.load, or one of them, .*transformer, here"):
+        checkpoints.load(trained)
 
 
 def test_what_is_missing_is_said_on_the_page(capsys, trained, tmp_path, monkeypatch):

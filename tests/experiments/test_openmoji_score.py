@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from experiments.captioned_shapes import score as shapes_score
 from experiments.openmoji import features, score
 from jaxldm import data
+from jaxldm.commands.terminal import run_script
 from jaxldm.data.batches import ArrayRows
+from jaxldm.errors import CheckpointError
 
 
 class Captioned(ArrayRows):
@@ -29,6 +32,18 @@ def dataset():
         for split, part in bounds.items()
     }
     return data.Dataset("blobs", (64, 64, 3), ("image",), parts)
+
+
+@pytest.mark.parametrize("module", [score, shapes_score])
+def test_without_a_run_it_says_how_to_make_one(module, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "runs" / "absent"
+    with pytest.raises(CheckpointError, match=r"jaxldm train [a-z-]+ --run-dir .*absent`"):
+        module.main(module.Score(folder))
+    monkeypatch.setattr("sys.argv", [f"{module.__file__}", str(folder), "--guidance-scales", "1.5", "3"])
+    with pytest.raises(SystemExit) as end:
+        run_script(module.main, module.Score)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("score: ") and error.count("\n") == 1
 
 
 def test_candidates_hold_the_own_picture_first_and_none_twice(dataset):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from toy import ToyBatches, toy
 
-from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError, StorageError
+from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError, Stopped, StorageError
 from jaxldm.training.log import CLOCKS, read_log
 from jaxldm.training.loop import Plan, fit
 from jaxldm.training.mesh import make_mesh
@@ -162,9 +162,7 @@ def test_the_checkpoint_of_another_model_is_refused(straight):
     assert read_log(straight[0] / "log.csv")["step"][-1] == 12
 
 
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
-)
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, Stopped), (signal.SIGTERM, SystemExit)])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, error):
     said, handlers = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(error) as raised:

@@ -77,6 +77,25 @@ def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, m
 
 
 @pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("seconds", "speed"),
+    [(0.01, "28630 examples/s"), (1.0, "286 examples/s"), (200.0, "1.43 examples/s")],
+)
+def test_speeds_are_plain_numbers_and_small_shares_of_the_peak_are_not_none(
+    tmp_path, monkeypatch, seconds, speed
+):
+    said, now = [], [100.0]
+    monkeypatch.setattr("jaxldm.training.progress.time.perf_counter", lambda: now[0])
+    counts = {"start": 0, "num_steps": 1, "steps_per_epoch": 1, "seconds": 0.0}
+    progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=said.append, bar=False)
+    progress.at_peak = 0.004 * seconds
+    progress.push(1, metrics(1.0, []), waiting=0.0, examples=286.3)
+    now[0] += seconds
+    progress.drain()
+    assert said[0].split("  ")[-1] == f"{speed}, 0% waiting, under 1% of the matrix peak"
+
+
+@pytest.mark.unchecked
 def test_nothing_is_logged_after_the_first_number_that_is_not_finite(progress, tmp_path):
     for step, loss in enumerate((1.0, 2.0, np.inf, 3.0, np.nan), start=1):
         progress.push(step, metrics(loss, []))

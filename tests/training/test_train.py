@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -18,6 +19,7 @@ from PIL import Image
 from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
+from jaxldm.metrics.health import Finding
 from jaxldm.models.sharding import count_by_rule
 from jaxldm.training import (
     RECIPES,
@@ -34,7 +36,7 @@ from jaxldm.training.diffusion import build_denoiser, latent_columns, latent_sha
 from jaxldm.training.log import CLOCKS
 from jaxldm.training.mesh import batch_sharding, bytes_per_device, state_shardings
 from jaxldm.training.runs import RunFolder
-from jaxldm.training.stages import Context
+from jaxldm.training.stages import Context, report_health
 from jaxldm.training.step import compile_train_step, make_train_step
 from jaxldm.training.store import TrainingStore
 
@@ -130,6 +132,23 @@ def test_the_finished_denoiser_is_the_moving_average(straight):
     chex.assert_trees_all_equal(state.ema_params, params)
     assert not np.array_equal(state.ema_params["conv_in"]["kernel"], state.params["conv_in"]["kernel"])
     assert module.config.in_channels == 4 and module.config.num_classes == 10
+
+
+@pytest.mark.unchecked
+def test_a_recipe_of_seconds_says_that_it_is_not_meant_to_learn(tmp_path):
+    bad = [Finding("reconstruction", "184.6%", "too short", "train longer", False)]
+    for name, expected in (("smoke", True), ("smoke-dit", True), ("mini-ldm", False)):
+        said, folder = [], SimpleNamespace(path=tmp_path)
+        context = SimpleNamespace(recipe=RECIPES[name], log=said.append)
+        report_health(context, folder, bad)
+        text = (tmp_path / "health.txt").read_text()
+        assert "BAD  reconstruction: 184.6%" in said[0] and text == said[0] + "\n"
+        assert (
+            said[0].endswith(f"({name} only shows that everything runs: it is not meant to learn)")
+            == expected
+        )
+        report_health(context, folder, [Finding("reconstruction", "3%")])
+        assert "learn" not in said[1]
 
 
 def test_interruptions_change_no_bit_of_the_result(straight, tmp_path):

@@ -1,3 +1,4 @@
+import io
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxldm.errors import CheckpointError, MissingDependencyError
 from jaxldm.training.log import COLUMNS, CsvLog, read_log
-from jaxldm.training.plots import centred_mean, plot_log, plot_log_or_report
+from jaxldm.training.plots import _scale, centred_mean, plot_log, plot_log_or_report
 
 
 def metrics(loss, **more):
@@ -156,6 +157,27 @@ def test_curves(tmp_path):
     for name in ("loss.png", "grad_norm.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (700, 400)
+
+
+@pytest.mark.parametrize("low", [1e-3, 0.0301, 0.79, 0.97, 20.0])
+@pytest.mark.parametrize("ratio", [1.01, 1.3, 4.0, 12.0, 1e4])
+def test_the_ticks_of_a_curve_are_plain_decimals(low, ratio):
+    from matplotlib.figure import Figure
+
+    values = np.geomspace(low, low * ratio, 50)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(values)
+    _scale(axes, values)
+    figure.savefig(io.BytesIO(), format="png")
+    lower, upper = axes.get_ylim()
+    texts = [
+        tick.label1.get_text()
+        for tick in (*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks())
+        if lower <= tick.get_loc() <= upper and tick.label1.get_text()
+    ]
+    assert 1 <= len(texts) <= 20 and len(set(texts)) == len(texts)
+    assert all(float(text) > 0 and "$" not in text for text in texts)
 
 
 def test_without_matplotlib_training_goes_on_and_says_what_to_install(tmp_path, monkeypatch):
