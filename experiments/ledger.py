@@ -19,13 +19,14 @@ import csv
 import dataclasses
 import json
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.ledger_checks import CHECKS
-from jaxldm.commands.terminal import run_script, table
+from jaxldm.commands.terminal import run_script
 from jaxldm.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -85,11 +86,11 @@ class Row(NamedTuple):
 
 
 class Stated(NamedTuple):
-    """Numbers that are no measurement of this project, and why. Without `figures` all of the place."""
+    """Numbers that are no measurement of this project, and why; each is named, so that a new one is seen."""
 
     where: str
     why: str
-    figures: Sequence[str] = ()
+    figures: Sequence[str]
 
 
 class Figure(NamedTuple):
@@ -189,7 +190,7 @@ def missing(figures: Sequence[Figure], rows: Sequence[Row], stated: Sequence[Sta
 
     def is_known(figure: Figure) -> bool:
         for entry in stated:
-            if covers(entry.where, figure) and (not entry.figures or figure.text in entry.figures):
+            if covers(entry.where, figure) and figure.text in entry.figures:
                 return True
         mine = [row for row in rows if covers(row.where, figure)]
         return any(figure.text in row.figures for row in mine) or any(is_result(row, figure) for row in mine)
@@ -224,19 +225,12 @@ def check_row(row: Row) -> list[str]:
     return lines
 
 
-def cells_of(row: Row) -> list[str]:
-    """A row for `--list`."""
-    tolerance, figures = f"+-{row.tolerance:.0%}", ", ".join((*row.results, *row.figures))
-    return [
-        row.where,
-        row.what,
-        row.command,
-        row.machine,
-        f"{row.minutes:g} min",
-        row.date,
-        tolerance,
-        figures,
-    ]
+def lines_of(row: Row) -> str:
+    """A row for `--list`: its place, and below it the rest in lines of a terminal."""
+    facts = f"{row.machine}; {row.minutes:g} min; {row.date}; +-{row.tolerance:.0%}"
+    below = [row.what, row.command, facts, ", ".join((*row.results, *row.figures))]
+    fill = textwrap.TextWrapper(98, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    return "\n".join([row.where, *map(fill.fill, below)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +250,7 @@ def main(options: Ledger) -> None:
     rows, stated = read_ledger()
     wrong: list[str] = []
     if options.list or not (options.missing or options.check):
-        print(table([cells_of(row) for row in rows], indent=""))
+        print("\n\n".join(map(lines_of, rows)))
     if options.missing:
         figures = all_figures()
         wrong += [

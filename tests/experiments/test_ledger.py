@@ -4,6 +4,7 @@ import pytest
 
 from experiments import ledger
 from experiments.ledger_checks import CHECKS
+from jaxldm import cli
 from jaxldm.errors import DataError
 
 ROWS, STATED = ledger.read_ledger()
@@ -24,7 +25,7 @@ def test_rows_say_where_when_and_how():
     for row in ROWS:
         assert row.what and row.command and row.machine and row.minutes > 0 and 0 <= row.tolerance < 1
         assert len(str(row.date)) == 10 and (row.figures or row.results) and row.check in {"", *CHECKS}
-    assert all(entry.why for entry in STATED)
+    assert all(entry.why and entry.figures for entry in STATED)
     assert {row.check for row in ROWS} == {"", *CHECKS}
 
 
@@ -62,11 +63,54 @@ def test_an_entry_with_another_field_is_refused(tmp_path):
     path.write_text('[[stated]]\nwhere = "README.md"\nreason = "x"\n')
     with pytest.raises(DataError, match="reason"):
         ledger.read_ledger(path)
+    path.write_text('[[stated]]\nwhere = "README.md"\nwhy = "all of it"\n')
+    with pytest.raises(DataError, match="figures"):
+        ledger.read_ledger(path)
+
+
+def test_what_is_no_measurement_is_named_so_that_a_new_figure_is_seen():
+    (entry, *_) = (entry for entry in STATED if entry.where.startswith("docs/checkpoints.md"))
+    page = entry.where.partition("#")[0]
+    new = ledger.Figure(page, entry.where.partition("#")[2], "77.7 s")
+    known = new._replace(text=entry.figures[0])
+    assert ledger.missing([known, new], ROWS, STATED) == [new]
+
+
+def test_the_table_of_16_bits_is_that_of_the_results():
+    def rows(path, columns):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        return {row[0]: [row[column] for column in columns] for row in cells}
+
+    results = rows(ledger.ROOT / "experiments/benchmarks/results/sixteen_bits.md", (3, 6))
+    readme = rows(ledger.ROOT / "experiments/benchmarks/README.md", (0,))
+    page = rows(ledger.ROOT / "docs/checkpoints.md", (-2, -1))
+    results.pop("network")
+    assert len(results) == 25 and results.keys() <= readme.keys()
+    assert {name: page[name] for name in results} == results
+
+
+def test_the_minutes_of_a_command_are_one_number():
+    minutes = {}
+    for row in ROWS:
+        minutes.setdefault((row.command, row.check), set()).add(row.minutes)
+    assert all(len(found) == 1 for found in minutes.values()), minutes
+    (demo,) = minutes["make demo", ""]
+    (cpu,) = minutes["python -m experiments.benchmarks.cpu", ""]
+    texts = {name: (ledger.ROOT / name).read_text(encoding="utf-8") for name in (
+        "README.md", "docs/index.md", "experiments/lecture39/README.md", "experiments/benchmarks/README.md"
+    )}  # fmt: skip
+    assert f": {demo:g} minutes after installation" in texts["README.md"]
+    assert f"**Minutes.** {demo:g} on" in texts["experiments/lecture39/README.md"]
+    assert f"**Minutes.** {cpu:g} for a full run" in texts["experiments/benchmarks/README.md"]
+    word = {3: "three", 4: "four", 5: "five"}[round(demo)]
+    assert f"`make demo`: {word} minutes" in texts["docs/index.md"] and f"({word} minutes" in cli.HELP
 
 
 def test_the_list_and_the_missing(capsys):
     ledger.main(ledger.Ledger(list=True))
     out = capsys.readouterr().out
     assert all(row.where in out for row in ROWS) and "make demo" in out
+    assert max(map(len, out.splitlines())) <= 100
     ledger.main(ledger.Ledger(missing=True))
     assert capsys.readouterr().out == ""
