@@ -5,8 +5,8 @@ Command:  python -m experiments.benchmarks.compile_time       (--quick: two bloc
 Needs:    nothing but jaxldm; no weights: they are abstract. Minutes and figures: README.md in this folder.
 
 Each row is one network at its published size, weights and arithmetic in bfloat16, one image. Its blocks are
-one scan, or written out one behind the other. The files are written after each row, so that a run that
-is stopped leaves what it has.
+one scan, or written out one behind the other. The rows so far are in the folder `unfinished` of the output,
+so that a run that is stopped leaves what it has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.timing import cores, machine
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import models
 from jaxldm.commands.terminal import run_script
 
@@ -41,7 +41,7 @@ class CompileTime:
     """Blocks as one scan, and written out."""
     dtype: str = "bfloat16"
     """Of weights and arithmetic."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where compile_time.md and compile_time.json go."""
 
 
@@ -101,22 +101,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(options: CompileTime, setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(options: CompileTime, setting: dict[str, Any], rows: list[dict[str, Any]], complete: bool) -> None:
     """compile_time.md and compile_time.json."""
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table(rows)}\n"
     figures = json.dumps({**setting, "rows": rows}, indent=1)
-    save_results(options.output_dir, {"compile_time.md": text, "compile_time.json": figures})
+    contents = {"compile_time.md": text, "compile_time.json": figures}
+    save_results(options.output_dir, contents, complete)
 
 
 def main(options: CompileTime) -> None:
+    options = quick_options(options)
     setting = machine("compile_time", {}) | {"cores": cores(), "dtype": options.dtype}
     print(json.dumps(setting), flush=True)
     rows: list[dict[str, Any]] = []
-    for name in options.networks:
-        for scan in options.scan:
-            rows.append(measure(name, scan, options))
-            print(json.dumps(rows[-1]), flush=True)
-            write(options, setting, rows)
+    planned = [(name, scan) for name in options.networks for scan in options.scan]
+    for name, scan in planned:
+        rows.append(measure(name, scan, options))
+        print(json.dumps(rows[-1]), flush=True)
+        write(options, setting, rows, complete=len(rows) == len(planned))
     print(f"\nwritten to {options.output_dir}/compile_time.md and compile_time.json")
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from experiments.benchmarks import pairs
 from experiments.benchmarks.pairs import BETA, GUIDANCE_SCALE, LEARNING_RATE, MAX_GRAD_NORM, NUM_CLASSES, Pair
 from experiments.benchmarks.timing import Run, cells, installed, machine, measure_row
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import diffusion as D
 from jaxldm import host, models, training
 from jaxldm.commands.terminal import run_script
@@ -53,7 +53,7 @@ class Cpu:
     """DDIM steps of the sampling rows."""
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     """Which, in order."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where cpu.md and cpu.json go."""
 
 
@@ -191,8 +191,7 @@ def measure_pair(pair: Pair, options: Cpu, theirs: Any) -> Iterator[dict[str, An
 def main(options: Cpu) -> None:
     makers = [ARCHITECTURES[one_of("architecture", name, ARCHITECTURES)] for name in options.architectures]
     host.prepare()  # before anything is computed
-    if options.quick:
-        options = dataclasses.replace(options, rounds=2, seconds=0.0, num_inference_steps=2)
+    options = quick_options(options, rounds=2, seconds=0.0, num_inference_steps=2)
     versions, theirs = installed("torch", "diffusers"), None
     if versions:
         from experiments.benchmarks import cpu_torch as theirs

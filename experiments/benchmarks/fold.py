@@ -7,7 +7,7 @@ Needs:    nothing but jaxldm. Minutes and figures: README.md in this folder.
 Both sides are one jitted loop with the same weights, labels, times and images. For each solver the bare loop
 and `sample` take turns, a round after another; each round gives one ratio. The aim is at most 1.05.
 With a network of one multiplication the difference is what the solver itself takes, in microseconds a step.
-The files are written after each row, so that a run that is stopped leaves what it has.
+The rows so far are in the folder `unfinished` of the output: a run that is stopped leaves what it has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.timing import Run, machine, measure_row, turns
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import diffusion as D
 from jaxldm import host, models
 from jaxldm.commands.terminal import run_script
@@ -70,7 +70,7 @@ class Fold:
     """Turns of the bare calls and of `sample`, for each solver."""
     seconds: float = 0.0
     """How long a turn is, at least; one run is always made."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where fold.md and fold.json go."""
 
 
@@ -213,19 +213,20 @@ def measure_network(name: str, options: Fold, keep: Callable[..., None]) -> None
 
 def main(options: Fold) -> None:
     host.prepare()  # before anything is computed
-    if options.quick:
-        few = {"solvers": ("ddim", "dpmpp_2m"), "compiled_solvers": ("ddim",), "rounds": 2, "num_images": 2}
-        few |= {"num_inference_steps": 2, "compiled_steps": (2, 4)}
-        options = dataclasses.replace(options, **few)
+    few = {"solvers": ("ddim", "dpmpp_2m"), "compiled_solvers": ("ddim",), "rounds": 2, "num_images": 2}
+    few |= {"num_inference_steps": 2, "compiled_steps": (2, 4)}
+    options = quick_options(options, **few)
     setting = machine("fold", {})
     work = f"{options.num_inference_steps} steps, {options.num_images} images, {options.rounds} rounds"
     print(f"{json.dumps(setting)}\n{work}", flush=True)
     rows: dict[str, list[dict[str, Any]]] = {"added": [], "ratios": [], "compilations": []}
-    options.output_dir.mkdir(parents=True, exist_ok=True)
 
     def keep(kind: str, row: dict[str, Any]) -> None:
         print(kind, json.dumps(row), flush=True)
         rows[kind].append(row)
+        save(complete=False)
+
+    def save(complete: bool) -> None:
         parts = [f"```\n{json.dumps(setting, indent=1)}\n```", f"{work}; median and quartiles of the ratio."]
         added = {
             row["solver"]: row["added_microseconds"] * options.num_inference_steps / 1e3
@@ -239,11 +240,12 @@ def main(options: Fold) -> None:
         parts += ["Compile time of `sample`:", compile_table(rows["compilations"], options.compiled_steps)]
         figures = {**setting, "work": work, **rows}
         contents = {"fold.md": "\n\n".join(parts) + "\n", "fold.json": json.dumps(figures, indent=1)}
-        save_results(options.output_dir, contents)
+        save_results(options.output_dir, contents, complete)
 
     measure_added(options, keep)
     for name in options.networks:
         measure_network(name, options, keep)
+    save(complete=True)
     print(f"\nwritten to {options.output_dir}/fold.md and fold.json")
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.timing import cells, machine, measure_row
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from experiments.results import markdown
 from jaxldm import diffusion as D
 from jaxldm import few_steps, models, training
@@ -48,7 +48,7 @@ class MeanFlowStep:
     """Rounds, in each of which every variant is timed."""
     seconds: float = 5.0
     """Of each variant in each round."""
-    output_dir: Path = Path("runs/mean-flow-step")
+    output_dir: Path = Path("runs/benchmarks")
     """Where mean_flow_step.md and mean_flow_step.json go."""
 
 
@@ -100,6 +100,7 @@ def runner(module: Any, loss_fn: Callable[..., Any], batch: Any) -> Callable[[],
 
 def main(options: MeanFlowStep) -> None:
     """Measures, prints and writes the table."""
+    options = quick_options(options, rounds=1, seconds=0.0)
     fields: dict[str, Any] = {"dtype": options.dtype, "learn_sigma": False}
     if options.quick:
         fields |= {"depth": 2, "hidden_size": 32, "num_heads": 2, "sample_size": 8}
@@ -114,9 +115,8 @@ def main(options: MeanFlowStep) -> None:
     variants |= {
         name: runner(student, mean_flow_loss(student, loss_of), batch) for name, loss_of in MEAN_FLOWS.items()
     }
-    rounds, seconds = (1, 0.0) if options.quick else (options.rounds, options.seconds)
     title = f"{options.preset}, batch {options.batch_size}, {options.dtype}"
-    row = measure_row(title, variants, rounds, seconds)
+    row = measure_row(title, variants, options.rounds, options.seconds)
     head = ["step", *(f"{name}, ms" for name in variants), *(f"{name} / flow" for name in MEAN_FLOWS)]
     table = markdown(head, [cells(row, *variants)])
     print(table)

@@ -20,10 +20,10 @@ import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.torch_fidelity_side import TorchFidelity, save_weights
+from experiments.figures import quick_options, save_results
 from experiments.results import markdown
 from jaxldm import checkpoints, host, metrics, models
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
 
 SIDES = ("jaxldm", "torch-fidelity")
 
@@ -164,15 +164,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(options: Metrics) -> None:
     host.prepare()
-    if options.quick:
-        options = dataclasses.replace(options, num_images=4, chunk=4, batch_size=2, size=32, rounds=1)
+    options = quick_options(options, num_images=4, chunk=4, batch_size=2, size=32, rounds=1)
     rows, differences = measure(options)
     text = table(rows)
     versions = timing.installed("torch", "torch-fidelity", "numpy", "scipy")
     content = {**timing.machine("metrics", versions), "rows": rows, "relative_differences": differences}
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output_dir / "metrics.json", json.dumps(content, indent=1).encode())
-    write_atomically(options.output_dir / "metrics.md", text.encode())
+    files = {"metrics.json": json.dumps(content, indent=1), "metrics.md": text}
+    save_results(options.output_dir, files)
     print(f"\n{text}\nlargest relative differences: {differences}")
 
 

@@ -8,7 +8,8 @@ Needs:    the `cuda` and `test` extras; without PyTorch or diffusers jaxldm's ro
 
 Rows (`card_rows.py`) are taken in order of worth until the time is up; one that would not be finished is not
 started. Each framework has a process of its own, so that one cannot take the other's memory or end its run;
-they work in turn. What is known is written after each row, so that a run that is stopped leaves what it has.
+they work in turn. What is known is written after each row to the folder `unfinished` of the output, so that a
+run that is stopped leaves what it has.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if not __package__:  # run by its path
 
 from experiments.benchmarks.card_report import report
 from experiments.benchmarks.card_rows import NOT_YET, ROWS, VARIANTS, Unit, expected_seconds, fits, units
-from experiments.figures import save_results
+from experiments.figures import output_folder, save_results
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -49,7 +50,7 @@ class OneCard:
 
     minutes: float = 8.0
     """No row is started that would not be finished by then."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where one_card_DEVICE.md and .json and the logs of both processes go."""
     dry_run: bool = False
     """All rows at small sizes on the CPU, only to see that they run."""
@@ -233,6 +234,7 @@ def check(options: OneCard) -> tuple[Any, ...]:
 def main(options: OneCard) -> None:
     begin = time.monotonic()
     rows = check(options)
+    options = dataclasses.replace(options, output_dir=output_folder(options.output_dir, options.dry_run))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     timed = options.seconds if options.seconds is not None else (0.0 if options.dry_run else 1.5)
     sides, planned = Sides(options), units(rows, options.variants)
@@ -263,7 +265,8 @@ def main(options: OneCard) -> None:
         def done(records: list[dict[str, Any]]) -> None:
             text = report(setting, records)
             figures = json.dumps({**setting, "records": records}, indent=1)
-            save_results(options.output_dir, {f"{name}.json": figures, f"{name}.md": text})
+            files = {f"{name}.json": figures, f"{name}.md": text}
+            save_results(options.output_dir, files, complete=len(records) == len(planned))
             last = {key: value for key, value in records[-1].items() if key != "lines"}
             print(json.dumps(last), flush=True)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.timing import installed, machine
+from experiments.figures import quick_options, save_results
 from jaxldm import host
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_together
 
 SIDES = ("jaxldm, empty cache", "jaxldm, warm cache", "diffusers")
 COLUMNS = ("", "import, s", "load, s", "process start to first step, s", "first image, s", "a step, s")
@@ -42,7 +42,7 @@ class RealSize:
     """Steps of the second image; the first image has one."""
     folder: Path | None = None
     """Where the model's folder is made, or is from an earlier run; by default a temporary one."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where real_size.md and real_size.json go."""
 
 
@@ -59,12 +59,7 @@ def make_folder(folder: Path, quick: bool) -> None:
 
 def run_side(side: str, folder: Path, cache: Path, options: RealSize) -> dict[str, Any]:
     """The figures that one process measured of itself."""
-    given = [
-        side.split(",")[0],
-        str(folder),
-        str(32 if options.quick else options.pixels),
-        str(options.steps),
-    ]
+    given = [side.split(",")[0], str(folder), str(options.pixels), str(options.steps)]
     command = [sys.executable, "-m", "experiments.benchmarks.real_size_side", *given]
     environment = os.environ | {host.COMPILATION_CACHE: str(cache), "JAX_PLATFORMS": "cpu"}
     lines = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -78,6 +73,7 @@ def as_line(row: dict[str, Any]) -> str:
 
 
 def main(options: RealSize) -> None:
+    options = quick_options(options, pixels=32)
     setting = machine("real_size", installed("torch", "diffusers"))
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,8 +85,8 @@ def main(options: RealSize) -> None:
             print(as_line(rows[-1]), flush=True)
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n" + "\n".join([HEAD, *map(as_line, rows)]) + "\n"
     result = json.dumps({**setting, "pixels": options.pixels, "rows": rows}, indent=1) + "\n"
-    files = {"real_size.md": text.encode(), "real_size.json": result.encode()}
-    write_together(options.output_dir, files, files.__contains__)
+    save_results(options.output_dir, {"real_size.md": text, "real_size.json": result})
+    print(f"\nwritten to {options.output_dir}/real_size.md and real_size.json")
 
 
 if __name__ == "__main__":

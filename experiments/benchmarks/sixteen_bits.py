@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.timing import machine
+from experiments.figures import UNFINISHED, quick_options, read_result, save_results
 from jaxldm.commands.terminal import run_script
-from jaxldm.files import write_atomically
 
 DTYPES = ("bfloat16", "float16")
 
@@ -36,7 +36,7 @@ class SixteenBits:
     versions and seeds."""
     seeds: int = 4
     """Networks of other random numbers."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where sixteen_bits.md and sixteen_bits.json go."""
 
 
@@ -61,22 +61,25 @@ def main(options: SixteenBits) -> None:
     from experiments.benchmarks.sixteen_bits_errors import measure
 
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    dtypes, seeds = (DTYPES[:1], 1) if options.quick else (DTYPES, options.seeds)
+    options = quick_options(options, seeds=1)
+    dtypes, seeds = DTYPES[:1] if options.quick else DTYPES, options.seeds
     facts = machine("sixteen_bits", versions) | {"seeds": seeds}
-    known = earlier(options.output_dir, facts, dtypes)
-    for name in options.cases or CASES:
+    folder, planned = options.output_dir, tuple(options.cases or CASES)
+    known = earlier(folder, facts, dtypes) | earlier(folder / UNFINISHED, facts, dtypes)
+    for number, name in enumerate(planned, 1):
         known[name] = {dtype: measure(name, dtype, range(seeds)) for dtype in dtypes}
         print(line(name, known[name]), flush=True)
         rows = {case: known[case] for case in CASES if case in known}
-        write(options.output_dir, rows, facts)
+        save_results(folder, contents(rows, facts), complete=number == len(planned))
+    print(f"\nwritten to {folder}/sixteen_bits.md and sixteen_bits.json")
 
 
 def earlier(folder: Path, facts: dict[str, Any], dtypes: tuple[str, ...]) -> dict[str, dict[str, Errors]]:
     """The rows that are in the folder already, if they are of the same versions, seeds and dtypes."""
-    file = folder / "sixteen_bits.json"
-    if not file.exists():
+    text = read_result(folder / "sixteen_bits.json")
+    if text is None:
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(text)
     if any(found["machine"].get(key) != facts[key] for key in ("versions", "seeds")):
         return {}
     rows = {
@@ -96,8 +99,8 @@ def line(name: str, errors: dict[str, Any]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def write(folder: Path, rows: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-    """The table and its figures."""
+def contents(rows: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, str]:
+    """The table and its figures, by the names of their files."""
     dtypes = next(iter(rows.values()))
     heads = [f"{dtype}: {what}" for dtype in dtypes for what in ("jaxldm", "reference", "ratio")]
     text = [
@@ -107,11 +110,9 @@ def write(folder: Path, rows: dict[str, dict[str, Any]], facts: dict[str, Any]) 
         *(line(name, errors) for name, errors in rows.items()),
         "\n" + ", ".join(f"{key} {value}" for key, value in facts.items()),
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "sixteen_bits.md", ("\n".join(text) + "\n").encode())
     figures = {name: {k: v._asdict() for k, v in errors.items()} for name, errors in rows.items()}
     content = json.dumps({"machine": facts, "errors": figures}, indent=1) + "\n"
-    write_atomically(folder / "sixteen_bits.json", content.encode())
+    return {"sixteen_bits.md": "\n".join(text) + "\n", "sixteen_bits.json": content}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.timing import machine
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import diffusion as D
 from jaxldm import host, models, pipelines
 from jaxldm.commands.terminal import run_script
@@ -46,7 +46,7 @@ class Startup:
     """More words of the command, such as --prompt for a model of texts."""
     rounds: int = 3
     """Turns of each kind."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where startup.md and startup.json go."""
 
 
@@ -78,13 +78,14 @@ def as_line(kind: str, rounds: list[dict[str, float]]) -> str:
 
 
 def main(options: Startup) -> None:
+    options = quick_options(options, rounds=1)
     setting = machine("startup", {})
     marks: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary, "model")
         if options.folder is None:
             make_folder(folder, options.quick)
-        for number in range(1 if options.quick else options.rounds):
+        for number in range(options.rounds):
             cache = str(Path(temporary, f"cache-{number}"))
             for kind in KINDS:
                 place = "off" if kind == "no cache" else cache
@@ -95,6 +96,7 @@ def main(options: Startup) -> None:
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table}\n"
     figures = json.dumps({**setting, "marks": marks}, indent=1) + "\n"
     save_results(options.output_dir, {"startup.md": text, "startup.json": figures})
+    print(f"\nwritten to {options.output_dir}/startup.md and startup.json")
 
 
 if __name__ == "__main__":

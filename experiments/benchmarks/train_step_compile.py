@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.timing import cores, machine
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import models, training
 from jaxldm.commands.terminal import run_script
 from jaxldm.training.diffusion import build_denoiser, latent_shape, make_loss
@@ -43,7 +43,7 @@ class TrainStepCompile:
     """Recipes whose denoising network is measured."""
     rounds: int = 5
     """Turns of each variant."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where train_step_compile.md and train_step_compile.json go."""
 
 
@@ -135,12 +135,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(options: TrainStepCompile) -> None:
-    recipes = ("smoke-dit",) if options.quick else options.recipes
+    options = quick_options(options, recipes=("smoke-dit",), rounds=1)
     rows = []
-    for name in recipes:
+    for name in options.recipes:
         seconds: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
         measure(name, "adamw")  # what is imported and set up once does not count
-        for _ in range(1 if options.quick else options.rounds):
+        for _ in range(options.rounds):
             for variant in VARIANTS:
                 seconds[variant].append(measure(name, variant))
         arrays = len(jax.tree.leaves(step_and_arguments(name, "adamw")[1].params))

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.timing import machine
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import diffusion as D
 from jaxldm import models, training
 from jaxldm.commands.terminal import run_script
@@ -42,7 +42,7 @@ class TrainStepMemory:
     """Images in a step."""
     dtype: str = "float32"
     """Of arithmetic; weights and moments are float32. A processor widens 16 bits, which costs it memory."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/benchmarks")
     """Where train_step_memory.md and train_step_memory.json go."""
 
 
@@ -89,10 +89,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(options: TrainStepMemory) -> None:
+    options = quick_options(options, batch_sizes=(2,))
     small = {"depth": 2, "hidden_size": 32, "num_heads": 2} if options.quick else {}
     module = models.build(options.preset, dtype=options.dtype, **small)
     rows: list[dict[str, Any]] = []
-    for batch_size in (2,) if options.quick else options.batch_sizes:
+    for batch_size in options.batch_sizes:
         for policy in POLICIES:
             figures = planned(module, policy, batch_size)
             rows.append({"batch_size": batch_size, "policy": policy, **figures})

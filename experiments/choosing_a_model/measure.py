@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks import timing
 from experiments.choosing_a_model import families
-from experiments.figures import read_result, save_results
+from experiments.figures import quick_options, read_result, save_results
 from jaxldm import host, models
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
@@ -196,7 +196,8 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 
 def main(options: Measure) -> None:
-    names = options.parts or (QUICK if options.quick else tuple(families.PARTS))
+    options = quick_options(options, parts=options.parts or QUICK)
+    names = options.parts or tuple(families.PARTS)
     for name in names:
         one_of("part", name, families.PARTS)
     kept = json.loads(read_result(options.output_dir / "models.json") or '{"rows": []}')["rows"]

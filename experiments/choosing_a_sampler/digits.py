@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.choosing_a_sampler import curves
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from experiments.trained import load_classifier, load_dataset
 from jaxldm import diffusion as D
 from jaxldm import host, metrics, models, pipelines, training
@@ -193,9 +193,8 @@ def plot(rows: list[curves.Row], paths: list[Path]) -> None:
 
 def main(options: Digits) -> None:
     host.prepare()  # before anything is computed
-    if options.quick:
-        few = {"solvers": ("ddim", "ddpm"), "spacings": ("trailing", "exponential"), "num_images": 10}
-        options = dataclasses.replace(options, **few, reference_steps=10, budgets=(2, 5))
+    few = {"solvers": ("ddim", "ddpm"), "spacings": ("trailing", "exponential"), "num_images": 10}
+    options = quick_options(options, **few, reference_steps=10, budgets=(2, 5))
     start, path = time.perf_counter(), options.output_dir / "digits.csv"
     folders = [options.output_dir, *([options.image_dir] if options.image_dir else [])]
     for folder in folders:

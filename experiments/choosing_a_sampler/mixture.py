@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.choosing_a_sampler import curves
 from experiments.exact_ode import follow
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from jaxldm import diffusion as D
 from jaxldm import metrics
 from jaxldm.commands.terminal import run_script
@@ -215,9 +215,8 @@ def plot(
 
 def main(options: Mixture) -> None:
     jax.config.update("jax_enable_x64", True)
-    if options.quick:
-        few = {"budgets": (5, 10), "in_table": (5, 10), "num_points": 16, "num_samples": 200}
-        options = dataclasses.replace(options, **few)
+    few = {"budgets": (5, 10), "in_table": (5, 10), "num_points": 16, "num_samples": 200}
+    options = quick_options(options, **few)
     start, study = time.perf_counter(), Study(options)
     folders = [options.output_dir, *([options.image_dir] if options.image_dir else [])]
     for folder in folders:

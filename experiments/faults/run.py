@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from experiments.faults.result import Result
-from jaxldm.files import write_atomically
+from experiments.figures import output_folder, save_results
 
 # Module with `run(count, seed)`: how many cases in the full run, and how many in the short form.
 KINDS = {
@@ -25,7 +25,6 @@ KINDS = {
     "misuse": (250, 40),
 }
 MINUTES = 12.0
-RESULTS = Path(__file__).with_name("results.md")
 MAX_FAULTS = 20  # shown of each kind
 
 
@@ -45,8 +44,8 @@ class Faults:
     seed: int = 0
     """Of the choice of cases."""
 
-    output: Path | None = RESULTS
-    """The file for the table."""
+    output_dir: Path = Path("runs/faults")
+    """Where results.md goes; that of a short run to the folder `quick` in it."""
 
 
 def main(options: Faults) -> int:
@@ -66,8 +65,7 @@ def main(options: Faults) -> int:
         results.append(result)
     text = table(results, missing)
     print("\n" + text)
-    if options.output is not None:
-        write_atomically(options.output, text.encode())
+    save_results(output_folder(options.output_dir, options.short), {"results.md": text})
     return sum(len(result.faults) for result in results)
 
 

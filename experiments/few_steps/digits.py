@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from experiments.few_steps.judge import second_judge
+from experiments.figures import quick_options
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, weights_hash
 from jaxldm import host, metrics, pipelines, training
@@ -164,6 +165,7 @@ def measure(options: Digits, tools: Measured, pipe: Any, steps: int, scale: floa
 def main(options: Digits) -> None:
     """Trains, measures and writes the table."""
     host.prepare()
+    options = quick_options(options)
     check_demo(options.run_dir)
     dataset = load_dataset(options.run_dir)
     tools = Measured(dataset, load_classifier(options.run_dir), second_judge(dataset))

@@ -20,7 +20,7 @@ from experiments.few_steps import with_teachers as teach
 from experiments.few_steps import without_teachers as alone
 from experiments.few_steps.plane import GAUSSIAN, MIXTURE, Data, distribution_floor
 from experiments.few_steps.small_networks import train
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from experiments.results import markdown
 from jaxldm import few_steps as few
 from jaxldm.commands.terminal import run_script
@@ -111,6 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(options: Minimisers) -> None:
     """Measures all rows, writing after each."""
+    options = quick_options(options)
     names = [one_of("method", name, METHODS) for name in options.methods] or list(METHODS)
     chosen = [DATA[one_of("data", name, DATA)] for name in options.data]
     path = options.output_dir / "minimisers.json"

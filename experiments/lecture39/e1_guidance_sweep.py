@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.figures import save_figure
+from experiments.figures import quick_options, save_figure
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, load_latent_model, weights_hash
 from jaxldm import metrics, pipelines
@@ -161,10 +161,8 @@ def plot(path: Path, found: dict[float, tuple[dict[str, Any], np.ndarray]]) -> N
 
 
 def main(options: GuidanceSweep) -> None:
-    if options.quick:
-        options = dataclasses.replace(
-            options, guidance_scales=(0.0, 1.0, 7.5), num_images=20, num_inference_steps=2
-        )
+    few = {"num_images": 20, "num_inference_steps": 2}
+    options = quick_options(options, **few, guidance_scales=(0.0, 1.0, 7.5))
     check_demo(options.run_dir)
     found = sweep(options)
     title = f"{options.num_images} digits at each w, DDIM in {options.num_inference_steps} steps"

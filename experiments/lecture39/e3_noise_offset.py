@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import wasserstein_distance
 
-from experiments.figures import save_figure
+from experiments.figures import quick_options, save_figure
 from experiments.results import Results, markdown, save_table
 from jaxldm import data, metrics, models, training
 from jaxldm import diffusion as D
@@ -236,9 +236,8 @@ def save_pictures(options: NoiseOffset, pictures: dict[str, np.ndarray]) -> None
 
 
 def main(options: NoiseOffset) -> None:
-    if options.quick:
-        small = {"num_updates": 20, "num_images": 10, "num_inference_steps": 5, "hidden_size": 16, "depth": 1}
-        options = dataclasses.replace(options, offsets=(0.1,), constants=(0.1,), **small)
+    small = {"num_updates": 20, "num_images": 10, "num_inference_steps": 5, "hidden_size": 16, "depth": 1}
+    options = quick_options(options, offsets=(0.1,), constants=(0.1,), **small)
     pictures = run(options)
     title = f"Brightness of {options.num_images} pictures of each class, {options.num_updates} updates"
     save_table(options.output_dir / "table.md", title, table(pictures))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
+from experiments.figures import output_folder, quick_options
 from experiments.results import Results
 from experiments.trained import check_demo, load_classifier, weights_hash
 from jaxldm import data, metrics, models, schedulers, training
@@ -109,9 +110,9 @@ class TrainAndMeasure:
 
     def fitted(self) -> Any:
         """These options, or small ones with `quick`."""
-        folder = self.models_dir / ("quick" if self.quick else self.dataset.replace("/", "-"))
-        small = {"num_images": 20, "num_inference_steps": 2} if self.quick else {}
-        return dataclasses.replace(self, models_dir=folder, **small)
+        of_data = dataclasses.replace(self, models_dir=self.models_dir / self.dataset.replace("/", "-"))
+        folder = output_folder(self.models_dir, True)
+        return quick_options(of_data, models_dir=folder, num_images=20, num_inference_steps=2)
 
 
 def recipe_of(name: str, options: TrainAndMeasure) -> training.Recipe:

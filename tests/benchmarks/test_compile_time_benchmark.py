@@ -20,8 +20,8 @@ def test_rows_are_the_presets_with_and_without_scan(name):
 
 def test_it_runs_small_and_writes_what_it_measured(tmp_path, capsys):
     compile_time.main(compile_time.CompileTime(quick=True, networks=("dit-xl-2",), output_dir=tmp_path))
-    figures = json.loads((tmp_path / "compile_time.json").read_text())
-    text = (tmp_path / "compile_time.md").read_text()
+    figures = json.loads((tmp_path / "quick" / "compile_time.json").read_text())
+    text = (tmp_path / "quick" / "compile_time.md").read_text()
     assert [row["scan"] for row in figures["rows"]] == [True, False]
     blocks = models.count_params("dit-xl-2") - models.count_params(models.build("dit-xl-2", depth=2))
     for row in figures["rows"]:

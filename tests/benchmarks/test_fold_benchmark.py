@@ -21,8 +21,8 @@ def test_every_solver_of_one_evaluation_a_step_is_timed():
 
 def test_it_runs_small_and_writes_what_it_measured(tmp_path, capsys):
     fold.main(fold.Fold(quick=True, networks=("tiny-dit",), output_dir=tmp_path))
-    figures = json.loads((tmp_path / "fold.json").read_text())
-    text = (tmp_path / "fold.md").read_text()
+    figures = json.loads((tmp_path / "quick" / "fold.json").read_text())
+    text = (tmp_path / "quick" / "fold.md").read_text()
     assert [row["solver"] for row in figures["ratios"]] == ["ddim", "dpmpp_2m"]
     for row in figures["ratios"]:
         low, median, high = row["ratio_quartiles"][row["solver"]]

@@ -152,10 +152,10 @@ def test_a_dry_run_goes_through_without_pytorch_and_says_so(tmp_path, monkeypatc
     out = tmp_path / "out"
     one_card.main(one_card.OneCard(dry_run=True, rows=("peak",), minutes=5, output_dir=out))
     printed = capsys.readouterr().out
-    text = (out / "one_card_cpu.md").read_text()
+    text = (out / "quick" / "one_card_cpu.md").read_text()
     assert text in printed and "PyTorch was not run: ModuleNotFoundError: No module named" in text
     assert "SMALL SIZES" in text and "TFLOP/s" in text and "100.0%, -, -" in text
-    (record,) = json.loads((out / "one_card_cpu.json").read_text())["records"]
+    (record,) = json.loads((out / "quick" / "one_card_cpu.json").read_text())["records"]
     assert record["variant"] == "jaxldm" and record["lines"] and "error" not in record
 
 

@@ -9,7 +9,7 @@ def test_it_runs_small_and_writes_what_it_measured(tmp_path, capsys, monkeypatch
     few = {name: train_step_compile.VARIANTS[name] for name in ("adamw", "optax.flatten")}
     monkeypatch.setattr(train_step_compile, "VARIANTS", few)
     train_step_compile.main(train_step_compile.TrainStepCompile(quick=True, output_dir=tmp_path))
-    figures = json.loads((tmp_path / "train_step_compile.json").read_text())
+    figures = json.loads((tmp_path / "quick" / "train_step_compile.json").read_text())
     assert [(row["recipe"], row["optimizer"]) for row in figures["rows"]] == [
         ("smoke-dit", "adamw"),
         ("smoke-dit", "optax.flatten"),
@@ -17,7 +17,7 @@ def test_it_runs_small_and_writes_what_it_measured(tmp_path, capsys, monkeypatch
     for row in figures["rows"]:
         assert row["arrays"] > 10 and all(len(times) == 1 for times in row["seconds"].values())
         assert min(row["seconds"]["compile"]) > 0
-    table = (tmp_path / "train_step_compile.md").read_text()
+    table = (tmp_path / "quick" / "train_step_compile.md").read_text()
     assert "| smoke-dit |" in table and table.split("```")[-1].strip() in capsys.readouterr().out
 
 

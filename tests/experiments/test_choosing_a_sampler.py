@@ -12,9 +12,9 @@ PAGE = pathlib.Path(advice.__file__).parents[2] / "docs" / "choosing-a-sampler.m
 
 
 def test_digits(random_run, tmp_path, capsys):
-    out = tmp_path / "out"
-    options = digits.Digits(random_run("smoke-dit"), quick=True, guidance_scales=(2.0,), output_dir=out)
+    options = digits.Digits(random_run("smoke-dit"), quick=True, guidance_scales=(2.0,), output_dir=tmp_path)
     digits.main(options)
+    out = tmp_path / "quick"
     rows = curves.read_results(out / "digits.csv")
     found = [(row["solver"], row["spacing"], row["budget"], row["evaluations"]) for row in rows]
     references = [("reference", "trailing", 10, 10), ("second reference", "exponential", 10, 10)]

@@ -88,7 +88,8 @@ def test_guidance_sweep(random_run, tmp_path, capsys):
     e1_guidance_sweep.main(options)
     shown = capsys.readouterr().out
     assert all(f"| {row} | " in shown for row in ("0", "1", "7.5", "(real digits)"))
-    assert all((options.output_dir / name).exists() for name in ("table.md", "curves.png", "digits.png"))
+    names = ("table.md", "curves.png", "digits.png")
+    assert all((options.output_dir / "quick" / name).exists() for name in names)
     # A second call draws nothing: its results are read.
     pipe = pytest.MonkeyPatch()
     pipe.setattr(e1_guidance_sweep, "draw", None)
@@ -104,7 +105,7 @@ def test_noise_offset(random_run, tmp_path, capsys):
     shown = capsys.readouterr().out
     names = ("(real)", "offset 0.1", "offset 0.1, in the start, too", "constant 0.1")
     assert all(f"| {label} | {name} |" in shown for label in ("dark", "bright") for name in names)
-    assert (tmp_path / "brightness.png").exists() and (tmp_path / "pictures.png").exists()
+    assert all((tmp_path / "quick" / name).exists() for name in ("brightness.png", "pictures.png"))
 
 
 def test_digits_on_dark_and_bright_grounds():

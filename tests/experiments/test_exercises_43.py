@@ -153,8 +153,9 @@ def test_small_models(random_run, tmp_path, capsys, monkeypatch):
     e1_e2_e3_shapes.main(e1_e2_e3_shapes.Shapes(**options, output_dir=tmp_path / "shapes"))
     shown = capsys.readouterr().out
     assert len(trained) == 2 and "| as it is | 0.0" in shown and "| no class |" in shown
-    for name in ("e6/quality-against-seconds.png", "e6/digits.png", "e6/table.md", "shapes/digits.png"):
+    for name in ("e6/quick/quality-against-seconds.png", "e6/quick/digits.png", "shapes/quick/digits.png"):
         assert (tmp_path / name).stat().st_size > 0
+    assert (tmp_path / "e6" / "quick" / "table.md").exists() and (tmp_path / "models" / "quick").is_dir()
 
 
 def test_equal_seconds_lie_between_measurements():

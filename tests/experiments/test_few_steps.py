@@ -27,13 +27,14 @@ def test_every_row_has_a_recipe_that_can_be_trained(options):
 def test_the_teachers_rows(options, monkeypatch, capsys):
     monkeypatch.setattr(digits, "TEACHER_STEPS", (1, 2))
     digits.main(options)
-    table = (options.output_dir / "digits.md").read_text().splitlines()
+    out = options.output_dir / "quick"
+    table = (out / "digits.md").read_text().splitlines()
     assert len(table) == 2 + 2 + 2 * len(options.guidance_scales)
     assert [row.split("|")[4].strip() for row in table[4:]] == ["1", "2", "2", "4"]  # evaluations
-    assert (options.output_dir / "digits.png").exists()
+    assert (out / "digits.png").exists()
     before = table
     digits.main(options)
-    assert (options.output_dir / "digits.md").read_text().splitlines() == before  # nothing is drawn again
+    assert (out / "digits.md").read_text().splitlines() == before  # nothing is drawn again
 
 
 def test_the_second_judge_knows_real_digits(random_run):

@@ -51,12 +51,13 @@ def test_the_exact_maps_and_distances():
 
 def test_a_row_is_added_to_those_of_other_methods(tmp_path, capsys):
     figures = {"judged": "map", "before": 1.0, "after": 0.01, "seconds": 2.0, "updates": 10}
-    (tmp_path / "minimisers.json").write_text(
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "minimisers.json").write_text(
         json.dumps([{"method": "drifting", "data": "mixture", **figures}])
     )
     options = minimisers.Minimisers(methods=("reflow",), data=("Gaussian",), quick=True, output_dir=tmp_path)
     minimisers.main(options)
-    table = (tmp_path / "minimisers.md").read_text()
+    table = (tmp_path / "quick" / "minimisers.md").read_text()
     assert table.index("| reflow | Gaussian | map |") < table.index(
         "| drifting | mixture | map | 100% | 1.00% |"
     )
