@@ -223,11 +223,6 @@ def test_a_file_for_published_metrics_alone_names_where_the_figures_are(capsys, 
     assert "--real" in complaint(capsys, "eval", trained, "--json", tmp_path / "a.json", "--metrics", "fid")
 
 
-def test_a_whole_model_in_place_of_one_network_names_its_networks(trained):
-    with pytest.raises(CheckpointError, match=r"pipelines\.load, or one of them, .*transformer, here"):
-        checkpoints.load(trained)
-
-
 def test_what_is_missing_is_said_on_the_page(capsys, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "diffusion" / "checkpoints")
