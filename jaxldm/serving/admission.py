@@ -184,6 +184,13 @@ class FairQueue:
         del self._items[client], self._deficits[client]  # nobody saves up while nothing waits
         self._round.remove(client)
 
+    def in_turn(self) -> Iterator[Item]:
+        """All that waits, in the order in which it would begin if nobody else came."""
+        copy = FairQueue(self.quantum)
+        copy._items = {client: items.copy() for client, items in self._items.items()}
+        copy._deficits, copy._round = self._deficits.copy(), self._round.copy()
+        return iter(copy.pop, None)
+
     def remove(self, ticket: Hashable) -> int:
         """Takes a request out, and returns how many of its images waited."""
         removed = 0
@@ -268,6 +275,21 @@ class Admission:
     def next(self, fits: Callable[[Item], bool] = lambda item: True) -> Item | None:
         """The image that begins next, or None."""
         return self.queue.pop(fits)
+
+    def places(self, seconds_before: float = 0.0) -> dict[Hashable, tuple[int, float]]:
+        """Of each request that waits: how many others begin before it, and seconds until its last step.
+
+        Args:
+            seconds_before: what the images in slots will still take.
+        """
+        ahead: dict[Hashable, int] = {}
+        until: dict[Hashable, float] = {}
+        seconds = seconds_before
+        for item in self.queue.in_turn():
+            ahead.setdefault(item.ticket, len(ahead))
+            seconds += item.seconds
+            until[item.ticket] = seconds
+        return {ticket: (place, until[ticket]) for ticket, place in ahead.items()}
 
     def finished(self, ticket: Hashable) -> None:
         """Forgets a request that is done, failed or cancelled, and what of it still waits."""

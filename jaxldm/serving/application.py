@@ -27,6 +27,7 @@ from jaxldm.errors import shown
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.mailbox import Mailbox
 from jaxldm.serving.openapi import document
+from jaxldm.serving.page import page_routes
 from jaxldm.serving.pictures import picture_bytes
 from jaxldm.serving.requests import (
     OPENAI_NAMES,
@@ -39,7 +40,7 @@ from jaxldm.serving.requests import (
     read_json,
     read_openai,
 )
-from jaxldm.serving.service import Accepted, Event, Failed, Order, Picture, Progress, Service
+from jaxldm.serving.service import Accepted, Event, Failed, Order, Picture, Progress, Service, Waiting
 
 LOG = logging.getLogger("jaxldm.serving")
 STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503}  # others are 429
@@ -106,8 +107,8 @@ def application(
         ("/metrics", server.metrics, ["GET"]),
     ]
     routes = [Route(path, server.counted(path, answer), methods=methods) for path, answer, methods in table]
-    # Of whoever watches over the process, without a token.
-    routes += [Route("/health", server.health), Route("/ready", server.ready)]
+    # Of whoever watches over the process, and the page: without a token.
+    routes += [Route("/health", server.health), Route("/ready", server.ready), *page_routes()]
     handlers: Any = {HTTPException: _http_error}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
@@ -313,7 +314,7 @@ class _Server:
     async def _stream(
         self, order: Order, mailbox: Mailbox, generation: Generation, start: float
     ) -> AsyncIterator[bytes]:
-        """Server-sent events: accepted, progress, image, and done or error."""
+        """Server-sent events: accepted, queue, progress, image, and done or error."""
         yield _event("accepted", {"id": order.id, "seed": generation.seed})
         slots = None
         async for event in _with_pings(mailbox.events(), self.limits.ping_seconds):
@@ -410,6 +411,8 @@ def _stream_event(event: Event) -> bytes:
     if isinstance(event, Picture):
         image = base64.b64encode(event.content).decode()
         return _event("image", {"image": event.image, "slots": event.slots, "b64": image})
+    if isinstance(event, Waiting):
+        return _event("queue", {"ahead": event.ahead, "seconds": round(event.seconds, 1)})
     assert isinstance(event, Progress)
     facts: dict[str, Any] = {"image": event.image, "step": event.done, "steps": event.total}
     if event.preview is not None:

@@ -6,14 +6,14 @@ import asyncio
 import collections
 from collections.abc import AsyncIterator
 
-from jaxldm.serving.service import Accepted, Event, Failed, Picture, Progress
+from jaxldm.serving.service import Event, Failed, Picture, Progress, Waiting
 
 
 class Mailbox:
     """Events of one order, from any thread to one coroutine.
 
-    Of progress only the latest of each image is kept: a client that reads slowly misses some, and holds
-    nothing up.
+    Of progress only the latest of each image is kept, and the latest place in the queue: a client that reads
+    slowly misses some, and holds nothing up.
 
     Args:
         num_images: pictures until the order is done.
@@ -22,7 +22,7 @@ class Mailbox:
     def __init__(self, num_images: int):
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._progress: dict[int, Progress] = {}
+        self._latest: dict[int | None, Progress | Waiting] = {}  # None is the place in the queue
         self._others: collections.deque[Event] = collections.deque()
         self._left = num_images
 
@@ -36,18 +36,21 @@ class Mailbox:
 
     def _put(self, event: Event) -> None:
         if isinstance(event, Progress):
-            self._progress[event.image] = event
+            self._latest.pop(None, None)
+            self._latest[event.image] = event
+        elif isinstance(event, Waiting):
+            self._latest[None] = event
         else:
             self._others.append(event)
         self._arrived.set()
 
     async def _next(self) -> Event:
         """The next event; what came with it stays for whoever asks next."""
-        while not (self._progress or self._others):
+        while not (self._latest or self._others):
             self._arrived.clear()
             await self._arrived.wait()
-        if self._progress:
-            return self._progress.pop(next(iter(self._progress)))
+        if self._latest:
+            return self._latest.pop(next(iter(self._latest)))
         return self._others.popleft()
 
     async def events(self) -> AsyncIterator[Event]:
@@ -61,9 +64,8 @@ class Mailbox:
 
     async def accepted(self) -> Failed | None:
         """Waits until the order was checked; what went wrong, or None."""
-        while True:
-            event = await self._next()
-            if isinstance(event, Failed):
-                return event
-            if isinstance(event, Accepted):
-                return None
+        while not self._others:  # what came of progress stays for `events`
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._others.popleft()
+        return event if isinstance(event, Failed) else None

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from jaxldm.serving.pictures import Preview, fit_preview, picture_bytes
 
 LOG = logging.getLogger("jaxldm.serving")
 PREPARING, FINISHING = 2, 2  # threads
+PLACES_SECONDS = 0.5  # between two looks at the places in the queue
 IDLE_SECONDS = 0.25  # how long the thread sleeps at most while nothing waits: deadlines are looked at then
 
 
@@ -52,6 +53,18 @@ class Accepted(NamedTuple):
     """The order was checked and waits for slots."""
 
 
+class Waiting(NamedTuple):
+    """The place of an order in the queue.
+
+    Attributes:
+        ahead: how many others begin before it, if nobody else comes.
+        seconds: estimated, until its last step.
+    """
+
+    ahead: int
+    seconds: float
+
+
 class Failed(NamedTuple):
     """The order ends without its images. `type` is "invalid_request", "deadline_exceeded", "cancelled" or
     "server_error".
@@ -62,7 +75,7 @@ class Failed(NamedTuple):
     param: str | None = None
 
 
-Event = Accepted | Progress | Picture | Failed
+Event = Accepted | Waiting | Progress | Picture | Failed
 
 
 @dataclasses.dataclass(eq=False)
@@ -124,7 +137,7 @@ class Service:
         self._orders: dict[Hashable, Order] = {}
         self._cancelled: list[str] = []
         self._ready = self._draining = self._stopping = False
-        self._seconds_left = 0.0
+        self._seconds_left = self._places_told = 0.0
         self._preview: Preview | None = None
         self._prepare = concurrent.futures.ThreadPoolExecutor(PREPARING, "jaxldm-prepare")
         self._finish = concurrent.futures.ThreadPoolExecutor(FINISHING, "jaxldm-finish")
@@ -223,6 +236,7 @@ class Service:
             order.listener(Accepted())
             with self._lock:
                 order.job = job
+                self._tell_places([order])
                 self._lock.notify_all()
 
     def _finish_images(self, drawn: list[tuple[Order, Drawn]]) -> None:
@@ -306,8 +320,19 @@ class Service:
                 waiting = 1 + sum(other.kind == kind for other in alike)
                 self.engine.begin(job, item.image, item.ticket, waiting)
             self._seconds_left = self.engine.seconds_left()
+            if self.clock() >= self._places_told + PLACES_SECONDS:
+                self._places_told = self.clock()
+                self._tell_places(self._orders.values())
             if not self.engine.busy and not self._cancelled and not self._stopping:
                 self._lock.wait(IDLE_SECONDS)
+
+    def _tell_places(self, orders: Iterable[Order]) -> None:
+        """Tells those of the orders that wait, and want to know, how long they will."""
+        wanted = [order for order in orders if order.progress]
+        places = self.admission.places(self._seconds_left) if wanted else {}
+        for order in wanted:
+            if order.id in places:
+                order.listener(Waiting(*places[order.id]))
 
     def _fits(self, item: Item) -> bool:
         return item.job.job is not None and self.engine.has_room(item.job.job)

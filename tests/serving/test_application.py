@@ -1,54 +1,26 @@
 """The HTTP application, in this process: answers, refusals, streams, cancellation, bounds."""
 
 import asyncio
-import base64
 import contextlib
-import io
 import json
 import threading
-import time
 
-import jax
 import numpy as np
 import pytest
 import tiny_models
-from PIL import Image
+from served import MAX_STEPS, K, drawn_alone, pixels, wait_until, warm_engine
 from starlette.testclient import TestClient
 
 from jaxldm import serving
-from jaxldm.data.images import to_uint8
 from jaxldm.serving.application import HttpLimits, application
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.requests import Offer
 from jaxldm.serving.service import Service
 
-K, MAX_STEPS = 2, 1000
-
-
-class GatedEngine(serving.Engine):
-    """An engine that takes a step only while its gate is open."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def step(self, wanted=frozenset()):
-        assert self.gate.wait(20)
-        return super().step(wanted)
-
 
 @pytest.fixture(scope="module")
 def offer():
     return Offer(tiny_models.latent_pipeline(), "digits", max_steps=MAX_STEPS)
-
-
-def warm_engine(offer):
-    engine = GatedEngine(offer.pipe, sizes=(K,))
-    offer.allow(engine)
-    engine.warm_up()
-    engine.warm_up = lambda: None  # once for all tests
-    return engine
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +51,6 @@ def serve(offer, engine, *, limits=None, http=None, token=None):
 def client(offer, engine):
     with serve(offer, engine) as client:
         yield client
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)
-
-
-def pixels(text):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
-
-
-def drawn_alone(offer, seed, labels, **options):
-    images = serving.as_served(offer.pipe, K)(jax.random.key(seed), labels, **options)
-    return to_uint8(images)[..., 0]
 
 
 def events_of(text):
@@ -165,7 +121,8 @@ def test_a_stream_says_how_far_each_image_is(client, offer):
     answer = client.post("/generate", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = events_of(answer.text)
-    assert [name for name, _ in events if name != "progress"] == ["accepted", "image", "done"]
+    names = [name for name, _ in events if name not in ("progress", "queue")]
+    assert names == ["accepted", "image", "done"]
     assert events[0][1]["seed"] == 4 and events[0][1]["id"] == answer.headers["x-request-id"]
     steps = [data["step"] for name, data in events if name == "progress"]
     assert steps == sorted(steps) and set(steps) <= set(range(1, 6))
