@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import os
 import re
 import socket
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from jaxldm.arguments import check_fields, count
+from jaxldm.commands import IMPORTED
 from jaxldm.commands.options import first_devices, shown
 from jaxldm.errors import InvalidArgumentError, MissingDependencyError
 from jaxldm.reading import shown as shown_value
 
 TOKEN = "JAXLDM_SERVER_TOKEN"  # an environment variable
+MAX_WORKERS = 64
 MAX_CONNECTIONS = 1000  # beyond them the answer is 503
 
 
@@ -88,12 +95,18 @@ class Serve:
     devices: Annotated[int | None, shown("INT", "one")] = None
     """Number of devices to use; each has slots of its own."""
 
+    workers: Annotated[int, shown("INT")] = 1
+    """Processes that compute, each with the model in memory of its own; one that dies is started again. On
+    GPUs each has devices of its own.
+    """
+
     quiet: bool = False
     """Print only errors and warnings, and log no requests."""
 
     def run(self) -> None:
         """Checks the options, loads the model, and serves it until it is interrupted."""
         check_packages()
+        check_fields(self, workers=count(1, MAX_WORKERS))
         sizes = tuple(read_size(size) for size in self.sizes or ())
         token = os.environ.get(TOKEN) or None
         if self.host not in ("127.0.0.1", "::1", "localhost") and token is None:
@@ -101,19 +114,38 @@ class Serve:
                 f"--host {self.host} is open to others: set {TOKEN} to a secret that requests must carry, or "
                 "listen at 127.0.0.1"
             )
+        settings = self._settings(sizes)
         with listening(self.host, self.port) as bound:
-            server = server_of(self._application(sizes, token), self.quiet)
-            if not self.quiet:
-                address, port = bound.getsockname()[:2]
-                print(f"{self.folder}: http://{address}:{port} (GET /ready says when it is)", flush=True)
-            run_until_interrupted(server, bound)
+            service = self._service(settings)
+            try:
+                self._serve(service, settings, token, bound)
+            finally:
+                service.close(0)  # without effect where it was closed
 
-    def _application(self, sizes: tuple[tuple[int, int], ...], token: str | None) -> Any:
-        from jaxldm import pipelines, serving
-        from jaxldm.serving.server import Settings, build
+    def _serve(self, service: Any, settings: Any, token: str | None, bound: socket.socket) -> None:
+        from jaxldm.serving.server import serve_by
 
-        pipe = pipelines.load(self.folder, family=self.family, dtype=self.dtype)
-        settings = Settings(
+        server = server_of(serve_by(service, settings, token), self.quiet)
+        if not self.quiet:
+            address, port = bound.getsockname()[:2]
+            print(f"{self.folder}: http://{address}:{port} (GET /ready says when it is)", flush=True)
+        run_until_interrupted(server, bound)
+
+    def _service(self, settings: Any) -> Any:
+        """The service of the workers, which are not started."""
+        from jaxldm.serving.service import Service
+
+        model = self.folder, self.family, self.dtype
+        make = functools.partial(make_worker, *model, self.devices, settings, IMPORTED.get(), self.quiet)
+        devices = (self.devices or 1) if self.workers > 1 else None
+        workers = [worker_of(make, number, devices) for number in range(self.workers)]
+        return Service(workers, settings.limits)
+
+    def _settings(self, sizes: tuple[tuple[int, int], ...]) -> Any:
+        from jaxldm import serving
+        from jaxldm.serving.server import Settings
+
+        return Settings(
             name=Path(self.folder).resolve().name,
             slots=self.slots,
             solvers=self.solvers or (),
@@ -128,7 +160,39 @@ class Serve:
                 burst=self.burst,
             ),
         )
-        return build(pipe, settings, devices=first_devices(self.devices), token=token)
+
+
+def worker_of(make: Callable[[], Any], number: int, devices: int | None) -> Any:
+    """A worker in a process of its own."""
+    from jaxldm.serving.processes import WorkerProcess
+
+    return WorkerProcess(make, number, devices)
+
+
+def make_worker(
+    folder: str,
+    family: str | None,
+    dtype: str | None,
+    devices: int | None,
+    settings: Any,
+    modules: Sequence[str] = (),
+    quiet: bool = False,
+) -> Any:
+    """What a worker works with, made in its process.
+
+    Args:
+        folder, family, dtype, devices, quiet: as of the command.
+        settings: of the server.
+        modules: of the user's, to be imported first.
+    """
+    from jaxldm import pipelines
+    from jaxldm.serving.server import made
+
+    log_lines(quiet)
+    for module in modules:
+        importlib.import_module(module)
+    pipe = pipelines.load(folder, family=family, dtype=dtype)
+    return made(pipe, settings, first_devices(devices))
 
 
 def check_packages() -> None:
@@ -176,17 +240,23 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one."""
-        print(record.getMessage(), file=sys.stderr)
+        print(record.getMessage(), file=sys.stderr, flush=True)
+        if record.exc_info and record.exc_info[1] is not None:
+            traceback.print_exception(record.exc_info[1])
+
+
+def log_lines(quiet: bool) -> None:
+    """Has what the server logs written on stderr."""
+    log = logging.getLogger("jaxldm.serving")
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.handlers = [Lines()]
 
 
 def server_of(app: Any, quiet: bool) -> Any:
     """The server of an application, not yet running."""
     import uvicorn
 
-    if not quiet:
-        log = logging.getLogger("jaxldm.serving")
-        log.setLevel(logging.INFO)
-        log.handlers = [Lines()]
+    log_lines(quiet)
     options: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
     config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, **options)
     return uvicorn.Server(config)

@@ -146,6 +146,12 @@ class FairQueue:
             self._round.append(client)
         self._items[client].append(item)
 
+    def put_back(self, client: Hashable, items: list[Item]) -> None:
+        """Adds images in front of the client's others."""
+        for item in reversed(items):
+            self.push(client, item)
+            self._items[client].rotate(1)
+
     def pop(self, fits: Callable[[Item], bool] = lambda item: True) -> Item | None:
         """The next image, or None where none waits that fits.
 
@@ -295,6 +301,11 @@ class Admission:
         """Forgets a request that is done, failed or cancelled, and what of it still waits."""
         self.queue.remove(ticket)
         self._deadlines.pop(ticket, None)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When the first of the requests expires that were accepted with a timeout."""
+        return min(self._deadlines.values(), default=None)
 
     def expired(self, now: float) -> list[Hashable]:
         """Requests that were accepted with a timeout that is over."""

@@ -14,12 +14,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxldm.arguments import check_fields, count, number
@@ -27,8 +26,8 @@ from jaxldm.errors import shown
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.mailbox import Mailbox
 from jaxldm.serving.openapi import document
+from jaxldm.serving.orders import Failed, Order, Picture
 from jaxldm.serving.page import page_routes
-from jaxldm.serving.pictures import picture_bytes
 from jaxldm.serving.requests import (
     OPENAI_NAMES,
     BadRequest,
@@ -40,12 +39,14 @@ from jaxldm.serving.requests import (
     read_json,
     read_openai,
 )
-from jaxldm.serving.service import Accepted, Event, Failed, Order, Picture, Progress, Service, Waiting
+from jaxldm.serving.service import Service
+from jaxldm.serving.streams import EventStream, OpenAIEvents, OurEvents, stream
 
 LOG = logging.getLogger("jaxldm.serving")
-STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503}  # others are 429
-STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504, "server_error": 500}
-PREVIEW_FORMAT = "png"
+# Others are 429.
+STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503, "fatal_request": 500}
+STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504}
+STATUS_OF_FAILURE |= {"server_error": 500, "fatal_request": 500}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +178,7 @@ class _Server:
         generation = read_generation(self.offer, await self._body(request))
         order, mailbox = await self._accepted(request, generation)
         if generation.stream:
-            events = self._stream(order, mailbox, generation, start)
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Request-Id": order.id}
-            return _Stream(events, headers, lambda: self.service.cancel(order.id))
+            return self._stream(OurEvents(), order, mailbox, generation, start)
         pictures = await self._pictures(request, order, mailbox)
         facts = self._facts(order, generation, start) | {"slots": pictures[0].slots}
         return await run_in_threadpool(_images_response, facts, "images", pictures)
@@ -193,6 +192,12 @@ class _Server:
         except BadRequest as error:
             raise error.with_names(OPENAI_NAMES) from None
         order, mailbox = await self._accepted(request, generation)
+        if generation.stream:
+            height, width = generation.height, generation.width
+            if height is None or width is None:
+                height, width = self.offer.all_sizes[0]
+            events = OpenAIEvents(f"{width}x{height}", generation.format)
+            return self._stream(events, order, mailbox, generation, start)
         pictures = await self._pictures(request, order, mailbox)
         facts = self._facts(order, generation, start)
         facts["output_format"] = facts.pop("format")
@@ -244,7 +249,7 @@ class _Server:
         if refusal is not None:
             status = STATUS_OF_REFUSAL.get(refusal.type, 429)
             raise BadRequest(
-                refusal.message, status=status, type=refusal.type, retry_after=refusal.retry_after
+                refusal.message, status=status, type=refusal.type, retry_after=refusal.retry_after or None
             )
         try:
             failure = await self._unless_gone(request, mailbox.accepted())
@@ -311,22 +316,21 @@ class _Server:
             "latency_ms": round(1000 * seconds, 2),
         }
 
-    async def _stream(
-        self, order: Order, mailbox: Mailbox, generation: Generation, start: float
-    ) -> AsyncIterator[bytes]:
-        """Server-sent events: accepted, queue, progress, image, and done or error."""
-        yield _event("accepted", {"id": order.id, "seed": generation.seed})
-        slots = None
-        async for event in _with_pings(mailbox.events(), self.limits.ping_seconds):
-            if event is None:
-                yield b": ping\n\n"
-            elif isinstance(event, Failed):
-                yield _event("error", self._failure(event).body())
-                return
-            elif not isinstance(event, Accepted):
-                slots = event.slots if isinstance(event, Picture) else slots
-                yield await run_in_threadpool(_stream_event, event)
-        yield _event("done", self._facts(order, generation, start) | {"slots": slots})
+    def _stream(
+        self, names: Any, order: Order, mailbox: Mailbox, generation: Generation, start: float
+    ) -> Response:
+        """Server-sent events; the order is cancelled where nobody reads them any more."""
+
+        def failed(failure: Failed) -> dict[str, Any]:
+            return self._failure(failure).body()
+
+        def done(slots: int | None) -> dict[str, Any]:
+            return self._facts(order, generation, start) | {"slots": slots}
+
+        first = {"id": order.id, "seed": generation.seed}
+        events = stream(names, mailbox.events(), first, failed, done, self.limits.ping_seconds)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Request-Id": order.id}
+        return EventStream(events, headers, lambda: self.service.cancel(order.id))
 
     # ---------------------------------------------------------------- everything else
 
@@ -341,22 +345,22 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         """GET /models."""
-        offer, engine = self.offer, self.service.engine
+        offer = self.offer
         return JSONResponse(
             {
                 "models": [
                     {
                         "id": offer.name,
-                        "family": offer.pipe.family.name,
+                        "family": offer.family,
                         "sizes": [{"height": height, "width": width} for height, width in offer.all_sizes],
                         "solvers": [*offer.solvers],
-                        "num_classes": offer.pipe.num_classes,
-                        "class_names": [*getattr(offer.pipe, "class_names", ())],
-                        "slots": [*engine.sizes],
+                        "num_classes": offer.num_classes,
+                        "class_names": [*offer.class_names],
+                        "slots": [*self.service.sizes],
                         "max_images": offer.max_images,
                         "max_steps": offer.max_steps,
-                        "default_steps": offer.pipe.default_steps(),
-                        "default_guidance_scale": offer.pipe.default_guidance_scale,
+                        "default_steps": offer.steps(None, None),
+                        "default_guidance_scale": offer.default_guidance_scale,
                     }
                 ]
             }
@@ -387,58 +391,7 @@ class _Server:
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events; `end` is called when the last was sent, or the reader is gone."""
-
-    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], end: Callable[[], Any]):
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._end = end
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._end()
-
-
 def _images_response(facts: dict[str, Any], name: str, pictures: list[Picture]) -> JSONResponse:
     texts = [base64.b64encode(picture.content).decode() for picture in pictures]
     images: Any = texts if name == "images" else [{"b64_json": text} for text in texts]
     return JSONResponse(facts | {name: images})
-
-
-def _stream_event(event: Event) -> bytes:
-    if isinstance(event, Picture):
-        image = base64.b64encode(event.content).decode()
-        return _event("image", {"image": event.image, "slots": event.slots, "b64": image})
-    if isinstance(event, Waiting):
-        return _event("queue", {"ahead": event.ahead, "seconds": round(event.seconds, 1)})
-    assert isinstance(event, Progress)
-    facts: dict[str, Any] = {"image": event.image, "step": event.done, "steps": event.total}
-    if event.preview is not None:
-        small = picture_bytes(np.asarray(event.preview), PREVIEW_FORMAT)
-        facts["preview"] = base64.b64encode(small).decode()
-    return _event("progress", facts)
-
-
-def _event(name: str, data: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-async def _with_pings(events: AsyncIterator[Event], seconds: float) -> AsyncIterator[Event | None]:
-    """The events, and None whenever none came for so long."""
-    following: Any = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(anext(events, None))
-            done, _ = await asyncio.wait([following], timeout=seconds)
-            if not done:
-                yield None
-                continue
-            event, following = following.result(), None
-            if event is None:
-                return
-            yield event
-    finally:
-        if following is not None:
-            following.cancel()

@@ -237,21 +237,24 @@ class Engine:
         """Images in slots."""
         return sum(table.busy for table in self.tables)
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is allowed; the order is that of `allow`."""
+        return tuple(self._examples)
+
+    def capacity(self, kind: Kind) -> int:
+        """How many images of a kind are drawn at once."""
+        return sum(table.size for table in self._tables.get(kind, ()))
+
+    def evaluations(self, kind: Kind) -> int:
+        """Rows of the network's batch that a step of an image of a kind takes."""
+        return self._examples[kind].evaluations
+
     def seconds(self, kind: Kind) -> float:
         """What a step of one image of a kind takes of the engine's time when its slots are full."""
         tables = self._tables.get(kind, ())
         shares = (table.seconds / table.size for table in tables if table.seconds is not None)
         return min(shares, default=0.0) / len(self.devices)
-
-    def estimate(self, num_steps: int, guided: bool) -> float:
-        """What an image of so many steps takes of the engine's time, of the slowest kind that it may be.
-
-        Args:
-            guided: whether its steps take two rows of the network's batch.
-        """
-        evaluations = 2 if guided else 1
-        alike = [kind for kind, job in self._examples.items() if job.evaluations == evaluations]
-        return num_steps * max(map(self.seconds, alike or self._examples), default=0.0)
 
     def seconds_left(self) -> float:
         """What the images in slots will still take of the engine's time, likewise."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jaxldm.serving.embeddings import Embeddings
 from jaxldm.serving.service import Service
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -14,7 +13,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 class Figures:
     """Counters of requests, and what the engine and its queue hold; nothing by prompt or client."""
 
-    def __init__(self, service: Service, embeddings: Embeddings | None = None):
+    def __init__(self, service: Service):
         import prometheus_client
 
         self._registry = prometheus_client.CollectorRegistry()
@@ -27,30 +26,34 @@ class Figures:
             buckets=SECONDS,
             registry=self._registry,
         )
-        self._service, self._embeddings = service, embeddings
+        self._service = service
         self._registry.register(self)
 
     def collect(self) -> Iterator[Any]:
         """What Prometheus asks a collector."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        service, engine = self._service, self._service.engine
+        service = self._service
+        beats = [station.beat for station in service.stations]
         gauges = {
             "jaxldm_ready": ("Whether requests are accepted.", service.ready),
             "jaxldm_queue_depth": ("Requests that wait for slots.", service.waiting),
             "jaxldm_orders_open": ("Requests that were accepted and are not done.", service.open_orders),
-            "jaxldm_slots_busy": ("Images in slots.", engine.busy),
-            "jaxldm_slots": ("Slots.", sum(table.size for table in engine.tables)),
+            "jaxldm_slots_busy": ("Images in slots.", sum(beat.busy for beat in beats)),
+            "jaxldm_slots": ("Slots.", sum(beat.slots for beat in beats)),
+            "jaxldm_workers_ready": ("Workers.", sum(station.ready for station in service.stations)),
+            "jaxldm_embedding_cache_bytes": ("Kept embeddings.", sum(beat.cache_bytes for beat in beats)),
         }
         counters = {
             "jaxldm_images": ("Images drawn.", service.counters["images"]),
             "jaxldm_steps": ("Steps of the engine.", service.counters["steps"]),
             "jaxldm_cancelled": ("Requests that were cancelled.", service.counters["cancelled"]),
+            "jaxldm_worker_restarts": ("Workers that were started again.", service.counters["restarts"]),
+            "jaxldm_embedding_cache_hits": (
+                "Texts that were encoded before.",
+                sum(beat.cache_hits for beat in beats),
+            ),
         }
-        if self._embeddings is not None:
-            hits = self._embeddings.hits
-            gauges["jaxldm_embedding_cache_bytes"] = ("Kept embeddings.", self._embeddings.num_bytes)
-            counters["jaxldm_embedding_cache_hits"] = ("Texts that were encoded before.", hits)
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=float(value))
         for name, (text, value) in counters.items():

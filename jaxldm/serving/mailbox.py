@@ -6,7 +6,7 @@ import asyncio
 import collections
 from collections.abc import AsyncIterator
 
-from jaxldm.serving.service import Event, Failed, Picture, Progress, Waiting
+from jaxldm.serving.orders import Event, Failed, Picture, Progress, Waiting
 
 
 class Mailbox:
@@ -37,6 +37,9 @@ class Mailbox:
     def _put(self, event: Event) -> None:
         if isinstance(event, Progress):
             self._latest.pop(None, None)
+            unseen = self._latest.get(event.image)
+            if isinstance(unseen, Progress) and event.preview is None:
+                event = event._replace(preview=unseen.preview)
             self._latest[event.image] = event
         elif isinstance(event, Waiting):
             self._latest[None] = event

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxldm import __version__
-from jaxldm.serving.requests import IGNORED_OF_OPENAI, Offer
+from jaxldm.serving.requests import IGNORED_OF_OPENAI, OPENAI_NAMES, Offer
 
 ERRORS = {
     400: "A field that does not exist, or a value that is not allowed.",
@@ -70,15 +70,17 @@ def document(offer: Offer) -> dict[str, Any]:
         "size": {"type": "string", "enum": ["auto", *sizes]},
         "response_format": {"type": "string", "enum": ["b64_json"]},
         "output_format": ours["format"],
+        "stream": ours["stream"],
+        "partial_images": ours["previews"],
     }
     theirs |= {name: {"description": "Ignored."} for name in IGNORED_OF_OPENAI}
-    extensions = {
-        name: schema for name, schema in ours.items() if name not in (*theirs, "stream", "previews")
-    }
+    extensions = {name: schema for name, schema in ours.items() if name not in (*theirs, *OPENAI_NAMES)}
     paths = {
         "/generate": {"post": _post("Draw images.", ours, required, GENERATED, stream=True)},
         "/v1/images/generations": {
-            "post": _post("Draw images, as OpenAI's clients ask for them.", theirs | extensions, [], OPENAI)
+            "post": _post(
+                "Draw images, as OpenAI's clients ask for them.", theirs | extensions, [], OPENAI, stream=True
+            )
         },
         "/requests/{id}": {"delete": _cancel()},
         "/models": {"get": _get("What is served.", {"type": "object"})},

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxldm.arguments import check_fields, count, flag, number, several, text
 from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, shown
 from jaxldm.exact import LARGEST_UINT32
-from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.serving.engine import Engine
 from jaxldm.serving.jobs import MAX_STEPS
 from jaxldm.serving.pictures import FORMATS
@@ -22,7 +22,7 @@ MAX_IMAGES, MAX_PREVIEWS, MAX_TIMEOUT = 10, 20, 86400.0
 MAX_TEXT = 10_000  # characters of a prompt
 MAX_SCALE = 1000.0  # of guidance: beyond it numbers overflow
 # What OpenAI's clients may send besides, and what has no meaning here; nothing else is ignored.
-OPENAI_NAMES = {"num_images": "n", "format": "output_format"}  # ours -> theirs
+OPENAI_NAMES = {"num_images": "n", "format": "output_format", "previews": "partial_images"}  # ours -> theirs
 IGNORED_OF_OPENAI = ("background", "moderation", "quality", "style", "user", "output_compression")
 
 
@@ -67,60 +67,59 @@ class BadRequest(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Offer:
-    """What a server draws: a model, and what is compiled of it.
+    """What a server draws: facts of a model, and what is compiled of it. See `offer_of`.
 
     Attributes:
-        pipe: the model.
         name: in answers, and what clients send as "model".
+        family: of the model.
+        draws_texts: whether it draws from texts, and not from classes.
+        num_classes: of a model of classes.
+        class_names: of those that have names.
+        own_size: (height, width) of the images where no size is asked for.
+        default_guidance_scale: where none is asked for.
+        guides: whether a guided step takes two rows of the network's batch.
+        default_steps: by solver; None is the model's own.
         solvers: names; the first is the default.
         sizes: (height, width) of the images; the first is the default.
         max_steps: the most of one image.
         max_images: the most of one request.
     """
 
-    pipe: Pipeline
     name: str
+    family: str
+    draws_texts: bool
+    num_classes: int | None
+    class_names: tuple[str, ...]
+    own_size: tuple[int, int]
+    default_guidance_scale: float
+    guides: bool
+    default_steps: Mapping[str | None, int]
     solvers: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     max_steps: int = MAX_STEPS
     max_images: int = MAX_IMAGES
 
     def __post_init__(self):
-        check_fields(self, pipe=A_PIPELINE, name=text, solvers=several(text), max_images=count(1, 1000))
-        known = self.pipe.call_options()
-        if self.sizes and "height" not in known:
-            raise InvalidArgumentError(
-                f"a {self.pipe.family.name} draws images of one size: leave the sizes out"
-            )
+        check_fields(self, name=text, solvers=several(text), max_images=count(1, 1000))
 
     @property
-    def draws_texts(self) -> bool:
-        """Whether it draws from texts, and not from classes."""
-        return "negative_labels" not in self.pipe.call_options()
-
-    @functools.cached_property
     def all_sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of the images."""
-        if self.sizes:
-            return self.sizes
-        if "image_shape" not in self.pipe.family.methods:
-            return (self.pipe.default_size,)
-        height, width, _ = self.pipe.image_shape()
-        return ((height, width),)
+        return self.sizes or (self.own_size,)
 
     def guided(self, guidance_scale: float | None) -> bool:
         """Whether a step of such a request takes two rows of the network's batch."""
-        scale = self.pipe.default_guidance_scale if guidance_scale is None else guidance_scale
-        return scale != 1 and not self.pipe.is_guidance_distilled and not self.pipe.family.true_cfg
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        return scale != 1 and self.guides
 
     def steps(self, num_inference_steps: int | None, solver: str | None) -> int:
         """The steps of a request."""
-        return num_inference_steps or self.pipe.default_steps(solver)
+        return num_inference_steps or self.default_steps[solver]
 
     def calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """(prompts, options) of one call of each kind that is to be compiled."""
-        prompts = ("",) if self.draws_texts else (None if self.pipe.num_classes is None else [0],)
-        scales = dict.fromkeys((self.pipe.default_guidance_scale, 1.0))
+        prompts = ("",) if self.draws_texts else (None if self.num_classes is None else [0],)
+        scales = dict.fromkeys((self.default_guidance_scale, 1.0))
         for size in self.sizes or (None,):
             place = {} if size is None else {"height": size[0], "width": size[1]}
             for solver in self.solvers or (None,):
@@ -136,6 +135,41 @@ class Offer:
         """Has an engine compile all of it in `warm_up`."""
         for prompts, options in self.calls():
             engine.allow(*prompts, **options)
+
+
+def offer_of(
+    pipe: Pipeline,
+    name: str,
+    solvers: tuple[str, ...] = (),
+    sizes: tuple[tuple[int, int], ...] = (),
+    max_steps: int = MAX_STEPS,
+    max_images: int = MAX_IMAGES,
+) -> Offer:
+    """The offer of a model.
+
+    Raises:
+        InvalidArgumentError: sizes, of a model that draws one.
+        UnknownNameError: a solver that does not exist.
+    """
+    known = pipe.call_options()
+    if sizes and "height" not in known:
+        raise InvalidArgumentError(f"a {pipe.family.name} draws images of one size: leave the sizes out")
+    has_shape = "image_shape" in pipe.family.methods
+    return Offer(
+        name=name,
+        family=pipe.family.name,
+        draws_texts="negative_labels" not in known,
+        num_classes=pipe.num_classes,
+        class_names=tuple(getattr(pipe, "class_names", ())),
+        own_size=tuple(pipe.image_shape()[:2]) if has_shape else tuple(pipe.default_size),
+        default_guidance_scale=pipe.default_guidance_scale,
+        guides=not pipe.is_guidance_distilled and not pipe.family.true_cfg,
+        default_steps={solver: pipe.default_steps(solver) for solver in (None, *solvers)},
+        solvers=solvers,
+        sizes=sizes,
+        max_steps=max_steps,
+        max_images=max_images,
+    )
 
 
 class Field(NamedTuple):
@@ -182,7 +216,7 @@ def fields_of(offer: Offer) -> dict[str, Field]:
                 "type": "number",
                 "minimum": 0,
                 "maximum": MAX_SCALE,
-                "default": offer.pipe.default_guidance_scale,
+                "default": offer.default_guidance_scale,
                 "description": "Scale of classifier-free guidance; 1 is the model as trained.",
             },
             number(0, MAX_SCALE),
@@ -208,7 +242,7 @@ def fields_of(offer: Offer) -> dict[str, Field]:
     }
     if offer.draws_texts:
         own = {"prompt": _text("What to draw."), "negative_prompt": _text("What to avoid.")}
-    elif offer.pipe.num_classes is not None:
+    elif offer.num_classes is not None:
         own = {
             "class_labels": _labels("Classes to draw: numbers or names, repeated.", offer),
             "negative_labels": _labels("Classes to avoid.", offer),
@@ -262,7 +296,7 @@ def call_of(offer: Offer, request: Generation) -> tuple[tuple[Any, ...], dict[st
         return (request.prompt, request.negative_prompt), options
     for name in ("height", "width"):
         options.pop(name, None)
-    if offer.pipe.num_classes is None:
+    if offer.num_classes is None:
         return (None,), options | {"num_images": request.num_images}
     if request.negative_labels is not None:
         options["negative_labels"] = list(request.negative_labels)
@@ -270,7 +304,7 @@ def call_of(offer: Offer, request: Generation) -> tuple[tuple[Any, ...], dict[st
 
 
 def read_openai(offer: Offer, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of POST /v1/images/generations as one of POST /generate: n, size, output_format.
+    """The body of POST /v1/images/generations as one of POST /generate: n, size, partial_images and so on.
 
     Raises:
         BadRequest: another model, response format or size.
@@ -283,8 +317,6 @@ def read_openai(offer: Offer, body: Mapping[str, Any]) -> dict[str, Any]:
     if own.pop("response_format", "b64_json") != "b64_json":
         message = 'images are sent as base64: send "response_format": "b64_json", or leave it out'
         raise BadRequest(message, param="response_format", allowed=["b64_json"])
-    if own.get("stream"):
-        raise BadRequest("streams are answers of POST /generate: leave stream out", param="stream")
     for ours, theirs in OPENAI_NAMES.items():
         if theirs in own:
             own[ours] = own.pop(theirs)
@@ -395,7 +427,7 @@ def _text(description: str) -> Field:
 
 def _labels(description: str, offer: Offer) -> Field:
     """One label or a list of them, each a number or a name."""
-    last = (offer.pipe.num_classes or 1) - 1
+    last = (offer.num_classes or 1) - 1
     one = {"oneOf": [{"type": "integer", "minimum": 0, "maximum": last}, {"type": "string"}]}
     most = offer.max_images
     schema = {

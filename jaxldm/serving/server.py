@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from jaxldm.serving.embeddings import Embeddings
 from jaxldm.serving.engine import SIZES, Engine
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.jobs import MAX_STEPS, sharing
-from jaxldm.serving.requests import MAX_IMAGES, Offer
+from jaxldm.serving.requests import MAX_IMAGES, offer_of
 from jaxldm.serving.service import Service
+from jaxldm.serving.worker import LocalWorker, Made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,30 @@ class Settings:
     pipe=A_PIPELINE,
     settings=instance(Settings, "Settings(...)"),
     devices=optional(some_devices),
+)
+def made(pipe: Pipeline, settings: Settings, devices: Sequence[Any] | None = None) -> Made:
+    """What a worker of a model works with, not compiled.
+
+    Args:
+        pipe: the model.
+        settings: what it draws.
+        devices: each has slots of its own; default the first.
+
+    Raises:
+        JaxldmError: a model that is not one sampling loop, or settings that are not for it.
+    """
+    limits = settings.max_steps, settings.max_images
+    offer = offer_of(pipe, settings.name, settings.solvers, settings.sizes, *limits)
+    embeddings = Embeddings(settings.embeddings_bytes)
+    engine = Engine(pipe, sizes=settings.slots, devices=devices, encode=sharing(pipe, embeddings))
+    offer.allow(engine)
+    return Made(engine, offer, embeddings)
+
+
+@checked(
+    pipe=A_PIPELINE,
+    settings=instance(Settings, "Settings(...)"),
+    devices=optional(some_devices),
     token=optional(text),
 )
 def build(
@@ -71,7 +97,7 @@ def build(
     devices: Sequence[Any] | None = None,
     token: str | None = None,
 ) -> Any:
-    """The ASGI application that serves a model; it compiles and computes while its lifespan lasts.
+    """The ASGI application that serves a model in this process; it computes while its lifespan lasts.
 
     Args:
         pipe: the model.
@@ -82,13 +108,14 @@ def build(
     Raises:
         JaxldmError: a model that is not one sampling loop, or settings that are not for it.
     """
-    embeddings = Embeddings(settings.embeddings_bytes)
-    offer = Offer(
-        pipe, settings.name, settings.solvers, settings.sizes, settings.max_steps, settings.max_images
-    )
-    engine = Engine(pipe, sizes=settings.slots, devices=devices, encode=sharing(pipe, embeddings))
-    offer.allow(engine)
-    service = Service(engine, settings.limits)
-    return application(
-        offer, service, figures=Figures(service, embeddings), token=token, limits=settings.http
-    )
+    worker = LocalWorker(functools.partial(made, pipe, settings, devices))
+    return serve_by(Service([worker], settings.limits), settings, token)
+
+
+def serve_by(service: Service, settings: Settings, token: str | None = None) -> Any:
+    """The ASGI application of a service, whose first worker loads its model here.
+
+    Raises:
+        JaxldmError: what cannot be served.
+    """
+    return application(service.load(), service, figures=Figures(service), token=token, limits=settings.http)

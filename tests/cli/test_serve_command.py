@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from jaxldm import pipelines, serving
 from jaxldm.commands import serve
 from jaxldm.serving.pictures import picture_bytes
+from jaxldm.serving.worker import LocalWorker
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,12 @@ def no_token(monkeypatch):
     monkeypatch.delenv(serve.TOKEN, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_process(monkeypatch):
+    """Workers live in this process, which needs no seconds to start."""
+    monkeypatch.setattr(serve, "worker_of", lambda make, number, devices: LocalWorker(make))
+
+
 def test_what_cannot_be_served_is_refused(capsys, folder, tmp_path):
     for words, message in (
         (["--host", "0.0.0.0"], serve.TOKEN),
@@ -39,6 +46,7 @@ def test_what_cannot_be_served_is_refused(capsys, folder, tmp_path):
         (["--port", "0", "--sizes", "8x8"], "draws images of one size"),
         (["--port", "0", "--solvers", "ddim", "no"], "unknown solver 'no'"),
         (["--port", "0", "--slots", "0"], "slots"),
+        (["--port", "0", "--workers", "0"], "workers must be"),
         (["--port", "0", "--max-queue", "0"], "max_queue"),
         (["--port", "0", "--max-steps", "1001"], "max_steps"),
     ):

@@ -50,7 +50,8 @@ class Page:
         command |= {} if self._session is None else {"sessionId": self._session}
         os.write(self._to_it, json.dumps(command).encode() + b"\0")
         while (message := self._next()).get("id") != number:
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            level = message.get("params", {}).get("entry", {}).get("level")
+            if message.get("method") == "Runtime.exceptionThrown" or level in ("warning", "error"):
                 self.complaints.append(json.dumps(message["params"])[:500])
         assert "error" not in message, (method, message)
         return message["result"]

@@ -11,6 +11,8 @@ from PIL import Image
 
 from jaxldm import serving
 from jaxldm.data.images import to_uint8
+from jaxldm.serving.service import Service
+from jaxldm.serving.worker import LocalWorker, Made
 
 K, MAX_STEPS = 2, 1000
 
@@ -28,8 +30,8 @@ class GatedEngine(serving.Engine):
         return super().step(wanted)
 
 
-def warm_engine(offer):
-    engine = GatedEngine(offer.pipe, sizes=(K,))
+def warm_engine(pipe, offer):
+    engine = GatedEngine(pipe, sizes=(K,))
     offer.allow(engine)
     engine.warm_up()
     engine.warm_up = lambda: None  # once for all tests
@@ -47,6 +49,13 @@ def pixels(text):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
-def drawn_alone(offer, seed, labels, **options):
-    images = serving.as_served(offer.pipe, K)(jax.random.key(seed), labels, **options)
+def service_of(engine, limits=None):
+    """A service of an engine in this process."""
+    service = Service([LocalWorker(lambda: Made(engine))], limits)
+    service.load()
+    return service
+
+
+def drawn_alone(pipe, seed, labels, **options):
+    images = serving.as_served(pipe, K)(jax.random.key(seed), labels, **options)
     return to_uint8(images)[..., 0]

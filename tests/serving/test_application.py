@@ -2,43 +2,48 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import threading
 
 import numpy as np
 import pytest
 import tiny_models
-from served import MAX_STEPS, K, drawn_alone, pixels, wait_until, warm_engine
+from served import MAX_STEPS, K, drawn_alone, pixels, service_of, wait_until, warm_engine
 from starlette.testclient import TestClient
 
 from jaxldm import serving
 from jaxldm.serving.application import HttpLimits, application
 from jaxldm.serving.figures import Figures
-from jaxldm.serving.requests import Offer
-from jaxldm.serving.service import Service
+from jaxldm.serving.requests import offer_of
 
 
 @pytest.fixture(scope="module")
-def offer():
-    return Offer(tiny_models.latent_pipeline(), "digits", max_steps=MAX_STEPS)
+def pipe():
+    return tiny_models.latent_pipeline()
 
 
 @pytest.fixture(scope="module")
-def engine(offer):
+def offer(pipe):
+    return offer_of(pipe, "digits", max_steps=MAX_STEPS)
+
+
+@pytest.fixture(scope="module")
+def engine(pipe, offer):
     """Of the server that most tests ask."""
-    return warm_engine(offer)
+    return warm_engine(pipe, offer)
 
 
 @pytest.fixture(scope="module")
-def spare(offer):
+def spare(pipe, offer):
     """Of servers of one test each."""
-    return warm_engine(offer)
+    return warm_engine(pipe, offer)
 
 
 @contextlib.contextmanager
 def serve(offer, engine, *, limits=None, http=None, token=None):
     engine.gate.set()
-    service = Service(engine, limits or serving.Limits(burst=1000, requests_per_second=1000))
+    service = service_of(engine, limits or serving.Limits(burst=1000, requests_per_second=1000))
     app = application(offer, service, figures=Figures(service), limits=http, token=token)
     with TestClient(app) as client:
         wait_until(lambda: service.ready)
@@ -60,33 +65,33 @@ def events_of(text):
     return [(one.removeprefix("event: "), json.loads(two.removeprefix("data: "))) for one, two in lines]
 
 
-def test_the_images_are_those_of_the_pipeline(client, offer):
+def test_the_images_are_those_of_the_pipeline(client, pipe):
     body = {"class_labels": [2, 0, 1], "seed": 7, "num_inference_steps": 3, "guidance_scale": 2.5}
     answer = client.post("/generate", json=body)
     assert answer.status_code == 200, answer.text
     facts = answer.json()
     assert facts["seed"] == 7 and facts["slots"] == K and facts["num_inference_steps"] == 3
-    alone = drawn_alone(offer, 7, [2, 0, 1], num_inference_steps=3, guidance_scale=2.5)
+    alone = drawn_alone(pipe, 7, [2, 0, 1], num_inference_steps=3, guidance_scale=2.5)
     np.testing.assert_array_equal(np.stack([pixels(text) for text in facts["images"]]), alone)
 
 
-def test_a_request_as_openai_s_clients_send_it(client, offer):
+def test_a_request_as_openai_s_clients_send_it(client, pipe):
     body = {"model": "digits", "prompt": "1", "n": 2, "size": "8x8", "response_format": "b64_json", "seed": 3}
     answer = client.post("/v1/images/generations", json=body | {"num_inference_steps": 2, "user": "me"})
     assert answer.status_code == 200, answer.text
     facts = answer.json()
     assert facts["output_format"] == "png" and isinstance(facts["created"], int)
-    alone = drawn_alone(offer, 3, [1], num_images=2, num_inference_steps=2)
+    alone = drawn_alone(pipe, 3, [1], num_images=2, num_inference_steps=2)
     np.testing.assert_array_equal(np.stack([pixels(one["b64_json"]) for one in facts["data"]]), alone)
     assert client.get("/v1/models").json()["data"][0]["id"] == "digits"
 
 
-def test_openai_s_own_client_gets_images_and_errors(client, offer):
+def test_openai_s_own_client_gets_images_and_errors(client, pipe):
     openai = pytest.importorskip("openai")
     theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
     more = {"seed": 3, "num_inference_steps": 2}
     answer = theirs.images.generate(prompt="1", model="digits", n=2, size="8x8", extra_body=more)
-    alone = drawn_alone(offer, 3, [1], num_images=2, num_inference_steps=2)
+    alone = drawn_alone(pipe, 3, [1], num_images=2, num_inference_steps=2)
     np.testing.assert_array_equal(np.stack([pixels(one.b64_json) for one in answer.data]), alone)
     assert [model.id for model in theirs.models.list().data] == ["digits"]
     with pytest.raises(
@@ -98,7 +103,44 @@ def test_openai_s_own_client_gets_images_and_errors(client, offer):
         theirs.images.generate(prompt="1", model="x")
 
 
-def test_requests_at_one_time_get_their_own_images(client, offer):
+def test_openai_s_own_client_streams_images_and_previews(client, pipe):
+    openai = pytest.importorskip("openai")
+    theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
+    more = {"seed": 4, "num_inference_steps": 6}
+    options = {"stream": True, "partial_images": 2, "size": "8x8", "extra_body": more}
+    events = list(theirs.images.generate(prompt="1", model="digits", **options))
+    assert {event.type for event in events[:-1]} <= {"image_generation.partial_image"}
+    for number, event in enumerate(events[:-1]):
+        assert event.partial_image_index == number and pixels(event.b64_json).shape == (4, 4)
+    last = events[-1]
+    assert last.type == "image_generation.completed" and last.size == "8x8" and last.output_format == "png"
+    alone = drawn_alone(pipe, 4, [1], num_inference_steps=6)[0]
+    np.testing.assert_array_equal(pixels(last.b64_json), alone)
+    with pytest.raises(openai.BadRequestError, match="partial_images must be a whole number") as error:
+        theirs.images.generate(prompt="1", stream=True, partial_images=99)
+    assert error.value.body["param"] == "partial_images"
+
+
+def test_openai_s_own_client_is_told_of_a_failure_in_a_stream_and_cancels(client, engine):
+    openai = pytest.importorskip("openai")
+    theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
+    engine.gate.clear()
+    threading.Timer(0.3, engine.gate.set).start()
+    more = {"num_inference_steps": 2, "timeout": 0.1}
+    with pytest.raises(openai.APIError, match=r"not done within timeout=0\.1 s"):
+        list(theirs.images.generate(prompt="1", stream=True, extra_body=more))
+    wait_until(lambda: engine.busy == 0)
+    more = {"prompt": "1", "num_inference_steps": MAX_STEPS, "stream": True}
+    engine.gate.clear()
+    cancelled = client.service.counters["cancelled"]
+    gone = functools.partial(wait_until, lambda: engine.busy == 1)
+    asgi(client.app, [json.dumps(more).encode()], gone=gone, path="/v1/images/generations")
+    engine.gate.set()
+    wait_until(lambda: engine.busy == 0)
+    assert client.service.counters["cancelled"] == cancelled + 1
+
+
+def test_requests_at_one_time_get_their_own_images(client, pipe):
     calls = [{"class_labels": n % 3, "seed": n, "num_inference_steps": 2 + n % 4} for n in range(8)]
     answers = {}
 
@@ -111,12 +153,12 @@ def test_requests_at_one_time_get_their_own_images(client, offer):
     for thread in threads:
         thread.join(20)
     for n, call in enumerate(calls):
-        alone = drawn_alone(offer, n, [n % 3], num_inference_steps=call["num_inference_steps"])[0]
+        alone = drawn_alone(pipe, n, [n % 3], num_inference_steps=call["num_inference_steps"])[0]
         np.testing.assert_array_equal(pixels(answers[n]["images"][0]), alone)
     assert len({answer["id"] for answer in answers.values()}) == len(calls)
 
 
-def test_a_stream_says_how_far_each_image_is(client, offer):
+def test_a_stream_says_how_far_each_image_is(client, pipe):
     body = {"class_labels": [1], "seed": 4, "num_inference_steps": 6, "stream": True, "previews": 2}
     answer = client.post("/generate", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -127,7 +169,7 @@ def test_a_stream_says_how_far_each_image_is(client, offer):
     steps = [data["step"] for name, data in events if name == "progress"]
     assert steps == sorted(steps) and set(steps) <= set(range(1, 6))
     image = next(data for name, data in events if name == "image")
-    alone = drawn_alone(offer, 4, [1], num_inference_steps=6)[0]
+    alone = drawn_alone(pipe, 4, [1], num_inference_steps=6)[0]
     np.testing.assert_array_equal(pixels(image["b64"]), alone)
     for name, data in events:
         if name == "progress" and "preview" in data:
@@ -207,13 +249,13 @@ def test_a_full_queue_refuses_and_what_was_accepted_is_drawn(offer, spare):
         answers, threads = [], []
 
         def ask(seed):
-            body = {"class_labels": 1, "num_inference_steps": 2, "seed": seed}
+            body = {"class_labels": 1, "num_images": K, "num_inference_steps": 2, "seed": seed}
             answers.append(client.post("/generate", json=body))
 
-        for seed in range(2):  # one is in its step, the other waits for it to end
+        for seed in range(2):  # one has all slots, the other waits for it to end
             threads.append(threading.Thread(target=ask, args=(seed,)))
             threads[-1].start()
-            wait_until(lambda: spare.busy == 1)
+            wait_until(lambda: spare.busy >= 1)
             wait_until(lambda seed=seed: client.service.waiting == seed)
         ask(2)
         assert error_of(answers.pop(), 429)["type"] == "queue_full"
@@ -274,7 +316,7 @@ def test_an_engine_that_breaks_fails_its_requests_and_says_so(offer, spare, monk
         table.clear()
 
 
-def asgi(app, chunks, *, gone=None):
+def asgi(app, chunks, *, gone=None, path="/generate"):
     """One POST by hand: the body in chunks (None is a chunk that never comes); the status, or None."""
 
     async def talk():
@@ -297,8 +339,8 @@ def asgi(app, chunks, *, gone=None):
         scope = {
             "type": "http",
             "method": "POST",
-            "path": "/generate",
-            "raw_path": b"/generate",
+            "path": path,
+            "raw_path": path.encode(),
             "headers": headers,
         }
         scope |= {"query_string": b"", "client": ("127.0.0.1", 1), "server": ("x", 80), "scheme": "http"}

@@ -3,7 +3,7 @@
 import asyncio
 
 from jaxldm.serving.mailbox import Mailbox
-from jaxldm.serving.service import Accepted, Failed, Picture, Progress
+from jaxldm.serving.orders import Accepted, Failed, Picture, Progress
 
 
 async def all_of(events):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 from PIL import Image
-from served import MAX_STEPS, drawn_alone, wait_until, warm_engine
+from served import MAX_STEPS, drawn_alone, service_of, wait_until, warm_engine
 from starlette.testclient import TestClient
 
 from jaxldm import pipelines, serving
@@ -19,8 +19,7 @@ from jaxldm.commands import serve as command
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.serving.application import application
 from jaxldm.serving.page import FILES
-from jaxldm.serving.requests import Offer
-from jaxldm.serving.service import Service
+from jaxldm.serving.requests import offer_of
 
 in_a_browser = pytest.mark.skipif(
     chromium.FOUND is None, reason="no chromium, chromium-browser or google-chrome is on this machine"
@@ -37,6 +36,7 @@ def over_a_socket(app, lifespan="on"):
         thread = threading.Thread(target=command.run_until_interrupted, args=(server, bound))
         thread.start()
         try:
+            wait_until(lambda: server.started)
             yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
         finally:
             server.should_exit = True
@@ -44,19 +44,24 @@ def over_a_socket(app, lifespan="on"):
 
 
 @pytest.fixture(scope="module")
-def offer():
-    return Offer(tiny_models.latent_pipeline(), "digits", max_steps=MAX_STEPS)
+def pipe():
+    return tiny_models.latent_pipeline()
 
 
 @pytest.fixture(scope="module")
-def engine(offer):
-    return warm_engine(offer)
+def offer(pipe):
+    return offer_of(pipe, "digits", max_steps=MAX_STEPS)
+
+
+@pytest.fixture(scope="module")
+def engine(pipe, offer):
+    return warm_engine(pipe, offer)
 
 
 @pytest.fixture(scope="module")
 def address(offer, engine):
     limits = serving.Limits(burst=1000, requests_per_second=1000)
-    with over_a_socket(application(offer, Service(engine, limits))) as address:
+    with over_a_socket(application(offer, service_of(engine, limits))) as address:
         yield address
         engine.gate.set()
 
@@ -98,7 +103,7 @@ def picture_on_screen(page, selector, side):
 
 
 def test_the_files_come_with_a_policy_that_lets_nothing_else_in(offer, engine):
-    client = TestClient(application(offer, Service(engine), token="secret"))
+    client = TestClient(application(offer, service_of(engine), token="secret"))
     for path in FILES:
         answer = client.get(path)
         assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
@@ -109,7 +114,7 @@ def test_the_files_come_with_a_policy_that_lets_nothing_else_in(offer, engine):
 
 
 @in_a_browser
-def test_a_click_draws_the_picture_of_the_pipeline(page, offer):
+def test_a_click_draws_the_picture_of_the_pipeline(page, pipe):
     assert not shown(page, "prompt") and not shown(page, "solver") and shown(page, "class_labels")
     page.click("#chips button:nth-child(2)")
     page.write("#num_inference_steps", "3")
@@ -120,7 +125,7 @@ def test_a_click_draws_the_picture_of_the_pipeline(page, offer):
     page.until("document.querySelector('#progress-text').textContent.startsWith('Done in')")
     settings = {"class_labels": [1], "num_inference_steps": 3, "seed": 7}
     assert json.loads(text_of(page, "settings")) == settings
-    expected = drawn_alone(offer, 7, [1], num_inference_steps=3)[0].astype(int)
+    expected = drawn_alone(pipe, 7, [1], num_inference_steps=3)[0].astype(int)
     page.until("[...document.images].every(image => image.complete)")
     seen = picture_on_screen(page, "#figures img", 8)
     assert np.abs(seen - expected).max() <= 1  # to the grey level, as the screen has it
@@ -253,12 +258,13 @@ def test_it_fits_a_phone(page):
 @in_a_browser
 def test_a_server_of_texts_with_a_token_asks_for_both(window, tmp_path):
     parts = tiny_models.text_parts(tmp_path / "tokenizer")
-    offer = Offer(pipelines.Pipeline(STABLE_DIFFUSION, parts), "cats", (), ((16, 16), (16, 32)))
-    service = Service(serving.Engine(offer.pipe, sizes=(1,)))
+    pipe = pipelines.Pipeline(STABLE_DIFFUSION, parts)
+    offer = offer_of(pipe, "cats", (), ((16, 16), (16, 32)))
+    service = service_of(serving.Engine(pipe, sizes=(1,)))
     with over_a_socket(application(offer, service, token="secret"), lifespan="off") as address:
         window.open(address)
         window.until("!document.getElementById('ask-token').hidden")
-        assert "token" in text_of(window, "error") and not shown(window, "prompt")
+        assert "token" in text_of(window, "token-error") and not shown(window, "prompt")
         window.type("secret")
         window.press("Enter")
         window.until("document.getElementById('prompt').checkVisibility()")

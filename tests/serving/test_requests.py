@@ -13,8 +13,8 @@ from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.serving.requests import (
     BadRequest,
     Generation,
-    Offer,
     call_of,
+    offer_of,
     param_in,
     read_generation,
     read_json,
@@ -24,13 +24,13 @@ from jaxldm.serving.requests import (
 
 @pytest.fixture(scope="module")
 def classes():
-    return Offer(tiny_models.latent_pipeline(), "digits", ("ddim", "heun"), max_steps=20)
+    return offer_of(tiny_models.latent_pipeline(), "digits", ("ddim", "heun"), max_steps=20)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     parts = tiny_models.text_parts(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
-    return Offer(pipelines.Pipeline(STABLE_DIFFUSION, parts), "cats", (), ((16, 16), (16, 32), (32, 16)))
+    return offer_of(pipelines.Pipeline(STABLE_DIFFUSION, parts), "cats", (), ((16, 16), (16, 32), (32, 16)))
 
 
 def refused(offer, body):
@@ -114,12 +114,13 @@ def test_openai_s_names_are_understood(classes, texts):
     expected = {"prompt": "a", "num_images": 2, "height": 16, "width": 32, "seed": 3}
     assert read_openai(texts, body) == expected
     assert read_openai(classes, {"prompt": "2, 1"})["class_labels"] == [2, 1]
+    assert read_openai(texts, {"stream": True, "partial_images": 2}) == {"stream": True, "previews": 2}
     for wrong, param in (
         ({"model": "dall-e-3"}, "model"),
         ({"response_format": "url"}, "response_format"),
         ({"size": "1024x1024"}, "size"),
         ({"size": 5}, "size"),
-        ({"stream": True}, "stream"),
+        ({"response_format": "png"}, "response_format"),
     ):
         with pytest.raises(BadRequest) as caught:
             read_openai(texts, {"prompt": "a", **wrong})

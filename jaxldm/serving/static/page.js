@@ -365,10 +365,15 @@ function fail(error) {
   $("progress-line").hidden = true;
   showProgress(0, "");
   showError(error.message, error.param);
-  if (error.status === 401) {
-    $("ask-token").hidden = false;
-    $("token").focus();
-  }
+  if (error.status === 401) lock(error.message);
+}
+
+function lock(message) {
+  $("ask-token").hidden = false;
+  $("main").hidden = true;
+  $("token-error").textContent = message;
+  $("state").textContent = "Locked";
+  $("token").focus();
 }
 
 function showError(message, param) {
@@ -392,13 +397,14 @@ async function start() {
     fields = api.paths["/generate"].post.requestBody.content["application/json"].schema.properties;
   } catch (error) {
     fail(error);
-    $("state").textContent = error.status === 401 ? "Locked" : "Not reached";
-    $("draw").disabled = error.status !== 401;
-    if (error.status !== 401) setTimeout(start, 2000);
+    if (error.status === 401) return;
+    $("state").textContent = "Not reached";
+    setTimeout(start, 2000);
     return;
   }
   showError(null);
   $("ask-token").hidden = true;
+  $("main").hidden = false;
   $("model").textContent = document.title = model.id;
   buildForm();
   whenReady();
@@ -418,7 +424,10 @@ async function whenReady() {
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if ($("ask-token").hidden) return void draw();
+  draw();
+});
+$("ask-token").addEventListener("submit", (event) => {
+  event.preventDefault();
   sessionStorage.setItem(TOKEN, $("token").value);
   start();
 });
@@ -437,7 +446,7 @@ $("strip").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") cancel();
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("draw").disabled) $("form").requestSubmit();
 });
 document.addEventListener("paste", (event) => {
   let settings = null;
@@ -452,4 +461,5 @@ document.addEventListener("paste", (event) => {
 });
 
 restore();
+buildForm(); // without fields: nothing that cannot be seen is required
 start();

@@ -1,0 +1,220 @@
+"""A worker in a process of its own, which may crash, hang or be killed without harm to the others.
+
+The process is spawned, not forked: JAX has threads. It lives as long as its pipe: when the server is gone, in
+whatever way, so is the worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.serving.messages import Command, Died, Loaded, Refused, Report, Stop
+from jaxldm.serving.worker import Made, Worker
+
+END_SECONDS = 5.0  # to end by itself
+# Where Linux counts processes that were killed for want of memory: of the container, and of the machine.
+OUT_OF_MEMORY = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
+DEVICES = ("CUDA", "ROCM")
+
+
+class WorkerProcess:
+    """A worker in a process of its own; one object for one process.
+
+    Args:
+        make: loads the model; a function of a module, or a `functools.partial` of one.
+        number: of the worker, from 0: on GPUs, each has `devices` of its own.
+        devices: how many a worker uses, where there are several workers; None: all that it sees.
+    """
+
+    restartable = True
+
+    def __init__(self, make: Callable[[], Made], number: int = 0, devices: int | None = None):
+        self._make, self._number, self._devices = make, number, devices
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._process: Any = None
+        self._pipe: Any = None
+        self._killed_for: str | None = None
+        self._threads: list[threading.Thread] = []
+
+    def again(self) -> WorkerProcess:
+        """Another one of the same kind."""
+        return WorkerProcess(self._make, self._number, self._devices)
+
+    def load(self) -> Loaded:
+        """Starts the process and waits until the model is in its memory.
+
+        Raises:
+            InvalidArgumentError: what cannot be served.
+        """
+        self._spawn()
+        try:
+            report = self._pipe.recv()
+        except (EOFError, OSError):
+            report = Refused(self._end().message)
+        if isinstance(report, Loaded):
+            return report
+        self._end()
+        raise InvalidArgumentError(report.message)
+
+    def start(self, tell: Callable[[Report], None]) -> None:
+        """Has the reports told from now on, in a thread; starts the process where `load` has not."""
+        if self._process is None:
+            self._spawn()
+        for target in (lambda: self._read(tell), self._write):
+            self._threads.append(threading.Thread(target=target, name="jaxldm-worker-pipe", daemon=True))
+            self._threads[-1].start()
+
+    def send(self, command: Command) -> None:
+        """Hands in a command; never waits for the process."""
+        self._commands.put(command)
+
+    def kill(self, reason: str) -> None:
+        """Ends the process at once; the reason is that of its `Died`."""
+        self._killed_for = reason
+        self._process.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the end after `Stop`; kills what does not end."""
+        if self._process is None:
+            return
+        timeout = END_SECONDS if timeout is None else timeout
+        if self._threads:
+            reader, writer = (
+                self._threads
+            )  # the reader waits for the process: two waits at once lose its status
+            reader.join(timeout)
+            if reader.is_alive():
+                self._process.kill()
+            reader.join(END_SECONDS)
+            writer.join(END_SECONDS)
+        else:  # only loaded
+            self._process.kill()
+            self._end()
+        self._pipe.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process."""
+        return None if self._process is None else self._process.pid
+
+    def _spawn(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, self._make, self._number, self._devices)
+        self._out_of_memory = out_of_memory_kills()
+        self._process = context.Process(target=work, args=arguments, name="jaxldm-worker", daemon=True)
+        self._process.start()
+        theirs.close()
+        atexit.register(self._process.kill)  # Python would wait for it, with the pipe open
+
+    def _read(self, tell: Callable[[Report], None]) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                tell(self._pipe.recv())
+        self._commands.put(None)
+        tell(self._end())
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the reader finds out
+            while (command := self._commands.get()) is not None:
+                self._pipe.send(command)
+
+    def _end(self) -> Died:
+        """Waits for the process, whose pipe is closed, and says why it ended."""
+        self._process.join(END_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        atexit.unregister(self._process.kill)
+        code = self._process.exitcode
+        if self._killed_for is not None:
+            return Died(self._killed_for)
+        if code >= 0:
+            return Died(f"its process ended with status {code}")
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        if code == -signal.SIGKILL and out_of_memory_kills() != self._out_of_memory:
+            return Died("its process ran out of memory")
+        from_outside = code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+        return Died(f"its process was ended by {name}", by_itself=not from_outside)
+
+
+def out_of_memory_kills() -> tuple[int, ...]:
+    """How many processes were killed for want of memory, by those who count; () where nobody does."""
+    counts = []
+    for file in OUT_OF_MEMORY:
+        with contextlib.suppress(OSError):
+            found = re.search(r"^oom_kill (\d+)$", Path(file).read_text(), re.MULTILINE)
+            counts += [int(found[1])] if found else []
+    return tuple(counts)
+
+
+# ---------------------------------------------------------------- in the process
+
+
+def work(pipe: Any, make: Callable[[], Made], number: int, devices: int | None) -> None:
+    """All that the process does."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # the server gets them, too, and lets us finish
+        signal.signal(signal_number, signal.SIG_IGN)
+    lock = threading.Lock()
+
+    def tell(report: Report) -> None:
+        with lock:
+            try:
+                pipe.send(report)
+            except OSError:
+                os._exit(0)  # the server is gone
+        if isinstance(report, Died):
+            os._exit(1)
+
+    try:
+        _prepare_process(number, devices)
+        made = make()
+        worker = Worker(made, tell)
+    except JaxldmError as error:
+        tell(Refused(str(error)))
+        return
+    except Exception as error:
+        logging.getLogger("jaxldm.serving").error("the model could not be loaded", exc_info=error)
+        tell(Refused(f"the model could not be loaded: {type(error).__name__}: {error}"[:350]))
+        return
+    tell(Loaded(made.offer, made.engine.sizes))
+    worker.start()
+    while True:
+        try:
+            command = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # in the middle of a step, perhaps
+        worker.send(command)
+        if isinstance(command, Stop):
+            break
+    worker.join(END_SECONDS)
+    sys.stderr.flush()
+    os._exit(0)  # a computation that still runs would call back into an interpreter that has ended
+
+
+def _prepare_process(number: int, devices: int | None) -> None:
+    """JAX's settings, and the devices of this worker: `devices` GPUs from the `number` times so manyth on."""
+    import jax
+
+    from jaxldm import host
+
+    if devices is not None:
+        mine = ",".join(str(number * devices + device) for device in range(devices))
+        for kind in DEVICES:
+            if f"{kind}_VISIBLE_DEVICES" not in os.environ:
+                jax.config.update(f"jax_{kind.lower()}_visible_devices", mine)
+    host.prepare()
+    host.use_compilation_cache()
