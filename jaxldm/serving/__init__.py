@@ -1,7 +1,9 @@
 """A server of images: many requests share the steps of one network.
 
 `slots` is the arithmetic, `engine` says which image is in which slot, `jobs` makes rows of a pipeline's call.
-`alone` draws a call by itself, `admission` says who may wait and who is next.
+`alone` draws a call by itself, `admission` says who may wait and who is next. A `worker` is the thread of an
+engine, mostly in one of `processes`; the `service` gives it orders and starts it again, and `application` is
+what speaks HTTP.
 """
 
 from jaxldm.serving.admission import Limits

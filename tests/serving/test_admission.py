@@ -176,3 +176,39 @@ def test_clients_that_are_long_gone_are_forgotten(monkeypatch):
 def test_limits_are_checked(field, value):
     with pytest.raises(InvalidArgumentError, match=field):
         Limits(**{field: value})
+
+
+@given(COSTS, st.integers(1, 300))
+def test_places_are_those_in_which_requests_begin(costs, quantum):
+    """Each client is one request here; looking changes nothing."""
+    queue = queue_of(costs, quantum)
+    door = Admission(Limits(quantum=quantum))
+    door.queue = queue
+    foreseen, places = list(queue.in_turn()), door.places(seconds_before=2.0)
+    popped = pop_all(queue)
+    assert foreseen == popped
+    begins = list(dict.fromkeys(item.ticket for item in popped))
+    assert {ticket: place for ticket, (place, _) in places.items()} == {
+        ticket: number for number, ticket in enumerate(begins)
+    }
+    for ticket, (_, seconds) in places.items():
+        last = max(number for number, item in enumerate(popped) if item.ticket == ticket)
+        assert seconds == 2.0 + last + 1
+
+
+@given(COSTS, st.sampled_from("abcd"), st.integers(1, 3))
+def test_what_is_put_back_comes_before_the_client_s_others(costs, client, number):
+    queue = queue_of(costs, 50)
+    again = items("again", number)
+    queue.put_back(client, again)
+    mine = [item for item in pop_all(queue) if item.ticket in (client, "again")]
+    assert mine[:number] == again and len(mine) == number + len(costs.get(client, ()))
+
+
+def test_the_first_deadline_is_known():
+    door = Admission(Limits(burst=9))
+    assert door.next_deadline is None
+    assert admit(door, 1.0, "a", "x", timeout=5.0) is None and admit(door, 2.0, "a", "y", timeout=3.5) is None
+    assert door.next_deadline == 5.5
+    door.finished("y")
+    assert door.next_deadline == 6.0

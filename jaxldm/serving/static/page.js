@@ -16,6 +16,7 @@ let model = {};
 let running = null; // {controller, id, cancelled} of the request under way
 let pictures = []; // newest first: {model, settings, image, src}
 let chosen = null;
+let timer = 0; // of the next look at /ready
 
 // ---------------------------------------------------------------- the server
 
@@ -419,7 +420,8 @@ async function whenReady() {
     $("state").textContent = "The server cannot be reached.";
   }
   if (!running) $("draw").disabled = !ready;
-  setTimeout(whenReady, ready ? 10000 : 1000);
+  clearTimeout(timer);
+  timer = setTimeout(whenReady, ready ? 10000 : 1000);
 }
 
 $("form").addEventListener("submit", (event) => {
