@@ -75,7 +75,7 @@ def call_of_maker(value: Any) -> str:
         made = getattr(function, "__globals__", {}).get(made, made)
     if get_origin(made) is not collections.abc.Callable and not str(made).startswith("Callable["):
         return ""
-    room = module.split(".")[1]
+    room = "D.search" if module.startswith("jaxldm.diffusion.search.") else module.split(".")[1]
     given = [
         parameter.name if parameter.default is parameter.empty else repr(parameter.default)
         for parameter in inspect.signature(function).parameters.values()

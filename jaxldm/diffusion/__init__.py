@@ -10,7 +10,7 @@
 No network lives here. See docs/mathematics.md.
 """
 
-from jaxldm.diffusion import caching, solvers
+from jaxldm.diffusion import caching, search, solvers
 from jaxldm.diffusion.analytic import (
     gaussian_denoiser,
     gaussian_mixture_denoiser,
@@ -246,6 +246,7 @@ __all__ = [
     "sample_step",
     "sample_tokens",
     "scaled_linear_betas",
+    "search",
     "sigmoid_alphas_betas",
     "sigmoid_betas",
     "solvers",

@@ -53,18 +53,23 @@ def classifier_guidance(
 
     def guided(x_0, x, t):
         w = scale_at(guidance_scale, t)
-        gradient = jax.grad(lambda x: _sum_of_each(log_probability(x, t), x))(x)
+        gradient = image_gradient(lambda x: _one_each(log_probability(x, t), x), x)
         strength = divide(path.sigma(t) ** 2, path.alpha(t), 0.0)
-        return x_0 + per_image(w * strength, x) * gradient.astype(x.dtype)
+        return x_0 + per_image(w * strength, x) * gradient
 
     return change_x0(denoise, guided)
 
 
-def _sum_of_each(log_p: Any, x: Any) -> Float[Array, ""]:
-    """The sum over the images; one number each, or their sum already."""
+def image_gradient(score: Callable[[Any], Any], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """The gradient of each image's number, score(x) [B], by that image; x's shape and type."""
+    return jax.grad(lambda x: jnp.sum(score(x)))(x).astype(x.dtype)
+
+
+def _one_each(log_p: Any, x: Any) -> Any:
+    """One number for each image, or their sum already."""
     if np.shape(returned("log_probability", log_p)) not in ((), x.shape[:1]):
         raise InvalidArgumentError(
             f"log_probability must return one number for each image, [{len(x)}], got shape "
             f"{list(np.shape(log_p))}: pick those of the labels, log_p[jnp.arange({len(x)}), labels]"
         )
-    return jnp.sum(log_p)
+    return log_p

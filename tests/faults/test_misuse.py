@@ -99,6 +99,7 @@ ROOMS = {
     "checkpoints": "checkpoints",
     "data": "data",
     "diffusion": "D",
+    "diffusion.search": "D.search",
     "few_steps": "few",
     "metrics": "metrics",
     "metrics.health": "metrics.health",

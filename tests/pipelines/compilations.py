@@ -15,3 +15,10 @@ class Compilations:
 
 
 COMPILATIONS = Compilations()
+
+
+def compilations(call):
+    """How much a call compiles."""
+    before = COMPILATIONS.count
+    jax.block_until_ready(call())
+    return COMPILATIONS.count - before

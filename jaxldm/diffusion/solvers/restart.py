@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxldm.arguments import checked, count, number, optional, refuse, several
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.solvers.heun import heun
-from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, divide, noise_like, row
+from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, add_noise, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import MAX_STEPS
@@ -77,11 +76,9 @@ def restart(solver: Solver | None = None, s_noise: float = 1.0) -> Solver:
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
-        q = divide(here.sigma * there.alpha, there.sigma * here.alpha, 0.0)  # below 1 where noise rises
 
         def rise(state):
-            std = s_noise * there.sigma * jnp.sqrt(jnp.maximum((1 - q) * (1 + q), 0))
-            x = divide(there.alpha, here.alpha, 0.0) * state.x + std * noise_like(keys, state.x)
+            x = add_noise(state.x, here, there, s_noise * noise_like(keys, state.x))
             return solver.init(x), state.x
 
         rises = there.sigma * here.alpha > here.sigma * there.alpha

@@ -77,6 +77,16 @@ def noise_like(keys: Key[Array, " B"], x: Float[Array, "B ..."]) -> Float[Array,
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
+def add_noise(x: Float[Array, "..."], here: Row, there: Row, z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """(alpha_s / alpha_t) x + sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2) z: from row t up to row s.
+
+    This is the path's own forward transition to a noisier row.
+    """
+    q = divide(here.sigma * there.alpha, there.sigma * here.alpha, 0.0)
+    std = there.sigma * jnp.sqrt(jnp.maximum((1 - q) * (1 + q), 0))
+    return divide(there.alpha, here.alpha, 0.0) * x + std * z
+
+
 def divide(
     numerator: Float[Array, " ..."] | float, denominator: Float[Array, " *shape"], otherwise: float
 ) -> Float[Array, " ..."]:
