@@ -11,6 +11,8 @@ from jaxldm.arguments import array, checked, count, number
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.moments import blocks_of
 
+_MOST_PAIRS = 2**24  # kept at once: 128 MB
+
 
 class KernelDistance(NamedTuple):
     """Mean and standard deviation over the subsets."""
@@ -38,19 +40,30 @@ def polynomial_mmd(x: Float[Array | np.ndarray, "N D"], y: Float[Array | np.ndar
     Raises:
         DataError: fewer than two rows, other widths, NaN.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = _finite_rows(x), _finite_rows(y)
     check_two_sets(x, y, 2)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    return _unbiased(_cubic(x, x), _cubic(y, y), _cubic(x, y))
+
+
+def _finite_rows(rows: Array | np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, np.float64)
+    if not np.isfinite(rows).all():
         raise DataError("features have NaN or infinity")
+    return rows
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def mean_of_pairs(a: np.ndarray) -> float:
-        values = kernel(a, a)
-        return (values.sum() - np.trace(values)) / (len(a) * (len(a) - 1))
+def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The kernel (a.b / D + 1)^3 of all pairs of rows."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
-    return float(mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel(x, y).mean())
+
+def _unbiased(k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray) -> float:
+    """The squared MMD from the kernels within and between two sets; a row with itself is no pair."""
+
+    def mean_of_pairs(values: np.ndarray) -> float:
+        return (values.sum() - np.trace(values)) / (len(values) * (len(values) - 1))
+
+    return float(mean_of_pairs(k_xx) + mean_of_pairs(k_yy) - 2 * k_xy.mean())
 
 
 @checked(
@@ -92,11 +105,18 @@ def kernel_distance(
             f"got subsets={subsets} and subset_size={subset_size}"
         )
     random = np.random.RandomState(seed)
-    values = []
-    for _ in range(subsets):
-        x = features[random.choice(len(features), subset_size, replace=False)]
-        y = real[random.choice(len(real), subset_size, replace=False)]
-        values.append(polynomial_mmd(x, y))
+
+    def subset(rows: np.ndarray) -> np.ndarray:
+        return random.choice(len(rows), subset_size, replace=False)
+
+    pairs = [(subset(features), subset(real)) for _ in range(subsets)]
+    if max(len(features), len(real)) ** 2 <= min(subsets * subset_size**2, _MOST_PAIRS):
+        # Subsets of small sets share most pairs: each kernel is then computed once.
+        x, y = _finite_rows(features), _finite_rows(real)
+        k_xx, k_yy, k_xy = _cubic(x, x), _cubic(y, y), _cubic(x, y)
+        values = [_unbiased(k_xx[np.ix_(i, i)], k_yy[np.ix_(j, j)], k_xy[np.ix_(i, j)]) for i, j in pairs]
+    else:
+        values = [polynomial_mmd(features[i], real[j]) for i, j in pairs]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 

@@ -61,6 +61,19 @@ def test_kid_draws_subsets_of_both_sets():
     assert metrics.kernel_distance(x, x[::-1], subsets=3, subset_size=60, seed=7).std < 1e-12
 
 
+def test_kernels_of_all_pairs_at_once_give_the_distances_of_the_subsets(monkeypatch):
+    x, y = rows(40, 6), rows(50, 6, seed=1) + 0.3
+    at_once = metrics.kernel_distance(x, y, subsets=20, subset_size=12)
+    random = np.random.RandomState(2020)
+    one_by_one = [
+        metrics.polynomial_mmd(x[random.choice(40, 12, False)], y[random.choice(50, 12, False)])
+        for _ in range(20)
+    ]
+    np.testing.assert_allclose(at_once, (np.mean(one_by_one), np.std(one_by_one)), rtol=1e-10)
+    monkeypatch.setattr("jaxldm.metrics.kernels._MOST_PAIRS", 0)
+    np.testing.assert_allclose(metrics.kernel_distance(x, y, subsets=20, subset_size=12), at_once, rtol=1e-10)
+
+
 def test_cmmd_in_closed_form():
     """Two sets of one vector each: k(x, x) + k(y, y) - 2 k(x, y) with the angle between them."""
     x, y = np.array([[3.0, 0.0]]), np.array([[0.0, 0.2]])
