@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +102,18 @@ def load_components(
     folder = Path(pipeline_folder)
     index = read_model_index(folder)
     names = [name for name in index if name not in NOT_NEEDED] if only is None else list(only)
-    components: dict[str, Component] = {}
-    for name in names:
+
+    def component(name: str) -> Component:
         _, kind = index[one_of(f"component of {folder}", name, index)]
         if kind.endswith("Scheduler") or name.endswith("scheduler"):
-            entries = read_json(folder / name / SCHEDULER_FILE)
-            components[name] = {"_class_name": kind, **entries}
-        elif "Tokenizer" in kind:
-            components[name] = load_tokenizer(folder / name)
-        else:
-            entries = _of_class(read_config(folder / name), kind)
-            components[name] = load_as(
-                entries, folder / name, dtype=dtype, sharding=sharding, variant=variant
-            )
+            return {"_class_name": kind, **read_json(folder / name / SCHEDULER_FILE)}
+        if "Tokenizer" in kind:
+            return load_tokenizer(folder / name)
+        entries = _of_class(read_config(folder / name), kind)
+        return load_as(entries, folder / name, dtype=dtype, sharding=sharding, variant=variant)
+
+    with ThreadPoolExecutor(2) as pool:  # while one is traced for its shapes, another is read
+        components = dict(zip(names, pool.map(component, names), strict=True))
     for name, component in components.items():
         encoder = components.get(name.replace("tokenizer", "text_encoder"))
         if isinstance(component, Tokenizer) and isinstance(encoder, tuple):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
-import jax
 from flax import traverse_util
 from jaxtyping import PRNGKeyArray
 
@@ -47,7 +46,7 @@ from jaxldm.models import (
 )
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.inputs import SCALAR_INPUTS
-from jaxldm.nn.initialization import init_params
+from jaxldm.nn.initialization import init_params, shapes_of
 from jaxldm.reading import reading, reason, shown
 
 # A new architecture adds one line here and one to PRESETS. The key is the `_class_name` of its config.json.
@@ -242,8 +241,7 @@ def init_from(module: nn.Module, key: PRNGKeyArray, params: Mapping[str, Any]) -
 @checked(module=a_module)
 def shapes(module: nn.Module) -> dict:
     """The parameters' shapes and dtypes as `jax.ShapeDtypeStruct`, computed without memory for them."""
-    inputs = module.example_inputs()
-    return jax.eval_shape(lambda key, *args: module.init(key, *args)["params"], jax.random.key(0), *inputs)
+    return shapes_of(module, *module.example_inputs())["params"]
 
 
 def a_name_or_module(name: str, value: Any) -> Any:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
 import flax.linen as nn
@@ -52,6 +53,7 @@ def constant(value: float) -> Initializer:
     return Initializer("constant", value)
 
 
+_without_values: ContextVar[bool] = ContextVar("without_values", default=False)  # see `shapes_of`
 zeros = constant(0.0)
 ones = constant(1.0)
 
@@ -80,10 +82,26 @@ def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Sha
     sown = cast(Any, initializer)  # the first value is None
     module.sow("intermediates", name, sown, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     given = module.get_variable("params", name)
+    if given is None and _without_values.get():
+        given = jnp.zeros(shape, jnp.float32)
+        module.put_variable("params", name, given)
     if given is not None and jnp.shape(given) == tuple(shape):
         # `module.param` would trace the initializer for the shape: 40 % of the tracing of a large network.
         return given
     return module.param(name, initializer, shape, jnp.float32)
+
+
+def shapes_of(module: nn.Module, *inputs: Any, **options: Any) -> dict:
+    """The variables of `module.init` as `jax.ShapeDtypeStruct`, without tracing how each would be drawn."""
+
+    def trace(key: PRNGKeyArray, *inputs: Any) -> Any:
+        return module.init(key, *inputs, **options)
+
+    token = _without_values.set(True)
+    try:
+        return cast(dict, jax.eval_shape(trace, jax.random.key(0), *inputs))
+    finally:
+        _without_values.reset(token)
 
 
 def init_params(
@@ -96,11 +114,7 @@ def init_params(
 
     `wanted` says by its path whether a parameter is to be drawn; None: all of them.
     """
-
-    def trace(key: PRNGKeyArray, *inputs: Array) -> Any:
-        return module.init(key, *inputs, mutable=["params", "intermediates"])
-
-    variables = jax.eval_shape(trace, key, *inputs)
+    variables = shapes_of(module, *inputs, mutable=["params", "intermediates"])
     shapes = cast(dict[Any, Any], traverse_util.flatten_dict(variables["params"]))
     shapes = {path: spec for path, spec in shapes.items() if wanted is None or wanted(path)}
     initializers = cast(dict[Any, Any], traverse_util.flatten_dict(variables.get("intermediates", {})))
