@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.timing import Run, cores, installed, machine, measure_row
-from experiments.figures import save_results
+from experiments.figures import quick_options, save_results
 from experiments.results import markdown
 from jaxldm import host
 from jaxldm.commands.terminal import run_script
@@ -128,12 +128,12 @@ def variants(x: np.ndarray, g: np.ndarray) -> dict[str, Run]:
 
 def main(options: KernelGradient) -> None:
     host.prepare()
+    options = quick_options(options, rounds=2, seconds=0.0)
     rows, random = [], np.random.default_rng(0)
-    rounds, seconds = (2, 0.0) if options.quick else (options.rounds, options.seconds)
     for batch, height, channels, features in QUICK if options.quick else SIZES:
         x, g = (random.standard_normal((batch, height, height, c), np.float32) for c in (channels, features))
         title = f"{batch}x{height}x{height}, {channels} to {features}"
-        rows.append(measure_row(title, variants(x, g), rounds, seconds))
+        rows.append(measure_row(title, variants(x, g), options.rounds, options.seconds))
         print(rows[-1]["row"], {k: round(v, 2) for k, v in rows[-1]["milliseconds"].items()}, flush=True)
     names = list(rows[0]["milliseconds"])
     body = [[row["row"], *(f"{row['milliseconds'][name]:.2f}" for name in names)] for row in rows]

@@ -18,6 +18,6 @@ def test_each_form_is_the_gradient_and_is_in_the_table(tmp_path):
     for name, form in kernel_gradient.FORMS.items():
         np.testing.assert_allclose(form(jnp.asarray(x), jnp.asarray(g)), expected, atol=1e-4, err_msg=name)
     kernel_gradient.main(kernel_gradient.KernelGradient(quick=True, output_dir=tmp_path))
-    result = json.loads((tmp_path / "kernel_gradient.json").read_text())
+    result = json.loads((tmp_path / "quick/kernel_gradient.json").read_text())
     assert set(result["rows"][0]["milliseconds"]) == {*kernel_gradient.FORMS, "oneDNN"}
-    assert "taps of the gradient" in (tmp_path / "kernel_gradient.md").read_text()
+    assert "taps of the gradient" in (tmp_path / "quick/kernel_gradient.md").read_text()
