@@ -1,7 +1,6 @@
 """`python -m experiments.faults`, see `run.py`."""
 
-import tyro
+from experiments.faults.run import Faults, command
+from jaxldm.commands.terminal import run_script
 
-from experiments.faults.run import Faults, main
-
-raise SystemExit(min(1, main(tyro.cli(Faults))))
+run_script(command, Faults)

@@ -12,10 +12,10 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-import tyro
-
 from experiments.faults.result import Result
 from experiments.figures import output_folder, save_results
+from jaxldm.commands.terminal import run_script
+from jaxldm.errors import one_of
 
 # Module with `run(count, seed)`: how many cases in the full run, and how many in the short form.
 KINDS = {
@@ -50,6 +50,8 @@ class Faults:
 
 def main(options: Faults) -> int:
     """Runs all kinds; the number of faults."""
+    for name in options.only:
+        one_of("kind", name, KINDS)
     results, missing = [], []
     # In the order of the table: the kills fork, which a process that has computed with JAX must not.
     for name in (name for name in KINDS if name in options.only):
@@ -69,6 +71,11 @@ def main(options: Faults) -> int:
     return sum(len(result.faults) for result in results)
 
 
+def command(options: Faults) -> None:
+    """`main`, whose exit status is 1 where there are faults."""
+    raise SystemExit(min(1, main(options)))
+
+
 def table(results: list[Result], missing: list[str]) -> str:
     """The results as Markdown, the faults below."""
     lines = ["| kind | cases | faults | seconds |", "|---|---|---|---|"]
@@ -85,4 +92,4 @@ def table(results: list[Result], missing: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(min(1, main(tyro.cli(Faults))))
+    run_script(command, Faults)

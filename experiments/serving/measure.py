@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.timing import machine
-from experiments.figures import read_result, save_results
+from experiments.figures import output_folder, read_result, save_results
 from experiments.results import markdown
 from experiments.serving import batching, loads
 from jaxldm.commands.terminal import run_script
@@ -36,7 +36,7 @@ class Measure:
 
     run_dir: Path
     """Of the demo."""
-    output_dir: Path = Path(__file__).parent / "results"
+    output_dir: Path = Path("runs/serving")
     """Where results.json and results.md go."""
     only: tuple[str, ...] = NAMES
     """Which figures."""
@@ -51,7 +51,8 @@ class Measure:
         """
         for name in self.only:
             one_of("figure", name, NAMES)
-        known = read_result(self.output_dir / "results.json")
+        out = output_folder(self.output_dir, self.quick)
+        known = read_result(out / "results.json")
         results: dict[str, Any] = {} if known is None else json.loads(known)
         for name in self.only:
             print(f"\n{name}", flush=True)
@@ -62,7 +63,7 @@ class Measure:
             print(json.dumps(figures, indent=1), flush=True)
             results["machine"] = machine("experiments.serving.measure", {})
             contents = {"results.json": json.dumps(results, indent=1) + "\n", "results.md": report(results)}
-            save_results(self.output_dir, contents)
+            save_results(out, contents)
         print("\n" + report(results))
 
     def _measures(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:

@@ -96,5 +96,7 @@ def run_script(main: Callable[[Any], None], options: type) -> None:
     try:
         main(tyro.cli(options, prog=_own_command(), config=(tyro.conf.FlagCreatePairsOff,)))
     except JaxldmError as error:
-        print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.stem == "__main__" else script.stem
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

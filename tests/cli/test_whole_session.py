@@ -169,6 +169,7 @@ def test_a_wrong_option_of_eval(capsys, trained, tmp_path, words, expected):
         (["smoke", "--learning-rate", "nan"], "--learning-rate must be finite"),
         (["smoke", "--epochs", 10**9], "more than the 2147483647"),
         (["smoke", "--dataset", "huggingface:a/b"], "TFDS"),
+        (["smoke", "--dataset", "no-folder"], "there is no folder 'no-folder'"),
         (["smoke", "--seed", 2**32], "seed"),
         (["smoke", "--devices", 9], "devices must be between 1 and 8"),
     ],

@@ -4,13 +4,16 @@ import ast
 import importlib
 import pathlib
 import re
+import sys
 import tomllib
+import types
 
 import numpy as np
 import pytest
 import setuptools
 
-from experiments import results
+from experiments import ledger, results
+from jaxldm.commands.terminal import run_script
 from jaxldm.errors import CheckpointError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -63,6 +66,14 @@ def test_an_entry_has_question_command_minutes_result_and_lesson(section):
     for part in ("**Question.**", "**Command.**", "**What came out.**", "**What it shows.**"):
         assert part in section[1]
     assert "**Minutes.**" in section[1] or re.search(r"(minutes?|seconds?)\b", section[1])
+
+
+def test_the_help_of_a_script_names_its_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", types.SimpleNamespace(name="experiments.ledger"))
+    monkeypatch.setattr("sys.argv", ["/some/where/experiments/ledger.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        run_script(ledger.main, ledger.Ledger)
+    assert end.value.code == 0 and "usage: python -m experiments.ledger " in capsys.readouterr().out
 
 
 def test_results_are_made_once(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from experiments import figures
 from experiments.faults import run as faults
 from experiments.faults.result import Result
+from jaxldm.errors import UnknownNameError
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Dry runs and short forms are looks, too.
@@ -205,8 +206,10 @@ def test_a_short_form_of_the_faults_changes_no_table(tmp_path, monkeypatch, caps
     monkeypatch.setattr(faults, "KINDS", {"kills": (200, 8)})
     monkeypatch.setattr(faults.importlib, "import_module", lambda name: kind)
     before = published(tmp_path)
-    faults.main(faults.Faults(short=True, output_dir=tmp_path))
+    faults.main(faults.Faults(short=True, output_dir=tmp_path, only=("kills",)))
     assert unchanged(tmp_path, before)
     assert "| kills | 8 | 0 | 1 |" in (tmp_path / "quick" / "results.md").read_text()
-    faults.main(faults.Faults(output_dir=tmp_path))
+    with pytest.raises(UnknownNameError, match=r"kind 'kill'.*did you mean 'kills'"):
+        faults.main(faults.Faults(only=("kill",), output_dir=tmp_path))
+    faults.main(faults.Faults(output_dir=tmp_path, only=("kills",)))
     assert "| kills | 200 | 0 | 1 |" in (tmp_path / "results.md").read_text()
