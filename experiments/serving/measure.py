@@ -23,6 +23,7 @@ from experiments.benchmarks.timing import machine
 from experiments.figures import output_folder, read_result, save_results
 from experiments.results import markdown
 from experiments.serving import batching, loads
+from jaxldm import host
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
 
@@ -51,6 +52,7 @@ class Measure:
         """
         for name in self.only:
             one_of("figure", name, NAMES)
+        host.prepare()  # as the server does
         out = output_folder(self.output_dir, self.quick)
         known = read_result(out / "results.json")
         results: dict[str, Any] = {} if known is None else json.loads(known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -73,9 +74,11 @@ class WorkerProcess:
         """Has the reports told from now on, in a thread; starts the process where `load` has not."""
         if self._process is None:
             self._spawn()
-        for target in (lambda: self._read(tell), self._write):
-            self._threads.append(threading.Thread(target=target, name="jaxldm-worker-pipe", daemon=True))
-            self._threads[-1].start()
+        targets = functools.partial(self._read, tell), self._write
+        name = "jaxldm-worker-pipe"
+        self._threads = [threading.Thread(target=target, name=name, daemon=True) for target in targets]
+        for thread in self._threads:
+            thread.start()
 
     def send(self, command: Command) -> None:
         """Hands in a command; never waits for the process."""
@@ -92,18 +95,15 @@ class WorkerProcess:
             return
         timeout = END_SECONDS if timeout is None else timeout
         if self._threads:
-            reader, writer = (
-                self._threads
-            )  # the reader waits for the process: two waits at once lose its status
+            reader = self._threads[0]  # it waits for the process: two waits at once lose its status
             reader.join(timeout)
             if reader.is_alive():
                 self._process.kill()
             reader.join(END_SECONDS)
-            writer.join(END_SECONDS)
         else:  # only loaded
             self._process.kill()
             self._end()
-        self._pipe.close()
+            self._pipe.close()
 
     @property
     def pid(self) -> int | None:
@@ -125,7 +125,10 @@ class WorkerProcess:
             while True:
                 tell(self._pipe.recv())
         self._commands.put(None)
-        tell(self._end())
+        self._threads[1].join()  # its number may be that of another file as soon as the pipe is closed
+        died = self._end()
+        self._pipe.close()
+        tell(died)
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # the reader finds out

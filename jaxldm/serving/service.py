@@ -27,6 +27,7 @@ LOG = logging.getLogger("jaxldm.serving")
 PLACES_SECONDS = 0.5  # between two looks at the places in the queue
 IDLE_SECONDS = 0.25  # how long the thread sleeps at most: deadlines are looked at then
 SILENCE_SECONDS = 30.0  # without a beat, a worker hangs
+MAX_PREPARING = 4  # orders that a worker is given to prepare at once
 MAX_KILLS = 8  # from outside, of workers that are at one order, before it is suspected after all
 MAX_CRASHES = 2  # of workers that are at one order
 END_SECONDS = 5.0  # for the thread to end
@@ -153,7 +154,10 @@ class Service:
             message = "this request has ended workers of the server before: send another, and report this one"
             return Refusal("fatal_request", message, 0.0)
         items = self._items(order, range(order.num_images))
-        return self.admission.admit(self.clock(), order.client, items, self._seconds_left(), order.timeout)
+        longest = max((station.beat.longest for station in self.stations if station.ready), default=0.0)
+        own = order.num_steps * longest  # an image takes all of its steps, however few others there are
+        before = self._seconds_left() + max(own - sum(item.seconds for item in items), 0.0)
+        return self.admission.admit(self.clock(), order.client, items, before, order.timeout)
 
     def _not_ready(self) -> tuple[str, str, float]:
         if self.broken is not None:
@@ -215,13 +219,31 @@ class Service:
             self._end(order, Failed("deadline_exceeded", f"not done within timeout={order.timeout:g} s"))
 
     def _bind(self) -> None:
-        """Gives orders without a worker to the one with the least to do, which prepares them."""
-        for order in self._orders.values():
-            if order.station is None and not order.crashes:
-                free = [station for station in self.stations if station.takes_orders]
-                if not free:
-                    return
-                self._prepare(order, min(free, key=lambda station: self._load(station)))
+        """Gives orders to the workers with the least to do, which prepare them: a few at once, by turns.
+
+        A client with many orders must not have all of them prepared before another's first.
+        """
+        while True:
+            preparing = collections.Counter(
+                order.station for order in self._orders.values() if order.preparing
+            )
+            free = [
+                station
+                for station in self.stations
+                if station.takes_orders and preparing[station] < MAX_PREPARING
+            ]
+            unbound = [
+                order for order in self._orders.values() if order.station is None and not order.crashes
+            ]
+            if not (free and unbound):
+                return
+            has = collections.Counter(
+                order.client for order in self._orders.values() if order.station is not None
+            )
+            order = min(
+                unbound, key=lambda order: has[order.client]
+            )  # the first of those that have the fewest
+            self._prepare(order, min(free, key=self._load))
 
     def _load(self, station: Station) -> int:
         mine = (order for order in self._orders.values() if order.station is station)

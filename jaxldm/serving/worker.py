@@ -42,6 +42,7 @@ LOG = logging.getLogger("jaxldm.serving")
 PREPARING, FINISHING = 2, 2  # threads
 BEAT_SECONDS = 0.05  # between two beats while steps are taken
 IDLE_SECONDS = 1.0  # and while nothing happens
+NEW, MAX_SHARE = 0.1, 5.0  # of the mean of what lies between steps: weight of the newest, and its bound
 
 
 class Made(NamedTuple):
@@ -74,7 +75,9 @@ class Worker:
         self._begun: list[Begin] = []  # in the order in which they came
         self._cancelled: list[str] = []
         self._num_begun = self._steps = 0
+        self._share = 1.0  # seconds from step to step, as a multiple of those of the steps alone
         self._last_beat = 0.0
+        self._last_step: float | None = None
         self._stopping = False
         self._preview: Preview | None = None
         self._preview_is_of_noise = True
@@ -163,7 +166,9 @@ class Worker:
             while not self._stopping:
                 self._between_steps()
                 if self.engine.busy:
-                    self._step()
+                    self._timed_step()
+                else:
+                    self._last_step = None
                 if not self.engine.busy or time.monotonic() >= self._last_beat + BEAT_SECONDS:
                     self._last_beat = time.monotonic()
                     self._tell(self._beat())
@@ -203,6 +208,15 @@ class Worker:
                     still.append(one)
             self._begun = still
 
+    def _timed_step(self) -> None:
+        """A step; what lies between two of them belongs to the time that is promised."""
+        last, self._last_step = self._last_step, time.monotonic()
+        if last is not None:
+            alone = sum(table.seconds or 0.0 for table in self.engine.tables if table.busy)
+            now = max((self._last_step - last) / alone, 1.0) if alone else 1.0
+            self._share += NEW * (min(now, MAX_SHARE) - self._share)
+        self._step()
+
     def _step(self) -> None:
         tasks = self._tasks
         wanted = frozenset(task.id for task in list(tasks.values()) if task.previews)
@@ -235,7 +249,7 @@ class Worker:
     def _beat(self) -> Beat:
         engine, embeddings = self.engine, self._embeddings
         kinds = tuple(
-            KindFacts(engine.capacity(kind), engine.evaluations(kind), engine.seconds(kind))
+            KindFacts(engine.capacity(kind), engine.evaluations(kind), self._share * engine.seconds(kind))
             for kind in engine.kinds
         )
         with self._lock:
@@ -245,11 +259,11 @@ class Worker:
         return Beat(
             kinds,
             begun,
-            engine.seconds_left() + left,
+            self._share * (engine.seconds_left() + left),
             engine.busy,
             sum(facts.slots for facts in kinds),
             self._steps,
-            max((table.seconds or 0.0 for table in engine.tables), default=0.0),
+            self._share * max((table.seconds or 0.0 for table in engine.tables), default=0.0),
             0 if embeddings is None else embeddings.hits,
             0 if embeddings is None else embeddings.num_bytes,
         )

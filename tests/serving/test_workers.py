@@ -34,7 +34,7 @@ from jaxldm.serving.messages import (
 from jaxldm.serving.orders import Failed, Order, Picture
 from jaxldm.serving.pictures import picture_bytes
 from jaxldm.serving.processes import WorkerProcess
-from jaxldm.serving.service import MAX_KILLS, Service
+from jaxldm.serving.service import MAX_KILLS, MAX_PREPARING, Service
 
 SLOTS = 2
 BEAT = Beat((KindFacts(SLOTS, 1, 1e-4),), slots=SLOTS)
@@ -162,6 +162,50 @@ def started():
     yield start
     for service in services:
         service.close(0)
+
+
+class Silent(FakeWorker):
+    """A worker that does nothing by itself, and keeps what it was told."""
+
+    def start(self, tell):
+        self.tell, self.told = tell, []
+        tell(Ready(BEAT))
+
+    def send(self, command):
+        self.told.append(command)
+
+
+def test_a_client_with_many_orders_has_a_few_prepared_before_another_s_first():
+    worker = Silent(World())
+    service = Service([worker], LIMITS)
+    service.start()
+    wait_until(lambda: service.ready)
+    facts = {"prompts": (), "options": {}, "num_images": 1, "num_steps": 2, "guided": False}
+    for client, number in [*(("many", n) for n in range(20)), ("one", 0)]:
+        order = Order(f"{client}-{number}", client, seed=number, listener=lambda event: None, **facts)
+        assert service.submit(order) is None
+
+    def prepared():
+        return [command.task.id for command in worker.told if isinstance(command, Prepare)]
+
+    assert prepared() == [f"many-{number}" for number in range(MAX_PREPARING)]
+    worker.tell(Prepared("many-0", 0))
+    wait_until(lambda: len(prepared()) > MAX_PREPARING)
+    assert prepared()[-1] == "one-0"
+    service.close(0)
+
+
+def test_an_image_is_promised_no_sooner_than_its_own_steps_take():
+    worker = Silent(World())
+    service = Service([worker], serving.Limits(burst=10, max_queue_seconds=10.0))
+    service.start()
+    wait_until(lambda: service.ready)
+    worker.tell(BEAT._replace(longest=0.1))
+    facts = {"prompts": (), "options": {}, "num_images": 1, "guided": False, "listener": lambda event: None}
+    refusal = service.submit(Order("long", "me", seed=0, num_steps=101, **facts))
+    assert refusal is not None and refusal.type == "queue_too_long" and "about 10 s" in refusal.message
+    assert service.submit(Order("short", "me", seed=0, num_steps=99, **facts)) is None
+    service.close(0)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

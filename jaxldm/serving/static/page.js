@@ -285,7 +285,7 @@ function choose(picture) {
     button.setAttribute("aria-current", Boolean(picture) && button.picture === picture);
   }
   if (!picture) return;
-  $("settings").textContent = JSON.stringify(picture.settings, null, 1);
+  $("settings").textContent = JSON.stringify(picture.settings);
   $("save").href = picture.src;
   $("save").download = `${picture.model}-${picture.settings.seed}-${picture.image}.png`;
 }
@@ -354,7 +354,7 @@ function restore() {
 function showBusy(busy) {
   $("draw").disabled = busy;
   $("cancel").hidden = !busy;
-  $("progress-line").hidden = false;
+  if (busy) $("progress-line").hidden = false;
 }
 
 function showProgress(value, text) {
