@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.few_steps.judge import second_judge
-from experiments.figures import save_figure
+from experiments.figures import quick_options, save_figure
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, load_latent_model, weights_hash
 from jaxldm import checkpoints, host, metrics, models, training
@@ -414,8 +414,7 @@ def plot(options: Search, rows: list[dict[str, Any]]) -> None:
 def main(options: Search) -> None:
     """Draws, measures and writes the table."""
     host.prepare()
-    if options.quick:
-        options = dataclasses.replace(options, steps=4, num_images=20, batch_size=10)
+    options = quick_options(options, steps=4, num_images=20, batch_size=10)
     check_demo(options.run_dir)
     tools = load_tools(options.run_dir)
     results, common = Results(options.output_dir), {"weights": weights_hash(options.run_dir)}

@@ -22,13 +22,12 @@ def test_rows(random_run, tmp_path, capsys):
     methods = ("sampling", "best of 2, good enough")
     options = search.Search(random_run("smoke"), tmp_path / "out", methods=methods, quick=True)
     search.main(options)
-    table = (options.output_dir / "search.md").read_text().splitlines()
+    out = options.output_dir / "quick"
+    table = (out / "search.md").read_text().splitlines()
     assert [row.split("|")[2].strip() for row in table[4:]] == ["4", "8"]
-    assert (options.output_dir / "search.png").exists() and (
-        options.output_dir / "search-digits.png"
-    ).exists()
+    assert (out / "search.png").exists() and (out / "search-digits.png").exists()
     search.main(options)
-    assert (options.output_dir / "search.md").read_text().splitlines() == table  # nothing is drawn again
+    assert (out / "search.md").read_text().splitlines() == table  # nothing is drawn again
 
 
 @pytest.mark.parametrize("enough", [False, True])
