@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxldm.errors import InvalidArgumentError, one_of, path_error, shown
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32, LARGEST_UINT32
-from jaxldm.functions import arguments_of, call_of_maker, signature_error, takes
+from jaxldm.functions import arguments_of, instead_of, signature_error, takes
 
 Check = Callable[[str, Any], Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -134,7 +134,8 @@ def count(low: int = 0, high: int = LARGEST_INT32) -> Check:
     >>> count(1)("order", np.int64(2))
     2
     """
-    wanted = f"a whole number from {low} to {high}" if high < 10**6 else f"a whole number of at least {low}"
+    least = f" of at least {low}" if low > -LARGEST_INT32 else ""
+    wanted = f"a whole number from {low} to {high}" if high < 10**6 else f"a whole number{least}"
 
     def check(name: str, value: Any) -> int:
         given = _scalar(name, wanted, value)
@@ -231,6 +232,8 @@ def a_params(name: str, value: Any) -> Any:
             return all(isinstance(key, str) and fits(inside) for key, inside in entry.items())
         return hasattr(entry, "shape") and hasattr(entry, "dtype")
 
+    if isinstance(value, Mapping) and set(value) == {"params"}:
+        raise refuse(name, "what is inside of {'params': ...}", value, "variables['params']")
     if not isinstance(value, Mapping) or not fits(value):
         raise refuse(name, "nested dictionaries of arrays such as models.init(module, key)", value)
     return value
@@ -277,10 +280,9 @@ def function(signature: str) -> Check:
 
     def check(name: str, value: Any) -> Any:
         wanted = f"a function {signature}"
-        if not callable(value) or inspect.isclass(value):
-            raise refuse(name, wanted, value)
-        if call_of_maker(value):
-            raise refuse(name, wanted, value, call_of_maker(value))
+        instead = instead_of(value)
+        if instead or not callable(value) or inspect.isclass(value):
+            raise refuse(name, wanted, value, instead)
         if not any_number and not takes(value, len(arguments)):
             raise InvalidArgumentError(f"{name} must be {wanted}, got one of {arguments_of(value)}")
         return value
@@ -312,7 +314,7 @@ def pair(low: int = 0, high: int = LARGEST_INT32) -> Check:
     """Two whole numbers, such as (height, width) or (top, left)."""
 
     def check(name: str, value: Any) -> tuple[int, ...]:
-        numbers = several(count(low, high))(name, value)
+        numbers = several(count(low, high), "two whole numbers")(name, value)
         if len(numbers) != 2:
             raise refuse(name, "two whole numbers", value)
         return numbers

@@ -35,7 +35,12 @@ def arguments_of(value: Callable[..., Any]) -> str:
 
 
 def signature_error(
-    function: Callable[..., Any], args: Iterable[Any], options: Mapping[str, Any], hidden: int = 0
+    function: Callable[..., Any],
+    args: Iterable[Any],
+    options: Mapping[str, Any],
+    *,
+    name: str = "",
+    hidden: int = 0,
 ) -> SignatureError | None:
     """The error for a call that a function does not take; None: it takes it.
 
@@ -43,6 +48,7 @@ def signature_error(
         function: of Python.
         args: by place.
         options: by name.
+        name: of the function, where people call it otherwise.
         hidden: so many first arguments are not shown.
     """
     signature = inspect.signature(function)
@@ -54,18 +60,25 @@ def signature_error(
         names = [p.name for p in parameters if p.name not in ("self", "cls") and p.kind not in others]
         open_ended = len(names) < len(parameters)
         unknown = next((name for name in options if name not in names), None)
-        near = [] if unknown is None else nearest(unknown, names)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        wrong = str(error)[:120]
+        if unknown is not None and not open_ended:
+            near = nearest(unknown, names)
+            wrong = f"it has no argument {unknown[:60]!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif unknown is not None and nearest(unknown, names):
+            wrong += f"; did you mean {nearest(unknown, names)[0]!r}?"
         listed = ", ".join(names[:8]) + (", ..." if open_ended or len(names) > 8 else "")
-        return SignatureError(f"{function.__name__}({listed}): {str(error)[:120]}{hint}")
+        return SignatureError(f"{name or function.__name__}({listed}): {wrong}")
     return None
 
 
-def call_of_maker(value: Any) -> str:
-    """How a function of this library that makes functions is called, as "D.min_snr(5.0)"; "" of any other.
+def instead_of(value: Any) -> str:
+    """What to write in place of what makes a function, and is none itself; "" of anything else.
 
-    So one that is handed over without a call, in place of what it makes, is recognised.
+    Of a function of this library that makes functions it is the call, as "D.min_snr(5.0)"; of a module of
+    Flax, which computes nothing without its parameters, a function of both.
     """
+    if getattr(value, "scope", value) is None and callable(getattr(value, "apply", None)):
+        return "lambda x, t, *condition: models.network(module)(params, x, t, *condition)"
     function = inspect.unwrap(value) if inspect.isfunction(value) else value
     module = str(getattr(function, "__module__", ""))
     made = getattr(function, "__annotations__", {}).get("return")
@@ -84,27 +97,28 @@ def call_of_maker(value: Any) -> str:
     return f"{'D' if room == 'diffusion' else room}.{function.__name__}({', '.join(given)})"
 
 
-def returned(who: str, value: Any, shape: Sequence[int] | None = None) -> Any:
+def returned(who: str, value: Any, shape: Sequence[int] | None = None, *, or_one: bool = False) -> Any:
     """What somebody's function gave back: an array, or a number where any shape will do.
 
     Args:
         who: the function, as messages name it: "the network".
         value: what it returned.
         shape: that of the array; None: any.
+        or_one: or one number for all.
 
     Raises:
         InvalidArgumentError: nothing, several values, or an array of another shape.
     """
-    wanted = "an array" if shape is None else f"an array {list(shape)}"
+    wanted = "an array" if shape is None else f"an array {list(shape)}{' or one number' * or_one}"
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        if shape is None and isinstance(value, (int, float)):
+        if (shape is None or or_one) and isinstance(value, (int, float)):
             return value
         got, hint = shown(value), ": is a return missing?" if value is None else ""
         if isinstance(value, (tuple, list)):
             got = f"a {type(value).__name__} of {len(value)}"
             hint = ": return one of them (Flax gives (output, variables) where mutable= is set)"
         raise InvalidArgumentError(f"{who} must return {wanted}, got {got}{hint}")
-    if shape is not None and np.shape(value) != tuple(shape):
+    if shape is not None and np.shape(value) != tuple(shape) and not (or_one and np.shape(value) == ()):
         raise InvalidArgumentError(f"{who} must return {wanted}, got one of shape {list(np.shape(value))}")
     return value
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.faults.misuse_calls import mistakes
 from experiments.faults.misuse_cases import Case
 from experiments.faults.misuse_rooms import all_cases
 from experiments.faults.result import Result
@@ -164,9 +165,17 @@ def judge(case: Case, argument: str, message: str) -> str:
 def run(count: int | None = None, seed: int = 0) -> Result:
     """`count` misuses, chosen evenly over the functions and their arguments; None: all of them."""
     start = time.perf_counter()
-    rows = list(outcomes(None, count, seed))
+    rows = [*outcomes(None, count, seed), *of_whole_calls()]
     faults = [*refused(all_cases()), *(line_of(row) for row in rows if row.foreign)]
     return Result("misuses", len(rows), faults, time.perf_counter() - start)
+
+
+def of_whole_calls() -> Iterator[Row]:
+    """The rows of the mistakes of `misuse_calls`, each of which must be refused."""
+    for mistake in mistakes():
+        case = Case(mistake.name, lambda call=mistake.call: call(), {}, words={"call": mistake.words})
+        row = outcome_of(case, "call", "as written", {})
+        yield row._replace(outcome="not refused") if row.outcome == "works" else row
 
 
 def refused(cases: Iterable[Case]) -> list[str]:

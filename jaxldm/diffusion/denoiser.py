@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from jaxldm.arguments import check_fields, checked, flag, function
+from jaxldm.arguments import array, check_fields, checked, flag, function
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.functions import returned
+
+A_BATCH = array("floating", "[B, ...]", axes=(1, 64))
+SOME_TIMES = array("real", "[B], or one number", axes=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +48,11 @@ class Denoiser:
         self, x: Float[Array, "B ..."], t: Real[ArrayLike, ""] | Real[Array, " B"]
     ) -> Float[Array, "B ..."]:
         """x_0 for noisy x; t is one number or one per image [B]."""
+        x, t = A_BATCH("x", x), SOME_TIMES("t", t)
+        if np.ndim(t) and np.shape(t) != x.shape[:1]:
+            raise InvalidArgumentError(
+                f"t must be one number, or one for each of {len(x)} images, got {shown(t)}"
+            )
         x_0 = returned("denoise", self.function(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])))
         if x_0.shape != x.shape:
             raise InvalidArgumentError(f"denoise(x, t) must have the shape of x, {x.shape}, got {x_0.shape}")

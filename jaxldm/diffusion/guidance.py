@@ -287,11 +287,7 @@ def broadcast_null(null_condition: Any, condition: Any) -> Any:
     Raises:
         InvalidArgumentError: the two differ in form, or a shape does not broadcast.
     """
-    if jax.tree.structure(null_condition) != jax.tree.structure(condition):
-        raise InvalidArgumentError(
-            f"condition is {shown(jax.tree.structure(condition))}, but null_condition is "
-            f"{shown(jax.tree.structure(null_condition))}: give both the same form"
-        )
+    check_same_form(null_condition, condition)
 
     def one(null, kept):
         try:
@@ -303,6 +299,19 @@ def broadcast_null(null_condition: Any, condition: Any) -> Any:
             ) from error
 
     return jax.tree.map(one, null_condition, condition)
+
+
+def check_same_form(null_condition: Any, condition: Any) -> None:
+    """Raises `InvalidArgumentError` unless a null condition is a tree as the condition is."""
+    if null_condition is None and condition is not None:
+        raise InvalidArgumentError(
+            "null_condition must be what stands for no condition, such as the null class, got None"
+        )
+    if jax.tree.structure(null_condition) != jax.tree.structure(condition):
+        raise InvalidArgumentError(
+            f"condition is {shown(jax.tree.structure(condition))}, but null_condition is "
+            f"{shown(jax.tree.structure(null_condition))}: give both the same form"
+        )
 
 
 def check_scale(name: str, value: Any, highest: float) -> Any:

@@ -15,6 +15,7 @@ from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like, row
 from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import MAX_STEPS
+from jaxldm.pixels import check_not_pixels
 
 # Folded into the key of a step; no solver reaches this number for its own noises.
 _KNOWN_NOISE = 2**32 - 2
@@ -118,6 +119,7 @@ def _check_known(image: Float[ArrayLike, " ..."], mask: Float[ArrayLike, " ..."]
             raise InvalidArgumentError("a mask holds numbers from 0 (to be drawn) to 1 (known)")
     if not isinstance(image, jax.core.Tracer) and not np.isfinite(np.asarray(image, np.float64)).all():
         raise InvalidArgumentError("the image to inpaint must be finite: put 0 where it is not known")
+    check_not_pixels("image", image, drawn=True)
 
 
 def _fit(name: str, value: Float[ArrayLike, " ..."], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

@@ -18,6 +18,7 @@ from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.diffusion.training_times import TrainingTimes, default_training_times
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.functions import returned
+from jaxldm.pixels import check_not_pixels
 
 
 @checked(
@@ -83,6 +84,8 @@ def diffusion_loss(
     """
     path, x_0 = prediction.path, at_least_float32(jnp.asarray(x_0))
     check_condition(condition, x_0, x_name="x_0")
+    if prediction.sigma_data is None:
+        check_not_pixels("x_0", x_0, drawn=True)
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     draw = default_training_times(path) if time is None else time
     t = jnp.asarray(returned("time", draw(time_key, x_0.shape[:1], path), x_0.shape[:1]), x_0.dtype)
@@ -98,9 +101,11 @@ def diffusion_loss(
     squares = jnp.mean(error**2, axis=tuple(range(1, x_0.ndim)))
     mse, log_snr = jnp.mean(squares), 2 * (jnp.log(alpha) - jnp.log(sigma))
     if weight is not None:
-        squares = returned("weight", weight(log_snr)) * prediction.gain(t) ** 2 * squares
+        squares = (
+            returned("weight", weight(log_snr), t.shape, or_one=True) * prediction.gain(t) ** 2 * squares
+        )
     if log_variance is not None:
-        u = returned("log_variance", log_variance(log_snr))
+        u = returned("log_variance", log_variance(log_snr), t.shape, or_one=True)
         squares = squares * jnp.exp(-u) + u
     return jnp.mean(squares), {"mse": mse}
 

@@ -22,6 +22,7 @@ from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_INT32
 from jaxldm.functions import returned
+from jaxldm.indices import check_indices
 from jaxldm.memory import check_fits
 
 # One key, or one per image; of either kind of JAX.
@@ -216,13 +217,22 @@ def sample_step(
     >>> for i in range(4):
     ...     state, x_0 = step(state, jnp.int32(i))
     """
+    if keys.shape != state.x.shape[:1]:
+        raise refuse("keys", f"one for each of {len(state.x)} images", keys, "D.image_keys(key, batch_size)")
+    check_indices("i", i, grid.t.shape[0] - 1, where="the steps of the grid")
     columns: list[Any] = [jnp.asarray(column, state.x.dtype) for column in grid[:3]]
     grid = Grid(*columns, num_steps=grid.num_steps, start=grid.start)
     number = jnp.asarray(grid.start + i, jnp.uint32)
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     if not hasattr(denoise, "path"):
         denoise = _in_type_of_x(denoise)
-    return solver.step(state, denoise, grid, i, step_keys)
+    try:
+        return solver.step(state, denoise, grid, i, step_keys)
+    except AttributeError as error:
+        own = jax.eval_shape(solver.init, state.x)
+        if jax.tree.structure(own) == jax.tree.structure(state):
+            raise
+        raise refuse("state", "that of this solver", state, "solver.init(x_T)") from error
 
 
 def _in_type_of_x(denoise: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

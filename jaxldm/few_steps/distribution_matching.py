@@ -14,6 +14,7 @@ from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
 from jaxldm.diffusion.paths import A_PATH, Path, per_image
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, noised, squares_of, stopped
 from jaxldm.functions import returned
+from jaxldm.indices import check_indices
 
 
 @checked(real=A_DENOISER, fake=A_DENOISER, images=A_LATENT, path=A_PATH, epsilon=A_LATENT, t=TIMES)
@@ -94,6 +95,7 @@ def backward_simulation(
         times: from noisy to clean: 999, 749, 499, 249 in the paper.
         row: may be traced: every row costs the same program.
     """
+    check_indices("row", row, len(times))
     t = jnp.asarray(times, jnp.float32)
     size = noise.shape[:1]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxldm.arguments import array, checked, number, several
+from jaxldm.arguments import array, check_dims, checked, number, several
 from jaxldm.few_steps.jumps import stopped
 
 A_SET = array("floating", "[N, D]", axes=2, filled=True)
@@ -40,6 +40,7 @@ def drift(
 
     Source: Deng et al. 2026 (Generative modeling via drifting), section 3 and Algorithm 1.
     """
+    check_dims(samples=(samples, "N D"), data=(data, "M D"))
     points = jnp.concatenate([samples, data])
     squares = jnp.sum((samples[:, None] - points[None]) ** 2, axis=-1)
     distance = jnp.sqrt(jnp.maximum(squares, 1e-8))

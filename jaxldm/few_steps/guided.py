@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 from jaxldm.arguments import a_tree, checked, count, function, number, one_key
 from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
-from jaxldm.diffusion.guidance import guide
+from jaxldm.diffusion.guidance import check_same_form, guide
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised, stopped
@@ -75,6 +75,7 @@ def guidance_distillation_loss(
     check_batch(x_0=x_0, epsilon=epsilon, t=t, scale=scale)
     check_condition(condition, x_0, x_name="x_0")
     check_condition(null_condition, x_0, "null_condition", "x_0")
+    check_same_form(null_condition, condition)
     x_t = noised(prediction.path, x_0, epsilon, t)
     inputs = prediction.precondition(x_t, t)
     free, bound = (

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key, optional
 from jaxldm.diffusion.checks import check_condition
+from jaxldm.diffusion.guidance import check_same_form
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.rectified_flow import Flow
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, noised, squares_of, stopped
@@ -63,6 +64,7 @@ def guided_velocity(
     check_batch(z=z, t=t, velocity=velocity, omega=omega, kappa=kappa)
     check_condition(condition, z, x_name="z")
     check_condition(null_condition, z, "null_condition", "z")
+    check_same_form(null_condition, condition)
     omega, kappa = per_image(omega, z), per_image(kappa, z)
     free, bound = (_ask(u, z, t, t, each) for each in (null_condition, condition))
     return stopped(omega * velocity + (1 - omega - kappa) * free + kappa * bound)

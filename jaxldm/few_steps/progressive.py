@@ -123,4 +123,6 @@ def progressive_loss(
     if weight is None:
         return mse, {"mse": mse}
     log_snr = 2 * (jnp.log(alpha_t) - jnp.log(sigma_t))
-    return jnp.mean(returned("weight", weight(log_snr)) * prediction.gain(t) ** 2 * squares), {"mse": mse}
+    return jnp.mean(
+        returned("weight", weight(log_snr), t.shape, or_one=True) * prediction.gain(t) ** 2 * squares
+    ), {"mse": mse}

@@ -13,6 +13,7 @@ from jaxldm.arguments import a_params, array, checked, count, function, instance
 from jaxldm.data.batches import map_batches
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_images, check_labels
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.metrics.frechet import frechet_distance
 from jaxldm.metrics.health import Finding
 from jaxldm.metrics.scores import (
@@ -21,10 +22,12 @@ from jaxldm.metrics.scores import (
     inception_score,
     nearest_neighbour_distances,
 )
+from jaxldm.pixels import in_unit_range
 
 Classify = Callable[[Float[np.ndarray, "N H W C"]], tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]]
 
 
+PICTURES = in_unit_range(array("floating", "[N, H, W, C]", axes=4), drawn=True)
 ROWS, LABELS = array("real", "[N, ...]", axes=(1, 64)), array("whole", "[N]", axes=1)
 
 
@@ -130,9 +133,15 @@ def classifier_function(module: Any, params: Any, batch_size: int = 256) -> Clas
     forward = jax.jit(
         lambda params, images: module.apply({"params": params}, images, method="features_and_logits")
     )
-    return lambda images: map_batches(
-        lambda batch: forward(params, batch), np.asarray(images, np.float32), batch_size
-    )
+
+    def classify(images: Any) -> tuple[Any, Any]:
+        from jaxldm.models.inputs import fitting  # late: `import jaxldm.metrics` loads no Flax
+
+        with fitting(module):
+            rows = np.asarray(PICTURES("images", images), np.float32)
+            return map_batches(lambda batch: forward(params, batch), rows, batch_size)
+
+    return classify
 
 
 @checked(
@@ -160,6 +169,7 @@ def evaluate(
     images = check_images(images, dataset.image_shape, "generated images")
     labels = check_labels(labels, len(images), dataset.num_classes)
     test_images, test_labels = dataset.arrays("test")
+    classify = _answering(classify)
     test_features, test_logits = classify(test_images)
     classifier_accuracy = accuracy(test_logits, test_labels)
     same = np.isin(test_labels, labels)
@@ -193,6 +203,25 @@ def evaluate(
         near_copies=float(np.mean(nearest < np.quantile(real_nearest, 0.01))),
         findings=tuple(_warnings(labels, test_labels, number, features.shape[1], classifier_accuracy)),
     )
+
+
+def _answering(classify: Classify) -> Classify:
+    """The same function, whose answers are checked."""
+
+    def answers(images: Any) -> tuple[Any, Any]:
+        found = classify(images)
+        if (
+            not isinstance(found, (tuple, list))
+            or len(found) != 2
+            or any(np.ndim(part) < 2 for part in found)
+        ):
+            raise InvalidArgumentError(
+                f"classify must return (features [N, D], logits [N, K]), got {shown(found)}: see "
+                "metrics.classifier_function"
+            )
+        return found
+
+    return answers
 
 
 @checked(labels=array("whole", "[N]", axes=1, filled=True), number=count(0))

@@ -43,6 +43,9 @@ def image_grid(
     images = np.asarray(images)
     if images.ndim != 4 or 0 in images.shape:
         raise DataError(f"images must be [B, H, W, C] and not empty, got shape {images.shape}")
+    if images.shape[-1] not in (1, 3, 4):
+        hint = ": it looks like [B, C, H, W], move the channels last" if images.shape[1] in (1, 3, 4) else ""
+        raise DataError(f"images must be [B, H, W, 1, 3 or 4], got shape {images.shape}{hint}")
     columns = int(np.ceil(np.sqrt(len(images)))) if columns is None else columns
     images = images if images.dtype == np.uint8 else to_uint8(images)
     number, height, width, channels = images.shape

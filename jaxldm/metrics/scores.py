@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxldm.arguments import array, checked, count, optional
+from jaxldm.data.images import check_labels
 from jaxldm.errors import DataError
 from jaxldm.pixels import in_unit_range
 
@@ -28,6 +29,7 @@ class Neighbours(NamedTuple):
 def accuracy(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, "N"]) -> float:
     """Return the share of rows whose largest entry is at the label, in [0, 1]."""
     _check_one_each(logits, labels)
+    labels = check_labels(labels, len(logits), np.shape(logits)[1])
     return float((np.argmax(logits, axis=1) == labels).mean())
 
 

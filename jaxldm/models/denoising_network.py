@@ -53,6 +53,9 @@ def check_inputs(module: Any, x: Any, t: Any) -> None:
     example = module.example_inputs()[0] if hasattr(module, "example_inputs") else None
     if example is None or len(example.shape) != 4:
         return  # no network of images: what it takes is for the module to say
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        fix = ": write x / 127.5 - 1 of 8-bit images" if x.dtype == jnp.uint8 else ""
+        raise InvalidArgumentError(f"x must be floating-point numbers, got {shown(x)}{fix}")
     channels = example.shape[-1]
     if x.ndim != 4 or x.shape[-1] != channels:
         first = x.ndim == 4 and x.shape[1] == channels

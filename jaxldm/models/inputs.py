@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxldm.arguments import array, as_array
 from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.models.config import check, height_width
-from jaxldm.reading import reason
+from jaxldm.reading import shortened
 
 # Numbers, one for each image, that a network can take besides the time (`scalar_inputs` of its config): the
 # scale of classifier-free guidance that a student has learned, and how far one call goes, in units of t: it
@@ -35,8 +36,20 @@ def fitting(module: nn.Module) -> Iterator[None]:
         yield
     except (AssertionError, FlaxError) as error:
         raise InvalidArgumentError(
-            f"the inputs or the parameters do not fit {type(module).__name__}: {reason(error)}"
+            f"the inputs or the parameters do not fit {type(module).__name__}: {_in_words(error)}"
         ) from error
+
+
+def _in_words(error: Exception) -> str:
+    """What chex and Flax say, without what is for those who wrote the module."""
+    text = " ".join(str(error).split())
+    found = re.search(r"input \d+ has shape \((.*?),?\) but expected \((.*?),?\)", text)
+    if found:
+        return f"an input is [{found[1]}], it takes [{found[2]}] (None: any)"
+    if "extra params layer" in text:
+        return "give what is inside of {'params': ...}: variables['params']"
+    text = re.sub(r" ?\(https?://[^)]*\)", "", text).removeprefix("[Chex] ")
+    return shortened(text.removeprefix("Assertion "), 250)
 
 
 def image_shape(config: Any) -> tuple[jax.ShapeDtypeStruct]:

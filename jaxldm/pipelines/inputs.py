@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -284,6 +285,10 @@ def as_images(images: Any, name: str = "image") -> Float[np.ndarray, "N H W C"]:
     Raises:
         DataError: shapes or values that are no images.
     """
+    if isinstance(images, (str, os.PathLike)):
+        raise InvalidArgumentError(
+            f"{name} must be a picture, got the path {shown(images)}: write PIL.Image.open({name})"
+        )
     images = _stacked(images, lambda image: _floats(image, name), name)
     images = images[None] if images.ndim == 3 else images
     return check_images(images, name=name)

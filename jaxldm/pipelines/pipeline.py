@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
-from jaxldm.arguments import check_all, checked, count, instance, optional, pair
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.arguments import check_all, checked, count, instance, optional, pair, refuse
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
 from jaxldm.functions import signature_error
 from jaxldm.models.sharding import mesh_of
 from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options, keywords_of
@@ -71,6 +71,8 @@ class Pipeline:
             raise CheckpointError(
                 f"it lacks {', '.join(missing)}: a {self.family.name} needs {', '.join(folder.parts)}"
             )
+        for name in (*self.family.denoisers, self.family.autoencoder):
+            _check_network(name, self.parts.get(name))
         object.__setattr__(self, "parts", dict.fromkeys(folder.optional) | dict(self.parts))
         object.__setattr__(self, "options", dict(folder.options) | dict(self.options))
 
@@ -85,7 +87,8 @@ class Pipeline:
         """Draw images, float32 [N, H, W, C] in [-1, 1]; see `generate`, and `Call` for the options."""
         key, options = check_call(key, prompts, options)
         _check_kind(self, options)
-        wrong = signature_error(self.family.call, (self, key, *prompts), options, hidden=1)
+        _check_whole(self)
+        wrong = signature_error(self.family.call, (self, key, *prompts), options, name="pipe", hidden=1)
         if wrong is not None:
             raise wrong
         return self.family.call(self, key, *prompts, **options)
@@ -96,6 +99,8 @@ class Pipeline:
 
     def __getattr__(self, name: str) -> Any:
         """A part, an option, or a function of the family."""
+        if isinstance(getattr(type(self), name, None), property):
+            return object.__getattribute__(self, name)  # raises what the property did
         if not name.startswith("__"):
             for values in (self.parts, self.options):
                 if name in values:
@@ -257,6 +262,24 @@ class Pipeline:
     def check_parts(self) -> None:
         """Raise `CheckpointError` where the parts are of different models."""
         self.family.folder.check(self)
+
+
+def _check_network(name: Any, part: Any) -> None:
+    """Raise `InvalidArgumentError` for parameters, or a pair with their module, in place of a network."""
+    if isinstance(part, (tuple, Mapping)):
+        instead = f"pipelines.Network(*{name})" if isinstance(part, tuple) else ""
+        raise refuse(name, "a network such as pipelines.Network(module, params)", part, instead)
+
+
+def _check_whole(pipe: Pipeline) -> None:
+    """Raise `CheckpointError` where parts that were replaced are of different models; looked at once."""
+    if "_is_whole" in vars(pipe):
+        return
+    try:
+        pipe.check_parts()
+    except AttributeError as error:
+        raise CheckpointError(f"parts of different models, of {shown(pipe)}: {error}") from error
+    object.__setattr__(pipe, "_is_whole", True)
 
 
 def _check_kind(pipe: Pipeline, options: Mapping[str, Any]) -> None:

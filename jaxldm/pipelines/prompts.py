@@ -91,7 +91,7 @@ def a_template(name: str, value: Any) -> str:
 @checked(
     encoder=A_NETWORK,
     tokenizer=function("(texts, max_length)"),
-    texts=several(a_text),
+    texts=several(a_text, "a list of texts"),
     skip=count(0),
     final_norm=flag,
     warn=flag,

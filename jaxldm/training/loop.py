@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jaxldm.arguments import (
     a_path,
+    a_tree,
     check_fields,
     checked,
     count,
@@ -25,7 +26,7 @@ from jaxldm.arguments import (
     refuse,
     text,
 )
-from jaxldm.errors import CheckpointError, DivergenceError
+from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
 from jaxldm.files import storage_errors
 from jaxldm.functions import NamedFields
 from jaxldm.training.hold import HeldFolder
@@ -35,7 +36,7 @@ from jaxldm.training.mesh import A_MESH, make_mesh, place_batch, place_state, st
 from jaxldm.training.peak import seconds_at_peak
 from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import MOST_SKIPPED, Progress
-from jaxldm.training.state import TrainState
+from jaxldm.training.state import A_STATE, TrainState
 from jaxldm.training.step import TrainStep, compile_train_step
 from jaxldm.training.store import TrainingStore
 
@@ -77,7 +78,6 @@ class Plan(NamedFields):
 
 
 A_PLAN = instance(Plan, "a training.Plan(num_steps)")
-A_STATE = instance(TrainState, "a state from training.create_train_state")
 
 
 def SOME_BATCHES(name: str, value: Any) -> Any:
@@ -170,6 +170,11 @@ def fit(
         StorageError: the disk is full.
         InvalidArgumentError: a mesh over whose fsdp or tensor axis nothing of the state can be split.
     """
+    if isinstance(batches, (list, tuple)) and len(batches) < plan.num_steps:
+        raise InvalidArgumentError(
+            f"batches are {len(batches)}, and the plan has {plan.num_steps} updates: give one for each, or "
+            "data.Batches, which begin again"
+        )
     run_dir = Path(run_dir)
     mesh = make_mesh() if mesh is None else mesh
     state_shardings(mesh, state)  # refuses a mesh that splits nothing
@@ -227,7 +232,7 @@ class _Loop:
             self.sample(start, state)  # a kill may have come between the checkpoint and this
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
-            batch = place_batch(mesh, batches[step - 1])
+            batch = place_batch(mesh, a_tree(f"batches[{step - 1}]", batches[step - 1]))
             waiting, examples = time.perf_counter() - began, _examples(batch)
             if step == start + 1:
                 self.progress.at_peak = seconds_at_peak(train_step, state, batch, mesh)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxldm.arguments import a_tree, checked, flag, one_key, refuse
+from jaxldm.arguments import a_tree, checked, flag, instance, one_key, refuse
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.named_optimizers import evaluated
 from jaxldm.training.power_ema import SOME_LENGTHS, name_of
@@ -63,7 +63,22 @@ def has_init(name: str, value: Any) -> Any:
     return value
 
 
-@checked(key=one_key, params=a_tree, optimizer=has_init, ema=flag, frozen=a_tree, power_ema=SOME_LENGTHS)
+A_STATE = instance(TrainState, "a state from training.create_train_state")
+
+
+def trained_params(name: str, value: Any) -> Any:
+    """A tree of floating-point arrays."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(a_tree(name, value))[0]:
+        if not jnp.issubdtype(getattr(leaf, "dtype", float), jnp.floating):
+            raise refuse(
+                f"{name}{jax.tree_util.keystr(path)}", "floating-point numbers, which are trained", leaf
+            )
+    return value
+
+
+@checked(
+    key=one_key, params=trained_params, optimizer=has_init, ema=flag, frozen=a_tree, power_ema=SOME_LENGTHS
+)
 def create_train_state(
     key: PRNGKeyArray,
     params: Params,

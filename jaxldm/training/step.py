@@ -19,7 +19,7 @@ from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.training.mesh import A_MESH, batch_sharding, replicated, state_shardings
 from jaxldm.training.optimizer import AN_OPTIMIZER, Optimizer
 from jaxldm.training.power_ema import SOME_LENGTHS, gamma_of, name_of, update_power_ema
-from jaxldm.training.state import Params, TrainState
+from jaxldm.training.state import A_STATE, Params, TrainState
 
 Batch = Any  # a dict of arrays with the examples along axis 0
 Metrics = dict[str, Float[Array, ""]]
@@ -77,7 +77,12 @@ class Player:
 def some_players(name: str, value: Any) -> tuple[Player, ...]:
     """Players with different names."""
     wanted = "a loss, or players such as (training.Player(name, loss, optimizer), ...)"
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+    if (
+        isinstance(value, (str, bytes))
+        or hasattr(value, "_fields")
+        or not isinstance(value, Sequence)
+        or not value
+    ):
         raise refuse(name, wanted, value)
     for player in value:
         if not isinstance(player, Player):
@@ -276,6 +281,11 @@ def _parts(batch: Batch, number: int) -> Batch:
 
 def _step_of_one(turn: _Turn) -> TrainStep:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state = A_STATE("state", state)
+        if turn.ema_decay is not None and state.ema_params is None:
+            raise InvalidArgumentError(
+                "the state keeps no moving average: write create_train_state(..., ema=True), or no ema_decay"
+            )
         key = jax.random.fold_in(state.key, state.step)
         own = _Own(state.params, state.opt_state, state.ema_params, state.averages)
         own, metrics = turn(own, state, batch, key, state.step)
@@ -288,6 +298,7 @@ def _step_of_players(players: Sequence[Player], accumulate: int) -> TrainStep:
     turns = [_Turn(player.loss, player.optimizer, player.ema_decay, accumulate) for player in players]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state = A_STATE("state", state)
         key, new, metrics = jax.random.fold_in(state.key, state.step), state, {}
         for place, (player, turn) in enumerate(zip(players, turns, strict=True)):
             update = functools.partial(

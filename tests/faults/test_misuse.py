@@ -40,6 +40,12 @@ def test_misuse_is_refused_in_one_line():
     assert len(rows) == COUNT and not [misuse.line_of(row) for row in rows if row.foreign]
 
 
+def test_whole_calls_that_are_wrong_are_refused():
+    """Another order, functions without a return, parts exchanged, names of other programs, pixels."""
+    rows = list(misuse.of_whole_calls())
+    assert len(rows) > 90 and [misuse.line_of(row) for row in rows if row.foreign] == []
+
+
 def test_the_calls_that_misuse_starts_from_are_valid():
     """Else every misuse would be refused for the wrong reason. `misuse.run` tries those that compute, too.
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
-from jaxldm.arguments import as_array, checked, optional
+from jaxldm.arguments import as_array, checked, count, number, optional, refuse, several, text
 from jaxldm.diffusion.predictions import A_PREDICTION
 from jaxldm.entries import Bounds, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError
@@ -114,6 +114,13 @@ def draw_classes(
     batches = {"batch_size": pipe.images_per_device, "in_flight": batch_size}
     batches["devices"] = jax.local_devices() if devices is None and pipe.mesh is None else devices
     return generate(pipe, key, cast(Any, labels), cast(Any, negatives), **batches, **options)
+
+
+def read_labels(labels: Any, negatives: Any) -> tuple[Any, Any]:
+    """The labels of a call, which `draw_classes` has made one for each image."""
+    if isinstance(labels, str) or not hasattr(labels, "__len__"):
+        raise refuse("prompt", "labels of classes", labels, "pipe(key, class_labels=[3])")
+    return labels, negatives
 
 
 def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -238,7 +245,15 @@ def count_callbacks(pipe: Pipeline, num_images: int, **options: Any) -> int:
 # ---------------------------------------------------------------- on the disk
 
 
-@checked(denoiser=A_NETWORK, prediction=A_PREDICTION, autoencoder=optional(A_NETWORK))
+@checked(
+    denoiser=A_NETWORK,
+    prediction=A_PREDICTION,
+    autoencoder=optional(A_NETWORK),
+    class_names=several(text),
+    default_guidance_scale=number(0, 1e6),
+    guided_channels=optional(count(1)),
+    images_per_device=count(1, 2**16),
+)
 def class_to_image(
     denoiser: Network,
     prediction: D.Prediction,
@@ -347,7 +362,7 @@ CLASS_TO_IMAGE = Family(
     is_guidance_distilled=is_guidance_distilled,
     guidance_condition=guidance_condition,
     check_guidance=check_guidance,
-    read_prompts=lambda labels, negatives: (labels, negatives),
+    read_prompts=read_labels,
     read_inputs=read_latents,
     call=draw_classes,
     num_callbacks=count_callbacks,
