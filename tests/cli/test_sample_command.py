@@ -177,6 +177,11 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
         (["--guidance-scale", "1e39"], ["--guidance-scale", "3.4e+38"]),
         (["--num-images", "1000000000"], ["1000000000 images of 8x8 pixels", "GB"]),
         (["--sigmas", "3", "-1"], ["--sigmas must be", "0 or more"]),
+        (["--cache", "forra:3"], ["cache", "did you mean 'fora'"]),
+        (["--cache", "fora:0"], ["interval", "at least 1"]),
+        (["--cache", "fora:x"], ["interval must be a whole number"]),
+        (["--cache", "deepcache:3"], ["this cache is for U-Nets", "fora:3"]),
+        (["--cache", "fora:2", "--solver", "heun"], ["once a step", "ddim"]),
     ],
 )
 def test_a_wrong_option_of_sample(capsys, exported, tmp_path, words, expected):
@@ -298,6 +303,14 @@ def test_grids_can_be_typed(capsys, exported, tmp_path):
         assert run(capsys, "sample", exported, "--solver", "ddim", "--output-dir", out, *words)[0] == 0
         images = pipe(jax.random.key(0), num_inference_steps=3, solver="ddim", **options)
         np.testing.assert_array_equal(np.load(out / "samples.npz")["images"], to_uint8(images))
+
+
+def test_a_cache_can_be_typed(capsys, exported, tmp_path):
+    plain, every = (
+        sample(capsys, exported, tmp_path / name, *words)
+        for name, words in (("plain", []), ("cached", ["--cache", "fora:1"]))
+    )
+    np.testing.assert_array_equal(plain["images"], every["images"])
 
 
 def test_the_number_of_devices_changes_no_image(capsys, exported, tmp_path):
