@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -114,45 +114,54 @@ class Serve:
                 f"--host {self.host} is open to others: set {TOKEN} to a secret that requests must carry, or "
                 "listen at 127.0.0.1"
             )
-        settings = self._settings(sizes)
         with listening(self.host, self.port) as bound:
-            service = self._service(settings)
+            workers = self._workers(sizes)
             try:
-                self._serve(service, settings, token, bound)
+                self._serve(workers, self._settings(sizes), token, bound)
             finally:
-                service.close(0)  # without effect where it was closed
+                for worker in workers:
+                    worker.join(0)  # without effect where it has ended
 
-    def _serve(self, service: Any, settings: Any, token: str | None, bound: socket.socket) -> None:
+    def _serve(self, workers: list[Any], settings: Any, token: str | None, bound: socket.socket) -> None:
         from jaxldm.serving.server import serve_by
+        from jaxldm.serving.service import Service
 
+        service = Service(workers, settings.limits)
         server = server_of(serve_by(service, settings, token), self.quiet)
         if not self.quiet:
             address, port = bound.getsockname()[:2]
             print(f"{self.folder}: http://{address}:{port} (GET /ready says when it is)", flush=True)
-        run_until_interrupted(server, bound)
+        try:
+            run_until_interrupted(server, bound)
+        finally:
+            service.close(0)  # without effect where it was closed
 
-    def _service(self, settings: Any) -> Any:
-        """The service of the workers, which are not started."""
-        from jaxldm.serving.service import Service
-
+    def _workers(self, sizes: tuple[tuple[int, int], ...]) -> list[Any]:
+        """The workers; the process of the first starts here, while this one imports the rest."""
         model = self.folder, self.family, self.dtype
-        make = functools.partial(make_worker, *model, self.devices, settings, IMPORTED.get(), self.quiet)
+        options = self._options(sizes)
+        make = functools.partial(make_worker, *model, self.devices, options, IMPORTED.get(), self.quiet)
         devices = (self.devices or 1) if self.workers > 1 else None
-        workers = [worker_of(make, number, devices) for number in range(self.workers)]
-        return Service(workers, settings.limits)
+        return [worker_of(make, number, devices) for number in range(self.workers)]
+
+    def _options(self, sizes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+        """Those of the settings that workers need."""
+        return {
+            "name": Path(self.folder).resolve().name,
+            "slots": self.slots,
+            "solvers": self.solvers or (),
+            "sizes": sizes,
+            "max_steps": self.max_steps,
+            "max_images": self.max_images,
+            "embeddings_bytes": self.embeddings_mib * 2**20,
+        }
 
     def _settings(self, sizes: tuple[tuple[int, int], ...]) -> Any:
         from jaxldm import serving
         from jaxldm.serving.server import Settings
 
         return Settings(
-            name=Path(self.folder).resolve().name,
-            slots=self.slots,
-            solvers=self.solvers or (),
-            sizes=sizes,
-            max_steps=self.max_steps,
-            max_images=self.max_images,
-            embeddings_bytes=self.embeddings_mib * 2**20,
+            **self._options(sizes),
             limits=serving.Limits(
                 max_queue=self.max_queue,
                 max_queue_seconds=self.max_queue_seconds,
@@ -166,7 +175,10 @@ def worker_of(make: Callable[[], Any], number: int, devices: int | None) -> Any:
     """A worker in a process of its own."""
     from jaxldm.serving.processes import WorkerProcess
 
-    return WorkerProcess(make, number, devices)
+    worker = WorkerProcess(make, number, devices)
+    if number == 0:
+        worker.prestart()
+    return worker
 
 
 def make_worker(
@@ -174,7 +186,7 @@ def make_worker(
     family: str | None,
     dtype: str | None,
     devices: int | None,
-    settings: Any,
+    options: dict[str, Any],
     modules: Sequence[str] = (),
     quiet: bool = False,
 ) -> Any:
@@ -182,12 +194,13 @@ def make_worker(
 
     Args:
         folder, family, dtype, devices, quiet: as of the command.
-        settings: of the server.
+        options: of the `Settings`.
         modules: of the user's, to be imported first.
     """
     from jaxldm import pipelines
-    from jaxldm.serving.server import made
+    from jaxldm.serving.server import Settings, made
 
+    settings = Settings(**options)
     log_lines(quiet)
     for module in modules:
         importlib.import_module(module)
@@ -198,10 +211,8 @@ def make_worker(
 def check_packages() -> None:
     """Raises `MissingDependencyError` where a package of the extra is not installed."""
     for package in ("starlette", "uvicorn", "prometheus_client"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingDependencyError(package, "serve", "jaxldm serve") from None
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "serve", "jaxldm serve")
 
 
 def read_size(size: str) -> tuple[int, int]:

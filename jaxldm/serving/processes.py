@@ -23,7 +23,6 @@ from typing import Any
 
 from jaxldm.errors import InvalidArgumentError, JaxldmError
 from jaxldm.serving.messages import Command, Died, Loaded, Refused, Report, Stop
-from jaxldm.serving.worker import Made, Worker
 
 END_SECONDS = 5.0  # to end by itself
 # Where Linux counts processes that were killed for want of memory: of the container, and of the machine.
@@ -35,14 +34,14 @@ class WorkerProcess:
     """A worker in a process of its own; one object for one process.
 
     Args:
-        make: loads the model; a function of a module, or a `functools.partial` of one.
+        make: loads the model into a `Made`; a function of a module, or a `functools.partial` of one.
         number: of the worker, from 0: on GPUs, each has `devices` of its own.
         devices: how many a worker uses, where there are several workers; None: all that it sees.
     """
 
     restartable = True
 
-    def __init__(self, make: Callable[[], Made], number: int = 0, devices: int | None = None):
+    def __init__(self, make: Callable[[], Any], number: int = 0, devices: int | None = None):
         self._make, self._number, self._devices = make, number, devices
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._process: Any = None
@@ -54,13 +53,18 @@ class WorkerProcess:
         """Another one of the same kind."""
         return WorkerProcess(self._make, self._number, self._devices)
 
+    def prestart(self) -> None:
+        """Starts the process, where that was not done before."""
+        if self._process is None:
+            self._spawn()
+
     def load(self) -> Loaded:
         """Starts the process and waits until the model is in its memory.
 
         Raises:
             InvalidArgumentError: what cannot be served.
         """
-        self._spawn()
+        self.prestart()
         try:
             report = self._pipe.recv()
         except (EOFError, OSError):
@@ -72,8 +76,7 @@ class WorkerProcess:
 
     def start(self, tell: Callable[[Report], None]) -> None:
         """Has the reports told from now on, in a thread; starts the process where `load` has not."""
-        if self._process is None:
-            self._spawn()
+        self.prestart()
         targets = functools.partial(self._read, tell), self._write
         name = "jaxldm-worker-pipe"
         self._threads = [threading.Thread(target=target, name=name, daemon=True) for target in targets]
@@ -167,7 +170,7 @@ def out_of_memory_kills() -> tuple[int, ...]:
 # ---------------------------------------------------------------- in the process
 
 
-def work(pipe: Any, make: Callable[[], Made], number: int, devices: int | None) -> None:
+def work(pipe: Any, make: Callable[[], Any], number: int, devices: int | None) -> None:
     """All that the process does."""
     for signal_number in (signal.SIGINT, signal.SIGTERM):  # the server gets them, too, and lets us finish
         signal.signal(signal_number, signal.SIG_IGN)
@@ -184,6 +187,8 @@ def work(pipe: Any, make: Callable[[], Made], number: int, devices: int | None) 
 
     try:
         _prepare_process(number, devices)
+        from jaxldm.serving.worker import Worker  # after the settings, and not in the process of the server
+
         made = make()
         worker = Worker(made, tell)
     except JaxldmError as error:
