@@ -135,7 +135,8 @@ def _sampler(denoise: Any, solver: Solver, grid: Grid) -> Callable[[Any, Any, An
 
     def sample_rows(keys, x, start, count):
         def body(carry, i):
-            return advance(keys, *carry, i), None
+            state, x_0 = carry
+            return advance(keys, state, x_0, i), None
 
         rows = start + jnp.arange(count, dtype=jnp.int32)
         return jax.lax.scan(body, (jax.vmap(solver.init)(x), x), rows)[0]
