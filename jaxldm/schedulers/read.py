@@ -23,6 +23,7 @@ from jaxldm.schedulers.table import (
     OWN_OF_0_1,
     SCHEDULER_OF,
     SCHEDULERS,
+    SOLVER_TYPES,
     SPACINGS,
     VARIANCES,
     class_name,
@@ -85,6 +86,7 @@ def from_config(
     with reading(PLACE):
         config = typed(config)
         named = class_name(config)
+        config["_class_name"] = named
         if isinstance(solver, D.Solver):
             if eta is not None:
                 raise InvalidArgumentError(
@@ -93,11 +95,14 @@ def from_config(
             own = with_defaults(config, named, names_it=True)
             prediction, grid, shift = _read(own)
             return Scheduler(Sampler(prediction, solver, **_x0_options(own)), grid, shift)
+        if solver is None:
+            _check_solver_entries(config, named)
         name = default_solver(config) if solver is None else solver
         options = _solver_options(config, name)
         if stops_early:
             if "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
                 options["lower_order_final"] = False
+            options.pop("euler_at_final", None)
             options.pop("final_noise", None)
         options |= {} if eta is None else {"eta": eta}
         own = _config_of(config, name)
@@ -106,7 +111,7 @@ def from_config(
         sampler = Sampler(
             prediction,
             D.solvers.make(name, **options),
-            learned_variance=options.get("variance") == "learned",
+            learned_variance=options.get("variance") == "learned" or _has_learned_variance(own),
             timestep_scaling=_timestep_scaling(config, name, prediction.path),
             **_x0_options(own),
         )
@@ -130,6 +135,9 @@ def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
     if not entries or solver != default_solver(config):
         return {}
     options = {ours: config.get(*entry) for ours, entry in entries.items()}
+    if "solver_type" in options:
+        kind = options["solver_type"]
+        options["solver_type"] = SOLVER_TYPES.get(scheduler, {}).get(kind, kind)
     if "variance" in options:
         if options["variance"] not in VARIANCES:
             known = ", ".join(VARIANCES)
@@ -138,6 +146,25 @@ def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
             )
         options["variance"] = VARIANCES[options["variance"]]
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in options.items()}
+
+
+def _check_solver_entries(config: Mapping[str, Any], scheduler: str) -> None:
+    """Raises `CheckpointError` for what the file's own solver would do otherwise than ours."""
+    if scheduler == "UniPCMultistepScheduler" and not config.get("predict_x0", True):
+        raise CheckpointError(f"{PLACE} has predict_x0 false, known: true; name a solver, such as unipc")
+    if scheduler == "UniPCMultistepScheduler" and config.get("solver_p") is not None:
+        raise CheckpointError(f"{PLACE} has a solver_p of its own, known: null; name a solver, such as unipc")
+    if scheduler == "PNDMScheduler" and config.get("prediction_type") == "sample":
+        raise CheckpointError(
+            f"{PLACE} has prediction_type 'sample', and PNDMScheduler knows epsilon and v_prediction: name a "
+            "solver, such as ddim"
+        )
+
+
+def _has_learned_variance(config: Mapping[str, Any]) -> bool:
+    """Whether the file of a DPM-Solver says so: it then leaves the second half of the output alone."""
+    reads_it = class_name(config) in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+    return reads_it and config.get("variance_type") in ("learned", "learned_range")
 
 
 def _timestep_scaling(config: Mapping[str, Any], solver: str, path: D.Path) -> float | None:
@@ -149,7 +176,7 @@ def _timestep_scaling(config: Mapping[str, Any], solver: str, path: D.Path) -> f
 
 def _x0_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the file says is done to x_0, which models of pixels need."""
-    if config.get("thresholding"):
+    if config.get("thresholding") and config.get("_class_name") != "TCDScheduler":
         percentile = config.get("dynamic_thresholding_ratio", 0.995)
         return {"threshold": (float(percentile), float(config.get("sample_max_value", 1.0)))}
     known = SCHEDULERS.get(class_name(config))
@@ -192,14 +219,28 @@ def _readers() -> dict[str, Any]:
 
 def _read_discrete(name, config):
     if config.get("use_flow_sigmas"):
-        path = D.Flow(shift=config.get("flow_shift", 1.0))
-        return (
-            D.prediction(_prediction_name(config, "flow"), path),
-            GridRule(levels=_read_levels(config)),
-            None,
-        )
+        return _read_flow_sigmas(name, config)
     prediction = D.prediction(_prediction_name(config, "epsilon"), read_betas(config))
     return prediction, _read_discrete_grid(name, config), None
+
+
+def _read_flow_sigmas(name, config):
+    """The flow path of a file of DEIS, DPM-Solver or UniPC, also for the scheduler of another solver."""
+    if config.get("use_dynamic_shifting"):
+        raise CheckpointError(
+            f"{PLACE} has use_dynamic_shifting with use_flow_sigmas, which is not known here: set flow_shift"
+        )
+    grid = GridRule(
+        levels=_read_levels(config),
+        shift_terminal=(config.get("shift_terminal") or None) if name.startswith("UniPC") else None,
+        final="sigma_min" if name.startswith(("DPMSolver", "UniPC")) and _keeps_noise(config) else "clean",
+    )
+    path = D.Flow(shift=config.get("flow_shift", 1.0))
+    return D.prediction(_prediction_name(config, "flow"), path), grid, None
+
+
+def _keeps_noise(config: Mapping[str, Any]) -> bool:
+    return config.get("final_sigmas_type") == "sigma_min"
 
 
 def _prediction_name(config: Mapping[str, Any], default: str) -> str:
@@ -253,7 +294,7 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> GridRule:
         reads_it = name in ("DDIMScheduler", "PNDMScheduler")
         keeps_noise = reads_it and not config.get("set_alpha_to_one", known.ends_clean)
     else:
-        keeps_noise = name == "DEISMultistepScheduler" or config.get("final_sigmas_type") == "sigma_min"
+        keeps_noise = name == "DEISMultistepScheduler" or _keeps_noise(config)
     return GridRule(**options, final="sigma_min" if keeps_noise else "clean")
 
 

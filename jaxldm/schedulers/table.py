@@ -23,7 +23,12 @@ LEVELS = {
     "beta": "use_beta_sigmas",
     "uniform_log_snr": "use_lu_lambdas",
 }
-_MULTISTEP = {"solver_type": ("solver_type", "midpoint"), "lower_order_final": ("lower_order_final", True)}
+_MULTISTEP = {
+    "solver_type": ("solver_type", "midpoint"),
+    "lower_order_final": ("lower_order_final", True),
+    "euler_at_final": ("euler_at_final", False),
+}
+_MULTISTEP_OPTIONS = dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"), _MULTISTEP)
 
 
 class Known(NamedTuple):
@@ -62,10 +67,10 @@ SCHEDULERS: dict[str, Known] = {
         ends_clean=False,
     ),
     "LCMScheduler": Known(("lcm",), "lcm", clips=True),
-    "TCDScheduler": Known(("tcd",), "lcm", clips=True),
+    "TCDScheduler": Known(("tcd",), "lcm"),  # it has the entries of clipping, and uses none
     "EulerDiscreteScheduler": Known(("euler",), "fractional"),
     "EulerAncestralDiscreteScheduler": Known(("euler_ancestral",), "fractional"),
-    "HeunDiscreteScheduler": Known(("heun",), "fractional"),
+    "HeunDiscreteScheduler": Known(("heun",), "fractional", clips=True),
     "KDPM2DiscreteScheduler": Known(("dpm2",), "fractional"),
     "KDPM2AncestralDiscreteScheduler": Known(("dpm2_ancestral",), "fractional"),
     "LMSDiscreteScheduler": Known(("lms",), "fractional"),
@@ -75,12 +80,19 @@ SCHEDULERS: dict[str, Known] = {
         {"deis": {"order": ("solver_order", 2), "lower_order_final": ("lower_order_final", True)}},
     ),
     "DPMSolverSinglestepScheduler": Known(
-        ("dpmpp_2s",), "open", {"dpmpp_2s": {"solver_type": ("solver_type", "midpoint")}}
+        ("dpmpp_2s",),
+        "open",
+        {
+            "dpmpp_2s": {
+                "solver_type": ("solver_type", "midpoint"),
+                "lower_order_final": ("lower_order_final", False),
+            }
+        },
     ),
     "DPMSolverMultistepScheduler": Known(
         ("dpmpp_2m", "dpmpp_1s", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"),
         "open",
-        {"dpmpp_2m": _MULTISTEP, "dpmpp_3m": _MULTISTEP, "dpmpp_2m_sde": _MULTISTEP},
+        _MULTISTEP_OPTIONS,
     ),
     "UniPCMultistepScheduler": Known(
         ("unipc",),
@@ -95,22 +107,34 @@ SCHEDULERS: dict[str, Known] = {
         },
     ),
     "EDMEulerScheduler": Known(("euler",), "edm"),
-    "EDMDPMSolverMultistepScheduler": Known(("dpmpp_2m",), "edm"),
+    "EDMDPMSolverMultistepScheduler": Known(("dpmpp_2m",), "edm", _MULTISTEP_OPTIONS),
     "FlowMatchEulerDiscreteScheduler": Known(("flow_euler",), "flow"),
     "FlowMatchHeunDiscreteScheduler": Known(("flow_heun",), "flow"),
     "ScoreSdeVpScheduler": Known(("ddim",), "continuous_vp"),
     "DDPMWuerstchenScheduler": Known(("ddpm",), "cosine"),
 }
+# The same under another name: their `batch_step_no_noise` is for a pipeline that is not here.
+ALIASES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
 OWN = "PathScheduler"  # for paths and predictions that no scheduler of diffusers has
 OWN_OF_0_1 = "NoiseSchedule"  # what 0.1 wrote for them
 DISCRETE = ("whole", "fractional", "open", "lcm")
-# The algorithm and order of DPMSolverMultistepScheduler -> solver.
+# `algorithm_type` and `solver_order` -> solver.
 DPM_SOLVERS = {
     ("dpmsolver++", 1): "dpmpp_1s",
     ("dpmsolver++", 2): "dpmpp_2m",
     ("dpmsolver++", 3): "dpmpp_3m",
     ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
+}
+ALGORITHMS: Mapping[str, Mapping[tuple[Any, Any], str]] = {
+    "DPMSolverMultistepScheduler": DPM_SOLVERS,
+    "EDMDPMSolverMultistepScheduler": DPM_SOLVERS,
+    "DPMSolverSinglestepScheduler": {("dpmsolver++", 1): "dpmpp_1s", ("dpmsolver++", 2): "dpmpp_2s"},
+}
+# `solver_type` -> what a scheduler takes instead where it is another's: `from_config` of diffusers keeps it.
+SOLVER_TYPES = {
+    **dict.fromkeys(ALGORITHMS, dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")),
+    "UniPCMultistepScheduler": dict.fromkeys(("logrho", "midpoint", "heun"), "bh2"),
 }
 # `variance_type` of DDPMScheduler -> ours; the logarithms there are another way to write the same.
 VARIANCES = {
@@ -129,6 +153,7 @@ SCHEDULER_OF = {
 def class_name(config: Mapping[str, Any]) -> str:
     """The scheduler that a file names. Raises `CheckpointError` for one that is not known here."""
     name = config.get("_class_name")
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or (name not in SCHEDULERS and name not in (OWN, OWN_OF_0_1)):
         known = known_names(name, [*SCHEDULERS, OWN])
         raise CheckpointError(f"scheduler_config.json has _class_name {shown(name)}; {known}")
@@ -151,12 +176,16 @@ def default_solver(config: Mapping[str, Any]) -> str:
     scheduler = class_name(config)
     if scheduler in (OWN, OWN_OF_0_1):
         return "ddim"
-    if scheduler != "DPMSolverMultistepScheduler":
+    if scheduler == "FlowMatchEulerDiscreteScheduler" and config.get("stochastic_sampling"):
+        return "lcm"
+    solvers = ALGORITHMS.get(scheduler)
+    if solvers is None:
         return SCHEDULERS[scheduler].solvers[0]
-    asked = (config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2))
-    if asked not in DPM_SOLVERS:
+    algorithm, order = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
+    asked = ("dpmsolver++" if algorithm == "deis" else algorithm, order)
+    if asked not in solvers:
         raise CheckpointError(
-            f"scheduler_config.json asks for {shown(asked[0])} of order {asked[1]}, which is not known here: "
-            f"name a solver, such as {', '.join(DPM_SOLVERS.values())}"
+            f"scheduler_config.json has algorithm_type {shown(algorithm)} with solver_order {shown(order)}, "
+            f"which is not known here: name a solver, such as {', '.join(solvers.values())}"
         )
-    return DPM_SOLVERS[asked]
+    return solvers[asked]

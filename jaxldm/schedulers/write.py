@@ -137,6 +137,8 @@ def _discrete_grid(grid: GridRule, solver: str | None) -> dict[str, Any]:
     if solver in DPM_SOLVERS.values():
         algorithm = next(algorithm for algorithm, ours in DPM_SOLVERS.items() if ours == solver)
         config |= dict(zip(("algorithm_type", "solver_order"), algorithm, strict=True))
+        if solver == "dpmpp_3m_sde":  # its own default, which is not that of a file
+            config["solver_type"] = "heun"
     if family == "whole":
         return config | {"set_alpha_to_one": grid.final == "clean"}
     config["final_sigmas_type"] = "zero" if grid.final == "clean" else "sigma_min"

@@ -8,7 +8,7 @@ import pytest
 from jaxldm import schedulers
 from jaxldm.errors import CheckpointError
 from jaxldm.schedulers.entries import TYPES
-from jaxldm.schedulers.table import SCHEDULERS
+from jaxldm.schedulers.table import ALIASES, SCHEDULERS
 
 
 def theirs_of(name):
@@ -29,6 +29,15 @@ def test_a_silent_file_means_what_it_means_in_diffusers(name):
     assert silent == schedulers.from_config({"_class_name": name, **theirs})
     for key, value in theirs.items():  # each alone, where the others are silent
         assert schedulers.from_config({"_class_name": name, key: value}) == silent, key
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_another_name_means_the_same(alias):
+    theirs, config = defaults_of(alias), {"clip_sample_range": 0.5, "steps_offset": 1}
+    assert theirs == defaults_of(ALIASES[alias])
+    named = [schedulers.from_config({"_class_name": name} | config) for name in (alias, ALIASES[alias])]
+    assert named[0] == named[1]
+    assert schedulers.default_solver({"_class_name": alias}) == ALIASES[alias][:4].lower()
 
 
 def test_x_0_is_clipped_by_default_only_by_the_scheduler_that_the_file_names():

@@ -132,6 +132,10 @@ def test_flow_sigmas_of_other_schedulers():
     )
     ours = schedulers.from_config(config)
     assert ours.prediction == D.flow(D.Flow(shift=3.0)) and ours.grid == GridRule()
+    another = schedulers.from_config(config, "euler")
+    assert another.prediction == ours.prediction and another.grid == ours.grid
+    ends = schedulers.from_config(config | {"final_sigmas_type": "sigma_min"})
+    assert ends.grid == GridRule(final="sigma_min")
 
 
 def test_timesteps_of_dpm_solver_on_cosine_betas():

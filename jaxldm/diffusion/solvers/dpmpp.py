@@ -63,9 +63,22 @@ def dpmpp_1s() -> Solver:
     return ddim(eta=0.0)
 
 
-@checked(lower_order_final=flag)
+def ends_in_first_order(
+    grid: Grid, i: Int[Any, ""] | int, lower_order_final: bool, euler_at_final: bool
+) -> Bool[Any, ""] | bool:
+    """Whether step i is the last, and taken in first order: in short runs, or (`euler_at_final`) in all."""
+    if not (lower_order_final or euler_at_final):
+        return False
+    num_steps = steps_in(grid)
+    is_last = i == num_steps - 1
+    return is_last if euler_at_final else is_last & (num_steps < 15)
+
+
+@checked(lower_order_final=flag, euler_at_final=flag)
 @equal_by_call
-def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
+def dpmpp_2m(
+    lower_order_final: bool = True, solver_type: str = "midpoint", euler_at_final: bool = False
+) -> Solver:
     """Lu et al. 2022, Algorithm 2: one evaluation a step, the previous x_0 gives the slope.
 
         D = (1 + 1/(2 r)) x_0 - 1/(2 r) x_0_previous,    r = h_previous / h,    h = lambda_s - lambda_t
@@ -78,6 +91,7 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
         lower_order_final: in runs of fewer than 15 steps that do not end clean, take the last step in first
             order too, for stability, as the authors do.
         solver_type: "midpoint" is the printed 1/2 in D; "heun" the exact integral of the slope in its place.
+        euler_at_final: take the last step in first order in runs of any length.
 
     Raises:
         UnknownNameError: another solver_type.
@@ -88,10 +102,8 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
         before, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
         h = half_log_snr(there) - half_log_snr(here)
         h_previous = half_log_snr(here) - half_log_snr(before)
-        num_steps = steps_in(grid)
         first_order = (state.taken == 0) | at_boundary(there)
-        if lower_order_final:
-            first_order |= (i == num_steps - 1) & (num_steps < 15)
+        first_order |= ends_in_first_order(grid, i, lower_order_final, euler_at_final)
 
         x_0, (x_0_previous,) = denoise(state.x, here.t), state.past
         slope = slope_weight(h, solver_type) * divide(h, h_previous, 0.0)
@@ -101,9 +113,11 @@ def dpmpp_2m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
     return Solver(lambda x: begin(x, 1), step)
 
 
-@checked(lower_order_final=flag)
+@checked(lower_order_final=flag, euler_at_final=flag)
 @equal_by_call
-def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> Solver:
+def dpmpp_3m(
+    lower_order_final: bool = True, solver_type: str = "midpoint", euler_at_final: bool = False
+) -> Solver:
     """DPM-Solver++ of third order, multistep: the parabola through the last three x_0, integrated exactly.
 
     With u = (lambda - lambda_t) / h, Newton's form of the parabola through u = 0, -r_0 and -(r_0 + r_1) is
@@ -121,6 +135,7 @@ def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
         lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
             and the last of first, for stability, as the authors do.
         solver_type: of the steps of second order, see `dpmpp_2m`.
+        euler_at_final: take the last step in first order in runs of any length.
 
     Raises:
         UnknownNameError: another solver_type.
@@ -129,7 +144,7 @@ def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
-        order = third_order_step(state, grid, i, lower_order_final)
+        order = third_order_step(state, grid, i, lower_order_final, euler_at_final)
         h, r_0, r_1 = relative_steps(grid, i, order)
 
         x_0, (x_1, x_2) = denoise(state.x, here.t), state.past
@@ -143,11 +158,16 @@ def dpmpp_3m(lower_order_final: bool = True, solver_type: str = "midpoint") -> S
 
 
 def third_order_step(
-    state: MultistepState, grid: Grid, i: Int[Any, ""] | int, lower_order_final: bool
+    state: MultistepState,
+    grid: Grid,
+    i: Int[Any, ""] | int,
+    lower_order_final: bool,
+    euler_at_final: bool,
 ) -> Int[Array, ""]:
     """The order of step i of a third-order run, 1 to 3; may be traced."""
     num_steps = steps_in(grid)
     ends = at_boundary(row(grid, i)) | at_boundary(row(grid, i + 1))
+    ends |= ends_in_first_order(grid, i, False, euler_at_final)
     steps_left = jnp.where(lower_order_final & (num_steps < 15), num_steps - i, 3)
     return order_of_step(3, state.taken, ends, steps_left)
 
@@ -175,8 +195,9 @@ def parabola_weights(
     return slope, jnp.where(order >= 3, (square + r_0 * ramp) / whole, 0)
 
 
+@checked(lower_order_final=flag)
 @equal_by_call
-def dpmpp_2s(solver_type: str = "midpoint") -> Solver:
+def dpmpp_2s(solver_type: str = "midpoint", lower_order_final: bool = False) -> Solver:
     """Lu et al. 2022, Algorithm 1, with rows of the grid as intermediate points: one evaluation a step.
 
     Steps come in pairs from row t over row s to row u: a first-order step to s, then, from x_t again,
@@ -188,6 +209,7 @@ def dpmpp_2s(solver_type: str = "midpoint") -> Solver:
 
     Args:
         solver_type: "midpoint" is the printed 1/2 in D; "heun" the exact integral of the slope in its place.
+        lower_order_final: take the last step in first order, in runs of any length.
 
     Raises:
         UnknownNameError: another solver_type.
@@ -198,6 +220,7 @@ def dpmpp_2s(solver_type: str = "midpoint") -> Solver:
         base, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
         x_0 = denoise(state.x, here.t)
         closes = (state.taken % 2 == 1) & ~at_boundary(there)
+        closes &= jnp.logical_not(ends_in_first_order(grid, i, False, lower_order_final))
         h_here = half_log_snr(here) - half_log_snr(base)
         h_there = half_log_snr(there) - half_log_snr(base)
         # From pure noise (or, inverting, from the clean row) both h are infinite, and their ratio goes to 1.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxldm.arguments import checked, flag, number
-from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.solvers.dpmpp import (
     SOLVER_TYPES,
     at_boundary,
+    ends_in_first_order,
     half_log_snr,
     parabola_weights,
     relative_steps,
@@ -25,10 +25,14 @@ from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
 
 
-@checked(eta=number(0), s_noise=number(0), lower_order_final=flag)
+@checked(eta=number(0), s_noise=number(0), lower_order_final=flag, euler_at_final=flag)
 @equal_by_call
 def dpmpp_2m_sde(
-    eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint", lower_order_final: bool = True
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
 ) -> Solver:
     """SDE-DPM-Solver++(2M), Lu et al. 2022, section 4.4, with k-diffusion's eta: one evaluation a step.
 
@@ -44,6 +48,7 @@ def dpmpp_2m_sde(
         solver_type: "midpoint" has w = 1/2; "heun" the exact integral of the slope, see `dpmpp_2m`.
         lower_order_final: in runs of fewer than 15 steps that do not end clean, take the last step in first
             order too.
+        euler_at_final: take the last step in first order in runs of any length.
 
     Raises:
         UnknownNameError: another solver_type.
@@ -55,10 +60,8 @@ def dpmpp_2m_sde(
         before, here, there = row(grid, jnp.maximum(i - 1, 0)), row(grid, i), row(grid, i + 1)
         h = half_log_snr(there) - half_log_snr(here)
         h_previous = half_log_snr(here) - half_log_snr(before)
-        num_steps = steps_in(grid)
         first_order = (state.taken == 0) | at_boundary(there)
-        if lower_order_final:
-            first_order |= (i == num_steps - 1) & (num_steps < 15)
+        first_order |= ends_in_first_order(grid, i, lower_order_final, euler_at_final)
 
         x_0, (x_0_previous,) = denoise(state.x, here.t), state.past
         slope = slope_weight((1 + eta) * h, solver_type) * divide(h, h_previous, 0.0)
@@ -69,10 +72,14 @@ def dpmpp_2m_sde(
     return Solver(lambda x: begin(x, 1), step)
 
 
-@checked(eta=number(0), s_noise=number(0), lower_order_final=flag)
+@checked(eta=number(0), s_noise=number(0), lower_order_final=flag, euler_at_final=flag)
 @equal_by_call
 def dpmpp_3m_sde(
-    eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "heun", lower_order_final: bool = True
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: str = "heun",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
 ) -> Solver:
     """DPM-Solver++(3M) SDE, after k-diffusion's `sample_dpmpp_3m_sde`: the parabola through three x_0.
 
@@ -87,6 +94,7 @@ def dpmpp_3m_sde(
         solver_type: of the steps of second order: "heun" as in k-diffusion, "midpoint" as in diffusers.
         lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
             and the last of first.
+        euler_at_final: take the last step in first order in runs of any length.
 
     Raises:
         UnknownNameError: another solver_type.
@@ -96,7 +104,7 @@ def dpmpp_3m_sde(
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
-        order = third_order_step(state, grid, i, lower_order_final)
+        order = third_order_step(state, grid, i, lower_order_final, euler_at_final)
         h, r_0, r_1 = relative_steps(grid, i, order)
 
         x_0, (x_1, x_2) = denoise(state.x, here.t), state.past

@@ -42,13 +42,17 @@ AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL", "VQModel")
 TRAINED = ("UNet2DModel", "DiT", "SiT")
 CLASS_CONDITIONAL = (*TRAINED, "DiTTransformer2DModel")
 EXPORT_CLASS, DIT_CLASS = "LatentDiffusionPipeline", "DiTPipeline"
+# Pipelines of diffusers without classes -> the solver that they draw with (None: the folder's), their steps.
+OF_DIFFUSERS = {"DDPMPipeline": (None, 1000), "DDIMPipeline": ("ddim", 50), "PNDMPipeline": ("pndm", 50)}
 # class_names: one for each label; empty when nobody named them.
 # guided_channels: how many of the network's channels are guided, from the first on; None: all of them. The
 #   authors' samplers of DiT and SiT guide 3 of 4: `pipe.replace(guided_channels=3)`.
+# diffusers_class: the class in `OF_DIFFUSERS` of the folder, or None.
 # images_per_device: images that a device always computes at once; more is faster on a large device.
 OPTIONS = {
     "class_names": (),
     "default_guidance_scale": 3.0,
+    "diffusers_class": None,
     "guided_channels": None,
     "images_per_device": 16,
 }
@@ -147,8 +151,11 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
 
 
 def own_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
-    """The grid that fits the path: the file's solver and grid are for other programs."""
-    if pipe.few_steps is not None and call.solver is None:  # it was trained for the file's own
+    """The grid that fits the path: the file's solver and grid are for other programs.
+
+    Not where it was distilled for the file's own, nor in a folder that such a program wrote.
+    """
+    if (pipe.few_steps is not None and call.solver is None) or pipe.diffusers_class is not None:
         return folder_grid(pipe, call, size)
     scheduler = read_scheduler(pipe, call)
     sampler = _with_variance(pipe, Sampler(scheduler.prediction, scheduler.solver))
@@ -170,7 +177,8 @@ def _with_variance(pipe: Pipeline, sampler: Sampler) -> Sampler:
 def defaults(pipe: Pipeline) -> Defaults:
     """DDIM; a model without classes cannot be guided."""
     scale = 1.0 if pipe.num_classes is None else pipe.options["default_guidance_scale"]
-    return Defaults(guidance_scale=scale, solver="ddim")
+    solver, steps = OF_DIFFUSERS.get(pipe.options["diffusers_class"], ("ddim", 50))
+    return Defaults(guidance_scale=scale, solver=solver, num_inference_steps=steps)
 
 
 def is_guidance_distilled(pipe: Pipeline) -> bool:
@@ -300,6 +308,8 @@ def check(pipe: Pipeline) -> None:
 
 def class_name(pipe: Pipeline) -> str:
     """diffusers has a pipeline for its own DiT in the latents of an AutoencoderKL; for others we have."""
+    if pipe.diffusers_class is not None:
+        return pipe.diffusers_class
     modules = [part and part.module for part in (pipe.denoiser, pipe.autoencoder)]
     has_class = isinstance(modules[0], models.DiTTransformer2DModel)
     return DIT_CLASS if has_class and isinstance(modules[1], models.AutoencoderKL) else EXPORT_CLASS
@@ -316,6 +326,8 @@ def read_options(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
         for name, entry in _ENTRIES.items()
         if entry in index
     }
+    if index.get("_class_name") in OF_DIFFUSERS:
+        options["diffusers_class"] = index["_class_name"]
     table = index.get("id2label")
     if not table:
         return options
@@ -345,7 +357,7 @@ def options_to_write(pipe: Pipeline, usual: Mapping[str, Any]) -> dict[str, Any]
 CLASS_TO_IMAGE = Family(
     name="ClassToImage",
     folder=Folder(
-        class_names=(EXPORT_CLASS, "DDPMPipeline", "DDIMPipeline"),  # two of them without classes
+        class_names=(EXPORT_CLASS, *OF_DIFFUSERS),
         parts=("scheduler",),
         optional=("unet", "transformer", "vae"),
         options=OPTIONS,

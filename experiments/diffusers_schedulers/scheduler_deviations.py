@@ -1,0 +1,122 @@
+"""Where jaxldm draws something else than diffusers, on purpose: each with its reason and what it covers."""
+
+from __future__ import annotations
+
+import pathlib
+import tomllib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from experiments.diffusers_schedulers.scheduler_probes import Probe, signature
+
+_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+_OPEN = ("DEISMultistepScheduler", "DPMSolver", "UniPC")
+_MULTISTEP = ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler")
+
+
+class Deviation(NamedTuple):
+    """One difference.
+
+    Attributes:
+        title: where it is met.
+        reason: what diffusers does, what jaxldm does, and why.
+        test: the file whose tests show both.
+        covers: probe -> whether the difference is met there.
+    """
+
+    title: str
+    reason: str
+    test: str
+    covers: Callable[[Probe], bool]
+
+
+def _value(probe: Probe, entry: str):
+    """An entry as diffusers reads it, its own default where the probe is silent."""
+    return probe.config.get(entry, signature(probe.scheduler).get(entry))
+
+
+def _has_levels(probe: Probe) -> bool:
+    return any(_value(probe, entry) for entry in _LEVELS)
+
+
+def _clips_with_ddim(probe: Probe) -> bool:
+    return probe.scheduler == "DDIMScheduler" and bool(
+        _value(probe, "clip_sample") or _value(probe, "thresholding")
+    )
+
+
+def _visits_the_last_row_twice(probe: Probe) -> bool:
+    name, spacing = probe.scheduler, _value(probe, "timestep_spacing")
+    if name in ("DDIMScheduler", "PNDMScheduler"):
+        at_0 = spacing == "linspace" or (spacing == "leading" and not _value(probe, "steps_offset"))
+        return at_0 and not _value(probe, "set_alpha_to_one")
+    if name == "DEISMultistepScheduler":
+        return _has_levels(probe)
+    if _value(probe, "final_sigmas_type") != "sigma_min":
+        return False
+    if name.startswith("EDM") or _has_levels(probe):
+        return True
+    return name == "EulerDiscreteScheduler" and spacing != "trailing"
+
+
+def _jumps_beside_its_rows(probe: Probe) -> bool:
+    return probe.scheduler in ("DDIMScheduler", "PNDMScheduler") and _value(probe, "timestep_spacing") in (
+        "linspace",
+        "trailing",
+    )
+
+
+def _third_order(probe: Probe) -> bool:
+    return probe.scheduler in _MULTISTEP and _value(probe, "solver_order") == 3
+
+
+def _cosine_in_float32(probe: Probe) -> bool:
+    names = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+    names += ("EulerAncestralDiscreteScheduler", "DEISMultistepScheduler")
+    return probe.scheduler in names and _value(probe, "beta_schedule") == "squaredcos_cap_v2"
+
+
+def _not_a_number(probe: Probe) -> bool:
+    if probe.scheduler == "UniPCMultistepScheduler":
+        return _value(probe, "solver_type") == "bh1" or not _value(probe, "lower_order_final")
+    return probe.scheduler == "DDPMScheduler" and _value(probe, "variance_type") == "fixed_large_log"
+
+
+def _flow_levels(probe: Probe) -> bool:
+    return probe.scheduler.startswith(_OPEN) and bool(_value(probe, "use_flow_sigmas"))
+
+
+def _of(*names: str) -> Callable[[Probe], bool]:
+    return lambda probe: probe.scheduler in names
+
+
+def _static_shift(probe: Probe) -> bool:
+    return probe.scheduler.startswith("FlowMatch") and "shift" in probe.config
+
+
+def _rounded_times(probe: Probe) -> bool:
+    return probe.scheduler.startswith(_OPEN) and _has_levels(probe)
+
+
+_COVERS: dict[str, Callable[[Probe], bool]] = {
+    "ddim_clips": _clips_with_ddim,
+    "rows_left_out": _jumps_beside_its_rows,
+    "last_row_twice": _visits_the_last_row_twice,
+    "third_order": _third_order,
+    "tcd_last": _of("TCDScheduler"),
+    "flow_levels": _flow_levels,
+    "shift_twice": _static_shift,
+    "rounded_times": _rounded_times,
+    "zero_terminal_snr": lambda probe: bool(_value(probe, "rescale_betas_zero_snr")),
+    "cosine_float32": _cosine_in_float32,
+    "not_a_number": _not_a_number,
+    "score_sde": _of("ScoreSdeVpScheduler"),
+}
+_WRITTEN = tomllib.loads(pathlib.Path(__file__).with_name("deviations.toml").read_text(encoding="utf-8"))
+PAGE: dict[str, str] = _WRITTEN.pop("page")
+DEVIATIONS = tuple(Deviation(**written, covers=_COVERS[name]) for name, written in _WRITTEN.items())
+
+
+def deviation_of(probe: Probe) -> Deviation | None:
+    """The first that covers the probe."""
+    return next((deviation for deviation in DEVIATIONS if deviation.covers(probe)), None)

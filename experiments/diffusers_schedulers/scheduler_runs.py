@@ -1,0 +1,147 @@
+"""One run of a scheduler of diffusers and one of ours over the same analytic denoiser, start and noise."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from typing import Any
+from unittest import mock
+
+import diffusers
+import jax
+import numpy as np
+import torch
+from diffusers import schedulers as reference
+
+from experiments.diffusers_schedulers.scheduler_probes import signature
+from jaxldm import diffusion as D
+from jaxldm import schedulers
+
+SHAPE = (1, 2, 2, 2)
+TOKENS = 1024
+# These keep alpha = 1: their x is x / alpha.
+IN_SIGMA_SPACE = ("Euler", "EDM", "Heun", "KDPM2", "LMS")
+# The distribution of the data: two equal peaks at +-PEAK of this deviation, in each number.
+PEAK, WIDTH = 0.8, 0.5
+
+
+def start() -> np.ndarray:
+    """Standard normal [1, 2, 2, 2]."""
+    return np.random.default_rng(5).standard_normal(SHAPE)
+
+
+def exact_x0(x: np.ndarray, alpha: Any, sigma: Any) -> np.ndarray:
+    """E[x_0 | x]: of the two peaks."""
+    variance = (alpha * WIDTH) ** 2 + sigma**2
+    mean = PEAK * np.tanh(alpha * PEAK * x / variance)
+    return mean + alpha * WIDTH**2 / variance * (x - alpha * mean)
+
+
+def network(prediction: D.Prediction, learned_variance: bool, x: np.ndarray, t: float) -> np.ndarray:
+    """What an exact network answers at (x, t), float64 on the host; EDM's is a stand-in."""
+    path = prediction.path
+    if prediction.name == "edm":
+        return np.sin(1.5 * x + 0.3 * t) * 0.7
+    alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+    x_0 = exact_x0(x, alpha, sigma)
+    epsilon = (x - alpha * x_0) / max(sigma, 1e-9)
+    answers = {"epsilon": epsilon, "sample": x_0, "v_prediction": alpha * epsilon - sigma * x_0}
+    answer = answers.get(prediction.name, epsilon - x_0)
+    return np.concatenate([answer, np.cos(x)], axis=-1) if learned_variance else answer
+
+
+@functools.cache
+def step_noise(step: int) -> np.ndarray:
+    """The noise that our run draws at a step."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(D.image_keys(jax.random.key(0), 1), np.uint32(step))
+    return np.asarray(D.solvers.noise_like(keys, np.zeros(SHAPE, np.float32)))
+
+
+def ours(scheduler: schedulers.Scheduler, steps: int) -> tuple[np.ndarray, D.Grid]:
+    """(x at the last row, the rows); step by step without a compiler, which is faster for so few numbers."""
+    sampler, grid = scheduler.sampler, scheduler.make_grid(steps, TOKENS)
+
+    def call(x, t):
+        answer = network(
+            sampler.prediction, sampler.learned_variance, np.asarray(x, np.float64), float(np.ravel(t)[0])
+        )
+        return jax.numpy.asarray(answer, x.dtype)
+
+    denoise, keys = sampler.denoiser(call), D.image_keys(jax.random.key(0), 1)
+    first = start() * (80 if sampler.prediction.name == "edm" else 1)
+    state = sampler.solver.init(jax.numpy.asarray(first, jax.numpy.float32))
+    with jax.disable_jit():
+        for i in range(len(grid.t) - 1):
+            state, _ = D.sample_step(keys, denoise, sampler.solver, grid, state, np.int32(i))
+    return np.asarray(state.x), grid
+
+
+def theirs(name: str, config: dict[str, Any], steps: int, scheduler: schedulers.Scheduler) -> np.ndarray:
+    """x after the last step, in the scale alpha x_0 + sigma eps of row 1 and the scale of its end.
+
+    Args:
+        name: of the class.
+        config: its arguments.
+        steps: as `set_timesteps` takes them.
+        scheduler: ours, which says what the network predicts and on which path.
+    """
+    sampler = scheduler.sampler
+    cls = getattr(reference, name)
+    diffusers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = cls(**{key: value for key, value in config.items() if key in signature(name)})
+        options = {}
+        if config.get("use_dynamic_shifting"):
+            options = {"mu": _mu(config)}
+            if name == "FlowMatchEulerDiscreteScheduler":
+                options["sigmas"] = np.linspace(1, 1 / steps, steps)  # as the pipelines give them
+        made.set_timesteps(steps, **options)
+        first = start().transpose(0, 3, 1, 2)
+        if name.startswith("EDM"):
+            first = first * 80
+        elif name.startswith(IN_SIGMA_SPACE):
+            first = first * float(made.sigmas[0] ** 2 + 1) ** 0.5
+        return _walk(made, torch.from_numpy(first.astype(np.float32)), sampler, name)
+
+
+def _mu(config: dict[str, Any]) -> float:
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    return low + (high - low) * (TOKENS - few) / (many - few)
+
+
+def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str) -> np.ndarray:
+    total = made.config.num_train_timesteps if isinstance(sampler.path, D.Flow) else 1
+    times = made.timesteps[:-1] if name == "DDPMWuerstchenScheduler" else made.timesteps
+    row = 0
+
+    def randn(*arguments, **options):
+        return torch.from_numpy(step_noise(row).transpose(0, 3, 1, 2))
+
+    module: Any = sys.modules[type(made).__module__]
+    draws = hasattr(module, "randn_tensor")
+    with mock.patch.object(module, "randn_tensor", randn) if draws else contextlib.nullcontext():
+        for i, t in enumerate(times):
+            row = i // 2 if name.startswith("KDPM2") else i
+            scaled = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
+            given = scaled.numpy().astype(np.float64).transpose(0, 2, 3, 1)
+            answer = network(sampler.prediction, sampler.learned_variance, given, float(t) / total)
+            answer = torch.from_numpy(answer.transpose(0, 3, 1, 2).astype(np.float32))
+            if name == "ScoreSdeVpScheduler":
+                x = made.step_pred(answer, x, t)[0]
+                continue
+            t = t[None] if name == "DDPMWuerstchenScheduler" else t
+            x = made.step(answer, t, x, return_dict=False)[0]
+    return x.numpy().transpose(0, 2, 3, 1)
+
+
+def difference(reference_x: np.ndarray, name: str, steps: int, scheduler: schedulers.Scheduler) -> float:
+    """The largest difference of both results as a part of the largest value; NaN where either has one."""
+    x, grid = ours(scheduler, steps)
+    if name.startswith(IN_SIGMA_SPACE):
+        x = x / grid.alpha[-1]
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(x - reference_x).max() / np.abs(reference_x).max())
