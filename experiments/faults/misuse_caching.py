@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,12 +23,19 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
+class Memory(NamedTuple):
+    """What a network remembers from step to step."""
+
+    decision: Any
+    runs: dict[str, Any]
+
+
 def remember(cache, memory, i, x, t, *condition):
     """A network that remembers what it was given, and reuses nothing."""
     history = cache.residuals.init(x) if memory is None else memory.runs["blocks"]
     state = cache.decision.init(None) if memory is None else memory.decision
     history = cache.residuals.update(cache.settings, history, i, x)
-    return 0.5 * x, SimpleNamespace(decision=state, runs={"blocks": history})
+    return 0.5 * x, Memory(state, {"blocks": history})
 
 
 def denoise_with(network):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxldm.arguments import a_path, checked
 from jaxldm.errors import CheckpointError
-from jaxldm.files import write_atomically
+from jaxldm.files import remove_leftovers, write_atomically
 from jaxldm.metrics.page import Section, Shown, Table, page
 from jaxldm.reading import read_bytes, shown
 from jaxldm.training.log import read_log
@@ -51,7 +51,21 @@ def write_report(run_dir: Path | str) -> Path:
     >>> from jaxldm import training                                  # doctest: +SKIP
     >>> training.write_report("runs/mini-ldm")                       # doctest: +SKIP
     """
-    run = RunFolder(Path(run_dir))
+    path = Path(run_dir) / REPORT_FILE
+    write_atomically(path, _content(RunFolder(Path(run_dir))))
+    return path
+
+
+def bring_up_to_date(run: RunFolder) -> None:
+    """Write the report where it is missing or older than the run: it was killed before, or while, it wrote."""
+    path, content = run.path / REPORT_FILE, _content(run)
+    if path.is_file() and path.read_bytes() == content:
+        remove_leftovers(run.path, REPORT_FILE)
+    else:
+        write_atomically(path, content)
+
+
+def _content(run: RunFolder) -> bytes:
     config = read_config(run.path)
     recipe = Recipe.from_dict(config["recipe"])
     stages = [name for name in STAGES if run.stage(name).log.is_file()]
@@ -65,13 +79,11 @@ def write_report(run_dir: Path | str) -> Path:
     sections = [Section(name, _stage_parts(run.stage(name))) for name in stages]
     settings = flat_entries({name: part for name, part in recipe.to_dict().items() if part is not None})
     rows = [(name, shown(value)) for name, value in settings.items()]
-    content = page(
+    return page(
         f"Run of {recipe.name}: {run.path.name}",
         [(name, value) for name, value in facts if value],
         [*sections, Section("settings", [Table(rows)])],
     )
-    write_atomically(run.path / REPORT_FILE, content)
-    return run.path / REPORT_FILE
 
 
 def _progress(stage: StageFolder) -> str:

@@ -34,7 +34,7 @@ from jaxldm.training.loop import fit
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.recipes import Recipe, StageRecipe
-from jaxldm.training.report import reported
+from jaxldm.training.report import bring_up_to_date, reported
 from jaxldm.training.runs import STAGES, RunFolder, begin_stage, check_run_folder, open_run
 from jaxldm.training.stages import Context, Job, Task, make_optimizer, stage_keys
 from jaxldm.training.state import TrainState, create_train_state
@@ -298,6 +298,7 @@ def train(
         context = Context(recipe, loaded, run, mesh, resume, log, bar, workers)
         unfinished = [stage for stage in stages_of(recipe) if _is_unfinished(run, stage, log)]
         if not unfinished:
+            bring_up_to_date(run)
             log(f"{run.path} is finished: there is nothing left to train")
         for stage in unfinished:
             begin_stage(run, stage)

@@ -11,7 +11,7 @@ from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics import save_png
 from jaxldm.training.log import CsvLog
-from jaxldm.training.report import REPORT_FILE, reported
+from jaxldm.training.report import REPORT_FILE, bring_up_to_date, reported
 from jaxldm.training.runs import open_run
 
 DATA = Dataset("digits <b>", (28, 28, 1), ("0", "1"), {}, license="CC BY 4.0")
@@ -74,3 +74,16 @@ def test_a_run_without_a_row_and_no_run(tmp_path):
     assert "nothing yet" in text_of(training.write_report(run.path).read_text())
     with pytest.raises(CheckpointError, match="no run folder"):
         training.write_report(tmp_path)
+
+
+def test_one_that_a_kill_cut_short_is_made_up_for(run):
+    """Missing, old, or with a temporary file next to it; one that is whole is not written again."""
+    file, leftover = run.path / REPORT_FILE, run.path / f".{REPORT_FILE}.0123abcd.tmp"
+    bring_up_to_date(run)
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    leftover.write_bytes(b"half")
+    bring_up_to_date(run)
+    assert not leftover.exists() and file.stat().st_mtime_ns == written
+    file.write_bytes(b"of an earlier stage")
+    bring_up_to_date(run)
+    assert file.read_bytes() == whole
