@@ -57,7 +57,7 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def bring_up_to_date(run: RunFolder) -> None:
-    """Write the report where it is missing or older than the run: it was killed before, or while, it wrote."""
+    """Write the report where it is missing or older than the run: it was killed before or in writing it."""
     path, content = run.path / REPORT_FILE, _content(run)
     if path.is_file() and path.read_bytes() == content:
         remove_leftovers(run.path, REPORT_FILE)
