@@ -114,11 +114,11 @@ def load_components(
 
     with ThreadPoolExecutor(2) as pool:  # while one is traced for its shapes, another is read
         components = dict(zip(names, pool.map(component, names), strict=True))
-    for name, component in components.items():
+    for name, found in components.items():
         encoder = components.get(name.replace("tokenizer", "text_encoder"))
-        if isinstance(component, Tokenizer) and isinstance(encoder, tuple):
+        if isinstance(found, Tokenizer) and isinstance(encoder, tuple):
             with reading(folder):
-                check_vocabulary(name, component, encoder[0].config)
+                check_vocabulary(name, found, encoder[0].config)
     return components
 
 

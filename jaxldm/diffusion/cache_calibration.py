@@ -125,7 +125,8 @@ def calibrate_cache(
         memory = jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, watching.init(x_T)).memory
         return memory.decision.log, jnp.stack([history.log for history in memory.runs.values()])
 
-    arguments = image_keys(key, x_T.shape[0]), Grid(*map(jnp.asarray, grid[:3])), jnp.asarray(x_T)
+    columns: list[Any] = [jnp.asarray(column) for column in grid[:3]]
+    arguments = image_keys(key, x_T.shape[0]), Grid(*columns), jnp.asarray(x_T)
     inputs, residuals = (np.asarray(log) for log in compile_once(run, *arguments)(*arguments))
     return Calibration(inputs, *residuals.mean(axis=0))
 

@@ -130,7 +130,7 @@ def cached(solver: Solver, denoise: CachedDenoiser) -> Solver:
             "unipc or another one of these, or leave the cache out",
         )
 
-        def of(name):
+        def of(name) -> Any:
             whole = getattr(denoise, name)
             return None if whole is None else lambda x, t: once(name, x, t)
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -140,7 +141,8 @@ class MaskGITTransformer(nn.Module):
             h.reshape(len(h), below * right, channels)
         )
         h = h + jnp.asarray(self.constant_tensors()["pos_emb"], h.dtype)
-        block, options = functools.partial(DiTBlock, blocks), {"scan": config.scan, "remat": config.remat}
+        block = functools.partial(DiTBlock, blocks)
+        options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
         h = apply_blocks(block, "blocks", config.depth, h, c, train, **options)
         h = layer_norm(h).reshape(len(h), below, right, config.hidden_size)
         for level, channels in reversed(list(enumerate(config.block_out_channels))):

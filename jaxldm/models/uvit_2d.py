@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import chex
 import flax.linen as nn
@@ -300,7 +300,7 @@ class UVit2DModel(nn.Module):
         rows = h.reshape(h.shape[0], -1, h.shape[-1])
         rows = project(config.hidden_size, "project_to_hidden")(norm("project_to_hidden_norm")(rows))
         layer = functools.partial(UVitLayer, config)
-        options = {"scan": config.scan, "remat": config.remat}
+        options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
         rows = apply_blocks(
             layer, "transformer_layers", config.num_hidden_layers, rows, c, context, **options
         )

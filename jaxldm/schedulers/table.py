@@ -28,7 +28,9 @@ _MULTISTEP = {
     "lower_order_final": ("lower_order_final", True),
     "euler_at_final": ("euler_at_final", False),
 }
-_MULTISTEP_OPTIONS = dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"), _MULTISTEP)
+_MULTISTEP_OPTIONS: dict[str, Any] = dict.fromkeys(
+    ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"), _MULTISTEP
+)
 
 
 class Known(NamedTuple):

@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxldm.arguments import check_fields, count, flag, number, several, text
 from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, shown
@@ -161,7 +161,7 @@ def offer_of(
         draws_texts="negative_labels" not in known,
         num_classes=pipe.num_classes,
         class_names=tuple(getattr(pipe, "class_names", ())),
-        own_size=tuple(pipe.image_shape()[:2]) if has_shape else tuple(pipe.default_size),
+        own_size=cast(tuple[int, int], tuple(pipe.image_shape()[:2] if has_shape else pipe.default_size)),
         default_guidance_scale=pipe.default_guidance_scale,
         guides=not pipe.is_guidance_distilled and not pipe.family.true_cfg,
         default_steps={solver: pipe.default_steps(solver) for solver in (None, *solvers)},

@@ -52,7 +52,7 @@ class OurEvents:
         if isinstance(event, Waiting):
             return _event("queue", {"ahead": event.ahead, "seconds": round(event.seconds, 1)})
         assert isinstance(event, Progress)
-        facts = {"image": event.image, "step": event.done, "steps": event.total}
+        facts: dict[str, Any] = {"image": event.image, "step": event.done, "steps": event.total}
         if event.preview is not None:
             facts["preview"] = _small(event.preview, PREVIEW_FORMAT)
         return _event("progress", facts)
