@@ -13,6 +13,7 @@ from jaxldm import host, models, training
 from jaxldm.data import Dataset
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import as_bytes, size_of
+from jaxldm.nn.attention_kernels import MOST_LOGITS
 from jaxldm.pipelines import encode_images
 from jaxldm.training.mesh import make_mesh
 
@@ -52,11 +53,10 @@ def test_a_batch_of_many_is_refused(pipe):
 
 
 def test_a_step_and_a_decoding_that_do_not_fit_are_refused(monkeypatch):
-    """The attention of a DiT on 64x64 patches, 4096 x 4096 numbers, and the autoencoder's convolutions."""
+    """A chunk of the attention of a DiT on 64x64 patches, and the autoencoder's convolutions."""
     large = pixel_pipeline(sample_size=256)
-    attention = 2 * 2 * 4096**2 * 4  # two branches, two heads, float32
-    monkeypatch.setattr(host, "memory_bytes", lambda device=None: attention)
-    with pytest.raises(InvalidArgumentError, match=r"of 256x256 latents need at least 269 MB.*has 268"):
+    monkeypatch.setattr(host, "memory_bytes", lambda device=None: 4 * MOST_LOGITS)  # in float32
+    with pytest.raises(InvalidArgumentError, match=r"of 256x256 latents need at least 67\.\d MB.*has 67\.1"):
         large.replace(images_per_device=1)(KEY, num_images=1, num_inference_steps=2)
     small, images = latent_pipeline(), np.zeros((1, 8, 8, 1), np.float32)
     weights = size_of(small.autoencoder)

@@ -97,10 +97,11 @@ FAMILIES = {
 
 def with_fixed_text(family: pipelines.Family, cond: dict[str, np.ndarray]) -> pipelines.Family:
     """The family with the arrays that its network takes in place of any text; the negative has their sign
-    changed.
+    changed. No text encoder is needed.
     """
     uncond = {name: -array for name, array in cond.items()}
-    return family._replace(encode=lambda pipe, request: (cond, uncond))
+    folder = family.folder._replace(check=lambda pipe: None)
+    return family._replace(encode=lambda pipe, request: (cond, uncond), folder=folder)
 
 
 def modules(family: str, dtype: str, quick: bool) -> dict[str, Any]:

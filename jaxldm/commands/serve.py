@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.arguments import check_fields, count
 from jaxldm.commands import IMPORTED
 from jaxldm.commands.options import first_devices, shown
 from jaxldm.errors import InvalidArgumentError, MissingDependencyError
@@ -106,6 +105,8 @@ class Serve:
     def run(self) -> None:
         """Checks the options, loads the model, and serves it until it is interrupted."""
         check_packages()
+        from jaxldm.arguments import check_fields, count
+
         check_fields(self, workers=count(1, MAX_WORKERS))
         sizes = tuple(read_size(size) for size in self.sizes or ())
         token = os.environ.get(TOKEN) or None

@@ -17,6 +17,7 @@ from jaxldm import schedulers
 from jaxldm.arguments import check_all, checked, count, instance, optional, pair, refuse
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
 from jaxldm.functions import signature_error
+from jaxldm.models.config import ModelConfig
 from jaxldm.models.sharding import mesh_of
 from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options, keywords_of
 from jaxldm.pipelines.few_steps import FewSteps
@@ -272,8 +273,12 @@ def _check_network(name: Any, part: Any) -> None:
 
 
 def _check_whole(pipe: Pipeline) -> None:
-    """Raise `CheckpointError` where parts that were replaced are of different models; looked at once."""
-    if "_is_whole" in vars(pipe):
+    """Raise `CheckpointError` where parts are of different models; looked at once.
+
+    A network of one's own has a config that nothing is known of: it is taken as it is.
+    """
+    known = all(isinstance(network.config, ModelConfig) for network in pipe.networks.values())
+    if "_is_whole" in vars(pipe) or not known:
         return
     try:
         pipe.check_parts()
