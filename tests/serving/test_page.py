@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import threading
+import urllib.error
 import urllib.request
 
 import chromium
@@ -73,9 +74,17 @@ def window(tmp_path_factory):
         yield page
 
 
+def is_ready(address):
+    try:
+        return urllib.request.urlopen(f"{address}ready", timeout=10).status == 200
+    except urllib.error.HTTPError:
+        return False
+
+
 @pytest.fixture
 def page(window, address):
     """The page of the server, with an empty strip; a test that leaves an error in its console fails."""
+    wait_until(lambda: is_ready(address), 60)  # the browser notes a refused look at /ready as an error
     window.complaints.clear()
     window.open(address)
     window.eval("localStorage.clear(); sessionStorage.clear()")
