@@ -113,6 +113,8 @@ def test_every_page_is_in_the_index():
     listed = set(re.findall(r"- (\S+\.md)", nav))
     for page in sorted(DOCS.rglob("*.md")):
         assert page.relative_to(DOCS).as_posix() in listed
+    for page in sorted(ROOT.glob("experiments/*/README.md")):
+        assert page.relative_to(ROOT).as_posix() in listed
     for page in listed:
         inside = (DOCS / page).exists() or (DOCS / page).with_suffix(".ipynb").exists()
         assert inside or (ROOT / page).exists(), page
