@@ -82,7 +82,7 @@ class Beat(NamedTuple):
     Attributes:
         kinds: of the images that it draws, by number.
         begun: how many `Begin` it has read.
-        seconds_left: estimated, until the images that it was told to begin are done.
+        seconds_left: estimated, until the images that it was asked to begin are done.
         busy: slots with an image.
         slots: all slots.
         steps: that were taken in all.

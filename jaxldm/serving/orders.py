@@ -90,7 +90,7 @@ class Order:
         preparing: whether the worker is checking it and encoding its texts.
         kind: of its images, a number of the worker's; None before they are prepared.
         left: images that are not done.
-        out: images that the worker has been told to begin, and that are not done.
+        out: images that the worker has been asked to begin, and that are not done.
         accepted: whether the listener knows that it was checked.
         crashes: how many workers ended of their own while they were at it.
         kills: how many were ended from outside.
@@ -127,7 +127,7 @@ class Order:
         return self.preparing or bool(self.out)
 
     def task(self) -> Task:
-        """What its worker is told."""
+        """What its worker is sent."""
         previews = self.previews if self.progress else 0
         facts = self.prompts, dict(self.options), self.seed, self.num_images
         return Task(self.id, *facts, self.format, self.progress, previews)

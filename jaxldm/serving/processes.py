@@ -75,7 +75,7 @@ class WorkerProcess:
         raise InvalidArgumentError(report.message)
 
     def start(self, tell: Callable[[Report], None]) -> None:
-        """Has the reports told from now on, in a thread; starts the process where `load` has not."""
+        """Has the reports passed on from now on, in a thread; starts the process where `load` has not."""
         self.prestart()
         targets = functools.partial(self._read, tell), self._write
         name = "jaxldm-worker-pipe"

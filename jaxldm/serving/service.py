@@ -173,7 +173,7 @@ class Service:
         return [Item(order.id, image, cost, seconds, order) for image in images]
 
     def _seconds_left(self) -> float:
-        """Until the images that workers were told to begin are done."""
+        """Until the images that workers were asked to begin are done."""
         left = [station.seconds_left for station in self.stations if station.ready]
         return sum(left) / max(len(left), 1)
 

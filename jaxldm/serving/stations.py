@@ -63,7 +63,7 @@ class Station:
 
     @property
     def seconds_left(self) -> float:
-        """Estimated, until the images that the worker was told to begin are done."""
+        """Estimated, until the images that the worker was asked to begin are done."""
         return self.beat.seconds_left + sum(seconds for _, seconds in self._unread)
 
     def prepare(self, order: Order) -> None:

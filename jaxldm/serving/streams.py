@@ -126,9 +126,9 @@ async def stream(
             return
         elif not isinstance(event, Accepted):
             slots = event.slots if isinstance(event, Picture) else slots
-            told = await run_in_threadpool(names.of, event)
-            if told:
-                yield told
+            part = await run_in_threadpool(names.of, event)
+            if part:
+                yield part
     yield names.last(done(slots))
 
 

@@ -171,9 +171,10 @@ def test_a_stream_says_how_far_each_image_is(client, pipe):
     image = next(data for name, data in events if name == "image")
     alone = drawn_alone(pipe, 4, [1], num_inference_steps=6)[0]
     np.testing.assert_array_equal(pixels(image["b64"]), alone)
-    for name, data in events:
-        if name == "progress" and "preview" in data:
-            assert data["step"] in (2, 4) and pixels(data["preview"]).shape == (4, 4)
+    previews = [data for name, data in events if name == "progress" and "preview" in data]
+    assert len(previews) <= 2
+    for data in previews:  # of steps 2 and 4; a reader who is slow has the last of them with a later step
+        assert data["step"] >= 2 and pixels(data["preview"]).shape == (4, 4)
 
 
 def error_of(answer, status):
