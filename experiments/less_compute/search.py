@@ -79,6 +79,12 @@ class Problem(NamedTuple):
         """The verifier, or the one that is content with what is good enough."""
         return (lambda x: jnp.minimum(self.verifier(x), self.enough)) if enough else self.verifier
 
+    def search(self, by: Callable[..., Any], keys: Any, x_T: Any, enough: bool, **options: Any) -> Any:
+        """The latents that a search of `D.search` finds without guidance; by DDIM, or another `solver`."""
+        solver = options.pop("solver", D.solvers.ddim())
+        given = (keys, self.denoise(1.0), solver, self.grid(), x_T, self.score(enough))
+        return by(*given, **options).x_0
+
 
 def plain(times: float = 1, scale: float = 1.0, solver: D.Solver | None = None) -> Method:
     """Sampling, in so many times the steps."""
@@ -99,9 +105,7 @@ def best_of(count: int, enough: bool = False) -> Method:
 
     def draw(problem, keys):
         x_T = S.candidate_noise(keys, problem.shape, problem.grid(), count)
-        return S.best_of_n(
-            keys, problem.denoise(1.0), D.solvers.ddim(), problem.grid(), x_T, problem.score(enough)
-        ).x_0
+        return problem.search(S.best_of_n, keys, x_T, enough)
 
     return Method(draw, lambda steps: count * steps, "best of N, good enough" if enough else "best of N")
 
@@ -111,17 +115,8 @@ def neighbours(rounds: int, radius: float, enough: bool = False) -> Method:
 
     def draw(problem, keys):
         x_T = D.initial_noise(keys, problem.shape, problem.grid())
-        return S.zero_order_search(
-            keys,
-            problem.denoise(1.0),
-            D.solvers.ddim(),
-            problem.grid(),
-            x_T,
-            problem.score(enough),
-            num_neighbours=1,
-            num_rounds=rounds,
-            radius=radius,
-        ).x_0
+        options = {"num_neighbours": 1, "num_rounds": rounds, "radius": radius}
+        return problem.search(S.zero_order_search, keys, x_T, enough, **options)
 
     return Method(draw, lambda steps: (1 + rounds) * steps, "zero-order search")
 
@@ -137,16 +132,8 @@ def paths(width: int, children: int, enough: bool = False) -> Method:
 
     def draw(problem, keys):
         x_T = S.candidate_noise(keys, problem.shape, problem.grid(), width)
-        return S.search_over_paths(
-            keys,
-            problem.denoise(1.0),
-            D.solvers.ddim(),
-            problem.grid(),
-            x_T,
-            problem.score(enough),
-            num_children=children,
-            **rows_of_paths(problem.steps),
-        ).x_0
+        rows = rows_of_paths(problem.steps)
+        return problem.search(S.search_over_paths, keys, x_T, enough, num_children=children, **rows)
 
     def evaluations(steps):
         first, back, forward = rows_of_paths(steps).values()
@@ -162,16 +149,8 @@ def steered(count: int, potential: str, scale: float, enough: bool = False) -> M
 
     def draw(problem, keys):
         x_T = S.candidate_noise(keys, problem.shape, problem.grid(), count)
-        return S.steer(
-            keys,
-            problem.denoise(1.0),
-            D.solvers.ddpm(),
-            problem.grid(),
-            x_T,
-            problem.score(enough),
-            reward_scale=scale,
-            potential=potential,
-        ).x_0
+        options = {"solver": D.solvers.ddpm(), "reward_scale": scale, "potential": potential}
+        return problem.search(S.steer, keys, x_T, enough, **options)
 
     return Method(draw, lambda steps: count * steps, "steering")
 

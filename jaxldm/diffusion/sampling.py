@@ -132,11 +132,7 @@ def sample(
     >>> D.sample(key, D.gaussian_denoiser(path), D.solvers.ddim(), grid, x_T).shape
     (4, 8, 8, 1)
     """
-    x_T = at_least_float32(jnp.asarray(x_T))
-    check_channels_last(x_T.shape)
-    check_path_of_grid(getattr(denoise, "path", None), grid)
-    columns: list[Any] = [jnp.asarray(column, x_T.dtype) for column in grid[:3]]
-    grid = Grid(*columns, num_steps=grid.num_steps, start=grid.start)
+    grid, x_T = begin(denoise, grid, x_T)
     keys = image_keys(key, x_T.shape[0])
 
     def scan(keys, grid, x_T):
@@ -172,6 +168,25 @@ def sample(
         results = scan(keys, grid, x_T) if results is None else results
     x, *rest = (value for value in results if value is not None)
     return (x, *rest) if rest else x
+
+
+def begin(denoise: Any, grid: Grid, x_T: Any, axes: int = 1) -> tuple[Grid, Any]:
+    """(grid, x_T) of x_T's type, float32 or wider, after what a sampling loop checks before it compiles.
+
+    Args:
+        denoise: whose path must be the grid's, where it has one.
+        axes: how many there are in front of the images [H, W, C].
+    """
+    x_T = at_least_float32(jnp.asarray(x_T))
+    check_channels_last(x_T.shape[axes - 1 :])
+    check_path_of_grid(getattr(denoise, "path", None), grid)
+    return _in_type(grid, x_T.dtype), x_T
+
+
+def _in_type(grid: Grid, dtype: Any) -> Grid:
+    """The grid as arrays of this type on the device."""
+    columns: list[Any] = [jnp.asarray(column, dtype) for column in grid[:3]]
+    return Grid(*columns, num_steps=grid.num_steps, start=grid.start)
 
 
 def a_state(name: str, value: Any) -> Any:
@@ -220,8 +235,7 @@ def sample_step(
     if keys.shape != state.x.shape[:1]:
         raise refuse("keys", f"one for each of {len(state.x)} images", keys, "D.image_keys(key, batch_size)")
     check_indices("i", i, grid.t.shape[0] - 1, where="the steps of the grid")
-    columns: list[Any] = [jnp.asarray(column, state.x.dtype) for column in grid[:3]]
-    grid = Grid(*columns, num_steps=grid.num_steps, start=grid.start)
+    grid = _in_type(grid, state.x.dtype)
     number = jnp.asarray(grid.start + i, jnp.uint32)
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     if not hasattr(denoise, "path"):

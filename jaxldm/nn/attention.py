@@ -79,7 +79,7 @@ def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any)
     The options are those of `dot_product_attention`: scale, bias, mask, causal, key_lengths.
 
     With `mutable=["intermediates"]` the attention weights `[B, heads, N, M]` are sown under the module's path
-    as `attention_weights`; without it accelerators never form them.
+    as `attention_weights`; without it they are never formed as a whole where they are many.
     """
     batch, _, channels = query.shape
     heads = [x.reshape(batch, x.shape[1], num_heads, channels // num_heads) for x in (query, key, value)]

@@ -128,9 +128,8 @@ class _PureBlocks(NamedTuple):
     def run(self, module: nn.Module, start: int, end: int, carry: Any) -> Any:
         """The carry after the blocks `start` to `end` - 1 of the stack."""
 
-        def one(
-            carry: Any, number: Any
-        ) -> tuple[Any, None]:  # each takes its own parameters: no copy of a part
+        def one(carry: Any, number: Any) -> tuple[Any, None]:
+            # Each takes its own parameters: no part of a stack is copied.
             return self.call(self.params(module, number), carry), None
 
         if self.scan and start < end:

@@ -240,9 +240,7 @@ class Service:
             has = collections.Counter(
                 order.client for order in self._orders.values() if order.station is not None
             )
-            order = min(
-                unbound, key=lambda order: has[order.client]
-            )  # the first of those that have the fewest
+            order = min(unbound, key=lambda order: has[order.client])  # the first of those with the fewest
             self._prepare(order, min(free, key=self._load))
 
     def _load(self, station: Station) -> int:

@@ -8,30 +8,12 @@ import threading
 
 import numpy as np
 import pytest
-import tiny_models
 from served import MAX_STEPS, K, drawn_alone, pixels, service_of, wait_until, warm_engine
 from starlette.testclient import TestClient
 
 from jaxldm import serving
 from jaxldm.serving.application import HttpLimits, application
 from jaxldm.serving.figures import Figures
-from jaxldm.serving.requests import offer_of
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_models.latent_pipeline()
-
-
-@pytest.fixture(scope="module")
-def offer(pipe):
-    return offer_of(pipe, "digits", max_steps=MAX_STEPS)
-
-
-@pytest.fixture(scope="module")
-def engine(pipe, offer):
-    """Of the server that most tests ask."""
-    return warm_engine(pipe, offer)
 
 
 @pytest.fixture(scope="module")

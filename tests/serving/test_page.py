@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 from PIL import Image
-from served import MAX_STEPS, drawn_alone, service_of, wait_until, warm_engine
+from served import MAX_STEPS, drawn_alone, service_of, wait_until
 from starlette.testclient import TestClient
 
 from jaxldm import pipelines, serving
@@ -42,21 +42,6 @@ def over_a_socket(app, lifespan="on"):
         finally:
             server.should_exit = True
             thread.join(20)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_models.latent_pipeline()
-
-
-@pytest.fixture(scope="module")
-def offer(pipe):
-    return offer_of(pipe, "digits", max_steps=MAX_STEPS)
-
-
-@pytest.fixture(scope="module")
-def engine(pipe, offer):
-    return warm_engine(pipe, offer)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from jaxldm.arguments import a_key, checked
 from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid
-from jaxldm.diffusion.sampling import Keys, sample
+from jaxldm.diffusion.sampling import Keys, begin, sample
 from jaxldm.diffusion.search.candidates import (
     CANDIDATES,
     Found,
-    begin,
     best_of,
     candidate_keys,
     run,

@@ -11,10 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxldm.arguments import a_key, array, checked, count
-from jaxldm.diffusion.checks import check_channels_last, check_path_of_grid
 from jaxldm.diffusion.compiling import compile_once, traced
 from jaxldm.diffusion.grids import A_GRID, Grid
-from jaxldm.diffusion.paths import at_least_float32
 from jaxldm.diffusion.sampling import Keys, a_shape, image_keys, initial_noise
 from jaxldm.diffusion.search.verifiers import check_scores
 
@@ -108,19 +106,6 @@ def fold_in(keys: Key[Array, " *shape"], number: Any) -> Key[Array, " *shape"]:
 def round_keys(keys: Key[Array, " *shape"], j: Int[Any, ""] | int) -> Key[Array, " *shape"]:
     """Other keys for round j of a search."""
     return fold_in(fold_in(keys, _ROUNDS), j)
-
-
-def begin(denoise: Any, grid: Grid, x_T: Any, axes: int) -> tuple[Grid, Any]:
-    """(grid, x_T) of x_T's type, float32 or wider, after what `sample` checks before it compiles.
-
-    Args:
-        axes: how many there are in front of the images [H, W, C].
-    """
-    x_T = at_least_float32(jnp.asarray(x_T))
-    check_channels_last(x_T.shape[axes - 1 :])
-    check_path_of_grid(getattr(denoise, "path", None), grid)
-    columns: list[Any] = [jnp.asarray(column, x_T.dtype) for column in grid[:3]]
-    return Grid(*columns, num_steps=grid.num_steps, start=grid.start), x_T
 
 
 def run(search: Callable[..., Any], *arguments: Any) -> Any:

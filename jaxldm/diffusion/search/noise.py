@@ -17,8 +17,8 @@ from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.guidance import check_scale
 from jaxldm.diffusion.paths import per_image
-from jaxldm.diffusion.sampling import Keys, image_keys, sample
-from jaxldm.diffusion.search.candidates import IMAGES, FoundNoise, begin, run, seen
+from jaxldm.diffusion.sampling import Keys, begin, image_keys, sample
+from jaxldm.diffusion.search.candidates import IMAGES, FoundNoise, run, seen
 from jaxldm.diffusion.search.verifiers import A_VERIFIER, check_verifier
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver
 from jaxldm.errors import InvalidArgumentError

@@ -13,11 +13,10 @@ from jaxldm.arguments import a_key, checked, count
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid, steps_in
-from jaxldm.diffusion.sampling import Keys, sample_step
+from jaxldm.diffusion.sampling import Keys, begin, sample_step
 from jaxldm.diffusion.search.candidates import (
     CANDIDATES,
     Found,
-    begin,
     candidate_keys,
     pick,
     rank,

@@ -15,10 +15,9 @@ from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid, steps_in
 from jaxldm.diffusion.guidance import check_scale
-from jaxldm.diffusion.sampling import Keys, image_keys, sample_step
+from jaxldm.diffusion.sampling import Keys, begin, image_keys, sample_step
 from jaxldm.diffusion.search.candidates import (
     CANDIDATES,
-    begin,
     best_of,
     candidate_keys,
     pick,

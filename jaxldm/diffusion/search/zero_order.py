@@ -13,11 +13,10 @@ from jaxldm.arguments import a_key, array, check_shapes, checked, count
 from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.guidance import check_scale
-from jaxldm.diffusion.sampling import Keys, image_keys, sample
+from jaxldm.diffusion.sampling import Keys, begin, image_keys, sample
 from jaxldm.diffusion.search.candidates import (
     IMAGES,
     FoundNoise,
-    begin,
     candidate_keys,
     pick,
     rank,
