@@ -29,6 +29,7 @@ from experiments.faults.result import Result
 from jaxldm import checkpoints, cli, files, models, pipelines, training
 from jaxldm.commands import load_command
 from jaxldm.pipelines.network import Network
+from jaxldm.training.events import PREFIX as EVENTS
 from jaxldm.training.log import CLOCKS
 from jaxldm.training.report import REPORT_FILE
 
@@ -138,13 +139,14 @@ def kill_trainings(place: Path, count: int, numbers: np.random.Generator) -> tup
 def differences(first: Path, second: Path) -> list[str]:
     """The files in which two runs differ: all but the clocks of the logs, and the checkpoints on the way.
 
-    A report is only looked for: it is made of the logs, and says how many minutes they took.
+    A report is only looked for: it is made of the logs, and says how many minutes they took. Of TensorBoard's
+    files there is one for each start.
     """
     names = [
         {
             path.relative_to(folder)
             for path in folder.rglob("*")
-            if path.is_file() and "checkpoints" not in path.parts
+            if path.is_file() and "checkpoints" not in path.parts and not path.name.startswith(EVENTS)
         }
         for folder in (first, second)
     ]

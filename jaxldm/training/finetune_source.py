@@ -22,6 +22,7 @@ from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.memory import check_fits
 from jaxldm.models.adapters import init_lora
+from jaxldm.pipelines.few_steps import read_few_steps
 from jaxldm.pipelines.folders import draws_classes, family_of
 from jaxldm.pipelines.inputs import INPAINTING_CHANNELS
 from jaxldm.pipelines.network import Network
@@ -116,7 +117,7 @@ def outline_of(recipe: FinetuneRecipe) -> Pipeline:
     parts: dict[str, Any] = dict(checkpoints.load_components(folder, only=others))
     parts |= {name: Network(module, {}) for name, module in modules.items()}
     with reading(folder):
-        pipe = Pipeline(family, parts, layout.read_options(index, layout))
+        pipe = Pipeline(family, parts, layout.read_options(index, layout), read_few_steps(index))
         pipe.check_parts()
     _check_kind(folder, pipe)
     return with_single_blocks(pipe) if recipe.freeze else pipe
@@ -125,7 +126,9 @@ def outline_of(recipe: FinetuneRecipe) -> Pipeline:
 def _check_kind(folder: Path, pipe: Pipeline) -> None:
     """Refuse models of a family whose networks learned something else than to denoise from a condition."""
     config = pipe.denoiser.config
-    if getattr(config, "in_channels", None) == INPAINTING_CHANNELS:
+    if pipe.few_steps is not None:
+        what, instead = "a student of few steps", "its teacher, and distil that (jaxldm distill)"
+    elif getattr(config, "in_channels", None) == INPAINTING_CHANNELS:
         what, instead = "an inpainting model", "the model that it was made from"
     elif getattr(config, "time_cond_proj_dim", None) is not None:
         what, instead = "a latent consistency model", "the model that it was distilled from"

@@ -6,7 +6,7 @@ import bisect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
@@ -14,9 +14,11 @@ from jaxtyping import ArrayLike, Float
 from jaxldm.arguments import a_path, checked
 from jaxldm.errors import CheckpointError
 from jaxldm.files import storage_errors, write_atomically
+from jaxldm.training.events import EventLog
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
-CLOCKS = ("seconds", "waiting", "of_peak")  # the columns that a second run has differently
+# The columns that a second run has differently.
+CLOCKS = ("seconds", "waiting", "waiting_share", "of_peak", "examples_per_second")
 
 
 def flatten_metrics(metrics: Mapping[str, Float[ArrayLike, " ..."]]) -> dict[str, np.float32]:
@@ -36,14 +38,17 @@ class CsvLog:
 
     `step` counts finished updates (the first row has step 1), `epoch` is counted from 1, `seconds` is the
     training time so far, over all interruptions; `waiting`, among the further ones, is how many
-    seconds of the update the loop waited for its batch, `of_peak` the share of the devices' matrix peak
-    (`jaxldm.training.peak`), nan where it is not known. Numbers are written in the shortest form that reads
-    back as the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
-    checkpoint.
+    seconds of the update the loop waited for its batch. Of the last second or longer are `waiting_share`,
+    `examples_per_second` and `of_peak`, the share of the devices' matrix peak (`jaxldm.training.peak`), nan
+    where it is not known. Numbers are written in the shortest form that reads back as the same float32. Rows
+    reach the disk with `flush`; `keep_until(step)` cuts off the rows after a checkpoint.
+
+    `events`: the same numbers in a file for TensorBoard, from `keep_until` on.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, *, events: bool = False):
         self.path = Path(path)
+        self._with_events, self._events = events, cast("EventLog | None", None)
         self._rows: list[dict[str, object]] = []
         self._header: list[str] | None = None
         self._check_header = False
@@ -53,6 +58,8 @@ class CsvLog:
 
         Of a damaged file the rows that are whole are kept, and `log` is given a line.
         """
+        if self._with_events:
+            self._events = EventLog(self.path.parent, step)
         if not self.path.is_file():
             return 0.0
         content = self.path.read_bytes()
@@ -109,7 +116,15 @@ class CsvLog:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+        if self._events is not None:
+            self._events.write(self._rows)
         self._rows.clear()
+
+    def move_to(self, path: Path) -> None:
+        """Write the rows from now on, and those not written yet, to another file, in a folder that exists."""
+        self.path = path
+        if self._events is not None:
+            self._events.move_to(path.parent)
 
 
 class _Parsed(NamedTuple):

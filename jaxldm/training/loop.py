@@ -152,7 +152,8 @@ def fit(
         batches: the data; where several processes train together, each one's part of every batch (see
             `local_examples`). The first of them writes checkpoints and log.csv, the n-th log.n.csv.
         plan: number of updates, when to save and to sample, and what of the state.
-        run_dir: receives `log.csv`, `checkpoints/<step>` and at the end `loss.png` and `grad_norm.png`.
+        run_dir: receives `log.csv` and the same for TensorBoard, `checkpoints/<step>` and at the end
+            `loss.png` and `grad_norm.png`.
         resume: go on from the newest whole checkpoint in `run_dir`, on this mesh or another.
         mesh: where the state and the batch live (see `jaxldm.training.mesh`); None: all devices along `data`.
         name: of the training, in messages.
@@ -179,7 +180,7 @@ def fit(
     mesh = make_mesh() if mesh is None else mesh
     state_shardings(mesh, state)  # refuses a mesh that splits nothing
     number = jax.process_index()
-    rows = CsvLog(run_dir / (f"log.{number}.csv" if number else "log.csv"))
+    rows = CsvLog(run_dir / (f"log.{number}.csv" if number else "log.csv"), events=not number)
     if number:  # the first process speaks for all
         log, bar = _say_nothing, False
     with (

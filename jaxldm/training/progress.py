@@ -20,6 +20,7 @@ from jaxldm.training.log import CsvLog
 # next step, and the clock of the log is at most this far ahead.
 STEPS_IN_FLIGHT = 2
 MOST_SKIPPED = 10  # updates in a row; then the run stops
+_SPAN = 1.0  # seconds, at least, that the speeds of a row of the log are of
 
 
 class Progress:
@@ -58,7 +59,10 @@ class Progress:
         self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._in_a_row = 0  # updates skipped so far
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
-        self._epoch_started = self._last = time.perf_counter()
+        self._epoch_started = time.perf_counter()
+        # (when it was done, waiting, examples) of the last updates, behind the moment before them
+        self._recent: deque[tuple[float, float, int]] = deque([(self._epoch_started, 0.0, 0)])
+        self._recent_waiting, self._recent_examples = 0.0, 0
         # disable=None: no bar where the output is a file and not a screen
         self._bar = tqdm(
             total=num_steps,
@@ -97,7 +101,7 @@ class Progress:
 
     def write_to(self, path: Path) -> None:
         """Write the rows from now on, and those not written yet, to another file."""
-        self._rows.path = path
+        self._rows.move_to(path)
 
     def close(self) -> None:
         """Take the bar off the screen."""
@@ -110,9 +114,9 @@ class Progress:
             return
         now = time.perf_counter()
         epoch = (step - 1) // self._steps_per_epoch + 1
-        clocks = {"waiting": np.float32(waiting), "of_peak": self._of_peak(1, now - self._last)}
-        self._rows.append(epoch, step, now - self._started, {**metrics, **clocks})
-        self._last = now
+        self._rows.append(
+            epoch, step, now - self._started, {**metrics, **self._clocks(now, waiting, examples)}
+        )
         self._epoch_waiting += waiting
         self._epoch_examples += examples
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -128,6 +132,23 @@ class Progress:
         if now - self._flushed > 1.0:
             self._rows.flush()
             self._flushed = now
+
+    def _clocks(self, now: float, waiting: float, examples: int) -> dict[str, np.float32]:
+        """How an update spent its time; speeds are of the last `_SPAN` or longer: numbers come in at once."""
+        self._recent.append((now, waiting, examples))
+        self._recent_waiting += waiting
+        self._recent_examples += examples
+        while len(self._recent) > 2 and now - self._recent[1][0] >= _SPAN:
+            self._recent.popleft()
+            self._recent_waiting -= self._recent[0][1]
+            self._recent_examples -= self._recent[0][2]
+        seconds = max(now - self._recent[0][0], 1e-9)
+        return {
+            "waiting": np.float32(waiting),
+            "waiting_share": np.float32(np.clip(self._recent_waiting / seconds, 0.0, 1.0)),
+            "of_peak": self._of_peak(len(self._recent) - 1, seconds),
+            "examples_per_second": np.float32(self._recent_examples / seconds),
+        }
 
     def _is_skipped(self, step: int, metrics: Mapping[str, np.ndarray]) -> bool:
         """Whether an update changed nothing; one line tells of the first of several."""

@@ -14,7 +14,7 @@ from jaxldm.errors import CheckpointError
 from jaxldm.files import remove_leftovers, write_atomically
 from jaxldm.metrics.page import Section, Shown, Table, page
 from jaxldm.reading import read_bytes, shown
-from jaxldm.training.log import read_log
+from jaxldm.training.log import CLOCKS, read_log
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.runs import STAGES, RunFolder, StageFolder, flat_entries, read_config
 
@@ -125,11 +125,14 @@ def _last_epoch(log: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("epoch", str(log["epoch"][-1])), ("updates per second", f"{own.sum() / max(seconds, 1e-9):.3g}")]
     if "waiting" in log:
         rows.append(("waiting for data", f"{np.nansum(log['waiting'][own]) / max(seconds, 1e-9):.1%}"))
-    peak = log.get("of_peak", np.array([np.nan]))[-int(own.sum()) :]
+    nothing = np.array([np.nan])
+    peak, speed = (log.get(name, nothing)[-int(own.sum()) :] for name in ("of_peak", "examples_per_second"))
+    if np.isfinite(speed).any():
+        rows.append(("examples per second", f"{1 / np.nanmean(1 / np.maximum(speed, 1e-9)):.3g}"))
     if np.isfinite(peak).any():
         share = 1 / np.nanmean(1 / peak)  # of the time that all took: some rows come in at once
         rows.append(("share of the matrix peak", "under 1%" if share < 0.01 else f"{share:.0%}"))
-    others = [name for name in log if name not in ("epoch", "step", "seconds", "waiting", "of_peak")]
+    others = [name for name in log if name not in ("epoch", "step", *CLOCKS)]
     means = {name: log[name][own] for name in others}
     return rows + [
         (name.replace("_", " "), f"{np.nanmean(part):.4g}")

@@ -25,8 +25,8 @@ them. Networks are config.json and safetensors.
 So is the run of a masked image model, as a `MaskGITPipeline` of transformer and scheduler.
 
 A stage is "autoencoder", "diffusion", "masked_tokens", "finetune" or "classifier". Its folder has
-checkpoints/, log.csv, loss.png, grad_norm.png, health.txt (not the classifier, nor a fine-tuning), and
-reconstructions.png, samples/step-*.png or metrics.json.
+checkpoints/, log.csv, events.out.tfevents.* (the same for TensorBoard), loss.png, grad_norm.png, health.txt
+(not the classifier, nor a fine-tuning), and reconstructions.png, samples/step-*.png or metrics.json.
 Finished networks are renamed into place: each is whole or absent.
 """
 

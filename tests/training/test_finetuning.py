@@ -16,6 +16,7 @@ from jaxldm import checkpoints, models, pipelines, training
 from jaxldm.commands.finetune import Finetune, hint_of
 from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
+from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.training.finetuning import tuned_of
 from jaxldm.training.runs import LORA_FILE
 
@@ -179,8 +180,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(source, picture
 
 
 def test_models_that_this_loss_would_spoil_are_refused(source, pictures, tmp_path):
-
     pipe = pipelines.load(source)
+    pipelines.save(dataclasses.replace(pipe, few_steps=FewSteps(method="lcm")), tmp_path / "student")
+    with pytest.raises(CheckpointError, match=r"is a student of few steps, .* fine-tune its teacher"):
+        training.finetune_recipe(tmp_path / "student", pictures)
     unet = models.from_config(dataclasses.replace(pipe.unet.config, in_channels=9))
     inpainting = pipe.replace(unet=pipelines.Network(unet, models.init(unet, jax.random.key(0))))
     pipelines.save(inpainting, tmp_path / "inpainting")
