@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -44,10 +46,11 @@ def check_picture_size(height: int, width: int) -> None:
         )
 
 
-def read_mask(path: str, image: np.ndarray | None) -> Bool[np.ndarray, "H W"]:
+def read_mask(path: str, image: Any) -> Bool[np.ndarray, "H W"]:
     """A mask file in the size of the image that it belongs to; its thinnest lines stay."""
     from jaxldm.data.pictures import mask_of, open_picture, resize_mask
+    from jaxldm.pipelines.resizing import size_of
 
     if image is None:
         raise InvalidArgumentError("--mask selects the part of --image to draw again: give --image, too")
-    return resize_mask(mask_of(open_picture(path), name=path), image.shape[:2])
+    return resize_mask(mask_of(open_picture(path), name=path), size_of(image))

@@ -28,12 +28,16 @@ OF_TEXTS = (
     "image",
     "strength",
     "mask",
+    "resize",
     "refiner",
     "refiner_start",
     "embedding",
 )
 # Options that do nothing without another one, and those that do nothing without guidance.
-NEEDS = {"lora_scale": "lora", "refiner_start": "refiner", "strength": "image", "mask": "image"}
+NEEDS = {
+    **{"lora_scale": "lora", "refiner_start": "refiner"},
+    **dict.fromkeys(("strength", "mask", "resize"), "image"),
+}
 OF_GUIDANCE = ("guidance_rescale", "negative_class_labels")
 REFINER_START = 0.8
 WITH_OPTIONS_OF_THEIR_OWN = {
@@ -100,6 +104,11 @@ class Sample:
 
     mask: Annotated[str | None, shown("FILE", "none")] = None
     """Picture that is white where --image is drawn again and black where it stays."""
+
+    resize: Annotated[str | None, shown("NAME", "stretch, to given sides")] = None
+    """Make --image and --mask fit --height and --width, or the nearest sides that the model draws: "crop"
+    cuts off what stands out, "pad" repeats the edges, "stretch" changes the proportions.
+    """
 
     refiner: Annotated[str | None, shown("FOLDER", "none")] = None
     """Folder of the SDXL refiner, which continues from the base model at --refiner-start."""
@@ -277,9 +286,13 @@ class Sample:
 
         from jaxldm import pipelines
         from jaxldm.commands.pictures import read_mask, read_picture
+        from jaxldm.data.pictures import open_picture
 
         prompts, negatives = repeat_prompts(self.prompt or (), self.negative_prompt, self.num_images)
-        image = None if self.image is None else read_picture(self.image, self.height, self.width)
+        image = None
+        if self.image is not None:
+            whole = self.resize is not None
+            image = open_picture(self.image) if whole else read_picture(self.image, self.height, self.width)
         mask = None if self.mask is None else read_mask(self.mask, image)
         if self.refiner is not None and pipelines.kind_of(self.refiner) != "text-to-image":
             raise InvalidArgumentError(f"--refiner {self.refiner} is not a text-to-image model")
@@ -295,7 +308,7 @@ class Sample:
             pipe = pipelines.with_embedding(pipe, self.embedding)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
-        own = {"image": image, "strength": self.strength, "mask_image": mask}
+        own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
         key, texts = jax.random.key(self.seed), (prompts, negatives)
         total = pipe.num_callbacks(len(prompts), **options)

@@ -195,6 +195,30 @@ def _grey_levels(mask: Image, name: str) -> np.ndarray:
     raise DataError(f"{name} has colours: {SAVE_MASK}")
 
 
+def grey_pixels(pixels: np.ndarray, name: str = "mask_image") -> np.ndarray:
+    """A mask [H, W, 3 or 4] of RGB or RGBA pixels as its levels [H, W], read as a picture of Pillow is.
+
+    Args:
+        pixels: booleans, 8-bit pixels, or floats in [0, 1].
+        name: for messages.
+
+    Raises:
+        DataError: colours, transparency, or numbers of another range.
+    """
+    from PIL import Image
+
+    if pixels.dtype != np.uint8:
+        if pixels.dtype != bool and not (jnp.issubdtype(pixels.dtype, jnp.floating) and _in_unit(pixels)):
+            raise DataError(f"{name} of colours must be booleans, 8-bit pixels, or floats from 0 to 1")
+        pixels = np.rint(np.asarray(pixels, np.float32) * 255).astype(np.uint8)
+    return _grey_levels(Image.fromarray(pixels), name)
+
+
+def _in_unit(numbers: np.ndarray) -> bool:
+    """Whether all numbers are in [0, 1]."""
+    return bool(((numbers >= 0) & (numbers <= 1)).all())
+
+
 def _transparent(picture: Image) -> Bool[np.ndarray, "H W"]:
     """Where a picture is not opaque. One of 16 bits has a single transparent level, or none."""
     if picture.mode.startswith("I;16"):

@@ -64,11 +64,17 @@ class Call:
             mask, which starts from pure noise.
         mask_image: white (1) where `image` is drawn again, black (0) where it stays. A network trained for it
             (9 channels) takes the mask; with any other the known part is put back after each step.
+        resize: "crop", "pad" or "stretch" makes `image` and `mask_image` fit `height` and `width`, or else
+            the nearest multiples that the model draws; None: they must fit.
         latents: [N, h, w, c], x at the first row of the grid, as it is: noise of your own, or what another
             model left.
         denoising_start, denoising_end: use this part of the grid alone. The base model of SDXL ends at 0.8
             with `output="latents"`, and its refiner starts at 0.8 with `latents=` these.
+        prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: states [P, T, D], pooled states [P, E] and
+            a mask [P, T] in place of prompts; those that the family takes, as its `encode` returns them. With
+            `negative_` in front in place of negative prompts.
         output: "images", or "latents" as they are behind the last step, [N, h, w, c].
+        output_type: images as "pil" (a list of PIL images) or "np" (in [0, 1]); None: arrays in [-1, 1].
         previews: K > 0 returns (images, previews [N, K, H, W, 3]): x_0 as it was seen on the way.
         tiling: decode large images in squares, in less memory.
         batch_size: images that a device computes at once. An image does not depend on the other images of its
@@ -77,6 +83,8 @@ class Call:
             copied to each.
         in_flight: images under way before the first is waited for, at least a batch.
         on_step: called as on_step(step, latents) after each step of each batch on each device.
+        on_x0: called as on_x0(step, t, latents, x_0) likewise: t is where the step began, in the path's own
+            units, and x_0 what the model saw there.
         progress: called as progress(steps done, steps in all) after each step of each batch; no latents leave
             the device for it.
         compile_only: take no step; see `Pipeline.warm_up`.
@@ -100,16 +108,25 @@ class Call:
     image: Any = None
     strength: float | None = None
     mask_image: Any = None
+    resize: str | None = None
+    prompt_embeds: Real[Array, "_ _ _"] | None = None
+    pooled_prompt_embeds: Real[Array, "_ _"] | None = None
+    prompt_attention_mask: Real[Array, "_ _"] | None = None
+    negative_prompt_embeds: Real[Array, "_ _ _"] | None = None
+    negative_pooled_prompt_embeds: Real[Array, "_ _"] | None = None
+    negative_prompt_attention_mask: Real[Array, "_ _"] | None = None
     latents: Any = None
     denoising_start: float = 0.0
     denoising_end: float = 1.0
     output: str = "images"
+    output_type: str | None = None
     previews: int = 0
     tiling: models.Tiling | None = None
     batch_size: int = 1
     devices: Sequence[Any] | None = None
     in_flight: int | None = None
     on_step: Callable[[Any, Any], None] | None = None
+    on_x0: Callable[[Any, Any, Any, Any], None] | None = None
     progress: Callable[[Any, Any], None] | None = None
     compile_only: bool = False
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -139,6 +156,10 @@ class Request(NamedTuple):
         return condition(self.prompts), condition(self.negatives or [""] * len(self.prompts))
 
 
+EMBEDS = (
+    *("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+    *("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_attention_mask"),
+)
 SHARED = {field.name for field in dataclasses.fields(Call)} - {"own"}
 
 

@@ -26,6 +26,7 @@ from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.generate import (
     decode,
     denoise_latents,
@@ -142,6 +143,7 @@ class Family(NamedTuple):
         defaults: of a call.
         encode: (pipe, request, **options of the family) -> (cond, uncond), what the network takes besides x
             and t: arrays by argument name, with a row for each prompt or for each image.
+        text_widths: (pipe) -> the widths of the states that a caller may give in place of texts; None: none.
         denoisers: the part that is the denoising network: the first of these that there is.
         autoencoder: the part that makes images of latents; None: the network draws pixels.
         latent_spec: (pipe) -> the latents that it draws.
@@ -182,6 +184,7 @@ class Family(NamedTuple):
     unused: tuple[str, ...] = ()
     methods: Mapping[str, Callable[..., Any]] = _NONE
     draws_images: bool = True
+    text_widths: Callable[[Pipeline], TextWidths] | None = None
 
     def __deepcopy__(self, memo: Any) -> Family:
         return self

@@ -24,6 +24,8 @@ from jaxldm.arguments import a_key, checked
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
+from jaxldm.pipelines.embeds import read_embeds, read_texts, with_embeds
+from jaxldm.pipelines.images import as_output_type
 from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs
 from jaxldm.pipelines.latents import (
     Progress,
@@ -45,7 +47,7 @@ STEPS_AT_ONCE = 64
 def generate(
     pipe: Pipeline,
     key: Key[Array, " ..."],
-    prompt: str | Sequence[Any] | Int[Array, " N"],
+    prompt: str | Sequence[Any] | Int[Array, " N"] | None = None,
     negative_prompt: str | Sequence[Any] | Int[Array, " ..."] | None = None,
     **options: Any,
 ) -> Any:
@@ -57,7 +59,7 @@ def generate(
 
     Args:
         key: image k draws its random numbers from fold_in(key, k); or N keys, one for each image.
-        prompt: one text, or P of them.
+        prompt: one text, or P of them; None with `prompt_embeds`.
         negative_prompt: what to steer away from: one text for all, or P of them. None: no text.
         options: the attributes of `Call`, and those of the family's `encode`.
 
@@ -65,7 +67,8 @@ def generate(
         UnknownNameError, InvalidArgumentError, DataError: always before the network is compiled.
     """
     family, call, spec = pipe.family, read_call(pipe, options), pipe.latent_spec
-    prompts, negatives = family.read_prompts(prompt, negative_prompt)
+    embeds = read_embeds(pipe, call, prompt, negative_prompt)
+    prompts, negatives = read_texts(pipe, embeds, prompt, negative_prompt)
     num_images = call.num_images_per_prompt * len(prompts)
     inputs = family.read_inputs(pipe, call, num_images)
     guidance_input, guidance_scale = read_guidance(pipe, call, negatives)
@@ -73,6 +76,7 @@ def generate(
     keys = image_keys(key, num_images)
 
     cond, uncond = family.encode(pipe, Request(prompts, negatives, keys, inputs.size), **call.own)
+    cond, uncond = with_embeds(cond, uncond, embeds, guidance_scale != 1)
     if guidance_input is not None:
         scales = family.guidance_condition(pipe, guidance_input, len(prompts))
         cond, uncond = cond | scales, uncond | scales
@@ -93,7 +97,7 @@ def read_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str
 
 def read_call_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
     """The images, masks and latents of a call, checked; see `read_inputs`."""
-    names = ("height", "width", "image", "mask_image", "latents")
+    names = ("height", "width", "image", "mask_image", "latents", "resize")
     return read_inputs(pipe.latent_spec, num_images, **{name: getattr(call, name) for name in names})
 
 
@@ -287,7 +291,7 @@ def denoise_latents(
         PerCall(grid, np.float32(guidance_scale), np.float32(call.guidance_rescale), cache),
         PerImage(keys.data, cond, uncond, start.latents, start.image, start.known, start.repaint),
         Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews),
-        Progress(call.on_step, call.progress, call.compile_only),
+        Progress(call.on_step, call.progress, call.compile_only, call.on_x0),
         batch_size=call.batch_size,
         devices=call.devices,
         in_flight=call.in_flight,
@@ -304,7 +308,9 @@ def decode_all(pipe: Pipeline, call: Call, latents: Any, previews: Any) -> tuple
     names = ("tiling", "batch_size", "devices", "in_flight")
     options = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
     images = pipe.family.decode(pipe, latents, **options)
-    if not call.previews:
-        return images, previews
-    flat = pipe.family.decode(pipe, previews.reshape(-1, *previews.shape[2:]), **options)
-    return images, flat.reshape(*previews.shape[:2], *flat.shape[1:])
+    if call.previews:
+        flat = pipe.family.decode(pipe, previews.reshape(-1, *previews.shape[2:]), **options)
+        previews = flat.reshape(*previews.shape[:2], *flat.shape[1:])
+    if call.output_type is not None:
+        images, previews = (as_output_type(part, call.output_type) for part in (images, previews))
+    return images, previews

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +22,20 @@ from jaxldm.metrics.pictures import png_bytes
 
 MAX_NAME = 255  # bytes of a file's name, on all usual systems
 _OURS = re.compile(r"image-\d{5,}(-class-\d+)?\.png|grid\.png|samples\.npz")
+
+
+def as_output_type(images: Float[np.ndarray, "*N H W C"] | None, output_type: str) -> Any:
+    """Images in [-1, 1] as "np", in [0, 1], or "pil", lists of PIL images; None stays."""
+    if images is None:
+        return None
+    if output_type == "np":
+        return (np.asarray(images, np.float32) + np.float32(1)) / np.float32(2)
+    if images.ndim > 4:
+        return [as_output_type(each, output_type) for each in images]
+    from PIL import Image
+
+    pixels = to_uint8(images)
+    return [Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each) for each in pixels]
 
 
 @checked(num_images=count(1), num_labels=count(0))

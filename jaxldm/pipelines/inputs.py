@@ -14,12 +14,13 @@ from jaxtyping import Float, Int, Shaped
 from jaxldm.arguments import array as numbers
 from jaxldm.arguments import checked, count, pair, text
 from jaxldm.data.images import check_images, from_uint8
-from jaxldm.data.pictures import is_picture, mask_of, rgb_of, shrink_masks
+from jaxldm.data.pictures import grey_pixels, is_picture, mask_of, rgb_of, shrink_masks
 from jaxldm.errors import DataError, InvalidArgumentError, JaxldmError
 from jaxldm.exact import ceil_quotient, floor_product
 from jaxldm.memory import check_fits
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.resizing import fit_mask, nearest_size, one_by_one, resize_picture, size_of
 from jaxldm.reading import shown
 
 Size = tuple[int, int]  # (height, width)
@@ -105,14 +106,20 @@ def read_inputs(
     image: Any = None,
     mask_image: Any = None,
     latents: Any = None,
+    resize: str | None = None,
 ) -> Inputs:
     """The inputs of a call, checked against each other and the model.
+
+    Args:
+        resize: as in `Call`.
 
     Raises:
         InvalidArgumentError: arguments that exclude or need each other, or a size that does not fit.
         DataError: arrays that are no images, masks or latents.
     """
     _check_together(spec, image, mask_image, latents)
+    if resize is not None:
+        height, width, image, mask_image = _resized(spec, resize, height, width, image, mask_image)
     mask, given, image_is_latents = None, {}, isinstance(image, Latents)
     if image is not None:
         image = (
@@ -189,6 +196,30 @@ def _check_together(spec: LatentSpec, image: Any, mask_image: Any, latents: Any)
         raise InvalidArgumentError("image and latents are both a start: give one of them")
     if spec.takes_mask and mask_image is None:
         raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
+
+
+def _resized(
+    spec: LatentSpec, how: str, height: int | None, width: int | None, image: Any, mask_image: Any
+) -> tuple[int, int, Any, Any]:
+    """(height, width, image, mask_image), pictures and masks resized to that height and width."""
+    if image is None or isinstance(image, Latents):
+        raise InvalidArgumentError(f"resize={how!r} is for image= in pixels: give one, or leave resize out")
+    pictures = one_by_one(image, 3)
+    for each in pictures:
+        if not is_picture(each):
+            rgb_pixels(each, LATENTS)  # refuses what is none
+    sizes = [size_of(each) for each in pictures]
+    nearest = nearest_size(sizes[0], spec.multiple)
+    target = nearest[0] if height is None else height, nearest[1] if width is None else width
+    check_size(*target, spec.multiple)
+    check_images_fit(len(pictures), target, spec)
+    image = np.stack([resize_picture(each, target, how) for each in pictures])
+    if mask_image is None:
+        return *target, image, None
+    masks = one_by_one(mask_image, 2)
+    pairs = zip(masks, sizes if len(sizes) == len(masks) else sizes[:1] * len(masks), strict=True)
+    masks = [fit_mask(_without_colours(mask, size), size, target, how) for mask, size in pairs]
+    return *target, image, np.stack(masks)
 
 
 NUMBERS = numbers("real", "[N, h, w, c]", axes=(3, 4))
@@ -308,13 +339,14 @@ def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
 
     Args:
         masks: [H, W], [H, W, 1], [N, H, W] or [N, H, W, 1]: booleans, 0 and 1, 8-bit pixels, floats in
-            [0, 1]; PIL images in black and white; or a list of these.
+            [0, 1]; with three or four channels where their pixels are grey and opaque; PIL images in black
+            and white, of any mode (palette, RGB, RGBA); or a list of these.
         size: (H, W), of the image that they belong to.
 
     Raises:
         DataError: another size, another number of channels, or values out of range.
     """
-    masks = _stacked(masks, mask_of, "mask_image")
+    masks = _stacked(masks, lambda mask: mask_of(_without_colours(mask, size)), "mask_image")
     if masks.shape == (*size, 1):
         masks = masks[None]
     if masks.ndim == 2:
@@ -327,6 +359,15 @@ def as_masks(masks: Any, size: tuple[int, int]) -> Float[np.ndarray, "N H W 1"]:
             f"got shape {list(masks.shape)}"
         )
     return masks.astype(np.float32)
+
+
+def _without_colours(mask: Any, size: Size) -> Any:
+    """A mask, or N of them, of RGB or RGBA pixels as levels; everything else as it is."""
+    if is_picture(mask) or np.shape(mask)[-3:] not in ((*size, 3), (*size, 4)):
+        return mask
+    mask = np.asarray(mask)
+    levels = [grey_pixels(each) for each in mask.reshape(-1, *mask.shape[-3:])]
+    return np.stack(levels).reshape(mask.shape[:-1])
 
 
 def check_rows(rows: Shaped[np.ndarray, "N ..."], num_images: int, name: str) -> None:

@@ -44,6 +44,12 @@ class Progress(NamedTuple):
     on_step: Callable[[Any, Any], None] | None = None
     progress: Callable[[Any, Any], None] | None = None
     compile_only: bool = False
+    on_x0: Callable[[Any, Any, Any, Any], None] | None = None
+
+    @property
+    def listens(self) -> bool:
+        """Whether anybody is to be told."""
+        return any(listener is not None for listener in (self.on_step, self.progress, self.on_x0))
 
 
 def denoise(
@@ -69,19 +75,30 @@ def denoise(
     def run(shared, batch, mesh):
         carry = _empty_carry(shared, batch, compiled, mesh)
         take = functools.partial(_take_steps, shared, batch, compiled=compiled, mesh=mesh)
-        if (progress.on_step is None and progress.progress is None) or last == 0:
+        if not progress.listens or last == 0:
             return take(carry, np.int32(0), np.int32(last))[1]
         for i in range(last):
             carry, (x, previews) = take(carry, np.int32(i), np.int32(i + 1))
             x.block_until_ready()
-            if progress.on_step is not None:
-                for shard in x.addressable_shards[: 1 if x.is_fully_replicated else None]:
-                    progress.on_step(int(per_call.grid.start) + i, np.asarray(shard.data))
+            _tell(progress, per_call.grid, i, x, carry[2])
             if progress.progress is not None:
                 progress.progress(i + 1, last)
         return x, previews
 
     return in_batches(run, (network, per_call), per_image, batch_size, devices, in_flight)
+
+
+def _tell(progress: Progress, grid: D.Grid, i: int, x: Any, x_0: Any) -> None:
+    """Call the listeners to the latents behind step i, once for each device that computed some."""
+    if progress.on_step is None and progress.on_x0 is None:
+        return
+    shards, seen = (a.addressable_shards[: 1 if a.is_fully_replicated else None] for a in (x, x_0))
+    for ours, theirs in zip(shards, seen, strict=True):
+        step, latents = int(grid.start) + i, np.asarray(ours.data)
+        if progress.on_step is not None:
+            progress.on_step(step, latents)
+        if progress.on_x0 is not None:
+            progress.on_x0(step, float(grid.t[i]), latents, np.asarray(theirs.data)[0])
 
 
 def _check_step_fits(
@@ -119,7 +136,7 @@ def _first_device(devices: Sequence[Any] | None) -> Any:
 
 
 def _first_carry(network: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Any:
-    """The solver's state at the first row, and empty previews."""
+    """The solver's state at the first row, empty previews, and an x_0 that nobody saw yet."""
     solver, _ = solver_and_denoiser(network, per_call, per_image, compiled)
     keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
     grid, x = per_call.grid, per_image.latents
@@ -128,7 +145,7 @@ def _first_carry(network: Network, per_call: PerCall, per_image: PerImage, compi
         x = x if per_image.image is None else grid.alpha[0] * per_image.image + x
     x = jnp.asarray(x, jnp.float32)
     previews = jnp.zeros((len(keys), compiled.previews, *compiled.latent_shape), x.dtype)
-    return solver.init(x), previews
+    return solver.init(x), previews, jnp.zeros_like(x)
 
 
 def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -> Any:
@@ -171,7 +188,7 @@ def take_steps(
     last: Any,
     compiled: Compiled,
 ) -> Any:
-    """The carry (solver state, previews) after the steps `first` to `last` - 1 of the grid. Pure.
+    """The carry (solver state, previews, last x_0) after the steps `first` to `last` - 1 of the grid. Pure.
 
     `D.sample` in pieces. Before step 0 the carry is not read.
     """
@@ -180,10 +197,10 @@ def take_steps(
     places = (jnp.arange(compiled.previews) + 1) * D.steps_in(grid) // (compiled.previews + 1)
 
     def step(i, carry):
-        state, previews = carry
+        state, previews, _ = carry
         state, x_0 = D.sample_step(keys, denoiser, solver, grid, state, i)
         here = (places == i)[None, :, None, None, None]
-        return state, jnp.where(here, x_0[:, None], previews)
+        return state, jnp.where(here, x_0[:, None], previews), x_0.astype(jnp.float32)
 
     begin = functools.partial(_first_carry, network, per_call, per_image, compiled)
     carry = jax.lax.cond(first == 0, begin, lambda: carry)

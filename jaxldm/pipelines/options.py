@@ -32,7 +32,10 @@ from jaxldm.arguments import (
 from jaxldm.diffusion.caching import a_cache_or_notation
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import MAX_STEPS
+from jaxldm.pipelines.resizing import RESIZES
 from jaxldm.schedulers.read import a_solver_or_name
+
+OUTPUT_TYPES = ("pil", "np")
 
 
 def a_name_or_numbers(name: str, value: Any) -> Any:
@@ -57,15 +60,27 @@ CHECKS: Mapping[str, Check] = {
     "sigmas": optional(a_name_or_numbers),
     "timesteps": optional(array("real", "[N]", axes=1)),
     "strength": optional(number(above=0, high=1)),
+    "resize": optional(choice("resize", RESIZES)),
+    **{
+        f"{sign}{name}": optional(array("real", shape, axes=axes))
+        for name, shape, axes in (
+            ("prompt_embeds", "[P, T, D]", 3),
+            ("pooled_prompt_embeds", "[P, E]", 2),
+            ("prompt_attention_mask", "[P, T]", 2),
+        )
+        for sign in ("", "negative_")
+    },
     "denoising_start": number(0, 1),
     "denoising_end": number(0, 1),
     "output": text,
+    "output_type": optional(choice("output_type", OUTPUT_TYPES)),
     "previews": count(0),
     "tiling": optional(instance(models.Tiling, "models.Tiling(...)")),
     "batch_size": count(1),
     "devices": optional(some_devices),
     "in_flight": optional(count(1)),
     "on_step": optional(function("(step, latents)")),
+    "on_x0": optional(function("(step, t, latents, x_0)")),
     "progress": optional(function("(steps done, steps in all)")),
     "compile_only": flag,
     "max_sequence_length": optional(count(1)),

@@ -19,7 +19,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
 from jaxldm.functions import signature_error
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.sharding import mesh_of
-from jaxldm.pipelines.call import SHARED, Call, Defaults, Request, call_options, keywords_of
+from jaxldm.pipelines.call import EMBEDS, SHARED, Call, Defaults, Request, call_options, keywords_of
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
 from jaxldm.pipelines.network import Network
@@ -258,7 +258,8 @@ class Pipeline:
     def call_options(self) -> list[str]:
         """The names of the options that a call takes."""
         names = call_options(self.family.call, self.family.encode)
-        return [name for name in names if name not in self.family.unused]
+        unused = {*self.family.unused, *(EMBEDS if self.family.text_widths is None else ())}
+        return [name for name in names if name not in unused]
 
     def check_parts(self) -> None:
         """Raise `CheckpointError` where the parts are of different models."""
@@ -318,6 +319,10 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
     own = {name: value for name, value in options.items() if name not in shared}
     call = Call(**{name: options[name] for name in shared}, own=own)
     one_of("output", call.output, OUTPUTS)
+    if call.output_type is not None and (call.output != "images" or not pipe.family.draws_images):
+        raise InvalidArgumentError(
+            f"output_type={call.output_type!r} is of images, and this call returns latents: leave it out"
+        )
     defaults = pipe.defaults
     rescale = defaults.guidance_rescale if call.guidance_rescale is None else call.guidance_rescale
     if call.denoising_start and call.latents is None:

@@ -51,8 +51,10 @@ def _denoise(*arguments: Any, slots: int) -> tuple[Float[np.ndarray, "N h w c"],
     """In place of a family's `denoise`: so many images at once, each from its first step to its last."""
     loop = Loop(*arguments)
     call = loop.call
-    if call.previews or call.on_step or call.progress:
-        raise InvalidArgumentError("as served there are no previews, on_step and progress: leave them out")
+    if call.previews or call.on_step or call.on_x0 or call.progress:
+        raise InvalidArgumentError(
+            "as served there are no previews, on_step, on_x0 and progress: leave them out"
+        )
     job = job_of(loop)
     device = jax.local_devices()[0] if call.devices is None else call.devices[0]
     table = Table(job.kind, job.rows, slots, device)

@@ -84,6 +84,20 @@ def test_a_picture_is_resized_and_drawn_again_where_the_mask_is_white(capsys, fo
     np.testing.assert_array_equal(part, to_uint8(expected))
 
 
+def test_a_picture_is_cropped_to_the_nearest_size(capsys, folder, pictures):
+    """Its mask with it; without --resize its size must fit."""
+    start = ["--prompt", "a cat", "--image", pictures / "cat.png", "--mask", pictures / "mask.png"]
+    part, *_ = sample(capsys, folder, pictures / "crop", *start, "--resize", "crop", "--width", SIZE)
+    pipe = pipelines.load(folder)
+    with Image.open(pictures / "cat.png") as cat, Image.open(pictures / "mask.png") as mask:
+        given = dict(image=cat, mask_image=mask, resize="crop", width=SIZE)
+        expected = to_uint8(pipe(jax.random.key(0), "a cat", **given, **CALL))
+    assert part.shape == (1, 20, SIZE, 3)
+    np.testing.assert_array_equal(part, expected)
+    line = complaint(capsys, "sample", folder, *start, "--resize", "shrink")
+    assert "resize" in line and "crop, pad, stretch" in line
+
+
 def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
     base, refiner = sdxl
     words = ["--prompt", "a cat", "--refiner", refiner, "--refiner-start", "0.5"]

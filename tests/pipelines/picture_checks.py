@@ -28,6 +28,18 @@ def assert_images_agree(images, reference, latents):
     assert np.abs(grey[0] - grey[1]).max() <= 2
 
 
+def states_of(pipe, prompts, negatives, **options):
+    """What `pipe.encode_prompts` returns, as the options of a call that take it."""
+    names = {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embeds": "pooled_prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+        "encoder_attention_mask": "prompt_attention_mask",
+    }
+    branches = zip(("", "negative_"), pipe.encode_prompts(prompts, negatives, **options), strict=True)
+    return {sign + names[name]: cond[name] for sign, cond in branches for name in names if name in cond}
+
+
 def start_noise(count=1, channels=4):
     """The noise that a call with KEY starts from, before it is scaled."""
     unit = D.Grid(np.zeros(2), np.zeros(2), np.ones(2))

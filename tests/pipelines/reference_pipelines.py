@@ -69,12 +69,12 @@ def shaken(module, seed, scale=0.05):
     return module.eval()
 
 
-def text_encoder(vocabulary, width, seed, projection=None):
+def text_encoder(vocabulary, width, seed, projection=None, layers=2):
     config = transformers.CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
         projection_dim=projection or width,
@@ -154,9 +154,9 @@ def write_sdxl(folder, refiner=False):
     parts = {
         "unet": unet(20 if refiner else 36, seed=4 if refiner else 1, **options),
         "vae": autoencoder(),
-        "text_encoder": None if refiner else text_encoder(size, 16, 5),
+        "text_encoder": None if refiner else text_encoder(size, 16, 5, layers=3),
         "tokenizer": None if refiner else tokenizer,
-        "text_encoder_2": text_encoder(size, 20, 6, projection=12),
+        "text_encoder_2": text_encoder(size, 20, 6, projection=12, layers=3),
         "tokenizer_2": tokenizer_2,
         "scheduler": diffusers.EulerDiscreteScheduler(),
         "force_zeros_for_empty_prompt": not refiner,

@@ -18,6 +18,7 @@ from picture_checks import (
     mask,
     picture,
     start_noise,
+    states_of,
     without_posterior_noise,
 )
 from reference_pipelines import (
@@ -124,6 +125,14 @@ class UniPCOnThisGrid(diffusers.UniPCMultistepScheduler):
         even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         super().set_timesteps(num_inference_steps, device, sigmas=even, mu=mu)
         self.timesteps = 1000 * self.sigmas[:-1]
+
+
+def test_states_in_place_of_texts(pipes):
+    length = STEPS["max_sequence_length"]
+    given = states_of(pipes["dev"], [PROMPT], ["bad"], max_sequence_length=length)
+    call = dict(latents=START, output="latents", true_cfg_scale=2.0, **STEPS)
+    expected = pipes["dev"](KEY, PROMPT, "bad", **call)
+    np.testing.assert_array_equal(pipes["dev"](KEY, **given, **call), expected)
 
 
 def test_another_solver(folders, pipes):

@@ -11,7 +11,7 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
-from picture_checks import KEY, assert_images_agree, assert_latents_agree
+from picture_checks import KEY, assert_images_agree, assert_latents_agree, states_of
 from reference_pipelines import LATENT, autoencoder, open_reference, shaken, theirs
 from t5_parts import t5_encoder, t5_tokenizer
 
@@ -99,6 +99,18 @@ def test_several_prompts_an_oblong_size_and_the_empty_negative_prompt(folders, p
     latents = reference(prompts, latents=theirs(start), output_type="latent", **size, **STEPS, **AS_IT_IS)
     drawn = pipes["sigma"](KEY, prompts, latents=start, output="latents", **size, **STEPS)
     assert_latents_agree(drawn, latents.images)
+
+
+def test_states_and_their_mask_in_place_of_texts(pipes):
+    given = states_of(pipes["sigma"], [PROMPTS["prompt"]], [PROMPTS["negative_prompt"]])
+    call = dict(latents=noise(), output="latents", **STEPS)
+    expected = pipes["sigma"](KEY, **PROMPTS, **call)
+    np.testing.assert_array_equal(pipes["sigma"](KEY, **given, **call), expected)
+    whole = given | {"prompt_attention_mask": np.ones_like(given["prompt_attention_mask"])}
+    assert np.abs(pipes["sigma"](KEY, **whole, **call) - expected).max() > 1e-3
+    del given["prompt_attention_mask"]
+    with pytest.raises(InvalidArgumentError, match="prompt_attention_mask is missing"):
+        pipes["sigma"](KEY, **given, **call)
 
 
 def test_a_text_that_is_cut(folders, pipes):

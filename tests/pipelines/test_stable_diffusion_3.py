@@ -18,6 +18,7 @@ from picture_checks import (
     mask,
     picture,
     start_noise,
+    states_of,
     without_posterior_noise,
 )
 from reference_pipelines import SIZE, noise, open_reference, theirs
@@ -52,6 +53,23 @@ def pipe(folder):
 @pytest.fixture(scope="module")
 def reference(folder):
     return open_reference(diffusers.StableDiffusion3Pipeline, folder)
+
+
+def test_clip_skip(pipe, reference):
+    """Of both CLIPs; the reference skips layers for the prompt alone."""
+    with torch.no_grad():
+        states = reference.encode_prompt(PROMPT, None, None, clip_skip=1, **MORE)[0].numpy()
+    cond, uncond = pipe.encode_prompts([PROMPT], [PROMPT], clip_skip=1, **MORE)
+    np.testing.assert_allclose(cond["encoder_hidden_states"], states, atol=1e-4)
+    np.testing.assert_array_equal(*(branch["encoder_hidden_states"] for branch in (cond, uncond)))
+    plain, _ = pipe.encode_prompts([PROMPT], **MORE)
+    assert np.abs(plain["encoder_hidden_states"] - states).max() > 0.01
+
+
+def test_states_in_place_of_texts(pipe):
+    given = states_of(pipe, [PROMPT], ["bad"], **MORE)
+    call = dict(latents=NOISE, output="latents", **STEPS, **MORE)
+    np.testing.assert_array_equal(pipe(KEY, **given, **call), pipe(KEY, PROMPT, "bad", **call))
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,7 @@ def token_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
     images = {"image": call.image, "mask_image": call.mask_image}
     if isinstance(call.image, Latents):
         raise InvalidArgumentError("image must be pixels: this model's latents are tokens, given as latents=")
+    images["resize"] = call.resize
     inputs = read_inputs(pixels, num_images, height=height, width=width, **images)
     shape = spec.shape(inputs.size)[:2]
     if tokens is not None and tokens.shape[1:] != shape:
@@ -206,7 +207,7 @@ AMUSED = Family(
     num_callbacks=count_callbacks,
     unused=(
         *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
-        *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end"),
+        *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end", "on_x0"),
     ),
     methods={"mask_token": mask_token, "image_tokens": image_tokens},
 )

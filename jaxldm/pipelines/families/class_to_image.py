@@ -378,7 +378,10 @@ CLASS_TO_IMAGE = Family(
     read_inputs=read_latents,
     call=draw_classes,
     num_callbacks=count_callbacks,
-    unused=("num_images_per_prompt", "true_cfg_scale", "height", "width", "image", "strength", "mask_image"),
+    unused=(
+        *("num_images_per_prompt", "true_cfg_scale", "height", "width", "image", "strength", "mask_image"),
+        "resize",
+    ),
     methods={
         "cycle_labels": cycle_labels,
         "check_guidance_scale": check_guidance_scale,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import (
     Family,
     Folder,
@@ -64,6 +65,12 @@ def encode(
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     return both(prompts, second), both(negatives, negative_second)
+
+
+def text_widths(pipe: Pipeline) -> TextWidths:
+    """T5's states, and CLIP's pooled one."""
+    config = pipe.transformer.config
+    return TextWidths(config.joint_attention_dim, config.pooled_projection_dim)
 
 
 def latent_spec(pipe: Pipeline) -> LatentSpec:
@@ -139,4 +146,5 @@ FLUX = Family(
     guidance_condition=guidance_condition,
     true_cfg=True,
     check_guidance=check_guidance,
+    text_widths=text_widths,
 )

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import (
     Family,
     Folder,
@@ -77,6 +78,11 @@ def encode(
     return request.both(states)
 
 
+def text_widths(pipe: Pipeline) -> TextWidths:
+    """T5's states and their mask."""
+    return TextWidths(pipe.transformer.config.text_width, masked=True)
+
+
 def latent_spec(pipe: Pipeline) -> LatentSpec:
     """The transformer packs 2x2 latents into a token."""
     return default_latent_spec(pipe, patch=pipe.transformer.config.patch_size)
@@ -118,7 +124,12 @@ def check(pipe: Pipeline) -> None:
 
 
 _family = functools.partial(
-    Family, defaults=defaults, encode=encode, latent_spec=latent_spec, methods={"nearest_size": nearest_size}
+    Family,
+    defaults=defaults,
+    encode=encode,
+    latent_spec=latent_spec,
+    methods={"nearest_size": nearest_size},
+    text_widths=text_widths,
 )
 # The autoencoder is SDXL's in PixArt-Sigma and that of SD 1.5 in PixArt-Alpha; the text encoder is T5-XXL's.
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")

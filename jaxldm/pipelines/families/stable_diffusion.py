@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import Family, Folder, class_named
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
@@ -61,6 +62,11 @@ def check(pipe: Pipeline) -> None:
         )
 
 
+def text_widths(pipe: Pipeline) -> TextWidths:
+    """The states alone."""
+    return TextWidths(pipe.unet.config.cross_attention_dim)
+
+
 def class_name(pipe: Pipeline) -> str:
     """Inpainting and guidance-distilled networks have a class of their own in diffusers."""
     kind = "Inpaint" if pipe.latent_spec.takes_mask else "LatentConsistency"
@@ -87,4 +93,5 @@ STABLE_DIFFUSION = Family(
     denoisers=("unet",),
     encode=encode,
     defaults=defaults,
+    text_widths=text_widths,
 )

@@ -18,6 +18,7 @@ import numpy as np
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import (
     Family,
     Folder,
@@ -46,6 +47,7 @@ def encode(
     negative_prompt_2: str | list[str] | None = None,
     negative_prompt_3: str | list[str] | None = None,
     max_sequence_length: int | None = None,
+    clip_skip: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The penultimate states of both CLIPs, side by side, behind them T5's; and the CLIPs' pooled states.
 
@@ -53,6 +55,7 @@ def encode(
         prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other texts for the larger CLIP and T5.
         max_sequence_length: tokens that T5 sees, up to 512; None: 256, or fewer where its tokenizer has
             fewer. The CLIPs see 77.
+        clip_skip: leave out this many more of the CLIPs' last layers, for both prompts.
 
     Raises:
         InvalidArgumentError: a number of texts or of tokens that does not fit.
@@ -70,8 +73,9 @@ def encode(
             ("negative_prompt_3", negative_prompt_3),
         )
     )
-    cond = _encode_all(pipe, prompts, second, third, max_sequence_length)
-    return cond, _encode_all(pipe, negatives, negative_second, negative_third, max_sequence_length)
+    options = {"max_sequence_length": max_sequence_length, "clip_skip": clip_skip}
+    cond = _encode_all(pipe, prompts, second, third, **options)
+    return cond, _encode_all(pipe, negatives, negative_second, negative_third, **options)
 
 
 def _encode_all(
@@ -80,6 +84,7 @@ def _encode_all(
     second: list[str] | None,
     third: list[str] | None,
     max_sequence_length: int,
+    clip_skip: int,
 ) -> dict[str, Any]:
     width, clips = pipe.transformer.config.joint_attention_dim, []
     clip_tokens = [tokenizer.max_length for tokenizer in (pipe.tokenizer, pipe.tokenizer_2) if tokenizer]
@@ -91,7 +96,8 @@ def _encode_all(
             continue
         # The same text has the same tokens in both: one warning is enough.
         warn = own is not None or k == 0 or pipe.text_encoder is None
-        clips.append(encode_texts(encoder, tokenizer, own or texts, skip=1, final_norm=False, warn=warn))
+        options = {"skip": 1 + clip_skip, "final_norm": False, "warn": warn}
+        clips.append(encode_texts(encoder, tokenizer, own or texts, **options))
     hidden = np.concatenate([clip.hidden for clip in clips], axis=-1)
     hidden = np.pad(hidden, ((0, 0), (0, 0), (0, width - hidden.shape[-1])))
     if pipe.text_encoder_3 is None:
@@ -117,6 +123,12 @@ def _clip_widths(pipe: Pipeline) -> list[tuple[int, int]]:
     if widths == [None, None]:
         return [(left, left), (0, 0)]
     return [(left, left) if width is None else width for width in widths]
+
+
+def text_widths(pipe: Pipeline) -> TextWidths:
+    """The states of all encoders, one behind the other, and the CLIPs' pooled ones side by side."""
+    config = pipe.transformer.config
+    return TextWidths(config.joint_attention_dim, config.pooled_projection_dim)
 
 
 def latent_spec(pipe: Pipeline) -> LatentSpec:
@@ -176,4 +188,5 @@ STABLE_DIFFUSION_3 = Family(
     encode=encode,
     latent_spec=latent_spec,
     grid=grid_to_t_min,
+    text_widths=text_widths,
 )

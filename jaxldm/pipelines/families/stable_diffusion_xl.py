@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.families import stable_diffusion
 from jaxldm.pipelines.family import Family, Folder, class_named
 from jaxldm.pipelines.inputs import Size
@@ -37,6 +38,7 @@ def encode(
     negative_crops_coords_top_left: Size | None = None,
     negative_target_size: Size | None = None,
     negative_aesthetic_score: float = 2.5,
+    clip_skip: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The penultimate states of both text encoders, the pooled one of the second, and the micro-conditioning.
 
@@ -47,18 +49,19 @@ def encode(
         aesthetic_score: of the refiner, in place of target_size.
         negative_original_size, negative_crops_coords_top_left, negative_target_size,
             negative_aesthetic_score: the same for the negative branch; default as for the other one.
+        clip_skip: leave out this many more of the encoders' last layers, for both prompts.
 
     Raises:
-        InvalidArgumentError: a number of texts that does not fit.
+        InvalidArgumentError: a number of texts that does not fit; as many layers as there are, or more.
     """
     prompts, negatives, _, size = request
     second = for_each(prompt_2, prompts, "prompt_2")
     negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
-    cond = _encode_both(pipe, prompts, second)
+    cond = _encode_both(pipe, prompts, second, clip_skip)
     if negatives is None and negative_second is None and pipe.force_zeros_for_empty_prompt:
         uncond = Encoded(*(np.zeros_like(part) for part in cond))
     else:
-        uncond = _encode_both(pipe, negatives or [""] * len(prompts), negative_second)
+        uncond = _encode_both(pipe, negatives or [""] * len(prompts), negative_second, clip_skip)
 
     original, target = original_size or size, target_size or size
     numbers = (*original, *crops_coords_top_left)
@@ -75,19 +78,21 @@ def encode(
     return _arguments(cond, numbers), _arguments(uncond, negative_numbers)
 
 
-def _encode_both(pipe: Pipeline, texts: Sequence[str], second_texts: list[str] | None) -> Encoded:
+def _encode_both(
+    pipe: Pipeline, texts: Sequence[str], second_texts: list[str] | None, clip_skip: int
+) -> Encoded:
     """Penultimate states, side by side, and the pooled state of the second encoder."""
     second = encode_texts(
         pipe.text_encoder_2,
         pipe.tokenizer_2,
         second_texts or texts,
-        skip=1,
+        skip=1 + clip_skip,
         final_norm=False,
         warn=second_texts is not None or pipe.text_encoder is None,  # the same text has the same tokens
     )
     if pipe.text_encoder is None:
         return second
-    first = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=1, final_norm=False)
+    first = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=1 + clip_skip, final_norm=False)
     return Encoded(np.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
 
 
@@ -103,6 +108,11 @@ def _arguments(encoded: Encoded, numbers: tuple[float, ...]) -> dict[str, Any]:
 def defaults(pipe: Pipeline) -> Defaults:
     """A scale of 5; a latent consistency model takes 8.5 as an input."""
     return Defaults(guidance_scale=8.5 if pipe.is_guidance_distilled else 5.0, strength=0.3)
+
+
+def text_widths(pipe: Pipeline) -> TextWidths:
+    """The states of both encoders side by side, and the pooled one of the second."""
+    return TextWidths(pipe.unet.config.cross_attention_dim, pipe.text_encoder_2.config.projection_dim)
 
 
 def class_name(pipe: Pipeline) -> str:
@@ -132,4 +142,5 @@ STABLE_DIFFUSION_XL = Family(
     denoisers=("unet",),
     encode=encode,
     defaults=defaults,
+    text_widths=text_widths,
 )

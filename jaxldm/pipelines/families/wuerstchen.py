@@ -34,8 +34,8 @@ from jaxldm.pipelines.prompts import as_texts, encode_texts
 
 TRAINED_SIZE = (1024, 1024)  # the smallest images of the training
 OUTPUTS = ("images", "latents", "image_embeddings")
-_UNUSED = ("image", "strength", "mask_image", "tiling")
-_OF_BOTH = ("batch_size", "devices", "in_flight", "on_step", "progress", "compile_only")
+_UNUSED = ("image", "strength", "mask_image", "resize", "tiling")
+_OF_BOTH = ("batch_size", "devices", "in_flight", "on_step", "on_x0", "progress", "compile_only")
 
 
 def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -263,7 +263,7 @@ def draw_both(
         options: of `generate`, for the prior, which decides what is in the image; default 60 steps.
             `spacing="stage_c"` with 29 steps is the authors' faster choice. Those that begin with "decoder_",
             as `decoder_num_inference_steps`, are the decoder's; default 12 steps, a guidance scale of 1. Both
-            stages take batch_size, devices, in_flight, on_step, progress and compile_only.
+            stages take batch_size, devices, in_flight, on_step, on_x0, progress and compile_only.
 
     Raises:
         UnknownNameError, InvalidArgumentError: before a network is compiled.
@@ -331,6 +331,9 @@ WUERSTCHEN = Family(
     latent_spec=lambda pipe: decoder_latents(decoder_stage(pipe)),
     call=draw_both,
     num_callbacks=count_both,
-    unused=(*_UNUSED, "latents", "denoising_start", "denoising_end", "previews", "true_cfg_scale"),
+    unused=(
+        *(*_UNUSED, "latents", "denoising_start", "denoising_end", "previews", "true_cfg_scale"),
+        "output_type",
+    ),
     methods={"prior_stage": prior_stage, "decoder_stage": decoder_stage},
 )
