@@ -322,7 +322,7 @@ def of_pipelines() -> list[Mistake]:
         Mistake("pipe: prompt=", lambda: pipe(KEY, prompt="a cat"), r"write class_labels=\[3\]"),
         Mistake("pipe: class_labels=", lambda: texts(KEY, class_labels=[1]), "write prompt='a cat'"),
         Mistake("pipe: no key", lambda: pipe(class_labels=[1]), r"write jax\.random\.key\(0\)"),
-        Mistake("pipe: no prompt", lambda: texts(KEY), "missing a required argument: 'prompt'"),
+        Mistake("pipe: no prompt", lambda: texts(KEY), "write prompt='a cat'"),
         Mistake("pipe: twice", lambda: pipe(KEY, [1], class_labels=[1]), "multiple values"),
         Mistake("pipe: steps", lambda: pipe(KEY, [1], steps=5), "did you mean 'num_inference_steps'"),
         Mistake(

@@ -86,6 +86,17 @@ class Tokenizer:
             texts = [text if f"{word}_1" in text else text.replace(word, spelled) for text in texts]
         return texts
 
+    @checked(prompt=text)
+    def ids_of(self, prompt: str) -> list[int]:
+        """The tokens of a text, without the special ones at its ends, and of any number."""
+        return self.backend.encode(self._with_all_tokens([prompt])[0], add_special_tokens=False).ids
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The special tokens at both ends of a text (CLIP)."""
+        first, last = self.backend.encode("").ids
+        return first, last
+
     @property
     def largest_token(self) -> int:
         """The largest number that a text can have in it."""

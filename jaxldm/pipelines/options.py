@@ -83,6 +83,8 @@ CHECKS: Mapping[str, Check] = {
     "on_x0": optional(function("(step, t, latents, x_0)")),
     "progress": optional(function("(steps done, steps in all)")),
     "compile_only": flag,
+    "clip_skip": count(0),
+    "prompt_syntax": choice("prompt_syntax", ("plain", "chunks", "weights")),
     "max_sequence_length": optional(count(1)),
     "original_size": optional(pair()),
     "target_size": optional(pair()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from jaxldm.arguments import text as a_text
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.text_encoder import check_token_ids
 from jaxldm.pipelines.network import A_NETWORK, Network
+
+_WEIGHT = re.compile(r"(?<!\\)\([^()]*:\s*[+-]?\d*\.?\d+\s*\)")  # (cat:1.3), as other programs read it
 
 
 class Encoded(NamedTuple):
@@ -43,8 +46,10 @@ def as_texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     >>> as_texts("a cat")
     ['a cat']
     """
+    if prompt is None:
+        raise refuse(name, "a text or a list of texts", None, f"{name}='a cat'")
     texts = [prompt] if isinstance(prompt, str) else prompt
-    if texts is None or isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__"):
+    if isinstance(texts, (bytes, dict)) or not hasattr(texts, "__iter__"):
         raise InvalidArgumentError(f"{name} must be a text or a list of texts, got {shown(prompt)}")
     texts = list(texts)
     if not texts:
@@ -140,6 +145,12 @@ def encode_texts(
     for k, (text, ids, cut) in enumerate(zip(texts, np.asarray(tokens.input_ids), tokens.cut, strict=True)):
         if text in known:
             continue
+        if warn and _WEIGHT.search(text):
+            warnings.warn(
+                f"the prompt {_shortened(text)!r} has a weight such as (cat:1.3), which is read as plain "
+                "text: prompt_syntax='weights' reads it, in Stable Diffusion 1, 2 and XL",
+                stacklevel=2,
+            )
         cut = "" if behind.endswith(cut) else cut.removesuffix(behind).strip()
         if warn and cut:
             warnings.warn(

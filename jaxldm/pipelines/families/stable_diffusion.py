@@ -13,26 +13,33 @@ from jaxldm.pipelines.call import Defaults, Request
 from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import Family, Folder, class_named
 from jaxldm.pipelines.pipeline import Pipeline
-from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.weighted_prompts import text_encoding
 
 # Of families that were published with a safety checker, which is not read or written here: without this
 # diffusers opens the folder with a line about it.
 WITHOUT_SAFETY_CHECKER = {"requires_safety_checker": False}
 
 
-def encode(pipe: Pipeline, request: Request, *, clip_skip: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+def encode(
+    pipe: Pipeline, request: Request, *, clip_skip: int = 0, prompt_syntax: str = "plain"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The encoder's last states; where there is no negative prompt, those of the empty one.
 
     Args:
         clip_skip: leave out this many of the encoder's last layers, for both prompts. Models that were
             trained so say "clip skip 2" where this is 1.
+        prompt_syntax: "plain"; "chunks" takes texts beyond 77 tokens; "weights" these and `(cat:1.3)`, see
+            `weighted_prompts`. All texts of a call get as many chunks as the longest.
 
     Raises:
         InvalidArgumentError: as many layers as there are, or more.
     """
 
+    texts = [*request.prompts, *(request.negatives or [""])]
+    encoding = text_encoding(prompt_syntax, [(pipe.text_encoder, pipe.tokenizer, texts)])
+
     def states(texts: list[str]) -> dict[str, Any]:
-        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=clip_skip)
+        encoded = encoding(pipe.text_encoder, pipe.tokenizer, texts, skip=clip_skip)
         return {"encoder_hidden_states": encoded.hidden}
 
     return request.both(states)

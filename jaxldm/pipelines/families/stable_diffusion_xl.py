@@ -10,7 +10,8 @@ Playground v2.5 is an SDXL base on EDM's path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from jaxldm.pipelines.families import stable_diffusion
 from jaxldm.pipelines.family import Family, Folder, class_named
 from jaxldm.pipelines.inputs import Size
 from jaxldm.pipelines.pipeline import Pipeline
-from jaxldm.pipelines.prompts import Encoded, encode_texts, for_each
+from jaxldm.pipelines.prompts import Encoded, for_each
+from jaxldm.pipelines.weighted_prompts import text_encoding
 
 
 def encode(
@@ -39,6 +41,7 @@ def encode(
     negative_target_size: Size | None = None,
     negative_aesthetic_score: float = 2.5,
     clip_skip: int = 0,
+    prompt_syntax: str = "plain",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The penultimate states of both text encoders, the pooled one of the second, and the micro-conditioning.
 
@@ -50,6 +53,7 @@ def encode(
         negative_original_size, negative_crops_coords_top_left, negative_target_size,
             negative_aesthetic_score: the same for the negative branch; default as for the other one.
         clip_skip: leave out this many more of the encoders' last layers, for both prompts.
+        prompt_syntax: "plain", "chunks" or "weights", as in Stable Diffusion; of all texts.
 
     Raises:
         InvalidArgumentError: a number of texts that does not fit; as many layers as there are, or more.
@@ -57,11 +61,24 @@ def encode(
     prompts, negatives, _, size = request
     second = for_each(prompt_2, prompts, "prompt_2")
     negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
-    cond = _encode_both(pipe, prompts, second, clip_skip)
+    empty = [""] * len(prompts)
+    encoding = text_encoding(
+        prompt_syntax,
+        [
+            (pipe.text_encoder, pipe.tokenizer, [*prompts, *(negatives or empty)]),
+            (
+                pipe.text_encoder_2,
+                pipe.tokenizer_2,
+                [*(second or prompts), *(negative_second or negatives or empty)],
+            ),
+        ],
+    )
+    encode_all = functools.partial(_encode_both, pipe, encoding, clip_skip)
+    cond = encode_all(prompts, second)
     if negatives is None and negative_second is None and pipe.force_zeros_for_empty_prompt:
         uncond = Encoded(*(np.zeros_like(part) for part in cond))
     else:
-        uncond = _encode_both(pipe, negatives or [""] * len(prompts), negative_second, clip_skip)
+        uncond = encode_all(negatives or empty, negative_second)
 
     original, target = original_size or size, target_size or size
     numbers = (*original, *crops_coords_top_left)
@@ -79,10 +96,14 @@ def encode(
 
 
 def _encode_both(
-    pipe: Pipeline, texts: Sequence[str], second_texts: list[str] | None, clip_skip: int
+    pipe: Pipeline,
+    encoding: Callable[..., Encoded],
+    clip_skip: int,
+    texts: Sequence[str],
+    second_texts: list[str] | None,
 ) -> Encoded:
     """Penultimate states, side by side, and the pooled state of the second encoder."""
-    second = encode_texts(
+    second = encoding(
         pipe.text_encoder_2,
         pipe.tokenizer_2,
         second_texts or texts,
@@ -92,7 +113,7 @@ def _encode_both(
     )
     if pipe.text_encoder is None:
         return second
-    first = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, skip=1 + clip_skip, final_norm=False)
+    first = encoding(pipe.text_encoder, pipe.tokenizer, texts, skip=1 + clip_skip, final_norm=False)
     return Encoded(np.concatenate([first.hidden, second.hidden], axis=-1), second.pooled)
 
 
