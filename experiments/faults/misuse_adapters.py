@@ -54,7 +54,7 @@ def words() -> list[Case]:
     tokenizer = c.load_tokenizer(here / "tokenizer")
     hints = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
     return [
-        case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors"),
+        case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors", word=None),
         case(
             "checkpoints.save_embedding",
             c.save_embedding,
@@ -70,6 +70,7 @@ def words() -> list[Case]:
             pipe=class_pipeline(),
             word="<cat>",
             vectors=vectors,
+            vectors_2=None,
             words=hints,
         )._replace(refusal="family"),
         case(
@@ -77,6 +78,7 @@ def words() -> list[Case]:
             pipelines.with_embedding,
             pipe=class_pipeline(),
             path=here / "a.safetensors",
+            word=None,
             words=hints,
         )._replace(refusal="family"),
     ]

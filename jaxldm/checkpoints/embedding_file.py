@@ -2,8 +2,12 @@
 
 | tensors in the file | written by |
 |---|---|
-| one, named as its word: `<cat-toy>` `[n, d]` or `[d]` | diffusers |
+| one, named as its word: `<cat-toy>` `[n, d]` or `[d]` | diffusers, in .safetensors and .bin |
 | `emb_params` `[n, d]`; the word is the name of the file | A1111's programs |
+| `string_to_param` of `*`: `[n, d]`; the word is the name of the file | A1111's programs, in .pt |
+| `clip_l` `[n, d]` and `clip_g` `[n, e]`; the word is the name of the file | others, for SDXL |
+
+A .bin or .pt is a pickle, of which `torch_file` reads arrays and nothing else.
 
 A word of several embeddings is spelled as diffusers spells it: `<cat-toy> <cat-toy>_1 <cat-toy>_2`.
 """
@@ -19,23 +23,34 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxldm.arguments import a_path, array, checked, instance, refuse
+from jaxldm.arguments import a_path, array, checked, instance, optional, refuse
 from jaxldm.arguments import count as whole_number
 from jaxldm.checkpoints.safetensors_file import open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.tokenizer import Tokenizer, word_of_several
+from jaxldm.checkpoints.torch_file import read_torch_file
 from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
 from jaxldm.files import write_atomically
 from jaxldm.reading import some_of
 
 EMBEDDING_FILE = "learned_embeds.safetensors"  # the name that diffusers looks for
+PICKLES = (".pt", ".bin", ".pth")
+_PAIR = ("clip_l", "clip_g")
+_UNNAMED = ("emb_params", "string_to_param.*")
 VECTORS = array("floating", "[n, d]", axes=2, filled=True)
 
 
 class WordEmbedding(NamedTuple):
-    """A word and its embeddings, one for each of the tokens that it becomes."""
+    """A word and its embeddings, one for each of the tokens that it becomes.
+
+    Attributes:
+        word: as it stands in prompts.
+        vectors: for the text encoder.
+        vectors_2: for the second text encoder of SDXL; None of other files.
+    """
 
     word: str
     vectors: Float[np.ndarray, "n d"]
+    vectors_2: Float[np.ndarray, "n e"] | None = None
 
 
 def a_word(name: str, value: Any) -> str:
@@ -59,24 +74,36 @@ def save_embedding(path: Path | str, word: str, vectors: Float[np.ndarray, "n d"
     write_atomically(path, safetensors_chunks({word: np.asarray(vectors, np.float32)}))
 
 
-@checked(path=a_path)
-def load_embedding(path: Path | str) -> WordEmbedding:
+@checked(path=a_path, word=optional(a_word))
+def load_embedding(path: Path | str, word: str | None = None) -> WordEmbedding:
     """The word and its embeddings of a file, or of the folder that holds `learned_embeds.safetensors`.
 
+    Args:
+        path: of one of the forms above.
+        word: in place of the one that the file, or its name, says.
+
     Raises:
-        CheckpointError: no such file, a pickle file, a damaged one, or one of something else.
+        CheckpointError: no such file, a damaged one, one of something else, or a pickle that would run a
+            program; NaN.
     """
     path = Path(path)
     path = path / EMBEDDING_FILE if path.is_dir() else path
-    tensors = open_safetensors(path).tensors
-    (word, tensor), *others = tensors.items() or [("", None)]
-    if others or tensor is None or len(tensor.shape) not in (1, 2) or 0 in tensor.shape:
+    tensors = read_torch_file(path) if path.suffix in PICKLES else open_safetensors(path).tensors
+    found = {name: tensor for name, tensor in tensors.items() if not name.startswith("string_to_token")}
+    names = _PAIR if found.keys() == set(_PAIR) else tuple(found)
+    proper = [len(tensor.shape) in (1, 2) and 0 not in tensor.shape for tensor in found.values()]
+    if not all(proper) or not (len(names) == 1 or names == _PAIR):
         there = some_of([f"{name} {list(each.shape)}" for name, each in tensors.items()]) or "nothing"
         raise CheckpointError(
             f"{path} is no file of one word, with a tensor [n, d] or [d] named as it: it holds {there}"
         )
-    vectors = np.atleast_2d(np.asarray(tensor)).astype(np.float32)
-    return WordEmbedding(path.stem if word == "emb_params" else word, vectors)
+    vectors = [np.atleast_2d(np.asarray(found[name])).astype(np.float32) for name in names]
+    if not all(np.isfinite(each).all() for each in vectors):
+        raise CheckpointError(f"{path}: its embeddings hold NaN or infinity")
+    if len({len(each) for each in vectors}) != 1:
+        raise CheckpointError(f"{path}: {_PAIR[0]} and {_PAIR[1]} are of different numbers of tokens")
+    own = names[0] not in (*_UNNAMED, *_PAIR)
+    return WordEmbedding(word or (names[0] if own else a_word("the name of the file", path.stem)), *vectors)
 
 
 @checked(

@@ -122,8 +122,8 @@ class Sample:
     lora_scale: Annotated[float | None, shown("FLOAT", "1")] = None
     """How much of --lora to merge."""
 
-    embedding: Annotated[str | None, shown("FILE", "none")] = None
-    """File of textual inversion, whose word may then stand in --prompt (Stable Diffusion)."""
+    embedding: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
+    """Files of textual inversion, whose words may then stand in --prompt (Stable Diffusion 1, 2 and XL)."""
 
     options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", "none")] = None
     """Options that only the model's family has, as in `--options clip_skip=1 original_size=[768,768]`."""
@@ -304,8 +304,8 @@ class Sample:
                 "folder, as described on the page of the model"
             )
         pipe = self._with_lora(pipe)
-        if self.embedding is not None:
-            pipe = pipelines.with_embedding(pipe, self.embedding)
+        for file in self.embedding or ():
+            pipe = pipelines.with_embedding(pipe, file)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
