@@ -437,7 +437,7 @@ def batches_in_memory() -> list[Case]:
                 "batch_size": 1,
                 "key": KEY,
             },
-            words={"batch_size": "batch_size|examples", "bucket_of": "bucket"},
+            words={"batch_size": "batch_size|examples", "bucket_of": "bucket", "rows": "rows|bucket_of"},
         ),
         Case(
             "data.Reader",
