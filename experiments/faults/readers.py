@@ -127,6 +127,9 @@ def _shards() -> dict[str, bytes]:
     }
 
 
+_HADAMARD = ("w1_a", "w1_b", "w2_a", "w2_b")
+
+
 def _lora_tensors(spelling: str) -> dict[str, np.ndarray]:
     down, up = (np.ones(shape, np.float32) for shape in ((2, 4), (4, 2)))
     if spelling == "kohya":
@@ -136,6 +139,11 @@ def _lora_tensors(spelling: str) -> dict[str, np.ndarray]:
             f"{name}.lora_up.weight": up,
             f"{name}.alpha": np.array(1.0),
         }
+    if spelling == "lycoris":
+        hadamard = {f"{place}.hada_{part}": down.T @ down for place in ("a", "b") for part in _HADAMARD}
+        dora = {"c.lora_down.weight": down, "c.lora_up.weight": up, "c.dora_scale": up[:, :1]}
+        kronecker = {"d.lokr_w1": down, "d.lokr_w2_a": down.T, "d.lokr_w2_b": down, "d.diff_b": up[0]}
+        return {f"lycoris_{name}": value for name, value in (hadamard | dora | kronecker).items()}
     name = "unet.mid_block.attentions.0.proj_in"
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
@@ -153,7 +161,7 @@ def lora_files(spelling: str) -> dict[str, bytes]:
         metadata["lora_adapter_metadata"] = json.dumps(
             {f"unet.{key}": value for key, value in settings.items()}
         )
-    tensors = _lora_tensors("kohya" if spelling == "kohya" else "peft")
+    tensors = _lora_tensors("peft" if spelling == "diffusers" else spelling)
     return {"pytorch_lora_weights.safetensors": safetensors_bytes(tensors, metadata)}
 
 
@@ -432,7 +440,7 @@ def readers() -> dict[str, Reader]:
     }
     for name in SCHEDULERS:
         named[f"scheduler {name}"] = Reader(_scheduler_files(name), _scheduler, 2.0)
-    for spelling in ("kohya", "diffusers", "peft"):
+    for spelling in ("kohya", "diffusers", "peft", "lycoris"):
         named[f"LoRA of {spelling}"] = Reader(lora_files(spelling), checkpoints.load_lora, 3.0)
     for name, files in (("CLIP", _clip_files()), ("BERT", _bert_files()), ("T5", t5_files())):
         named[f"tokenizer of {name}"] = Reader(files, _tokenizer, 3.0)

@@ -1,16 +1,8 @@
 """LoRA files: small matrices that change the weights of a published model. Hu et al. 2021, arXiv:2106.09685.
 
-W' = W + scale * (alpha / r) * up @ down, with `down` of r rows and `up` of r columns. The files come from two
-families of programs, which name the same module differently:
-
-| written by | the U-Net's module `down_blocks.0.attentions.1...attn1.to_q` is |
-|---|---|
-| kohya's scripts | `lora_unet_down_blocks_0_attentions_1_..._to_q.lora_down.weight`, `.lora_up`, `.alpha` |
-| the same for XL | `lora_unet_input_blocks_4_1_..._to_q.lora_down.weight`: the names of the original files |
-| diffusers, PEFT | `unet.down_blocks.0.attentions.1...attn1.to_q.lora_A.weight`, `.lora_B.weight` |
-| older diffusers | `unet....attn1.to_q.lora.down.weight`, `....attn1.processor.to_q_lora.down.weight` |
-
-So the names in the file are not parsed: every module of the model is spelled in every way and looked up.
+W' = W + scale * (alpha / r) * up @ down, with `down` of r rows and `up` of r columns; `lora_layers` has the
+other kinds: DoRA, LoHa, LoKr, whole differences, biases. Programs name the same module in many ways, not all
+of which can be parsed: `lora_names` spells every module of the model in every way, and names are looked up.
 
 Every layer has its own alpha, as in kohya's scripts. diffusers 0.42 replaces those of attention layers, where
 they differ within a file, by the most common one, so that its fused weights differ.
@@ -18,10 +10,10 @@ they differ within a file, by the most common one, so that its fused weights dif
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,38 +22,24 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxldm.arguments import a_path, checked, instance, number
-from jaxldm.checkpoints.names import (
-    COMPONENTS,
-    ENCODER_PREFIXES,
-    PublishedTensor,
-    placed,
-    published,
-)
-from jaxldm.checkpoints.original.layout import place_of
-from jaxldm.checkpoints.original.stable_diffusion import unet_table
-from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor, open_safetensors
+from jaxldm.arguments import a_path, checked, instance, number, several
+from jaxldm.checkpoints.lora_layers import LoraLayer, Whole, change_fits, kind_of_change
+from jaxldm.checkpoints.lora_names import DENOISERS, Target, component_of, targets
+from jaxldm.checkpoints.names import COMPONENTS, PublishedTensor, placed
+from jaxldm.checkpoints.original.layout import Form
+from jaxldm.checkpoints.safetensors_file import StoredTensor, open_safetensors
 from jaxldm.entries import read_values
-from jaxldm.errors import CheckpointError, one_of
-from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
+from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.reading import parse_json, read_json, reading, shown, some_of
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
-# What kohya's names begin with, for each component.
-_KOHYA = {
-    "unet": ("lora_unet_",),
-    "transformer": ("lora_unet_", "lora_transformer_"),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-    "text_encoder_3": ("lora_te3_",),
-}
-COMPONENT_NAMES = tuple(_KOHYA)
-_DENOISERS = ("unet", "transformer")
 _TENSOR = re.compile(
     r"(?P<module>.+?)(?:"
-    r"\.lora_(?P<peft>[AB])(?:\.[\w-]+)?\.weight"  # with the name of the adapter in between, or without
+    r"\.lora_(?P<peft>[AB])(?:\.[\w-]+)?\.(?P<leaf>weight|bias)"  # with the adapter's name in it, or without
     r"|(?P<old>_lora)?\.(?:lora_linear_layer\.|lora\.|lora_)?(?P<part>down|up|mid)\.weight"
-    r"|(?P<alpha>\.alpha))"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.[\w-]+)?(?:\.weight)?"
+    r"|\.(?P<lycoris>(?:hada|lokr)_\w+)(?:\.[\w-]+)?"
+    r"|\.(?P<one>alpha|dora_scale|diff|diff_b|w_norm|b_norm))"
 )
 _OLD_PROJECTIONS = {
     "to_q_lora": ("to_q", "q_proj"),
@@ -71,39 +49,13 @@ _OLD_PROJECTIONS = {
 }
 
 
-class LoraLayer(NamedTuple):
-    """The change of one module's weight: `up @ down`, times `multiplier`.
-
-    Attributes:
-        down: `[r, in]`, or `[r, in, h, w]` for a convolution.
-        up: `[out, r]` or `[out, r, 1, 1]`.
-        mid: None, or `[r, r, h, w]` between a `down` and an `up` of 1x1.
-        multiplier: alpha / r.
-        tensors: the names of its tensors in the file.
-    """
-
-    down: Tensor
-    up: Tensor
-    mid: Tensor | None
-    multiplier: float
-    tensors: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the change: `[out, in]` or `[out, in, h, w]`."""
-        spatial = self.down if self.mid is None else self.mid
-        return (self.up.shape[0], self.down.shape[1], *spatial.shape[2:])
-
-    def change(self) -> np.ndarray:
-        """The change: multiplier * up @ mid @ down, float32, of shape `shape`."""
-        up, down = (np.asarray(part).astype(np.float32) for part in (self.up, self.down))
-        up, down = up.reshape(up.shape[:2]), down if self.mid is None else down.reshape(down.shape[:2])
-        if self.mid is None:
-            change = up @ down.reshape(len(down), -1)
-        else:
-            mid = np.asarray(self.mid).astype(np.float32)
-            change = np.einsum("oa,abhw,bi->oihw", up, mid, down, optimize=True)
-        return self.multiplier * change.reshape(self.shape)
+def _role(match: re.Match[str]) -> str:
+    """What a tensor is in its layer, by its name."""
+    if match["peft"]:
+        if match["leaf"] == "bias":
+            return "bias" if match["peft"] == "B" else ""
+        return {"A": "down", "B": "up"}[match["peft"]]
+    return match["part"] or match["lycoris"] or match["one"] or "magnitude"
 
 
 class Lora(NamedTuple):
@@ -119,17 +71,18 @@ class Lora(NamedTuple):
 
     def of(self, *components: str) -> Lora:
         """The layers of these components ("unet", "text_encoder", ...)."""
-        layers = {name: layer for name, layer in self.layers.items() if _component(name) in components}
+        wanted = {*components, *(DENOISERS if set(DENOISERS) & set(components) else ())}
+        layers = {name: layer for name, layer in self.layers.items() if component_of(name) in wanted}
         return self._replace(layers=layers)
 
 
 @checked(path=a_path)
 def load_lora(path: Path | str) -> Lora:
-    """Opens a LoRA file in the format of kohya's scripts or of diffusers, or the folder that holds one.
+    """Opens a LoRA file of any program in `lora_names`, or the folder that holds one.
 
     Raises:
-        CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that do
-            not belong to a plain LoRA (DoRA, LoHa, LoKr) or have no counterpart: they are named.
+        CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that
+            belong to no kind of layer in `lora_layers` or have no counterpart: they are named.
 
     >>> from jaxldm import checkpoints                                                   # doctest: +SKIP
     >>> lora = checkpoints.load_lora("pixel-art.safetensors")                            # doctest: +SKIP
@@ -147,28 +100,31 @@ def _read_layers(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
     unknown = []
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
-        role = match and ({"A": "down", "B": "up"}.get(match["peft"]) or match["part"] or "alpha")
+        role = _role(match) if match else ""
         module = _module(match["module"] + (match["old"] or "")) if match else ""
         if not role or role in modules.setdefault(module, {}):
             unknown.append(f"{name} {tensor.shape}")
         else:
             modules[module][role] = tensor
-    modules = {module: parts for module, parts in modules.items() if parts}
-    unknown += [
-        f"{tensor.name} {tensor.shape}, without its counterpart"
-        for parts in modules.values()
-        if not {"down", "up"} <= parts.keys()
-        for tensor in parts.values()
-    ]
+    kinds: dict[str, Any] = {}
+    for module, parts in modules.items():
+        try:
+            kinds[module] = kind_of_change(parts) if parts else None
+        except ValueError:
+            unknown += [f"{part.name} {part.shape}, without its counterpart" for part in parts.values()]
     if unknown:
         raise CheckpointError(
-            f"{path} holds tensors that are not of a plain LoRA (matrices down and up, one number alpha): "
+            f"{path} holds tensors that are not of a LoRA, DoRA, LoHa or LoKr as it is known here: "
             + some_of(unknown, length=4000)
         )
+    modules = {module: parts for module, parts in modules.items() if parts}
     if not modules:
         raise CheckpointError(f"{path} holds no LoRA layers")
     settings = _settings(path, metadata)
-    return Lora(path, {module: _layer(path, module, parts, settings) for module, parts in modules.items()})
+    layers = {
+        module: _layer(path, module, kinds[module], parts, settings) for module, parts in modules.items()
+    }
+    return Lora(path, layers)
 
 
 A_LORA = instance(Lora, "a LoRA from checkpoints.load_lora(path)")
@@ -181,49 +137,106 @@ def a_scale(name: str, value: Any) -> Any:
     return number()(name, value)
 
 
-@checked(components=COMPONENTS, lora=A_LORA, scale=a_scale)
-def merge_lora(
-    components: Mapping[str, Any], lora: Lora, scale: float | Mapping[str, float] = 1.0
-) -> dict[str, Any]:
-    """Adds a LoRA to the weights: W + scale * (alpha / r) * up @ down in place of W.
+def some_loras(name: str, value: Any) -> Any:
+    """One LoRA, or several."""
+    if isinstance(value, (list, tuple)) and not isinstance(value, Lora):
+        return several(A_LORA, "LoRAs from checkpoints.load_lora(path)")(name, value)
+    return A_LORA(name, value)
 
-    One weight at a time, in float32; each keeps its dtype and its devices.
+
+def some_scales(name: str, value: Any) -> Any:
+    """The scale of one LoRA, or those of several."""
+    if isinstance(value, (list, tuple)):
+        return [a_scale(f"{name}[{place}]", each) for place, each in enumerate(value)]
+    return a_scale(name, value)
+
+
+def scale_of_each(count: int, scale: Any) -> list[Any]:
+    """A scale for each of so many LoRAs; one is that of all."""
+    scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
+    if len(scales) != count:
+        raise InvalidArgumentError(
+            f"scale has {len(scales)} numbers for {count} LoRAs: give one for all, or one for each"
+        )
+    return scales
+
+
+Change = tuple[PublishedTensor, Callable[[], np.ndarray]]
+
+
+@checked(components=COMPONENTS, lora=some_loras, scale=some_scales)
+def merge_lora(
+    components: Mapping[str, Any],
+    lora: Lora | Sequence[Lora],
+    scale: float | Mapping[str, float] | Sequence[float | Mapping[str, float]] = 1.0,
+) -> dict[str, Any]:
+    """Adds LoRAs to the weights: W + scale * change in place of W, see `lora_layers`.
+
+    Changes of several LoRAs add up, each of them that of the weights as they are given: a DoRA with other
+    adapters next to it does not depend on their order. One weight at a time, in float32; each keeps its dtype
+    and its devices.
 
     Args:
         components: of `load_components`: name -> (module, params); entries that are no networks pass through.
-        lora: of `load_lora`.
+        lora: of `load_lora`, one or several.
         scale: one number for all components, or one for each; components that it does not name are unchanged.
+            Of several LoRAs one for all, or a list.
 
     Returns:
         The components with the changed weights.
 
     Raises:
         CheckpointError: layers that match no module of the components, or have another shape than its weight:
-            all are named, and nothing is merged.
+            all are named, and nothing is merged; NaN.
         UnknownNameError: `scale` names a component that is not given.
+        InvalidArgumentError: another number of scales than of LoRAs.
     """
     networks = {name: part for name, part in components.items() if _is_network(part)}
-    if isinstance(scale, Mapping):
-        scales = {
-            one_of("component of scale", name, networks): float(number) for name, number in scale.items()
-        }
-    else:
-        scales = dict.fromkeys(networks, float(scale))
-    places = _places(networks)
-    _check(lora, places)
-    layers: dict[tuple[str, tuple[str, ...]], list[tuple[PublishedTensor, LoraLayer]]] = {}
-    for module, layer in lora.layers.items():
-        component, tensor = places[module]
-        if component in scales:
-            layers.setdefault((component, tensor.path), []).append((tensor, layer))
+    loras = [lora] if isinstance(lora, Lora) else list(lora)
+    places = targets(networks)
+    changes: dict[tuple[str, tuple[str, ...]], list[Change]] = {}
+    for one, own in zip(loras, scale_of_each(len(loras), scale), strict=True):
+        scales = _scales(own, networks)
+        _check(one, places, networks)
+        for module, layer in one.layers.items():
+            target = places[module]
+            if target.component in scales:
+                for tensor, change in _changes(layer, target, scales[target.component]):
+                    changes.setdefault((target.component, tensor.path), []).append((tensor, change))
     changed: dict[str, dict] = {name: {} for name in networks}
-    for (component, path), of_one_parameter in layers.items():
-        changed[component][path] = _with_changes(of_one_parameter, scales[component])
+    for (component, path), of_one_parameter in changes.items():
+        changed[component][path] = _with_changes(of_one_parameter)
     merged = dict(components)
     for name, (module, params) in networks.items():
         flat = traverse_util.flatten_dict(params) | changed[name]
         merged[name] = (module, traverse_util.unflatten_dict(flat))
     return merged
+
+
+def _scales(scale: float | Mapping[str, float], networks: Mapping[str, Any]) -> dict[str, float]:
+    """The scale of each component that is to change."""
+    if not isinstance(scale, Mapping):
+        return dict.fromkeys(networks, float(scale))
+    return {one_of("component of scale", name, networks): float(number) for name, number in scale.items()}
+
+
+def _changes(layer: LoraLayer, target: Target, scale: float) -> Iterator[Change]:
+    """The published tensors that a layer changes, each with a function for what is added to it."""
+
+    def weight() -> np.ndarray:
+        (_, form), *_ = target.weight
+        return np.asarray(form.from_published(*(np.asarray(tensor) for tensor, _ in target.weight)))
+
+    def of_weight(form: Form) -> np.ndarray:
+        return scale * np.asarray(form.to_published(layer.weight_change(weight)))
+
+    def of_bias(form: Form) -> np.ndarray:
+        return scale * np.asarray(form.to_published(layer.bias_change()))
+
+    if layer.of_weight is not None:
+        yield from ((tensor, functools.partial(of_weight, form)) for tensor, form in target.weight)
+    if layer.bias is not None:
+        yield from ((tensor, functools.partial(of_bias, form)) for tensor, form in target.bias)
 
 
 def _file(path: Path) -> Path:
@@ -247,17 +260,10 @@ def _module(name: str) -> str:
     return ".".join([*parents, last])
 
 
-def _component(module: str) -> str:
-    """The component of a module by its name in the file: the denoiser, where the name does not tell."""
-    for component, prefixes in _KOHYA.items():
-        if module.startswith(prefixes):
-            return component
-    first = module.split(".")[0]
-    return first if first in _KOHYA else "unet"
-
-
 _TYPES = {
     "lora_alpha": float,
+    "alpha": float,
+    "r": int,
     "alpha_pattern": Mapping[str, float] | None,
     "use_rslora": bool | None,
 }
@@ -312,37 +318,59 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def _layer(
-    path: Path, module: str, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+    path: Path, module: str, kind: Any, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any]
 ) -> LoraLayer:
-    down, up, mid = parts["down"], parts["up"], parts.get("mid")
-    rank = down.shape[0] if down.shape else 0
-    fits = len(down.shape) in (2, 4) and len(up.shape) in (2, 4) and up.shape[2:] in ((), (1, 1))
-    between = (rank, rank) if mid is None else mid.shape[:2]
-    joined = fits and between[1] == rank and up.shape[1] == between[0] and rank > 0
-    if not joined or (mid is not None and (len(mid.shape) != 4 or down.shape[2:] not in ((), (1, 1)))):
-        shapes = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in parts.values())
-        raise CheckpointError(f"{path}: the matrices of a layer do not fit together: {shapes}")
     names = tuple(tensor.name for tensor in parts.values())
-    if "alpha" in parts:
-        alpha = np.asarray(parts["alpha"]).astype(np.float64)
-        if alpha.size != 1:
-            raise CheckpointError(f"{path}: {parts['alpha'].name} is {alpha.shape}, not one number")
-        if not np.isfinite(alpha).all():
-            raise CheckpointError(
-                f"{path}: {parts['alpha'].name} is {alpha.reshape(())}, which is not finite"
-            )
-        return LoraLayer(down, up, mid, float(alpha.reshape(())) / rank, names)
-    return LoraLayer(down, up, mid, _multiplier(module, rank, settings), names)
+    try:
+        multiplier = 1.0
+        if kind is not None and kind.shape and not isinstance(kind, Whole):
+            multiplier = _multiplier(module, kind.rank, _alpha(path, parts), settings)
+    except ValueError as error:
+        shapes = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in parts.values())
+        raise CheckpointError(f"{path}: the matrices of a layer do not fit together: {shapes}") from error
+    bias = next((parts[name] for name in ("bias", "diff_b", "b_norm") if name in parts), None)
+    magnitude = parts.get("magnitude", parts.get("dora_scale"))
+    shape = () if kind is None else kind.shape
+    if magnitude is not None and (len(shape) < 2 or isinstance(kind, Whole)):
+        raise CheckpointError(f"{path}: {magnitude.name} is of a layer without matrices")
+    by_columns = "dora_scale" in parts and magnitude.shape[:1] == (1,) and shape[0] != 1
+    if magnitude is not None and math.prod(magnitude.shape) != shape[1 if by_columns else 0]:
+        raise CheckpointError(
+            f"{path}: {magnitude.name} is {magnitude.shape}, which is no length for each of {shape[0]} rows "
+            f"or {shape[1]} columns"
+        )
+    bias_multiplier = multiplier if "bias" in parts else 1.0
+    return LoraLayer(kind, multiplier, magnitude, by_columns, bias, bias_multiplier, names)
 
 
-def _multiplier(module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """alpha / r by the settings of PEFT, 1 without settings. rsLoRA divides by sqrt(r): arXiv:2312.03732."""
-    prefix = f"{_component(module)}."
+def _alpha(path: Path, parts: Mapping[str, StoredTensor]) -> float | None:
+    """The alpha that stands among the tensors."""
+    if "alpha" not in parts:
+        return None
+    name, alpha = parts["alpha"].name, np.asarray(parts["alpha"]).astype(np.float64)
+    if alpha.size != 1:
+        raise CheckpointError(f"{path}: {name} is {alpha.shape}, not one number")
+    if not np.isfinite(alpha).all():
+        raise CheckpointError(f"{path}: {name} is {alpha.reshape(())}, which is not finite")
+    return float(alpha.reshape(()))
+
+
+def _multiplier(module: str, rank: int | None, alpha: float | None, settings: Mapping[str, Any]) -> float:
+    """alpha / r: of the tensors, or by the settings of PEFT; 1 without both, or where there is no r.
+
+    rsLoRA divides by sqrt(r): arXiv:2312.03732.
+    """
+    if alpha is not None:
+        return 1.0 if rank is None else alpha / rank
+    prefix = f"{component_of(module)}."
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
     own = own or settings
+    rank = own.get("r") if rank is None else rank
+    if not rank:
+        return 1.0
     patterns = own.get("alpha_pattern") or {}
     fitting = [number for key, number in patterns.items() if matches(key, module)]
-    alpha = fitting[0] if fitting else own.get("lora_alpha", rank)
+    alpha = fitting[0] if fitting else own.get("lora_alpha", own.get("alpha", rank))
     return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
@@ -350,73 +378,47 @@ def _is_network(part: Any) -> bool:
     return isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], nn.Module)
 
 
-def _places(networks: Mapping[str, tuple[nn.Module, dict]]) -> dict[str, tuple[str, PublishedTensor]]:
-    """Every spelling of every module with a weight matrix -> (component, the weight)."""
-    places: dict[str, tuple[str, PublishedTensor]] = {}
-    for component, (network, params) in networks.items():
-        matrices = {
-            name.removesuffix(".weight"): tensor
-            for name, tensor in published(params).items()
-            if tensor.path[-1] == "kernel"
-        }
-        bare = component in _DENOISERS or len(networks) == 1
-        original = _original_names(network.config, matrices)
-        for module, tensor in matrices.items():
-            for spelling in _spellings(component, module, original.get(module, module), bare):
-                places.setdefault(spelling, (component, tensor))
-    return places
-
-
-def _original_names(config: Any, modules: Iterable[str]) -> dict[str, str]:
-    """The names of the modules in original files, for U-Nets with such a layout."""
-    table = unet_table(config) if isinstance(config, UNet2DConditionConfig) else {}
-    names = {}
-    for module in modules:
-        with contextlib.suppress(CheckpointError):  # a module that the original layout does not have
-            names[module] = place_of(module, table).name
-    return names
-
-
-def _spellings(component: str, module: str, original: str, bare: bool) -> Iterator[str]:
-    names = {module, *(module.removeprefix(prefix) for prefix in ENCODER_PREFIXES)}
-    if not module.startswith(ENCODER_PREFIXES):
-        names |= {prefix + module for prefix in ENCODER_PREFIXES}
-    yield from (f"{component}.{name}" for name in names)
-    if bare:
-        yield from names
-    for prefix in _KOHYA.get(component, ()):
-        yield from (prefix + name.replace(".", "_") for name in (*names, original))
-
-
-def _check(lora: Lora, places: Mapping[str, tuple[str, PublishedTensor]]) -> None:
+def _check(lora: Lora, places: Mapping[str, Target], networks: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError`, with all names, unless every layer has its place and fits there."""
     unmatched = [name for name in lora.layers if name not in places]
     problems = [f"no such module: {tensor}" for name in unmatched for tensor in lora.layers[name].tensors]
     for name, layer in lora.layers.items():
-        if name in places and not _fits(layer.shape, places[name][1].shape):
-            shapes = f"{layer.shape} in the file, {places[name][1].shape} in the model"
-            problems.append(f"another shape: {name} is {shapes}")
+        if name not in places:
+            continue
+        bias = None if layer.bias is None else (math.prod(layer.bias.shape),)
+        for shape, parts, leaf in (
+            (layer.shape, places[name].weight, "weight"),
+            (bias, places[name].bias, "bias"),
+        ):
+            problems += [] if shape is None else _misfits(name, shape, parts, leaf)
     if problems:
-        others = sorted({_component(name) for name in unmatched} - {part for part, _ in places.values()})
+        others = sorted({component_of(name) for name in unmatched} - set(networks) - {"unet"})
         hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
         raise CheckpointError(f"{lora.path} does not fit the model: {some_of(problems, length=4000)}{hint}")
 
 
-def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether the shapes are equal, a 1x1 convolution counting as a matrix."""
-    plain = [shape[:2] if set(shape[2:]) <= {1} else shape for shape in (change, weight)]
-    return plain[0] == plain[1]
+def _misfits(
+    name: str, shape: tuple[int, ...], parts: Sequence[tuple[PublishedTensor, Form]], leaf: str
+) -> Iterator[str]:
+    """What is wrong with a change of that shape for these tensors."""
+    if not parts:
+        yield f"no such {leaf}: {name}"
+    stub = np.broadcast_to(np.float32(0), shape)
+    for tensor, form in parts:
+        part = tuple(form.to_published(stub).shape)
+        if not change_fits(part, tuple(tensor.shape)):
+            yield f"another shape: {name} is {part} in the file, {tuple(tensor.shape)} in the model"
 
 
-def _with_changes(layers: Sequence[tuple[PublishedTensor, LoraLayer]], scale: float) -> Any:
-    """The parameter that these layers change, in its dtype and on its devices."""
-    first = layers[0][0]
+def _with_changes(changes: Sequence[Change]) -> Any:
+    """The parameter with these changes added, in its dtype and on its devices."""
+    first = changes[0][0]
     blocks = []
     for weight in first.all_blocks:
         values = np.asarray(weight)
-        for tensor, layer in layers:
-            if tensor.block == weight.block:
-                change = (scale * layer.change()).reshape(weight.shape)
-                values = values.astype(np.float32) + change
+        own = [change for tensor, change in changes if tensor.block == weight.block]
+        if own:
+            values = values.astype(np.float32) + sum(change().reshape(weight.shape) for change in own)
         blocks.append(values)
     if isinstance(first.value, jax.Array):
         return placed(blocks, first, first.dtype, first.value.sharding if first.value.committed else None)

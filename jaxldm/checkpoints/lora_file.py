@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxldm.arguments import a_params, a_path, checked, choice, number, refuse
-from jaxldm.checkpoints.lora import COMPONENT_NAMES
+from jaxldm.checkpoints.lora_names import COMPONENT_NAMES
 from jaxldm.checkpoints.names import ENCODER_PREFIXES, published
 from jaxldm.checkpoints.safetensors_file import safetensors_chunks
 from jaxldm.errors import InvalidArgumentError, one_of

@@ -116,11 +116,11 @@ class Sample:
     refiner_start: Annotated[float | None, shown("FLOAT", "0.8")] = None
     """Fraction of the noise that the base model removes before the --refiner starts."""
 
-    lora: Annotated[str | None, shown("FILE", "none")] = None
-    """LoRA file to merge into the weights of the model."""
+    lora: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
+    """LoRA files (DoRA, LoHa, LoKr too) to merge into the weights of the model."""
 
-    lora_scale: Annotated[float | None, shown("FLOAT", "1")] = None
-    """How much of --lora to merge."""
+    lora_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "1")] = None
+    """How much of --lora to merge: one number for all files, or one for each."""
 
     embedding: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
     """Files of textual inversion, whose words may then stand in --prompt (Stable Diffusion 1, 2 and XL)."""
@@ -256,7 +256,8 @@ class Sample:
 
         if self.lora is None:
             return pipe
-        return pipelines.with_lora(pipe, self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
+        scales = self.lora_scale or (1.0,)
+        return pipelines.with_lora(pipe, self.lora, scales[0] if len(scales) == 1 else scales)
 
     def _of_classes(self) -> tuple[Any, float, Any, int]:
         """(images, guidance scale, labels, columns of the grid) of a model of classes."""

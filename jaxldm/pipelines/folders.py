@@ -35,7 +35,7 @@ from jaxldm.arguments import (
     several,
     text,
 )
-from jaxldm.checkpoints.lora import a_scale
+from jaxldm.checkpoints.lora import scale_of_each, some_scales
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.diffusion.predictions import A_PREDICTION
 from jaxldm.entries import read_value
@@ -307,20 +307,37 @@ def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[s
     }
 
 
-@checked(pipe=A_PIPELINE, path=a_path, scale=a_scale)
-def with_lora(pipe: Pipeline, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> Pipeline:
-    """The model with a LoRA file merged into its weights; the one that was given stays as it is.
+def some_paths(name: str, value: Any) -> Any:
+    """One path, or several."""
+    if isinstance(value, (list, tuple)):
+        return [a_path(f"{name}[{place}]", each) for place, each in enumerate(value)]
+    return a_path(name, value)
+
+
+@checked(pipe=A_PIPELINE, path=some_paths, scale=some_scales)
+def with_lora(
+    pipe: Pipeline,
+    path: str | Path | Sequence[str | Path],
+    scale: float | Mapping[str, float] | Sequence[float | Mapping[str, float]] = 1.0,
+) -> Pipeline:
+    """The model with LoRA files merged into its weights; the one that was given stays as it is.
+
+    Another file or scale compiles nothing; to swap adapters, call it again with the same `pipe`.
 
     Args:
-        path: a file of kohya's or of diffusers' kind, see `checkpoints.load_lora`.
-        scale: of all networks, or of each by name ("unet", "text_encoder", ...).
+        path: a file of any program, see `checkpoints.load_lora`, or several.
+        scale: of all networks, or of each by name ("unet", "text_encoder", ...). Of several files one for
+            all, or a list of one for each.
 
     Raises:
         CheckpointError: no such file, or one that does not fit the model.
         UnknownNameError: a scale for a network that the model lacks.
+        InvalidArgumentError: another number of scales than of files.
     """
+    paths = list(path) if isinstance(path, (list, tuple)) else [path]
+    scales = scale_of_each(len(paths), scale)
     parts = {name: (network.module, network.params) for name, network in pipe.networks.items()}
-    merged = checkpoints.merge_lora(parts, checkpoints.load_lora(path), scale)
+    merged = checkpoints.merge_lora(parts, [checkpoints.load_lora(each) for each in paths], scales)
     return pipe.replace(**{name: Network(*part) for name, part in merged.items()})
 
 

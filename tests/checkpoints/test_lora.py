@@ -448,8 +448,12 @@ def test_layers_that_match_nothing_are_all_named(sd15, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"lora_unet_a.dora_scale": (4, 1)}, r"plain LoRA.*lora_unet_a\.dora_scale \(4, 1\)"),
-        ({"lora_unet_b.hada_w1_a": (4, 2)}, r"lora_unet_b\.hada_w1_a"),
+        ({"lora_unet_b.oft_blocks": (4, 1)}, r"not of a LoRA, DoRA.*lora_unet_b\.oft_blocks \(4, 1\)"),
+        ({"lora_unet_b.hada_w1_a": (4, 2)}, r"lora_unet_b\.hada_w1_a .*without its counterpart"),
+        ({"lora_unet_b.lokr_w1": (4, 2), "lora_unet_b.lokr_w2_a": (4, 2)}, r"lokr_w2_a .*without"),
+        ({"lora_unet_a.hada_w1_a": (4, 2)}, r"lora_unet_a\.hada_w1_a .*without its counterpart"),
+        ({"lora_unet_a.dora_scale": (3, 1)}, r"dora_scale is \(3, 1\).* 4 rows or 4 columns"),
+        ({"lora_unet_b.alpha": ()}, r"lora_unet_b\.alpha .*without its counterpart"),
         (
             {"lora_unet_b.lora_down.weight": (2, 4)},
             r"lora_unet_b\.lora_down\.weight .*without its counterpart",

@@ -217,6 +217,29 @@ def test_a_lora_file_is_merged_into_a_copy(pipe, tmp_path):
     assert changed == [name.replace("unet.", "unet/", 1) + ".weight"]
 
 
+def test_adapters_are_swapped_without_compiling(pipe, tmp_path):
+    """Another file, scale, or two of them; a DoRA and a LoHa too."""
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    rng = np.random.default_rng(0)
+    shapes = {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2), "dora_scale": (8, 1)}
+    shapes = {"dora": shapes, "loha": {f"hada_{w}": (8, 8) for w in ("w1_a", "w1_b", "w2_a", "w2_b")}}
+    for kind, parts in shapes.items():
+        file = {f"{module}.{part}": rng.standard_normal(shape, np.float32) for part, shape in parts.items()}
+        safetensors.numpy.save_file(file, tmp_path / f"{kind}.safetensors")
+    dora, loha = (tmp_path / f"{kind}.safetensors" for kind in shapes)
+    call = dict(num_inference_steps=2, output="latents", solver="euler")
+    drawn = [pipe(KEY, "a cat", **call)]
+    count = COMPILATIONS.count
+    for path, scale in ((dora, 1.0), (loha, 0.5), ([dora, loha], 0.5), ([dora, loha], [0.5, 1.0])):
+        drawn.append(pipelines.with_lora(pipe, path, scale)(KEY, "a cat", **call))
+    assert COMPILATIONS.count == count
+    apart = [np.abs(one - other).max() for k, one in enumerate(drawn) for other in drawn[:k]]
+    assert min(apart) > 1e-4
+    np.testing.assert_array_equal(pipe(KEY, "a cat", **call), drawn[0])
+    with pytest.raises(InvalidArgumentError, match="2 numbers for 1 LoRAs"):
+        pipelines.with_lora(pipe, dora, [1.0, 1.0])
+
+
 def test_rows_that_are_written_down_say_how_many(pipe):
     for rows in (dict(timesteps=[900, 500]), dict(sigmas=[10.0, 1.0]), dict(sigmas=np.array([10.0, 1.0]))):
         grid = pipe.grid(**rows)[1]
