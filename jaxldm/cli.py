@@ -1,4 +1,5 @@
-"""The command line: `jaxldm train | distill | sample | eval | serve | inspect | export | info`.
+"""The command line: `jaxldm train | distill | sample | eval | serve | inspect | export |
+quantize | info`.
 
 Each command is a frozen dataclass in `jaxldm.commands`; tyro derives the options and the help from its fields
 and their docstrings. A user error is one line on stderr and exit code 2, without a traceback. Nothing heavy
@@ -221,7 +222,7 @@ def imported(modules: Sequence[str]) -> Iterator[None]:
 
 def print_help() -> None:
     """Prints the commands and a first session."""
-    commands = "\n".join(f"  {name:8}{description}" for name, description in COMMANDS.items())
+    commands = "\n".join(f"  {name:10}{description}" for name, description in COMMANDS.items())
     print(HELP.format(commands=commands))
 
 

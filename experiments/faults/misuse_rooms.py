@@ -14,6 +14,7 @@ from experiments.faults.misuse_caching import cases_of_caching
 from experiments.faults.misuse_cases import IMAGES, KEY, VP, Case, accept, cases_of_diffusion
 from experiments.faults.misuse_few_steps import of_few_steps
 from experiments.faults.misuse_files import of_files
+from experiments.faults.misuse_quantization import cases_of_quantization
 from experiments.faults.misuse_search import of_search
 from experiments.faults.misuse_settings import settings
 from experiments.faults.misuse_training import of_training
@@ -39,6 +40,7 @@ def all_cases() -> list[Case]:
         *figures(),
         *cases_of_diffusion(),
         *cases_of_caching(),
+        *cases_of_quantization(),
         *of_search(),
         *of_few_steps(),
         *of_arrays(),

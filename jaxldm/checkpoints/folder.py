@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
+from flax import traverse_util
 
 from jaxldm import models
 from jaxldm.arguments import a_dtype, a_module, a_params, a_path, checked, count, instance, optional, text
-from jaxldm.checkpoints.names import Placement, a_placement, from_state_dict, published
+from jaxldm.checkpoints.names import (
+    Placement,
+    a_placement,
+    from_state_dict,
+    published,
+    published_whole,
+)
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
@@ -25,7 +33,8 @@ from jaxldm.checkpoints.weight_files import (
     open_weights,
     weight_contents,
 )
-from jaxldm.errors import CheckpointError
+from jaxldm.entries import build
+from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import LARGEST_INT64
 from jaxldm.files import finish_interrupted, write_together
 from jaxldm.models.config import ModelConfig, check_size
@@ -33,6 +42,7 @@ from jaxldm.reading import named, read_json, reading
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # of a model in the layout of diffusers
+QUANTIZATION, METHOD = "quantization_config", "quant_method"  # in config.json, as other programs have them
 WITHOUT_WEIGHTS = (2000, 2**23)  # tensors and numbers that a config alone may claim, for `check_size`
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
@@ -52,6 +62,8 @@ def save(
 ) -> None:
     """Writes a model's config and weights for `load`, and for diffusers or transformers where they have it.
 
+    Quantised parameters are for `load` alone: config.json says how, as `quantization_config`.
+
     Bit for bit, one tensor at a time. All files take the place of an earlier model's at once, so that a
     failure, or a kill at any moment, leaves the whole of that or the whole of this one. Other files in the
     folder stay.
@@ -67,7 +79,12 @@ def save(
     """
     config = models.config_to_dict(module.config)
     stem = _STEMS[module.config.library]
-    tensors = published(params) | dict(_constants(module))
+    how = models.how_quantized(params)
+    tensors: dict[str, Tensor] = dict(published(params))
+    if how is None:
+        tensors |= _constants(module)  # which other programs want to read
+    else:
+        config[QUANTIZATION] = {METHOD: "jaxldm", **dataclasses.asdict(how)}
     contents = weight_contents(stem, tensors, max_shard_size)
     contents[CONFIG_FILE] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     write_together(folder, contents, lambda name: name == CONFIG_FILE or is_plain_weights(stem, name))
@@ -89,7 +106,8 @@ def load(
     Args:
         folder: of the model.
         dtype: "float32", "bfloat16" or "float16", for the parameters and for the computation. None: float32
-            parameters, and the computation of the config.
+            parameters (of a quantised model as they are stored), and the computation of the config. Codes
+            and scales of a quantised model stay what they are.
         sharding: a device or a `jax.sharding.Sharding` for every parameter, or a function (path, shape) ->
             sharding, with paths like ("down_blocks_0", ..., "kernel"). Each device gets only its part.
         variant: for example "fp16", for `*.fp16.safetensors`; None: the plain files, or the only variant.
@@ -115,14 +133,21 @@ def load_as(
 ) -> tuple[nn.Module, dict]:
     """`load` with these entries instead of those of the folder's config.json."""
     with reading(folder):
+        how, entries = _quantization(entries)
         config = models.config_from_dict(entries)
+    if how is not None and callable(sharding):
+        raise InvalidArgumentError(
+            f"{folder} is quantised, and such a network is not split over devices: leave mesh out, or load "
+            "the model that it was made of"
+        )
     config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
     finish_interrupted(folder)
     weights, stored = open_weights(folder, _STEMS[config.library], variant)
     with reading(weights):
         check_stored(config, stored)
         module = models.from_config(config)
-        state, shapes = _without_untrained(stored, module), models.shapes(module)
+        state = _without_untrained(stored, module)
+        shapes = models.shapes(module) if how is None else _template(module, how, state)
     try:
         return module, from_state_dict(state, shapes, dtype=dtype, sharding=sharding)
     except CheckpointError as error:
@@ -138,7 +163,7 @@ def module_in(folder: Path | str) -> nn.Module:
     """
     folder = Path(folder)
     with reading(folder):
-        config = models.config_from_dict(read_config(folder))
+        config = models.config_from_dict(_quantization(read_config(folder))[1])
         weights = find_weights(folder, _STEMS[config.library])
         if weights is None:
             check_size(config, *WITHOUT_WEIGHTS)
@@ -149,7 +174,42 @@ def module_in(folder: Path | str) -> nn.Module:
 
 def check_stored(config: ModelConfig, stored: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` where a config describes far more than these tensors; see `check_size`."""
-    check_size(config, len(stored), sum(math.prod(tensor.shape) for tensor in stored.values()))
+    # A byte may hold two numbers of four bits.
+    numbers = [math.prod(tensor.shape) * (2 if tensor.dtype == np.uint8 else 1) for tensor in stored.values()]
+    check_size(config, len(stored), sum(numbers))
+
+
+def _quantization(entries: Mapping) -> tuple[models.Quantization | None, dict]:
+    """How the weights are quantised by us, and the other entries of config.json."""
+    how = entries.get(QUANTIZATION)
+    if not isinstance(how, Mapping) or how.get(METHOD) != "jaxldm":
+        return None, dict(entries)  # of another program's, which the config's own reader refuses
+    others = {name: value for name, value in entries.items() if name != QUANTIZATION}
+    fields = {name: value for name, value in how.items() if name != METHOD}
+    return build(models.Quantization, fields, f"{CONFIG_FILE}: {QUANTIZATION}"), others
+
+
+def _template(module: nn.Module, how: models.Quantization, state: Mapping[str, Tensor]) -> dict:
+    """The quantised parameters by their shapes, the low-rank branch as wide as in the file.
+
+    A LoRA may have been added to it.
+    """
+
+    def widened(path: tuple[str, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, models.Quantized):
+            return leaf
+        stack = leaf.scales.shape[:-2]
+        names = published_whole({(*path, "down"): jax.ShapeDtypeStruct((*stack, 1), np.float32)})
+        stored = next((state[name] for name in names if name in state), None)
+        if stored is None or not stored.shape:
+            return leaf
+        shapes = {"down": (*leaf.kernel_shape[:-1], stored.shape[-1])}
+        shapes["up"] = (stored.shape[-1], leaf.kernel_shape[-1])
+        branch = {name: jax.ShapeDtypeStruct((*stack, *own), stored.dtype) for name, own in shapes.items()}
+        return dataclasses.replace(leaf, **branch)
+
+    flat = traverse_util.flatten_dict(models.quantized_shapes(module, how))
+    return traverse_util.unflatten_dict({path: widened(path, leaf) for path, leaf in flat.items()})
 
 
 @checked(folder=a_path)

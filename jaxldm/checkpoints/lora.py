@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from jaxldm import models
 from jaxldm.arguments import a_path, checked, instance, number, several
 from jaxldm.checkpoints.lora_layers import LoraLayer, Whole, change_fits, kind_of_change
 from jaxldm.checkpoints.lora_names import DENOISERS, Target, component_of, targets
@@ -30,6 +31,7 @@ from jaxldm.checkpoints.original.layout import Form
 from jaxldm.checkpoints.safetensors_file import StoredTensor, open_safetensors
 from jaxldm.entries import read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.models.quantization import with_factors
 from jaxldm.reading import parse_json, read_json, reading, shown, some_of
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
@@ -174,7 +176,7 @@ def merge_lora(
 
     Changes of several LoRAs add up, each of them that of the weights as they are given: a DoRA with other
     adapters next to it does not depend on their order. One weight at a time, in float32; each keeps its dtype
-    and its devices.
+    and its devices. A quantised weight stays what it is, and the changes are added to its low-rank branch.
 
     Args:
         components: of `load_components`: name -> (module, params); entries that are no networks pass through.
@@ -413,6 +415,8 @@ def _misfits(
 def _with_changes(changes: Sequence[Change]) -> Any:
     """The parameter with these changes added, in its dtype and on its devices."""
     first = changes[0][0]
+    if isinstance(first.value, models.Quantized):
+        return _with_branch(first.value, changes)
     blocks = []
     for weight in first.all_blocks:
         values = np.asarray(weight)
@@ -424,3 +428,50 @@ def _with_changes(changes: Sequence[Change]) -> Any:
         return placed(blocks, first, first.dtype, first.value.sharding if first.value.committed else None)
     ours = [values.transpose(np.argsort(first.axes)).astype(first.dtype) for values in blocks]
     return ours[0] if first.block is None else np.stack(ours)
+
+
+def _with_branch(kernel: models.Quantized, changes: Sequence[Change]) -> models.Quantized:
+    """A quantised kernel with these changes in its branch, as factors in float32; 0 in other blocks."""
+    first, *window = changes[0][0], *kernel.kernel_shape[:-2]
+    inputs, out = kernel.kernel_shape[-2:]
+    pairs = []
+    for weight in first.all_blocks:
+        own = [
+            change().reshape(out, inputs, *window)
+            for tensor, change in changes
+            if tensor.block == weight.block
+        ]
+        # As our kernels have it, [*window, in, out], in one matrix.
+        whole = np.moveaxis(sum(own, np.zeros((out, inputs, *window), np.float32)), (0, 1), (-1, -2))
+        pairs.append(factors_of(whole.reshape(-1, out).astype(np.float32)))
+    rank = max(up.shape[0] for _, up in pairs)
+    padded = [
+        (np.pad(down, ((0, 0), (0, rank - down.shape[1]))), np.pad(up, ((0, rank - up.shape[0]), (0, 0))))
+        for down, up in pairs
+    ]
+    stack = () if first.block is None else (len(pairs),)
+    down, up = (np.stack(each) for each in zip(*padded, strict=True))
+    down = down.reshape(*stack, *kernel.kernel_shape[:-1], rank)
+    return with_factors(kernel, jax.numpy.asarray(down), jax.numpy.asarray(up.reshape(*stack, rank, out)))
+
+
+def factors_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Q and R with Q R = matrix to five digits, of about the matrix's own rank.
+
+    Q spans the image of a few random vectors (Halko et al. 2011, algorithm 4.1): of a LoRA's change, whose
+    rank is small, that is all of it.
+    """
+    rows, columns = matrix.shape
+    draws, rank, size = np.random.default_rng(0), 8, np.linalg.norm(matrix)
+    while rank < min(rows, columns):
+        image = matrix @ draws.normal(size=(columns, rank)).astype(np.float32)
+        basis = np.linalg.qr(image)[0]
+        rest = basis.T @ matrix
+        if np.linalg.norm(matrix - basis @ rest) <= 1e-5 * size:
+            return basis, rest
+        rank *= 2
+    return (
+        (matrix, np.eye(columns, dtype=np.float32))
+        if columns <= rows
+        else (np.eye(rows, dtype=np.float32), matrix)
+    )

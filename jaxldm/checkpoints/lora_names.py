@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+from flax import traverse_util
 
-from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, published
+from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, published_whole
 from jaxldm.checkpoints.original.flux import flux_table
 from jaxldm.checkpoints.original.layout import SAME, Form, Table, place_of
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
@@ -77,7 +78,9 @@ def targets(networks: Mapping[str, tuple[nn.Module, dict]]) -> dict[str, Target]
     found: dict[str, Target] = {}
     for component, (network, params) in networks.items():
         bare = component in DENOISERS or len(networks) == 1
-        modules, originals = _modules(component, network.config, published(params))
+        modules, originals = _modules(
+            component, network.config, published_whole(traverse_util.flatten_dict(params))
+        )
         for module, target in modules.items():
             for spelling in _spellings(component, module, bare):
                 found.setdefault(spelling, target)

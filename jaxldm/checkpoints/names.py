@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from jaxldm import models
 from jaxldm.arguments import a_module, a_params, checked, instance, optional, refuse
 from jaxldm.arguments import function as a_function
 from jaxldm.checkpoints.safetensors_file import Tensor
@@ -174,15 +175,32 @@ class PublishedTensor:
         return [dataclasses.replace(self, block=block) for block in range(self.value.shape[0])]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        value = self.value if self.block is None else self.value[self.block]
+        value = self.value
+        if isinstance(value, models.Quantized):
+            value = models.dequantize({"kernel": value})["kernel"]
+        value = value if self.block is None else value[self.block]
         return np.array(np.asarray(value).transpose(self.axes), dtype, copy=copy, order="C")
 
 
 @checked(params=a_params)
 def published(params: Mapping) -> dict[str, PublishedTensor]:
-    """Nested Flax parameters, or their shapes -> {published name: its tensor, not fetched yet}."""
-    tensors = {}
+    """Nested Flax parameters, or their shapes -> {published name: its tensor, not fetched yet}.
+
+    A quantised kernel is several tensors, in our layout: `blocks.0.attn.qkv.kernel.codes`, `.scales`, ...
+    """
+    arrays: dict[Path, Any] = {}
     for path, value in traverse_util.flatten_dict(params).items():
+        if isinstance(value, models.Quantized):
+            arrays |= {(*path, name): array for name, array in value.arrays.items()}
+        else:
+            arrays[path] = value
+    return published_whole(arrays)
+
+
+def published_whole(flat: Mapping[Path, Any]) -> dict[str, PublishedTensor]:
+    """{path: parameter} -> {published name: tensor}, a quantised kernel as one."""
+    tensors = {}
+    for path, value in flat.items():
         place = next((n for n, name in enumerate(path) if _STACK.fullmatch(name)), None)
         if place is None:
             tensors[published_name(path)] = PublishedTensor(path, value)
@@ -218,7 +236,7 @@ def from_state_dict(
         state: arrays, or tensors in a file that are not read yet.
         template_params: parameters of the same structure, or their `jax.ShapeDtypeStruct`; the result has
             their dtypes.
-        dtype: another dtype, for all floating-point parameters.
+        dtype: another dtype, for all floating-point parameters, except the arrays of quantised kernels.
         sharding: a device or a sharding for all parameters, or a function (path, shape) -> sharding; None:
             the default device. Each device gets only its part of a split parameter.
 
@@ -238,15 +256,20 @@ def from_state_dict(
     for name, tensor in wanted.items():
         stored.setdefault(tensor.path, []).append(state[name])
     firsts = {tensor.path: tensor for tensor in reversed(wanted.values())}  # of a stack, one for all blocks
+    whole = traverse_util.flatten_dict(template_params)
+    packed = {path: leaf for path, leaf in whole.items() if isinstance(leaf, models.Quantized)}
 
     def parameter(path: Path) -> jax.Array:
         tensor = firsts[path]
-        floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
+        floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating) and path[:-1] not in packed
         kind = np.dtype(dtype) if dtype is not None and floating else tensor.dtype
         return placed(stored[path], tensor, kind, _placement(sharding, path, tuple(tensor.value.shape)))
 
     with ThreadPoolExecutor(_READERS) as pool:
         params = dict(zip(stored, pool.map(parameter, stored), strict=True))
+    for path, leaf in packed.items():
+        arrays = {name: params.pop((*path, name)) for name in leaf.arrays}
+        params[path] = dataclasses.replace(leaf, **arrays)  # pyright: ignore[reportArgumentType]
     return traverse_util.unflatten_dict(params)
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "Serve a model over HTTP: many requests share the steps of the network.",
     "inspect": "Show a model from the inside: attention, latents, checkpoints, as one HTML page.",
     "export": "Write a trained model as safetensors and JSON, in the layout of diffusers.",
+    "quantize": "Write a model with its network in fewer bits: int8, fp8 or int4.",
     "info": "Describe a run, an exported folder or a preset; without argument, list all names.",
 }
 

@@ -252,12 +252,10 @@ def steps_done(stage: Any) -> int:
 
 def describe_pipeline(pipe: Any) -> str:
     """A table of networks, sizes, classes and the schedule of noise or masks."""
-    import jax
-
-    from jaxldm import pipelines
+    from jaxldm import models, pipelines
 
     rows = [
-        (name, type(module).__name__, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+        (name, type(module).__name__, f"{models.param_count(params):,} parameters{_bits_of(params)}")
         for name, module, params in pipelines.components(pipe)
     ]
     size = lambda shape: "x".join(map(str, shape))  # noqa: E731
@@ -269,6 +267,14 @@ def describe_pipeline(pipe: Any) -> str:
         *([] if pipe.few_steps is None else [("few steps", pipe.few_steps.described())]),
     ]
     return f"{table(rows)}\n{table(facts)}"
+
+
+def _bits_of(params: Any) -> str:
+    """ ", in int8: 1.7 MB" of a quantised network."""
+    from jaxldm import models
+
+    how = models.how_quantized(params)
+    return "" if how is None else f", in {how.weights}: {models.param_bytes(params) / 1e6:,.1f} MB"
 
 
 def describe_steps(pipe: Any) -> tuple[str, str]:

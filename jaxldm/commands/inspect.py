@@ -123,12 +123,10 @@ class Inspect:
 
 def facts(subject: Subject) -> list[tuple[str, str]]:
     """What was looked at, for the table on top of the page."""
-    import jax
-
-    from jaxldm import __version__
+    from jaxldm import __version__, models
 
     pipe = subject.pipe
-    count = sum(leaf.size for leaf in jax.tree.leaves(pipe.denoiser.params))
+    count = models.param_count(pipe.denoiser.params)
     shape = " x ".join(map(str, subject.x_0.shape[1:]))
     prediction = pipe.prediction
     return [

@@ -45,6 +45,15 @@ from jaxldm.models.maskgit_transformer import MaskGITTransformer, MaskGITTransfo
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
+from jaxldm.models.quantization import (
+    dequantize,
+    how_quantized,
+    param_bytes,
+    param_count,
+    quantization,
+    quantize,
+    quantized_shapes,
+)
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
 from jaxldm.models.registry import (
     PRESETS,
@@ -73,6 +82,7 @@ from jaxldm.models.wuerstchen_prior import WuerstchenPrior, WuerstchenPriorConfi
 from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig, ZImageTransformer2DModel
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
+from jaxldm.nn.quantized import Quantization, Quantized
 from jaxldm.nn.resizing import resize_linear
 
 __all__ = [
@@ -116,6 +126,8 @@ __all__ = [
     "PatchDiscriminatorConfig",
     "PixArtTransformer2DConfig",
     "PixArtTransformer2DModel",
+    "Quantization",
+    "Quantized",
     "Qwen3Config",
     "Qwen3Model",
     "SD3Transformer2DConfig",
@@ -154,12 +166,14 @@ __all__ = [
     "count_params",
     "decode_indices",
     "decode_latents",
+    "dequantize",
     "dinov2_pixel_values",
     "encode_indices",
     "encode_latents",
     "forward_memory",
     "from_config",
     "guidance_embedding",
+    "how_quantized",
     "init",
     "init_from",
     "init_lora",
@@ -170,7 +184,12 @@ __all__ = [
     "make_mesh",
     "memory_of",
     "network",
+    "param_bytes",
+    "param_count",
     "patchify",
+    "quantization",
+    "quantize",
+    "quantized_shapes",
     "resize_linear",
     "sentence_embedding",
     "shapes",

@@ -31,6 +31,7 @@ from jaxtyping import PRNGKeyArray
 from jaxldm.arguments import a_params, array, checked, count, one_key, optional, refuse
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.nn.block_stack import STACK
+from jaxldm.nn.quantized import Quantized, with_factors
 
 Path: TypeAlias = tuple[str, ...]
 DOWN, UP = ("lora_A", "kernel"), ("lora_B", "kernel")
@@ -111,6 +112,8 @@ def init_lora(
 def apply_lora(params: Mapping[str, Any], lora: Mapping[str, Any], scale: Any = 1.0) -> dict[str, Any]:
     """The parameters with an adapter in them, W + scale A B, each in its dtype: for use inside of a step.
 
+    To a quantised kernel the factors are added as they are: it computes x W + scale (x A) B.
+
     Args:
         params: of the network.
         lora: of `init_lora`; only its layers change.
@@ -132,6 +135,10 @@ def apply_lora(params: Mapping[str, Any], lora: Mapping[str, Any], scale: Any = 
                 f"the adapter's change of {'/'.join(path)} is {[*down.shape[:-1], up.shape[-1]]}, and the "
                 f"kernel {list(kernel.shape)}: it is of another network"
             )
+        if isinstance(kernel, Quantized):
+            wide = jnp.asarray(scale, jnp.float32) * down.astype(jnp.float32)
+            flat[place] = with_factors(kernel, wide, up.astype(jnp.float32))
+            continue
         change = jnp.matmul(down.astype(jnp.float32), up.astype(jnp.float32))
         whole = kernel.astype(jnp.float32) + jnp.asarray(scale, jnp.float32) * change
         flat[place] = whole.astype(kernel.dtype)

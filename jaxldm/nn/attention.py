@@ -15,8 +15,9 @@ from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.attention_kernels import explicit_attention, merged_mask
 from jaxldm.nn.flash_attention import memory_efficient_attention
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
-from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
+from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype, quantized_matmul
 from jaxldm.nn.normalization import GroupNorm
+from jaxldm.nn.quantized import Quantized, observe_input
 
 _LARGEST_JOINED = 2**16  # numbers of one kernel
 HEADS = array("floating", "[B, N, H, D]", axes=4)
@@ -114,8 +115,10 @@ class _Projection(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self, channels: int) -> tuple[Array, ...]:
+    def __call__(self, x: Float[Array, "B N C"]) -> tuple[Any, ...]:
+        channels = x.shape[-1]
         init = fan_in_uniform(channels)
+        observe_input(self, x)
         kernel = parameter(self, "kernel", init, (channels, self.features))
         return (kernel, parameter(self, "bias", init, (self.features,))) if self.use_bias else (kernel,)
 
@@ -130,17 +133,21 @@ def projections(
 
     Call it inside the compact method of the module that has them.
     """
-    parts = [_Projection(features, use_bias, name=name)(x.shape[-1]) for name in names]
+    parts = [_Projection(features, use_bias, name=name)(x) for name in names]
     number = compute_dtype(dtype)
 
     wide = product_dtype(number)
 
-    def project(kernel: Array, bias: Array | None = None) -> Array:
-        y = flat_matmul(x.astype(number).astype(wide), kernel.astype(number).astype(wide))
-        y = y if bias is None else y + bias.astype(wide).reshape(1, 1, -1)
+    def project(kernel: Any, bias: Array | None = None) -> Array:
+        if isinstance(kernel, Quantized):
+            y = quantized_matmul(x.astype(number), kernel, wide)
+        else:
+            y = flat_matmul(x.astype(number).astype(wide), kernel.astype(number).astype(wide))
+        y = y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, -1)
         return y.astype(number)
 
-    if jax.default_backend() != "cpu" or parts[0][0].size > _LARGEST_JOINED:
+    quantized = any(isinstance(kernel, Quantized) for kernel, *_ in parts)
+    if jax.default_backend() != "cpu" or quantized or parts[0][0].size > _LARGEST_JOINED:
         return [project(*part) for part in parts]
     joined = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
     return jnp.split(project(*joined), len(names), axis=-1)

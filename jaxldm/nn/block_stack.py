@@ -88,7 +88,7 @@ def apply_blocks(
         return carry
     scanned = nn.scan(
         lambda block, carry, _: (call(block, carry), None),
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "calibration": 0},
         split_rngs={"params": True, "dropout": True},
         length=count,
     )

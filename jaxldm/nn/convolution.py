@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxldm.arguments import array, check_dims, checked
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
-from jaxldm.nn.linear import compute_dtype, flat_matmul, product_dtype
+from jaxldm.nn.linear import compute_dtype, flat_matmul, product_dtype, quantized_matmul
+from jaxldm.nn.quantized import Quantized, apply_quantized, observe_input, operands
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -48,8 +50,12 @@ class Conv2d(nn.Module):
         default = fan_in_uniform(size * size * channels)
         shape = (size, size, channels, self.features)
         wide = product_dtype(dtype)
-        kernel = parameter(self, "kernel", self.kernel_init or default, shape).astype(dtype).astype(wide)
-        x = x.astype(dtype).astype(wide)
+        kernel = parameter(self, "kernel", self.kernel_init or default, shape)
+        observe_input(self, x)
+        if isinstance(kernel, Quantized):
+            y = self._quantized(x.astype(dtype), kernel, wide)
+            return self._with_bias(y, default).astype(dtype)
+        x, kernel = (value.astype(dtype).astype(wide) for value in (x, kernel))
         if self.doubled:
             assert (size, self.stride, self.padding, self.groups) == (3, 1, 1, 1)
             y = conv_of_doubled(x, kernel)
@@ -67,15 +73,53 @@ class Conv2d(nn.Module):
                 dimension_numbers=DIMENSIONS,
                 feature_group_count=self.groups,
             )
-        if self.use_bias:
-            y = y + parameter(self, "bias", default, (self.features,)).astype(wide).reshape(1, 1, 1, -1)
-        return y.astype(dtype)
+        return self._with_bias(y, default).astype(dtype)
+
+    def _with_bias(self, y: Float[Array, "B h w out"], default: Initializer) -> Float[Array, "B h w out"]:
+        if not self.use_bias:
+            return y
+        bias = parameter(self, "bias", default, (self.features,))
+        return y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
+
+    def _quantized(
+        self, x: Float[Array, "B H W C"], kernel: Quantized, dtype: jnp.dtype
+    ) -> Float[Array, "B h w out"]:
+        """The convolution with a kernel in fewer bits, of the image as it is or doubled; float32."""
+        if (self.kernel_size, self.stride, self.padding) == (1, 1, 0):
+            return quantized_matmul(x, dataclasses.replace(kernel, **_without_window(kernel)), dtype)
+        if self.doubled:
+            x = x.repeat(2, axis=1).repeat(2, axis=2)
+        strides, sides = (self.stride, self.stride), self._sides()
+        exact = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+        def contract(x: Array, kernel: Array) -> Array:
+            x, kernel = operands(x, kernel, exact)
+            return jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                strides,
+                (sides, sides),
+                dimension_numbers=DIMENSIONS,
+                preferred_element_type=jnp.float32,
+            )
+
+        return apply_quantized(x, kernel, contract, dtype, pointwise=False)
 
     def _is_depthwise(self, x: Array) -> bool:
         return self.groups == x.shape[-1] == self.features and self.stride == 1
 
     def _sides(self) -> tuple[int, int]:
         return (self.padding, self.padding) if isinstance(self.padding, int) else self.padding
+
+
+def _without_window(kernel: Quantized) -> dict[str, Any]:
+    """The changes that make a quantised kernel of one pixel `[1, 1, in, out]` a matrix."""
+    changes: dict[str, Any] = {"kernel_shape": kernel.kernel_shape[2:]}
+    if kernel.weights != "int4":
+        changes["codes"] = kernel.codes[0, 0]
+    if kernel.down is not None:
+        changes["down"] = kernel.down[0, 0]
+    return changes
 
 
 def shifted_products(

@@ -77,15 +77,18 @@ def _xavier_bound(shape: Shape) -> float:
 xavier_uniform = Initializer("uniform", _xavier_bound)
 
 
-def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Shape) -> Float[Array, " ..."]:
-    """`module.param` in float32, which also sows the initializer as an intermediate, for `init_params`."""
+def parameter(module: nn.Module, name: str, initializer: Initializer, shape: Shape) -> Any:
+    """`module.param` in float32, which also sows the initializer as an intermediate, for `init_params`.
+
+    What is in the tree is returned as it is: an array, or a `Quantized` kernel.
+    """
     sown = cast(Any, initializer)  # the first value is None
     module.sow("intermediates", name, sown, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     given = module.get_variable("params", name)
     if given is None and _without_values.get():
         given = jnp.zeros(shape, jnp.float32)
         module.put_variable("params", name, given)
-    if given is not None and jnp.shape(given) == tuple(shape):
+    if given is not None and getattr(given, "shape", None) == tuple(shape):
         # `module.param` would trace the initializer for the shape: 40 % of the tracing of a large network.
         return given
     return module.param(name, initializer, shape, jnp.float32)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.arguments import a_dtype
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.indices import check_indices
 from jaxldm.nn.initialization import Initializer, fan_in_uniform, normal, parameter
+from jaxldm.nn.quantized import Quantized, apply_quantized, observe_input, operands
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -57,8 +58,12 @@ class Linear(nn.Module):
         default = fan_in_uniform(x.shape[-1])
         kernel = parameter(self, "kernel", self.kernel_init or default, (x.shape[-1], self.features))
         wide = product_dtype(dtype)
-        x, kernel = (value.astype(dtype).astype(wide) for value in (x, kernel))
-        y = flat_matmul(x, kernel, wide if wide == jnp.float32 else output)
+        observe_input(self, x)
+        if isinstance(kernel, Quantized):
+            y = quantized_matmul(x.astype(dtype), kernel, wide)
+        else:
+            x, kernel = (value.astype(dtype).astype(wide) for value in (x, kernel))
+            y = flat_matmul(x, kernel, wide if wide == jnp.float32 else output)
         if self.use_bias:
             bias = parameter(self, "bias", self.bias_init or default, (self.features,))
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -66,8 +71,8 @@ class Linear(nn.Module):
 
 
 def flat_matmul(
-    x: Float[Array, "... in"], kernel: Float[Array, "in out"], dtype: jnp.dtype | None = None
-) -> Float[Array, "... out"]:
+    x: Num[Array, "... in"], kernel: Num[Array, "in out"], dtype: jnp.dtype | None = None
+) -> Num[Array, "... out"]:
     """x @ kernel as ONE matrix product, all leading axes joined into rows; in the dtype of x by default.
 
     The gradient of the kernel is then a plain matrix product as well. That of a batched product sums over
@@ -80,6 +85,23 @@ def flat_matmul(
         kernel = jax.lax.optimization_barrier(kernel.T).T
     product = jnp.matmul(rows, kernel, preferred_element_type=dtype)
     return product.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def quantized_matmul(
+    x: Float[Array, "... in"], kernel: Quantized, dtype: jnp.dtype
+) -> Float[Array, "... out"]:
+    """x @ kernel of a kernel in fewer bits, float32: a product of codes where activations have as few bits.
+
+    On a processor codes are multiplied in float32, which is exact to its rounding and has fast products.
+    """
+
+    def contract(x: Array, kernel: Array) -> Array:
+        if jax.default_backend() == "cpu":
+            x, kernel = operands(x, kernel, jnp.float32)
+        whole = jnp.issubdtype(x.dtype, jnp.integer)
+        return flat_matmul(x, kernel, jnp.dtype(jnp.int32 if whole else jnp.float32)).astype(jnp.float32)
+
+    return apply_quantized(x, kernel, contract, dtype)
 
 
 class Embedding(nn.Module):

@@ -36,6 +36,7 @@ from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.quantization import calibrate_quantization, quantize
 from jaxldm.pipelines.words import with_embedding, with_word
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "as_images",
     "as_masks",
     "calibrate_cache",
+    "calibrate_quantization",
     "check_drawn",
     "check_export_folder",
     "check_output_folder",
@@ -72,6 +74,7 @@ __all__ = [
     "load",
     "load_original",
     "modules_in",
+    "quantize",
     "save",
     "save_samples",
     "with_embedding",

@@ -18,6 +18,7 @@ from jaxldm import diffusion as D
 from jaxldm.checkpoints.embedding_file import EMBEDDING_FILE, texts_with
 from jaxldm.data import Rows
 from jaxldm.data.batches import RowsWith
+from jaxldm.models.quantization import refuse_quantized
 from jaxldm.pipelines.folders import draws_classes
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
@@ -295,6 +296,7 @@ def prepare(context: Context) -> Job:
     """The model of the recipe, and what of it moves."""
     recipe = cast(FinetuneRecipe, context.recipe.finetune)
     pipe = pipelines.load(recipe.source, dtype="float32")
+    refuse_quantized(pipe.denoiser.params, "fine-tuning")
     pipe = with_single_blocks(pipe) if recipe.freeze else pipe
     examples, tuned = examples_of(context, pipe), tuned_of(recipe, pipe)
     network = denoising(pipe, recipe.dtype)

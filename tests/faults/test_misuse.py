@@ -126,6 +126,7 @@ EXCEPTIONS = {
     "D.Path": "the base class of paths, each of which has a case",
     "D.TrainingTimes": "a type",
     "metrics.Report": "the result of evaluate",
+    "models.Quantized": "a pytree, made by models.quantize",
     "nn.TransformerOptions": "handed by modules to modules, from configs that are checked",
     "pipelines.Call": "made by the call of a pipeline, which has a case",
     "pipelines.Latents": "checked by the call that it is given to",

@@ -33,6 +33,7 @@ from jaxldm.checkpoints.original.layout import (
 from jaxldm.checkpoints.safetensors_file import Tensor, open_safetensors, safetensors_chunks
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.files import write_atomically
+from jaxldm.models.quantization import refuse_quantized
 from jaxldm.reading import named, reading
 
 ARCHITECTURES = {"DiT": models.DiTConfig, "SiT": models.SiTConfig}
@@ -105,7 +106,7 @@ def save_dit_file(path: Path | str, module: Any, params: dict) -> None:
     """Writes a DiT or SiT as the authors' code loads it (`safetensors.torch.load_file`), bit for bit.
 
     Raises:
-        InvalidArgumentError: a network of another architecture.
+        InvalidArgumentError: a network of another architecture, or a quantised one.
         StorageError: disk full, no permission, ...
     """
     if type(module.config) not in ARCHITECTURES.values():
@@ -113,6 +114,7 @@ def save_dit_file(path: Path | str, module: Any, params: dict) -> None:
             f"{models.class_name(module.config)} is not in the original layout: convert a "
             "DiTTransformer2DModel with checkpoints.dit_from_diffusers first"
         )
+    refuse_quantized(params, "an original file")
     tensors = published(params) | dict(module.constant_tensors())
     write_atomically(path, safetensors_chunks(tensors))
 

@@ -17,6 +17,7 @@ from jaxldm.arguments import a_path, checked, count, instance, number, optional,
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.files import folder_written_whole, storage_errors
+from jaxldm.models.quantization import refuse_quantized
 from jaxldm.pipelines.folders import draws_classes, family_of
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.training.few_steps.methods import METHODS, TAUGHT
@@ -39,6 +40,7 @@ def read_teacher(folder: str | Path) -> Pipeline:
     folder = Path(folder)
     pipelines.kind_of(folder)
     pipe = pipelines.load(folder)
+    refuse_quantized(pipe.denoiser.params, "a distillation")
     if "mask_token" in pipe.family.methods:
         raise CheckpointError(
             f"{folder} is a masked image model, which has no noise and no trajectories: take a denoising "
