@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import first_devices, named_values, shown
+from jaxldm.commands.options import batch_size, first_devices, named_values, shown
 from jaxldm.commands.train import given
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -68,8 +68,8 @@ class Distill:
     epochs: Annotated[int | None, shown("INT", _METHOD)] = None
     """Epochs over the training images."""
 
-    batch_size: Annotated[int | None, shown("INT", "the teacher's")] = None
-    """Images per step."""
+    batch_size: Annotated[int | Literal["auto"] | None, shown("INT|auto", "the teacher's")] = None
+    """Images per step; auto: as many as fit into memory."""
 
     learning_rate: Annotated[float | None, shown("FLOAT", _METHOD)] = None
     """Highest learning rate, after the warm-up."""
@@ -130,9 +130,8 @@ class Distill:
             raise InvalidArgumentError("--method is missing: give one, as in --method lcm")
         known = METHODS[one_of("method", method, dict.fromkeys(TAUGHT))]
         numbers = named_values(self.options, "options", list(known.numbers))
-        changes = {
-            name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "save_every")
-        }
+        changes = {name: getattr(self, name) for name in ("epochs", "learning_rate", "save_every")}
+        changes["batch_size"] = batch_size(self.batch_size)
         changes = {name: value for name, value in changes.items() if value is not None}
         asked = {"num_steps": self.num_steps, "guidance_scale": self._scales(), "numbers": numbers or None}
         if of_run is not None and few is not None:

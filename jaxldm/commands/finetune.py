@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import first_devices, shown
+from jaxldm.commands.options import batch_size, first_devices, shown
 from jaxldm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ class Finetune:
     epochs: Annotated[int | None, shown("INT", "20")] = None
     """How often each picture is seen."""
 
-    batch_size: Annotated[int | None, shown("INT", "1")] = None
-    """Pictures in an update."""
+    batch_size: Annotated[int | Literal["auto"] | None, shown("INT|auto", "1")] = None
+    """Pictures in an update; auto: as many as fit into memory."""
 
     accumulate: Annotated[int | None, shown("INT", "1")] = None
     """Compute each batch in so many parts, one after another, with the memory of one."""
@@ -172,6 +172,8 @@ class Finetune:
                     f"--{name} is missing: give {what}, as in `jaxldm train finetune --help`"
                 )
         given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
+        if self.batch_size is not None:
+            given["batch_size"] = batch_size(self.batch_size)
         return training.finetune_recipe(str(self.source), str(self.data), self.method or "lora", **given)
 
     def _check_nothing_else_given(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -32,6 +32,17 @@ def first_devices(count: int | None) -> list[Any] | None:
     if not 1 <= count <= jax.device_count():
         raise InvalidArgumentError(f"devices must be between 1 and {jax.device_count()}, got {count}")
     return jax.devices()[:count]
+
+
+def batch_size(value: int | Literal["auto"] | None) -> int | None:
+    """The batch size of a recipe; raises `InvalidArgumentError` for 0, which stands for "auto" in recipes."""
+    from jaxldm.training.stage_recipe import AUTO
+
+    if value == "auto":
+        return AUTO
+    if value == AUTO:
+        raise InvalidArgumentError("--batch-size must be >= 1 or auto, got 0")
+    return value
 
 
 def mesh_sizes(text: str) -> dict[str, int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import first_devices, shown
+from jaxldm.commands.options import batch_size, first_devices, shown
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ class Train:
     classifier_epochs: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Epochs of the classifier, with which `jaxldm eval` measures, over the training images."""
 
-    batch_size: Annotated[int | None, shown("INT", _RECIPE)] = None
-    """Images per step of the denoising network, or of the masked image model."""
+    batch_size: Annotated[int | Literal["auto"] | None, shown("INT|auto", _RECIPE)] = None
+    """Images per step of the denoising network, or of the masked image model; auto: as many as fit into
+    memory.
+    """
 
     learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
     """Its highest learning rate, after the warm-up."""
@@ -124,7 +126,7 @@ class Train:
             recipe = of_run
         generator = {
             "epochs": self.epochs,
-            "batch_size": self.batch_size,
+            "batch_size": batch_size(self.batch_size),
             "learning_rate": self.learning_rate,
             "save_every": self.save_every,
             "keep_checkpoints": self.keep_checkpoints,

@@ -27,6 +27,7 @@ class Option(NamedTuple):
     Attributes:
         name: as typed, "--num-images"; of a positional argument as the help has it, "RUN".
         kind: int, float, str, or bool for a flag.
+        words: that may stand in its place, such as "auto".
         several: whether it takes any number of values.
         positional: whether it has no name in front.
         required: whether it must be given.
@@ -37,11 +38,13 @@ class Option(NamedTuple):
     several: bool
     positional: bool
     required: bool
+    words: tuple[str, ...] = ()
 
     @property
     def takes(self) -> str:
         """Its values, in words."""
-        return f"one or more {_SEVERAL[self.kind]}" if self.several else _WORDS[self.kind]
+        found = f"one or more {_SEVERAL[self.kind]}" if self.several else _WORDS[self.kind]
+        return " or ".join((found, *self.words))
 
 
 def check_words(words: Sequence[str], command_class: type, name: str) -> None:
@@ -121,14 +124,17 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
     while typing.get_origin(hint) is Annotated:
         extras += hint.__metadata__
         hint = hint.__origin__
-    if isinstance(hint, types.UnionType):
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    words: list[str] = []
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint, *others = (kind for kind in typing.get_args(hint) if kind is not type(None))
+        words = [word for kind in others for word in typing.get_args(kind)]  # of a Literal
     several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if several else hint
     metavar = next((extra.metavar for extra in extras if getattr(extra, "metavar", None)), field.name)
     own = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name)
     name = metavar if positional else "--" + own.replace("_", "-")
-    return Option(name, kind, several, positional, field.default is dataclasses.MISSING)
+    required = field.default is dataclasses.MISSING
+    return Option(name, kind, several, positional, required, tuple(words))
 
 
 def _values(option: Option, left: list[str]) -> list[str]:
@@ -149,6 +155,8 @@ def _check_values(option: Option, values: list[str], name: str) -> None:
     if not values:
         raise InvalidArgumentError(f"{option.name} needs {option.takes} {help_}")
     for value in values:
+        if value in option.words:
+            continue
         if option.kind is str:
             _check_text(option, value)
             continue

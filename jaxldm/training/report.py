@@ -14,6 +14,7 @@ from jaxldm.errors import CheckpointError
 from jaxldm.files import remove_leftovers, write_atomically
 from jaxldm.metrics.page import Section, Shown, Table, page
 from jaxldm.reading import read_bytes, shown
+from jaxldm.training.batch_size import read_batch_size
 from jaxldm.training.log import CLOCKS, read_log
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.runs import STAGES, RunFolder, StageFolder, flat_entries, read_config
@@ -102,6 +103,8 @@ def _stage_parts(stage: StageFolder) -> list[str | Shown | Table]:
     parts: list[str | Shown | Table] = []
     with contextlib.suppress(CheckpointError):
         rows = _last_epoch(read_log(stage.log))
+        size = read_batch_size(stage)
+        rows += [] if size is None else [("batch size that fits", str(size))]
         parts += [Table(rows)] if rows else []
     for name, caption in _CURVES.items():
         parts += _picture(stage.path / name, caption)

@@ -14,6 +14,8 @@ from jaxldm.reading import shown
 from jaxldm.training.optimizer import OPTIMIZERS
 from jaxldm.training.power_ema import SOME_LENGTHS
 
+AUTO = 0  # a batch size: the largest that fits into memory
+
 
 def _tupled(value: Any, place: str) -> Any:
     """The options of a file, whose lists stand for tuples."""
@@ -37,7 +39,7 @@ class UpdatesRecipe(NamedFields):
 
     Attributes:
         epochs: how often each example is seen.
-        batch_size: examples in an update.
+        batch_size: examples in an update; 0: as many as fit into memory (`jaxldm.training.batch_size`).
         accumulate: the batch is computed in so many parts, one after another: with the memory of a part.
         optimizer: "adamw", "lion", "muon", "schedule_free_adamw" or "prodigy".
         learning_rate, final_scale, weight_decay, max_grad_norm, b1, b2: see `jaxldm.training.optimizer`.
@@ -71,9 +73,13 @@ class UpdatesRecipe(NamedFields):
 
     def __post_init__(self):
         check_types(self)
-        for name in ("epochs", "batch_size", "accumulate", "keep_checkpoints"):
+        for name in ("epochs", "accumulate", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.batch_size < 1 and self.batch_size != AUTO:
+            raise InvalidArgumentError(
+                f"batch_size must be >= 1, or 0 for as many as fit into memory, got {self.batch_size}"
+            )
         for name in ("warmup_epochs", "save_every", "sample_every"):
             if not getattr(self, name) >= 0:
                 raise InvalidArgumentError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
@@ -23,6 +24,13 @@ from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
 from jaxldm.metrics.health import check_loss
 from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
+from jaxldm.training.batch_size import (
+    find_batch_size,
+    read_batch_size,
+    smallest_batch,
+    with_some_size,
+    write_batch_size,
+)
 from jaxldm.training.classifier import TASK as CLASSIFIER_TASK
 from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
 from jaxldm.training.few_steps.job import TASK as FEW_STEPS_TASK
@@ -30,13 +38,14 @@ from jaxldm.training.few_steps.teachers import bring_parts
 from jaxldm.training.finetuning import TASK as FINETUNE_TASK
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
-from jaxldm.training.loop import fit
+from jaxldm.training.loop import Plan, fit
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.report import bring_up_to_date, reported
 from jaxldm.training.runs import STAGES, RunFolder, begin_stage, check_run_folder, open_run
-from jaxldm.training.stages import Context, Job, Task, make_optimizer, stage_keys
+from jaxldm.training.stage_recipe import AUTO
+from jaxldm.training.stages import Context, Job, Task, make_optimizer, of_one_shape, stage_keys
 from jaxldm.training.state import TrainState, create_train_state
 from jaxldm.training.step import LossFunction, TrainStep, make_train_step
 from jaxldm.training.store import TrainingStore
@@ -84,7 +93,7 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
             _check_state_fits(getattr(recipe, stage), module, mesh)
     num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
     for stage in stages_of(recipe):
-        make_optimizer(getattr(recipe, stage), num_examples, mesh)
+        make_optimizer(with_some_size(getattr(recipe, stage), mesh), num_examples, mesh)
 
 
 def _check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> None:
@@ -167,27 +176,67 @@ def batches_of(
     return batches, isinstance(batches.rows, ArrayRows)
 
 
+class _Training(NamedTuple):
+    """What the loop runs for a job: how the state begins, the step, and the plan."""
+
+    begin: Callable[[], TrainState]
+    step: TrainStep
+    plan: Plan
+
+
+def training_of(context: Context, stage: str, job: Job, num_examples: int) -> _Training:
+    """State, step and plan of a job by the numbers of the stage's recipe; nothing is computed yet."""
+    recipe, keys = getattr(context.recipe, stage), stage_keys(context.recipe.seed, stage)
+    adam, plan = make_optimizer(recipe, num_examples, context.mesh, job.rounds)
+    one_network, power = callable(job.loss), recipe.power_ema
+    if job.freeze and not one_network:
+        raise InvalidArgumentError("freeze is for one network: leave it out with several players")
+    loss: Any = _of_whole_network(cast(LossFunction, job.loss)) if job.freeze else job.loss
+
+    def begin() -> TrainState:
+        params, frozen = job.init(keys.init), job.frozen
+        if job.freeze:
+            params, rest = freeze(params, job.freeze)
+            frozen = _Parts(rest, frozen)
+        moved, ema = adam if one_network else loss, recipe.ema_decay is not None
+        return create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
+
+    own: dict[str, Any] = {"optimizer": adam, "ema_decay": recipe.ema_decay} if one_network else {}
+    step = make_train_step(loss, **own, accumulate=recipe.accumulate, power_ema=power)
+    plan = dataclasses.replace(plan, save_frozen=job.save_frozen)
+    return _Training(begin, in_rounds(step, job, plan.num_steps), plan)
+
+
+def with_batch_size(context: Context, stage: str) -> Context:
+    """The context with the batch size that the stage began with, or the largest that fits, if it has none."""
+    recipe, folder = getattr(context.recipe, stage), context.run.stage(stage)
+    if recipe.batch_size != AUTO:
+        return context
+
+    def of(size: int) -> Context:
+        sized = dataclasses.replace(recipe, batch_size=size)
+        return dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, **{stage: sized}))
+
+    size = read_batch_size(folder)
+    if size is None:
+        some = of(smallest_batch(recipe, context.mesh))
+        job = task_of(context.recipe, stage).prepare(some)
+        rows = of_one_shape(ArrayRows(job.data) if isinstance(job.data, Mapping) else job.data)
+        begin, step, _ = training_of(some, stage, job, len(rows))
+        log = lambda line: context.log(f"{stage}: {line}")  # noqa: E731
+        size = find_batch_size(
+            recipe, step, jax.eval_shape(begin), rows.take(np.arange(1)), len(rows), context.mesh, log
+        )
+        write_batch_size(folder, size)
+    return of(size)
+
+
 def run_job(context: Context, stage: str, job: Job) -> None:
     """Train what a job says by the numbers of the stage's recipe, and finish it: the one call of `fit`."""
     recipe, keys = getattr(context.recipe, stage), stage_keys(context.recipe.seed, stage)
     part = local_examples(context.mesh, recipe.batch_size)
     batches, in_memory = batches_of(job.data, recipe.batch_size, keys.order, part)
-    adam, plan = make_optimizer(recipe, len(batches.rows), context.mesh, job.rounds)
-    params, frozen, loss = job.init(keys.init), job.frozen, job.loss
-    one_network = callable(loss)
-    if job.freeze:
-        if not one_network:
-            raise InvalidArgumentError("freeze is for one network: leave it out with several players")
-        params, rest = freeze(params, job.freeze)
-        frozen, loss = _Parts(rest, frozen), _of_whole_network(loss)
-    ema = recipe.ema_decay is not None
-    moved = adam if one_network else loss
-    power = recipe.power_ema
-    state = create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
-    plan = dataclasses.replace(plan, save_frozen=job.save_frozen)
-    own: dict[str, Any] = {"optimizer": adam, "ema_decay": recipe.ema_decay} if one_network else {}
-    step = make_train_step(loss, **own, accumulate=recipe.accumulate, power_ema=power)
-    step = in_rounds(step, job, plan.num_steps)
+    begin, step, plan = training_of(context, stage, job, len(batches.rows))
 
     def finished_params(state: TrainState) -> Any:
         found = state.evaluation_params
@@ -196,7 +245,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
     preview = job.preview
     with Reader(batches, num_workers=context.workers) as reader:
         state = fit(
-            state,
+            begin(),
             step,
             batches if in_memory else reader,
             plan,
@@ -303,6 +352,7 @@ def train(
         for stage in unfinished:
             begin_stage(run, stage)
             with reported(run):
-                run_job(context, stage, task_of(recipe, stage).prepare(context))
+                sized = with_batch_size(context, stage)
+                run_job(sized, stage, task_of(recipe, stage).prepare(sized))
             held.check()
     return run
