@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import batch_size, first_devices, named_values, shown
+from jaxldm.commands.options import batch_size, devices_or_mesh, named_values, shown
 from jaxldm.commands.train import given
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -86,6 +86,9 @@ class Distill:
     devices: Annotated[int | None, shown("INT", "as many as divide every batch")] = None
     """Number of devices over which each batch is split."""
 
+    mesh: Annotated[str | None, shown("AXIS=INT,...", "all devices along data")] = None
+    """Split the batch over data and fsdp, the state over fsdp and tensor, as in data=2,fsdp=4."""
+
     workers: int = 0
     """Processes that read and decode pictures that do not fit into memory; 0: a thread."""
 
@@ -96,10 +99,10 @@ class Distill:
         """Checks the teacher, then trains the student."""
         from jaxldm import training
 
-        first_devices(self.devices)
         run_dir = self.out()
         recipe = self.make_recipe(run_dir)
-        options: dict[str, Any] = {"resume": self.resume, "devices": self.devices, "workers": self.workers}
+        options: dict[str, Any] = devices_or_mesh(self.devices, self.mesh)
+        options |= {"resume": self.resume, "workers": self.workers}
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import batch_size, first_devices, shown
+from jaxldm.commands.options import batch_size, devices_or_mesh, shown
 from jaxldm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -132,6 +132,9 @@ class Finetune:
     devices: Annotated[int | None, shown("INT", "as many as divide every batch")] = None
     """Number of devices over which each batch is split."""
 
+    mesh: Annotated[str | None, shown("AXIS=INT,...", "all devices along data")] = None
+    """Split the batch over data and fsdp, the state over fsdp and tensor, as in data=2,fsdp=4."""
+
     workers: int = 0
     """Processes that read and decode pictures that do not fit into memory; 0: a thread."""
 
@@ -144,8 +147,8 @@ class Finetune:
 
         run_dir = Path(self.run_dir)
         recipe = self.make_recipe(run_dir)
-        first_devices(self.devices)
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("resume", "devices", "workers")}
+        options: dict[str, Any] = devices_or_mesh(self.devices, self.mesh)
+        options |= {"resume": self.resume, "workers": self.workers}
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return

@@ -34,6 +34,18 @@ def first_devices(count: int | None) -> list[Any] | None:
     return jax.devices()[:count]
 
 
+def devices_or_mesh(devices: int | None, mesh: str | None) -> dict[str, Any]:
+    """The arguments `devices` and `mesh` of `training.train`, where only the first devices may be meant.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError: as `read_mesh`; more devices than there are.
+    """
+    if mesh is not None:
+        return {"mesh": read_mesh(mesh, devices)}
+    first_devices(devices)
+    return {"devices": devices}
+
+
 def batch_size(value: int | Literal["auto"] | None) -> int | None:
     """The batch size of a recipe; raises `InvalidArgumentError` for 0, which stands for "auto" in recipes."""
     from jaxldm.training.stage_recipe import AUTO

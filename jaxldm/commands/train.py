@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import batch_size, first_devices, shown
+from jaxldm.commands.options import batch_size, devices_or_mesh, shown
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ class Train:
     devices: Annotated[int | None, shown("INT", "as many as divide every batch")] = None
     """Number of devices over which each batch is split."""
 
+    mesh: Annotated[str | None, shown("AXIS=INT,...", "all devices along data")] = None
+    """Split the batch over data and fsdp, the state over fsdp and tensor, as in data=2,fsdp=4."""
+
     workers: int = 0
     """Processes that read and decode pictures that do not fit into memory; 0: a thread."""
 
@@ -92,12 +95,8 @@ class Train:
 
         run_dir = Path(self.run_dir or f"runs/{self.recipe}")
         recipe = self.make_recipe(run_dir)
-        first_devices(self.devices)
-        options: dict[str, Any] = {
-            "resume": self.resume,
-            "devices": self.devices,
-            "workers": self.workers,
-        }
+        options: dict[str, Any] = devices_or_mesh(self.devices, self.mesh)
+        options |= {"resume": self.resume, "workers": self.workers}
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return

@@ -192,7 +192,11 @@ def check_posterior_collapse(
     check_shapes(mean=mean, log_variance=log_variance)
     mean, log_variance = np.asarray(mean, np.float64), np.asarray(log_variance, np.float64)
     kl = 0.5 * (mean**2 + np.exp(log_variance) - 1 - log_variance)
-    kl = kl.mean(axis=tuple(range(kl.ndim - 1)))
+    return check_channels(kl.mean(axis=tuple(range(kl.ndim - 1))), min_kl)
+
+
+def check_channels(kl: Float[np.ndarray, " c"], min_kl: float = 0.01) -> list[Finding]:
+    """`check_posterior_collapse`, given the mean KL of each channel."""
     dead = np.flatnonzero(~(kl >= min_kl))  # NaN counts as dead
     seen = f"KL per channel in nats: {', '.join(f'{value:.3g}' for value in kl)}"
     if len(dead):

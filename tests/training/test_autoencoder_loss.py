@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxldm import models
+from jaxldm.data import ArrayRows
 from jaxldm.errors import UnknownNameError
+from jaxldm.metrics.health import check_channels, check_posterior_collapse
 from jaxldm.models import DiagonalGaussian
-from jaxldm.training.autoencoder import latent_scale
+from jaxldm.training.autoencoder import encode_all, latent_scale, posterior_moments
 from jaxldm.training.autoencoder_losses import annealed_beta, autoencoder_loss, kl_per_channel
 from jaxldm.training.autoencoder_players import make_loss
 from jaxldm.training.recipes import AutoencoderRecipe
@@ -114,6 +116,29 @@ def test_latent_scale_makes_drawn_latents_unit_normal():
     scale, shift = latent_scale(moments.mean, None)
     means = (np.asarray(moments.mean, np.float64) - shift) * scale
     np.testing.assert_allclose([means.mean(), means.std()], [0, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("on_means", [True, False])
+def test_moments_of_posteriors_are_those_of_all_of_them_at_once(on_means):
+    """Seven pictures, three at a time: the same scale and KL as of the whole arrays."""
+    module = models.build(
+        "mini-autoencoder", block_out_channels=(4, 4, 4), latent_channels=2, norm_num_groups=2
+    )
+    params = models.init(module, jax.random.key(0))
+    images = np.random.default_rng(0).uniform(-1, 1, (7, 28, 28, 1)).astype(np.float32)
+    asked = []
+
+    class Noted(ArrayRows):
+        def take(self, rows):
+            asked.append(len(rows))
+            return super().take(rows)
+
+    moments = posterior_moments(module, params, Noted({"image": images}), at_once=3)
+    assert asked == [3, 3, 1]
+    whole = encode_all(module, params, images)
+    expected = latent_scale(whole.mean, None if on_means else whole.log_variance)
+    np.testing.assert_allclose(moments.scale(on_means), expected, rtol=1e-5)
+    assert check_channels(moments.kl)[0].seen == check_posterior_collapse(*whole)[0].seen
 
 
 def test_an_unknown_reconstruction_loss_is_refused():

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from jaxldm.commands.words import check_words
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training import batch_size
 from jaxldm.training.mesh import batch_sharding, make_mesh
-from jaxldm.training.stages import Context
 from jaxldm.training.step import compile_train_step
 
 train = sys.modules["jaxldm.training.train"]  # the module, not the function
@@ -70,7 +68,7 @@ def test_bytes_are_those_of_the_compiled_program_and_nothing_runs(optimized):
 
 def test_a_run_finds_its_batch_size_once_and_goes_on_with_it(tmp_path, monkeypatch):
     """A thousand bytes an example, and 70 % of 70 kB: 49 examples, of which 48 is near enough."""
-    shapes, said = [], []
+    shapes, said, trained = [], [], []
 
     def bytes_of_step(step, state, batch, mesh):
         if not shapes:
@@ -81,15 +79,16 @@ def test_a_run_finds_its_batch_size_once_and_goes_on_with_it(tmp_path, monkeypat
     monkeypatch.setattr(batch_size, "bytes_of_step", bytes_of_step)
     monkeypatch.setattr(host, "memory_bytes", lambda device=None: 70_000)
     monkeypatch.setattr(train, "_check_state_fits", lambda *plan: None)
+    monkeypatch.setattr(train, "run_job", lambda *job: trained.append(job))
     run = training.train(RECIPE, tmp_path / "run", devices=1, log=said.append, bar=False)
     assert all(shape == {"mean": (28, 28, 1), "label": ()} for shape in shapes)
     assert any("fits into 70% of 70 kB" in line for line in said)
     assert any("batch size 48: an update needs 48 kB of memory" in line for line in said)
-    log, number = training.read_log(run.stage("diffusion").log), RECIPE.max_train_images // 48
-    assert len(log["step"]) == number > 1 and np.isfinite(log["loss"]).all()
+    (context, _, job), expected = trained[0], RECIPE.diffusion.epochs * RECIPE.max_train_images // 48
+    assert train.training_of(context, "diffusion", job, len(job.data)).plan.num_steps == expected > 1
     monkeypatch.setattr(host, "memory_bytes", lambda device=None: 700_000)
-    context = Context(RECIPE, RECIPE.load_data(), run, make_mesh(1), log=said.append)
-    assert train.with_batch_size(context, "diffusion").recipe.diffusion.batch_size == 48
+    training.train(RECIPE, run.path, devices=1, resume=True, log=said.append, bar=False)
+    assert [job[0].recipe.diffusion.batch_size for job in trained] == [48, 48]
 
 
 def test_the_option():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from jaxldm import diffusion as D
 from jaxldm import models
+from jaxldm.commands.options import devices_or_mesh
 from jaxldm.data import Dataset
 from jaxldm.errors import (
     CheckpointError,
@@ -120,7 +122,7 @@ def test_a_damaged_recipe_says_where(entries, words):
 @pytest.mark.parametrize(
     ("kind", "numbers", "words"),
     [
-        (DiffusionRecipe, {"batch_size": 0}, "batch_size"),
+        (DiffusionRecipe, {"batch_size": -1}, "batch_size must be >= 1, or 0"),
         (DiffusionRecipe, {"save_every": -1}, "save_every"),
         (DiffusionRecipe, {"ema_decay": 1.0}, "ema_decay"),
         (AutoencoderRecipe, {"beta": -1.0}, "beta"),
@@ -312,3 +314,21 @@ def test_the_batch_is_split_over_as_many_devices_as_divide_every_batch():
     assert max_devices(SMOKE) == 8
     assert max_devices(changed("classifier", batch_size=100)) == 4
     assert max_devices(changed("diffusion", batch_size=63)) == 1
+
+
+def test_a_run_may_be_on_any_mesh(tmp_path, monkeypatch):
+    meshes = []
+    room = sys.modules["jaxldm.training.train"]  # the module, not the function
+    monkeypatch.setattr(room, "run_job", lambda context, stage, job: meshes.append(context.mesh))
+    monkeypatch.setattr(room, "STAGES", ("classifier",))
+    mesh = devices_or_mesh(None, "data=2,fsdp=2,tensor=2")["mesh"]
+    recipe = changed("classifier", batch_size=32)
+    train(recipe, tmp_path / "run", mesh=mesh, log=print)
+    assert meshes == [mesh] and dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(InvalidArgumentError, match="leave devices out, or the mesh"):
+        train(recipe, tmp_path / "other", mesh=mesh, devices=8)
+    with pytest.raises(InvalidArgumentError, match="batch_size 6 cannot be split over 4 devices"):
+        train(changed("classifier", batch_size=6), tmp_path / "other", mesh=mesh)
+    with pytest.raises(InvalidArgumentError, match="8 devices"):
+        devices_or_mesh(None, "fsdp=3")
+    assert devices_or_mesh(2, None) == {"devices": 2} and not (tmp_path / "other").exists()

@@ -15,7 +15,7 @@ from jaxldm import checkpoints, models, pipelines, schedulers, training
 from jaxldm import diffusion as D
 from jaxldm.commands.eval import load_classifier
 from jaxldm.commands.info import describe
-from jaxldm.data import ArrayRows
+from jaxldm.data import ArrayRows, shards
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.training import text as text_room
 from jaxldm.training.diffusion import Condition, build_denoiser, make_loss
@@ -109,8 +109,11 @@ def test_states_are_those_of_the_pipelines_and_are_kept(recipe, tmp_path, monkey
     assert pipe.unet.config.cross_attention_dim == 8
     captions = ["a dark picture", "a light picture", "a dark picture"]
     monkeypatch.setattr(text_room, "_TEXTS_AT_ONCE", 2)  # the empty text is one, too
-    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
-    assert found.arrays[STATES].shape == (3, 6, 8) and found.which[0] == found.which[2] != found.which[1]
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3 * 2 * 6 * 8 - 1)  # of float16: two texts in each
+    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions")
+    kept = found.texts.take(np.arange(3))[STATES]
+    assert kept.shape == (3, 6, 8) and kept.dtype == np.float16 and len(found.texts) == 3
+    assert len(found.texts.paths) == 2 and found.which[0] == found.which[2] != found.which[1]
     expected = pipelines.prompts.encode_texts(pipe.text_encoder, pipe.tokenizer, ["", *captions]).hidden
     np.testing.assert_allclose(found.null[STATES], expected[0], atol=2e-3)
     rows = CaptionedRows(ArrayRows({"mean": np.arange(3.0)}), found)
@@ -118,8 +121,9 @@ def test_states_are_those_of_the_pipelines_and_are_kept(recipe, tmp_path, monkey
     assert taken["mean"].tolist() == [2, 1] and taken[STATES].dtype == np.float32
     np.testing.assert_allclose(taken[STATES], expected[[3, 2]], atol=2e-3)
     monkeypatch.setattr(type(pipe.text_encoder.module), "__call__", None)  # they come from the cache
-    again = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
-    np.testing.assert_array_equal(again.arrays[STATES], found.arrays[STATES])
+    again = encode_captions(pipe, captions, (8, 8), tmp_path / "captions")
+    np.testing.assert_array_equal(again.texts.take(np.arange(3))[STATES], kept)
+    assert again.null.keys() == found.null.keys()
 
 
 def test_a_dropped_caption_is_the_empty_one(monkeypatch):
@@ -208,6 +212,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_pat
     absent = dataclasses.replace(recipe.text, encoder=str(tmp_path / "absent"))
     of_classes = training.DiffusionRecipe(preset="tiny-dit")
     refused(InvalidArgumentError, "more than the 12 tokens", text=longer)
+    shorter, words = dataclasses.replace(recipe.text, max_length=4), "captions are longer than the 4 tokens"
+    refused(InvalidArgumentError, f"2 of 2 {words}.*'a dark picture': .* raise max_length", text=shorter)
     refused(CheckpointError, "absent", text=absent)
     refused(InvalidArgumentError, "UNet2DConditionModel", diffusion=of_classes)
     refused(InvalidArgumentError, "without text", text=None)
@@ -274,7 +280,7 @@ def test_other_networks_train_on_what_their_pipeline_draws_from(recipe, encoders
     module = build_denoiser(recipe, (8, 8, 3), 2)
     pipe = text_pipeline(module, load_text_parts(recipe.text))
     captions = ["a dark picture", "a light picture"]
-    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions.npz")
+    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions")
     rows = CaptionedRows(ArrayRows({"mean": np.zeros((2, 8, 8, 4), np.float32)}), found)
     loss = make_loss(recipe.diffusion, module, Condition(found.null))
     shapes = models.shapes(module)

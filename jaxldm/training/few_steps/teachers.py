@@ -237,7 +237,7 @@ def bring_parts(run: RunFolder, recipe: Recipe, log: Callable[[str], None]) -> N
 
 
 def copy_parts(run: RunFolder, recipe: Recipe, teacher: str | Path, log: Callable[[str], None]) -> None:
-    """The autoencoder, the classifier and the latents of another run, those that the recipe has.
+    """The autoencoder, the classifier, latents and captions' states of another run, those that there are.
 
     Networks are copied whole or not at all. Raises `StorageError`.
     """
@@ -248,10 +248,11 @@ def copy_parts(run: RunFolder, recipe: Recipe, teacher: str | Path, log: Callabl
             log(f"{stage}: that of {teacher}")
             with folder_written_whole(here) as partial:
                 shutil.copytree(there, partial, dirs_exist_ok=True)
-    if source.latents.is_dir() and not run.latents.exists():
-        with storage_errors(run.latents):
-            for file in source.latents.rglob("*.npy"):
-                _link(file, run.latents / file.relative_to(source.latents))
+    for here, there in ((run.latents, source.latents), (run.captions, source.captions)):
+        if there.is_dir() and not here.exists():
+            with storage_errors(here):
+                for file in there.rglob("*.npy"):
+                    _link(file, here / file.relative_to(there))
 
 
 def _link(file: Path, target: Path) -> None:
