@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxldm import host
@@ -21,6 +20,7 @@ from jaxldm.files import write_atomically
 from jaxldm.memory import as_bytes, size_of
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes
 from jaxldm.training.mesh import batch_sharding, state_shardings
+from jaxldm.training.processes import least
 from jaxldm.training.runs import StageFolder
 from jaxldm.training.sealed import sealed, unsealed
 from jaxldm.training.stage_recipe import AUTO, UpdatesRecipe
@@ -138,14 +138,10 @@ def find_batch_size(
             lambda column: jax.ShapeDtypeStruct((size, *column.shape[1:]), column.dtype), row
         )
         needed[size] = bytes_of_step(step, state, batch, mesh)
-        return needed[size] <= share * there
+        return bool(least(needed[size] <= share * there))  # hosts may differ
 
     log(f"looking for the largest batch whose update fits into {share:.0%} of {as_bytes(there)}")
     found = largest_batch(fits, unit, num_examples)
-    if jax.process_count() > 1:  # hosts may differ
-        from jax.experimental import multihost_utils
-
-        found = int(multihost_utils.process_allgather(np.int32(found)).min())
     whose = "memory" if on_cpu else "the device's memory"
     log(
         f"batch size {found}: an update needs {as_bytes(needed.get(found, 0))} of {whose}; the learning rate "

@@ -182,7 +182,7 @@ def fit(
     number = jax.process_index()
     rows = CsvLog(run_dir / (f"log.{number}.csv" if number else "log.csv"), events=not number)
     if number:  # the first process speaks for all
-        log, bar = _say_nothing, False
+        log, bar = say_nothing, False
     with (
         HeldFolder(run_dir, log) as held,
         TrainingStore(run_dir / "checkpoints", plan.keep, lambda: held.lost() is None) as store,
@@ -206,7 +206,7 @@ def fit(
     return state
 
 
-def _say_nothing(line: str) -> None:
+def say_nothing(line: str) -> None:
     """A log that nobody reads."""
 
 

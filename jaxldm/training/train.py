@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -38,9 +40,10 @@ from jaxldm.training.few_steps.teachers import bring_parts
 from jaxldm.training.finetuning import TASK as FINETUNE_TASK
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
-from jaxldm.training.loop import Plan, fit
+from jaxldm.training.loop import Plan, fit, say_nothing
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
+from jaxldm.training.processes import by_first, first_then_others, is_first, together
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.report import bring_up_to_date, reported
 from jaxldm.training.runs import STAGES, RunFolder, begin_stage, check_run_folder, open_run
@@ -221,14 +224,14 @@ def with_batch_size(context: Context, stage: str) -> Context:
     size = read_batch_size(folder)
     if size is None:
         some = of(smallest_batch(recipe, context.mesh))
-        job = task_of(context.recipe, stage).prepare(some)
+        job = first_then_others(lambda: task_of(context.recipe, stage).prepare(some))
         rows = of_one_shape(ArrayRows(job.data) if isinstance(job.data, Mapping) else job.data)
         begin, step, _ = training_of(some, stage, job, len(rows))
         log = lambda line: context.log(f"{stage}: {line}")  # noqa: E731
         size = find_batch_size(
             recipe, step, jax.eval_shape(begin), rows.take(np.arange(1)), len(rows), context.mesh, log
         )
-        write_batch_size(folder, size)
+        by_first(lambda: write_batch_size(folder, size))
     return of(size)
 
 
@@ -243,7 +246,11 @@ def run_job(context: Context, stage: str, job: Job) -> None:
         found = state.evaluation_params
         return on_host(merge(found, state.frozen.params) if job.freeze else found)
 
-    preview = job.preview
+    def preview(state: TrainState, step: int) -> None:
+        params = finished_params(state)  # gathered from all
+        if is_first():
+            cast(Any, job.preview)(params, step)
+
     with Reader(batches, num_workers=context.workers) as reader:
         state = fit(
             begin(),
@@ -254,12 +261,13 @@ def run_job(context: Context, stage: str, job: Job) -> None:
             resume=context.resume,
             mesh=context.mesh,
             name=stage,
-            on_sample=preview and (lambda state, step: preview(finished_params(state), step)),
+            on_sample=None if job.preview is None else preview,
             explain_divergence=explain_divergence,
             log=context.log,
             bar=context.bar,
         )
-    job.finish(finished_params(state))
+    params = finished_params(state)
+    by_first(lambda: job.finish(params))
 
 
 def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
@@ -334,37 +342,60 @@ def train(
         DivergenceError: the losses or gradients of ten updates in a row were not finite.
         KeyboardInterrupt: Ctrl-C, after everything was saved.
 
+    Several processes, on hosts that share a disk, train one run when each calls this, after
+    `jax.distributed.initialize()`: each reads its part of every batch, the first writes the run folder.
+
     >>> from jaxldm import training                                                  # doctest: +SKIP
     >>> run = training.train(training.RECIPES["mini-ldm"], "runs/mini-ldm")          # doctest: +SKIP
     """
     if mesh is not None and devices is not None:
-        raise InvalidArgumentError(
-            "devices has no effect with a mesh, which has its own: leave one of them out"
-        )
+        raise InvalidArgumentError("a mesh has its own devices: leave devices out, or the mesh")
+    if not is_first():  # the first process speaks for all
+        log, bar = say_nothing, False
     if mesh is None:
-        mesh = make_mesh(max_devices(recipe) if devices is None else devices)
+        whole = jax.process_count() > 1  # each process has a part of every batch
+        mesh = make_mesh((None if whole else max_devices(recipe)) if devices is None else devices)
     if dataset is not None:
         recipe = dataclasses.replace(recipe, data=data.source_name(dataset))
-    check_run_folder(run_dir, recipe, resume=resume)
-    loaded = recipe.load_data()
-    check_recipe(recipe, loaded, mesh)
-    if recipe.text is not None:
-        check_captions_of(recipe.text, cast(list[str], loaded.captions("train", recipe.max_train_images)))
-    with HeldFolder(run_dir, log) as held:
-        run = open_run(run_dir, recipe, loaded, resume=resume, log=log)
-        _report_skipped(run, loaded, log)
-        if loaded.license:
-            log(f"the pictures of {loaded.name}: {loaded.license}")
-        bring_parts(run, recipe, log)
-        context = Context(recipe, loaded, run, mesh, resume, log, bar, workers)
-        unfinished = [stage for stage in stages_of(recipe) if _is_unfinished(run, stage, log)]
-        if not unfinished:
-            bring_up_to_date(run)
-            log(f"{run.path} is finished: there is nothing left to train")
-        for stage in unfinished:
-            begin_stage(run, stage)
-            with reported(run):
-                sized = with_batch_size(context, stage)
-                run_job(sized, stage, task_of(recipe, stage).prepare(sized))
-            held.check()
+
+    def checked_data() -> data.Dataset:
+        check_run_folder(run_dir, recipe, resume=resume)
+        loaded = recipe.load_data()
+        check_recipe(recipe, loaded, mesh)
+        if recipe.text is not None:
+            texts = loaded.captions("train", recipe.max_train_images)
+            check_captions_of(recipe.text, cast(list[str], texts))
+        return loaded
+
+    loaded = together(checked_data)
+    with contextlib.ExitStack() as stack:
+        held = together(lambda: stack.enter_context(HeldFolder(run_dir, log)))
+        run = first_then_others(
+            lambda: open_run(run_dir, recipe, loaded, resume=resume or not is_first(), log=log)
+        )
+        _train_stages(Context(recipe, loaded, run, mesh, resume, log, bar, workers), held)
     return run
+
+
+def _train_stages(context: Context, held: HeldFolder) -> None:
+    """Train the stages of a run that are not complete."""
+    run, recipe, dataset, log = context.run, context.recipe, context.dataset, context.log
+
+    def begin() -> None:
+        _report_skipped(run, dataset, log)
+        if dataset.license:
+            log(f"the pictures of {dataset.name}: {dataset.license}")
+        bring_parts(run, recipe, log)
+
+    by_first(begin)
+    unfinished = together(lambda: [name for name in stages_of(recipe) if _is_unfinished(run, name, log)])
+    if not unfinished:
+        by_first(lambda: bring_up_to_date(run))
+        log(f"{run.path} is finished: there is nothing left to train")
+    for stage in unfinished:
+        by_first(functools.partial(begin_stage, run, stage))
+        with reported(run) if is_first() else contextlib.nullcontext():
+            sized = with_batch_size(context, stage)
+            prepare = functools.partial(task_of(recipe, stage).prepare, sized)
+            run_job(sized, stage, first_then_others(prepare))
+        held.check()
