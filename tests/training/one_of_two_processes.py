@@ -3,6 +3,7 @@
 python one_of_two_processes.py FOLDER PORT NUMBER
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -51,9 +52,33 @@ def train(folder, mesh):
     return rows.seen
 
 
+def train_recipe(folder, mesh):
+    """A whole run of two stages: an autoencoder, and a transformer on its latents."""
+    from jaxldm import training
+
+    smoke = training.RECIPES["smoke"]
+    stage = {"epochs": 1, "batch_size": 16, "sample_every": 0}
+    encoder = {"block_out_channels": (4, 4, 4), "latent_channels": 2, "norm_num_groups": 2}
+    network = {"hidden_size": 8, "depth": 1, "num_heads": 2, "patch_size": 7}
+    recipe = dataclasses.replace(
+        smoke,
+        name="two-stages",
+        max_train_images=64,
+        autoencoder=dataclasses.replace(smoke.autoencoder, overrides=encoder, **stage),
+        diffusion=dataclasses.replace(smoke.diffusion, preset="tiny-dit", overrides=network, **stage),
+        classifier=None,
+    )
+    said = []
+    training.train(recipe, folder, mesh=mesh, log=said.append, bar=False)
+    return said
+
+
 if __name__ == "__main__":
     folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -61,4 +86,5 @@ if __name__ == "__main__":
     from jaxldm import training
 
     seen = train(folder / "run", training.make_mesh(fsdp=4))
-    (folder / f"seen.{number}.json").write_text(json.dumps(seen))
+    said = train_recipe(folder / "recipe", training.make_mesh(fsdp=2))
+    (folder / f"seen.{number}.json").write_text(json.dumps({"rows": seen, "said": said}))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import chex
 import numpy as np
-from one_of_two_processes import BATCH, ROWS, STEPS, train
+from one_of_two_processes import BATCH, ROWS, STEPS, train, train_recipe
 
 from jaxldm import training
 from jaxldm.training.store import TrainingStore
@@ -35,6 +35,7 @@ def test_two_processes_train_one_network_and_read_their_own_examples(tmp_path):
         for number in range(2)
     ]
     alone = train(tmp_path / "alone", training.make_mesh(1))  # meanwhile
+    train_recipe(tmp_path / "recipe-alone", training.make_mesh(1))
     try:
         said = [process.communicate(timeout=120)[0] for process in processes]
     finally:
@@ -42,7 +43,8 @@ def test_two_processes_train_one_network_and_read_their_own_examples(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
 
-    seen = [json.loads((tmp_path / f"seen.{number}.json").read_text()) for number in range(2)]
+    found = [json.loads((tmp_path / f"seen.{number}.json").read_text()) for number in range(2)]
+    seen = [each["rows"] for each in found]
     for first, second, whole in zip(*seen, alone, strict=True):
         assert len(first) == len(second) == BATCH // 2 and first + second == whole
     per_epoch = ROWS // BATCH
@@ -59,6 +61,15 @@ def test_two_processes_train_one_network_and_read_their_own_examples(tmp_path):
     chex.assert_trees_all_equal_shapes(*kept)
     chex.assert_trees_all_close(*kept, rtol=1e-4, atol=1e-6)
     assert "training: epoch 2/2" in said[0] and "epoch" not in said[1]
+
+    assert any(line.startswith("diffusion: epoch 1/1") for line in found[0]["said"]) and not found[1]["said"]
+    runs = [training.RunFolder(tmp_path / name) for name in ("recipe", "recipe-alone")]
+    for stage in ("autoencoder", "diffusion"):
+        both, one = (training.read_log(run.stage(stage).log)["loss"] for run in runs)
+        assert len(one) == 4
+        np.testing.assert_allclose(both, one, rtol=2e-5)
+    files = [{path.name for path in run.path.rglob("*.*") if "events." not in path.name} for run in runs]
+    assert files[0] - files[1] == {"log.1.csv"} and files[1] < files[0]
 
 
 def last_checkpoint(folder):
