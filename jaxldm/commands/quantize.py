@@ -67,7 +67,7 @@ class Quantize:
     modulation: Annotated[str | None, shown("NAME", "bfloat16")] = None
     """Weights of adaptive norms, a third of a DiT: bfloat16, or int8."""
 
-    prompt: Annotated[tuple[str, ...], shown("TEXT ...", "none")] = ()
+    prompt: Annotated[tuple[str, ...] | None, shown("TEXT ...", "none")] = None
     """Of --smooth, for a model that draws from texts: what to draw."""
 
     seed: int = 0
@@ -86,11 +86,11 @@ class Quantize:
         pipelines.check_output_folder(out)
         texts = pipelines.kind_of(self.folder) == "text-to-image"
         pipelines.check_export_folder(out, *([family_of(self.folder)] if texts else []))
-        if self.prompt and (not texts or how.smooth is None):
+        if self.prompt is not None and (not texts or how.smooth is None):
             raise InvalidArgumentError(
                 "--prompt is of --smooth, for a model that draws from texts: leave it out"
             )
-        if texts and how.smooth is not None and not self.prompt:
+        if texts and how.smooth is not None and self.prompt is None:
             raise InvalidArgumentError('--smooth needs something to draw: give --prompt "a cat in the snow"')
         pipe = pipelines.load(self.folder)
         small = pipelines.quantize(pipe, how, self.maxima(pipe) if how.smooth is not None else None)
@@ -128,7 +128,7 @@ class Quantize:
         from jaxldm import pipelines
 
         key, steps = jax.random.key(self.seed), CALIBRATION_STEPS
-        if self.prompt:
+        if self.prompt is not None:
             return pipelines.calibrate_quantization(pipe, key, list(self.prompt), num_inference_steps=steps)
         labels = pipe.cycle_labels(None, None)
         labels = None if labels is None else labels[:MOST_LABELS]
