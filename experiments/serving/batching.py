@@ -111,26 +111,28 @@ def best(engine: serving.Engine, jobs: list[Any], bound: float, share_steps: boo
     return found
 
 
-def compare(pipe: Any, slots: int, number: int, factors: list[float]) -> dict[str, Any]:
-    """Both, at the latency that batches have when half of their slots are wasted.
+def compare(pipe: Any, slots: int, number: int, factors: tuple[list[float], list[float]]) -> dict[str, Any]:
+    """Both, at the latency of an image of 50 steps that has waited for one and a half others.
 
     Args:
         slots: K.
         number: of requests of each run.
-        factors: rates, as shares of what full slots draw.
+        factors: rates as shares of what full slots draw, rising: of batches, and of shared steps.
     """
     engine = warm_engine(pipe, slots)
     jobs = jobs_of(engine, number, seed=0)
     draw(engine, jobs[: 2 * slots], 1e6, share_steps=True)  # the measured step of full slots
     full = capacity(engine)
     (kind,) = engine.kinds
-    bound = 2.5 * max(STEPS) * engine.seconds(kind) * slots  # of an image of 50 steps, alone in full slots
-    rates = [full * factor for factor in factors]
-    batches = best(engine, jobs, bound, False, rates)
-    shared = best(engine, jobs, bound, True, rates)
+    bound = 2.5 * max(STEPS) * engine.seconds(kind) * slots
+    batches, shared = (
+        best(engine, jobs, bound, share, [full * factor for factor in rates])
+        for share, rates in zip((False, True), factors, strict=True)
+    )
     return {
         "slots": slots,
         "requests of each run": number,
+        "full slots, images a second": full,
         "bound on p95, seconds": bound,
         "batches, images a second": batches.throughput,
         "batches, p95 seconds": batches.p95,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple
 
 HOST = "127.0.0.1"
@@ -120,6 +120,23 @@ def unchunked(content: bytes) -> bytes:
         length = int(size or b"0", 16)
         joined, content = joined + content[:length], content[length + 2 :]
     return joined
+
+
+async def events(port: int, body: Mapping[str, Any]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """The events of a request with "stream": true as they come; leaving the loop closes the connection."""
+    content = json.dumps(body).encode()
+    lines = f"Host: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        writer.write(f"POST /generate HTTP/1.1\r\n{lines}".encode() + content)
+        await reader.readuntil(b"\r\n\r\n")
+        while size := int(await reader.readline(), 16):
+            chunk = (await reader.readexactly(size + 2)).decode()
+            if chunk.startswith("event: "):
+                name, _, data = chunk.strip().removeprefix("event: ").partition("\ndata: ")
+                yield name, json.loads(data)
+    finally:
+        writer.close()
 
 
 async def metrics(port: int) -> dict[str, float]:

@@ -25,7 +25,6 @@ from jaxldm.reading import shown as shown_value
 
 TOKEN = "JAXLDM_SERVER_TOKEN"  # an environment variable
 MAX_WORKERS = 64
-MAX_CONNECTIONS = 1000  # beyond them the answer is 503
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,14 @@ class Serve:
                     worker.join(0)  # without effect where it has ended
 
     def _serve(self, workers: list[Any], settings: Any, token: str | None, bound: socket.socket) -> None:
+        from jaxldm.serving.front import run_until_interrupted, server_of
         from jaxldm.serving.server import serve_by
         from jaxldm.serving.service import Service
 
+        log_lines(self.quiet)
         service = Service(workers, settings.limits)
-        server = server_of(serve_by(service, settings, token), self.quiet)
+        server = server_of(serve_by(service, settings, token), service)
+        bound.listen()  # who reads the next line may ask
         if not self.quiet:
             address, port = bound.getsockname()[:2]
             print(f"{self.folder}: http://{address}:{port} (GET /ready says when it is)", flush=True)
@@ -262,18 +264,3 @@ def log_lines(quiet: bool) -> None:
     log = logging.getLogger("jaxldm.serving")
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.handlers = [Lines()]
-
-
-def server_of(app: Any, quiet: bool) -> Any:
-    """The server of an application, not yet running."""
-    import uvicorn
-
-    log_lines(quiet)
-    options: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False}
-    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, **options)
-    return uvicorn.Server(config)
-
-
-def run_until_interrupted(server: Any, bound: socket.socket) -> None:
-    """Serves until Ctrl-C or SIGTERM; then what was accepted is finished first."""
-    server.run(sockets=[bound])

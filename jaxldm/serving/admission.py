@@ -118,13 +118,16 @@ class FairQueue:
 
     In each round a client may spend `quantum` more, and spends it on its images in the order in which they
     came. Over time every client that waits gets the same share of the engine, whether its images are few and
-    expensive or many and cheap; a client that comes for the first time is served within one round.
+    expensive or many and cheap. Whoever comes without having been served lately is served first, on credit,
+    which its next rounds pay back (as new flows in RFC 8290): an image of a client that has only that waits
+    for none of those that others have queued.
     """
 
     def __init__(self, quantum: float):
         self.quantum = quantum
-        self._items: dict[Hashable, collections.deque[Item]] = {}
-        self._deficits: dict[Hashable, float] = {}
+        self._items: dict[Hashable, collections.deque[Item]] = {}  # empty for those that only owe
+        self._deficits: dict[Hashable, float] = {}  # below 0: owed
+        self._new: collections.deque[Hashable] = collections.deque()
         self._round: collections.deque[Hashable] = collections.deque()
 
     def __len__(self) -> int:
@@ -143,7 +146,7 @@ class FairQueue:
         if client not in self._items:
             self._items[client] = collections.deque()
             self._deficits[client] = 0.0
-            self._round.append(client)
+            self._new.append(client)
         self._items[client].append(item)
 
     def put_back(self, client: Hashable, items: list[Item]) -> None:
@@ -158,14 +161,13 @@ class FairQueue:
         Args:
             fits: whether there is a slot for it. Clients whose first image has none keep their turn.
         """
-        able = [client for client in self._round if fits(self._items[client][0])]
+        able = {client for client, items in self._items.items() if items and fits(items[0])}
         if not able:
             return None
-        # As many whole rounds at once as pass without anybody having saved up enough.
-        short = (self._items[client][0].cost - self._deficits[client] for client in able)
-        rounds = max(math.ceil(min(short) / self.quantum) - 1, 0)
-        for client in able:
-            self._deficits[client] += rounds * self.quantum
+        for client in self._new:
+            if client in able:
+                return self._serve_on_credit(client)
+        self._pass_rounds(able)
         while True:
             for _ in range(len(self._round)):
                 client = self._round[0]
@@ -175,37 +177,72 @@ class FairQueue:
                     self._deficits[client] += self.quantum
                     if self._deficits[client] >= self._items[client][0].cost:
                         return self._serve(client)
+                elif not self._items[client]:
+                    self._deficits[client] += self.quantum
+                    if self._deficits[client] >= 0:
+                        self._forget(client)
+                        continue
                 self._round.rotate(-1)
+
+    def _pass_rounds(self, able: set[Hashable]) -> None:
+        """Passes as many whole rounds at once as go by without anybody having saved up enough."""
+        short = (self._items[client][0].cost - self._deficits[client] for client in able)
+        rounds = max(math.ceil(min(short) / self.quantum) - 1, 0)
+        for client in [*self._round]:
+            if client in able or not self._items[client]:
+                self._deficits[client] += rounds * self.quantum
+                self._leave_if_paid(client)
 
     def _serve(self, client: Hashable) -> Item:
         item = self._items[client].popleft()
         self._deficits[client] -= item.cost
         if not self._items[client]:
-            self._forget(client)
+            self._leave_if_paid(client)
         elif self._deficits[client] < self._items[client][0].cost:
             self._round.rotate(-1)  # its share of this round is spent
+        self._settle()
         return item
 
+    def _serve_on_credit(self, client: Hashable) -> Item:
+        item = self._items[client].popleft()
+        self._deficits[client] -= item.cost
+        self._new.remove(client)
+        self._round.append(client)
+        self._settle()
+        return item
+
+    def _leave_if_paid(self, client: Hashable) -> None:
+        """Forgets a client for which nothing waits; what it owes stays until it is paid, or nobody waits."""
+        if not self._items[client] and self._deficits[client] >= 0:
+            self._forget(client)  # nobody saves up while nothing waits
+
+    def _settle(self) -> None:
+        """Where nobody waits nobody owes."""
+        if not any(self._items.values()):
+            for client in [*self._items]:
+                self._forget(client)
+
     def _forget(self, client: Hashable) -> None:
-        del self._items[client], self._deficits[client]  # nobody saves up while nothing waits
-        self._round.remove(client)
+        del self._items[client], self._deficits[client]
+        (self._new if client in self._new else self._round).remove(client)
 
     def in_turn(self) -> Iterator[Item]:
         """All that waits, in the order in which it would begin if nobody else came."""
         copy = FairQueue(self.quantum)
         copy._items = {client: items.copy() for client, items in self._items.items()}
-        copy._deficits, copy._round = self._deficits.copy(), self._round.copy()
+        copy._deficits, copy._new = self._deficits.copy(), self._new.copy()
+        copy._round = self._round.copy()
         return iter(copy.pop, None)
 
     def remove(self, ticket: Hashable) -> int:
         """Takes a request out, and returns how many of its images waited."""
         removed = 0
-        for client in list(self._items):
-            kept = collections.deque(item for item in self._items[client] if item.ticket != ticket)
-            removed += len(self._items[client]) - len(kept)
+        for client, items in [*self._items.items()]:
+            kept = collections.deque(item for item in items if item.ticket != ticket)
+            removed += len(items) - len(kept)
             self._items[client] = kept
-            if not kept:
-                self._forget(client)
+            self._leave_if_paid(client)
+        self._settle()
         return removed
 
 

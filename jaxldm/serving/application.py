@@ -43,6 +43,7 @@ from jaxldm.serving.service import Service
 from jaxldm.serving.streams import EventStream, OpenAIEvents, OurEvents, stream
 
 LOG = logging.getLogger("jaxldm.serving")
+MAX_DROPPED = 2**24  # bytes of a body that is too large: who is still sending does not read the answer
 # Others are 429.
 STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503, "fatal_request": 500}
 STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504}
@@ -205,25 +206,28 @@ class _Server:
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The body, which has so many bytes and seconds at most."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise BadRequest(
-                "send the header Content-Type: application/json", status=415, param="Content-Type"
-            )
-        content = bytearray()
+        content, size, most = bytearray(), 0, self.limits.max_body_bytes
 
         async def read() -> None:
+            nonlocal size
             async for chunk in request.stream():
-                content.extend(chunk)
-                if len(content) > self.limits.max_body_bytes:
-                    most = self.limits.max_body_bytes
-                    raise BadRequest(f"a body may have {most} bytes: send a smaller one", status=413)
+                size += len(chunk)
+                if size <= most:
+                    content.extend(chunk)
+                elif size > most + MAX_DROPPED:
+                    return
 
         try:
             await asyncio.wait_for(read(), self.limits.body_seconds)
         except TimeoutError:
             message = f"the body did not arrive within {self.limits.body_seconds:g} s: send it faster"
             raise BadRequest(message, status=408) from None
+        if size > most:
+            raise BadRequest(f"a body may have {most} bytes: send a smaller one", status=413)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            message = "send the header Content-Type: application/json"
+            raise BadRequest(message, status=415, param="Content-Type")
         return read_json(bytes(content))
 
     async def _accepted(self, request: Request, generation: Generation) -> tuple[Order, Mailbox]:

@@ -9,7 +9,10 @@ from jaxldm.serving.requests import IGNORED_OF_OPENAI, OPENAI_NAMES, Offer
 
 ERRORS = {
     400: "A field that does not exist, or a value that is not allowed.",
+    401: "Without the token of the server.",
+    404: "Another model.",
     408: "The body came too slowly.",
+    409: "The request was cancelled.",
     413: "The body is larger than 1 MiB.",
     415: "The body is no JSON.",
     429: "Too many requests, or too long a queue: see Retry-After.",

@@ -90,17 +90,44 @@ def test_no_client_that_waits_falls_behind(costs, quantum):
                 assert max(shares) - min(shares) <= quantum + 2 * largest
 
 
-@given(st.integers(1, 100), st.integers(1, 400))
-def test_a_thousand_jobs_of_one_client_delay_another_by_one(cost, quantum):
+@given(st.integers(1, 500), st.integers(1, 400), st.integers(1, 20))
+def test_the_jobs_of_one_client_do_not_delay_the_first_of_another(cost, quantum, served):
     queue = FairQueue(quantum)
     for number in range(500):
         queue.push("many", Item(("many", number), 0, 100, 1.0))
-    queue.pop()
+    for _ in range(served):
+        queue.pop()
     queue.push("one", Item("one", 0, cost, 1.0))
-    before = 0
-    while queue.pop().ticket != "one":
-        before += 100
-    assert before <= max(100, quantum, cost) + 100
+    assert queue.pop().ticket == "one"
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 300), st.integers(1, 300))
+def test_who_sends_one_after_the_other_gets_no_more_than_a_share(costs, other, quantum):
+    """Its first image is on credit, and the next ones wait until that is paid."""
+    queue, spent, mine = FairQueue(quantum), collections.Counter(), iter(costs)
+    for number in range(20_000 // other):
+        queue.push("many", Item("many", number, other, 1.0))
+    queue.push("one", Item("one", 0, next(mine), 1.0))
+    while queue.tickets == {"one", "many"} or spent["many"] == 0:
+        item = queue.pop()
+        spent[item.ticket] += item.cost
+        if item.ticket == "one":  # as soon as it has an image it asks for the next
+            cost = next(mine, None)
+            if cost is None:
+                break
+            queue.push("one", Item("one", 0, cost, 1.0))
+    assert spent["one"] - spent["many"] <= 2 * (quantum + max(costs) + other)
+
+
+def test_who_waits_for_nothing_is_forgotten():
+    queue = FairQueue(10)
+    for client in "abc":
+        queue.push(client, Item(client, 0, 100, 1.0))
+    assert [queue.pop().ticket for _ in range(3)] == ["a", "b", "c"] and not queue._deficits
+    queue.push("a", Item("a", 0, 100, 1.0))
+    queue.push("b", Item("b", 0, 100, 1.0))
+    queue.pop()
+    assert queue.remove("b") == 1 and not queue._deficits
 
 
 def test_who_has_no_slot_keeps_its_turn_and_holds_up_nobody():
