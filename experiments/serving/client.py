@@ -96,6 +96,8 @@ async def exchange(
 def parsed(received: bytes, seconds: float) -> Answer:
     """An answer of HTTP/1.1, of a connection that was closed behind it."""
     head, _, content = received.partition(b"\r\n\r\n")
+    if head.startswith(b"HTTP/1.1 1"):  # only on the way to the answer
+        return parsed(content, seconds)
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
     status = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0

@@ -107,6 +107,9 @@ class Connection(H11Protocol):
         answer with it.
         """
         self._refused = True
+        if self.cycle is not None:  # for the application, the client is gone
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
+            self.cycle.message_event.set()
         headers, content = _answer(error)
         head = h11.Response(status_code=error.status, headers=headers)
         for event in (head, h11.Data(data=content), h11.EndOfMessage()):

@@ -128,11 +128,13 @@ def test_a_connection_that_is_kept_has_as_long_for_each_head(hasty):
         (b"GET / HTTP/1.1\r\n\r\n", 400),  # without Host
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 2**17, 431),
         (CHUNKS.replace(b"/ ", b"/late ") + b"\r\nx\r\n", 400),
+        (CHUNKS.replace(b"/ ", b"/late ") + b"Expect: 100-continue\r\n\r\nx\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: cat\r\n\r\n", 400),
     ],
 )  # fmt: skip
-def test_what_is_no_http_is_refused_in_json(raw, wanted):
+def test_what_is_no_http_is_refused_in_json(raw, wanted, caplog):
     status, error = refusal(talk(lambda port: exchange(port, raw))[0])
+    assert "Traceback" not in caplog.text and "Exception" not in caplog.text
     assert status == wanted and error.keys() == {"type", "message", "param", "allowed"}
 
 
