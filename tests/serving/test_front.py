@@ -169,6 +169,11 @@ def post(port, **body):
     return ask(port, "/generate", data, {"Content-Type": "application/json"})
 
 
+def figures(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as response:
+        return response.read().decode()
+
+
 def ask(port, path, data=None, headers=types.MappingProxyType({})):
     """(status, answer) of a request."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, dict(headers))
@@ -199,7 +204,8 @@ def test_a_process_that_gets_sigterm_draws_what_it_accepted_and_refuses_others(t
         body = {"num_inference_steps": 1000, "num_images": 2, "seed": 1}
         drawing = threading.Thread(target=lambda: answers.append(post(port, **body)))
         drawing.start()
-        time.sleep(0.05)  # it is accepted, or at the door
+        while "jaxldm_slots_busy 1" not in figures(port):
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
         while ask(port, "/ready")[0] == 200:
             time.sleep(0.01)
