@@ -84,7 +84,8 @@ def room_of(path: pathlib.Path) -> str:
 def test_imports_run_downward(path):
     room = room_of(path)
     names = imported_modules(path)
-    assert not {name.split(".")[0] for name in names} & NEVER_IMPORTED
+    others = NEVER_IMPORTED - ({"ray"} if path.name == "ray_serve.py" else set())  # where it is asked for
+    assert not {name.split(".")[0] for name in names} & others
     if room not in MAY_IMPORT:  # the command line, on top, may import everything
         assert room in ("__init__", "__main__", "cli", "commands")
         return

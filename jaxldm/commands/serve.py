@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import logging
 import os
 import re
 import socket
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,9 @@ from tyro.conf import Positional
 from jaxldm.commands import IMPORTED
 from jaxldm.commands.options import first_devices, shown
 from jaxldm.errors import InvalidArgumentError, MissingDependencyError
+from jaxldm.host import COMPILATION_CACHE
 from jaxldm.reading import shown as shown_value
+from jaxldm.serving.logs import log_lines
 
 TOKEN = "JAXLDM_SERVER_TOKEN"  # an environment variable
 MAX_WORKERS = 64
@@ -98,6 +97,12 @@ class Serve:
     GPUs each has devices of its own.
     """
 
+    cache_dir: Annotated[str | None, shown("FOLDER", "one of the user's")] = None
+    """Where compiled functions are kept for the next start."""
+
+    log_prompts: bool = False
+    """Log what was asked for, prompts or classes."""
+
     quiet: bool = False
     """Print only errors and warnings, and log no requests."""
 
@@ -114,6 +119,8 @@ class Serve:
                 f"--host {self.host} is open to others: set {TOKEN} to a secret that requests must carry, or "
                 "listen at 127.0.0.1"
             )
+        if self.cache_dir is not None:
+            os.environ[COMPILATION_CACHE] = str(Path(self.cache_dir).expanduser().absolute())
         with listening(self.host, self.port) as bound:
             workers = self._workers(sizes)
             try:
@@ -129,7 +136,7 @@ class Serve:
 
         log_lines(self.quiet)
         service = Service(workers, settings.limits)
-        server = server_of(serve_by(service, settings, token), service)
+        server = server_of(serve_by(service, settings, token, only_local=token is None), service)
         bound.listen()  # who reads the next line may ask
         if not self.quiet:
             address, port = bound.getsockname()[:2]
@@ -165,6 +172,7 @@ class Serve:
 
         return Settings(
             **self._options(sizes),
+            log_prompts=self.log_prompts,
             limits=serving.Limits(
                 max_queue=self.max_queue,
                 max_queue_seconds=self.max_queue_seconds,
@@ -247,20 +255,3 @@ def listening(host: str, port: int) -> socket.socket:
             f"cannot listen at {host}:{port}: {reason}; choose another --port or --host"
         ) from None
     return bound
-
-
-class Lines(logging.Handler):
-    """Writes what is logged on stderr, one line each."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes one."""
-        print(record.getMessage(), file=sys.stderr, flush=True)
-        if record.exc_info and record.exc_info[1] is not None:
-            traceback.print_exception(record.exc_info[1])
-
-
-def log_lines(quiet: bool) -> None:
-    """Has what the server logs written on stderr."""
-    log = logging.getLogger("jaxldm.serving")
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-    log.handlers = [Lines()]

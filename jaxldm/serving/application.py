@@ -6,9 +6,11 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import hmac
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -44,6 +46,7 @@ from jaxldm.serving.streams import EventStream, OpenAIEvents, OurEvents, stream
 
 LOG = logging.getLogger("jaxldm.serving")
 MAX_DROPPED = 2**24  # bytes of a body that is too large: who is still sending does not read the answer
+LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")  # in the header Host
 # Others are 429.
 STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503, "fatal_request": 500}
 STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504}
@@ -80,6 +83,8 @@ def application(
     figures: Figures | None = None,
     token: str | None = None,
     limits: HttpLimits | None = None,
+    log_prompts: bool = False,
+    only_local: bool = False,
 ) -> Starlette:
     """The ASGI application of a server.
 
@@ -89,8 +94,12 @@ def application(
         figures: of `/metrics`.
         token: that requests must carry as "Authorization: Bearer TOKEN"; None: anybody may ask.
         limits: of bodies and streams.
+        log_prompts: whether the log says what was asked for.
+        only_local: whether only localhost is answered to, so that no page of another site, whose name leads
+            here, can ask.
     """
-    server = _Server(offer, service, figures or Figures(service), token, limits or HttpLimits())
+    figures, limits = figures or Figures(service), limits or HttpLimits()
+    server = _Server(offer, service, figures, token, limits, log_prompts, only_local)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -138,30 +147,54 @@ class _Server:
     """The routes."""
 
     def __init__(
-        self, offer: Offer, service: Service, figures: Figures, token: str | None, limits: HttpLimits
+        self,
+        offer: Offer,
+        service: Service,
+        figures: Figures,
+        token: str | None,
+        limits: HttpLimits,
+        log_prompts: bool,
+        only_local: bool,
     ):
         self.offer, self.service, self.figures, self.limits = offer, service, figures, limits
-        self._token = token
+        self._token, self._log_prompts, self._only_local = token, log_prompts, only_local
 
     def counted(self, path: str, route: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """The route with its errors as JSON, counted and logged, for those who have the token."""
 
         async def answer(request: Request) -> Response:
             start = time.perf_counter()
+            request.state.log, request.state.names = {"path": path}, {}
             try:
+                self._check_host(request)
                 self._check_token(request)
                 response = await route(request)
             except BadRequest as error:
                 response = _error(error)
+                request.state.log["ended"] = error.type
             except ClientDisconnect:
                 response = Response(status_code=499)
-            seconds = time.perf_counter() - start
+                request.state.log["ended"] = "cancelled"
             self.figures.requests.labels(path, str(response.status_code)).inc()
-            entry = {"path": path, "status": response.status_code, "seconds": round(seconds, 4)}
-            LOG.info(json.dumps(entry))
+            log = functools.partial(self._log, request, response, start)
+            if isinstance(response, EventStream):
+                response.then(log)
+            else:
+                log()
             return response
 
         return answer
+
+    def _log(self, request: Request, response: Response, start: float) -> None:
+        """A line about a request that is done."""
+        seconds = round(time.perf_counter() - start, 4)
+        LOG.info(json.dumps(request.state.log | {"status": response.status_code, "seconds": seconds}))
+
+    def _check_host(self, request: Request) -> None:
+        name = request.headers.get("host", "")
+        if self._only_local and not LOCAL.fullmatch(name):
+            message = f"this server answers to localhost alone, not to {shown(name)}: start it with a token"
+            raise BadRequest(message, status=421, param="Host", allowed=["localhost", "127.0.0.1"])
 
     def _check_token(self, request: Request) -> None:
         if self._token is None:
@@ -179,7 +212,7 @@ class _Server:
         generation = read_generation(self.offer, await self._body(request))
         order, mailbox = await self._accepted(request, generation)
         if generation.stream:
-            return self._stream(OurEvents(), order, mailbox, generation, start)
+            return self._stream(request, OurEvents(), order, mailbox, generation, start)
         pictures = await self._pictures(request, order, mailbox)
         facts = self._facts(order, generation, start) | {"slots": pictures[0].slots}
         return await run_in_threadpool(_images_response, facts, "images", pictures)
@@ -187,19 +220,21 @@ class _Server:
     async def openai(self, request: Request) -> Response:
         """POST /v1/images/generations."""
         start = time.perf_counter()
-        own = read_openai(self.offer, await self._body(request))
+        own = read_openai(self.offer, body := await self._body(request))
+        # What clients call by another name, errors do, too.
+        request.state.names = OPENAI_NAMES | ({"class_labels": "prompt"} if "prompt" in body else {})
         try:
             generation = read_generation(self.offer, own)
+            order, mailbox = await self._accepted(request, generation)
+            if generation.stream:
+                height, width = generation.height, generation.width
+                if height is None or width is None:
+                    height, width = self.offer.all_sizes[0]
+                events = OpenAIEvents(f"{width}x{height}", generation.format)
+                return self._stream(request, events, order, mailbox, generation, start)
+            pictures = await self._pictures(request, order, mailbox)
         except BadRequest as error:
-            raise error.with_names(OPENAI_NAMES) from None
-        order, mailbox = await self._accepted(request, generation)
-        if generation.stream:
-            height, width = generation.height, generation.width
-            if height is None or width is None:
-                height, width = self.offer.all_sizes[0]
-            events = OpenAIEvents(f"{width}x{height}", generation.format)
-            return self._stream(events, order, mailbox, generation, start)
-        pictures = await self._pictures(request, order, mailbox)
+            raise error.with_names(request.state.names) from None
         facts = self._facts(order, generation, start)
         facts["output_format"] = facts.pop("format")
         return await run_in_threadpool(_images_response, facts, "data", pictures)
@@ -249,6 +284,8 @@ class _Server:
             previews=generation.previews,
             timeout=generation.timeout,
         )
+        log = {"id": order.id, "images": order.num_images, "steps": order.num_steps, "seed": order.seed}
+        request.state.log |= log | ({"prompts": prompts} if self._log_prompts else {})
         refusal = self.service.submit(order)
         if refusal is not None:
             status = STATUS_OF_REFUSAL.get(refusal.type, 429)
@@ -321,20 +358,30 @@ class _Server:
         }
 
     def _stream(
-        self, names: Any, order: Order, mailbox: Mailbox, generation: Generation, start: float
+        self,
+        request: Request,
+        names: Any,
+        order: Order,
+        mailbox: Mailbox,
+        generation: Generation,
+        start: float,
     ) -> Response:
         """Server-sent events; the order is cancelled where nobody reads them any more."""
+        request.state.log["ended"] = "cancelled"  # if nothing else happens
 
         def failed(failure: Failed) -> dict[str, Any]:
-            return self._failure(failure).body()
+            error = self._failure(failure).with_names(request.state.names)
+            request.state.log["ended"] = error.type
+            return error.body()
 
         def done(slots: int | None) -> dict[str, Any]:
+            del request.state.log["ended"]
             return self._facts(order, generation, start) | {"slots": slots}
 
         first = {"id": order.id, "seed": generation.seed}
         events = stream(names, mailbox.events(), first, failed, done, self.limits.ping_seconds)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Request-Id": order.id}
-        return EventStream(events, headers, lambda: self.service.cancel(order.id))
+        return EventStream(events, headers).then(lambda: self.service.cancel(order.id))
 
     # ---------------------------------------------------------------- everything else
 

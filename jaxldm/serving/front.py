@@ -1,7 +1,8 @@
-"""uvicorn with what it lacks: a bound on how long a request takes to arrive, and an end that says so.
+"""uvicorn with what it lacks: bounds on how long requests take to arrive and answers to be read, and an end
+that says so.
 
 uvicorn waits for ever for the rest of a request's head, and for the rest of a body that was answered before
-it came: a thousand connections that send nothing would be all that it lets in. And on SIGTERM it closes its
+it came, and for clients that read nothing: a thousand such connections would be all that it lets in. And on SIGTERM it closes its
 door at once; here those who come while accepted requests are finished are told in words, with 503.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import signal
 import socket
 import sys
@@ -28,17 +30,21 @@ from jaxldm.serving.service import Service
 LOG = logging.getLogger("jaxldm.serving")
 MAX_CONNECTIONS = 1000  # beyond them the answer is 503
 HEAD_SECONDS = 10.0  # for the head of a request, and for what is left of one that was answered
+SEND_SECONDS = 60.0  # for a client to read some of its answer, once the system's buffers are full
 LINGER_SECONDS = 1.0  # for a refusal to be read
 LARGEST_HEAD = 2**14  # bytes
 END_SECONDS = 10  # for the last answers to be read, after all is drawn
 
 
 class Connection(H11Protocol):
-    """A connection that is closed where what must come does not come within `HEAD_SECONDS`."""
+    """A connection that is closed where what must come does not come within `HEAD_SECONDS`, or nothing is read
+    for `SEND_SECONDS`.
+    """
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self._patience: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._refused = False
 
     def connection_made(self, transport: Any) -> None:
@@ -67,7 +73,29 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._wait_no_more()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """It does not read as fast as it is answered."""
+        super().pause_writing()
+        if self._unread is None:
+            self._look_at_unread()
+
+    def resume_writing(self) -> None:
+        """It has read most of it."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _look_at_unread(self, before: float = math.inf) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < before:
+            self._unread = self.loop.call_later(SEND_SECONDS, self._look_at_unread, left)
+        else:
+            self.transport.abort()
 
     def _wait(self) -> None:
         """From the first time on: what comes in drops is late, too."""

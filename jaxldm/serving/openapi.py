@@ -15,6 +15,7 @@ ERRORS = {
     409: "The request was cancelled.",
     413: "The body is larger than 1 MiB.",
     415: "The body is no JSON.",
+    421: "A name other than localhost, of a server without a token.",
     429: "Too many requests, or too long a queue: see Retry-After.",
     500: "Something broke.",
     503: "The model is being compiled, or the server is being stopped.",

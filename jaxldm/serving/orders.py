@@ -57,13 +57,16 @@ Event = Accepted | Waiting | Progress | Picture | Failed
 
 
 class Task(NamedTuple):
-    """What a worker needs to know of an order; see there."""
+    """What a worker, or a replica of several, needs to know of an order; see there."""
 
     id: str
+    client: str
     prompts: Sequence[Any]
     options: Mapping[str, Any]
     seed: int
     num_images: int
+    num_steps: int
+    guided: bool
     format: str
     progress: bool
     previews: int
@@ -128,9 +131,8 @@ class Order:
 
     def task(self) -> Task:
         """What its worker is sent."""
-        previews = self.previews if self.progress else 0
-        facts = self.prompts, dict(self.options), self.seed, self.num_images
-        return Task(self.id, *facts, self.format, self.progress, previews)
+        facts = {name: getattr(self, name) for name in Task._fields}
+        return Task(**facts | {"options": dict(self.options), "previews": self.previews * self.progress})
 
     def fingerprint(self) -> str:
         """Equal for orders of the same images."""

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from jaxldm.arguments import check_fields, count, flag, number, several, text
+from jaxldm.arguments import check_fields, count, number, several, text
 from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, shown
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.pipelines.pipeline import Pipeline
@@ -227,7 +227,8 @@ def fields_of(offer: Offer) -> dict[str, Field]:
         "width": _choice("Pixels.", widths),
         "format": _choice("Of the images.", list(FORMATS)),
         "stream": Field(
-            {"type": "boolean", "default": False, "description": "Answer with server-sent events."}, flag
+            {"type": "boolean", "default": False, "description": "Answer with server-sent events."},
+            _true_or_false,
         ),
         "previews": _whole("With stream: small pictures on the way.", 0, MAX_PREVIEWS, 0),
         "timeout": Field(
@@ -317,6 +318,13 @@ def read_openai(offer: Offer, body: Mapping[str, Any]) -> dict[str, Any]:
     if own.pop("response_format", "b64_json") != "b64_json":
         message = 'images are sent as base64: send "response_format": "b64_json", or leave it out'
         raise BadRequest(message, param="response_format", allowed=["b64_json"])
+    if not offer.draws_texts and not isinstance(own.get("prompt", ""), str):
+        message = f'prompt must name the classes, separated by commas, as "3, 7", got {shown(own["prompt"])}'
+        raise BadRequest(message, param="prompt")
+    said_twice = [*OPENAI_NAMES.items(), ("height", "size"), ("width", "size"), ("class_labels", "prompt")]
+    for ours, theirs in said_twice:
+        if ours in own and theirs in own:
+            raise BadRequest(f"{theirs} and {ours} say the same: leave one of them out", param=ours)
     for ours, theirs in OPENAI_NAMES.items():
         if theirs in own:
             own[ours] = own.pop(theirs)
@@ -328,7 +336,7 @@ def read_openai(offer: Offer, body: Mapping[str, Any]) -> dict[str, Any]:
             raise BadRequest(message, param="size", allowed=[*sizes, "auto"])
         width, height = map(int, size.split("x"))
         own |= {"width": width, "height": height}
-    if not offer.draws_texts and isinstance(own.get("prompt"), str):
+    if not offer.draws_texts and "prompt" in own:
         own["class_labels"] = _labels_in(own.pop("prompt"))
     return own
 
@@ -387,6 +395,12 @@ def _check_size(offer: Offer, values: Mapping[str, Any]) -> None:
         param="height",
         allowed=[*map(list, sizes)],
     )
+
+
+def _true_or_false(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} must be true or false, got {shown(value)}")
+    return value
 
 
 def _whole(description: str, low: int, high: int, default: int | None) -> Field:

@@ -7,7 +7,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jaxldm.arguments import check_fields, checked, count, instance, optional, several, some_devices, text
+from jaxldm.arguments import (
+    check_fields,
+    checked,
+    count,
+    flag,
+    instance,
+    optional,
+    several,
+    some_devices,
+    text,
+)
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.serving.admission import Limits
 from jaxldm.serving.application import HttpLimits, application
@@ -34,6 +44,7 @@ class Settings:
         embeddings_bytes: memory for what prompts were encoded to.
         limits: of the queue.
         http: of bodies and streams.
+        log_prompts: whether the log says what was asked for.
     """
 
     name: str = "jaxldm"
@@ -45,6 +56,7 @@ class Settings:
     embeddings_bytes: int = 256 * 2**20
     limits: Limits = dataclasses.field(default_factory=Limits)
     http: HttpLimits = dataclasses.field(default_factory=HttpLimits)
+    log_prompts: bool = False
 
     def __post_init__(self):
         check_fields(
@@ -57,6 +69,7 @@ class Settings:
             embeddings_bytes=count(0, 2**62),
             limits=instance(Limits, "serving.Limits(...)"),
             http=instance(HttpLimits, "HttpLimits(...)"),
+            log_prompts=flag,
         )
 
 
@@ -112,10 +125,25 @@ def build(
     return serve_by(Service([worker], settings.limits), settings, token)
 
 
-def serve_by(service: Service, settings: Settings, token: str | None = None) -> Any:
+def serve_by(
+    service: Service, settings: Settings, token: str | None = None, *, only_local: bool = False
+) -> Any:
     """The ASGI application of a service, whose first worker loads its model here.
+
+    Args:
+        service: not started.
+        settings, token: as of `build`.
+        only_local: as of `application`.
 
     Raises:
         JaxldmError: what cannot be served.
     """
-    return application(service.load(), service, figures=Figures(service), token=token, limits=settings.http)
+    return application(
+        service.load(),
+        service,
+        figures=Figures(service),
+        token=token,
+        limits=settings.http,
+        log_prompts=settings.log_prompts,
+        only_local=only_local,
+    )

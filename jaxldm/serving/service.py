@@ -153,7 +153,7 @@ class Service:
         if order.fingerprint() in self._fatal:
             message = "this request has ended workers of the server before: send another, and report this one"
             return Refusal("fatal_request", message, 0.0)
-        items = self._items(order, range(order.num_images))
+        items = self._items(order, sorted(order.left))
         longest = max((station.beat.longest for station in self.stations if station.ready), default=0.0)
         own = order.num_steps * longest  # an image takes all of its steps, however few others there are
         before = self._seconds_left() + max(own - sum(item.seconds for item in items), 0.0)
@@ -299,6 +299,8 @@ class Service:
         if order is None:
             return
         if isinstance(event, Failed):
+            if event.type == "fatal_request":  # found out by a replica
+                self._remember(order)
             self._end(order, event)
         elif isinstance(event, Progress):
             if order.progress and event.image in order.left:
@@ -377,11 +379,15 @@ class Service:
             self.admission.queue.remove(order.id)
             self._suspects.append(order)
         else:
-            self._fatal[order.fingerprint()] = None
-            while len(self._fatal) > MAX_FATAL:
-                self._fatal.popitem(last=False)
+            self._remember(order)
             message = f"this request ended {order.crashes} workers of the server ({died.message}): report it"
             self._end(order, Failed("fatal_request", message))
+
+    def _remember(self, order: Order) -> None:
+        """Has orders of the same images refused from now on."""
+        self._fatal[order.fingerprint()] = None
+        while len(self._fatal) > MAX_FATAL:
+            self._fatal.popitem(last=False)
 
     def _try_suspects(self) -> None:
         """Gives one order that may have ended a worker to a worker that does nothing else meanwhile."""

@@ -112,7 +112,7 @@ class Station:
     def on_beat(self, beat: Beat) -> int:
         """Remembers how the worker is; returns how many steps it has taken since."""
         steps = beat.steps - self.beat.steps
-        self.beat = beat
+        self.beat, self.ready = beat, beat.slots > 0  # replicas have none while none of them runs
         while self._unread and self._unread[0][0] <= beat.begun:
             self._unread.popleft()
         if beat.steps:

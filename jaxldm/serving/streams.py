@@ -20,17 +20,23 @@ PREVIEW_FORMAT = "png"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `end` is called when the last was sent, or the reader is gone."""
+    """Server-sent events."""
 
-    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], end: Callable[[], Any]):
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str]):
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._end = end
+        self._then: list[Callable[[], Any]] = []
+
+    def then(self, call: Callable[[], Any]) -> EventStream:
+        """Has something called when the last event was sent, or the reader is gone."""
+        self._then.append(call)
+        return self
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._end()
+            for call in self._then:
+                call()
 
 
 class OurEvents:

@@ -1,6 +1,7 @@
 """`jaxldm serve`: what it refuses, and a server that answers over a socket."""
 
 import base64
+import functools
 import json
 import socket
 import threading
@@ -14,9 +15,11 @@ import tiny_models
 from command_lines import complaint, run
 from starlette.testclient import TestClient
 
-from jaxldm import pipelines, serving
+from jaxldm import host, pipelines, serving
 from jaxldm.commands import serve
+from jaxldm.serving import front
 from jaxldm.serving.pictures import picture_bytes
+from jaxldm.serving.service import Service
 from jaxldm.serving.worker import LocalWorker
 
 
@@ -77,7 +80,7 @@ def test_the_command_serves_what_its_options_say(capsys, folder, monkeypatch):
         models.append(client.get("/models", headers=headers).json()["models"][0])
 
     monkeypatch.setenv(serve.TOKEN, "secret")
-    monkeypatch.setattr(serve, "run_until_interrupted", ask)
+    monkeypatch.setattr(front, "run_until_interrupted", ask)
     words = ("--port", 0, "--slots", 2, 3, "--solvers", "dpmpp_2m", "ddim", "--max-images", 4)
     code, out, _ = run(capsys, "serve", folder, *words)
     assert code == 0 and "http://127.0.0.1:" in out and "/ready" in out
@@ -85,14 +88,27 @@ def test_the_command_serves_what_its_options_say(capsys, folder, monkeypatch):
     assert models[0]["solvers"] == ["dpmpp_2m", "ddim"] and models[0]["class_names"] == []
 
 
+def test_the_cache_is_where_it_was_asked_and_who_has_no_token_is_local(capsys, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv(host.COMPILATION_CACHE, "off")  # of this process; restored
+    statuses = []
+
+    def ask(server, bound):
+        statuses.append(TestClient(server.config.app).get("/models").status_code)  # of another name
+
+    monkeypatch.setattr(front, "run_until_interrupted", ask)
+    code, _, _ = run(capsys, "serve", folder, "--port", 0, "--cache-dir", tmp_path)
+    assert code == 0 and statuses == [421] and host.compilation_cache_folder() == tmp_path
+
+
 def test_a_server_answers_over_a_socket(folder):
-    from jaxldm.serving.server import Settings, build
+    from jaxldm.serving.server import Settings, made, serve_by
 
     pipe = pipelines.load(folder)
-    app = build(pipe, Settings("digits", slots=(2,), limits=serving.Limits(burst=100)))
+    settings = Settings("digits", slots=(2,), limits=serving.Limits(burst=100))
+    service = Service([LocalWorker(functools.partial(made, pipe, settings))], settings.limits)
     with serve.listening("127.0.0.1", 0) as bound:
-        server = serve.server_of(app, quiet=True)
-        thread = threading.Thread(target=serve.run_until_interrupted, args=(server, bound))
+        server = front.server_of(serve_by(service, settings), service)
+        thread = threading.Thread(target=front.run_until_interrupted, args=(server, bound))
         thread.start()
         try:
             address = f"http://127.0.0.1:{bound.getsockname()[1]}"

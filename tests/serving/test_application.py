@@ -23,10 +23,11 @@ def spare(pipe, offer):
 
 
 @contextlib.contextmanager
-def serve(offer, engine, *, limits=None, http=None, token=None):
+def serve(offer, engine, *, limits=None, http=None, token=None, log_prompts=False):
     engine.gate.set()
     service = service_of(engine, limits or serving.Limits(burst=1000, requests_per_second=1000))
-    app = application(offer, service, figures=Figures(service), limits=http, token=token)
+    options = {"limits": http, "token": token, "log_prompts": log_prompts}
+    app = application(offer, service, figures=Figures(service), **options)
     with TestClient(app) as client:
         wait_until(lambda: service.ready)
         client.service = service
@@ -181,6 +182,11 @@ def test_refusals_are_json_that_says_what_to_send(client):
     error_of(client.delete("/requests/x"), 404)
     error = error_of(client.post("/v1/images/generations", json={"prompt": "1", "model": "x"}), 404)
     assert error["type"] == "model_not_found" and error["allowed"] == ["digits"]
+    for prompt, message in (("", "prompt must be 1 to 10 labels"), ("a cat", "give 'a cat' as a number")):
+        for stream in (False, True):
+            body = {"prompt": prompt, "stream": stream}
+            error = error_of(client.post("/v1/images/generations", json=body), 400)
+            assert error["param"] == "prompt" and message in error["message"]
 
 
 def test_what_watches_over_a_server_finds_its_answers(client):
@@ -265,6 +271,22 @@ def test_only_those_with_the_token_are_served(offer, spare):
             error_of(client.get("/models", headers=headers), 401)
         assert client.get("/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert client.get("/health").status_code == 200
+
+
+def test_a_server_without_a_token_answers_to_localhost_alone(offer, spare):
+    app = application(offer, service_of(spare), only_local=True)
+    client = TestClient(app)
+    for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "127.1.2.3"):
+        assert client.get("/models", headers={"Host": host}).status_code == 200
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example:8000",
+        "",
+        "localhost@evil",
+    ):
+        error = error_of(client.get("/models", headers={"Host": host}), 421)
+        assert error["param"] == "Host" and "start it with a token" in error["message"]
 
 
 def test_a_server_that_is_stopped_finishes_what_it_accepted(offer, spare):
@@ -368,3 +390,40 @@ def test_a_stream_in_which_nothing_happens_has_pings(offer, spare):
         body = {"class_labels": [1], "num_inference_steps": 2, "stream": True}
         text = client.post("/generate", json=body).text
         assert ": ping\n\n" in text and events_of(text)[-1][0] == "done"
+
+
+@pytest.fixture
+def logged(caplog):
+    """What was logged of requests, as JSON."""
+    caplog.set_level("INFO", "jaxldm.serving")
+    return lambda: [json.loads(record.message) for record in caplog.records if "path" in record.message]
+
+
+def test_each_request_is_a_line_of_the_log_when_it_is_done_without_what_it_asked_for(client, logged):
+    body = {"class_labels": [1, 2], "num_inference_steps": 3, "seed": 5}
+    answer = client.post("/generate", json=body).json()
+    client.post("/generate", json=body | {"stream": True})
+    client.post("/generate", json=body | {"seed": -1})
+    client.post("/generate", json=body | {"stream": True, "class_labels": ["seven"]})
+    client.get("/models")
+    one, stream, wrong, unknown, models = logged()
+    facts = {"path": "/generate", "images": 2, "steps": 3, "seed": 5, "status": 200}
+    assert one.pop("seconds") > 0 and one == facts | {"id": answer["id"]}
+    assert stream.pop("seconds") > 0 and stream.pop("id") and stream == facts
+    assert wrong["status"] == 400 and wrong["ended"] == "invalid_request_error" and "id" not in wrong
+    assert unknown["ended"] == "invalid_request_error"
+    assert models["path"] == "/models" and set(models) == {"path", "status", "seconds"}
+
+
+def test_the_log_says_how_a_request_ended_and_what_it_asked_for_where_it_is_told_to(offer, spare, logged):
+    with serve(offer, spare, log_prompts=True) as client:
+        spare.gate.clear()
+        threading.Timer(0.3, spare.gate.set).start()
+        body = {"class_labels": [1], "num_inference_steps": 2, "timeout": 0.2, "stream": True}
+        client.post("/generate", json=body)
+        wait_until(lambda: spare.busy == 0)
+        body = {"class_labels": [1], "num_inference_steps": MAX_STEPS, "stream": True}
+        asgi(client.app, [json.dumps(body).encode()], gone=lambda: wait_until(lambda: spare.busy == 1))
+    late, gone = logged()
+    assert late["ended"] == "deadline_exceeded" and gone["ended"] == "cancelled"
+    assert gone["prompts"] == late["prompts"] == [[1]]

@@ -163,6 +163,37 @@ def test_beyond_so_many_connections_the_answer_is_503(monkeypatch):
     assert refusal(refused)[0] == 503 and served.startswith(b"HTTP/1.1 200")
 
 
+LARGE = b"x" * 2**24
+
+
+async def large(scope, receive, send):
+    """Answers with more than the system's buffers take."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": LARGE, "more_body": True})
+    await send({"type": "http.response.body", "body": b"the end"})
+
+
+def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_is_not(monkeypatch):
+    monkeypatch.setattr(front, "SEND_SECONDS", 0.15)
+    get = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+    async def read(port, pause, times):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**16)
+        writer.write(get)
+        received = b""
+        for _ in range(times):
+            await asyncio.sleep(pause)
+            received += await reader.read(2**19)
+        with contextlib.suppress(ConnectionError):
+            received += await reader.read()
+        writer.close()
+        return received
+
+    assert len(talk(lambda port: read(port, 0.5, 1), large)) < len(LARGE)
+    received = talk(lambda port: read(port, 0.02, 30), large)
+    assert len(received) > len(LARGE) and b"the end" in received[-100:]
+
+
 def post(port, **body):
     """(status, answer) of POST /generate."""
     data = json.dumps({"class_labels": 1, "guidance_scale": 1, **body}).encode()

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from jaxldm import pipelines, serving
 from jaxldm.commands import serve as command
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from jaxldm.serving import front
 from jaxldm.serving.application import application
 from jaxldm.serving.page import FILES
 from jaxldm.serving.requests import offer_of
@@ -29,12 +30,12 @@ READY = "document.getElementById('state').textContent === 'Ready'"
 
 
 @contextlib.contextmanager
-def over_a_socket(app, lifespan="on"):
+def over_a_socket(app, service, lifespan="on"):
     """The address of a server of that application, in this process."""
     with command.listening("127.0.0.1", 0) as bound:
-        server = command.server_of(app, quiet=True)
+        server = front.server_of(app, service)
         server.config.lifespan = lifespan
-        thread = threading.Thread(target=command.run_until_interrupted, args=(server, bound))
+        thread = threading.Thread(target=front.run_until_interrupted, args=(server, bound))
         thread.start()
         try:
             wait_until(lambda: server.started)
@@ -47,7 +48,8 @@ def over_a_socket(app, lifespan="on"):
 @pytest.fixture(scope="module")
 def address(offer, engine):
     limits = serving.Limits(burst=1000, requests_per_second=1000)
-    with over_a_socket(application(offer, service_of(engine, limits))) as address:
+    service = service_of(engine, limits)
+    with over_a_socket(application(offer, service), service) as address:
         yield address
         engine.gate.set()
 
@@ -255,7 +257,8 @@ def test_a_server_of_texts_with_a_token_asks_for_both(window, tmp_path):
     pipe = pipelines.Pipeline(STABLE_DIFFUSION, parts)
     offer = offer_of(pipe, "cats", (), ((16, 16), (16, 32)))
     service = service_of(serving.Engine(pipe, sizes=(1,)))
-    with over_a_socket(application(offer, service, token="secret"), lifespan="off") as address:
+    app = application(offer, service, token="secret")
+    with over_a_socket(app, service, lifespan="off") as address:
         window.open(address)
         window.until("!document.getElementById('ask-token').hidden")
         assert "token" in text_of(window, "token-error") and not shown(window, "prompt")

@@ -61,7 +61,7 @@ BAD = {
     "height": ({"class_labels": 0, "height": 512, "width": 8}, "height must be 8, got 512; the nearest is 8"),
     "height alone": ({"class_labels": 0, "height": 8}, "give height and width, or neither"),
     "format": ({"class_labels": 0, "format": "gif"}, "choose one of png, jpeg, webp"),
-    "stream": ({"class_labels": 0, "stream": "yes"}, "stream must be True or False"),
+    "stream": ({"class_labels": 0, "stream": "yes"}, "stream must be true or false"),
     "previews": ({"class_labels": 0, "previews": 2}, '"stream": true'),
     "timeout": ({"class_labels": 0, "timeout": 0}, "timeout must be"),
 }
@@ -125,6 +125,19 @@ def test_openai_s_names_are_understood(classes, texts):
         with pytest.raises(BadRequest) as caught:
             read_openai(texts, {"prompt": "a", **wrong})
         assert caught.value.param == param
+
+
+def test_what_openai_s_names_and_ours_both_say_is_refused(classes, texts):
+    for offer, body, param in (
+        (texts, {"n": 1, "num_images": 2}, "num_images"),
+        (texts, {"size": "16x16", "height": 16}, "height"),
+        (classes, {"class_labels": [1]}, "class_labels"),
+    ):
+        with pytest.raises(BadRequest, match="say the same: leave one of them out") as caught:
+            read_openai(offer, {"prompt": "1", **body})
+        assert caught.value.param == param
+    with pytest.raises(BadRequest, match=r'separated by commas, as "3, 7", got \[3\]'):
+        read_openai(classes, {"prompt": [3]})
 
 
 NO_OBJECTS = (b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"seed": NaN}', b'{"seed": -Infinity}')

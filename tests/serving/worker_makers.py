@@ -1,5 +1,6 @@
 """What worker processes of tests are made by: functions of a module, which another process can import."""
 
+import os
 import time
 
 import tiny_models
@@ -26,6 +27,12 @@ def tiny():
     engine = SlowEngine(pipe, sizes=(K,))
     engine.allow([0], guidance_scale=SCALE)
     return Made(engine, offer_of(pipe, "tiny"))
+
+
+def tiny_and_noted(folder):
+    """The same; a file in that folder is named after the process that has started this one."""
+    (folder / str(os.getppid())).touch()
+    return tiny()
 
 
 def nothing():
