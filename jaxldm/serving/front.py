@@ -1,9 +1,10 @@
 """uvicorn with what it lacks: bounds on how long requests take to arrive and answers to be read, and an end
 that says so.
 
-uvicorn waits for ever for the rest of a request's head, and for the rest of a body that was answered before
-it came, and for clients that read nothing: a thousand such connections would be all that it lets in. And on SIGTERM it closes its
-door at once; here those who come while accepted requests are finished are told in words, with 503.
+uvicorn waits for ever for the rest of a request's head, for the rest of a body that was answered before it
+came, and for clients that do not read: a thousand such connections would be all that it lets in. And on
+SIGTERM it closes its door at once; here those who come while accepted requests are finished are told in
+words, with 503.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ END_SECONDS = 10  # for the last answers to be read, after all is drawn
 
 
 class Connection(H11Protocol):
-    """A connection that is closed where what must come does not come within `HEAD_SECONDS`, or nothing is read
-    for `SEND_SECONDS`.
+    """A connection that is closed where what must come does not come within `HEAD_SECONDS`, or where nothing
+    is read for `SEND_SECONDS`.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
