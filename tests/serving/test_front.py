@@ -190,7 +190,8 @@ def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_is_not(
         return received
 
     assert len(talk(lambda port: read(port, 0.5, 1), large)) < len(LARGE)
-    received = talk(lambda port: read(port, 0.02, 30), large)
+    monkeypatch.setattr(front, "SEND_SECONDS", 0.5)
+    received = talk(lambda port: read(port, 0.03, 30), large)
     assert len(received) > len(LARGE) and b"the end" in received[-100:]
 
 
