@@ -39,7 +39,7 @@ class Scale:
         min_replicas, max_replicas: between which Ray Serve chooses.
         images_per_replica: open at a replica, on average: beyond it others are started. 0: as many as it has
             slots, so that others are started while images wait.
-        cpus, gpus: of a replica. It uses all GPUs that it is given.
+        cpus, gpus: that Ray lends a replica.
         upscale_seconds, downscale_seconds: for which there must be too much or too little to do.
     """
 
@@ -69,7 +69,11 @@ class Scale:
 
 
 def folder_worker(
-    folder: str, settings: Settings, family: str | None = None, dtype: str | None = None, devices: int = 1
+    folder: str,
+    settings: Settings,
+    family: str | None = None,
+    dtype: str | None = None,
+    devices: int | None = None,
 ) -> Made:
     """What a worker of a folder's model works with: for `application_of`, as a `functools.partial`.
 
@@ -77,7 +81,7 @@ def folder_worker(
         folder: at the same place on every machine.
         settings: what it draws.
         family, dtype: as of `jaxldm serve`.
-        devices: how many it uses.
+        devices: how many it uses; default all that Ray lends it.
     """
     import jax
 
