@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.captioned_shapes.score import shares
+from experiments.captioned_shapes.score import draw
 from jaxldm import checkpoints, models, pipelines, training
 from jaxldm.commands.terminal import run_script
 from jaxldm.data import shapes
@@ -86,7 +86,7 @@ def main(options: Captions) -> None:
     for name, pairs in (("seen", shapes.SEEN), ("held out", sorted(shapes.HELD_OUT))):
         pairs, per_pair = (pairs[:2], 1) if options.quick else (pairs, 10)
         steps = 2 if options.quick else options.num_inference_steps
-        found = shares(pipe, pairs, per_pair, options.guidance_scale, steps)
+        _, found = draw(pipe, pairs, per_pair, options.guidance_scale, steps)
         print(f"{name}: {len(pairs) * per_pair} pictures, {found['all']:.1%} as asked", flush=True)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from jaxtyping import UInt8
 
 from jaxldm.commands.terminal import run_script
 from jaxldm.data import shapes
@@ -28,18 +29,24 @@ class ContactSheet:
     """The PNG file to write."""
 
 
-def main(options: ContactSheet) -> None:
-    """Write 6 rows of 16 pictures of the training split, two pixels apart, in twice their size."""
+def sheet(images: UInt8[np.ndarray, "N H W C"], columns: int) -> bytes:
+    """A PNG file of pictures in rows of so many, two pixels apart, in twice their size."""
     from PIL import Image
 
-    numbers = np.arange(96)
-    images = shapes.render(1, numbers, shapes.draw_attributes(1, numbers), 32)
     tiles = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
-    sheet = tiles.reshape(6, 16, 34, 34, 3).transpose(0, 2, 1, 3, 4).reshape(6 * 34, 16 * 34, 3)
-    picture = Image.fromarray(sheet)
+    _, height, width, channels = tiles.shape
+    rows = tiles.reshape(-1, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    picture = Image.fromarray(rows.reshape(-1, columns * width, channels))
     content = io.BytesIO()
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(content, "PNG")
-    write_atomically(options.out, content.getvalue())
+    return content.getvalue()
+
+
+def main(options: ContactSheet) -> None:
+    """Write 6 rows of 16 pictures of the training split."""
+    numbers = np.arange(96)
+    images = shapes.render(1, numbers, shapes.draw_attributes(1, numbers), 32)
+    write_atomically(options.out, sheet(images, 16))
 
 
 if __name__ == "__main__":

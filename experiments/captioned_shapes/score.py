@@ -15,11 +15,14 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
+from jaxtyping import UInt8
 
+from experiments.captioned_shapes.contact_sheet import sheet
 from experiments.trained import load_run
 from jaxldm import data
 from jaxldm.commands.terminal import run_script
 from jaxldm.data import shapes
+from jaxldm.files import write_atomically
 from jaxldm.metrics.shapes import read_shapes, shares_as_asked
 
 SEED = 99
@@ -37,25 +40,25 @@ class Score:
     """Pictures of each pair."""
     steps: int = 20
     """Of the sampler."""
+    picture: Path | None = None
+    """PNG file for pictures of the pairs held out, at the last guidance scale, a column each."""
 
 
-def shares(
+def draw(
     pipe: Any, pairs: Sequence[tuple[int, int]], per_pair: int, scale: float, steps: int
-) -> dict[str, float]:
-    """The share of each attribute that is as the prompt asks, with size, place and background at random."""
+) -> tuple[UInt8[np.ndarray, "N H W C"], dict[str, float]]:
+    """Pictures of all pairs in turn, and the share of each attribute that is as the prompt asks.
+
+    Size, place and background are at random.
+    """
     numbers = np.arange(per_pair * len(pairs))
     shown = shapes.draw_attributes(SEED, numbers, pairs)
     shape, colour = np.tile(np.asarray(pairs, np.int32), (per_pair, 1)).T
     shown = shown._replace(shape=shape, colour=colour)
     prompts = [shapes.caption(row) for row in np.stack(shown, axis=1).tolist()]
-    images = pipe(
-        jax.random.key(SEED),
-        prompts,
-        guidance_scale=scale,
-        num_inference_steps=steps,
-        batch_size=24,
-    )
-    return shares_as_asked(read_shapes(data.to_uint8(np.asarray(images))), shown._asdict())
+    options = {"guidance_scale": scale, "num_inference_steps": steps, "batch_size": 24}
+    images = data.to_uint8(np.asarray(pipe(jax.random.key(SEED), prompts, **options)))
+    return images, shares_as_asked(read_shapes(images), shown._asdict())
 
 
 def main(options: Score) -> None:
@@ -65,9 +68,11 @@ def main(options: Score) -> None:
     print(f"| w | pairs | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
     for scale in options.guidance_scales:
         for name, pairs in (("seen", shapes.SEEN), ("held out", sorted(shapes.HELD_OUT))):
-            found = shares(pipe, pairs, options.per_pair, scale, options.steps)
+            images, found = draw(pipe, pairs, options.per_pair, scale, options.steps)
             figures = " | ".join(f"{found[column]:.1%}" for column in columns)
             print(f"| {scale:g} | {name} ({options.per_pair * len(pairs)}) | {figures} |", flush=True)
+    if options.picture is not None:
+        write_atomically(options.picture, sheet(images, len(pairs)))
 
 
 if __name__ == "__main__":
