@@ -32,6 +32,11 @@ def start() -> np.ndarray:
     return np.random.default_rng(5).standard_normal(SHAPE)
 
 
+def image() -> np.ndarray:
+    """An image to start from, [1, 2, 2, 2]."""
+    return np.random.default_rng(6).choice([-PEAK, PEAK], SHAPE)
+
+
 def exact_x0(x: np.ndarray, alpha: Any, sigma: Any) -> np.ndarray:
     """E[x_0 | x]: of the two peaks."""
     variance = (alpha * WIDTH) ** 2 + sigma**2
@@ -59,9 +64,22 @@ def step_noise(step: int) -> np.ndarray:
     return np.asarray(D.solvers.noise_like(keys, np.zeros(SHAPE, np.float32)))
 
 
-def ours(scheduler: schedulers.Scheduler, steps: int) -> tuple[np.ndarray, D.Grid]:
-    """(x at the last row, the rows); step by step without a compiler, which is faster for so few numbers."""
-    sampler, grid = scheduler.sampler, scheduler.make_grid(steps, TOKENS)
+def ours(
+    scheduler: schedulers.Scheduler, steps: int, dtype: Any = np.float32, strength: float | None = None
+) -> tuple[np.ndarray, D.Grid]:
+    """(x at the last row, the rows); step by step without a compiler, which is faster for so few numbers.
+
+    Args:
+        dtype: of the arithmetic; float64 under `jax.enable_x64`.
+        strength: of image-to-image, with `image()`.
+    """
+    sampler, grid = scheduler.run(steps, TOKENS)
+    if strength is not None and scheduler.quirks is not None:
+        whole = grid
+        grid = scheduler.quirks.cut_by_strength(whole, steps, strength, round_up=False)
+        sampler = scheduler.quirks.part(sampler, whole)
+    elif strength is not None:
+        grid = D.cut_by_strength(grid, strength)
 
     def call(x, t):
         answer = network(
@@ -71,14 +89,23 @@ def ours(scheduler: schedulers.Scheduler, steps: int) -> tuple[np.ndarray, D.Gri
 
     denoise, keys = sampler.denoiser(call), D.image_keys(jax.random.key(0), 1)
     first = start() * (80 if sampler.prediction.name == "edm" else 1)
-    state = sampler.solver.init(jax.numpy.asarray(first, jax.numpy.float32))
+    if strength is not None:
+        first = grid.alpha[0] * image() + grid.sigma[0] * start()
+    state = sampler.solver.init(jax.numpy.asarray(first, dtype))
     with jax.disable_jit():
         for i in range(len(grid.t) - 1):
             state, _ = D.sample_step(keys, denoise, sampler.solver, grid, state, np.int32(i))
     return np.asarray(state.x), grid
 
 
-def theirs(name: str, config: dict[str, Any], steps: int, scheduler: schedulers.Scheduler) -> np.ndarray:
+def theirs(
+    name: str,
+    config: dict[str, Any],
+    steps: int,
+    scheduler: schedulers.Scheduler,
+    dtype: torch.dtype = torch.float32,
+    strength: float | None = None,
+) -> np.ndarray:
     """x after the last step, in the scale alpha x_0 + sigma eps of row 1 and the scale of its end.
 
     Args:
@@ -86,6 +113,8 @@ def theirs(name: str, config: dict[str, Any], steps: int, scheduler: schedulers.
         config: its arguments.
         steps: as `set_timesteps` takes them.
         scheduler: ours, which says what the network predicts and on which path.
+        dtype: of the arithmetic; the numbers that it makes in float32 when it is built stay those.
+        strength: of image-to-image, with `image()`.
     """
     sampler = scheduler.sampler
     cls = getattr(reference, name)
@@ -104,7 +133,25 @@ def theirs(name: str, config: dict[str, Any], steps: int, scheduler: schedulers.
             first = first * 80
         elif name.startswith(IN_SIGMA_SPACE):
             first = first * float(made.sigmas[0] ** 2 + 1) ** 0.5
-        return _walk(made, torch.from_numpy(first.astype(np.float32)), sampler, name)
+        for key, value in vars(made).items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and key != "timesteps":
+                setattr(made, key, value.to(dtype))
+        skipped = 0
+        if strength is not None:
+            skipped = (steps - min(int(steps * strength), steps)) * made.order
+            made.set_begin_index(skipped) if hasattr(made, "set_begin_index") else None
+            pictures = [torch.from_numpy(x.transpose(0, 3, 1, 2)).to(dtype) for x in (image(), start())]
+            first = made.add_noise(*pictures, made.timesteps[skipped : skipped + 1]).numpy()
+        return _walk(made, torch.from_numpy(first).to(dtype), sampler, name, skipped)
+
+
+def difference_in_float64(
+    name: str, config: dict[str, Any], steps: int, scheduler: schedulers.Scheduler
+) -> float:
+    """`difference` of both in float64: what is no rounding."""
+    reference_x = theirs(name, config, steps, scheduler, torch.float64)
+    with jax.enable_x64(True):
+        return difference(reference_x, name, steps, scheduler, np.float64)
 
 
 def _mu(config: dict[str, Any]) -> float:
@@ -113,23 +160,23 @@ def _mu(config: dict[str, Any]) -> float:
     return low + (high - low) * (TOKENS - few) / (many - few)
 
 
-def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str) -> np.ndarray:
+def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str, skipped: int = 0) -> np.ndarray:
     total = made.config.num_train_timesteps if isinstance(sampler.path, D.Flow) else 1
     times = made.timesteps[:-1] if name == "DDPMWuerstchenScheduler" else made.timesteps
-    row = 0
+    times, row = times[skipped:], 0
 
     def randn(*arguments, **options):
-        return torch.from_numpy(step_noise(row).transpose(0, 3, 1, 2))
+        return torch.from_numpy(step_noise(row).transpose(0, 3, 1, 2)).to(x.dtype)
 
     module: Any = sys.modules[type(made).__module__]
     draws = hasattr(module, "randn_tensor")
     with mock.patch.object(module, "randn_tensor", randn) if draws else contextlib.nullcontext():
         for i, t in enumerate(times):
-            row = i // 2 if name.startswith("KDPM2") else i
+            row = (i + skipped) // 2 if name.startswith("KDPM2") else i + skipped
             scaled = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
             given = scaled.numpy().astype(np.float64).transpose(0, 2, 3, 1)
             answer = network(sampler.prediction, sampler.learned_variance, given, float(t) / total)
-            answer = torch.from_numpy(answer.transpose(0, 3, 1, 2).astype(np.float32))
+            answer = torch.from_numpy(answer.transpose(0, 3, 1, 2)).to(x.dtype)
             if name == "ScoreSdeVpScheduler":
                 x = made.step_pred(answer, x, t)[0]
                 continue
@@ -138,9 +185,16 @@ def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str) -> np.ndarr
     return x.numpy().transpose(0, 2, 3, 1)
 
 
-def difference(reference_x: np.ndarray, name: str, steps: int, scheduler: schedulers.Scheduler) -> float:
+def difference(
+    reference_x: np.ndarray,
+    name: str,
+    steps: int,
+    scheduler: schedulers.Scheduler,
+    dtype: Any = np.float32,
+    strength: float | None = None,
+) -> float:
     """The largest difference of both results as a part of the largest value; NaN where either has one."""
-    x, grid = ours(scheduler, steps)
+    x, grid = ours(scheduler, steps, dtype, strength)
     if name.startswith(IN_SIGMA_SPACE):
         x = x / grid.alpha[-1]
     with np.errstate(invalid="ignore"):

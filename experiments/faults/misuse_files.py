@@ -206,11 +206,8 @@ def pipeline_folders() -> list[Case]:
             "pipelines.load",
             p.load,
             folder=here / "export",
-            dtype=None,
-            variant=None,
-            family=None,
-            mesh=None,
-            rules=None,
+            reference_quirks=False,
+            **dict.fromkeys(("dtype", "variant", "family", "mesh", "rules")),
         ),
         case(
             "pipelines.load_original",

@@ -369,7 +369,7 @@ def schedules() -> list[Case]:
         Case(
             "schedulers.from_config",
             schedulers.from_config,
-            {"config": config, "solver": "ddim", "eta": 0.0, "stops_early": False},
+            {"config": config, "solver": "ddim", "eta": 0.0, "stops_early": False, "reference_quirks": True},
             True,
             {"config": "scheduler_config.json|config"},
         ),

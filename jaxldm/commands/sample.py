@@ -134,6 +134,9 @@ class Sample:
     dtype: Annotated[str | None, shown("NAME", "that of the files")] = None
     """float32, bfloat16 or float16, for folders of diffusers: of the weights and the computation."""
 
+    reference_quirks: bool = False
+    """Draw what diffusers draws with the folder, also where its schedulers err: to compare pictures."""
+
     class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "each of up to 100 once")] = None
     """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
 
@@ -248,7 +251,7 @@ class Sample:
     def _loading(self) -> dict[str, Any]:
         """Options of `pipelines.load`."""
         mesh = None if self.mesh is None else read_mesh(self.mesh, self.devices)
-        return {"dtype": self.dtype, "mesh": mesh}
+        return {"dtype": self.dtype, "mesh": mesh, "reference_quirks": self.reference_quirks}
 
     def _with_lora(self, pipe: Any) -> Any:
         """The model, with the file of --lora in it where there is one."""

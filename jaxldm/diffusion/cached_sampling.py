@@ -88,9 +88,8 @@ def cached_denoiser(
         return result, once.kept()
 
     plain = build(forgetting)
-    return CachedDenoiser(
-        plain.function, plain.path, plain.with_variance, plain.any_image, cache, remembering
-    )
+    options = (plain.with_variance, plain.any_image, cache, remembering)
+    return CachedDenoiser(plain.function, plain.path, *options, with_unchanged=plain.with_unchanged)
 
 
 A_CACHED_DENOISER = instance(CachedDenoiser, "a denoiser from D.cached_denoiser")
@@ -134,7 +133,10 @@ def cached(solver: Solver, denoise: CachedDenoiser) -> Solver:
             whole = getattr(denoise, name)
             return None if whole is None else lambda x, t: once(name, x, t)
 
-        plain = Denoiser(of("function"), denoise.path, of("with_variance"), denoise.any_image)
+        unchanged = None if denoise.with_unchanged is None else of("with_unchanged")
+        plain = Denoiser(
+            of("function"), denoise.path, of("with_variance"), denoise.any_image, with_unchanged=unchanged
+        )
         inner, x_0 = solver.step(state.state._replace(x=state.x), plain, grid, i, keys)
         return CachedState(inner.x, inner, once.kept()), x_0
 

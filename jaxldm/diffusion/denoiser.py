@@ -34,12 +34,17 @@ class Denoiser:
             in [0, 1]: how far the log-variance lies from the posterior's (0) to the forward step's (1).
         any_image: None, or for a denoiser that is mapped over images at different steps a function that says
             whether a condition holds for any of them.
+        with_unchanged: None, or where x_0 is clipped or changed otherwise (x, t [B]) -> (x_0, the x_0 before
+            that), both [B, ...].
     """
 
     function: Callable[[Any, Any], Any]
     path: Path
     with_variance: Callable[[Any, Any], tuple[Any, Any]] | None = None
     any_image: Callable[[Any], Any] | None = None
+    with_unchanged: Callable[[Any, Any], tuple[Any, Any]] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
     def __post_init__(self):
         check_fields(self, function=function("(x, t) -> x_0"), path=A_PATH)

@@ -71,6 +71,11 @@ def grid_of_times(path: Path, t: Float[np.ndarray, " N"], final: str = "clean") 
     elif t[-1] != path.t_min:
         t = np.append(t, path.t_min)
     _check_times(path, t)
+    return rows_at(path, t)
+
+
+def rows_at(path: Path, t: Float[np.ndarray, " rows"]) -> Grid:
+    """The rows of a path at these t, whatever they are, in float32 (float64 with x64)."""
     dtype = jax.dtypes.canonicalize_dtype(np.float64)
     return Grid(*(column.astype(dtype) for column in (t, path.alpha(t), path.sigma(t))))
 

@@ -36,7 +36,9 @@ def change_x0(denoise: Callable[[Any, Any], Any], change: Callable[[Any, Any, An
 
     if not isinstance(denoise, Denoiser):
         return function
-    others = {name: getattr(denoise, name, None) for name in ("with_variance", "remembering")}
+    names = ("with_variance", "remembering", "with_unchanged")
+    others: dict[str, Any] = {name: getattr(denoise, name, None) for name in names}
+    others["with_unchanged"] = others["with_unchanged"] or (lambda x, t: (denoise.function(x, t),) * 2)
     changed = {name: with_more(other) for name, other in others.items() if other is not None}
     return dataclasses.replace(denoise, function=function, **changed)
 

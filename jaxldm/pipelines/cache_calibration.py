@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,6 @@ def calibrate_cache(pipe: Pipeline, key: Any, *prompts: Any, **options: Any) -> 
         denoiser_of(network, per_call, per_image, compiled),
         sampler.solver,
         grid,
-        cast(Any, D.initial_noise(wrapped, (len(keys.data), *shape), grid)),
+        sampler.initial_noise(wrapped, (len(keys.data), *shape), grid),
         blocks=not unet,
     )

@@ -29,6 +29,7 @@ from jaxldm.arguments import (
     checked,
     choice,
     count,
+    flag,
     instance,
     optional,
     refuse,
@@ -85,6 +86,7 @@ def a_folder_or_parts(name: str, value: Any) -> Any:
     family=optional(A_FAMILY),
     mesh=optional(a_mesh),
     rules=optional(some_rules),
+    reference_quirks=flag,
 )
 def load(
     folder: str | Path,
@@ -94,6 +96,7 @@ def load(
     family: Family | str | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] | None = None,
+    reference_quirks: bool = False,
 ) -> Pipeline:
     """The model in a run folder (from training), an exported one, or a folder of diffusers.
 
@@ -105,6 +108,8 @@ def load(
         mesh: split the weights of every network over these devices, as `models.make_mesh(tensor=4)` makes
             them; each device reads only its parts. Calls of the pipeline then compute on the mesh.
         rules: how, before the usual ones: (pattern, `PartitionSpec`), see `jaxldm.models.sharding`.
+        reference_quirks: draw what diffusers draws with the folder, also where its schedulers err: to compare
+            pictures. `docs/where-jaxldm-differs.md` lists what that changes.
 
     Raises:
         CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
@@ -136,7 +141,7 @@ def load(
         options, few_steps = layout.read_options(index, layout), read_few_steps(index)
     try:
         with reading(folder):  # a part of another class lacks what the family looks for
-            pipe = Pipeline(found, parts, options, few_steps)
+            pipe = Pipeline(found, parts, options, few_steps, reference_quirks)
             pipe.check_parts()
     except CheckpointError as error:
         text = str(error).removeprefix(f"{folder}: ")

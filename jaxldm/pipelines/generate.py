@@ -169,8 +169,10 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
         raise InvalidArgumentError('this network has no learned variance: leave variance="learned" out')
     if call.variance is None:
         stops_early = call.denoising_end < 1
-        return schedulers.from_config(pipe.scheduler, solver, eta=call.eta, stops_early=stops_early)
-    scheduler = schedulers.from_config(pipe.scheduler, "ddpm", eta=call.eta)
+        options = {"eta": call.eta, "reference_quirks": pipe.reference_quirks}
+        return schedulers.from_config(pipe.scheduler, solver, stops_early=stops_early, **options)
+    quirks = pipe.reference_quirks
+    scheduler = schedulers.from_config(pipe.scheduler, "ddpm", eta=call.eta, reference_quirks=quirks)
     own = D.solvers.ddpm(variance=call.variance)
     sampler = scheduler.sampler._replace(solver=own, learned_variance=call.variance == "learned")
     return dataclasses.replace(scheduler, sampler=sampler)
@@ -191,6 +193,7 @@ def grid(
     """
     scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
+    sampler, quirks = scheduler.sampler, scheduler.quirks
     rows = _written_rows(path, call, rule.final)
     named = call.spacing is not None or call.sigmas is not None
     distilled = rows is None and (call.spacing if named else rule.spacing) == "lcm"
@@ -205,13 +208,23 @@ def grid(
         original = (GridRule() if named else rule).original_steps
         total = cast(int, path.num_train_timesteps)
         rows = D.at_times(path, D.lcm_timesteps(steps, total, original, call.strength))
+    own = rows is None and not named and quirks is not None
+    if own:
+        sampler, rows = cast(Any, quirks).run(sampler, rule, path, steps)
     elif rows is None:
         rows = (rule.respaced(call.spacing, cast(Any, call.sigmas)) if named else rule).make(path, steps)
+    whole = rows
     if call.strength is not None and not distilled:
-        rows = D.cut_by_strength(rows, call.strength, round_up=pipe.defaults.round_up)
+        round_up = pipe.defaults.round_up
+        if own:
+            rows = cast(Any, quirks).cut_by_strength(whole, steps, call.strength, round_up=round_up)
+        else:
+            rows = D.cut_by_strength(whole, call.strength, round_up=round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)
     length = len(rows.t) - 1
-    return scheduler.sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
+    if quirks is not None and length < len(whole.t) - 1:
+        sampler = quirks.part(sampler, whole)
+    return sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
 
 
 def _written_rows(path: D.Path, call: Call, final: str) -> D.Grid | None:

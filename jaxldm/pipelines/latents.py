@@ -141,8 +141,11 @@ def _first_carry(network: Network, per_call: PerCall, per_image: PerImage, compi
     keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
     grid, x = per_call.grid, per_image.latents
     if x is None:
-        x = D.initial_noise(keys, (len(keys), *compiled.latent_shape), grid)
-        x = x if per_image.image is None else grid.alpha[0] * per_image.image + x
+        shape = (len(keys), *compiled.latent_shape)
+        if per_image.image is None:
+            x = compiled.sampler.initial_noise(keys, shape, grid)
+        else:
+            x = grid.alpha[0] * per_image.image + D.initial_noise(keys, shape, grid)
     x = jnp.asarray(x, jnp.float32)
     previews = jnp.zeros((len(keys), compiled.previews, *compiled.latent_shape), x.dtype)
     return solver.init(x), previews, jnp.zeros_like(x)

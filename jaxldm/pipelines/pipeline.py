@@ -43,6 +43,7 @@ class Pipeline:
         parts: by name: networks (`Network`), tokenizers, and the entries of scheduler_config.json.
         options: by name, see `Folder.options`.
         few_steps: of a student that draws in few steps, how it does so; None of any other model.
+        reference_quirks: draws as diffusers does, also where that errs; see `load`.
 
     >>> import jax                                                                       # doctest: +SKIP
     >>> from jaxldm import pipelines                                                     # doctest: +SKIP
@@ -58,6 +59,7 @@ class Pipeline:
     parts: Mapping[str, Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     few_steps: FewSteps | None = None
+    reference_quirks: bool = False
 
     def __post_init__(self):
         folder = self.family.folder
@@ -96,7 +98,7 @@ class Pipeline:
 
     def __reduce__(self) -> Any:
         """For `pickle` and `copy`: what it is made of. Arrays split over a mesh become whole ones."""
-        return Pipeline, (self.family, self.parts, self.options, self.few_steps)
+        return Pipeline, (self.family, self.parts, self.options, self.few_steps, self.reference_quirks)
 
     def __getattr__(self, name: str) -> Any:
         """A part, an option, or a function of the family."""

@@ -134,7 +134,7 @@ class GridRule:
         if self.levels is None and self.spacing not in TIMES:
             return D.make_grid(path, num_inference_steps, **self._options_of_a_spacing(shift))
         self._check()
-        times = functools.partial(self._times, path, path.default_shift if shift is None else shift)
+        times = functools.partial(self.times, path, shift=shift)
         return spacings.make(path, num_inference_steps, times, 1.0, self.final)
 
     def _options_of_a_spacing(self, shift: float | None) -> dict[str, Any]:
@@ -154,9 +154,9 @@ class GridRule:
         if self.lambda_min is not None and self.spacing in ("linspace_fractional", "lcm"):
             raise InvalidArgumentError(f"spacing={self.spacing!r} cannot be combined with lambda_min")
 
-    def _times(self, path: D.Path, shift: float, count: int) -> Float[np.ndarray, " N"]:
-        """N values of t, noisiest first, float64."""
-        span = spacings.span_of(path)
+    def times(self, path: D.Path, count: int, shift: float | None = None) -> Float[np.ndarray, " N"]:
+        """N values of t, noisiest first, float64, without the last row: of spacings in `TIMES`."""
+        span, shift = spacings.span_of(path), path.default_shift if shift is None else shift
         if self.shift_t_min_twice:
             span = span._replace(t_min=float(levels.shifted(path, cast(Any, np.float64(path.t_min)), shift)))
         if self.lambda_min is not None:

@@ -14,6 +14,8 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, Un
 from jaxldm.reading import reading, reason
 from jaxldm.schedulers.entries import PLACE, typed, with_defaults
 from jaxldm.schedulers.grids import TIMES, GridRule
+from jaxldm.schedulers.quirks import OPTIONS, changed_grid, changed_sampler, quirks_of
+from jaxldm.schedulers.reference_path import reference_path
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import (
     A_CONFIG,
@@ -39,6 +41,7 @@ BETAS = {
     "laplace_root": "laplace",
 }
 PREDICTIONS = {"flow": "flow_prediction"}  # the names that differ
+_DIGITS = "_digits"  # of `from_config` alone, no entry of a file: the betas in float32, as diffusers has them
 
 
 def a_solver_or_name(name: str, value: Any) -> Any:
@@ -48,13 +51,20 @@ def a_solver_or_name(name: str, value: Any) -> Any:
     return value if isinstance(value, str) else D.solvers.A_SOLVER(name, value)
 
 
-@checked(config=A_CONFIG, solver=optional(a_solver_or_name), eta=optional(number(0)), stops_early=flag)
+@checked(
+    config=A_CONFIG,
+    solver=optional(a_solver_or_name),
+    eta=optional(number(0)),
+    stops_early=flag,
+    reference_quirks=flag,
+)
 def from_config(
     config: Mapping[str, Any],
     solver: str | D.Solver | None = None,
     *,
     eta: float | None = None,
     stops_early: bool = False,
+    reference_quirks: bool = False,
 ) -> Scheduler:
     """The path, prediction, grid and solver of the entries of a scheduler_config.json.
 
@@ -71,6 +81,8 @@ def from_config(
             scheduler that the file names, with its options.
         eta: for the solvers that have this option.
         stops_early: the run ends before the clean row, so that the solver need not lower its order there.
+        reference_quirks: draw what diffusers draws, also where it errs (`docs/where-jaxldm-differs.md`), with
+            the solvers that it has. The runs are then those of `Scheduler.run`.
 
     Raises:
         UnknownNameError: no such solver.
@@ -98,7 +110,8 @@ def from_config(
         if solver is None:
             _check_solver_entries(config, named)
         name = default_solver(config) if solver is None else solver
-        options = _solver_options(config, name)
+        options = _solver_options(config, name, as_other=reference_quirks)
+        options |= OPTIONS.get(name, {}) if reference_quirks else {}
         if stops_early:
             if "lower_order_final" in inspect.signature(D.solvers.SOLVERS[name]).parameters:
                 options["lower_order_final"] = False
@@ -107,6 +120,7 @@ def from_config(
         options |= {} if eta is None else {"eta": eta}
         own = _config_of(config, name)
         own = with_defaults(own, own["_class_name"], names_it=own["_class_name"] == named)
+        own |= {_DIGITS: reference_quirks}
         prediction, grid, shift = _read(own)
         sampler = Sampler(
             prediction,
@@ -115,7 +129,24 @@ def from_config(
             timestep_scaling=_timestep_scaling(config, name, prediction.path),
             **_x0_options(own),
         )
-        return Scheduler(sampler, grid, shift)
+        scheduler = Scheduler(sampler, grid, shift)
+        return _with_quirks(scheduler, own, name, options, solver) if reference_quirks else scheduler
+
+
+def _with_quirks(
+    scheduler: Scheduler, config: Mapping[str, Any], name: str, options: Mapping[str, Any], given: str | None
+) -> Scheduler:
+    """The scheduler as diffusers has it, of a file with its entries and the name of a solver."""
+    of = config["_class_name"]
+    if of not in SCHEDULERS:  # a path that diffusers does not know
+        return scheduler
+    betas = read_betas(config) if config.get("use_flow_sigmas") and SCHEDULERS[of].rows in DISCRETE else None
+    return Scheduler(
+        changed_sampler(scheduler.sampler, config, of, own_solver=given is None),
+        changed_grid(scheduler.grid, of, is_shifted=scheduler.dynamic_shift is None),
+        scheduler.dynamic_shift,
+        quirks_of(config, of, name, options, betas),
+    )
 
 
 def _config_of(config: Mapping[str, Any], solver: str) -> Mapping[str, Any]:
@@ -126,13 +157,20 @@ def _config_of(config: Mapping[str, Any], solver: str) -> Mapping[str, Any]:
     return {**config, "_class_name": SCHEDULER_OF[solver]}
 
 
-def _solver_options(config: Mapping[str, Any], solver: str) -> dict[str, Any]:
-    """What the file says about its own solver; another solver has its own defaults."""
+def _solver_options(config: Mapping[str, Any], solver: str, *, as_other: bool = False) -> dict[str, Any]:
+    """What the file says about its own solver; another solver has its own defaults.
+
+    Args:
+        as_other: or what its scheduler takes from the same file, as in diffusers.
+    """
     scheduler = class_name(config)
+    as_other = as_other and scheduler in SCHEDULERS and SCHEDULERS[scheduler].rows in DISCRETE
+    if as_other and solver in SCHEDULER_OF:
+        scheduler = SCHEDULER_OF[solver]
     if scheduler == "DDPMWuerstchenScheduler" and solver == "ddpm":
         return {"final_noise": False}
     entries = SCHEDULERS[scheduler].options.get(solver, {}) if scheduler in SCHEDULERS else {}
-    if not entries or solver != default_solver(config):
+    if not entries or not (as_other or solver == default_solver(config)):
         return {}
     options = {ours: config.get(*entry) for ours, entry in entries.items()}
     if "solver_type" in options:
@@ -251,6 +289,11 @@ def _prediction_name(config: Mapping[str, Any], default: str) -> str:
 
 def read_betas(config: Mapping[str, Any]) -> D.VP:
     """The discrete path of a file."""
+    path = _read_betas(config)
+    return reference_path(path, class_name(config), config) if config.get(_DIGITS) else path
+
+
+def _read_betas(config: Mapping[str, Any]) -> D.VP:
     zero_terminal_snr = bool(config.get("rescale_betas_zero_snr"))
     steps, given = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if "_betas" in config:  # a schedule without a name in diffusers: its betas are given too

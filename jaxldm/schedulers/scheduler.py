@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import jax.numpy as jnp
+
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.schedulers.grids import GridRule
+from jaxldm.schedulers.quirks import Quirks
 
 
 class Sampler(NamedTuple):
@@ -22,6 +25,8 @@ class Sampler(NamedTuple):
         threshold: (percentile, max_value) of `D.dynamic_threshold`, (low, high) of `D.static_threshold` where
             `clips`, or None.
         clips: which of the two.
+        told: None, or (t of the rows, what the network is told there), where that is another.
+        initial_scale: the standard deviation of the noise that a run starts from; None is the first row's.
     """
 
     prediction: D.Prediction
@@ -30,6 +35,8 @@ class Sampler(NamedTuple):
     timestep_scaling: float | None = None
     threshold: tuple[float, float] | None = None
     clips: bool = False
+    told: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    initial_scale: float | None = None
 
     @property
     def path(self) -> D.Path:
@@ -42,12 +49,30 @@ class Sampler(NamedTuple):
         Args:
             network: (x [N, h, w, c], t [N]) -> output [N, h, w, c], or 2c channels with learned variance.
         """
+        network = network if self.told is None else _telling(network, *self.told)
         denoise = D.denoiser(network, self.prediction, learned_variance=self.learned_variance)
         if self.timestep_scaling is not None:
             denoise = D.consistency_function(denoise, self.timestep_scaling)
         if self.threshold is None:
             return denoise
         return (D.static_threshold if self.clips else D.dynamic_threshold)(denoise, *self.threshold)
+
+    def initial_noise(self, keys: Any, shape: tuple[int, ...], grid: D.Grid) -> Any:
+        """`D.initial_noise` [B, H, W, C], in `initial_scale` where there is one."""
+        noise = D.initial_noise(keys, shape, grid)
+        return noise if self.initial_scale is None else noise * (self.initial_scale / grid.sigma[0])
+
+
+def _telling(
+    network: Callable[[Any, Any], Any], rows: tuple[float, ...], told: tuple[float, ...]
+) -> Callable[[Any, Any], Any]:
+    """The network, told at the t of each row another time."""
+
+    def call(x, t):
+        times, others = jnp.asarray(rows, t.dtype), jnp.asarray(told, t.dtype)
+        return network(x, others[jnp.argmin(jnp.abs(times[None] - t[:, None]), axis=1)])
+
+    return call
 
 
 class DynamicShift(NamedTuple):
@@ -77,11 +102,13 @@ class Scheduler:
         sampler: solver and denoiser.
         grid: how the rows are spaced.
         dynamic_shift: None, or the shift by the size of the image, in place of the path's own.
+        quirks: None, or what diffusers does otherwise in its runs.
     """
 
     sampler: Sampler
     grid: GridRule = dataclasses.field(default_factory=GridRule)
     dynamic_shift: DynamicShift | None = None
+    quirks: Quirks | None = None
 
     def __post_init__(self):
         if self.dynamic_shift is not None and not isinstance(self.path, D.Flow):
@@ -112,7 +139,14 @@ class Scheduler:
 
     def make_grid(self, num_inference_steps: int, num_image_tokens: int | None = None) -> D.Grid:
         """The rows of a run of that many steps."""
-        return self.grid.make(self.path_for(num_image_tokens), num_inference_steps)
+        return self.run(num_inference_steps, num_image_tokens)[1]
+
+    def run(self, num_inference_steps: int, num_image_tokens: int | None = None) -> tuple[Sampler, D.Grid]:
+        """(sampler, rows) of a run of that many steps."""
+        path = self.path_for(num_image_tokens)
+        if self.quirks is None:
+            return self.sampler, self.grid.make(path, num_inference_steps)
+        return self.quirks.run(self.sampler, self.grid, path, num_inference_steps)
 
     def with_grid(self, **changes: Any) -> Scheduler:
         """The same with other options of its `GridRule`.

@@ -156,5 +156,5 @@ def once_for_all(denoiser: D.Denoiser) -> D.Denoiser:
 def _first_state(row: Rows, compiled: Compiled) -> Any:
     """The solver's state of one image at the first row of its grid."""
     keys = jax.random.wrap_key_data(row.image.key[None], impl=compiled.key_impl)
-    x = D.initial_noise(keys, (1, *compiled.latent_shape), row.grid)
+    x = compiled.sampler.initial_noise(keys, (1, *compiled.latent_shape), row.grid)
     return compiled.sampler.solver.init(jnp.asarray(x, jnp.float32))

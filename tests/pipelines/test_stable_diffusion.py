@@ -122,6 +122,20 @@ def test_image_to_image(folders, pipes, monkeypatch):
     assert_latents_agree(drawn, latents)
 
 
+def test_reference_quirks(folders, monkeypatch):
+    """With the switch noise of our own begins in the scale of diffusers, and PNDM is cut where it cuts it."""
+    pipe = pipelines.load(folders["sd15"], reference_quirks=True)
+    reference = open_reference(StableDiffusionPipeline, folders["sd15"])
+    latents = reference(PROMPTS[0], latents=theirs(start_noise()), output_type="latent", **STEPS).images
+    assert_latents_agree(pipe(KEY, PROMPTS[0], output="latents", **STEPS), latents)
+    reference = open_reference(StableDiffusionImg2ImgPipeline, folders["sd15"])
+    without_posterior_noise(monkeypatch, img2img_module, [theirs(start_noise())])
+    call = dict(strength=0.61, **STEPS)
+    latents = reference(PROMPTS[0], image=as_tensor(picture()), output_type="latent", **call).images
+    drawn = pipe(KEY, PROMPTS[0], image=picture(), output="latents", **call)
+    assert_latents_agree(drawn, latents)
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 def test_inpainting_by_putting_the_known_part_back(folders, pipes, monkeypatch, strength):
     """The reference takes its first noise at every step, ours a fresh one: it is fed ours."""

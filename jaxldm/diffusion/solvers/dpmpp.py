@@ -21,6 +21,7 @@ from jaxldm.diffusion.values import equal_by_call
 from jaxldm.errors import one_of
 
 SOLVER_TYPES = ("midpoint", "heun")
+PARABOLAS = ("exact", "half")
 
 
 class SinglestepState(NamedTuple):
@@ -116,7 +117,10 @@ def dpmpp_2m(
 @checked(lower_order_final=flag, euler_at_final=flag)
 @equal_by_call
 def dpmpp_3m(
-    lower_order_final: bool = True, solver_type: str = "midpoint", euler_at_final: bool = False
+    lower_order_final: bool = True,
+    solver_type: str = "midpoint",
+    euler_at_final: bool = False,
+    parabola: str = "exact",
 ) -> Solver:
     """DPM-Solver++ of third order, multistep: the parabola through the last three x_0, integrated exactly.
 
@@ -126,9 +130,8 @@ def dpmpp_3m(
         D_1 = (x_0 - x_0_previous) / r_0,    D_2 = (D_1 - D_1_previous) / (r_0 + r_1)
 
     and D is its mean under the weight h e^{-h (1 - u)} over u from 0 to 1: the exponential Adams-Bashforth
-    method that Lu et al. 2022 write with Taylor's formula, x_s as in `dpmpp_2m`. (The authors' program,
-    k-diffusion and diffusers take half of the D_2 term, which leaves second order.) One evaluation a step;
-    the first step is of first order, the second of second, as is what ends at the clean row. A run that is
+    method that Lu et al. 2022 write with Taylor's formula, x_s as in `dpmpp_2m`. One evaluation a step; the
+    first step is of first order, the second of second, as is what ends at the clean row. A run that is
     cut and continued starts again at first order; one of fewer than 3 steps never reaches the third.
 
     Args:
@@ -136,11 +139,14 @@ def dpmpp_3m(
             and the last of first, for stability, as the authors do.
         solver_type: of the steps of second order, see `dpmpp_2m`.
         euler_at_final: take the last step in first order in runs of any length.
+        parabola: "half" takes half of the mean of u^2, as the authors' program, k-diffusion and diffusers do:
+            that leaves second order.
 
     Raises:
-        UnknownNameError: another solver_type.
+        UnknownNameError: another solver_type or parabola.
     """
     one_of("solver_type", solver_type, SOLVER_TYPES)
+    one_of("parabola", parabola, PARABOLAS)
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
@@ -148,10 +154,10 @@ def dpmpp_3m(
         h, r_0, r_1 = relative_steps(grid, i, order)
 
         x_0, (x_1, x_2) = denoise(state.x, here.t), state.past
-        slope, parabola = parabola_weights(h, r_0, order, solver_type)
+        slope, second = parabola_weights(h, r_0, order, solver_type, parabola)
         D_1 = divide(1.0, r_0, 0.0) * (x_0 - x_1)
         D_2 = divide(1.0, r_0 + r_1, 0.0) * (D_1 - divide(1.0, r_1, 0.0) * (x_1 - x_2))
-        D = x_0 + slope * D_1 + parabola * D_2
+        D = x_0 + slope * D_1 + second * D_2
         return MultistepState(move(state.x, D, here, there), (x_0, x_1), state.taken + 1), x_0
 
     return Solver(lambda x: begin(x, 2), step)
@@ -186,12 +192,13 @@ def relative_steps(
 
 
 def parabola_weights(
-    h: Float[Array, ""], r_0: Float[Array, ""], order: Int[Array, ""], solver_type: str
+    h: Float[Array, ""], r_0: Float[Array, ""], order: Int[Array, ""], solver_type: str, parabola: str
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The means of u and of u (u + r_0) under the weight h e^{-h (1 - u)}; 0 beyond the order of the step."""
     whole, ramp, square = exponential_moments(h, 3)
     second_order = 0.5 if solver_type == "midpoint" else ramp / whole
     slope = jnp.where(order >= 3, ramp / whole, jnp.where(order == 2, second_order, 0))
+    square = {"exact": square, "half": square / 2, "diffusers": square / 2 - 1}[parabola]
     return slope, jnp.where(order >= 3, (square + r_0 * ramp) / whole, 0)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxldm.arguments import checked, flag, number
 from jaxldm.diffusion.solvers.dpmpp import (
+    PARABOLAS,
     SOLVER_TYPES,
     at_boundary,
     ends_in_first_order,
@@ -80,13 +81,13 @@ def dpmpp_3m_sde(
     solver_type: str = "heun",
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    parabola: str = "exact",
 ) -> Solver:
     """DPM-Solver++(3M) SDE, after k-diffusion's `sample_dpmpp_3m_sde`: the parabola through three x_0.
 
     The step of `dpmpp_2m_sde`, with the D of `dpmpp_3m` under the weight e^{-(1 + eta) h (1 - u)}. Third
     order for eta = 0. With noise the weak order stays 2: the last increment of the noise does not determine
-    the next. The first step is of first order, the second of second. (k-diffusion takes half of the D_2 term,
-    see `dpmpp_3m`; diffusers gives that half another sign as well, so that it does not vanish with h.)
+    the next. The first step is of first order, the second of second.
 
     Args:
         eta: 0 is `dpmpp_3m`, which draws no noise; 1 the reverse SDE of the diffusion.
@@ -95,12 +96,15 @@ def dpmpp_3m_sde(
         lower_order_final: in runs of fewer than 15 steps, the last step but one is at most of second order
             and the last of first.
         euler_at_final: take the last step in first order in runs of any length.
+        parabola: "half" as k-diffusion, see `dpmpp_3m`; "diffusers" has another sign as well, so that the
+            error does not vanish with h.
 
     Raises:
-        UnknownNameError: another solver_type.
+        UnknownNameError: another solver_type or parabola.
         InvalidArgumentError: a negative eta or s_noise.
     """
     one_of("solver_type", solver_type, SOLVER_TYPES)
+    one_of("parabola", parabola, (*PARABOLAS, "diffusers"))
 
     def step(state, denoise, grid, i, keys):
         here, there = row(grid, i), row(grid, i + 1)
@@ -108,10 +112,10 @@ def dpmpp_3m_sde(
         h, r_0, r_1 = relative_steps(grid, i, order)
 
         x_0, (x_1, x_2) = denoise(state.x, here.t), state.past
-        slope, parabola = parabola_weights((1 + eta) * h, r_0, order, solver_type)
+        slope, second = parabola_weights((1 + eta) * h, r_0, order, solver_type, parabola)
         D_1 = divide(1.0, r_0, 0.0) * (x_0 - x_1)
         D_2 = divide(1.0, r_0 + r_1, 0.0) * (D_1 - divide(1.0, r_1, 0.0) * (x_1 - x_2))
-        D = x_0 + slope * D_1 + parabola * D_2
+        D = x_0 + slope * D_1 + second * D_2
         x = move_with_noise(state.x, D, here, there, eta, s_noise, keys)
         return MultistepState(x, (x_0, x_1), state.taken + 1), x_0
 

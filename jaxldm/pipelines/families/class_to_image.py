@@ -155,7 +155,8 @@ def own_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
 
     Not where it was distilled for the file's own, nor in a folder that such a program wrote.
     """
-    if (pipe.few_steps is not None and call.solver is None) or pipe.diffusers_class is not None:
+    distilled = pipe.few_steps is not None and call.solver is None
+    if distilled or pipe.diffusers_class is not None or pipe.reference_quirks:
         return folder_grid(pipe, call, size)
     scheduler = read_scheduler(pipe, call)
     sampler = _with_variance(pipe, Sampler(scheduler.prediction, scheduler.solver))

@@ -1,0 +1,151 @@
+"""Steps as diffusers takes them where it errs, for `reference_quirks`: what is right is in `D.solvers`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxldm import diffusion as D
+from jaxldm.diffusion.grids import steps_in
+from jaxldm.diffusion.predictions import LEVEL_COEFFICIENTS, implied_noise
+from jaxldm.diffusion.solvers.pndm import ADAMS_BASHFORTH
+from jaxldm.diffusion.solvers.solver import Row, Solver, State, move, noise_like, path_of, row
+from jaxldm.diffusion.values import equal_by_call
+
+
+def level_at(path: D.Path, grid: D.Grid, t: Float[Array, ""]) -> Row:
+    """The row at a timestep; below 0 the last row of the run."""
+    last, whole = row(grid, steps_in(grid)), jnp.maximum(t, 0)
+    alpha, sigma = path.alpha(whole), path.sigma(whole)
+    return Row(t, jnp.where(t < 0, last.alpha, alpha), jnp.where(t < 0, last.sigma, sigma))
+
+
+@equal_by_call
+def strided(solver: Solver, stride: int) -> Solver:
+    """Each step ends `stride` timesteps further down, wherever the next row lies: DDIMScheduler.
+
+    Args:
+        solver: of one evaluation a step, without a memory.
+        stride: T // N.
+    """
+
+    def step(state, denoise, grid, i, keys):
+        end = level_at(path_of(denoise, "strided"), grid, grid.t[i] - stride)
+        columns = [column.at[i + 1].set(value) for column, value in zip(grid[:3], end, strict=True)]
+        return solver.step(state, denoise, D.Grid(*columns, *grid[3:]), i, keys)
+
+    return Solver(solver.init, step)
+
+
+class PndmState(NamedTuple):
+    """x, where the averaged step starts, the sum of a Runge-Kutta step, past outputs, evaluations so far."""
+
+    x: Float[Array, "B ..."]
+    base: Float[Array, "B ..."]
+    total: Float[Array, "B ..."]
+    past: tuple[Float[Array, "B ..."], ...]
+    taken: Int[Array, ""]
+
+
+@equal_by_call
+def pndm_by_evaluations(stride: int, runge_kutta: tuple[int, ...], combine: str) -> Solver:
+    """PNDMScheduler: the rows of its grid are its evaluations, N + 1 or N + 9, and x's level is assumed.
+
+    What a step does depends on how many evaluations were made, also where the run begins in the middle.
+
+    Args:
+        stride: T // N.
+        runge_kutta: the timesteps of the evaluations of Runge-Kutta steps; empty without them.
+        combine: see `D.solvers.pndm`.
+    """
+    coefficients, half = LEVEL_COEFFICIENTS[combine], stride // 2
+
+    def step(state, denoise, grid, i, keys):
+        path, here, c = path_of(denoise, "pndm"), row(grid, i), state.taken
+        x_0 = denoise(state.x, here.t)
+        a, b = coefficients(here.alpha, here.sigma)
+        output = a * x_0 + b * implied_noise(x_0, state.x, here.alpha, here.sigma)
+        if runge_kutta:
+            from_rows = jnp.asarray(runge_kutta, state.x.dtype)[jnp.minimum(c // 4 * 4, len(runge_kutta) - 1)]
+            is_rk, phase = c < len(runge_kutta), c % 4
+        else:
+            from_rows, is_rk, phase = here.t, jnp.bool_(False), jnp.int32(0)
+        is_heun = (c == 1) & (not runge_kutta)
+        remembers = jnp.where(is_rk, phase == 0, ~is_heun)
+        older = (output, *state.past)[: len(state.past)]
+        past = tuple(jnp.where(remembers, new, old) for new, old in zip(older, state.past, strict=True))
+
+        # Adams-Bashforth over as many outputs as there are.
+        known = jnp.minimum(c - 1, 3) if not runge_kutta else jnp.int32(3)
+        weights = jnp.asarray(ADAMS_BASHFORTH, output.dtype)[jnp.maximum(known, 0)]
+        average = sum(weight * value for weight, value in zip(weights, past, strict=True))
+        average = jnp.where(is_heun, (output + state.past[0]) / 2, average)
+        part = jnp.where((phase == 0) | (phase == 3), 1 / 6, 1 / 3)
+        total = jnp.where(is_rk, jnp.where(phase == 0, 0, state.total) + part * output, state.total)
+        average = jnp.where(is_rk, jnp.where(phase == 3, total, output), average)
+
+        starts = jnp.where(is_rk, phase == 0, c == 0)
+        base = jnp.where(starts, state.x, state.base)
+        x = jnp.where(is_rk | is_heun, base, state.x)
+        begin = jnp.where(is_rk, from_rows, jnp.where(is_heun, here.t + stride, here.t))
+        down = jnp.where(c % 2 == 0, half, 0)
+        end = jnp.where(is_rk, here.t - down, jnp.where(is_heun, here.t, here.t - stride))
+        x = _transfer(x, average, level_at(path, grid, begin), level_at(path, grid, end), coefficients)
+        return PndmState(x, base, total, past, c + 1), x_0
+
+    def init(x):
+        zero = jnp.zeros_like(x)
+        return PndmState(x, zero, zero, (zero,) * 4, jnp.int32(0))
+
+    return Solver(init, step)
+
+
+def _transfer(x: Any, output: Any, here: Row, there: Row, coefficients: Any) -> Float[Array, "B ..."]:
+    """From x at row `here`, where the output is a x_0 + b eps, to row `there`."""
+    a, b = coefficients(here.alpha, here.sigma)
+    whole = here.alpha * b - here.sigma * a
+    return move(x, (b * x - here.sigma * output) / whole, here, there)
+
+
+@equal_by_call
+def euler_maruyama() -> Solver:
+    """ScoreSdeVpScheduler: Euler-Maruyama steps of the reverse SDE, 1 / N each (Song et al. 2021)."""
+
+    def step(state, denoise, grid, i, keys):
+        path: Any = path_of(denoise, "euler_maruyama")
+        x, here = state.x, row(grid, i)
+        x_0 = denoise(x, here.t)
+        score = -implied_noise(x_0, x, here.alpha, here.sigma) / here.sigma
+        width = 1 / (grid.start + steps_in(grid))
+        rate = path.beta_min + here.t * (path.beta_max - path.beta_min)
+        mean = x + (0.5 * x + score) * rate * width
+        return State(mean + jnp.sqrt(rate * width) * noise_like(keys, x)), x_0
+
+    return Solver(State, step)
+
+
+@equal_by_call
+def in_whole_run(solver: Solver, columns: tuple[tuple[float, ...], ...], counts: str) -> Solver:
+    """The steps of a part of a run, with the orders and weights that they have in the whole run.
+
+    Args:
+        solver: any.
+        columns: t, alpha and sigma of the whole run.
+        counts: what stands for the number of steps taken. "steps": those that were. "rows": all rows before,
+            whose answers are zeros (LMSDiscreteScheduler). "pairs": the rows before, from the second step on
+            (DPMSolverSinglestepScheduler, whose pairs begin at even rows).
+    """
+
+    def step(state, denoise, grid, i, keys):
+        dtype, number = state.x.dtype, grid.start + i
+        whole = D.Grid(*(jnp.asarray(np.asarray(column), dtype) for column in columns))
+        if counts == "rows":
+            state = state._replace(taken=jnp.asarray(number, jnp.int32))
+        if counts == "pairs":
+            state = state._replace(taken=jnp.where(state.taken == 0, 0, number).astype(jnp.int32))
+        return solver.step(state, denoise, whole, number, keys)
+
+    return Solver(solver.init, step)

@@ -1,0 +1,108 @@
+"""With `reference_quirks` nothing deviates: every scheduler's runs are those of diffusers, flaws included.
+
+`python -m experiments.diffusers_schedulers.compare --quirks` tries all entries, at any numbers of steps.
+"""
+
+import diffusers
+import numpy as np
+import pytest
+
+from experiments.diffusers_schedulers import scheduler_runs
+from experiments.diffusers_schedulers.scheduler_probes import Probe
+from experiments.diffusers_schedulers.scheduler_verdicts import AGREES, read, verdict
+from jaxldm import schedulers
+from jaxldm.errors import CheckpointError
+from jaxldm.schedulers.read import read_betas
+from jaxldm.schedulers.reference_path import alphas_cumprod_of
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+# One or more for each deviation of the page.
+DEVIATING = [
+    ("DDIMScheduler", {"set_alpha_to_one": False}),
+    ("DDIMScheduler", {"timestep_spacing": "linspace", "thresholding": True, "sample_max_value": 1.2}),
+    ("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}),
+    ("PNDMScheduler", {"timestep_spacing": "linspace"}),
+    ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "v_prediction"}),
+    ("TCDScheduler", {}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
+    ("DEISMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("DEISMultistepScheduler", FLOW),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "lower_order_final": False}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", FLOW | {"final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", ZERO_SNR),
+    ("DPMSolverSinglestepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
+    ("UniPCMultistepScheduler", {"use_beta_sigmas": True}),
+    ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
+    ("UniPCMultistepScheduler", FLOW | {"shift_terminal": 0.1}),
+    ("UniPCMultistepScheduler", FLOW | {"use_karras_sigmas": True}),
+    ("KDPM2DiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+    ("EDMDPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("ScoreSdeVpScheduler", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), DEVIATING, ids=str)
+def test_runs_are_those_of_diffusers(name, config):
+    found = verdict(Probe(name, None, config), 7, quirks=True)
+    assert found.kind == "agree", found.note or f"differs by {found.size:.1e}"
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.5])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("PNDMScheduler", {}),
+        ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+        ("LMSDiscreteScheduler", {}),
+        ("DPMSolverSinglestepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+        ("DEISMultistepScheduler", {"solver_order": 3}),
+        ("DDIMScheduler", {"timestep_spacing": "linspace"}),
+        ("HeunDiscreteScheduler", {}),
+    ],
+    ids=str,
+)
+def test_image_to_image_begins_where_diffusers_begins(name, config, strength):
+    scheduler = read(Probe(name, None, config), quirks=True)
+    expected = scheduler_runs.theirs(name, config, 11, scheduler, strength=strength)
+    assert scheduler_runs.difference(expected, name, 11, scheduler, strength=strength) <= AGREES
+
+
+def test_image_to_image_differs_without():
+    """Else the switch would not be needed, and the test above would show nothing."""
+    for name, config in (("PNDMScheduler", {"skip_prk_steps": True}), ("LMSDiscreteScheduler", {})):
+        scheduler = read(Probe(name, None, config))
+        expected = scheduler_runs.theirs(name, config, 11, scheduler, strength=0.5)
+        assert scheduler_runs.difference(expected, name, 11, scheduler, strength=0.5) > AGREES
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"beta_schedule": "scaled_linear", "beta_end": 0.012}, {"beta_schedule": "squaredcos_cap_v2"}],
+)
+def test_betas_have_the_digits_of_float32(config):
+    path = read_betas({"_class_name": "DDIMScheduler"} | config)
+    theirs = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
+    np.testing.assert_array_equal(alphas_cumprod_of(path, config), theirs)
+
+
+def test_noise_begins_in_the_scale_of_diffusers():
+    cases = {
+        "DDIMScheduler": ({}, 1.0),
+        "EulerDiscreteScheduler": ({"timestep_spacing": "leading"}, 1.0),
+        "LMSDiscreteScheduler": ({}, None),
+        "EDMEulerScheduler": ({}, (80.0**2 + 1) ** 0.5),
+    }
+    for name, (config, scale) in cases.items():
+        made = schedulers.from_config({"_class_name": name} | config, reference_quirks=True)
+        assert made.sampler.initial_scale == scale
+        assert schedulers.from_config({"_class_name": name} | config).sampler.initial_scale is None
+
+
+def test_what_is_not_a_number_in_diffusers_is_refused():
+    config = {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True} | FLOW
+    with pytest.raises(CheckpointError, match="NaN"):
+        schedulers.from_config(config, reference_quirks=True)
