@@ -52,7 +52,12 @@ def words() -> list[Case]:
     """Files of textual inversion."""
     c, here, vectors = checkpoints, place(), np.zeros((1, 8), np.float32)
     tokenizer = c.load_tokenizer(here / "tokenizer")
-    hints = {"word": "word|family", "vectors": "vectors|family", "path": THERE + "|suffix|end in|family"}
+    hints = {
+        "word": "word|family",
+        "vectors": "vectors|family",
+        "vectors_2": "vectors|family",
+        "path": THERE + "|suffix|end in|family",
+    }
     return [
         case("checkpoints.load_embedding", c.load_embedding, path=here / "a.safetensors", word=None),
         case(
@@ -81,4 +86,21 @@ def words() -> list[Case]:
             word=None,
             words=hints,
         )._replace(refusal="family"),
+        Case(
+            "pipelines.with_free_u",
+            pipelines.with_free_u,
+            dict(pipe=class_pipeline(), s1=0.9, s2=0.2, b1=1.5, b2=1.6),
+            words=dict.fromkeys(("s1", "s2", "b1", "b2"), "FreeU"),
+            refusal="FreeU is for",
+        ),
+        Case(
+            "pipelines.SkipLayers",
+            pipelines.SkipLayers,
+            dict(layers=(7, 8), scale=2.8, start=0.01, stop=0.2),
+        ),
+        Case(
+            "pipelines.PerturbedAttention",
+            pipelines.PerturbedAttention,
+            dict(layers=("mid_block",), scale=3.0, start=0.0, stop=1.0),
+        ),
     ]

@@ -394,7 +394,8 @@ def _check(lora: Lora, places: Mapping[str, Target], networks: Mapping[str, Any]
         ):
             problems += [] if shape is None else _misfits(name, shape, parts, leaf)
     if problems:
-        others = sorted({component_of(name) for name in unmatched} - set(networks) - {"unet"})
+        here = {*networks, *({"unet"} if set(DENOISERS) & set(networks) else ())}
+        others = sorted({component_of(name) for name in unmatched} - here)
         hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
         raise CheckpointError(f"{lora.path} does not fit the model: {some_of(problems, length=4000)}{hint}")
 

@@ -218,9 +218,14 @@ class SD3Transformer2DModel(nn.Module):
     >>> text, pooled = jnp.zeros((2, 333, 4096)), jnp.zeros((2, 2048))
     >>> jax.eval_shape(mmdit.apply, {"params": params}, x, t, text, pooled).shape
     (2, 128, 96, 16)
+
+    Attributes:
+        config: what the network is.
+        skip_layers: blocks that are left out, with the same parameters (skip-layer guidance).
     """
 
     config: SD3Transformer2DConfig
+    skip_layers: tuple[int, ...] = ()
 
     convention: ClassVar[Convention] = Convention(time=lambda t: 1000.0 * t, continuous=True)
     untrained: ClassVar = ("pos_embed/pos_embed",)  # not counted by `count_params`
@@ -260,7 +265,7 @@ class SD3Transformer2DModel(nn.Module):
             block = functools.partial(JointTransformerBlock, config, dual, last)
             within = Within(self, first, config.num_layers - first - count)
             options = {"first": first, "scan": config.scan and count > 1, "remat": config.remat}
-            options |= {"within": within}
+            options |= {"within": within, "skip": self.skip_layers}
             h, text = apply_blocks(block, "transformer_blocks", count, (h, text), c, **options)
         h = AdaLayerNormContinuous(EPS, config.dtype, name="norm_out")(h, c)
         features = config.patch_size**2 * (config.out_channels or config.in_channels)

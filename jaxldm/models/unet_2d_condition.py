@@ -203,9 +203,18 @@ class UNet2DConditionModel(nn.Module):
     >>> x, t, text = jnp.zeros((2, 64, 64, 4)), jnp.zeros(2), jnp.zeros((2, 77, 768))
     >>> jax.eval_shape(unet.apply, {"params": params}, x, t, text).shape
     (2, 64, 64, 4)
+
+    Attributes:
+        config: what the network is; the other two are how it is called, with the same parameters.
+        identity_attention: published names of blocks, such as "mid_block" or "up_blocks.1.attentions.0",
+            whose self-attention is the identity (Ahn et al. 2024, arXiv:2403.17377).
+        free_u: (s1, s2, b1, b2) of FreeU: factors of the skips' low frequencies, and of the backbone, in the
+            first and the second up block (Si et al. 2023, arXiv:2309.11497).
     """
 
     config: UNet2DConditionConfig
+    identity_attention: tuple[str, ...] = ()
+    free_u: tuple[float, float, float, float] | None = None
 
     @nn.compact
     def __call__(
@@ -364,6 +373,13 @@ class UNet2DConditionModel(nn.Module):
             )
         return options
 
+    def _identity_attention(self, block: str) -> tuple[str, ...]:
+        """The names within a block that begin those of its transformers without self-attention."""
+        if any(f"{block}.".startswith(f"{name}.") for name in self.identity_attention):
+            return ("",)
+        inside = [name for name in self.identity_attention if name.startswith(f"{block}.")]
+        return tuple(name.removeprefix(f"{block}.").replace(".", "_") for name in inside)
+
     def _mid_block(self) -> MidBlock2D:
         config = self.config
         options: dict[str, Any] = {
@@ -371,6 +387,7 @@ class UNet2DConditionModel(nn.Module):
             "output_scale_factor": config.mid_block_scale_factor,
         }
         options |= self._block_options(cast(str, config.mid_block_type), len(config.block_out_channels) - 1)
+        options["identity_attention"] = self._identity_attention("mid_block")
         return MidBlock2D(name="mid_block", **options)
 
     def _down_blocks(self) -> list[DownBlock2D]:
@@ -383,6 +400,7 @@ class UNet2DConditionModel(nn.Module):
                 add_downsample=level < last,
                 downsample_padding=config.downsample_padding,
                 name=f"down_blocks_{level}",
+                identity_attention=self._identity_attention(f"down_blocks.{level}"),
                 **self._level_options(),
                 **self._block_options(kind, level),
             )
@@ -398,6 +416,8 @@ class UNet2DConditionModel(nn.Module):
                 num_layers=config.of_level("layers_per_block", last - i) + 1,
                 add_upsample=i < last,
                 name=f"up_blocks_{i}",
+                identity_attention=self._identity_attention(f"up_blocks.{i}"),
+                free_u=(self.free_u[2 + i], self.free_u[i]) if self.free_u and i < 2 else None,
                 **self._level_options(),
                 **self._block_options(kind, last - i),
             )

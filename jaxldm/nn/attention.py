@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -159,12 +160,17 @@ class CrossAttention(nn.Module):
     Vaswani et al. 2017, section 3.2; without a context it is self-attention. Parameters as in diffusers'
     `Attention`: `to_q`, `to_k`, `to_v` (see `projections`; with a bias if `use_bias`), `to_out_0` (with one
     if `out_bias`).
+
+    Attributes:
+        identity: each token attends to itself alone: to_out(V). Parameters stay, those of Q and K unused
+            (perturbed attention, Ahn et al. 2024, arXiv:2403.17377).
     """
 
     num_heads: int
     dtype: str = "float32"
     use_bias: bool = False
     out_bias: bool = True
+    identity: bool = False
 
     @nn.compact
     def __call__(
@@ -182,6 +188,9 @@ class CrossAttention(nn.Module):
         """
         channels = x.shape[-1]
         options = {"use_bias": self.use_bias, "dtype": self.dtype}
+        out = functools.partial(Linear, channels, self.out_bias, self.dtype, name="to_out_0")
+        if self.identity and context is None:
+            return out()(*projections(x, ("to_v",), channels, **options))
         if context is None:
             query, key, value = projections(x, ("to_q", "to_k", "to_v"), channels, **options)
         else:
@@ -189,7 +198,7 @@ class CrossAttention(nn.Module):
             key, value = projections(context, ("to_k", "to_v"), channels, **options)
         allowed = None if mask is None else (mask != 0)[:, None, None, :]
         h = attend(self, query, key, value, self.num_heads, mask=allowed)
-        return Linear(channels, self.out_bias, self.dtype, name="to_out_0")(h)
+        return out()(h)
 
 
 class Attention2D(nn.Module):

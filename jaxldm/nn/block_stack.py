@@ -50,6 +50,7 @@ def apply_blocks(
     scan: bool = False,
     remat: bool = False,
     within: Within | None = None,
+    skip: tuple[int, ...] = (),
 ) -> Any:
     """carry <- block(carry, *shared), for `count` blocks. Call it in the compact method of their module.
 
@@ -69,6 +70,7 @@ def apply_blocks(
         remat: keep no activations inside a block for the backward pass, compute them again
             (Chen et al. 2016, arXiv:1604.06174).
         within: for blocks of which a step may reuse the residual; None: they always run.
+        skip: numbers of blocks that leave the carry as it is.
     """
     session = None if within is None else session_of(within.module)
     if within is not None and session is not None and count > 0:
@@ -82,17 +84,26 @@ def apply_blocks(
         call = nn.remat(call, prevent_cse=not scan)
     if not scan:
         for number in range(first, first + count):
-            carry = call(make_block(name=f"{name}_{number}"), carry)
+            carry = carry if number in skip else call(make_block(name=f"{name}_{number}"), carry)
         return carry
     if count == 0:
         return carry
+    skipped = [number in skip for number in range(first, first + count)]
+
+    def step(block: nn.Module, carry: Any, skipped: Any) -> tuple[Any, None]:
+        after = call(block, carry)
+        if skipped is None:
+            return after, None
+        return jax.tree.map(lambda old, new: jnp.where(skipped, old, new), carry, after), None
+
     scanned = nn.scan(
-        lambda block, carry, _: (call(block, carry), None),
+        step,
         variable_axes={"params": 0, "intermediates": 0, "calibration": 0},
         split_rngs={"params": True, "dropout": True},
         length=count,
     )
-    return scanned(make_block(name=f"{name}_{first}to{first + count - 1}"), carry, None)[0]
+    flags = jnp.asarray(skipped) if any(skipped) else None
+    return scanned(make_block(name=f"{name}_{first}to{first + count - 1}"), carry, flags)[0]
 
 
 class _PureBlocks(NamedTuple):

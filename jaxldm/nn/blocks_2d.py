@@ -8,6 +8,7 @@ attention, the time embedding, skip connections and what changes the size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.added_kv_attention import AddedKVAttention, AddedKVOptions
 from jaxldm.nn.attention import Attention2D
+from jaxldm.nn.free_u import free_u
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxldm.nn.reuse import keep_session, session_of
 from jaxldm.nn.transformer_2d import Transformer2D, TransformerOptions
@@ -29,6 +31,7 @@ class _Level(nn.Module, kw_only=True):
     Attributes:
         attention: attention over the pixels after every residual block.
         transformer: a spatial transformer in its place.
+        identity_attention: the transformers whose names begin so ("" all) attend to nothing among the pixels.
         added_kv: attention to the text and the pixels in its place.
         resnet_resampling: a residual block changes the size, not a convolution.
         act, skip_time_act, output_scale_factor: of the residual blocks, see `ResnetBlock2D`.
@@ -43,6 +46,7 @@ class _Level(nn.Module, kw_only=True):
     attention: bool = False
     attention_head_dim: int | None = None
     transformer: TransformerOptions | None = None
+    identity_attention: tuple[str, ...] = ()
     added_kv: AddedKVOptions | None = None
     resnet_resampling: bool = False
     act: str = "silu"
@@ -73,7 +77,9 @@ class _Level(nn.Module, kw_only=True):
     def attend(self, index: int, groups: int | None, x, context, mask) -> Float[Array, "B H W C"]:
         name = f"attentions_{index}"
         if self.transformer is not None:
-            block = Transformer2D(self.transformer, self.num_groups, self.dtype, self.remat, name=name)
+            identity = name.startswith(self.identity_attention) if self.identity_attention else False
+            options = dataclasses.replace(self.transformer, identity_attention=identity)
+            block = Transformer2D(options, self.num_groups, self.dtype, self.remat, name=name)
             return block(x, context, mask)
         if self.added_kv is not None:
             kind = nn.remat(AddedKVAttention) if self.remat else AddedKVAttention
@@ -122,13 +128,14 @@ class DownBlock2D(_Level, kw_only=True):
 class UpBlock2D(_Level, kw_only=True):
     """`num_layers` residual blocks, each with a skip connection as second input, then nearest upsampling.
 
-    Layers before `first_layer` are left out.
+    Layers before `first_layer` are left out. `free_u`: (b, s) of FreeU, see `jaxldm.nn.free_u`.
     """
 
     out_channels: int
     num_layers: int
     add_upsample: bool = True
     first_layer: int = 0
+    free_u: tuple[float, float] | None = None
 
     @nn.compact
     def __call__(
@@ -153,7 +160,10 @@ class UpBlock2D(_Level, kw_only=True):
         """
         for i in range(self.first_layer, self.num_layers):
             if skips is not None:
-                x = jnp.concatenate([x, skips[-1 - i + self.first_layer]], axis=-1)
+                skip = skips[-1 - i + self.first_layer]
+                if self.free_u is not None:
+                    x, skip = free_u(x, skip, *self.free_u)
+                x = jnp.concatenate([x, skip], axis=-1)
             x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
             x = self.attend(i, self.num_groups, x, context, mask)
         if self.add_upsample and self.resnet_resampling:

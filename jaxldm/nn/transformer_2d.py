@@ -33,12 +33,14 @@ class TransformerOptions:
         linear_projection: `proj_in` and `proj_out` are linear layers (SD 2, SDXL) and not 1x1 convolutions
             (SD 1); the arithmetic is the same.
         only_cross_attention: the first attention of every block is to the text, too (the x4 upscaler).
+        identity_attention: the first attention of every block is the identity, see `CrossAttention`.
     """
 
     num_heads: int
     num_layers: int = 1
     linear_projection: bool = False
     only_cross_attention: bool = False
+    identity_attention: bool = False
 
 
 class GEGLU(nn.Module):
@@ -114,7 +116,8 @@ class BasicTransformerBlock(nn.Module):
 
         heads = self.options.num_heads
         first = (context, mask) if self.options.only_cross_attention else (None, None)
-        x = x + CrossAttention(heads, self.dtype, name="attn1")(norm("norm1")(x), *first)
+        itself = CrossAttention(heads, self.dtype, identity=self.options.identity_attention, name="attn1")
+        x = x + itself(norm("norm1")(x), *first)
         x = x + CrossAttention(heads, self.dtype, name="attn2")(norm("norm2")(x), context, mask)
         return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
 

@@ -37,6 +37,7 @@ from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.quantization import calibrate_quantization, quantize
+from jaxldm.pipelines.weak_guidance import PerturbedAttention, SkipLayers, with_free_u
 from jaxldm.pipelines.words import with_embedding, with_word
 
 __all__ = [
@@ -49,8 +50,10 @@ __all__ = [
     "LatentSpec",
     "Latents",
     "Network",
+    "PerturbedAttention",
     "Pipeline",
     "Request",
+    "SkipLayers",
     "TensorComparison",
     "as_images",
     "as_masks",
@@ -78,6 +81,7 @@ __all__ = [
     "save",
     "save_samples",
     "with_embedding",
+    "with_free_u",
     "with_lora",
     "with_word",
 ]

@@ -46,6 +46,8 @@ class Call:
             network that was distilled with guidance (LCM, FLUX.1-dev) takes the scale as an input instead.
         guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1]; default the family's own, mostly 0.
         true_cfg_scale: classifier-free guidance, on top, of a network that takes its scale as an input.
+        weak_guidance: on top of the others, away from the network made weak: `pipelines.SkipLayers` (SD 3) or
+            `pipelines.PerturbedAttention` (U-Nets of Stable Diffusion).
         height, width: in pixels, divisible by what one token or latent covers (8 or 16); default the size of
             `image`, or the one that the model was trained on.
         solver: a name in `D.solvers.SOLVERS`, "package.module:function", a `D.Solver`, or None for the
@@ -96,6 +98,7 @@ class Call:
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
     true_cfg_scale: float = 1.0
+    weak_guidance: Any = None
     height: int | None = None
     width: int | None = None
     solver: str | D.Solver | None = None

@@ -37,6 +37,7 @@ from jaxldm.pipelines.latents import (
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
+from jaxldm.pipelines.weak_branch import weak_of
 from jaxldm.schedulers import GridRule, Sampler, Scheduler
 
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
@@ -299,11 +300,17 @@ def denoise_latents(
     if cache is not None:
         cache.check_steps(int(D.steps_in(grid)))
         cache = cache.padded(len(grid.t) - 1)
+    weak, scales = call.weak_guidance, (np.float32(guidance_scale), np.float32(call.guidance_rescale))
+    per_call = PerCall(grid, *scales, cache)
+    compiled = Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews)
+    if weak is not None:
+        per_call = per_call._replace(weak=weak_of(weak, grid))
+        compiled = compiled._replace(weak_module=weak.weak(pipe.denoiser))
     return denoise(
         pipe.denoiser,
-        PerCall(grid, np.float32(guidance_scale), np.float32(call.guidance_rescale), cache),
+        per_call,
         PerImage(keys.data, cond, uncond, start.latents, start.image, start.known, start.repaint),
-        Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews),
+        compiled,
         Progress(call.on_step, call.progress, call.compile_only, call.on_x0),
         batch_size=call.batch_size,
         devices=call.devices,

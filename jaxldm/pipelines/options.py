@@ -26,6 +26,7 @@ from jaxldm.arguments import (
     number,
     optional,
     pair,
+    refuse,
     some_devices,
     text,
 )
@@ -36,6 +37,13 @@ from jaxldm.pipelines.resizing import RESIZES
 from jaxldm.schedulers.read import a_solver_or_name
 
 OUTPUT_TYPES = ("pil", "np")
+
+
+def a_weak_network(name: str, value: Any) -> Any:
+    """Guidance away from a weak network: a value that makes one (`weak_guidance`)."""
+    if not (callable(getattr(value, "weak", None)) and hasattr(value, "scale")) or isinstance(value, type):
+        raise refuse(name, "pipelines.SkipLayers() or pipelines.PerturbedAttention()", value)
+    return value
 
 
 def a_name_or_numbers(name: str, value: Any) -> Any:
@@ -50,6 +58,7 @@ CHECKS: Mapping[str, Check] = {
     "guidance_scale": optional(number()),
     "guidance_rescale": optional(number(0, 1)),
     "true_cfg_scale": number(),
+    "weak_guidance": optional(a_weak_network),
     "height": optional(count(1)),
     "width": optional(count(1)),
     "solver": optional(a_solver_or_name),

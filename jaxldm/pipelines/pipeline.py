@@ -325,6 +325,10 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
         raise InvalidArgumentError(
             f"output_type={call.output_type!r} is of images, and this call returns latents: leave it out"
         )
+    if call.weak_guidance is not None:
+        if call.cache is not None:
+            raise InvalidArgumentError("weak_guidance and cache exclude each other: leave one of them out")
+        call.weak_guidance.weak(pipe.denoiser)  # refuses other networks and layers
     defaults = pipe.defaults
     rescale = defaults.guidance_rescale if call.guidance_rescale is None else call.guidance_rescale
     if call.denoising_start and call.latents is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +13,7 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.diffusion.grids import step_after
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.weak_branch import Weak, away_from_weak
 from jaxldm.schedulers import Sampler
 
 
@@ -22,12 +24,14 @@ class PerCall(NamedTuple):
         grid: the rows of the run.
         guidance_scale, guidance_rescale: as in `Call`.
         cache: which steps reuse what the network computed before; None: none.
+        weak: how the network of `Compiled.weak_module` is used; None: there is none.
     """
 
     grid: D.Grid
     guidance_scale: Float[Any, ""]
     guidance_rescale: Float[Any, ""]
     cache: D.Cache | None = None
+    weak: Weak | None = None
 
 
 class PerImage(NamedTuple):
@@ -63,6 +67,7 @@ class Compiled(NamedTuple):
         guided_channels: how many channels of the output are guided, from the first on.
         key_impl: which random numbers.
         previews: how often x_0 is kept on the way.
+        weak_module: the network made weak, of the same parameters.
     """
 
     sampler: Sampler
@@ -71,6 +76,7 @@ class Compiled(NamedTuple):
     guided_channels: int
     key_impl: Any
     previews: int = 0
+    weak_module: Any = None
 
 
 def classifier_free_guidance(
@@ -104,7 +110,7 @@ def guided(
     channels, guided_channels = compiled.latent_shape[-1], compiled.guided_channels
     takes_step = "step_size" in getattr(network.config, "scalar_inputs", ())
 
-    def call(x, t, condition):
+    def call(x, t, condition, call_network=call_network):
         arguments = {name: value for name, value in condition.items() if not name.startswith("_")}
         extra = arguments.pop("extra_channels", None)
         x = x if extra is None else jnp.concatenate([x, extra], axis=-1)
@@ -114,13 +120,21 @@ def guided(
             return call_network(x, t, arguments)
         return models.network(network.module)(network.params, x, t, arguments)
 
+    def call_weak(x, t):
+        weak = functools.partial(models.network(compiled.weak_module), network.params)
+        return call(x, t, per_image.cond, weak)[..., :guided_channels]
+
     def predict(x, t):
         if per_image.uncond is None:
             output = call(x, t, per_image.cond)
+            mixed = cond = output[..., :guided_channels]
         else:
             uncond, output = branches.call(x, t)
             cond = output[..., :guided_channels]
             mixed = compiled.combine(uncond[..., :guided_channels], cond, t, per_image.cond, per_call)
+        if compiled.weak_module is not None:
+            mixed = away_from_weak(mixed, cond, lambda: call_weak(x, t), cast(Weak, per_call.weak), t)
+        if mixed is not cond:
             output = jnp.concatenate([mixed, output[..., guided_channels:].astype(mixed.dtype)], axis=-1)
         return output if compiled.sampler.learned_variance else output[..., :channels]
 

@@ -51,9 +51,9 @@ def _denoise(*arguments: Any, slots: int) -> tuple[Float[np.ndarray, "N h w c"],
     """In place of a family's `denoise`: so many images at once, each from its first step to its last."""
     loop = Loop(*arguments)
     call = loop.call
-    if call.previews or call.on_step or call.on_x0 or call.progress:
+    if call.previews or call.on_step or call.on_x0 or call.progress or call.weak_guidance:
         raise InvalidArgumentError(
-            "as served there are no previews, on_step, on_x0 and progress: leave them out"
+            "as served there are no previews, weak_guidance, on_step, on_x0 and progress: leave them out"
         )
     job = job_of(loop)
     device = jax.local_devices()[0] if call.devices is None else call.devices[0]

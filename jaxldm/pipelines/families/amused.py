@@ -207,7 +207,7 @@ AMUSED = Family(
     num_callbacks=count_callbacks,
     unused=(
         *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
-        *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end", "on_x0"),
+        *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end", "on_x0", "weak_guidance"),
     ),
     methods={"mask_token": mask_token, "image_tokens": image_tokens},
 )

@@ -190,7 +190,7 @@ MASKGIT = Family(
     unused=(
         *("num_images_per_prompt", "true_cfg_scale", "height", "width", "image", "strength", "mask_image"),
         *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
-        *("guidance_rescale", "denoising_start", "denoising_end", "resize", "on_x0"),
+        *("guidance_rescale", "denoising_start", "denoising_end", "resize", "on_x0", "weak_guidance"),
     ),
     methods={
         "mask_token": mask_token,

@@ -1,0 +1,117 @@
+"""Guidance away from the same network, made weak: skip-layer and perturbed-attention guidance; and FreeU.
+
+    output = guided + s (cond - weak), with the weak network called under the condition.
+
+    pipe(key, "a cat", weak_guidance=pipelines.PerturbedAttention(scale=3.0))      # Stable Diffusion, SDXL
+    pipe(key, "a cat", weak_guidance=pipelines.SkipLayers())                        # Stable Diffusion 3.5
+
+The weak network has the same parameters: it costs a third call and no memory. Other scales and steps compile
+nothing, other layers do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import traverse_util
+
+from jaxldm.arguments import check_fields, checked, count, number, several, text
+from jaxldm.checkpoints.names import published_name
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+
+_FIELDS = {"scale": number(0), "start": number(0, 1), "stop": number(0, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance, as Stability publishes it for Stable Diffusion 3.5 medium.
+
+    Attributes:
+        layers: numbers of the blocks that the weak network leaves out, from 0 on.
+        scale: s.
+        start, stop: the part of the steps in which it is used: those behind start and before stop.
+    """
+
+    layers: tuple[int, ...] = (7, 8, 9)
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_fields(self, layers=several(count(0)), **_FIELDS)
+
+    def weak(self, network: Network) -> Any:
+        """The module of the weak network. Raises `InvalidArgumentError` for one that cannot skip layers."""
+        total = getattr(network.config, "num_layers", 0)
+        if not hasattr(network.module, "skip_layers"):
+            raise InvalidArgumentError(
+                f"SkipLayers is for Stable Diffusion 3, not for {type(network.module).__name__}: leave it out"
+            )
+        if not self.layers or max(self.layers) >= total:
+            raise InvalidArgumentError(f"layers must be of 0 to {total - 1} here, got {self.layers}")
+        return network.module.clone(skip_layers=tuple(sorted(set(self.layers))))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerturbedAttention:
+    """Perturbed-attention guidance of U-Nets: in the weak network each pixel attends to itself alone.
+
+    Ahn et al. 2024, arXiv:2403.17377, equation 15.
+
+    Attributes:
+        layers: published names of blocks, or what they begin with: "mid_block", "up_blocks.1",
+            "down_blocks.2.attentions.0".
+        scale: s.
+        start, stop: as in `SkipLayers`.
+    """
+
+    layers: tuple[str, ...] = ("mid_block",)
+    scale: float = 3.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, layers=several(text), **_FIELDS)
+
+    def weak(self, network: Network) -> Any:
+        """The module of the weak network. Raises `InvalidArgumentError` for one without such layers."""
+        if not hasattr(network.module, "identity_attention"):
+            raise InvalidArgumentError(
+                "PerturbedAttention is for the U-Nets of Stable Diffusion, not for a "
+                f"{type(network.module).__name__}: leave it out"
+            )
+        names = [published_name(path) for path in traverse_util.flatten_dict(network.params)]
+        blocks = sorted({name.split(".transformer_blocks")[0] for name in names if ".attn1." in name})
+        for layer in self.layers:
+            if not any(f"{block}.".startswith(f"{layer}.") for block in blocks):
+                raise InvalidArgumentError(
+                    f"layers has {layer!r}, and no self-attention is there: it is in {', '.join(blocks)}"
+                )
+        return network.module.clone(identity_attention=tuple(self.layers))
+
+
+@checked(pipe=A_PIPELINE, s1=number(0), s2=number(0), b1=number(0), b2=number(0))
+def with_free_u(
+    pipe: Pipeline, s1: float = 0.9, s2: float = 0.2, b1: float = 1.5, b2: float = 1.6
+) -> Pipeline:
+    """The model with FreeU in its U-Net: Si et al. 2023, arXiv:2309.11497; the parameters stay.
+
+    Args:
+        pipe: of Stable Diffusion 1, 2 or XL; stays as it is. The authors' values are (0.9, 0.2, 1.5, 1.6) for
+            1.4 and 1.5, (0.9, 0.2, 1.4, 1.6) for 2.1 and (0.9, 0.2, 1.3, 1.4) for XL.
+        s1, s2: factors of the low frequencies of the skips in the first and the second up block.
+        b1, b2: factors of half of the channels of the backbone there.
+
+    Raises:
+        InvalidArgumentError: a model without such a U-Net.
+    """
+    module = pipe.denoiser.module
+    if not hasattr(module, "free_u"):
+        raise InvalidArgumentError(
+            f"FreeU is for the U-Nets of Stable Diffusion, not for a {type(module).__name__}"
+        )
+    changed = module.clone(free_u=(float(s1), float(s2), float(b1), float(b2)))
+    return pipe.replace(denoiser=Network(changed, pipe.denoiser.params))
