@@ -96,6 +96,7 @@ def _resume(
     rows: CsvLog,
     log: Callable[[str], None],
     plan: Plan,
+    mesh: Mesh,
 ) -> tuple[TrainState, int, float]:
     """State, updates done and seconds spent, from the newest whole checkpoint where there is one."""
     if not resume and (store.steps() or rows.path.exists()):
@@ -103,7 +104,8 @@ def _resume(
             f"{rows.path.parent} already holds a run: type --resume (resume=True) to go on with it, "
             "or choose another folder to start a new one"
         )
-    restored = store.restore_latest(plan.saved(state), log) if resume else None
+    kept = plan.saved(state)
+    restored = store.restore_latest(kept, log, state_shardings(mesh, kept)) if resume else None
     if restored is None:
         return state, 0, rows.keep_until(0, log)
     log(f"resuming from the checkpoint of step {restored.step}")
@@ -188,7 +190,7 @@ def fit(
         TrainingStore(run_dir / "checkpoints", plan.keep, lambda: held.lost() is None) as store,
         StopRequest() as stop,
     ):
-        state, start, seconds = _resume(state, store, resume, rows, log, plan)
+        state, start, seconds = _resume(state, store, resume, rows, log, plan, mesh)
         if start > plan.num_steps:
             raise CheckpointError(
                 f"{run_dir} has a checkpoint of step {start}, and this training ends at step "

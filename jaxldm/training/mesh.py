@@ -59,12 +59,17 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def place_state(mesh: Mesh, state: Any) -> Any:
-    """A state, which every process has whole, on its devices by `state_shardings`."""
+    """A state, which every process has whole, on its devices by `state_shardings`.
+
+    Arrays that lie on the devices of several processes are there already.
+    """
     shardings = state_shardings(mesh, state)
     if jax.process_count() == 1:
         return jax.device_put(state, shardings)
 
     def put(leaf, sharding):
+        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == mesh.size > 1:
+            return leaf
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = put(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +17,11 @@ import jax
 import numpy as np
 
 from jaxldm.errors import CheckpointError, StorageError
-from jaxldm.files import folder_written_whole, remove_folder, storage_error
+from jaxldm.exact import LARGEST_INT32
+from jaxldm.files import folder_written_whole, remove_folder, storage_error, storage_errors
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes
 from jaxldm.training.mesh import on_host
+from jaxldm.training.processes import by_first, is_first, least
 from jaxldm.training.sealed import sealed, unsealed
 
 MANIFEST = "manifest.json"
@@ -52,9 +54,19 @@ def _name(path: tuple) -> str:
 def _to_host(tree: Any) -> dict[str, np.ndarray]:
     """Path -> a copy in host memory. A copy: on CPU `device_get` gives a view, and the train step overwrites
     its (donated) state while the checkpoint is still being written."""
+    return {name: np.array(value, copy=True) for name, value in on_host(_by_name(tree)).items()}
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Path -> array; keys as their numbers."""
     named, _ = jax.tree_util.tree_flatten_with_path(tree)
-    values = on_host([jax.random.key_data(leaf) if _is_key(leaf) else leaf for _, leaf in named])
-    return {_name(path): np.array(value, copy=True) for (path, _), value in zip(named, values, strict=True)}
+    return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in named}
+
+
+def _new_folder(path: Path) -> None:
+    with storage_errors(path):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
@@ -83,6 +95,10 @@ class TrainingStore:
     and renames it when every byte is on disk. The manifest holds the layout of the arrays, and the size and
     CRC-32 of every file, of itself too: so `restore_latest` knows a whole checkpoint from a damaged one,
     whatever happened to its files. The `keep` newest stay. Leaving the block waits for the last save.
+
+    Where several processes train together, all of them call it: each writes and reads the parts of the arrays
+    that lie on its own devices, into one checkpoint, on a disk that all of them see. No array is whole in the
+    memory of a host. The first process adds the manifest, and clears what is old.
 
     `in_place()` says whether the folder still is that of this run: where it is not, a save fails.
     """
@@ -119,10 +135,18 @@ class TrainingStore:
         """
         self.wait()
         self.check_space(state)
-        arrays = _to_host(state)
-        if jax.process_index():  # the first process writes for all
+        if jax.process_count() == 1:
+            self._pending = self._thread.submit(self._write, step, _to_host(state))
             return
-        self._pending = self._thread.submit(self._write, step, arrays)
+        parts = self.folder / f".{step}.parts.tmp"
+        by_first(lambda: _new_folder(parts))
+        with storage_errors(parts), _quiet_orbax() as ocp:
+            checkpointer = ocp.StandardCheckpointer()
+            arrays = _by_name(state)
+            if jax.default_backend() == "cpu":  # see `_to_host`
+                arrays = {name: jax.numpy.array(array, copy=True) for name, array in arrays.items()}
+            checkpointer.save(parts / "state", arrays)
+        self._pending = self._thread.submit(self._end_together, step, checkpointer, parts, _layout(state))
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises `StorageError` when it could not be written."""
@@ -147,14 +171,31 @@ class TrainingStore:
         return f"; the checkpoint of step {steps[-1]} is whole" if steps else ""
 
     def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        def fill(folder: Path) -> None:
+            _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
+            with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
+                checkpointer.save(folder / "state", arrays)
+
+        self._put(step, fill, _layout(arrays))
+
+    def _end_together(self, step: int, checkpointer: Any, parts: Path, layout: dict[str, list]) -> None:
+        """Wait until every process has written its parts; the first makes a checkpoint of them."""
+
+        def fill(folder: Path) -> None:
+            (parts / "state").rename(folder / "state")
+
+        with storage_errors(parts):
+            checkpointer.close()  # the same moment in all processes
+        if is_first():
+            self._put(step, fill, layout)
+
+    def _put(self, step: int, fill: Callable[[Path], None], layout: dict[str, list]) -> None:
+        """Fill a folder, add the manifest, and put it in place when every byte is on disk."""
         try:
             self._check_place()
             with folder_written_whole(self.folder / str(step)) as folder:
-                _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
-                with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
-                    checkpointer.save(folder / "state", arrays)
-                layout, files = _layout(arrays), _checksums(folder)
-                manifest = {"format": FORMAT, "step": step, "layout": layout, "files": files}
+                fill(folder)
+                manifest = {"format": FORMAT, "step": step, "layout": layout, "files": _checksums(folder)}
                 (folder / MANIFEST).write_bytes(sealed(manifest))
                 self._check_place()
         except _FAILURES as error:
@@ -172,30 +213,60 @@ class TrainingStore:
         if not self._in_place():
             raise StorageError(f"cannot write {self.folder}: it is no longer the folder of this run")
 
-    def restore_latest(self, template: Any, log: Callable[[str], None] = print) -> Restored | None:
+    def restore_latest(
+        self, template: Any, log: Callable[[str], None] = print, shardings: Any = None
+    ) -> Restored | None:
         """The newest whole checkpoint, as host arrays in the tree of `template`; None when there is none.
 
         A damaged one is set aside as `<step>.damaged`, with one line through `log`, and the one before it is
         tried. On which devices the state lay when it was saved does not matter.
+
+        Args:
+            template: a state of the same shapes and types.
+            log: takes each line of text.
+            shardings: of several processes the sharding of each array, and then each reads its own parts, and
+                the arrays are on their devices.
 
         Raises:
             CheckpointError: the arrays have other names, shapes or types than `template` (another model), or
                 the checkpoint is of another version's format.
         """
         self.wait()
+        together = jax.process_count() > 1 and shardings is not None
+        found = self._newest_whole(log) if is_first() or not together else LARGEST_INT32
+        if together:  # what the first has found
+            found = least(-1 if found is None else found)
+            found = None if found < 0 else found
+        if found is None:
+            return None
+        folder, wanted = self.folder / str(found), _layout(template)
+        manifest = _manifest(folder, found)
+        if not together:
+            return Restored(found, _into(template, _read_arrays(folder, manifest, wanted)))
+        _check_manifest(folder, manifest, wanted)
+        placed = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+            for (name, array), sharding in zip(
+                _by_name(template).items(), jax.tree.leaves(shardings), strict=True
+            )
+        }
+        with _quiet_orbax() as ocp, ocp.StandardCheckpointer() as checkpointer:
+            return Restored(found, _into(template, checkpointer.restore(folder / "state", placed)))
+
+    def _newest_whole(self, log: Callable[[str], None]) -> int | None:
+        """The newest step whose checkpoint is whole; those that are not are set aside."""
         steps = self.steps()
         for step in reversed(steps):
             folder = self.folder / str(step)
             try:
-                manifest = _whole_manifest(folder, step)
+                _whole_manifest(folder, step)
             except _DamagedError as damage:
                 aside = folder.with_name(f"{step}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 log(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {aside}")
                 continue
-            arrays = _read_arrays(folder, manifest, _layout(template))
-            return Restored(step, _into(template, arrays))
+            return step
         if steps:
             log("no whole checkpoint is left: this stage begins again")
         return None
@@ -234,43 +305,52 @@ def _claim_room(file: Path, size: int) -> None:
         file.unlink()
 
 
-def _whole_manifest(folder: Path, step: int) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are those that were written. Raises `_DamagedError`."""
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises `_DamagedError`."""
     path = folder / MANIFEST
     try:
         manifest = unsealed(read_bytes(path, MAX_JSON_BYTES), path, ("format", "step", "layout", "files"))
         files = {name: list(wanted) for name, wanted in manifest["files"].items()}
-        layout = {name: (dtype, *shape) for name, (dtype, *shape) in manifest["layout"].items()}
+        layout = {name: [dtype, *shape] for name, (dtype, *shape) in manifest["layout"].items()}
     except (CheckpointError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _DamagedError(f"{MANIFEST} is missing or unreadable") from error
     if manifest.get("step", step) != step:
         raise _DamagedError(f"its {MANIFEST} is of step {manifest['step']}")
-    found = _checksums(folder)
-    for name, wanted in files.items():
+    return manifest | {"files": files, "layout": layout}
+
+
+def _whole_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are those that were written. Raises `_DamagedError`."""
+    manifest, found = _manifest(folder, step), _checksums(folder)
+    for name, wanted in manifest["files"].items():
         if name not in found:
             raise _DamagedError(f"{name} is missing")
         if found[name][:1] != wanted[:1]:
             raise _DamagedError(f"{name} has {found[name][0]} bytes instead of {wanted[0]}")
         if found[name] != wanted:
             raise _DamagedError(f"the bytes of {name} have changed")
-    return manifest | {"layout": {name: list(entry) for name, entry in layout.items()}}
+    return manifest
 
 
 def _read_arrays(
     folder: Path, manifest: dict[str, Any], wanted: dict[str, list] | None = None
 ) -> dict[str, np.ndarray]:
     """The arrays of a whole checkpoint. Raises `CheckpointError` for another format, or another layout."""
+    _check_manifest(folder, manifest, wanted)
+    abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in manifest["layout"].items()}
+    with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
+        return checkpointer.restore(folder / "state", abstract)
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any], wanted: dict[str, list] | None) -> None:
+    """Raise `CheckpointError` for another format, or another layout than is wanted."""
     if manifest.get("format", 1) != FORMAT:
         raise CheckpointError(
             f"{folder} is a checkpoint of format {manifest.get('format', 1)}, this version reads "
             f"{FORMAT}: finish the run with the version that began it, or start a new run"
         )
-    layout = manifest["layout"]
     if wanted is not None:
-        _check_layout(folder, layout, wanted)
-    abstract = {name: np.empty(shape, dtype) for name, (dtype, *shape) in layout.items()}
-    with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
-        return checkpointer.restore(folder / "state", abstract)
+        _check_layout(folder, manifest["layout"], wanted)
 
 
 def _is_whole(folder: Path, step: int) -> bool:
@@ -318,7 +398,7 @@ def _check_layout(place: Path, saved: dict[str, list], wanted: dict[str, list]) 
     )
 
 
-def _into(template: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _into(template: Any, arrays: Mapping[str, Any]) -> Any:
     def leaf_of(path, leaf):
         value = cast(Any, arrays[_name(path)])
         return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
