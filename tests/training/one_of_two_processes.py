@@ -6,6 +6,7 @@ python one_of_two_processes.py FOLDER PORT NUMBER
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Noted:
         return {name: column[rows] for name, column in self.columns.items()}
 
 
-def train(folder, mesh):
+def train(folder, mesh, resume=False):
     """The examples that this process has read, by step."""
     import jax
     from toy import toy
@@ -47,7 +48,7 @@ def train(folder, mesh):
     def on_sample(state, step):
         drawn.append(step)
 
-    training.fit(state, step, batches, plan, folder, mesh=mesh, on_sample=on_sample, bar=False)
+    training.fit(state, step, batches, plan, folder, resume=resume, mesh=mesh, on_sample=on_sample, bar=False)
     assert drawn == [4, 8]
     return rows.seen
 
@@ -84,7 +85,11 @@ if __name__ == "__main__":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=number)
     from jaxldm import training
+    from jaxldm.training import processes, store
 
+    store.on_host = None  # no array of a checkpoint is whole on a host
     seen = train(folder / "run", training.make_mesh(fsdp=4))
+    processes.by_first(lambda: shutil.rmtree(folder / "run" / "checkpoints" / str(STEPS)))
+    train(folder / "run", training.make_mesh(fsdp=2), resume=True)
     said = train_recipe(folder / "recipe", training.make_mesh(fsdp=2))
     (folder / f"seen.{number}.json").write_text(json.dumps({"rows": seen, "said": said}))

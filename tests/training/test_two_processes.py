@@ -19,7 +19,7 @@ PROGRAM = HERE / "one_of_two_processes.py"
 
 
 def test_two_processes_train_one_network_and_read_their_own_examples(tmp_path):
-    """fsdp=4: every array that can be split lies on both, and is gathered for the checkpoint."""
+    """fsdp=4: every array that can be split lies on both, and each writes its parts; then on with fsdp=2."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -61,6 +61,7 @@ def test_two_processes_train_one_network_and_read_their_own_examples(tmp_path):
     chex.assert_trees_all_equal_shapes(*kept)
     chex.assert_trees_all_close(*kept, rtol=1e-4, atol=1e-6)
     assert "training: epoch 2/2" in said[0] and "epoch" not in said[1]
+    assert said[0].count("resuming from the checkpoint of step 4") == 1 and "resuming" not in said[1]
 
     assert any(line.startswith("diffusion: epoch 1/1") for line in found[0]["said"]) and not found[1]["said"]
     runs = [training.RunFolder(tmp_path / name) for name in ("recipe", "recipe-alone")]
@@ -69,7 +70,7 @@ def test_two_processes_train_one_network_and_read_their_own_examples(tmp_path):
         assert len(one) == 4
         np.testing.assert_allclose(both, one, rtol=2e-5)
     files = [{path.name for path in run.path.rglob("*.*") if "events." not in path.name} for run in runs]
-    assert files[0] - files[1] == {"log.1.csv"} and files[1] < files[0]
+    assert files[0] - files[1] == {"log.1.csv", "ocdbt.process_1"} and files[1] < files[0]
 
 
 def last_checkpoint(folder):
