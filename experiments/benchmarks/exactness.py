@@ -62,12 +62,12 @@ def recipe() -> training.Recipe:
     """A transformer on pictures of three sizes."""
     smoke = training.RECIPES["smoke-dit"]
     overrides = {"hidden_size": 8, "depth": 1, "num_heads": 2, "patch_size": 2}
-    own = dataclasses.replace(smoke.diffusion, epochs=12, batch_size=8, save_every=1, overrides=overrides)
+    own = dataclasses.replace(smoke.diffusion, epochs=8, batch_size=8, save_every=1, overrides=overrides)
     buckets = data.Buckets(12, 2, max_aspect=2.25)
     return dataclasses.replace(smoke, classifier=None, max_train_images=None, buckets=buckets, diffusion=own)
 
 
-def write_pictures(folder: Path, number: int = 150) -> Path:
+def write_pictures(folder: Path, number: int = 100) -> Path:
     """Plain pictures in two classes."""
     for n in range(number):
         path = folder / "ab"[n % 2] / f"{n}.png"

@@ -178,7 +178,8 @@ class Progress:
     def _speed(self, seconds: float) -> str:
         """Examples in a second, the share of time waiting for them, and that of the matrix peak."""
         seconds = max(seconds, 1e-9)
-        waiting, of_peak = self._epoch_waiting / seconds, self._of_peak(len(self._epoch_rows), seconds)
+        waiting = min(self._epoch_waiting / seconds, 1.0)  # that for the next updates may be in it
+        of_peak = self._of_peak(len(self._epoch_rows), seconds)
         share = "under 1%" if of_peak < 0.01 else f"{of_peak:.0%}"
         peak = "" if np.isnan(of_peak) else f", {share} of the matrix peak"
         rate = self._epoch_examples / seconds
