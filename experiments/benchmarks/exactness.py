@@ -208,10 +208,7 @@ def table(results: dict[str, Any]) -> str:
     """The figures as Markdown."""
     rows = [
         *((name, str(value)) for name, value in results["kills"].items() if name != "which"),
-        *(
-            (f"{name}: largest relative difference of a loss", f"{v:.1e}")
-            for name, v in results["split"].items()
-        ),
+        *((f"{name}: largest relative difference", f"{v:.1e}") for name, v in results["split"].items()),
         ("state on each of eight devices, of all", f"{results['state']['share']:.0%}"),
     ]
     return "\n".join(
