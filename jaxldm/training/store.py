@@ -21,7 +21,7 @@ from jaxldm.exact import LARGEST_INT32
 from jaxldm.files import folder_written_whole, remove_folder, storage_error, storage_errors
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes
 from jaxldm.training.mesh import on_host
-from jaxldm.training.processes import by_first, is_first, least
+from jaxldm.training.processes import by_first, is_first, least, together
 from jaxldm.training.sealed import sealed, unsealed
 
 MANIFEST = "manifest.json"
@@ -133,8 +133,12 @@ class TrainingStore:
         Raises `StorageError` when the disk has no room, or when the save before failed; what was whole stays
         whole.
         """
-        self.wait()
-        self.check_space(state)
+
+        def ready() -> None:
+            self.wait()
+            self.check_space(state)
+
+        together(ready)
         if jax.process_count() == 1:
             self._pending = self._thread.submit(self._write, step, _to_host(state))
             return
