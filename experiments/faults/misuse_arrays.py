@@ -363,6 +363,7 @@ def health() -> list[Case]:
         "check_guided": {"guided": images, "guidance_scale": 3.0, "unguided": None},
         "check_loss": {"losses": [1.0, 2.0]},
         "check_posterior_collapse": {"mean": images, "log_variance": images, "min_kl": 0.01},
+        "check_channels": {"kl": np.ones(3), "min_kl": 0.01},
         "check_blank": {"images": images, "min_contrast": 0.05, "max_share": 0.02},
         "check_saturation": {"images": images, "real_images": images, "max_contrast": 1.0, "max_excess": 0.1},
         "check_sharpness": {"images": images, "real_images": images, "min_ratio": 0.7},

@@ -195,8 +195,10 @@ def check_posterior_collapse(
     return check_channels(kl.mean(axis=tuple(range(kl.ndim - 1))), min_kl)
 
 
+@checked(kl=array("real", "[c]", axes=1, filled=True), min_kl=number())
 def check_channels(kl: Float[np.ndarray, " c"], min_kl: float = 0.01) -> list[Finding]:
     """`check_posterior_collapse`, given the mean KL of each channel."""
+    kl = np.asarray(kl)
     dead = np.flatnonzero(~(kl >= min_kl))  # NaN counts as dead
     seen = f"KL per channel in nats: {', '.join(f'{value:.3g}' for value in kl)}"
     if len(dead):
