@@ -42,6 +42,8 @@ VALUES: dict[str, list[Any]] = {
     "time_shift_type": [{"time_shift_type": "linear"} | _DYNAMIC],
     "shift_terminal": [0.1, {"shift_terminal": 0.1} | _DYNAMIC, {"shift_terminal": 0.1} | _FLOW],
     "invert_sigmas": [True],
+    "scale_factors": [[0.5, 1.0]],
+    "upscale_mode": ["nearest"],
     "stochastic_sampling": [True],
     "timestep_spacing": ["leading", "linspace", "trailing"],
     "steps_offset": [1, {"steps_offset": 1, "timestep_spacing": "leading"}],

@@ -125,7 +125,7 @@ def theirs(
         options = {}
         if config.get("use_dynamic_shifting"):
             options = {"mu": _mu(config)}
-            if name == "FlowMatchEulerDiscreteScheduler":
+            if name.startswith("FlowMatch"):
                 options["sigmas"] = np.linspace(1, 1 / steps, steps)  # as the pipelines give them
         made.set_timesteps(steps, **options)
         first = start().transpose(0, 3, 1, 2)

@@ -61,6 +61,8 @@ TYPES: Mapping[str, Any] = {
     "rho": _Positive,
     "shift_terminal": _Unit | None,
     "invert_sigmas": _Flag,
+    "scale_factors": tuple[_Float, ...] | None,
+    "upscale_mode": str,
     # the solver
     "variance_type": str | None,
     "skip_prk_steps": _Flag,

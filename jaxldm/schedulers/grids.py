@@ -60,6 +60,7 @@ class GridRule:
         steps_offset: of "leading".
         original_steps: of "lcm".
         rho: of "karras".
+        level_min, level_max: of `levels`, the last and the first sigma / alpha; None: those of the rows.
         lambda_min: leave out timesteps of a lower log(alpha / sigma).
         shift_terminal: stretch the shifted levels so that row N has this one (LTX-Video, Qwen-Image).
         shift_t_min_twice: shift the last row of "linspace" on a flow path a second time, as diffusers and
@@ -72,6 +73,8 @@ class GridRule:
     steps_offset: int = 0
     original_steps: int = 50
     rho: float = 7.0
+    level_min: float | None = None
+    level_max: float | None = None
     lambda_min: float | None = None
     shift_terminal: float | None = None
     shift_t_min_twice: bool = False
@@ -85,6 +88,8 @@ class GridRule:
             steps_offset=count(0),
             original_steps=count(1, MAX_STEPS),
             rho=number(above=0),
+            level_min=optional(number(above=0)),
+            level_max=optional(number(above=0)),
             lambda_min=optional(number(infinite=True)),
             shift_terminal=optional(number()),
             shift_t_min_twice=flag,
@@ -175,7 +180,19 @@ class GridRule:
         if self.levels is None:
             return t
         rule = functools.partial(LEVELS[self.levels], rule=self)
-        return levels.respaced(path, count, rule, np.array([t[0], t[-1]]), self.levels)
+        return levels.respaced(path, count, rule, self._ends(path, t), self.levels)
+
+    def _ends(self, path: D.Path, t: Float[np.ndarray, " N"]) -> Float[np.ndarray, " 2"]:
+        """Where the levels begin and end."""
+        given = [self.level_max, self.level_min]
+        most = float(levels.noise_level(path, path.t_noisy))
+        if max(level or 0 for level in given) > most * (1 + 1e-6):
+            raise InvalidArgumentError(
+                f"level_max={max(level or 0 for level in given):g} is noisier than this {path.name} path: it "
+                f"ends at {most:g}"
+            )
+        ends = zip((t[0], t[-1]), given, strict=True)
+        return np.array([own if level is None else levels.time_of_level(path, level) for own, level in ends])
 
 
 def _has_final(spacing: str | None) -> bool:

@@ -77,8 +77,11 @@ class Quirks:
         elif self.scheduler == "DDIMScheduler" and self.solver == "ddim" and total is not None:
             sampler = sampler._replace(solver=strided(sampler.solver, total // count))
         elif self.rounding is not None and rule.levels is not None:
-            sampler = _told(sampler, t, told_times(cast(D.VP, path), rule.levels, count, self.rounding))
-        return sampler, rows_at(path, np.append(t, path.t_clean if rule.final == "clean" else path.t_min))
+            sampler = _told(sampler, t, told_times(cast(D.VP, path), rule, count, self.rounding))
+        last = path.t_clean if rule.final == "clean" else path.t_min
+        if rule.level_min is not None and last >= 0 and self.scheduler == "UniPCMultistepScheduler":
+            last = t[-1]  # which repeats its own, where Euler adds that of the betas
+        return sampler, rows_at(path, np.append(t, last))
 
     def cut_by_strength(self, rows: D.Grid, count: int, strength: float, *, round_up: bool) -> D.Grid:
         """The rows of image-to-image: as many are left out as of N steps, where PNDM has more."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from jaxldm import diffusion as D
 from jaxldm.arguments import checked, flag, number, optional
+from jaxldm.diffusion.values import equal_by_call
 from jaxldm.entries import build
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, UnknownNameError, one_of, shown
 from jaxldm.reading import reading, reason
@@ -118,7 +119,7 @@ def from_config(
             options.pop("euler_at_final", None)
             options.pop("final_noise", None)
         options |= {} if eta is None else {"eta": eta}
-        own = _config_of(config, name)
+        own = config if solver is None else _config_of(config, name)
         own = with_defaults(own, own["_class_name"], names_it=own["_class_name"] == named)
         own |= {_DIGITS: reference_quirks}
         prediction, grid, shift = _read(own)
@@ -259,14 +260,20 @@ def _read_discrete(name, config):
     if config.get("use_flow_sigmas"):
         return _read_flow_sigmas(name, config)
     prediction = D.prediction(_prediction_name(config, "epsilon"), read_betas(config))
-    return prediction, _read_discrete_grid(name, config), None
+    grid, path = _read_discrete_grid(name, config), prediction.path
+    most = float("inf") if path.zero_terminal_snr else path.sigma(path.t_noisy) / path.alpha(path.t_noisy)
+    if (grid.level_max or 0) > most * (1 + 1e-6):
+        raise CheckpointError(f"{PLACE} has sigma_max {grid.level_max:g}, but its betas end at {most:g}")
+    return prediction, grid, None
 
 
 def _read_flow_sigmas(name, config):
     """The flow path of a file of DEIS, DPM-Solver or UniPC, also for the scheduler of another solver."""
-    if config.get("use_dynamic_shifting"):
+    shift = _dynamic_shift(config)
+    if shift is not None and shift.kind != "exponential" and not name.startswith("UniPC"):
         raise CheckpointError(
-            f"{PLACE} has use_dynamic_shifting with use_flow_sigmas, which is not known here: set flow_shift"
+            f"{PLACE} has time_shift_type {shown(shift.kind)} with use_flow_sigmas, known for {name}: "
+            "'exponential'"
         )
     grid = GridRule(
         levels=_read_levels(config),
@@ -274,7 +281,20 @@ def _read_flow_sigmas(name, config):
         final="sigma_min" if name.startswith(("DPMSolver", "UniPC")) and _keeps_noise(config) else "clean",
     )
     path = D.Flow(shift=config.get("flow_shift", 1.0))
-    return D.prediction(_prediction_name(config, "flow"), path), grid, None
+    return D.prediction(_prediction_name(config, "flow"), path), grid, shift
+
+
+def _dynamic_shift(config: Mapping[str, Any]) -> DynamicShift | None:
+    """The shift by the size of the image, where a file says so."""
+    if not config.get("use_dynamic_shifting"):
+        return None
+    return DynamicShift(
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("time_shift_type", "exponential"),
+    )
 
 
 def _keeps_noise(config: Mapping[str, Any]) -> bool:
@@ -311,9 +331,6 @@ def _read_betas(config: Mapping[str, Any]) -> D.VP:
 
 
 def _read_levels(config: Mapping[str, Any]) -> str | None:
-    for entry in ("sigma_min", "sigma_max"):
-        if config.get(entry) is not None:
-            raise CheckpointError(f"scheduler_config.json has a {entry} of its own, which is not known here")
     return next((ours for ours, theirs in LEVELS.items() if config.get(theirs)), None)
 
 
@@ -326,6 +343,8 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> GridRule:
     spacing = names[one_of("timestep_spacing", config.get("timestep_spacing", default), names)]
     levels = None if known.rows == "whole" else _read_levels(config)
     options: dict[str, Any] = {"levels": levels}
+    if levels is not None and name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
+        options |= {f"level_{end}": config.get(f"sigma_{end}") for end in ("min", "max")}
     if levels is None or known.rows != "open":  # those respace the whole path, whatever their spacing
         options["spacing"] = spacing
         if spacing.startswith("leading") and config.get("steps_offset"):
@@ -342,33 +361,33 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> GridRule:
 
 
 def _read_edm(name, config):
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise CheckpointError(
-            f"EDM's preconditioning with prediction_type {shown(config['prediction_type'])} is not known here"
-        )
+    kind = one_of("prediction_type", config.get("prediction_type", "epsilon"), ("epsilon", "v_prediction"))
     path = D.EDM(**{key: config[key] for key in ("sigma_min", "sigma_max") if key in config})
     grid = GridRule(
         levels=config.get("sigma_schedule", "karras"),
         rho=config.get("rho", 7.0),
         final="sigma_min" if config.get("final_sigmas_type", "zero") == "sigma_min" else "clean",
     )
-    return D.edm(path, float(config.get("sigma_data", 0.5))), grid, None
+    prediction = D.edm(path, float(config.get("sigma_data", 0.5)))
+    return prediction if kind == "epsilon" else _negative(prediction), grid, None
+
+
+@equal_by_call
+def _negative(prediction: D.Prediction) -> D.Prediction:
+    """The network's output has the other sign: EDM's with prediction_type "v_prediction"."""
+    return prediction._replace(
+        to_x0=lambda output, x_t, t: prediction.to_x0(-output, x_t, t),
+        target=lambda x_0, epsilon, t: -prediction.target(x_0, epsilon, t),
+    )
 
 
 def _read_flow(name, config):
-    if config.get("invert_sigmas"):
-        raise CheckpointError("scheduler_config.json has invert_sigmas, which is not known here")
+    for entry in ("invert_sigmas", "scale_factors"):
+        if config.get(entry):
+            raise CheckpointError(f"scheduler_config.json has {entry}, which is not known here")
     t_min = config.get("_t_min", 1 / config.get("num_train_timesteps", 1000))
     path = D.Flow(shift=config.get("shift", 1.0), t_min=t_min)
-    shift = None
-    if config.get("use_dynamic_shifting"):
-        shift = DynamicShift(
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("time_shift_type", "exponential"),
-        )
+    shift = _dynamic_shift(config)
     # Pipelines with a static shift let the scheduler choose, evenly to its last t; the others start at 1 and
     # give N even values.
     grid = GridRule(

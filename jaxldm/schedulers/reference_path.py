@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from jaxldm import diffusion as D
 from jaxldm.diffusion import levels
+from jaxldm.schedulers.grids import GridRule
 
 # In place of a last cumulative alpha of 0, where a scheduler divides by it.
 _SMALLEST = 2.0**-24
@@ -60,21 +61,22 @@ def _linspace(first: float, last: float, count: int) -> Float[np.ndarray, " T"]:
     return np.where(k < count // 2, low, high).astype(np.float32)
 
 
-def told_times(path: D.VP, rule: str, count: int, rounding: str) -> Float[np.ndarray, " N"]:
+def told_times(path: D.VP, grid: GridRule, count: int, rounding: str) -> Float[np.ndarray, " N"]:
     """What the network is told at N noise levels: the timestep, "round"-ed or cut off ("floor").
 
     The digits matter: whether the noisiest level is told 999 or 998 is decided by the last of float32.
 
     Args:
         path: from `reference_path`.
-        rule: "karras", "exponential", "uniform_log_snr" or "beta".
+        grid: the rule of the levels.
         count: N.
         rounding: the name of a function of NumPy.
     """
     cumulative = np.cumprod(1 - np.asarray(path.betas)).astype(np.float32)
     sigmas = np.sqrt((1 - cumulative) / cumulative)
     logs = np.log(sigmas)
-    first, last = float(sigmas[-1]), float(sigmas[0])
+    rule = grid.levels
+    first, last = grid.level_max or float(sigmas[-1]), grid.level_min or float(sigmas[0])
     if rule == "karras":
         noise = levels.karras_levels(first, last, count)
     elif rule == "beta":

@@ -112,6 +112,7 @@ SCHEDULERS: dict[str, Known] = {
     "EDMDPMSolverMultistepScheduler": Known(("dpmpp_2m",), "edm", _MULTISTEP_OPTIONS),
     "FlowMatchEulerDiscreteScheduler": Known(("flow_euler",), "flow"),
     "FlowMatchHeunDiscreteScheduler": Known(("flow_heun",), "flow"),
+    "FlowMatchLCMScheduler": Known(("lcm",), "flow"),
     "ScoreSdeVpScheduler": Known(("ddim",), "continuous_vp"),
     "DDPMWuerstchenScheduler": Known(("ddpm",), "cosine"),
 }
@@ -128,10 +129,15 @@ DPM_SOLVERS = {
     ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
+_FIRST_OF_SDE = {("sde-dpmsolver++", 1): "euler_ancestral"}  # which has a scheduler of its own, too
 ALGORITHMS: Mapping[str, Mapping[tuple[Any, Any], str]] = {
-    "DPMSolverMultistepScheduler": DPM_SOLVERS,
-    "EDMDPMSolverMultistepScheduler": DPM_SOLVERS,
-    "DPMSolverSinglestepScheduler": {("dpmsolver++", 1): "dpmpp_1s", ("dpmsolver++", 2): "dpmpp_2s"},
+    "DPMSolverMultistepScheduler": DPM_SOLVERS | _FIRST_OF_SDE,
+    "EDMDPMSolverMultistepScheduler": DPM_SOLVERS | _FIRST_OF_SDE,
+    "DPMSolverSinglestepScheduler": {
+        ("dpmsolver++", 1): "dpmpp_1s",
+        ("dpmsolver++", 2): "dpmpp_2s",
+        **_FIRST_OF_SDE,
+    },
 }
 # `solver_type` -> what a scheduler takes instead where it is another's: `from_config` of diffusers keeps it.
 SOLVER_TYPES = {

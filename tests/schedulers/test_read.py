@@ -259,7 +259,8 @@ def test_an_algorithm_that_is_not_known_here():
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_predict"}, "v_prediction"),
+        ({"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]}, "scale_factors"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
         ({"_class_name": "NoiseSchedule", "path": "interpolant", "interpolant": "gpv"}, "gvp"),
         ({"_class_name": "NoiseSchedule", "pth": "interpolant"}, "pth"),

@@ -40,6 +40,10 @@ DEVIATING = [
     ("KDPM2DiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
     ("EDMDPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchLCMScheduler", {"shift": 3.0}),
+    ("UniPCMultistepScheduler", FLOW | {"use_dynamic_shifting": True}),
+    ("UniPCMultistepScheduler", {"sigma_min": 0.05, "sigma_max": 8.0, "use_karras_sigmas": True}),
+    ("EDMEulerScheduler", {"prediction_type": "v_prediction"}),
     ("ScoreSdeVpScheduler", {}),
 ]
 
