@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from experiments.diffusers_schedulers import scheduler_runs
 from experiments.diffusers_schedulers.scheduler_probes import Probe, signature
+from jaxldm import diffusion as D
 from jaxldm import schedulers
 
 _LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -120,7 +121,15 @@ def _noise_scale() -> float:
     return 1 - float(schedulers.from_config(config).make_grid(50).sigma[0])
 
 
-_MEASURED = {"image_to_image": _image_to_image, "noise_scale": _noise_scale}
+def _written_levels() -> float:
+    return float(D.at_sigmas(D.Flow(), [0.5], shift=3.0).sigma[0]) - 0.5
+
+
+_MEASURED = {
+    "image_to_image": _image_to_image,
+    "noise_scale": _noise_scale,
+    "written_levels": _written_levels,
+}
 _COVERS: dict[str, Callable[[Probe], bool]] = {
     "ddim_clips": _clips_with_ddim,
     "rows_left_out": _jumps_beside_its_rows,

@@ -195,7 +195,9 @@ def grid(
     scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
     sampler, quirks = scheduler.sampler, scheduler.quirks
-    rows = _written_rows(path, call, rule.final)
+    # diffusers shifts the levels that a call writes down, too.
+    shifts = quirks is not None and isinstance(path, D.Flow) and call.timesteps is None
+    rows = _written_rows(path, call, rule.final, path.default_shift if shifts else None)
     named = call.spacing is not None or call.sigmas is not None
     distilled = rows is None and (call.spacing if named else rule.spacing) == "lcm"
     steps = call.num_inference_steps
@@ -228,7 +230,7 @@ def grid(
     return sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
 
 
-def _written_rows(path: D.Path, call: Call, final: str) -> D.Grid | None:
+def _written_rows(path: D.Path, call: Call, final: str, shift: float | None) -> D.Grid | None:
     """The rows of a call that wrote down their timesteps or noise levels; None of one that did not."""
     if call.timesteps is not None and (call.sigmas is not None or call.spacing is not None):
         raise InvalidArgumentError("timesteps=[...] cannot be combined with spacing or sigmas")
@@ -243,7 +245,7 @@ def _written_rows(path: D.Path, call: Call, final: str) -> D.Grid | None:
         raise InvalidArgumentError(
             f"num_inference_steps={steps}, but {len(values)} values were given as {name}: leave it out"
         )
-    return make(path, values, final=final)
+    return make(path, values, final=final, shift=shift)
 
 
 def _part(rows: D.Grid, path: D.Path, first: float, last: float) -> D.Grid:

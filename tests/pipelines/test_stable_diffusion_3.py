@@ -120,6 +120,14 @@ def test_a_shift_by_the_number_of_tokens(reference, pipe):
     assert dynamic.num_image_tokens((SIZE, SIZE // 2)) == 8
 
 
+def test_levels_of_a_call_are_shifted_as_in_diffusers_with_reference_quirks_alone(pipe):
+    levels, scheduler = [1.0, 0.6, 0.3], diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=levels)
+    quirky = dataclasses.replace(pipe, reference_quirks=True)
+    for drawn, expected in ((pipe, [*levels, 0.0]), (quirky, scheduler.sigmas)):
+        np.testing.assert_allclose(drawn.grid(sigmas=levels)[1].sigma[:4], expected, atol=1e-6)
+
+
 def test_image_to_image(folder, pipe, monkeypatch):
     reference = open_reference(diffusers.StableDiffusion3Img2ImgPipeline, folder)
     without_posterior_noise(monkeypatch, img2img_module, [theirs(start_noise(channels=CHANNELS))])
