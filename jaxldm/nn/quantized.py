@@ -34,6 +34,7 @@ from jaxldm.arguments import check_fields, choice, count, number, optional
 
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}  # of the codes
 BITS = tuple(LARGEST)
+MOST_PARTS = 4  # of the inputs, that are multiplied one by one
 KEPT = jnp.bfloat16  # dtype of the layers that keep 16 bits, and of the branch
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest number: tried for int4's scales
 
@@ -330,7 +331,7 @@ def apply_quantized(
     wide = x.astype(jnp.float32)
     scaled = wide if kernel.smooth is None else wide * _to_rank(kernel.smooth, wide.ndim)
     axes = (-1,) if pointwise else tuple(range(1, x.ndim))
-    if kernel.weights == "int4":
+    if kernel.weights == "int4" or len(kernel.parts) > MOST_PARTS:
         weights = dequantize_kernel(kernel, branch=False)
         y = contract(_rounded(scaled, kernel, axes).astype(dtype), weights.astype(dtype))
     else:

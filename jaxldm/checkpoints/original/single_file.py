@@ -14,10 +14,12 @@ import flax.linen as nn
 from jaxldm import models
 from jaxldm.arguments import a_dtype, a_path, checked, optional
 from jaxldm.checkpoints.folder import check_stored
+from jaxldm.checkpoints.gguf_file import open_gguf
 from jaxldm.checkpoints.names import from_state_dict, published, several_networks
 from jaxldm.checkpoints.original import autoencoder
 from jaxldm.checkpoints.original.flux import FLUX
 from jaxldm.checkpoints.original.layout import Component, Family, from_original, place_of, to_original
+from jaxldm.checkpoints.original.packed import Codes, keep_codes, split_scales
 from jaxldm.checkpoints.original.stable_diffusion import SD1, SD2, SDXL, SDXL_REFINER
 from jaxldm.checkpoints.original.stable_diffusion_3 import SD3
 from jaxldm.checkpoints.original.z_image import Z_IMAGE
@@ -46,10 +48,10 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
     wrote the file, whose metadata hold the factors. The file does not say whether the U-Net predicts eps or
     v. Of two sets of U-Net weights the plain one is loaded, not the average (`model_ema`). The last text
     layer of Stable Diffusion 2, which nothing uses, is left out, and so is the projection of Stable Diffusion
-    3's smaller CLIP.
+    3's smaller CLIP. Weights in 8 or 4 bits (`packed`) stay so inside of the blocks of the denoising network.
 
     Args:
-        path: a .safetensors file.
+        path: a .safetensors file, or a .gguf file of FLUX, SD 3 or Z-Image (F32, F16, BF16, Q8_0, Q4_0).
         dtype: "float32", "bfloat16" or "float16", for the parameters and for the computation; None is
             float32.
 
@@ -62,7 +64,13 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
             left over in a component, or of another shape, which it names.
         UnknownNameError: another dtype.
     """
-    stored, metadata = open_safetensors(path)
+    if Path(path).suffix == ".gguf":
+        stored, metadata = open_gguf(path), {}
+        codes = Codes({name: tensor for name, tensor in stored.items() if tensor.kind}, {})
+    else:
+        stored, metadata = open_safetensors(path)
+        with reading(path):
+            stored, codes = split_scales(stored)
     with reading(path):
         family, bare = _family_of_file(stored)
         state = {family.rename(name): tensor for name, tensor in stored.items()}
@@ -75,7 +83,8 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
                 if key.startswith(component.prefix)
             }
             if own:
-                loaded[name], read = _load_component(name, component, own, state, metadata, dtype)
+                own_codes = _codes_of(component, family, codes)
+                loaded[name], read = _load_component(name, component, own, state, own_codes, metadata, dtype)
                 used |= {component.prefix + key for key in read}
         left = _left_over(family, components, state.keys() - used, state)
     if left:
@@ -129,6 +138,7 @@ def _load_component(
     component: Component,
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
+    codes: Codes,
     metadata: Mapping[str, str],
     dtype: str | None,
 ) -> tuple[tuple[nn.Module, dict], set[str]]:
@@ -148,7 +158,9 @@ def _load_component(
     template = models.shapes(module)
     wanted, table = published(template), component.table(config)
     try:
-        params = from_state_dict(from_original(own, wanted, table), template, dtype=dtype)
+        numbers = from_original(own, wanted, table)
+        template, numbers = keep_codes(module, template, numbers, table, codes)
+        params = from_state_dict(numbers, template, dtype=dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
     read = {place_of(tensor, table).name for tensor in wanted}
@@ -156,6 +168,17 @@ def _load_component(
     if unused is not None:
         read |= {key for key in own if re.match(unused, key)}
     return (module, params), read
+
+
+def _codes_of(component: Component, family: Family, codes: Codes) -> Codes:
+    """The quantised weights of a component, by their names in it."""
+
+    def own(values: Mapping[str, Any]) -> dict[str, Any]:
+        renamed = {family.rename(name): value for name, value in values.items()}
+        start = component.prefix
+        return {name.removeprefix(start): value for name, value in renamed.items() if name.startswith(start)}
+
+    return Codes(own(codes.weights), own(codes.scales))
 
 
 def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
