@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxldm.arguments import Check, is_tracer
 from jaxldm.errors import InvalidArgumentError
@@ -53,3 +54,14 @@ def in_unit_range(check: Check, *, drawn: bool = False) -> Check:
         return value
 
     return check_images
+
+
+def as_pixels(images: Any) -> UInt8[np.ndarray, "B H W 3"]:
+    """The images. Raises `InvalidArgumentError` unless they are uint8 `[B, H, W, 3]`, one at least."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise InvalidArgumentError(
+            f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}: "
+            "for x in [-1, 1] give ((x + 1) * 127.5).round().astype('uint8')"
+        )
+    return images

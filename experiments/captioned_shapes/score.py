@@ -44,6 +44,14 @@ class Score:
     """PNG file for pictures of the pairs held out, at the last guidance scale, a column each."""
 
 
+def prompts_of(pairs: Sequence[tuple[int, int]], per_pair: int) -> tuple[shapes.Attributes, list[str]]:
+    """(attributes, prompts) of the pairs in turn, with size, place and background at random."""
+    shown = shapes.draw_attributes(SEED, np.arange(per_pair * len(pairs)), pairs)
+    shape, colour = np.tile(np.asarray(pairs, np.int32), (per_pair, 1)).T
+    shown = shown._replace(shape=shape, colour=colour)
+    return shown, [shapes.caption(row) for row in np.stack(shown, axis=1).tolist()]
+
+
 def draw(
     pipe: Any, pairs: Sequence[tuple[int, int]], per_pair: int, scale: float, steps: int
 ) -> tuple[UInt8[np.ndarray, "N H W C"], dict[str, float]]:
@@ -51,11 +59,7 @@ def draw(
 
     Size, place and background are at random.
     """
-    numbers = np.arange(per_pair * len(pairs))
-    shown = shapes.draw_attributes(SEED, numbers, pairs)
-    shape, colour = np.tile(np.asarray(pairs, np.int32), (per_pair, 1)).T
-    shown = shown._replace(shape=shape, colour=colour)
-    prompts = [shapes.caption(row) for row in np.stack(shown, axis=1).tolist()]
+    shown, prompts = prompts_of(pairs, per_pair)
     options = {"guidance_scale": scale, "num_inference_steps": steps, "batch_size": 24}
     images = data.to_uint8(np.asarray(pipe(jax.random.key(SEED), prompts, **options)))
     return images, shares_as_asked(read_shapes(images), shown._asdict())

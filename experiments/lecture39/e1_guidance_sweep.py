@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class GuidanceSweep:
     """Three scales, 20 digits in 2 steps: only to see that everything runs."""
 
 
+Column = tuple[str, str, str, str | None, float | None]
 # Title, key of the figures, format, key of the same for real images, a line for real images in the plot.
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     ("Fréchet distance / floor", "frechet_ratio", ".2f", None, 1.0),
     ("Inception-Score analogue", "inception_score", ".2f", "real_inception_score", None),
     ("classified as requested", "accuracy", ".1%", "classifier_accuracy", None),
@@ -72,7 +74,7 @@ def draw(pipe: pipelines.Pipeline, options: GuidanceSweep, w: float) -> np.ndarr
     return pipe(key, labels, num_inference_steps=steps, guidance_scale=w)
 
 
-def published_figures(options: GuidanceSweep, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def published_figures(options: Any, images: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
     """Published metrics as `jaxldm eval` computes them; none without their weights."""
     folder = options.output_dir / "published"
     if not (options.inception or options.clip):
@@ -80,7 +82,7 @@ def published_figures(options: GuidanceSweep, images: np.ndarray, labels: np.nda
     folder.mkdir(parents=True, exist_ok=True)
     drawn, out, texts = folder / "drawn.npz", folder / "out.json", folder / "texts.txt"
     np.savez(drawn, images=to_uint8(images))
-    write_atomically(texts, "".join(f"a handwritten digit {label}\n" for label in labels).encode())
+    write_atomically(texts, "".join(f"{prompt}\n" for prompt in prompts).encode())
     calls: list[dict[str, Any]] = []
     if options.inception:
         calls.append(
@@ -115,7 +117,7 @@ def sweep(options: GuidanceSweep) -> dict[float, tuple[dict[str, Any], np.ndarra
     def make(w):
         images = draw(pipe, options, w)
         report = metrics.evaluate(images, labels, classify, dataset).to_dict()
-        report |= published_figures(options, images, labels)
+        report |= published_figures(options, images, [f"a handwritten digit {label}" for label in labels])
         return report, {"images": images[: 2 * pipe.num_classes]}
 
     found = {}
@@ -128,30 +130,38 @@ def sweep(options: GuidanceSweep) -> dict[float, tuple[dict[str, Any], np.ndarra
     return found
 
 
-def table(found: dict[float, tuple[dict[str, Any], np.ndarray]]) -> str:
+def table(
+    found: dict[float, tuple[dict[str, Any], np.ndarray]],
+    columns: Sequence[Column] = COLUMNS,
+    real_name: str = "(real digits)",
+) -> str:
     """A row for each scale, and one for real images."""
     first = next(iter(found.values()))[0]
     extra = [(title, key) for title, key in PUBLISHED if key in first]
     body = [
-        [f"{w:g}", *(format(figures[key], form) for _, key, form, *_ in COLUMNS)]
+        [f"{w:g}", *(format(figures[key], form) for _, key, form, *_ in columns)]
         + [f"{figures[key]:.2f}" for _, key in extra]
         for w, (figures, _) in found.items()
     ]
-    real = [format(first[real] if real else 1, form) for _, _, form, real, _ in COLUMNS]
-    body.append(["(real digits)", *real, *("" for _ in extra)])
-    text = markdown(["w", *(column[0] for column in COLUMNS), *(title for title, _ in extra)], body)
+    real = [format(first[real] if real else 1, form) for _, _, form, real, _ in columns]
+    body.append([real_name, *real, *("" for _ in extra)])
+    text = markdown(["w", *(column[0] for column in columns), *(title for title, _ in extra)], body)
     for network, entry in first.get("weights", {}).items():
         text += f"\n{network}: {entry['file']}, SHA-256 {entry['sha256']}\n"
     return text
 
 
-def plot(path: Path, found: dict[float, tuple[dict[str, Any], np.ndarray]]) -> None:
+def plot(
+    path: Path,
+    found: dict[float, tuple[dict[str, Any], np.ndarray]],
+    columns: Sequence[Column] = COLUMNS,
+) -> None:
     """The four curves against w, with the real images' figures."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.4), layout="constrained")
     scales, reports = list(found), [figures for figures, _ in found.values()]
-    for axes, (title, key, _, real, line) in zip(figure.subplots(1, len(COLUMNS)), COLUMNS, strict=True):
+    for axes, (title, key, _, real, line) in zip(figure.subplots(1, len(columns)), columns, strict=True):
         axes.plot(scales, [report[key] for report in reports], "o-", label="drawn")
         axes.axhline(reports[0][real] if real else line, color="grey", linestyle="--", label="real")
         axes.set(xlabel="guidance scale w", ylabel=title)

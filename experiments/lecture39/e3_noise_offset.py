@@ -3,12 +3,14 @@
 Question: does noise with an offset let a model reach the dark and the bright, and what does the lecture's
           constant do in its place?
 Command:  python -m experiments.lecture39.e3_noise_offset
+          python -m experiments.lecture39.e3_noise_offset --dataset captioned_shapes
 Needs:    the `demo` extra, no trained model; minutes and what came out: README.md in this folder.
           `--quick` for a look.
 
 Bright digits on dark grounds and dark digits on bright grounds are the two classes; each ground has its own
-grey. One small transformer a setting learns them on Stable Diffusion's betas, whose last step still shows 7 %
-of the picture. What is measured is the brightness of the samples of each class next to that of real ones.
+grey. Of captioned shapes they are the dark and the light backgrounds. One small transformer a setting learns
+them on Stable Diffusion's betas, whose last step still shows 7 % of the picture. What is measured is the
+brightness of the samples of each class next to that of real ones.
 A second call keeps the settings that are done.
 """
 
@@ -16,8 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,7 @@ from jaxldm.commands.terminal import run_script
 
 CLASSES = ("dark", "bright")
 GREYS = (0.2, 1.0)  # |grey| of the grounds, drawn evenly
+MOST_OF_A_CLASS = 4000  # captioned shapes
 
 
 class Setting(NamedTuple):
@@ -54,6 +58,8 @@ class NoiseOffset:
 
     output_dir: Path = Path("runs/lecture39/e3")
     """Where results.json, table.md and the pictures are written."""
+    dataset: Literal["mnist5k", "captioned_shapes"] = "mnist5k"
+    """Digits on grounds of random greys, or captioned shapes on their dark and light backgrounds."""
     offsets: tuple[float, ...] = (0.0, 0.05, 0.1)
     """Standard deviations, one number per image and channel, kept in the target: the published form."""
     constants: tuple[float, ...] = (0.05, 0.1)
@@ -90,14 +96,44 @@ def on_grounds(key: Any, digits: Any, labels: Any) -> Any:
     return grey + sign * (digits + 1) / 2
 
 
+class Pictures(NamedTuple):
+    """Pictures of two classes: those on dark and those on bright grounds.
+
+    Attributes:
+        shape: (H, W, C).
+        number: how many there are (of each class, if they differ).
+        of: (key, row numbers [B], labels [B]) -> pictures [B, H, W, C].
+    """
+
+    shape: tuple[int, ...]
+    number: int
+    of: Callable[[Any, Any, Any], Any]
+
+
+def pictures_of(name: str, split: str) -> Pictures:
+    """The pictures of a split."""
+    images = data.load(name).arrays(split)[0]
+    if name == "mnist5k":
+        digits = jnp.asarray(images)
+        return Pictures(
+            images.shape[1:], len(images), lambda key, rows, labels: on_grounds(key, digits[rows], labels)
+        )
+    bright = np.median(images[:, 0], axis=(1, 2)) > 0  # the upper edge is background
+    number = min(MOST_OF_A_CLASS, int(bright.sum()), int((~bright).sum()))
+    both = jnp.asarray(np.stack([images[~bright][:number], images[bright][:number]]))
+    return Pictures(images.shape[1:], number, lambda key, rows, labels: both[labels, rows])
+
+
 class Trainer:
     """One small transformer of a setting, trained; then it draws."""
 
-    def __init__(self, options: NoiseOffset, setting: Setting, digits: np.ndarray):
-        self.options, self.setting, self.digits = options, setting, jnp.asarray(digits)
+    def __init__(self, options: NoiseOffset, setting: Setting, pictures: Pictures):
+        self.options, self.setting, self.pictures = options, setting, pictures
         self.module = models.build(
             "tiny-dit",
-            patch_size=7,
+            sample_size=pictures.shape[0],
+            in_channels=pictures.shape[-1],
+            patch_size=pictures.shape[0] // 4,
             hidden_size=options.hidden_size,
             depth=options.depth,
             num_classes=len(CLASSES),
@@ -127,9 +163,9 @@ class Trainer:
         def some(state, number):
             def update(state, _):
                 keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed + 1), state.step), 3)
-                rows = jax.random.randint(keys[0], (options.batch_size,), 0, len(self.digits))
+                rows = jax.random.randint(keys[0], (options.batch_size,), 0, self.pictures.number)
                 labels = jax.random.randint(keys[1], (options.batch_size,), 0, len(CLASSES))
-                return step(state, (on_grounds(keys[2], self.digits[rows], labels), labels))
+                return step(state, (self.pictures.of(keys[2], rows, labels), labels))
 
             return jax.lax.scan(update, state, length=number)
 
@@ -151,8 +187,10 @@ class Trainer:
         path = self.prediction.path
         grid = D.make_grid(path, options.num_inference_steps)
         key, offset_key = jax.random.split(jax.random.key(options.seed + 2))
-        x_T = D.initial_noise(key, (len(labels), *self.digits.shape[1:]), grid)
-        x_T = x_T + start_offset * grid.sigma[0] * jax.random.normal(offset_key, (len(labels), 1, 1, 1))
+        height, width, channels = self.pictures.shape
+        x_T = D.initial_noise(key, (len(labels), height, width, channels), grid)
+        offset = jax.random.normal(offset_key, (len(labels), 1, 1, channels))
+        x_T = x_T + start_offset * grid.sigma[0] * offset
 
         @jax.jit
         def run(params, x_T):
@@ -171,18 +209,17 @@ def brightness(images: np.ndarray) -> np.ndarray:
 
 def run(options: NoiseOffset) -> dict[str, np.ndarray]:
     """{name: pictures, class after class}: the real ones, and those drawn in each setting."""
-    dataset = data.load("mnist5k")
-    digits, held_out = dataset.arrays("train")[0], dataset.arrays("test")[0]
-    rows = np.arange(len(CLASSES) * options.num_images) % len(held_out)
+    train, held_out = (pictures_of(options.dataset, split) for split in ("train", "test"))
+    rows = np.arange(len(CLASSES) * options.num_images) % held_out.number
     labels = np.repeat(np.arange(len(CLASSES)), options.num_images)
-    pictures = {"(real)": np.asarray(on_grounds(jax.random.key(9), jnp.asarray(held_out[rows]), labels))}
+    pictures = {"(real)": np.asarray(held_out.of(jax.random.key(9), rows, labels))}
     common = {
         key: value for key, value in dataclasses.asdict(options).items() if isinstance(value, int | float)
     }
     results = Results(options.output_dir)
 
     def make(setting):
-        trainer = Trainer(options, setting, digits)
+        trainer = Trainer(options, setting, train)
         params = trainer.train()
         starts = dict.fromkeys((0.0, setting.offset))
         return {}, {f"start{start:g}": trainer.draw(params, start) for start in starts}
@@ -237,6 +274,8 @@ def save_pictures(options: NoiseOffset, pictures: dict[str, np.ndarray]) -> None
 
 def main(options: NoiseOffset) -> None:
     small = {"num_updates": 20, "num_images": 10, "num_inference_steps": 5, "hidden_size": 16, "depth": 1}
+    if options.dataset != "mnist5k":
+        options = dataclasses.replace(options, output_dir=options.output_dir / options.dataset)
     options = quick_options(options, offsets=(0.1,), constants=(0.1,), **small)
     pictures = run(options)
     title = f"Brightness of {options.num_images} pictures of each class, {options.num_updates} updates"

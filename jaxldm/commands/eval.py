@@ -57,7 +57,9 @@ class Eval:
     """Folder of CLIP, for cmmd and clip-score."""
 
     prompts: Annotated[str | None, shown("FILE", "none")] = None
-    """Text file for clip-score: a line for each image, in the order of their names."""
+    """Text file for clip-score: a line for each image, in the order of their names. A run of captions draws
+    its lines, or without it the captions of test images.
+    """
 
     lpips: Annotated[str | None, shown("FILE", "none")] = None
     """Weights of VGG16 or AlexNet, for lpips: torchvision's vgg16-397923af.pth or
@@ -186,21 +188,23 @@ class Eval:
         }
         return supported(pipe, options)
 
-    def draw(self, pipe: Any, guidance_scale: float) -> tuple[Any, Any]:
-        """Images and their labels, equally many of each class."""
+    def draw(self, pipe: Any, guidance_scale: float, captions: list[str] | None = None) -> tuple[Any, Any]:
+        """Images and their labels, equally many of each class; or an image of each caption."""
         import jax
         import numpy as np
 
         from jaxldm import pipelines
 
-        labels = pipe.cycle_labels(None, self.num_images)
+        labels = None if captions else pipe.cycle_labels(None, self.num_images)
+        number = len(captions) if captions else self.num_images
         options = self.call_options(pipe)
-        total = pipe.num_callbacks(self.num_images, **options)
+        total = pipe.num_callbacks(number, **options)
+        if not captions:
+            options["num_images"] = number
         with progress_bar(total, f"w = {guidance_scale:g}", self.quiet) as progress:
             images = pipe(
                 jax.random.key(self.seed),
-                labels,
-                num_images=self.num_images,
+                captions or labels,
                 guidance_scale=guidance_scale,
                 progress=progress,
                 **options,
@@ -226,9 +230,11 @@ def load_classifier(folder: str) -> Any:
 
     kind = pipelines.kind_of(folder)
     if kind == "text-to-image":
+        own = eval_images.is_run_of_captions(folder)  # it knows its captions and real images
+        name = f"{folder} --real {folder}" if own else "SAMPLES --real IMAGES"
         raise CheckpointError(
             f"{folder} draws from texts, which no classifier measures: compare its images with real ones, "
-            "jaxldm eval SAMPLES --real IMAGES"
+            f"jaxldm eval {name} --metrics fid kid --inception FILE"
         )
     if kind != "run":
         raise CheckpointError(

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxldm.commands.inspect_subject import is_run_of_captions
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -75,16 +76,17 @@ def evaluate_images(options: Any) -> None:
         raise InvalidArgumentError(f"batch_size must be 1 or more, got {options.batch_size}")
     metrics = chosen_metrics(options)
     check_effects(options, metrics)
-    if options.json and Path(options.json).is_dir():
-        raise InvalidArgumentError(f"--json {options.json} is a folder: give the name of a file, OUT.json")
+    check_out(options.json)
     statistics = M.read_statistics(options.real) if options.real else None
     if statistics is not None:
         M.check_statistics(metrics, statistics, str(options.real))
-    texts = read_prompts(options) if any(metric.of_texts for metric in metrics.values()) else []
+    captions = captions_to_draw(options)
+    of_texts = any(metric.of_texts for metric in metrics.values())
+    texts = (read_prompts(options) if captions is None else captions) if of_texts else []
     networks, pairing, files = load_networks(options, metrics)
     compares = options.real is not None and statistics is None
     real = real_images(str(options.real)) if compares else None
-    images = generated_images(options)
+    images = generated_images(options, captions)
     M.check_counts(metrics, images, real)
     if texts and len(texts) != images.count:
         raise InvalidArgumentError(
@@ -124,6 +126,16 @@ def evaluate_images(options: Any) -> None:
     print_findings(findings)
 
 
+def check_out(path: str | None) -> None:
+    """Raises `InvalidArgumentError` for a place of OUT.json that is a folder, or a file of something else."""
+    if path and Path(path).is_dir():
+        raise InvalidArgumentError(f"--json {path} is a folder: give the name of a file, OUT.json")
+    if path and Path(path).is_file():
+        with Path(path).open("rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise InvalidArgumentError(f"--json {path} is there and no JSON file: give another name")
+
+
 def check_json(options: Any) -> None:
     """Raises `InvalidArgumentError` for --json on a run without anything of published metrics."""
     others = ("real", "metrics", "inception", "dinov2", "clip", "prompts", "lpips")
@@ -139,6 +151,8 @@ def chosen_metrics(options: Any) -> dict[str, Metric]:
     from jaxldm.metrics.image_metrics import METRICS
 
     words = [name for words in options.metrics for name in words.replace(",", " ").split()]
+    if options.metrics and not words:
+        raise InvalidArgumentError(f"--metrics names none: choose some of {', '.join(METRICS)}")
     metrics = {
         name: METRICS[one_of("metric", name.lower(), METRICS)]
         for name in map(str.lower, words or DEFAULT_METRICS)
@@ -161,7 +175,8 @@ def check_effects(options: Any, metrics: Mapping[str, Metric]) -> None:
     others = {"inception", "dinov2", "clip", "lpips"} - used
     for name in sorted(changed & (others | ({"resize"} if "inception" in others else set()))):
         raise InvalidArgumentError(f"--{name} has no effect on {', '.join(metrics)}: leave it out")
-    if "prompts" in changed and not any(metric.of_texts for metric in metrics.values()):
+    of_texts = any(metric.of_texts for metric in metrics.values()) or is_run_of_captions(options.folder)
+    if "prompts" in changed and not of_texts:
         raise InvalidArgumentError(f"--prompts has no effect on {', '.join(metrics)}: leave it out")
     if "output_dir" in changed:
         raise InvalidArgumentError("--output-dir has no effect with --metrics: give --json OUT.json")
@@ -302,12 +317,12 @@ def text_embeddings(options: Any, texts: list[str]) -> Any:
 
 
 def is_run(path: str) -> bool:
-    """Whether a path is a run folder."""
+    """Whether a path is a run folder, of classes or of captions."""
     from jaxldm.errors import CheckpointError
     from jaxldm.pipelines import kind_of
 
     try:
-        return kind_of(path) == "run"
+        return kind_of(path) == "run" or is_run_of_captions(path)
     except CheckpointError:
         return False
 
@@ -324,7 +339,21 @@ def real_images(path: str) -> ImageSet:
     return array_set(to_uint8(dataset.arrays("test")[0]), f"{dataset.name} (test)")
 
 
-def generated_images(options: Any) -> ImageSet:
+def captions_to_draw(options: Any) -> list[str] | None:
+    """What a run of captions draws: the lines of --prompts, or test captions; None of anything else."""
+    from jaxldm import training
+
+    if not is_run_of_captions(options.folder):
+        return None
+    if options.prompts:
+        return read_prompts(options)
+    if options.num_images < 1:
+        raise InvalidArgumentError(f"num_images must be 1 or more, got {options.num_images}")
+    found = training.read_data(options.folder).captions("test") or [""]
+    return [found[number % len(found)] for number in range(options.num_images)]
+
+
+def generated_images(options: Any, captions: list[str] | None) -> ImageSet:
     """A folder, an .npz file, or images that a run draws."""
     from jaxldm import pipelines
     from jaxldm.data import to_uint8
@@ -335,8 +364,9 @@ def generated_images(options: Any) -> ImageSet:
     if len(options.guidance_scale) > 1:
         raise InvalidArgumentError(f"--metrics takes one guidance scale, got {len(options.guidance_scale)}")
     pipe = pipelines.load(options.folder)
-    scale = pipe.check_guidance_scale((options.guidance_scale or (1.0,))[0])
-    images, _ = options.draw(pipe, scale)
+    [scale] = options.guidance_scale or (1.0,)
+    scale = pipe.check_guidance_scale(scale) if captions is None else scale
+    images, _ = options.draw(pipe, scale, captions)
     return array_set(to_uint8(images), f"{options.folder} (w = {scale:g})")
 
 

@@ -27,10 +27,12 @@ class Inspect:
     For example:
       jaxldm inspect runs/mini-ldm
       jaxldm inspect runs/tiny-dit --class-labels 3 7 --noise 1
+      jaxldm inspect runs/captioned-shapes
       jaxldm inspect stable-diffusion-v1-5 --prompt "a cat in the snow"
 
     The page has its pictures in it, needs no network and no scripts, and says under each figure what one
-    sees. A run is looked at with its test images; of another model the images are drawn first.
+    sees. A run is looked at with its test images (and their captions); of another model the images are drawn
+    first.
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
@@ -39,11 +41,13 @@ class Inspect:
     output_dir: Annotated[str | None, shown("OUT", "RUN/inspect")] = None
     """Folder for the page, index.html."""
 
-    class_labels: Annotated[tuple[int, ...], shown("INT ...", "the first three")] = ()
+    class_labels: Annotated[tuple[int, ...], shown("INT ...", "three classes")] = ()
     """Classes of the images whose attention is shown, one image each."""
 
     prompt: Annotated[str | None, shown("TEXT", "none")] = None
-    """The text, for a model that draws from texts; attention is shown for each of its words."""
+    """The text, for a model that draws from texts: images of it are drawn, and attention is shown for each
+    of its words. A run of captions needs none: its test images have captions.
+    """
 
     noise: float = 0.5
     """Standard deviation of the noise in the images that the network sees, as a multiple of the image's."""
@@ -102,7 +106,7 @@ class Inspect:
             lambda: S.attention_section(subject, self),
             lambda: S.embedding_section(subject, self),
         ]
-        if subject.words:
+        if subject.captions:
             makers.insert(3, lambda: S.caption_section(subject, self))
         sections = []
         for make in makers:

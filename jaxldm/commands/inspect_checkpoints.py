@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 
 from jaxldm.commands import inspect_figures as F
 from jaxldm.commands import inspect_texts as T
-from jaxldm.commands.inspect_subject import Subject, steps_of
+from jaxldm.commands.inspect_subject import Subject, is_run_of_captions, steps_of
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics.page import Section, Shown
 
 MOST_CLASSES, MOST_GRIDS, PER_CLASS = 10, 8, 2
+MOST_PIXELS = 32  # of a side, where images are compared by their pixels
 
 
 class Drawn(NamedTuple):
@@ -24,6 +25,7 @@ class Drawn(NamedTuple):
     step: int
     images: Float[np.ndarray, "N H W C"]
     labels: Int[np.ndarray, " N"]
+    captions: tuple[str, ...] = ()
 
 
 def checkpoint_section(subject: Subject, options: Any, network: Any, log: Any) -> Section:
@@ -34,6 +36,8 @@ def checkpoint_section(subject: Subject, options: Any, network: Any, log: Any) -
     from jaxldm import training
 
     title = "How it learned: the checkpoints"
+    if subject.dataset is None and is_run_of_captions(options.folder):
+        return Section(title, [], "Leave out --prompt to see what the checkpoints draw of the test captions.")
     if subject.dataset is None:
         return Section(title, [], "This is no run folder, so it has no checkpoints and no real images.")
     steps = training.kept_steps(options.folder)
@@ -44,9 +48,16 @@ def checkpoint_section(subject: Subject, options: Any, network: Any, log: Any) -
         )
         return Section(title, [], note)
     drawn, damaged = draw_each(subject, steps, options, log)
-    parts: list[str | Shown] = [T.CHECKPOINTS.format(steps=steps_of(options, subject.pipe))]
+    kind, scale = (
+        "captions of images that were not trained on" if subject.captions else "classes",
+        guidance_of(subject, options),
+    )
+    steps_of_each = steps_of(options, subject.pipe)
+    parts: list[str | Shown] = [T.CHECKPOINTS.format(kind=kind, steps=steps_of_each, scale=scale)]
     places = np.unique(np.linspace(0, len(drawn) - 1, MOST_GRIDS).round().astype(int)) if drawn else []
     shown = [drawn[place] for place in places]
+    if drawn and subject.captions:
+        parts.append(f"The captions, row by row: {'; '.join(drawn[0].captions[: PER_CLASS * MOST_CLASSES])}.")
     parts += [Shown(grid_of(one, subject), f"After {one.step} steps.") for one in shown]
     if drawn:
         parts += distances(subject, drawn, options.folder, network)
@@ -68,7 +79,10 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
     from jaxldm.training.few_steps.matching import of_student
 
     pipe, number = subject.pipe, options.num_images or 200
-    labels = pipe.cycle_labels(None, number)
+    captions = captions_to_draw(subject, number)
+    asked = list(captions) or pipe.cycle_labels(None, number)
+    labels = None if captions else asked
+    more = {} if captions else {"num_images": number}
     drawn, damaged = [], []
     for step in steps:
         try:
@@ -80,14 +94,33 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
         at_step = pipe.replace(denoiser=pipelines.Network(pipe.denoiser.module, params))
         images = at_step(
             jax.random.key(options.seed),
-            labels,
-            num_images=number,
+            asked,
             num_inference_steps=steps_of(options, pipe),
-            guidance_scale=1.0 if pipe.few_steps is None else pipe.default_guidance_scale,
+            guidance_scale=guidance_of(subject, options),
+            **more,
         )
-        classes = np.zeros(number, np.int32) if labels is None else labels
-        drawn.append(Drawn(step, np.nan_to_num(np.asarray(images), nan=-1.0), classes))
+        classes = np.zeros(len(images), np.int32) if labels is None else labels
+        drawn.append(Drawn(step, np.nan_to_num(np.asarray(images), nan=-1.0), classes, captions))
     return drawn, damaged
+
+
+def captions_to_draw(subject: Subject, number: int) -> tuple[str, ...]:
+    """Captions of validation images: of other ones than those that the drawn images are compared with."""
+    if not subject.captions:
+        return ()
+    dataset = subject.dataset
+    split = "validation" if "validation" in dataset.splits else "test"
+    return tuple(dataset.captions(split, number) or ())
+
+
+def guidance_of(subject: Subject, options: Any) -> float:
+    """The scale that checkpoints are drawn with: 1, a student's own, or that of samples on the way."""
+    from jaxldm import training
+
+    if subject.pipe.few_steps is not None:
+        return subject.pipe.default_guidance_scale
+    stage = training.read_recipe(options.folder).diffusion if subject.captions else None
+    return 1.0 if stage is None else stage.sample_guidance_scale
 
 
 def grid_of(drawn: Drawn, subject: Subject) -> bytes:
@@ -100,37 +133,74 @@ def grid_of(drawn: Drawn, subject: Subject) -> bytes:
     columns = min(classes, len(rows))
     names = subject.class_names[:columns] if subject.pipe.num_classes else ()
     names = names if len(names) == columns else ()
-    scale = max(1, 56 // drawn.images.shape[1])
+    scale = -(-56 // drawn.images.shape[1])
     return png_bytes(labelled_grid(drawn.images[rows], columns, column_labels=names, scale=scale))
 
 
 def distances(subject: Subject, drawn: list[Drawn], folder: str, network: Any) -> list[str | Shown]:
     """The curve of each distance that can be measured here, and how to read it."""
     curves: dict[str, list[float]] = {}
-    floor = None
     classify = classifier_of(folder)
     if classify is not None:
         from jaxldm import metrics
 
-        name = "Fréchet distance, classifier features"
         reports = [metrics.evaluate(one.images, one.labels, classify, subject.dataset) for one in drawn]
-        curves[name], floor = (
-            [report.frechet_distance for report in reports],
-            reports[0].real_frechet_distance,
-        )
+        floor: float | None = reports[0].real_frechet_distance
+        curves["Fréchet distance, classifier features"] = [report.frechet_distance for report in reports]
         if subject.pipe.num_classes:
             curves["share classified as requested"] = [report.accuracy for report in reports]
+    else:
+        found, floor = pixel_distances(subject, drawn)
+        curves["sliced Wasserstein distance of pixels"] = found
+    if drawn[0].captions and subject.dataset.name.startswith("captioned_shapes"):
+        curves["share that shows what the caption says"] = [share_as_asked(one) for one in drawn]
     if network is not None:
         curves["FID (Inception features)"] = inception_distances(subject, drawn, network)
-    if not curves:
-        return ["No distance: this run has no finished classifier, and no --inception FILE was given."]
     figure = F.curve_figure([one.step for one in drawn], curves, floor)
     return [
         Shown(
             figure, f"{len(drawn[0].images)} generated images of each checkpoint, compared with test images."
         ),
-        T.DISTANCES,
+        T.PIXEL_DISTANCES if classify is None else T.DISTANCES,
+        T.DISTANCES_SEEN,
     ]
+
+
+def pixel_distances(subject: Subject, drawn: list[Drawn]) -> tuple[list[float], float | None]:
+    """(distance of each checkpoint's images from test images, that of validation images: the floor).
+
+    Without a classifier nothing better is at hand that needs no weights. Sets are of one size.
+    """
+    from jaxldm import metrics
+
+    dataset = subject.dataset
+    there = [dataset.arrays("test")[0]]
+    there += [dataset.arrays("validation")[0]] if "validation" in dataset.splits else []
+    number = min(len(drawn[0].images), *(len(images) for images in there))
+    real, *held_out = (pixel_rows(images[:number]) for images in there)
+    found = [metrics.sliced_wasserstein(pixel_rows(one.images[:number]), real) for one in drawn]
+    return found, metrics.sliced_wasserstein(held_out[0], real) if held_out else None
+
+
+def pixel_rows(images: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N D"]:
+    """The pixels of each image, a row each; of large ones means over blocks."""
+    block = max(1, -(-max(images.shape[1:3]) // MOST_PIXELS))
+    h, w = images.shape[1] // block, images.shape[2] // block
+    blocks = images[:, : h * block, : w * block].reshape(len(images), h, block, w, block, -1)
+    return np.clip(blocks.mean((2, 4), dtype=np.float32), -1, 1).reshape(len(images), -1)
+
+
+def share_as_asked(drawn: Drawn) -> float:
+    """The share of captioned shapes that show every attribute that their captions name."""
+    from jaxldm.data import to_uint8
+    from jaxldm.metrics.shapes import asked_of, read_shapes
+
+    found = read_shapes(to_uint8(np.clip(drawn.images, -1, 1)))
+    right = [
+        all(getattr(found, kind)[place] == value for kind, value in asked_of(caption).items())
+        for place, caption in enumerate(drawn.captions)
+    ]
+    return float(np.mean(right))
 
 
 def classifier_of(folder: str) -> Any:

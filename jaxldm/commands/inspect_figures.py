@@ -13,6 +13,7 @@ from jaxldm.errors import MissingDependencyError
 
 HEAT = "inferno"
 DPI = 110
+LINE = 22  # characters beside a row
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -56,6 +57,16 @@ def bare(axes: Any) -> None:
         side.set_visible(False)
 
 
+def in_lines(layer: str) -> str:
+    """The name of a layer broken at its dots, so that it stands beside a row and not beside the next."""
+    lines = [""]
+    for part in layer.split("."):
+        if lines[-1] and len(lines[-1]) + len(part) >= LINE:
+            lines.append("")
+        lines[-1] += part + "."
+    return "\n".join(lines)[:-1]
+
+
 def attention_figure(
     image: Float[np.ndarray, "H W C"],
     maps: Mapping[str, Float[np.ndarray, "_ _ _"]],
@@ -81,7 +92,7 @@ def attention_figure(
     for row, (layer, of_layer) in zip(grid, maps.items(), strict=True):
         most = float(of_layer.max())
         row[0].imshow(picture)
-        row[0].set_ylabel(layer, fontsize=8)
+        row[0].set_ylabel(in_lines(layer), fontsize=8)
         for place, axes in enumerate(row):
             bare(axes)
             if place > len(of_layer):

@@ -12,11 +12,12 @@ from jaxtyping import Float
 
 from jaxldm.commands import inspect_figures as F
 from jaxldm.commands import inspect_texts as T
-from jaxldm.commands.inspect_subject import Subject, chosen_rows
+from jaxldm.commands.inspect_subject import Subject, chosen_rows, words_of
 from jaxldm.errors import MissingDependencyError
 from jaxldm.metrics.page import Section, Shown
 
-MOST_LAYERS, MOST_HEADS, MOST_WORDS, MOST_PATCHES = 8, 6, 10, 800
+MOST_LAYERS, MOST_HEADS, MOST_WORDS, MOST_PATCHES, MOST_CLASSES = 8, 6, 14, 800, 20
+FEW_CLASSES = 10  # of more than can be told apart by colour
 FEWEST_IMAGES = 4  # that t-SNE can lay out
 
 
@@ -149,6 +150,8 @@ def _of_one_image(
         f"{name} {effective_number(weights):.0f} of {weights.shape[1]}" for name, weights in maps.items()
     )
     what = f"Class {subject.class_names[subject.labels[row]]}" if len(subject.class_names) > 1 else "Image"
+    if subject.captions:
+        what = f'"{subject.captions[row]}"'
     number = next(iter(maps.values())).shape[1]
     return [
         Shown(F.attention_figure(image, from_one, names, query), T.FROM_ONE.format(what=what, reach=reach)),
@@ -167,15 +170,14 @@ def effective_number(weights: Float[np.ndarray, "heads N M"]) -> float:
 
 
 def caption_section(subject: Subject, options: Any) -> Section:
-    """Cross-attention: for each word of the caption, where in the image it is used."""
+    """Cross-attention: for each word of a caption, where in the image it is used."""
     title = "Which word goes where: cross-attention"
-    noised = look(subject, [0], options, cond=True, attention=True)
-    shape, lengths = (
-        subject.x_0.shape[1:3],
-        {np.shape(v)[1] for v in subject.cond.values() if np.ndim(v) == 3},
-    )
+    rows = chosen_rows(subject, options.class_labels)
+    noised = look(subject, rows, options, cond=True, attention=True)
+    shape = subject.x_0.shape[1:3]
+    lengths = {np.shape(v)[1] for v in subject.cond.values() if np.ndim(v) == 3}
     found = {
-        name: np.asarray(weights[0])
+        name: np.asarray(weights)
         for name, weights in noised.inside.attention.items()
         if weights.shape[3] in lengths
         and weights.shape[2] != weights.shape[3]
@@ -185,23 +187,33 @@ def caption_section(subject: Subject, options: Any) -> Section:
         return Section(
             title, [], "This network mixes text and image in one attention, or has none from image to text."
         )
-    words = subject.words[:MOST_WORDS]
+    layers = evenly(list(found), MOST_LAYERS)
+    figures = [
+        _of_one_caption(subject, row, {name: found[name][place] for name in layers})
+        for place, row in enumerate(rows)
+    ]
+    return Section(title, [T.CAPTION, *filter(None, figures), T.CAPTION_SEEN])
+
+
+def _of_one_caption(
+    subject: Subject, row: int, weights: Mapping[str, Float[np.ndarray, "_ _ _"]]
+) -> Shown | None:
+    """A map for each word of an image's caption and each layer; None for a caption without words."""
+    shape, caption = subject.x_0.shape[1:3], subject.captions[row]
+    length = min(of_layer.shape[2] for of_layer in weights.values())
+    every = words_of(subject.pipe.parts.get("tokenizer"), caption, length)
+    words = every[:MOST_WORDS]
+    if not words:
+        return None
     maps = {}
-    for name in evenly(list(found), MOST_LAYERS):
-        h, w = cells_of(found[name].shape[1], shape) or shape
-        mean = found[name].mean(0)
+    for name, of_layer in weights.items():
+        h, w = cells_of(of_layer.shape[1], shape) or shape
+        mean = of_layer.mean(0)
         maps[name] = np.stack([mean[:, list(places)].sum(-1).reshape(h, w) for _, places in words])
-    return Section(
-        title,
-        [
-            T.CAPTION,
-            Shown(
-                F.attention_figure(subject.images[0], maps, [word for word, _ in words]),
-                f"Words of {options.prompt!r} over the image that was drawn of them.",
-            ),
-            T.CAPTION_SEEN,
-        ],
-    )
+    whose = "the image that was drawn of them" if subject.dataset is None else "its image"
+    cut = f" Shown are the first {len(words)} words." if len(words) < len(caption.split()) else ""
+    figure = F.attention_figure(subject.images[row], maps, [word for word, _ in words])
+    return Shown(figure, f"Words of {caption!r} over {whose}.{cut}")
 
 
 # ---------------------------------------------------------------- latents
@@ -231,7 +243,7 @@ def embedding_section(subject: Subject, options: Any) -> Section:
         embed = tsne_function(options.seed)
     except MissingDependencyError as error:
         return Section(title, [], f"This section is missing: {error}.")
-    rows = range(len(subject.x_0))
+    rows = rows_of_few_classes(subject)
     inside = look(subject, rows, options, cond=False, attention=False).inside
     tokens = {
         name: rows_of_patches(values)
@@ -257,11 +269,26 @@ def embedding_section(subject: Subject, options: Any) -> Section:
             T.TSNE,
             Shown(
                 F.scatter_figure(panels, colours, subject.class_names),
-                f"Patches of {len(rows)} {subject.source}, with noise ({options.noise:g} times the signal).",
+                f"Patches of {len(rows)} {subject.source}, with noise ({options.noise:g} times the signal)."
+                + classes_left_out(subject, rows),
             ),
             T.TSNE_SEEN,
         ],
     )
+
+
+def rows_of_few_classes(subject: Subject) -> list[int]:
+    """The images whose classes can be told apart by colour: of all classes, or of ten of them."""
+    known = np.unique(subject.labels)
+    if len(known) > MOST_CLASSES:
+        known = known[np.linspace(0, len(known) - 1, FEW_CLASSES).round().astype(int)]
+    return np.flatnonzero(np.isin(subject.labels, known)).tolist()
+
+
+def classes_left_out(subject: Subject, rows: Sequence[int]) -> str:
+    """A sentence where not all classes are shown."""
+    shown, there = (len(np.unique(labels)) for labels in (subject.labels[np.asarray(rows)], subject.labels))
+    return f" Shown are {shown} of {there} classes, so that colours can be told apart." * (shown < there)
 
 
 def tsne_function(seed: int) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from jaxldm.errors import InvalidArgumentError
 
 MOST_REAL = 200  # test images of a run
+MANY_CLASSES = 20  # above, neighbours are often alike: breeds of dogs, one shape in several colours
 
 
 class Subject(NamedTuple):
@@ -27,7 +28,7 @@ class Subject(NamedTuple):
         uncond: the same without class or text.
         source: where the images are from.
         dataset: of a run, else None.
-        words: of the caption, each with the places of its tokens; empty without a caption.
+        captions: of each image; empty for a model without captions.
     """
 
     pipe: Any
@@ -39,7 +40,7 @@ class Subject(NamedTuple):
     uncond: Mapping[str, Any]
     source: str
     dataset: Any = None
-    words: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    captions: tuple[str, ...] = ()
 
 
 def load_subject(options: Any) -> Subject:
@@ -52,27 +53,37 @@ def load_subject(options: Any) -> Subject:
     from jaxldm import pipelines
 
     kind = pipelines.kind_of(options.folder)
-    if kind == "text-to-image" and not options.prompt:
+    of_captions = kind == "text-to-image" and not options.prompt and is_run_of_captions(options.folder)
+    if kind == "text-to-image" and not options.prompt and not of_captions:
         raise InvalidArgumentError(
             f'{options.folder} draws from texts: add --prompt "a cat in the snow", whose words are shown'
         )
     if kind != "text-to-image" and options.prompt is not None:
         raise InvalidArgumentError("--prompt is for text-to-image models: leave it out")
-    if kind != "run" and options.inception is not None:
-        raise InvalidArgumentError("--inception measures the checkpoints of a run: leave it out")
+    if kind != "run" and not of_captions and options.inception is not None:
+        alone = " (without --prompt)" if is_run_of_captions(options.folder) else ""
+        raise InvalidArgumentError(f"--inception measures the checkpoints of a run{alone}: leave it out")
     pipe = pipelines.load(options.folder)
     if "mask_token" in pipe.family.methods:
         raise InvalidArgumentError(
             f"{options.folder} unmasks tokens, and what is shown here is of models that remove noise: look "
             "at it with jaxldm info or jaxldm sample"
         )
-    if kind == "run":
+    if kind == "run" or of_captions:
         return _of_run(options, pipe)
     return _of_text(options, pipe) if kind == "text-to-image" else _of_classes(options, pipe)
 
 
+def is_run_of_captions(folder: str | Path) -> bool:
+    """Whether a folder is a run that was trained on captions, and not a model of texts without its data."""
+    from jaxldm import training
+
+    recipe = training.recipe_to_resume(folder) if (Path(folder) / "config.json").exists() else None
+    return recipe is not None and recipe.text is not None
+
+
 def _of_run(options: Any, pipe: Any) -> Subject:
-    """Test images, equally many of each class in turn."""
+    """Test images, equally many of each class in turn, with their classes or captions."""
     from jaxldm import models, training
     from jaxldm.data import map_batches
 
@@ -90,9 +101,17 @@ def _of_run(options: Any, pipe: Any) -> Subject:
         module, params = pipe.autoencoder.module, pipe.autoencoder.params
         encode = jax.jit(lambda params, batch: models.encode_latents(module, params, batch))
         x_0 = map_batches(lambda batch: encode(params, batch), images, 100)
-    cond, uncond = pipe.encode_prompts(labels) if pipe.num_classes is not None else ({}, {})
     source = f"test images of {dataset.name}"
-    return Subject(pipe, images, x_0, labels, dataset.class_names, cond, uncond, source, dataset)
+    captions: tuple[str, ...] = ()
+    if pipe.num_classes is not None:
+        cond, uncond = pipe.encode_prompts(labels)
+    elif "tokenizer" in pipe.parts:
+        found = dataset.captions("test") or []
+        captions = tuple(found[row] for row in chosen)
+        cond, uncond = pipe.encode_prompts(list(captions), [""] * len(captions))
+    else:
+        cond, uncond = {}, {}
+    return Subject(pipe, images, x_0, labels, dataset.class_names, cond, uncond, source, dataset, captions)
 
 
 def _of_classes(options: Any, pipe: Any) -> Subject:
@@ -118,9 +137,8 @@ def _of_text(options: Any, pipe: Any) -> Subject:
         for side in pipe.encode_prompts([options.prompt], [""])
     )
     source = f"images that the model drew of {options.prompt!r}"
-    words = words_of(pipe.parts.get("tokenizer"), options.prompt)
-    labels = np.zeros(number, np.int32)
-    return Subject(pipe, images, x_0, labels, ("image",), cond, uncond, source, words=words)
+    labels, captions = np.zeros(number, np.int32), (options.prompt,) * number
+    return Subject(pipe, images, x_0, labels, ("image",), cond, uncond, source, captions=captions)
 
 
 def _draw(options: Any, pipe: Any, call: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,8 +159,13 @@ def steps_of(options: Any, pipe: Any) -> int:
     return options.num_inference_steps or usual
 
 
-def words_of(tokenizer: Any, prompt: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The words of a caption, each with the places of its tokens in the row that the text encoder sees."""
+def words_of(
+    tokenizer: Any, prompt: str, length: int | None = None
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The words of a caption, each with the places of its tokens in the row that the text encoder sees.
+
+    Words behind the `length` tokens that the encoder reads are left out.
+    """
     if tokenizer is None:
         return ()
     offsets = tokenizer.backend.encode(prompt).offsets
@@ -153,7 +176,7 @@ def words_of(tokenizer: Any, prompt: str) -> tuple[tuple[str, tuple[int, ...]], 
         places = tuple(
             place
             for place, (first, last) in enumerate(offsets)
-            if first < last and first < end and last > start
+            if first < last and first < end and last > start and (length is None or place < length)
         )
         if places:
             words.append((word, places))
@@ -177,13 +200,14 @@ def check_options(subject: Subject, options: Any) -> None:
 
 
 def chosen_rows(subject: Subject, class_labels: Sequence[int]) -> list[int]:
-    """One image of each of the classes; of the first three where none is named."""
+    """One image of each of the classes; of the first three, or three far apart of many, if none is named."""
     known = list(dict.fromkeys(subject.labels.tolist()))
     for label in class_labels:
         if label not in known:
             there = ", ".join(map(str, sorted(known)))
             raise InvalidArgumentError(f"--class-labels {label}: there are images of class {there}")
-    wanted = class_labels or known[:3]
+    apart = max(1, len(known) // 3) if len(known) > MANY_CLASSES else 1
+    wanted = class_labels or known[::apart][:3]
     return [subject.labels.tolist().index(label) for label in wanted]
 
 

@@ -17,7 +17,7 @@ FROM_ONE = (
 )
 AVERAGED = (
     "{what}, averaged over all patches: how much each patch is looked at. If all were looked at alike, each "
-    "would have 1 / {number} = {even:.3f}."
+    "would have 1 / {number} = {even:.3f} in the first row."
 )
 ATTENTION_SEEN = (
     "What to look for: heads that take most from the patch itself and its neighbours act like a convolution. "
@@ -30,9 +30,9 @@ CAPTION = (
     "much of a patch's weight goes to its tokens, averaged over the heads; rows are layers."
 )
 CAPTION_SEEN = (
-    "In a trained model nouns light up where their thing is, and adjectives follow their noun. Most of the "
-    "weight goes to the token at the start of every text, which is not shown: it is where a patch looks that "
-    "needs no word."
+    "In a trained model nouns light up where their thing is, and adjectives follow their noun. A map that is "
+    "even says that the word is asked everywhere alike. Much of the weight may go to the tokens at the start "
+    "and the end of every text, which are not shown: it is where a patch looks that needs no word."
 )
 LATENTS = (
     "The denoising network never sees pixels: it draws these numbers, and the autoencoder's decoder turns "
@@ -60,13 +60,21 @@ TSNE_SEEN = (
     "between far groups and the size of a group mean nothing in t-SNE, nor do the axes."
 )
 CHECKPOINTS = (
-    "The same noise and the same classes, drawn by the network as it was at each checkpoint that the run "
-    "keeps: its moving average, DDIM in {steps} steps, guidance scale 1."
+    "The same noise and the same {kind}, drawn by the network as it was at each checkpoint that the run "
+    "keeps: its moving average, DDIM in {steps} steps, guidance scale {scale:g}."
 )
 DISTANCES = (
     "The Fréchet distance compares means and covariances of features of generated and of real images. It is "
-    "0 only for equal ones, and with so few images two sets of real images have the distance of the dashed "
-    "line. Falling means that training still helps; flat near the floor, that it is done; rising while the "
+    "0 only for equal ones."
+)
+PIXEL_DISTANCES = (
+    "This run has no finished classifier whose features could be compared, and pixels are compared in their "
+    "place: along 1 000 random directions, how far generated images must be moved to lie as real ones do, "
+    "squared and averaged. It sees brightness, colours and where things are, and not what they are."
+)
+DISTANCES_SEEN = (
+    "With so few images two sets of real images have the distance of the dashed line. Falling means that "
+    "training still helps; flat near the floor, that it is done; rising while the "
     "share of readable images still grows, that the model draws ever fewer kinds of images. Compare numbers "
     "of this page only with each other: they depend on how many images were drawn."
 )

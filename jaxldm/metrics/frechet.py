@@ -26,13 +26,30 @@ def fit_gaussian(features: Float[np.ndarray, "N D"], name: str = "features") -> 
     Raises `DataError` for fewer than two rows or for NaN.
     """
     features = np.asarray(features, dtype=np.float64)
-    if features.ndim != 2 or len(features) < 2:
+    if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
         raise DataError(f"{name} must be [N, D] with at least two rows, got shape {features.shape}")
     if not np.isfinite(features).all():
         raise DataError(f"{name} have NaN or infinity")
     mean = features.mean(axis=0)
     centred = features - mean
     return Gaussian(mean, centred.T @ centred / (len(features) - 1))
+
+
+def check_gaussian(gaussian: Gaussian, name: str) -> None:
+    """Raise `DataError` unless it is a mean [D] and a covariance matrix [D, D] of real, finite numbers."""
+    mean, covariance = (np.asarray(part) for part in gaussian)
+    real = all(np.issubdtype(part.dtype, np.floating) for part in (mean, covariance))
+    if not real or mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        shapes = [f"{part.dtype} {list(part.shape)}" for part in (mean, covariance)]
+        raise DataError(f"{name} must be a mean [D] and a covariance [D, D], got {' and '.join(shapes)}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise DataError(f"{name} has NaN or infinity")
+    largest = np.abs(covariance).max(initial=0)
+    # Files of float32, or of another program, are symmetric to their rounding.
+    if np.abs(covariance - covariance.T).max(initial=0) > 1e-3 * largest:
+        raise DataError(f"{name} has a covariance that is not symmetric: it is none")
+    if covariance.diagonal().min(initial=0) < -1e-6 * largest:
+        raise DataError(f"{name} has negative variances: it is no covariance")
 
 
 @checked(a=A_GAUSSIAN, b=A_GAUSSIAN)
@@ -43,8 +60,12 @@ def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
     similar to
     C_a C_b: no root of a matrix that is not symmetric, and so no imaginary part to throw away.
 
+    Raises `DataError` for other widths, NaN, or what is no covariance matrix.
+
     Source: Dowson and Landau 1982, eq. 4; as a score of images Heusel et al. 2017, eq. 6.
     """
+    check_gaussian(a, "the first Gaussian")
+    check_gaussian(b, "the second Gaussian")
     if a.mean.shape != b.mean.shape:
         raise DataError(f"features have different widths: {a.mean.shape[0]} and {b.mean.shape[0]}")
     values, vectors = np.linalg.eigh(a.covariance)

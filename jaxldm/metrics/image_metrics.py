@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxldm.errors import DataError, InvalidArgumentError
-from jaxldm.metrics.frechet import Gaussian, gaussian_frechet_distance
+from jaxldm.metrics.frechet import Gaussian, check_gaussian, gaussian_frechet_distance
 from jaxldm.metrics.health import Finding
 from jaxldm.metrics.image_sets import ImageSet
 from jaxldm.metrics.kernels import clip_mmd, kernel_distance
@@ -134,7 +134,7 @@ def read_statistics(path: Path | str) -> dict[str, Gaussian] | None:
             return None
         pairs = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
         found = {
-            layer: Gaussian(np.asarray(file[mean], np.float64), np.asarray(file[covariance], np.float64))
+            layer: Gaussian(_numbers(file[mean]), _numbers(file[covariance]))
             for layer, (mean, covariance) in pairs.items()
             if mean in file.files and covariance in file.files
         }
@@ -142,9 +142,14 @@ def read_statistics(path: Path | str) -> dict[str, Gaussian] | None:
         shapes = [part.shape for part in found.get(layer, ())]
         if shapes and shapes != [(width,), (width, width)]:
             raise DataError(f"{path} has moments of shape {shapes}, not of FID's network: {width} features")
-        if shapes and not all(np.isfinite(part).all() for part in found[layer]):
-            raise DataError(f"{path} has NaN or infinity in its moments")
+        if shapes:
+            check_gaussian(found[layer], f"{path}: {layer}")
     return found
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Real numbers as float64; others as they are, to be refused."""
+    return values.astype(np.float64) if values.dtype.kind in "fiu" else values
 
 
 def check_statistics(metrics: Mapping[str, Metric], statistics: Mapping[str, Gaussian], name: str) -> None:

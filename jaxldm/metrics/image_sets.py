@@ -76,7 +76,7 @@ def array_set(images: UInt8[np.ndarray, "N H W C"], name: str) -> ImageSet:
 
 
 def _check_array(shape: tuple[int, ...], dtype: Any, name: str) -> None:
-    if len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+    if len(shape) != 4 or shape[-1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"{name} must hold images [N, H, W, 3 or 1] and at least one, got shape {shape}")
     if dtype != np.uint8:
         raise DataError(f"{name} must hold 8-bit images (uint8), got {dtype}: use jaxldm.data.to_uint8")

@@ -140,15 +140,20 @@ def clip_mmd(
         DataError: other widths, an empty set, NaN, a row of zeros.
     """
     check_two_sets(embeddings, real)
-    x, y = _unit_rows(embeddings), _unit_rows(real)
+    embeddings, real = np.asarray(embeddings), np.asarray(real)
     gamma = 1 / (2 * sigma**2)
 
     def mean_kernel(a: np.ndarray, b: np.ndarray) -> float:
-        # |a - b|^2 = 2 - 2 a.b for unit vectors.
-        total = sum(np.exp(-gamma * (2 - 2 * block @ b.T)).sum() for block in blocks_of(a))
+        total = 0.0
+        for block in blocks_of(a):
+            x = _unit_rows(block)
+            for other in blocks_of(b):
+                # |x - y|^2 = 2 - 2 x.y for unit vectors.
+                total += np.exp(-gamma * (2 - 2 * x @ _unit_rows(other).T)).sum()
         return float(total / (len(a) * len(b)))
 
-    return 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    within = mean_kernel(embeddings, embeddings) + mean_kernel(real, real)
+    return 1000 * (within - 2 * mean_kernel(embeddings, real))
 
 
 def _unit_rows(rows: Array | np.ndarray) -> np.ndarray:

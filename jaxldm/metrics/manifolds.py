@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +40,17 @@ def neighbour_radii(rows: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray,
     """
     if not 1 <= k < len(rows):
         raise InvalidArgumentError(f"k must be between 1 and {len(rows) - 1} for {len(rows)} rows, got {k}")
-    return np.concatenate(
-        [np.partition(squares, k, axis=1)[:, k] for squares in _squared_blocks(rows, rows)]
-    ) ** np.float64(0.5)
+    return np.sqrt(np.concatenate([_kth_smallest(tiles, k) for tiles in _squared_tiles(rows, rows)]))
+
+
+def _kth_smallest(tiles: Iterable[np.ndarray], k: int) -> Float[np.ndarray, " block"]:
+    """Return for each row the k-th smallest number of all its tiles, counted from 0; k + 1 are kept."""
+    kept: np.ndarray | None = None
+    for squares in tiles:
+        both = squares if kept is None else np.concatenate([kept, squares], axis=1)
+        kept = np.partition(both, k, axis=1)[:, : k + 1] if both.shape[1] > k + 1 else both
+    assert kept is not None
+    return kept.max(axis=1)
 
 
 @checked(features=array("real", "[N, D]", axes=2), real=array("real", "[M, D]", axes=2), k=count(1))
@@ -69,28 +78,42 @@ def manifold_overlap(
     """
     check_two_sets(features, real)
     radii, real_radii = neighbour_radii(features, k) ** 2, neighbour_radii(real, k) ** 2
-    in_real, balls, covered = 0, 0, np.zeros(len(real), bool)
-    for squares in _squared_blocks(features, real):
-        inside = squares <= real_radii
-        in_real += int(inside.any(axis=1).sum())
-        balls += int(inside.sum())
-        covered |= inside.any(axis=0)
-    recalled = sum(int((squares <= radii).any(axis=1).sum()) for squares in _squared_blocks(real, features))
+    in_real, balls = 0, 0
+    covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for start, tiles in zip(range(0, len(features), _BLOCK), _squared_tiles(features, real), strict=True):
+        own = radii[start : start + _BLOCK, None]
+        in_ball = np.zeros(len(own), bool)
+        for place, squares in enumerate(tiles):
+            part = slice(place * _BLOCK, place * _BLOCK + squares.shape[1])
+            inside = squares <= real_radii[part]
+            in_ball |= inside.any(axis=1)
+            balls += int(inside.sum())
+            covered[part] |= inside.any(axis=0)
+            recalled[part] |= (squares <= own).any(axis=0)
+        in_real += int(in_ball.sum())
     return Manifolds(
         precision=in_real / len(features),
-        recall=recalled / len(real),
+        recall=float(recalled.mean()),
         density=balls / (k * len(features)),
         coverage=float(covered.mean()),
     )
 
 
-def _squared_blocks(a: np.ndarray, b: np.ndarray):
-    """Yield |a_i - b_j|^2 as [block, M] in float64, block by block of a."""
-    b = np.asarray(b, np.float64)
-    if not np.isfinite(b).all():
-        raise DataError("features have NaN or infinity")
-    norms = (b * b).sum(axis=1)
+def _squared_tiles(a: np.ndarray, b: np.ndarray) -> Iterator[Iterator[np.ndarray]]:
+    """Yield for each block of a the tiles |a_i - b_j|^2, [block, block of b] in float64, along b."""
     for block in blocks_of(a, _BLOCK):
-        part = block.astype(np.float64)
-        squares = (part * part).sum(axis=1)[:, None] + norms[None] - 2 * part @ b.T
-        yield np.maximum(squares, 0, out=squares)
+        part = _finite(block)
+        norms = (part * part).sum(axis=1)[:, None]
+        yield (_squares(part, norms, _finite(other)) for other in blocks_of(b, _BLOCK))
+
+
+def _squares(part: np.ndarray, norms: np.ndarray, other: np.ndarray) -> np.ndarray:
+    squares = norms + (other * other).sum(axis=1)[None] - 2 * part @ other.T
+    return np.maximum(squares, 0, out=squares)
+
+
+def _finite(rows: np.ndarray) -> Float[np.ndarray, "block D"]:
+    rows = rows.astype(np.float64)
+    if not np.isfinite(rows).all():
+        raise DataError("features have NaN or infinity")
+    return rows

@@ -113,6 +113,10 @@ def labelled_grid(
     for name, labels, number in (("column", column_labels, columns), ("row", row_labels, rows)):
         if len(labels) not in (0, number):
             raise InvalidArgumentError(f"{name}_labels must have {number} entries or none, got {len(labels)}")
+    # Names of folders can have any white space; Pillow anchors one line only.
+    row_labels, column_labels = (
+        [" ".join(str(label).split()) for label in labels] for labels in (row_labels, column_labels)
+    )
     font, gap = ImageFont.load_default(size=font_size), font_size // 2
     lines = title.split("\n") if title else []
     left = gap + (max(int(font.getlength(label)) for label in row_labels) + gap if row_labels else 0)

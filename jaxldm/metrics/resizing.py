@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxldm.arguments import array, checked, choice
+from jaxldm.pixels import as_pixels
 
 VARIANTS = ("tf1", "pytorch", "clean")
 SIDE = 299
@@ -35,7 +36,9 @@ def inception_inputs(
 
     Raises:
         UnknownNameError: another variant.
+        InvalidArgumentError: images of another dtype or shape.
     """
+    images = as_pixels(images)
     if variant == "clean":
         return (jnp.asarray(_bicubic(images)) - 128) / 128
     x = jnp.asarray(images).astype(jnp.float32)

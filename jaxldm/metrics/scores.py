@@ -44,10 +44,12 @@ def inception_score(probabilities: Float[np.ndarray, "N K"]) -> float:
     Source: Salimans et al. 2016, section 4. Raises `DataError` if rows are not probabilities.
     """
     p = np.asarray(probabilities, dtype=np.float64)
-    if p.ndim != 2 or not (
-        np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(axis=1), 1, atol=1e-3)
+    if (
+        p.ndim != 2
+        or 0 in p.shape
+        or not (np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(axis=1), 1, atol=1e-3))
     ):
-        raise DataError("probabilities must be [N, K], not negative, with rows that add up to 1")
+        raise DataError("probabilities must be [N, K] with N >= 1, not negative, with rows that add up to 1")
     marginal = p.mean(axis=0)
     ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
     return float(np.exp((p * np.log(ratio)).sum(axis=1).mean()))

@@ -10,6 +10,8 @@ from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.kernels import check_two_sets
 from jaxldm.metrics.moments import blocks_of
 
+_MOST_NUMBERS = 2**23  # projections kept at once: 64 MB
+
 
 @checked(
     features=array("real", axes=(1, 64)),
@@ -50,10 +52,14 @@ def sliced_wasserstein(
     width = features.shape[1]
     drawn = np.random.default_rng(seed).normal(size=(width, directions))
     drawn /= np.linalg.norm(drawn, axis=0)
-    a, b = (np.sort(_projected(rows, drawn), axis=0) for rows in (features, real))
-    rows_a, rows_b, weights = _quantile_pairs(len(a), len(b))
-    squares = np.einsum("q,qm->m", weights, (a[rows_a] - b[rows_b]) ** 2)
-    return float(3 * width * squares.mean())
+    rows_a, rows_b, weights = _quantile_pairs(len(features), len(real))
+    some = max(1, _MOST_NUMBERS // max(len(features), len(real)))
+    means = []
+    for start in range(0, directions, some):
+        part = drawn[:, start : start + some]
+        a, b = (np.sort(_projected(rows, part), axis=0) for rows in (features, real))
+        means.append(np.einsum("q,qm->m", weights, (a[rows_a] - b[rows_b]) ** 2))
+    return float(3 * width * np.concatenate(means).mean())
 
 
 def _projected(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from jaxldm.nn.embeddings import PatchProjection
 from jaxldm.nn.initialization import normal, parameter
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
+from jaxldm.pixels import as_pixels
 
 
 class ImageEncoding(NamedTuple):
@@ -149,17 +150,6 @@ class CLIPVisionModelWithProjection(nn.Module):
 # Mean and standard deviation of the red, green and blue of CLIP's training images, in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def as_pixels(images: Any) -> UInt8[np.ndarray, "B H W 3"]:
-    """The images. Raises `InvalidArgumentError` unless they are uint8 `[B, H, W, 3]`, one at least."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise InvalidArgumentError(
-            f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}: "
-            "for x in [-1, 1] give ((x + 1) * 127.5).round().astype('uint8')"
-        )
-    return images
 
 
 @checked(images=array("any"), image_size=count(1, 2**14))

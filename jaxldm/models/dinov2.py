@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxldm.arguments import array, checked, count
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.clip_vision import ImageEncoding, as_pixels
+from jaxldm.models.clip_vision import ImageEncoding
 from jaxldm.models.config import check, check_heads
 from jaxldm.models.text_encoder import GENERIC, TransformersConfig
 from jaxldm.nn.activations import ACTIVATIONS
@@ -23,6 +23,7 @@ from jaxldm.nn.initialization import constant, normal, parameter, zeros
 from jaxldm.nn.linear import Linear, compute_dtype
 from jaxldm.nn.normalization import LayerNorm
 from jaxldm.nn.transformer_encoder import MLP
+from jaxldm.pixels import as_pixels
 
 # Mean and standard deviation of the red, green and blue of ImageNet, in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

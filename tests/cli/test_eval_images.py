@@ -112,6 +112,8 @@ def test_an_npz_file_of_images_and_one_of_statistics(capsys, folders, tmp_path):
         (["--batch-size", "0", "--real", "{real}"], "batch_size must be 1 or more"),
         (["--real", "{real}/absent"], "there are no images"),
         (["--real", "{real}", "--json", "{real}"], "is a folder"),
+        (["--real", "{real}", "--json", "{real}/00.png"], "no JSON file: give another name"),
+        (["--real", "{real}", "--metrics", ","], "--metrics names none: choose some of fid"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, folders, words, expected):

@@ -1,6 +1,7 @@
 """The exercises of lecture 39 run to their end with tiny settings; each checks what it shows by itself."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from experiments import checks
 from experiments.lecture39 import (
+    e1_captions,
     e1_guidance_sweep,
     e3_noise_offset,
     e4_zero_terminal_snr,
@@ -18,7 +20,9 @@ from experiments.lecture39 import (
     e8_translation_drills,
     e9_over_guidance,
 )
+from jaxldm import data
 from jaxldm import diffusion as D
+from jaxldm.data import captioned_shapes, shapes
 from jaxldm.errors import InvalidArgumentError
 
 
@@ -100,6 +104,40 @@ def test_guidance_sweep(random_run, tmp_path, capsys):
         e1_guidance_sweep.main(dataclasses.replace(options, run_dir=tmp_path / "missing"))
 
 
+def shapes_dataset():
+    """Captioned shapes as a dataset, few of them."""
+    parts = {}
+    for seed, (split, number) in enumerate({"train": 128, "validation": 96, "test": 96}.items()):
+        shown = shapes.draw_attributes(seed, np.arange(number))
+        images = data.from_uint8(shapes.render(seed, np.arange(number), shown, 32))
+        parts[split] = data.ArrayRows({"image": images, "label": shown.shape * 6 + shown.colour})
+    return data.Dataset("captioned_shapes", (32, 32, 3), tuple(captioned_shapes.PAIRS), parts)
+
+
+def test_guidance_sweep_of_captions(tmp_path, monkeypatch, capsys):
+    """A model that draws what it is asked for at w = 1, and the next colour at w = 3."""
+    drawn = []
+
+    def draw(key, prompts, guidance_scale, **options):
+        drawn.append(guidance_scale)
+        shown, expected = e1_captions.prompts_of(shapes.SEEN, 1)
+        assert prompts == expected and options["num_inference_steps"] == 2
+        shown = shown._replace(colour=(shown.colour + (guidance_scale == 3)) % 6)
+        return data.from_uint8(shapes.render(0, np.arange(len(prompts)), shown, 32))
+
+    monkeypatch.setattr(e1_captions, "load_run", lambda run, recipe: draw)
+    monkeypatch.setattr(e1_captions, "load_dataset", lambda run: shapes_dataset())
+    options = e1_captions.GuidanceSweepOfCaptions(tmp_path, tmp_path / "out", quick=True)
+    e1_captions.main(options)
+    shown = capsys.readouterr().out
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in shown.splitlines() if line.startswith("| ")}
+    assert rows["| 1"][3] == "100.0%" and rows["| 3"][3] == "0.0%" and "| (real pictures)" in rows
+    names = ("table.md", "curves.png", "pictures.png")
+    assert all((tmp_path / "out" / "quick" / name).exists() for name in names)
+    e1_captions.main(options)
+    assert capsys.readouterr().out == shown and drawn == [1.0, 3.0]
+
+
 def test_noise_offset(random_run, tmp_path, capsys):
     e3_noise_offset.main(e3_noise_offset.NoiseOffset(tmp_path, quick=True))
     shown = capsys.readouterr().out
@@ -118,10 +156,25 @@ def test_digits_on_dark_and_bright_grounds():
     np.testing.assert_allclose(ink - ground, [1, 1, 1, -1, -1, -1], rtol=1e-6)
 
 
+def test_shapes_on_dark_and_light_backgrounds(monkeypatch):
+    shown = shapes.draw_attributes(3, np.arange(12))
+    images = shapes.render(3, np.arange(12), shown, 32) / 127.5 - 1
+    dataset = types.SimpleNamespace(arrays=lambda split: (images, None))
+    monkeypatch.setattr(e3_noise_offset.data, "load", lambda name: dataset)
+    pictures = e3_noise_offset.pictures_of("captioned_shapes", "train")
+    light = int(shown.background.sum())
+    assert pictures.shape == (32, 32, 3) and pictures.number == min(light, 12 - light) > 2
+    taken = np.asarray(pictures.of(None, np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])))
+    for place, label in enumerate((0, 0, 1, 1)):
+        row = np.flatnonzero(shown.background == label)[place % 2]
+        np.testing.assert_allclose(taken[place], images[row], rtol=1e-6)
+
+
 def test_the_constant_is_in_the_noise_and_not_in_the_target(monkeypatch):
     """A network that knows eps without the constant has no loss left."""
     options = e3_noise_offset.NoiseOffset(hidden_size=8, depth=1)
-    trainer = e3_noise_offset.Trainer(options, e3_noise_offset.Setting(0.0, 0.1), np.zeros((4, 28, 28, 1)))
+    pictures = e3_noise_offset.Pictures((28, 28, 1), 4, lambda key, rows, labels: None)
+    trainer = e3_noise_offset.Trainer(options, e3_noise_offset.Setting(0.0, 0.1), pictures)
     seen = []
 
     def network(module):

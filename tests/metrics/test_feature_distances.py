@@ -1,5 +1,8 @@
 """KID, CMMD, precision and recall, MIND and the Inception Score on features whose figures are known."""
 
+import functools
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.special
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxldm import metrics
 from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.metrics import kernels, manifolds, moments, sliced
 
 
 def rows(*shape, seed=0):
@@ -163,3 +167,49 @@ def test_options_out_of_range_are_refused():
         metrics.inception_score_of_splits(x, 11)
     with pytest.raises(DataError, match="NaN"):
         metrics.inception_score_of_splits(np.full([10, 3], np.nan))
+
+
+def peak_of(call):
+    """Bytes that a call had at once, besides its arguments."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [
+        manifolds.manifold_overlap,
+        kernels.clip_mmd,
+        functools.partial(sliced.sliced_wasserstein, directions=64),
+    ],
+    ids=["manifolds", "cmmd", "sliced"],
+)
+def test_many_images_need_the_memory_of_few(distance, monkeypatch):
+    monkeypatch.setattr(manifolds, "_BLOCK", 128)
+    monkeypatch.setattr(sliced, "_MOST_NUMBERS", 2**13)
+    monkeypatch.setattr(kernels, "blocks_of", lambda rows: moments.blocks_of(rows, 128))
+    monkeypatch.setattr(sliced, "blocks_of", lambda rows: moments.blocks_of(rows, 128))
+    many = np.random.default_rng(0).normal(size=(2, 2048, 32)).astype(np.float32)
+    few = many[:, :512]
+    distance(*few)  # what is imported late
+    small, large = (peak_of(lambda rows=rows: distance(*rows)) for rows in (few, many))
+    assert large < 1.3 * small + 16 * 2048, "a number or two an image"
+
+
+@pytest.mark.parametrize("k", [1, 3, 200])
+def test_blocks_change_no_manifold(k, monkeypatch):
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(300, 4)), random.normal(size=(257, 4)) + 0.5
+    squares = ((a[:, None] - b) ** 2).sum(-1)
+    radii, real_radii = (np.sort(((x[:, None] - x) ** 2).sum(-1), axis=1)[:, k] for x in (a, b))
+    monkeypatch.setattr(manifolds, "_BLOCK", 64)
+    found = manifolds.manifold_overlap(a, b, k)
+    inside = squares <= real_radii
+    np.testing.assert_allclose(found.precision, inside.any(1).mean())
+    np.testing.assert_allclose(found.recall, (squares <= radii[:, None]).any(0).mean())
+    np.testing.assert_allclose(found.density, inside.sum() / (k * len(a)))
+    np.testing.assert_allclose(found.coverage, inside.any(0).mean())

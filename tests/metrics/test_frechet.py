@@ -10,6 +10,8 @@ from jaxldm.errors import DataError
 from jaxldm.metrics import fit_gaussian, frechet_distance, gaussian_frechet_distance
 from jaxldm.metrics.frechet import Gaussian
 
+NORMAL = Gaussian(np.zeros(2), np.eye(2))
+
 
 def random_gaussian(rng, dimension, rank=None):
     root = rng.normal(size=[dimension, rank or dimension])
@@ -71,3 +73,21 @@ def test_features_that_have_no_covariance_are_refused(features, message):
 def test_features_of_different_widths_are_refused():
     with pytest.raises(DataError, match="widths: 3 and 4"):
         frechet_distance(np.eye(3), np.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "words"),
+    [
+        (np.zeros(2), np.zeros((2, 3)), r"got float64 \[2\] and float64 \[2, 3\]"),
+        (np.zeros((2, 1)), np.eye(2), "must be a mean"),
+        (np.zeros(2), np.eye(2) * 1j, "complex128"),
+        (np.array(["a", "b"]), np.eye(2), "must be a mean"),
+        (np.array([0, np.nan]), np.eye(2), "NaN or infinity"),
+        (np.zeros(2), np.array([[1, 0.5], [0, 1]]), "not symmetric"),
+        (np.zeros(2), -np.eye(2), "negative variances"),
+    ],
+)
+def test_what_is_no_gaussian_is_refused(mean, covariance, words):
+    for pair in ((Gaussian(mean, covariance), NORMAL), (NORMAL, Gaussian(mean, covariance))):
+        with pytest.raises(DataError, match=words):
+            gaussian_frechet_distance(*pair)

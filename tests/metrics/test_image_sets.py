@@ -1,16 +1,20 @@
 """Folders and files of images read batch by batch, and the features of a pass kept on disk."""
 
+import io
+import zipfile
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.faults.kill_points import killed, moments
-from jaxldm.errors import DataError
+from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics import extraction
 from jaxldm.metrics.extraction import FeatureNetwork, extract
 from jaxldm.metrics.image_sets import array_set, open_image_set
 from jaxldm.metrics.pairs import pair_distances
+from jaxldm.metrics.resizing import VARIANTS, inception_inputs
 
 
 def pixels(number, size=(6, 5), channels=3, seed=0):
@@ -81,6 +85,12 @@ def test_what_holds_no_images_is_refused(tmp_path):
     np.savez(tmp_path / "float.npz", a=pixels(1).astype(np.float32))
     np.savez(tmp_path / "none.npz", a=pixels(0))
     np.savez(tmp_path / "object.npz", a=np.array([{}], object))
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": (-5, 4, 4, 3)}
+    )
+    with zipfile.ZipFile(tmp_path / "less.npz", "w") as archive:
+        archive.writestr("a.npy", head.getvalue())
     for name, message in {
         "empty": "has no pictures",
         "text.txt": "neither a folder",
@@ -88,6 +98,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
         "two.npz": "one array of images",
         "float.npz": "uint8",
         "none.npz": "at least one",
+        "less.npz": r"at least one, got shape \(-5, 4, 4, 3\)",
         "object.npz": "one array of images",
         "absent": "there are no images",
     }.items():
@@ -97,6 +108,16 @@ def test_what_holds_no_images_is_refused(tmp_path):
     (tmp_path / "cut" / "000.png").write_bytes((tmp_path / "cut" / "000.png").read_bytes()[:60])
     with pytest.raises(DataError, match="cannot be read"):
         open_image_set(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "images", [pixels(1) / 255, pixels(1).astype(int), pixels(1, channels=4), pixels(1, channels=1)]
+)
+def test_inputs_of_inception_are_made_of_8_bit_colours_alone(variant, images):
+    """Numbers in [0, 1] would all be black, and a fourth channel would be taken for a colour."""
+    with pytest.raises(InvalidArgumentError, match=r"images must be uint8 \[B, H, W, 3\]"):
+        inception_inputs(images, variant)
 
 
 class Counting:

@@ -79,6 +79,12 @@ def test_labels_must_fit_the_grid(labels):
         labelled_grid(np.zeros([4, 3, 3, 3]), 2, **labels)
 
 
+def test_a_label_is_one_line():
+    images = np.zeros([1, 3, 3, 3], np.uint8)
+    one, two = ({"column_labels": [label], "row_labels": [label]} for label in ("red star", " red\n\tstar"))
+    np.testing.assert_array_equal(labelled_grid(images, 1, **one), labelled_grid(images, 1, **two))
+
+
 def test_the_panel_shows_the_closest_pairs_first():
     reference = np.stack([np.full([2, 2, 1], level) for level in (-1.0, 0.0, 1.0)])
     images = np.stack([np.full([2, 2, 1], level) for level in (0.4, 0.9)])

@@ -35,7 +35,8 @@ def test_the_inception_score_lies_between_one_and_the_number_of_classes(number, 
 
 
 @pytest.mark.parametrize(
-    "p", [np.full([2, 2], 0.4), np.array([[1.5, -0.5]]), np.full([1, 2], np.nan), np.ones(3)]
+    "p",
+    [np.full([2, 2], 0.4), np.array([[1.5, -0.5]]), np.full([1, 2], np.nan), np.ones(3), np.ones([0, 3])],
 )
 def test_rows_that_are_not_probabilities_are_refused(p):
     with pytest.raises(DataError, match="add up to 1"):

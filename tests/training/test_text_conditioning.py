@@ -1,7 +1,9 @@
 """Training on captions: states of a frozen encoder, and a run that is a folder of Stable Diffusion."""
 
 import dataclasses
+import html
 import json
+import re
 import shutil
 import types
 
@@ -13,8 +15,11 @@ from PIL import Image
 
 from jaxldm import checkpoints, models, pipelines, schedulers, training
 from jaxldm import diffusion as D
-from jaxldm.commands.eval import load_classifier
+from jaxldm.commands import eval_images, inspect_checkpoints, inspect_sections
+from jaxldm.commands.eval import Eval, load_classifier
 from jaxldm.commands.info import describe
+from jaxldm.commands.inspect import Inspect
+from jaxldm.commands.inspect_subject import Subject
 from jaxldm.data import ArrayRows, shards
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.training import text as text_room
@@ -163,6 +168,34 @@ def test_a_run_is_a_pipeline_folder_that_draws_from_prompts(run, tmp_path):
         load_classifier(str(run.path))
     pipelines.save(pipe, tmp_path / "exported")
     assert not any(row.difference for row in pipelines.compare(pipe, pipelines.load(tmp_path / "exported")))
+
+
+def test_a_run_is_inspected_with_its_own_images_and_captions(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_sections, "MOST_PATCHES", 40)
+    Inspect(str(run.path), str(tmp_path), num_images=2, num_inference_steps=2, quiet=True).run()
+    page = html.unescape((tmp_path / "index.html").read_text())
+    assert "test images of" in page and "The captions, row by row: a " in page
+    assert re.search(r"Words of 'a (dark|light) picture' over its image", page)
+    assert re.search(r'"a (dark|light) picture", seen from one patch', page)
+    assert "no finished classifier" in page and "guidance scale 3." in page
+    with_prompt = Inspect(str(run.path), prompt="a dark picture")
+    nothing = np.zeros((1, 1, 1, 3), np.float32)
+    subject = Subject(None, nothing, nothing, np.zeros(1, np.int32), ("image",), {}, {}, "images")
+    note = inspect_checkpoints.checkpoint_section(subject, with_prompt, None, print).note
+    assert "Leave out --prompt" in note
+
+
+def test_the_images_of_a_run_are_those_of_its_captions(run, tmp_path, monkeypatch):
+    options = Eval(str(run.path), real=str(run.path), num_images=5, num_inference_steps=2, quiet=True)
+    captions = eval_images.captions_to_draw(options)
+    assert len(captions) == 5 and set(captions) <= {"a dark picture", "a light picture"}
+    images, real = eval_images.generated_images(options, captions), eval_images.real_images(str(run.path))
+    assert images.count == 5 and images.size == real.size == (8, 8)
+    (tmp_path / "lines.txt").write_text("a light picture\na dark picture\n")
+    own = dataclasses.replace(options, prompts=str(tmp_path / "lines.txt"))
+    assert eval_images.captions_to_draw(own) == ["a light picture", "a dark picture"]
+    with pytest.raises(CheckpointError, match=f"--real {run.path} --metrics"):
+        load_classifier(str(run.path))
 
 
 def test_diffusers_draws_the_same_pictures_from_it(run):

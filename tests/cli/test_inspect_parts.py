@@ -1,0 +1,64 @@
+"""The parts of `jaxldm inspect` that choose and cut: no network is trained and none is called."""
+
+import types
+
+import numpy as np
+import pytest
+
+from jaxldm.commands import inspect_checkpoints as checkpoints
+from jaxldm.commands import inspect_figures as figures
+from jaxldm.commands import inspect_sections as sections
+from jaxldm.commands import inspect_subject as subjects
+from jaxldm.data import shapes
+
+
+def test_words_beyond_the_tokens_that_are_read_are_left_out():
+    offsets = [(0, 0), (0, 1), (2, 5), (6, 8), (8, 10), (0, 0)]  # start, a, red, ci, rc, end
+    encoded = types.SimpleNamespace(offsets=offsets)
+    tokenizer = types.SimpleNamespace(backend=types.SimpleNamespace(encode=lambda text: encoded))
+    assert subjects.words_of(tokenizer, "a red circ") == (("a", (1,)), ("red", (2,)), ("circ", (3, 4)))
+    assert subjects.words_of(tokenizer, "a red circ", 4) == (("a", (1,)), ("red", (2,)), ("circ", (3,)))
+    assert subjects.words_of(tokenizer, "a red circ", 3) == (("a", (1,)), ("red", (2,)))
+    assert subjects.words_of(None, "a red circ") == ()
+
+
+@pytest.mark.parametrize(("number", "shown"), [(3, 3), (20, 20), (36, 10)])
+def test_classes_are_as_many_as_colours_can_tell_apart(number, shown):
+    labels = np.tile(np.arange(number), 2)
+    nothing = np.zeros((len(labels), 1, 1, 1), np.float32)
+    names = tuple(map(str, range(number)))
+    subject = subjects.Subject(None, nothing, nothing, labels, names, {}, {}, "images")
+    rows = sections.rows_of_few_classes(subject)
+    assert len(set(labels[rows])) == shown and len(rows) == 2 * shown
+    sentence = sections.classes_left_out(subject, rows)
+    assert sentence == (" Shown are 10 of 36 classes, so that colours can be told apart." * (shown < number))
+    chosen = labels[subjects.chosen_rows(subject, ())].tolist()
+    assert chosen == ([0, 12, 24] if number == 36 else [0, 1, 2])
+
+
+def test_the_name_of_a_layer_stays_beside_its_row():
+    name = "down_blocks_1.attentions_0.transformer_blocks_0.attn1"
+    lines = figures.in_lines(name).split("\n")
+    assert "".join(lines) == name and max(map(len, lines)) <= figures.LINE
+    assert figures.in_lines("blocks_2.attn") == "blocks_2.attn"
+
+
+def test_large_images_are_compared_by_the_means_of_their_blocks():
+    random = np.random.default_rng(0)
+    small, large = random.uniform(-1, 1, (2, 8, 6, 3)), random.uniform(-1, 1, (1, 70, 64, 3))
+    np.testing.assert_allclose(checkpoints.pixel_rows(small), small.reshape(2, -1), rtol=1e-6)
+    rows = checkpoints.pixel_rows(large)
+    assert rows.shape == (1, 23 * 21 * 3)
+    np.testing.assert_allclose(rows[0, :3], large[0, :3, :3].mean((0, 1)), rtol=1e-5)
+
+
+def test_the_share_of_shapes_that_show_what_the_caption_says():
+    shown = shapes.draw_attributes(7, np.arange(8))
+    images = shapes.render(7, np.arange(8), shown, 32) / 127.5 - 1
+    captions = [shapes.caption(row, left_out=["size"]) for row in np.stack(shown, axis=1).tolist()]
+    drawn = checkpoints.Drawn(1, images, np.zeros(8, np.int32), tuple(captions))
+    assert checkpoints.share_as_asked(drawn) == 1
+    wrong = drawn._replace(captions=("a large star", *captions[1:4], *["a cross"] * 4))
+    right = sum(row == shapes.SHAPES.index("cross") for row in shown.shape[4:])
+    first = shown.shape[0] == shapes.SHAPES.index("star") and shown.size[0] == 1
+    assert checkpoints.share_as_asked(wrong) == (first + 3 + right) / 8
