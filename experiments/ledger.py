@@ -257,8 +257,6 @@ def main(options: Ledger) -> None:
             f"{figure.page}#{figure.anchor}: {figure.text}" for figure in missing(figures, rows, stated)
         ]
         wrong += stale(figures, rows, stated)
-        if not wrong:
-            print(f"{len(figures)} figures on the pages, each with a row or a reason")
     if options.check:
         for row in filter(lambda row: row.check, rows):
             lines = check_row(row)

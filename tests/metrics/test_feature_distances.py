@@ -189,15 +189,15 @@ def peak_of(call):
     ids=["manifolds", "cmmd", "sliced"],
 )
 def test_many_images_need_the_memory_of_few(distance, monkeypatch):
-    monkeypatch.setattr(manifolds, "_BLOCK", 128)
+    monkeypatch.setattr(manifolds, "_BLOCK", 256)
     monkeypatch.setattr(sliced, "_MOST_NUMBERS", 2**13)
-    monkeypatch.setattr(kernels, "blocks_of", lambda rows: moments.blocks_of(rows, 128))
-    monkeypatch.setattr(sliced, "blocks_of", lambda rows: moments.blocks_of(rows, 128))
-    many = np.random.default_rng(0).normal(size=(2, 2048, 32)).astype(np.float32)
+    monkeypatch.setattr(kernels, "blocks_of", lambda rows: moments.blocks_of(rows, 256))
+    monkeypatch.setattr(sliced, "blocks_of", lambda rows: moments.blocks_of(rows, 256))
+    many = np.random.default_rng(0).normal(size=(2, 1024, 32)).astype(np.float32)
     few = many[:, :512]
     distance(*few)  # what is imported late
     small, large = (peak_of(lambda rows=rows: distance(*rows)) for rows in (few, many))
-    assert large < 1.3 * small + 16 * 2048, "a number or two an image"
+    assert large < 1.3 * small + 16 * 1024, "a number or two an image"
 
 
 @pytest.mark.parametrize("k", [1, 3, 200])
