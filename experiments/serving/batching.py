@@ -20,6 +20,7 @@ from jaxldm.serving.engine import Table
 
 STEPS = (4, 10, 20, 50)
 LABELS, SCALE = 10, 3.0
+RISE = 1.06  # from one rate that is tried to the next
 
 
 class Run(NamedTuple):
@@ -96,28 +97,31 @@ def capacity(engine: serving.Engine) -> float:
     return 1 / (float(np.mean(STEPS)) * engine.seconds(kind))
 
 
-def best(engine: serving.Engine, jobs: list[Any], bound: float, share_steps: bool, rates: list[float]) -> Run:
-    """The run of the highest rate whose 95th percentile is within the bound."""
+def best(engine: serving.Engine, jobs: list[Any], bound: float, share_steps: bool, rate: float) -> Run:
+    """The run of the highest rate whose 95th percentile is within the bound.
+
+    Args:
+        rate: the first; the next ones are larger by `RISE`, until the bound is broken.
+    """
     found = Run(0.0, 0.0, 0.0)
-    for rate in rates:
+    while True:
         run = draw(engine, jobs, rate, share_steps)
         print(
             f"  {'shared steps' if share_steps else 'batches':12s} {rate:7.2f}/s p95 {run.p95:6.2f} s",
             flush=True,
         )
         if run.p95 > bound:
-            break
-        found = run
-    return found
+            return found
+        found, rate = run, rate * RISE
 
 
-def compare(pipe: Any, slots: int, number: int, factors: tuple[list[float], list[float]]) -> dict[str, Any]:
+def compare(pipe: Any, slots: int, number: int, factors: tuple[float, float]) -> dict[str, Any]:
     """Both, at the latency of an image of 50 steps that has waited for one and a half others.
 
     Args:
         slots: K.
         number: of requests of each run.
-        factors: rates as shares of what full slots draw, rising: of batches, and of shared steps.
+        factors: first rates as shares of what full slots draw: of batches, and of shared steps.
     """
     engine = warm_engine(pipe, slots)
     jobs = jobs_of(engine, number, seed=0)
@@ -126,8 +130,8 @@ def compare(pipe: Any, slots: int, number: int, factors: tuple[list[float], list
     (kind,) = engine.kinds
     bound = 2.5 * max(STEPS) * engine.seconds(kind) * slots
     batches, shared = (
-        best(engine, jobs, bound, share, [full * factor for factor in rates])
-        for share, rates in zip((False, True), factors, strict=True)
+        best(engine, jobs, bound, share, full * factor)
+        for share, factor in zip((False, True), factors, strict=True)
     )
     return {
         "slots": slots,

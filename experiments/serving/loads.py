@@ -351,7 +351,7 @@ def fairness(folder: Path, jobs: int, repeats: int) -> dict[str, Any]:
         many = [asyncio.ensure_future(ask(port, "POST", "/generate", body(seed, 50))) for seed in range(jobs)]
         while (await metrics(port))["jaxldm_queue_depth"] < jobs - 3:
             await asyncio.sleep(0.02)
-        await asyncio.sleep(10 * alone[0])  # they are checked and in the queue
+        await asyncio.sleep(40 * alone[0])  # until all are checked
         beside = [await one(port) for _ in range(repeats)]
         for task in many:
             task.cancel()

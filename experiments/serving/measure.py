@@ -27,11 +27,12 @@ from jaxldm import host
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
 
+COMMAND = "python -m experiments.serving.measure --run-dir runs/mini-ldm"
 NAMES = ("step", "batching", "open_load", "cold_start", "overhead", "cancelling", "fairness")
 NAMES += ("flood", "kills", "kills_of_two", "hostile", "soak")
-# Rates that are tried, as shares of what full slots draw. Batches of these steps fill 0.42 of their slots.
-BATCHES = [0.2, 0.24, 0.28, 0.3, 0.32, 0.34, 0.36, 0.38, 0.4, 0.42]
-SHARED = [0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+# First rates that are tried, as shares of what full slots draw: of batches, which cannot fill more than 0.42
+# of their slots with steps of `batching.STEPS`, and of shared steps.
+FIRST = (0.3, 0.7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Measure:
             facts = {"figures": figures, "minutes": round((time.perf_counter() - start) / 60, 2)}
             results[name] = facts | {"date": str(datetime.date.today()), "quick": self.quick}
             print(json.dumps(figures, indent=1), flush=True)
-            results["machine"] = machine("experiments.serving.measure", {})
+            results["machine"] = machine("", {}) | {"command": COMMAND}
             contents = {"results.json": json.dumps(results, indent=1) + "\n", "results.md": report(results)}
             save_results(out, contents)
         print("\n" + report(results))
@@ -76,11 +77,10 @@ class Measure:
         """Of each name, what measures it."""
         pipe = pipeline(self.run_dir)
         folder, few = self.run_dir, self.quick
-        factors = ([0.3], [0.5]) if few else (BATCHES, SHARED)
         sizes = [1, 2, 4] if few else [1, 2, 4, 8, 16, 32]
         return {
             "step": lambda: batching.step_seconds(pipe, sizes, 5 if few else 40),
-            "batching": lambda: batching.compare(pipe, loads.SLOTS, 24 if few else 400, factors),
+            "batching": lambda: batching.compare(pipe, loads.SLOTS, 24 if few else 400, FIRST),
             "open_load": lambda: loads.open_load(folder, 20 if few else 400),
             "cold_start": lambda: loads.cold_start(folder),
             "overhead": lambda: loads.overhead(folder, pipe, 2 if few else 30),

@@ -25,6 +25,7 @@ from jaxldm.errors import InvalidArgumentError, JaxldmError
 from jaxldm.serving.messages import Command, Died, Loaded, Refused, Report, Stop
 
 END_SECONDS = 5.0  # to end by itself
+SWITCH_SECONDS = 0.0005  # of Python, from thread to thread
 # Where Linux counts processes that were killed for want of memory: of the container, and of the machine.
 OUT_OF_MEMORY = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
 DEVICES = ("CUDA", "ROCM")
@@ -174,6 +175,9 @@ def work(pipe: Any, make: Callable[[], Any], number: int, devices: int | None) -
     """All that the process does."""
     for signal_number in (signal.SIGINT, signal.SIGTERM):  # the server gets them, too, and lets us finish
         signal.signal(signal_number, signal.SIG_IGN)
+    # So long the engine's thread waits, between two steps, for one that prepares a request: Python's own 5 ms
+    # are longer than some steps.
+    sys.setswitchinterval(SWITCH_SECONDS)
     lock = threading.Lock()
 
     def tell(report: Report) -> None:

@@ -27,6 +27,7 @@ LOG = logging.getLogger("jaxldm.serving")
 PLACES_SECONDS = 0.5  # between two looks at the places in the queue
 IDLE_SECONDS = 0.25  # how long the thread sleeps at most: deadlines are looked at then
 SILENCE_SECONDS = 30.0  # without a beat, a worker hangs
+MARGIN = 1.15  # of what is promised over what the last steps took: the next ones may be slower
 MAX_PREPARING = 4  # orders that a worker is given to prepare at once
 MAX_KILLS = 8  # from outside, of workers that are at one order, before it is suspected after all
 MAX_CRASHES = 2  # of workers that are at one order
@@ -169,13 +170,14 @@ class Service:
     def _items(self, order: Order, images: Iterable[int]) -> list[Item]:
         working = [station for station in self.stations if station.ready]
         seconds = max((station.estimate(order) for station in working), default=0.0) / max(len(working), 1)
+        seconds *= MARGIN
         cost = order.num_steps * (2 if order.guided else 1)
         return [Item(order.id, image, cost, seconds, order) for image in images]
 
     def _seconds_left(self) -> float:
         """Until the images that workers were asked to begin are done."""
         left = [station.seconds_left for station in self.stations if station.ready]
-        return sum(left) / max(len(left), 1)
+        return MARGIN * sum(left) / max(len(left), 1)
 
     # ---------------------------------------------------------------- the thread
 

@@ -1,6 +1,7 @@
 """Path, prediction and grid into scheduler_config.json and back, and what diffusers makes of the file."""
 
 import dataclasses
+import importlib.metadata
 import json
 
 import diffusers
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxldm import diffusion as D
 from jaxldm import schedulers
-from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 from jaxldm.schedulers import DynamicShift, GridRule
 
 SD = D.epsilon(D.VP.named("scaled_linear", beta_start=0.00085, beta_end=0.012))
@@ -186,6 +187,19 @@ def test_written_grids_are_read_again(options):
 )
 def test_grids_of_the_continuous_paths_are_read_again(prediction, rule):
     assert schedulers.from_config(through_json(prediction, rule)).grid == rule
+
+
+def test_a_spacing_of_ours_is_read_without_a_look_at_what_is_installed(monkeypatch):
+    """Every call of a pipeline reads its scheduler, and to look took most of the time before its steps."""
+    config = through_json(D.v(D.Cosine(offset=0.02, scaler=2.0)), GridRule(spacing="stage_c"))
+
+    def look(group):
+        raise AssertionError(group)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", look)
+    assert schedulers.from_config(config).grid.spacing == "stage_c"
+    with pytest.raises(CheckpointError, match=r"jaxldm\.spacings"):
+        schedulers.from_config(json.loads(json.dumps(config).replace("stage_c", "stage_d")))
 
 
 @pytest.mark.parametrize("solver", sorted(schedulers.SCHEDULER_OF))
