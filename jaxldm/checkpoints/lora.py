@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -332,10 +332,12 @@ def _layer(
         raise CheckpointError(f"{path}: the matrices of a layer do not fit together: {shapes}") from error
     bias = next((parts[name] for name in ("bias", "diff_b", "b_norm") if name in parts), None)
     magnitude = parts.get("magnitude", parts.get("dora_scale"))
-    shape = () if kind is None else kind.shape
+    shape: tuple[int, ...] = () if kind is None else kind.shape
     if magnitude is not None and (len(shape) < 2 or isinstance(kind, Whole)):
         raise CheckpointError(f"{path}: {magnitude.name} is of a layer without matrices")
-    by_columns = "dora_scale" in parts and magnitude.shape[:1] == (1,) and shape[0] != 1
+    by_columns = magnitude is not None and (
+        "dora_scale" in parts and magnitude.shape[:1] == (1,) and shape[0] != 1
+    )
     if magnitude is not None and math.prod(magnitude.shape) != shape[1 if by_columns else 0]:
         raise CheckpointError(
             f"{path}: {magnitude.name} is {magnitude.shape}, which is no length for each of {shape[0]} rows "
@@ -373,7 +375,7 @@ def _multiplier(module: str, rank: int | None, alpha: float | None, settings: Ma
     patterns = own.get("alpha_pattern") or {}
     fitting = [number for key, number in patterns.items() if matches(key, module)]
     alpha = fitting[0] if fitting else own.get("lora_alpha", own.get("alpha", rank))
-    return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
+    return float(cast(float, alpha)) / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
 def _is_network(part: Any) -> bool:

@@ -294,7 +294,7 @@ class DiT(nn.Module):
         """All blocks; those of the route on the kept tokens alone."""
         config, full = self.config, h
         block = functools.partial(DiTBlock, config)
-        options = {"scan": config.scan, "remat": config.remat}
+        options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
         enters, leaves = config.route if kept is not None and config.route else (-1, -1)
         for first, last in config.segments:
             if first == enters:

@@ -223,7 +223,7 @@ class FluxTransformer2DModel(nn.Module):
         """
         config = self.config
         self._check(x, t, encoder_hidden_states, pooled_projections, guidance)
-        options = {"scan": config.scan, "remat": config.remat}
+        options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
         height, width = x.shape[1:3]
         image = Linear(config.inner_dim, dtype=config.dtype, name="x_embedder")(pack(x))
         text = Linear(config.inner_dim, dtype=config.dtype, name="context_embedder")(encoder_hidden_states)

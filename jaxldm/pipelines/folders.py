@@ -339,7 +339,7 @@ def with_lora(
         UnknownNameError: a scale for a network that the model lacks.
         InvalidArgumentError: another number of scales than of files.
     """
-    paths = list(path) if isinstance(path, (list, tuple)) else [path]
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
     scales = scale_of_each(len(paths), scale)
     parts = {name: (network.module, network.params) for name, network in pipe.networks.items()}
     merged = checkpoints.merge_lora(parts, [checkpoints.load_lora(each) for each in paths], scales)

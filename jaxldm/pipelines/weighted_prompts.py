@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -117,7 +117,7 @@ def read_chunks(tokenizer: Any, prompt: str, syntax: str, length: int | None = N
         syntax: "chunks" or "weights", see `SYNTAXES`.
         length: tokens of a row, the two at its ends among them; None: the tokenizer's.
     """
-    length = tokenizer.max_length if length is None else length
+    length = cast(int, tokenizer.max_length) if length is None else length
     start, end = tokenizer.ends
     room, comma = length - 2, tokenizer.ids_of(",")[-1]
     rows: list[list[tuple[int, float]]] = [[]]

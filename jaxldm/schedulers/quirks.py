@@ -115,8 +115,8 @@ class Quirks:
         betas = cast(D.VP, self.flow_of)
         even = np.linspace(1, path.t_min, count + 1)
         if rule.levels is not None:  # karras, between the ends of the betas
-            ends = levels.noise_level(betas, np.array([betas.t_noisy, betas.t_min]))
-            ratio = levels.karras_levels(*ends, count)
+            noisy, clean = levels.noise_level(betas, np.array([betas.t_noisy, betas.t_min]))
+            ratio = levels.karras_levels(noisy, clean, count)
             t = ratio / (1 + ratio)
         elif self.scheduler == "UniPCMultistepScheduler":
             t = _shifted(even[:-1], path.shift)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -141,7 +141,7 @@ def in_whole_run(solver: Solver, columns: tuple[tuple[float, ...], ...], counts:
 
     def step(state, denoise, grid, i, keys):
         dtype, number = state.x.dtype, grid.start + i
-        whole = D.Grid(*(jnp.asarray(np.asarray(column), dtype) for column in columns))
+        whole = D.Grid(*(cast(Any, jnp.asarray(np.asarray(column), dtype)) for column in columns))
         if counts == "rows":
             state = state._replace(taken=jnp.asarray(number, jnp.int32))
         if counts == "pairs":

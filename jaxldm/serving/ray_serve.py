@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxldm.arguments import check_fields, count, number
 from jaxldm.errors import InvalidArgumentError, MissingDependencyError
@@ -111,7 +111,7 @@ def application_of(
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingDependencyError("ray", "ray", "serving on many machines")
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     scale = scale or Scale()
     patience = settings.limits.max_queue_seconds  # what was promised is finished first
@@ -158,7 +158,7 @@ def calls_of(handle: Any) -> Calls:
 
     async def loaded() -> Loaded:
         # Not a call to any of them: one that waits makes Ray Serve start more replicas than were asked for.
-        from ray.serve.exceptions import DeploymentUnavailableError
+        from ray.serve.exceptions import DeploymentUnavailableError  # pyright: ignore[reportMissingImports]
 
         while True:
             with contextlib.suppress(DeploymentUnavailableError, TimeoutError):
@@ -179,7 +179,7 @@ def calls_of(handle: Any) -> Calls:
             events.cancel()  # without effect on one that has ended
 
     async def beats() -> Sequence[ReplicaBeat]:
-        from ray.serve.exceptions import DeploymentUnavailableError
+        from ray.serve.exceptions import DeploymentUnavailableError  # pyright: ignore[reportMissingImports]
 
         try:
             return [one for one in await asked("beat") if isinstance(one, ReplicaBeat)]
@@ -199,8 +199,8 @@ async def _ended(response: Any) -> Any:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error of a call says that its replica is gone."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 
     return isinstance(error, RayError) and (
-        not isinstance(error, RayTaskError) or isinstance(error.cause, ReplicaBroken)
+        not isinstance(error, RayTaskError) or isinstance(cast(Any, error).cause, ReplicaBroken)
     )

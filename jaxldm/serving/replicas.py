@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxldm.serving.admission import Limits
 from jaxldm.serving.mailbox import Mailbox
@@ -114,7 +114,7 @@ class Replica:
     async def _submitted(self, task: Task, images: set[int]) -> AsyncIterator[tuple[Order, Mailbox | Failed]]:
         """An order of some images of a task, accepted here; it ends with the block."""
         mailbox = Mailbox(len(images))
-        facts = task._asdict() | {"id": secrets.token_hex(8)}
+        facts: dict[str, Any] = task._asdict() | {"id": secrets.token_hex(8)}
         order = Order(**facts, listener=mailbox.put)
         order.left = images
         while (refusal := self._service.submit(order)) is not None and refusal.type == "not_ready":
@@ -229,7 +229,7 @@ class Replicas:
 
     async def _draw(self, task: Task, image: int) -> None:
         async def draw() -> bool:
-            async with contextlib.aclosing(self._calls.draw(task, image)) as events:
+            async with contextlib.aclosing(cast(Any, self._calls.draw(task, image))) as events:
                 async for event in events:
                     self._tell(About(task.id, event))
                     if isinstance(event, (Picture, Failed)):
