@@ -332,7 +332,7 @@ def _layer(
         raise CheckpointError(f"{path}: the matrices of a layer do not fit together: {shapes}") from error
     bias = next((parts[name] for name in ("bias", "diff_b", "b_norm") if name in parts), None)
     magnitude = parts.get("magnitude", parts.get("dora_scale"))
-    shape: tuple[int, ...] = () if kind is None else kind.shape
+    shape = cast(tuple[int, ...], () if kind is None else kind.shape)
     if magnitude is not None and (len(shape) < 2 or isinstance(kind, Whole)):
         raise CheckpointError(f"{path}: {magnitude.name} is of a layer without matrices")
     by_columns = magnitude is not None and (
