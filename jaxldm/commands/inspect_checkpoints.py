@@ -99,7 +99,7 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
             guidance_scale=guidance_of(subject, options),
             **more,
         )
-        classes = np.zeros(len(images), np.int32) if labels is None else labels
+        classes = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
         drawn.append(Drawn(step, np.nan_to_num(np.asarray(images), nan=-1.0), classes, captions))
     return drawn, damaged
 

@@ -106,7 +106,7 @@ def keep_codes(
         kind = kinds.pop() if len(kinds) == 1 else None  # of a stack all blocks, or none
         if kind is None or (kind != "fp8" and len(leaf.kernel_shape) != 2):
             continue
-        flat[path] = _template(leaf, kind)
+        cast(dict[Any, Any], flat)[path] = _template(leaf, kind)
         for (name, axes), place, tensor in zip(parts[path], places, stored, strict=True):
             del state[name]
             stem = f"{name.removesuffix('weight')}kernel"
