@@ -256,8 +256,9 @@ def kills(folder: Path, pipe: Any, number: int, workers: int) -> dict[str, Any]:
 
     async def kill(server: Server) -> None:
         while len(moments) < number:
-            while rng.random() < 0.8 and (await ask(server.port, "GET", "/ready")).status != 200:
-                await asyncio.sleep(0.02)
+            if rng.random() < 0.8:
+                while (await ask(server.port, "GET", "/ready")).status != 200:
+                    await asyncio.sleep(0.02)
             await asyncio.sleep(rng.uniform(0.05, 3))
             for pid in rng.sample(pids, 1) if (pids := server.workers()) else ():
                 os.kill(pid, signal.SIGKILL)

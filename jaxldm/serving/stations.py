@@ -122,7 +122,7 @@ class Station:
     def on_death(self, died: Died, now: float) -> str:
         """The worker is gone: its successor is due after a while. Returns what was the matter."""
         message = self.trouble or died.message
-        self._failed_starts += not self.ready
+        self._failed_starts += died.by_itself and not self.ready  # what is killed from outside did not fail
         self.ready, self.alone, self.trouble = False, None, None
         self._out.clear()
         self._unread.clear()

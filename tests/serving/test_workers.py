@@ -309,6 +309,18 @@ def test_the_pause_before_a_new_worker_doubles_until_one_works():
     assert station.due == pytest.approx(100.1)
 
 
+def test_a_worker_that_is_killed_while_it_starts_is_started_again_however_often():
+    station = stations.Station(0, FakeWorker(World()))
+    for _ in range(3 * stations.MAX_STARTS):
+        station.on_death(Died("SIGKILL", by_itself=False), now=100.0)
+        assert station.due is not None
+        station.due = None
+    for _ in range(stations.MAX_STARTS):
+        station.due = None
+        station.on_death(Died("no memory"), now=100.0)
+    assert station.due is None
+
+
 def test_a_process_that_is_killed_loses_nothing_and_the_images_are_equal():
     """The real thing: SIGKILL under three requests."""
     service = Service([WorkerProcess(worker_makers.tiny)], LIMITS)
