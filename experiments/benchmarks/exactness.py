@@ -150,7 +150,11 @@ def start_two_processes(place: Path) -> list[subprocess.Popen[str]]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    program = [sys.executable, "-m", "experiments.benchmarks.exactness_side", str(place), port]
+    code = (
+        "import sys; from pathlib import Path; from experiments.benchmarks import exactness_side; "
+        "exactness_side.two_processes(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
+    )
+    program = [sys.executable, "-c", code, str(place), port]
     return [
         subprocess.Popen([*program, str(number)], env=environment, stderr=subprocess.PIPE, text=True)
         for number in range(2)

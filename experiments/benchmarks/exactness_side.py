@@ -1,13 +1,9 @@
-"""What `exactness.py` trains: a small diffusion transformer without random numbers, and one of its processes.
-
-As a program it is one of two processes that train together, and is started by exactness.py.
-"""
+"""What `exactness.py` trains: a small transformer without random numbers, and one of its processes."""
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +62,3 @@ def two_processes(folder: Path, port: int, number: int) -> None:
     found = fit(folder / "run", training.make_mesh(fsdp=2))
     if number == 0:
         (folder / "losses.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

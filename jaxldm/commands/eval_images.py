@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxldm.commands.inspect_subject import is_run_of_captions
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -314,6 +313,14 @@ def text_embeddings(options: Any, texts: list[str]) -> Any:
             return apply({"params": params}, tokens, method="encode_text").text_embeds
 
     return map_batches(lambda part: encode(params, part), np.asarray(tokens), options.batch_size)
+
+
+def is_run_of_captions(folder: str | Path) -> bool:
+    """Whether a folder is a run that was trained on captions, and not a model of texts without its data."""
+    from jaxldm import training
+
+    recipe = training.recipe_to_resume(folder) if (Path(folder) / "config.json").exists() else None
+    return recipe is not None and recipe.text is not None
 
 
 def is_run(path: str) -> bool:

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 
 from jaxldm.commands import inspect_figures as F
 from jaxldm.commands import inspect_texts as T
-from jaxldm.commands.inspect_subject import Subject, is_run_of_captions, steps_of
+from jaxldm.commands.eval_images import is_run_of_captions
+from jaxldm.commands.inspect_subject import Subject, steps_of
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics.page import Section, Shown
 

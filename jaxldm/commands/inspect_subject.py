@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxldm.commands.eval_images import is_run_of_captions
 from jaxldm.errors import InvalidArgumentError
 
 MOST_REAL = 200  # test images of a run
@@ -72,14 +73,6 @@ def load_subject(options: Any) -> Subject:
     if kind == "run" or of_captions:
         return _of_run(options, pipe)
     return _of_text(options, pipe) if kind == "text-to-image" else _of_classes(options, pipe)
-
-
-def is_run_of_captions(folder: str | Path) -> bool:
-    """Whether a folder is a run that was trained on captions, and not a model of texts without its data."""
-    from jaxldm import training
-
-    recipe = training.recipe_to_resume(folder) if (Path(folder) / "config.json").exists() else None
-    return recipe is not None and recipe.text is not None
 
 
 def _of_run(options: Any, pipe: Any) -> Subject:

@@ -18,7 +18,6 @@ from tyro.conf import Positional
 from jaxldm.commands import IMPORTED
 from jaxldm.commands.options import first_devices, shown
 from jaxldm.errors import InvalidArgumentError, MissingDependencyError
-from jaxldm.host import COMPILATION_CACHE
 from jaxldm.reading import shown as shown_value
 from jaxldm.serving.logs import log_lines
 
@@ -120,6 +119,8 @@ class Serve:
                 "listen at 127.0.0.1"
             )
         if self.cache_dir is not None:
+            from jaxldm.host import COMPILATION_CACHE
+
             os.environ[COMPILATION_CACHE] = str(Path(self.cache_dir).expanduser().absolute())
         with listening(self.host, self.port) as bound:
             workers = self._workers(sizes)

@@ -47,7 +47,7 @@ def test_a_replaced_function_makes_another_value():
     assert solver._replace(step=D.solvers.ddim().step) == solver
     assert solver._replace(step=D.solvers.ddim(0.5).step) != solver
     assert solver._replace(step=lambda *arguments: None) != solver
-    assert repr(solver.step) == "ddim(eta=0.0).step"
+    assert repr(solver.step) == "ddim(eta=0.0, keeps_epsilon=False).step"
 
 
 def test_arguments_that_cannot_be_hashed_compare_by_identity():

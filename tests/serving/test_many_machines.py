@@ -7,9 +7,9 @@ import json
 import os
 import signal
 import socket
-import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -50,7 +50,9 @@ def address(tmp_path, monkeypatch):
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     from ray import serve
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the processes of the cluster
+    here = Path(__file__).resolve().parent  # the processes of the cluster read this folder and the project
+    folders = (here, *here.parents[:2], os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(folder) for folder in folders if folder))
     monkeypatch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
