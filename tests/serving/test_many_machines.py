@@ -50,8 +50,9 @@ def address(tmp_path, monkeypatch):
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     from ray import serve
 
-    here = Path(__file__).resolve().parent  # the processes of the cluster read this folder and the project
-    folders = (here, *here.parents[:2], os.environ.get("PYTHONPATH", ""))
+    here = Path(__file__).resolve().parent  # the processes of the cluster read what pytest reads
+    folders = (here, *here.parents[:2], here.parent / "models", here.parent / "pipelines")
+    folders += (os.environ.get("PYTHONPATH", ""),)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(folder) for folder in folders if folder))
     monkeypatch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     with socket.create_server(("127.0.0.1", 0)) as free:
