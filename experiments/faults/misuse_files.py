@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.faults.misuse_cases import Case
+from experiments.faults.misuse_cases import Case, accept
 from experiments.faults.readers import CLIP, DIT, VAE, lora_files, model_files, t5_files, write_files
 from experiments.faults.small_folders import class_pipeline, write_export, write_run, write_texts, zeros
 from jaxldm import checkpoints, data, metrics, models, pipelines
@@ -207,7 +207,8 @@ def pipeline_folders() -> list[Case]:
             p.load,
             folder=here / "export",
             reference_quirks=False,
-            **dict.fromkeys(("dtype", "variant", "family", "mesh", "rules")),
+            **dict.fromkeys(("dtype", "variant", "family", "vae", "mesh", "rules")),
+            words={"vae": f"vae|{THERE}"},
         ),
         case(
             "pipelines.load_original",
@@ -320,6 +321,7 @@ def generation() -> list[Case]:
             in_flight=None,
             words={"latents": "latents|inputs"},
         ),
+        case("pipelines.previewer", p.previewer, vae=vae, show=accept, every=1),
         case(
             "pipelines.encode_texts",
             p.encode_texts,

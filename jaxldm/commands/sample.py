@@ -116,6 +116,9 @@ class Sample:
     refiner_start: Annotated[float | None, shown("FLOAT", "0.8")] = None
     """Fraction of the noise that the base model removes before the --refiner starts."""
 
+    vae: Annotated[str | None, shown("FOLDER", "the model's own")] = None
+    """Folder of another autoencoder: one that was trained further, or TAESD, which decodes faster."""
+
     lora: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
     """LoRA files (DoRA, LoHa, LoKr too) to merge into the weights of the model."""
 
@@ -251,7 +254,8 @@ class Sample:
     def _loading(self) -> dict[str, Any]:
         """Options of `pipelines.load`."""
         mesh = None if self.mesh is None else read_mesh(self.mesh, self.devices)
-        return {"dtype": self.dtype, "mesh": mesh, "reference_quirks": self.reference_quirks}
+        quirks = self.reference_quirks
+        return {"dtype": self.dtype, "vae": self.vae, "mesh": mesh, "reference_quirks": quirks}
 
     def _with_lora(self, pipe: Any) -> Any:
         """The model, with the file of --lora in it where there is one."""

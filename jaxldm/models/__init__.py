@@ -10,6 +10,7 @@ from jaxldm.models.adapters import apply_lora, init_lora
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from jaxldm.models.bert import BertConfig, BertModel, sentence_embedding
 from jaxldm.models.clip import CLIPConfig, CLIPModel
 from jaxldm.models.clip_text import (
@@ -90,6 +91,8 @@ __all__ = [
     "PRESETS",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderTiny",
+    "AutoencoderTinyConfig",
     "BertConfig",
     "BertModel",
     "CLIPConfig",

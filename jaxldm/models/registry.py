@@ -17,6 +17,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, Table, UnknownN
 from jaxldm.models import (
     autoencoder_conv,
     autoencoder_kl,
+    autoencoder_tiny,
     bert,
     clip,
     clip_text,
@@ -76,6 +77,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
+    "AutoencoderTiny": (autoencoder_tiny.AutoencoderTiny, autoencoder_tiny.AutoencoderTinyConfig),
     "CLIPModel": (clip.CLIPModel, clip.CLIPConfig),
     "CLIPTextModel": (clip_text.CLIPTextModel, clip_text.CLIPTextConfig),
     "CLIPTextModelWithProjection": (
@@ -136,6 +138,7 @@ PRESETS |= {
     **pixart_transformer_2d.PRESETS,
     **sd3_transformer_2d.PRESETS,
     **autoencoder_kl.PRESETS,
+    **autoencoder_tiny.PRESETS,
     **vq_model.PRESETS,
     **maskgit_transformer.PRESETS,
     **uvit_2d.PRESETS,

@@ -35,6 +35,7 @@ from jaxldm.pipelines.inputs import Latents, LatentSpec, as_images, as_masks
 from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.previews import previewer
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.quantization import calibrate_quantization, quantize
 from jaxldm.pipelines.weak_guidance import PerturbedAttention, SkipLayers, with_free_u
@@ -77,6 +78,7 @@ __all__ = [
     "load",
     "load_original",
     "modules_in",
+    "previewer",
     "quantize",
     "save",
     "save_samples",

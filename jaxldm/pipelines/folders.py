@@ -71,7 +71,9 @@ A_FAMILY = instance((Family, str), "a pipelines.Family, or where it is, 'package
 
 
 def a_folder_or_parts(name: str, value: Any) -> Any:
-    """The folder of a network, or (module, its parameters)."""
+    """The folder of a network, or (module, its parameters), or these as a `Network`."""
+    if isinstance(value, Network):
+        return value.module, value.params
     if not isinstance(value, tuple):
         return a_path(name, value)
     if len(value) != 2:
@@ -84,6 +86,7 @@ def a_folder_or_parts(name: str, value: Any) -> Any:
     dtype=optional(a_dtype),
     variant=optional(text),
     family=optional(A_FAMILY),
+    vae=optional(a_folder_or_parts),
     mesh=optional(a_mesh),
     rules=optional(some_rules),
     reference_quirks=flag,
@@ -94,6 +97,7 @@ def load(
     dtype: str | None = None,
     variant: str | None = None,
     family: Family | str | None = None,
+    vae: str | Path | Network | tuple[nn.Module, Any] | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[Rule] | None = None,
     reference_quirks: bool = False,
@@ -105,6 +109,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is that of the config.
         variant: "fp16" for the weight files of that variant.
         family: a `Family` of your own, or "package.module:FAMILY", in place of the one that the folder names.
+        vae: in place of the folder's autoencoder the one in this folder, or (module, parameters): one that
+            was trained further, or TAESD, which decodes in a fraction of the time.
         mesh: split the weights of every network over these devices, as `models.make_mesh(tensor=4)` makes
             them; each device reads only its parts. Calls of the pipeline then compute on the mesh.
         rules: how, before the usual ones: (pattern, `PartitionSpec`), see `jaxldm.models.sharding`.
@@ -128,12 +134,18 @@ def load(
     index, found = read_json(folder / INDEX_FILE), family_of(folder, family)
     layout, named = found.folder, checkpoints.read_model_index(folder)
     _check_named(folder, _class_name(index, folder), found, named)
-    only = [part for part in (*layout.parts, *layout.optional) if part in named]
+    _check_has_vae(found, vae)
+    other_vae = found.autoencoder if vae is not None else None
+    only = [part for part in (*layout.parts, *layout.optional) if part in named and part != other_vae]
     sharding = None
     if mesh is not None or rules is not None:
         sharding = _placement(folder, family, mesh, rules)
     options = {"dtype": dtype, "only": only, "variant": variant, "sharding": sharding}
     loaded = checkpoints.load_components(folder, **options)
+    if other_vae is not None:
+        loaded[other_vae] = (
+            vae if isinstance(vae, tuple) else checkpoints.load(vae, dtype=dtype, sharding=sharding)
+        )
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
     scheduler = parts.get("scheduler")
     _check_path_known(folder, scheduler.get("path") if isinstance(scheduler, Mapping) else None)
@@ -149,6 +161,12 @@ def load(
     if is_run:
         check_data_of_run(pipe, folder)
     return pipe
+
+
+def _check_has_vae(family: Family, vae: Any) -> None:
+    """Refuse another autoencoder for a model that has none."""
+    if vae is not None and family.autoencoder is None:
+        raise InvalidArgumentError(f"vae is not for {family.name}, which draws pixels: leave it out")
 
 
 def _placement(
