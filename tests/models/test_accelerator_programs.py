@@ -202,6 +202,7 @@ WITHOUT_ATTENTION = {
     "digit-classifier",
     "amused-vq",
     "wuerstchen-vqgan",
+    *("taesd", "taesdxl", "taesd3", "taef1"),
     "patch-gan",
     "mini-patch-gan",
 }
