@@ -103,17 +103,19 @@ def run(words: list[str], own_process: bool) -> None:
     if command is None:
         return
     if own_process:
-        prepare_process()
+        prepare_process(getattr(command, "computes", True))
     command.run()
 
 
-def prepare_process() -> None:
-    """JAX's settings for a process of its own, and warnings as lines."""
-    from jaxldm import host
+def prepare_process(computes: bool = True) -> None:
+    """JAX's settings for a process of its own, where it computes, and warnings as lines."""
     from jaxldm.commands.terminal import print_warnings_as_lines
 
-    host.prepare()
-    host.use_compilation_cache()
+    if computes:
+        from jaxldm import host
+
+        host.prepare()
+        host.use_compilation_cache()
     print_warnings_as_lines()
 
 

@@ -51,12 +51,14 @@ HTTP = {"starlette", "uvicorn", "prometheus_client"}
 LIGHT = {
     "import jaxldm": DATA | PLOTS | TEXT | TRAINING | {"jax", "flax", "numpy", "scipy"},
     "import jaxldm.cli": DATA | PLOTS | TEXT | TRAINING | {"jax", "flax", "numpy", "scipy", "tyro"},
-    "from jaxldm import diffusion": DATA | PLOTS | TEXT | TRAINING | {"flax"},
+    "import jaxldm.commands.serve": DATA | PLOTS | TEXT | TRAINING | HTTP | {"jax", "flax", "scipy"},
+    "from jaxldm import diffusion": DATA | PLOTS | TEXT | TRAINING | {"flax", "scipy"},
     "from jaxldm import few_steps": DATA | PLOTS | TEXT | TRAINING | {"flax"},
     "from jaxldm import nn": DATA | PLOTS | TEXT | TRAINING | {"scipy"},
     "from jaxldm import data, metrics": DATA | PLOTS | TEXT | TRAINING | {"flax", "scipy"},
-    "from jaxldm import pipelines": DATA | PLOTS | TEXT | TRAINING,
+    "from jaxldm import pipelines": DATA | PLOTS | TEXT | TRAINING | {"scipy"},
     "from jaxldm import serving": DATA | PLOTS | TEXT | TRAINING | HTTP,
+    "from jaxldm.serving import settings": DATA | PLOTS | TEXT | TRAINING | HTTP | {"scipy"},
     "from jaxldm import training": DATA | PLOTS | TEXT | {"orbax"},
     "from jaxldm import diffusion, models, training, pipelines": DATA | PLOTS | TEXT | {"orbax"},
 }

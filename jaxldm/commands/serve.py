@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import Positional
 
@@ -105,12 +105,13 @@ class Serve:
     quiet: bool = False
     """Print only errors and warnings, and log no requests."""
 
+    computes: ClassVar[bool] = False  # its workers do, in processes of their own
+
     def run(self) -> None:
         """Checks the options, loads the model, and serves it until it is interrupted."""
         check_packages()
-        from jaxldm.arguments import check_fields, count
-
-        check_fields(self, workers=count(1, MAX_WORKERS))
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise InvalidArgumentError(f"workers must be from 1 to {MAX_WORKERS}, got {self.workers}")
         sizes = tuple(read_size(size) for size in self.sizes or ())
         token = os.environ.get(TOKEN) or None
         if self.host not in ("127.0.0.1", "::1", "localhost") and token is None:
@@ -123,8 +124,13 @@ class Serve:
 
             os.environ[COMPILATION_CACHE] = str(Path(self.cache_dir).expanduser().absolute())
         with listening(self.host, self.port) as bound:
-            workers = self._workers(sizes)
+            workers = self._workers(
+                sizes
+            )  # before JAX is imported here, which takes as long as in the worker
             try:
+                from jaxldm import host
+
+                host.keep_freed_memory()
                 self._serve(workers, self._settings(sizes), token, bound)
             finally:
                 for worker in workers:
@@ -169,7 +175,7 @@ class Serve:
 
     def _settings(self, sizes: tuple[tuple[int, int], ...]) -> Any:
         from jaxldm import serving
-        from jaxldm.serving.server import Settings
+        from jaxldm.serving.settings import Settings
 
         return Settings(
             **self._options(sizes),
@@ -210,7 +216,7 @@ def make_worker(
         modules: of the user's, to be imported first.
     """
     from jaxldm import pipelines
-    from jaxldm.serving.server import Settings, made
+    from jaxldm.serving.settings import Settings, made
 
     settings = Settings(**options)
     log_lines(quiet)

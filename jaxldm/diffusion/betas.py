@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import expit
 
 from jaxldm.arguments import array, checked, count, flag, function, number
 from jaxldm.errors import InvalidArgumentError, Table, one_of, shown
@@ -44,7 +43,7 @@ def sigmoid_betas(
 
     Not the sigmoid schedule of Jabri et al.: there alphas_cumprod is the sigmoid, see `sigmoid_alphas_betas`.
     """
-    rise = expit(np.linspace(-6, 6, num_train_timesteps, dtype=np.float64))
+    rise = _sigmoid(np.linspace(-6, 6, num_train_timesteps, dtype=np.float64))
     return checked_betas(beta_start + (beta_end - beta_start) * rise)
 
 
@@ -100,9 +99,9 @@ def sigmoid_alphas_betas(
     """
     if not (start < end and tau > 0):
         raise InvalidArgumentError(f"start < end and tau > 0 are needed, got {start}, {end} and {tau}")
-    low, high = expit(start / tau), expit(end / tau)
+    low, high = _sigmoid(start / tau), _sigmoid(end / tau)
     return betas_from_alpha_bar(
-        lambda t: (high - expit((start + t * (end - start)) / tau)) / (high - low),
+        lambda t: (high - _sigmoid((start + t * (end - start)) / tau)) / (high - low),
         num_train_timesteps,
         max_beta,
     )
@@ -144,7 +143,7 @@ def laplace_betas(
         floor = 1e-6 if square_root else 0.0
         with np.errstate(divide="ignore"):
             log_snr = mu - b * np.copysign(1, 0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + floor)
-        return expit(log_snr) ** (0.5 if square_root else 1.0)
+        return _sigmoid(log_snr) ** (0.5 if square_root else 1.0)
 
     return betas_from_alpha_bar(alpha_bar, num_train_timesteps, max_beta)
 
@@ -227,3 +226,10 @@ class BetaSchedule(NamedTuple):
             "beta_start": published[0] if self.beta_start is None else self.beta_start,
             "beta_end": published[1] if self.beta_end is None else self.beta_end,
         }
+
+
+def _sigmoid(x: Float[np.ndarray, " *shape"] | float) -> Float[Any, " *shape"]:
+    """1 / (1 + exp(-x)), in float64."""
+    from scipy import special  # late: nothing else of the start of a program needs it
+
+    return special.expit(x)

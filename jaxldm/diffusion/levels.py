@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Real
-from scipy import special
 
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError
@@ -76,6 +75,8 @@ def beta_quantiles(
     """
     if not (shape[0] > 0 and shape[1] > 0):
         raise InvalidArgumentError(f"shape must be two positive numbers, not {shape}")
+    from scipy import special  # late: nothing else of the start of a program needs it
+
     return special.betaincinv(*shape, probabilities)
 
 

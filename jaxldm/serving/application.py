@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import functools
 import hmac
 import json
@@ -23,7 +22,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from jaxldm.arguments import check_fields, count, number
 from jaxldm.errors import shown
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.mailbox import Mailbox
@@ -42,6 +40,7 @@ from jaxldm.serving.requests import (
     read_openai,
 )
 from jaxldm.serving.service import Service
+from jaxldm.serving.settings import HttpLimits
 from jaxldm.serving.streams import EventStream, OpenAIEvents, OurEvents, stream
 
 LOG = logging.getLogger("jaxldm.serving")
@@ -51,29 +50,6 @@ LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")  # in the he
 STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503, "fatal_request": 500}
 STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504}
 STATUS_OF_FAILURE |= {"server_error": 500, "fatal_request": 500}
-
-
-@dataclasses.dataclass(frozen=True)
-class HttpLimits:
-    """Bounds of the HTTP side.
-
-    Attributes:
-        max_body_bytes: of a request.
-        body_seconds: in which it must have arrived.
-        ping_seconds: between two comments of a stream in which nothing happens.
-    """
-
-    max_body_bytes: int = 2**20
-    body_seconds: float = 10.0
-    ping_seconds: float = 15.0
-
-    def __post_init__(self):
-        check_fields(
-            self,
-            max_body_bytes=count(1),
-            body_seconds=number(above=0),
-            ping_seconds=number(above=0),
-        )
 
 
 def application(

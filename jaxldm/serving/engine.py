@@ -6,6 +6,7 @@ from its first step to its last, as `pipe` draws it with that `batch_size`.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,6 +25,7 @@ from jaxldm.serving.jobs import AN_ENCODER, Job, Kind, prepare
 
 SIZES = (1, 4, 16)
 NEW = 0.2  # weight of the newest step in the mean of a table's seconds
+WARMING = 2  # tables at once: while one is compiled, or read from the cache, the next is traced
 
 
 class Place(NamedTuple):
@@ -209,18 +211,26 @@ class Engine:
         """Compiles all tables, takes a step in each and measures it."""
         for device in self.devices:
             self._networks[device] = jax.device_put(self.pipe.denoiser, device)
-        for kind, job in self._examples.items():
-            tables = self._tables[kind] = []
-            for size in self.sizes:
-                for device in self.devices:
-                    table = Table(kind, job.rows, size, device)
-                    for _ in range(2):  # the first compiles
-                        table.seconds = None
-                        table.begin(job, 0, None)
-                        table.advance(self._networks[device])
-                        table.finish_step()
-                        table.cancel(None)
-                    tables.append(table)
+        tables = [
+            Table(kind, job.rows, size, device)
+            for kind, job in self._examples.items()
+            for size in self.sizes
+            for device in self.devices
+        ]
+        with concurrent.futures.ThreadPoolExecutor(WARMING, "jaxldm-warm-up") as pool:
+            for _ in pool.map(self._one_step, tables):
+                pass  # and raises what was raised there
+        for table in tables:  # measured when nothing else is computed
+            table.seconds = None
+            self._one_step(table)
+        self._tables = {kind: [one for one in tables if one.kind == kind] for kind in self._examples}
+
+    def _one_step(self, table: Table) -> None:
+        """A step of an example in a table; the first one compiles."""
+        table.begin(self._examples[table.kind], 0, None)
+        table.advance(self._networks[table.device])
+        table.finish_step()
+        table.cancel(None)
 
     @property
     def ready(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxldm.errors import InvalidArgumentError, JaxldmError
-from jaxldm.serving.messages import Command, Died, Loaded, Refused, Report, Stop
+from jaxldm.serving.messages import Command, Died, Loaded, Ready, Refused, Report, Stop
 
 END_SECONDS = 5.0  # to end by itself
 SWITCH_SECONDS = 0.0005  # of Python, from thread to thread
@@ -178,6 +179,7 @@ def work(pipe: Any, make: Callable[[], Any], number: int, devices: int | None) -
     # So long the engine's thread waits, between two steps, for one that prepares a request: Python's own 5 ms
     # are longer than some steps.
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.disable()  # of what is imported and traced nearly all stays, and each look at it takes longer
     lock = threading.Lock()
 
     def tell(report: Report) -> None:
@@ -186,6 +188,9 @@ def work(pipe: Any, make: Callable[[], Any], number: int, devices: int | None) -
                 pipe.send(report)
             except OSError:
                 os._exit(0)  # the server is gone
+        if isinstance(report, Ready):
+            gc.freeze()  # nor is it looked at between two steps
+            gc.enable()
         if isinstance(report, Died):
             os._exit(1)
 

@@ -20,8 +20,9 @@ from jaxldm.serving.logs import log_lines
 from jaxldm.serving.messages import Loaded
 from jaxldm.serving.orders import Failed, Picture, Progress, Task
 from jaxldm.serving.replicas import Calls, Replica, ReplicaBeat, ReplicaBroken, Replicas
-from jaxldm.serving.server import Settings, made, serve_by
+from jaxldm.serving.server import serve_by
 from jaxldm.serving.service import Service
+from jaxldm.serving.settings import Settings, made
 from jaxldm.serving.worker import Made
 
 DOOR, REPLICA = "Door", "Replica"  # names of the deployments
