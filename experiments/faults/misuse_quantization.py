@@ -1,4 +1,4 @@
-"""The valid calls that `misuse` starts from, of networks in fewer bits."""
+"""The valid calls that `misuse` starts from, of networks in fewer bits and of dynamic ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,17 @@ def cases_of_quantization() -> list[Case]:
     pipe = pipelines.class_to_image(zeros(module), D.v(VP))
     tree = {"module": module, "params": params}
     fields = {field.name: getattr(how, field.name) for field in dataclasses.fields(how)}
+    routed = models.build("tiny-dydit", **SIZES, channel_groups=2, num_classes=3)
+    dynamic = zeros(routed).params
     words = {"weights": "weights", "modulation": "modulation", "activations": "activations"}
     return [
+        Case("models.fix_routers", models.fix_routers, {"module": routed, "params": dynamic}, False),
+        Case(
+            "models.planned_groups",
+            models.planned_groups,
+            {"module": models.fix_routers(routed, dynamic)},
+            False,
+        ),
         Case("models.Quantization", models.Quantization, fields, words=words),
         Case("models.quantization", models.quantization, {"bits": "int8"}),
         Case("models.quantize", models.quantize, {**tree, "how": how, "input_max": None}, False),

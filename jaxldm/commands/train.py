@@ -155,8 +155,12 @@ def given(recipe: Any, **changes: Any) -> Any:
 
 
 def generator_presets(stage: str) -> list[str]:
-    """Presets of denoising networks, of masked image models, or of autoencoders."""
+    """Presets of denoising networks, of masked image models, or of autoencoders.
+
+    Not of dynamic networks, which need a recipe of their own.
+    """
     from jaxldm import models, pipelines
+    from jaxldm.models.registry import DYNAMIC
 
     autoencoders = (models.ConvAutoencoderConfig, models.AutoencoderKLConfig, models.VQModelConfig)
 
@@ -165,6 +169,6 @@ def generator_presets(stage: str) -> list[str]:
             return isinstance(config, autoencoders)
         if stage == "masked_tokens":
             return isinstance(config, models.MaskGITTransformerConfig)
-        return pipelines.is_denoiser(config)
+        return pipelines.is_denoiser(config) and models.class_name(config) not in DYNAMIC
 
     return [name for name, config in models.PRESETS.items() if fits(config)]

@@ -7,6 +7,7 @@ True
 """
 
 from jaxldm.models.adapters import apply_lora, init_lora
+from jaxldm.models.adaptive_depth_dit import AdaptiveDepthDiT, AdaptiveDepthDiTConfig
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -33,11 +34,13 @@ from jaxldm.models.cost import (
     macs_of,
     memory_of,
 )
+from jaxldm.models.d2it import D2iT, D2iTConfig
 from jaxldm.models.denoising_network import Convention, caching_network, convention, network
 from jaxldm.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from jaxldm.models.dinov2 import Dinov2Config, Dinov2Model, dinov2_pixel_values
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
+from jaxldm.models.dydit import DyDiT, DyDiTConfig
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
 from jaxldm.models.look_inside import Inside, look_inside
@@ -74,6 +77,8 @@ from jaxldm.models.sit import SiT, SiTConfig
 from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.tiling import Tiling
+from jaxldm.models.time_routed_dit import fix_routers, planned_groups
+from jaxldm.models.token_pruning_dit import TokenPruningDiT, TokenPruningDiTConfig
 from jaxldm.models.unet_2d import UNet2DConfig, UNet2DModel
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from jaxldm.models.uvit_2d import UVit2DConfig, UVit2DModel
@@ -89,6 +94,8 @@ from jaxldm.nn.resizing import resize_linear
 __all__ = [
     "LPIPS",
     "PRESETS",
+    "AdaptiveDepthDiT",
+    "AdaptiveDepthDiTConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "AutoencoderTiny",
@@ -106,6 +113,8 @@ __all__ = [
     "ConvAutoencoder",
     "ConvAutoencoderConfig",
     "Convention",
+    "D2iT",
+    "D2iTConfig",
     "DiT",
     "DiTConfig",
     "DiTTransformer2DConfig",
@@ -115,6 +124,8 @@ __all__ = [
     "DigitClassifierConfig",
     "Dinov2Config",
     "Dinov2Model",
+    "DyDiT",
+    "DyDiTConfig",
     "FluxTransformer2DConfig",
     "FluxTransformer2DModel",
     "ImageEncoding",
@@ -141,6 +152,8 @@ __all__ = [
     "T5EncoderModel",
     "TextEncoding",
     "Tiling",
+    "TokenPruningDiT",
+    "TokenPruningDiTConfig",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "UNet2DConfig",
@@ -173,6 +186,7 @@ __all__ = [
     "dinov2_pixel_values",
     "encode_indices",
     "encode_latents",
+    "fix_routers",
     "forward_memory",
     "from_config",
     "guidance_embedding",
@@ -190,6 +204,7 @@ __all__ = [
     "param_bytes",
     "param_count",
     "patchify",
+    "planned_groups",
     "quantization",
     "quantize",
     "quantized_shapes",

@@ -277,6 +277,20 @@ class DiT(nn.Module):
         chex.assert_shape(x, (None, height, width, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
         h = PatchEmbed(config, name="x_embedder")(x) + self._position(height, width)
+        c = self._condition(t, labels, guidance_scale, step_size)
+        h = self._blocks(h, c, t, train, kept)
+        tokens = FinalLayer(config, name="final_layer")(h, c)
+        return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
+
+    def _condition(
+        self,
+        t: Float[Array, " B"],
+        labels: Int[Array, " B"] | None,
+        guidance_scale: Num[Array, " B"] | None,
+        step_size: Num[Array, " B"] | None,
+    ) -> Float[Array, "B C"]:
+        """The sum of the embeddings of the time, of further numbers, and of the class."""
+        config = self.config
         c = TimestepEmbedder(config, name="t_embedder")(t)
         scalars = scalars_given(config.scalar_inputs, t, guidance_scale=guidance_scale, step_size=step_size)
         for name, value in scalars.items():
@@ -284,12 +298,15 @@ class DiT(nn.Module):
         labels = labels_or_null(labels, t, config.num_classes)
         if labels is not None:
             c = c + LabelEmbedder(config, name="y_embedder")(labels)
-        h = self._blocks(h, c, train, kept)
-        tokens = FinalLayer(config, name="final_layer")(h, c)
-        return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
+        return c
 
     def _blocks(
-        self, h: Float[Array, "B N C"], c: Float[Array, "B C"], train: bool, kept: Int[Array, "B k"] | None
+        self,
+        h: Float[Array, "B N C"],
+        c: Float[Array, "B C"],
+        t: Num[Array, " B"],
+        train: bool,
+        kept: Int[Array, "B k"] | None,
     ) -> Float[Array, "B N C"]:
         """All blocks; those of the route on the kept tokens alone."""
         config, full = self.config, h

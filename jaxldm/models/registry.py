@@ -15,6 +15,7 @@ from jaxldm.arguments import a_module, a_params, checked, instance, one_key
 from jaxldm.entries import known_names, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, Table, UnknownNameError, one_of
 from jaxldm.models import (
+    adaptive_depth_dit,
     autoencoder_conv,
     autoencoder_kl,
     autoencoder_tiny,
@@ -22,11 +23,13 @@ from jaxldm.models import (
     clip,
     clip_text,
     clip_vision,
+    d2it,
     deepfloyd_if,
     digit_classifier,
     dinov2,
     dit,
     dit_transformer_2d,
+    dydit,
     flux_transformer_2d,
     maskgit_transformer,
     paella_vq_model,
@@ -37,6 +40,7 @@ from jaxldm.models import (
     sit,
     stable_diffusion_unets,
     t5_encoder,
+    token_pruning_dit,
     unet_2d,
     unet_2d_condition,
     uvit_2d,
@@ -59,6 +63,13 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
     "DiT": (dit.DiT, dit.DiTConfig),
     "SiT": (sit.SiT, sit.SiTConfig),
+    "DyDiT": (dydit.DyDiT, dydit.DyDiTConfig),
+    "AdaptiveDepthDiT": (
+        adaptive_depth_dit.AdaptiveDepthDiT,
+        adaptive_depth_dit.AdaptiveDepthDiTConfig,
+    ),
+    "TokenPruningDiT": (token_pruning_dit.TokenPruningDiT, token_pruning_dit.TokenPruningDiTConfig),
+    "D2iT": (d2it.D2iT, d2it.D2iTConfig),
     "DiTTransformer2DModel": (
         dit_transformer_2d.DiTTransformer2DModel,
         dit_transformer_2d.DiTTransformer2DConfig,
@@ -117,8 +128,14 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
 }
 
+# DiTs with routers, which are trained by a recipe of their own (`training.DynamicRecipe`).
+DYNAMIC = ("DyDiT", "AdaptiveDepthDiT", "TokenPruningDiT", "D2iT")
+
 # Submodules of inputs that a network takes besides those of its teacher, see `init_from`.
-FURTHER = {f"{name}_{kind}" for name in SCALAR_INPUTS for kind in ("embedding", "embedder")} | {"cond_proj"}
+FURTHER = {f"{name}_{kind}" for name in SCALAR_INPUTS for kind in ("embedding", "embedder")} | {
+    *("cond_proj", "time_router", "token_router", "grain_block", "grain_head", "grain_embedding"),
+    *("fine_embedder", "fine_final_layer"),
+}
 
 # Today's class of a `Transformer2DModel` in older folders, by its norm_type.
 TRANSFORMER_2D_MODELS = {
@@ -134,6 +151,10 @@ PRESETS |= {
     **deepfloyd_if.PRESETS,
     **dit.PRESETS,
     **sit.PRESETS,
+    **dydit.PRESETS,
+    **adaptive_depth_dit.PRESETS,
+    **token_pruning_dit.PRESETS,
+    **d2it.PRESETS,
     **flux_transformer_2d.PRESETS,
     **pixart_transformer_2d.PRESETS,
     **sd3_transformer_2d.PRESETS,
@@ -202,11 +223,12 @@ def init(module: nn.Module, key: PRNGKeyArray) -> dict:
 
 @checked(module=a_module, key=one_key, params=a_params)
 def init_from(module: nn.Module, key: PRNGKeyArray, params: Mapping[str, Any]) -> dict:
-    """Parameters of a module with further inputs that begin as those of a network without them.
+    """Parameters of a module with further inputs or routers that begin as those of a network without them.
 
     A network takes further numbers as its config says: `scalar_inputs` of `UNet2DModel`, `DiT` and `SiT`,
     `time_cond_proj_dim` of `UNet2DConditionModel`. What such a number adds to the embedding of the time is
-    zero at first, so that the student computes what its teacher does, whatever the numbers.
+    zero at first, so that the student computes what its teacher does, whatever the numbers. Routers of a
+    dynamic DiT (`DyDiT` and others) are open at first.
 
     >>> import dataclasses, jax
     >>> from jaxldm import models

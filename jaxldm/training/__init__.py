@@ -24,6 +24,7 @@ from jaxldm.training.codebook import (
     update_codebook,
 )
 from jaxldm.training.denoiser_terms import alignment_loss, kept_tokens
+from jaxldm.training.dynamic_recipe import DynamicRecipe
 from jaxldm.training.equivariance import equivariance_loss
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.few_steps.teachers import distill_recipe
@@ -70,6 +71,7 @@ __all__ = [
     "Codebook",
     "DiffusionRecipe",
     "DiscriminatorRecipe",
+    "DynamicRecipe",
     "FewStepsRecipe",
     "FinetuneRecipe",
     "KeptParams",

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.models.denoising_network import applied
+from jaxldm.models.time_routed_dit import ROUTING
 from jaxldm.training.conditions import Condition, label_condition
 from jaxldm.training.denoiser_terms import (
     alignment_loss,
@@ -22,6 +23,7 @@ from jaxldm.training.denoiser_terms import (
     new_projector,
     project,
 )
+from jaxldm.training.dynamic import begin_dynamic, routing_loss
 from jaxldm.training.frozen_features import FrozenFeatures
 from jaxldm.training.recipes import AlignmentRecipe, DiffusionRecipe
 from jaxldm.training.state import Params
@@ -34,7 +36,8 @@ def new_params(
     recipe: DiffusionRecipe, module: nn.Module, key: PRNGKeyArray, features: FrozenFeatures | None = None
 ) -> Params:
     """Parameters of the network, and of what is trained beside it."""
-    params = dict(models.init(module, key))
+    own = recipe.dynamic
+    params = dict(models.init(module, key) if own is None else begin_dynamic(own, module, key))
     if recipe.learn_log_variance:
         params[LOG_VARIANCE] = new_log_variance()
     if features is not None:
@@ -83,6 +86,9 @@ def make_loss(
             null_condition=on.nulls(),
             condition_dropout=recipe.condition_dropout,
         )
+        if recipe.dynamic is not None:
+            own, figures = routing_loss(recipe.dynamic, module, call.tapped[0], x_0)
+            return loss + own, {**metrics, **figures}
         if features is None:
             return loss, metrics
         wanted = features.of(state.frozen[FEATURES], batch["image"])
@@ -98,7 +104,7 @@ class _Call(NamedTuple):
     """The network as `D.diffusion_loss` calls it.
 
     Attributes:
-        tapped: is given (tokens, which tokens these are or None) of the call.
+        tapped: is given (tokens, which tokens these are or None) of the call, or what its routers say.
     """
 
     recipe: DiffusionRecipe
@@ -110,6 +116,11 @@ class _Call(NamedTuple):
     def __call__(self, x: Any, t: Any, condition: Any) -> Any:
         config = cast(Any, self.module).config
         route, tap = getattr(config, "route", None), getattr(config, "tap", None)
+        if self.recipe.dynamic is not None:
+            options = {"rngs": {"dropout": self.key}, "mutable": [ROUTING]}
+            output, inside = applied(self.module)(self.params, x, t, condition, {"train": True}, **options)
+            self.tapped.append(inside.get(ROUTING, {}))
+            return output
         if route is None and tap is None:
             return models.network(self.module)(self.params, x, t, condition, dropout_key=self.key)
         kept, more = None, cast(dict[str, Any], {"train": True})

@@ -36,6 +36,7 @@ from jaxldm.training.denoiser_loss import (
     network_params,
     new_params,
 )
+from jaxldm.training.dynamic import as_drawn, check_dynamic
 from jaxldm.training.frozen_features import FrozenFeatures, check_encoder, load_features
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
@@ -111,6 +112,7 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         learn_sigma=False,
         route=own.route,
         tap=None if own.alignment is None else own.alignment.block,
+        max_time=float(path.num_train_timesteps or path.t_noisy),
         **(
             {} if recipe.text is None else text_fields(recipe.text, models.PRESETS[own.preset], own.overrides)
         ),
@@ -122,6 +124,7 @@ def build_denoiser(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
             f"{'with' if recipe.text else 'without'} text needs {wanted}"
         )
     check_buckets(recipe, module, image_shape[-1])
+    check_dynamic(own, module)
     if models.convention(module).continuous and path.num_train_timesteps is not None:
         raise InvalidArgumentError(
             f"{type(module).__name__} counts time from 0 to 1: train it on a continuous path, for example "
@@ -407,6 +410,7 @@ def prepare(context: Context) -> Job:
     def finish(params: Params) -> None:
         report_health(context, folder, [*findings, *(check_blank(np.stack(drawn)) if drawn else ())])
         plain, network = without_terms(module, params)
+        plain = as_drawn(plain, network)
         save_denoiser(context.run, plain, network, schedulers.to_config(recipe.prediction), text)
 
     def init(key: PRNGKeyArray) -> Params:

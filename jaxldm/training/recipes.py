@@ -18,6 +18,7 @@ from jaxldm.entries import Read, build, check_types, read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.functions import NamedFields
+from jaxldm.training.dynamic_recipe import DynamicRecipe
 from jaxldm.training.equivariance import some_scales
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.finetune_recipe import FinetuneRecipe
@@ -160,6 +161,7 @@ class DiffusionRecipe(StageRecipe):
         route, route_share: in the blocks from `route[0]` up to `route[1]` of a DiT this part of the tokens is
             computed, drawn for each example (TREAD); None: all of them. For long sequences.
         alignment: of a DiT's tokens with the features of a frozen encoder (REPA).
+        dynamic: of a DiT with routers, such as tiny-dydit: how they are trained, and what it begins as.
         few_steps: None: the plain loss; or the method by which the network learns to draw in few steps.
         noise_offset, condition_dropout: arguments of that.
         sample_latents: draw each latent from the autoencoder's posterior at each update, as published; else
@@ -177,6 +179,7 @@ class DiffusionRecipe(StageRecipe):
     route: tuple[int, int] | None = None
     route_share: float = 0.5
     alignment: AlignmentRecipe | None = None
+    dynamic: DynamicRecipe | None = None
     few_steps: FewStepsRecipe | None = None
     noise_offset: float = 0.0
     condition_dropout: float = 0.1

@@ -27,6 +27,7 @@ from jaxldm.entries import Bounds, read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import LARGEST_FLOAT32, LARGEST_INT32
 from jaxldm.models.config import height_width
+from jaxldm.models.registry import DYNAMIC
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.family import Family, Folder
 from jaxldm.pipelines.generate import generate, grid, num_callbacks, read_call_inputs, read_scheduler
@@ -39,7 +40,7 @@ from jaxldm.schedulers import Sampler, Scheduler
 
 AUTOENCODERS = ("ConvAutoencoder", "AutoencoderKL", "VQModel")
 # Networks of classes, or of none; the last is not trained here.
-TRAINED = ("UNet2DModel", "DiT", "SiT")
+TRAINED = ("UNet2DModel", "DiT", "SiT", *DYNAMIC)
 CLASS_CONDITIONAL = (*TRAINED, "DiTTransformer2DModel")
 EXPORT_CLASS, DIT_CLASS = "LatentDiffusionPipeline", "DiTPipeline"
 # Pipelines of diffusers without classes -> the solver that they draw with (None: the folder's), their steps.

@@ -132,6 +132,7 @@ def distill_recipe(
     of_teacher = _recipe_of(pipe, Path(teacher), dataset)
     own = cast(DiffusionRecipe, of_teacher.diffusion)
     plain = {"weight": None, "time": None, "learn_log_variance": False, "route": None, "alignment": None}
+    plain["dynamic"] = None
     overrides = {name: value for name, value in own.overrides.items() if name not in ("route", "tap")}
     student = dataclasses.replace(
         own,
