@@ -206,7 +206,10 @@ WITHOUT_ATTENTION = {
     "patch-gan",
     "mini-patch-gan",
 }
-SMALL = {"mini-unet", "tiny-dit", "tiny-maskgit"}
+SMALL = {
+    *("mini-unet", "tiny-dit", "tiny-maskgit"),
+    *("tiny-dydit", "tiny-adaptive-depth", "tiny-token-pruning", "tiny-d2it"),
+}
 TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "if-i-xl": 77}
 
 

@@ -11,7 +11,7 @@ import pytest
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.registry import ARCHITECTURES
+from jaxldm.models.registry import ARCHITECTURES, DYNAMIC
 
 T = np.array([0.0, 0.3, 1.0], np.float32)
 RNG = np.random.default_rng(0)
@@ -54,6 +54,7 @@ DENOISERS = [
     "UNet2DConditionModel",
     "DiT",
     "SiT",
+    *DYNAMIC,
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
