@@ -1,11 +1,6 @@
 """Tensors of GGUF files (llama.cpp's format, versions 2 and 3), in which diffusion transformers are shared.
 
-| type | 32 numbers of a row are | value |
-|---|---|---|
-| F32, F16, BF16 | themselves | |
-| Q8_0 | a half-precision d and 32 signed bytes q | d q |
-| Q4_0 | a half-precision d and 16 bytes: 16 numbers q in the lower halves, 16 in the upper | d (q - 8) |
-
+F32, F16 and BF16 are plain numbers; `gguf_types` has those whose numbers share scales.
 Nothing is read before it is used; shapes are those of PyTorch, the reverse of the file's.
 """
 
@@ -19,15 +14,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxldm.checkpoints.gguf_types import NAMES, TYPES, Scales
 from jaxldm.errors import CheckpointError
 from jaxldm.reading import check_regular, reading, shown
 
 MAGIC = b"GGUF"
-BLOCK = 32
 _PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
-_BYTES = {2: 18, 8: 34}  # of a block of Q4_0 and Q8_0
-_NAMES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K"}
-_NAMES |= {12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+_KNOWN = ("F32", "F16", "BF16", *TYPES)
 _VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST, _LONGEST = 100_000, 2**20  # entries of the header; letters of a name
@@ -38,7 +31,7 @@ class GgufTensor(NamedTuple):
 
     Attributes:
         shape: as in PyTorch.
-        kind: "Q4_0", "Q8_0" or "" of plain numbers.
+        kind: a name of `TYPES`, or "" of plain numbers.
         raw: its bytes.
         dtype: of plain numbers; of the others float32, what they stand for.
     """
@@ -51,25 +44,31 @@ class GgufTensor(NamedTuple):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if not self.kind:
             return np.array(self.raw.view(self.dtype).reshape(self.shape), dtype, copy=copy)
-        codes, scales = self.codes(), self.scales()
-        spread = scales[..., None].astype(np.float32)
-        rows = codes.reshape(*scales.shape, BLOCK).astype(np.float32) * spread
-        return np.array(rows.reshape(self.shape), dtype, copy=copy)
+        scales = self._scales()
+        groups = self.codes().reshape(*scales.scale.shape, -1).astype(np.float32)
+        groups = groups * scales.scale[..., None].astype(np.float32)
+        if scales.offset is not None:
+            groups = groups + scales.offset[..., None]
+        return np.array(groups.reshape(self.shape), dtype, copy=copy)
 
     def _blocks(self) -> np.ndarray:
-        return self.raw.reshape(-1, _BYTES[2 if self.kind == "Q4_0" else 8])
+        return self.raw.reshape(-1, TYPES[self.kind].num_bytes)
+
+    def _scales(self) -> Scales:
+        return TYPES[self.kind].scales(self._blocks())
 
     def scales(self) -> np.ndarray:
-        """d, float16 `[rows, row / 32]`."""
-        return np.ascontiguousarray(self._blocks()[:, :2]).view("<f2").reshape(-1, self.shape[-1] // BLOCK)
+        """What codes are multiplied with, `[rows, groups]`."""
+        return self._scales().scale.reshape(math.prod(self.shape[:-1]), -1)
+
+    def offsets(self) -> np.ndarray | None:
+        """What is added then, likewise; None: nothing."""
+        offset = self._scales().offset
+        return None if offset is None else offset.reshape(math.prod(self.shape[:-1]), -1)
 
     def codes(self) -> np.ndarray:
-        """q, or q - 8 of Q4_0, int8 of the tensor's shape."""
-        stored = self._blocks()[:, 2:]
-        if self.kind == "Q8_0":
-            return stored.view(np.int8).reshape(self.shape)
-        halves = np.concatenate([stored & 15, stored >> 4], axis=1)
-        return (halves.astype(np.int8) - 8).reshape(self.shape)
+        """int8 of the tensor's shape."""
+        return TYPES[self.kind].codes(self._blocks()).reshape(self.shape)
 
 
 def open_gguf(path: Path | str) -> dict[str, GgufTensor]:
@@ -95,12 +94,10 @@ def open_gguf(path: Path | str) -> dict[str, GgufTensor]:
         infos = [header.info() for _ in range(count)]
         if not 1 <= alignment <= 2**20:
             raise CheckpointError(f"general.alignment is {alignment}: the file is damaged")
-        kinds = {kind for _, _, kind, _ in infos} - {*_PLAIN, *_BYTES}
-        unknown = sorted(_NAMES.get(kind, str(kind)) for kind in kinds)
+        kinds = {kind for _, _, kind, _ in infos} - {*_PLAIN}
+        unknown = sorted(name for kind in kinds if (name := NAMES.get(kind, str(kind))) not in TYPES)
         if unknown:
-            raise CheckpointError(
-                f"it has tensors of type {', '.join(unknown)}; known: F32, F16, BF16, Q8_0, Q4_0"
-            )
+            raise CheckpointError(f"it has tensors of type {', '.join(unknown)}; known: {', '.join(_KNOWN)}")
         first = -(-header.place // alignment) * alignment
         return {
             name: _tensor(content, first + offset, kind, dims, shapes.get(name), name)
@@ -121,15 +118,18 @@ def _tensor(
     if kind in _PLAIN:
         length, dtype = size * _PLAIN[kind].itemsize, _PLAIN[kind]
     else:
-        if not own or own[-1] % BLOCK:
-            raise CheckpointError(f"{shown(name)} has rows of {own[-1:]} numbers, no multiple of {BLOCK}")
-        length, dtype = size // BLOCK * _BYTES[kind], np.dtype(np.float32)
+        block = TYPES[NAMES[kind]]
+        if not own or own[-1] % block.size:
+            raise CheckpointError(
+                f"{shown(name)} has rows of {own[-1:]} numbers, no multiple of {block.size}"
+            )
+        length, dtype = size // block.size * block.num_bytes, np.dtype(np.float32)
     if start + length > len(content):
         raise CheckpointError(f"it ends within the tensor {shown(name)}: it is damaged")
     if shape is not None and math.prod(shape) != size:
         raise CheckpointError(f"{shown(name)} is of {size} numbers, and its own shape is {shape}")
     whole = own if shape is None or kind not in _PLAIN else shape
-    return GgufTensor(whole, "" if kind in _PLAIN else _NAMES[kind], content[start : start + length], dtype)
+    return GgufTensor(whole, "" if kind in _PLAIN else NAMES[kind], content[start : start + length], dtype)
 
 
 class _Header:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import batch_size, devices_or_mesh, named_values, shown
+from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, named_values, shown
 from jaxldm.commands.train import given
 from jaxldm.errors import InvalidArgumentError, one_of
 
@@ -20,7 +20,7 @@ _METHOD = "the method's"
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(SeveralHosts):
     """Train a student that draws in few steps, from a trained model, its teacher.
 
     For example:
@@ -97,6 +97,7 @@ class Distill:
 
     def run(self) -> None:
         """Checks the teacher, then trains the student."""
+        self.join_hosts()
         from jaxldm import training
 
         run_dir = self.out()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import batch_size, devices_or_mesh, shown
+from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, shown
 from jaxldm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _METHOD = "the method's"
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(SeveralHosts):
     """Train a finished model further on your own pictures: all of it, a part, or a small LoRA file.
 
     For example, where SD is the folder of a Stable Diffusion:
@@ -143,6 +143,7 @@ class Finetune:
 
     def run(self) -> None:
         """Trains, or goes on with a run, and says how to draw with the result."""
+        self.join_hosts()
         from jaxldm import training
 
         run_dir = Path(self.run_dir)

@@ -14,7 +14,7 @@ from jaxldm.commands import hints
 from jaxldm.commands.options import mesh_sizes, shown
 from jaxldm.commands.terminal import table
 from jaxldm.entries import read_value
-from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
+from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Info:
         if self.mesh is not None:
             if self.target is None or self.compare is not None:
                 raise InvalidArgumentError(
-                    "--mesh needs one folder or preset: jaxldm info flux-dev --mesh tensor=8"
+                    "--mesh needs one folder, preset or recipe: jaxldm info flux-dev --mesh tensor=8"
                 )
             print(describe_mesh(self.target, self.mesh, self.family))
         elif self.target is None:
@@ -292,7 +292,7 @@ def describe_steps(pipe: Any) -> tuple[str, str]:
 
 
 def describe_mesh(target: str, text: str, family: str | None = None) -> str:
-    """What a device of a mesh has of each network of a folder, or of a preset, and by which rule."""
+    """What a device of a mesh has of each network of a folder, preset or recipe, and by which rule."""
     import jax
 
     from jaxldm import models, pipelines
@@ -303,9 +303,10 @@ def describe_mesh(target: str, text: str, family: str | None = None) -> str:
     if Path(target).exists():
         pipelines.kind_of(target, family)
         modules = pipelines.modules_in(target, family)
-    else:
-        one_of("folder or preset", target, models.PRESETS)
+    elif target in models.PRESETS:
         modules = {target: models.build(target)}
+    else:
+        modules = modules_of_recipe(target)
     shapes = {name: models.shapes(module) for name, module in modules.items()}
     check_splits(mesh, shapes)
     parts = []
@@ -327,6 +328,32 @@ def describe_mesh(target: str, text: str, family: str | None = None) -> str:
         "pattern, how the last axes are split, parameters, on each device; fsdp splits the largest axis left"
     )
     return f"{head}: {mesh.size} devices\n{columns}\n" + "\n".join(parts)
+
+
+def modules_of_recipe(name: str) -> dict[str, Any]:
+    """The networks of the stages of a recipe, as its presets, changes and text encoders make them.
+
+    What the pictures say is open: the first and last layers may have other channels in training.
+
+    Raises:
+        UnknownNameError: no such recipe.
+    """
+    from jaxldm import models, training
+    from jaxldm.training.stages import build_model
+    from jaxldm.training.text import text_fields
+
+    if name not in training.RECIPES:
+        raise UnknownNameError("folder, preset or recipe", name, [*training.RECIPES, *models.PRESETS])
+    recipe, modules = training.RECIPES[name], {}
+    for stage in training.STAGES:
+        part = getattr(recipe, stage)
+        if part is None or not hasattr(part, "preset"):
+            continue
+        takes_texts = recipe.text is not None and stage == recipe.generator
+        config = models.PRESETS[part.preset]
+        given = text_fields(recipe.text, config, part.overrides) if takes_texts else {}
+        modules[stage] = build_model(part, **given)
+    return modules
 
 
 def compare(first: str, second: str) -> None:

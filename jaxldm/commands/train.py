@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import batch_size, devices_or_mesh, shown
+from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, shown
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _RECIPE = "the recipe's"
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(SeveralHosts):
     """Train a model from a recipe: autoencoder, denoising network or masked image model, and a classifier.
 
     For example:
@@ -91,6 +91,7 @@ class Train:
 
     def run(self) -> None:
         """Trains the stages that are not complete yet."""
+        self.join_hosts()
         from jaxldm import training
 
         run_dir = Path(self.run_dir or f"runs/{self.recipe}")

@@ -75,7 +75,7 @@ class Quantization:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scales", "smooth", "down", "up"],
+    data_fields=["codes", "scales", "smooth", "down", "up", "offsets"],
     meta_fields=["kernel_shape", "parts", "weights", "activations", "how"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Quantized:
         parts: inputs that have scales of their own, one after the other.
         weights, activations: as of `Quantization`, of this kernel.
         how: what the whole network is quantised with.
+        offsets: of the scales' shape, what is added to codes times scales (files of others have such), or
+            None.
     """
 
     codes: Any
@@ -106,6 +108,7 @@ class Quantized:
     weights: str
     activations: str | None
     how: Quantization
+    offsets: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,7 +128,8 @@ class Quantized:
     @property
     def arrays(self) -> dict[str, Any]:
         """Its arrays by name, without those that are None."""
-        fields = {name: getattr(self, name) for name in ("codes", "scales", "smooth", "down", "up")}
+        names = ("codes", "scales", "smooth", "down", "up", "offsets")
+        fields = {name: getattr(self, name) for name in names}
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -268,14 +272,15 @@ def dequantize_kernel(kernel: Quantized, branch: bool = True) -> Float[Array, "*
     if kernel.weights == "int4":
         codes = unpack_int4(kernel.codes).astype(jnp.float32)
         groups = codes.reshape(kernel.scales.shape[0], -1, codes.shape[-1])
-        matrix = (groups * kernel.scales.astype(jnp.float32)[:, None]).reshape(-1, codes.shape[-1])
+        groups = groups * kernel.scales.astype(jnp.float32)[:, None]
+        groups = groups if kernel.offsets is None else groups + kernel.offsets[:, None]
+        matrix = groups.reshape(-1, codes.shape[-1])
         whole = matrix[: math.prod(kernel.kernel_shape[:-1])].reshape(kernel.kernel_shape)
     else:
-        spread = jnp.repeat(
-            kernel.scales, jnp.asarray(kernel.parts), axis=0, total_repeat_length=sum(kernel.parts)
-        )
         whole = kernel.codes.astype(jnp.float32)
-        whole = whole * spread.reshape((1,) * (whole.ndim - 2) + spread.shape)
+        whole = whole * _of_parts(kernel.scales, kernel.parts, whole.ndim)
+        if kernel.offsets is not None:
+            whole = whole + _of_parts(kernel.offsets, kernel.parts, whole.ndim)
     if not branch:
         return whole
     if kernel.smooth is not None:
@@ -283,6 +288,14 @@ def dequantize_kernel(kernel: Quantized, branch: bool = True) -> Float[Array, "*
     if kernel.down is not None:
         whole = whole + jnp.matmul(kernel.down.astype(jnp.float32), kernel.up.astype(jnp.float32))
     return whole
+
+
+def _of_parts(
+    numbers: Float[Array, "parts out"], parts: tuple[int, ...], rank: int
+) -> Float[Array, "... in out"]:
+    """A number of each part of the inputs and each output, to compute with a kernel of that rank."""
+    spread = jnp.repeat(numbers, jnp.asarray(parts), axis=0, total_repeat_length=sum(parts))
+    return spread.reshape((1,) * (rank - 2) + spread.shape)
 
 
 def _of_rows(vector: Float[Array, " in"], rank: int) -> Float[Array, "... in one"]:
@@ -331,7 +344,7 @@ def apply_quantized(
     wide = x.astype(jnp.float32)
     scaled = wide if kernel.smooth is None else wide * _to_rank(kernel.smooth, wide.ndim)
     axes = (-1,) if pointwise else tuple(range(1, x.ndim))
-    if kernel.weights == "int4" or len(kernel.parts) > MOST_PARTS:
+    if kernel.weights == "int4" or len(kernel.parts) > MOST_PARTS or kernel.offsets is not None:
         weights = dequantize_kernel(kernel, branch=False)
         y = contract(_rounded(scaled, kernel, axes).astype(dtype), weights.astype(dtype))
     else:

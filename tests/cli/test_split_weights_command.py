@@ -7,6 +7,7 @@ from command_lines import complaint, run
 from tiny_models import latent_pipeline
 
 from jaxldm import models, pipelines
+from jaxldm.commands.info import modules_of_recipe
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,10 @@ def test_info(classes, capsys):
         assert f"{name}: {each:,} of {total:,} parameters on each device" in out
     code, out, _ = run(capsys, "info", "flux-dev", "--mesh", "tensor=8")
     assert code == 0 and "of 11,901,408,320 parameters" in out and "(to_out_0|" in out
-    assert "needs one folder or preset" in complaint(capsys, "info", "--mesh", "tensor=8")
+    code, out, _ = run(capsys, "info", "smoke", "--mesh", "data=2,fsdp=2")
+    assert code == 0 and "data=2, fsdp=2, tensor=1: 4 devices" in out
+    for stage, module in modules_of_recipe("smoke").items():
+        assert f"{stage}: " in out and f" of {models.count_params(module):,} parameters on each device" in out
+    assert "needs one folder, preset or recipe" in complaint(capsys, "info", "--mesh", "tensor=8")
     assert "flux-dev" in complaint(capsys, "info", "flux-dv", "--mesh", "tensor=8")
     assert "choose another tensor" in complaint(capsys, "info", "flux-dev", "--mesh", "tensor=7")

@@ -1,4 +1,4 @@
-"""Original files in fewer bits: "scaled fp8", and GGUF's Q8_0 and Q4_0 (`gguf_file`).
+"""Original files in fewer bits: "scaled fp8", and the types of GGUF (`gguf_types`).
 
 Of scaled fp8:
 
@@ -25,7 +25,8 @@ import numpy as np
 from flax import traverse_util
 
 from jaxldm import models
-from jaxldm.checkpoints.gguf_file import BLOCK, GgufTensor
+from jaxldm.checkpoints.gguf_file import GgufTensor
+from jaxldm.checkpoints.gguf_types import TYPES, scale_dtype
 from jaxldm.checkpoints.names import published
 from jaxldm.checkpoints.original.layout import Converted, Form, Table, place_of
 from jaxldm.checkpoints.safetensors_file import Tensor
@@ -111,9 +112,11 @@ def keep_codes(
             del state[name]
             stem = f"{name.removesuffix('weight')}kernel"
             scale = codes.scales.get(place.name)
-            of_kernel = _fp8(place.form, tensor, scale, axes, leaf) if scale is not None else None
-            both = _of_gguf(place.form, cast(Any, tensor)) if of_kernel is None else of_kernel
-            state[f"{stem}.codes"], state[f"{stem}.scales"] = both
+            if scale is not None:
+                arrays = _fp8(place.form, tensor, scale, axes, leaf)
+            else:
+                arrays = _of_gguf(place.form, cast(Any, tensor))
+            state |= {f"{stem}.{part}": array for part, array in arrays.items()}
     return traverse_util.unflatten_dict(flat), state
 
 
@@ -131,23 +134,27 @@ def _template(leaf: models.Quantized, kind: str) -> models.Quantized:
     stack, (rows, out) = leaf.scales.shape[:-2], leaf.kernel_shape[-2:]
     if kind == "fp8":
         return dataclasses.replace(leaf, scales=jax.ShapeDtypeStruct(leaf.scales.shape, np.float32))
-    groups, weights = rows // BLOCK, "int4" if kind == "Q4_0" else "int8"
-    codes = (rows // 2, np.uint8) if kind == "Q4_0" else (rows, np.int8)
+    known = TYPES[kind]
+    groups, packed = rows // known.group, known.bits == 4
+    codes, weights = ((rows // 2, np.uint8), "int4") if packed else ((rows, np.int8), "int8")
+    of_groups = (*stack, groups, out)
     return dataclasses.replace(
         leaf,
         codes=jax.ShapeDtypeStruct((*stack, codes[0], out), codes[1]),
-        scales=jax.ShapeDtypeStruct((*stack, groups, out), np.float16 if kind == "Q4_0" else np.float32),
-        parts=(rows,) if kind == "Q4_0" else (BLOCK,) * groups,
+        scales=jax.ShapeDtypeStruct(of_groups, scale_dtype(kind) if packed else np.float32),
+        offsets=jax.ShapeDtypeStruct(of_groups, np.float32) if known.has_offsets else None,
+        parts=(rows,) if packed else (known.group,) * groups,
         weights=weights,
-        how=models.Quantization(weights, group_size=BLOCK),
+        how=models.Quantization(weights, group_size=known.group),
     )
 
 
 def _fp8(
     form: Form, tensor: Any, scale: np.ndarray, axes: tuple[int, ...], leaf: models.Quantized
-) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of a kernel."""
-    return _in_our_layout(form.to_published(tensor), axes), _row_scales(form, tensor, scale, leaf)
+) -> dict[str, Tensor]:
+    """The codes and scales of a kernel."""
+    scales = _row_scales(form, tensor, scale, leaf)
+    return {"codes": _in_our_layout(form.to_published(tensor), axes), "scales": scales}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,15 +169,22 @@ class _Part:
         return np.array(self.read(), dtype, copy=copy)
 
 
-def _of_gguf(form: Form, tensor: GgufTensor) -> tuple[Tensor, Tensor]:
-    """(codes, scales) of a kernel; of Q4_0 two codes in a byte, as `jaxldm.nn.quantized` packs them."""
+def _of_gguf(form: Form, tensor: GgufTensor) -> dict[str, Tensor]:
+    """The arrays of a kernel; of 4 bits two codes in a byte, as `jaxldm.nn.quantized` packs them."""
     out, rows = tensor.shape
-    codes = _Part((out, rows), np.dtype(np.int8), tensor.codes)
-    scales = _Part((out, rows // BLOCK), np.dtype(np.float16), tensor.scales)
-    codes, scales = (_in_our_layout(form.to_published(part), (1, 0)) for part in (codes, scales))
-    if tensor.kind == "Q4_0":
-        codes = Converted((codes,), (codes.shape[0] // 2, codes.shape[1]), _two_in_a_byte)
-    return codes, scales
+    known = TYPES[tensor.kind]
+    of_groups = (out, rows // known.group)
+    parts = {
+        "codes": _Part((out, rows), np.dtype(np.int8), tensor.codes),
+        "scales": _Part(of_groups, np.dtype(scale_dtype(tensor.kind)), tensor.scales),
+    }
+    if known.has_offsets:
+        parts["offsets"] = _Part(of_groups, np.dtype(np.float32), cast(Any, tensor.offsets))
+    arrays = {name: _in_our_layout(form.to_published(part), (1, 0)) for name, part in parts.items()}
+    if known.bits == 4:
+        codes = arrays["codes"]
+        arrays["codes"] = Converted((codes,), (codes.shape[0] // 2, codes.shape[1]), _two_in_a_byte)
+    return arrays
 
 
 def _two_in_a_byte(codes: np.ndarray) -> np.ndarray:

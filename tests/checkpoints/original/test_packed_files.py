@@ -1,6 +1,8 @@
 """Original files in fewer bits: the codes stay packed, and the network computes with what they stand for."""
 
+import dataclasses
 import struct
+import zlib
 
 import jax
 import ml_dtypes
@@ -9,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxldm import checkpoints, models
+from jaxldm.checkpoints.gguf_file import open_gguf
 from jaxldm.errors import CheckpointError
 
 FLUX = models.FluxTransformer2DConfig(
@@ -34,6 +37,11 @@ SD3 = models.SD3Transformer2DConfig(
 )
 MODULES = {
     "FLUX": (models.FluxTransformer2DModel, FLUX, ("double_blocks", "single_blocks")),
+    "FLUX of 256": (
+        models.FluxTransformer2DModel,
+        dataclasses.replace(FLUX, num_attention_heads=2, num_single_layers=1),
+        ("double_blocks", "single_blocks"),
+    ),
     "SD 3": (models.SD3Transformer2DModel, SD3, ("model.diffusion_model.joint_blocks",)),
 }
 
@@ -183,11 +191,38 @@ def q4_0(tensor):
 
 ENCODERS = {0: lambda t: t.astype("<f4").tobytes(), 1: lambda t: t.astype("<f2").tobytes(), 2: q4_0, 8: q8_0}
 ENCODERS[30] = lambda t: t.astype(ml_dtypes.bfloat16).tobytes()
-ENCODERS[12] = ENCODERS[0]  # a type that is not known
+ENCODERS[10] = ENCODERS[0]  # a type that is not known
+
+
+# type -> (numbers, bytes of a block, where its half-precision scales are)
+OTHERS = {3: (32, 20, (0, 2)), 6: (32, 22, (0,)), 7: (32, 24, (0, 2)), 12: (256, 144, (0, 2))}
+OTHERS |= {13: (256, 176, (0, 2)), 14: (256, 210, (208,))}
+
+
+def any_blocks(kind):
+    """Bytes of a tensor's size, any but for the scales: gguf-py decodes these types, and encodes none."""
+
+    def encode(tensor):
+        size, length, places = OTHERS[kind]
+        rng = np.random.default_rng(zlib.crc32(tensor.tobytes()))
+        content = rng.integers(0, 256, (tensor.size // size, length), np.uint8)
+        for place in places:
+            scales = rng.uniform(1e-4, 1e-3, len(content)).astype("<f2")
+            content[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+        return content.tobytes()
+
+    return encode
+
+
+ENCODERS |= {kind: any_blocks(kind) for kind in OTHERS}
 
 
 def decoded(kind, tensor):
     """The numbers that a block's bytes stand for, one by one."""
+    if kind in OTHERS:
+        gguf = pytest.importorskip("gguf")
+        rows = np.frombuffer(ENCODERS[kind](tensor), np.uint8).reshape(len(tensor), -1)
+        return gguf.dequantize(rows, gguf.GGMLQuantizationType(kind)).reshape(tensor.shape)
     if kind not in (2, 8):
         return np.frombuffer(ENCODERS[kind](tensor), {0: "<f4", 1: "<f2"}[kind]).reshape(tensor.shape)
     content, size, numbers = ENCODERS[kind](tensor), 18 if kind == 2 else 34, []
@@ -201,10 +236,14 @@ def decoded(kind, tensor):
     return np.array(numbers, np.float32).reshape(tensor.shape)
 
 
-@pytest.mark.parametrize(("kind", "smaller"), [(2, 0.35), (8, 0.45)])
-def test_gguf_stays_packed_and_computes_what_its_numbers_do(tmp_path, kind, smaller):
-    """Q4_0 and Q8_0 inside of the blocks, half precision and a shape of its own elsewhere."""
-    tensors, inside = written(tmp_path / "a.safetensors", "FLUX")
+# Q4_0, Q8_0, Q4_K and Q6_K.
+KINDS = [("FLUX", 2, 0.35), ("FLUX", 8, 0.45), ("FLUX of 256", 12, 0.4), ("FLUX of 256", 14, 0.45)]
+
+
+@pytest.mark.parametrize(("name", "kind", "smaller"), KINDS)
+def test_gguf_stays_packed_and_computes_what_its_numbers_do(tmp_path, name, kind, smaller):
+    """Fewer bits inside of the blocks, half precision and a shape of its own elsewhere."""
+    tensors, inside = written(tmp_path / "a.safetensors", name)
     kinds = {
         name: kind if name.startswith(inside) and tensor.ndim == 2 else 1 for name, tensor in tensors.items()
     }
@@ -216,11 +255,12 @@ def test_gguf_stays_packed_and_computes_what_its_numbers_do(tmp_path, kind, smal
     module, packed = checkpoints.load_single_file(tmp_path / "a.gguf")["transformer"]
     _, dense = checkpoints.load_single_file(tmp_path / "numbers.safetensors")["transformer"]
     assert sum(map(is_packed, jax.tree.leaves(packed, is_leaf=is_packed))) >= 6
-    blocks = (params["single_transformer_blocks_0to1"]["attn"] for params in (packed, dense))
+    stack = next(name for name in packed if name.startswith("single_transformer_blocks_0"))
+    blocks = (params[stack]["attn"] for params in (packed, dense))
     sizes = [models.param_bytes(params) for params in blocks]
     assert sizes[0] < smaller * sizes[1]
     jax.tree.map(
-        lambda ours, wanted: np.testing.assert_allclose(ours, wanted, rtol=1e-6),
+        lambda ours, wanted: np.testing.assert_allclose(ours, wanted, rtol=1e-6, atol=1e-6),
         models.dequantize(packed),
         dense,
     )
@@ -232,11 +272,25 @@ def test_gguf_stays_packed_and_computes_what_its_numbers_do(tmp_path, kind, smal
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_type_is_read_as_gguf_py_reads_it(tmp_path, kind):
+    """As numbers, and as codes times scales plus offsets."""
+    tensors = {"a.weight": np.random.default_rng(kind).standard_normal((6, 512), np.float32)}
+    write_gguf(tmp_path / "a.gguf", tensors, {"a.weight": kind})
+    tensor = open_gguf(tmp_path / "a.gguf")["a.weight"]
+    wanted = decoded(kind, tensors["a.weight"])
+    np.testing.assert_allclose(np.asarray(tensor), wanted, rtol=1e-6, atol=1e-7)
+    scales, offsets = tensor.scales(), tensor.offsets()
+    groups = tensor.codes().reshape(*scales.shape, -1) * scales[..., None].astype(np.float32)
+    groups += 0 if offsets is None else offsets[..., None]
+    np.testing.assert_array_equal(groups.reshape(wanted.shape), np.asarray(tensor))
+
+
 def test_gguf_files_that_are_refused(tmp_path):
     tensors, _ = written(tmp_path / "a.safetensors", "FLUX")
     path = tmp_path / "a.gguf"
-    write_gguf(path, tensors, {"img_in.weight": 12})
-    with pytest.raises(CheckpointError, match="tensors of type Q4_K; known: F32, F16, BF16, Q8_0, Q4_0"):
+    write_gguf(path, tensors, {"img_in.weight": 10})
+    with pytest.raises(CheckpointError, match="tensors of type Q2_K; known: F32, F16, BF16, Q8_0, Q4_0"):
         checkpoints.load_single_file(path)
     write_gguf(path, tensors, {})
     whole = path.read_bytes()
