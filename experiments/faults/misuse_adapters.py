@@ -37,6 +37,7 @@ def adapters() -> list[Case]:
             words={"adapters": "component|adapters|lora", "path": THERE + "|suffix|end in", "names": "names"},
         ),
         *words(),
+        *changed_models(),
         case(
             "pipelines.with_lora",
             pipelines.with_lora,
@@ -86,12 +87,30 @@ def words() -> list[Case]:
             word=None,
             words=hints,
         )._replace(refusal="family"),
+    ]
+
+
+def changed_models() -> list[Case]:
+    """Models that become others, and guidance by a weak network."""
+    return [
         Case(
             "pipelines.with_free_u",
             pipelines.with_free_u,
             dict(pipe=class_pipeline(), s1=0.9, s2=0.2, b1=1.5, b2=1.6),
             words=dict.fromkeys(("s1", "s2", "b1", "b2"), "FreeU"),
             refusal="FreeU is for",
+        ),
+        Case(
+            "pipelines.as_flux_control",
+            pipelines.as_flux_control,
+            dict(pipe=class_pipeline()),
+            refusal="must be a FLUX.1 model",
+        ),
+        Case(
+            "pipelines.read_weak_guidance",
+            pipelines.read_weak_guidance,
+            dict(notation="skip-layers:2.8"),
+            words={"notation": "weak_guidance"},
         ),
         Case(
             "pipelines.SkipLayers",

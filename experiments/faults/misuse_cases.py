@@ -321,6 +321,12 @@ def guidance() -> list[Case]:
             words={"guidance_scale": "one number"},
         ),
         of_d(
+            "guide_chain",
+            outputs=(IMAGES, IMAGES, IMAGES),
+            guidance_scales=(1.5, 7.0),
+            words={"guidance_scales": "one number|one fewer|a list"},
+        ),
+        of_d(
             "rescale_guidance",
             guided=IMAGES,
             conditional=IMAGES,

@@ -41,7 +41,7 @@ _TENSOR = re.compile(
     r"|(?P<old>_lora)?\.(?:lora_linear_layer\.|lora\.|lora_)?(?P<part>down|up|mid)\.weight"
     r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.[\w-]+)?(?:\.weight)?"
     r"|\.(?P<lycoris>(?:hada|lokr)_\w+)(?:\.[\w-]+)?"
-    r"|\.(?P<one>alpha|dora_scale|diff|diff_b|w_norm|b_norm))"
+    r"|\.(?P<one>alpha|dora_scale|diff|diff_b|w_norm|b_norm|(?<=_norm\.)scale))"
 )
 _OLD_PROJECTIONS = {
     "to_q_lora": ("to_q", "q_proj"),

@@ -5,7 +5,7 @@
 | LoRA | alpha/r up @ down, with `mid` for convolutions | Hu et al. 2021, arXiv:2106.09685 |
 | LoHa | alpha/r (w1_a @ w1_b) * (w2_a @ w2_b), element by element | Hyeon-Woo et al. 2022, arXiv:2108.06098 |
 | LoKr | alpha/r kron(w1, w2), each of them whole or a product | Yeh et al. 2024, arXiv:2309.14859 |
-| whole | the tensor itself: `diff`, `w_norm` | |
+| whole | the tensor itself: `diff`, `w_norm`; or what the weight becomes: `scale` of a norm (FLUX) | |
 | DoRA | of one of these, V = W + change: m V / |V| - W | Liu et al. 2024, arXiv:2402.09353 |
 
 |V| is the length of each row of the weight, one for each output; in files of LyCORIS whose `dora_scale` is
@@ -155,10 +155,11 @@ class Kronecker(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The change itself, of any shape."""
+    """The change itself, of any shape; or the weight that there is with it, of which W is taken away."""
 
     tensor: Tensor
     rank: int | None = None
+    replaces: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -201,6 +202,8 @@ class LoraLayer(NamedTuple):
             weight: called for the weight, in the shape of the file, where the change depends on it.
         """
         change = np.float32(self.multiplier) * self.of_weight.value()
+        if isinstance(self.of_weight, Whole) and self.of_weight.replaces:
+            change = change - np.asarray(weight()).astype(np.float32)
         if self.magnitude is not None:
             before = np.asarray(weight()).astype(np.float32)
             change = _decomposed(before, change.reshape(before.shape), self.magnitude, self.by_columns)
@@ -246,6 +249,8 @@ def kind_of_change(parts: Mapping[str, Tensor]) -> Any:
         return Kronecker(*(_factors(parts, names, n) for n in (1, 2)))
     if roles in ({"diff"}, {"w_norm"}):
         return Whole(parts[roles.pop()])
+    if roles == {"scale"}:
+        return Whole(parts["scale"], replaces=True)
     if roles or not parts.keys() & {"diff_b", "b_norm"}:
         raise ValueError
     return None

@@ -8,6 +8,8 @@
 | older diffusers | the same, with `.processor.to_q_lora` at its end |
 | ComfyUI and others | `diffusion_model.input_blocks.4.1...`, or diffusers' names behind the same prefix |
 | LyCORIS, OneTrainer | `lycoris_down_blocks_0_...`, `lora_transformer_...` |
+| Black Forest Labs | `double_blocks.0.img_attn.qkv`, and whole scales of norms |
+| XLabs (FLUX) | `double_blocks.0.processor.qkv_lora1`: of the image 1, of the text 2 |
 
 In the original files of FLUX, SD 3 and Z-Image queries, keys and values are one matrix (in single blocks of
 FLUX with the first one of the feed-forward): a layer of it changes three or four modules here.
@@ -23,7 +25,7 @@ from flax import traverse_util
 
 from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, published_whole
 from jaxldm.checkpoints.original.flux import flux_table
-from jaxldm.checkpoints.original.layout import SAME, Form, Table, place_of
+from jaxldm.checkpoints.original.layout import SAME, Form, Table, place_of, rows
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.original.stable_diffusion_3 import sd3_table
 from jaxldm.checkpoints.original.z_image import z_image_table
@@ -57,6 +59,12 @@ _TABLES = {
     ZImageTransformer2DConfig: z_image_table,
 }
 _LEAVES = ("weight", "bias")
+# Modules of blocks of FLUX's original files -> what XLabs calls the layer that changes them.
+_XLABS = {
+    **{"img_attn.qkv": "qkv_lora1", "img_attn.proj": "proj_lora1"},
+    **{"txt_attn.qkv": "qkv_lora2", "txt_attn.proj": "proj_lora2"},
+    **{"linear1": "qkv_lora", "linear2": "proj_lora"},
+}
 
 
 class Target(NamedTuple):
@@ -108,13 +116,29 @@ def _modules(
         except CheckpointError:  # the original layout does not have it
             continue
         original, _, there = place.name.rpartition(".")
-        if there == leaf:
+        if there == leaf or (leaf, there) == ("weight", "scale"):  # of a norm
             parts.setdefault(original, {}).setdefault(leaf, []).append((tensor, place.form))
     originals = {
         original: Target(component, **{leaf: _in_order(each) for leaf, each in leaves.items()})
         for original, leaves in parts.items()
     }
-    return modules, originals
+    return modules, originals | dict(_of_xlabs(originals))
+
+
+def _of_xlabs(originals: Mapping[str, Target]) -> Iterator[tuple[str, Target]]:
+    """XLabs' names of modules of FLUX; in single blocks, of queries, keys and values alone."""
+    for name, target in originals.items():
+        kind, _, rest = name.partition(".")
+        number, _, module = rest.partition(".")
+        if kind not in ("double_blocks", "single_blocks") or module not in _XLABS:
+            continue
+        if module == "linear1":
+            weight, bias = (
+                tuple((tensor, rows(part)) for part, (tensor, _) in enumerate(leaf[:3]))
+                for leaf in (target.weight, target.bias)
+            )
+            target = target._replace(weight=weight, bias=bias)
+        yield f"{kind}.{number}.{_XLABS[module]}", target
 
 
 def _in_order(parts: Iterable[tuple[PublishedTensor, Form]]) -> tuple[tuple[PublishedTensor, Form], ...]:

@@ -65,10 +65,18 @@ class Sample:
       DiT                          50             4.0
       MaskGIT                      12             2.0
       StableDiffusion              50             7.5       0.8
+      LDMTextToImage               50             1.0       0.8
+      LDMSuperResolution          100             1.0
       StableDiffusionXL            50             5.0       0.3
+      InstructPix2Pix             100             7.5
+      InstructPix2PixXL           100             5.0
+      StableDiffusionUpscale       75             9.0
       StableDiffusion3             28             7.0       0.6
       Flux (dev)                   28             3.5       0.6
       Flux (schnell)                4             3.5       0.6
+      FluxFill                     50            30.0       1.0
+      FluxControl                  28             3.5
+      FluxKontext                  28             3.5
       PixArt                       20             4.5       0.8
       DeepFloydIF                 100             7.0       0.7
       Wuerstchen                   60             4.0
@@ -181,6 +189,14 @@ class Sample:
     by 0.1, and deepcache:3 is fora:3 of U-Nets.
     """
 
+    weak_guidance: Annotated[str | None, shown("NAME:NUMBERS@LAYERS", "none")] = None
+    """Guidance away from the network made weak: skip-layers:2.8,0.01,0.2@7+8+9 (SD 3.5), or
+    perturbed-attention:3@mid_block (Stable Diffusion, XL); scale, start and stop, then layers.
+    """
+
+    free_u: Annotated[tuple[float, float, float, float] | None, shown("S1 S2 B1 B2", "none")] = None
+    """FreeU in U-Nets of Stable Diffusion, as in `--free-u 0.9 0.2 1.5 1.6`."""
+
     seed: int = 0
     """Seed of all random numbers, from 0 to 4294967295; another seed samples other images."""
 
@@ -234,13 +250,23 @@ class Sample:
                 raise InvalidArgumentError(
                     f"--{name.replace('_', '-')} has no effect at --guidance-scale 1: leave one of them out"
                 )
-        if texts and self.prompt is None:
+        if texts and self.prompt is None and self._takes_texts():
             raise InvalidArgumentError(
                 f'{self.folder} draws from texts: give one, as in --prompt "a cat in the snow"'
             )
 
+    def _takes_texts(self) -> bool:
+        """Whether a model that draws from no classes takes a text: not one that enlarges a picture alone."""
+        import inspect
+
+        from jaxldm.pipelines.folders import family_of
+
+        return "prompt" in inspect.signature(family_of(self.folder, self.family).call).parameters
+
     def _common_options(self, pipe: Any) -> dict[str, Any]:
         """Where they are given, the options of a call that all models have, and those of the family."""
+        from jaxldm import pipelines
+
         names = ("num_inference_steps", "guidance_scale", "solver", "eta", "spacing", "batch_size", "cache")
         options = {name: getattr(self, name) for name in names}
         sigmas = numbers(self.sigmas, "sigmas")
@@ -249,6 +275,8 @@ class Sample:
         options |= {"sigmas": sigmas, "guidance_rescale": self.guidance_rescale}
         options["devices"] = None if self.mesh else first_devices(self.devices)
         options |= named_values(self.options, "options", own_options(pipe))
+        if self.weak_guidance is not None:
+            options["weak_guidance"] = pipelines.read_weak_guidance(self.weak_guidance)
         return {name: value for name, value in options.items() if value is not None}
 
     def _loading(self) -> dict[str, Any]:
@@ -257,10 +285,12 @@ class Sample:
         quirks = self.reference_quirks
         return {"dtype": self.dtype, "vae": self.vae, "mesh": mesh, "reference_quirks": quirks}
 
-    def _with_lora(self, pipe: Any) -> Any:
-        """The model, with the file of --lora in it where there is one."""
+    def _with_changes(self, pipe: Any) -> Any:
+        """The model, with the file of --lora in it where there is one, and FreeU."""
         from jaxldm import pipelines
 
+        if self.free_u is not None:
+            pipe = pipelines.with_free_u(pipe, *self.free_u)
         if self.lora is None:
             return pipe
         scales = self.lora_scale or (1.0,)
@@ -272,7 +302,7 @@ class Sample:
 
         from jaxldm import pipelines
 
-        pipe = self._with_lora(pipelines.load(self.folder, family=self.family, **self._loading()))
+        pipe = self._with_changes(pipelines.load(self.folder, family=self.family, **self._loading()))
         labels = pipe.cycle_labels(self.class_labels, self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
         options = supported(pipe, self._common_options(pipe))
@@ -296,7 +326,13 @@ class Sample:
         from jaxldm.commands.pictures import read_mask, read_picture
         from jaxldm.data.pictures import open_picture
 
-        prompts, negatives = repeat_prompts(self.prompt or (), self.negative_prompt, self.num_images)
+        count = self.num_images
+        of_texts = self._takes_texts()
+        if of_texts:
+            texts = repeat_prompts(self.prompt or (), self.negative_prompt, count)
+            count = len(texts[0])
+        else:
+            texts, count = (), 1 if count is None else count
         image = None
         if self.image is not None:
             whole = self.resize is not None
@@ -311,15 +347,18 @@ class Sample:
                 f"{self.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
                 "folder, as described on the page of the model"
             )
-        pipe = self._with_lora(pipe)
+        pipe = self._with_changes(pipe)
         for file in self.embedding or ():
             pipe = pipelines.with_embedding(pipe, file)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
-        key, texts = jax.random.key(self.seed), (prompts, negatives)
-        total = pipe.num_callbacks(len(prompts), **options)
+        total = pipe.num_callbacks(count, **options)
+        if not of_texts:
+            given = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "num_images": count}
+            options |= supported(pipe, given)
+        key = jax.random.key(self.seed)
         with warnings_as_lines(), progress_bar(total, "sampling", self.quiet) as progress:
             if refiner is None:
                 images = pipe(key, *texts, **options, progress=progress)
@@ -330,7 +369,7 @@ class Sample:
                 second = {"denoising_start": start, "latents": latents} | common
                 images = refiner(key, *texts, **supported(refiner, second), progress=progress)
         scale = options.get("guidance_scale", pipe.default_guidance_scale)
-        return images, scale, None, pipelines.columns_for(len(images), len(self.prompt or ()))
+        return images, scale, None, pipelines.columns_for(len(images), len(self.prompt or "1"))
 
 
 def check_solver(solver: str | None) -> None:

@@ -56,6 +56,7 @@ from jaxldm.diffusion.guidance import (
     condition_branches,
     guide,
     guide_branches,
+    guide_chain,
     network_branches,
     rescale_guidance,
 )
@@ -200,6 +201,7 @@ __all__ = [
     "guidance_schedule",
     "guide",
     "guide_branches",
+    "guide_chain",
     "guided_logits",
     "image_keys",
     "implied_noise",

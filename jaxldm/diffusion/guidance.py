@@ -8,7 +8,7 @@ function of t, as `guidance_schedule` and related functions make.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from jaxldm.arguments import (
     function,
     instance,
     optional,
+    several,
 )
 from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.compiling import traced
@@ -57,6 +58,40 @@ def guide(
     check_broadcast(unconditional=unconditional, conditional=conditional)
     w = per_image(guidance_scale, conditional)
     return (1 - w) * unconditional + w * conditional
+
+
+@checked(outputs=several(array("floating", axes=(1, 64))), guidance_scales=several(array()))
+def guide_chain(
+    outputs: Sequence[Float[Any, "B ..."]], guidance_scales: Sequence[ScalarLike | Real[Array, " B"]]
+) -> Float[Any, "B ..."]:
+    """outputs[0] + sum over k of w_k (outputs[k] - outputs[k - 1]): conditions that are added one by one.
+
+    `guide` has two outputs and one scale. InstructPix2Pix has three, of nothing, of the picture, and of the
+    picture and the text (Brooks et al. 2023, equation 3). Where all scales are equal, those in between do not
+    count.
+
+    Args:
+        outputs: K + 1 of [B, H, W, C], each under one condition more than the one before it.
+        guidance_scales: w_1 to w_K, each a number or one per image [B].
+
+    Raises:
+        InvalidArgumentError: another number of scales than of outputs but one.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxldm import diffusion as D
+    >>> nothing, picture, both = (jnp.full((1, 1), value) for value in (0.0, 1.0, 3.0))
+    >>> float(D.guide_chain((nothing, picture, both), (1.5, 7.0))[0, 0])
+    15.5
+    """
+    if len(outputs) != len(guidance_scales) + 1:
+        raise InvalidArgumentError(
+            f"guidance_scales must be one fewer than outputs, got {len(guidance_scales)} for {len(outputs)}"
+        )
+    check_shapes(**{f"outputs[{k}]": output for k, output in enumerate(outputs)})
+    guided = outputs[0]
+    for before, output, w in zip(outputs, outputs[1:], guidance_scales, strict=False):
+        guided = guided + per_image(w, output) * (output - before)
+    return guided
 
 
 @checked(guided=array("floating", axes=(1, 64)), conditional=array("floating", axes=(1, 64)), rescale=array())

@@ -43,6 +43,7 @@ from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransfor
 from jaxldm.models.dydit import DyDiT, DyDiTConfig
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
+from jaxldm.models.ldm_bert import LDMBertConfig, LDMBertModel
 from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
 from jaxldm.models.maskgit_transformer import MaskGITTransformer, MaskGITTransformerConfig
@@ -132,6 +133,8 @@ __all__ = [
     "InceptionFeatures",
     "InceptionV3",
     "Inside",
+    "LDMBertConfig",
+    "LDMBertModel",
     "MaskGITTransformer",
     "MaskGITTransformerConfig",
     "PaellaVQModel",

@@ -38,7 +38,7 @@ LOWEST = {
 BLOCK_COUNTS = (
     *("depth", "num_layers", "num_single_layers", "num_hidden_layers", "n_layers", "n_refiner_layers"),
     *("num_res_blocks", "layers_per_block", "transformer_layers_per_block", "blocks", "bottleneck_blocks"),
-    *("levels", "num_encoder_blocks", "num_decoder_blocks"),
+    *("levels", "num_encoder_blocks", "num_decoder_blocks", "encoder_layers"),
 )
 TENSORS_OF_A_BLOCK = 4  # at least
 ALWAYS_ALLOWED = 2**20  # of a whole number in a config, however small the file of weights

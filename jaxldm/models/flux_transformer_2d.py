@@ -111,11 +111,18 @@ def unpack(tokens: Float[Array, "B N D"], height: int, width: int) -> Float[Arra
     return unpatchify(split.swapaxes(2, 3).reshape(tokens.shape), PATCH, height, width)
 
 
-def positions(num_text: int, rows: int, columns: int) -> Int[np.ndarray, "N 3"]:
-    """Coordinates [T + rows x columns, 3]: those of text are all 0, of an image's token (0, row, column)."""
-    row, column = np.indices((rows, columns)).reshape(2, -1)
-    image = np.stack([np.zeros_like(row), row, column], axis=1)
-    return np.concatenate([np.zeros((num_text, 3), image.dtype), image])
+def positions(num_text: int, *grids: tuple[int, int]) -> Int[np.ndarray, "N 3"]:
+    """Coordinates of tokens [T + rows x columns + ..., 3]: those of text are all 0.
+
+    Args:
+        grids: (rows, columns) of the image, and of a picture next to it: those of token k are (k, row,
+            column).
+    """
+    parts = [np.zeros((num_text, 3), np.int64)]
+    for k, grid in enumerate(grids):
+        row, column = np.indices(grid).reshape(2, -1)
+        parts.append(np.stack([np.full_like(row, k), row, column], axis=1))
+    return np.concatenate(parts)
 
 
 def clip_to_float16(x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
@@ -203,6 +210,7 @@ class FluxTransformer2DModel(nn.Module):
         encoder_hidden_states: Float[Array, "B T D"],
         pooled_projections: Float[Array, "B E"],
         guidance: Float[Array, " B"] | None = None,
+        reference: Float[Array, "B h w C"] | None = None,
     ) -> Float[Array, "B H W out"]:
         """Predict the velocity.
 
@@ -213,6 +221,8 @@ class FluxTransformer2DModel(nn.Module):
                 FLUX.1-dev, 256 in schnell); padding is attended to as well.
             pooled_projections: `[B, pooled_projection_dim]`, CLIP's pooled state of the text.
             guidance: `[B]`, the guidance scale; required with `guidance_embeds`, else None.
+            reference: `[B, h, w, latent_channels]`, latents of a picture of any size, whose tokens stand
+                behind those of x (FLUX.1 Kontext).
 
         Returns:
             `[B, H, W, out_channels / 4]` in the dtype of x: the velocity, noise - data.
@@ -223,14 +233,23 @@ class FluxTransformer2DModel(nn.Module):
         """
         config = self.config
         self._check(x, t, encoder_hidden_states, pooled_projections, guidance)
+        if reference is not None and reference.shape[-1] != x.shape[-1]:
+            raise InvalidArgumentError(
+                f"reference has {reference.shape[-1]} channels, x has {x.shape[-1]}: give latents of one kind"
+            )
         options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
         height, width = x.shape[1:3]
-        image = Linear(config.inner_dim, dtype=config.dtype, name="x_embedder")(pack(x))
+        tokens, grids = pack(x), [(height // PATCH, width // PATCH)]
+        num_image = tokens.shape[1]
+        if reference is not None:
+            tokens = jnp.concatenate([tokens, pack(reference.astype(x.dtype))], axis=1)
+            grids.append((reference.shape[1] // PATCH, reference.shape[2] // PATCH))
+        image = Linear(config.inner_dim, dtype=config.dtype, name="x_embedder")(tokens)
         text = Linear(config.inner_dim, dtype=config.dtype, name="context_embedder")(encoder_hidden_states)
         embed = TimestepTextEmbedding(config.inner_dim, config.dtype, name="time_text_embed")
         c = embed(1000.0 * t, pooled_projections, None if guidance is None else 1000.0 * guidance)
         num_text = text.shape[1]
-        coordinates = positions(num_text, height // PATCH, width // PATCH)
+        coordinates = positions(num_text, *grids)
         tables = map(jnp.asarray, rotary_embedding_of_axes(coordinates, config.axes_dims_rope, THETA))
         shared = (c, *tables)
         double, single = (
@@ -244,7 +263,8 @@ class FluxTransformer2DModel(nn.Module):
         h = jnp.concatenate([text, image], axis=1)
         within = Within(self, doubles, 0)
         h = apply_blocks(single, "single_transformer_blocks", singles, h, *shared, within=within, **options)
-        h = AdaLayerNormContinuous(dtype=config.dtype, name="norm_out")(h[:, num_text:], c)
+        h = h[:, num_text : num_text + num_image]
+        h = AdaLayerNormContinuous(dtype=config.dtype, name="norm_out")(h, c)
         features = config.out_channels or config.in_channels
         tokens = Linear(features, dtype=config.dtype, name="proj_out")(h)
         return unpack(tokens.astype(x.dtype), height, width)

@@ -31,6 +31,7 @@ from jaxldm.models import (
     dit_transformer_2d,
     dydit,
     flux_transformer_2d,
+    ldm_bert,
     maskgit_transformer,
     paella_vq_model,
     patch_discriminator,
@@ -109,6 +110,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         z_image_transformer_2d.ZImageTransformer2DConfig,
     ),
     "BertModel": (bert.BertModel, bert.BertConfig),
+    "LDMBertModel": (ldm_bert.LDMBertModel, ldm_bert.LDMBertConfig),
     "MaskGITTransformer": (
         maskgit_transformer.MaskGITTransformer,
         maskgit_transformer.MaskGITTransformerConfig,
@@ -175,6 +177,7 @@ PRESETS |= {
     **qwen3.PRESETS,
     **z_image_transformer_2d.PRESETS,
     **bert.PRESETS,
+    **ldm_bert.PRESETS,
 }
 
 

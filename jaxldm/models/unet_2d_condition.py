@@ -28,6 +28,7 @@ RESNET_UP_BLOCKS = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", *RESNET_DOWN_BLOCKS)
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D", *RESNET_UP_BLOCKS)
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn")
+CLASS_EMBEDDINGS = ("timestep", "projection", "simple_projection")
 PER_LEVEL = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
 
 
@@ -41,7 +42,8 @@ class UNet2DConditionConfig(ModelConfig):
         attention_head_dim: the NUMBER of heads, despite its published name; in the SimpleCrossAttn blocks of
             DeepFloyd IF the channels per head, one number for all levels.
         cross_attention_dim: width of the text in the attention: of the text encoder's hidden states, or of
-            the output of `encoder_hid_proj`, whose input is `encoder_hid_dim` wide.
+            the output of `encoder_hid_proj`, whose input is `encoder_hid_dim` wide; or that number for each
+            level.
         addition_embed_type: "text_time" for SDXL's micro-conditioning: the pooled text and sinusoids of the
             `time_ids`, `addition_time_embed_dim` wide each, `projection_class_embeddings_input_dim` in all.
             "text" for IF: the text pooled by attention of `addition_embed_type_num_heads` heads.
@@ -53,7 +55,9 @@ class UNet2DConditionConfig(ModelConfig):
         cross_attention_norm: "group_norm" for the text before the attention of SimpleCrossAttn blocks, or
             None.
         class_embed_type: None with `num_class_embeds` for a table of embeddings (the noise level of the x4
-            upscaler), "timestep" for a sinusoid, "projection" for a vector (the image embedding of unCLIP).
+            upscaler), "timestep" for a sinusoid, "projection" for a vector (the image embedding of unCLIP),
+            "simple_projection" for the same through one layer.
+        class_embeddings_concat: the class embedding stands behind that of the time, and is not added to it.
         time_cond_proj_dim: width of LCM's guidance embedding, see `jaxldm.nn.guidance_embedding`.
         upcast_attention: kept for config.json; logits and softmax are float32 in any case.
         dtype: compute dtype.
@@ -77,7 +81,7 @@ class UNet2DConditionConfig(ModelConfig):
     act_fn: str = "silu"
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
+    cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     encoder_hid_dim: int | None = None
     encoder_hid_dim_type: str | None = None
@@ -87,6 +91,7 @@ class UNet2DConditionConfig(ModelConfig):
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     num_class_embeds: int | None = None
+    class_embeddings_concat: bool = False
     upcast_attention: bool | None = False
     resnet_time_scale_shift: str = "default"
     resnet_skip_time_act: bool = False
@@ -112,7 +117,6 @@ class UNet2DConditionConfig(ModelConfig):
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "attention_type": "default",
-        "class_embeddings_concat": False,
     }
 
     def check_values(self) -> None:
@@ -127,7 +131,9 @@ class UNet2DConditionConfig(ModelConfig):
             )
         if self.mid_block_type is not None:
             one_of("mid_block_type", self.mid_block_type, MID_BLOCKS)
-        check(isinstance(self.cross_attention_dim, int), "cross_attention_dim is one number for all levels")
+        widths = self.cross_attention_dim
+        same = isinstance(widths, int) or (len(widths) == levels and len(set(widths)) == 1)
+        check(same, "cross_attention_dim is one number for all levels")
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
         check_groups(self.block_out_channels, self.norm_num_groups)
@@ -154,14 +160,18 @@ class UNet2DConditionConfig(ModelConfig):
         )
 
     def _check_embeddings(self):
-        one_of("class_embed_type", self.class_embed_type or "none", ("none", "timestep", "projection"))
+        one_of("class_embed_type", self.class_embed_type or "none", ("none", *CLASS_EMBEDDINGS))
+        check(
+            not self.class_embeddings_concat or (self.has_classes and self.addition_embed_type is None),
+            "class_embeddings_concat is for a U-Net with class_embed_type and without addition_embed_type",
+        )
         one_of("addition_embed_type", self.addition_embed_type or "none", ("none", "text_time", "text"))
         one_of("encoder_hid_dim_type", self.encoder_hid_dim_type or "none", ("none", "text_proj"))
         check(
             self.encoder_hid_dim is not None or self.encoder_hid_dim_type is None,
             "encoder_hid_dim_type 'text_proj' needs encoder_hid_dim, the width of the text encoder's states",
         )
-        if self.addition_embed_type == "text_time" or self.class_embed_type == "projection":
+        if self.addition_embed_type == "text_time" or self.class_embed_type in CLASS_EMBEDDINGS[1:]:
             needed = {"projection_class_embeddings_input_dim": self.projection_class_embeddings_input_dim}
             if self.addition_embed_type == "text_time":
                 needed["addition_time_embed_dim"] = self.addition_time_embed_dim
@@ -176,7 +186,13 @@ class UNet2DConditionConfig(ModelConfig):
     @property
     def text_dim(self) -> int:
         """Width of the `encoder_hidden_states` that the network is called with."""
-        return self.cross_attention_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
+        return self.context_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the text in the attention."""
+        widths = self.cross_attention_dim
+        return widths if isinstance(widths, int) else widths[0]
 
     @property
     def size_multiple(self) -> int:
@@ -262,10 +278,12 @@ class UNet2DConditionModel(nn.Module):
         self._check_presence(text_embeds, time_ids, timestep_cond, class_labels)
         temb = self._embed(t, timestep_cond)
         if config.has_classes:
-            temb = temb + self._class_embedding(cast(Array, class_labels))
+            of_class = self._class_embedding(cast(Array, class_labels))
+            joined = config.class_embeddings_concat
+            temb = jnp.concatenate([temb, of_class], axis=-1) if joined else temb + of_class
         temb = self._add_embedding(temb, text_embeds, time_ids, encoder_hidden_states)
         if config.encoder_hid_dim is not None:
-            project = Linear(config.cross_attention_dim, dtype=config.dtype, name="encoder_hid_proj")
+            project = Linear(config.context_dim, dtype=config.dtype, name="encoder_hid_proj")
             encoder_hidden_states = project(encoder_hidden_states)
         condition = (temb, train, encoder_hidden_states, encoder_attention_mask)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
@@ -296,6 +314,8 @@ class UNet2DConditionModel(nn.Module):
             return Embedding(cast(int, config.num_class_embeds), self._time_dim, config.dtype, name=name)(
                 labels
             )
+        if config.class_embed_type == "simple_projection":
+            return Linear(self._time_dim, dtype=config.dtype, name=name)(labels)
         act = "silu"
         if config.class_embed_type == "timestep":
             labels, act = self._sinusoid(labels, config.block_out_channels[0]), config.act_fn
@@ -469,7 +489,7 @@ class UNet2DConditionModel(nn.Module):
         if config.addition_embed_type == "text_time":  # the config does not have the number of time_ids
             total, dim = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
             text, time_ids = row(cast(int, total) - cast(int, dim)), row(1)
-        if config.class_embed_type == "projection":
+        if config.class_embed_type in CLASS_EMBEDDINGS[1:]:
             labels = row(config.projection_class_embeddings_input_dim)
         elif config.has_classes:
             labels = jax.ShapeDtypeStruct((1,), jnp.int32)

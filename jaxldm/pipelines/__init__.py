@@ -17,6 +17,7 @@ from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.comparison import TensorComparison, compare, components
 from jaxldm.pipelines.families import FAMILIES, PIPELINES
 from jaxldm.pipelines.families.class_to_image import class_to_image
+from jaxldm.pipelines.families.flux_pictures import as_flux_control
 from jaxldm.pipelines.families.wuerstchen import join_wuerstchen
 from jaxldm.pipelines.family import Family, Folder, default_latent_spec
 from jaxldm.pipelines.folders import (
@@ -38,7 +39,7 @@ from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.previews import previewer
 from jaxldm.pipelines.prompts import encode_texts
 from jaxldm.pipelines.quantization import calibrate_quantization, quantize
-from jaxldm.pipelines.weak_guidance import PerturbedAttention, SkipLayers, with_free_u
+from jaxldm.pipelines.weak_guidance import PerturbedAttention, SkipLayers, read_weak_guidance, with_free_u
 from jaxldm.pipelines.words import with_embedding, with_word
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Request",
     "SkipLayers",
     "TensorComparison",
+    "as_flux_control",
     "as_images",
     "as_masks",
     "calibrate_cache",
@@ -80,6 +82,7 @@ __all__ = [
     "modules_in",
     "previewer",
     "quantize",
+    "read_weak_guidance",
     "save",
     "save_samples",
     "with_embedding",

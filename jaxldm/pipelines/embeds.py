@@ -20,8 +20,14 @@ from jaxldm.pipelines.call import EMBEDS, Call
 _HIDDEN, _MASK, _POOLED = (
     "encoder_hidden_states",
     "encoder_attention_mask",
-    ("text_embeds", "pooled_projections"),
+    ("text_embeds", "pooled_projections", "pooled_text_emb"),
 )
+
+
+class NoText(str):
+    """The empty text that stands for states which the caller gave: nothing is to be encoded for it."""
+
+    __slots__ = ()
 
 
 class TextWidths(NamedTuple):
@@ -135,7 +141,7 @@ def read_texts(
     """The family's prompts and negatives; empty texts stand for those that the caller encoded."""
     cond, uncond = given
     prompts, negatives = pipe.family.read_prompts(
-        prompt if cond is None else [""] * cond.count, negative_prompt if uncond is None else ""
+        prompt if cond is None else [NoText()] * cond.count, negative_prompt if uncond is None else NoText()
     )
     if uncond is not None and uncond.count not in (1, len(prompts)):
         raise InvalidArgumentError(

@@ -293,10 +293,7 @@ def denoise_latents(
     latent_shape: tuple[int, int, int],
 ) -> tuple[Float[np.ndarray, "N h w c"], Float[np.ndarray, "N K h w c"]]:
     """Latents and previews of a call; see `latents.denoise`."""
-    (cond, uncond), (sampler, grid) = condition, run
-    if start.extra_channels is not None:
-        extra = {"extra_channels": start.extra_channels}
-        cond, uncond = cond | extra, None if uncond is None else uncond | extra
+    (cond, uncond, between), (sampler, grid) = with_extra_channels(*condition, start), run
     guided_channels = pipe.options.get("guided_channels") or latent_shape[-1]
     cache = call.cache
     if cache is not None:
@@ -311,13 +308,30 @@ def denoise_latents(
     return denoise(
         pipe.denoiser,
         per_call,
-        PerImage(keys.data, cond, uncond, start.latents, start.image, start.known, start.repaint),
+        PerImage(keys.data, cond, uncond, start.latents, start.image, start.known, start.repaint, between),
         compiled,
         Progress(call.on_step, call.progress, call.compile_only, call.on_x0),
         batch_size=call.batch_size,
         devices=call.devices,
         in_flight=call.in_flight,
     )
+
+
+def with_extra_channels(
+    cond: dict[str, Any], uncond: dict[str, Any] | None, start: InitialLatents
+) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
+    """(cond, uncond, the branch between them or None) with what the network takes besides x."""
+    if start.reference is not None:
+        reference = {"reference": start.reference}
+        cond, uncond = cond | reference, None if uncond is None else uncond | reference
+    if start.extra_channels is None:
+        return cond, uncond, None
+    extra = {"extra_channels": start.extra_channels}
+    if uncond is None:
+        return cond | extra, None, None
+    if start.uncond_channels is None:
+        return cond | extra, uncond | extra, None
+    return cond | extra, uncond | {"extra_channels": start.uncond_channels}, uncond | extra
 
 
 def decode(pipe: Pipeline, latents: Float[Any, "N h w c"], **options: Any) -> Float[np.ndarray, "N H W C"]:

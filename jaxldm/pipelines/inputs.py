@@ -25,6 +25,7 @@ from jaxldm.reading import shown
 
 Size = tuple[int, int]  # (height, width)
 INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked image
+OF_A_START = ("mask_image", "strength")  # options that a network which takes `image` besides x has no use for
 
 
 class LatentSpec(NamedTuple):
@@ -36,6 +37,9 @@ class LatentSpec(NamedTuple):
         factor: pixels that a latent is high and wide; not a whole number in Wuerstchen's prior.
         channels: of the latents; 3 where they are pixels.
         takes_mask: the network was trained for inpainting and takes the mask.
+        image_factor: of a network that takes `image` besides x, and does not start from it: how many times
+            larger than that picture the images are that it draws; 0 where they may have any size, and there
+            may be none.
     """
 
     default_size: Size
@@ -43,6 +47,7 @@ class LatentSpec(NamedTuple):
     factor: float
     channels: int
     takes_mask: bool = False
+    image_factor: float | None = None
 
     def shape(self, size: Size) -> tuple[int, int, int]:
         """(h, w, c) of the latents of images of that (height, width)."""
@@ -87,7 +92,10 @@ class InitialLatents(NamedTuple):
         latents: [N, h, w, c], x at the first row.
         image: [N, h, w, c], latents to be noised.
         known: [N, h, w, c], latents to be kept where `repaint` [N, h, w, 1] is 0.
-        extra_channels: [N, h, w, c + 1], what an inpainting network takes besides x.
+        extra_channels: [N, h, w, e], what the network takes besides x: a mask, a picture.
+        uncond_channels: the same of the unconditional branch, where it differs: a branch of the picture
+            alone, without the text, then stands between the two.
+        reference: [N, h', w', c], latents of a picture of any size that the network takes besides x.
     """
 
     latents: Float[np.ndarray, "N h w c"] | None = None
@@ -95,6 +103,8 @@ class InitialLatents(NamedTuple):
     known: Float[np.ndarray, "N h w c"] | None = None
     repaint: Float[np.ndarray, "N h w 1"] | None = None
     extra_channels: Float[np.ndarray, "N h w e"] | None = None
+    uncond_channels: Float[np.ndarray, "N h w e"] | None = None
+    reference: Float[np.ndarray, "N h2 w2 c"] | None = None
 
 
 def read_inputs(
@@ -128,13 +138,17 @@ def read_inputs(
             else rgb_pixels(image, LATENTS)
         )
         check_rows(image, num_images, "image")
-        by = spec.factor if image_is_latents else 1
-        given["image"] = tuple(floor_product(n, by) for n in image.shape[1:3])
+        factors = spec.factor if image_is_latents else 1, spec.image_factor or 1
+        given["image"] = tuple(floor_product(n, *factors) for n in image.shape[1:3])
     if latents is not None:
         latents = four_axes(latents, spec.channels)
         check_rows(latents, num_images, "latents")
         given["latents"] = tuple(floor_product(n, spec.factor) for n in latents.shape[1:3])
-    size = _size(height, width, spec.default_size, given)
+    trained = spec.default_size
+    if spec.image_factor == 0 and image is not None:
+        trained = given.pop("image")
+        check_size(*trained, spec.multiple, name="image")
+    size = _size(height, width, trained, given)
     check_size(*size, spec.multiple)
     check_images_fit(num_images, size, spec)
     latents = None if latents is None else repeated(latents, num_images)
@@ -170,6 +184,13 @@ def initial_latents(
     return start._replace(extra_channels=np.concatenate([repaint, kept], axis=-1))
 
 
+def taken_latents(vae: Network | None, inputs: Inputs, num_images: int) -> Float[np.ndarray, "N h w c"]:
+    """The latents of the picture that a network takes besides x, scaled, for each image."""
+    image = cast(np.ndarray, inputs.image)
+    is_latents = inputs.image_is_latents or vae is None
+    return repeated(image if is_latents else encode_images(cast(Network, vae), image), num_images)
+
+
 def strength_of(image: Any, strength: float | None, mask_image: Any, default_strength: float) -> float | None:
     """Which part of the grid is used: as given, or the default; None, all of it, without an image.
 
@@ -192,16 +213,30 @@ def strength_of(image: Any, strength: float | None, mask_image: Any, default_str
 def _check_together(spec: LatentSpec, image: Any, mask_image: Any, latents: Any) -> None:
     if mask_image is not None and image is None:
         raise InvalidArgumentError("mask_image marks the part of image= to draw again: give image, too")
-    if latents is not None and image is not None and mask_image is None:
+    if spec.image_factor is not None:
+        _check_taken(spec, image)
+    elif latents is not None and image is not None and mask_image is None:
         raise InvalidArgumentError("image and latents are both a start: give one of them")
     if spec.takes_mask and mask_image is None:
         raise InvalidArgumentError("this network was trained for inpainting: give image and mask_image")
+
+
+def _check_taken(spec: LatentSpec, image: Any) -> None:
+    """Raise `InvalidArgumentError` unless there is the picture that the network needs."""
+    if image is None and spec.image_factor != 0:
+        raise InvalidArgumentError(
+            "this model draws from a picture: give image=, the picture to change (--image FILE)"
+        )
 
 
 def _resized(
     spec: LatentSpec, how: str, height: int | None, width: int | None, image: Any, mask_image: Any
 ) -> tuple[int, int, Any, Any]:
     """(height, width, image, mask_image), pictures and masks resized to that height and width."""
+    if (spec.image_factor or 1) != 1:
+        raise InvalidArgumentError(
+            f"resize={how!r} is for pictures of the size to draw, and this model enlarges: leave it out"
+        )
     if image is None or isinstance(image, Latents):
         raise InvalidArgumentError(f"resize={how!r} is for image= in pixels: give one, or leave resize out")
     pictures = one_by_one(image, 3)
@@ -279,18 +314,22 @@ def _size(height: int | None, width: int | None, trained: Size, given: dict[str,
     return size
 
 
-@checked(height=count(1), width=count(1), multiple=count(1))
-def check_size(height: int, width: int, multiple: int) -> None:
+@checked(height=count(1), width=count(1), multiple=count(1), name=text)
+def check_size(height: int, width: int, multiple: int, name: str = "") -> None:
     """Raises `InvalidArgumentError`, with the nearest sizes, unless both are multiples of `multiple`.
+
+    Args:
+        name: of the picture that has this size, for the message.
 
     >>> check_size(512, 768, 8)
     """
-    for name, size in (("height", height), ("width", width)):
+    for side, size in (("height", height), ("width", width)):
         below = size // multiple * multiple
         if below != size:
             nearest = f"{below} and {below + multiple}" if below else f"{multiple}"
             raise InvalidArgumentError(
-                f"{name} {size} is not divisible by {multiple}, as this model needs: the nearest is {nearest}"
+                f"{name} {side} {size}".lstrip()
+                + f" is not divisible by {multiple}, as this model needs: the nearest is {nearest}"
             )
 
 

@@ -104,6 +104,7 @@ CHECKS: Mapping[str, Check] = {
     "aesthetic_score": number(),
     "negative_aesthetic_score": number(),
     "noise_level": count(0),
+    "image_guidance_scale": number(1),
 }
 
 

@@ -333,7 +333,9 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
     rescale = defaults.guidance_rescale if call.guidance_rescale is None else call.guidance_rescale
     if call.denoising_start and call.latents is None:
         raise InvalidArgumentError("denoising_start needs latents=, as another model left them there")
-    strength = strength_of(call.image, call.strength, call.mask_image, defaults.strength)
+    strength = None
+    if pipe.latent_spec.image_factor is None:
+        strength = strength_of(call.image, call.strength, call.mask_image, defaults.strength)
     return dataclasses.replace(call, strength=strength, guidance_rescale=rescale)
 
 

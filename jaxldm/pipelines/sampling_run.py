@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
@@ -42,6 +43,8 @@ class PerImage(NamedTuple):
         cond: arrays [N, ...] by the names of the network's arguments; "extra_channels" are added to x, and
             names that begin with "_" are for the guidance rule alone.
         uncond: the same for the unconditional or negative branch; None without guidance.
+        between: the same for a third branch, of the picture without the text, which the guidance rule finds
+            in its condition as "_between" (InstructPix2Pix).
         latents: [N, h, w, c], x at the first row of the grid, in place of noise.
         image: [N, h, w, c], the latents of the image to start from, to be noised.
         known: [N, h, w, c], the latents that are put back after each step where `repaint` is 0.
@@ -55,6 +58,7 @@ class PerImage(NamedTuple):
     image: Float[Any, "N h w c"] | None = None
     known: Float[Any, "N h w c"] | None = None
     repaint: Float[Any, "N h w 1"] | None = None
+    between: dict[str, Any] | None = None
 
 
 class Compiled(NamedTuple):
@@ -129,18 +133,36 @@ def guided(
             output = call(x, t, per_image.cond)
             mixed = cond = output[..., :guided_channels]
         else:
-            uncond, output = branches.call(x, t)
+            uncond, *between, output = branches(x, t)
             cond = output[..., :guided_channels]
-            mixed = compiled.combine(uncond[..., :guided_channels], cond, t, per_image.cond, per_call)
+            condition = per_image.cond
+            if between:
+                condition = condition | {"_between": between[0][..., :guided_channels]}
+            mixed = compiled.combine(uncond[..., :guided_channels], cond, t, condition, per_call)
         if compiled.weak_module is not None:
             mixed = away_from_weak(mixed, cond, lambda: call_weak(x, t), cast(Weak, per_call.weak), t)
         if mixed is not cond:
             output = jnp.concatenate([mixed, output[..., guided_channels:].astype(mixed.dtype)], axis=-1)
         return output if compiled.sampler.learned_variance else output[..., :channels]
 
-    if per_image.uncond is not None:
-        branches = D.condition_branches(call, per_image.cond, per_image.uncond)
+    if per_image.between is not None:
+        branches = _all_branches(call, (per_image.uncond, per_image.between, per_image.cond))
+    elif per_image.uncond is not None:
+        branches = D.condition_branches(call, per_image.cond, per_image.uncond).call
     return predict
+
+
+def _all_branches(call: Callable[[Any, Any, Any], Any], conditions: Sequence[Any]) -> Callable[..., Any]:
+    """(x, t) -> the output under each condition, from one batch."""
+    count = len(conditions)
+
+    def outputs(x: Any, t: Any) -> list[Any]:
+        condition = jax.tree.map(lambda *each: jnp.concatenate(each), *conditions)
+        t = jnp.tile(jnp.broadcast_to(t, x.shape[:1]), count)
+        output = call(jnp.concatenate([x] * count), t, condition)
+        return jnp.split(output.astype(x.dtype), count)
+
+    return outputs
 
 
 def denoiser_of(

@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from jaxldm.arguments import check_fields, checked, count, number, several, text
 from jaxldm.checkpoints.names import published_name
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 
@@ -91,6 +91,46 @@ class PerturbedAttention:
                     f"layers has {layer!r}, and no self-attention is there: it is in {', '.join(blocks)}"
                 )
         return network.module.clone(identity_attention=tuple(self.layers))
+
+
+NOTATIONS = {"skip-layers": SkipLayers, "perturbed-attention": PerturbedAttention}
+
+
+@checked(notation=text)
+def read_weak_guidance(notation: str) -> SkipLayers | PerturbedAttention:
+    """What a notation says: "skip-layers:2.8,0.01,0.2@7+8+9", "perturbed-attention:3@mid_block".
+
+    A name of `NOTATIONS`; behind a colon scale, start and stop, with commas; behind an @ the layers. Those
+    left out have their defaults.
+
+    Raises:
+        UnknownNameError: no such name.
+        InvalidArgumentError: too many numbers, or one that is none or out of range.
+
+    >>> from jaxldm import pipelines
+    >>> pipelines.read_weak_guidance("skip-layers:2.5@7+9")
+    SkipLayers(layers=(7, 9), scale=2.5, start=0.01, stop=0.2)
+    """
+    settings, at, layers = notation.partition("@")
+    name, _, rest = settings.partition(":")
+    one_of("weak_guidance", name, NOTATIONS)
+    words = rest.split(",") if rest else []
+    wanted = f"write {name}:SCALE,START,STOP@LAYER+LAYER, as in {_EXAMPLES[name]}"
+    try:
+        options: dict[str, Any] = dict(
+            zip(_FIELDS, map(float, words[: len(_FIELDS)]), strict=False),
+        )
+        if at:
+            kind = int if name == "skip-layers" else str
+            options["layers"] = tuple(kind(layer) for layer in layers.split("+"))
+    except ValueError:
+        raise InvalidArgumentError(f"weak_guidance {shown(notation)} is no notation: {wanted}") from None
+    if len(words) > len(_FIELDS):
+        raise InvalidArgumentError(f"weak_guidance {shown(notation)} has {len(words)} numbers: {wanted}")
+    return NOTATIONS[name](**options)
+
+
+_EXAMPLES = {"skip-layers": "skip-layers:2.8,0.01,0.2@7+8+9", "perturbed-attention": "perturbed-attention:3"}
 
 
 @checked(pipe=A_PIPELINE, s1=number(0), s2=number(0), b1=number(0), b2=number(0))

@@ -25,6 +25,9 @@ from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 _ENCODERS = {
     "StableDiffusion": ("text_encoder",),
     "StableDiffusionXL": ("text_encoder", "text_encoder_2"),
+    "InstructPix2Pix": ("text_encoder",),
+    "StableDiffusionUpscale": ("text_encoder",),
+    "InstructPix2PixXL": ("text_encoder", "text_encoder_2"),
 }
 _TABLES = ("token_embedding", "word_embeddings")  # of CLIP, of BERT
 

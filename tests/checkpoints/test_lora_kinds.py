@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from lora_models import FLUX, SD3, SD15, Z_IMAGE
 from torch_reference import randomised
 
@@ -267,6 +268,38 @@ def test_flux_of_kohya_as_diffusers_fuses_it(models_of, tmp_path):
     }
     merged = checkpoints.merge_lora(ours, lora)["transformer"][1]
     assert assert_weights(merged, wanted, before) == sum(name.endswith("lora_A.weight") for name in state)
+
+
+def test_flux_of_xlabs_as_diffusers_reads_it(models_of, tmp_path):
+    """The same layers under XLabs' names, and under those that diffusers makes of them."""
+    _, ours, _ = models_of("FLUX")
+    original, tensors = originally("FLUX", ours["transformer"]), {}
+    layers = {
+        f"double_blocks.{n}.processor.{kind}_lora{k}": f"double_blocks.{n}.{stream}_attn.{kind}"
+        for n in (0, 1)
+        for kind in ("qkv", "proj")
+        for k, stream in ((1, "img"), (2, "txt"))
+    }
+    layers |= {"single_blocks.1.processor.qkv_lora": "single_blocks.1.linear1"}
+    layers |= {"single_blocks.0.processor.proj_lora": "single_blocks.0.linear2"}
+    for seed, (spelled, module) in enumerate(layers.items()):
+        weight, generator = original[f"{module}.weight"], torch.Generator().manual_seed(seed)
+        rows = 3 * weight.shape[1] if spelled.endswith(".qkv_lora") else len(weight)
+        tensors[f"{spelled}.down.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+        tensors[f"{spelled}.up.weight"] = torch.randn(rows, 2, generator=generator)
+    lora = read(tmp_path / "xlabs.safetensors", tensors)
+    assert len(lora.layers) == len(layers)
+    converted = _convert_xlabs_flux_lora_to_diffusers(dict(tensors))
+    same = read(tmp_path / "diffusers.safetensors", {name: t.clone() for name, t in converted.items()})
+    merged, wanted = (
+        checkpoints.to_state_dict(checkpoints.merge_lora(ours, each, 0.5)["transformer"][1])
+        for each in (lora, same)
+    )
+    before = checkpoints.to_state_dict(ours["transformer"][1])
+    changed = [name for name in before if np.abs(np.asarray(wanted[name]) - before[name]).max() > 1e-3]
+    assert len(changed) == 2 * 2 * 4 + 3 + 1
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(np.asarray(merged[name]), np.asarray(tensor), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])

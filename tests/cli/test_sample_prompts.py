@@ -57,6 +57,18 @@ def test_prompts_repeat_and_are_what_the_pipeline_draws(capsys, folder, tmp_path
     np.testing.assert_array_equal(images, to_uint8(expected))
 
 
+def test_weak_guidance_and_free_u(capsys, folder, tmp_path):
+    given = ["--weak-guidance", "perturbed-attention:2@up_blocks", "--free-u", 0.9, 0.2, 1.2, 1.6]
+    images, *_ = sample(capsys, folder, tmp_path / "out", "--prompt", "a cat", *given)
+    pipe = pipelines.with_free_u(pipelines.load(folder), 0.9, 0.2, 1.2, 1.6)
+    weak = pipelines.PerturbedAttention(("up_blocks",), 2.0)
+    np.testing.assert_array_equal(
+        images, to_uint8(pipe(jax.random.key(0), "a cat", weak_guidance=weak, **CALL))
+    )
+    line = complaint(capsys, "sample", folder, "--prompt", "a cat", "--weak-guidance", "pag:3")
+    assert "weak_guidance" in line and "perturbed-attention" in line
+
+
 def test_words_over_the_picture_that_was_drawn_of_them(capsys, folder, tmp_path):
     words = ["--num-images", 1, "--num-inference-steps", 2, "--output-dir", tmp_path / "out"]
     code, _, err = run(capsys, "inspect", folder, "--prompt", "a cat", *words)

@@ -202,7 +202,6 @@ WITHOUT_ATTENTION = {
     "digit-classifier",
     "amused-vq",
     "wuerstchen-vqgan",
-    *("taesd", "taesdxl", "taesd3", "taef1"),
     "patch-gan",
     "mini-patch-gan",
 }

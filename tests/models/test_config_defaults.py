@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import transformers
 from diffusers.pipelines.deprecated import wuerstchen
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ TRANSFORMERS = {
     "T5EncoderModel": transformers.T5Config,
     "BertModel": transformers.BertConfig,
     "Qwen3Model": transformers.Qwen3Config,
+    "LDMBertModel": LDMBertConfig,
 }
 
 

@@ -50,6 +50,13 @@ CONFIGS = {
     "instructions, no middle": SD1 | {"in_channels": 8, "mid_block_type": None},
     "x4 upscaler": SD2 | {"in_channels": 7, "num_class_embeds": 5, "only_cross_attention": (True, False)},
     "unCLIP": SD2 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
+    "a class behind the time": SD1
+    | {
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 10,
+        "class_embeddings_concat": True,
+        "cross_attention_dim": (12, 12),
+    },
     "the rest": SD1
     | {
         "class_embed_type": "timestep",
@@ -69,7 +76,7 @@ def inputs_for(config, batch, size, seed=0):
     inputs = {
         "x": images(batch, *size, config.in_channels, seed=seed),
         "t": TIMES[-batch:],
-        "encoder_hidden_states": images(batch, 6, config.cross_attention_dim, seed=seed + 1),
+        "encoder_hidden_states": images(batch, 6, config.context_dim, seed=seed + 1),
         "encoder_attention_mask": (np.arange(6)[None] < 6 - 2 * np.arange(batch)[:, None]).astype(np.int32),
     }
     if config.addition_embed_type:
@@ -80,7 +87,7 @@ def inputs_for(config, batch, size, seed=0):
     if config.time_cond_proj_dim:
         w = jnp.array([0.0, 6.5, 14.0])[:batch]
         inputs["timestep_cond"] = np.asarray(nn.guidance_embedding(w, config.time_cond_proj_dim))
-    if config.class_embed_type == "projection":
+    if config.class_embed_type in ("projection", "simple_projection"):
         inputs["class_labels"] = images(batch, config.projection_class_embeddings_input_dim, seed=seed + 3)
     elif config.has_classes:
         inputs["class_labels"] = np.array([4, 0, 2])[:batch]
@@ -322,6 +329,7 @@ def test_guidance_embedding_is_that_of_lcm():
         ({"addition_embed_type": "image"}, UnknownNameError),
         ({"class_embed_type": "identity"}, UnknownNameError),
         ({"class_embed_type": "projection"}, InvalidArgumentError),
+        ({"class_embeddings_concat": True}, InvalidArgumentError),
         ({"cross_attention_dim": (768, 1024)}, InvalidArgumentError),
         ({"resnet_time_scale_shift": "spatial"}, UnknownNameError),
         ({"downsample_padding": 2}, InvalidArgumentError),

@@ -34,6 +34,7 @@ def states_of(pipe, prompts, negatives, **options):
         "encoder_hidden_states": "prompt_embeds",
         "text_embeds": "pooled_prompt_embeds",
         "pooled_projections": "pooled_prompt_embeds",
+        "pooled_text_emb": "pooled_prompt_embeds",
         "encoder_attention_mask": "prompt_attention_mask",
     }
     branches = zip(("", "negative_"), pipe.encode_prompts(prompts, negatives, **options), strict=True)

@@ -140,7 +140,7 @@ def write_sd(folder, scheduler="sd15", **unet_options):
     return _saved(pipe, folder, scheduler)
 
 
-def write_sdxl(folder, refiner=False):
+def write_sdxl(folder, refiner=False, **unet_options):
     """A folder of SDXL's base or of its refiner."""
     ids = 5 if refiner else 6
     tokenizer, size = write_tokenizer(folder / "tokenizer")
@@ -150,6 +150,7 @@ def write_sdxl(folder, refiner=False):
         "addition_time_embed_dim": 4,
         "projection_class_embeddings_input_dim": 12 + 4 * ids,
         "use_linear_projection": True,
+        **unet_options,
     }
     parts = {
         "unet": unet(20 if refiner else 36, seed=4 if refiner else 1, **options),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from amused_folders import CODEBOOK, FACTOR, MASK, FedNumbers, write_amused
 from compilations import COMPILATIONS
+from picture_checks import states_of
 from PIL import Image
 
 from jaxldm import cli, pipelines
@@ -197,6 +198,8 @@ def test_another_callback_compiles_nothing(pipe):
     pipe(KEY, "a cat", progress=lambda done, total: seen.append(int(done)), **call)
     assert COMPILATIONS.count == before
     assert sorted(seen[:3]) == [(1, 3), (2, 3), (3, 3)] and sorted(seen[3:]) == [1, 2, 3]
+    again = pipe(KEY, **states_of(pipe, ["a cat"], [""]), **call)
+    np.testing.assert_array_equal(again, pipe(KEY, "a cat", **call))
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked(pipe):

@@ -23,7 +23,7 @@ from diffusers.pipelines.deepfloyd_if import (
     timesteps,
 )
 from diffusers.schedulers import scheduling_ddpm
-from picture_checks import KEY, assert_latents_agree
+from picture_checks import KEY, assert_latents_agree, states_of
 from reference_pipelines import ours, shaken, theirs
 from t5_parts import t5_encoder, t5_tokenizer
 
@@ -284,6 +284,12 @@ def test_a_text_encoder_may_be_shared(folders, pipes, tmp_path):
     shared = {name: getattr(pipes["I"], name) for name in ("text_encoder", "tokenizer")}
     drawn = alone.replace(**shared)(KEY, "a cat", **call)
     np.testing.assert_array_equal(drawn, pipes["II"](KEY, "a cat", **call))
+    given = states_of(pipes["I"], ["a cat"], [""])
+    np.testing.assert_array_equal(alone(KEY, **given, num_images_per_prompt=2, **call)[:1], drawn)
+    with pytest.raises(InvalidArgumentError, match="or prompt_embeds and negative_prompt_embeds"):
+        alone(KEY, prompt_embeds=given["prompt_embeds"], **call)
+    with pytest.raises(InvalidArgumentError, match="prompt and prompt_embeds: give one of them"):
+        alone(KEY, "a cat", **given, **call)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux import pipeline_flux_img2img as img2img_module
 from diffusers.pipelines.flux import pipeline_flux_inpaint as inpaint_module
+from flux_folders import SCHEDULERS, packed, write_flux
 from picture_checks import (
     KEY,
     as_tensor,
@@ -21,18 +22,8 @@ from picture_checks import (
     states_of,
     without_posterior_noise,
 )
-from reference_pipelines import (
-    LATENT,
-    SIZE,
-    noise,
-    open_reference,
-    shaken,
-    text_encoder,
-    theirs,
-    write_tokenizer,
-)
-from sd3_folders import CHANNELS, autoencoder
-from t5_parts import t5_encoder, t5_tokenizer
+from reference_pipelines import LATENT, SIZE, noise, open_reference, theirs
+from sd3_folders import CHANNELS
 
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, InvalidArgumentError
@@ -41,38 +32,6 @@ PROMPT = "a cat, the dog"
 STEPS = {"num_inference_steps": 5, "guidance_scale": 3.0, "max_sequence_length": 20}
 START = noise(channels=CHANNELS)
 SQUARE = {"height": SIZE, "width": SIZE}
-# scheduler_config.json as published.
-SCHEDULERS = {
-    "dev": {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
-    "schnell": {"shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15},
-}
-
-
-def write_flux(folder, name):
-    tokenizer, size = write_tokenizer(folder / "tokenizer")
-    torch.manual_seed(1)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=4 * CHANNELS,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=16,
-        guidance_embeds=name == "dev",
-        axes_dims_rope=(2, 2, 4),
-    )
-    pipe = diffusers.FluxPipeline(
-        transformer=shaken(transformer, 1, 0.1),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULERS[name]),
-        vae=autoencoder(),
-        text_encoder=text_encoder(size, 16, 5),
-        tokenizer=tokenizer,
-        text_encoder_2=t5_encoder(24),
-        tokenizer_2=t5_tokenizer(),
-    )
-    pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +43,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipes(folders):
     return {name: pipelines.load(folder) for name, folder in folders.items()}
-
-
-def packed(latents):
-    """[N, c, h, w] -> their tokens [N, h/2 w/2, 4c]."""
-    count, channels, height, width = latents.shape
-    return diffusers.FluxPipeline._pack_latents(latents, count, channels, height, width)
 
 
 TOKENS = packed(theirs(START))

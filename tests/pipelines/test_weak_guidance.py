@@ -10,7 +10,7 @@ from reference_pipelines import noise, open_reference, theirs, write_sd
 from sd3_folders import CHANNELS, write_sd3
 
 from jaxldm import pipelines
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, JaxldmError
 from jaxldm.pipelines import PerturbedAttention, SkipLayers
 
 PROMPT = "a cat"
@@ -119,6 +119,37 @@ def test_wrong_settings(tmp_path_factory):
         sd3(KEY, PROMPT, weak_guidance=PerturbedAttention())
     with pytest.raises(InvalidArgumentError, match="FreeU is for the U-Nets"):
         pipelines.with_free_u(sd3)
+
+
+@pytest.mark.parametrize(
+    ("notation", "value"),
+    [
+        ("skip-layers", SkipLayers()),
+        ("skip-layers:2.5,0.1,0.9@1+2", SkipLayers((1, 2), 2.5, 0.1, 0.9)),
+        (
+            "perturbed-attention:3@mid_block+up_blocks.1",
+            PerturbedAttention(("mid_block", "up_blocks.1"), 3.0),
+        ),
+        ("perturbed-attention@up_blocks", PerturbedAttention(("up_blocks",))),
+    ],
+)
+def test_notations(notation, value):
+    assert pipelines.read_weak_guidance(notation) == value
+
+
+@pytest.mark.parametrize(
+    ("notation", "words"),
+    [
+        ("skip", "skip-layers"),
+        ("skip-layers:much", "no notation: write skip-layers:SCALE,START,STOP@LAYER"),
+        ("skip-layers:1@a", "no notation"),
+        ("skip-layers:1,0,1,2", "4 numbers"),
+        ("perturbed-attention:-1", "scale"),
+    ],
+)
+def test_wrong_notations(notation, words):
+    with pytest.raises(JaxldmError, match=words):
+        pipelines.read_weak_guidance(notation)
 
 
 def test_free_u(pipe):

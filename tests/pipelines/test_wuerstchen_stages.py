@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.deprecated import wuerstchen
 from diffusers.pipelines.deprecated.wuerstchen import pipeline_wuerstchen, pipeline_wuerstchen_prior
 from diffusers.schedulers import scheduling_ddpm_wuerstchen
-from picture_checks import KEY, assert_latents_agree
+from picture_checks import KEY, assert_latents_agree, states_of
 from reference_pipelines import ours, theirs
 from wuerstchen_folders import EMBEDDINGS, LATENTS, SIZE, write_wuerstchen
 
@@ -65,6 +65,8 @@ def test_prior(references, pipes, monkeypatch):
     assert_latents_agree(embeddings, expected.image_embeddings)
     latents = pipes["prior"](KEY, PROMPTS, negative, latents=x, output="latents", **call)
     np.testing.assert_allclose(embeddings, 42 * latents - 1, rtol=1e-6)
+    given = states_of(pipes["prior"], PROMPTS, negative)
+    np.testing.assert_array_equal(pipes["prior"](KEY, latents=x, **given, **call), embeddings)
 
 
 def test_prior_on_the_published_timesteps(references, pipes, monkeypatch):
@@ -134,6 +136,8 @@ def test_decoder_of_several_prompts(references, pipes, monkeypatch):
     shared = pipes["decoder"](KEY, PROMPTS, **call | {"image_embeddings": embeddings[:1]})
     np.testing.assert_array_equal(shared[0], drawn[0])
     assert np.abs(shared[1] - drawn[1]).max() > 1e-3
+    given = states_of(pipes["decoder"], PROMPTS, ["", ""], image_embeddings=embeddings)
+    np.testing.assert_array_equal(pipes["decoder"](KEY, **given, **call), drawn)
 
 
 def test_all_stages_in_one(references, pipes, monkeypatch):

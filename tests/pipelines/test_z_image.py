@@ -20,6 +20,7 @@ from picture_checks import (
     mask,
     picture,
     start_noise,
+    states_of,
     without_posterior_noise,
 )
 from reference_pipelines import SIZE, noise, open_reference, theirs
@@ -71,6 +72,12 @@ def test_text_to_image(pipe, reference, their_latents):
     assert prompts == list(PROMPTS)
     assert_latents_agree(drawn, their_latents)
     assert_images_agree(images, reference, their_latents)
+    given = states_of(
+        pipe, prompts, ["bad", "bad"], **{name: OURS[name] for name in OURS if "length" in name}
+    )
+    assert set(given) >= {"prompt_embeds", "negative_prompt_attention_mask"}
+    again = pipe(KEY, latents=NOISE, output="latents", **given, **OURS)
+    np.testing.assert_array_equal(again, drawn)
 
 
 def test_another_solver(folder, pipe, monkeypatch):

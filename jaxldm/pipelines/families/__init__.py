@@ -16,10 +16,14 @@ from jaxldm.pipelines.families.amused import AMUSED
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
 from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
 from jaxldm.pipelines.families.flux import FLUX
+from jaxldm.pipelines.families.flux_pictures import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
+from jaxldm.pipelines.families.instruct_pix2pix import INSTRUCT_PIX2PIX, INSTRUCT_PIX2PIX_XL
+from jaxldm.pipelines.families.latent_diffusion import LDM_SUPER_RESOLUTION, LDM_TEXT_TO_IMAGE
 from jaxldm.pipelines.families.maskgit import MASKGIT
 from jaxldm.pipelines.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
+from jaxldm.pipelines.families.stable_diffusion_upscale import STABLE_DIFFUSION_UPSCALE
 from jaxldm.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from jaxldm.pipelines.families.wuerstchen import WUERSTCHEN, WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR
 from jaxldm.pipelines.families.z_image import Z_IMAGE
@@ -32,9 +36,17 @@ FAMILIES: tuple[Family, ...] = (
     *OF_CLASSES,
     AMUSED,
     STABLE_DIFFUSION,
+    LDM_TEXT_TO_IMAGE,
+    LDM_SUPER_RESOLUTION,
     STABLE_DIFFUSION_XL,
+    INSTRUCT_PIX2PIX,
+    INSTRUCT_PIX2PIX_XL,
+    STABLE_DIFFUSION_UPSCALE,
     STABLE_DIFFUSION_3,
     FLUX,
+    FLUX_FILL,
+    FLUX_CONTROL,
+    FLUX_KONTEXT,
     PIXART_SIGMA,
     PIXART_ALPHA,
     DEEPFLOYD_IF,

@@ -24,6 +24,7 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.exact import floor_product
 from jaxldm.models.config import height_width
 from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import Family, Folder
 from jaxldm.pipelines.inputs import (
     Inputs,
@@ -82,6 +83,12 @@ def encode(
         }
 
     return request.both(condition)
+
+
+def text_widths(pipe: Pipeline) -> TextWidths:
+    """The states, and the projected pooled one."""
+    config = pipe.transformer.config
+    return TextWidths(config.encoder_hidden_size, config.cond_embed_dim)
 
 
 def token_inputs(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
@@ -209,5 +216,6 @@ AMUSED = Family(
         *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
         *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end", "on_x0", "weak_guidance"),
     ),
+    text_widths=text_widths,
     methods={"mask_token": mask_token, "image_tokens": image_tokens},
 )

@@ -21,12 +21,13 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key, Real
 
 from jaxldm import arguments, models, schedulers
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
-from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.call import EMBEDS, Call, Defaults, ImageKeys, Request
+from jaxldm.pipelines.embeds import NoText, TextWidths
 from jaxldm.pipelines.families.stable_diffusion import WITHOUT_SAFETY_CHECKER
 from jaxldm.pipelines.family import Family, Folder, check_text_width, default_latent_spec
 from jaxldm.pipelines.generate import generate, grid, num_callbacks
@@ -76,13 +77,18 @@ def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, 
     Raises:
         InvalidArgumentError: there is no text encoder.
     """
-    if pipe.text_encoder is None or pipe.tokenizer is None:
-        raise InvalidArgumentError(
-            "this model was loaded without a text encoder: give it the other stage's, with "
-            "stage_2.replace(text_encoder=stage_1.text_encoder, tokenizer=stage_1.tokenizer)"
-        )
+    lacks_encoder = pipe.text_encoder is None or pipe.tokenizer is None
 
     def states(texts: list[str]) -> dict[str, Any]:
+        if lacks_encoder and all(isinstance(text, NoText) for text in texts):
+            shape = (len(texts), MAX_LENGTH, pipe.unet.config.text_dim)
+            return {"encoder_hidden_states": np.zeros(shape, np.float32)}
+        if lacks_encoder:
+            raise InvalidArgumentError(
+                "this model was loaded without a text encoder: give it the other stage's, with "
+                "stage_2.replace(text_encoder=stage_1.text_encoder, tokenizer=stage_1.tokenizer), or "
+                "prompt_embeds and negative_prompt_embeds, as stage_1.encode_prompts returns them"
+            )
         texts = [text.lower().strip() for text in texts]
         options = {"max_length": MAX_LENGTH, "mask": True}
         encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, **options)
@@ -108,18 +114,27 @@ def encode_with_image(
     cond, uncond = encode(pipe, request)
     count = len(request.prompts)
     enlarged = repeated(np.asarray(models.resize_linear(small_image, request.size)), count)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(cast(Any, request.keys).wrapped(), _NOISING)
-    noise = np.asarray(D.solvers.noise_like(keys, cast(Any, enlarged)))
     level = np.full(count, noise_level, np.float32)
-    t = level[:, None, None, None]
-    noised = {"extra_channels": path.alpha(t) * enlarged + path.sigma(t) * noise, "class_labels": level}
+    pictures = noised_pictures(pipe.image_noising_scheduler, cast(ImageKeys, request.keys), enlarged, level)
+    noised = {"extra_channels": pictures, "class_labels": level}
     return cond | noised, uncond | noised
+
+
+def noised_pictures(
+    scheduler: Any, keys: ImageKeys, pictures: Float[np.ndarray, "N H W C"], level: Real[np.ndarray, " N"]
+) -> Float[np.ndarray, "N H W C"]:
+    """Pictures at a timestep of a scheduler's path; the noise of image k depends on its key alone."""
+    path = schedulers.from_config(scheduler, "ddim").path
+    folded = jax.vmap(jax.random.fold_in, (0, None))(keys.wrapped(), _NOISING)
+    noise = np.asarray(D.solvers.noise_like(folded, cast(Any, pictures)))
+    t = np.asarray(level, np.float32)[:, None, None, None]
+    return np.asarray(path.alpha(t) * pictures + path.sigma(t) * noise)
 
 
 def enlarge(
     pipe: Pipeline,
     key: Key[Array, " ..."],
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     *,
     image: Any = None,
@@ -143,11 +158,15 @@ def enlarge(
     Raises:
         UnknownNameError, InvalidArgumentError, DataError: always before the network is compiled.
     """
-    prompts = as_texts(prompt)
+    states = options.get("prompt_embeds")
+    prompts = as_texts(prompt) if states is None else [NoText()] * len(states)
     negatives = for_each(negative_prompt, prompts, "negative_prompt")
-    each = [text for text in prompts for _ in range(num_images_per_prompt)]
     if negatives is not None:
         negatives = [text for text in negatives for _ in range(num_images_per_prompt)]
+    for name in EMBEDS:
+        if options.get(name) is not None and len(options[name]) == len(prompts):
+            options[name] = np.repeat(np.asarray(options[name]), num_images_per_prompt, axis=0)
+    each = [text for text in prompts for _ in range(num_images_per_prompt)]
     if image is None:
         raise InvalidArgumentError("super-resolution needs image=, the small image that stage I drew")
     if "small_image" in options:
@@ -157,7 +176,8 @@ def enlarge(
         small = np.repeat(small, num_images_per_prompt, axis=0)
     check_rows(small, len(each), "image")
     own = {"small_image": small, "noise_level": noise_level}
-    return generate(pipe, key, each, negatives, image=original_image, **own, **options)
+    texts = each if states is None else prompt
+    return generate(pipe, key, texts, negatives, image=original_image, **own, **options)
 
 
 def respaced_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
@@ -241,6 +261,7 @@ DEEPFLOYD_IF = Family(
     autoencoder=None,
     latent_spec=latent_spec,
     grid=respaced_grid,
+    text_widths=lambda pipe: TextWidths(pipe.unet.config.text_dim),
     unused=("tiling",),
 )
 DEEPFLOYD_IF_SUPER_RESOLUTION = DEEPFLOYD_IF._replace(

@@ -73,10 +73,14 @@ def text_widths(pipe: Pipeline) -> TextWidths:
     return TextWidths(config.joint_attention_dim, config.pooled_projection_dim)
 
 
-def latent_spec(pipe: Pipeline) -> LatentSpec:
-    """The transformer packs 2x2 latents into a token; 1024x1024 pixels at the published factor of 8."""
+def latent_spec(pipe: Pipeline, besides: int = 0) -> LatentSpec:
+    """The transformer packs 2x2 latents into a token; 1024x1024 pixels at the published factor of 8.
+
+    Args:
+        besides: input channels of the transformer that are not x.
+    """
     side = 128 * scale_factor(pipe.vae)
-    in_channels = pipe.transformer.config.latent_channels
+    in_channels = pipe.transformer.config.latent_channels - besides
     return default_latent_spec(pipe, patch=2, in_channels=in_channels, default_size=(side, side))
 
 
@@ -113,8 +117,11 @@ def defaults(pipe: Pipeline) -> Defaults:
     return Defaults(guidance_scale=3.5, num_inference_steps=steps, strength=0.6, round_up=True)
 
 
-def check(pipe: Pipeline) -> None:
+def check(pipe: Pipeline, besides: int = 0) -> None:
     """The encoders' states and the latents must be as wide as the transformer takes them.
+
+    Args:
+        besides: input channels of the transformer that are not x.
 
     Raises:
         CheckpointError: parts of different models.
@@ -124,7 +131,7 @@ def check(pipe: Pipeline) -> None:
     given, taken = pipe.text_encoder.config.hidden_size, config.pooled_projection_dim
     if given != taken:
         raise CheckpointError(f"its CLIP gives a pooled state {given} wide, its transformer takes {taken}")
-    check_latent_channels(pipe, config.latent_channels)
+    check_latent_channels(pipe, config.latent_channels - besides)
 
 
 FLUX = Family(

@@ -59,9 +59,9 @@ def check(pipe: Pipeline) -> None:
     unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
     encoders = [part for name, part in pipe.networks.items() if name.startswith("text_encoder")]
     width = sum(encoder.config.hidden_size for encoder in encoders)
-    if width != unet.cross_attention_dim:
+    if width != unet.context_dim:
         raise CheckpointError(
-            f"its text encoders give states {width} wide, its U-Net takes {unet.cross_attention_dim}"
+            f"its text encoders give states {width} wide, its U-Net takes {unet.context_dim}"
         )
     if unet.out_channels != channels:
         raise CheckpointError(
@@ -71,7 +71,7 @@ def check(pipe: Pipeline) -> None:
 
 def text_widths(pipe: Pipeline) -> TextWidths:
     """The states alone."""
-    return TextWidths(pipe.unet.config.cross_attention_dim)
+    return TextWidths(pipe.unet.config.context_dim)
 
 
 def class_name(pipe: Pipeline) -> str:

@@ -133,7 +133,7 @@ def defaults(pipe: Pipeline) -> Defaults:
 
 def text_widths(pipe: Pipeline) -> TextWidths:
     """The states of both encoders side by side, and the pooled one of the second."""
-    return TextWidths(pipe.unet.config.cross_attention_dim, pipe.text_encoder_2.config.projection_dim)
+    return TextWidths(pipe.unet.config.context_dim, pipe.text_encoder_2.config.projection_dim)
 
 
 def class_name(pipe: Pipeline) -> str:

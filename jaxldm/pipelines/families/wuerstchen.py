@@ -26,6 +26,7 @@ from jaxldm.arguments import checked
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.exact import floor_product
 from jaxldm.pipelines.call import Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import Family, Folder, check_latent_channels, check_text_width
 from jaxldm.pipelines.generate import generate
 from jaxldm.pipelines.inputs import LatentSpec, Size, four_axes
@@ -85,6 +86,7 @@ WUERSTCHEN_PRIOR = Family(
     autoencoder=None,
     latent_spec=prior_latents,
     decode=embeddings,
+    text_widths=lambda pipe: TextWidths(pipe.prior.config.c_cond),
     unused=_UNUSED,
     draws_images=False,
 )
@@ -105,7 +107,7 @@ def encode_with_embeddings(
 def decode_embeddings(
     pipe: Pipeline,
     key: Key[Array, " ..."],
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     *,
     image_embeddings: Any = None,
@@ -132,7 +134,8 @@ def decode_embeddings(
     for name in ("height", "width"):
         if options.get(name) is not None:
             raise InvalidArgumentError(f"the image embeddings set the {name}: leave it out")
-    count = len(as_texts(prompt))
+    states = options.get("prompt_embeds")
+    count = len(as_texts(prompt) if states is None else states)
     if len(given) not in (1, count, count * num_images_per_prompt):
         raise InvalidArgumentError(
             f"{len(given)} image_embeddings for {count} prompts of {num_images_per_prompt} images each: give "
@@ -196,6 +199,7 @@ WUERSTCHEN_DECODER = Family(
     autoencoder="vqgan",
     latent_spec=decoder_latents,
     call=decode_embeddings,
+    text_widths=lambda pipe: TextWidths(pipe.decoder.config.clip_embd),
     unused=_UNUSED,
     draws_images=False,
 )

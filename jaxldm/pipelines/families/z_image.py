@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.family import (
     Family,
     Folder,
@@ -148,4 +149,5 @@ Z_IMAGE = Family(
     grid=even_grid,
     combine=combine,
     check_guidance=check_guidance,
+    text_widths=lambda pipe: TextWidths(pipe.transformer.config.cap_feat_dim, masked=True),
 )
