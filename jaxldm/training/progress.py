@@ -55,7 +55,8 @@ class Progress:
         self._rows, self._log = rows, log
         self._steps_per_epoch, self._num_epochs = steps_per_epoch, -(-num_steps // steps_per_epoch)
         self._pending: deque[tuple[int, Mapping[str, Any], float, int]] = deque()
-        self._epoch_rows: list[tuple[float, float]] = []
+        self._epoch_rows: list[list[float]] = []  # loss, gradient norm and learning rate of its updates
+        self._epoch_steps = self._epoch_skipped = 0
         self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._in_a_row = 0  # updates skipped so far
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
@@ -119,16 +120,18 @@ class Progress:
         )
         self._epoch_waiting += waiting
         self._epoch_examples += examples
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if self._is_skipped(step, metrics):
-            loss = grad_norm = math.nan
+        skipped = self._is_skipped(step, metrics)
         if self.diverged is not None:
             return
-        self._epoch_rows.append((loss, grad_norm))
+        shown = [float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")]
+        self._epoch_steps += 1
+        self._epoch_skipped += skipped
+        if not skipped and math.isfinite(shown[0]):  # NaN too where it was another player's turn
+            self._epoch_rows.append(shown)
+            self._bar.set_postfix_str(f"loss {shown[0]:.4g}", refresh=False)
         self._bar.update()
-        self._bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
         if step % self._steps_per_epoch == 0:
-            self._end_epoch(epoch, float(metrics["learning_rate"]), now)
+            self._end_epoch(epoch, now)
         if now - self._flushed > 1.0:
             self._rows.flush()
             self._flushed = now
@@ -179,22 +182,22 @@ class Progress:
         """Examples in a second, the share of time waiting for them, and that of the matrix peak."""
         seconds = max(seconds, 1e-9)
         waiting = min(self._epoch_waiting / seconds, 1.0)  # that for the next updates may be in it
-        of_peak = self._of_peak(len(self._epoch_rows), seconds)
+        of_peak = self._of_peak(self._epoch_steps, seconds)
         share = "under 1%" if of_peak < 0.01 else f"{of_peak:.0%}"
         peak = "" if np.isnan(of_peak) else f", {share} of the matrix peak"
         rate = self._epoch_examples / seconds
         return f"{rate:{'.0f' if rate >= 100 else '.3g'}} examples/s, {waiting:.0%} waiting{peak}"
 
-    def _end_epoch(self, epoch: int, learning_rate: float, now: float) -> None:
-        rows = np.array(self._epoch_rows)
-        finite = rows[np.isfinite(rows).all(axis=1)]
-        loss, grad_norm = finite.mean(axis=0) if len(finite) else (math.nan, math.nan)
-        skipped = f"  {len(rows) - len(finite)} skipped" if len(finite) < len(rows) else ""
+    def _end_epoch(self, epoch: int, now: float) -> None:
+        rows = np.array(self._epoch_rows or [[math.nan] * 3])
+        loss, grad_norm, _ = rows.mean(axis=0)
+        skipped = f"  {self._epoch_skipped} skipped" if self._epoch_skipped else ""
         self._log(
             f"{self.name}: epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  grad norm {grad_norm:.3g}  "
-            f"learning rate {learning_rate:.2e}  {now - self._epoch_started:.1f} s  "
+            f"learning rate {rows[-1, 2]:.2e}  {now - self._epoch_started:.1f} s  "
             f"{self._speed(now - self._epoch_started)}{skipped}"
         )
         self._epoch_rows.clear()
+        self._epoch_steps = self._epoch_skipped = 0
         self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._epoch_started = now

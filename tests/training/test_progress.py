@@ -77,6 +77,22 @@ def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, m
 
 
 @pytest.mark.unchecked
+def test_another_players_turn_is_not_counted_as_a_skipped_update(tmp_path):
+    """The first player moves in updates 1 and 3; of those, update 3 had no finite loss and was skipped."""
+    said = []
+    counts = {"start": 0, "num_steps": 4, "steps_per_epoch": 4, "seconds": 0.0}
+    progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=said.append, bar=False)
+    for step, (loss, rate, skipped) in enumerate([(2.0, 0.5, 0), (np.nan, np.nan, 0)] * 2, start=1):
+        row = {"loss": loss, "grad_norm": 1.0 + 0 * rate, "learning_rate": rate, "skipped": skipped}
+        if step == 3:
+            row |= {"loss": np.inf, "skipped": 1}
+        progress.push(step, {name: OnDevice(value, []) for name, value in row.items()}, examples=16)
+    progress.drain()
+    assert "loss 2.0000  grad norm 1  learning rate 5.00e-01" in said[-1]
+    assert said[-1].endswith("  1 skipped")
+
+
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("seconds", "speed"),
     [(0.01, "28630 examples/s"), (1.0, "286 examples/s"), (200.0, "1.43 examples/s")],
