@@ -13,8 +13,12 @@ from jaxldm import diffusion as D
 from jaxldm import schedulers
 
 _LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-_OPEN = ("DEISMultistepScheduler", "DPMSolver", "UniPC")
-_MULTISTEP = ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler")
+_OPEN = ("DEISMultistepScheduler", "DPMSolverMulti", "DPMSolverSingle", "SASolver", "UniPC")
+_MULTISTEP = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "EDMDPMSolverMultistepScheduler",
+)
 
 
 class Deviation(NamedTuple):
@@ -52,10 +56,10 @@ def _clips_with_ddim(probe: Probe) -> bool:
 
 def _visits_the_last_row_twice(probe: Probe) -> bool:
     name, spacing = probe.scheduler, _value(probe, "timestep_spacing")
-    if name in ("DDIMScheduler", "PNDMScheduler"):
+    if name in ("DDIMScheduler", "DDIMInverseScheduler", "PNDMScheduler"):
         at_0 = spacing == "linspace" or (spacing == "leading" and not _value(probe, "steps_offset"))
         return at_0 and not _value(probe, "set_alpha_to_one")
-    if name == "DEISMultistepScheduler":
+    if name in ("DEISMultistepScheduler", "SASolverScheduler"):
         return _has_levels(probe)
     if _value(probe, "final_sigmas_type") != "sigma_min":
         return False
@@ -65,10 +69,8 @@ def _visits_the_last_row_twice(probe: Probe) -> bool:
 
 
 def _jumps_beside_its_rows(probe: Probe) -> bool:
-    return probe.scheduler in ("DDIMScheduler", "PNDMScheduler") and _value(probe, "timestep_spacing") in (
-        "linspace",
-        "trailing",
-    )
+    names = ("DDIMScheduler", "DDIMInverseScheduler", "PNDMScheduler")
+    return probe.scheduler in names and _value(probe, "timestep_spacing") in ("linspace", "trailing")
 
 
 def _third_order(probe: Probe) -> bool:
@@ -132,6 +134,10 @@ _MEASURED = {
 }
 _COVERS: dict[str, Callable[[Probe], bool]] = {
     "ddim_clips": _clips_with_ddim,
+    "ddim_inverse": lambda probe: (
+        probe.scheduler == "DDIMInverseScheduler"
+        and bool(_value(probe, "prediction_type") != "epsilon" or _value(probe, "clip_sample"))
+    ),
     "rows_left_out": _jumps_beside_its_rows,
     "last_row_twice": _visits_the_last_row_twice,
     "third_order": _third_order,
@@ -139,6 +145,9 @@ _COVERS: dict[str, Callable[[Probe], bool]] = {
     "flow_levels": _flow_levels,
     "shift_twice": _static_shift,
     "rounded_times": _rounded_times,
+    "log_linear": lambda probe: (
+        probe.config.get("interpolation_type") == "log_linear" and not _has_levels(probe)
+    ),
     "zero_terminal_snr": lambda probe: bool(_value(probe, "rescale_betas_zero_snr")),
     "cosine_float32": _cosine_in_float32,
     "not_a_number": _not_a_number,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+import types
 from typing import Any, NamedTuple
 
 import numpy as np
 from diffusers import schedulers as reference
 
-from jaxldm.schedulers.table import SCHEDULERS
+from jaxldm.schedulers.table import INVERSES, SCHEDULERS
 
 _V = {"prediction_type": "v_prediction"}
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 _DYNAMIC = {"use_dynamic_shifting": True}
 _THRESHOLD = {"thresholding": True}
+_CONTINUOUS = {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 120.0} | _V
 # Entry -> values tried; a dictionary says what must stand next to it for the entry to have a meaning.
 VALUES: dict[str, list[Any]] = {
     "num_train_timesteps": [500],
@@ -41,7 +45,7 @@ VALUES: dict[str, list[Any]] = {
     "max_image_seq_len": [{"max_image_seq_len": 8192} | _DYNAMIC],
     "time_shift_type": [{"time_shift_type": "linear"} | _DYNAMIC],
     "shift_terminal": [0.1, {"shift_terminal": 0.1} | _DYNAMIC, {"shift_terminal": 0.1} | _FLOW],
-    "invert_sigmas": [True],
+    "invert_sigmas": [True, {"invert_sigmas": True, "shift": 3.0}],
     "scale_factors": [[0.5, 1.0]],
     "upscale_mode": ["nearest"],
     "stochastic_sampling": [True],
@@ -54,8 +58,18 @@ VALUES: dict[str, list[Any]] = {
         {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"},
         {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
     ],
-    "timestep_type": [{"timestep_type": "continuous", "use_karras_sigmas": True}],
-    "interpolation_type": ["log_linear"],
+    "timestep_type": [
+        {"timestep_type": "continuous", "use_karras_sigmas": True},
+        _CONTINUOUS | {"use_karras_sigmas": True},
+        _CONTINUOUS | {"use_exponential_sigmas": True, "timestep_spacing": "leading"},
+        _CONTINUOUS,
+    ],
+    "interpolation_type": [
+        "log_linear",
+        {"interpolation_type": "log_linear", "timestep_spacing": "leading", "steps_offset": 1},
+        {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "trailing"},
+        {"interpolation_type": "log_linear", "final_sigmas_type": "sigma_min"},
+    ],
     "use_karras_sigmas": [True],
     "use_exponential_sigmas": [True],
     "use_beta_sigmas": [True],
@@ -73,9 +87,24 @@ VALUES: dict[str, list[Any]] = {
         "deis",
         {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
         {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 1},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun"},
+        {
+            "algorithm_type": "dpmsolver",
+            "final_sigmas_type": "sigma_min",
+            "solver_order": 3,
+            "solver_type": "heun",
+        },
+        {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 1},
+        {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun"},
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
     ],
+    "predictor_order": [1, 3, {"predictor_order": 4, "lower_order_final": False}],
+    "corrector_order": [1, 3, {"corrector_order": 4, "predictor_order": 3}],
+    "tau_func": [{"tau_func": "all"}],
+    "noise_sampler_seed": [3],
     "solver_type": ["midpoint", "heun", "bh1", "bh2", "logrho", {"solver_type": "heun", "solver_order": 3}],
     "lower_order_final": [
         True,
@@ -96,6 +125,8 @@ VALUES: dict[str, list[Any]] = {
 }
 # Where an entry means something else.
 OF_ONE: dict[str, dict[str, list[Any]]] = {
+    "SASolverScheduler": {"algorithm_type": ["noise_prediction"]},
+    "UnCLIPScheduler": {"variance_type": ["learned_range"], "beta_schedule": ["linear"]},
     "EDMEulerScheduler": {"sigma_min": [0.01], "sigma_max": [40.0], "prediction_type": ["v_prediction"]},
     "EDMDPMSolverMultistepScheduler": {
         "sigma_min": [0.01],
@@ -120,16 +151,33 @@ class Probe(NamedTuple):
         return f"{self.scheduler} {shown}"
 
 
+def reference_class(scheduler: str) -> Any:
+    """The class of diffusers. DPMSolverSDE's needs torchsde for its own noise alone, which is replaced."""
+    if scheduler != "DPMSolverSDEScheduler":
+        return getattr(reference, scheduler)
+    name = "diffusers.schedulers.scheduling_dpmsolver_sde"
+    if name not in sys.modules:
+        absent = "torchsde" not in sys.modules
+        sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))
+        importlib.import_module(name)
+        if absent:
+            del sys.modules["torchsde"]
+    return sys.modules[name].DPMSolverSDEScheduler
+
+
 def signature(scheduler: str) -> dict[str, Any]:
     """The entries of a scheduler of the reference and their defaults."""
-    parameters = inspect.signature(getattr(reference, scheduler).__init__).parameters
-    return {name: value.default for name, value in parameters.items() if name != "self"}
+    parameters = inspect.signature(reference_class(scheduler).__init__).parameters
+    rest = inspect.Parameter.VAR_KEYWORD
+    return {
+        name: value.default for name, value in parameters.items() if name != "self" and value.kind != rest
+    }
 
 
 def probes() -> list[Probe]:
     """Every scheduler as it is, then with every entry changed. KeyError: an entry without a value to try."""
     found = []
-    for scheduler in SCHEDULERS:
+    for scheduler in (*SCHEDULERS, *INVERSES):
         known = signature(scheduler)
         found.append(Probe(scheduler, None, {}))
         for entry, default in known.items():

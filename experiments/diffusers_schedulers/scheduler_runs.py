@@ -13,16 +13,17 @@ import diffusers
 import jax
 import numpy as np
 import torch
-from diffusers import schedulers as reference
 
-from experiments.diffusers_schedulers.scheduler_probes import signature
+from experiments.diffusers_schedulers.scheduler_probes import reference_class, signature
 from jaxldm import diffusion as D
 from jaxldm import schedulers
 
 SHAPE = (1, 2, 2, 2)
 TOKENS = 1024
 # These keep alpha = 1: their x is x / alpha.
-IN_SIGMA_SPACE = ("Euler", "EDM", "Heun", "KDPM2", "LMS")
+IN_SIGMA_SPACE = ("Euler", "EDM", "Heun", "KDPM2", "LMS", "DPMSolverSDE")
+# Two timesteps to a step.
+IN_PAIRS = ("KDPM2", "DPMSolverSDE")
 # The distribution of the data: two equal peaks at +-PEAK of this deviation, in each number.
 PEAK, WIDTH = 0.8, 0.5
 
@@ -64,6 +65,20 @@ def step_noise(step: int) -> np.ndarray:
     return np.asarray(D.solvers.noise_like(keys, np.zeros(SHAPE, np.float32)))
 
 
+def brownian(key: Any, shape: tuple[int, ...], step: int, to_the_end: bool, ratio: float) -> torch.Tensor:
+    """The noise of `dpmpp_sde` at a step: of its first half, or to its end, `ratio` of the levels away.
+
+    Args:
+        key, shape: of a run of one image, channels last.
+    """
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    keys = fold(D.image_keys(key, 1), np.uint32(step))
+    draw = [np.asarray(D.solvers.noise_like(fold(keys, k), np.zeros(shape, np.float32))) for k in (0, 1)]
+    weight = 1 / (1 + ratio**-0.5)
+    noise = weight**0.5 * draw[0] + (1 - weight) ** 0.5 * draw[1] if to_the_end else draw[0]
+    return torch.from_numpy(noise.transpose(0, 3, 1, 2))
+
+
 def ours(
     scheduler: schedulers.Scheduler, steps: int, dtype: Any = np.float32, strength: float | None = None
 ) -> tuple[np.ndarray, D.Grid]:
@@ -74,12 +89,10 @@ def ours(
         strength: of image-to-image, with `image()`.
     """
     sampler, grid = scheduler.run(steps, TOKENS)
-    if strength is not None and scheduler.quirks is not None:
+    if strength is not None:
         whole = grid
-        grid = scheduler.quirks.cut_by_strength(whole, steps, strength, round_up=False)
-        sampler = scheduler.quirks.part(sampler, whole)
-    elif strength is not None:
-        grid = D.cut_by_strength(grid, strength)
+        grid = scheduler.runs.cut_by_strength(whole, steps, strength, round_up=False)
+        sampler = scheduler.runs.part(sampler, whole)
 
     def call(x, t):
         answer = network(
@@ -117,7 +130,7 @@ def theirs(
         strength: of image-to-image, with `image()`.
     """
     sampler = scheduler.sampler
-    cls = getattr(reference, name)
+    cls = reference_class(name)
     diffusers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,7 +142,7 @@ def theirs(
                 options["sigmas"] = np.linspace(1, 1 / steps, steps)  # as the pipelines give them
         made.set_timesteps(steps, **options)
         first = start().transpose(0, 3, 1, 2)
-        if name.startswith("EDM"):
+        if scheduler.prediction.name == "edm":
             first = first * 80
         elif name.startswith(IN_SIGMA_SPACE):
             first = first * float(made.sigmas[0] ** 2 + 1) ** 0.5
@@ -168,17 +181,26 @@ def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str, skipped: in
     def randn(*arguments, **options):
         return torch.from_numpy(step_noise(row).transpose(0, 3, 1, 2)).to(x.dtype)
 
+    if name == "DPMSolverSDEScheduler":
+        key = jax.random.key(0)
+        made.noise_sampler = lambda sigma, following: brownian(
+            key, SHAPE, row, i % 2 == 1, float(sigma / following)
+        ).to(x.dtype)
     module: Any = sys.modules[type(made).__module__]
     draws = hasattr(module, "randn_tensor")
     with mock.patch.object(module, "randn_tensor", randn) if draws else contextlib.nullcontext():
         for i, t in enumerate(times):
-            row = (i + skipped) // 2 if name.startswith("KDPM2") else i + skipped
+            row = (i + skipped) // 2 if name.startswith(IN_PAIRS) else i + skipped
             scaled = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
             given = scaled.numpy().astype(np.float64).transpose(0, 2, 3, 1)
             answer = network(sampler.prediction, sampler.learned_variance, given, float(t) / total)
             answer = torch.from_numpy(answer.transpose(0, 3, 1, 2)).to(x.dtype)
             if name == "ScoreSdeVpScheduler":
                 x = made.step_pred(answer, x, t)[0]
+                continue
+            if name == "UnCLIPScheduler":  # as its pipelines do
+                following = times[i + 1] if i + 1 < len(times) else None
+                x = made.step(answer, t, x, prev_timestep=following, return_dict=False)[0]
                 continue
             t = t[None] if name == "DDPMWuerstchenScheduler" else t
             x = made.step(answer, t, x, return_dict=False)[0]

@@ -54,12 +54,9 @@ def verdict(probe: Probe, steps: int, *, quirks: bool = False) -> Verdict:
         return Verdict("refused", str(error))
     if size <= AGREES:
         return Verdict("agree")
-    if (
-        quirks
-        and scheduler_runs.difference_in_float64(probe.scheduler, probe.config, steps, scheduler) <= AGREES
-    ):
-        return Verdict("agree", "rounding", size)
     deviation = None if quirks else deviation_of(probe)
-    if deviation is None:
-        return Verdict("silent", f"differs by {size:.1e}", size)
-    return Verdict("deviating", deviation.title, size)
+    if deviation is not None:
+        return Verdict("deviating", deviation.title, size)
+    if scheduler_runs.difference_in_float64(probe.scheduler, probe.config, steps, scheduler) <= AGREES:
+        return Verdict("agree", "rounding", size)
+    return Verdict("silent", f"differs by {size:.1e}", size)

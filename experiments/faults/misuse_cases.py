@@ -301,6 +301,7 @@ def solvers() -> list[Case]:
     return [
         *rows,
         Case("D.solvers.make", D.solvers.make, {"name": "ddim", "eta": 0.0}, True, {"name": "solver"}),
+        Case("D.solvers.ddim_inverse", D.solvers.ddim_inverse, {"iterations": 2}),
         of_d("with_momentum", solver=D.solvers.ddim()),
         of_d("inpaint", solver=D.solvers.ddim(), image=np.zeros((4, 4, 1)), mask=np.zeros((4, 4, 1))),
     ]

@@ -245,6 +245,15 @@ def pipelines_in_memory() -> list[Case]:
     return [
         case("pipelines.components", lambda pipe: list(p.components(pipe)), pipe=pipe),
         case("pipelines.compare", p.compare, first=pipe, second=pipe),
+        case(
+            "pipelines.invert",
+            lambda pipe, image, iterations: p.invert(
+                pipe, image, "a", iterations=iterations, num_inference_steps=1
+            ),
+            pipe=p.load(place() / "texts"),
+            image=np.zeros((16, 16, 3), np.uint8),
+            iterations=1,
+        ),
         case("pipelines.is_denoiser", p.is_denoiser, config=network.config),
         case(
             "pipelines.join_wuerstchen", p.join_wuerstchen, prior=pipe, decoder=pipe, words=TWO_STAGES

@@ -108,6 +108,9 @@ class Eval:
     output_dir: Annotated[str | None, shown("OUT", "RUN/eval")] = None
     """Folder for metrics.json, metrics.md and a grid of images for each scale."""
 
+    reference_quirks: bool = False
+    """Draw what diffusers draws with the folder, also where its schedulers err: to compare pictures."""
+
     quiet: bool = False
     """Print only errors and warnings, and no progress bar."""
 
@@ -126,7 +129,7 @@ class Eval:
         out = Path(self.output_dir or Path(self.folder) / "eval")
         pipelines.check_output_folder(out)
         classify = load_classifier(self.folder)
-        pipe = pipelines.load(self.folder)
+        pipe = pipelines.load(self.folder, reference_quirks=self.reference_quirks)
         scales = [pipe.check_guidance_scale(scale) for scale in self.guidance_scale or default_scales(pipe)]
         fewest = 2 * (pipe.num_classes or 1)
         if self.num_images < fewest:
@@ -167,7 +170,8 @@ class Eval:
         """The options that the metrics depend on."""
         options = {"num_images": self.num_images, **self.call_options(pipe), "seed": self.seed}
         names = ("num_images", "num_inference_steps", "solver", "seed", "spacing", "sigmas")
-        return {name: options[name] for name in names if name in options}
+        quirks = {"reference_quirks": True} if self.reference_quirks else {}
+        return {name: options[name] for name in names if name in options} | quirks
 
     def call_options(self, pipe: Any) -> dict[str, Any]:
         """The options of the pipeline's call: those that are given, and the defaults of an evaluation."""

@@ -367,10 +367,12 @@ def generated_images(options: Any, captions: list[str] | None) -> ImageSet:
     from jaxldm.metrics.image_sets import array_set, open_image_set
 
     if not is_run(options.folder):
+        if options.reference_quirks:
+            raise InvalidArgumentError("--reference-quirks is of a run, which draws images: leave it out")
         return open_image_set(options.folder)
     if len(options.guidance_scale) > 1:
         raise InvalidArgumentError(f"--metrics takes one guidance scale, got {len(options.guidance_scale)}")
-    pipe = pipelines.load(options.folder)
+    pipe = pipelines.load(options.folder, reference_quirks=options.reference_quirks)
     [scale] = options.guidance_scale or (1.0,)
     scale = pipe.check_guidance_scale(scale) if captions is None else scale
     images, _ = options.draw(pipe, scale, captions)

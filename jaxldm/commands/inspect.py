@@ -66,6 +66,9 @@ class Inspect:
     inception: Annotated[str | None, shown("FILE", "none")] = None
     """Weights of FID's InceptionV3, as for `jaxldm eval`: adds the FID of each checkpoint of a run."""
 
+    reference_quirks: bool = False
+    """Draw what diffusers draws with the folder, also where its schedulers err: to compare pictures."""
+
     seed: int = 0
     """Seed of all random numbers, from 0 to 4294967295."""
 

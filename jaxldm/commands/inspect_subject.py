@@ -64,7 +64,7 @@ def load_subject(options: Any) -> Subject:
     if kind != "run" and not of_captions and options.inception is not None:
         alone = " (without --prompt)" if is_run_of_captions(options.folder) else ""
         raise InvalidArgumentError(f"--inception measures the checkpoints of a run{alone}: leave it out")
-    pipe = pipelines.load(options.folder)
+    pipe = pipelines.load(options.folder, reference_quirks=options.reference_quirks)
     if "mask_token" in pipe.family.methods:
         raise InvalidArgumentError(
             f"{options.folder} unmasks tokens, and what is shown here is of models that remove noise: look "

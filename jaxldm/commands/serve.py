@@ -88,6 +88,11 @@ class Serve:
     dtype: Annotated[str | None, shown("DTYPE", "that of the files")] = None
     """Of weights and computations: float32, bfloat16 or float16."""
 
+    reference_quirks: bool = False
+    """Draw what diffusers draws with the folder, also where its schedulers err: to compare pictures. With
+    most solvers all requests then take the model's own number of steps.
+    """
+
     devices: Annotated[int | None, shown("INT", "one")] = None
     """Number of devices to use; each has slots of its own."""
 
@@ -155,9 +160,11 @@ class Serve:
 
     def _workers(self, sizes: tuple[tuple[int, int], ...]) -> list[Any]:
         """The workers; the process of the first starts here, while this one imports the rest."""
-        model = self.folder, self.family, self.dtype
-        options = self._options(sizes)
-        make = functools.partial(make_worker, *model, self.devices, options, IMPORTED.get(), self.quiet)
+        loading = {"family": self.family, "dtype": self.dtype, "reference_quirks": self.reference_quirks}
+        options, modules = self._options(sizes), IMPORTED.get()
+        make = functools.partial(
+            make_worker, self.folder, loading, self.devices, options, modules, self.quiet
+        )
         devices = (self.devices or 1) if self.workers > 1 else None
         return [worker_of(make, number, devices) for number in range(self.workers)]
 
@@ -201,8 +208,7 @@ def worker_of(make: Callable[[], Any], number: int, devices: int | None) -> Any:
 
 def make_worker(
     folder: str,
-    family: str | None,
-    dtype: str | None,
+    loading: dict[str, Any],
     devices: int | None,
     options: dict[str, Any],
     modules: Sequence[str] = (),
@@ -211,7 +217,8 @@ def make_worker(
     """What a worker works with, made in its process.
 
     Args:
-        folder, family, dtype, devices, quiet: as of the command.
+        folder, devices, quiet: as of the command.
+        loading: options of `pipelines.load`.
         options: of the `Settings`.
         modules: of the user's, to be imported first.
     """
@@ -222,7 +229,7 @@ def make_worker(
     log_lines(quiet)
     for module in modules:
         importlib.import_module(module)
-    pipe = pipelines.load(folder, family=family, dtype=dtype)
+    pipe = pipelines.load(folder, **loading)
     return made(pipe, settings, first_devices(devices))
 
 

@@ -71,12 +71,19 @@ def epsilon(path: Path) -> Prediction:
     """The output is the noise eps (Ho et al. 2020): x_0 = (x_t - sigma output) / alpha.
 
     Raises:
-        InvalidArgumentError: a path with zero terminal SNR, where x_0 would be divided by alpha = 0.
+        InvalidArgumentError: a path with zero terminal SNR, where x_0 would be divided by alpha = 0, or by an
+            alpha whose square float32 does not hold.
     """
     if path.zero_terminal_snr:
         raise InvalidArgumentError(
             f"epsilon prediction leaves x_0 undefined at the noisy end of this {path.name} path, where "
             "alpha = 0 (zero terminal SNR): use v_prediction, flow or sample (D.v, D.flow, D.x0)"
+        )
+    if path.num_train_timesteps is not None and path.alpha(path.t_noisy) ** 2 < np.finfo(np.float32).tiny:
+        raise InvalidArgumentError(
+            f"epsilon prediction leaves x_0 undefined at the noisy end of this {path.name} path, where "
+            f"alpha^2 = {path.alpha(path.t_noisy) ** 2:.1e} is nothing in float32: use betas that grow less, "
+            "or v_prediction, flow or sample (D.v, D.flow, D.x0)"
         )
     return linear_prediction("epsilon", path, lambda t: LEVEL_COEFFICIENTS["epsilon"](None, None))
 

@@ -37,7 +37,7 @@ from jaxldm.diffusion.levels import (
 )
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.errors import InvalidArgumentError, Table, one_of, shown
-from jaxldm.exact import MAX_STEPS
+from jaxldm.exact import LARGEST_FLOAT32, MAX_STEPS
 
 # sigma / alpha at the rows of ten steps, and behind them where the run ends (Sabour et al. 2024, "Align Your
 # Steps", quickstart guide). Made for the paths of Stable Diffusion 1.5, SDXL and Stable Video Diffusion.
@@ -435,7 +435,8 @@ def fractional_times(path: Path, count: int) -> Float[np.ndarray, " N"]:
     t = np.linspace(0, path.num_train_timesteps - 1, count)[::-1]
     whole = np.arange(path.num_train_timesteps, dtype=np.float64)
     with np.errstate(divide="ignore"):
-        between = path.time(np.interp(t, whole, path.sigma(whole) / path.alpha(whole)))
+        ratio = np.minimum(path.sigma(whole) / path.alpha(whole), LARGEST_FLOAT32)
+        between = path.time(np.interp(t, whole, ratio))
     return np.where(t == np.round(t), t, between)
 
 

@@ -33,6 +33,7 @@ from jaxldm.pipelines.folders import (
 from jaxldm.pipelines.generate import generate
 from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_for, save_samples
 from jaxldm.pipelines.inputs import Latents, LatentSpec, as_images, as_masks
+from jaxldm.pipelines.inversion import invert
 from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
@@ -74,6 +75,7 @@ __all__ = [
     "encode_images",
     "encode_texts",
     "generate",
+    "invert",
     "is_denoiser",
     "join_wuerstchen",
     "kind_of",

@@ -38,8 +38,10 @@ from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
 from jaxldm.pipelines.weak_branch import weak_of
-from jaxldm.schedulers import GridRule, Sampler, Scheduler
+from jaxldm.schedulers import PLAIN, GridRule, Sampler, Scheduler
 
+# Published networks that number their timesteps, also where a file has use_flow_sigmas.
+_OF_TIMESTEPS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
 STEPS_AT_ONCE = 64
 
@@ -168,12 +170,15 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
         raise InvalidArgumentError('variance is an option of solver="ddpm"')
     if call.variance == "learned" and not pipe.has_learned_variance:
         raise InvalidArgumentError('this network has no learned variance: leave variance="learned" out')
+    options = {"eta": call.eta, "reference_quirks": pipe.reference_quirks}
     if call.variance is None:
         stops_early = call.denoising_end < 1
-        options = {"eta": call.eta, "reference_quirks": pipe.reference_quirks}
-        return schedulers.from_config(pipe.scheduler, solver, stops_early=stops_early, **options)
-    quirks = pipe.reference_quirks
-    scheduler = schedulers.from_config(pipe.scheduler, "ddpm", eta=call.eta, reference_quirks=quirks)
+        scheduler = schedulers.from_config(pipe.scheduler, solver, stops_early=stops_early, **options)
+        if pipe.reference_quirks and scheduler.solver == D.solvers.tcd():  # pipelines give it eta=0
+            sampler = scheduler.sampler._replace(solver=D.solvers.tcd(gamma=0.0))
+            return dataclasses.replace(scheduler, sampler=sampler)
+        return scheduler
+    scheduler = schedulers.from_config(pipe.scheduler, "ddpm", **options)
     own = D.solvers.ddpm(variance=call.variance)
     sampler = scheduler.sampler._replace(solver=own, learned_variance=call.variance == "learned")
     return dataclasses.replace(scheduler, sampler=sampler)
@@ -193,13 +198,14 @@ def grid(
         UnknownNameError: no such spacing or sigmas.
     """
     scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
+    _check_time(pipe, scheduler.path)
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
-    sampler, quirks = scheduler.sampler, scheduler.quirks
-    # diffusers shifts the levels that a call writes down, too.
-    shifts = quirks is not None and isinstance(path, D.Flow) and call.timesteps is None
-    rows = _written_rows(path, call, rule.final, path.default_shift if shifts else None)
+    sampler, runs = scheduler.sampler, scheduler.runs
+    shift = runs.shift_of_levels(path) if call.timesteps is None else None
+    rows = _written_rows(path, call, rule.final, shift)
     named = call.spacing is not None or call.sigmas is not None
     distilled = rows is None and (call.spacing if named else rule.spacing) == "lcm"
+    distilled &= not (pipe.reference_quirks and _cuts_whole_runs(pipe))
     steps = call.num_inference_steps
     if steps is None:
         distilled_elsewhere = rule.spacing == "lcm" and pipe.few_steps is None
@@ -211,23 +217,39 @@ def grid(
         original = (GridRule() if named else rule).original_steps
         total = cast(int, path.num_train_timesteps)
         rows = D.at_times(path, D.lcm_timesteps(steps, total, original, call.strength))
-    own = rows is None and not named and quirks is not None
-    if own:
-        sampler, rows = cast(Any, quirks).run(sampler, rule, path, steps)
-    elif rows is None:
-        rows = (rule.respaced(call.spacing, cast(Any, call.sigmas)) if named else rule).make(path, steps)
+    making = PLAIN if named or rows is not None else runs
+    if rows is None:
+        rule = rule.respaced(call.spacing, cast(Any, call.sigmas)) if named else rule
+        sampler, rows = making.run(sampler, rule, path, steps)
     whole = rows
     if call.strength is not None and not distilled:
-        round_up = pipe.defaults.round_up
-        if own:
-            rows = cast(Any, quirks).cut_by_strength(whole, steps, call.strength, round_up=round_up)
-        else:
-            rows = D.cut_by_strength(whole, call.strength, round_up=round_up)
+        rows = making.cut_by_strength(whole, steps, call.strength, round_up=pipe.defaults.round_up)
     rows = _part(rows, path, call.denoising_start, call.denoising_end)
     length = len(rows.t) - 1
-    if quirks is not None and length < len(whole.t) - 1:
-        sampler = quirks.part(sampler, whole)
+    if length < len(whole.t) - 1:
+        sampler = runs.part(sampler, whole)
     return sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
+
+
+def _check_time(pipe: Pipeline, path: D.Path) -> None:
+    """Raises `InvalidArgumentError` for a scheduler that counts time as the network does not."""
+    module = pipe.denoiser.module
+    network, counts = type(module).__name__, models.convention(module)
+    if counts.continuous and path.t_noisy > 1:
+        raise InvalidArgumentError(
+            f"{network} was trained with t from 0 to 1, and the scheduler is of a {path.name} path up to "
+            f"{path.t_noisy:g}: take one of flow matching, or use_flow_sigmas"
+        )
+    if network in _OF_TIMESTEPS and pipe.scheduler.get("use_flow_sigmas"):
+        raise InvalidArgumentError(
+            f"the scheduler has use_flow_sigmas, but {network} was trained with timesteps: leave it out"
+        )
+
+
+def _cuts_whole_runs(pipe: Pipeline) -> bool:
+    """Whether the image-to-image pipeline of diffusers knows nothing of LCM's timesteps below a strength."""
+    of_lcm = "LatentConsistencyModelImg2ImgPipeline" in pipe.family.folder.class_names
+    return not (of_lcm and pipe.is_guidance_distilled)
 
 
 def _written_rows(path: D.Path, call: Call, final: str, shift: float | None) -> D.Grid | None:

@@ -10,12 +10,14 @@ a grid, and sometimes a change of x_0 (thresholding, the boundary condition of a
 from jaxldm.schedulers.grids import GridRule
 from jaxldm.schedulers.masked_tokens import MASKED_TOKENS_SCHEDULER, masked_tokens_config
 from jaxldm.schedulers.read import from_config
+from jaxldm.schedulers.runs import PLAIN
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import SCHEDULER_OF, SCHEDULERS, Known, default_solver
 from jaxldm.schedulers.write import to_config
 
 __all__ = [
     "MASKED_TOKENS_SCHEDULER",
+    "PLAIN",
     "SCHEDULERS",
     "SCHEDULER_OF",
     "DynamicShift",

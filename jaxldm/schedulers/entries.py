@@ -75,6 +75,10 @@ TYPES: Mapping[str, Any] = {
     "disable_corrector": tuple[_Count, ...] | None,
     "solver_p": Any,
     "stochastic_sampling": _Flag,
+    "predictor_order": _Count,
+    "corrector_order": _Count,
+    "tau_func": Any,
+    "noise_sampler_seed": _Count | None,
     "timestep_scaling": _Float,
     # x_0
     "thresholding": _Flag,
@@ -100,9 +104,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "HeunDiscreteScheduler": _LATENT_DIFFUSION,
     "KDPM2DiscreteScheduler": _LATENT_DIFFUSION,
     "KDPM2AncestralDiscreteScheduler": _LATENT_DIFFUSION,
+    "DPMSolverSDEScheduler": _LATENT_DIFFUSION,
+    "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
 }
 # Schedulers that clip x_0 to [-1, 1] where the file that names them does not say whether.
-CLIPS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler")
+CLIPS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "UnCLIPScheduler")
 
 
 def typed(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What diffusers does otherwise in its runs, behind one switch: `from_config(..., reference_quirks=True)`.
 
 `docs/where-jaxldm-differs.md` lists the differences. Here is how each is drawn: rows that stand still or do
-not belong together, times told to the network that are not its own, and steps of `reference_solvers`. What
+not belong together, times of the network that are not its own, and steps of `reference_solvers`. What
 depends on the number of steps is compiled into the run, so that another number compiles again.
 """
 
@@ -19,31 +19,34 @@ from jaxldm.diffusion import levels
 from jaxldm.diffusion.grids import check_count, rows_at
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.schedulers.grids import GridRule
-from jaxldm.schedulers.reference_path import told_times
+from jaxldm.schedulers.reference_path import rounded_times
 from jaxldm.schedulers.reference_solvers import euler_maruyama, in_whole_run, pndm_by_evaluations, strided
-from jaxldm.schedulers.table import SCHEDULERS
+from jaxldm.schedulers.runs import Runs
+from jaxldm.schedulers.table import ENDS_NOISY, LEVELS, SCHEDULERS, SPACINGS
 
 # `counts` of `in_whole_run`, where it is not "steps".
-_COUNTS = {"lms": "rows", "dpmpp_2s": "pairs"}
+_COUNTS = {"lms": "rows", **dict.fromkeys(("dpmpp_2s", "dpmpp_3s", "dpm_2s", "dpm_3s"), "pairs")}
 # Our option -> the solvers that have it, and its value in diffusers.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddim": {"keeps_epsilon": True},
     "dpmpp_3m": {"parabola": "half"},
     "dpmpp_3m_sde": {"parabola": "diffusers"},
+    "dpm_3m": {"parabola": "half"},
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Quirks:
+class Quirks(Runs):
     """How a scheduler of diffusers makes a run.
 
     Attributes:
         scheduler: its class.
         solver: our name.
-        rounding: what becomes of the times that the network is told: None, "round" or "floor".
+        rounding: what becomes of the times that the network gets: None, "round" or "floor".
         flow_of: with `use_flow_sigmas` the path of the file's betas, which such a run still looks at.
         combine: see `D.solvers.pndm`.
         runge_kutta: whether PNDM begins with Runge-Kutta steps.
+        labels: None, or the rule of the times that the network gets, which are not those of the levels.
     """
 
     scheduler: str
@@ -52,6 +55,7 @@ class Quirks:
     flow_of: D.VP | None = None
     combine: str = "epsilon"
     runge_kutta: bool = False
+    labels: GridRule | None = None
 
     def run(self, sampler: Any, rule: GridRule, path: D.Path, count: int) -> tuple[Any, D.Grid]:
         """(sampler, rows) of N steps.
@@ -67,17 +71,21 @@ class Quirks:
             flow = cast(D.Flow, path)
             t, last = self._flow_levels(rule, flow, count)
             steps = round(1 / flow.t_min)
-            told = np.floor(t * steps) / steps
-            return _told(sampler, t, told), rows_at(path, np.append(t, last))
+            sampler = _with_times(sampler, t, np.floor(t * steps) / steps)
+            return sampler, rows_at(path, np.append(t, last))
+        if self.labels is not None:
+            t = rule.times(path, count + 1)
+            return _with_times(sampler, t[:-1], self.labels.times(path, count)), rows_at(path, t)
         t = rule.times(path, count)
         total = path.num_train_timesteps
         if self.solver == "pndm" and total is not None:
             t, runge_kutta = self._evaluations(t, total // count)
-            sampler = sampler._replace(solver=pndm_by_evaluations(total // count, runge_kutta, self.combine))
+            solver = pndm_by_evaluations(total // count, runge_kutta, self.combine)
+            sampler = sampler._replace(solver=solver, num_steps=count)
         elif self.scheduler == "DDIMScheduler" and self.solver == "ddim" and total is not None:
-            sampler = sampler._replace(solver=strided(sampler.solver, total // count))
+            sampler = sampler._replace(solver=strided(sampler.solver, total // count), num_steps=count)
         elif self.rounding is not None and rule.levels is not None:
-            sampler = _told(sampler, t, told_times(cast(D.VP, path), rule, count, self.rounding))
+            sampler = _with_times(sampler, t, rounded_times(cast(D.VP, path), rule, count, self.rounding))
         last = path.t_clean if rule.final == "clean" else path.t_min
         if rule.level_min is not None and last >= 0 and self.scheduler == "UniPCMultistepScheduler":
             last = t[-1]  # which repeats its own, where Euler adds that of the betas
@@ -94,7 +102,11 @@ class Quirks:
             return sampler
         columns = tuple(tuple(np.asarray(column).tolist()) for column in whole[:3])
         solver = in_whole_run(sampler.solver, columns, _COUNTS.get(self.solver, "steps"))
-        return sampler._replace(solver=solver)
+        return sampler._replace(solver=solver, num_steps=len(whole.t) - 1)
+
+    def shift_of_levels(self, path: D.Path) -> float | None:
+        """That of its own, once more: of a flow path."""
+        return path.default_shift if isinstance(path, D.Flow) else None
 
     def _evaluations(
         self, t: Float[np.ndarray, " N"], stride: int
@@ -124,9 +136,9 @@ class Quirks:
             t[0] -= 1e-6 if abs(t[0] - 1) < 1e-6 else 0
         else:
             t = _shifted(1 - even, path.shift)[:0:-1]
-        if rule.final == "clean" and self.scheduler != "DEISMultistepScheduler":
+        if rule.final == "clean" and self.scheduler not in ENDS_NOISY:
             return t, 0.0
-        own = self.scheduler in ("DEISMultistepScheduler", "UniPCMultistepScheduler")
+        own = self.scheduler in (*ENDS_NOISY, "UniPCMultistepScheduler")
         return t, float(t[-1] if own else levels.noise_level(betas, betas.t_min))
 
 
@@ -134,8 +146,9 @@ def _shifted(t: Float[np.ndarray, " N"], shift: float) -> Float[np.ndarray, " N"
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _told(sampler: Any, t: Float[np.ndarray, " N"], told: Float[np.ndarray, " N"]) -> Any:
-    return sampler._replace(told=(tuple(t.tolist()), tuple(told.tolist())))
+def _with_times(sampler: Any, t: Float[np.ndarray, " N"], network_times: Float[np.ndarray, " N"]) -> Any:
+    times = tuple(t.tolist()), tuple(network_times.tolist())
+    return sampler._replace(network_times=times, num_steps=len(t))
 
 
 def quirks_of(
@@ -168,8 +181,14 @@ def quirks_of(
         cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
         rounds = rounds and not (cosine and scheduler == "DPMSolverMultistepScheduler")
         rounding = "round" if rounds else "floor"
-    skips = options.get("skip_prk_steps", True)
-    return Quirks(scheduler, solver, rounding, betas, options.get("combine", "epsilon"), not skips)
+    skips, labels = options.get("skip_prk_steps", True), None
+    if scheduler == "EulerDiscreteScheduler" and config.get("interpolation_type") == "log_linear":
+        spacing = SPACINGS["fractional"][config.get("timestep_spacing", "linspace")]
+        offset = config.get("steps_offset", 0)
+        with_levels = any(config.get(entry) for entry in LEVELS.values())
+        labels = None if with_levels else GridRule(spacing=spacing, steps_offset=offset)
+    combine = options.get("combine", "epsilon")
+    return Quirks(scheduler, solver, rounding, betas, combine, not skips, labels)
 
 
 def changed_grid(grid: GridRule, scheduler: str, *, is_shifted: bool) -> GridRule:
@@ -186,9 +205,9 @@ def changed_sampler(sampler: Any, config: Mapping[str, Any], scheduler: str, *, 
     path: Any = sampler.path
     if scheduler == "ScoreSdeVpScheduler" and own_solver:
         sampler = sampler._replace(solver=euler_maruyama())
-    rows, scale = SCHEDULERS[scheduler].rows, 1.0
-    if rows == "edm":
-        scale = float(np.hypot(path.sigma_max, 1))
-    elif rows == "fractional" and config.get("timestep_spacing", "linspace") != "leading":
+    rows, spacing = SCHEDULERS[scheduler].rows, config.get("timestep_spacing", "linspace")
+    if rows == "fractional" and spacing != "leading":
         return sampler
-    return sampler._replace(initial_scale=scale)
+    return sampler._replace(
+        initial_scale=float(np.hypot(path.sigma_max, 1)) if isinstance(path, D.EDM) else 1.0
+    )

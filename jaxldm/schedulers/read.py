@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
@@ -15,12 +16,17 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, Un
 from jaxldm.reading import reading, reason
 from jaxldm.schedulers.entries import PLACE, typed, with_defaults
 from jaxldm.schedulers.grids import TIMES, GridRule
+from jaxldm.schedulers.inverse import Inverse, as_its_base
 from jaxldm.schedulers.quirks import OPTIONS, changed_grid, changed_sampler, quirks_of
 from jaxldm.schedulers.reference_path import reference_path
+from jaxldm.schedulers.refusals import check_solver_entries
 from jaxldm.schedulers.scheduler import DynamicShift, Sampler, Scheduler
 from jaxldm.schedulers.table import (
     A_CONFIG,
     DISCRETE,
+    ENDS_CLEAN,
+    ENDS_NOISY,
+    INVERSES,
     LEVELS,
     OWN,
     OWN_OF_0_1,
@@ -42,6 +48,8 @@ BETAS = {
     "laplace_root": "laplace",
 }
 PREDICTIONS = {"flow": "flow_prediction"}  # the names that differ
+# Entries of EulerDiscreteScheduler alone; the first choice is what all others do.
+_OF_EULER = {"timestep_type": ("discrete", "continuous"), "interpolation_type": ("linear", "log_linear")}
 _DIGITS = "_digits"  # of `from_config` alone, no entry of a file: the betas in float32, as diffusers has them
 
 
@@ -96,6 +104,8 @@ def from_config(
     """
     if isinstance(solver, str) and solver not in D.solvers.SOLVERS:  # of another package, or no solver at all
         solver, eta = D.solvers.make(solver, **({} if eta is None else {"eta": eta})), None
+    if solver is None and str(config.get("_class_name")) in INVERSES:
+        return _inverse(config, reference_quirks=reference_quirks)
     with reading(PLACE):
         config = typed(config)
         named = class_name(config)
@@ -109,7 +119,7 @@ def from_config(
             prediction, grid, shift = _read(own)
             return Scheduler(Sampler(prediction, solver, **_x0_options(own)), grid, shift)
         if solver is None:
-            _check_solver_entries(config, named)
+            check_solver_entries(config, named)
         name = default_solver(config) if solver is None else solver
         options = _solver_options(config, name, as_other=reference_quirks)
         options |= OPTIONS.get(name, {}) if reference_quirks else {}
@@ -123,6 +133,8 @@ def from_config(
         own = with_defaults(own, own["_class_name"], names_it=own["_class_name"] == named)
         own |= {_DIGITS: reference_quirks}
         prediction, grid, shift = _read(own)
+        if "interval" in options:
+            options["interval"] = interval_of_noise(own, prediction.path)
         sampler = Sampler(
             prediction,
             D.solvers.make(name, **options),
@@ -132,6 +144,19 @@ def from_config(
         )
         scheduler = Scheduler(sampler, grid, shift)
         return _with_quirks(scheduler, own, name, options, solver) if reference_quirks else scheduler
+
+
+def _inverse(config: Mapping[str, Any], *, reference_quirks: bool) -> Scheduler:
+    """From an image to its noise."""
+    name = config["_class_name"]
+    with reading(PLACE):
+        base = as_its_base(typed(config), name)
+    made = from_config(base, reference_quirks=reference_quirks)
+    if name != "DDIMInverseScheduler":
+        return dataclasses.replace(made, quirks=Inverse())
+    sampler = made.sampler._replace(solver=D.solvers.ddim_inverse(1))
+    as_ddim = (sampler.prediction.name, sampler.threshold) if reference_quirks else None
+    return dataclasses.replace(made, sampler=sampler, quirks=Inverse(as_ddim))
 
 
 def _with_quirks(
@@ -187,17 +212,14 @@ def _solver_options(config: Mapping[str, Any], solver: str, *, as_other: bool = 
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in options.items()}
 
 
-def _check_solver_entries(config: Mapping[str, Any], scheduler: str) -> None:
-    """Raises `CheckpointError` for what the file's own solver would do otherwise than ours."""
-    if scheduler == "UniPCMultistepScheduler" and not config.get("predict_x0", True):
-        raise CheckpointError(f"{PLACE} has predict_x0 false, known: true; name a solver, such as unipc")
-    if scheduler == "UniPCMultistepScheduler" and config.get("solver_p") is not None:
-        raise CheckpointError(f"{PLACE} has a solver_p of its own, known: null; name a solver, such as unipc")
-    if scheduler == "PNDMScheduler" and config.get("prediction_type") == "sample":
-        raise CheckpointError(
-            f"{PLACE} has prediction_type 'sample', and PNDMScheduler knows epsilon and v_prediction: name a "
-            "solver, such as ddim"
-        )
+def interval_of_noise(config: Mapping[str, Any], path: D.Path) -> tuple[float, float]:
+    """The noise levels between which SASolverScheduler adds noise: at the whole timesteps 200 to 800."""
+    below, above = (0.5, 0.5) if config.get("use_karras_sigmas") else (0.0, 0.999)  # as it rounds them
+    total = 1 if path.num_train_timesteps is not None else config.get("num_train_timesteps", 1000)
+    low, high = (200 - below) / total, (800 + above) / total
+    times = [min(t, path.t_noisy) for t in (low, high)]
+    levels = [float(path.sigma(t) / path.alpha(t)) if path.alpha(t) > 0 else math.inf for t in times]
+    return levels[0] * (1 - 1e-6), math.inf if high > path.t_noisy else levels[1] * (1 + 1e-6)
 
 
 def _has_learned_variance(config: Mapping[str, Any]) -> bool:
@@ -228,11 +250,11 @@ def _x0_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def _read(config: Mapping[str, Any]) -> tuple[D.Prediction, GridRule, DynamicShift | None]:
     """What the file says about path, prediction and grid, or `CheckpointError`."""
     name = class_name(config)
-    for entry, plain in (("timestep_type", "discrete"), ("interpolation_type", "linear")):
-        if config.get(entry, plain) != plain:
-            raise CheckpointError(
-                f"scheduler_config.json has {entry} {shown(config[entry])}, known: {plain!r}"
-            )
+    for entry, known in _OF_EULER.items():
+        known = known if name == "EulerDiscreteScheduler" else known[:1]
+        if config.get(entry, known[0]) not in known:
+            choices = " and ".join(map(repr, known))
+            raise CheckpointError(f"{PLACE} has {entry} {shown(config[entry])}, known for {name}: {choices}")
     try:
         read = _readers()[name if name in (OWN, OWN_OF_0_1) else SCHEDULERS[name].rows]
         prediction, grid, shift = read(name, config)
@@ -259,12 +281,27 @@ def _readers() -> dict[str, Any]:
 def _read_discrete(name, config):
     if config.get("use_flow_sigmas"):
         return _read_flow_sigmas(name, config)
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        return _read_continuous(config)
     prediction = D.prediction(_prediction_name(config, "epsilon"), read_betas(config))
     grid, path = _read_discrete_grid(name, config), prediction.path
     most = float("inf") if path.zero_terminal_snr else path.sigma(path.t_noisy) / path.alpha(path.t_noisy)
     if (grid.level_max or 0) > most * (1 + 1e-6):
         raise CheckpointError(f"{PLACE} has sigma_max {grid.level_max:g}, but its betas end at {most:g}")
     return prediction, grid, None
+
+
+def _read_continuous(config):
+    """Noise levels beyond the betas, of which the network gets ln(sigma) / 4 (CosXL): EDM's, with the other
+    sign and sigma_data = 1.
+    """
+    levels, ends = _read_levels(config), {name: config.get(name) for name in ("sigma_min", "sigma_max")}
+    if levels is None or None in ends.values() or _keeps_noise(config):
+        raise CheckpointError(
+            f"{PLACE} has timestep_type 'continuous' with v_prediction, known with use_karras_sigmas (or "
+            "use_exponential_sigmas or use_beta_sigmas), sigma_min, sigma_max, and final_sigmas_type 'zero'"
+        )
+    return _negative(D.edm(D.EDM(**ends), 1.0)), GridRule(levels=levels), None
 
 
 def _read_flow_sigmas(name, config):
@@ -341,22 +378,30 @@ def _read_discrete_grid(name: str, config: Mapping[str, Any]) -> GridRule:
     names = SPACINGS[known.rows]
     default = "leading" if known.rows == "whole" else "linspace"
     spacing = names[one_of("timestep_spacing", config.get("timestep_spacing", default), names)]
+    spacing = "linspace" if name == "UnCLIPScheduler" else spacing
     levels = None if known.rows == "whole" else _read_levels(config)
     options: dict[str, Any] = {"levels": levels}
+    log_linear = config.get("interpolation_type") == "log_linear"
+    if log_linear and levels is None:  # N + 1 of them, whatever the timesteps
+        return GridRule(levels="uniform_log_snr", final="sigma_min")
     if levels is not None and name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
         options |= {f"level_{end}": config.get(f"sigma_{end}") for end in ("min", "max")}
-    if levels is None or known.rows != "open":  # those respace the whole path, whatever their spacing
+    # Those, and levels of logarithms, respace the whole path, whatever their spacing.
+    if levels is None or not (known.rows == "open" or log_linear):
         options["spacing"] = spacing
         if spacing.startswith("leading") and config.get("steps_offset"):
             options["steps_offset"] = config["steps_offset"]
-        if name.startswith("DPMSolver") and config.get("lambda_min_clipped", -math.inf) > -math.inf:
+        if (
+            name.startswith(("DPMSolver", "SASolver"))
+            and config.get("lambda_min_clipped", -math.inf) > -math.inf
+        ):
             options["lambda_min"] = config["lambda_min_clipped"]
     # A scheduler made from another's config keeps that one's entries in its file, and ignores them.
     if known.rows == "whole":
         reads_it = name in ("DDIMScheduler", "PNDMScheduler")
         keeps_noise = reads_it and not config.get("set_alpha_to_one", known.ends_clean)
     else:
-        keeps_noise = name == "DEISMultistepScheduler" or _keeps_noise(config)
+        keeps_noise = name in ENDS_NOISY or (_keeps_noise(config) and name not in ENDS_CLEAN)
     return GridRule(**options, final="sigma_min" if keeps_noise else "clean")
 
 
@@ -382,9 +427,14 @@ def _negative(prediction: D.Prediction) -> D.Prediction:
 
 
 def _read_flow(name, config):
-    for entry in ("invert_sigmas", "scale_factors"):
-        if config.get(entry):
-            raise CheckpointError(f"scheduler_config.json has {entry}, which is not known here")
+    mirrored = bool(config.get("invert_sigmas"))
+    if mirrored and (name != "FlowMatchEulerDiscreteScheduler" or config.get("stochastic_sampling")):
+        raise CheckpointError(
+            f"{PLACE} has invert_sigmas, known for FlowMatchEulerDiscreteScheduler, "
+            "without stochastic_sampling"
+        )
+    if config.get("scale_factors"):
+        raise CheckpointError(f"{PLACE} has scale_factors, which is not known here")
     t_min = config.get("_t_min", 1 / config.get("num_train_timesteps", 1000))
     path = D.Flow(shift=config.get("shift", 1.0), t_min=t_min)
     shift = _dynamic_shift(config)
@@ -396,7 +446,14 @@ def _read_flow(name, config):
         shift_terminal=config.get("shift_terminal") or None,
         shift_t_min_twice=bool(config.get("_shift_t_min_twice")),  # our own entry
     )
-    return D.prediction(config.get("_prediction_type", "flow"), path), grid, shift
+    prediction = D.prediction(config.get("_prediction_type", "flow"), path)
+    return _mirrored(prediction) if mirrored else prediction, grid, shift
+
+
+@equal_by_call
+def _mirrored(prediction: D.Prediction) -> D.Prediction:
+    """The network counts time from noise to data, 1 - t, and its output is the change along that (Mochi)."""
+    return _negative(prediction)._replace(precondition=lambda x_t, t: (x_t, 1 - t))
 
 
 def _read_continuous_vp(name, config):

@@ -1,4 +1,4 @@
-"""The discrete path in the float32 of diffusers, digit by digit, and the times that it tells the network."""
+"""The discrete path in the float32 of diffusers, digit by digit, and the times that the network gets."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _linspace(first: float, last: float, count: int) -> Float[np.ndarray, " T"]:
     return np.where(k < count // 2, low, high).astype(np.float32)
 
 
-def told_times(path: D.VP, grid: GridRule, count: int, rounding: str) -> Float[np.ndarray, " N"]:
-    """What the network is told at N noise levels: the timestep, "round"-ed or cut off ("floor").
+def rounded_times(path: D.VP, grid: GridRule, count: int, rounding: str) -> Float[np.ndarray, " N"]:
+    """What the network gets at N noise levels: the timestep, "round"-ed or cut off ("floor").
 
-    The digits matter: whether the noisiest level is told 999 or 998 is decided by the last of float32.
+    The digits matter: whether the noisiest level gets 999 or 998 is decided by the last of float32.
 
     Args:
         path: from `reference_path`.

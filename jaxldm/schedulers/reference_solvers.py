@@ -136,7 +136,7 @@ def in_whole_run(solver: Solver, columns: tuple[tuple[float, ...], ...], counts:
         columns: t, alpha and sigma of the whole run.
         counts: what stands for the number of steps taken. "steps": those that were. "rows": all rows before,
             whose answers are zeros (LMSDiscreteScheduler). "pairs": the rows before, from the second step on
-            (DPMSolverSinglestepScheduler, whose pairs begin at even rows).
+            (DPMSolverSinglestepScheduler, whose pairs begin at even rows, and its threes at every third).
     """
 
     def step(state, denoise, grid, i, keys):
@@ -149,3 +149,34 @@ def in_whole_run(solver: Solver, columns: tuple[tuple[float, ...], ...], counts:
         return solver.step(state, denoise, whole, number, keys)
 
     return Solver(solver.init, step)
+
+
+@equal_by_call
+def ddim_inverse_of_diffusers(kind: str, bounds: tuple[float, float] | None, stride: int) -> Solver:
+    """DDIMInverseScheduler: one iteration, with x_0 and eps of the output at the level that x has.
+
+    The network is asked at the time where the step ends, and each step begins `stride` timesteps below that.
+
+    Args:
+        kind: what the network predicts.
+        bounds: of x_0, or None.
+        stride: T // N.
+    """
+    coefficients = LEVEL_COEFFICIENTS[kind]
+
+    def step(state, denoise, grid, i, keys):
+        x, first, there = state.x, row(grid, 0), row(grid, i + 1)
+        path: Any = path_of(denoise, "ddim_inverse")
+        t = jnp.minimum(there.t - stride, path.t_noisy)
+        alpha = jnp.where(t < 0, first.alpha, path.alpha(jnp.maximum(t, 0)))
+        sigma = jnp.where(t < 0, first.sigma, path.sigma(jnp.maximum(t, 0)))
+        found = denoise(x, there.t)
+        a, b = coefficients(there.alpha, there.sigma)
+        output = a * found + b * implied_noise(found, x, there.alpha, there.sigma)
+        a, b = coefficients(alpha, sigma)
+        whole = alpha * b - sigma * a
+        x_0, epsilon = (b * x - sigma * output) / whole, (alpha * output - a * x) / whole
+        x_0 = x_0 if bounds is None else jnp.clip(x_0, *bounds)
+        return State(there.alpha * x_0 + there.sigma * epsilon), x_0
+
+    return Solver(State, step)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.schedulers.grids import GridRule
-from jaxldm.schedulers.quirks import Quirks
+from jaxldm.schedulers.runs import PLAIN, Runs
 
 
 class Sampler(NamedTuple):
@@ -25,8 +25,9 @@ class Sampler(NamedTuple):
         threshold: (percentile, max_value) of `D.dynamic_threshold`, (low, high) of `D.static_threshold` where
             `clips`, or None.
         clips: which of the two.
-        told: None, or (t of the rows, what the network is told there), where that is another.
+        network_times: None, or (t of the rows, the t that the network gets there), where that is another.
         initial_scale: the standard deviation of the noise that a run starts from; None is the first row's.
+        num_steps: the number of steps that it is for; None: any.
     """
 
     prediction: D.Prediction
@@ -35,8 +36,9 @@ class Sampler(NamedTuple):
     timestep_scaling: float | None = None
     threshold: tuple[float, float] | None = None
     clips: bool = False
-    told: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    network_times: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     initial_scale: float | None = None
+    num_steps: int | None = None
 
     @property
     def path(self) -> D.Path:
@@ -49,7 +51,7 @@ class Sampler(NamedTuple):
         Args:
             network: (x [N, h, w, c], t [N]) -> output [N, h, w, c], or 2c channels with learned variance.
         """
-        network = network if self.told is None else _telling(network, *self.told)
+        network = network if self.network_times is None else _at_times(network, *self.network_times)
         denoise = D.denoiser(network, self.prediction, learned_variance=self.learned_variance)
         if self.timestep_scaling is not None:
             denoise = D.consistency_function(denoise, self.timestep_scaling)
@@ -63,13 +65,13 @@ class Sampler(NamedTuple):
         return noise if self.initial_scale is None else noise * (self.initial_scale / grid.sigma[0])
 
 
-def _telling(
-    network: Callable[[Any, Any], Any], rows: tuple[float, ...], told: tuple[float, ...]
+def _at_times(
+    network: Callable[[Any, Any], Any], rows: tuple[float, ...], network_times: tuple[float, ...]
 ) -> Callable[[Any, Any], Any]:
-    """The network, told at the t of each row another time."""
+    """The network that gets, at the t of each row, another time."""
 
     def call(x, t):
-        times, others = jnp.asarray(rows, t.dtype), jnp.asarray(told, t.dtype)
+        times, others = jnp.asarray(rows, t.dtype), jnp.asarray(network_times, t.dtype)
         return network(x, others[jnp.argmin(jnp.abs(times[None] - t[:, None]), axis=1)])
 
     return call
@@ -102,13 +104,13 @@ class Scheduler:
         sampler: solver and denoiser.
         grid: how the rows are spaced.
         dynamic_shift: None, or the shift by the size of the image, in place of the path's own.
-        quirks: None, or what diffusers does otherwise in its runs.
+        quirks: None, or how its runs are made instead: as diffusers does (`Quirks`), backwards (`Inverse`).
     """
 
     sampler: Sampler
     grid: GridRule = dataclasses.field(default_factory=GridRule)
     dynamic_shift: DynamicShift | None = None
-    quirks: Quirks | None = None
+    quirks: Runs | None = None
 
     def __post_init__(self):
         if self.dynamic_shift is not None and not isinstance(self.path, D.Flow):
@@ -131,6 +133,11 @@ class Scheduler:
         """The solver."""
         return self.sampler.solver
 
+    @property
+    def runs(self) -> Runs:
+        """How runs and their parts are made."""
+        return PLAIN if self.quirks is None else self.quirks
+
     def path_for(self, num_image_tokens: int | None = None) -> D.Path:
         """The path, with the shift for an image of so many tokens where the shift is dynamic."""
         if self.dynamic_shift is None or num_image_tokens is None:
@@ -143,10 +150,7 @@ class Scheduler:
 
     def run(self, num_inference_steps: int, num_image_tokens: int | None = None) -> tuple[Sampler, D.Grid]:
         """(sampler, rows) of a run of that many steps."""
-        path = self.path_for(num_image_tokens)
-        if self.quirks is None:
-            return self.sampler, self.grid.make(path, num_inference_steps)
-        return self.quirks.run(self.sampler, self.grid, path, num_inference_steps)
+        return self.runs.run(self.sampler, self.grid, self.path_for(num_image_tokens), num_inference_steps)
 
     def with_grid(self, **changes: Any) -> Scheduler:
         """The same with other options of its `GridRule`.

@@ -28,9 +28,14 @@ _MULTISTEP = {
     "lower_order_final": ("lower_order_final", True),
     "euler_at_final": ("euler_at_final", False),
 }
-_MULTISTEP_OPTIONS: dict[str, Any] = dict.fromkeys(
-    ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"), _MULTISTEP
-)
+_MULTISTEP_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_2m", "dpm_3m"), _MULTISTEP),
+    "dpm_sde": {"order": ("solver_order", 2), **_MULTISTEP},
+}
+_SINGLESTEP = {
+    "solver_type": ("solver_type", "midpoint"),
+    "lower_order_final": ("lower_order_final", False),
+}
 
 
 class Known(NamedTuple):
@@ -82,17 +87,21 @@ SCHEDULERS: dict[str, Known] = {
         {"deis": {"order": ("solver_order", 2), "lower_order_final": ("lower_order_final", True)}},
     ),
     "DPMSolverSinglestepScheduler": Known(
-        ("dpmpp_2s",),
+        ("dpmpp_2s", "dpmpp_3s", "dpm_2s", "dpm_3s"),
         "open",
-        {
-            "dpmpp_2s": {
-                "solver_type": ("solver_type", "midpoint"),
-                "lower_order_final": ("lower_order_final", False),
-            }
-        },
+        dict.fromkeys(("dpmpp_2s", "dpmpp_3s", "dpm_2s", "dpm_3s"), _SINGLESTEP),
     ),
     "DPMSolverMultistepScheduler": Known(
-        ("dpmpp_2m", "dpmpp_1s", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"),
+        (
+            "dpmpp_2m",
+            "dpmpp_1s",
+            "dpmpp_3m",
+            "dpmpp_2m_sde",
+            "dpmpp_3m_sde",
+            "dpm_2m",
+            "dpm_3m",
+            "dpm_sde",
+        ),
         "open",
         _MULTISTEP_OPTIONS,
     ),
@@ -108,6 +117,22 @@ SCHEDULERS: dict[str, Known] = {
             }
         },
     ),
+    "SASolverScheduler": Known(
+        ("sa_solver",),
+        "open",
+        {
+            "sa_solver": {
+                "predictor_order": ("predictor_order", 2),
+                "corrector_order": ("corrector_order", 2),
+                "interval": ("num_train_timesteps", 1000),
+                "lower_order_final": ("lower_order_final", True),
+            }
+        },
+    ),
+    "DPMSolverSDEScheduler": Known(("dpmpp_sde",), "fractional"),
+    "UnCLIPScheduler": Known(
+        ("ddpm",), "whole", {"ddpm": {"variance": ("variance_type", "fixed_small_log")}}, clips=True
+    ),
     "EDMEulerScheduler": Known(("euler",), "edm"),
     "EDMDPMSolverMultistepScheduler": Known(("dpmpp_2m",), "edm", _MULTISTEP_OPTIONS),
     "FlowMatchEulerDiscreteScheduler": Known(("flow_euler",), "flow"),
@@ -118,27 +143,48 @@ SCHEDULERS: dict[str, Known] = {
 }
 # The same under another name: their `batch_step_no_noise` is for a pipeline that is not here.
 ALIASES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
+# From an image to its noise -> the one whose rows it takes backwards.
+INVERSES = {
+    "DDIMInverseScheduler": "DDIMScheduler",
+    "DPMSolverMultistepInverseScheduler": "DPMSolverMultistepScheduler",
+}
 OWN = "PathScheduler"  # for paths and predictions that no scheduler of diffusers has
 OWN_OF_0_1 = "NoiseSchedule"  # what 0.1 wrote for them
 DISCRETE = ("whole", "fractional", "open", "lcm")
-# `algorithm_type` and `solver_order` -> solver.
-DPM_SOLVERS = {
+# `algorithm_type` and `solver_order` -> solver. Of first order in x_0 or in eps is the same step.
+_DPM_SOLVERS = {
     ("dpmsolver++", 1): "dpmpp_1s",
     ("dpmsolver++", 2): "dpmpp_2m",
     ("dpmsolver++", 3): "dpmpp_3m",
+    ("sde-dpmsolver++", 1): "euler_ancestral",  # which has a scheduler of its own, too
     ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
-_FIRST_OF_SDE = {("sde-dpmsolver++", 1): "euler_ancestral"}  # which has a scheduler of its own, too
 ALGORITHMS: Mapping[str, Mapping[tuple[Any, Any], str]] = {
-    "DPMSolverMultistepScheduler": DPM_SOLVERS | _FIRST_OF_SDE,
-    "EDMDPMSolverMultistepScheduler": DPM_SOLVERS | _FIRST_OF_SDE,
+    "DPMSolverMultistepScheduler": {
+        **_DPM_SOLVERS,
+        ("dpmsolver", 1): "dpmpp_1s",
+        ("dpmsolver", 2): "dpm_2m",
+        ("dpmsolver", 3): "dpm_3m",
+        ("sde-dpmsolver", 1): "dpm_sde",
+        ("sde-dpmsolver", 2): "dpm_sde",
+    },
+    "EDMDPMSolverMultistepScheduler": _DPM_SOLVERS,
     "DPMSolverSinglestepScheduler": {
         ("dpmsolver++", 1): "dpmpp_1s",
         ("dpmsolver++", 2): "dpmpp_2s",
-        **_FIRST_OF_SDE,
+        ("dpmsolver++", 3): "dpmpp_3s",
+        ("sde-dpmsolver++", 1): "euler_ancestral",
+        ("dpmsolver", 1): "dpmpp_1s",
+        ("dpmsolver", 2): "dpm_2s",
+        ("dpmsolver", 3): "dpm_3s",
     },
 }
+# They end at the last noise level whatever a file has, or at none.
+ENDS_NOISY = ("DEISMultistepScheduler", "SASolverScheduler")
+ENDS_CLEAN = ("DPMSolverSDEScheduler",)
+# What integrates eps: diffusers lets it end at the last noise level alone, where eps is known.
+OF_EPSILON = ("dpm_2m", "dpm_3m", "dpm_2s", "dpm_3s", "dpm_sde")
 # `solver_type` -> what a scheduler takes instead where it is another's: `from_config` of diffusers keeps it.
 SOLVER_TYPES = {
     **dict.fromkeys(ALGORITHMS, dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")),
@@ -154,14 +200,17 @@ VARIANCES = {
 }
 # The scheduler that spaces the rows for a solver. Solvers that have none keep the folder's.
 SCHEDULER_OF = {
-    solver: name for name, known in SCHEDULERS.items() if known.rows in DISCRETE for solver in known.solvers
+    solver: name
+    for name, known in SCHEDULERS.items()
+    if known.rows in DISCRETE and name != "UnCLIPScheduler"
+    for solver in known.solvers
 }
 
 
 def class_name(config: Mapping[str, Any]) -> str:
     """The scheduler that a file names. Raises `CheckpointError` for one that is not known here."""
     name = config.get("_class_name")
-    name = ALIASES.get(name, name) if isinstance(name, str) else name
+    name = (ALIASES | INVERSES).get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or (name not in SCHEDULERS and name not in (OWN, OWN_OF_0_1)):
         known = known_names(name, [*SCHEDULERS, OWN])
         raise CheckpointError(f"scheduler_config.json has _class_name {shown(name)}; {known}")
@@ -194,6 +243,6 @@ def default_solver(config: Mapping[str, Any]) -> str:
     if asked not in solvers:
         raise CheckpointError(
             f"scheduler_config.json has algorithm_type {shown(algorithm)} with solver_order {shown(order)}, "
-            f"which is not known here: name a solver, such as {', '.join(solvers.values())}"
+            f"which is not known here: name a solver, such as {', '.join(dict.fromkeys(solvers.values()))}"
         )
     return solvers[asked]

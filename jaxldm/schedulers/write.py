@@ -13,7 +13,7 @@ from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.schedulers.grids import GridRule
 from jaxldm.schedulers.read import BETAS, PREDICTIONS, from_config
 from jaxldm.schedulers.scheduler import DynamicShift
-from jaxldm.schedulers.table import DPM_SOLVERS, LEVELS, OWN, SCHEDULER_OF, SCHEDULERS, SPACINGS
+from jaxldm.schedulers.table import ALGORITHMS, LEVELS, OF_EPSILON, OWN, SCHEDULER_OF, SCHEDULERS, SPACINGS
 
 
 @checked(
@@ -134,11 +134,16 @@ def _discrete_grid(grid: GridRule, solver: str | None) -> dict[str, Any]:
         "timestep_spacing": theirs.get(spacing, "trailing"),
         "steps_offset": grid.steps_offset,
     }
-    if solver in DPM_SOLVERS.values():
-        algorithm = next(algorithm for algorithm, ours in DPM_SOLVERS.items() if ours == solver)
-        config |= dict(zip(("algorithm_type", "solver_order"), algorithm, strict=True))
+    algorithms = [algorithm for algorithm, ours in ALGORITHMS.get(name, {}).items() if ours == solver]
+    if algorithms:
+        chosen = algorithms[-1 if solver == "dpm_sde" else 0]  # of second order
+        config |= dict(zip(("algorithm_type", "solver_order"), chosen, strict=True))
         if solver == "dpmpp_3m_sde":  # its own default, which is not that of a file
             config["solver_type"] = "heun"
+    if solver in OF_EPSILON and grid.final == "clean":
+        raise InvalidArgumentError(
+            f"solver={solver!r} ends at the last noise level in diffusers: give GridRule(final='sigma_min')"
+        )
     if family == "whole":
         return config | {"set_alpha_to_one": grid.final == "clean"}
     config["final_sigmas_type"] = "zero" if grid.final == "clean" else "sigma_min"

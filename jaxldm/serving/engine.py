@@ -339,6 +339,7 @@ class Engine:
         def facts(kind: Kind) -> dict[str, str]:
             height, width, _ = kind.compiled.latent_shape
             return {
+                "num_inference_steps": str(kind.compiled.sampler.num_steps or "any"),  # one with quirks
                 "solver": repr(kind.compiled.sampler.solver.step).removesuffix(".step")[:60],
                 "latents": f"{height}x{width}",
                 "conditions": " ".join(f"{dtype}{list(shape)}" for shape, dtype in kind.shapes),

@@ -184,6 +184,47 @@ def test_dpmpp_2s_heun():
         compare(run, prediction, grid, scheduler, case)
 
 
+THIRDS = {
+    "dpmpp_3s": ("dpmsolver++", 3, D.solvers.dpmpp_3s),
+    "dpm_2s": ("dpmsolver", 2, D.solvers.dpm_2s),
+    "dpm_3s": ("dpmsolver", 3, D.solvers.dpm_3s),
+}
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("name", THIRDS)
+def test_single_step_dpm_solvers(name, solver_type):
+    algorithm, order, make = THIRDS[name]
+    run = run_ours(make(solver_type=solver_type), VP)
+    finals = FINAL_SIGMAS if algorithm == "dpmsolver++" else ("sigma_min",)  # the reference knows no others
+    # With fewer steps float32 loses digits where eps is integrated from nearly pure noise.
+    for case in itertools.product(PREDICTIONS, (10, 15, 20), finals):
+        prediction, steps, final = case
+        scheduler = diffusers.DPMSolverSinglestepScheduler(
+            **LINEAR_BETAS,
+            prediction_type=prediction,
+            final_sigmas_type=FINAL_SIGMAS[final],
+            solver_type=solver_type,
+            algorithm_type=algorithm,
+            solver_order=order,
+        )
+        with_float64_schedule(scheduler).set_timesteps(steps)
+        grid = rule_grid(VP, steps, spacing="linspace_open", final=final)
+        compare_in_float64(run, prediction, grid, scheduler, case)
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize(
+    "order, solver", [(2, D.solvers.dpm_2m), (3, functools.partial(D.solvers.dpm_3m, parabola="half"))]
+)
+def test_dpm_solver_multistep(order, solver, solver_type):
+    run = run_ours(solver(solver_type=solver_type), VP)
+    for case in itertools.product(PREDICTIONS, STEPS, OPEN_SPACINGS, ("sigma_min",)):
+        options = {"solver_order": order, "solver_type": solver_type, "algorithm_type": "dpmsolver"}
+        grid, scheduler, label = respaced_or_not(diffusers.DPMSolverMultistepScheduler, *case, **options)
+        compare_in_float64(run, case[0], grid, scheduler, case, label)
+
+
 @pytest.mark.parametrize(
     "order, solver_type, options",
     [

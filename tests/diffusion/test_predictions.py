@@ -222,3 +222,15 @@ def test_what_cannot_be_is_refused(make, words):
 def test_unknown_prediction():
     with pytest.raises(UnknownNameError, match="choose one of epsilon, sample"):
         D.prediction("eps", PATHS["vp"])
+
+
+def test_epsilon_is_refused_where_float32_holds_no_x_0():
+    """abar of these betas is 1e-67; the other predictions draw."""
+    path = D.VP(np.linspace(1e-4, 0.3, 1000))
+    with pytest.raises(InvalidArgumentError, match="nothing in float32"):
+        D.epsilon(path)
+    denoise = D.denoiser(lambda x, t: jnp.sin(x), D.v(path))
+    grid = D.make_grid(path, 5, spacing="trailing")
+    x = D.initial_noise(jax.random.key(0), (1, 2, 2, 1), grid)
+    for solver in (D.solvers.dpmpp_2m(), D.solvers.unipc(), D.solvers.dpm_2m()):
+        assert np.isfinite(D.sample(jax.random.key(0), denoise, solver, grid, x)).all()

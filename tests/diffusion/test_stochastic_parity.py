@@ -57,10 +57,9 @@ def sde_scheduler(prediction, order, **options):
     return with_float64_schedule(
         diffusers.DPMSolverMultistepScheduler(
             **LINEAR_BETAS,
-            algorithm_type="sde-dpmsolver++",
             solver_order=order,
             prediction_type=prediction,
-            **options,
+            **{"algorithm_type": "sde-dpmsolver++"} | options,
         )
     )
 
@@ -87,6 +86,17 @@ def test_dpmpp_sde(order, solver_type):
         scheduler.set_timesteps(steps)
         grid = rule_grid(VP, steps, spacing=OPEN_SPACINGS[spacing], final=final)
         compare(run, prediction, grid, scheduler, case, variance_noise=step_noise())
+
+
+@pytest.mark.parametrize("order, solver_type", [(1, "midpoint"), (2, "midpoint"), (2, "heun")])
+def test_dpm_sde(order, solver_type):
+    run = run_ours(D.solvers.dpm_sde(order, solver_type=solver_type), VP)
+    for prediction, steps in itertools.product(PREDICTIONS, STEPS):
+        options = {"solver_type": solver_type, "final_sigmas_type": "sigma_min"}
+        scheduler = sde_scheduler(prediction, order, algorithm_type="sde-dpmsolver", **options)
+        scheduler.set_timesteps(steps)
+        grid = rule_grid(VP, steps, spacing="linspace_open", final="sigma_min")
+        compare(run, prediction, grid, scheduler, (prediction, steps), variance_noise=step_noise())
 
 
 def test_dpmpp_sde_with_respaced_sigmas():

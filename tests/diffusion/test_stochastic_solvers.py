@@ -46,6 +46,9 @@ ORDERS = {
     "2m_sde, vp": (D.solvers.dpmpp_2m_sde(), VP, even_in_log_snr, 2),
     "2m_sde eta 0.5, edm": (D.solvers.dpmpp_2m_sde(0.5), EDM, even_in_log_snr, 2),
     "3m_sde, vp": (D.solvers.dpmpp_3m_sde(), VP, even_in_log_snr, 2),
+    "dpm_sde, vp": (D.solvers.dpm_sde(), VP, even_in_log_snr, 2),
+    "dpm_sde eta 0.5, edm": (D.solvers.dpm_sde(eta=0.5), EDM, even_in_log_snr, 2),
+    "sa_solver, vp": (D.solvers.sa_solver(interval=(0.0, 1e6)), VP, even_in_log_snr, 2),
     "sit euler SBDM, gvp": (SIT(diffusion="SBDM"), GVP, even_in_time, 1),
     "sit heun SBDM, flow": (SIT("heun", "SBDM"), FLOW, even_in_time, 1),
     "sit stochastic_heun SBDM, vp": (SIT("stochastic_heun", "SBDM"), VP_INTERPOLANT, even_in_time, 2),
@@ -86,6 +89,7 @@ def test_weak_order(name, x64):
 SAMPLED = {
     "dpmpp_2m_sde, vp": (D.solvers.dpmpp_2m_sde(), VP, even_in_log_snr, 80),
     "dpmpp_3m_sde, flow": (D.solvers.dpmpp_3m_sde(), FLOW, even_in_log_snr, 60),
+    "dpmpp_sde, vp": (D.solvers.dpmpp_sde(), VP, even_in_log_snr, 60),
     "sit_sde euler, flow": (SIT(diffusion="linear"), FLOW, even_in_time, 120),
     "restart, flow": (D.solvers.restart(), FLOW, even_in_log_snr, 40),
 }
@@ -155,6 +159,7 @@ def test_as_k_diffusion_prints_them(order, solver_type):
 
 TWINS = {
     "2m": (D.solvers.dpmpp_2m_sde(0.0), D.solvers.dpmpp_2m()),
+    "dpm_sde": (D.solvers.dpm_sde(eta=0.0), D.solvers.dpm_2m()),
     "3m": (D.solvers.dpmpp_3m_sde(0.0, solver_type="midpoint"), D.solvers.dpmpp_3m()),
     "3m, Lagrange": (
         other_solvers.dpmpp_3m("exact", solver_type="heun"),

@@ -47,6 +47,7 @@ def test_a_plain_denoiser_may_answer_in_bfloat16():
 
 
 NEED_A_PATH = (
+    "dpmpp_sde",
     "heun",
     "dpm2",
     "dpm2_ancestral",

@@ -2,21 +2,17 @@
 
 import inspect
 
-import diffusers
 import pytest
 
+from experiments.diffusers_schedulers.scheduler_probes import reference_class
 from jaxldm import schedulers
 from jaxldm.errors import CheckpointError
 from jaxldm.schedulers.entries import TYPES
 from jaxldm.schedulers.table import ALIASES, SCHEDULERS
 
 
-def theirs_of(name):
-    return getattr(diffusers if hasattr(diffusers, name) else diffusers.schedulers, name)
-
-
 def defaults_of(name):
-    parameters = inspect.signature(theirs_of(name).__init__).parameters
+    parameters = inspect.signature(reference_class(name).__init__).parameters
     values = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

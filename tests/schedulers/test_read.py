@@ -250,10 +250,13 @@ def test_options_that_do_not_fit_are_refused(call, error, words):
 
 
 def test_an_algorithm_that_is_not_known_here():
-    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}
+    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver+"}
     with pytest.raises(CheckpointError, match="name a solver"):
         schedulers.from_config(config)
     assert schedulers.from_config(config, "ddim").grid == GridRule(spacing="leading")
+
+
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +264,11 @@ def test_an_algorithm_that_is_not_known_here():
     [
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_predict"}, "v_prediction"),
         ({"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]}, "scale_factors"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
+        ({"_class_name": "FlowMatchLCMScheduler", "invert_sigmas": True}, "invert_sigmas"),
+        ({"_class_name": "HeunDiscreteScheduler", "interpolation_type": "log_linear"}, "known for Heun"),
+        ({"_class_name": "EulerDiscreteScheduler", **CONTINUOUS}, "sigma_min, sigma_max"),
+        ({"_class_name": "SASolverScheduler", "algorithm_type": "noise_prediction"}, "data_prediction"),
+        ({"_class_name": "DDIMInverseScheduler", "timestep_spacing": "linspace"}, "'leading' and 'trailing'"),
         ({"_class_name": "NoiseSchedule", "path": "interpolant", "interpolant": "gpv"}, "gvp"),
         ({"_class_name": "NoiseSchedule", "pth": "interpolant"}, "pth"),
         ({"_class_name": "PathScheduler", "path": {"type": "flaw"}, "prediction": "flow"}, "'flow'"),

@@ -13,7 +13,7 @@ from experiments.diffusers_schedulers import scheduler_runs
 from experiments.diffusers_schedulers.scheduler_deviations import DEVIATIONS, PAGE, deviation_of
 from experiments.diffusers_schedulers.scheduler_probes import Probe, probes, signature
 from experiments.diffusers_schedulers.scheduler_verdicts import AGREES, Verdict, read, verdict
-from jaxldm.schedulers import SCHEDULERS
+from jaxldm.schedulers.table import INVERSES, SCHEDULERS
 
 STEPS = 4
 # These make the path; test_read.py and test_write.py compare their rows.
@@ -39,7 +39,7 @@ def reference(probe, scheduler):
     return result(str(probe))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [*SCHEDULERS, *INVERSES])
 def test_no_entry_is_ignored_where_the_reference_uses_it(name):
     tried = {probe.entry for probe in PROBES if probe.scheduler == name}
     assert tried >= signature(name).keys()
@@ -61,7 +61,7 @@ def test_no_entry_is_ignored_where_the_reference_uses_it(name):
             )
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [*SCHEDULERS, *INVERSES])
 def test_what_is_used_draws_what_the_reference_draws(name):
     seen = []
     for probe in PROBES:

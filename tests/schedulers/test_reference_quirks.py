@@ -17,6 +17,9 @@ from jaxldm.schedulers.reference_path import alphas_cumprod_of
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+EPSILON = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}
+CONTINUOUS |= {"sigma_min": 0.002, "sigma_max": 120.0}
 # One or more for each deviation of the page.
 DEVIATING = [
     ("DDIMScheduler", {"set_alpha_to_one": False}),
@@ -32,6 +35,12 @@ DEVIATING = [
     ("DPMSolverMultistepScheduler", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
     ("DPMSolverMultistepScheduler", FLOW | {"final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", ZERO_SNR),
+    ("DPMSolverMultistepScheduler", EPSILON | {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", EPSILON | {"algorithm_type": "sde-dpmsolver"}),
+    ("DPMSolverSinglestepScheduler", EPSILON | {"solver_order": 3, "use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear", "timestep_spacing": "leading"}),
+    ("EulerDiscreteScheduler", CONTINUOUS),
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "shift": 3.0}),
     ("DPMSolverSinglestepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
     ("UniPCMultistepScheduler", {"use_beta_sigmas": True}),
     ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
@@ -62,6 +71,7 @@ def test_runs_are_those_of_diffusers(name, config):
         ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
         ("LMSDiscreteScheduler", {}),
         ("DPMSolverSinglestepScheduler", {}),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
         ("DEISMultistepScheduler", {"solver_order": 3}),
         ("DDIMScheduler", {"timestep_spacing": "linspace"}),

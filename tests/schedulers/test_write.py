@@ -14,6 +14,8 @@ from jaxldm import diffusion as D
 from jaxldm import schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 from jaxldm.schedulers import DynamicShift, GridRule
+from jaxldm.schedulers.read import interval_of_noise
+from jaxldm.schedulers.table import OF_EPSILON
 
 SD = D.epsilon(D.VP.named("scaled_linear", beta_start=0.00085, beta_end=0.012))
 PURE_NOISE = ["flow", "v_prediction", "sample"]
@@ -202,15 +204,23 @@ def test_a_spacing_of_ours_is_read_without_a_look_at_what_is_installed(monkeypat
         schedulers.from_config(json.loads(json.dumps(config).replace("stage_c", "stage_d")))
 
 
+@pytest.mark.parametrize("solver", OF_EPSILON)
+def test_what_integrates_eps_is_not_written_to_end_clean(solver):
+    with pytest.raises(InvalidArgumentError, match="final='sigma_min'"):
+        schedulers.to_config(SD, solver=solver)
+
+
 @pytest.mark.parametrize("solver", sorted(schedulers.SCHEDULER_OF))
 def test_the_scheduler_of_a_solver_is_named(solver):
     rules = {
         "lcm": GridRule(spacing="lcm"),
         "tcd": GridRule(spacing="lcm"),
-        "deis": GridRule(final="sigma_min"),
+        **dict.fromkeys(("deis", "sa_solver", *OF_EPSILON), GridRule(final="sigma_min")),
     }
     config = through_json(SD, rules.get(solver), solver=solver)
     options = {"skip_prk_steps": False} if solver == "pndm" else {}  # the file is silent about it
+    if solver == "sa_solver":
+        options["interval"] = interval_of_noise(config, SD.path)
     assert schedulers.from_config(config).solver == D.solvers.make(solver, **options)
     assert hasattr(diffusers, config["_class_name"])
 

@@ -14,15 +14,20 @@ from jaxldm.diffusion.solvers.consistency import lcm, tcd
 from jaxldm.diffusion.solvers.ddim import ddim
 from jaxldm.diffusion.solvers.ddpm import ddpm
 from jaxldm.diffusion.solvers.deis import deis
+from jaxldm.diffusion.solvers.dpm import dpm_2m, dpm_2s, dpm_3m, dpm_3s, dpm_sde
 from jaxldm.diffusion.solvers.dpm2 import dpm2, dpm2_ancestral
 from jaxldm.diffusion.solvers.dpmpp import dpmpp_1s, dpmpp_2m, dpmpp_2s, dpmpp_3m
-from jaxldm.diffusion.solvers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde
+from jaxldm.diffusion.solvers.dpmpp_3s import dpmpp_3s
+from jaxldm.diffusion.solvers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
 from jaxldm.diffusion.solvers.euler import euler, euler_ancestral
 from jaxldm.diffusion.solvers.flow import flow_euler, flow_heun
 from jaxldm.diffusion.solvers.heun import heun
+from jaxldm.diffusion.solvers.inverse import ddim_inverse
+from jaxldm.diffusion.solvers.ipndm import ipndm
 from jaxldm.diffusion.solvers.lms import lms
 from jaxldm.diffusion.solvers.pndm import pndm
 from jaxldm.diffusion.solvers.restart import Restart, restart, restart_grid
+from jaxldm.diffusion.solvers.sa import sa_solver
 from jaxldm.diffusion.solvers.sit import sit_sde
 from jaxldm.diffusion.solvers.solver import (
     A_SOLVER,
@@ -50,14 +55,23 @@ SOLVERS |= {
     "dpm2_ancestral": dpm2_ancestral,
     "lms": lms,
     "pndm": pndm,
+    "ipndm": ipndm,
     "deis": deis,
     "dpmpp_1s": dpmpp_1s,
     "dpmpp_2s": dpmpp_2s,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_3m": dpmpp_3m,
+    "dpmpp_3s": dpmpp_3s,
+    "dpm_2s": dpm_2s,
+    "dpm_3s": dpm_3s,
+    "dpm_2m": dpm_2m,
+    "dpm_3m": dpm_3m,
     "unipc": unipc,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpm_sde": dpm_sde,
+    "dpmpp_sde": dpmpp_sde,
+    "sa_solver": sa_solver,
     "lcm": lcm,
     "tcd": tcd,
     "flow_euler": flow_euler,
@@ -107,22 +121,31 @@ __all__ = [
     "Solver",
     "State",
     "ddim",
+    "ddim_inverse",
     "ddpm",
     "deis",
     "divide",
     "dpm2",
     "dpm2_ancestral",
+    "dpm_2m",
+    "dpm_2s",
+    "dpm_3m",
+    "dpm_3s",
+    "dpm_sde",
     "dpmpp_1s",
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "dpmpp_2s",
     "dpmpp_3m",
     "dpmpp_3m_sde",
+    "dpmpp_3s",
+    "dpmpp_sde",
     "euler",
     "euler_ancestral",
     "flow_euler",
     "flow_heun",
     "heun",
+    "ipndm",
     "lcm",
     "lms",
     "make",
@@ -134,6 +157,7 @@ __all__ = [
     "restart",
     "restart_grid",
     "row",
+    "sa_solver",
     "sit_sde",
     "tcd",
     "unipc",

@@ -1,0 +1,225 @@
+"""One run of a pipeline of diffusers and one of ours, with any scheduler, around the same stand-in network.
+
+The pipelines are tiny; in the place of their network is a function of x and t, so that a run costs little and
+what is compared is all that lies around it: rows, times, scales, the noise and where image-to-image begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from experiments.diffusers_schedulers.scheduler_probes import reference_class, signature
+from experiments.diffusers_schedulers.scheduler_runs import IN_PAIRS, IN_SIGMA_SPACE, brownian
+from jaxldm import diffusion as D
+from jaxldm import models, pipelines
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests" / "pipelines"))  # their tiny folders
+
+KEY = jax.random.key(7)
+STEPS, STRENGTH = 6, 0.61
+
+
+class Kind(NamedTuple):
+    """A pipeline of diffusers.
+
+    Attributes:
+        name: its class.
+        write: folder -> a tiny one of it, or of the class whose parts it has.
+        channels: of its latents.
+        total: the t of our network at pure noise; that of the reference's is 1000.
+        starts_from_image: whether it is given one.
+        options: of both calls.
+    """
+
+    name: str
+    write: str
+    channels: int = 4
+    total: float = 1000.0
+    starts_from_image: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+KINDS = (
+    Kind("StableDiffusionPipeline", "write_sd"),
+    Kind("StableDiffusionImg2ImgPipeline", "write_sd", starts_from_image=True),
+    Kind("StableDiffusionXLPipeline", "write_sdxl"),
+    Kind("StableDiffusionXLImg2ImgPipeline", "write_sdxl", starts_from_image=True),
+    Kind("StableDiffusion3Pipeline", "write_sd3", 16, 1.0, options=(("max_sequence_length", 20),)),
+    Kind("StableDiffusion3Img2ImgPipeline", "write_sd3", 16, 1.0, True, (("max_sequence_length", 20),)),
+)
+
+
+def stand_in(x: Any, t: Any, xp: Any) -> Any:
+    """What a network answers: number by number, so that any layout of the latents will do."""
+    return 0.7 * xp.sin(1.5 * x + 0.3 * t) + 0.2 * x
+
+
+class Pair(NamedTuple):
+    """A pipeline of diffusers and ours of the same folder, and the entries of its scheduler."""
+
+    theirs: Any
+    ours: pipelines.Pipeline
+    quirky: pipelines.Pipeline
+    config: dict[str, Any]
+
+
+@functools.cache
+def pair(kind: Kind) -> Pair:
+    """Both, with the stand-in in the reference's."""
+    import diffusers
+    import reference_pipelines
+    import sd3_folders
+
+    writers = vars(reference_pipelines) | vars(sd3_folders)
+    with tempfile.TemporaryDirectory() as place, quiet():
+        folder = writers[kind.write](pathlib.Path(place) / "folder")
+        made = reference_pipelines.open_reference(getattr(diffusers, kind.name), folder)
+        ours, quirky = (pipelines.load(folder, reference_quirks=quirks) for quirks in (False, True))
+    network = made.unet if hasattr(made, "unet") else made.transformer
+
+    def forward(sample=None, timestep=None, *arguments, hidden_states=None, **options):
+        x = sample if hidden_states is None else hidden_states
+        t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 1))
+        return (stand_in(x, t / 1000, torch),)
+
+    network.forward = forward
+    return Pair(made, ours, quirky, dict(made.scheduler.config))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of the reference about schedulers that its authors did not mean."""
+    import diffusers
+
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers.utils.logging.set_verbosity(level)
+
+
+def config_of(kind: Kind, scheduler: str, **changes: Any) -> dict[str, Any]:
+    """The file of a scheduler that was made from that of the folder, as `from_config` of diffusers does."""
+    with quiet():
+        made = reference_class(scheduler).from_config(pair(kind).config, **changes)
+        config = json.loads(made.to_json_string())
+    known = signature(scheduler)
+    return {key: value for key, value in config.items() if key in known} | {"_class_name": scheduler}
+
+
+def image(kind: Kind) -> np.ndarray:
+    """Latents to start from."""
+    return np.random.default_rng(6).standard_normal((1, 8, 8, kind.channels)).astype(np.float32)
+
+
+@functools.cache
+def step_noise(channels: int, step: int) -> np.ndarray:
+    """The noise of our image 0 at a step."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(D.image_keys(KEY, 1), np.uint32(step))
+    return np.asarray(D.solvers.noise_like(keys, np.zeros((1, 8, 8, channels), np.float32)))
+
+
+def first_noise(channels: int) -> np.ndarray:
+    """The noise that our image 0 starts from, before it is scaled."""
+    unit = D.Grid(*(np.asarray(column, np.float32) for column in (np.zeros(2), np.zeros(2), np.ones(2))))
+    return np.asarray(D.initial_noise(KEY, (1, 8, 8, channels), unit))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def theirs(kind: Kind, config: dict[str, Any]) -> np.ndarray:
+    """Latents [1, 8, 8, C] of the pipeline of diffusers with that scheduler, in the scheduler's scale."""
+    made, name = pair(kind).theirs, config["_class_name"]
+    with quiet(), contextlib.ExitStack() as patches:
+        scheduler = reference_class(name).from_config(config)
+        made.scheduler = scheduler
+        first, taken = STEPS - int(STEPS * STRENGTH) if kind.starts_from_image else 0, [0]
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def counted(*arguments, **options):
+            taken[0] += 1
+            if name == "DPMSolverSDEScheduler":
+                scheduler.noise_sampler = brown
+            return step(*arguments, **options)
+
+        def brown(sigma, following):
+            row, half = divmod(taken[0] - 1, 2)
+            shape = 1, 8, 8, kind.channels
+            return brownian(KEY, shape, first + row, half == 1, float(sigma / following))
+
+        def noise(*arguments, **options):
+            row = (taken[0] - 1) // (2 if name.startswith(IN_PAIRS) else 1)
+            return _tensor(step_noise(kind.channels, first + row))
+
+        scheduler.step = counted
+        module: Any = sys.modules[type(scheduler).__module__]
+        if hasattr(module, "randn_tensor"):
+            patches.enter_context(mock.patch.object(module, "randn_tensor", noise))
+        call = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent"} | dict(
+            kind.options
+        )
+        start = _tensor(first_noise(kind.channels))
+        if kind.starts_from_image:
+            outer: Any = sys.modules[type(made).__module__]
+            patches.enter_context(mock.patch.object(outer, "randn_tensor", lambda *args, **options: start))
+            call |= {"image": _tensor(image(kind)), "strength": STRENGTH}
+        else:
+            call["latents"] = start
+        with torch.no_grad():
+            return made("a cat", **call).images.numpy().transpose(0, 2, 3, 1)
+
+
+def ours(kind: Kind, config: dict[str, Any], *, quirks: bool) -> np.ndarray:
+    """The same of ours; without quirks from the first noise of the reference."""
+    pipe = (pair(kind).quirky if quirks else pair(kind).ours).replace(scheduler=config)
+    call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 1.0} | dict(kind.options)
+    grid = pipe.family.grid(pipe, _read(pipe, call), pipe.latent_spec.default_size)[1]
+    if kind.starts_from_image:
+        call |= {"image": pipelines.Latents(image(kind)), "strength": STRENGTH}
+    elif not quirks:
+        call["latents"] = first_noise(kind.channels) * _first_scale(config, grid)
+    standing = mock.patch.object(
+        models, "network", lambda module: lambda params, x, t, condition: _answer(kind, x, t)
+    )
+    with standing:
+        x = pipe(KEY, "a cat", output="latents", **call)
+    return x / grid.alpha[-1] if config["_class_name"].startswith(IN_SIGMA_SPACE) else x
+
+
+def _answer(kind: Kind, x: Any, t: Any) -> Any:
+    return stand_in(x, jnp.reshape(t / kind.total, (-1, *[1] * (x.ndim - 1))), jnp)
+
+
+def _read(pipe: pipelines.Pipeline, call: dict[str, Any]) -> Any:
+    from jaxldm.pipelines.pipeline import read_call
+
+    return read_call(pipe, call)
+
+
+def _first_scale(config: dict[str, Any], grid: D.Grid) -> float:
+    """Of the reference's first noise, in our scale."""
+    with quiet():
+        scheduler = reference_class(config["_class_name"]).from_config(config)
+        scheduler.set_timesteps(STEPS)
+    scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    return scale * float(grid.alpha[0]) if config["_class_name"].startswith(IN_SIGMA_SPACE) else scale

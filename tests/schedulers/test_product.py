@@ -1,0 +1,26 @@
+"""Schedulers in whole pipelines next to diffusers: a few of `experiments.diffusers_schedulers.product`."""
+
+import pytest
+
+from experiments.diffusers_schedulers.pipeline_runs import KINDS
+from experiments.diffusers_schedulers.product import verdict
+
+OF = {kind.name: kind for kind in KINDS}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler", "without"),
+    [
+        ("StableDiffusionPipeline", "TCDScheduler", "deviating"),
+        ("StableDiffusionPipeline", "SASolverScheduler", "agree"),
+        ("StableDiffusionImg2ImgPipeline", "PNDMScheduler", "deviating"),
+        ("StableDiffusionImg2ImgPipeline", "EulerAncestralDiscreteScheduler", "agree"),
+    ],
+)
+def test_nothing_differs_in_silence(pipeline, scheduler, without):
+    found = [verdict(OF[pipeline], scheduler, quirks=quirks) for quirks in (False, True)]
+    assert [one.kind for one in found] == [without, "agree"], found
+
+
+def test_what_diffusers_refuses_is_none_of_ours():
+    assert verdict(OF["StableDiffusionPipeline"], "UnCLIPScheduler", quirks=False).kind == "reference"
