@@ -152,7 +152,9 @@ def theirs(kind: Kind, config: dict[str, Any]) -> np.ndarray:
     with quiet(), contextlib.ExitStack() as patches:
         scheduler = reference_class(name).from_config(config)
         made.scheduler = scheduler
-        first, taken = STEPS - int(STEPS * STRENGTH) if kind.starts_from_image else 0, [0]
+        # Pipelines of flow matching round the number of steps that are left out, the others of those taken.
+        left_out = int(STEPS - STEPS * STRENGTH) if kind.total == 1 else STEPS - int(STEPS * STRENGTH)
+        first, taken = left_out if kind.starts_from_image else 0, [0]
         step = scheduler.step
 
         @functools.wraps(step)
