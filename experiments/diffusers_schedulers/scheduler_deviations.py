@@ -79,7 +79,7 @@ def _third_order(probe: Probe) -> bool:
 
 def _cosine_in_float32(probe: Probe) -> bool:
     names = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-    names += ("EulerAncestralDiscreteScheduler", "DEISMultistepScheduler")
+    names += ("EulerAncestralDiscreteScheduler", "DEISMultistepScheduler", "SASolverScheduler")
     return probe.scheduler in names and _value(probe, "beta_schedule") == "squaredcos_cap_v2"
 
 
