@@ -59,10 +59,11 @@ def network(prediction: D.Prediction, learned_variance: bool, x: np.ndarray, t: 
 
 
 @functools.cache
-def step_noise(step: int) -> np.ndarray:
-    """The noise that our run draws at a step."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(D.image_keys(jax.random.key(0), 1), np.uint32(step))
-    return np.asarray(D.solvers.noise_like(keys, np.zeros(SHAPE, np.float32)))
+def step_noise(step: int, wide: bool = False) -> np.ndarray:
+    """The noise that our run draws at a step, in float32 or (`wide`) float64: other numbers."""
+    with jax.enable_x64(wide):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(D.image_keys(jax.random.key(0), 1), np.uint32(step))
+        return np.asarray(D.solvers.noise_like(keys, np.zeros(SHAPE, np.float64 if wide else np.float32)))
 
 
 def brownian(key: Any, shape: tuple[int, ...], step: int, to_the_end: bool, ratio: float) -> torch.Tensor:
@@ -179,7 +180,7 @@ def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str, skipped: in
     times, row = times[skipped:], 0
 
     def randn(*arguments, **options):
-        return torch.from_numpy(step_noise(row).transpose(0, 3, 1, 2)).to(x.dtype)
+        return torch.from_numpy(step_noise(row, x.dtype == torch.float64).transpose(0, 3, 1, 2))
 
     if name == "DPMSolverSDEScheduler":
         key = jax.random.key(0)
