@@ -24,6 +24,7 @@ from jaxldm.checkpoints.names import (
     published,
     published_whole,
 )
+from jaxldm.checkpoints.nf4 import keep_codes, split_nf4
 from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor
 from jaxldm.checkpoints.weight_files import (
     MAX_SHARD_SIZE,
@@ -80,6 +81,7 @@ def save(
     config = models.config_to_dict(module.config)
     stem = _STEMS[module.config.library]
     how = models.how_quantized(params)
+    _check_own(params)
     tensors: dict[str, Tensor] = dict(published(params))
     if how is None:
         tensors |= _constants(module)  # which other programs want to read
@@ -146,8 +148,10 @@ def load_as(
     with reading(weights):
         check_stored(config, stored)
         module = models.from_config(config)
-        state = _without_untrained(stored, module)
+        state, packed = split_nf4(_without_untrained(stored, module))
         shapes = models.shapes(module) if how is None else _template(module, how, state)
+        if not callable(sharding):  # codes are not split over devices
+            shapes, state = keep_codes(module, shapes, state, packed)
     try:
         return module, from_state_dict(state, shapes, dtype=dtype, sharding=sharding)
     except CheckpointError as error:
@@ -179,12 +183,25 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor]) -> None:
     check_size(config, len(stored), sum(numbers))
 
 
+def _check_own(params: Mapping) -> None:
+    """Raise `InvalidArgumentError` for codes that only other programs' files have."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, models.Quantized))
+    packed = (leaf for leaf in leaves if isinstance(leaf, models.Quantized))
+    if any(leaf.offsets is not None or leaf.weights == "nf4" for leaf in packed):
+        raise InvalidArgumentError(
+            "these weights have the codes of another program's file, which are not written again: save "
+            "models.dequantize(params), or what models.quantize makes of that"
+        )
+
+
 def _quantization(entries: Mapping) -> tuple[models.Quantization | None, dict]:
     """How the weights are quantised by us, and the other entries of config.json."""
     how = entries.get(QUANTIZATION)
+    others = {name: value for name, value in entries.items() if name != QUANTIZATION}
+    if isinstance(how, Mapping) and how.get(METHOD) == "bitsandbytes" and how.get("load_in_4bit"):
+        return None, others  # which of its tensors are in NF4 is in the file
     if not isinstance(how, Mapping) or how.get(METHOD) != "jaxldm":
         return None, dict(entries)  # of another program's, which the config's own reader refuses
-    others = {name: value for name, value in entries.items() if name != QUANTIZATION}
     fields = {name: value for name, value in how.items() if name != METHOD}
     return build(models.Quantization, fields, f"{CONFIG_FILE}: {QUANTIZATION}"), others
 

@@ -32,6 +32,14 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxldm.arguments import check_fields, choice, count, number, optional
 
+PACKED = ("int4", "nf4")  # two codes in a byte, in groups
+# What the codes of NF4 stand for: quantiles of a normal distribution (Dettmers et al. 2023, appendix E).
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}  # of the codes
 BITS = tuple(LARGEST)
 MOST_PARTS = 4  # of the inputs, that are multiplied one by one
@@ -85,14 +93,14 @@ class Quantized:
     All arrays have a leading axis of blocks where the kernel is of a scanned stack.
 
     Attributes:
-        codes: of the kernel's shape; of int4 uint8 `[rows / 2, out]`, the rows 2i and 2i + 1 in the lower and
-            upper half of a byte, rows being the window and inputs in one, padded to whole groups.
-        scales: `[parts, out]`; of int4 `[groups, out]`.
+        codes: of the kernel's shape; of int4 and nf4 uint8 `[rows / 2, out]`, the rows 2i and 2i + 1 in the
+            lower and upper half of a byte, rows being the window and inputs in one, padded to whole groups.
+        scales: `[parts, out]`; of int4 and nf4 `[groups, out]`.
         smooth: `[in]`, 1 / l, or None.
         down, up: A and B, `[*window, in, r]` and `[r, out]`, or None.
         kernel_shape: of one block.
         parts: inputs that have scales of their own, one after the other.
-        weights, activations: as of `Quantization`, of this kernel.
+        weights, activations: as of `Quantization`, of this kernel; weights may be "nf4", of others' files.
         how: what the whole network is quantised with.
         offsets: of the scales' shape, what is added to codes times scales (files of others have such), or
             None.
@@ -160,6 +168,12 @@ def unpack_int4(packed: UInt8[Array, "half out"]) -> Int8[Array, "rows out"]:
     pairs = jnp.stack([packed << jnp.uint8(4), packed], axis=1)
     signed = jax.lax.bitcast_convert_type(pairs, jnp.int8) >> jnp.int8(4)  # the sign comes along
     return signed.reshape(-1, packed.shape[-1])
+
+
+def unpack_nf4(packed: UInt8[Array, "half out"]) -> Float[Array, "rows out"]:
+    """The numbers of `NF4` that codes from 0 to 15 stand for, packed as those of `pack_int4`."""
+    pairs = jnp.stack([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=1)
+    return jnp.asarray(NF4, jnp.float32)[pairs.reshape(-1, packed.shape[-1])]
 
 
 def group_rows(rows: int, group_size: int) -> int:
@@ -269,8 +283,9 @@ def dequantize_kernel(kernel: Quantized, branch: bool = True) -> Float[Array, "*
         kernel: of one block.
         branch: with the low-rank branch and without smoothing; False: only what the codes say.
     """
-    if kernel.weights == "int4":
-        codes = unpack_int4(kernel.codes).astype(jnp.float32)
+    if kernel.weights in PACKED:
+        unpack = unpack_nf4 if kernel.weights == "nf4" else unpack_int4
+        codes = unpack(kernel.codes).astype(jnp.float32)
         groups = codes.reshape(kernel.scales.shape[0], -1, codes.shape[-1])
         groups = groups * kernel.scales.astype(jnp.float32)[:, None]
         groups = groups if kernel.offsets is None else groups + kernel.offsets[:, None]
@@ -344,7 +359,7 @@ def apply_quantized(
     wide = x.astype(jnp.float32)
     scaled = wide if kernel.smooth is None else wide * _to_rank(kernel.smooth, wide.ndim)
     axes = (-1,) if pointwise else tuple(range(1, x.ndim))
-    if kernel.weights == "int4" or len(kernel.parts) > MOST_PARTS or kernel.offsets is not None:
+    if kernel.weights in PACKED or len(kernel.parts) > MOST_PARTS or kernel.offsets is not None:
         weights = dequantize_kernel(kernel, branch=False)
         y = contract(_rounded(scaled, kernel, axes).astype(dtype), weights.astype(dtype))
     else:

@@ -148,9 +148,10 @@ def once_for_all(denoiser: D.Denoiser) -> D.Denoiser:
     def any_slot(condition):
         return jax.lax.psum(jnp.asarray(condition, jnp.int32), SLOTS) > 0
 
-    variance = denoiser.with_variance
-    variance = None if variance is None else of_one_slot(variance)
-    return D.Denoiser(of_one_slot(denoiser.function), denoiser.path, variance, any_slot)
+    pairs = denoiser.with_variance, denoiser.with_unchanged
+    variance, unchanged = (None if pair is None else of_one_slot(pair) for pair in pairs)
+    function = of_one_slot(denoiser.function)
+    return D.Denoiser(function, denoiser.path, variance, any_slot, with_unchanged=unchanged)
 
 
 def _first_state(row: Rows, compiled: Compiled) -> Any:

@@ -1,6 +1,7 @@
 """Images that share the steps of one network are the pipeline's, and to the last bit the same alone."""
 
 import functools
+import json
 
 import compilations
 import jax
@@ -102,6 +103,23 @@ def test_every_kind_of_solver_is_mapped_over_slots(solver):
         np.testing.assert_array_equal(results[steps, 0], alone)
         by_pipe = engine.pipe(jax.random.key(steps), [1], output="latents", **options)[0]
         np.testing.assert_allclose(alone, by_pipe, rtol=0, atol=1e-5 * np.abs(by_pipe).max())
+
+
+def test_clipping_is_the_pipelines_with_the_quirks_of_diffusers_too(tmp_path):
+    """There DDIM goes on with the epsilon from before x_0 was clipped."""
+    pipelines.save(tiny_models.pixel_pipeline(), tmp_path / "model")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    clipping = {"clip_sample": True, "clip_sample_range": 0.3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | clipping))
+    drawn = {}
+    for quirks in (False, True):
+        pipe = pipelines.load(tmp_path / "model", reference_quirks=quirks)
+        call = jax.random.key(3), [1]
+        options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output": "latents"}
+        drawn[quirks] = pipe(*call, **options)
+        served = serving.as_served(pipe, K)(*call, **options)
+        np.testing.assert_allclose(served, drawn[quirks], rtol=0, atol=1e-5)
+    assert np.abs(drawn[True] - drawn[False]).max() > 1e-3
 
 
 def test_texts_share_slots_as_classes_do(tmp_path):

@@ -340,6 +340,31 @@ def test_other_networks_train_on_what_their_pipeline_draws_from(recipe, encoders
     check_finetuning(loaded, run.path, recipe.data)
 
 
+def test_a_qwen_conditions_a_network_of_any_such_width(recipe, encoder_folder, tmp_path):
+    """Its states are those of the tokens, and the saved folder makes the same of the captions."""
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "intermediate_size": 16, "head_dim": 6}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    qwen = models.build("qwen3-4b", vocab_size=len(WORDS), **sizes, **heads)
+    checkpoints.save(tmp_path / "qwen" / "text_encoder", qwen, models.init(qwen, jax.random.key(3)))
+    shutil.copytree(encoder_folder / "tokenizer", tmp_path / "qwen" / "tokenizer")
+    text = dataclasses.replace(recipe.text, encoder=str(tmp_path / "qwen"))
+    recipe = dataclasses.replace(recipe, text=text)
+    module = build_denoiser(recipe, (8, 8, 3), 2)
+    assert module.config.cross_attention_dim == 12
+    pipe = text_pipeline(module, load_text_parts(text))
+    captions = ["a dark picture", "a light picture"]
+    found = encode_captions(pipe, captions, (8, 8), tmp_path / "captions").of(np.arange(2))[STATES]
+    run = RunFolder(tmp_path / "run")
+    vae = models.build("sd-vae", sample_size=8, **recipe.autoencoder.overrides)
+    checkpoints.save(run.stage("autoencoder").model, vae, models.init(vae, jax.random.key(0)))
+    params = models.init(module, jax.random.key(1))
+    save_denoiser(run, module, params, schedulers.to_config(recipe.diffusion.prediction), pipe)
+    loaded = pipelines.load(run.path)
+    cond, _ = loaded.encode_prompts(captions, None, (8, 8))
+    assert np.ptp(found[0] - found[1]) > 0.01
+    np.testing.assert_allclose(cond[STATES], found, atol=2e-3)
+
+
 def check_finetuning(pipe, folder, pictures):
     """The folder can be fine-tuned: an adapter of it has gradients under the conditions of its captions."""
     recipe = training.finetune_recipe(folder, pictures, "lora", image_size=8, rank=2)
