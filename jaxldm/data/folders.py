@@ -53,6 +53,7 @@ class FolderRows:
         pad_to: side of the black square in whose centre it is placed, or None.
         sizes: (height, width) of buckets instead of squares; then `take` is for rows of one bucket.
         bucket_of: the bucket of each.
+        originals: (height, width) of each as it is on disk.
     """
 
     examples: tuple[Example, ...]
@@ -61,6 +62,7 @@ class FolderRows:
     pad_to: int | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     bucket_of: Int[np.ndarray, "N"] | None = None
+    originals: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -69,6 +71,21 @@ class FolderRows:
         """The captions of the pictures `rows`; None where they have none."""
         texts = [self.examples[row].caption for row in rows]
         return None if None in texts else [str(text) for text in texts]
+
+    def sizes_and_crops(self) -> Int[np.ndarray, "N 6"]:
+        """Of each picture (height, width) on disk, (top, left) where it is cut, scaled, and its new size.
+
+        What SDXL is conditioned on (Podell et al. 2023, section 2.2).
+        """
+        original = np.array(self.originals, np.int32).reshape(-1, 2)
+        if self.bucket_of is not None:
+            target = np.array(self.sizes, np.int32)[self.bucket_of]
+        else:
+            target = np.full_like(original, self.image_size)
+        scale = (target / original).max(1, keepdims=True)
+        crop = np.rint((original * scale - target) / 2).astype(np.int32)
+        padded = target if self.pad_to is None else np.full_like(target, self.pad_to)
+        return np.concatenate([original, crop, padded], axis=1)
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
         """The pictures `rows`. Raises `DataError` for one that can no longer be read."""
@@ -156,7 +173,7 @@ def load_folder(
         raise InvalidArgumentError(f"pad_to must be >= {image_size}, the images' side, got {pad_to}")
     usable, skipped = _usable(found, sizes, lambda size: _least_size(size, image_size, buckets))
     _check_enough(root, list(usable), skipped, max_skipped, FEWEST if hold_out else 1)
-    dataset = _dataset(root, list(usable), tuple(skipped), image_size, pad_to, hold_out)
+    dataset = _dataset(root, usable, tuple(skipped), image_size, pad_to, hold_out)
     return dataset if buckets is None else _bucketed(dataset, usable, buckets)
 
 
@@ -205,12 +222,13 @@ def _bucketed(dataset: Dataset, sizes: dict[Example, tuple[int, int]], buckets: 
 
 def _dataset(
     root: Path,
-    usable: list[Example],
+    originals: dict[Example, tuple[int, int]],
     skipped: tuple[Skipped, ...],
     image_size: int,
     pad_to: int | None,
     hold_out: bool,
 ) -> Dataset:
+    usable = list(originals)
     names = sorted({example.label for example in usable if example.label is not None}, key=_numbers_first)
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers.get(example.label or "", 0) for example in usable], np.int32)
@@ -220,7 +238,9 @@ def _dataset(
     parts, whole = {}, {"train": ("train", np.arange(sizes.get("train", 0)))}
     for split, (origin, records) in (split_records(sizes) if hold_out else whole).items():
         rows = kept[origin][records]
-        parts[split] = FolderRows(tuple(usable[row] for row in rows), labels[rows], image_size, pad_to)
+        examples = tuple(usable[row] for row in rows)
+        known = tuple(originals[example] for example in examples)
+        parts[split] = FolderRows(examples, labels[rows], image_size, pad_to, originals=known)
     side = image_size if pad_to is None else pad_to
     return Dataset(root.resolve().name, (side, side, 3), tuple(names) or ("image",), parts, skipped)
 

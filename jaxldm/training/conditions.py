@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
+SIZES = "time_ids"  # SDXL's: the size of a picture as it was, where it was cut, and the size it has now
+
+
 class Condition(NamedTuple):
     """What the network is conditioned on.
 
@@ -26,9 +29,16 @@ class Condition(NamedTuple):
         """The condition of a batch, as the network takes it."""
         return {name: batch[name] for name in self.null} if self.column is None else batch[self.column]
 
-    def nulls(self) -> Any:
-        """The null condition, as arrays."""
-        return jax.tree.map(jnp.asarray, self.null)
+    def nulls(self, batch: Mapping[str, Any] | None = None) -> Any:
+        """The null condition, as arrays.
+
+        Args:
+            batch: whose pictures keep their own `SIZES` where their caption is dropped.
+        """
+        nulls = jax.tree.map(jnp.asarray, self.null)
+        if batch is None or self.column is not None or SIZES not in nulls:
+            return nulls
+        return nulls | {SIZES: batch[SIZES]}
 
 
 def label_condition(num_classes: int) -> Condition:

@@ -83,7 +83,7 @@ def make_loss(
             time=time,
             log_variance=log_variance and (lambda log_snr: learned_log_variance(log_variance, log_snr)),
             noise_offset=recipe.noise_offset,
-            null_condition=on.nulls(),
+            null_condition=on.nulls(batch),
             condition_dropout=recipe.condition_dropout,
         )
         if recipe.dynamic is not None:

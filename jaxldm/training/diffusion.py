@@ -60,6 +60,7 @@ from jaxldm.training.text import (
     CaptionedRows,
     encode_captions,
     load_text_parts,
+    own_sizes,
     pipeline_class,
     text_fields,
     text_pipeline,
@@ -352,7 +353,8 @@ def with_captions(
     first = list(dict.fromkeys(texts))[:MOST_CAPTIONS]
     places = np.array([texts.index(text) for text in first])
     shown = found.of(places)
-    return Condition(found.null), [shortened(text, 24) for text in first], shown, CaptionedRows(rows, found)
+    captioned = CaptionedRows(rows, found, own_sizes(context.dataset.rows("train"), found))
+    return Condition(found.null), [shortened(text, 24) for text in first], shown, captioned
 
 
 class Conditioned(NamedTuple):

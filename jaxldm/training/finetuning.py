@@ -41,7 +41,7 @@ from jaxldm.training.stages import (
     with_names,
 )
 from jaxldm.training.state import Params
-from jaxldm.training.text import CaptionConditions, CaptionedRows, encode_captions
+from jaxldm.training.text import CaptionConditions, CaptionedRows, encode_captions, own_sizes
 
 STAGE = "finetune"
 _PIXELS_AT_ONCE = 2**20  # that the autoencoder encodes
@@ -177,7 +177,7 @@ def make_loss(
             weight=weight,
             time=time,
             noise_offset=recipe.noise_offset,
-            null_condition=on.nulls(),
+            null_condition=on.nulls(batch),
             condition_dropout=recipe.condition_dropout,
         )
 
@@ -247,7 +247,8 @@ def examples_of(context: Context, pipe: Pipeline) -> Examples:
     context.log(f"{STAGE}: encoding {len({*texts, *of_prior})} different captions")
     found = encode_captions(pipe, [*texts, *of_prior], size, context.run.captions)
     found = with_guidance(pipe, found)
-    captioned = CaptionedRows(rows, found._replace(which=found.which[: len(texts)]))
+    sizes = own_sizes(context.dataset.rows("train"), found)
+    captioned = CaptionedRows(rows, found._replace(which=found.which[: len(texts)]), sizes)
     if recipe.prior is None:
         return Examples(captioned, Condition(found.null), *_shown(texts))
     pictures = dataclasses.replace(context, dataset=class_pictures(context, recipe, pipe))

