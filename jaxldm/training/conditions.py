@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 SIZES = "time_ids"  # SDXL's: the size of a picture as it was, where it was cut, and the size it has now
 
 
