@@ -1,4 +1,4 @@
-"""SDXL is told the size of each picture as it was, and where it was cut, also where its caption is dropped."""
+"""SDXL is told the size of each picture as it was, and where it was cut; so it is without a caption."""
 
 import jax.numpy as jnp
 import numpy as np
