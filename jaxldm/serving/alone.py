@@ -29,8 +29,8 @@ def as_served(pipe: Pipeline, slots: int) -> Pipeline:
         slots: K, as the server's answer says.
 
     Raises:
-        InvalidArgumentError: by its calls, for what a server does not do: previews, callbacks, a start from
-            an image or latents.
+        InvalidArgumentError: by its calls, for what a server does not do: previews, callbacks, a mask or
+            latents to start from.
 
     >>> import jax
     >>> from jaxldm import pipelines, serving                                            # doctest: +SKIP

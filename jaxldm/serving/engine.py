@@ -108,7 +108,8 @@ class Table:
         """Puts an image into a free slot."""
         slot = self.places.index(None)
         row = jax.tree.map(lambda leaf: leaf[image], job.rows)
-        self._slots = slots.join(self._slots, np.int32(slot), row, compiled=self.kind.compiled)
+        start = None if job.start is None else job.start[image]
+        self._slots = slots.join(self._slots, np.int32(slot), row, start, compiled=self.kind.compiled)
         self.places[slot] = Place(ticket, image, job.num_steps, job.num_steps)
 
     def cancel(self, ticket: Hashable) -> int:
@@ -188,6 +189,7 @@ class Engine:
         self.devices = tuple(jax.local_devices()[:1] if devices is None else devices)
         self._encode = encode
         self._examples: dict[Kind, Job] = {}
+        self._from_images: dict[Kind, Job] = {}  # examples, too
         self._tables: dict[Kind, list[Table]] = {}
         self._networks: dict[Any, Network] = {}
 
@@ -206,6 +208,8 @@ class Engine:
         """Jobs of calls like this one will be taken; see `pipe.warm_up` for what may differ."""
         job = prepare(self.pipe, jax.random.key(0), *prompts, encode=self._encode, **options)
         self._examples.setdefault(job.kind, job)
+        if job.start is not None:
+            self._from_images.setdefault(job.kind, job)
 
     def warm_up(self) -> None:
         """Compiles all tables, takes a step in each and measures it."""
@@ -227,7 +231,10 @@ class Engine:
 
     def _one_step(self, table: Table) -> None:
         """A step of an example in a table; the first one compiles."""
-        table.begin(self._examples[table.kind], 0, None)
+        for examples in (self._from_images, self._examples):
+            if table.kind in examples:
+                table.cancel(None)
+                table.begin(examples[table.kind], 0, None)
         table.advance(self._networks[table.device])
         table.finish_step()
         table.cancel(None)

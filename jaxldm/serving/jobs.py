@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxldm import diffusion as D
 from jaxldm.arguments import a_key, checked, function, instance, optional
@@ -49,6 +50,7 @@ class Job(NamedTuple):
         num_images: N.
         num_steps: of each image.
         evaluations: how many rows of the network's batch a step of an image takes: 2 under guidance.
+        start: [N, h, w, c], latents of images to start from; None: noise.
     """
 
     kind: Kind
@@ -56,6 +58,7 @@ class Job(NamedTuple):
     num_images: int
     num_steps: int
     evaluations: int
+    start: Float[np.ndarray, "N h w c"] | None = None
 
     @property
     def cost(self) -> int:
@@ -92,7 +95,7 @@ def prepare(
 
     Raises:
         InvalidArgumentError, UnknownNameError, DataError: as the call itself; a family that samples in
-            another way, a start from an image or latents, more than `MAX_STEPS` steps.
+            another way, a mask, latents to start from, more than `MAX_STEPS` steps.
     """
     family = pipe.family._replace(denoise=_stop, encode=encode or pipe.family.encode)
     loop = dataclasses.replace(pipe, family=family)(key, *prompts, **options | {"output": "latents"})
@@ -112,11 +115,12 @@ def job_of(loop: Loop) -> Job:
     """The job of what a family's `denoise` was given.
 
     Raises:
-        InvalidArgumentError: a start from an image or latents, more than `MAX_STEPS` steps.
+        InvalidArgumentError: a mask, latents to start from, more than `MAX_STEPS` steps.
     """
     pipe, (sampler, grid), (cond, uncond) = loop.pipe, loop.run, loop.condition
-    if any(part is not None for part in loop.start):
-        raise InvalidArgumentError("slots start from noise: leave image, mask_image and latents out")
+    start = loop.start.image
+    if any(part is not None for part in loop.start._replace(image=None)):
+        raise InvalidArgumentError("slots start from noise or an image: leave mask_image and latents out")
     if loop.call.cache is not None:
         raise InvalidArgumentError("slots share their steps, each at another one: leave the cache out")
     num_steps, num_images = int(D.steps_in(grid)), len(loop.keys.data)
@@ -131,7 +135,8 @@ def job_of(loop: Loop) -> Job:
     leaves, structure = jax.tree.flatten(image)
     shapes = tuple((leaf.shape[1:], str(leaf.dtype)) for leaf in leaves)
     evaluations = 1 if uncond is None else 2
-    return Job(Kind(compiled, structure, shapes), rows, num_images, num_steps, evaluations)
+    start = None if start is None else np.asarray(start, np.float32)
+    return Job(Kind(compiled, structure, shapes), rows, num_images, num_steps, evaluations, start)
 
 
 def _grid_rows(grid: D.Grid, num_steps: int, num_images: int) -> D.Grid:

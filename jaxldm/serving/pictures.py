@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
-from typing import NamedTuple
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxldm.data.images import to_uint8
+from jaxldm.data.pictures import decode_picture
+from jaxldm.errors import InvalidArgumentError
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # as requests name them, and as Pillow does
+MAX_PIXELS = 2**24  # of a picture in a request
 MOST_SAMPLES = 4096  # latents that a preview's map is fitted to
 
 
@@ -28,6 +35,49 @@ def picture_bytes(image: Float[np.ndarray, "H W C"], format: str = "png") -> byt
     stream = io.BytesIO()
     picture.save(stream, FORMATS[format], **({"quality": 95} if format != "png" else {}))
     return stream.getvalue()
+
+
+def read_picture(name: str, value: Any) -> bytes:
+    """The file of a picture in a request, of which the head alone is looked at.
+
+    Args:
+        name: of the field.
+        value: PNG, JPEG or WebP in base64, perhaps as a data URL.
+
+    Raises:
+        InvalidArgumentError: anything else, or more than `MAX_PIXELS`.
+    """
+    from PIL import Image
+
+    kinds = ", ".join(FORMATS.values())
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be a picture ({kinds}) in base64, got no text")
+    text = value.partition(",")[2] if value.startswith("data:") else value
+    try:
+        content = base64.b64decode(text, validate=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels, which are refused next
+            with Image.open(io.BytesIO(content), formats=[*FORMATS.values()]) as picture:
+                width, height = picture.size
+    except (binascii.Error, ValueError, OSError, Image.DecompressionBombError):
+        raise InvalidArgumentError(
+            f"{name} must be a picture ({kinds}) in base64, and this is none, or damaged"
+        ) from None
+    if width * height > MAX_PIXELS:
+        raise InvalidArgumentError(
+            f"{name} has {width}x{height} pixels, at most {MAX_PIXELS:,} may be sent: make it smaller first"
+        )
+    return content
+
+
+def with_picture(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a call with the picture of a request decoded.
+
+    Raises:
+        DataError: a damaged one, or one of several frames.
+    """
+    content = options.get("image")
+    return {**options} if content is None else {**options, "image": decode_picture(content, "image")}
 
 
 class Preview(NamedTuple):

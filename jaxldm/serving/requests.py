@@ -10,13 +10,15 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 from jaxldm.arguments import check_fields, count, number, several, text
 from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, shown
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.serving.engine import Engine
 from jaxldm.serving.jobs import MAX_STEPS
-from jaxldm.serving.pictures import FORMATS
+from jaxldm.serving.pictures import FORMATS, read_picture
 
 MAX_IMAGES, MAX_PREVIEWS, MAX_TIMEOUT = 10, 20, 86400.0
 MAX_TEXT = 10_000  # characters of a prompt
@@ -83,6 +85,7 @@ class Offer:
         sizes: (height, width) of the images; the first is the default.
         max_steps: the most of one image.
         max_images: the most of one request.
+        takes_images: whether it also starts from an image.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Offer:
     sizes: tuple[tuple[int, int], ...] = ()
     max_steps: int = MAX_STEPS
     max_images: int = MAX_IMAGES
+    takes_images: bool = False
 
     def __post_init__(self):
         check_fields(self, name=text, solvers=several(text), max_images=count(1, 1000))
@@ -124,7 +128,11 @@ class Offer:
             place = {} if size is None else {"height": size[0], "width": size[1]}
             for solver in self.solvers or (None,):
                 for scale in scales:
-                    yield prompts, {"solver": solver, "guidance_scale": scale, **place}
+                    options = {"solver": solver, "guidance_scale": scale, **place}
+                    yield prompts, options
+                    if self.takes_images:
+                        black = np.zeros((*(size or self.own_size), 3), np.uint8)
+                        yield prompts, options | {"image": black, "strength": 0.5}
 
     @functools.cached_property
     def fields(self) -> dict[str, Field]:
@@ -169,6 +177,7 @@ def offer_of(
         sizes=sizes,
         max_steps=max_steps,
         max_images=max_images,
+        takes_images="image" in known and pipe.autoencoder is not None and not pipe.latent_spec.takes_mask,
     )
 
 
@@ -189,6 +198,8 @@ class Generation:
     """A request that was read: fields as in the API; None is what was left out, but for the seed."""
 
     seed: int
+    image: bytes | None = None
+    strength: float | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
     class_labels: tuple[int | str, ...] | None = None
@@ -243,6 +254,7 @@ def fields_of(offer: Offer) -> dict[str, Field]:
     }
     if offer.draws_texts:
         own = {"prompt": _text("What to draw."), "negative_prompt": _text("What to avoid.")}
+        own |= _fields_of_images() if offer.takes_images else {}
     elif offer.num_classes is not None:
         own = {
             "class_labels": _labels("Classes to draw: numbers or names, repeated.", offer),
@@ -278,6 +290,8 @@ def read_generation(offer: Offer, body: Mapping[str, Any]) -> Generation:
         if name in values and not offer.guided(values.get("guidance_scale")):
             raise BadRequest(f"{name} has no effect without guidance: leave it out", param=name)
     _check_size(offer, values)
+    if "strength" in values and "image" not in values:
+        raise BadRequest("strength is of an image to start from: send image, too", param="strength")
     if values.get("previews") and not values.get("stream"):
         raise BadRequest('previews come in a stream: send "stream": true, too', param="previews")
     values.setdefault("seed", secrets.randbelow(LARGEST_UINT32 + 1))
@@ -286,13 +300,15 @@ def read_generation(offer: Offer, body: Mapping[str, Any]) -> Generation:
 
 def call_of(offer: Offer, request: Generation) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(prompts, options) of the pipeline's call that draws a request, after the key."""
-    names = ("num_inference_steps", "guidance_scale", "solver", "height", "width")
+    names = ("num_inference_steps", "guidance_scale", "solver", "height", "width", "image", "strength")
     options = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     if "solver" not in options and offer.solvers:
         options["solver"] = offer.solvers[0]
     if offer.draws_texts:
-        if offer.sizes and "height" not in options:
-            options["height"], options["width"] = offer.sizes[0]
+        if (offer.sizes or request.image is not None) and "height" not in options:
+            options["height"], options["width"] = offer.all_sizes[0]
+        if request.image is not None:
+            options["resize"] = "crop"
         options["num_images_per_prompt"] = request.num_images
         return (request.prompt, request.negative_prompt), options
     for name in ("height", "width"):
@@ -437,6 +453,17 @@ def _text(description: str) -> Field:
         return value
 
     return Field({"type": "string", "maxLength": MAX_TEXT, "description": description}, check)
+
+
+def _fields_of_images() -> dict[str, Field]:
+    """Of models that also start from an image."""
+    what = "PNG, JPEG or WebP in base64, to start from; its centre, scaled to the size that is drawn."
+    how = "How much of the image is drawn again: 1 is all of it."
+    strength = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": how}
+    return {
+        "image": Field({"type": "string", "contentEncoding": "base64", "description": what}, read_picture),
+        "strength": Field(strength, number(above=0, high=1)),
+    }
 
 
 def _labels(description: str, offer: Offer) -> Field:

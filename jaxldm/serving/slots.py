@@ -74,14 +74,23 @@ def empty(size: int, example: Rows, compiled: Compiled) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames="compiled", donate_argnames="slots")
-def join(slots: Slots, slot: Int[Any, ""], row: Rows, *, compiled: Compiled) -> Slots:
+def join(
+    slots: Slots,
+    slot: Int[Any, ""],
+    row: Rows,
+    start: Float[Any, "h w c"] | None = None,
+    *,
+    compiled: Compiled,
+) -> Slots:
     """The slots with an image in one of them, at its first row: noise of its own key.
 
     Args:
         slot: which one, a traced number.
         row: the image's row, arrays without the axis of the slots.
+        start: latents of the image to start from, which are noised; no part of the rows, so that one step
+            serves both.
     """
-    state = _first_state(row, compiled)
+    state = _first_state(row, start, compiled=compiled)
 
     def put(old, new):
         return old.at[slot].set(new)
@@ -154,8 +163,11 @@ def once_for_all(denoiser: D.Denoiser) -> D.Denoiser:
     return D.Denoiser(function, denoiser.path, variance, any_slot, with_unchanged=unchanged)
 
 
-def _first_state(row: Rows, compiled: Compiled) -> Any:
+def _first_state(row: Rows, start: Any = None, *, compiled: Compiled) -> Any:
     """The solver's state of one image at the first row of its grid."""
-    keys = jax.random.wrap_key_data(row.image.key[None], impl=compiled.key_impl)
-    x = compiled.sampler.initial_noise(keys, (1, *compiled.latent_shape), row.grid)
+    keys, shape = jax.random.wrap_key_data(row.image.key[None], impl=compiled.key_impl), compiled.latent_shape
+    if start is None:
+        x = compiled.sampler.initial_noise(keys, (1, *shape), row.grid)
+    else:
+        x = row.grid.alpha[0] * start[None] + D.initial_noise(keys, (1, *shape), row.grid)
     return compiled.sampler.solver.init(jnp.asarray(x, jnp.float32))

@@ -36,7 +36,7 @@ from jaxldm.serving.messages import (
     Report,
 )
 from jaxldm.serving.orders import Failed, Picture, Progress, Task
-from jaxldm.serving.pictures import Preview, fit_preview, picture_bytes
+from jaxldm.serving.pictures import Preview, fit_preview, picture_bytes, with_picture
 
 LOG = logging.getLogger("jaxldm.serving")
 PREPARING, FINISHING = 2, 2  # threads
@@ -116,7 +116,8 @@ class Worker:
     def _prepare_task(self, task: Task) -> None:
         """Checks the call of an order and encodes its texts."""
         try:
-            job = self.engine.prepare(jax.random.key(task.seed), *task.prompts, **task.options)
+            options = with_picture(task.options)
+            job = self.engine.prepare(jax.random.key(task.seed), *task.prompts, **options)
             if job.num_images != task.num_images:
                 raise InvalidArgumentError(f"num_images must be {job.num_images}, got {task.num_images}")
         except JaxldmError as error:

@@ -1,5 +1,7 @@
 """Bodies of requests: what is allowed, and that everything else is refused in words."""
 
+import base64
+import io
 import json
 import re
 
@@ -7,9 +9,11 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from jaxldm import pipelines
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from jaxldm.serving import pictures
 from jaxldm.serving.requests import (
     BadRequest,
     Generation,
@@ -89,6 +93,32 @@ def test_the_nearest_size_is_named(texts):
     assert refused(texts, {"class_labels": 1, "prompt": "a"})["param"] == "class_labels"
     assert refused(texts, {"prompt": "a" * 10_001})["param"] == "prompt"
     assert refused(texts, {})["param"] == "prompt"
+
+
+def in_base64(size, kind="PNG"):
+    stream = io.BytesIO()
+    Image.new("RGB", size).save(stream, kind)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def test_pictures_to_start_from_are_bounded(classes, texts, monkeypatch):
+    image = in_base64((40, 20))
+    body = {"prompt": "a", "image": image, "strength": 0.5}
+    options = call_of(texts, read_generation(texts, body))[1]
+    assert options["image"] == base64.b64decode(image) and options["strength"] == 0.5
+    assert (options["height"], options["width"], options["resize"]) == (16, 16, "crop")
+    as_url = body | {"image": f"data:image/png;base64,{image}"}
+    assert call_of(texts, read_generation(texts, as_url))[1]["image"] == options["image"]
+    for wrong in (3, "a/b", "/etc/passwd", "https://a.b/c.png", image[:40], in_base64((8, 8), "GIF")):
+        error = refused(texts, {"prompt": "a", "image": wrong})
+        assert (
+            error["param"] == "image" and "must be a picture (PNG, JPEG, WEBP) in base64" in error["message"]
+        )
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 799)
+    assert "at most 799 may be sent" in refused(texts, body)["message"]
+    assert "send image, too" in refused(texts, {"prompt": "a", "strength": 0.5})["message"]
+    assert refused(texts, {"prompt": "a", "strength": 0})["param"] == "strength"
+    assert "there is no field 'image'" in refused(classes, {"class_labels": 1, "image": image})["message"]
 
 
 def test_a_request_becomes_the_pipeline_s_call(classes, texts):

@@ -1,6 +1,8 @@
 """Images that share the steps of one network are the pipeline's, and to the last bit the same alone."""
 
+import base64
 import functools
+import io
 import json
 
 import compilations
@@ -11,6 +13,7 @@ import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from programs import equations, products
 
 from jaxldm import models, pipelines, serving
@@ -18,6 +21,8 @@ from jaxldm.errors import InvalidArgumentError, UnknownNameError
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.serving import slots
 from jaxldm.serving.engine import choose
+from jaxldm.serving.pictures import with_picture
+from jaxldm.serving.requests import call_of, offer_of, read_generation
 
 K = 4
 SCALE = 2.0
@@ -140,6 +145,36 @@ def test_texts_share_slots_as_classes_do(tmp_path):
     misses = cache.misses
     engine.prepare(jax.random.key(8), "cat", "b", num_inference_steps=5)
     assert cache.misses == misses  # another seed and number of steps encode nothing
+
+
+def test_images_to_start_from_share_the_steps_of_noise(tmp_path):
+    """One compiled step for both; pictures of any size, as a request has them."""
+    pipe = pipelines.Pipeline(STABLE_DIFFUSION, tiny_models.text_parts(tmp_path / "tokenizer"))
+    offer = offer_of(pipe, "cats")
+    engine = serving.Engine(pipe, sizes=(K,))
+    offer.allow(engine)
+    assert offer.takes_images and len(engine.kinds) == 2  # with and without guidance
+    engine.warm_up()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    sent = base64.b64encode(stream.getvalue()).decode()
+    before, jobs, calls = compilations.COMPILATIONS.count, {}, {}
+    for name, more in {"image": {"image": sent, "strength": 0.6}, "noise": {}}.items():
+        body = {"prompt": "a cat", "num_inference_steps": 5, "num_images": 2, "seed": 4}
+        prompts, options = call_of(offer, read_generation(offer, body | more))
+        calls[name] = (jax.random.key(4), *prompts), with_picture(options)
+        jobs[name] = engine.prepare(*calls[name][0], **calls[name][1])
+    assert jobs["image"].num_steps == 3 and jobs["image"].kind == jobs["noise"].kind
+    results = run(engine, [(0, "noise", jobs["noise"]), (1, "image", jobs["image"])])
+    assert compilations.COMPILATIONS.count == before
+    for name, (prompts, options) in calls.items():
+        alone = drawn_alone(pipe, *prompts, **options)
+        by_pipe = pipe(*prompts, **options, output="latents")
+        for image in range(2):
+            np.testing.assert_array_equal(results[name, image], alone[image])
+        np.testing.assert_allclose(alone, by_pipe, rtol=0, atol=1e-5 * np.abs(by_pipe).max())
+    assert np.abs(results["image", 0] - results["noise", 0]).max() > 0.1
 
 
 @pytest.mark.parametrize("solver, calls", [("dpmpp_2m", 1), ("pndm", 2)])
