@@ -30,8 +30,7 @@ from jaxldm.checkpoints.names import published
 from jaxldm.checkpoints.safetensors_file import Tensor
 from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError
-from jaxldm.models.quantization import SUPPORTED
-from jaxldm.nn.quantized import NF4
+from jaxldm.models.quantization import SUPPORTED, nf4_table
 
 STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -56,7 +55,7 @@ class Nf4Tensor(NamedTuple):
     dtype: np.dtype = np.dtype(np.float32)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        numbers = np.asarray(NF4, np.float32)[self.codes()].reshape(-1, self.block)
+        numbers = nf4_table()[self.codes()].reshape(-1, self.block)
         return np.array((numbers * self.absmax()[:, None]).reshape(self.shape), dtype, copy=copy)
 
     def codes(self) -> np.ndarray:
@@ -120,7 +119,7 @@ def _tensor(name: str, about: Tensor, stored: Tensor, scales: Mapping[str, Tenso
             f"{name} is of {size} numbers in blocks of {block}, and has {math.prod(stored.shape)} bytes and "
             f"{found} scales"
         )
-    if not np.allclose(np.asarray(scales["quant_map"]).reshape(-1), NF4, atol=1e-6):
+    if not np.allclose(np.asarray(scales["quant_map"]).reshape(-1), nf4_table(), atol=1e-6):
         raise CheckpointError(f"{name}.quant_map is not the table of NF4")
     return Nf4Tensor(shape, block, stored, scales, nested)
 

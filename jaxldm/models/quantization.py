@@ -17,7 +17,9 @@ from typing import Any, TypeAlias, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jaxtyping import Float
 
 from jaxldm.arguments import a_module, a_params, checked, choice, instance, optional
 from jaxldm.errors import InvalidArgumentError, Table
@@ -27,6 +29,7 @@ from jaxldm.models.registry import shapes as shapes_of
 from jaxldm.nn.block_stack import STACK
 from jaxldm.nn.quantized import (
     KEPT,
+    NF4,
     Quantization,
     Quantized,
     dequantize_kernel,
@@ -210,6 +213,11 @@ def quantized_shapes(module: nn.Module, how: Quantization) -> dict[str, Any]:
     # Paths are no part of what is traced: the numbers alone are.
     make = lambda params, peaks: quantize(module, params, how, dict(zip(maxima, peaks, strict=True)))  # noqa: E731
     return jax.eval_shape(make, shapes, list(maxima.values()))
+
+
+def nf4_table() -> Float[np.ndarray, " 16"]:
+    """What the codes of NF4 stand for."""
+    return np.array(NF4, np.float32)
 
 
 def _stacked(path: Path) -> bool:
