@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.figures import quick_options
@@ -152,7 +153,7 @@ def macs_a_picture(module: Any, grid: D.Grid) -> float:
     if getattr(module.config, "plan", None) is None:
         return steps * models.count_macs(module) / 1e9
     costs = np.array([models.count_macs(part) for part in models.planned_groups(module)])
-    groups = time_group(np.asarray(grid.t)[:steps], module.config.time_groups, module.config.max_time)
+    groups = time_group(jnp.asarray(grid.t)[:steps], module.config.time_groups, module.config.max_time)
     return float(costs[np.asarray(groups)].sum() / 1e9)
 
 

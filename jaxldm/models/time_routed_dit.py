@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -126,7 +126,7 @@ class TimeRoutedDiT(DiT):
         middles = group_times(config.time_groups, config.max_time)
         embedder = TimestepEmbedder(config, parent=None)
         embedded = embedder.apply({"params": self.get_variable("params", "t_embedder")}, middles)
-        return TimeRouter(config.num_gates, name="time_router")(embedded)
+        return TimeRouter(config.num_gates, name="time_router")(cast(Array, embedded))
 
     def _planned(
         self, h: Float[Array, "B N C"], c: Float[Array, "B C"], group: Int[Array, " B"]

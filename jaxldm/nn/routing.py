@@ -6,6 +6,8 @@ A gate is 1 or 0 in the forward pass and has the gradient of its sigmoid, the st
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,7 +76,7 @@ class TimeRouter(nn.Module):
 
     @nn.compact
     def __call__(self, embedding: Float[Array, "G C"]) -> Float[Array, "G gates"]:
-        options = {"kernel_init": normal(0.02), "bias_init": constant(OPEN)}
+        options: dict[str, Any] = {"kernel_init": normal(0.02), "bias_init": constant(OPEN)}
         return Linear(self.gates, name="router", **options)(embedding.astype(jnp.float32))
 
 
