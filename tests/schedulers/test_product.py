@@ -24,3 +24,8 @@ def test_nothing_differs_in_silence(pipeline, scheduler, without):
 
 def test_what_diffusers_refuses_is_none_of_ours():
     assert verdict(OF["StableDiffusionPipeline"], "UnCLIPScheduler", quirks=False).kind == "reference"
+
+
+def test_a_path_that_the_network_does_not_know_is_refused():
+    found = verdict(OF["StableDiffusion3Pipeline"], "DDIMScheduler", quirks=False)
+    assert found.kind == "refused" and "use_flow_sigmas" in found.note
