@@ -94,6 +94,13 @@ def changed_models() -> list[Case]:
     """Models that become others, and guidance by a weak network."""
     return [
         Case(
+            "pipelines.with_control",
+            pipelines.with_control,
+            dict(pipe=class_pipeline(), control=[place() / "dit"], dtype=None),
+            words={"control": "control", "dtype": "dtype|control"},
+            refusal="takes no control",
+        ),
+        Case(
             "pipelines.with_free_u",
             pipelines.with_free_u,
             dict(pipe=class_pipeline(), s1=0.9, s2=0.2, b1=1.5, b2=1.6),

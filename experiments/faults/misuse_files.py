@@ -207,8 +207,8 @@ def pipeline_folders() -> list[Case]:
             p.load,
             folder=here / "export",
             reference_quirks=False,
-            **dict.fromkeys(("dtype", "variant", "family", "vae", "mesh", "rules")),
-            words={"vae": f"vae|{THERE}"},
+            **dict.fromkeys(("dtype", "variant", "family", "vae", "mesh", "rules", "controlnet")),
+            words={"vae": f"vae|{THERE}", "controlnet": f"controlnet|{THERE}"},
         ),
         case(
             "pipelines.load_original",

@@ -116,6 +116,13 @@ def scaled_module() -> Any:
     return models.build("tiny-dit", **SIZES, num_classes=3, scalar_inputs=("guidance_scale",))
 
 
+def small_unet() -> Any:
+    """A U-Net of texts with one level."""
+    levels = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2}
+    return models.UNet2DConditionModel(models.UNet2DConditionConfig(**levels, **sizes, cross_attention_dim=4))
+
+
 def calls_of_networks() -> list[Case]:
     """The one way to call models."""
     scaled = scaled_module()
@@ -123,9 +130,22 @@ def calls_of_networks() -> list[Case]:
     module = models.build("tiny-dit", **SIZES, num_classes=3)
     params, x, t = zeros(module).params, np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.float32)
     call = models.network(module)
+    unet = zeros(small_unet())
     return [
         Case("models.network", models.network, {"module": module}),
         Case("models.caching_network", models.caching_network, {"module": module, "params": params}),
+        Case(
+            "models.controlled_network",
+            models.controlled_network,
+            {"module": unet.module, "params": unet.params, "control": models.build("sd15-controlnet")},
+        ),
+        Case(
+            "models.controlnet_from_unet",
+            models.controlnet_from_unet,
+            {"unet": unet.module, "params": unet.params, "key": KEY},
+            False,
+            {"unet": "unet|U-Net", "params": "params|parameters"},
+        ),
         Case("network(...)", lambda x, t: call(params, x, t, np.zeros(1, np.int32)), {"x": x, "t": t}, False),
         Case(
             "network(condition)",

@@ -6,6 +6,7 @@ or `[null, null]` for an absent one, and options of the pipeline: `"force_zeros_
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,12 @@ SCHEDULER_FILE = "scheduler_config.json"
 # Components that no image needs: safety checkers, and what prepares images for them.
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
+# Several networks of one class as one component of diffusers: NAME, NAME_1, NAME_2, ... are their folders.
+SEVERAL = {
+    "MultiControlNetModel": "ControlNetModel",
+    "MultiAdapter": "T2IAdapter",
+}
+
 Network = tuple[nn.Module, dict]
 Component = Network | Tokenizer | dict[str, Any]
 
@@ -42,6 +49,8 @@ Component = Network | Tokenizer | dict[str, Any]
 @checked(folder=a_path)
 def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
     """The components of a pipeline folder: name -> (library, class). Absent ones are left out.
+
+    Several control networks are "controlnet", "controlnet_1" and so on.
 
     Raises:
         CheckpointError: no such folder, no model_index.json in it, or not one.
@@ -65,7 +74,25 @@ def read_model_index(folder: Path | str) -> dict[str, tuple[str, str]]:
         if Path(name).name != name or name == ".." or "\0" in name:
             raise CheckpointError(f"{path} names a component outside its folder: {shown(name)}")
         components[name] = (entry[0], entry[1])
+    for name, (library, kind) in list(components.items()):
+        if kind in SEVERAL:
+            places = itertools.takewhile(
+                lambda place: (path.parent / place).is_dir(),
+                itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1))),
+            )
+            components |= dict.fromkeys([name, *places], (library, SEVERAL[kind]))
     return components
+
+
+def _several_as_one(index: dict[str, Any]) -> dict[str, Any]:
+    """The entries of model_index.json, with NAME, NAME_1, ... as the one component that diffusers knows."""
+    for kind, single in SEVERAL.items():
+        names = [name for name, entry in index.items() if entry == ["diffusers", single]]
+        if len(names) > 1:
+            first = min(names, key=len)
+            index = {name: entry for name, entry in index.items() if name not in names}
+            index[first] = ["diffusers", kind]
+    return index
 
 
 @checked(
@@ -180,6 +207,7 @@ def save_components(
     with folder_written_whole(folder) as partial:
         for name, component in components.items():
             index[name] = save_component(partial / name, component)
+        index = _several_as_one(index)
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

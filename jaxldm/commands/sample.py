@@ -13,11 +13,13 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from jaxldm.commands.control import CONTROL_NAMES, control_options
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
 
 # Options that only one kind of model has, and the names of those that a pipeline's call has under another.
+OF_CONTROL = ("control_image", "control_scale", "control_start", "control_end")
 OF_CLASSES = ("class_labels", "negative_class_labels")
 OF_TEXTS = (
     "prompt",
@@ -32,18 +34,26 @@ OF_TEXTS = (
     "refiner",
     "refiner_start",
     "embedding",
+    "controlnet",
+    *OF_CONTROL,
 )
 # Options that do nothing without another one, and those that do nothing without guidance.
 NEEDS = {
     **{"lora_scale": "lora", "refiner_start": "refiner"},
-    **dict.fromkeys(("strength", "mask", "resize"), "image"),
+    **dict.fromkeys(("strength", "mask"), "image"),
+    **dict.fromkeys(OF_CONTROL[1:], "control_image"),
 }
 OF_GUIDANCE = ("guidance_rescale", "negative_class_labels")
 REFINER_START = 0.8
 WITH_OPTIONS_OF_THEIR_OWN = {
     *("key", "prompt", "negative_prompt", "class_labels", "num_images", "negative_labels"),
 }
-OPTION_NAMES = {"mask_image": "mask", "denoising_end": "refiner-start", "denoising_start": "refiner-start"}
+OPTION_NAMES = {
+    "mask_image": "mask",
+    **CONTROL_NAMES,
+    "denoising_end": "refiner-start",
+    "denoising_start": "refiner-start",
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,24 @@ class Sample:
 
     embedding: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
     """Files of textual inversion, whose words may then stand in --prompt (Stable Diffusion 1, 2 and XL)."""
+
+    controlnet: Annotated[tuple[str, ...] | None, shown("FOLDER ...", "those of the folder")] = None
+    """Folders of ControlNets or T2I-Adapters that draw along --control-image."""
+
+    control_image: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
+    """Picture of edges, depths or poses, one for each --controlnet; resized as --image is."""
+
+    control_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "1")] = None
+    """How much --control-image counts: one number for all, or one for each."""
+
+    control_start: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "0")] = None
+    """Fraction of the steps after which --control-image counts: one number for all, or one for each."""
+
+    control_end: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "1")] = None
+    """Fraction of the steps until which --control-image counts."""
+
+    guess_mode: bool = False
+    """Let ControlNets act without guidance, so that a picture is followed with an empty --prompt."""
 
     options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", "none")] = None
     """Options that only the model's family has, as in `--options clip_skip=1 original_size=[768,768]`."""
@@ -240,10 +268,12 @@ class Sample:
                 raise InvalidArgumentError(
                     f"--{name.replace('_', '-')} is not for this model: {self.folder} {kind}; leave it out"
                 )
+        if self.resize is not None and self.image is None and self.control_image is None:
+            raise InvalidArgumentError("--resize is of --image: give --image, too, or leave it out")
         for name, other in NEEDS.items():
             if getattr(self, name) is not None and getattr(self, other) is None:
                 raise InvalidArgumentError(
-                    f"--{name.replace('_', '-')} is of --{other}: give --{other}, too, or leave it out"
+                    f"--{name} is of --{other}: give --{other}, too, or leave it out".replace("_", "-")
                 )
         for name in OF_GUIDANCE:
             if getattr(self, name) is not None and self.guidance_scale == 1 and self.true_cfg_scale is None:
@@ -350,9 +380,12 @@ class Sample:
         pipe = self._with_changes(pipe)
         for file in self.embedding or ():
             pipe = pipelines.with_embedding(pipe, file)
+        if self.controlnet is not None:
+            pipe = pipelines.with_control(pipe, self.controlnet, dtype=self.dtype)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
+        own |= control_options(self, pipe, image)
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
         total = pipe.num_callbacks(count, **options)
         if not of_texts:

@@ -26,6 +26,8 @@ from jaxldm.models.clip_vision import (
     ImageEncoding,
     clip_pixel_values,
 )
+from jaxldm.models.control_networks import controlled_network, controlnet_from_unet
+from jaxldm.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxldm.models.cost import (
     compile_forward,
     count_macs,
@@ -41,6 +43,7 @@ from jaxldm.models.dinov2 import Dinov2Config, Dinov2Model, dinov2_pixel_values
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.dydit import DyDiT, DyDiTConfig
+from jaxldm.models.flux_controlnet import FluxControlNetConfig, FluxControlNetModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
 from jaxldm.models.ldm_bert import LDMBertConfig, LDMBertModel
@@ -72,9 +75,11 @@ from jaxldm.models.registry import (
     init_from,
     shapes,
 )
+from jaxldm.models.sd3_controlnet import SD3ControlNetConfig, SD3ControlNetModel
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from jaxldm.models.sharding import make_mesh, sharding_of, shardings
 from jaxldm.models.sit import SiT, SiTConfig
+from jaxldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from jaxldm.models.text_encoder import TextEncoding
 from jaxldm.models.tiling import Tiling
@@ -111,6 +116,8 @@ __all__ = [
     "CLIPTextWithProjectionConfig",
     "CLIPVisionConfig",
     "CLIPVisionModelWithProjection",
+    "ControlNetConfig",
+    "ControlNetModel",
     "ConvAutoencoder",
     "ConvAutoencoderConfig",
     "Convention",
@@ -127,6 +134,8 @@ __all__ = [
     "Dinov2Model",
     "DyDiT",
     "DyDiTConfig",
+    "FluxControlNetConfig",
+    "FluxControlNetModel",
     "FluxTransformer2DConfig",
     "FluxTransformer2DModel",
     "ImageEncoding",
@@ -147,10 +156,14 @@ __all__ = [
     "Quantized",
     "Qwen3Config",
     "Qwen3Model",
+    "SD3ControlNetConfig",
+    "SD3ControlNetModel",
     "SD3Transformer2DConfig",
     "SD3Transformer2DModel",
     "SiT",
     "SiTConfig",
+    "T2IAdapter",
+    "T2IAdapterConfig",
     "T5EncoderConfig",
     "T5EncoderModel",
     "TextEncoding",
@@ -180,6 +193,8 @@ __all__ = [
     "compute_dtype",
     "config_from_dict",
     "config_to_dict",
+    "controlled_network",
+    "controlnet_from_unet",
     "convention",
     "count_macs",
     "count_params",

@@ -19,6 +19,8 @@ OMITTED = ("scalar_inputs",)  # from config.json where it is empty
 LOWEST = {
     "depth": 0,
     "freq_shift": 0,
+    "extra_conditioning_channels": 0,
+    "transformer_layers_per_block": 0,  # of a level without attention
     "downsample_padding": 0,
     "num_layers": 0,
     "num_single_layers": 0,

@@ -24,7 +24,7 @@ from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import UNIT_TIME, Convention
 from jaxldm.nn.activations import gelu_tanh
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
-from jaxldm.nn.block_stack import Within, apply_blocks
+from jaxldm.nn.block_stack import Within, add_after, apply_blocks
 from jaxldm.nn.embeddings import TimestepTextEmbedding, patchify, unpatchify
 from jaxldm.nn.joint_attention import JointAttention
 from jaxldm.nn.linear import Linear, compute_dtype
@@ -188,6 +188,12 @@ class FluxSingleTransformerBlock(nn.Module):
         return clip_to_float16(x + gated(Linear(width, dtype=config.dtype, name="proj_out")(both), gate))
 
 
+def _places(residuals: tuple[Any, ...] | None, count: int) -> list[int]:
+    """Which residual each of `count` blocks gets: blocks in a row share one."""
+    interval = max(1, -(-count // max(1, len(residuals or ()))))
+    return [i // interval for i in range(count)]
+
+
 class FluxTransformer2DModel(nn.Module):
     """The transformer of FLUX.1.
 
@@ -211,6 +217,9 @@ class FluxTransformer2DModel(nn.Module):
         pooled_projections: Float[Array, "B E"],
         guidance: Float[Array, " B"] | None = None,
         reference: Float[Array, "B h w C"] | None = None,
+        *,
+        controlnet_block_samples: tuple[Float[Array, "B N width"], ...] | None = None,
+        controlnet_single_block_samples: tuple[Float[Array, "B N width"], ...] | None = None,
     ) -> Float[Array, "B H W out"]:
         """Predict the velocity.
 
@@ -223,6 +232,8 @@ class FluxTransformer2DModel(nn.Module):
             guidance: `[B]`, the guidance scale; required with `guidance_embeds`, else None.
             reference: `[B, h, w, latent_channels]`, latents of a picture of any size, whose tokens stand
                 behind those of x (FLUX.1 Kontext).
+            controlnet_block_samples, controlnet_single_block_samples: of a ControlNet, added to the image's
+                tokens behind the double and the single blocks, each behind as many as there are for one.
 
         Returns:
             `[B, H, W, out_channels / 4]` in the dtype of x: the velocity, noise - data.
@@ -257,9 +268,12 @@ class FluxTransformer2DModel(nn.Module):
         )
         doubles, singles = config.num_layers, config.num_single_layers
         within = Within(self, 0, singles)
+        options["after"] = add_after(controlnet_block_samples, _places(controlnet_block_samples, doubles))
         image, text = apply_blocks(
             double, "transformer_blocks", doubles, (image, text), *shared, within=within, **options
         )
+        given = controlnet_single_block_samples
+        options["after"] = add_after(given, _places(given, singles), num_text)
         h = jnp.concatenate([text, image], axis=1)
         within = Within(self, doubles, 0)
         h = apply_blocks(single, "single_transformer_blocks", singles, h, *shared, within=within, **options)

@@ -18,7 +18,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.models.denoising_network import Convention
 from jaxldm.nn.adaptive_norm import AdaLayerNormContinuous, Modulation, gated
-from jaxldm.nn.block_stack import Within, apply_blocks
+from jaxldm.nn.block_stack import Within, add_after, apply_blocks
 from jaxldm.nn.embeddings import (
     PatchProjection,
     TimestepTextEmbedding,
@@ -237,6 +237,8 @@ class SD3Transformer2DModel(nn.Module):
         t: Float[Array, " B"],
         encoder_hidden_states: Float[Array, "B T D"],
         pooled_projections: Float[Array, "B P"],
+        *,
+        block_controlnet_hidden_states: tuple[Float[Array, "B N width"], ...] | None = None,
     ) -> Float[Array, "B H W out"]:
         """Predict the velocity.
 
@@ -246,6 +248,8 @@ class SD3Transformer2DModel(nn.Module):
             t: `[B]` floating, 0 (data) to 1000 (noise); `models.network` takes the path's t in [0, 1].
             encoder_hidden_states: `[B, T, joint_attention_dim]`, the text's tokens.
             pooled_projections: `[B, pooled_projection_dim]`, the pooled text.
+            block_controlnet_hidden_states: of a ControlNet, added to the image's tokens behind the blocks,
+                each behind as many in a row as there are blocks for one; behind the last block none is.
 
         Returns:
             The velocity noise - data, `[B, H, W, out_channels]` in the dtype of x.
@@ -261,11 +265,14 @@ class SD3Transformer2DModel(nn.Module):
         h = PatchEmbed(config, name="pos_embed")(x)
         c = TimestepTextEmbedding(config.hidden_size, config.dtype, name="time_text_embed")(t, pooled)
         text = Linear(config.caption_projection_dim, dtype=config.dtype, name="context_embedder")(text)
+        given = block_controlnet_hidden_states or ()
+        interval = config.num_layers / max(1, len(given))
+        add = add_after(given, [int(i / interval) for i in range(config.num_layers)])
         for first, count, dual, last in config.runs:
             block = functools.partial(JointTransformerBlock, config, dual, last)
             within = Within(self, first, config.num_layers - first - count)
             options = {"first": first, "scan": config.scan and count > 1, "remat": config.remat}
-            options |= {"within": within, "skip": self.skip_layers}
+            options |= {"within": within, "skip": self.skip_layers, "after": None if last else add}
             h, text = apply_blocks(block, "transformer_blocks", count, (h, text), c, **options)
         h = AdaLayerNormContinuous(EPS, config.dtype, name="norm_out")(h, c)
         features = config.patch_size**2 * (config.out_channels or config.in_channels)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.reuse import (
@@ -51,6 +52,7 @@ def apply_blocks(
     remat: bool = False,
     within: Within | None = None,
     skip: tuple[int, ...] = (),
+    after: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
     """carry <- block(carry, *shared), for `count` blocks. Call it in the compact method of their module.
 
@@ -71,10 +73,12 @@ def apply_blocks(
             (Chen et al. 2016, arXiv:1604.06174).
         within: for blocks of which a step may reuse the residual; None: they always run.
         skip: numbers of blocks that leave the carry as it is.
+        after: (carry, number of the block) -> carry, after every block, also those left out: what another
+            network adds. None: nothing.
     """
     session = None if within is None else session_of(within.module)
     if within is not None and session is not None and count > 0:
-        blocks = _PureBlocks(make_block, name, first, count, shared, scan, remat)
+        blocks = _PureBlocks(make_block, name, first, count, shared, scan, remat, after)
         return _apply_reusing(blocks, within, session, carry)
 
     def call(block: nn.Module, carry: Any) -> Any:
@@ -85,16 +89,18 @@ def apply_blocks(
     if not scan:
         for number in range(first, first + count):
             carry = carry if number in skip else call(make_block(name=f"{name}_{number}"), carry)
+            carry = carry if after is None else after(carry, number)
         return carry
     if count == 0:
         return carry
     skipped = [number in skip for number in range(first, first + count)]
 
-    def step(block: nn.Module, carry: Any, skipped: Any) -> tuple[Any, None]:
-        after = call(block, carry)
-        if skipped is None:
-            return after, None
-        return jax.tree.map(lambda old, new: jnp.where(skipped, old, new), carry, after), None
+    def step(block: nn.Module, carry: Any, each: tuple[Any, Any]) -> tuple[Any, None]:
+        skipped, number = each
+        out = call(block, carry)
+        if skipped is not None:
+            out = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), carry, out)
+        return (out if after is None else after(out, number)), None
 
     scanned = nn.scan(
         step,
@@ -103,7 +109,40 @@ def apply_blocks(
         length=count,
     )
     flags = jnp.asarray(skipped) if any(skipped) else None
-    return scanned(make_block(name=f"{name}_{first}to{first + count - 1}"), carry, flags)[0]
+    numbers = None if after is None else jnp.arange(first, first + count)
+    return scanned(make_block(name=f"{name}_{first}to{first + count - 1}"), carry, (flags, numbers))[0]
+
+
+def add_after(
+    residuals: Sequence[Float[Array, "B N C"]] | None, places: Sequence[int], skip_tokens: int = 0
+) -> Callable[[Any, Any], Any] | None:
+    """`after` of `apply_blocks` that adds the residuals of a control network to the image's tokens.
+
+    Args:
+        residuals: of the control network; None: none.
+        places: for each block of the network, which of the residuals it gets.
+        skip_tokens: of a text, in front of those of the image in the carry.
+
+    Raises:
+        InvalidArgumentError: when called, residuals that do not fit.
+    """
+    if not residuals:
+        return None
+    stack, table = jnp.stack(list(residuals)), jnp.asarray(places)
+
+    def after(carry: Any, number: Any) -> Any:
+        several = isinstance(carry, tuple)
+        x = carry[0] if several else carry
+        residual = jax.lax.dynamic_index_in_dim(stack, table[number], keepdims=False).astype(x.dtype)
+        if residual.shape != (x.shape[0], x.shape[1] - skip_tokens, x.shape[2]):
+            raise InvalidArgumentError(
+                f"a control network gives residuals {list(residual.shape)} where the transformer has "
+                f"{list(x.shape)}: they are of different models, or the control image is of another size"
+            )
+        x = x + residual if skip_tokens == 0 else x.at[:, skip_tokens:].add(residual)
+        return (x, *carry[1:]) if several else x
+
+    return after
 
 
 class _PureBlocks(NamedTuple):
@@ -116,6 +155,7 @@ class _PureBlocks(NamedTuple):
     shared: tuple[Any, ...]
     scan: bool
     remat: bool
+    after: Callable[[Any, Any], Any] | None = None
 
     @property
     def title(self) -> str:
@@ -141,7 +181,8 @@ class _PureBlocks(NamedTuple):
 
         def one(carry: Any, number: Any) -> tuple[Any, None]:
             # Each takes its own parameters: no part of a stack is copied.
-            return self.call(self.params(module, number), carry), None
+            out = self.call(self.params(module, number), carry)
+            return (out if self.after is None else self.after(out, self.first + number)), None
 
         if self.scan and start < end:
             return jax.lax.scan(one, carry, jnp.arange(start, end))[0]

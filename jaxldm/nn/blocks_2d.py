@@ -110,11 +110,14 @@ class DownBlock2D(_Level, kw_only=True):
         train: bool = False,
         context: Float[Array, "B T D"] | None = None,
         mask: Shaped[Array, "B T"] | None = None,
+        residual: Float[Array, "B _ _ out"] | None = None,
     ) -> tuple[Float[Array, "B h w out"], tuple[Float[Array, "B _ _ _"], ...]]:
         skips = []
         for i in range(self.first_layer, self.num_layers):
             x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
             x = self.attend(i, self.num_groups, x, context, mask)
+            if self.takes_residual_inside and i == self.num_layers - 1:
+                x = add_residual(x, residual)
             skips.append(x)
         if self.add_downsample:
             if self.resnet_resampling:
@@ -122,7 +125,15 @@ class DownBlock2D(_Level, kw_only=True):
             else:
                 x = Downsample2D(self.downsample_padding, self.dtype, name="downsamplers_0")(x)
             skips.append(x)
+        if residual is not None and not self.takes_residual_inside:
+            x = add_residual(x, residual)
+            skips[-1:] = [x]
         return x, tuple(skips)
+
+    @property
+    def takes_residual_inside(self) -> bool:
+        """Whether a T2I-Adapter's residual enters before the change of size: in levels with transformers."""
+        return self.transformer is not None
 
 
 class UpBlock2D(_Level, kw_only=True):
@@ -198,16 +209,85 @@ class MidBlock2D(_Level, kw_only=True):
         return self.resnet("resnets_1", channels, x, temb, train)
 
 
+class MidResnet2D(_Level, kw_only=True):
+    """A single residual block: the middle of small ControlNets. `context` and `mask` are not used."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        temb: Float[Array, "B time"] | None = None,
+        train: bool = False,
+        context: Float[Array, "B T D"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> Float[Array, "B H W C"]:
+        return self.resnet("resnets_0", x.shape[-1], x, temb, train)
+
+
+class Residuals(NamedTuple):
+    """What other networks add to the levels of a U-Net on their way; None adds nothing.
+
+    Attributes:
+        skips: of a ControlNet, to the skip connections, one for each, the first to the input of the levels.
+        mid: of a ControlNet, behind the middle block.
+        levels: of a T2I-Adapter, in the down blocks, one for each or for the first of them; one more is for
+            the middle block.
+    """
+
+    skips: tuple[Float[Array, "B _ _ _"], ...] | None = None
+    mid: Float[Array, "B _ _ _"] | None = None
+    levels: tuple[Float[Array, "B _ _ _"], ...] | None = None
+
+    def of_skips(self, skips: tuple[Any, ...], first: int = 0) -> tuple[Any, ...]:
+        """The skip connections from number `first` on, with theirs added."""
+        if self.skips is None:
+            return skips
+        return tuple(map(add_residual, skips, self.skips[first : first + len(skips)]))
+
+    def of_level(self, level: int) -> Any:
+        """That of a down block, or None."""
+        return self.levels[level] if self.levels is not None and level < len(self.levels) else None
+
+    def of_mid(self, x: Float[Array, "B H W C"], num_levels: int) -> Float[Array, "B H W C"]:
+        """The output of the middle block, with theirs added; an adapter's only where it fits."""
+        more = self.of_level(num_levels)
+        x = add_residual(x, more) if more is not None and more.shape == x.shape else x
+        return add_residual(x, self.mid)
+
+
+NO_RESIDUALS = Residuals()
+
+
+def add_residual(
+    x: Float[Array, "B H W C"], residual: Float[Array, "B _ _ C"] | None
+) -> Float[Array, "B H W C"]:
+    """x + residual, one number for each channel where it is [B, 1, 1, C]; x where there is none.
+
+    Raises:
+        InvalidArgumentError: it does not fit.
+    """
+    if residual is None:
+        return x
+    if residual.shape != x.shape and residual.shape != (x.shape[0], 1, 1, x.shape[-1]):
+        raise InvalidArgumentError(
+            f"a control network gives residuals {list(residual.shape)} where the U-Net has {list(x.shape)}: "
+            "they are of different models, or the control image is of another size"
+        )
+    return x + residual.astype(x.dtype)
+
+
 def apply_down_blocks(
-    x: Float[Array, "B H W C"], blocks: Sequence[Any], *condition
+    x: Float[Array, "B H W C"], blocks: Sequence[Any], *condition, residuals: Residuals = NO_RESIDUALS
 ) -> tuple[Float[Array, "B h w c"], tuple[Float[Array, "B _ _ _"], ...]]:
     """Apply all down blocks of a U-Net: (the lowest level, the skip connections, x itself first).
 
-    `condition` are the further arguments of every block: temb, train, context, mask.
+    `condition` are the further arguments of every block: temb, train, context, mask. Of the residuals those
+    of the levels are added here.
     """
     skips = (x,)
-    for block in blocks:
-        x, outputs = block(x, *condition)
+    for level, block in enumerate(blocks):
+        more = {} if residuals.levels is None else {"residual": residuals.of_level(level)}
+        x, outputs = block(x, *condition, **more)
         skips += outputs
     return x, skips
 
@@ -238,6 +318,7 @@ def apply_levels(
     mid: MidBlock2D | None,
     up: Sequence[UpBlock2D],
     *condition,
+    residuals: Residuals = NO_RESIDUALS,
 ) -> Float[Array, "B H W _"]:
     """All levels of a U-Net: down, the middle one, up. Call it in the compact method of their module.
 
@@ -249,12 +330,13 @@ def apply_levels(
         x: `[B, H, W, C]`, the first skip connection.
         down, mid, up: its blocks.
         condition: as in `apply_down_blocks`.
+        residuals: of other networks, added in every step.
     """
     session = session_of(module)
     if session is None:
-        x, skips = apply_down_blocks(x, down, *condition)
-        x = x if mid is None else mid(x, *condition)
-        return apply_up_blocks(x, skips, up, *condition)
+        x, skips = apply_down_blocks(x, down, *condition, residuals=residuals)
+        x = residuals.of_mid(x if mid is None else mid(x, *condition), len(down))
+        return apply_up_blocks(x, residuals.of_skips(skips), up, *condition)
     last = up[-1].num_layers
     shallow = session.cache.skips or 1
     if shallow > last:
@@ -265,15 +347,24 @@ def apply_levels(
     def part(block: nn.Module, **changes: Any) -> Any:
         return _Pure(module, str(block.name), block.clone(parent=None, name=None, **changes))
 
-    x, skips = apply_down_blocks(x, [part(down[0], num_layers=shallow - 1, add_downsample=False)], *condition)
+    # The adapter's residual of the outermost level belongs to its last layer, on one side of the cut.
+    whole = down[0].takes_residual_inside and shallow > down[0].num_layers
+    above = residuals if whole else NO_RESIDUALS
+    below = (
+        residuals._replace(levels=(None, *residuals.levels[1:])) if whole and residuals.levels else residuals
+    )
+    first = part(down[0], num_layers=shallow - 1, add_downsample=False)
+    x, skips = apply_down_blocks(x, [first], *condition, residuals=above)
+    skips = residuals.of_skips(skips)
 
     def deep(x):
         x, more = apply_down_blocks(
-            x, [part(down[0], first_layer=shallow - 1), *map(part, down[1:])], *condition
+            x, [part(down[0], first_layer=shallow - 1), *map(part, down[1:])], *condition, residuals=below
         )
-        x = x if mid is None else part(mid)(x, *condition)
+        x = residuals.of_mid(x if mid is None else part(mid)(x, *condition), len(down))
         outermost = part(up[-1], num_layers=last - shallow, add_upsample=False)
-        return apply_up_blocks(x, skips + more[1:], [*map(part, up[:-1]), outermost], *condition)
+        more = residuals.of_skips(more[1:], len(skips))
+        return apply_up_blocks(x, skips + more, [*map(part, up[:-1]), outermost], *condition)
 
     x, session = session.run("deep", deep, x, residual=False)
     keep_session(module, session)

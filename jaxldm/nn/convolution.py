@@ -30,7 +30,7 @@ class Conv2d(nn.Module):
             stride 1 and padding 1 only.
         groups: each group of output channels depends on its group of input channels alone; as many groups as
             channels are a depthwise convolution, computed as `shifted_products` on a CPU.
-        kernel_init: initializer; None is PyTorch's.
+        kernel_init, bias_init: initializers; None is PyTorch's.
     """
 
     features: int
@@ -42,6 +42,7 @@ class Conv2d(nn.Module):
     groups: int = 1
     use_bias: bool = True
     kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
@@ -78,7 +79,7 @@ class Conv2d(nn.Module):
     def _with_bias(self, y: Float[Array, "B h w out"], default: Initializer) -> Float[Array, "B h w out"]:
         if not self.use_bias:
             return y
-        bias = parameter(self, "bias", default, (self.features,))
+        bias = parameter(self, "bias", self.bias_init or default, (self.features,))
         return y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
 
     def _quantized(

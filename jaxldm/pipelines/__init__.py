@@ -15,6 +15,7 @@ images = pipe(jax.random.key(0), prompt=["a cat"], num_inference_steps=30, solve
 from jaxldm.pipelines.cache_calibration import calibrate_cache
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.comparison import TensorComparison, compare, components
+from jaxldm.pipelines.control import with_control
 from jaxldm.pipelines.families import FAMILIES, PIPELINES
 from jaxldm.pipelines.families.class_to_image import class_to_image
 from jaxldm.pipelines.families.flux_pictures import as_flux_control
@@ -87,6 +88,7 @@ __all__ = [
     "read_weak_guidance",
     "save",
     "save_samples",
+    "with_control",
     "with_embedding",
     "with_free_u",
     "with_lora",

@@ -68,6 +68,19 @@ class Call:
             (9 channels) takes the mask; with any other the known part is put back after each step.
         resize: "crop", "pad" or "stretch" makes `image` and `mask_image` fit `height` and `width`, or else
             the nearest multiples that the model draws; None: they must fit.
+        control_image: for a model with ControlNets or T2I-Adapters (`pipelines.with_control`): a picture for
+            all images or one for each, as `image` is given; of several networks a list of these, in their
+            order.
+        controlnet_conditioning_scale: how much of a ControlNet's residuals is added; of several one number
+            for all, or one for each.
+        control_guidance_start, control_guidance_end: the part of the steps in which a ControlNet is used, in
+            [0, 1]; of several likewise.
+        control_mode: of a union of ControlNets (FLUX) the number of the kind of the picture; of several
+            networks a list, with None for those that are no unions.
+        guess_mode: ControlNets act in the conditional branch alone, more weakly in the outer levels, so that
+            the content of the picture is followed without a prompt (Zhang et al. 2023). For SD and SDXL.
+        adapter_conditioning_scale: as that of ControlNets, of T2I-Adapters.
+        adapter_conditioning_factor: the part of the steps, from the first on, in which adapters are used.
         latents: [N, h, w, c], x at the first row of the grid, as it is: noise of your own, or what another
             model left.
         denoising_start, denoising_end: use this part of the grid alone. The base model of SDXL ends at 0.8
@@ -118,6 +131,14 @@ class Call:
     negative_prompt_embeds: Real[Array, "_ _ _"] | None = None
     negative_pooled_prompt_embeds: Real[Array, "_ _"] | None = None
     negative_prompt_attention_mask: Real[Array, "_ _"] | None = None
+    control_image: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
+    control_mode: int | Sequence[int | None] | None = None
+    guess_mode: bool = False
+    adapter_conditioning_scale: float | Sequence[float] = 1.0
+    adapter_conditioning_factor: float = 1.0
     latents: Any = None
     denoising_start: float = 0.0
     denoising_end: float = 1.0
@@ -162,6 +183,12 @@ class Request(NamedTuple):
 EMBEDS = (
     *("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
     *("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_attention_mask"),
+)
+# Of models with control networks.
+OF_CONTROL = (
+    "control_image",
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode"),
+    *("guess_mode", "adapter_conditioning_scale", "adapter_conditioning_factor"),
 )
 SHARED = {field.name for field in dataclasses.fields(Call)} - {"own"}
 

@@ -63,6 +63,11 @@ def class_named(pipe: Pipeline, word: str) -> str:
     return next((name for name in names if word in name), names[0])
 
 
+def class_name_by_control(pipe: Pipeline) -> str:
+    """The first of `class_names`, or with a ControlNet the first that has it in its name."""
+    return class_named(pipe, "ControlNet") if "controlnet" in pipe.parts else first_class_name(pipe)
+
+
 def options_in(index: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
     """The options that a model_index.json has, by their own names, of the type of their defaults."""
     return {
@@ -85,6 +90,7 @@ class Folder(NamedTuple):
             classes do in diffusers: text-to-image, image-to-image and inpainting.
         parts: networks, tokenizers and schedulers that the folder must have.
         optional: parts that it may lack; None then.
+        control: control networks that its models take, each any number of times: "controlnet", "adapter".
         options: entries of model_index.json that are no parts, and what they are where it lacks them.
         constants: entries that diffusers wants to find there besides.
         check: raises `CheckpointError` where the parts are of different models.
@@ -96,6 +102,7 @@ class Folder(NamedTuple):
     class_names: tuple[str, ...]
     parts: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    control: tuple[str, ...] = ()
     options: Mapping[str, Any] = _NONE
     constants: Mapping[str, Any] = _NONE
     check: Callable[[Pipeline], None] = check_nothing

@@ -46,6 +46,8 @@ from jaxldm.models.registry import A_MODEL_CONFIG
 from jaxldm.models.sharding import RULES, Rule, a_mesh, check_splits, some_rules
 from jaxldm.pipelines import families
 from jaxldm.pipelines.call import call_options
+from jaxldm.pipelines.control import some_controls, with_control
+from jaxldm.pipelines.control_kinds import base_name
 from jaxldm.pipelines.families.class_to_image import (
     CLASS_TO_IMAGE,
     EXPORT_CLASS,
@@ -54,7 +56,7 @@ from jaxldm.pipelines.families.class_to_image import (
     class_to_image,
 )
 from jaxldm.pipelines.families.maskgit import MASKGIT_CLASS
-from jaxldm.pipelines.family import Family
+from jaxldm.pipelines.family import Family, Folder
 from jaxldm.pipelines.few_steps import entry_of, read_few_steps
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
@@ -90,6 +92,7 @@ def a_folder_or_parts(name: str, value: Any) -> Any:
     mesh=optional(a_mesh),
     rules=optional(some_rules),
     reference_quirks=flag,
+    controlnet=optional(some_controls),
 )
 def load(
     folder: str | Path,
@@ -101,6 +104,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Sequence[Rule] | None = None,
     reference_quirks: bool = False,
+    controlnet: str | Path | Network | Sequence[str | Path | Network] | None = None,
 ) -> Pipeline:
     """The model in a run folder (from training), an exported one, or a folder of diffusers.
 
@@ -116,6 +120,7 @@ def load(
         rules: how, before the usual ones: (pattern, `PartitionSpec`), see `jaxldm.models.sharding`.
         reference_quirks: draw what diffusers draws with the folder, also where its schedulers err: to compare
             pictures. `docs/where-jaxldm-differs.md` lists what that changes.
+        controlnet: folders of ControlNets or T2I-Adapters to draw with, as in `with_control`.
 
     Raises:
         CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
@@ -136,7 +141,7 @@ def load(
     _check_named(folder, _class_name(index, folder), found, named)
     _check_has_vae(found, vae)
     other_vae = found.autoencoder if vae is not None else None
-    only = [part for part in (*layout.parts, *layout.optional) if part in named and part != other_vae]
+    only = [part for part in named if is_part(part, layout) and part != other_vae]
     sharding = None
     if mesh is not None or rules is not None:
         sharding = _placement(folder, family, mesh, rules)
@@ -160,7 +165,12 @@ def load(
         raise CheckpointError(f"{folder} mixes two models: {text}") from error
     if is_run:
         check_data_of_run(pipe, folder)
-    return pipe
+    return pipe if controlnet is None else with_control(pipe, controlnet, dtype=dtype)
+
+
+def is_part(name: str, layout: Folder) -> bool:
+    """Whether a component of a folder is a part of the models that are laid out so."""
+    return base_name(name) in (*layout.parts, *layout.optional, *layout.control)
 
 
 def _check_has_vae(family: Family, vae: Any) -> None:
@@ -301,12 +311,12 @@ def check_export_folder(folder: str | Path, family: Family = CLASS_TO_IMAGE) -> 
     found = {name for name in os.listdir(folder) if not is_temporary(name)} if folder.exists() else set()
     if not found:
         return
-    ours = {INDEX_FILE, *family.folder.parts, *family.folder.optional}
     index = read_json(folder / INDEX_FILE) if INDEX_FILE in found else {}
     same = index.get("_class_name") in family.folder.class_names and "_jaxldm_version" in index
-    if not same or found - ours:
+    others = {name for name in found - {INDEX_FILE} if not is_part(name, family.folder)}
+    if not same or others:
         raise StorageError(
-            f"{folder} already holds other files ({', '.join(sorted(found - ours or found)[:3])}): choose "
+            f"{folder} already holds other files ({', '.join(sorted(others or found)[:3])}): choose "
             "a new or empty folder to export to"
         )
 
@@ -322,11 +332,10 @@ def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[s
         CheckpointError: a config is missing, damaged or of an unknown class.
     """
     folder, layout = Path(folder), family_of(folder, family).folder
-    known = {*layout.parts, *layout.optional}
     return {
         name: checkpoints.module_in(folder / name)
         for name, (_, kind) in checkpoints.read_model_index(folder).items()
-        if name in known and not kind.endswith("Scheduler") and "Tokenizer" not in kind
+        if is_part(name, layout) and not kind.endswith("Scheduler") and "Tokenizer" not in kind
     }
 
 

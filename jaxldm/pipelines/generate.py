@@ -24,6 +24,7 @@ from jaxldm.arguments import a_key, checked
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
+from jaxldm.pipelines.control import control_rows, controls_of, fit_control, read_control
 from jaxldm.pipelines.embeds import read_embeds, read_texts, with_embeds
 from jaxldm.pipelines.images import as_output_type
 from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs
@@ -73,7 +74,9 @@ def generate(
     embeds = read_embeds(pipe, call, prompt, negative_prompt)
     prompts, negatives = read_texts(pipe, embeds, prompt, negative_prompt)
     num_images = call.num_images_per_prompt * len(prompts)
+    call = read_control(pipe, call)
     inputs = family.read_inputs(pipe, call, num_images)
+    call = fit_control(pipe, call, inputs.size, num_images)
     guidance_input, guidance_scale = read_guidance(pipe, call, negatives)
     schedule = family.grid(pipe, call, inputs.size)
     keys = image_keys(key, num_images)
@@ -315,14 +318,17 @@ def denoise_latents(
     latent_shape: tuple[int, int, int],
 ) -> tuple[Float[np.ndarray, "N h w c"], Float[np.ndarray, "N K h w c"]]:
     """Latents and previews of a call; see `latents.denoise`."""
-    (cond, uncond, between), (sampler, grid) = with_extra_channels(*condition, start), run
+    (cond, uncond), (sampler, grid) = condition, run
+    more, negative = control_rows(pipe, call, len(keys.data))
+    cond, uncond = cond | more, None if uncond is None else uncond | negative
+    cond, uncond, between = with_extra_channels(cond, uncond, start)
     guided_channels = pipe.options.get("guided_channels") or latent_shape[-1]
     cache = call.cache
     if cache is not None:
         cache.check_steps(int(D.steps_in(grid)))
         cache = cache.padded(len(grid.t) - 1)
     weak, scales = call.weak_guidance, (np.float32(guidance_scale), np.float32(call.guidance_rescale))
-    per_call = PerCall(grid, *scales, cache)
+    per_call = PerCall(grid, *scales, cache, controls=controls_of(pipe, call, grid))
     compiled = Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews)
     if weak is not None:
         per_call = per_call._replace(weak=weak_of(weak, grid))

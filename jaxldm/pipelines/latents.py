@@ -122,7 +122,9 @@ def _check_step_fits(
         return models.largest_product(steps, network, per_call, batch, carry, jnp.int32(0), jnp.int32(1))
 
     check_computation(
-        size_of(network) + 4 * batch_size * (compiled.previews + 1) * height * width * channels,
+        size_of(network)
+        + size_of(per_call.controls)
+        + 4 * batch_size * (compiled.previews + 1) * height * width * channels,
         most_in_step(2 * batch_size, height, width),
         largest,
         _first_device(devices),

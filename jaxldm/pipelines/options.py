@@ -51,6 +51,17 @@ def a_name_or_numbers(name: str, value: Any) -> Any:
     return value if isinstance(value, str) else array("real", "[N], or a name", axes=1)(name, value)
 
 
+def one_or_each(check: Check) -> Check:
+    """One value for all, or a list of one for each, which becomes a tuple."""
+
+    def one_or_several(name: str, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return check(name, value)
+        return tuple(check(f"{name}[{place}]", each) for place, each in enumerate(value))
+
+    return one_or_several
+
+
 CHECKS: Mapping[str, Check] = {
     "num_images_per_prompt": count(1),
     "num_images": optional(count(1)),
@@ -79,6 +90,13 @@ CHECKS: Mapping[str, Check] = {
         )
         for sign in ("", "negative_")
     },
+    "controlnet_conditioning_scale": one_or_each(number()),
+    "control_guidance_start": one_or_each(number(0, 1)),
+    "control_guidance_end": one_or_each(number(0, 1)),
+    "control_mode": optional(one_or_each(optional(count()))),
+    "guess_mode": flag,
+    "adapter_conditioning_scale": one_or_each(number()),
+    "adapter_conditioning_factor": number(0, 1),
     "denoising_start": number(0, 1),
     "denoising_end": number(0, 1),
     "output": text,

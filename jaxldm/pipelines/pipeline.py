@@ -19,7 +19,17 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of, shown
 from jaxldm.functions import signature_error
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.sharding import mesh_of
-from jaxldm.pipelines.call import EMBEDS, SHARED, Call, Defaults, Request, call_options, keywords_of
+from jaxldm.pipelines.call import (
+    EMBEDS,
+    OF_CONTROL,
+    SHARED,
+    Call,
+    Defaults,
+    Request,
+    call_options,
+    keywords_of,
+)
+from jaxldm.pipelines.control_kinds import base_name, check_control
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
 from jaxldm.pipelines.network import Network
@@ -64,7 +74,7 @@ class Pipeline:
     def __post_init__(self):
         folder = self.family.folder
         for kind, given, known in (
-            ("part", self.parts, (*folder.parts, *folder.optional)),
+            ("part", [*map(base_name, self.parts)], (*folder.parts, *folder.optional, *folder.control)),
             ("option", self.options, folder.options),
         ):
             for name in given:
@@ -261,11 +271,13 @@ class Pipeline:
         """The names of the options that a call takes."""
         names = call_options(self.family.call, self.family.encode)
         unused = {*self.family.unused, *(EMBEDS if self.family.text_widths is None else ())}
+        unused |= set() if self.family.folder.control else {*OF_CONTROL}
         return [name for name in names if name not in unused]
 
     def check_parts(self) -> None:
         """Raise `CheckpointError` where the parts are of different models."""
         self.family.folder.check(self)
+        check_control(self.parts, self.denoiser)
 
 
 def _check_network(name: Any, part: Any) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt32
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.diffusion.grids import step_after
+from jaxldm.pipelines.control_branch import Control, controlled
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.weak_branch import Weak, away_from_weak
 from jaxldm.schedulers import Sampler
@@ -26,6 +27,7 @@ class PerCall(NamedTuple):
         guidance_scale, guidance_rescale: as in `Call`.
         cache: which steps reuse what the network computed before; None: none.
         weak: how the network of `Compiled.weak_module` is used; None: there is none.
+        controls: the control networks.
     """
 
     grid: D.Grid
@@ -33,6 +35,7 @@ class PerCall(NamedTuple):
     guidance_rescale: Float[Any, ""]
     cache: D.Cache | None = None
     weak: Weak | None = None
+    controls: tuple[Control, ...] = ()
 
 
 class PerImage(NamedTuple):
@@ -41,7 +44,7 @@ class PerImage(NamedTuple):
     Attributes:
         key: [N, 2], the numbers of its key.
         cond: arrays [N, ...] by the names of the network's arguments; "extra_channels" are added to x, and
-            names that begin with "_" are for the guidance rule alone.
+            names that begin with "_" are for the guidance rule or for control networks alone.
         uncond: the same for the unconditional or negative branch; None without guidance.
         between: the same for a third branch, of the picture without the text, which the guidance rule finds
             in its condition as "_between" (InstructPix2Pix).
@@ -117,6 +120,8 @@ def guided(
     def call(x, t, condition, call_network=call_network):
         arguments = {name: value for name, value in condition.items() if not name.startswith("_")}
         extra = arguments.pop("extra_channels", None)
+        if per_call.controls:
+            arguments = controlled(per_call.controls, x, t, condition, arguments)
         x = x if extra is None else jnp.concatenate([x, extra], axis=-1)
         if takes_step:
             arguments["step_size"] = step_after(per_call.grid, t)

@@ -23,15 +23,23 @@ class Weak(NamedTuple):
 
 
 def weak_of(value: Any, grid: D.Grid) -> Weak:
-    """The settings on the rows of a run; bounds lie half-way between two rows."""
-    t, steps = np.asarray(grid.t, np.float64), int(D.steps_in(grid))
+    """The settings on the rows of a run."""
+    steps = int(D.steps_in(grid))
     first = 0 if value.start == 0 else math.floor(value.start * steps) + 1
     last = math.ceil(value.stop * steps) - 1
+    return Weak(np.float32(value.scale), *bounds_of(grid, first, last))
+
+
+def bounds_of(grid: D.Grid, first: int, last: int) -> tuple[Float[Any, ""], Float[Any, ""]]:
+    """(t_from, t_until) of the steps `first` to `last`; bounds lie half-way between two rows.
+
+    Where `last` is before `first` no t lies between them.
+    """
     if first > last:
-        return Weak(np.float32(value.scale), np.float32(-np.inf), np.float32(np.inf))
+        return np.float32(-np.inf), np.float32(np.inf)
+    t = np.asarray(grid.t, np.float64)
     t_from = np.inf if first == 0 else (t[first - 1] + t[first]) / 2
-    t_until = (t[last] + t[last + 1]) / 2
-    return Weak(np.float32(value.scale), np.float32(t_from), np.float32(t_until))
+    return np.float32(t_from), np.float32((t[last] + t[last + 1]) / 2)
 
 
 def away_from_weak(

@@ -19,6 +19,7 @@ from jaxldm import diffusion as D
 from jaxldm.arguments import a_key, checked, function, instance, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.call import Call
+from jaxldm.pipelines.control_kinds import control_parts
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.pipelines.sampling_run import Compiled, PerImage
 from jaxldm.serving.embeddings import Embeddings
@@ -123,6 +124,8 @@ def job_of(loop: Loop) -> Job:
         raise InvalidArgumentError("slots start from noise or an image: leave mask_image and latents out")
     if loop.call.cache is not None:
         raise InvalidArgumentError("slots share their steps, each at another one: leave the cache out")
+    if control_parts(pipe.parts):
+        raise InvalidArgumentError("slots take no control images: serve the model without control networks")
     num_steps, num_images = int(D.steps_in(grid)), len(loop.keys.data)
     if num_steps > MAX_STEPS:
         raise InvalidArgumentError(f"num_inference_steps must be at most {MAX_STEPS}, got {num_steps}")

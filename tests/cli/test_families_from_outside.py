@@ -178,7 +178,7 @@ def test_a_folder_names_a_class_of_its_family(family, takes_mask, distilled, nam
     """Latent consistency models of SDXL, too, which have no class of their own."""
     spec = SimpleNamespace(takes_mask=takes_mask)
     pipe = SimpleNamespace(
-        family=family, latent_spec=spec, is_guidance_distilled=distilled, text_encoder="some"
+        family=family, latent_spec=spec, is_guidance_distilled=distilled, text_encoder="some", parts={}
     )
     assert family.folder.class_name(pipe) == name and name in family.folder.class_names
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command_lines import complaint, run
 from PIL import Image
-from reference_pipelines import SIZE, write_sd, write_sdxl
+from reference_pipelines import SIZE, controlnet, write_sd, write_sdxl
 
 from jaxldm import pipelines
 from jaxldm.commands.inspect_subject import words_of
@@ -178,3 +178,22 @@ def test_a_folder_of_an_unknown_class(capsys, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     line = complaint(capsys, "sample", tmp_path, "--prompt", "a cat")
     assert "KandinskyPipeline" in line and "StableDiffusionPipeline" in line
+
+
+def test_a_control_image(capsys, folder, pictures):
+    """Resized to the sides that are given; its scale and steps are those of the pipeline's call."""
+    controlnet(16, 1).save_pretrained(pictures / "edges")
+    words = ["--prompt", "a cat", "--controlnet", pictures / "edges", "--height", SIZE, "--width", SIZE]
+    control = ["--control-image", pictures / "cat.png", "--control-scale", "0.7", "--control-end", "0.5"]
+    images, *_ = sample(capsys, folder, pictures / "out", *words, *control)
+    with Image.open(pictures / "cat.png") as opened:
+        resized = np.asarray(opened.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    given = dict(control_image=resized, controlnet_conditioning_scale=0.7, control_guidance_end=0.5)
+    pipe = pipelines.load(folder, controlnet=pictures / "edges")
+    np.testing.assert_array_equal(images, to_uint8(pipe(jax.random.key(0), "a cat", **given, **CALL)))
+    line = complaint(capsys, "sample", folder, *words, *control, "0.3")
+    assert "2 numbers for 1 control networks" in line
+    assert "give control_image" in complaint(capsys, "sample", folder, *words)
+    assert "--control-scale is of --control-image" in complaint(
+        capsys, "sample", folder, *words, *control[2:4]
+    )

@@ -184,17 +184,18 @@ DENOISERS = {
 # Preset -> one with the same blocks, heads up to its size, and as many tokens or more.
 SIZES = [f"{kind}-{size}" for kind in ("dit", "sit") for size in ("s", "b", "l", "xl")]
 ALIKE = {
-    **dict.fromkeys(("lcm-unet",), "sd15-unet"),
+    **dict.fromkeys(("lcm-unet", "sd15-controlnet"), "sd15-unet"),
     **dict.fromkeys(("sd20-unet", "sd21-unet", "sdxl-refiner-unet", "playground-unet"), "sdxl-unet"),
+    **dict.fromkeys(("sd2-controlnet", "sdxl-controlnet"), "sdxl-unet"),
     **dict.fromkeys(("if-i-l", "if-i-m", "if-ii-l", "if-ii-m"), "if-i-xl"),
     **{f"{name}-{patch}": f"{name[:3]}-xl-2" for name in SIZES for patch in (2, 4, 8)},
-    "flux-schnell": "flux-dev",
+    **dict.fromkeys(("flux-schnell", "flux-controlnet"), "flux-dev"),
     **{f"pixart-sigma{size}": "pixart-sigma-2k" for size in ("", "-256", "-512")},
-    "sd35-large": "sd3-medium",
+    **dict.fromkeys(("sd35-large", "sd3-controlnet", "sd35-large-controlnet"), "sd3-medium"),
     "amused-256": "amused-512",
     **dict.fromkeys(("sd-vae", "playground-vae", "sd3-vae", "flux-vae"), "sdxl-vae"),
     "ldm-vq-f8": "ldm-vq-f4",
-    **dict.fromkeys(("openclip-h", "openclip-bigg"), "clip-l"),
+    **dict.fromkeys(("openclip-h", "openclip-bigg", "ldm-bert"), "clip-l"),
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
 }
 WITHOUT_ATTENTION = {
@@ -202,6 +203,8 @@ WITHOUT_ATTENTION = {
     "digit-classifier",
     "amused-vq",
     "wuerstchen-vqgan",
+    *("taesd", "taesdxl", "taesd3", "taef1"),
+    *("sd15-t2i-adapter", "sd15-light-t2i-adapter", "sdxl-t2i-adapter"),
     "patch-gan",
     "mini-patch-gan",
 }

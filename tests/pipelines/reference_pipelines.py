@@ -203,3 +203,22 @@ def theirs(array):
 def ours(tensor):
     """A torch tensor [N, c, h, w] -> [N, h, w, c]."""
     return tensor.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def controlnet(width, seed, **more):
+    """A ControlNet of the U-Net of `unet`, for pictures of `SIZE`."""
+    torch.manual_seed(seed)
+    return shaken(
+        diffusers.ControlNetModel(
+            block_out_channels=(8,),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=width,
+            down_block_types=("CrossAttnDownBlock2D",),
+            conditioning_embedding_out_channels=(2, 4),
+            **more,
+        ),
+        seed,
+        0.1,
+    )

@@ -21,6 +21,7 @@ from jaxldm.pipelines.family import (
     Folder,
     check_latent_channels,
     check_text_width,
+    class_name_by_control,
     default_latent_spec,
     states_width,
 )
@@ -137,13 +138,18 @@ def check(pipe: Pipeline, besides: int = 0) -> None:
 FLUX = Family(
     name="Flux",
     folder=Folder(
-        class_names=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+        class_names=(
+            *("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
+            *("FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline"),
+        ),
         # CLIP ViT-L/14, and T5 v1.1 XXL.
         parts=(
             *("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
             "scheduler",
         ),
+        control=("controlnet",),
         check=check,
+        class_name=class_name_by_control,
     ),
     defaults=defaults,
     encode=encode,

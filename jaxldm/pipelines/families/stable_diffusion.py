@@ -75,7 +75,11 @@ def text_widths(pipe: Pipeline) -> TextWidths:
 
 
 def class_name(pipe: Pipeline) -> str:
-    """Inpainting and guidance-distilled networks have a class of their own in diffusers."""
+    """Inpainting, guidance-distilled and controlled networks have a class of their own in diffusers."""
+    if "controlnet" in pipe.parts:
+        return class_named(pipe, "ControlNetInpaint" if pipe.latent_spec.takes_mask else "ControlNet")
+    if "adapter" in pipe.parts:
+        return class_named(pipe, "Adapter")
     kind = "Inpaint" if pipe.latent_spec.takes_mask else "LatentConsistency"
     special = pipe.latent_spec.takes_mask or pipe.is_guidance_distilled
     return class_named(pipe, kind if special else "")
@@ -90,9 +94,14 @@ STABLE_DIFFUSION = Family(
             "StableDiffusionInpaintPipeline",
             "LatentConsistencyModelPipeline",
             "LatentConsistencyModelImg2ImgPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
+            "StableDiffusionAdapterPipeline",
         ),
         # The text encoder is CLIP ViT-L/14 (SD 1.x), or OpenCLIP ViT-H/14 without its last layer (SD 2.x).
         parts=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        control=("controlnet", "adapter"),
         constants=WITHOUT_SAFETY_CHECKER,
         check=check,
         class_name=class_name,

@@ -150,10 +150,15 @@ STABLE_DIFFUSION_XL = Family(
             "StableDiffusionXLPipeline",
             "StableDiffusionXLImg2ImgPipeline",
             "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLAdapterPipeline",
         ),
         # CLIP ViT-L/14, and OpenCLIP ViT-bigG/14 with its projection; the refiner has the second alone.
         parts=("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"),
         optional=("text_encoder", "tokenizer"),
+        control=("controlnet", "adapter"),
         # Without a negative prompt the other branch takes zeros, not the empty text; the refiner takes a
         # score in place of the target size.
         options={"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False},

@@ -1,0 +1,64 @@
+"""The options of `jaxldm sample` for ControlNets and T2I-Adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxldm.errors import InvalidArgumentError
+
+# Options of a call, and what they are on the command line.
+CONTROL_NAMES = {
+    "controlnet_conditioning_scale": "control-scale",
+    "adapter_conditioning_scale": "control-scale",
+    "control_guidance_start": "control-start",
+    "control_guidance_end": "control-end",
+    "adapter_conditioning_factor": "control-end",
+}
+
+
+def control_options(given: Any, pipe: Any, image: Any) -> dict[str, Any]:
+    """The options of a call of a pipeline; empty where no control image is given.
+
+    Args:
+        given: the options of the command.
+        pipe: with its control networks.
+        image: the picture of --image, or None: control images are resized to its size.
+
+    Raises:
+        DataError: no such file, or not a picture.
+        InvalidArgumentError: another number of values than of networks.
+    """
+    from jaxldm.commands.pictures import read_picture
+    from jaxldm.data.pictures import open_picture
+    from jaxldm.pipelines.control_kinds import base_name, control_parts
+    from jaxldm.pipelines.resizing import size_of
+
+    guess = {"guess_mode": True} if given.guess_mode else {}
+    if given.control_image is None:
+        return guess
+    height, width = (given.height, given.width) if image is None else size_of(image)
+    pictures: list[Any] = [
+        read_picture(file, height, width) if given.resize is None else open_picture(file)
+        for file in given.control_image
+    ]
+    parts = [base_name(name) for name in control_parts(pipe.parts)]
+    options: dict[str, Any] = {"control_image": pictures[0] if len(pictures) == 1 else pictures, **guess}
+    for name, part, option in (
+        ("control_scale", "controlnet", "controlnet_conditioning_scale"),
+        ("control_scale", "adapter", "adapter_conditioning_scale"),
+        ("control_start", "controlnet", "control_guidance_start"),
+        ("control_end", "controlnet", "control_guidance_end"),
+    ):
+        values = getattr(given, name)
+        if values is None or part not in parts:
+            continue
+        if len(values) not in (1, len(parts)):
+            raise InvalidArgumentError(
+                f"--{name.replace('_', '-')} has {len(values)} numbers for {len(parts)} control networks: "
+                "give one for all, or one for each"
+            )
+        values = values * len(parts) if len(values) == 1 else values
+        options[option] = tuple(value for value, own in zip(values, parts, strict=True) if own == part)
+    if given.control_end is not None and "adapter" in parts:
+        options["adapter_conditioning_factor"] = given.control_end[-1]
+    return options
