@@ -70,7 +70,8 @@ def mean_flow_loss(module: Any, loss_of: Callable[..., Any]) -> Callable[..., An
     def loss_fn(params: Any, state: Any, batch: Any, key: Any) -> Any:
         noise_key, time_key = jax.random.split(key)
         x_0 = batch["mean"]
-        r, t = few_steps.interval_times(time_key, len(x_0))
+        equal = 0.75
+        r, t = few_steps.interval_times(time_key, len(x_0), equal)
 
         def u(z: Any, r: Any, t: Any, labels: Any) -> Any:
             condition = {"labels": labels, "step_size": t - r}
@@ -78,7 +79,7 @@ def mean_flow_loss(module: Any, loss_of: Callable[..., Any]) -> Callable[..., An
             return network(params, z, t, condition, mutable=["intermediates"])[0]
 
         epsilon = jax.random.normal(noise_key, x_0.shape)
-        return loss_of(u, x_0, epsilon, r, t, batch["label"])
+        return loss_of(u, x_0, epsilon, r, t, batch["label"], still=int(equal * len(x_0)))
 
     return loss_fn
 

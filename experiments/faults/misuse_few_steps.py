@@ -126,6 +126,8 @@ def consistency() -> list[Case]:
             warmth=1.0,
             c=0.1,
             normalise=True,
+            difference=0.1,
+            ends=(0.0, 1.5),
         ),
     ]
 
@@ -138,8 +140,8 @@ def without_a_teacher() -> list[Case]:
     return [
         of("shortcut_target", **stepped, x_t=IMAGES, clip=4.0, smallest=8),
         of("shortcut_loss", **stepped, **DRAW, target=IMAGES[:1]),
-        of("mean_flow_loss", **flows),
-        of("improved_mean_flow_loss", **flows),
+        of("mean_flow_loss", **flows, still=1),
+        of("improved_mean_flow_loss", **flows, still=1),
         of("guided_velocity", **interval, z=IMAGES, null_condition=ONES, omega=1.5, kappa=0.5),
         of("drift", **TWO_SETS),
         of("drifting_loss", **TWO_SETS),

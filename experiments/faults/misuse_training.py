@@ -114,6 +114,7 @@ def students() -> list[Case]:
         "numbers": {"huber": 0.01},
         "dataset": None,
         "seed": 0,
+        "lora": T.LoraRecipe(rank=2),
     }
     words = {"teacher": f"teacher|{THERE}", "num_steps": "num_steps|num-steps", "numbers": "number"}
     return [Case("T.distill_recipe", T.distill_recipe, arguments, False, words)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +15,7 @@ from jaxldm.commands.train import given
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
-    from jaxldm.training import Recipe
+    from jaxldm.training import LoraRecipe, Recipe
 
 _METHOD = "the method's"
 
@@ -27,6 +28,7 @@ class Distill(SeveralHosts):
       jaxldm distill runs/mini-ldm --method lcm --run-dir runs/mini-lcm
       jaxldm sample runs/mini-lcm --num-inference-steps 1 --output-dir OUT
       jaxldm distill runs/mini-ldm --method progressive --num-steps 2 --run-dir runs/two-steps
+      jaxldm distill runs/captions --method lcm --rank 8 --run-dir runs/lcm-lora
 
     Methods:
       progressive  the steps are halved in rounds: a student for exactly --num-steps (4)
@@ -39,7 +41,8 @@ class Distill(SeveralHosts):
       dmd          distribution matching: a student for exactly --num-steps (4)
 
     OUT is a run folder as of `jaxldm train`: sample, eval, export, info and inspect read it. What it needs of
-    its teacher (autoencoder, classifier, latents) is copied.
+    its teacher (autoencoder, classifier, latents) is copied. With --rank an adapter of the teacher (LoRA) is
+    trained in place of its network, and OUT has its file besides.
     """
 
     teacher: Annotated[Positional[str], shown("RUN")]
@@ -64,6 +67,15 @@ class Distill(SeveralHosts):
 
     options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", _METHOD)] = None
     """Numbers of the method, as in `--options start_steps=32`."""
+
+    rank: Annotated[int | None, shown("INT", "none: the whole network")] = None
+    """Train an adapter (LoRA) whose change of each layer has this rank: of lcm, cd, ect, scm and reflow."""
+
+    alpha: Annotated[float | None, shown("FLOAT", "the rank")] = None
+    """Of the adapter: the change is multiplied with alpha / rank."""
+
+    targets: Annotated[tuple[str, ...] | None, shown("PATTERN ...", "all projections of attention")] = None
+    """Of the adapter: the layers that it changes, by patterns of their paths, as in '*/to_q' '*/to_v'."""
 
     epochs: Annotated[int | None, shown("INT", _METHOD)] = None
     """Epochs over the training images."""
@@ -138,6 +150,7 @@ class Distill(SeveralHosts):
         changes["batch_size"] = batch_size(self.batch_size)
         changes = {name: value for name, value in changes.items() if value is not None}
         asked = {"num_steps": self.num_steps, "guidance_scale": self._scales(), "numbers": numbers or None}
+        asked["lora"] = self._adapter(None if few is None else few.lora)
         if of_run is not None and few is not None:
             changed = {**asked, "teacher": self.teacher, "method": self.method}
             few = given(few, **changed | {"numbers": {**few.numbers, **numbers} if numbers else None})
@@ -146,6 +159,18 @@ class Distill(SeveralHosts):
         return training.distill_recipe(
             self.teacher, method, **asked, dataset=self.dataset, seed=self.seed, **changes
         )
+
+    def _adapter(self, of_run: LoraRecipe | None) -> LoraRecipe | None:
+        """What --rank, --alpha and --targets say, with --resume on top of what the run has."""
+        from jaxldm.training import LoraRecipe
+
+        given = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            return None
+        if of_run is None and self.rank is None:
+            raise InvalidArgumentError(f"--{next(iter(given))} is of an adapter: give its --rank, such as 8")
+        return LoraRecipe(**given) if of_run is None else dataclasses.replace(of_run, **given)
 
     def _scales(self) -> tuple[float, float] | None:
         scales = self.guidance_scale

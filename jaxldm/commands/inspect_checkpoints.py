@@ -77,8 +77,10 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
     import jax
 
     from jaxldm import pipelines, training
-    from jaxldm.training.few_steps.matching import of_student
+    from jaxldm.training.few_steps.networks import student_network
 
+    stage = training.read_recipe(options.folder).diffusion
+    few = None if stage is None else stage.few_steps
     pipe, number = subject.pipe, options.num_images or 200
     captions = captions_to_draw(subject, number)
     asked = list(captions) or pipe.cycle_labels(None, number)
@@ -87,7 +89,7 @@ def draw_each(subject: Subject, steps: list[int], options: Any, log: Any) -> tup
     drawn, damaged = [], []
     for step in steps:
         try:
-            params = of_student(training.read_kept(options.folder, step).params)
+            params = student_network(few, training.read_kept(options.folder, step).params)
         except CheckpointError as error:
             damaged.append(str(error))
             continue

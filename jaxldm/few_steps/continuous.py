@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxldm.arguments import array, check_fields, checked, count, flag, function, number, one_key
+from jaxldm.arguments import (
+    array,
+    check_fields,
+    checked,
+    count,
+    flag,
+    function,
+    number,
+    one_key,
+    optional,
+    several,
+)
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, per_image
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped
@@ -88,6 +99,8 @@ def trig_teacher_slope(
     warmth=array("real", axes=0),
     c=number(above=0),
     normalise=flag,
+    difference=optional(number(above=0)),
+    ends=several(number(), "two times"),
 )
 def continuous_consistency_loss(
     velocity: Callable[[Any, Any], Any],
@@ -98,6 +111,8 @@ def continuous_consistency_loss(
     warmth: Any = 1.0,
     c: float = 0.1,
     normalise: bool = True,
+    difference: float | None = None,
+    ends: tuple[float, float] = (0.0, math.pi / 2),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean of |F(x_t, t) - F^-(x_t, t) - g / (|g| + c)|^2, with F^- and g constants.
 
@@ -108,13 +123,18 @@ def continuous_consistency_loss(
 
     Args:
         velocity: the student, (x_t [B, ...], t [B]) -> sigma_data F [B, ...], parameters closed over. Its
-            embedding of t must be smooth.
+            embedding of t must be smooth, or `difference` given.
         x_t: cos(t) x_0 + sin(t) z, z ~ N(0, sigma_data^2 I).
         t: see `trig_times`.
         slope: dx/dt: a teacher's (`trig_teacher_slope`), or cos(t) z - sin(t) x_0, without one.
         warmth: r, from 0 to 1 in the first 10 000 updates.
         c: of the normalisation of the tangent.
         normalise: False takes g as it is.
+        difference: None: dF/dt is the exact derivative. A number: the slope of F between t - difference and
+            t + difference along the trajectory, for networks whose embedding of t is made for a thousand
+            timesteps: an error of one in a hundred that changes from one timestep to the next is most of
+            their derivative, and is averaged away here.
+        ends: the times beyond which the network is not asked for such a slope.
 
     Returns:
         (loss, {"tangent": the root mean square of g before it is normalised}).
@@ -125,7 +145,13 @@ def continuous_consistency_loss(
     cos, sin = per_image(jnp.cos(t), x_t), per_image(jnp.sin(t), x_t)
     both = jnp.cos(t) * jnp.sin(t)
     student = lambda x_t, t: returned("velocity", velocity(x_t, t), x_t.shape)  # noqa: E731
-    F, dF = jax.jvp(student, (x_t, t), (cos * sin * slope, both))
+    if difference is None:
+        F, dF = jax.jvp(student, (x_t, t), (cos * sin * slope, both))
+    else:
+        F = student(x_t, t)
+        times = jnp.maximum(t - difference, ends[0]), jnp.minimum(t + difference, ends[1])
+        before, after = (student(x_t + per_image(u - t, x_t) * slope, u) for u in times)
+        dF = per_image(both / (times[1] - times[0]), x_t) * (after - before)
     still, dF = stopped(F), stopped(dF)
     g = -(cos**2) * (still - slope) - warmth * (cos * sin * x_t + dF)
     norm = jnp.sqrt(means_of(g))

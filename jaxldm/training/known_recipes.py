@@ -311,11 +311,14 @@ RECIPES |= {
         ),
         text=TextRecipe(max_length=24),
     ),
-    # Models of few steps that begin from nothing, in the latents of mini-ldm: mean flows with guidance
-    # inside, shortcut models, improved consistency training and drifting. Question: what does one step draw?
-    # Students of a trained model: `jaxldm distill`.
+    # Models of few steps that begin from nothing, in the latents of mini-ldm: mean flows, plain and improved,
+    # with guidance inside, shortcut models, improved consistency training and drifting. Question: what does
+    # one step draw? Students of a trained model: `jaxldm distill`.
     #   jaxldm train mini-mean-flow --run-dir runs/mini-mean-flow
     "mini-mean-flow": _few_steps("mini-mean-flow", "mean_flow", guidance_scale=(3.0, 3.0)),
+    "mini-improved-mean-flow": _few_steps(
+        "mini-improved-mean-flow", "improved_mean_flow", guidance_scale=(3.0, 3.0)
+    ),
     "mini-shortcut": _few_steps("mini-shortcut", "shortcut"),
     "mini-ict": _few_steps("mini-ict", "ict"),
     "mini-drifting": _few_steps("mini-drifting", "drifting"),

@@ -34,6 +34,9 @@ def test_the_options_become_the_recipe(teacher, tmp_path):
         dataset="mnist5k",
         seed=5,
     )
+    adapter = Distill(str(teacher), method="lcm", rank=4, alpha=2.0, dataset="mnist5k")
+    lora = adapter.make_recipe(tmp_path / "none").diffusion.few_steps.lora
+    assert (lora.rank, lora.scale, lora.targets) == (4, 0.5, None)
     assert command.out() == teacher.with_name("export-progressive")
     recipe = command.make_recipe(tmp_path / "none")
     few = recipe.diffusion.few_steps
@@ -58,6 +61,11 @@ def test_the_help_has_every_method():
         (["--method", "lcm", "--guidance-scale", "1", "2", "3"], "takes one scale, or the lowest"),
         (["--method", "lcm", "--options", "hubber=1"], "did you mean 'huber'"),
         (["--method", "lcm", "--epochs", "0"], "epochs must be >= 1"),
+        (["--method", "lcm", "--alpha", "2"], "--alpha is of an adapter: give its --rank"),
+        (["--method", "lcm", "--rank", "0"], "rank must be"),
+        (["--method", "dmd", "--rank", "4"], "trains more than one network"),
+        (["--method", "lcm", "--rank", "4", "--guidance-scale", "1", "4"], "give one scale"),
+        (["--method", "lcm", "--rank", "4", "--targets", "*/to_z", "--quiet"], "no layer is named '*/to_z'"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(capsys, teacher, tmp_path, words, expected):

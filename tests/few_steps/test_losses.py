@@ -173,6 +173,52 @@ def test_drift_is_antisymmetric_and_does_not_know_the_origin():
     assert jnp.mean(force**2) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss_of", [few.mean_flow_loss, few.improved_mean_flow_loss])
+def test_examples_without_an_interval_need_no_derivative(loss_of):
+    """The loss and its gradient are the same, and only the others are derived."""
+    r, t = few.interval_times(KEY, 8)
+    r, t = r.at[6:].set(0.0), t.at[6:].set(1.0)
+    derived = []
+
+    @jax.custom_jvp
+    def seen(x):
+        return x
+
+    @seen.defjvp
+    def _(primals, tangents):
+        derived.append(len(primals[0]))
+        return primals[0], tangents[0]
+
+    def loss(theta, still):
+        def u(z, r, t, condition):
+            return theta * seen(z) ** 2 + (condition * t - r)[:, None, None, None]
+
+        return loss_of(u, X, NOISE, r, t, S, still=still, power=0.0)[0]
+
+    for still, expected in ((0, [8]), (6, [2]), (8, [])):
+        derived.clear()
+        loss(0.3, still)
+        assert derived == expected
+    whole, parts, none = (jax.value_and_grad(loss)(0.3, still) for still in (0, 6, 8))
+    np.testing.assert_allclose(whole, parts, rtol=1e-5)
+    assert none[0] != pytest.approx(float(whole[0]), rel=1e-3)  # here two have an interval
+    with pytest.raises(InvalidArgumentError, match="still must be from 0 to the 8 examples"):
+        loss_of(lambda z, *rest: z, X, NOISE, r, t, still=9)
+
+
+def test_the_condition_is_not_asked_for_where_it_has_no_part():
+    asked = []
+
+    def u(z, r, t, condition):
+        asked.append(float(condition[0]))
+        return z
+
+    few.guided_velocity(u, X, T, NOISE, jnp.ones(8), jnp.zeros(8), 1.5)
+    assert asked == [0]
+    few.guided_velocity(u, X, T, NOISE, jnp.ones(8), jnp.zeros(8), 1.5, 0.5)
+    assert asked == [0, 0, 1]
+
+
 def test_the_gradient_of_drifting_is_its_force():
     samples, data = jax.random.normal(KEY, (2, 32, 3))
     force, unit = few.drift(samples, data)

@@ -181,6 +181,32 @@ def test_continuous_consistency_warms_up_from_the_velocity(x64):
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(DIRECTIONS)), 0, atol=1e-9)
 
 
+def test_a_slope_over_an_interval_is_blind_to_what_changes_from_one_timestep_to_the_next(x64):
+    path, t = few.TrigFlow(sigma_data=1.0), jnp.linspace(0.1, 1.5, COUNT)
+    x_t = few.noised(path, *uncorrelated(COUNT), t)
+    slope = few.trig_teacher_slope(D.gaussian_denoiser(path, MEAN, STD), x_t, t)
+    asked = []
+
+    def exact(x, t):
+        f = solution(path, x, t, jnp.zeros_like(t))
+        return (jnp.cos(t)[:, None] * x - f) / jnp.sin(t)[:, None]
+
+    def rough(x, t):
+        asked.append(t)
+        return exact(x, t) + 0.01 * jnp.sin(1000 * t)[:, None]
+
+    def tangent(network, **options):
+        found = few.continuous_consistency_loss(network, x_t, t, slope, normalise=False, **options)
+        return found[1]["tangent"]
+
+    ends = 0.05, 1.55
+    assert tangent(exact) < 1e-9 and tangent(exact, difference=0.01, ends=ends) < 1e-3
+    assert tangent(rough) > 1
+    asked.clear()
+    assert tangent(rough, difference=0.1, ends=ends) < 0.1
+    assert min(map(jnp.min, asked)) >= ends[0] and max(map(jnp.max, asked)) <= ends[1]
+
+
 def test_reflow(x64):
     _, noise = uncorrelated(COUNT)
     samples = solution(FLOW, noise, every(COUNT, 1.0), every(COUNT, 0.0))

@@ -149,3 +149,10 @@ def test_schedules_and_parts_that_do_not_fit(pipe):
     assert unconditional(KEY, num_images=2).shape == (2, SIDE, SIDE, 1)
     with pytest.raises(InvalidArgumentError, match="no classes"):
         unconditional(KEY, num_images=2, guidance_scale=2.0)
+
+
+def test_a_masked_image_model_is_no_teacher(folder):
+    from jaxldm.training import distill_recipe
+
+    with pytest.raises(CheckpointError, match=r"masked image model, which has no noise.*take a denoising"):
+        distill_recipe(folder, "lcm", dataset="mnist5k")

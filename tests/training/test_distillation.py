@@ -12,7 +12,7 @@ import pytest
 from jaxldm import checkpoints, data, models, pipelines
 from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
-from jaxldm.training import RECIPES, Recipe, distill_recipe, read_recipe, train
+from jaxldm.training import RECIPES, Recipe, distill_recipe, kept_steps, read_kept, read_recipe, train
 from jaxldm.training.runs import open_run, save_autoencoder, save_classifier, save_denoiser
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -101,6 +101,9 @@ def test_a_student_of_two_players_is_exported_with_its_steps(teacher, tmp_path):
         devices=1,
         log=lambda line: None,
     )
+    kept = read_kept(run.path, kept_steps(run.path)[-1]).params
+    new = kept["critic"].keys() - kept["student"].keys()
+    assert new == {"step_size_embedder"} and kept["student"].keys() < kept["critic"].keys()
     pipe = pipelines.load(run.path)
     assert pipe.default_steps() == 2 and pipe.default_guidance_scale == 1.0
     pipelines.save(pipe, tmp_path / "export")

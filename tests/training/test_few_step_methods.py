@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from jaxldm import diffusion as D
+from jaxldm import models
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
-from jaxldm.training import FewStepsRecipe, Player, create_train_state, make_train_step, optimizer
+from jaxldm.training import FewStepsRecipe, LoraRecipe, Player, create_train_state, make_train_step, optimizer
 from jaxldm.training.conditions import label_condition
+from jaxldm.training.few_steps import networks
+from jaxldm.training.few_steps.matching import times_of
 from jaxldm.training.few_steps.method import TABLE, TEACHER, Setting
 from jaxldm.training.few_steps.methods import METHODS
+from jaxldm.training.few_steps.networks import critic_module, critic_network, first_params, of_adapter
 from jaxldm.training.stages import Job
 from jaxldm.training.train import in_rounds
 
@@ -169,9 +173,102 @@ def test_the_generator_and_its_critic_take_turns():
     assert {"gradient", "critic_mse"} <= set(metrics)
 
 
+def test_a_critic_of_several_steps_knows_which_of_them_drew_what_it_sees():
+    seen = {"generator": set(), "critic": set()}
+
+    def critic(params, x, t, condition, began):
+        seen[kind].update(np.unique(began).tolist())
+        assert began.shape == condition.shape == (BATCH,)
+        return network(V, params, x, t, condition)
+
+    own = setting("dmd")._replace(critic=critic)
+    players = METHODS["dmd"].make_loss(own)
+    params = {player.name: teacher_of(2.0) for player in players}
+    state = create_train_state(jax.random.key(0), params, players, frozen={TEACHER: teacher_of()})
+    for kind, player in zip(seen, players, strict=True):  # noqa: B007 (the critic reads it)
+        for key in jax.random.split(jax.random.key(0), 5):
+            player.loss(params[player.name], state, batch_of(), key)
+    for times in seen.values():
+        assert len(times) > 1 and times <= set(times_of(own.path, 4).tolist())
+
+
+@pytest.mark.parametrize("kind", ["tiny-dit", "sd15-unet", "scale and step"])
+def test_a_critic_begins_as_the_teacher_whatever_the_step(kind, monkeypatch):
+    """Its further input says nothing at first, and something once it is trained."""
+    unet = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "norm_num_groups": 4}
+    unet |= {
+        "up_block_types": ("UpBlock2D",),
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "sample_size": 4,
+    }
+    unet |= {"attention_head_dim": 2, "cross_attention_dim": 4}
+    dit = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 2, "sample_size": 4, "num_classes": 3}
+    preset, sizes = ("tiny-dit", dit) if kind == "tiny-dit" else ("sd15-unet", unet)
+    wide = {"time_cond_proj_dim": 256} if kind == "scale and step" else {}
+    teacher, module = models.build(preset, **sizes), models.build(preset, **sizes, **wide)
+    params = models.init(teacher, jax.random.key(0))
+    monkeypatch.setattr(
+        networks, "begin_as_teacher", lambda few, module, key: models.init_from(module, key, params)
+    )
+    few = FewStepsRecipe(method="dmd", teacher="x", num_steps=2)
+    critic = critic_module(few, module)
+    assert critic_module(dataclasses.replace(few, num_steps=1), module) is None
+    own = first_params(few, module, params, ["student", "critic"], jax.random.key(1))
+    assert own["student"] is params and own["critic"] is not params
+    x, t = jax.random.normal(jax.random.key(2), (2, 4, 4, teacher.config.in_channels)), jnp.full(2, 500.0)
+    condition = {"labels": jnp.array([0, 1])}
+    if kind != "tiny-dit":
+        condition = {"encoder_hidden_states": jax.random.normal(jax.random.key(3), (2, 3, 4))}
+    further = {"timestep_cond": models.guidance_embedding(t / 100, 256)} if wide else {}
+    call = critic_network(critic, 1000.0)
+    given = {**condition, **further}
+    expected = models.network(teacher)(params, x, t, condition)
+    np.testing.assert_allclose(
+        call(own["critic"], x, t, given, jnp.array([999.0, 249.0])), expected, atol=1e-5
+    )
+    moved = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(4), leaf.shape), own["critic"]
+    )
+    late, early = (call(moved, x, t, given, jnp.full(2, began)) for began in (999.0, 249.0))
+    assert jnp.abs(late - early).max() > 1e-3
+
+
+def test_the_loss_of_an_adapter_is_that_of_the_network_with_it():
+    own, lora = setting("lcm", (3.0, 3.0)), LoraRecipe(rank=1, alpha=2.0, targets=("*",))
+    base = {"layer": {"kernel": jnp.eye(2)}}
+    seen = []
+
+    def loss(params, state, batch, key):
+        seen.append((params, state.ema_params, state.frozen))
+        return jnp.sum(params["layer"]["kernel"] ** 2), {}
+
+    down, up = jnp.array([[1.0], [0.0]]), jnp.array([[0.0, 1.0]])
+    adapter = {"layer": {"lora_A": {"kernel": down}, "lora_B": {"kernel": up}}}
+    average = {"layer": {"lora_A": {"kernel": down}, "lora_B": {"kernel": 2 * up}}}
+    state = create_train_state(jax.random.key(0), adapter, own.optimizer, frozen={TEACHER: base})
+    state = state.replace(ema_params=average)
+    of = jax.grad(lambda params: of_adapter(loss, lora)(params, state, {}, jax.random.key(0))[0])
+    gradient = of(adapter)
+    (whole, still, frozen), *_ = seen
+    np.testing.assert_allclose(still["layer"]["kernel"], [[1, 4], [0, 1]])
+    np.testing.assert_array_equal(frozen[TEACHER]["layer"]["kernel"], jnp.eye(2))
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapter)
+    np.testing.assert_allclose(gradient["layer"]["lora_B"]["kernel"], [[4, 8]])  # d/dB of |1 + 2 A B|^2
+    without = state.replace(ema_params=None)
+    assert of_adapter(loss, lora)(adapter, without, {}, jax.random.key(0))[0] == 6
+    assert seen[-1][1] is None and whole is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (
+            {"method": "dmd", "lora": LoraRecipe()},
+            "dmd trains more than one network.*lcm, cd, ect, scm, reflow",
+        ),
+        ({"method": "progressive", "lora": LoraRecipe()}, "takes no --rank"),
+        ({"method": "lcm", "guidance_scale": (1.0, 3.0), "lora": LoraRecipe()}, "give one scale"),
         ({"method": "lcm", "num_steps": 4}, "--num-steps has no effect on lcm"),
         ({"method": "ect", "guidance_scale": (3.0, 3.0)}, "--guidance-scale is not for ect"),
         ({"method": "guidance", "guidance_scale": (3.0, 3.0)}, "for a range of scales, got 3 alone"),

@@ -24,6 +24,7 @@ from jaxldm.data import ArrayRows, shards
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.training import text as text_room
 from jaxldm.training.diffusion import Condition, build_denoiser, make_loss
+from jaxldm.training.few_steps.networks import student_network
 from jaxldm.training.finetuning import denoising, tuned_of
 from jaxldm.training.finetuning import make_loss as make_adapter_loss
 from jaxldm.training.runs import RunFolder, save_denoiser
@@ -233,6 +234,44 @@ def test_diffusers_draws_the_same_from_a_latent_consistency_student(run, tmp_pat
     assert pipe.few_steps.guidance == "input" and pipe.default_steps() == 4
     with pytest.raises(InvalidArgumentError, match="scales from 1 to 4, got 5"):
         pipe(jax.random.key(0), ["a dark picture"], guidance_scale=5.0)
+
+
+def test_diffusers_draws_the_same_from_a_latent_consistency_adapter(run, tmp_path):
+    """Only the adapter is trained; its file belongs to the teacher, the scheduler is theirs."""
+    import torch
+
+    def weights(folder):
+        return checkpoints.to_state_dict(checkpoints.load(folder / "unet")[1])
+
+    lora = training.LoraRecipe(rank=2, alpha=1.0)
+    options = {"guidance_scale": 2.0, "epochs": 2, "sample_every": 1, "save_every": 1, "learning_rate": 0.02}
+    recipe = training.distill_recipe(run.path, "lcm", lora=lora, **options)
+    assert training.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    student = training.train(recipe, tmp_path / "student", log=lambda line: None, bar=False)
+    before, after = weights(run.path), weights(student.path)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed and all(".attn" in name and ".to_" in name for name in changed)
+
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(run.path)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(student.path)
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    start = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    words = ["a dark picture"]
+    expected = theirs(words, latents=start, output_type="np", height=8, width=8, **call).images
+    pipe, teacher = pipelines.load(student.path), pipelines.load(run.path)
+    with_file = pipelines.with_lora(teacher, student.path)
+    for own, more in ((pipe, {}), (with_file, {"solver": "lcm"})):
+        images = own(jax.random.key(0), words, latents=latents, **call, **more)
+        np.testing.assert_allclose(np.clip(images, -1, 1) / 2 + 0.5, expected, atol=2e-3)
+    plain = teacher(jax.random.key(0), words, latents=latents, **call, solver="lcm")
+    assert np.abs(np.clip(plain, -1, 1) / 2 + 0.5 - expected).max() > 1e-2
+    kept = training.read_kept(student.path, training.kept_steps(student.path)[-1])
+    again = student_network(recipe.diffusion.few_steps, kept.params)
+    for name, tensor in checkpoints.to_state_dict(again).items():
+        np.testing.assert_allclose(tensor, after[name], atol=1e-6, err_msg=name)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_path):

@@ -112,6 +112,7 @@ LCM = Method(
     numbers={"huber": 0.001},
     training={"epochs": 8, "ema_decay": 0.95},
     check=check_timesteps,
+    adapts=True,
 )
 CD = Method(
     about="consistency distillation: the same, between 18 noise levels and by Heun's steps",
@@ -120,6 +121,7 @@ CD = Method(
     numbers={"levels": 18, "huber": 0.00054},
     training={"epochs": 8},
     check=check_consistent,
+    adapts=True,
 )
 ECT = Method(
     about="easy consistency tuning: from the teacher's weights, without asking it",
@@ -130,4 +132,5 @@ ECT = Method(
     numbers={"mean": -0.4, "std": 2.0, "q": 4.0, "stages": 4, "huber": 0.00054},
     training={"epochs": 8},
     check=check_consistent,
+    adapts=True,
 )

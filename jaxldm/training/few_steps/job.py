@@ -32,6 +32,15 @@ from jaxldm.training.diffusion import (
 from jaxldm.training.few_steps.consistency import ORIGINAL_STEPS
 from jaxldm.training.few_steps.method import TABLE, TEACHER, Method, Setting, counts_timesteps, named
 from jaxldm.training.few_steps.methods import METHODS
+from jaxldm.training.few_steps.networks import (
+    critic_module,
+    critic_network,
+    first_params,
+    of_adapter,
+    save_adapter,
+    scale_input_of,
+    student_of,
+)
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.few_steps.reflow import NOISE, SAMPLE, SCALE
 from jaxldm.training.few_steps.teachers import begin_as_teacher, check_student
@@ -47,6 +56,7 @@ from jaxldm.training.stages import (
     stage_keys,
 )
 from jaxldm.training.state import Params
+from jaxldm.training.step import LossFunction
 
 PAIRS_AT_ONCE = 250
 
@@ -65,6 +75,9 @@ def build(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -
     if few.teacher is not None:
         check_student(few, module)
     check_inputs(few, module)
+    critic_module(few, module)
+    if few.lora is not None:
+        models.init_lora(jax.random.key(0), models.shapes(module), few.lora.rank, few.lora.targets)
     method = METHODS[few.method]
     if method.tables is not None and recipe.text is not None:
         raise InvalidArgumentError(
@@ -114,20 +127,11 @@ def scheduler_of(recipe: DiffusionRecipe) -> dict[str, Any]:
     return schedulers.to_config(recipe.prediction, GridRule(spacing="lcm", original_steps=original))
 
 
-def scale_input_of(module: nn.Module) -> Callable[[Any], Mapping[str, Any]]:
-    """Guidance scales [B] -> the arguments of the network that say them."""
-    config = cast(Any, module).config
-    width = getattr(config, "time_cond_proj_dim", None)
-    if width is not None:
-        return lambda scale: {"timestep_cond": models.guidance_embedding(scale - 1, width)}
-    taken = "guidance_scale" in getattr(config, "scalar_inputs", ())
-    return lambda scale: {"guidance_scale": scale} if taken else {}
-
-
 def make_setting(context: Context, module: nn.Module, given: Conditioned, num_examples: int) -> Setting:
     """What the loss of a run is made from."""
     recipe = denoiser_recipe(context.recipe)
-    few = few_recipe(recipe)
+    few, path = few_recipe(recipe), recipe.prediction.path
+    critic = critic_module(few, module)
     rounds = METHODS[few.method].rounds(few.num_steps, few.numbers)
     adam, plan = make_optimizer(recipe, num_examples, context.mesh, rounds)
     return Setting(
@@ -142,6 +146,8 @@ def make_setting(context: Context, module: nn.Module, given: Conditioned, num_ex
         condition_dropout=recipe.condition_dropout,
         optimizer=adam,
         ema_decay=recipe.ema_decay,
+        critic=None if critic is None else critic_network(critic, float(path.t_noisy)),
+        whole_batch=context.mesh.size == 1,
     )
 
 
@@ -260,6 +266,8 @@ def prepare(context: Context) -> Job:
         columns = draw_pairs(context, setting, teacher, given)
         setting = make_setting(context, module, given, len(columns))
     loss = method.make_loss(setting)
+    if few.lora is not None:
+        loss = of_adapter(cast(LossFunction, loss), few.lora)
     if method.tables is not None:
         table = class_table(given.columns, int(few.numbers[method.tables]), module.config.num_classes)
         frozen = {**(frozen or {}), TABLE: table}
@@ -267,21 +275,20 @@ def prepare(context: Context) -> Job:
     draw = make_sampler(context, setting, given.shown)
     drawn: list[np.ndarray] = []
 
-    def student_of(params: Params) -> Params:
-        return params if players is None else params[players[0]]
-
     def init(key: Any) -> Params:
-        params = models.init(module, key) if teacher is None else teacher
-        return params if players is None else dict.fromkeys(players, params)
+        return first_params(few, module, teacher, players, key)
 
     def preview(params: Params, step: int) -> None:
-        drawn[:] = draw(student_of(params), keys.sample)
+        drawn[:] = draw(student_of(few, teacher, params), keys.sample)
         save_samples(folder, np.stack(drawn), given.names, step)
 
     def finish(params: Params) -> None:
         report_health(context, folder, check_blank(np.stack(drawn)) if drawn else ())
         scheduler = scheduler_of(recipe)
-        save_denoiser(context.run, module, student_of(params), scheduler, given.text, few_steps=few_steps)
+        if few.lora is not None:
+            save_adapter(context.run, few.lora, module, params)
+        network = student_of(few, teacher, params)
+        save_denoiser(context.run, module, network, scheduler, given.text, few_steps=few_steps)
 
     rounds = method.rounds(few.num_steps, few.numbers)
     return Job(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -44,11 +43,22 @@ def times_of(path: D.Path, num_steps: int) -> Any:
 
 
 def make_players(setting: Setting) -> Sequence[Player]:
-    """The generator, which moves once in so many updates of its critic (Yin et al. 2024, DMD2)."""
+    """The generator, which moves once in so many updates of its critic (Yin et al. 2024, DMD2).
+
+    A critic of several steps is told which of them drew an image. Else it would learn the mixture of what
+    they draw, and that mixture alone would come to the teacher's distribution, none of the steps.
+    """
     path, times = setting.path, times_of(setting.path, cast(int, setting.num_steps))
 
-    def draw(params: Params, batch: Mapping[str, Any], key: Any) -> tuple[Any, Any, Any]:
-        """(images, their condition, their scale)."""
+    def critic_of(params: Params, condition: Any, began: Any) -> Callable[..., Any]:
+        """(x, t, any condition) -> output of the critic, for images of this condition and step."""
+        if setting.critic is None:
+            return lambda x, t, _: setting.network(params, x, t, condition)
+        own = setting.critic
+        return lambda x, t, _: own(params, x, t, condition, jnp.broadcast_to(began, x.shape[:1]))
+
+    def draw(params: Params, batch: Mapping[str, Any], key: Any) -> tuple[Any, Any, Any, Any]:
+        """(images, their condition, their scale, the time at which the step began that drew them)."""
         keys = jax.random.split(key, 4)
         shape, scale = batch["mean"].shape, setting.scales(batch, keys[0])
         condition = setting.condition(batch, scale)
@@ -57,16 +67,18 @@ def make_players(setting: Setting) -> Sequence[Player]:
         noise = jax.random.normal(keys[1], shape)
         row = jax.random.randint(keys[2], (), 0, len(times))
         x = few_steps.backward_simulation(keys[3], still, path, noise * path.sigma(times[0]), times, row)
-        return generate(x, jnp.asarray(times)[row]), condition, scale
+        began = jnp.asarray(times)[row]
+        return generate(x, began), condition, scale, began
 
     def generator(params, state, batch, key):
         drawing, noising, timing = jax.random.split(key, 3)
-        images, condition, scale = draw(params, batch, drawing)
+        images, condition, scale, began = draw(params, batch, drawing)
+        own = critic_of(state.params[CRITIC], condition, began)
         share = jax.random.uniform(timing, (len(images),), jnp.float32, 0.02, 0.98)
         t = path.t_min + share * (path.t_noisy - path.t_min)
         gradient = few_steps.distribution_matching_gradient(
             setting.teacher(state.frozen[TEACHER], condition, scale),
-            setting.student(state.params[CRITIC], condition),
+            D.denoiser(lambda x, t: own(x, t, None), setting.prediction),
             jax.lax.stop_gradient(images),
             path,
             jax.random.normal(noising, images.shape),
@@ -76,10 +88,9 @@ def make_players(setting: Setting) -> Sequence[Player]:
 
     def critic(params, state, batch, key):
         drawing, learning = jax.random.split(key)
-        images, condition, _ = draw(state.params[STUDENT], batch, drawing)
-        network = functools.partial(setting.network, params)
+        images, condition, _, began = draw(state.params[STUDENT], batch, drawing)
         images = jax.lax.stop_gradient(images)
-        return D.diffusion_loss(learning, network, setting.prediction, images, condition)
+        return D.diffusion_loss(learning, critic_of(params, condition, began), setting.prediction, images)
 
     every = setting.numbers["critic_updates"]
     return (
@@ -96,4 +107,5 @@ DMD = Method(
     numbers={"critic_updates": 5},
     training={"epochs": 8, "learning_rate": 1e-4},
     check=check,
+    critic=True,
 )

@@ -42,6 +42,9 @@ class Setting(NamedTuple):
         updates: of the whole training.
         condition_dropout: share of conditions dropped, by methods that leave guidance outside.
         optimizer, ema_decay: of the recipe, for methods of several players.
+        critic: (params, x, t, condition, began) -> output of a critic of several steps, which takes the time
+            at which the step began that drew what it sees; None: the critic is a network as the student's.
+        whole_batch: the batch lies on one device, so that parts of it may be computed one by one.
     """
 
     network: Callable[..., Any]
@@ -55,6 +58,8 @@ class Setting(NamedTuple):
     condition_dropout: float
     optimizer: Optimizer
     ema_decay: float | None
+    critic: Callable[..., Any] | None = None
+    whole_batch: bool = True
 
     @property
     def path(self) -> D.Path:
@@ -132,6 +137,8 @@ class Method(NamedTuple):
         tables: its loss finds so many examples of each class as `state.frozen`, by the number of this name.
         taught: it begins as a teacher; False: from nothing, by `jaxldm train`.
         inputs: what its network takes besides the time, of `scalar_inputs`.
+        critic: its second player learns what the student draws, step by step where there are several.
+        adapts: an adapter of the teacher can be trained in place of the whole network.
     """
 
     about: str
@@ -150,6 +157,8 @@ class Method(NamedTuple):
     tables: str | None = None
     taught: bool = True
     inputs: tuple[str, ...] = ()
+    critic: bool = False
+    adapts: bool = False
 
 
 def check_says_x0(prediction: D.Prediction, *others: Any) -> None:

@@ -13,6 +13,7 @@ from jaxldm.functions import NamedFields
 from jaxldm.reading import shown
 from jaxldm.training.few_steps.method import Method
 from jaxldm.training.few_steps.methods import METHODS
+from jaxldm.training.finetune_recipe import LoraRecipe
 
 LARGEST_SCALE = 1e3
 
@@ -29,6 +30,8 @@ class FewStepsRecipe(NamedFields):
         guidance_scale: (lowest, highest) of the teacher's guidance, which comes inside. Where they differ
             the network takes the scale as an input. None: of a method that leaves guidance outside.
         numbers: of the method, by name; what is left out is the method's own.
+        lora: an adapter of the teacher is trained in its place, and written as a file besides; None: all of
+            its parameters.
     """
 
     method: str
@@ -36,6 +39,7 @@ class FewStepsRecipe(NamedFields):
     num_steps: int | None = None
     guidance_scale: tuple[float, float] | None = None
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lora: LoraRecipe | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -57,6 +61,22 @@ class FewStepsRecipe(NamedFields):
         object.__setattr__(self, "num_steps", steps)
         object.__setattr__(self, "guidance_scale", self._scales(method))
         object.__setattr__(self, "numbers", self._numbers(method))
+        if self.lora is not None:
+            self._check_adapter(method)
+
+    def _check_adapter(self, method: Method) -> None:
+        """Refuse what no adapter of the teacher can be."""
+        if not method.adapts:
+            fitting = ", ".join(name for name, other in METHODS.items() if other.adapts)
+            raise InvalidArgumentError(
+                f"{self.method} trains more than one network, or a new one, and takes no --rank: leave it "
+                f"out, or take the method {fitting}"
+            )
+        if self.takes_scale:
+            raise InvalidArgumentError(
+                "an adapter changes layers that its model has, and none of them takes the guidance scale: "
+                "give one scale, as in --guidance-scale 3, or leave --rank out"
+            )
 
     def _scales(self, method: Method) -> tuple[float, float] | None:
         given = self.guidance_scale

@@ -34,5 +34,6 @@ REFLOW = Method(
     numbers={"ends": 4.0, "pairs": 20_000, "teacher_steps": 20},
     training={"epochs": 6},
     check=check_says_x0,
+    adapts=True,
     pairs=True,
 )

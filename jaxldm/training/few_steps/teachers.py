@@ -22,6 +22,7 @@ from jaxldm.pipelines.folders import draws_classes, family_of
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.training.few_steps.methods import METHODS, TAUGHT
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
+from jaxldm.training.finetune_recipe import LoraRecipe
 from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
 from jaxldm.training.runs import RunFolder, read_recipe
 from jaxldm.training.state import Params
@@ -84,6 +85,7 @@ def _a_scale_or_two(name: str, value: Any) -> Any:
     numbers=optional(instance(Mapping, "a dictionary such as {'start_steps': 32}")),
     dataset=optional(a_path),
     seed=optional(count(0, LARGEST_UINT32)),
+    lora=optional(instance(LoraRecipe, "a training.LoraRecipe such as LoraRecipe(rank=8)")),
 )
 def distill_recipe(
     teacher: str | Path,
@@ -94,6 +96,7 @@ def distill_recipe(
     numbers: Mapping[str, float] | None = None,
     dataset: str | Path | None = None,
     seed: int | None = None,
+    lora: LoraRecipe | None = None,
     **changes: Any,
 ) -> Recipe:
     """The recipe of a student: its teacher's, with the method's numbers in place of those of its training.
@@ -107,6 +110,7 @@ def distill_recipe(
         numbers: of the method, by name.
         dataset: in place of the teacher's, as in `train`; an exported folder needs it.
         seed: None: that of the teacher's recipe.
+        lora: an adapter is trained in place of the whole network; its file is for whoever has the teacher.
         changes: fields of the stage's `DiffusionRecipe`, such as epochs=4.
 
     Returns:
@@ -121,13 +125,12 @@ def distill_recipe(
     given: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": scales}
     for name in changes:
         one_of("field of the recipe", name, [field.name for field in dataclasses.fields(DiffusionRecipe)])
-    FewStepsRecipe(
-        method=method, teacher=str(teacher), numbers=numbers or {}, **given
-    )  # before a large folder
+    given |= {"method": method, "teacher": str(teacher), "numbers": numbers or {}, "lora": lora}
+    FewStepsRecipe(**given)  # before a large folder
     pipe = read_teacher(teacher)
     if known.guidance == "inside" and scales is None and known.scales is None:
         given["guidance_scale"] = (pipe.default_guidance_scale,) * 2
-    few = FewStepsRecipe(method=method, teacher=str(teacher), numbers=numbers or {}, **given)
+    few = FewStepsRecipe(**given)
     known.check(pipe.prediction, few.num_steps, few.numbers)
     of_teacher = _recipe_of(pipe, Path(teacher), dataset)
     own = cast(DiffusionRecipe, of_teacher.diffusion)

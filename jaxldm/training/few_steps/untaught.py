@@ -64,7 +64,8 @@ def make_mean_flow_loss(setting: Setting, loss: Callable[..., Any] | None = None
             dropped = jax.random.bernoulli(keys[4], setting.condition_dropout, (len(x_0),))
             velocity = jnp.where(per_image(dropped, x_0), velocity, guided)
             condition = jax.tree.map(lambda own, other: _chosen(dropped, other, own), condition, null)
-        return loss(u, x_0, epsilon, r, t, condition, velocity=velocity, power=numbers["power"])
+        still = int(numbers["equal"] * len(x_0)) if setting.whole_batch else 0
+        return loss(u, x_0, epsilon, r, t, condition, velocity=velocity, power=numbers["power"], still=still)
 
     return loss_fn
 
