@@ -60,6 +60,7 @@ STUDENTS = {
     "dmd, 4 steps": Student("dmd", options=GUIDED | {"num_steps": 4}),
     "dmd, 1 step": Student("dmd", options=GUIDED | {"num_steps": 1}),
     "mean flow": Student(recipe="mini-mean-flow"),
+    "improved mean flow": Student(recipe="mini-improved-mean-flow"),
     "shortcut": Student(recipe="mini-shortcut"),
     "ict": Student(recipe="mini-ict"),
     "drifting": Student(recipe="mini-drifting"),

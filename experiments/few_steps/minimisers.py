@@ -44,11 +44,9 @@ METHODS: dict[str, Callable[[Data], teach.Method]] = {
     "mean flow": alone.mean_flow,
     "improved mean flow": lambda data: alone.mean_flow(data, few.improved_mean_flow_loss),
     "drifting": alone.drifting,
-    "easy consistency tuning, published distance": lambda data: alone.easy_consistency_tuning(
-        data, few.pseudo_huber(0.0)
-    ),
-    "improved consistency training, published distance": lambda data: alone.improved_consistency_training(
-        data, few.pseudo_huber(0.00054 * 2**0.5)
+    "easy consistency tuning, as published": lambda data: alone.easy_consistency_tuning(data, published=True),
+    "improved consistency training, as published": lambda data: alone.improved_consistency_training(
+        data, published=True
     ),
     "mean flow, published weights": lambda data: alone.mean_flow(data, power=1.0),
 }

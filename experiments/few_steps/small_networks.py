@@ -45,14 +45,16 @@ class Training(NamedTuple):
     Attributes:
         updates: in all stages together.
         rate: of Adam, which falls to 0 as a cosine.
-        ema: decay of the moving average that losses are given.
+        ema: decay of the moving average that losses are given; at first less, (1 + n) / (10 + n).
         slower: factor of the rate of some of the parameters, by their name.
+        averaged: whether the moving average is the finished student, or the parameters themselves.
     """
 
     updates: int = 4000
     rate: float = 4e-3
     ema: float = 0.95
     slower: Mapping[str, float] = {}
+    averaged: bool = False
 
 
 def train(key: Any, params: Params, stages: Sequence[Loss], how: Training) -> Params:
@@ -62,15 +64,15 @@ def train(key: Any, params: Params, stages: Sequence[Loss], how: Training) -> Pa
     slower = tuple(how.slower.items())
     state = (params, params, optimizer.init(params))
     for number, loss in enumerate(stages):
-        step = functools.partial(_stage, loss, optimizer, each, how.ema, slower)
+        step = functools.partial(_stage, loss, optimizer, each, (how.ema, how.updates), slower)
         state = jax.jit(step)(
             state, jax.random.fold_in(key, number), number * each / how.updates, each / how.updates
         )
-    return state[0]
+    return state[1] if how.averaged else state[0]
 
 
 def _stage(loss, optimizer, updates, ema, slower, state, key, begin, share):
-    start = state[0]
+    start, (decay, total) = state[0], ema
 
     def update(state, i):
         params, average, moments = state
@@ -80,7 +82,8 @@ def _stage(loss, optimizer, updates, ema, slower, state, key, begin, share):
         for name, factor in slower:
             changes[name] = jax.tree.map(lambda change, factor=factor: factor * change, changes[name])
         params = optax.apply_updates(params, changes)
-        average = optax.incremental_update(params, average, 1 - ema)
+        n = progress * total
+        average = optax.incremental_update(params, average, 1 - jnp.minimum(decay, (1 + n) / (10 + n)))
         return (params, average, moments), None
 
     return jax.lax.scan(update, state, jnp.arange(updates))[0]

@@ -100,7 +100,8 @@ def progressive(data: Data, steps: int = 32) -> Method:
     noise = noise_at(path)
     exact = jax.jit(chain(teacher, grids[0]))(noise)
     run = lambda params, x: chain(own(params), grids[-1])(x)  # noqa: E731
-    return Method(lambda key: init_network(key, 1), stages, judge(run, noise, exact))
+    how = Training(updates=16000)
+    return Method(lambda key: init_network(key, 1), stages, judge(run, noise, exact), how=how)
 
 
 CLASSES = np.array([[-0.8, 0.2], [0.9, -0.3]])
@@ -193,7 +194,8 @@ def latent_consistency(data: Data) -> Method:
     labels, scale, _ = draw(jax.random.key(9), len(noise))
     exact = jax.jit(chain(few.ddim_jump(_guided(path, labels, scale)), times))(noise)
     run = lambda params, x: student(params, labels, scale)(x, every(times[0], x))  # noqa: E731
-    return Method(lambda key: init_network(key, 3), [loss], judge(run, noise, exact))
+    how = Training(updates=10000)
+    return Method(lambda key: init_network(key, 3), [loss], judge(run, noise, exact), how=how)
 
 
 def consistency_distillation(data: Data) -> Method:
@@ -213,7 +215,8 @@ def consistency_distillation(data: Data) -> Method:
     noise = noise_at(path)
     exact = jax.jit(chain(jump, sigmas[::-1]))(noise)
     run = lambda params, x: student(params)(x, every(sigmas[-1], x))  # noqa: E731
-    return Method(lambda key: init_network(key, 1), [loss], judge(run, noise, exact))
+    how = Training(updates=8000)
+    return Method(lambda key: init_network(key, 1), [loss], judge(run, noise, exact), how=how)
 
 
 def reflow(data: Data) -> Method:
@@ -250,10 +253,14 @@ def distribution_matching(data: Data, times: tuple[float, ...] = (0.999,)) -> Me
         return lambda x, t: network(params["generator"], x, t)
 
     def critic(params, row):
-        step = row.astype(jnp.float32) / len(
-            times
-        )  # which step drew the samples: else their mixture alone would be matched
-        return lambda x, t, condition=None: network(params["critic"], x, t, step)
+        # Which step drew the samples: else their mixture alone would be matched. It begins as the teacher,
+        # and has the difference of the two alone to learn, which is 0 at last.
+        step = row.astype(jnp.float32) / len(times)
+
+        def output(x, t, condition=None):
+            return D.from_x0(prediction, real(x, t), x, t) + network(params["critic"], x, t, step)
+
+        return output
 
     def loss(params, average, start, key, progress):
         keys = jax.random.split(key, 6)
@@ -278,7 +285,11 @@ def distribution_matching(data: Data, times: tuple[float, ...] = (0.999,)) -> Me
 
     def init(key):
         keys = jax.random.split(key)
-        return {"generator": init_network(keys[0], 1), "critic": init_network(keys[1], 2)}
+        *layers, last = init_network(keys[1], 2)
+        return {
+            "generator": init_network(keys[0], 1),
+            "critic": [*layers, jax.tree.map(jnp.zeros_like, last)],
+        }
 
-    how = Training(updates=6000 * min(len(times), 2), slower={"generator": 0.1})
+    how = Training(updates=20000, slower={"generator": 0.1}, ema=0.999, averaged=True)
     return Method(init, [loss], lambda params: distribution_error(draw(params), data), DISTRIBUTION, how)

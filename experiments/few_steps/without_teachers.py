@@ -16,7 +16,8 @@ from jaxldm import few_steps as few
 
 
 def _edm_student(params):
-    return few.edm_consistency_model(lambda x, noise: network(params, x, noise), 1.0)
+    # In the angle atan(sigma) all noisy levels lie close together, as the functions of them do.
+    return few.edm_consistency_model(lambda x, noise: network(params, x, jnp.arctan(jnp.exp(4 * noise))), 1.0)
 
 
 def _edm_method(data: Data, stages: list[Any], how: Training) -> Method:
@@ -28,47 +29,63 @@ def _edm_method(data: Data, stages: list[Any], how: Training) -> Method:
     )
 
 
-def improved_consistency_training(data: Data, distance: Callable[[Any], Any] = few.squares_of) -> Method:
-    """iCT: 10 to 1280 intervals, its own noise levels and weights; see `easy_consistency_tuning`."""
-    how = Training(updates=12000)
+# Where a target is noisy and the network's own: what is wrong at one level is carried on to all noisier ones,
+# and a high rate feeds it.
+GENTLE = Training(updates=20000, rate=1e-3, ema=0.999, averaged=True)
+
+
+def improved_consistency_training(data: Data, published: bool = False) -> Method:
+    """iCT: 10 to 320 intervals, all of one weight.
+
+    As published: 10 to 1280 intervals drawn by a log-normal, 1 / (t - s), nearly |difference| for its square.
+    """
+    last = 1280 if published else 320
+    distance = few.pseudo_huber(0.00054 * 2**0.5) if published else few.squares_of
 
     def stage(levels):
         sigmas = few.karras_levels(levels)
-        probabilities = few.interval_probabilities(sigmas)
+        probabilities = few.interval_probabilities(sigmas) if published else None
 
         def loss(params, average, start, key, progress):
             x_0, epsilon, key = draws(data, key)
             t, s = few.draw_neighbours(key, sigmas, BATCH, probabilities)
             x_t, x_s = (few.noised(D.EDM(), x_0, epsilon, u) for u in (t, s))
-            f = _edm_student(params)
-            return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=1 / (t - s))[0]
+            f, weight = _edm_student(params), 1 / (t - s) if published else None
+            return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=weight)[0]
 
         return loss
 
-    stages = [stage(few.num_levels(8 * k, 64)) for k in range(8)]
-    return _edm_method(data, stages, how)
+    levels = sorted({few.num_levels(step, 64, last=last) for step in range(64)})
+    return _edm_method(data, [stage(number) for number in levels], GENTLE)
 
 
-def easy_consistency_tuning(data: Data, distance: Callable[[Any], Any] = few.squares_of) -> Method:
-    """ECT: from denoising to ever nearer pairs, in eight stages.
+def easy_consistency_tuning(data: Data, published: bool = False) -> Method:
+    """ECT: from denoising to ever nearer pairs, at all levels alike; as published with other times.
 
-    The published distance is nearly |difference|. In many dimensions the noise of a target has nearly one
-    length, so that its mean is learned; on a plane it is the point of least distance, a median.
+    The gap is a share of t, so that weights of t / (t - s) weigh all levels alike. The published distance is
+    nearly |difference|. In many dimensions the noise of a target has nearly one length, so that its mean is
+    learned; on a plane it is the point of least distance, a median.
     """
-    how = Training(updates=12000)
+    distance = few.pseudo_huber(0.0) if published else few.squares_of
+    low, high = jnp.log(0.002), jnp.log(80.0)
+
+    def times(key):
+        if published:
+            return jnp.exp(-1.1 + 2.0 * jax.random.normal(key, (BATCH,)))
+        return jnp.exp(low + (high - low) * jax.random.uniform(key, (BATCH,)))
 
     def stage(number):
         def loss(params, average, start, key, progress):
             x_0, epsilon, key = draws(data, key)
-            t = jnp.exp(-1.1 + 2.0 * jax.random.normal(key, (BATCH,)))
+            t = times(key)
             s = few.easy_times(t, number)
             x_t, x_s = (few.noised(D.EDM(), x_0, epsilon, u) for u in (t, s))
-            f = _edm_student(params)
-            return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=1 / (t - s))[0]
+            f, weight = _edm_student(params), (1 if published else t) / (t - s)
+            return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=weight)[0]
 
         return loss
 
-    return _edm_method(data, [stage(k) for k in range(8)], how)
+    return _edm_method(data, [stage(k) for k in range(8 if published else 6)], GENTLE)
 
 
 def continuous_consistency(data: Data, taught: bool) -> Method:
@@ -92,7 +109,7 @@ def continuous_consistency(data: Data, taught: bool) -> Method:
 
     noise = noise_at(path)
     run = lambda params, x: few.trig_consistency(student(params), x, every(path.t_noisy, x))  # noqa: E731
-    how = Training(updates=16000)
+    how = Training(updates=16000) if taught else GENTLE
     return Method(
         lambda key: init_network(key, 1), [loss], judge(run, noise, data.solve(path, noise)), how=how
     )
@@ -117,7 +134,7 @@ def shortcut(data: Data) -> Method:
 
     noise = noise_at(path)
     run = lambda params, x: x - student(params)(x, every(1.0, x), every(1.0, x))  # noqa: E731
-    how = Training(updates=12000)
+    how = Training(updates=32000, ema=0.99)
     return Method(
         lambda key: init_network(key, 2), [loss], judge(run, noise, data.solve(path, noise)), how=how
     )
@@ -137,11 +154,11 @@ def mean_flow(data: Data, loss_of: Callable[..., Any] = few.mean_flow_loss, powe
     def loss(params, average, start, key, progress):
         x_0, epsilon, key = draws(data, key)
         r, t = few.interval_times(key, BATCH, 0.5, 0.0, 2.5)  # up to both ends, where it is judged
-        return loss_of(student(params), x_0, epsilon, r, t, power=power)[0]
+        return loss_of(student(params), x_0, epsilon, r, t, power=power, still=BATCH // 2)[0]
 
     noise = noise_at(path)
     run = lambda params, x: x - student(params)(x, every(0.0, x), every(1.0, x))  # noqa: E731
-    how = Training(updates=16000)
+    how = Training(updates=32000, ema=0.999, averaged=True)
     return Method(
         lambda key: init_network(key, 2), [loss], judge(run, noise, data.solve(path, noise)), how=how
     )
