@@ -33,6 +33,7 @@ from jaxldm.reading import parse_json, read_json, reading, shortened, shown
 
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 # Components that no image needs: safety checkers, and what prepares images for them.
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -136,6 +137,8 @@ def load_components(
             return {"_class_name": kind, **read_json(folder / name / SCHEDULER_FILE)}
         if "Tokenizer" in kind:
             return load_tokenizer(folder / name)
+        if "ImageProcessor" in kind:
+            return {"_class_name": kind, **read_json(folder / name / PROCESSOR_FILE)}
         entries = _of_class(read_config(folder / name), kind)
         return load_as(entries, folder / name, dtype=dtype, sharding=sharding, variant=variant)
 
@@ -224,11 +227,13 @@ def save_component(folder: Path, component: Any) -> Any:
     if isinstance(component, Mapping):
         if "_class_name" not in component:
             raise CheckpointError(f"{folder.name} is a dictionary without _class_name, so not a scheduler")
+        is_processor = "ImageProcessor" in component["_class_name"]
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(component), indent=2) + "\n"
-        write_atomically(folder / SCHEDULER_FILE, text.encode())
-        return ["diffusers", component["_class_name"]]
+        kept = {name: component[name] for name in component if not (is_processor and name == "_class_name")}
+        text = json.dumps(kept, indent=2) + "\n"
+        write_atomically(folder / (PROCESSOR_FILE if is_processor else SCHEDULER_FILE), text.encode())
+        return ["transformers" if is_processor else "diffusers", component["_class_name"]]
     module, params = component
     save(folder, module, params)
     config = module.config

@@ -78,6 +78,12 @@ from jaxldm.models.registry import (
 from jaxldm.models.sd3_controlnet import SD3ControlNetConfig, SD3ControlNetModel
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from jaxldm.models.sharding import make_mesh, sharding_of, shardings
+from jaxldm.models.siglip_vision import (
+    ReduxImageEncoder,
+    ReduxImageEncoderConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from jaxldm.models.sit import SiT, SiTConfig
 from jaxldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from jaxldm.models.t5_encoder import T5EncoderConfig, T5EncoderModel
@@ -156,12 +162,16 @@ __all__ = [
     "Quantized",
     "Qwen3Config",
     "Qwen3Model",
+    "ReduxImageEncoder",
+    "ReduxImageEncoderConfig",
     "SD3ControlNetConfig",
     "SD3ControlNetModel",
     "SD3Transformer2DConfig",
     "SD3Transformer2DModel",
     "SiT",
     "SiTConfig",
+    "SiglipVisionConfig",
+    "SiglipVisionModel",
     "T2IAdapter",
     "T2IAdapterConfig",
     "T5EncoderConfig",

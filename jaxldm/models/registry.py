@@ -41,6 +41,7 @@ from jaxldm.models import (
     qwen3,
     sd3_controlnet,
     sd3_transformer_2d,
+    siglip_vision,
     sit,
     stable_diffusion_unets,
     t2i_adapter,
@@ -118,6 +119,8 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         z_image_transformer_2d.ZImageTransformer2DConfig,
     ),
     "BertModel": (bert.BertModel, bert.BertConfig),
+    "SiglipVisionModel": (siglip_vision.SiglipVisionModel, siglip_vision.SiglipVisionConfig),
+    "ReduxImageEncoder": (siglip_vision.ReduxImageEncoder, siglip_vision.ReduxImageEncoderConfig),
     "LDMBertModel": (ldm_bert.LDMBertModel, ldm_bert.LDMBertConfig),
     "MaskGITTransformer": (
         maskgit_transformer.MaskGITTransformer,
@@ -190,6 +193,7 @@ PRESETS |= {
     **z_image_transformer_2d.PRESETS,
     **bert.PRESETS,
     **ldm_bert.PRESETS,
+    **siglip_vision.PRESETS,
 }
 
 

@@ -351,7 +351,7 @@ class StandIn:
 def test_the_help_of_sample_states_the_defaults_of_each_family(capsys):
     _, out, _ = run(capsys, "sample", "--help")
     rows = re.findall(r"^  (\w+)( \(\w+\))? +(\d+) +([\d.]+)(?: +([\d.]+))?$", out, re.MULTILINE)
-    stages = ("WuerstchenPrior", "WuerstchenDecoder", "DeepFloydIFSuperResolution")
+    stages = ("FluxRedux", "WuerstchenPrior", "WuerstchenDecoder", "DeepFloydIFSuperResolution")
     families = {family.name: family for family in pipelines.FAMILIES if family.name not in stages}
     names = {name: "PixArt" if name.startswith("PixArt") else name for name in families}
     assert {row[0] for row in rows} == set(names.values())

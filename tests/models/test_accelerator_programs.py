@@ -199,6 +199,8 @@ ALIKE = {
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
 }
 WITHOUT_ATTENTION = {
+    "flux-redux",
+    *("taesd", "taesdxl", "taesd3", "taef1"),
     "mini-autoencoder",
     "digit-classifier",
     "amused-vq",
@@ -238,6 +240,7 @@ ENCODERS = {
     ("t5-xxl", True): (2, 300),  # PixArt
     ("qwen3-4b", True): (2, 512),
     ("minilm", True): (2, 256),
+    ("ldm-bert", False): (1, 77),
 }
 
 
@@ -245,17 +248,19 @@ ENCODERS = {
 @pytest.mark.parametrize(("name", "padded"), ENCODERS)
 def test_text_encoders_use_the_flash_kernel(name, padded, dtype):
     """Causal, with padding, and with T5's bias."""
-    shape, layers = ENCODERS[name, padded], "num_layers" if name == "t5-xxl" else "num_hidden_layers"
-    module = models.build(name, dtype=dtype, **{layers: 2})
+    shape, own = ENCODERS[name, padded], {"t5-xxl": "num_layers", "ldm-bert": "encoder_layers"}
+    module = models.build(name, dtype=dtype, **{own.get(name, "num_hidden_layers"): 2})
     tokens = array(shape, "int32")
     program = traced(module, dtype, tokens, *([tokens] if padded else []))
     check(name, module, program, 2, branches=shape[0])
 
 
-@pytest.mark.parametrize("name", ["clip-l-vision", "dinov2-large"])
+@pytest.mark.parametrize("name", ["clip-l-vision", "dinov2-large", "siglip-so400m"])
 def test_image_encoders_use_the_flash_kernel(name):
+    """SigLIP's head attends once more."""
     module = models.build(name, dtype="bfloat16", num_hidden_layers=2)
-    check(name, module, traced(module, "bfloat16", *module.example_inputs()), 2)
+    calls = 3 if name == "siglip-so400m" else 2
+    check(name, module, traced(module, "bfloat16", *module.example_inputs()), calls)
 
 
 def test_float32_is_attended_in_chunks():
@@ -278,7 +283,7 @@ def test_one_head_of_all_channels_of_an_autoencoder_is_attended_in_chunks(name):
 
 def test_every_preset_is_among_these_or_like_one():
     checked = {*DENOISERS, *(name for name, _ in ENCODERS), "amused-512", "sdxl-vae", "ldm-vq-f4"}
-    checked |= {"clip-l-vision", "dinov2-large"}
+    checked |= {"clip-l-vision", "dinov2-large", "siglip-so400m"}
     assert checked | set(ALIKE) | WITHOUT_ATTENTION | SMALL == set(models.PRESETS)
     assert {ALIKE[name] for name in ALIKE} <= checked
 

@@ -35,6 +35,7 @@ TRANSFORMERS = {
     "BertModel": transformers.BertConfig,
     "Qwen3Model": transformers.Qwen3Config,
     "LDMBertModel": LDMBertConfig,
+    "SiglipVisionModel": transformers.SiglipVisionConfig,
 }
 
 

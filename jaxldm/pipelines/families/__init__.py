@@ -17,6 +17,7 @@ from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
 from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
 from jaxldm.pipelines.families.flux import FLUX
 from jaxldm.pipelines.families.flux_pictures import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
+from jaxldm.pipelines.families.flux_redux import FLUX_REDUX
 from jaxldm.pipelines.families.instruct_pix2pix import INSTRUCT_PIX2PIX, INSTRUCT_PIX2PIX_XL
 from jaxldm.pipelines.families.latent_diffusion import LDM_SUPER_RESOLUTION, LDM_TEXT_TO_IMAGE
 from jaxldm.pipelines.families.maskgit import MASKGIT
@@ -47,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX_FILL,
     FLUX_CONTROL,
     FLUX_KONTEXT,
+    FLUX_REDUX,
     PIXART_SIGMA,
     PIXART_ALPHA,
     DEEPFLOYD_IF,
