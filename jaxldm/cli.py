@@ -1,5 +1,5 @@
 """The command line: `jaxldm train | distill | sample | eval | serve | inspect | export |
-quantize | info`.
+quantize | prune | info`.
 
 Each command is a frozen dataclass in `jaxldm.commands`; tyro derives the options and the help from its fields
 and their docstrings. A user error is one line on stderr and exit code 2, without a traceback. Nothing heavy

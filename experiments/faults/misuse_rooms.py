@@ -17,6 +17,7 @@ from experiments.faults.misuse_files import of_files
 from experiments.faults.misuse_quantization import cases_of_quantization
 from experiments.faults.misuse_search import of_search
 from experiments.faults.misuse_settings import settings
+from experiments.faults.misuse_smaller import cases_of_smaller
 from experiments.faults.misuse_training import of_training
 from experiments.faults.small_folders import class_pipeline, zeros
 from jaxldm import diffusion as D
@@ -41,6 +42,7 @@ def all_cases() -> list[Case]:
         *cases_of_diffusion(),
         *cases_of_caching(),
         *cases_of_quantization(),
+        *cases_of_smaller(),
         *of_search(),
         *of_few_steps(),
         *of_arrays(),
@@ -190,6 +192,7 @@ def pipelines_of_classes() -> list[Case]:
         "solver": "ddim",
         "eta": None,
         "cache": None,
+        "token_merging": None,
         "spacing": None,
         "sigmas": None,
         "timesteps": None,

@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "Show a model from the inside: attention, latents, checkpoints, as one HTML page.",
     "export": "Write a trained model as safetensors and JSON, in the layout of diffusers.",
     "quantize": "Write a model with its network in fewer bits: int8, fp8 or int4.",
+    "prune": "Write a DiT with fewer attention heads and narrower MLPs, to be trained a little further.",
     "info": "Describe a run, an exported folder or a preset; without argument, list all names.",
 }
 

@@ -225,6 +225,11 @@ class Sample:
     free_u: Annotated[tuple[float, float, float, float] | None, shown("S1 S2 B1 B2", "none")] = None
     """FreeU in U-Nets of Stable Diffusion, as in `--free-u 0.9 0.2 1.5 1.6`."""
 
+    token_merging: Annotated[float | None, shown("FLOAT", "none")] = None
+    """Share of the tokens, up to 0.75, that are merged with others like them within attention, faster and
+    less exact: of DiT, SiT and the U-Nets of Stable Diffusion.
+    """
+
     seed: int = 0
     """Seed of all random numbers, from 0 to 4294967295; another seed samples other images."""
 
@@ -298,6 +303,7 @@ class Sample:
         from jaxldm import pipelines
 
         names = ("num_inference_steps", "guidance_scale", "solver", "eta", "spacing", "batch_size", "cache")
+        names += ("token_merging",)
         options = {name: getattr(self, name) for name in names}
         sigmas = numbers(self.sigmas, "sigmas")
         if sigmas is not None and self.num_inference_steps is None:

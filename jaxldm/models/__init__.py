@@ -6,6 +6,7 @@
 True
 """
 
+from jaxldm.models import pruning
 from jaxldm.models.adapters import apply_lora, init_lora
 from jaxldm.models.adaptive_depth_dit import AdaptiveDepthDiT, AdaptiveDepthDiTConfig
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
@@ -102,6 +103,7 @@ from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.quantized import Quantization, Quantized
 from jaxldm.nn.resizing import resize_linear
+from jaxldm.nn.token_merging import TokenMerging
 
 __all__ = [
     "LPIPS",
@@ -178,6 +180,7 @@ __all__ = [
     "T5EncoderModel",
     "TextEncoding",
     "Tiling",
+    "TokenMerging",
     "TokenPruningDiT",
     "TokenPruningDiTConfig",
     "UNet2DConditionConfig",
@@ -233,6 +236,7 @@ __all__ = [
     "param_count",
     "patchify",
     "planned_groups",
+    "pruning",
     "quantization",
     "quantize",
     "quantized_shapes",

@@ -14,7 +14,7 @@ from jaxldm.functions import NamedFields
 from jaxldm.reading import shown
 
 OWN_FIELDS = ("dtype", "remat", "scan", "scalar_inputs")  # of our configs; published configs lack them
-OMITTED = ("scalar_inputs",)  # from config.json where it is empty
+OMITTED = ("scalar_inputs", "head_dim")  # from config.json where they are empty
 # The least that a whole number in a config.json may be, where it is not 1. Numbers of tokens are 0 or more.
 LOWEST = {
     "depth": 0,

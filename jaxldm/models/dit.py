@@ -31,6 +31,7 @@ from jaxldm.nn.embeddings import (
 from jaxldm.nn.initialization import normal, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Embedding, Linear, compute_dtype
 from jaxldm.nn.normalization import layer_norm, modulate
+from jaxldm.nn.token_merging import TokenMerging, around
 
 XAVIER: dict[str, Any] = {"kernel_init": xavier_uniform, "bias_init": zeros}
 NORMAL: dict[str, Any] = {"kernel_init": normal(0.02), "bias_init": zeros}
@@ -56,6 +57,8 @@ class DiTConfig(ModelConfig):
         remat: recompute activations inside of blocks in the backward pass, to save memory.
         route: (first, last): from block `first` up to, not including, block `last` the network can go on with
             a part of the tokens, see `kept` in its call. For training (Krause et al. 2025, TREAD).
+        head_dim: channels of each head; None: hidden_size / num_heads. For networks without some of their
+            heads, see `models.pruning`.
         tap: the tokens behind so many blocks are sown as the intermediate "tapped". For training.
     """
 
@@ -79,6 +82,7 @@ class DiTConfig(ModelConfig):
     remat: bool = False
     route: tuple[int, int] | None = None
     tap: int | None = None
+    head_dim: int | None = None
 
     def check_values(self) -> None:
         if self.route is not None:
@@ -96,7 +100,7 @@ class DiTConfig(ModelConfig):
                 f"a side of {side} cannot be cut into patches of {self.patch_size}",
             )
         check(
-            self.hidden_size % self.num_heads == 0,
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
             f"a width of {self.hidden_size} cannot be split into {self.num_heads} heads",
         )
         check(self.hidden_size % 4 == 0, "hidden_size must be a multiple of 4 for the position embedding")
@@ -183,9 +187,14 @@ class DiTBlock(nn.Module):
 
     Peebles & Xie 2023, section 3.2 and figure 3: shift, scale and gate of both branches are one linear map
     of silu(c) that starts at zero: every block starts as the identity.
+
+    Attributes:
+        merging: tokens that are alike are one within attention, and size: their (rows, columns).
     """
 
     config: DiTConfig
+    merging: TokenMerging | None = None
+    size: tuple[int, int] = (0, 0)
 
     @nn.compact
     def __call__(
@@ -196,13 +205,17 @@ class DiTBlock(nn.Module):
             silu(c)
         )
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
-        attention = SelfAttention(config.num_heads, config.dtype, **XAVIER, name="attn")
-        x = x + gate_msa[:, None, :] * attention(
-            modulate(layer_norm(x, config.norm_eps), shift_msa, scale_msa)
+        merged = around(self.merging, x, self.size)
+        attention = SelfAttention(
+            config.num_heads, config.dtype, **XAVIER, head_dim=config.head_dim, name="attn"
         )
-        mlp = Mlp(config, name="mlp")
-        return x + gate_mlp[:, None, :] * mlp(
-            modulate(layer_norm(x, config.norm_eps), shift_mlp, scale_mlp), train
+        x = x + gate_msa[:, None, :] * merged(
+            attention, modulate(layer_norm(x, config.norm_eps), shift_msa, scale_msa)
+        )
+        if not (self.merging and self.merging.mlp):
+            merged = around(None, x, self.size)
+        return x + gate_mlp[:, None, :] * merged(
+            Mlp(config, name="mlp"), modulate(layer_norm(x, config.norm_eps), shift_mlp, scale_mlp), train
         )
 
 
@@ -231,9 +244,14 @@ class DiT(nn.Module):
     `models.build("tiny-dit", sample_size=7, in_channels=4, patch_size=1)`.
 
     The loss drops labels for classifier-free guidance (`condition_dropout`), not the network.
+
+    Attributes:
+        config: what the network is; the other is how it is called, with the same parameters.
+        token_merging: tokens that are alike are one within the attention of each block.
     """
 
     config: DiTConfig
+    token_merging: TokenMerging | None = None
 
     @nn.compact
     def __call__(
@@ -273,12 +291,15 @@ class DiT(nn.Module):
             raise InvalidArgumentError(
                 "kept is for a network with a route: give its config route=(first, last)"
             )
+        if kept is not None and self.token_merging is not None:
+            raise InvalidArgumentError("tokens are merged on a whole grid: leave kept or token_merging out")
         height, width = self._size_of(x)
         chex.assert_shape(x, (None, height, width, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
         h = PatchEmbed(config, name="x_embedder")(x) + self._position(height, width)
         c = self._condition(t, labels, guidance_scale, step_size)
-        h = self._blocks(h, c, t, train, kept)
+        size = (height // config.patch_size, width // config.patch_size)
+        h = self._blocks(h, c, t, train, kept, **({} if self.token_merging is None else {"size": size}))
         tokens = FinalLayer(config, name="final_layer")(h, c)
         return unpatchify(tokens.astype(x.dtype), config.patch_size, height, width)
 
@@ -307,10 +328,11 @@ class DiT(nn.Module):
         t: Num[Array, " B"],
         train: bool,
         kept: Int[Array, "B k"] | None,
+        size: tuple[int, int] = (0, 0),
     ) -> Float[Array, "B N C"]:
         """All blocks; those of the route on the kept tokens alone."""
         config, full = self.config, h
-        block = functools.partial(DiTBlock, config)
+        block = functools.partial(DiTBlock, config, self.token_merging, size)
         options: dict[str, Any] = {"scan": config.scan, "remat": config.remat}
         enters, leaves = config.route if kept is not None and config.route else (-1, -1)
         for first, last in config.segments:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.models.denoising_network import FROM_NOISE_TO_DATA, Convention
 from jaxldm.models.dit import PATCH_SIZES, SIZES, DiT, DiTConfig
+from jaxldm.nn.token_merging import TokenMerging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SiT(DiT):
     """
 
     config: SiTConfig
+    token_merging: TokenMerging | None = None
 
     convention: ClassVar[Convention] = FROM_NOISE_TO_DATA
 

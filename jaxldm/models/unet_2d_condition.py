@@ -27,6 +27,7 @@ from jaxldm.nn.blocks_2d import Residuals, UpBlock2D, apply_levels
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.normalization import GroupNorm
+from jaxldm.nn.token_merging import TokenMerging
 
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D", *RESNET_UP_BLOCKS)
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn")
@@ -175,16 +176,19 @@ class UNet2DConditionModel(Encoder2DCondition):
     (2, 64, 64, 4)
 
     Attributes:
-        config: what the network is; the other two are how it is called, with the same parameters.
+        config: what the network is; the others are how it is called, with the same parameters.
         identity_attention: published names of blocks, such as "mid_block" or "up_blocks.1.attentions.0",
             whose self-attention is the identity (Ahn et al. 2024, arXiv:2403.17377).
         free_u: (s1, s2, b1, b2) of FreeU: factors of the skips' low frequencies, and of the backbone, in the
             first and the second up block (Si et al. 2023, arXiv:2309.11497).
+        token_merging: tokens that are alike are one within the self-attention of the highest resolution that
+            has any, where most of the tokens are.
     """
 
     config: UNet2DConditionConfig
     identity_attention: tuple[str, ...] = ()
     free_u: tuple[float, float, float, float] | None = None
+    token_merging: TokenMerging | None = None
 
     @nn.compact
     def __call__(

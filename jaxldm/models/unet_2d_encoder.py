@@ -15,6 +15,7 @@ from jaxldm.nn.added_kv_attention import AddedKVOptions, TextPoolingEmbedding
 from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D
 from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, Linear
+from jaxldm.nn.token_merging import TokenMerging
 from jaxldm.nn.transformer_2d import TransformerOptions
 
 RESNET_DOWN_BLOCKS = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
@@ -91,11 +92,12 @@ class Encoder2DCondition(nn.Module):
 
     Attributes:
         config: an `Encoder2DConditionConfig`.
-        identity_attention: see `UNet2DConditionModel`.
+        identity_attention, token_merging: see `UNet2DConditionModel`.
     """
 
     config: Any
     identity_attention: tuple[str, ...] = ()
+    token_merging: TokenMerging | None = None
 
     def _condition(
         self,
@@ -216,10 +218,16 @@ class Encoder2DCondition(nn.Module):
             options["added_kv"] = AddedKVOptions(head_dim, only_cross_attention, context_norm)
         elif "CrossAttn" in kind:
             layers = config.of_level("transformer_layers_per_block", level)
+            merging = self.token_merging if self._merges(kind, level) else None
             options["transformer"] = TransformerOptions(
-                head_dim, layers, config.use_linear_projection, only_cross_attention
+                head_dim, layers, config.use_linear_projection, only_cross_attention, merging=merging
             )
         return options
+
+    def _merges(self, kind: str, level: int) -> bool:
+        """Whether the transformers of a block are those of the highest resolution."""
+        with_transformers = [i for i, down in enumerate(self.config.down_block_types) if "CrossAttn" in down]
+        return level == min(with_transformers, default=-1) and not kind.startswith("UNetMid")
 
     def _identity_attention(self, block: str) -> tuple[str, ...]:
         """The names within a block that begin those of its transformers without self-attention."""

@@ -35,6 +35,7 @@ from jaxldm.nn.normalization import (
 )
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxldm.nn.rotary import apply_rotary, rotary_embedding, rotary_embedding_of_axes
+from jaxldm.nn.token_merging import match_tokens, merge_tokens, unmerge_tokens
 from jaxldm.nn.transformer_2d import FeedForward, Transformer2D, TransformerOptions
 
 __all__ = [
@@ -76,11 +77,14 @@ __all__ = [
     "group_norm",
     "guidance_embedding",
     "layer_norm",
+    "match_tokens",
+    "merge_tokens",
     "modulate",
     "patchify",
     "rotary_embedding",
     "rotary_embedding_of_axes",
     "sincos_position_embedding_2d",
     "timestep_embedding",
+    "unmerge_tokens",
     "unpatchify",
 ]

@@ -94,18 +94,24 @@ def attend(module: nn.Module, query, key, value, num_heads: int, **options: Any)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, parameters `qkv` and `proj`. `[B, N, C]` -> the same shape."""
+    """Multi-head self-attention, parameters `qkv` and `proj`. `[B, N, C]` -> the same shape.
+
+    Attributes:
+        head_dim: channels of each head; None: the heads share C.
+    """
 
     num_heads: int
     dtype: str = "float32"
     kernel_init: Initializer | None = None
     bias_init: Initializer | None = None
+    head_dim: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         channels = x.shape[-1]
         options = {"dtype": self.dtype, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
-        query, key, value = jnp.split(Linear(3 * channels, name="qkv", **options)(x), 3, axis=-1)
+        inner = channels if self.head_dim is None else self.num_heads * self.head_dim
+        query, key, value = jnp.split(Linear(3 * inner, name="qkv", **options)(x), 3, axis=-1)
         return Linear(channels, name="proj", **options)(attend(self, query, key, value, self.num_heads))
 
 

@@ -18,6 +18,7 @@ from jaxldm.nn.attention import CrossAttention
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm, LayerNorm
+from jaxldm.nn.token_merging import TokenMerging, around
 
 ACTIVATIONS = ("geglu", "gelu", "gelu-approximate")
 EPS = 1e-6  # of the group norm; the layer norms have 1e-5
@@ -34,6 +35,7 @@ class TransformerOptions:
             (SD 1); the arithmetic is the same.
         only_cross_attention: the first attention of every block is to the text, too (the x4 upscaler).
         identity_attention: the first attention of every block is the identity, see `CrossAttention`.
+        merging: tokens that are alike are one within the attention of every block.
     """
 
     num_heads: int
@@ -41,6 +43,7 @@ class TransformerOptions:
     linear_projection: bool = False
     only_cross_attention: bool = False
     identity_attention: bool = False
+    merging: TokenMerging | None = None
 
 
 class GEGLU(nn.Module):
@@ -99,10 +102,15 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each x + f(layer_norm(x)). `[B, N, C]` in and out."""
+    """Self-attention, cross-attention and feed-forward, each x + f(layer_norm(x)). `[B, N, C]` in and out.
+
+    Attributes:
+        size: (rows, columns) of the tokens, where they are merged.
+    """
 
     options: TransformerOptions
     dtype: str = "float32"
+    size: tuple[int, int] = (0, 0)
 
     @nn.compact
     def __call__(
@@ -114,12 +122,16 @@ class BasicTransformerBlock(nn.Module):
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
-        heads = self.options.num_heads
+        heads, merging = self.options.num_heads, self.options.merging
         first = (context, mask) if self.options.only_cross_attention else (None, None)
         itself = CrossAttention(heads, self.dtype, identity=self.options.identity_attention, name="attn1")
-        x = x + itself(norm("norm1")(x), *first)
-        x = x + CrossAttention(heads, self.dtype, name="attn2")(norm("norm2")(x), context, mask)
-        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+        merged, whole = (around(options, x, self.size) for options in (merging, None))
+        x = x + merged(itself, norm("norm1")(x), *first)
+        of_text = merged if merging and merging.cross_attention else whole
+        attention = CrossAttention(heads, self.dtype, name="attn2")
+        x = x + of_text(attention, norm("norm2")(x), context, mask)
+        of_mlp = merged if merging and merging.mlp else whole
+        return x + of_mlp(FeedForward(self.dtype, name="ff"), norm("norm3")(x))
 
 
 class Transformer2D(nn.Module):
@@ -162,5 +174,7 @@ class Transformer2D(nn.Module):
         h = h.reshape(batch, height * width, channels)
         block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.options.num_layers):
-            h = block(self.options, self.dtype, name=f"transformer_blocks_{i}")(h, context, mask)
+            h = block(self.options, self.dtype, (height, width), name=f"transformer_blocks_{i}")(
+                h, context, mask
+            )
         return x.astype(h.dtype) + project(h.reshape(batch, height, width, channels), "proj_out")

@@ -40,8 +40,15 @@ from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.previews import previewer
 from jaxldm.pipelines.prompts import encode_texts
+from jaxldm.pipelines.pruning import prune, unit_importance
 from jaxldm.pipelines.quantization import calibrate_quantization, quantize
-from jaxldm.pipelines.weak_guidance import PerturbedAttention, SkipLayers, read_weak_guidance, with_free_u
+from jaxldm.pipelines.weak_guidance import (
+    PerturbedAttention,
+    SkipLayers,
+    read_weak_guidance,
+    with_free_u,
+    with_token_merging,
+)
 from jaxldm.pipelines.words import with_embedding, with_word
 
 __all__ = [
@@ -84,13 +91,16 @@ __all__ = [
     "load_original",
     "modules_in",
     "previewer",
+    "prune",
     "quantize",
     "read_weak_guidance",
     "save",
     "save_samples",
+    "unit_importance",
     "with_control",
     "with_embedding",
     "with_free_u",
     "with_lora",
+    "with_token_merging",
     "with_word",
 ]

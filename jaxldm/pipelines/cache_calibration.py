@@ -43,7 +43,7 @@ def calibrate_cache(pipe: Pipeline, key: Any, *prompts: Any, **options: Any) -> 
         raise InvalidArgumentError(
             f"a model of the family {pipe.family.name} has nothing that a cache can reuse"
         )
-    _, call, (sampler, grid), scale, keys, (cond, uncond), start, shape = reached
+    pipe, call, (sampler, grid), scale, keys, (cond, uncond), start, shape = reached
     if any(part is not None for part in start):
         raise InvalidArgumentError("a calibration starts from noise: leave image, mask_image and latents out")
     per_call = PerCall(grid, np.float32(scale), np.float32(call.guidance_rescale))

@@ -56,6 +56,8 @@ class Call:
         variance: of solver "ddpm": "small", "large" or "learned", for networks with a learned variance.
         cache: steps that reuse the blocks of an earlier one: a `D.Cache`, or what `D.caching.read` reads, as
             "fora:3" or "first-block:0.1". One that looks at the blocks decides for a batch of images at once.
+        token_merging: share of the tokens, up to 0.75, that are merged with others like them within
+            attention: a number, or a `models.TokenMerging`. Of DiT, SiT and the U-Nets of Stable Diffusion.
         spacing, sigmas: in place of the folder's own: a name of `D.SPACINGS` or "package.module:function", or
             the noise levels, one for each step.
         timesteps: the rows themselves, noisiest first, in place of a spacing.
@@ -118,6 +120,7 @@ class Call:
     eta: float | None = None
     variance: str | None = None
     cache: Any = None
+    token_merging: Any = None
     spacing: str | None = None
     sigmas: str | Sequence[float] | Real[Array, " steps"] | None = None
     timesteps: Sequence[float] | Real[Array, " steps"] | None = None

@@ -35,6 +35,7 @@ from jaxldm.pipelines.latents import (
     denoise,
     num_batches_at_once,
 )
+from jaxldm.pipelines.network import merging_tokens
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
@@ -71,6 +72,8 @@ def generate(
         UnknownNameError, InvalidArgumentError, DataError: always before the network is compiled.
     """
     family, call, spec = pipe.family, read_call(pipe, options), pipe.latent_spec
+    if call.token_merging is not None:
+        pipe = pipe.replace(denoiser=merging_tokens(pipe.denoiser, call.token_merging))
     embeds = read_embeds(pipe, call, prompt, negative_prompt)
     prompts, negatives = read_texts(pipe, embeds, prompt, negative_prompt)
     num_images = call.num_images_per_prompt * len(prompts)

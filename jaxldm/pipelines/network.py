@@ -7,7 +7,9 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 
-from jaxldm.arguments import a_module, instance
+from jaxldm import models
+from jaxldm.arguments import a_module, instance, number
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.functions import signature_error
 from jaxldm.models.inputs import fitting
 
@@ -42,6 +44,41 @@ class Network:
             if wrong is None:
                 raise
             raise wrong from error
+
+
+def as_merging(name: str, value: Any) -> models.TokenMerging | None:
+    """A ratio, or a `models.TokenMerging`; None for a ratio of 0, with which nothing is merged."""
+    known = isinstance(value, models.TokenMerging)
+    ratio = number(0, models.TokenMerging.most)
+    options = value if known else models.TokenMerging(ratio(name, value))
+    return options if options.ratio > 0 else None
+
+
+def merging_tokens(network: Network, options: models.TokenMerging | None) -> Network:
+    """The network with tokens merged in its blocks, of the same parameters; None changes nothing.
+
+    Raises:
+        InvalidArgumentError: a network that cannot, or options of another kind of network.
+    """
+    if options is None:
+        return network
+    module, kind = network.module, type(network.module).__name__
+    # By the config: a network that is made of one of these has blocks that know nothing of it.
+    if type(network.config) not in (models.DiTConfig, models.SiTConfig, models.UNet2DConditionConfig):
+        raise InvalidArgumentError(
+            "token_merging is for DiT, SiT and the U-Nets of Stable Diffusion, not for a "
+            f"{kind}: leave it out"
+        )
+    levels = getattr(network.config, "down_block_types", None)
+    if levels is None and options.cross_attention:
+        raise InvalidArgumentError(
+            f"cross_attention of token_merging is of U-Nets, and a {kind} has none: leave it out"
+        )
+    if levels is not None and not any(level.startswith("CrossAttn") for level in levels):
+        raise InvalidArgumentError(
+            "this U-Net has no transformer whose tokens could be merged: leave token_merging out"
+        )
+    return Network(module.clone(token_merging=options), network.params)
 
 
 A_NETWORK = instance(Network, "a network such as pipelines.Network(module, params)")

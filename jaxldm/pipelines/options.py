@@ -33,6 +33,7 @@ from jaxldm.arguments import (
 from jaxldm.diffusion.caching import a_cache_or_notation
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import MAX_STEPS
+from jaxldm.pipelines.network import as_merging
 from jaxldm.pipelines.resizing import RESIZES
 from jaxldm.schedulers.read import a_solver_or_name
 
@@ -75,6 +76,7 @@ CHECKS: Mapping[str, Check] = {
     "solver": optional(a_solver_or_name),
     "eta": optional(number(0)),
     "cache": optional(a_cache_or_notation),
+    "token_merging": optional(as_merging),
     "variance": optional(choice("variance", ("small", "large", "learned"))),
     "spacing": optional(text),
     "sigmas": optional(a_name_or_numbers),

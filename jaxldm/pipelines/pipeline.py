@@ -32,7 +32,7 @@ from jaxldm.pipelines.call import (
 from jaxldm.pipelines.control_kinds import base_name, check_control
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
-from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.network import Network, merging_tokens
 from jaxldm.pipelines.options import CHECKS, check_call
 from jaxldm.schedulers.read import a_solver_or_name
 
@@ -341,6 +341,7 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
         if call.cache is not None:
             raise InvalidArgumentError("weak_guidance and cache exclude each other: leave one of them out")
         call.weak_guidance.weak(pipe.denoiser)  # refuses other networks and layers
+    merging_tokens(pipe.denoiser, call.token_merging)  # refuses networks that cannot
     defaults = pipe.defaults
     rescale = defaults.guidance_rescale if call.guidance_rescale is None else call.guidance_rescale
     if call.denoising_start and call.latents is None:

@@ -1,4 +1,6 @@
-"""Guidance away from the same network, made weak: skip-layer and perturbed-attention guidance; and FreeU.
+"""Guidance away from the same network, made weak: skip-layer and perturbed-attention guidance.
+
+FreeU and token merging, further ways to call a network with the parameters that it has, are here, too.
 
     output = guided + s (cond - weak), with the weak network called under the condition.
 
@@ -16,10 +18,11 @@ from typing import Any
 
 from flax import traverse_util
 
-from jaxldm.arguments import check_fields, checked, count, number, several, text
+from jaxldm import models
+from jaxldm.arguments import check_fields, checked, count, number, optional, several, text
 from jaxldm.checkpoints.names import published_name
 from jaxldm.errors import InvalidArgumentError, one_of, shown
-from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.network import Network, as_merging, merging_tokens
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 
 _FIELDS = {"scale": number(0), "start": number(0, 1), "stop": number(0, 1)}
@@ -155,3 +158,18 @@ def with_free_u(
         )
     changed = module.clone(free_u=(float(s1), float(s2), float(b1), float(b2)))
     return pipe.replace(denoiser=Network(changed, pipe.denoiser.params))
+
+
+@checked(pipe=A_PIPELINE, token_merging=optional(as_merging))
+def with_token_merging(pipe: Pipeline, token_merging: float | models.TokenMerging | None = 0.5) -> Pipeline:
+    """The model with tokens merged in all of its calls, for a server; of one call it is an option.
+
+    Args:
+        pipe: of DiT, SiT, or Stable Diffusion 1, 2 or XL; stays as it is.
+        token_merging: as in `Call`; None or 0 changes nothing.
+
+    Raises:
+        InvalidArgumentError: a model whose tokens cannot be merged.
+    """
+    options = None if token_merging is None else as_merging("token_merging", token_merging)
+    return pipe.replace(denoiser=merging_tokens(pipe.denoiser, options))

@@ -126,6 +126,10 @@ def job_of(loop: Loop) -> Job:
         raise InvalidArgumentError("slots share their steps, each at another one: leave the cache out")
     if control_parts(pipe.parts):
         raise InvalidArgumentError("slots take no control images: serve the model without control networks")
+    if loop.call.token_merging is not None:
+        raise InvalidArgumentError(
+            "slots share one network: leave token_merging out, and serve pipelines.with_token_merging(pipe)"
+        )
     num_steps, num_images = int(D.steps_in(grid)), len(loop.keys.data)
     if num_steps > MAX_STEPS:
         raise InvalidArgumentError(f"num_inference_steps must be at most {MAX_STEPS}, got {num_steps}")

@@ -110,6 +110,7 @@ ROOMS = {
     "metrics": "metrics",
     "metrics.health": "metrics.health",
     "models": "models",
+    "models.pruning": "models.pruning",
     "nn": "nn",
     "pipelines": "pipelines",
     "schedulers": "schedulers",

@@ -214,6 +214,7 @@ AMUSED = Family(
     num_callbacks=count_callbacks,
     unused=(
         *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
+        "token_merging",
         *("guidance_rescale", "true_cfg_scale", "denoising_start", "denoising_end", "on_x0", "weak_guidance"),
     ),
     text_widths=text_widths,

@@ -190,6 +190,7 @@ MASKGIT = Family(
     unused=(
         *("num_images_per_prompt", "true_cfg_scale", "height", "width", "image", "strength", "mask_image"),
         *("solver", "eta", "variance", "spacing", "sigmas", "timesteps", "tiling", "previews", "cache"),
+        "token_merging",
         *("guidance_rescale", "denoising_start", "denoising_end", "resize", "on_x0", "weak_guidance"),
     ),
     methods={
