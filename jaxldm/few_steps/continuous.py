@@ -25,6 +25,7 @@ from jaxldm.arguments import (
 )
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, per_image
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped
 from jaxldm.functions import returned
 
@@ -139,9 +140,14 @@ def continuous_consistency_loss(
     Returns:
         (loss, {"tangent": the root mean square of g before it is normalised}).
 
+    Raises:
+        InvalidArgumentError: ends that are not two times, the lower first.
+
     Sources: Lu and Song 2025, Algorithm 1 (without the adaptive weight).
     """
     check_batch(x_t=x_t, t=t, slope=slope)
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise InvalidArgumentError(f"ends must be two times, the lower first, got {shown(tuple(ends))}")
     cos, sin = per_image(jnp.cos(t), x_t), per_image(jnp.sin(t), x_t)
     both = jnp.cos(t) * jnp.sin(t)
     student = lambda x_t, t: returned("velocity", velocity(x_t, t), x_t.shape)  # noqa: E731

@@ -246,3 +246,6 @@ def test_one_line_for_what_cannot_be():
         few.shortcut_loss(scaled(1.0), X, NOISE, T, S, X)
     with pytest.raises(InvalidArgumentError, match="must have the shape"):
         few.progressive_loss(lambda x, t, c: x[..., :0], jump_of(1.0), FLOW, X, NOISE, T, T, S)
+    for ends in ((), (0.1,), (1.5, 0.1), (0.0, 1.0, 1.5)):
+        with pytest.raises(InvalidArgumentError, match="ends must be two times, the lower first"):
+            few.continuous_consistency_loss(scaled(1.0), X, T, X, difference=0.1, ends=ends)
