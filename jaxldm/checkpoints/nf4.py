@@ -137,7 +137,8 @@ def keep_codes(
         template: its parameters' shapes.
         state, packed: of `split_nf4`.
     """
-    flat, state = traverse_util.flatten_dict(dict(template)), dict(state)
+    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(dict(template)))
+    state = dict(state)
     if not packed or type(module).__name__ not in SUPPORTED:
         return dict(template), state
     names: dict[tuple[str, ...], list[str]] = {}

@@ -349,9 +349,9 @@ def modules_of_recipe(name: str) -> dict[str, Any]:
         part = getattr(recipe, stage)
         if part is None or not hasattr(part, "preset"):
             continue
-        takes_texts = recipe.text is not None and stage == recipe.generator
+        text = recipe.text if stage == recipe.generator else None
         config = models.PRESETS[part.preset]
-        given = text_fields(recipe.text, config, part.overrides) if takes_texts else {}
+        given = {} if text is None else text_fields(text, config, part.overrides)
         modules[stage] = build_model(part, **given)
     return modules
 

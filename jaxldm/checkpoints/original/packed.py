@@ -180,7 +180,9 @@ def _of_gguf(form: Form, tensor: GgufTensor) -> dict[str, Tensor]:
     }
     if known.has_offsets:
         parts["offsets"] = _Part(of_groups, np.dtype(np.float32), cast(Any, tensor.offsets))
-    arrays = {name: _in_our_layout(form.to_published(part), (1, 0)) for name, part in parts.items()}
+    arrays: dict[str, Tensor] = {
+        name: _in_our_layout(form.to_published(part), (1, 0)) for name, part in parts.items()
+    }
     if known.bits == 4:
         codes = arrays["codes"]
         arrays["codes"] = Converted((codes,), (codes.shape[0] // 2, codes.shape[1]), _two_in_a_byte)
