@@ -46,6 +46,27 @@ def adapters() -> list[Case]:
             scale=1.0,
             words={"scale": "scale|component"},
         ),
+        case(
+            "checkpoints.load_ip_adapter",
+            checkpoints.load_ip_adapter,
+            path=here / "ip-adapter.safetensors",
+            dtype=None,
+        ),
+        case(
+            "pipelines.with_ip_adapter",
+            pipelines.with_ip_adapter,
+            pipe=pipelines.load(here / "texts"),
+            path=here / "ip-adapter.safetensors",
+            image_encoder=None,
+            words={"image_encoder": f"image_encoder|{THERE}"},
+        ),
+        case(
+            "pipelines.encode_image_prompts",
+            pipelines.encode_image_prompts,
+            pipe=class_pipeline(),
+            images=np.zeros((8, 8, 3), np.uint8),
+            words={"images": "IP-Adapter"},
+        )._replace(refusal="IP-Adapter"),
     ]
 
 

@@ -17,6 +17,7 @@ from jaxldm import checkpoints, data, metrics, models, pipelines
 from jaxldm import diffusion as D
 from jaxldm import training as T
 from jaxldm.checkpoints.safetensors_file import safetensors_bytes
+from jaxldm.pipelines.call import IMAGE_PROMPTS
 from jaxldm.training.store import TrainingStore
 
 # Checked behind the paths, so that the message may be about what lies there.
@@ -56,7 +57,17 @@ def place() -> Path:
     }
     (folder / "dit-lora.safetensors").write_bytes(safetensors_bytes(tensors))
     write_texts(folder / "texts")
+    (folder / "ip-adapter.safetensors").write_bytes(safetensors_bytes(ip_adapter_of_texts()))
     return folder
+
+
+def ip_adapter_of_texts() -> dict[str, np.ndarray]:
+    """A plain IP-Adapter for the U-Net of `write_texts`, which has three attention layers."""
+    shapes: dict[str, tuple[int, ...]] = {"proj.weight": (64, 6), "proj.bias": (64,)}
+    shapes |= {"norm.weight": (16,), "norm.bias": (16,)}
+    shapes = {f"image_proj.{name}": shape for name, shape in shapes.items()}
+    shapes |= {f"ip_adapter.{n}.to_{kind}_ip.weight": (8, 16) for n in (1, 3, 5) for kind in "kv"}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 @functools.cache
@@ -310,6 +321,7 @@ def generation() -> list[Case]:
             resize=None,
             output_type=None,
             on_x0=None,
+            **dict.fromkeys(IMAGE_PROMPTS),
             words={"num_inference_steps": "steps", "prompt": "prompt"},
         ),
         case(
@@ -325,6 +337,8 @@ def generation() -> list[Case]:
             vae=vae,
             latents=np.zeros((1, 8, 8, 2), np.float32),
             tiling=None,
+            image=None,
+            mask=None,
             batch_size=1,
             devices=None,
             in_flight=None,

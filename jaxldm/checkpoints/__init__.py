@@ -3,6 +3,7 @@
 from jaxldm.checkpoints.embedding_file import WordEmbedding, load_embedding, save_embedding, with_word
 from jaxldm.checkpoints.folder import load, module_in, read_config, save
 from jaxldm.checkpoints.inception_weights import LoadedNetwork, hash_of_files, load_inception, read_weights
+from jaxldm.checkpoints.ip_adapter_file import IPAdapter, load_ip_adapter
 from jaxldm.checkpoints.lora import load_lora, merge_lora
 from jaxldm.checkpoints.lora_file import save_lora
 from jaxldm.checkpoints.lpips_weights import load_lpips
@@ -19,6 +20,7 @@ from jaxldm.checkpoints.pipeline_folder import load_components, read_model_index
 from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [
+    "IPAdapter",
     "LoadedNetwork",
     "Tokenizer",
     "Tokens",
@@ -32,6 +34,7 @@ __all__ = [
     "load_dit_file",
     "load_embedding",
     "load_inception",
+    "load_ip_adapter",
     "load_lora",
     "load_lpips",
     "load_single_file",

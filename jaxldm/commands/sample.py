@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from jaxldm.commands.control import CONTROL_NAMES, control_options
+from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
@@ -36,10 +37,12 @@ OF_TEXTS = (
     "embedding",
     "controlnet",
     *OF_CONTROL,
+    *OF_IMAGE_PROMPTS,
 )
 # Options that do nothing without another one, and those that do nothing without guidance.
 NEEDS = {
-    **{"lora_scale": "lora", "refiner_start": "refiner"},
+    **{"lora_scale": "lora", "refiner_start": "refiner", "ip_adapter": "ip_adapter_image"},
+    **dict.fromkeys(("image_encoder", "ip_adapter_image", "ip_adapter_scale"), "ip_adapter"),
     **dict.fromkeys(("strength", "mask"), "image"),
     **dict.fromkeys(OF_CONTROL[1:], "control_image"),
 }
@@ -163,6 +166,17 @@ class Sample:
 
     guess_mode: bool = False
     """Let ControlNets act without guidance, so that a picture is followed with an empty --prompt."""
+    ip_adapter: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
+    """IP-Adapters, plain or plus, which make --ip-adapter-image a prompt (Stable Diffusion 1.5 and XL)."""
+
+    image_encoder: Annotated[str | None, shown("FOLDER", "image_encoder next to the file")] = None
+    """Folder of the image encoder that --ip-adapter was trained with."""
+
+    ip_adapter_image: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
+    """Pictures as prompts, next to --prompt: one for each --ip-adapter, or several for the one."""
+
+    ip_adapter_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "1")] = None
+    """How much --ip-adapter-image counts next to the text: one number, or one for each --ip-adapter."""
 
     options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", "none")] = None
     """Options that only the model's family has, as in `--options clip_skip=1 original_size=[768,768]`."""
@@ -277,6 +291,7 @@ class Sample:
             raise InvalidArgumentError("--resize is of --image: give --image, too, or leave it out")
         for name, other in NEEDS.items():
             if getattr(self, name) is not None and getattr(self, other) is None:
+                other = other.replace("_", "-")
                 raise InvalidArgumentError(
                     f"--{name} is of --{other}: give --{other}, too, or leave it out".replace("_", "-")
                 )
@@ -383,7 +398,7 @@ class Sample:
                 f"{self.folder} holds one stage of a model, a {pipe.family.name}: put all of them into one "
                 "folder, as described on the page of the model"
             )
-        pipe = self._with_changes(pipe)
+        pipe = with_ip_adapters(self, self._with_changes(pipe))
         for file in self.embedding or ():
             pipe = pipelines.with_embedding(pipe, file)
         if self.controlnet is not None:
@@ -392,6 +407,7 @@ class Sample:
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
         own |= control_options(self, pipe, image)
+        own |= image_prompts(self)
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
         total = pipe.num_callbacks(count, **options)
         if not of_texts:

@@ -10,7 +10,9 @@ from jaxldm.models import pruning
 from jaxldm.models.adapters import apply_lora, init_lora
 from jaxldm.models.adaptive_depth_dit import AdaptiveDepthDiT, AdaptiveDepthDiTConfig
 from jaxldm.models.autoencoder import DiagonalGaussian, decode_latents, encode_latents
+from jaxldm.models.autoencoder_asym_kl import AsymmetricAutoencoderKL, AsymmetricAutoencoderKLConfig
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
+from jaxldm.models.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from jaxldm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from jaxldm.models.bert import BertConfig, BertModel, sentence_embedding
@@ -27,6 +29,7 @@ from jaxldm.models.clip_vision import (
     ImageEncoding,
     clip_pixel_values,
 )
+from jaxldm.models.consistency_decoder_vae import ConsistencyDecoderVAE, ConsistencyDecoderVAEConfig
 from jaxldm.models.control_networks import controlled_network, controlnet_from_unet
 from jaxldm.models.controlnet import ControlNetConfig, ControlNetModel
 from jaxldm.models.cost import (
@@ -99,6 +102,7 @@ from jaxldm.models.vq_model import VQModel, VQModelConfig, decode_indices, encod
 from jaxldm.models.wuerstchen_diffnext import WuerstchenDiffNeXt, WuerstchenDiffNeXtConfig
 from jaxldm.models.wuerstchen_prior import WuerstchenPrior, WuerstchenPriorConfig
 from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig, ZImageTransformer2DModel
+from jaxldm.nn.attention import ImagePrompts
 from jaxldm.nn.embeddings import guidance_embedding, patchify, unpatchify
 from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.quantized import Quantization, Quantized
@@ -110,6 +114,10 @@ __all__ = [
     "PRESETS",
     "AdaptiveDepthDiT",
     "AdaptiveDepthDiTConfig",
+    "AsymmetricAutoencoderKL",
+    "AsymmetricAutoencoderKLConfig",
+    "AutoencoderDC",
+    "AutoencoderDCConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "AutoencoderTiny",
@@ -124,6 +132,8 @@ __all__ = [
     "CLIPTextWithProjectionConfig",
     "CLIPVisionConfig",
     "CLIPVisionModelWithProjection",
+    "ConsistencyDecoderVAE",
+    "ConsistencyDecoderVAEConfig",
     "ControlNetConfig",
     "ControlNetModel",
     "ConvAutoencoder",
@@ -147,6 +157,7 @@ __all__ = [
     "FluxTransformer2DConfig",
     "FluxTransformer2DModel",
     "ImageEncoding",
+    "ImagePrompts",
     "InceptionFeatures",
     "InceptionV3",
     "Inside",

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import a_key, a_module, a_params, array, checked, flag, instance, optional
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.config import ModelConfig
 from jaxldm.models.inputs import fitting
 from jaxldm.models.tiling import Tiling, sliced, tiled_decoder, tiled_encoder
@@ -93,7 +94,15 @@ def encode_latents(
     return (encoded - shift) * scale
 
 
-@checked(module=a_module, params=a_params, latents=LATENTS, tiling=optional(A_TILING), slicing=flag)
+@checked(
+    module=a_module,
+    params=a_params,
+    latents=LATENTS,
+    tiling=optional(A_TILING),
+    slicing=flag,
+    image=optional(IMAGES),
+    mask=optional(array("floating", "[B, H, W, 1]", axes=4, filled=True)),
+)
 def decode_latents(
     module: nn.Module,
     params: dict,
@@ -101,22 +110,60 @@ def decode_latents(
     *,
     tiling: Tiling | None = None,
     slicing: bool = False,
+    image: Float[Array, "B H W C"] | None = None,
+    mask: Float[Array, "B H W 1"] | None = None,
 ) -> Float[Array, "B H W C"]:
     """The inverse of `encode_latents`: latents of a diffusion model -> images, about [-1, 1].
 
-    An autoencoder with a codebook replaces z by the nearest entries first. The arguments are those of
+    An autoencoder with a codebook replaces z by the nearest entries first. The other arguments are those of
     `encode_latents`.
+
+    Args:
+        image: in [-1, 1], what inpainting keeps where `mask` is 0: for `AsymmetricAutoencoderKL`.
+        mask: 1 where the image is drawn again.
+
+    Raises:
+        InvalidArgumentError: image and mask for another autoencoder, of another size, one without the other,
+            or with tiling or slicing.
     """
+    kept = _kept_part(module.config, latents, image, mask, tiling is not None or slicing)
 
     def decode(z: Array) -> Array:
         with fitting(module):
-            images = cast(Array, module.apply({"params": params}, z, method="decode"))
+            images = cast(Array, module.apply({"params": params}, z, *kept, method="decode"))
         return 2 * images - 1 if _from_zero(module.config) else images
 
     if tiling is not None:
         decode = tiled_decoder(decode, module.config, tiling)
     shift, scale = shift_and_scale(module.config, latents)
     return (sliced(decode) if slicing else decode)(latents / scale + shift)
+
+
+def _kept_part(
+    config: Any, latents: Array, image: Array | None, mask: Array | None, in_parts: bool
+) -> tuple[Array, ...]:
+    """(image, mask) for a decoder that takes them, or nothing. Raises as `decode_latents` says."""
+    if image is None and mask is None:
+        return ()
+    if not getattr(config, "takes_mask", False):
+        raise InvalidArgumentError(
+            "image and mask are for the decoder of AsymmetricAutoencoderKL: leave them out"
+        )
+    if image is None or mask is None:
+        raise InvalidArgumentError("image and mask come together: the kept part needs both")
+    if in_parts:
+        raise InvalidArgumentError(
+            "tiling and slicing cannot be combined with image and mask: leave them out"
+        )
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    height, width = (side * factor for side in latents.shape[1:3])
+    for name, value, channels in (("image", image, config.out_channels), ("mask", mask, 1)):
+        wanted = (latents.shape[0], height, width, channels)
+        if value.shape != wanted:
+            raise InvalidArgumentError(
+                f"{name} must be {list(wanted)} for these latents, got {list(value.shape)}"
+            )
+    return image, mask
 
 
 def _from_zero(config: ModelConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import chex
@@ -18,6 +19,7 @@ from jaxldm.nn.blocks_2d import DownBlock2D, MidBlock2D, UpBlock2D
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import compute_dtype
 from jaxldm.nn.normalization import GroupNorm
+from jaxldm.nn.spatial_norm import SpatialNorm
 
 EPS = 1e-6  # of every normalisation in this architecture
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -92,10 +94,11 @@ class AutoencoderKLConfig(ImageAutoencoderConfig):
             check(not self.shift_factor, "shift_factor and latents_mean exclude each other")
 
 
-def _mid_block(config: ImageAutoencoderConfig) -> MidBlock2D:
+def _mid_block(config: ImageAutoencoderConfig, spatial: bool = False) -> MidBlock2D:
     return MidBlock2D(
         num_groups=config.norm_num_groups,
         eps=EPS,
+        time_scale_shift="spatial" if spatial else "default",
         attention=config.mid_block_add_attention,
         attention_groups=config.norm_num_groups,
         dtype=config.dtype,
@@ -134,28 +137,52 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents `[B, h, w, c]` -> images `[B, H, W, out]`: the encoder mirrored, one layer more per level."""
+    """Latents `[B, h, w, c]` -> images `[B, H, W, out]`: the encoder mirrored, one layer more per level.
+
+    With `latents` given every normalisation is a `SpatialNorm` of them.
+    """
 
     config: ImageAutoencoderConfig
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
-        config = self.config
-        h = Conv2d(config.block_out_channels[-1], dtype=config.dtype, name="conv_in")(z)
-        h = _mid_block(config)(h)
-        for i, channels in enumerate(reversed(config.block_out_channels)):
-            h = UpBlock2D(
-                out_channels=channels,
-                num_layers=config.layers_per_block + 1,
-                num_groups=config.norm_num_groups,
-                eps=EPS,
-                attention=config.up_block_types[i] == "AttnUpDecoderBlock2D",
-                dtype=config.dtype,
-                add_upsample=i < len(config.block_out_channels) - 1,
-                name=f"up_blocks_{i}",
-            )(h)
-        h = silu(_norm_out(config)(h))
-        return Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(h)
+    def __call__(
+        self, z: Float[Array, "B h w c"], latents: Float[Array, "B h w code"] | None = None
+    ) -> Float[Array, "B H W C"]:
+        return decode_levels(self.config, z, latents)
+
+
+def decode_levels(
+    config: ImageAutoencoderConfig,
+    z: Float[Array, "B h w c"],
+    latents: Float[Array, "B h w code"] | None = None,
+    blend: Callable[[Array], Array] = lambda h: h,
+) -> Float[Array, "B H W C"]:
+    """The layers of a decoder. Call it in the compact method of the module that has them.
+
+    Args:
+        config: of the autoencoder.
+        z: `[B, h, w, c]`.
+        latents: of the spatial norms, see `Decoder`.
+        blend: of the features before and behind each level.
+    """
+    spatial = latents is not None
+    h = Conv2d(config.block_out_channels[-1], dtype=config.dtype, name="conv_in")(z)
+    h = _mid_block(config, spatial)(h, latents)
+    for i, channels in enumerate(reversed(config.block_out_channels)):
+        h = UpBlock2D(
+            out_channels=channels,
+            num_layers=config.layers_per_block + 1,
+            num_groups=config.norm_num_groups,
+            eps=EPS,
+            time_scale_shift="spatial" if spatial else "default",
+            attention=config.up_block_types[i] == "AttnUpDecoderBlock2D",
+            dtype=config.dtype,
+            add_upsample=i < len(config.block_out_channels) - 1,
+            name=f"up_blocks_{i}",
+        )(blend(h), None, latents)
+    norm = SpatialNorm(dtype=config.dtype, name="conv_norm_out") if spatial else _norm_out(config)
+    h = norm(blend(h), latents) if spatial else norm(blend(h))
+    return Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(silu(h))
 
 
 class AutoencoderKL(nn.Module):

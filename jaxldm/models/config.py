@@ -26,6 +26,8 @@ LOWEST = {
     "num_single_layers": 0,
     "n_refiner_layers": 0,
     "num_res_blocks": 0,
+    "encoder_layers_per_block": 0,
+    "decoder_layers_per_block": 0,
     "num_classes": 0,
     "dual_attention_layers": 0,
     "axes_dims_rope": 0,
@@ -41,6 +43,7 @@ BLOCK_COUNTS = (
     *("depth", "num_layers", "num_single_layers", "num_hidden_layers", "n_layers", "n_refiner_layers"),
     *("num_res_blocks", "layers_per_block", "transformer_layers_per_block", "blocks", "bottleneck_blocks"),
     *("levels", "num_encoder_blocks", "num_decoder_blocks", "encoder_layers"),
+    *("encoder_layers_per_block", "decoder_layers_per_block", "layers_per_down_block", "layers_per_up_block"),
 )
 TENSORS_OF_A_BLOCK = 4  # at least
 ALWAYS_ALLOWED = 2**20  # of a whole number in a config, however small the file of weights

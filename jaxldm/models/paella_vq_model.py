@@ -18,9 +18,9 @@ from jaxldm.models.vq_model import VectorQuantizer
 from jaxldm.models.wuerstchen_blocks import check_width
 from jaxldm.nn.activations import gelu
 from jaxldm.nn.convolution import Conv2d, ConvTranspose4x4
-from jaxldm.nn.initialization import ones, parameter, zeros
+from jaxldm.nn.initialization import parameter, zeros
 from jaxldm.nn.linear import Linear, compute_dtype
-from jaxldm.nn.normalization import layer_norm
+from jaxldm.nn.normalization import RunningBatchNorm, layer_norm
 from jaxldm.nn.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 
 
@@ -97,26 +97,6 @@ class MixingResidualBlock(nn.Module):
         h = layer_norm(x) * (1 + gammas[3]) + gammas[4]
         h = gelu(Linear(4 * channels, dtype=self.dtype, name="channelwise_0")(h))
         return x + gammas[5] * Linear(channels, dtype=self.dtype, name="channelwise_2")(h)
-
-
-class RunningBatchNorm(nn.Module):
-    """(x - running_mean) / sqrt(running_var + 1e-5) scale + bias, in float32, with statistics of training.
-
-    Ioffe & Szegedy 2015, algorithm 2. The running statistics are parameters that are not trained.
-    """
-
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        inits = {"scale": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
-        shape = (x.shape[-1],)
-        scale, bias, mean, variance = (
-            parameter(self, name, init, shape).astype(jnp.float32).reshape(1, 1, 1, -1)
-            for name, init in inits.items()
-        )
-        y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
-        return y.astype(compute_dtype(self.dtype))
 
 
 class _Latents(nn.Module):

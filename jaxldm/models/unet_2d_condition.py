@@ -23,6 +23,7 @@ from jaxldm.models.unet_2d_encoder import (
     Encoder2DConditionConfig,
 )
 from jaxldm.nn.activations import ACTIVATIONS
+from jaxldm.nn.attention import ImagePrompts, with_images
 from jaxldm.nn.blocks_2d import Residuals, UpBlock2D, apply_levels
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import compute_dtype
@@ -206,6 +207,7 @@ class UNet2DConditionModel(Encoder2DCondition):
         down_block_additional_residuals: tuple[Float[Array, "B _ _ _"], ...] | None = None,
         mid_block_additional_residual: Float[Array, "B _ _ _"] | None = None,
         down_intrablock_additional_residuals: tuple[Float[Array, "B _ _ _"], ...] | None = None,
+        image_prompts: ImagePrompts | None = None,
     ) -> Float[Array, "B H W out"]:
         """Predict the noise, v, or the noise and a variance, as trained.
 
@@ -227,6 +229,7 @@ class UNet2DConditionModel(Encoder2DCondition):
             train: draw dropout from the rng stream "dropout".
             down_block_additional_residuals, mid_block_additional_residual: of ControlNets.
             down_intrablock_additional_residuals: of T2I-Adapters. See `jaxldm.nn.blocks_2d.Residuals`.
+            image_prompts: of IP-Adapters, whose layers are in the parameters (`pipelines.with_ip_adapter`).
 
         Returns:
             `[B, H, W, out_channels]` in the dtype of x.
@@ -241,6 +244,8 @@ class UNet2DConditionModel(Encoder2DCondition):
         self._check_widths(x, encoder_hidden_states)
         given = (text_embeds, time_ids, timestep_cond, class_labels)
         condition = self._condition(t, encoder_hidden_states, encoder_attention_mask, *given, train)
+        temb, _, states, mask = condition
+        condition = (temb, train, with_images(states, image_prompts), mask)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
         mid = None if config.mid_block_type is None else self._mid_block()
         residuals = Residuals(
@@ -307,5 +312,4 @@ class UNet2DConditionModel(Encoder2DCondition):
             labels = jax.ShapeDtypeStruct((1,), jnp.int32)
         t = jax.ShapeDtypeStruct((1,), jnp.float32)
         states = jax.ShapeDtypeStruct((1, 77, config.text_dim), jnp.float32)
-        x = image_shape(config)
-        return (*x, t, states, None, text, time_ids, row(config.time_cond_proj_dim), labels)
+        return (*image_shape(config), t, states, None, text, time_ids, row(config.time_cond_proj_dim), labels)

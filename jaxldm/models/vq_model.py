@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, cast
+from typing import cast
 
 import chex
 import flax.linen as nn
@@ -12,13 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxldm.arguments import a_params, array, checked, instance
+from jaxldm.errors import one_of
 from jaxldm.models.autoencoder import IMAGES
 from jaxldm.models.autoencoder_kl import Decoder, Encoder, ImageAutoencoderConfig
-from jaxldm.models.config import check
+from jaxldm.models.config import check, check_groups
 from jaxldm.models.inputs import fitting, image_shape
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.initialization import fan_in_uniform
 from jaxldm.nn.linear import Embedding
+
+SPATIAL_GROUPS = 32  # of spatial norms, whatever the config says of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +31,19 @@ class VQModelConfig(ImageAutoencoderConfig):
     Attributes:
         num_vq_embeddings, vq_embed_dim: entries of the codebook and their width; None: `latent_channels`.
         lookup_from_codebook: the generative model predicts indices (aMUSEd), not latents (latent diffusion).
+        norm_type: of the decoder, "group", or "spatial" for normalisation by the latents, as in Kandinsky 2.
     """
 
     latent_channels: int = 3
     num_vq_embeddings: int = 256
     vq_embed_dim: int | None = None
     lookup_from_codebook: bool = False
-
-    fixed: ClassVar = {**ImageAutoencoderConfig.fixed, "norm_type": "group"}
+    norm_type: str = "group"
 
     def check_values(self) -> None:
         super().check_values()
+        if one_of("norm_type", self.norm_type, ("group", "spatial")) == "spatial":
+            check_groups(self.block_out_channels, SPATIAL_GROUPS)
         check(self.num_vq_embeddings > 0, "the codebook needs entries: num_vq_embeddings must be positive")
 
     @property
@@ -83,8 +88,9 @@ class VQModel(nn.Module):
 
     `encode`: images `[B, H, W, in_channels]` in [-1, 1] -> latents `[B, h, w, codebook width]` before the
     codebook, not scaled, h = H / 2^(levels - 1). `decode`: such latents -> nearest entries -> images, about
-    [-1, 1]. `encode_indices` and `decode_indices` are the same with indices, int32 `[B, h, w]`. The call is
-    decode(encode(x)), to initialise parameters.
+    [-1, 1]; with `quantize=False` the latents themselves, as Kandinsky 2 does. `encode_indices` and
+    `decode_indices` are the same with indices, int32 `[B, h, w]`. The call is decode(encode(x)), to
+    initialise parameters.
     """
 
     config: VQModelConfig
@@ -102,9 +108,13 @@ class VQModel(nn.Module):
         chex.assert_shape(x, (None, None, None, self.config.in_channels))
         return self.quant_conv(self.encoder(x)).astype(x.dtype)
 
-    def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
+    def decode(self, z: Float[Array, "B h w c"], quantize: bool = True) -> Float[Array, "B H W C"]:
         chex.assert_shape(z, (None, None, None, self.config.codebook_width))
-        return self.decoder(self.post_quant_conv(self.quantize(z))).astype(z.dtype)
+        return self._decode(self.quantize(z) if quantize else z).astype(z.dtype)
+
+    def _decode(self, entries: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
+        latents = entries if self.config.norm_type == "spatial" else None
+        return self.decoder(self.post_quant_conv(entries), latents)
 
     def encode_indices(self, x: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
         chex.assert_shape(x, (None, None, None, self.config.in_channels))
@@ -113,7 +123,7 @@ class VQModel(nn.Module):
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
         chex.assert_rank(indices, 3)
         entries = self.quantize.embedding(indices)
-        return self.decoder(self.post_quant_conv(entries)).astype(jnp.float32)
+        return self._decode(entries).astype(jnp.float32)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         return self.decode(self.encode(x))
@@ -163,6 +173,16 @@ PRESETS = {
         up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
         latent_channels=4,
         num_vq_embeddings=16384,
+    ),
+    "kandinsky2-movq": VQModelConfig(
+        block_out_channels=(128, 256, 256, 512),
+        down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+        layers_per_block=2,
+        latent_channels=4,
+        num_vq_embeddings=16384,
+        vq_embed_dim=4,
+        norm_type="spatial",
     ),
     "amused-vq": VQModelConfig(
         block_out_channels=(128, 256, 256, 512, 768),

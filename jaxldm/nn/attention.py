@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from jaxldm.nn.initialization import Initializer, fan_in_uniform, parameter
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype, quantized_matmul
 from jaxldm.nn.normalization import GroupNorm
 from jaxldm.nn.quantized import Quantized, observe_input
+from jaxldm.nn.spatial_norm import SpatialNorm
 
 _LARGEST_JOINED = 2**16  # numbers of one kernel
 HEADS = array("floating", "[B, N, H, D]", axes=4)
@@ -160,6 +161,59 @@ def projections(
     return jnp.split(project(*joined), len(names), axis=-1)
 
 
+class ImagePrompts(NamedTuple):
+    """Pictures as prompts, of one or several adapters (IP-Adapter, Ye et al. 2023).
+
+    Attributes:
+        tokens: of each adapter `[B, T, D]`, as wide as the states of the text.
+        scales: `[B, adapters]`, how much each counts next to the text; 0 not at all.
+    """
+
+    tokens: tuple[Float[Array, "B _ D"], ...]
+    scales: Float[Array, "B adapters"]
+
+
+class TextAndImages(NamedTuple):
+    """What cross-attention attends to with image prompts, in place of the states of a text alone."""
+
+    text: Float[Array, "B T D"]
+    images: ImagePrompts
+
+
+Context = Float[Array, "B T D"] | TextAndImages
+
+
+def with_images(text: Float[Array, "B T D"], images: ImagePrompts | None) -> Context:
+    """The states of a text, with image prompts where there are any."""
+    return text if images is None else TextAndImages(text, images)
+
+
+def parts_of(context: Context) -> tuple[Float[Array, "B T D"], ImagePrompts | None]:
+    """(the states of the text, the image prompts or None)."""
+    return (context.text, context.images) if isinstance(context, TextAndImages) else (context, None)
+
+
+class ImagePromptAttention(nn.Module):
+    """The sum over adapters of scale softmax(Q K^T / sqrt(d)) V, K and V of image tokens.
+
+    The decoupled cross-attention of Ye et al. 2023, eq. 5, which is added to that of the text. Parameters as
+    in diffusers' attention processors: `to_k_ip_0`, `to_v_ip_0`, a pair for each adapter.
+    """
+
+    num_heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, query: Float[Array, "B N C"], images: ImagePrompts) -> Float[Array, "B N C"]:
+        total = jnp.zeros_like(query)
+        for i, tokens in enumerate(images.tokens):
+            names = (f"to_k_ip_{i}", f"to_v_ip_{i}")
+            key, value = projections(tokens, names, query.shape[-1], use_bias=False, dtype=self.dtype)
+            h = attend(self, query, key, value, self.num_heads)
+            total = total + images.scales[:, i, None, None].astype(h.dtype) * h
+        return total
+
+
 class CrossAttention(nn.Module):
     """to_out(softmax(Q K^T / sqrt(d)) V), Q from x and K, V from the context. `[B, N, C]` -> the same shape.
 
@@ -184,6 +238,7 @@ class CrossAttention(nn.Module):
         x: Float[Array, "B N C"],
         context: Float[Array, "B T D"] | None = None,
         mask: Shaped[Array, "B T"] | None = None,
+        images: ImagePrompts | None = None,
     ) -> Float[Array, "B N C"]:
         """Attend to the context.
 
@@ -191,6 +246,7 @@ class CrossAttention(nn.Module):
             x: `[B, N, C]`, the queries.
             context: `[B, T, D]`, the keys and values; None means x itself.
             mask: `[B, T]`, nonzero for the tokens to attend to. A row of zeros attends to all equally.
+            images: prompts that are attended to as well, see `ImagePromptAttention`; parameters `processor`.
         """
         channels = x.shape[-1]
         options = {"use_bias": self.use_bias, "dtype": self.dtype}
@@ -204,6 +260,8 @@ class CrossAttention(nn.Module):
             key, value = projections(context, ("to_k", "to_v"), channels, **options)
         allowed = None if mask is None else (mask != 0)[:, None, None, :]
         h = attend(self, query, key, value, self.num_heads, mask=allowed)
+        if images is not None:
+            h = h + ImagePromptAttention(self.num_heads, self.dtype, name="processor")(query, images)
         return out()(h)
 
 
@@ -211,7 +269,7 @@ class Attention2D(nn.Module):
     """x + to_out(attention(group_norm(x))) over the pixels. `[B, H, W, C]` -> the same shape.
 
     Ho et al. 2020, appendix B. Parameters as in diffusers' `Attention`: `group_norm`, `to_q`, `to_k`,
-    `to_v`, `to_out_0`.
+    `to_v`, `to_out_0`; with latents `[B, h, w, c]` a `spatial_norm` of them comes first.
 
     Attributes:
         head_dim: channels per head; None: one head.
@@ -224,14 +282,18 @@ class Attention2D(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], latents: Float[Array, "B h w c"] | None = None
+    ) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
         head_dim = self.head_dim or channels
         if channels % head_dim:
             raise InvalidArgumentError(f"{channels} channels cannot be split into heads of {head_dim}")
         h = x
+        if latents is not None:
+            h = SpatialNorm(dtype=self.dtype, name="spatial_norm")(h, latents)
         if self.num_groups is not None:
-            h = GroupNorm(self.num_groups, self.eps, self.dtype, name="group_norm")(x)
+            h = GroupNorm(self.num_groups, self.eps, self.dtype, name="group_norm")(h)
         h = h.reshape(batch, height * width, channels)
         names = ("to_q", "to_k", "to_v")
         query, key, value = projections(h, names, channels, use_bias=True, dtype=self.dtype)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.nn.added_kv_attention import AddedKVAttention, AddedKVOptions
-from jaxldm.nn.attention import Attention2D
+from jaxldm.nn.attention import Attention2D, Context
 from jaxldm.nn.free_u import free_u
 from jaxldm.nn.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from jaxldm.nn.reuse import keep_session, session_of
@@ -74,6 +74,10 @@ class _Level(nn.Module, kw_only=True):
         )
         return block(x, temb, train)
 
+    def _latents_or(self, temb: Any, context: Any) -> Any:
+        """What the attention is given besides x: with spatial norms the latents, which stand for the time."""
+        return temb if self.time_scale_shift == "spatial" else context
+
     def attend(self, index: int, groups: int | None, x, context, mask) -> Float[Array, "B H W C"]:
         name = f"attentions_{index}"
         if self.transformer is not None:
@@ -85,7 +89,9 @@ class _Level(nn.Module, kw_only=True):
             kind = nn.remat(AddedKVAttention) if self.remat else AddedKVAttention
             return kind(self.added_kv, self.num_groups, self.dtype, name=name)(x, context, mask)
         if self.attention:
-            return Attention2D(self.attention_head_dim, groups, self.eps, self.dtype, name=name)(x)
+            spatial = self.time_scale_shift == "spatial"
+            options = (self.attention_head_dim, None if spatial else groups, self.eps, self.dtype)
+            return Attention2D(*options, name=name)(x, context if spatial else None)
         return x
 
 
@@ -108,7 +114,7 @@ class DownBlock2D(_Level, kw_only=True):
         x: Float[Array, "B H W C"],
         temb: Float[Array, "B time"] | None = None,
         train: bool = False,
-        context: Float[Array, "B T D"] | None = None,
+        context: Context | None = None,
         mask: Shaped[Array, "B T"] | None = None,
         residual: Float[Array, "B _ _ out"] | None = None,
     ) -> tuple[Float[Array, "B h w out"], tuple[Float[Array, "B _ _ _"], ...]]:
@@ -153,9 +159,9 @@ class UpBlock2D(_Level, kw_only=True):
         self,
         x: Float[Array, "B H W C"],
         skips: tuple[Float[Array, "B _ _ _"], ...] | None = None,
-        temb: Float[Array, "B time"] | None = None,
+        temb: Float[Array, "B ..."] | None = None,
         train: bool = False,
-        context: Float[Array, "B T D"] | None = None,
+        context: Context | None = None,
         mask: Shaped[Array, "B T"] | None = None,
         output_size: tuple[int, int] | None = None,
     ) -> Float[Array, "B h w out"]:
@@ -164,7 +170,8 @@ class UpBlock2D(_Level, kw_only=True):
         Args:
             x: `[B, H, W, C]`.
             skips: one array per layer, the last one used first; None for autoencoders, which have none.
-            temb: `[B, time]`, the time embedding; None for autoencoders.
+            temb: `[B, time]`, the time embedding; None for autoencoders, or latents `[B, h, w, c]` for
+                spatial norms.
             train: draw dropout from the rng stream "dropout".
             context, mask: those of `Transformer2D`.
             output_size: (h, w) to upsample to, see `Upsample2D`; residual blocks always double.
@@ -176,7 +183,7 @@ class UpBlock2D(_Level, kw_only=True):
                     x, skip = free_u(x, skip, *self.free_u)
                 x = jnp.concatenate([x, skip], axis=-1)
             x = self.resnet(f"resnets_{i}", self.out_channels, x, temb, train)
-            x = self.attend(i, self.num_groups, x, context, mask)
+            x = self.attend(i, self.num_groups, x, self._latents_or(temb, context), mask)
         if self.add_upsample and self.resnet_resampling:
             x = self.resnet("upsamplers_0", self.out_channels, x, temb, train, "up")
         elif self.add_upsample:
@@ -198,14 +205,14 @@ class MidBlock2D(_Level, kw_only=True):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        temb: Float[Array, "B time"] | None = None,
+        temb: Float[Array, "B ..."] | None = None,
         train: bool = False,
-        context: Float[Array, "B T D"] | None = None,
+        context: Context | None = None,
         mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B H W C"]:
         channels = x.shape[-1]
         x = self.resnet("resnets_0", channels, x, temb, train)
-        x = self.attend(0, self.attention_groups, x, context, mask)
+        x = self.attend(0, self.attention_groups, x, self._latents_or(temb, context), mask)
         return self.resnet("resnets_1", channels, x, temb, train)
 
 

@@ -104,18 +104,44 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) scale over the last axis, statistics in float32, the same shape out.
 
-    Zhang & Sennrich 2019, eq. 4. The layer norm of T5: no mean, no bias.
+    Zhang & Sennrich 2019, eq. 4. The layer norm of T5: no mean, no bias, unless `use_bias`.
     """
 
     eps: float = 1e-6
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         scale = parameter(self, "scale", ones, (x.shape[-1],)).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(compute_dtype(self.dtype))
+        one_row = (1,) * (x.ndim - 1) + (-1,)
+        y = y * scale.reshape(one_row)
+        if self.use_bias:
+            bias = parameter(self, "bias", zeros, (x.shape[-1],)).astype(jnp.float32)
+            y = y + bias.reshape(one_row)
+        return y.astype(compute_dtype(self.dtype))
+
+
+class RunningBatchNorm(nn.Module):
+    """(x - running_mean) / sqrt(running_var + 1e-5) scale + bias, in float32, with statistics of training.
+
+    Ioffe & Szegedy 2015, algorithm 2. The running statistics are parameters that are not trained.
+    """
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        inits = {"scale": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
+        shape = (x.shape[-1],)
+        scale, bias, mean, variance = (
+            parameter(self, name, init, shape).astype(jnp.float32).reshape(1, 1, 1, -1)
+            for name, init in inits.items()
+        )
+        y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
+        return y.astype(compute_dtype(self.dtype))
 
 
 class GlobalResponseNorm(nn.Module):

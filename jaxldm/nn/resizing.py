@@ -6,7 +6,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxldm.arguments import array, checked, pair
 
@@ -31,6 +31,19 @@ def resize_linear(x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Ar
     antialiased, so only for larger sizes.
     """
     return _resized(x, *(linear_weights(x.shape[axis + 1], size[axis]) for axis in (0, 1)))
+
+
+@checked(x=IMAGES, size=pair(1, 2**16))
+def resize_nearest(x: Shaped[Array, "B H W C"], size: tuple[int, int]) -> Shaped[Array, "B h w C"]:
+    """x at another size, each pixel that of its upper left corner. `[B, H, W, C]` -> `[B, h, w, C]`.
+
+    It is PyTorch's `interpolate(mode="nearest")`.
+    """
+    for axis, wanted in enumerate(size, 1):
+        length = x.shape[axis]
+        if wanted != length:
+            x = jnp.take(x, np.arange(wanted) * length // wanted, axis=axis)
+    return x
 
 
 def _resized(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import chex
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm
+from jaxldm.nn.spatial_norm import SpatialNorm
 
 
 class ResnetBlock2D(nn.Module):
@@ -19,6 +22,7 @@ class ResnetBlock2D(nn.Module):
 
     Ho et al. 2020, appendix B. The time embedding enters as `time_emb_proj(act(temb))`: added before `norm2`
     ("default"), or as (1 + scale) and shift after it ("scale_shift", Dhariwal & Nichol 2021, section 4.3).
+    "spatial" has no time: the latents of an autoencoder are in its place, for both norms, see `SpatialNorm`.
     Returns `[B, h, w, out_channels]`; the shortcut is a 1x1 convolution where the channels change.
 
     Attributes:
@@ -44,19 +48,26 @@ class ResnetBlock2D(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B time"] | None = None, train: bool = False
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B ..."] | None = None, train: bool = False
     ) -> Float[Array, "B h w out"]:
         """Apply the block.
 
         Args:
             x: `[B, H, W, C]`.
-            temb: `[B, time]`, or None for blocks without time (autoencoders).
+            temb: `[B, time]`, or None for blocks without time (autoencoders); latents `[B, h, w, c]`.
             train: draw dropout from the rng stream "dropout".
         """
         chex.assert_rank(x, 4)
         act = ACTIVATIONS[self.act]
         norm = {"num_groups": self.num_groups, "eps": self.eps, "dtype": self.dtype}
-        h = act(GroupNorm(**norm, name="norm1")(x))
+        spatial = self.time_scale_shift == "spatial"
+
+        def normalized(name: str, y: Array) -> Array:
+            if spatial:
+                return SpatialNorm(dtype=self.dtype, name=name)(y, cast(Array, temb))
+            return GroupNorm(**norm, name=name)(y)
+
+        h = act(normalized("norm1", x))
         if self.resample == "down":
             x, h = average_2x2(x), average_2x2(h)
         doubled = self.resample == "up"  # h by the convolution itself
@@ -64,13 +75,13 @@ class ResnetBlock2D(nn.Module):
         h = Conv2d(self.out_channels, dtype=self.dtype, doubled=doubled, name="conv1")(h)
         scale_shift = self.time_scale_shift == "scale_shift"
         time = None
-        if temb is not None:
+        if temb is not None and not spatial:
             features = 2 * self.out_channels if scale_shift else self.out_channels
-            temb = temb if self.skip_time_act else act(temb)
-            time = Linear(features, dtype=self.dtype, name="time_emb_proj")(temb)[:, None, None, :]
+            active = temb if self.skip_time_act else act(temb)
+            time = Linear(features, dtype=self.dtype, name="time_emb_proj")(active)[:, None, None, :]
         if time is not None and not scale_shift:
             h = h + time
-        h = GroupNorm(**norm, name="norm2")(h)
+        h = normalized("norm2", h)
         if time is not None and scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
             h = h * (1 + scale) + shift

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.nn.activations import gelu, gelu_tanh
-from jaxldm.nn.attention import CrossAttention
+from jaxldm.nn.attention import Context, CrossAttention, parts_of
 from jaxldm.nn.convolution import Conv2d
 from jaxldm.nn.linear import Linear
 from jaxldm.nn.normalization import GroupNorm, LayerNorm
@@ -116,20 +116,21 @@ class BasicTransformerBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B N C"],
-        context: Float[Array, "B T D"],
+        context: Context,
         mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B N C"]:
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
         heads, merging = self.options.num_heads, self.options.merging
-        first = (context, mask) if self.options.only_cross_attention else (None, None)
+        text, images = parts_of(context)
+        first = (text, mask) if self.options.only_cross_attention else (None, None)
         itself = CrossAttention(heads, self.dtype, identity=self.options.identity_attention, name="attn1")
         merged, whole = (around(options, x, self.size) for options in (merging, None))
         x = x + merged(itself, norm("norm1")(x), *first)
         of_text = merged if merging and merging.cross_attention else whole
         attention = CrossAttention(heads, self.dtype, name="attn2")
-        x = x + of_text(attention, norm("norm2")(x), context, mask)
+        x = x + of_text(attention, norm("norm2")(x), text, mask, images)
         of_mlp = merged if merging and merging.mlp else whole
         return x + of_mlp(FeedForward(self.dtype, name="ff"), norm("norm3")(x))
 
@@ -146,14 +147,15 @@ class Transformer2D(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        context: Float[Array, "B T D"],
+        context: Context,
         mask: Shaped[Array, "B T"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Attend among the pixels and to the context.
 
         Args:
             x: `[B, H, W, C]`.
-            context: `[B, T, D]`, for the cross-attention: the hidden states of a text encoder.
+            context: `[B, T, D]`, for the cross-attention: the hidden states of a text encoder, or these with
+                image prompts.
             mask: `[B, T]`, nonzero for the tokens to attend to; None means all.
 
         Raises:

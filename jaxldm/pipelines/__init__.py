@@ -35,6 +35,7 @@ from jaxldm.pipelines.generate import generate
 from jaxldm.pipelines.images import check_drawn, check_output_folder, columns_for, save_samples
 from jaxldm.pipelines.inputs import Latents, LatentSpec, as_images, as_masks
 from jaxldm.pipelines.inversion import invert
+from jaxldm.pipelines.ip_adapter import encode_image_prompts, with_ip_adapter
 from jaxldm.pipelines.latents import decode_images, encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
@@ -80,6 +81,7 @@ __all__ = [
     "components",
     "decode_images",
     "default_latent_spec",
+    "encode_image_prompts",
     "encode_images",
     "encode_texts",
     "generate",
@@ -100,6 +102,7 @@ __all__ = [
     "with_control",
     "with_embedding",
     "with_free_u",
+    "with_ip_adapter",
     "with_lora",
     "with_token_merging",
     "with_word",

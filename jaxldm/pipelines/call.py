@@ -90,6 +90,12 @@ class Call:
         prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: states [P, T, D], pooled states [P, E] and
             a mask [P, T] in place of prompts; those that the family takes, as its `encode` returns them. With
             `negative_` in front in place of negative prompts.
+        ip_adapter_image: pictures as prompts, of a model from `with_ip_adapter`: one, or a list of one for
+            each adapter, which may be a list of several pictures. For all prompts.
+        ip_adapter_image_embeds: in their place, of each adapter [2, n, D] (plus: [2, n, T, D]) of negatives
+            and n pictures, as `encode_image_prompts` returns them, or [1, n, D] of the pictures alone.
+        ip_adapter_scale: how much they count next to the text, 1 by default: a number, or one for each
+            adapter.
         output: "images", or "latents" as they are behind the last step, [N, h, w, c].
         output_type: images as "pil" (a list of PIL images) or "np" (in [0, 1]); None: arrays in [-1, 1].
         previews: K > 0 returns (images, previews [N, K, H, W, 3]): x_0 as it was seen on the way.
@@ -142,6 +148,9 @@ class Call:
     guess_mode: bool = False
     adapter_conditioning_scale: float | Sequence[float] = 1.0
     adapter_conditioning_factor: float = 1.0
+    ip_adapter_image: Any = None
+    ip_adapter_image_embeds: Any = None
+    ip_adapter_scale: Any = None
     latents: Any = None
     denoising_start: float = 0.0
     denoising_end: float = 1.0
@@ -193,6 +202,7 @@ OF_CONTROL = (
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode"),
     *("guess_mode", "adapter_conditioning_scale", "adapter_conditioning_factor"),
 )
+IMAGE_PROMPTS = ("ip_adapter_image", "ip_adapter_image_embeds", "ip_adapter_scale")
 SHARED = {field.name for field in dataclasses.fields(Call)} - {"own"}
 
 

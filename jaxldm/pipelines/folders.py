@@ -284,11 +284,16 @@ def save(pipe: Pipeline, folder: str | Path) -> None:
 
     Raises:
         StorageError: `folder` holds anything else, is a file, or cannot be written.
+        InvalidArgumentError: the model has an IP-Adapter, which no folder holds.
 
     >>> from jaxldm import pipelines                               # doctest: +SKIP
     >>> pipelines.save(pipe, "exported/mini-ldm")                  # doctest: +SKIP
     >>> pipe = pipelines.load("exported/mini-ldm")                 # doctest: +SKIP
     """
+    if pipe.image_adapters:
+        raise InvalidArgumentError(
+            "no folder holds an IP-Adapter: save the model without it, and add its file again after loading"
+        )
     layout, folder = pipe.family.folder, Path(os.path.abspath(folder))
     name = layout.class_name(pipe)
     check_export_folder(folder, families.PIPELINES.get(name) or pipe.family)

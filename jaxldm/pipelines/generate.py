@@ -26,8 +26,9 @@ from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
 from jaxldm.pipelines.control import control_rows, controls_of, fit_control, read_control
 from jaxldm.pipelines.embeds import read_embeds, read_texts, with_embeds
+from jaxldm.pipelines.image_prompts import read_pictures, with_pictures
 from jaxldm.pipelines.images import as_output_type
-from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs
+from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs, repeated
 from jaxldm.pipelines.latents import (
     Progress,
     computing_mesh,
@@ -75,6 +76,7 @@ def generate(
     if call.token_merging is not None:
         pipe = pipe.replace(denoiser=merging_tokens(pipe.denoiser, call.token_merging))
     embeds = read_embeds(pipe, call, prompt, negative_prompt)
+    pictures = read_pictures(pipe, call)
     prompts, negatives = read_texts(pipe, embeds, prompt, negative_prompt)
     num_images = call.num_images_per_prompt * len(prompts)
     call = read_control(pipe, call)
@@ -86,6 +88,7 @@ def generate(
 
     cond, uncond = family.encode(pipe, Request(prompts, negatives, keys, inputs.size), **call.own)
     cond, uncond = with_embeds(cond, uncond, embeds, guidance_scale != 1)
+    cond, uncond = with_pictures(pipe, pictures, cond, uncond)
     if guidance_input is not None:
         scales = family.guidance_condition(pipe, guidance_input, len(prompts))
         cond, uncond = cond | scales, uncond | scales
@@ -94,7 +97,8 @@ def generate(
     shape = spec.shape(inputs.size)
     latents, previews = family.denoise(pipe, call, schedule, guidance_scale, keys, condition, start, shape)
     if call.output == "images":
-        latents, previews = decode_all(pipe, call, latents, previews)
+        kept = kept_part(pipe, inputs, num_images)
+        latents, previews = decode_all(pipe, call, latents, previews, kept)
     return (latents, previews) if call.previews else latents
 
 
@@ -370,11 +374,22 @@ def decode(pipe: Pipeline, latents: Float[Any, "N h w c"], **options: Any) -> Fl
     return decode_images(pipe.autoencoder, latents, **options)
 
 
-def decode_all(pipe: Pipeline, call: Call, latents: Any, previews: Any) -> tuple[Any, Any]:
-    """Latents and previews as images."""
+def kept_part(pipe: Pipeline, inputs: Inputs, num_images: int) -> dict[str, Any]:
+    """The image and the mask of inpainting, for an autoencoder whose decoder takes them."""
+    takes = getattr(getattr(pipe.autoencoder, "config", None), "takes_mask", False)
+    if not takes or inputs.mask is None or inputs.image_is_latents:
+        return {}
+    given = {"image": inputs.image, "mask": inputs.mask}
+    return {name: repeated(cast(Any, rows), num_images) for name, rows in given.items()}
+
+
+def decode_all(
+    pipe: Pipeline, call: Call, latents: Any, previews: Any, kept: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """Latents and previews as images; `kept`: as of `kept_part`, for the images alone."""
     names = ("tiling", "batch_size", "devices", "in_flight")
     options = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
-    images = pipe.family.decode(pipe, latents, **options)
+    images = pipe.family.decode(pipe, latents, **options, **(kept or {}))
     if call.previews:
         flat = pipe.family.decode(pipe, previews.reshape(-1, *previews.shape[2:]), **options)
         previews = flat.reshape(*previews.shape[:2], *flat.shape[1:])

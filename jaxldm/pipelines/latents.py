@@ -34,6 +34,7 @@ from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage, solver_an
 from jaxldm.pixels import check_not_pixels
 from jaxldm.reading import shown
 
+BATCHES = ("batch_size", "devices", "in_flight")  # options of `in_batches`
 IMAGES, EVERYWHERE = PartitionSpec("images"), PartitionSpec()
 SPLIT_IMAGES = PartitionSpec(("data", "fsdp"))  # of weights that are split by rule
 
@@ -246,6 +247,8 @@ def encode_images(vae: Network, images: Float[Any, "N H W C"]) -> Float[np.ndarr
     vae=optional(A_NETWORK),
     latents=array("floating", "[N, h, w, c]", axes=4, filled=True),
     tiling=optional(instance(models.Tiling, "models.Tiling(...)")),
+    image=optional(array("floating", "[N, H, W, C]", axes=4, filled=True)),
+    mask=optional(array("floating", "[N, H, W, 1]", axes=4, filled=True)),
     batch_size=count(1),
     devices=optional(some_devices),
     in_flight=optional(count(1)),
@@ -255,6 +258,8 @@ def decode_images(
     latents: Float[Any, "N h w c"],
     *,
     tiling: models.Tiling | None = None,
+    image: Float[Any, "N H W C"] | None = None,
+    mask: Float[Any, "N H W 1"] | None = None,
     **batches: Any,
 ) -> Float[np.ndarray, "N H W C"]:
     """Images, float32 in [-1, 1], of latents as diffusion models draw them.
@@ -262,13 +267,14 @@ def decode_images(
     Args:
         vae: None where the latents are pixels.
         tiling: decode large images in squares, in less memory.
+        image, mask: what inpainting keeps, as in `models.decode_latents`.
         batches: batch_size, devices, in_flight of `in_batches`.
 
     Raises:
         InvalidArgumentError: latents of other channels than the autoencoder's; too large for the memory.
     """
     for name in batches:
-        one_of("argument of decode_images", name, ("tiling", "batch_size", "devices", "in_flight"))
+        one_of("argument of decode_images", name, ("tiling", "image", "mask", *BATCHES))
     latents = np.asarray(latents, np.float32)
     if vae is None:
         return np.clip(latents, -1.0, 1.0)
@@ -278,27 +284,33 @@ def decode_images(
         return _decode(vae, batch, tiling=tiling, mesh=mesh)
 
     def decode_batch(vae, batch):
-        return models.decode_latents(vae.module, vae.params, batch, tiling=tiling)
+        return _images_of(vae, batch, tiling)
 
-    batch = jax.ShapeDtypeStruct((batches.get("batch_size", 1), *latents.shape[1:]), jnp.float32)
+    rows = {"latents": latents} | {
+        name: np.asarray(value, np.float32)
+        for name, value in (("image", image), ("mask", mask))
+        if value is not None
+    }
+    count = batches.get("batch_size", 1)
+    batch = {name: jax.ShapeDtypeStruct((count, *a.shape[1:]), jnp.float32) for name, a in rows.items()}
     height, width = (side * scale_factor(vae) for side in latents.shape[1:3])
     fix = "draw smaller images, fewer at once with batch_size, or in squares with tiling=models.Tiling()"
     device = _first_device(batches.get("devices"))
     _check_autoencoder_fits(decode_batch, vae, batch, (height, width), device, "decoding", fix)
-    return in_batches(run, vae, latents, **batches)
+    return in_batches(run, vae, rows, **batches)
 
 
 def _check_autoencoder_fits(
     function: Callable[..., Any],
     vae: Network,
-    batch: jax.ShapeDtypeStruct,
+    batch: Any,
     pixels: tuple[int, int],
     device: Any,
     what: str,
     fix: str,
 ) -> None:
     """Raises `InvalidArgumentError` where an autoencoder's work cannot fit in the memory of a device."""
-    count, (height, width), factor = batch.shape[0], pixels, scale_factor(vae)
+    count, (height, width), factor = jax.tree.leaves(batch)[0].shape[0], pixels, scale_factor(vae)
     in_pixels = 4 * count * height * width * 1024
     check_computation(
         size_of(vae),
@@ -317,13 +329,20 @@ def _encode(vae: Network, images: Float[Array, "N H W C"]) -> Float[Array, "N h 
 
 @functools.partial(jax.jit, static_argnames=("tiling", "mesh"))
 def _decode(
-    vae: Network, latents: Float[Array, "N h w c"], *, tiling: models.Tiling | None, mesh: Mesh
+    vae: Network, batch: dict[str, Array], *, tiling: models.Tiling | None, mesh: Mesh
 ) -> Float[Array, "N H W C"]:
-    def on_one_device(vae, latents):
-        images = models.decode_latents(vae.module, vae.params, latents, tiling=tiling)
-        return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+    def on_one_device(vae, batch):
+        return jnp.clip(_images_of(vae, batch, tiling).astype(jnp.float32), -1.0, 1.0)
 
-    return over_images(on_one_device, mesh)(vae, latents)
+    return over_images(on_one_device, mesh)(vae, batch)
+
+
+def _images_of(
+    vae: Network, batch: dict[str, Array], tiling: models.Tiling | None
+) -> Float[Array, "N H W C"]:
+    """Images of the latents of a batch, with the image and the mask of the kept part where it has them."""
+    kept = {name: batch[name] for name in ("image", "mask") if name in batch}
+    return models.decode_latents(vae.module, vae.params, batch["latents"], tiling=tiling, **kept)
 
 
 def over_images(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

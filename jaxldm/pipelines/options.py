@@ -99,6 +99,7 @@ CHECKS: Mapping[str, Check] = {
     "guess_mode": flag,
     "adapter_conditioning_scale": one_or_each(number()),
     "adapter_conditioning_factor": number(0, 1),
+    "ip_adapter_scale": optional(one_or_each(number())),
     "denoising_start": number(0, 1),
     "denoising_end": number(0, 1),
     "output": text,

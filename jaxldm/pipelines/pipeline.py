@@ -21,6 +21,7 @@ from jaxldm.models.config import ModelConfig
 from jaxldm.models.sharding import mesh_of
 from jaxldm.pipelines.call import (
     EMBEDS,
+    IMAGE_PROMPTS,
     OF_CONTROL,
     SHARED,
     Call,
@@ -54,6 +55,7 @@ class Pipeline:
         options: by name, see `Folder.options`.
         few_steps: of a student that draws in few steps, how it does so; None of any other model.
         reference_quirks: draws as diffusers does, also where that errs; see `load`.
+        image_adapters: what makes prompts of pictures, see `with_ip_adapter`.
 
     >>> import jax                                                                       # doctest: +SKIP
     >>> from jaxldm import pipelines                                                     # doctest: +SKIP
@@ -70,6 +72,7 @@ class Pipeline:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     few_steps: FewSteps | None = None
     reference_quirks: bool = False
+    image_adapters: tuple[Any, ...] = ()
 
     def __post_init__(self):
         folder = self.family.folder
@@ -108,7 +111,7 @@ class Pipeline:
 
     def __reduce__(self) -> Any:
         """For `pickle` and `copy`: what it is made of. Arrays split over a mesh become whole ones."""
-        return Pipeline, (self.family, self.parts, self.options, self.few_steps, self.reference_quirks)
+        return Pipeline, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __getattr__(self, name: str) -> Any:
         """A part, an option, or a function of the family."""
@@ -134,6 +137,10 @@ class Pipeline:
             for values in (self.parts, self.options)
         )
         return dataclasses.replace(self, parts=parts, options=options)
+
+    def with_image_adapters(self, adapters: tuple[Any, ...]) -> Pipeline:
+        """The model with these in place of its `image_adapters`."""
+        return dataclasses.replace(self, image_adapters=adapters)
 
     def warm_up(self, *prompts: Any, **options: Any) -> None:
         """Compile all that a call with these prompts and options runs, and take no step.
@@ -272,6 +279,7 @@ class Pipeline:
         names = call_options(self.family.call, self.family.encode)
         unused = {*self.family.unused, *(EMBEDS if self.family.text_widths is None else ())}
         unused |= set() if self.family.folder.control else {*OF_CONTROL}
+        unused |= set() if self.image_adapters else set(IMAGE_PROMPTS)
         return [name for name in names if name not in unused]
 
     def check_parts(self) -> None:
@@ -329,6 +337,11 @@ def read_call(pipe: Pipeline, options: Mapping[str, Any]) -> Call:
     for name in pipe.family.unused:
         if options.get(name) is not None:
             raise InvalidArgumentError(f"{name} is not for {pipe.family.name}: leave it out")
+    for name in IMAGE_PROMPTS:
+        if options.get(name) is not None and not pipe.image_adapters:
+            raise InvalidArgumentError(
+                f"{name} is for a model with an IP-Adapter: write pipelines.with_ip_adapter(pipe, path)"
+            )
     shared = SHARED.intersection(options)
     own = {name: value for name, value in options.items() if name not in shared}
     call = Call(**{name: options[name] for name in shared}, own=own)

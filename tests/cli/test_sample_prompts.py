@@ -2,10 +2,12 @@
 
 import json
 
+import diffusers
 import jax
 import numpy as np
 import pytest
 from command_lines import complaint, run
+from ip_adapter_files import write_adapter, write_encoder
 from PIL import Image
 from reference_pipelines import SIZE, controlnet, write_sd, write_sdxl
 
@@ -108,6 +110,23 @@ def test_a_picture_is_cropped_to_the_nearest_size(capsys, folder, pictures):
     np.testing.assert_array_equal(part, expected)
     line = complaint(capsys, "sample", folder, *start, "--resize", "shrink")
     assert "resize" in line and "crop, pad, stretch" in line
+
+
+def test_pictures_as_prompts(capsys, folder, pictures):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    file = write_adapter(pictures / "adapter.safetensors", unet)
+    encoder = write_encoder(pictures / "encoder")
+    start = ["--prompt", "a cat", "--ip-adapter", file]
+    shown = ["--ip-adapter-image", pictures / "cat.png", pictures / "mask.png", "--ip-adapter-scale", "0.5"]
+    drawn, *_ = sample(capsys, folder, pictures / "out", *start, *shown, "--image-encoder", encoder)
+    pipe = pipelines.with_ip_adapter(pipelines.load(folder), file, encoder)
+    with Image.open(pictures / "cat.png") as cat, Image.open(pictures / "mask.png") as mask:
+        given = dict(ip_adapter_image=[[cat, mask]], ip_adapter_scale=0.5)
+        expected = to_uint8(pipe(jax.random.key(0), "a cat", **given, **CALL))
+    np.testing.assert_array_equal(drawn, expected)
+    line = complaint(capsys, "sample", folder, *start)
+    assert "--ip-adapter is of --ip-adapter-image" in line
+    assert "needs the image encoder" in complaint(capsys, "sample", folder, *start, *shown[:2])
 
 
 def test_the_refiner_takes_over(capsys, sdxl, tmp_path):

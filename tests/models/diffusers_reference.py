@@ -13,5 +13,10 @@ def opened_by_diffusers(theirs, folder, caplog, recwarn):
     assert not any(report.values()), report
     for key, value in theirs.config.items():
         if not key.startswith("_"):
-            assert opened.config[key] == (list(value) if isinstance(value, tuple) else value), key
+            assert opened.config[key] == _listed(value), key
     return opened.eval()
+
+
+def _listed(value):
+    """Tuples as JSON has them."""
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

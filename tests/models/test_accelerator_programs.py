@@ -194,7 +194,8 @@ ALIKE = {
     **dict.fromkeys(("sd35-large", "sd3-controlnet", "sd35-large-controlnet"), "sd3-medium"),
     "amused-256": "amused-512",
     **dict.fromkeys(("sd-vae", "playground-vae", "sd3-vae", "flux-vae"), "sdxl-vae"),
-    "ldm-vq-f8": "ldm-vq-f4",
+    **dict.fromkeys(("asymmetric-vae-x1.5", "asymmetric-vae-x2", "consistency-decoder"), "sdxl-vae"),
+    **dict.fromkeys(("ldm-vq-f8", "kandinsky2-movq"), "ldm-vq-f4"),
     **dict.fromkeys(("openclip-h", "openclip-bigg", "ldm-bert"), "clip-l"),
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
 }
@@ -207,6 +208,7 @@ WITHOUT_ATTENTION = {
     "wuerstchen-vqgan",
     *("taesd", "taesdxl", "taesd3", "taef1"),
     *("sd15-t2i-adapter", "sd15-light-t2i-adapter", "sdxl-t2i-adapter"),
+    "sana-dc-ae",  # linear, without logits
     "patch-gan",
     "mini-patch-gan",
 }

@@ -34,6 +34,16 @@ CONFIGS = {
         "lookup_from_codebook": True,
         "force_upcast": True,
     },
+    "Kandinsky 2: spatial norms of the latents": {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        "norm_num_groups": 8,
+        "latent_channels": 4,
+        "vq_embed_dim": 4,
+        "num_vq_embeddings": 24,
+        "norm_type": "spatial",
+    },
 }
 
 
@@ -72,6 +82,8 @@ def test_decoder_quantises_and_agrees_with_diffusers(pair):
     assert_agrees(jitted["decode"](params, z), expected)
     if not module.config.lookup_from_codebook:
         assert not torch.allclose(unquantised.sample, expected)
+        decode = jax.jit(lambda p, z: module.apply({"params": p}, z, quantize=False, method="decode"))
+        assert_agrees(decode(params, z), unquantised.sample)
 
 
 def test_indices_agree_with_diffusers_both_ways(pair):
@@ -82,7 +94,8 @@ def test_indices_agree_with_diffusers_both_ways(pair):
         shape = (latents.shape[0], *latents.shape[2:])
         expected = theirs.quantize(latents)[2][2].reshape(shape)
         entries = theirs.quantize.get_codebook_entry(expected, (*shape, latents.shape[1]))
-        decoded = theirs.decoder(theirs.post_quant_conv(entries))
+        spatial = module.config.norm_type == "spatial"
+        decoded = theirs.decoder(theirs.post_quant_conv(entries), entries if spatial else None)
     indices = jitted["encode_indices"](params, x)
     assert indices.dtype == jnp.int32 and len(np.unique(indices)) >= 3
     np.testing.assert_array_equal(indices, expected)
@@ -161,7 +174,12 @@ def test_fresh_codebooks_spread_as_those_of_diffusers():
     assert abs(np.abs(codebook).max() / np.abs(reference).max() - 1) < 0.01
 
 
-PUBLISHED_COUNTS = {"ldm-vq-f4": 55_322_782, "ldm-vq-f8": 67_717_295, "amused-vq": 146_244_675}
+PUBLISHED_COUNTS = {
+    "ldm-vq-f4": 55_322_782,
+    "ldm-vq-f8": 67_717_295,
+    "amused-vq": 146_244_675,
+    "kandinsky2-movq": 67_832_495,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_COUNTS)
@@ -180,4 +198,6 @@ def test_configs_that_cannot_be():
     with pytest.raises(UnknownNameError, match="AttnUpDecoderBlock2D"):
         dataclasses.replace(config, up_block_types=("AttnUpBlock2D",) * 5)
     with pytest.raises(CheckpointError, match="norm_type"):
-        models.config_from_dict(models.config_to_dict(config) | {"norm_type": "spatial"})
+        models.config_from_dict(models.config_to_dict(config) | {"norm_type": "layer"})
+    with pytest.raises(InvalidArgumentError, match="48 channels cannot be split into 32 groups"):
+        dataclasses.replace(config, norm_type="spatial", block_out_channels=(48,) * 5, norm_num_groups=8)

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline
+from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img_module
 from picture_checks import (
     KEY,
     as_tensor,
     assert_latents_agree,
+    mask,
     picture,
     start_noise,
     without_posterior_noise,
@@ -62,6 +63,27 @@ def test_tiny_in_place_of_the_folders_own(folders, monkeypatch, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, reopened.vae.params, pipe.vae.params)
     same = pipelines.load(folder, vae=checkpoints.load(tiny))
     assert same.vae.module == pipe.vae.module
+
+
+def test_inpainting_shows_the_kept_part_to_a_decoder_that_takes_it(folders, tmp_path):
+    """As diffusers' inpainting pipeline calls it: with the image and the mask, in pixels."""
+    torch.manual_seed(0)
+    levels = {"down_block_out_channels": (4, 4), "up_block_out_channels": (4, 8), "norm_num_groups": 2}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    reference = shaken(AsymmetricAutoencoderKL(**levels, **kinds, sample_size=SIZE), 1)
+    reference.save_pretrained(tmp_path)
+    pipe = pipelines.load(folders[0], vae=tmp_path)
+    call = dict(image=picture(), mask_image=mask(), solver="ddim", num_inference_steps=2)
+    latents, images = (pipe(KEY, "a cat", output=output, **call) for output in ("latents", "images"))
+    white = torch.from_numpy(mask()[None, None] / np.float32(255))
+    with torch.no_grad():
+        z = theirs(latents) / reference.config.scaling_factor
+        plain, expected = (
+            reference.decode(z).sample,
+            reference.decode(z, image=as_tensor(picture()), mask=white).sample,
+        )
+    assert np.abs(ours(plain) - ours(expected)).max() > 0.2
+    np.testing.assert_allclose(images, np.clip(ours(expected), -1, 1), atol=2 / 127.5)
 
 
 def test_an_autoencoder_of_another_model_is_refused(folders, tmp_path):
