@@ -45,6 +45,7 @@ RIGHT = {
     "--run-dir": {"no such thing", "../nowhere/at/all"},
     "OUT": {"no such thing", "../nowhere/at/all"},
     "--lora-scale": {"-1"},
+    "--cache-dir": {" ", "None", "no such thing", "../nowhere/at/all"},
 }
 RIGHT["--negative-prompt"] = RIGHT["--prompt"]
 TOO_MUCH = {
