@@ -226,7 +226,8 @@ class ControlNetModel(Encoder2DCondition):
         if config.mid_block_type == "UNetMidBlock2DCrossAttn":
             return self._mid_block()
         scale = config.mid_block_scale_factor
-        return MidResnet2D(name="mid_block", **self._level_options() | {"output_scale_factor": scale})
+        options: dict[str, Any] = self._level_options() | {"output_scale_factor": scale}
+        return MidResnet2D(name="mid_block", **options)
 
     def _check_sizes(self, x: Array, states: Array, image: Array) -> None:
         config = self.config

@@ -112,7 +112,7 @@ def importance(
         products = jax.tree.map(lambda w, g: jnp.abs(w * g), params, jax.grad(loss)(params, t))
         sums: dict[str, list[Any]] = {"heads": [], "channels": []}
         for part in _parts(module, products):
-            found = dict.fromkeys(sums, cast(Any, 0.0))
+            found: dict[str, Any] = dict.fromkeys(sums, 0.0)
             for place, units in part.units():
                 found[place.of] += jnp.sum(units, axis=(1, 2, 4))
             for name, total in found.items():

@@ -91,7 +91,8 @@ class PoolingAttention(nn.Module):
         for k, x in enumerate((query, states, states)):
             rows = slice(k * width, (k + 1) * width)
             projected.append(jnp.einsum("bnd,ed->bne", x, matrix[rows]) + bias[rows][None, None])
-        h = attend(self, *projected, self.num_heads)
+        query, key, value = projected
+        h = attend(self, query, key, value, self.num_heads)
         return Linear(width, dtype=self.dtype, name="out_proj")(h)
 
 

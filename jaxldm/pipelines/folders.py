@@ -14,7 +14,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding
@@ -149,7 +149,9 @@ def load(
     loaded = checkpoints.load_components(folder, **options)
     if other_vae is not None:
         loaded[other_vae] = (
-            vae if isinstance(vae, tuple) else checkpoints.load(vae, dtype=dtype, sharding=sharding)
+            vae
+            if isinstance(vae, tuple)  # `checked` made one of a Network
+            else checkpoints.load(cast(Path, vae), dtype=dtype, sharding=sharding)
         )
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
     scheduler = parts.get("scheduler")

@@ -138,8 +138,8 @@ def read_inputs(
             else rgb_pixels(image, LATENTS)
         )
         check_rows(image, num_images, "image")
-        factors = spec.factor if image_is_latents else 1, spec.image_factor or 1
-        given["image"] = tuple(floor_product(n, *factors) for n in image.shape[1:3])
+        of_latents = spec.factor if image_is_latents else 1
+        given["image"] = tuple(floor_product(n, of_latents, spec.image_factor or 1) for n in image.shape[1:3])
     if latents is not None:
         latents = four_axes(latents, spec.channels)
         check_rows(latents, num_images, "latents")
@@ -147,7 +147,7 @@ def read_inputs(
     trained = spec.default_size
     if spec.image_factor == 0 and image is not None:
         trained = given.pop("image")
-        check_size(*trained, spec.multiple, name="image")
+        check_size(trained[0], trained[1], spec.multiple, name="image")
     size = _size(height, width, trained, given)
     check_size(*size, spec.multiple)
     check_images_fit(num_images, size, spec)

@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
     mask: Int[np.ndarray, "P T"] | None = None
 
 
-def as_texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
+def as_texts(prompt: str | Sequence[str] | None, name: str = "prompt") -> list[str]:
     """One text or several as a list.
 
     Raises:

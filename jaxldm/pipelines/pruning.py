@@ -86,7 +86,7 @@ def unit_importance(
 
         return jnp.mean(jax.lax.map(jax.checkpoint(of_batch), batches))
 
-    times = np.asarray(D.make_grid(prediction.path, num_times).t[:-1], np.float32)
+    times = jnp.asarray(D.make_grid(prediction.path, num_times).t[:-1], jnp.float32)
     return pruning.importance(network.module, network.params, loss, times)
 
 

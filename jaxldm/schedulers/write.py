@@ -134,7 +134,7 @@ def _discrete_grid(grid: GridRule, solver: str | None) -> dict[str, Any]:
         "timestep_spacing": theirs.get(spacing, "trailing"),
         "steps_offset": grid.steps_offset,
     }
-    algorithms = [algorithm for algorithm, ours in ALGORITHMS.get(name, {}).items() if ours == solver]
+    algorithms = [algorithm for algorithm, ours in ALGORITHMS.get(name or "", {}).items() if ours == solver]
     if algorithms:
         chosen = algorithms[-1 if solver == "dpm_sde" else 0]  # of second order
         config |= dict(zip(("algorithm_type", "solver_order"), chosen, strict=True))
