@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -59,7 +59,7 @@ class AsymmetricAutoencoderKLConfig(ModelConfig):
     def of_side(self, side: str) -> ImageAutoencoderConfig:
         """The config of an autoencoder that has the encoder ("down") or the decoder ("up") of this one."""
         channels, kinds = getattr(self, f"{side}_block_out_channels"), getattr(self, f"{side}_block_types")
-        others = {
+        others: dict[str, Any] = {
             "down_block_types": ("DownEncoderBlock2D",) * len(channels),
             "up_block_types": ("UpDecoderBlock2D",) * len(channels),
         }
@@ -88,7 +88,7 @@ class MaskConditionEncoder(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B _ _ _"], ...]:
         features = []
         for i, channels in enumerate(self.widths):
-            options = {} if i < 2 else {"kernel_size": 4, "stride": 2}
+            options: dict[str, Any] = {} if i < 2 else {"kernel_size": 4, "stride": 2}
             x = Conv2d(channels, dtype=self.dtype, name=f"layers_{i}", **options)(x)
             features.append(x)
             x = jax.nn.relu(x)

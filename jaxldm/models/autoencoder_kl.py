@@ -180,8 +180,10 @@ def decode_levels(
             add_upsample=i < len(config.block_out_channels) - 1,
             name=f"up_blocks_{i}",
         )(blend(h), None, latents)
-    norm = SpatialNorm(dtype=config.dtype, name="conv_norm_out") if spatial else _norm_out(config)
-    h = norm(blend(h), latents) if spatial else norm(blend(h))
+    if spatial:
+        h = SpatialNorm(dtype=config.dtype, name="conv_norm_out")(blend(h), latents)
+    else:
+        h = _norm_out(config)(blend(h))
     return Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(silu(h))
 
 

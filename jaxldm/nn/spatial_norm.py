@@ -23,8 +23,9 @@ class SpatialNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         normal = GroupNorm(self.num_groups, self.eps, self.dtype, name="norm_layer")(x)
+        _, height, width, channels = x.shape
         scale, shift = (
-            resize_nearest(Conv2d(x.shape[-1], 1, padding=0, dtype=self.dtype, name=name)(z), x.shape[1:3])
+            resize_nearest(Conv2d(channels, 1, padding=0, dtype=self.dtype, name=name)(z), (height, width))
             for name in ("conv_y", "conv_b")
         )
         return normal * scale + shift

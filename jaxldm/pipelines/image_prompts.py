@@ -81,7 +81,7 @@ def read_pictures(pipe: Pipeline, call: Call) -> Pictures | None:
     if image is not None:
         return Pictures(read_images(adapters, image), None, list(scales))
     _check_count("ip_adapter_image_embeds", embeds, adapters)
-    read = [_read_embeds(adapter, each) for adapter, each in zip(adapters, embeds, strict=True)]
+    read = [_read_embeds(adapter, each) for adapter, each in zip(adapters, cast(Any, embeds), strict=True)]
     return Pictures(None, read, list(scales))
 
 
@@ -146,8 +146,8 @@ def with_pictures(
     scales = np.tile(np.asarray(pictures.scales, np.float32), (count, 1))
 
     def prompts(branch: int) -> dict[str, Any]:
-        each = (np.broadcast_to(found[branch], (count, *found.shape[1:])) for found in tokens)
-        return {"image_prompts": models.ImagePrompts(tuple(each), scales)}
+        each: Any = (np.broadcast_to(found[branch], (count, *found.shape[1:])) for found in tokens)
+        return {"image_prompts": models.ImagePrompts(tuple(each), cast(Any, scales))}
 
     return cond | prompts(1), uncond | prompts(0)
 

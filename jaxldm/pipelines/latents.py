@@ -341,7 +341,7 @@ def _images_of(
     vae: Network, batch: dict[str, Array], tiling: models.Tiling | None
 ) -> Float[Array, "N H W C"]:
     """Images of the latents of a batch, with the image and the mask of the kept part where it has them."""
-    kept = {name: batch[name] for name in ("image", "mask") if name in batch}
+    kept: dict[str, Any] = {name: batch[name] for name in ("image", "mask") if name in batch}
     return models.decode_latents(vae.module, vae.params, batch["latents"], tiling=tiling, **kept)
 
 
