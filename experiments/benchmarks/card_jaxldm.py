@@ -17,7 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxldm
-from experiments.benchmarks import card_checks, diffusion_transformer_pairs, stable_diffusion_pairs
+from experiments.benchmarks import (
+    card_checks,
+    diffusion_transformer_pairs,
+    mean_flow_step,
+    stable_diffusion_pairs,
+)
 from experiments.benchmarks.card_worker import Line
 from experiments.benchmarks.random_networks import count_flops, random_network, random_weight
 from jaxldm import diffusion as D
@@ -295,6 +300,12 @@ def captions(variant: str, dtype: str, quick: bool = False) -> Iterator[Line]:
     yield program_line("training, pictures as asked", script, "{run}", *(["--quick"] if quick else []))
 
 
+def few_steps(variant: str, dtype: str, batch_size: int, quick: bool = False) -> Iterator[Line]:
+    """Training steps of a plain flow and of mean flows, which have a derivative in their target."""
+    for name, run in mean_flow_step.steps("dit-b-2", batch_size, dtype, quick):
+        yield Line(f"{name}: training step, batch {batch_size}", run)
+
+
 KINDS = {
     "correctness": correctness,
     "peak": peak,
@@ -303,4 +314,5 @@ KINDS = {
     "decoding": decoding,
     "demo": demo,
     "captions": captions,
+    "few-steps": few_steps,
 }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.benchmarks.card_rows import NOT_YET, ROWS, VARIANTS
+from experiments.benchmarks.card_rows import ROWS, VARIANTS
 
 HEAD = (
     "work",
@@ -160,6 +160,4 @@ def report(setting: dict[str, Any], records: Records) -> str:
         if "seconds" in record
     ]
     parts.append("Seconds of each (expected): " + ", ".join(took) + ".")
-    absent = "; ".join(f"{name} ({reason})" for name, reason in NOT_YET.items())
-    parts.append(f"Rows that do not exist yet: {absent}.")
     return "\n\n".join(parts) + "\n"

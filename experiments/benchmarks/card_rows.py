@@ -99,12 +99,15 @@ ROWS = (
         VARIANTS[:1],
     ),
     Row("captioned-shapes", "captioned shapes, end to end", "captions", {}, {"quick": True}, VARIANTS[:1]),
+    Row(
+        "few-steps",
+        "DiT-B/2, a step of flow matching and of mean flows",
+        "few-steps",
+        {"batch_size": 64},
+        {"batch_size": 4, "quick": True},
+        VARIANTS[:1],
+    ),
 )
-
-# Rows that are planned, and what they wait for.
-NOT_YET = {
-    "few-steps": "there is no recipe that distils a network",
-}
 
 # Expected seconds of (jaxldm, eager, torch.compile), building and compiling included, by a part of the
 # device's name; other GPUs take OTHER_GPUS times those of an H100. Correct them after each run from the
@@ -123,6 +126,7 @@ SECONDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "decode-1024": (25, 8, 30),
         "demo": (150,),
         "captioned-shapes": (240,),
+        "few-steps": (60,),
     },
     "cpu": {  # the small sizes of --dry-run
         "correctness": (45, 2),
@@ -136,6 +140,7 @@ SECONDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "decode-1024": (6, 2, 2),
         "demo": (40,),
         "captioned-shapes": (90,),
+        "few-steps": (20,),
     },
 }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +99,29 @@ def runner(module: Any, loss_fn: Callable[..., Any], batch: Any) -> Callable[[],
     return run
 
 
+def steps(
+    preset: str, batch_size: int, dtype: str, quick: bool = False
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, what runs one more step of it), each with weights of its own, made when it is asked for."""
+    fields: dict[str, Any] = {"dtype": dtype, "learn_sigma": False}
+    if quick:
+        fields |= {"depth": 2, "hidden_size": 32, "num_heads": 2, "sample_size": 8}
+    plain = models.build(preset, **fields)
+    student = models.build(preset, **fields, scalar_inputs=("step_size",))
+    x, _, labels, *_ = plain.example_inputs()
+    batch = {
+        "mean": jax.random.normal(jax.random.key(1), (batch_size, *x.shape[1:])),
+        "label": jnp.arange(batch_size, dtype=labels.dtype) % plain.config.num_classes,
+    }
+    yield "flow", runner(plain, plain_loss(plain), batch)
+    for name, loss_of in MEAN_FLOWS.items():
+        yield name, runner(student, mean_flow_loss(student, loss_of), batch)
+
+
 def main(options: MeanFlowStep) -> None:
     """Measures, prints and writes the table."""
     options = quick_options(options, rounds=1, seconds=0.0)
-    fields: dict[str, Any] = {"dtype": options.dtype, "learn_sigma": False}
-    if options.quick:
-        fields |= {"depth": 2, "hidden_size": 32, "num_heads": 2, "sample_size": 8}
-    plain = models.build(options.preset, **fields)
-    student = models.build(options.preset, **fields, scalar_inputs=("step_size",))
-    x, _, labels, *_ = plain.example_inputs()
-    batch = {
-        "mean": jax.random.normal(jax.random.key(1), (options.batch_size, *x.shape[1:])),
-        "label": jnp.arange(options.batch_size, dtype=labels.dtype) % plain.config.num_classes,
-    }
-    variants = {"flow": runner(plain, plain_loss(plain), batch)}
-    variants |= {
-        name: runner(student, mean_flow_loss(student, loss_of), batch) for name, loss_of in MEAN_FLOWS.items()
-    }
+    variants = dict(steps(options.preset, options.batch_size, options.dtype, options.quick))
     title = f"{options.preset}, batch {options.batch_size}, {options.dtype}"
     row = measure_row(title, variants, options.rounds, options.seconds)
     head = ["step", *(f"{name}, ms" for name in variants), *(f"{name} / flow" for name in MEAN_FLOWS)]

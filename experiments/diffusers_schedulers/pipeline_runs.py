@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import pathlib
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,8 +28,6 @@ from experiments.diffusers_schedulers.scheduler_probes import reference_class, s
 from experiments.diffusers_schedulers.scheduler_runs import IN_PAIRS, IN_SIGMA_SPACE, brownian
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
-
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests" / "pipelines"))  # their tiny folders
 
 KEY = jax.random.key(7)
 STEPS, STRENGTH = 6, 0.61
@@ -63,6 +63,17 @@ KINDS = (
 )
 
 
+def module_of_tests(name: str) -> ModuleType:
+    """A module of tests/pipelines, where the tiny folders are written."""
+    if name not in sys.modules:
+        path = pathlib.Path(__file__).parents[2] / "tests" / "pipelines" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None, path
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def stand_in(x: Any, t: Any, xp: Any) -> Any:
     """What a network answers: number by number, so that any layout of the latents will do."""
     return 0.7 * xp.sin(1.5 * x + 0.3 * t) + 0.2 * x
@@ -81,9 +92,9 @@ class Pair(NamedTuple):
 def pair(kind: Kind) -> Pair:
     """Both, with the stand-in in the reference's."""
     import diffusers
-    import reference_pipelines
-    import sd3_folders
 
+    names = ("reference_pipelines", "t5_parts", "sd3_folders")  # in the order in which they need each other
+    reference_pipelines, _, sd3_folders = map(module_of_tests, names)
     writers = vars(reference_pipelines) | vars(sd3_folders)
     with tempfile.TemporaryDirectory() as place, quiet():
         folder = writers[kind.write](pathlib.Path(place) / "folder")

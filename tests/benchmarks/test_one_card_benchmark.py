@@ -121,7 +121,6 @@ def test_mistyped_options_are_refused():
     assert one_card.check(one_card.OneCard(rows=("peak",))) == (BY_NAME["peak"],)
     for wrong, error in (
         ({"rows": ("sd3",)}, UnknownNameError),
-        ({"rows": ("few-steps",)}, InvalidArgumentError),  # not yet
         ({"variants": ("jax",)}, UnknownNameError),
         ({"dtype": "int8"}, UnknownNameError),
         ({"minutes": 0.0}, InvalidArgumentError),
@@ -135,10 +134,10 @@ def test_the_script_runs_by_its_path_from_another_folder(tmp_path):
     """As far as the check of its options; the folder of the repository is not on the path."""
     script = Path(one_card.__file__)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, script, "--rows", "few-steps", "--output-dir", tmp_path / "out"]
+    command = [sys.executable, script, "--rows", "sd4", "--output-dir", tmp_path / "out"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("one_card: row few-steps does not exist yet: ")
+    assert result.stderr.startswith("one_card: unknown row 'sd4'")
     assert not (tmp_path / "out").exists()
 
 
@@ -188,7 +187,6 @@ def test_the_table_has_ratios_and_shares_of_the_peak_of_the_same_run():
         "",
     ]
     assert "| the demo, end to end | not started |" in text
-    assert "do not exist yet: few-steps (there is no recipe" in text
     assert "SMALL" not in text
 
 
