@@ -26,11 +26,14 @@ from experiments.few_steps.judge import second_judge
 from experiments.figures import quick_options
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, weights_hash
-from jaxldm import host, metrics, pipelines, training
+from jaxldm import diffusion as D
+from jaxldm import few_steps, host, metrics, pipelines, training
 from jaxldm.commands.terminal import run_script
 
 RANGE = (1.0, 4.0)
 TEACHER_STEPS = (1, 2, 4, 8, 20, 50)
+STRAIGHTNESS_STEPS = 50
+FOLLOWS_AN_ODE = ("teacher", "guidance", "reflow")  # of which a straightness can be said
 
 
 class Student(NamedTuple):
@@ -163,6 +166,33 @@ def measure(options: Digits, tools: Measured, pipe: Any, steps: int, scale: floa
     return figures, {"images": images[:40]}
 
 
+def straightness(options: Digits, pipe: Any, scale: float) -> float:
+    """How far the ODE's trajectories of fifty digits are from straight lines, in 50 steps: 0 is straight.
+
+    Divided by alpha + sigma, a row of any path becomes one of straight lines: what is on a line is there
+    (1 - s) x_0 + s noise, with s = sigma / (alpha + sigma).
+    """
+    labels, kept = np.arange(min(50, options.num_images), dtype=np.int32) % pipe.num_classes, []
+    call = {"num_inference_steps": STRAIGHTNESS_STEPS, "guidance_scale": scale}
+    _, grid = pipe.grid(**call)
+    rows = slice(0, int(D.steps_in(grid)) + 1)
+    sums = np.asarray(grid.alpha[rows] + grid.sigma[rows])
+    x_T = np.asarray(D.initial_noise(jax.random.key(options.seed), (len(labels), *pipe.latent_shape()), grid))
+    one = {"devices": jax.devices()[:1], "output": "latents"}
+    pipe(
+        jax.random.key(0),
+        labels,
+        latents=x_T,
+        on_step=lambda _, x: kept.append(np.asarray(x)),
+        **call,
+        **one,
+    )
+    by_batch = np.stack(kept).reshape(-1, len(sums) - 1, *kept[0].shape)  # one batch after another
+    steps = np.concatenate(list(by_batch), axis=1)[:, : len(labels)]
+    trajectory = np.concatenate([x_T[None], steps]) / sums.reshape(-1, *[1] * x_T.ndim)
+    return float(few_steps.straightness(trajectory, np.asarray(grid.sigma[rows]) / sums))
+
+
 def main(options: Digits) -> None:
     """Trains, measures and writes the table."""
     host.prepare()
@@ -174,7 +204,7 @@ def main(options: Digits) -> None:
     print(f"second judge: {np.mean(tools.judge(images) == labels):.1%} of the real test digits")
     results, common = Results(options.output_dir), {"teacher": weights_hash(options.run_dir)}
     common |= {"num_images": options.num_images, "seed": options.seed, "quick": options.quick}
-    rows, shown = [], {}
+    rows, shown, straight = [], {}, []
     for name in ("teacher", *options.students):
         folder, seconds = (options.run_dir, 0.0) if name == "teacher" else train_student(options, name)
         pipe = pipelines.load(folder)
@@ -192,7 +222,17 @@ def main(options: Digits) -> None:
                 rows.append({"name": name, "training seconds": seconds, **figures})
                 shown[name, steps, scale] = arrays["images"]
                 print(f"{title}: {figures['accuracy']:.1%}, distance {figures['distance']:.2f}")
+            if name in FOLLOWS_AN_ODE:
+                figures, _ = results.row(
+                    f"straightness of {name}, w {scale:g}",
+                    common,
+                    lambda: ({"straightness": straightness(options, pipe, scale)}, {}),  # noqa: B023
+                )
+                straight.append([name, f"{scale:g}", f"{figures['straightness']:.4f}"])
         save(options, rows, shown)
+        title = f"Straightness of trajectories in {STRAIGHTNESS_STEPS} steps, 0 is straight"
+        text = markdown(["student", "w", "mean square of the bend"], straight)
+        save_table(options.output_dir / "straightness.md", title, text)
 
 
 def is_inside(pipe: Any) -> bool:

@@ -26,12 +26,15 @@ def test_every_row_has_a_recipe_that_can_be_trained(options):
 
 def test_the_teachers_rows(options, monkeypatch, capsys):
     monkeypatch.setattr(digits, "TEACHER_STEPS", (1, 2))
+    monkeypatch.setattr(digits, "STRAIGHTNESS_STEPS", 3)
     digits.main(options)
     out = options.output_dir / "quick"
     table = (out / "digits.md").read_text().splitlines()
     assert len(table) == 2 + 2 + 2 * len(options.guidance_scales)
     assert [row.split("|")[4].strip() for row in table[4:]] == ["1", "2", "2", "4"]  # evaluations
     assert (out / "digits.png").exists()
+    rows = (out / "straightness.md").read_text().splitlines()[4:]
+    assert [float(row.split("|")[3]) > 0 for row in rows] == [True, True]  # the teacher's, at both scales
     before = table
     digits.main(options)
     assert (out / "digits.md").read_text().splitlines() == before  # nothing is drawn again
