@@ -111,10 +111,12 @@ def _error(error: BadRequest) -> JSONResponse:
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Paths and methods that do not exist."""
-    status = getattr(error, "status_code", 500)
+    status, path = getattr(error, "status_code", 500), shown(request.url.path)
+    allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method").split(", ")
+    methods = " or ".join(sorted({*allowed} - {"HEAD"}))
     message = {
-        404: f"there is no path {shown(request.url.path)}: see /openapi.json",
-        405: "this path takes another method: see /openapi.json",
+        404: f"there is no path {path}: see /openapi.json",
+        405: f"{path} takes {methods}, got {request.method}: see /openapi.json",
     }
     return _error(BadRequest(message.get(status, "the request cannot be answered"), status=status))
 

@@ -80,6 +80,16 @@ def with_picture(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options} if content is None else {**options, "image": decode_picture(content, "image")}
 
 
+def is_previewed(done: int, total: int, previews: int) -> bool:
+    """Whether a step is one of `previews` at equal distances, before the last of `total`.
+
+    >>> [done for done in range(1, 10) if is_previewed(done, 10, 2)]
+    [4, 7]
+    """
+    parts = previews + 1
+    return done < total and done * parts // total > (done - 1) * parts // total
+
+
 class Preview(NamedTuple):
     """A linear map from latents to colours: a small picture without the autoencoder.
 

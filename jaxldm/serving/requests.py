@@ -17,6 +17,7 @@ from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, s
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.serving.engine import Engine
+from jaxldm.serving.hints import no_such_field
 from jaxldm.serving.jobs import MAX_STEPS
 from jaxldm.serving.pictures import FORMATS, read_picture
 
@@ -275,9 +276,7 @@ def read_generation(offer: Offer, body: Mapping[str, Any]) -> Generation:
     given = {name: value for name, value in body.items() if value is not None}
     for name in given:
         if name not in fields:
-            raise BadRequest(
-                f"there is no field {shown(name)}: send {', '.join(fields)}", param=name, allowed=[*fields]
-            )
+            raise BadRequest(no_such_field(name, fields), param=name, allowed=[*fields])
     values = {name: _checked(name, fields[name], value) for name, value in given.items()}
     if offer.draws_texts and "prompt" not in values:
         raise BadRequest('give a text, as in {"prompt": "a cat in the snow"}', param="prompt")
@@ -436,10 +435,12 @@ def _choice(description: str, choices: Sequence[Any]) -> Field:
         if kind == "string":
             raise UnknownNameError(name, value, choices)
         near = ""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
+        if len(choices) > 1 and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e9:
             near = f"; the nearest is {min(choices, key=lambda choice: abs(choice - value))}"
         listed = " or ".join(map(str, choices))
-        raise InvalidArgumentError(f"{name} must be {listed}, got {shown(value)}{near}")
+        raise InvalidArgumentError(
+            f"{name} must be {listed}, got {shown(value)}{near} (sizes are compiled at the start)"
+        )
 
     return Field(schema, check)
 

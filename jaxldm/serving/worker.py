@@ -36,7 +36,7 @@ from jaxldm.serving.messages import (
     Report,
 )
 from jaxldm.serving.orders import Failed, Picture, Progress, Task
-from jaxldm.serving.pictures import Preview, fit_preview, picture_bytes, with_picture
+from jaxldm.serving.pictures import Preview, fit_preview, is_previewed, picture_bytes, with_picture
 
 LOG = logging.getLogger("jaxldm.serving")
 PREPARING, FINISHING = 2, 2  # threads
@@ -239,9 +239,9 @@ class Worker:
             self._fail(str(ticket), _fault(error))
 
     def _picture_of(self, task: Task, seen: Seen) -> np.ndarray | None:
-        """A preview of an image, at `task.previews` places of its way."""
-        every = max(seen.total // (task.previews + 1), 1) if task.previews else 0
-        if seen.x_0 is None or not every or seen.done % every or not np.isfinite(seen.x_0).all():
+        """A preview of an image that goes on, at `task.previews` places of its way."""
+        wanted = is_previewed(seen.done, seen.total, task.previews)
+        if seen.x_0 is None or not wanted or not np.isfinite(seen.x_0).all():
             return None
         if self.engine.pipe.autoencoder is None:
             return np.clip(seen.x_0, -1, 1)

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from jaxldm import serving
 from jaxldm.serving.application import HttpLimits, application
 from jaxldm.serving.figures import Figures
+from jaxldm.serving.pictures import is_previewed
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,12 @@ def test_a_stream_says_how_far_each_image_is(client, pipe):
         assert data["step"] >= 2 and pixels(data["preview"]).shape == (4, 4)
 
 
+@pytest.mark.parametrize(("total", "previews"), [(10, 2), (50, 12), (3, 5), (1, 4), (7, 0)])
+def test_there_are_as_many_previews_as_were_asked_for(total, previews):
+    places = [done for done in range(1, total + 1) if is_previewed(done, total, previews)]
+    assert len(places) == min(previews, total - 1) and total not in places
+
+
 def error_of(answer, status):
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -178,7 +185,7 @@ def test_refusals_are_json_that_says_what_to_send(client):
     large = b" " * (2**20 + 1)
     error_of(client.post("/generate", content=large, headers={"Content-Type": "application/json"}), 413)
     assert "/openapi.json" in error_of(client.get("/nothing"), 404)["message"]
-    error_of(client.get("/generate"), 405)
+    assert "takes POST, got GET" in error_of(client.get("/generate"), 405)["message"]
     error_of(client.delete("/requests/x"), 404)
     error = error_of(client.post("/v1/images/generations", json={"prompt": "1", "model": "x"}), 404)
     assert error["type"] == "model_not_found" and error["allowed"] == ["digits"]

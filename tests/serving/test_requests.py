@@ -1,6 +1,7 @@
 """Bodies of requests: what is allowed, and that everything else is refused in words."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -62,7 +63,7 @@ BAD = {
     "negative_labels": ({"class_labels": 0, "negative_labels": 1, "guidance_scale": 1}, "has no effect"),
     "seed": ({"class_labels": 0, "seed": 2**32}, "seed must be"),
     "solver": ({"class_labels": 0, "solver": "unipc"}, "choose one of ddim, heun"),
-    "height": ({"class_labels": 0, "height": 512, "width": 8}, "height must be 8, got 512; the nearest is 8"),
+    "height": ({"class_labels": 0, "height": 512, "width": 8}, "height must be 8, got 512 \\(sizes are"),
     "height alone": ({"class_labels": 0, "height": 8}, "give height and width, or neither"),
     "format": ({"class_labels": 0, "format": "gif"}, "choose one of png, jpeg, webp"),
     "stream": ({"class_labels": 0, "stream": "yes"}, "stream must be true or false"),
@@ -84,6 +85,28 @@ def test_what_is_allowed_comes_with_the_refusal(classes):
     allowed = refused(classes, {"class_labels": 0, "num_images": 0})["allowed"]
     assert allowed == {"type": "integer", "minimum": 1, "maximum": 10}
     assert "class_labels" in refused(classes, {"labels": 1})["allowed"]
+
+
+NO_FIELD = {
+    "prompt": ("classes", "this model draws classes; send class_labels"),
+    "class_labels": ("texts", "this model draws what a text says; send prompt"),
+    "class_label": ("classes", "did you mean 'class_labels'?"),
+    "steps": ("texts", "did you mean 'num_inference_steps'?"),
+}
+
+
+@pytest.mark.parametrize("name", NO_FIELD)
+def test_what_is_meant_by_a_field_that_does_not_exist_is_said(name, request):
+    offer, hint = NO_FIELD[name]
+    error = refused(request.getfixturevalue(offer), {name: 1})
+    assert error["param"] == name and f"there is no field '{name}': " in error["message"]
+    assert hint in error["message"]
+
+
+def test_a_server_of_one_solver_says_so(classes):
+    own = dataclasses.replace(classes, solvers=())
+    message = refused(own, {"class_labels": 1, "solver": "ddim"})["message"]
+    assert "with the model's own solver; leave it out" in message and "--solvers" in message
 
 
 def test_the_nearest_size_is_named(texts):
@@ -118,7 +141,7 @@ def test_pictures_to_start_from_are_bounded(classes, texts, monkeypatch):
     assert "at most 799 may be sent" in refused(texts, body)["message"]
     assert "send image, too" in refused(texts, {"prompt": "a", "strength": 0.5})["message"]
     assert refused(texts, {"prompt": "a", "strength": 0})["param"] == "strength"
-    assert "there is no field 'image'" in refused(classes, {"class_labels": 1, "image": image})["message"]
+    assert "starts from noise alone" in refused(classes, {"class_labels": 1, "image": image})["message"]
 
 
 def test_a_request_becomes_the_pipeline_s_call(classes, texts):
