@@ -8,6 +8,7 @@ NOISY = {"ddpm", "euler_ancestral", "dpm2_ancestral", "dpmpp_2m_sde", "dpmpp_3m_
     "dpm_sde",
     "dpmpp_sde",
     "sa_solver",
+    "predictor_corrector",
 }
 # They assume a network that was distilled, and draw noise.
 DISTILLED = {"lcm", "tcd"}

@@ -51,6 +51,22 @@ def test_tcd_keeps_the_noise_that_each_row_should_have(path, gamma, x64):
         np.testing.assert_allclose(variance, grid.sigma[last] ** 2, rtol=1e-6, atol=1e-12)
 
 
+def test_what_ends_at_t_min_gets_the_noise_that_is_missing(x64):
+    """Song et al. 2023, algorithm 1: x_0 holds the noise of sigma_min."""
+    path = D.EDM(sigma_min=0.4)
+
+    def function(x, t):
+        return D.gaussian_solution(path, MEAN, STD, x, t[:, None], path.t_min)
+
+    moments = moments_of(D.solvers.lcm(from_t_min=True), D.Denoiser(function, path), MEAN, STD, 4)
+    for steps in (1, 3):
+        mean, variance = moments(D.make_grid(path, steps, final="sigma_min"))
+        np.testing.assert_allclose(mean, MEAN, atol=1e-6)
+        np.testing.assert_allclose(variance, STD**2 + 0.4**2, rtol=1e-6)
+    with pytest.raises(InvalidArgumentError, match="must know the path"):
+        D.sample(KEY, lambda x, t: x, D.solvers.lcm(from_t_min=True), D.make_grid(path, 2), NOISE)
+
+
 def test_tcd_lies_between_ddim_and_lcm():
     denoise = D.denoiser(jax_network, D.flow(FLOW))
     grid = D.make_grid(FLOW, 5)

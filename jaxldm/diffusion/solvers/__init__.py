@@ -26,6 +26,7 @@ from jaxldm.diffusion.solvers.inverse import ddim_inverse
 from jaxldm.diffusion.solvers.ipndm import ipndm
 from jaxldm.diffusion.solvers.lms import lms
 from jaxldm.diffusion.solvers.pndm import pndm
+from jaxldm.diffusion.solvers.predictor_corrector import predictor_corrector
 from jaxldm.diffusion.solvers.restart import Restart, restart, restart_grid
 from jaxldm.diffusion.solvers.sa import sa_solver
 from jaxldm.diffusion.solvers.sit import sit_sde
@@ -72,6 +73,7 @@ SOLVERS |= {
     "dpm_sde": dpm_sde,
     "dpmpp_sde": dpmpp_sde,
     "sa_solver": sa_solver,
+    "predictor_corrector": predictor_corrector,
     "lcm": lcm,
     "tcd": tcd,
     "flow_euler": flow_euler,
@@ -154,6 +156,7 @@ __all__ = [
     "noise_like",
     "path_of",
     "pndm",
+    "predictor_corrector",
     "restart",
     "restart_grid",
     "row",
