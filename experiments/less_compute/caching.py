@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.figures import save_figure
+from experiments.less_compute.comparison import FEWER_STEPS, plot, with_comparison
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, weights_hash
 from jaxldm import checkpoints, host, metrics, models, pipelines
@@ -114,7 +114,7 @@ class Bench:
         options, pipe = self.options, self.pipe
         few, steps = options.quick, options.steps
         unet = isinstance(pipe.denoiser.module, UNETS)
-        rows = [Row(f"{n} steps", "fewer steps", n) for n in (steps, *(n for n in FEWER if n < steps))]
+        rows = [Row(f"{n} steps", FEWER_STEPS, n) for n in (steps, *(n for n in FEWER if n < steps))]
         notations = OF_ALL + (OF_UNETS if unet else OF_TRANSFORMERS)
         notations = notations[::5] + notations[-1:] if few else notations
         rows += [Row(text, text.partition(":")[0], steps, D.caching.read(text)) for text in notations]
@@ -192,39 +192,6 @@ COLUMNS = (
     ("change of the latents", "change", ".3f"),
     ("fewer steps in these seconds", "baseline", ".3f"),
 )
-
-
-def with_comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what they are to the first one, and to fewer steps of the same seconds."""
-    whole = rows[0]
-    plain = sorted((row["seconds"], row["distance"]) for row in rows if row["kind"] == "fewer steps")
-    seconds, distances = zip(*plain, strict=True)
-    return [
-        {
-            **row,
-            "speedup": whole["seconds"] / row["seconds"],
-            "worse": row["distance"] / whole["distance"] - 1,
-            "baseline": float(np.interp(row["seconds"], seconds, distances)),
-        }
-        for row in rows
-    ]
-
-
-def plot(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    """Distance against seconds: a line for each kind of cache, and one for fewer steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        points = sorted((row["seconds"], row["distance"]) for row in rows if row["kind"] == kind)
-        style = {"color": "black", "linewidth": 2.5} if kind == "fewer steps" else {"linewidth": 1}
-        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=kind, **style)
-    axes.axhline(rows[0]["distance"], color="grey", linestyle=":", linewidth=1)
-    axes.set(title=title, xlabel="seconds", ylabel="Fréchet distance / floor", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    save_figure(path, figure)
 
 
 def main(options: Caching) -> None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.figures import quick_options
+from experiments.less_compute.comparison import FEWER_STEPS, plot, with_comparison
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, weights_hash
 from jaxldm import checkpoints, host, metrics, models, pipelines, training
@@ -209,28 +210,40 @@ COLUMNS = (
     ("times faster", "speedup", ".2f"),
     ("distance, multiple of the floor", "distance", ".3f"),
     ("as requested", "accuracy", ".1%"),
+    ("fewer steps in these seconds", "baseline", ".3f"),
 )
 
 
+def kind_of(name: str) -> str:
+    """The kind of a network: its name without its settings."""
+    return name.partition(",")[0]
+
+
+def in_units(row: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """A row with its seconds, and its costs in the units of the table and as shares of the whole run's."""
+    share, millions = row["gmacs"] / whole["gmacs"], row["parameters"] / 1e6
+    return {**row, "share": share, "millions": millions, "seconds": row["milliseconds"] / 1e3}
+
+
 def main(options: Dynamic) -> None:
-    """Trains, draws, measures, and writes the table."""
+    """Trains, draws, measures, and writes the table and the picture."""
     host.prepare()
     options = options.fitted()
     bench = Bench(options)
     rows = [bench.measured("DiT-Tiny", options.source, options.steps)]
     for steps in FEWER if not options.quick else ():
         rows.append(bench.measured(f"DiT-Tiny, {steps} steps", options.source, steps))
+    rows = [{**row, "kind": FEWER_STEPS} for row in rows]
     for name in options.models or MODELS:
-        rows.append(bench.measured(name, trained(name, options), options.steps))
-        print(f"{name}: {rows[-1]['gmacs']:.3f} GMAC, distance {rows[-1]['distance']:.3f}", flush=True)
-    whole = rows[0]
-    for row in rows:
-        row["share"], row["millions"] = row["gmacs"] / whole["gmacs"], row["parameters"] / 1e6
-        row["speedup"] = whole["milliseconds"] / row["milliseconds"]
-    body = [[format(row[key], form) for _, key, form in COLUMNS] for row in rows]
+        row = bench.measured(name, trained(name, options), options.steps)
+        rows.append({**row, "kind": kind_of(name)})
+        print(f"{name}: {row['gmacs']:.3f} GMAC, distance {row['distance']:.3f}", flush=True)
+    compared = with_comparison([in_units(row, rows[0]) for row in rows])
+    body = [[format(row[key], form) for _, key, form in COLUMNS] for row in compared]
     title = f"Dynamic transformers: {options.num_images} digits, ddim, w = 1"
     save_table(options.output_dir / "dynamic.md", title, markdown([head for head, _, _ in COLUMNS], body))
-    print(f"Look at {options.output_dir}/dynamic.md.")
+    plot(options.output_dir / "dynamic.png", title, compared, "milliseconds a picture", 1e3)
+    print(f"Look at {options.output_dir}/dynamic.md and dynamic.png.")
 
 
 if __name__ == "__main__":

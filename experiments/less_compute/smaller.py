@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.figures import save_figure
+from experiments.less_compute.comparison import FEWER_STEPS, plot, with_comparison
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, weights_hash
 from jaxldm import checkpoints, host, metrics, models, pipelines, training
@@ -190,7 +190,7 @@ class Bench:
         whole = {"num_inference_steps": options.steps}
         rows = [Row("full", "full", "full", whole)]
         fewer = [n for n in FEWER if n < options.steps]
-        rows += [Row(f"{n} steps", "fewer steps", "full", {"num_inference_steps": n}) for n in fewer]
+        rows += [Row(f"{n} steps", FEWER_STEPS, "full", {"num_inference_steps": n}) for n in fewer]
         merged = list(MERGED.items())[-1:] if options.quick else MERGED.items()
         rows += [Row(name, "merged tokens", "full", whole | {"token_merging": each}) for name, each in merged]
         for snr in SNRS[:1] if options.quick else SNRS:
@@ -274,40 +274,10 @@ COLUMNS = (
 )
 
 
-def with_comparison(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what they are to the first one, and to fewer steps of the same seconds."""
-    whole = rows[0]
-    plain = [whole, *(row for row in rows if row["kind"] == "fewer steps")]
-    seconds, distances = zip(*sorted((row["seconds"], row["distance"]) for row in plain), strict=True)
-    return [
-        {
-            **row,
-            "millions": row["parameters"] / 1e6,
-            "mega": row["macs"] / 1e6,
-            "milliseconds": 1e3 * row["seconds"],
-            "speedup": whole["seconds"] / row["seconds"],
-            "worse": row["distance"] / whole["distance"] - 1,
-            "baseline": float(np.interp(row["seconds"], seconds, distances)),
-        }
-        for row in rows
-    ]
-
-
-def plot(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    """Distance against milliseconds: a line for each kind, and one for fewer steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        points = sorted((1e3 * row["seconds"], row["distance"]) for row in rows if row["kind"] == kind)
-        style = {"color": "black", "linewidth": 2.5} if kind == "fewer steps" else {"linewidth": 1}
-        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=kind, **style)
-    axes.axhline(rows[0]["distance"], color="grey", linestyle=":", linewidth=1)
-    axes.set(title=title, xlabel="milliseconds a digit", ylabel="Fréchet distance / floor", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    save_figure(path, figure)
+def in_units(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its costs in the units of the table."""
+    millions = {"millions": row["parameters"] / 1e6, "mega": row["macs"] / 1e6}
+    return {**row, **millions, "milliseconds": 1e3 * row["seconds"]}
 
 
 def main(options: Smaller) -> None:
@@ -321,11 +291,11 @@ def main(options: Smaller) -> None:
         print(
             f"{row.name}: {1e3 * rows[-1]['seconds']:.1f} ms, distance {rows[-1]['distance']:.3f}", flush=True
         )
-    compared = with_comparison(rows)
+    compared = [in_units(row) for row in with_comparison(rows)]
     body = [[format(row[key], form) for _, key, form in COLUMNS] for row in compared]
     title = f"{bench.folder.name}: {options.num_images} digits, ddim, w = 1"
     save_table(bench.folder / "smaller.md", title, markdown([head for head, _, _ in COLUMNS], body))
-    plot(bench.folder / "smaller.png", title, compared)
+    plot(bench.folder / "smaller.png", title, compared, "milliseconds a digit", 1e3)
     print(f"Look at {bench.folder}/smaller.png.")
 
 

@@ -1,0 +1,66 @@
+"""What the scripts of this folder share: rows against the first one and against fewer steps, and their plot.
+
+A row is a dictionary with `name`, `kind`, `seconds` and `distance`, and whatever else a script has. The first
+one is the whole run; rows of the kind `FEWER_STEPS` are the same network in fewer steps, which costs nothing
+else, so that all others are measured by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.figures import save_figure
+
+FEWER_STEPS = "fewer steps"
+Row = dict[str, Any]
+
+
+def with_comparison(rows: Sequence[Row]) -> list[Row]:
+    """The rows with what they are to the first one, and to fewer steps of the same seconds.
+
+    Returns:
+        Each row with `speedup` (times faster than the first), `worse` (of its distance, relative to that of
+        the first) and `baseline`: the distance of fewer steps in as many seconds, on straight lines between
+        those rows, and that of the nearest one outside of them.
+    """
+    whole = rows[0]
+    plain = [row for row in rows if row is whole or row["kind"] == FEWER_STEPS]
+    seconds, distances = zip(*sorted((row["seconds"], row["distance"]) for row in plain), strict=True)
+    return [
+        {
+            **row,
+            "speedup": whole["seconds"] / row["seconds"],
+            "worse": row["distance"] / whole["distance"] - 1,
+            "baseline": float(np.interp(row["seconds"], seconds, distances)),
+        }
+        for row in rows
+    ]
+
+
+def plot(path: Path, title: str, rows: Sequence[Row], unit: str = "seconds", scale: float = 1.0) -> None:
+    """Distance against seconds: a line for each kind, the one of fewer steps in black.
+
+    Args:
+        path: of the PNG.
+        title: of the figure.
+        rows: the first one is the whole run, whose distance is a dotted line.
+        unit: below the axis.
+        scale: of this unit in a second: 1000 for milliseconds.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        points = sorted((scale * row["seconds"], row["distance"]) for row in rows if row["kind"] == kind)
+        style = {"color": "black", "linewidth": 2.5} if kind == FEWER_STEPS else {"linewidth": 1}
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=kind, **style)
+    axes.axhline(rows[0]["distance"], color="grey", linestyle=":", linewidth=1)
+    axes.set(title=title, xlabel=unit, ylabel="Fréchet distance / floor", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(path, figure)
