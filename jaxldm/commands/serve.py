@@ -8,6 +8,8 @@ import importlib.util
 import os
 import re
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +36,9 @@ class Serve:
       jaxldm serve stable-diffusion-v1-5 --dtype bfloat16 --slots 4 --solvers dpmpp_2m --sizes 512x512
       curl -s localhost:8000/generate -H 'Content-Type: application/json' -d '{"class_labels": [3, 7]}'
 
-    An image is the same to the last bit whatever else is drawn at the time. GET /ready answers 200 when all
-    is compiled; GET /openapi.json describes the rest. Requests need the token in the environment variable
-    JAXLDM_SERVER_TOKEN, where that is set.
+    An image is the same to the last bit whatever else is drawn at the time. GET / is a page to draw with; GET
+    /ready answers 200 when all is compiled; GET /openapi.json describes the rest. Where the environment
+    variable JAXLDM_SERVER_TOKEN is set, requests need the header "Authorization: Bearer TOKEN".
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
@@ -56,7 +58,9 @@ class Serve:
     """
 
     solvers: Annotated[tuple[str, ...] | None, shown("NAME ...", "that of the model")] = None
-    """Solvers that requests may name, the default first; each is compiled."""
+    """Solvers that requests may name, the default first; each is compiled. Without it all is drawn with the
+    model's own, and requests name none.
+    """
 
     sizes: Annotated[tuple[str, ...] | None, shown("HEIGHTxWIDTH ...", "that of the model")] = None
     """Sizes in pixels that requests may name, the default first; each is compiled."""
@@ -152,10 +156,19 @@ class Serve:
         bound.listen()  # who reads the next line may ask
         if not self.quiet:
             address, port = bound.getsockname()[:2]
-            print(f"{self.folder}: http://{address}:{port} (GET /ready says when it is)", flush=True)
+            address = f"[{address}]" if ":" in address else address  # of IPv6
+            print(
+                f"{self.folder}: http://{address}:{port}/ is a page to draw with, and the API; "
+                "the model is being compiled, GET /ready answers 200 when that is done",
+                flush=True,
+            )
+        ended = threading.Event()
+        if not self.quiet:
+            threading.Thread(target=tell_when_ready, args=(self.folder, service, ended), daemon=True).start()
         try:
             run_until_interrupted(server, bound)
         finally:
+            ended.set()
             service.close(0)  # without effect where it was closed
 
     def _workers(self, sizes: tuple[tuple[int, int], ...]) -> list[Any]:
@@ -171,7 +184,7 @@ class Serve:
     def _options(self, sizes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
         """Those of the settings that workers need."""
         return {
-            "name": Path(self.folder).resolve().name,
+            "name": Path(os.path.abspath(self.folder)).name,  # of a link, not of what it leads to
             "slots": self.slots,
             "solvers": self.solvers or (),
             "sizes": sizes,
@@ -194,6 +207,15 @@ class Serve:
                 burst=self.burst,
             ),
         )
+
+
+def tell_when_ready(folder: str, service: Any, ended: threading.Event) -> None:
+    """Prints a line as soon as a service is ready, unless it ends before."""
+    start = time.monotonic()
+    while not service.ready:
+        if ended.wait(0.2):
+            return
+    print(f"{folder}: ready after {time.monotonic() - start:.0f} s", flush=True)
 
 
 def worker_of(make: Callable[[], Any], number: int, devices: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""The page at `/`: one file of HTML, one of CSS and one ES module, as they are in the package."""
+"""The page at `/`: a file of HTML, one of CSS and two ES modules, as they are in the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/server.js": "server.js"}
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 # Nothing is loaded from elsewhere, nothing runs that is not in the module, and no other site shows the page.
 POLICY = (

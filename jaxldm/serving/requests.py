@@ -86,7 +86,7 @@ class Offer:
         sizes: (height, width) of the images; the first is the default.
         max_steps: the most of one image.
         max_images: the most of one request.
-        takes_images: whether it also starts from an image.
+        takes_images, default_strength: whether it also starts from an image, and how much of one it draws.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Offer:
     max_steps: int = MAX_STEPS
     max_images: int = MAX_IMAGES
     takes_images: bool = False
+    default_strength: float = 0.8
 
     def __post_init__(self):
         check_fields(self, name=text, solvers=several(text), max_images=count(1, 1000))
@@ -179,6 +180,7 @@ def offer_of(
         max_steps=max_steps,
         max_images=max_images,
         takes_images="image" in known and pipe.autoencoder is not None and not pipe.latent_spec.takes_mask,
+        default_strength=pipe.defaults.strength,
     )
 
 
@@ -255,7 +257,7 @@ def fields_of(offer: Offer) -> dict[str, Field]:
     }
     if offer.draws_texts:
         own = {"prompt": _text("What to draw."), "negative_prompt": _text("What to avoid.")}
-        own |= _fields_of_images() if offer.takes_images else {}
+        own |= _fields_of_images(offer.default_strength) if offer.takes_images else {}
     elif offer.num_classes is not None:
         own = {
             "class_labels": _labels("Classes to draw: numbers or names, repeated.", offer),
@@ -456,11 +458,11 @@ def _text(description: str) -> Field:
     return Field({"type": "string", "maxLength": MAX_TEXT, "description": description}, check)
 
 
-def _fields_of_images() -> dict[str, Field]:
+def _fields_of_images(default: float) -> dict[str, Field]:
     """Of models that also start from an image."""
     what = "PNG, JPEG or WebP in base64, to start from; its centre, scaled to the size that is drawn."
     how = "How much of the image is drawn again: 1 is all of it."
-    strength = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": how}
+    strength = {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": default, "description": how}
     return {
         "image": Field({"type": "string", "contentEncoding": "base64", "description": what}, read_picture),
         "strength": Field(strength, number(above=0, high=1)),

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -86,6 +87,17 @@ def test_the_command_serves_what_its_options_say(capsys, folder, monkeypatch):
     assert code == 0 and "http://127.0.0.1:" in out and "/ready" in out
     assert models[0]["id"] == "digits" and models[0]["slots"] == [2, 3] and models[0]["max_images"] == 4
     assert models[0]["solvers"] == ["dpmpp_2m", "ddim"] and models[0]["class_names"] == []
+
+
+def test_a_line_says_when_a_server_is_ready_and_none_where_it_ended_before(capsys):
+    ended, service = threading.Event(), types.SimpleNamespace(ready=False)
+    ended.set()
+    serve.tell_when_ready("runs/digits", service, ended)
+    assert capsys.readouterr().out == ""
+    ended.clear()
+    threading.Timer(0.05, setattr, (service, "ready", True)).start()
+    serve.tell_when_ready("runs/digits", service, ended)
+    assert capsys.readouterr().out == "runs/digits: ready after 0 s\n"
 
 
 def test_the_cache_is_where_it_was_asked_and_who_has_no_token_is_local(capsys, folder, monkeypatch, tmp_path):

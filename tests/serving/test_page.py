@@ -1,5 +1,6 @@
 """The page at `/`, in a browser: by clicks, by keys, on a phone, and by what is to be seen."""
 
+import base64
 import contextlib
 import io
 import json
@@ -110,7 +111,7 @@ def test_the_files_come_with_a_policy_that_lets_nothing_else_in(offer, engine):
 
 
 @in_a_browser
-def test_a_click_draws_the_picture_of_the_pipeline(page, pipe):
+def test_a_click_draws_the_picture_of_the_pipeline(page, pipe, offer):
     assert not shown(page, "prompt") and not shown(page, "solver") and shown(page, "class_labels")
     page.click("#chips button:nth-child(2)")
     page.write("#num_inference_steps", "3")
@@ -120,6 +121,7 @@ def test_a_click_draws_the_picture_of_the_pipeline(page, pipe):
     page.until("!document.getElementById('chosen').hidden")
     page.until("document.querySelector('#progress-text').textContent.startsWith('Done in')")
     settings = {"class_labels": [1], "num_inference_steps": 3, "seed": 7}
+    settings["guidance_scale"] = offer.default_guidance_scale  # what was left out is said, too
     assert json.loads(text_of(page, "settings")) == settings
     expected = drawn_alone(pipe, 7, [1], num_inference_steps=3)[0].astype(int)
     page.until("[...document.images].every(image => image.complete)")
@@ -181,6 +183,9 @@ def test_mistakes_are_said_in_words_where_they_are(page):
     assert "'seven'" in text_of(page, "error")
     assert page.eval("document.activeElement.id") == "class_labels"
     assert page.eval("document.activeElement.getAttribute('aria-invalid')") == "true"
+    page.write("#class_labels", "99")
+    page.click("#draw")
+    page.until("document.getElementById('error').innerText.startsWith('Classes must be')")
     page.complaints.clear()  # the browser itself notes the status 400
     page.write("#class_labels", "1")
     page.write("#num_inference_steps", str(MAX_STEPS + 1))
@@ -261,8 +266,11 @@ def test_a_server_of_texts_with_a_token_asks_for_both(window, tmp_path):
     with over_a_socket(app, service, lifespan="off") as address:
         window.open(address)
         window.until("!document.getElementById('ask-token').hidden")
-        assert "token" in text_of(window, "token-error") and not shown(window, "prompt")
-        window.type("secret")
+        assert text_of(window, "token-error") == "" and not shown(window, "prompt")
+        window.type("wrong")
+        window.press("Enter")
+        window.until("document.getElementById('token-error').innerText.includes('not the token')")
+        window.write("#token", "secret")
         window.press("Enter")
         window.until("document.getElementById('prompt').checkVisibility()")
         assert (
@@ -270,4 +278,46 @@ def test_a_server_of_texts_with_a_token_asks_for_both(window, tmp_path):
         )
         assert text_of(window, "state").startswith("The model is being compiled")
         assert window.eval("document.getElementById('draw').disabled")
+        window.complaints.clear()
+        a_picture_to_start_from(window)
     window.complaints.clear()
+
+
+CHOOSE = """(name => {
+  const bytes = Uint8Array.from(atob(name), letter => letter.charCodeAt(0)), data = new DataTransfer();
+  data.items.add(new File([bytes], "a.png", { type: "image/png" }));
+  const input = document.getElementById("image");
+  input.files = data.files;
+  input.dispatchEvent(new Event("change"));
+})"""
+CATCH = """window.fetch = async (path, options) => {
+  if (options) window.sent = JSON.parse(options.body);
+  return new Response("{}", { status: options ? 500 : 200 });
+}; null"""
+
+
+def a_picture_to_start_from(page):
+    """The centre of a file is sent at the size that is drawn, and comes back with pasted settings."""
+    assert not shown(page, "strength") and not shown(page, "start") and shown(page, "image")
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 10:50, 1], pixels[:, 25:35, 0] = 255, 255  # black, green, yellow, green, black
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    page.eval(f"{CHOOSE}({json.dumps(base64.b64encode(file.getvalue()).decode())})")
+    page.until("document.getElementById('strength').checkVisibility()")
+    page.eval(CATCH)
+    page.eval("document.getElementById('size').value = '16x32'")
+    page.until("!document.getElementById('draw').disabled")  # after the answer of another fetch
+    page.write("#prompt", "a")
+    page.press("Enter")  # draws, also in a field of several lines
+    sent = page.until("window.sent")
+    assert sent["strength"] == 0.8 and (sent["height"], sent["width"]) == (16, 32)
+    image = Image.open(io.BytesIO(base64.b64decode(sent["image"].partition(",")[2]))).convert("RGB")
+    assert image.size == (32, 16)  # of 60x20 the middle 40 columns, green and yellow
+    assert np.abs(np.asarray(image)[:, [0, 31]].astype(int) - [0, 255, 0]).max() <= 1
+    assert np.abs(np.asarray(image)[:, 15:17].astype(int) - [255, 255, 0]).max() <= 1
+    page.until("!document.getElementById('draw').disabled")
+    page.click("#start-from-noise")
+    assert not shown(page, "strength") and not shown(page, "start")
+    page.eval("window.sent = null; document.forms.form.requestSubmit()")
+    assert "image" not in page.until("window.sent") and "strength" not in page.eval("window.sent")

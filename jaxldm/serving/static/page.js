@@ -1,12 +1,13 @@
 // The page of a server: a form after the API's own description, and a strip of past pictures.
 
+import { ask, encoded, events, Problem, sayOf, TOKEN } from "./server.js";
+
 const KEPT = 40; // pictures in the strip
 const THUMBNAIL = 160; // pixels of those that outlive the page
 const STORE = "jaxldm.pictures";
-const TOKEN = "jaxldm.token";
 const PREVIEWS = 12;
 const CHIPS = 24; // classes that get a button of their own
-const NUMBERS = ["num_images", "num_inference_steps", "guidance_scale", "seed"];
+const NUMBERS = ["num_images", "num_inference_steps", "guidance_scale", "strength", "seed"];
 const LABELS = ["class_labels", "negative_labels"];
 const TEXTS = ["prompt", "negative_prompt", "solver"];
 
@@ -16,63 +17,8 @@ let model = {};
 let running = null; // {controller, id, cancelled} of the request under way
 let pictures = []; // newest first: {model, settings, image, src}
 let chosen = null;
+let begin = null; // the picture to start from: {image, url}; the url is what was sent before
 let timer = 0; // of the next look at /ready
-
-// ---------------------------------------------------------------- the server
-
-class Problem extends Error {
-  constructor(message, facts = {}) {
-    super(message);
-    Object.assign(this, facts);
-  }
-}
-
-async function ask(path, options = {}) {
-  const token = sessionStorage.getItem(TOKEN);
-  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Problem("The server cannot be reached. Is it still running?");
-  }
-  if (!response.ok) throw await problemOf(response);
-  return response;
-}
-
-async function problemOf(response) {
-  let error = {};
-  try {
-    error = (await response.json()).error ?? {};
-  } catch {
-    error = { message: `The server answered with status ${response.status}` }; // of a proxy, perhaps
-  }
-  const wait = response.headers.get("Retry-After");
-  return new Problem(sentence(error.message) + (wait ? ` Try again in ${wait} s.` : ""), {
-    status: response.status,
-    param: error.param,
-  });
-}
-
-const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".") : "");
-
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    text += value;
-    const blocks = text.split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const name = block.match(/^event: (.*)$/m);
-      const data = block.match(/^data: (.*)$/m);
-      if (name && data) yield [name[1], JSON.parse(data[1])];
-    }
-  }
-}
 
 // ---------------------------------------------------------------- the form
 
@@ -84,6 +30,7 @@ function buildForm() {
     // What is hidden must not stand in the way of what is shown.
     for (const input of row.querySelectorAll("input, select, textarea")) input.disabled = row.hidden;
   }
+  for (const help of document.querySelectorAll("[data-help]")) help.hidden = !(help.dataset.help in fields);
   for (const name of NUMBERS) {
     if (fields[name]?.minimum !== undefined) $(name).min = fields[name].minimum;
     if (fields[name]?.maximum !== undefined) $(name).max = fields[name].maximum;
@@ -91,9 +38,11 @@ function buildForm() {
   $("num_images").placeholder = "class_labels" in fields ? "one a class" : "1";
   $("num_inference_steps").placeholder = model.default_steps;
   $("guidance_scale").placeholder = model.default_guidance_scale;
+  $("strength").placeholder = fields.strength?.default;
   fill($("solver"), (fields.solver?.enum ?? []).map((name) => [name, name]));
   fill($("size"), sizes.map(({ height, width }) => [`${height}x${width}`, `${width} × ${height}`]));
   buildChips();
+  showBegin();
 }
 
 function fill(select, choices) {
@@ -135,8 +84,14 @@ function readForm() {
     const words = name in fields ? wordsOf(name) : [];
     if (words.length) settings[name] = words.map((word) => (/^\d{1,9}$/.test(word) ? Number(word) : word));
   }
-  for (const name of NUMBERS) if (name in fields && $(name).value !== "") settings[name] = Number($(name).value);
+  for (const name of NUMBERS) if (name in fields && !$(name).disabled && $(name).value !== "") settings[name] = Number($(name).value);
+  settings.guidance_scale ??= model.default_guidance_scale; // copied settings say all that the picture depends on
   if (!$("size").disabled) [settings.height, settings.width] = $("size").value.split("x").map(Number);
+  if (begin && "image" in fields) {
+    const { height, width } = settings.height ? settings : model.sizes[0];
+    settings.image = begin.url ?? encoded(begin.image, height, width);
+    settings.strength ??= fields.strength.default;
+  }
   return settings;
 }
 
@@ -147,6 +102,43 @@ function fillForm(settings) {
   if (settings.height) $("size").value = `${settings.height}x${settings.width}`;
   $("lock").checked = settings.seed !== undefined;
   pressChips();
+  if (settings.image) startFrom(settings.image.startsWith("data:") ? settings.image : `data:image/png;base64,${settings.image}`, true);
+  else startFromNoise();
+}
+
+// ---------------------------------------------------------------- a picture to start from
+
+async function startFrom(url, asIs = false) {
+  const image = new Image();
+  image.src = url;
+  try {
+    await image.decode();
+  } catch {
+    startFromNoise();
+    return showError("This is no picture that the browser can read. Choose a PNG, JPEG or WebP.", "image");
+  }
+  begin = { image, url: asIs ? url : null };
+  showError(null);
+  showBegin();
+}
+
+function startFromNoise() {
+  begin = null;
+  $("image").value = "";
+  showBegin();
+}
+
+function showBegin() {
+  const row = document.querySelector("[data-field=strength]");
+  row.hidden = $("strength").disabled = !begin || !("strength" in fields);
+  $("start").hidden = !begin;
+  if (begin) $("start-picture").src = begin.image.src;
+}
+
+function readFile(file) {
+  const reader = new FileReader();
+  reader.addEventListener("load", () => startFrom(reader.result));
+  reader.readAsDataURL(file);
 }
 
 // ---------------------------------------------------------------- drawing
@@ -177,6 +169,7 @@ async function follow(response, settings) {
   const figures = blanks(number, settings);
   const steps = Array(number).fill(0);
   showProgress(0, "Waiting for a free place.");
+  $("progress-line").scrollIntoView({ block: "nearest" }); // on a phone it is below the form
   for await (const [name, data] of events(response.body)) {
     if (name === "accepted") running.id = data.id;
     if (name === "queue") showProgress(0, placeIn(data));
@@ -191,8 +184,13 @@ async function follow(response, settings) {
       const picture = { model: model.id, settings, image: data.image, src: `data:image/png;base64,${data.b64}` };
       keep(picture, figures[data.image]);
     }
-    if (name === "error") throw new Problem(sentence(data.error.message), { param: data.error.param });
-    if (name === "done") return showProgress(1, `Done in ${(data.latency_ms / 1000).toFixed(1)} s`);
+    if (name === "error") throw new Problem(sayOf(data.error), { param: data.error.param });
+    if (name === "done") {
+      settings.num_inference_steps ??= data.num_inference_steps;
+      choose(chosen);
+      store();
+      return showProgress(1, `Done in ${(data.latency_ms / 1000).toFixed(1)} s`);
+    }
   }
   throw new Problem("The connection ended before the pictures were done. Try again.");
 }
@@ -285,19 +283,28 @@ function choose(picture) {
     button.setAttribute("aria-current", Boolean(picture) && button.picture === picture);
   }
   if (!picture) return;
-  $("settings").textContent = JSON.stringify(picture.settings);
+  $("settings").textContent = asText(picture.settings, true);
+  $("start-here").hidden = !("image" in fields) || Boolean(picture.small);
   $("save").href = picture.src;
   $("save").download = `${picture.model}-${picture.settings.seed}-${picture.image}.png`;
 }
 
+// JSON in one line that can be read; a picture in it is not shown.
+function asText(settings, short) {
+  const image = settings.image && (short ? `${settings.image.slice(0, 22)}…` : settings.image);
+  return JSON.stringify(image ? { ...settings, image } : settings, null, 1).replace(/\n\s*/g, " ");
+}
+
 async function copy() {
-  const text = $("settings").textContent;
+  const text = asText(chosen.settings);
   try {
     await navigator.clipboard.writeText(text);
   } catch {
     // Browsers lend the clipboard to https and localhost only: the old way works elsewhere.
+    $("settings").textContent = text;
     getSelection().selectAllChildren($("settings"));
     document.execCommand("copy");
+    choose(chosen);
   }
   say($("copy"), "Copied");
 }
@@ -317,7 +324,10 @@ function remove() {
 }
 
 async function store() {
-  const small = await Promise.all(pictures.map(async (picture) => ({ ...picture, src: (picture.thumbnail ??= await thumbnail(picture.src)) })));
+  const small = await Promise.all(pictures.map(async (picture) => {
+    const src = (picture.thumbnail ??= await thumbnail(picture.src));
+    return { ...picture, src, small: picture.small || src !== picture.src };
+  }));
   for (let kept = small; ; kept = kept.slice(0, -1)) {
     try {
       return localStorage.setItem(STORE, JSON.stringify(kept.map(({ thumbnail, ...rest }) => rest)));
@@ -366,13 +376,13 @@ function fail(error) {
   $("progress-line").hidden = true;
   showProgress(0, "");
   showError(error.message, error.param);
-  if (error.status === 401) lock(error.message);
+  if (error.status === 401) lock();
 }
 
-function lock(message) {
+function lock() {
   $("ask-token").hidden = false;
   $("main").hidden = true;
-  $("token-error").textContent = message;
+  $("token-error").textContent = sessionStorage.getItem(TOKEN) ? "This is not the token of this server." : "";
   $("state").textContent = "Locked";
   $("token").focus();
 }
@@ -439,6 +449,16 @@ $("use").addEventListener("click", () => {
   fillForm(chosen.settings);
   $("draw").focus();
 });
+$("start-here").addEventListener("click", () => {
+  $("image").value = ""; // the name of another file
+  startFrom(chosen.src);
+  $("prompt").focus();
+});
+$("image").addEventListener("change", () => ($("image").files.length ? readFile($("image").files[0]) : startFromNoise()));
+$("start-from-noise").addEventListener("click", () => {
+  startFromNoise();
+  $("image").focus();
+});
 $("copy").addEventListener("click", copy);
 $("remove").addEventListener("click", remove);
 $("strip").addEventListener("keydown", (event) => {
@@ -450,7 +470,18 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") cancel();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("draw").disabled) $("form").requestSubmit();
 });
+$("prompt").addEventListener("keydown", (event) => {
+  // isComposing: Enter ends a word of an input method, as for Japanese.
+  if (event.key !== "Enter" || event.shiftKey || event.ctrlKey || event.metaKey || event.isComposing) return;
+  event.preventDefault();
+  if (!$("draw").disabled) $("form").requestSubmit();
+});
 document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
+  if (file && "image" in fields) {
+    event.preventDefault();
+    return readFile(file);
+  }
   let settings = null;
   try {
     settings = JSON.parse(event.clipboardData.getData("text"));
