@@ -34,6 +34,9 @@ annotations.install("jaxldm")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 kept_programs.install()
+# Imports and tracing make millions of small objects: to look for cycles among them as often as Python does by
+# itself takes a twentieth of the time.
+gc.set_threshold(20_000, 20, 20)
 UNOPTIMIZED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 jax.config.update("jax_disable_most_optimizations", UNOPTIMIZED)
 
@@ -155,8 +158,5 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     references.remove_stand_ins()
-    # Tracing makes millions of small objects: to look for cycles among them, and through all of PyTorch and
-    # what JAX keeps, takes a twentieth of the time.
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.freeze()  # PyTorch, diffusers and the like stay

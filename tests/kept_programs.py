@@ -20,17 +20,10 @@ _kept: OrderedDict[str, Any] = OrderedDict()
 
 def install() -> bool:
     """Keep them from now on; False with a release of JAX that looks them up in another way."""
-    read, write = (getattr(compiler, name, None) for name in ("_cache_read", "_cache_write"))
-    if (
-        read is None
-        or write is None
-        or [list(inspect.signature(f).parameters) for f in (read, write)]
-        != [
-            _READ,
-            _WRITE,
-        ]
-    ):
+    own = [getattr(compiler, name, None) for name in ("_cache_read", "_cache_write")]
+    if None in own or [list(inspect.signature(call).parameters) for call in own] != [_READ, _WRITE]:
         return False
+    read, write = own
 
     def read_kept(module_name, cache_key, *rest):
         if cache_key in _kept:

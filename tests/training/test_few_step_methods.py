@@ -83,33 +83,40 @@ def batch_of(scale=1.0):
     return {"mean": mean, "label": labels, "noise": noise, "sample": sample}
 
 
-def losses(own, student, batch, step=0):
-    """The loss of each player, with the student's parameters everywhere, and its gradient."""
+def losses_of(own):
+    """(student, batch, step) -> of each player the loss, with the student everywhere, and its gradient."""
     made = METHODS[own[0]].make_loss(own[1])
     players = [Player("student", made, own[1].optimizer)] if callable(made) else made
-    params = {player.name: student for player in players}
-    state = create_train_state(jax.random.key(0), params, players, frozen={TEACHER: teacher_of()})
-    if callable(made):
-        state = state.replace(params=student, ema_params=student)
-    state = state.replace(step=jnp.int32(step))
-    return [
-        jax.value_and_grad(lambda p, loss=player.loss: loss(p, state, batch, jax.random.key(4))[0])(student)
-        for player in players
-    ]
+
+    @jax.jit
+    def of_all(student, state, batch):
+        def of(player):
+            return jax.value_and_grad(lambda p: player.loss(p, state, batch, jax.random.key(4))[0])(student)
+
+        return [of(player) for player in players]
+
+    def losses(student, batch, step=0):
+        params = {player.name: student for player in players}
+        state = create_train_state(jax.random.key(0), params, players, frozen={TEACHER: teacher_of()})
+        if callable(made):
+            state = state.replace(params=student, ema_params=student)
+        return of_all(student, state.replace(step=jnp.int32(step)), batch)
+
+    return losses
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "drifting"])
 def test_a_student_that_knows_the_points_has_no_loss_and_another_has(name):
     scale = 3.0 if name in GUIDED and name != "guidance" else 1.0
     scales = (1.0, 4.0) if name == "guidance" else (scale, scale)
-    own = name, setting(name, scales)
+    losses = losses_of((name, setting(name, scales)))
     student = teacher_of(scale, gain=float(name == "guidance"))
-    found = losses(own, student, batch_of(scale))
+    found = losses(student, batch_of(scale))
     for value, gradient in found[1:] if name == "dmd" else found:  # its unit is the distance of the points: 0
         assert value < 1e-5
         assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 2e-2
     wrong = {**student, "late": jnp.asarray(0.4)}  # a wrong point at all times would be consistent
-    value, gradient = losses(own, wrong, batch_of(scale))[0]
+    value, gradient = losses(wrong, batch_of(scale))[0]
     assert value > 1e-3 and float(jnp.abs(gradient["late"])) > 1e-3
 
 
@@ -121,23 +128,24 @@ def test_drifting_pushes_the_images_of_a_class_towards_its_data():
     state = create_train_state(
         jax.random.key(0), student, setting("drifting").optimizer, frozen={TABLE: table}
     )
-    of = jax.grad(lambda params: loss(params, state, batch_of(), jax.random.key(4))[0])
+    of = jax.jit(jax.grad(lambda params: loss(params, state, batch_of(), jax.random.key(4))[0]))
     downhill = -of(student)["points"]
     assert downhill[0] < -0.1 and downhill[1] > 0.1 and downhill[2] == 0  # to -1 and 0.5
 
 
 @pytest.mark.parametrize("name", [name for name in GUIDED if name not in ("guidance", "reflow", "dmd")])
 def test_a_student_that_takes_the_scale_has_that_of_its_input_inside(name):
-    own = name, setting(name, (1.0, 4.0))
-    value, _ = losses(own, teacher_of(gain=1.0), batch_of())[0]
-    deaf, _ = losses(own, teacher_of(), batch_of())[0]
+    losses = losses_of((name, setting(name, (1.0, 4.0))))
+    value, _ = losses(teacher_of(gain=1.0), batch_of())[0]
+    deaf, _ = losses(teacher_of(), batch_of())[0]
     # What is wrong by the same everywhere is consistent, but for its end.
     assert value < 1e-5 and (deaf > 1e-2 or name in ("lcm", "cd"))
 
 
 def test_the_teacher_of_a_second_round_has_the_guidance_inside():
     own = "progressive", setting("progressive", (3.0, 3.0))
-    first, second = (losses(own, teacher_of(3.0), batch_of(3.0), step)[0][0] for step in (0, 4))
+    losses = losses_of(own)
+    first, second = (losses(teacher_of(3.0), batch_of(3.0), step)[0][0] for step in (0, 4))
     assert first < 1e-5 and second > 1e-2  # the frozen points are not guided yet
     job = Job(lambda key: None, print, {}, print, rounds=2, next_round=METHODS["progressive"].next_round)
     step = in_rounds(make_train_step(METHODS["progressive"].make_loss(own[1]), own[1].optimizer, 0.9), job, 8)
@@ -221,9 +229,9 @@ def test_a_critic_begins_as_the_teacher_whatever_the_step(kind, monkeypatch):
     if kind != "tiny-dit":
         condition = {"encoder_hidden_states": jax.random.normal(jax.random.key(3), (2, 3, 4))}
     further = {"timestep_cond": models.guidance_embedding(t / 100, 256)} if wide else {}
-    call = critic_network(critic, 1000.0)
+    call = jax.jit(critic_network(critic, 1000.0))
     given = {**condition, **further}
-    expected = models.network(teacher)(params, x, t, condition)
+    expected = jax.jit(models.network(teacher))(params, x, t, condition)
     np.testing.assert_allclose(
         call(own["critic"], x, t, given, jnp.array([999.0, 249.0])), expected, atol=1e-5
     )
