@@ -41,7 +41,25 @@ def with_comparison(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def plot(path: Path, title: str, rows: Sequence[Row], unit: str = "seconds", scale: float = 1.0) -> None:
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """The rows than which no other is as fast and as good, and better in one of the two; fastest first."""
+
+    def beats(other: Row, row: Row) -> bool:
+        a, b = ((each["seconds"], each["distance"]) for each in (other, row))
+        return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+    left = [row for row in rows if not any(beats(other, row) for other in rows)]
+    return sorted(left, key=lambda row: row["seconds"])
+
+
+def plot(
+    path: Path,
+    title: str,
+    rows: Sequence[Row],
+    unit: str = "seconds",
+    scale: float = 1.0,
+    frontier: Sequence[Row] = (),
+) -> None:
     """Distance against seconds: a line for each kind, the one of fewer steps in black.
 
     Args:
@@ -50,6 +68,7 @@ def plot(path: Path, title: str, rows: Sequence[Row], unit: str = "seconds", sca
         rows: the first one is the whole run, whose distance is a dotted line.
         unit: below the axis.
         scale: of this unit in a second: 1000 for milliseconds.
+        frontier: rows that get a ring, of `pareto`.
     """
     from matplotlib.figure import Figure
 
@@ -59,6 +78,10 @@ def plot(path: Path, title: str, rows: Sequence[Row], unit: str = "seconds", sca
         points = sorted((scale * row["seconds"], row["distance"]) for row in rows if row["kind"] == kind)
         style = {"color": "black", "linewidth": 2.5} if kind == FEWER_STEPS else {"linewidth": 1}
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=kind, **style)
+    if frontier:
+        points = [(scale * row["seconds"], row["distance"]) for row in frontier]
+        ring = {"markersize": 11, "markerfacecolor": "none", "color": "grey", "label": "Pareto frontier"}
+        axes.plot(*zip(*points, strict=True), "o", **ring)
     axes.axhline(rows[0]["distance"], color="grey", linestyle=":", linewidth=1)
     axes.set(title=title, xlabel=unit, ylabel="Fréchet distance / floor", yscale="log")
     axes.grid(alpha=0.3)

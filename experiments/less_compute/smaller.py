@@ -91,7 +91,6 @@ class Row(NamedTuple):
     """
 
     name: str
-    kind: str
     network: str
     call: dict[str, Any]
 
@@ -188,23 +187,20 @@ class Bench:
         """The full network first, then fewer steps, merged tokens, early stops, and the other networks."""
         options = self.options
         whole = {"num_inference_steps": options.steps}
-        rows = [Row("full", "full", "full", whole)]
+        rows = [Row("full", "full", whole)]
         fewer = [n for n in FEWER if n < options.steps]
-        rows += [Row(f"{n} steps", FEWER_STEPS, "full", {"num_inference_steps": n}) for n in fewer]
+        rows += [Row(f"{n} steps", "full", {"num_inference_steps": n}) for n in fewer]
         merged = list(MERGED.items())[-1:] if options.quick else MERGED.items()
-        rows += [Row(name, "merged tokens", "full", whole | {"token_merging": each}) for name, each in merged]
+        rows += [Row(name, "full", whole | {"token_merging": each}) for name, each in merged]
         for snr in SNRS[:1] if options.quick else SNRS:
-            rows.append(Row(f"stopped at an SNR of {snr:g}", "stopped early", "full", self.stopped(snr)))
+            rows.append(Row(f"stopped at an SNR of {snr:g}", "full", self.stopped(snr)))
         for share in options.shares:
-            rows.append(Row(f"{share:.0%} of heads and channels", "pruned", f"{share:g} pruned", whole))
-        further = [f"{share:g} pruned, further" for share in options.shares]
-        rows += [
-            Row(f"{float(name.split()[0]):.0%}, trained further", "pruned and trained", name, whole)
-            for name in further
-        ]
-        rows.append(Row("half the blocks, from the beginning", "smaller network", "smaller", whole))
-        rows.append(Row("half the blocks, trained further", "smaller network", "smaller, further", whole))
-        rows.append(Row("full, trained further", "full", "full, further", whole))
+            rows.append(Row(f"{share:.0%} of heads and channels", f"{share:g} pruned", whole))
+        for share in options.shares:
+            rows.append(Row(f"{share:.0%}, trained further", f"{share:g} pruned, further", whole))
+        rows.append(Row("half the blocks, from the beginning", "smaller", whole))
+        rows.append(Row("half the blocks, trained further", "smaller, further", whole))
+        rows.append(Row("full, trained further", "full, further", whole))
         return rows
 
     def stopped(self, snr: float) -> dict[str, Any]:
@@ -233,7 +229,7 @@ class Bench:
             return figures, {"images": np.asarray(images[:20], np.float32)}
 
         figures, _ = self.results.row(row.name, settings, make)
-        return {"name": row.name, "kind": row.kind, **figures}
+        return {"name": row.name, "kind": kind_of(row.name), **figures}
 
     def cost(self, pipe: Any, row: Row) -> dict[str, Any]:
         """Parameters, multiply-accumulates of an evaluation, and evaluations of a picture."""
@@ -272,6 +268,22 @@ COLUMNS = (
     ("as requested", "accuracy", ".1%"),
     ("fewer steps in these seconds", "baseline", ".3f"),
 )
+
+
+def kind_of(name: str) -> str:
+    """The kind of a row, by its name."""
+    kinds = {
+        " steps": FEWER_STEPS,
+        " of heads and channels": "pruned",
+        "%, trained further": "pruned and trained",
+    }
+    if name in MERGED:
+        return "merged tokens"
+    if name.startswith("stopped at"):
+        return "stopped early"
+    if name.startswith("half the blocks"):
+        return "smaller network"
+    return next((kind for end, kind in kinds.items() if name.endswith(end)), "full")
 
 
 def in_units(row: dict[str, Any]) -> dict[str, Any]:
