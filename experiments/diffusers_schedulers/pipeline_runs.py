@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,6 +29,9 @@ from experiments.diffusers_schedulers.scheduler_runs import IN_PAIRS, IN_SIGMA_S
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
 
+# Modules of tests/pipelines that write tiny folders, in the order in which they need each other.
+_WRITERS = ("reference_pipelines", "t5_parts", "sd3_folders", "dit_folders", "pixart_folders", "flux_folders")
+_WRITERS += ("z_image_folders",)
 KEY = jax.random.key(7)
 STEPS, STRENGTH = 6, 0.61
 
@@ -40,26 +43,69 @@ class Kind(NamedTuple):
         name: its class.
         write: folder -> a tiny one of it, or of the class whose parts it has.
         channels: of its latents.
-        total: the t of our network at pure noise; that of the reference's is 1000.
-        starts_from_image: whether it is given one.
+        total: the t of our network at pure noise.
+        their_total: that of the reference's.
+        image: "": it is given none; "start": a run starts from it; "condition": the network sees it, too.
+        form: how the reference's network takes x: "plain", "packed" tokens, or a "list" of pictures, with the
+            time from noise to data and an output of the other sign.
+        doubles: the network has a second half of channels, which the pipeline leaves out.
+        written: arguments of `write`.
         options: of both calls.
+        their_options: of the reference's alone.
     """
 
     name: str
     write: str
     channels: int = 4
     total: float = 1000.0
-    starts_from_image: bool = False
+    their_total: float = 1000.0
+    image: str = ""
+    form: str = "plain"
+    doubles: bool = False
+    written: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    their_options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def starts_from_image(self) -> bool:
+        """Whether a run starts from an image."""
+        return self.image == "start"
+
+    @property
+    def prompt(self) -> Any:
+        """Of both calls."""
+        return [3] if self.name == "DiTPipeline" else "a cat"
 
 
+_OF_FLOW = {"channels": 16, "total": 1.0, "options": (("max_sequence_length", 20),)}
+_OF_FLUX = {**_OF_FLOW, "their_total": 1.0, "form": "packed"}
+_SQUARE = (("height", 16), ("width", 16))
+_AS_IT_IS = (("use_resolution_binning", False), ("clean_caption", False))
 KINDS = (
     Kind("StableDiffusionPipeline", "write_sd"),
-    Kind("StableDiffusionImg2ImgPipeline", "write_sd", starts_from_image=True),
+    Kind("StableDiffusionImg2ImgPipeline", "write_sd", image="start"),
     Kind("StableDiffusionXLPipeline", "write_sdxl"),
-    Kind("StableDiffusionXLImg2ImgPipeline", "write_sdxl", starts_from_image=True),
-    Kind("StableDiffusion3Pipeline", "write_sd3", 16, 1.0, options=(("max_sequence_length", 20),)),
-    Kind("StableDiffusion3Img2ImgPipeline", "write_sd3", 16, 1.0, True, (("max_sequence_length", 20),)),
+    Kind("StableDiffusionXLImg2ImgPipeline", "write_sdxl", image="start"),
+    Kind("StableDiffusion3Pipeline", "write_sd3", **_OF_FLOW),
+    Kind("StableDiffusion3Img2ImgPipeline", "write_sd3", image="start", **_OF_FLOW),
+    Kind(
+        "StableDiffusionInstructPix2PixPipeline",
+        "write_sd",
+        image="condition",
+        written=(("in_channels", 8),),
+    ),
+    Kind("PixArtSigmaPipeline", "write_pixart", doubles=True, their_options=_AS_IT_IS),
+    Kind("DiTPipeline", "write_dit", doubles=True),
+    Kind("FluxPipeline", "write_flux", written=(("name", "dev"),), their_options=_SQUARE, **_OF_FLUX),
+    Kind(
+        "FluxImg2ImgPipeline",
+        "write_flux",
+        image="start",
+        written=(("name", "schnell"),),
+        their_options=_SQUARE,
+        **_OF_FLUX,
+    ),
+    Kind("ZImagePipeline", "write_z_image", form="list", their_options=_SQUARE, **_OF_FLOW),
 )
 
 
@@ -93,22 +139,31 @@ def pair(kind: Kind) -> Pair:
     """Both, with the stand-in in the reference's."""
     import diffusers
 
-    names = ("reference_pipelines", "t5_parts", "sd3_folders")  # in the order in which they need each other
-    reference_pipelines, _, sd3_folders = map(module_of_tests, names)
-    writers = vars(reference_pipelines) | vars(sd3_folders)
+    writers: dict[str, Any] = {}
+    for name in _WRITERS:
+        writers |= vars(module_of_tests(name))
     with tempfile.TemporaryDirectory() as place, quiet():
-        folder = writers[kind.write](pathlib.Path(place) / "folder")
-        made = reference_pipelines.open_reference(getattr(diffusers, kind.name), folder)
+        folder = writers[kind.write](pathlib.Path(place) / "folder", **dict(kind.written))
+        made = writers["open_reference"](getattr(diffusers, kind.name), folder)
+        if kind.image == "condition":  # its own class, with the parts of another
+            made.save_pretrained(folder)
         ours, quirky = (pipelines.load(folder, reference_quirks=quirks) for quirks in (False, True))
     network = made.unet if hasattr(made, "unet") else made.transformer
-
-    def forward(sample=None, timestep=None, *arguments, hidden_states=None, **options):
-        x = sample if hidden_states is None else hidden_states
-        t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 1))
-        return (stand_in(x, t / 1000, torch),)
-
-    network.forward = forward
+    network.forward = functools.partial(_their_answer, kind)
     return Pair(made, ours, quirky, dict(made.scheduler.config))
+
+
+def _their_answer(kind: Kind, *arguments: Any, **options: Any) -> Any:
+    """The stand-in in the place of the reference's network: of x and t alone."""
+    x = arguments[0] if arguments else options.get("sample", options.get("hidden_states"))
+    timestep = arguments[1] if len(arguments) > 1 else options["timestep"]
+    x = torch.stack(list(x)) if kind.form == "list" else x
+    t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 1)) / kind.their_total
+    if kind.form == "list":
+        return (list(-stand_in(x, 1 - t * kind.their_total, torch)),)
+    x = x if kind.form == "packed" else x[:, : kind.channels]
+    answer = stand_in(x, t, torch)
+    return (torch.cat([answer, answer], 1) if kind.doubles else answer,)
 
 
 @contextlib.contextmanager
@@ -157,6 +212,12 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
 
+def _as_theirs(kind: Kind, array: np.ndarray) -> torch.Tensor:
+    """Latents as the reference's pipeline has them."""
+    latents = _tensor(array)
+    return module_of_tests("flux_folders").packed(latents) if kind.form == "packed" else latents
+
+
 def theirs(kind: Kind, config: dict[str, Any]) -> np.ndarray:
     """Latents [1, 8, 8, C] of the pipeline of diffusers with that scheduler, in the scheduler's scale."""
     made, name = pair(kind).theirs, config["_class_name"]
@@ -182,24 +243,50 @@ def theirs(kind: Kind, config: dict[str, Any]) -> np.ndarray:
 
         def noise(*arguments, **options):
             row = (taken[0] - 1) // (2 if name.startswith(IN_PAIRS) else 1)
-            return _tensor(step_noise(kind.channels, first + row))
+            noise = _as_theirs(kind, step_noise(kind.channels, first + row))
+            return noise[:, :, None] if kind.form == "list" and len(arguments[0]) == 5 else noise
 
         scheduler.step = counted
         module: Any = sys.modules[type(scheduler).__module__]
         if hasattr(module, "randn_tensor"):
             patches.enter_context(mock.patch.object(module, "randn_tensor", noise))
-        call = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent"} | dict(
-            kind.options
-        )
+        call = {"num_inference_steps": STEPS, "guidance_scale": _scale(kind), "output_type": "latent"}
+        call |= dict(kind.options + kind.their_options)
         start = _tensor(first_noise(kind.channels))
-        if kind.starts_from_image:
+        call["latents"] = _as_theirs(kind, first_noise(kind.channels))
+        if kind.image:
+            call["image"] = _tensor(image(kind))
+        if kind.starts_from_image or kind.name == "DiTPipeline":
             outer: Any = sys.modules[type(made).__module__]
             patches.enter_context(mock.patch.object(outer, "randn_tensor", lambda *args, **options: start))
-            call |= {"image": _tensor(image(kind)), "strength": STRENGTH}
-        else:
-            call["latents"] = start
+            del call["latents"]
+        if kind.starts_from_image:
+            call["strength"] = STRENGTH
         with torch.no_grad():
-            return made("a cat", **call).images.numpy().transpose(0, 2, 3, 1)
+            drawn = (
+                _of_dit(made, kind, call) if kind.name == "DiTPipeline" else made(kind.prompt, **call).images
+            )
+        if kind.form == "packed":
+            drawn = made._unpack_latents(drawn, 16, 16, made.vae_scale_factor)
+        return drawn.numpy().transpose(0, 2, 3, 1)
+
+
+def _scale(kind: Kind) -> float:
+    """No guidance: 0 for the pipeline that counts it from there."""
+    return 0.0 if kind.form == "list" else 1.0
+
+
+def _of_dit(made: Any, kind: Kind, call: dict[str, Any]) -> torch.Tensor:
+    """Its latents, which the pipeline shows nobody but the autoencoder."""
+    seen = []
+
+    def decode(z):
+        seen.append(z)
+        return SimpleNamespace(sample=torch.zeros(1, 3, 16, 16))
+
+    with mock.patch.object(made.vae, "decode", decode):
+        made(kind.prompt, **call | {"output_type": "np"})
+    return seen[0] * made.vae.config.scaling_factor
 
 
 def ours(kind: Kind, config: dict[str, Any], *, quirks: bool) -> np.ndarray:
@@ -207,20 +294,23 @@ def ours(kind: Kind, config: dict[str, Any], *, quirks: bool) -> np.ndarray:
     pipe = (pair(kind).quirky if quirks else pair(kind).ours).replace(scheduler=config)
     call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 1.0} | dict(kind.options)
     grid = pipe.family.grid(pipe, _read(pipe, call), pipe.latent_spec.default_size)[1]
+    if kind.image:
+        call["image"] = pipelines.Latents(image(kind))
     if kind.starts_from_image:
-        call |= {"image": pipelines.Latents(image(kind)), "strength": STRENGTH}
-    elif not quirks:
-        call["latents"] = first_noise(kind.channels) * _first_scale(config, grid)
+        call["strength"] = STRENGTH
+    elif not quirks or kind.name == "DiTPipeline":
+        call["latents"] = first_noise(kind.channels) * _first_scale(kind, config, grid)
     standing = mock.patch.object(
         models, "network", lambda module: lambda params, x, t, condition: _answer(kind, x, t)
     )
     with standing:
-        x = pipe(KEY, "a cat", output="latents", **call)
+        x = pipe(KEY, kind.prompt, output="latents", **call)
     return x / grid.alpha[-1] if config["_class_name"].startswith(IN_SIGMA_SPACE) else x
 
 
 def _answer(kind: Kind, x: Any, t: Any) -> Any:
-    return stand_in(x, jnp.reshape(t / kind.total, (-1, *[1] * (x.ndim - 1))), jnp)
+    answer = stand_in(x[..., : kind.channels], jnp.reshape(t / kind.total, (-1, *[1] * (x.ndim - 1))), jnp)
+    return jnp.concatenate([answer, answer], -1) if kind.doubles else answer
 
 
 def _read(pipe: pipelines.Pipeline, call: dict[str, Any]) -> Any:
@@ -229,8 +319,10 @@ def _read(pipe: pipelines.Pipeline, call: dict[str, Any]) -> Any:
     return read_call(pipe, call)
 
 
-def _first_scale(config: dict[str, Any], grid: D.Grid) -> float:
+def _first_scale(kind: Kind, config: dict[str, Any], grid: D.Grid) -> float:
     """Of the reference's first noise, in our scale."""
+    if kind.name == "DiTPipeline":
+        return 1.0  # whatever the scheduler says
     with quiet():
         scheduler = reference_class(config["_class_name"]).from_config(config)
         scheduler.set_timesteps(STEPS)

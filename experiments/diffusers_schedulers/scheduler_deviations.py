@@ -6,6 +6,9 @@ import pathlib
 import tomllib
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
 
 from experiments.diffusers_schedulers import scheduler_runs
 from experiments.diffusers_schedulers.scheduler_probes import Probe, signature
@@ -61,6 +64,8 @@ def _visits_the_last_row_twice(probe: Probe) -> bool:
         return at_0 and not _value(probe, "set_alpha_to_one")
     if name in ("DEISMultistepScheduler", "SASolverScheduler"):
         return _has_levels(probe)
+    if name == "CMStochasticIterativeScheduler":  # as many steps as there are levels
+        return _value(probe, "num_train_timesteps") <= 4
     if _value(probe, "final_sigmas_type") != "sigma_min":
         return False
     if name.startswith("EDM") or _has_levels(probe):
@@ -127,7 +132,35 @@ def _written_levels() -> float:
     return float(D.at_sigmas(D.Flow(), [0.5], shift=3.0).sigma[0]) - 0.5
 
 
+def _dit_scaled() -> float:
+    from experiments.diffusers_schedulers.pipeline_runs import KINDS
+    from experiments.diffusers_schedulers.product import verdict
+
+    kind = next(kind for kind in KINDS if kind.name == "DiTPipeline")
+    return verdict(kind, "EulerDiscreteScheduler", quirks=False).size
+
+
+def _ipndm_first() -> float:
+    """With a network that answers something at pure noise: the exact one there is 0."""
+    scheduler = schedulers.from_config({"_class_name": "IPNDMScheduler"})
+    with mock.patch.object(scheduler_runs, "network", lambda prediction, learned, x, t: 0.7 * np.sin(x + t)):
+        expected = scheduler_runs.theirs("IPNDMScheduler", {}, 4, scheduler)
+        return scheduler_runs.difference(expected, "IPNDMScheduler", 4, scheduler)
+
+
+def _underflow() -> float:
+    import torch
+
+    made = scheduler_runs.reference_class("DDIMScheduler")(beta_end=0.3, clip_sample=False)
+    made.set_timesteps(4)
+    one = torch.ones(1)
+    return float(made.step(one, made.timesteps[0], one).prev_sample)
+
+
 _MEASURED = {
+    "ipndm_first": _ipndm_first,
+    "underflow": _underflow,
+    "dit_scaled": _dit_scaled,
     "image_to_image": _image_to_image,
     "noise_scale": _noise_scale,
     "written_levels": _written_levels,
@@ -152,6 +185,7 @@ _COVERS: dict[str, Callable[[Probe], bool]] = {
     "cosine_float32": _cosine_in_float32,
     "not_a_number": _not_a_number,
     "score_sde": _of("ScoreSdeVpScheduler"),
+    "score_ve": _of("ScoreSdeVeScheduler"),
     **dict.fromkeys(_MEASURED, lambda probe: False),
 }
 _WRITTEN = tomllib.loads(pathlib.Path(__file__).with_name("deviations.toml").read_text(encoding="utf-8"))

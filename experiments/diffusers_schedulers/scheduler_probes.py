@@ -38,6 +38,10 @@ VALUES: dict[str, list[Any]] = {
     "sampling_eps": [0.01],
     "s": [0.02],
     "scaler": [2.0],
+    "snr": [0.3],
+    "correct_steps": [0, 2],
+    "s_noise": [0.5],
+    "clip_denoised": [False],
     "use_dynamic_shifting": [_DYNAMIC, {"use_dynamic_shifting": True} | _FLOW],
     "base_shift": [{"base_shift": 0.3} | _DYNAMIC],
     "max_shift": [{"max_shift": 0.9} | _DYNAMIC],
@@ -126,6 +130,12 @@ VALUES: dict[str, list[Any]] = {
 # Where an entry means something else.
 OF_ONE: dict[str, dict[str, list[Any]]] = {
     "SASolverScheduler": {"algorithm_type": ["noise_prediction"]},
+    "ScoreSdeVeScheduler": {"sigma_min": [0.05], "sigma_max": [50.0]},
+    "CMStochasticIterativeScheduler": {
+        "sigma_min": [0.01],
+        "sigma_max": [40.0],
+        "num_train_timesteps": [18, 4],
+    },
     "UnCLIPScheduler": {"variance_type": ["learned_range"], "beta_schedule": ["linear"]},
     "EDMEulerScheduler": {"sigma_min": [0.01], "sigma_max": [40.0], "prediction_type": ["v_prediction"]},
     "EDMDPMSolverMultistepScheduler": {

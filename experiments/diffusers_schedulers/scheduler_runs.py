@@ -46,23 +46,26 @@ def exact_x0(x: np.ndarray, alpha: Any, sigma: Any) -> np.ndarray:
 
 
 def network(prediction: D.Prediction, learned_variance: bool, x: np.ndarray, t: float) -> np.ndarray:
-    """What an exact network answers at (x, t), float64 on the host; EDM's is a stand-in."""
+    """What an exact network answers at (x, t), float64 on the host; where it is preconditioned a stand-in."""
     path = prediction.path
-    if prediction.name == "edm":
-        return np.sin(1.5 * x + 0.3 * t) * 0.7
+    if prediction.name in ("edm", "consistency"):
+        return np.sin(1.5 * x + 0.3 * t / (1 if prediction.name == "edm" else 1000)) * 0.7
     alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
     x_0 = exact_x0(x, alpha, sigma)
     epsilon = (x - alpha * x_0) / max(sigma, 1e-9)
     answers = {"epsilon": epsilon, "sample": x_0, "v_prediction": alpha * epsilon - sigma * x_0}
+    answers |= {"score": -epsilon / max(sigma, 1e-9)}
     answer = answers.get(prediction.name, epsilon - x_0)
     return np.concatenate([answer, np.cos(x)], axis=-1) if learned_variance else answer
 
 
 @functools.cache
-def step_noise(step: int, wide: bool = False) -> np.ndarray:
-    """The noise that our run draws at a step, in float32 or (`wide`) float64: other numbers."""
+def step_noise(step: int, wide: bool = False, k: int | None = None) -> np.ndarray:
+    """The noise that our run draws at a step, in float32 or (`wide`) float64: other numbers; or its k-th."""
+    fold = jax.vmap(jax.random.fold_in, (0, None))
     with jax.enable_x64(wide):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(D.image_keys(jax.random.key(0), 1), np.uint32(step))
+        keys = fold(D.image_keys(jax.random.key(0), 1), np.uint32(step))
+        keys = keys if k is None else fold(keys, np.uint32(k))
         return np.asarray(D.solvers.noise_like(keys, np.zeros(SHAPE, np.float64 if wide else np.float32)))
 
 
@@ -102,7 +105,7 @@ def ours(
         return jax.numpy.asarray(answer, x.dtype)
 
     denoise, keys = sampler.denoiser(call), D.image_keys(jax.random.key(0), 1)
-    first = start() * (80 if sampler.prediction.name == "edm" else 1)
+    first = start() * _first_level(scheduler)
     if strength is not None:
         first = grid.alpha[0] * image() + grid.sigma[0] * start()
     state = sampler.solver.init(jax.numpy.asarray(first, dtype))
@@ -143,8 +146,8 @@ def theirs(
                 options["sigmas"] = np.linspace(1, 1 / steps, steps)  # as the pipelines give them
         made.set_timesteps(steps, **options)
         first = start().transpose(0, 3, 1, 2)
-        if scheduler.prediction.name == "edm":
-            first = first * 80
+        if isinstance(scheduler.path, D.EDM):
+            first = first * _first_level(scheduler)
         elif name.startswith(IN_SIGMA_SPACE):
             first = first * float(made.sigmas[0] ** 2 + 1) ** 0.5
         for key, value in vars(made).items():
@@ -182,6 +185,8 @@ def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str, skipped: in
     def randn(*arguments, **options):
         return torch.from_numpy(step_noise(row, x.dtype == torch.float64).transpose(0, 3, 1, 2))
 
+    if name == "ScoreSdeVeScheduler":
+        return _walk_score(made, x, sampler)
     if name == "DPMSolverSDEScheduler":
         key = jax.random.key(0)
         made.noise_sampler = lambda sigma, following: brownian(
@@ -206,6 +211,33 @@ def _walk(made: Any, x: Any, sampler: schedulers.Sampler, name: str, skipped: in
             t = t[None] if name == "DDPMWuerstchenScheduler" else t
             x = made.step(answer, t, x, return_dict=False)[0]
     return x.numpy().transpose(0, 2, 3, 1)
+
+
+def _walk_score(made: Any, x: Any, sampler: schedulers.Sampler) -> np.ndarray:
+    """As ScoreSdeVePipeline does: its picture is the mean of the last step."""
+    module: Any = sys.modules[type(made).__module__]
+    made.set_sigmas(len(made.timesteps))
+    draws, wide, mean = made.config.correct_steps, x.dtype == torch.float64, x
+
+    def answer():
+        given = x.numpy().astype(np.float64).transpose(0, 2, 3, 1)
+        output = network(sampler.prediction, False, given, float(made.sigmas[row]))
+        return torch.from_numpy(output.transpose(0, 3, 1, 2)).to(x.dtype)
+
+    for row, t in enumerate(made.timesteps):
+        for k in range(draws + 1):
+            noise = torch.from_numpy(step_noise(row, wide, k).transpose(0, 3, 1, 2))
+            with mock.patch.object(module, "randn_tensor", lambda *args, noise=noise, **options: noise):
+                if k < draws:
+                    x = made.step_correct(answer(), x, return_dict=False)[0]
+                else:
+                    x, mean = made.step_pred(answer(), t, x, return_dict=False)
+    return mean.numpy().transpose(0, 2, 3, 1)
+
+
+def _first_level(scheduler: schedulers.Scheduler) -> float:
+    """Of the noise that a run on this path starts from."""
+    return scheduler.path.sigma_max if isinstance(scheduler.path, D.EDM) else 1.0
 
 
 def difference(

@@ -79,6 +79,9 @@ TYPES: Mapping[str, Any] = {
     "corrector_order": _Count,
     "tau_func": Any,
     "noise_sampler_seed": _Count | None,
+    "snr": Annotated[float, Bounds(0, 3.4e38)],
+    "correct_steps": Annotated[int, Bounds(0, 100)],
+    "s_noise": Annotated[float, Bounds(0, 3.4e38)],
     "timestep_scaling": _Float,
     # x_0
     "thresholding": _Flag,
@@ -86,6 +89,7 @@ TYPES: Mapping[str, Any] = {
     "sample_max_value": _Positive,
     "clip_sample": _Flag,
     "clip_sample_range": _Positive,
+    "clip_denoised": _Flag,
     # entries of our own
     "_betas": str,
     "_prediction_type": str,
@@ -106,6 +110,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "KDPM2AncestralDiscreteScheduler": _LATENT_DIFFUSION,
     "DPMSolverSDEScheduler": _LATENT_DIFFUSION,
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+    "CMStochasticIterativeScheduler": {"num_train_timesteps": 40, "clip_denoised": True},
 }
 # Schedulers that clip x_0 to [-1, 1] where the file that names them does not say whether.
 CLIPS_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "UnCLIPScheduler")

@@ -4,6 +4,7 @@
 - Open ends: some schedulers space N + 1 timesteps and leave out the cleanest.
 - `lambda_min`: the timesteps of the least log(alpha / sigma) are left out.
 - The last t of a flow grid may be shifted twice.
+- Levels of consistency models: N of the T that they were trained on. `sine_squared`: Dance Diffusion's.
 
 A grid of one's own needs none of that: see `jaxldm.diffusion.spacings`.
 """
@@ -38,6 +39,10 @@ TIMES: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
     )[:-1],
     "linspace_open": lambda path, span, count, rule: spacings.linspace_times(span, count + 1)[:-1],
     "lcm": lambda path, span, count, rule: distilled_times.lcm_times(path, count, rule.original_steps),
+    "sine_squared": lambda path, span, count, rule: sine_squared_times(path, count),
+    "consistency": lambda path, span, count, rule: consistency_times(
+        path, count, rule.original_steps, rule.rho
+    ),
 }
 # Names of noise levels -> (first, last, N, rule) -> N levels.
 LEVELS: dict[str, Callable[..., Float[np.ndarray, " N"]]] = {
@@ -58,8 +63,8 @@ class GridRule:
         levels: None, or a name of `LEVELS`: the noise level falls by this rule between the ends of `spacing`.
         final: "clean" or "sigma_min", as for every spacing.
         steps_offset: of "leading".
-        original_steps: of "lcm".
-        rho: of "karras".
+        original_steps: of "lcm" and "consistency".
+        rho: of "karras" and "consistency".
         level_min, level_max: of `levels`, the last and the first sigma / alpha; None: those of the rows.
         lambda_min: leave out timesteps of a lower log(alpha / sigma).
         shift_terminal: stretch the shifted levels so that row N has this one (LTX-Video, Qwen-Image).
@@ -200,6 +205,38 @@ def _has_final(spacing: str | None) -> bool:
     if spacing is None or spacing in TIMES or spacing in D.SPACINGS:
         return True
     return registry.has_option(registry.find("spacing", spacing, D.SPACINGS, spacings.ENTRY_POINTS), "final")
+
+
+def consistency_times(path: D.Path, count: int, total: int, rho: float) -> Float[np.ndarray, " N"]:
+    """N values of t: every (T // N)-th of T levels that are even in their 1/rho-th power, from the noisiest.
+
+    Args:
+        path: any, to `t_min`.
+        count: N; T + 1 for T steps that end at `t_min`, which then are even themselves.
+        total: T.
+        rho: see `D.karras`.
+
+    Raises:
+        InvalidArgumentError: more steps than T.
+    """
+    if count > total + 1:
+        raise InvalidArgumentError(
+            f"num_inference_steps must be <= num_train_timesteps={total}, the noise levels that this "
+            f"consistency model knows: ask for {total} or fewer"
+        )
+    first, last = levels.noise_level(path, np.array([path.t_noisy, path.t_min]))
+    ramp = np.arange(count) * max(total // count, 1) / max(total - 1, count - 1, 1)
+    level = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+    t = levels.time_of_level(path, level)
+    return np.where(ramp == 1, path.t_min, np.where(ramp == 0, path.t_noisy, t))
+
+
+def sine_squared_times(path: D.Path, count: int) -> Float[np.ndarray, " N"]:
+    """N values of t where sigma / sqrt(alpha^2 + sigma^2) = sin^2(pi u / 2), u even from 1 to 1 / N."""
+    part = np.sin(np.linspace(1, 0, count, endpoint=False) * np.pi / 2) ** 2
+    with np.errstate(divide="ignore"):
+        t = path.time(part / np.sqrt(1 - part**2))
+    return np.minimum(t, path.t_noisy)
 
 
 def without_noisiest(path: D.Path, span: spacings.Span, lambda_min: float) -> spacings.Span:

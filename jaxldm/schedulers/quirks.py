@@ -19,8 +19,15 @@ from jaxldm.diffusion import levels
 from jaxldm.diffusion.grids import check_count, rows_at
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.schedulers.grids import GridRule
-from jaxldm.schedulers.reference_path import rounded_times
-from jaxldm.schedulers.reference_solvers import euler_maruyama, in_whole_run, pndm_by_evaluations, strided
+from jaxldm.schedulers.reference_path import linspace, rounded_times
+from jaxldm.schedulers.reference_solvers import (
+    euler_maruyama,
+    in_whole_run,
+    pndm_by_evaluations,
+    score_ve_of_diffusers,
+    strided,
+    without_x0_at_noise,
+)
 from jaxldm.schedulers.runs import Runs
 from jaxldm.schedulers.table import ENDS_NOISY, LEVELS, SCHEDULERS, SPACINGS
 
@@ -47,6 +54,7 @@ class Quirks(Runs):
         combine: see `D.solvers.pndm`.
         runge_kutta: whether PNDM begins with Runge-Kutta steps.
         labels: None, or the rule of the times that the network gets, which are not those of the levels.
+        langevin: of `ScoreSdeVeScheduler`, (snr, Langevin steps).
     """
 
     scheduler: str
@@ -56,6 +64,7 @@ class Quirks(Runs):
     combine: str = "epsilon"
     runge_kutta: bool = False
     labels: GridRule | None = None
+    langevin: tuple[float, int] | None = None
 
     def run(self, sampler: Any, rule: GridRule, path: D.Path, count: int) -> tuple[Any, D.Grid]:
         """(sampler, rows) of N steps.
@@ -76,6 +85,8 @@ class Quirks(Runs):
         if self.labels is not None:
             t = rule.times(path, count + 1)
             return _with_times(sampler, t[:-1], self.labels.times(path, count)), rows_at(path, t)
+        if self.solver == "predictor_corrector" and self.scheduler == "ScoreSdeVeScheduler":
+            return self._of_score(sampler, rule, cast(D.EDM, path), count)
         t = rule.times(path, count)
         total = path.num_train_timesteps
         if self.solver == "pndm" and total is not None:
@@ -107,6 +118,22 @@ class Quirks(Runs):
     def shift_of_levels(self, path: D.Path) -> float | None:
         """That of its own, once more: of a flow path."""
         return path.default_shift if isinstance(path, D.Flow) else None
+
+    def _of_score(self, sampler: Any, rule: GridRule, path: D.EDM, count: int) -> tuple[Any, D.Grid]:
+        """Levels even in their logarithm, taken by the digits of t, while the network gets the level of t."""
+        ratio = path.sigma_max / path.sigma_min
+        eps = np.log(cast(float, rule.level_min) / path.sigma_min) / np.log(ratio)
+        times = linspace(1.0, eps, count)
+        at = (times * np.float32(count - 1)).astype(int)
+        logs = linspace(*np.log([path.sigma_min, path.sigma_max]), count)
+        even = np.exp(logs[:1] if count == 1 else logs).astype(np.float64)
+        here, there = even[at], np.where(at == 0, 0, even[at - 1])
+        rows = rows_at(path, np.append(np.geomspace(path.sigma_max, path.sigma_min, count), 0))
+        solver = score_ve_of_diffusers(
+            (tuple(here.tolist()), tuple(there.tolist())), *cast(tuple[float, int], self.langevin)
+        )
+        sampler = _with_times(sampler, rows.t[:-1].astype(np.float64), path.sigma_min * ratio**times)
+        return sampler._replace(solver=solver), rows
 
     def _evaluations(
         self, t: Float[np.ndarray, " N"], stride: int
@@ -188,7 +215,8 @@ def quirks_of(
         with_levels = any(config.get(entry) for entry in LEVELS.values())
         labels = None if with_levels else GridRule(spacing=spacing, steps_offset=offset)
     combine = options.get("combine", "epsilon")
-    return Quirks(scheduler, solver, rounding, betas, combine, not skips, labels)
+    langevin = (options["snr"], options["correct_steps"]) if "snr" in options else None
+    return Quirks(scheduler, solver, rounding, betas, combine, not skips, labels, langevin)
 
 
 def changed_grid(grid: GridRule, scheduler: str, *, is_shifted: bool) -> GridRule:
@@ -205,8 +233,10 @@ def changed_sampler(sampler: Any, config: Mapping[str, Any], scheduler: str, *, 
     path: Any = sampler.path
     if scheduler == "ScoreSdeVpScheduler" and own_solver:
         sampler = sampler._replace(solver=euler_maruyama())
+    if scheduler == "IPNDMScheduler" and own_solver:
+        sampler = sampler._replace(solver=without_x0_at_noise(sampler.solver))
     rows, spacing = SCHEDULERS[scheduler].rows, config.get("timestep_spacing", "linspace")
-    if rows == "fractional" and spacing != "leading":
+    if rows in ("score", "consistency") or (rows == "fractional" and spacing != "leading"):
         return sampler
     return sampler._replace(
         initial_scale=float(np.hypot(path.sigma_max, 1)) if isinstance(path, D.EDM) else 1.0

@@ -14,6 +14,13 @@ from jaxldm.diffusion.values import equal_by_call
 from jaxldm.entries import build
 from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError, UnknownNameError, one_of, shown
 from jaxldm.reading import reading, reason
+from jaxldm.schedulers.continuous_paths import (
+    read_consistency,
+    read_continuous_vp,
+    read_cosine,
+    read_gvp,
+    read_score,
+)
 from jaxldm.schedulers.entries import PLACE, typed, with_defaults
 from jaxldm.schedulers.grids import TIMES, GridRule
 from jaxldm.schedulers.inverse import Inverse, as_its_base
@@ -195,6 +202,11 @@ def _solver_options(config: Mapping[str, Any], solver: str, *, as_other: bool = 
         scheduler = SCHEDULER_OF[solver]
     if scheduler == "DDPMWuerstchenScheduler" and solver == "ddpm":
         return {"final_noise": False}
+    if scheduler == "CMStochasticIterativeScheduler" and solver == "lcm":
+        return {"from_t_min": True, "s_noise": config.get("s_noise", 1.0)}
+    if scheduler == "ScoreSdeVeScheduler" and solver == "predictor_corrector":
+        options = {"snr": config.get("snr", 0.15), "correct_steps": config.get("correct_steps", 1)}
+        return {**options, "form": "published"}
     entries = SCHEDULERS[scheduler].options.get(solver, {}) if scheduler in SCHEDULERS else {}
     if not entries or not (as_other or solver == default_solver(config)):
         return {}
@@ -240,6 +252,8 @@ def _x0_options(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("thresholding") and config.get("_class_name") != "TCDScheduler":
         percentile = config.get("dynamic_thresholding_ratio", 0.995)
         return {"threshold": (float(percentile), float(config.get("sample_max_value", 1.0)))}
+    if config.get("clip_denoised") and config.get("_class_name") == "CMStochasticIterativeScheduler":
+        return {"threshold": (-1.0, 1.0), "clips": True}
     known = SCHEDULERS.get(class_name(config))
     if config.get("clip_sample") and known is not None and known.clips:
         bound = float(config.get("clip_sample_range", 1.0))
@@ -271,8 +285,11 @@ def _readers() -> dict[str, Any]:
         **dict.fromkeys(DISCRETE, _read_discrete),
         "edm": _read_edm,
         "flow": _read_flow,
-        "continuous_vp": _read_continuous_vp,
-        "cosine": _read_cosine,
+        "continuous_vp": read_continuous_vp,
+        "cosine": read_cosine,
+        "consistency": read_consistency,
+        "score": read_score,
+        "gvp": read_gvp,
         OWN: _read_own,
         OWN_OF_0_1: _read_own_of_0_1,
     }
@@ -454,22 +471,6 @@ def _read_flow(name, config):
 def _mirrored(prediction: D.Prediction) -> D.Prediction:
     """The network counts time from noise to data, 1 - t, and its output is the change along that (Mochi)."""
     return _negative(prediction)._replace(precondition=lambda x_t, t: (x_t, 1 - t))
-
-
-def _read_continuous_vp(name, config):
-    path = D.ContinuousVP(
-        beta_min=config.get("beta_min", 0.1),
-        beta_max=config.get("beta_max", 20.0),
-        t_min=config.get("sampling_eps", 1e-3),
-    )
-    grid = GridRule(spacing=config.get("_spacing", "linspace"))
-    return D.prediction(config.get("_prediction_type", "epsilon"), path), grid, None
-
-
-def _read_cosine(name, config):
-    path = D.Cosine(offset=config.get("s", 0.008), scaler=config.get("scaler", 1.0))
-    grid = GridRule(spacing=config.get("_spacing"), final=config.get("_final", "sigma_min"))
-    return D.prediction(config.get("_prediction_type", "epsilon"), path), grid, None
 
 
 def _read_own(name, config):

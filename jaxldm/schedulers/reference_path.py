@@ -49,14 +49,14 @@ def alphas_cumprod_of(path: D.VP, config: Mapping[str, Any]) -> Float[np.ndarray
     else:
         start, end = schedule.ends().values()
         power = 2 if schedule.name == "scaled_linear" else 1
-        betas = _linspace(start ** (1 / power), end ** (1 / power), len(path.betas)) ** power
+        betas = linspace(start ** (1 / power), end ** (1 / power), len(path.betas)) ** power
     return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
 
 
-def _linspace(first: float, last: float, count: int) -> Float[np.ndarray, " T"]:
+def linspace(first: float, last: float, count: int) -> Float[np.ndarray, " T"]:
     """float32, from either end to the middle, each number rounded once."""
     ends, k = np.asarray((first, last), np.float32), np.arange(count, dtype=np.float64)
-    step = (ends[1] - ends[0]) / np.float32(count - 1)
+    step = (ends[1] - ends[0]) / np.float32(max(count - 1, 1))
     low, high = ends[0] + step.astype(np.float64) * k, ends[1] - step.astype(np.float64) * (count - 1 - k)
     return np.where(k < count // 2, low, high).astype(np.float32)
 

@@ -12,6 +12,7 @@ from jaxldm import diffusion as D
 from jaxldm.diffusion.grids import steps_in
 from jaxldm.diffusion.predictions import LEVEL_COEFFICIENTS, implied_noise
 from jaxldm.diffusion.solvers.pndm import ADAMS_BASHFORTH
+from jaxldm.diffusion.solvers.predictor_corrector import folded, langevin_step, norms
 from jaxldm.diffusion.solvers.solver import Row, Solver, State, move, noise_like, path_of, row
 from jaxldm.diffusion.values import equal_by_call
 
@@ -125,6 +126,44 @@ def euler_maruyama() -> Solver:
         return State(mean + jnp.sqrt(rate * width) * noise_like(keys, x)), x_0
 
     return Solver(State, step)
+
+
+@equal_by_call
+def score_ve_of_diffusers(
+    levels: tuple[tuple[float, ...], tuple[float, ...]], snr: float, correct_steps: int
+) -> Solver:
+    """ScoreSdeVeScheduler: `predictor_corrector` with one length of the Langevin step for the whole batch.
+
+    Args:
+        levels: for each row the level that a step begins and ends at, which need not be those of the row.
+        snr, correct_steps: see there.
+    """
+
+    def step(state, denoise, grid, i, keys):
+        here, x = row(grid, i), state.x
+        x_0 = first = denoise(x, here.t)
+        for k in range(correct_steps):
+            g, z = (x_0 - x) / here.sigma**2, noise_like(folded(keys, k), x)
+            x = langevin_step(x, g, z, snr * jnp.mean(norms(z)) / jnp.mean(norms(g)))
+            x_0 = denoise(x, here.t)
+        begins, ends = (jnp.asarray(np.asarray(column), x.dtype)[grid.start + i] for column in levels)
+        variance = begins**2 - ends**2
+        mean = x + variance * (x_0 - x) / here.sigma**2
+        std = jnp.where(i + 1 == steps_in(grid), 0, jnp.sqrt(variance))
+        return State(mean + std * noise_like(folded(keys, correct_steps), x)), first
+
+    return Solver(State, step)
+
+
+@equal_by_call
+def without_x0_at_noise(solver: Solver) -> Solver:
+    """At pure noise x_0 is taken for 0, which IPNDMScheduler divides 0 by 1e-8 for."""
+
+    def step(state, denoise, grid, i, keys):
+        pure = row(grid, i).alpha == 0
+        return solver.step(state, lambda x, t: jnp.where(pure, 0, denoise(x, t)), grid, i, keys)
+
+    return Solver(solver.init, step)
 
 
 @equal_by_call

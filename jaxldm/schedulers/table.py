@@ -44,7 +44,8 @@ class Known(NamedTuple):
     Attributes:
         solvers: names in `D.solvers.SOLVERS`; the first is the scheduler's own, unless its options say more.
         rows: on the discrete path "whole" timesteps, "fractional" ones, "open" (N + 1 without the cleanest)
-            or "lcm"; otherwise the path that it is for: "edm", "flow", "continuous_vp", "cosine".
+            or "lcm"; otherwise what it is for: "edm", "flow", "continuous_vp", "cosine", "score", "gvp",
+            "consistency".
         options: solver -> our option -> (its entry, what the scheduler does where the file is silent).
         ends_clean: for "whole" rows, where the file is silent about `set_alpha_to_one`.
         clips: it reads `clip_sample`.
@@ -139,6 +140,9 @@ SCHEDULERS: dict[str, Known] = {
     "FlowMatchHeunDiscreteScheduler": Known(("flow_heun",), "flow"),
     "FlowMatchLCMScheduler": Known(("lcm",), "flow"),
     "ScoreSdeVpScheduler": Known(("ddim",), "continuous_vp"),
+    "ScoreSdeVeScheduler": Known(("predictor_corrector",), "score"),
+    "CMStochasticIterativeScheduler": Known(("lcm",), "consistency"),
+    "IPNDMScheduler": Known(("ipndm",), "gvp"),
     "DDPMWuerstchenScheduler": Known(("ddpm",), "cosine"),
 }
 # The same under another name: their `batch_step_no_noise` is for a pipeline that is not here.

@@ -57,6 +57,12 @@ def to_config(
         config["prediction_type"] = PREDICTIONS.get(prediction.name, prediction.name)
     elif type(path) is D.EDM and prediction.name == "edm":
         config = _edm(path, prediction, grid)
+    elif type(path) is D.EDM and prediction.name == "consistency":
+        config = _consistency(path, prediction, grid)
+    elif prediction.name == "score":
+        raise InvalidArgumentError(
+            "the file of a score-based model is not written: keep the scheduler_config.json that it came with"
+        )
     elif type(path) is D.Flow:
         config = _flow(path, prediction, grid, dynamic_shift)
     elif type(path) is D.ContinuousVP:
@@ -180,6 +186,17 @@ def _edm(path: D.EDM, prediction: D.Prediction, grid: GridRule) -> dict[str, Any
         "rho": grid.rho,
     }
     return config | ({"final_sigmas_type": "sigma_min"} if grid.final == "sigma_min" else {})
+
+
+def _consistency(path: D.EDM, prediction: D.Prediction, grid: GridRule) -> dict[str, Any]:
+    return {
+        "_class_name": "CMStochasticIterativeScheduler",
+        "num_train_timesteps": grid.original_steps,
+        "sigma_data": prediction.sigma_data,
+        "sigma_min": path.sigma_min,
+        "sigma_max": path.sigma_max,
+        "rho": grid.rho,
+    }
 
 
 def _flow(

@@ -4,63 +4,22 @@ import dataclasses
 import json
 import shutil
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 from picture_checks import KEY, assert_images_agree, assert_latents_agree, states_of
-from reference_pipelines import LATENT, autoencoder, open_reference, shaken, theirs
-from t5_parts import t5_encoder, t5_tokenizer
+from pixart_folders import KINDS, write_pixart
+from reference_pipelines import LATENT, open_reference, theirs
+from t5_parts import t5_encoder
 
 from jaxldm import pipelines
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 
-# scheduler_config.json as published.
-DPM = {
-    "algorithm_type": "dpmsolver++",
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "lower_order_final": True,
-    "timestep_spacing": "linspace",
-}
 PROMPTS = {"prompt": "The cat at the zoo.", "negative_prompt": "a DOG"}
 STEPS = {"num_inference_steps": 4, "guidance_scale": 4.0}
 AS_IT_IS = {"use_resolution_binning": False, "clean_caption": False}  # of the reference
-KINDS = {"sigma": PixArtSigmaPipeline, "alpha": PixArtAlphaPipeline}
-
-
-def write_pixart(folder, name):
-    torch.manual_seed(1)
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        cross_attention_dim=24,
-        num_layers=1,
-        caption_channels=16,
-        sample_size=LATENT,
-        interpolation_scale=2,
-        use_additional_conditions=False,
-    )
-    if name == "alpha":  # takes the size, as its network for 1024x1024 pixels alone does
-        config = dict(transformer.config) | {"sample_size": 128, "use_additional_conditions": None}
-        transformer = diffusers.PixArtTransformer2DModel.from_config(config)
-    kind = KINDS[name]
-    kind(
-        tokenizer=t5_tokenizer(),
-        text_encoder=t5_encoder(),
-        vae=autoencoder(),
-        transformer=shaken(transformer, 1, 0.1),
-        scheduler=diffusers.DPMSolverMultistepScheduler(**DPM),
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,8 @@ DEVIATING = [
     ("UniPCMultistepScheduler", {"sigma_min": 0.05, "sigma_max": 8.0, "use_karras_sigmas": True}),
     ("EDMEulerScheduler", {"prediction_type": "v_prediction"}),
     ("ScoreSdeVpScheduler", {}),
+    ("ScoreSdeVeScheduler", {"sampling_eps": 0.01, "correct_steps": 2}),
+    ("CMStochasticIterativeScheduler", {"num_train_timesteps": 7}),
 ]
 
 
@@ -114,6 +116,26 @@ def test_noise_begins_in_the_scale_of_diffusers():
         made = schedulers.from_config({"_class_name": name} | config, reference_quirks=True)
         assert made.sampler.initial_scale == scale
         assert schedulers.from_config({"_class_name": name} | config).sampler.initial_scale is None
+
+
+def test_the_first_step_of_ipndm(monkeypatch):
+    """With a network whose answer at pure noise is not 0, as the exact one's is."""
+    monkeypatch.setattr(scheduler_runs, "network", lambda prediction, learned, x, t: 0.7 * np.sin(x + t))
+    probe, sizes = Probe("IPNDMScheduler", None, {}), []
+    for quirks in (False, True):
+        scheduler = read(probe, quirks=quirks)
+        expected = scheduler_runs.theirs("IPNDMScheduler", {}, 5, scheduler)
+        sizes.append(scheduler_runs.difference(expected, "IPNDMScheduler", 5, scheduler))
+    assert sizes[0] > 0.01 and sizes[1] <= AGREES
+
+
+def test_what_float32_does_not_hold_is_refused():
+    config = {"_class_name": "DDIMScheduler", "beta_end": 0.3}
+    assert diffusers.DDIMScheduler(beta_end=0.3).alphas_cumprod[-1] == 0
+    with pytest.raises(CheckpointError, match="nothing in float32"):
+        schedulers.from_config(config)
+    v = schedulers.from_config(config | {"prediction_type": "v_prediction", "clip_sample": False})
+    assert np.isfinite(scheduler_runs.ours(v, 4)[0]).all()
 
 
 def test_what_is_not_a_number_in_diffusers_is_refused():

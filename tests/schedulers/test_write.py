@@ -14,6 +14,7 @@ from jaxldm import diffusion as D
 from jaxldm import schedulers
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
 from jaxldm.schedulers import DynamicShift, GridRule
+from jaxldm.schedulers.continuous_paths import consistency, score
 from jaxldm.schedulers.read import interval_of_noise
 from jaxldm.schedulers.table import OF_EPSILON
 
@@ -180,6 +181,11 @@ def test_written_grids_are_read_again(options):
         (D.edm(D.EDM()), GridRule(levels="exponential")),
         (D.edm(D.EDM()), GridRule(levels="karras", rho=5.0)),
         (D.edm(D.EDM()), GridRule(levels="karras", final="sigma_min")),
+        (
+            consistency(D.EDM(sigma_max=40.0), 0.6),
+            GridRule(spacing="consistency", original_steps=18, rho=5.0, final="sigma_min"),
+        ),
+        (D.v(D.Interpolant("gvp")), GridRule(spacing="sine_squared")),
         (D.flow(D.Flow()), GridRule(spacing="linspace", levels="beta", shift_terminal=0.02)),
         (D.flow(D.Flow(shift=3.0)), GridRule(spacing="linspace", shift_t_min_twice=True)),
         (D.epsilon(D.ContinuousVP()), GridRule(spacing="linspace")),
@@ -247,6 +253,8 @@ def test_what_a_solver_or_path_does_not_have_is_refused():
         schedulers.to_config(SD, GridRule(spacing="linspace_open"), solver="ddim")
     with pytest.raises(UnknownNameError, match="solver with a scheduler in diffusers"):
         schedulers.to_config(SD, solver="flow_euler")
+    with pytest.raises(InvalidArgumentError, match="keep the scheduler_config"):
+        schedulers.to_config(score(D.EDM()))
     with pytest.raises(InvalidArgumentError, match="needs a flow path"):
         schedulers.to_config(SD, dynamic_shift=DynamicShift())
 
