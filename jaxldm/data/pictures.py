@@ -28,6 +28,7 @@ _CONVERTED = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _FULL_SCALES = (1, 255, 65535)  # of whole numbers in masks
 _GREY = 32  # how far apart R, G and B of grey pixels may be: JPEG changes them by a few levels
 _FIRST_IS_WHOLE = ("MPO", "PSD")  # formats of which the first picture is the whole one: cameras' JPEG, layers
+_EXIF = ("exif", "Raw profile type exif")  # in Pillow's `info`
 _REDUCED = 254  # the tag of TIFF whose first bit says that a page is a small copy of another
 _MOST_COPIES = 32  # with more pages they are taken for pictures without looking at them
 TAKE_FRAME = "give one of them as a picture, with Pillow  picture.seek(0); picture.copy().save('frame.png')"
@@ -46,8 +47,12 @@ def open_picture(path: str | Path, name: str = "picture") -> Image:
     return decode_picture(path, path)
 
 
-def decode_picture(source: str | Path | bytes, path: str | Path) -> Image:
-    """A picture of a file or of its content, as `open_picture`; `path` names it in messages."""
+def decode_picture(source: str | Path | bytes, path: str | Path, max_exif: int | None = None) -> Image:
+    """A picture of a file or of its content, as `open_picture`; `path` names it in messages.
+
+    One with EXIF of more than `max_exif` bytes, where that is given, is refused before it is read: its
+    entries may all be of the same bytes, and as long as all of it.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -57,6 +62,11 @@ def decode_picture(source: str | Path | bytes, path: str | Path) -> Image:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                 _check_single(opened, path)
                 opened.load()
+                exif = max(len(opened.info.get(key, "")) for key in _EXIF)
+                if max_exif is not None and exif > max_exif:
+                    raise DataError(
+                        f"{path} has {exif:,} bytes of EXIF, at most {max_exif:,} are read: save it without"
+                    )
                 return ImageOps.exif_transpose(opened)
     except DataError:
         raise
@@ -114,9 +124,16 @@ def _has_small_copies(picture: Any) -> bool:
 
 
 def rgb_of(
-    picture: Image, size: tuple[int, int] | None = None, name: str = "image"
+    picture: Image,
+    size: tuple[int, int] | None = None,
+    name: str = "image",
+    *,
+    box: tuple[float, float, float, float] | None = None,
 ) -> Float[np.ndarray, "H W 3"]:
     """A picture as RGB in [-1, 1], resized to (height, width) where that is given (Lanczos).
+
+    Args:
+        box: (left, top, right, bottom) of the part that is resized, in pixels; None: all of it.
 
     Grey, palette, CMYK, YCbCr and HSV become RGB; what is transparent lies on white; 16 bits stay 16 bits.
 
@@ -126,12 +143,12 @@ def rgb_of(
     from PIL import Image
 
     picture, shape = upright(picture, name), None if size is None else (size[1], size[0])
+    resized, lanczos = shape is not None and (shape, box) != (picture.size, None), Image.Resampling.LANCZOS
     if picture.mode.startswith("I;16"):
         levels = np.asarray(picture, np.float32) / np.float32(32767.5) - np.float32(1)
         levels[_transparent(picture)] = 1
-        if shape is not None and shape != picture.size:
-            resized = Image.fromarray(levels).resize(shape, Image.Resampling.LANCZOS)
-            levels = np.clip(np.asarray(resized), -1, 1)
+        if resized:
+            levels = np.clip(np.asarray(Image.fromarray(levels).resize(shape, lanczos, box)), -1, 1)
         return np.repeat(levels[..., None], 3, axis=-1)
     if picture.has_transparency_data and picture.mode != "La":
         with_alpha = picture.convert("RGBA")
@@ -144,8 +161,8 @@ def rgb_of(
             f"{name} has Pillow's mode {picture.mode!r}, in which black and white are not known: give it as "
             'RGB, picture.convert("RGB") if that looks right'
         )
-    if shape is not None and shape != picture.size:
-        picture = picture.resize(shape, Image.Resampling.LANCZOS)
+    if resized:
+        picture = picture.resize(shape, lanczos, box)
     return from_uint8(np.asarray(picture))
 
 

@@ -70,15 +70,32 @@ def resize_picture(picture: Any, target: Size, how: str) -> Float[np.ndarray, "H
 
     size = size_of(picture)
     scaled = scaled_size(size, target, how)
+    kept = cast(Size, tuple(map(min, scaled, target)))
+    box = None if kept == scaled else _box(size, scaled, kept)
     if not is_picture(picture):
         picture = np.asarray(picture)
         if picture.dtype != np.uint8:
             planes = [Image.fromarray(plane) for plane in np.moveaxis(picture.astype(np.float32), -1, 0)]
-            shape, lanczos = (scaled[1], scaled[0]), Image.Resampling.LANCZOS
-            levels = [np.asarray(plane.resize(shape, lanczos)) for plane in planes]
+            shape, lanczos = (kept[1], kept[0]), Image.Resampling.LANCZOS
+            levels = [np.asarray(plane.resize(shape, lanczos, box)) for plane in planes]
             return _centred(np.clip(np.stack(levels, axis=-1), -1, 1), target)
         picture = Image.fromarray(picture)
-    return _centred(rgb_of(picture, scaled), target)
+    return _centred(rgb_of(picture, kept, box=box), target)
+
+
+def _box(size: Size, scaled: Size, kept: Size) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what is kept of a scaled picture, in pixels of the picture itself.
+
+    What stands out is not computed: of a picture a hundred times as wide as high that would be a hundred
+    times what is kept.
+    """
+    first = [side // 2 - wanted // 2 for side, wanted in zip(scaled, kept, strict=True)]
+    last = [start + wanted for start, wanted in zip(first, kept, strict=True)]
+    (top, left), (bottom, right) = (
+        [place * side / whole for place, side, whole in zip(places, size, scaled, strict=True)]
+        for places in (first, last)
+    )
+    return left, top, right, bottom
 
 
 def fit_mask(mask: Any, size: Size, target: Size, how: str) -> Bool[np.ndarray, "H W"]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jaxldm.arguments import check_fields, count, number
 
 MANY_CLIENTS = 4096  # buckets beyond which those that are full again are forgotten
+MOST_CLIENTS = 2**16  # and beyond which those that were used last are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +262,7 @@ class Admission:
         self.limits = limits
         self.queue = FairQueue(limits.quantum)
         self._buckets: dict[Hashable, Bucket] = {}
+        self._many = MANY_CLIENTS
         self._deadlines: dict[Hashable, float] = {}
 
     @property
@@ -349,7 +351,7 @@ class Admission:
         return [ticket for ticket, deadline in self._deadlines.items() if now >= deadline]
 
     def _forget_full_buckets(self, now: float) -> None:
-        if len(self._buckets) < MANY_CLIENTS:
+        if len(self._buckets) < self._many:
             return
         rate, burst = self.limits.requests_per_second, self.limits.burst
         self._buckets = {
@@ -357,3 +359,7 @@ class Admission:
             for client, bucket in self._buckets.items()
             if bucket.tokens + (now - bucket.time) * rate < burst
         }
+        if len(self._buckets) >= MOST_CLIENTS:
+            latest = sorted(self._buckets.items(), key=lambda entry: entry[1].time)
+            self._buckets = dict(latest[-MOST_CLIENTS // 2 :])
+        self._many = max(MANY_CLIENTS, 2 * len(self._buckets))  # looked at once for each that came

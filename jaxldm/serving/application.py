@@ -9,6 +9,7 @@ import functools
 import hmac
 import json
 import logging
+import math
 import re
 import secrets
 import time
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 from jaxldm.errors import shown
 from jaxldm.serving.figures import Figures
+from jaxldm.serving.hints import param_in
 from jaxldm.serving.mailbox import Mailbox
 from jaxldm.serving.openapi import document
 from jaxldm.serving.orders import Failed, Order, Picture
@@ -34,7 +36,6 @@ from jaxldm.serving.requests import (
     Generation,
     Offer,
     call_of,
-    param_in,
     read_generation,
     read_json,
     read_openai,
@@ -45,6 +46,7 @@ from jaxldm.serving.streams import EventStream, OpenAIEvents, OurEvents, stream
 
 LOG = logging.getLogger("jaxldm.serving")
 MAX_DROPPED = 2**24  # bytes of a body that is too large: who is still sending does not read the answer
+LARGE = 2**16  # bytes of a body that is read in a thread: others are not to wait for it
 LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")  # in the header Host
 # Others are 429.
 STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503, "fatal_request": 500}
@@ -97,13 +99,15 @@ def application(
     # Of whoever watches over the process, and the page: without a token.
     routes += [Route("/health", server.health), Route("/ready", server.ready), *page_routes()]
     handlers: Any = {HTTPException: _http_error}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # to wherever the header Host says
+    return app
 
 
 def _error(error: BadRequest) -> JSONResponse:
     headers = {}
     if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
@@ -111,7 +115,7 @@ def _error(error: BadRequest) -> JSONResponse:
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Paths and methods that do not exist."""
-    status, path = getattr(error, "status_code", 500), shown(request.url.path)
+    status, path = getattr(error, "status_code", 500), shown(request.scope["path"])
     allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method").split(", ")
     methods = " or ".join(sorted({*allowed} - {"HEAD"}))
     message = {
@@ -187,7 +191,7 @@ class _Server:
     async def generate(self, request: Request) -> Response:
         """POST /generate."""
         start = time.perf_counter()
-        generation = read_generation(self.offer, await self._body(request))
+        generation = await self._read(await self._body(request))
         order, mailbox = await self._accepted(request, generation)
         if generation.stream:
             return self._stream(request, OurEvents(), order, mailbox, generation, start)
@@ -202,7 +206,7 @@ class _Server:
         # What clients call by another name, errors do, too.
         request.state.names = OPENAI_NAMES | ({"class_labels": "prompt"} if "prompt" in body else {})
         try:
-            generation = read_generation(self.offer, own)
+            generation = await self._read(own)
             order, mailbox = await self._accepted(request, generation)
             if generation.stream:
                 height, width = generation.height, generation.width
@@ -216,6 +220,12 @@ class _Server:
         facts = self._facts(order, generation, start)
         facts["output_format"] = facts.pop("format")
         return await run_in_threadpool(_images_response, facts, "data", pictures)
+
+    async def _read(self, body: dict[str, Any]) -> Generation:
+        """The fields of a body, checked: those with a picture in a thread, as its head is read."""
+        if "image" in body:
+            return await run_in_threadpool(read_generation, self.offer, body)
+        return read_generation(self.offer, body)
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The body, which has so many bytes and seconds at most."""
@@ -241,12 +251,15 @@ class _Server:
         if kind != "application/json":
             message = "send the header Content-Type: application/json"
             raise BadRequest(message, status=415, param="Content-Type")
+        if len(content) > LARGE:
+            return await run_in_threadpool(read_json, bytes(content))
         return read_json(bytes(content))
 
     async def _accepted(self, request: Request, generation: Generation) -> tuple[Order, Mailbox]:
         """The order of a request, accepted and checked."""
         prompts, options = call_of(self.offer, generation)
         mailbox = Mailbox(generation.num_images)
+        steps = self.offer.steps(generation.num_inference_steps, options.get("solver"))
         order = Order(
             id=secrets.token_hex(8),
             client=request.client.host if request.client else "",
@@ -254,7 +267,7 @@ class _Server:
             options=options,
             seed=generation.seed,
             num_images=generation.num_images,
-            num_steps=self.offer.steps(generation.num_inference_steps, options.get("solver")),
+            num_steps=self.offer.steps_left(steps, options),
             guided=self.offer.guided(generation.guidance_scale),
             listener=mailbox.put,
             format=generation.format,
@@ -331,7 +344,9 @@ class _Server:
             "model": self.offer.name,
             "seed": generation.seed,
             "format": generation.format,
-            "num_inference_steps": order.num_steps,
+            "num_inference_steps": self.offer.steps(
+                generation.num_inference_steps, order.options.get("solver")
+            ),
             "latency_ms": round(1000 * seconds, 2),
         }
 

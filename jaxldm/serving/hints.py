@@ -1,8 +1,9 @@
-"""What a refusal says to send instead of a field that the model's requests do not have."""
+"""What a refusal says: the field that it is about, and what to send instead of one that does not exist."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
 from jaxldm.errors import nearest, shown
 
@@ -32,3 +33,12 @@ def no_such_field(name: str, fields: Collection[str]) -> str:
     near = nearest(name, fields)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{start}send {', '.join(fields)}{hint}"
+
+
+def param_in(message: str, names: Sequence[str]) -> str | None:
+    """The field that a message of the pipeline is about: the first that it names."""
+    words = (_SAID_AS.get(word, word) for word in re.findall(r"\w+", message.lower()))
+    return next((word for word in words if word in names), None)
+
+
+_SAID_AS = {"class": "class_labels", "classes": "class_labels", "labels": "class_labels", "text": "prompt"}

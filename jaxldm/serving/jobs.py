@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -170,7 +171,9 @@ def sharing(pipe: Pipeline, cache: Embeddings) -> Callable[..., Any]:
         if not all(isinstance(prompt, str) for prompt in request.prompts):
             return original(pipe, request, **own)
         negatives = None if request.negatives is None else tuple(request.negatives)
-        key = tuple(request.prompts), negatives, request.size, repr(sorted(own.items()))
+        facts = tuple(request.prompts), negatives, request.size, sorted(own.items())
+        # Of any text as many bytes: those of a small model's embeddings may be fewer than its own.
+        key = hashlib.sha256(repr(facts).encode()).digest()
         # Without keys: what is remembered for one seed must be right for all.
         return cache.get(key, lambda: original(pipe, request._replace(keys=None), **own))
 

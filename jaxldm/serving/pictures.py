@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,6 +20,10 @@ from jaxldm.errors import InvalidArgumentError
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # as requests name them, and as Pillow does
 MAX_PIXELS = 2**24  # of a picture in a request
+# A few bytes make Pillow read a part, and all pixels again for a scan: pictures of cameras have some dozens.
+MAX_PARTS = 2000  # chunks of PNG, markers of JPEG
+MAX_SCANS = 100  # of a progressive JPEG
+MAX_EXIF = 2**16  # bytes
 MOST_SAMPLES = 4096  # latents that a preview's map is fitted to
 
 
@@ -45,24 +51,26 @@ def read_picture(name: str, value: Any) -> bytes:
         value: PNG, JPEG or WebP in base64, perhaps as a data URL.
 
     Raises:
-        InvalidArgumentError: anything else, or more than `MAX_PIXELS`.
+        InvalidArgumentError: anything else, or more than `MAX_PIXELS`, `MAX_PARTS` or `MAX_SCANS`.
     """
-    from PIL import Image
-
     kinds = ", ".join(FORMATS.values())
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a picture ({kinds}) in base64, got no text")
-    text = value.partition(",")[2] if value.startswith("data:") else value
+    text = value.partition(",")[2] if value[:5].lower() == "data:" else value
     try:
         content = base64.b64decode(text, validate=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of many pixels, which are refused next
-            with Image.open(io.BytesIO(content), formats=[*FORMATS.values()]) as picture:
-                width, height = picture.size
-    except (binascii.Error, ValueError, OSError, Image.DecompressionBombError):
+    except (binascii.Error, ValueError):
         raise InvalidArgumentError(
-            f"{name} must be a picture ({kinds}) in base64, and this is none, or damaged"
+            f"{name} must be a picture ({kinds}) in base64: letters, digits, + and / in one line, with = "
+            "up to a multiple of 4 characters"
         ) from None
+    parts, scans = _parts_of(content)
+    if parts > MAX_PARTS or scans > MAX_SCANS:
+        raise InvalidArgumentError(
+            f"{name} is a file of {parts} parts and {scans} scans, at most {MAX_PARTS} and {MAX_SCANS} may "
+            "be sent: save it again, not progressive and without metadata"
+        )
+    width, height = _size_of(name, content)
     if width * height > MAX_PIXELS:
         raise InvalidArgumentError(
             f"{name} has {width}x{height} pixels, at most {MAX_PIXELS:,} may be sent: make it smaller first"
@@ -70,14 +78,57 @@ def read_picture(name: str, value: Any) -> bytes:
     return content
 
 
+_OPENING = threading.Lock()  # Python has one list of warnings for all threads
+
+
+def _size_of(name: str, content: bytes) -> tuple[int, int]:
+    """(width, height) of a picture, as its head says. Raises `InvalidArgumentError` where it is none."""
+    from PIL import Image
+
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels, which are refused next
+            with Image.open(io.BytesIO(content), formats=[*FORMATS.values()]) as picture:
+                return picture.size
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 (damaged heads raise errors of every type)
+        kinds = ", ".join(FORMATS.values())
+        raise InvalidArgumentError(
+            f"{name} must be a picture ({kinds}) in base64, and this is none, or damaged"
+        ) from None
+
+
+def _parts_of(content: bytes) -> tuple[int, int]:
+    """(chunks or markers, scans of JPEG) of a file, without reading them.
+
+    What looks like a marker inside of a part of JPEG counts, too: in random bytes one in a thousand.
+
+    >>> _parts_of(b"\xff\xd8\xff\xda..\xff\x00..\xff\xd9"), _parts_of(b"RIFF")
+    ((3, 1), (0, 0))
+    """
+    if content.startswith(b"\xff\xd8"):
+        return len(re.findall(rb"\xff[\xc0-\xcf\xd8-\xfe]", content)), content.count(b"\xff\xda")
+    parts, place = 0, 8
+    while content.startswith(b"\x89PNG") and place < len(content) and parts <= MAX_PARTS:
+        place += 12 + int.from_bytes(content[place : place + 4], "big")
+        parts += 1
+    return parts, 0
+
+
 def with_picture(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a call with the picture of a request decoded.
 
     Raises:
-        DataError: a damaged one, or one of several frames.
+        DataError: a damaged one, one of several frames, or of more than `MAX_EXIF`.
     """
     content = options.get("image")
-    return {**options} if content is None else {**options, "image": decode_picture(content, "image")}
+    if content is None:
+        return {**options}
+    picture = decode_picture(content, "image", MAX_EXIF)
+    # It stands upright, and what else is said of it is read by nobody, and not to be read once more.
+    picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}
+    return {**options, "image": picture}
 
 
 def is_previewed(done: int, total: int, previews: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxldm.arguments import check_fields, count, number, several, text
 from jaxldm.errors import InvalidArgumentError, JaxldmError, UnknownNameError, shown
-from jaxldm.exact import LARGEST_UINT32
+from jaxldm.exact import LARGEST_UINT32, ceil_product
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.serving.engine import Engine
 from jaxldm.serving.hints import no_such_field
@@ -119,8 +118,13 @@ class Offer:
         return scale != 1 and self.guides
 
     def steps(self, num_inference_steps: int | None, solver: str | None) -> int:
-        """The steps of a request."""
+        """The steps that a request asks for."""
         return num_inference_steps or self.default_steps[solver]
+
+    def steps_left(self, steps: int, options: Mapping[str, Any]) -> int:
+        """How many of them are taken, at most: those that the strength of an image leaves."""
+        strength = options.get("strength", self.default_strength) if "image" in options else 1
+        return ceil_product(steps, strength)
 
     def calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """(prompts, options) of one call of each kind that is to be compiled."""
@@ -372,19 +376,11 @@ def read_json(body: bytes) -> dict[str, Any]:
         value = json.loads(body, parse_constant=refuse)
         json.dumps(value, ensure_ascii=False).encode()  # refuses halves of a character, as in "\\ud800"
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is no JSON: {' '.join(str(error).split())[:120]}") from None
+        reason = " ".join(str(error).partition("; use sys.")[0].split())[:120]
+        raise BadRequest(f"the body is no JSON: {reason}") from None
     if not isinstance(value, dict):
         raise BadRequest('the body must be a JSON object, as {"seed": 1}')
     return value
-
-
-def param_in(message: str, names: Sequence[str]) -> str | None:
-    """The field that a message of the pipeline is about: the first that it names."""
-    words = (_SAID_AS.get(word, word) for word in re.findall(r"\w+", message.lower()))
-    return next((word for word in words if word in names), None)
-
-
-_SAID_AS = {"class": "class_labels", "classes": "class_labels", "labels": "class_labels", "text": "prompt"}
 
 
 def _checked(name: str, field: Field, value: Any) -> Any:

@@ -151,7 +151,7 @@ class Service:
         """Why an order is not accepted; None after it was put into the queue."""
         if not self.ready:
             return Refusal(*self._not_ready())
-        if order.fingerprint() in self._fatal:
+        if self._fatal and order.fingerprint() in self._fatal:
             message = "this request has ended workers of the server before: send another, and report this one"
             return Refusal("fatal_request", message, 0.0)
         items = self._items(order, sorted(order.left))

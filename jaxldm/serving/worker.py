@@ -114,7 +114,9 @@ class Worker:
     # ---------------------------------------------------------------- before and after the steps
 
     def _prepare_task(self, task: Task) -> None:
-        """Checks the call of an order and encodes its texts."""
+        """Checks the call of an order and encodes its texts, unless it was cancelled meanwhile."""
+        if not self._is_wanted(task):
+            return
         try:
             options = with_picture(task.options)
             job = self.engine.prepare(jax.random.key(task.seed), *task.prompts, **options)
@@ -126,8 +128,15 @@ class Worker:
             self._fail(task.id, _fault(error))
         else:
             with self._lock:
+                if task.id not in self._tasks:
+                    return
                 self._jobs[task.id] = job
             self._tell(Prepared(task.id, self.engine.kinds.index(job.kind)))
+
+    def _is_wanted(self, task: Task) -> bool:
+        """Whether an order was not cancelled."""
+        with self._lock:
+            return task.id in self._tasks and task.id not in self._cancelled
 
     def _finish_images(self, drawn: list[tuple[Task, Drawn]]) -> None:
         """Decodes images of one table that ended together, and hands them over."""

@@ -38,6 +38,30 @@ def test_pictures_are_resized_as_in_diffusers(how, size):
     np.testing.assert_allclose(levels, expected, atol=16)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "floats"])
+@pytest.mark.parametrize("size", [(7, 900), (900, 7), (33, 50), (32, 90)])
+def test_of_a_cropped_picture_what_is_kept_alone_is_computed(mode, size, monkeypatch):
+    """It is that of the whole, resized and then cropped, which a long picture has too many pixels for."""
+    picture = Image.fromarray(smooth(*size))
+    if mode == "I;16":
+        picture = Image.fromarray(smooth(*size)[..., 0].astype(np.uint16) * 257)
+    expected = Image.fromarray(smooth(*size)).resize(
+        scaled_size(size, (32, 48), "crop")[::-1], Image.Resampling.LANCZOS
+    )
+    middle = [(side - wanted + 1) // 2 for side, wanted in zip(expected.size, (48, 32), strict=True)]
+    expected = expected.crop((*middle, middle[0] + 48, middle[1] + 32))
+    if mode == "I;16":
+        expected = expected.getchannel(0)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *a: sizes.append(to) or resize(self, to, *a))
+    if mode == "floats":
+        picture = (smooth(*size) / 127.5 - 1).astype(np.float32)
+    image = read_inputs(SPEC, 1, image=picture, height=32, width=48, resize="crop").image[0]
+    expected = np.asarray(expected.convert("RGB"), np.float32)
+    np.testing.assert_allclose((image + 1) * 127.5, expected, atol=1.6)
+    assert sizes and all(to[0] * to[1] <= 32 * 48 for to in sizes)
+
+
 @pytest.mark.parametrize("how", THEIRS)
 def test_arrays_are_resized_as_pictures_are(how):
     pixels = smooth(37, 50)

@@ -199,6 +199,17 @@ def test_clients_that_are_long_gone_are_forgotten(monkeypatch):
     assert len(door._buckets) <= 11
 
 
+def test_clients_without_end_take_bounded_memory(monkeypatch):
+    """Where tokens come back too slowly for anybody to be forgotten."""
+    monkeypatch.setattr(admission, "MANY_CLIENTS", 4)
+    monkeypatch.setattr(admission, "MOST_CLIENTS", 16)
+    door = Admission(Limits(max_queue=10**6, max_queue_seconds=1e9, requests_per_second=1e-6, burst=1))
+    for number in range(200):
+        assert admit(door, float(number), f"client {number}", number) is None
+        assert len(door._buckets) <= 32
+    assert admit(door, 200.0, "client 199", 200).type == "rate_limit_exceeded"
+
+
 @pytest.mark.parametrize("field, value", [("max_queue", 0), ("max_queue_seconds", -1), ("burst", "x")])
 def test_limits_are_checked(field, value):
     with pytest.raises(InvalidArgumentError, match=field):

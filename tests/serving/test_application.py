@@ -185,6 +185,8 @@ def test_refusals_are_json_that_says_what_to_send(client):
     large = b" " * (2**20 + 1)
     error_of(client.post("/generate", content=large, headers={"Content-Type": "application/json"}), 413)
     assert "/openapi.json" in error_of(client.get("/nothing"), 404)["message"]
+    assert "'/x'" in error_of(client.get("/x", headers={"Host": "["}), 404)["message"]
+    error_of(client.get("/models/", follow_redirects=False), 404)  # not sent to where its Host says
     assert "takes POST, got GET" in error_of(client.get("/generate"), 405)["message"]
     error_of(client.delete("/requests/x"), 404)
     error = error_of(client.post("/v1/images/generations", json={"prompt": "1", "model": "x"}), 404)

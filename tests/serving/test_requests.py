@@ -15,12 +15,12 @@ from PIL import Image
 from jaxldm import pipelines
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.serving import pictures
+from jaxldm.serving.hints import param_in
 from jaxldm.serving.requests import (
     BadRequest,
     Generation,
     call_of,
     offer_of,
-    param_in,
     read_generation,
     read_json,
     read_openai,
@@ -155,6 +155,13 @@ def test_a_request_becomes_the_pipeline_s_call(classes, texts):
     options = {"height": 16, "width": 32, "num_images_per_prompt": 3}
     assert call_of(texts, request) == (("a", None), options)
     assert call_of(texts, read_generation(texts, {"prompt": "a"}))[1]["height"] == 16
+
+
+def test_of_an_image_to_start_from_the_steps_that_its_strength_leaves_are_waited_for(texts):
+    image = {"image": b""}
+    asked = texts.steps(50, None)
+    assert texts.steps_left(asked, {}) == 50 and texts.steps_left(asked, image | {"strength": 0.58}) == 29
+    assert texts.steps_left(asked, image) == 40 and texts.steps_left(3, image | {"strength": 0.01}) == 1
 
 
 def test_a_seed_is_drawn_where_none_is_given(classes):
