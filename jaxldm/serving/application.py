@@ -48,6 +48,10 @@ LOG = logging.getLogger("jaxldm.serving")
 MAX_DROPPED = 2**24  # bytes of a body that is too large: who is still sending does not read the answer
 LARGE = 2**16  # bytes of a body that is read in a thread: others are not to wait for it
 LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")  # in the header Host
+ELSEWHERE = {  # of OpenAI's client
+    "/images/generations": "end the client's base_url with /v1",
+    "/v1/images/edits": "send image, and strength, to /v1/images/generations (extra_body)",
+}
 # Others are 429.
 STATUS_OF_REFUSAL = {"not_ready": 503, "shutting_down": 503, "server_error": 503, "fatal_request": 500}
 STATUS_OF_FAILURE = {"invalid_request": 400, "cancelled": 409, "deadline_exceeded": 504}
@@ -119,7 +123,7 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
     allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method").split(", ")
     methods = " or ".join(sorted({*allowed} - {"HEAD"}))
     message = {
-        404: f"there is no path {path}: see /openapi.json",
+        404: f"there is no path {path}: {ELSEWHERE.get(request.url.path, 'see /openapi.json')}",
         405: f"{path} takes {methods}, got {request.method}: see /openapi.json",
     }
     return _error(BadRequest(message.get(status, "the request cannot be answered"), status=status))
@@ -246,7 +250,8 @@ class _Server:
             message = f"the body did not arrive within {self.limits.body_seconds:g} s: send it faster"
             raise BadRequest(message, status=408) from None
         if size > most:
-            raise BadRequest(f"a body may have {most} bytes: send a smaller one", status=413)
+            message = f"a body may have {most} bytes: send a smaller one, pictures no larger than is drawn"
+            raise BadRequest(message, status=413)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             message = "send the header Content-Type: application/json"
