@@ -153,17 +153,23 @@ def pair(kind: Kind) -> Pair:
     return Pair(made, ours, quirky, dict(made.scheduler.config))
 
 
-def _their_answer(kind: Kind, *arguments: Any, **options: Any) -> Any:
+class _Answer(NamedTuple):
+    """What a network of the reference returns, with or without `return_dict`."""
+
+    sample: Any
+
+
+def _their_answer(kind: Kind, *arguments: Any, **options: Any) -> _Answer:
     """The stand-in in the place of the reference's network: of x and t alone."""
     x = arguments[0] if arguments else options.get("sample", options.get("hidden_states"))
     timestep = arguments[1] if len(arguments) > 1 else options["timestep"]
     x = torch.stack(list(x)) if kind.form == "list" else x
     t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 1)) / kind.their_total
     if kind.form == "list":
-        return (list(-stand_in(x, 1 - t * kind.their_total, torch)),)
+        return _Answer(list(-stand_in(x, 1 - t * kind.their_total, torch)))
     x = x if kind.form == "packed" else x[:, : kind.channels]
     answer = stand_in(x, t, torch)
-    return (torch.cat([answer, answer], 1) if kind.doubles else answer,)
+    return _Answer(torch.cat([answer, answer], 1) if kind.doubles else answer)
 
 
 @contextlib.contextmanager

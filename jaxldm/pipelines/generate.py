@@ -250,6 +250,11 @@ def _check_time(pipe: Pipeline, path: D.Path) -> None:
             f"{network} was trained with t from 0 to 1, and the scheduler is of a {path.name} path up to "
             f"{path.t_noisy:g}: take one of flow matching, or use_flow_sigmas"
         )
+    if counts.continuous and pipe.scheduler.get("_class_name") == "IPNDMScheduler":
+        raise InvalidArgumentError(
+            f"IPNDMScheduler is of the path alpha = cos(pi t / 2), and {network} was trained on another: "
+            "take one of flow matching, with solver='ipndm' for its steps"
+        )
     if network in _OF_TIMESTEPS and pipe.scheduler.get("use_flow_sigmas"):
         raise InvalidArgumentError(
             f"the scheduler has use_flow_sigmas, but {network} was trained with timesteps: leave it out"

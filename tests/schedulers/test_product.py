@@ -15,6 +15,7 @@ OF = {kind.name: kind for kind in KINDS}
         ("StableDiffusionPipeline", "SASolverScheduler", "agree"),
         ("StableDiffusionImg2ImgPipeline", "PNDMScheduler", "deviating"),
         ("StableDiffusionImg2ImgPipeline", "EulerAncestralDiscreteScheduler", "agree"),
+        ("DiTPipeline", "DPMSolverMultistepScheduler", "agree"),
     ],
 )
 def test_nothing_differs_in_silence(pipeline, scheduler, without):
@@ -22,10 +23,16 @@ def test_nothing_differs_in_silence(pipeline, scheduler, without):
     assert [one.kind for one in found] == [without, "agree"], found
 
 
+def test_what_the_pipeline_of_dit_scales_for_good():
+    found = verdict(OF["DiTPipeline"], "EulerDiscreteScheduler", quirks=False)
+    assert found.kind == "deviating" and found.size > 0.1
+
+
 def test_what_diffusers_refuses_is_none_of_ours():
     assert verdict(OF["StableDiffusionPipeline"], "UnCLIPScheduler", quirks=False).kind == "reference"
 
 
 def test_a_path_that_the_network_does_not_know_is_refused():
-    found = verdict(OF["StableDiffusion3Pipeline"], "DDIMScheduler", quirks=False)
-    assert found.kind == "refused" and "use_flow_sigmas" in found.note
+    for scheduler, words in (("DDIMScheduler", "use_flow_sigmas"), ("IPNDMScheduler", "solver='ipndm'")):
+        found = verdict(OF["StableDiffusion3Pipeline"], scheduler, quirks=False)
+        assert found.kind == "refused" and words in found.note
