@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import ipaddress
 import math
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from jaxldm.arguments import check_fields, count, number
 
 MANY_CLIENTS = 4096  # buckets beyond which those that are full again are forgotten
+MAX_NAME = 64  # characters of a client's name
 MOST_CLIENTS = 2**16  # and beyond which those that were used last are kept
 
 
@@ -45,6 +47,21 @@ class Limits:
             burst=count(1),
             quantum=count(1),
         )
+
+
+def client_of(address: str) -> str:
+    """Who is behind an address, for turns and rates: in IPv6 all of a network of 64 bits, which one has.
+
+    >>> client_of("192.0.2.7"), client_of("2001:db8::1:2:3:4"), client_of("::ffff:192.0.2.7")
+    ('192.0.2.7', '2001:db8::', '192.0.2.7')
+    """
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:  # what a proxy says, perhaps
+        return address[:MAX_NAME]
+    if not isinstance(found, ipaddress.IPv6Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
 
 
 class Refusal(NamedTuple):

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxldm.errors import shown
+from jaxldm.serving.admission import client_of
 from jaxldm.serving.figures import Figures
 from jaxldm.serving.hints import param_in
 from jaxldm.serving.mailbox import Mailbox
@@ -267,7 +268,7 @@ class _Server:
         steps = self.offer.steps(generation.num_inference_steps, options.get("solver"))
         order = Order(
             id=secrets.token_hex(8),
-            client=request.client.host if request.client else "",
+            client=client_of(request.client.host if request.client else ""),
             prompts=prompts,
             options=options,
             seed=generation.seed,

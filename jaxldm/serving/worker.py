@@ -124,7 +124,7 @@ class Worker:
                 raise InvalidArgumentError(f"num_images must be {job.num_images}, got {task.num_images}")
         except JaxldmError as error:
             self._fail(task.id, Failed("invalid_request", str(error)))
-        except Exception as error:  # noqa: BLE001 (sent to the client, whatever it is)
+        except BaseException as error:  # noqa: BLE001 (sent to the client; a panic of Rust is no Exception)
             self._fail(task.id, _fault(error))
         else:
             with self._lock:
@@ -139,27 +139,40 @@ class Worker:
             return task.id in self._tasks and task.id not in self._cancelled
 
     def _finish_images(self, drawn: list[tuple[Task, Drawn]]) -> None:
-        """Decodes images of one table that ended together, and hands them over."""
+        """Decodes images of one table that ended together, and hands them over.
+
+        One that overflowed is its own order's failure, and none of those that ended with it.
+        """
+        finite = [(task, one) for task, one in drawn if np.isfinite(one.latents).all()]
+        for task, one in drawn:
+            if not np.isfinite(one.latents).all():
+                self._fail(task.id, _overflow(task, self.engine.pipe.default_guidance_scale))
+        if not finite:
+            return
         try:
-            latents = np.stack([one.latents for _, one in drawn])
-            first, pipe = drawn[0][1], self.engine.pipe
+            latents = np.stack([one.latents for _, one in finite])
+            first, pipe = finite[0][1], self.engine.pipe
             options = {"batch_size": first.size, "devices": [first.device]}
             images = np.asarray(pipe.family.decode(pipe, latents, **options))
-            if self._preview_is_of_noise and np.isfinite(latents).all():
+            if self._preview_is_of_noise and np.isfinite(images[0]).all():
                 self._preview, self._preview_is_of_noise = fit_preview(latents[0], images[0]), False
-            contents = [
-                picture_bytes(image, task.format) for (task, _), image in zip(drawn, images, strict=True)
-            ]
-        except Exception as error:  # noqa: BLE001 (sent to the clients, whatever it is)
-            for task, _ in drawn:
+        except BaseException as error:  # noqa: BLE001 (sent to the clients, likewise)
+            for task, _ in finite:
                 self._fail(task.id, _fault(error))
             return
-        for (task, one), content in zip(drawn, contents, strict=True):
-            if np.isfinite(one.latents).all():
-                self._tell(About(task.id, Picture(one.image, content, one.size)))
-            else:
-                message = "the image came out as NaN or infinity: use a smaller guidance_scale"
-                self._fail(task.id, Failed("server_error", message))
+        for (task, one), image in zip(finite, images, strict=True):
+            self._hand_over(task, one, image)
+
+    def _hand_over(self, task: Task, one: Drawn, image: np.ndarray) -> None:
+        if not np.isfinite(image).all():
+            self._fail(task.id, _overflow(task, self.engine.pipe.default_guidance_scale))
+            return
+        try:
+            content = picture_bytes(image, task.format)
+        except BaseException as error:  # noqa: BLE001 (likewise)
+            self._fail(task.id, _fault(error))
+            return
+        self._tell(About(task.id, Picture(one.image, content, one.size)))
 
     def _fail(self, order_id: str, failure: Failed) -> None:
         """Gives an order up."""
@@ -182,7 +195,7 @@ class Worker:
                 if not self.engine.busy or time.monotonic() >= self._last_beat + BEAT_SECONDS:
                     self._last_beat = time.monotonic()
                     self._tell(self._beat())
-        except Exception as error:
+        except BaseException as error:
             LOG.error("the engine has stopped", exc_info=error)
             self._tell(Died(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
 
@@ -321,7 +334,16 @@ class LocalWorker:
             self._worker.join(timeout)
 
 
-def _fault(error: Exception) -> Failed:
+def _overflow(task: Task, default_guidance_scale: float) -> Failed:
+    """An image came out as NaN or infinity: by the request, or by the model itself."""
+    message, scale = "the image came out as NaN or infinity", task.options.get("guidance_scale")
+    if task.guided and scale is not None and scale > default_guidance_scale:
+        hint = f"send a smaller guidance_scale than {scale:g}, as {default_guidance_scale:g}"
+        return Failed("invalid_request", f"{message}: {hint}", "guidance_scale")
+    return Failed("server_error", f"{message}: the model may need another --dtype, as bfloat16 or float32")
+
+
+def _fault(error: BaseException) -> Failed:
     """What went wrong in the server: its kind for the client, all of it for the log."""
     LOG.error("a request failed", exc_info=error)
     return Failed("server_error", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny_models
@@ -14,7 +15,8 @@ from starlette.testclient import TestClient
 
 from jaxldm import serving
 from jaxldm.serving import application as http
-from jaxldm.serving import pictures
+from jaxldm.serving import pictures, worker
+from jaxldm.serving.engine import Drawn
 from jaxldm.serving.messages import Cancel, Prepare, Prepared, Stop
 from jaxldm.serving.orders import Task
 from jaxldm.serving.requests import offer_of
@@ -123,21 +125,73 @@ def test_an_order_that_is_cancelled_while_its_picture_is_decoded_leaves_nothing(
         return prepare(*args, **options)
 
     monkeypatch.setattr(engine, "prepare", slow)
-    worker = Worker(Made(engine), reports.append)
-    worker.start()
+    at_work = Worker(Made(engine), reports.append)
+    at_work.start()
     options = {"image": PNG}
     for number in range(3):  # two are decoded, and one waits for that
-        worker.send(Prepare(Task(str(number), "", ("a", None), options, 1, 1, 4, False, "png", False, 0)))
+        at_work.send(Prepare(Task(str(number), "", ("a", None), options, 1, 1, 4, False, "png", False, 0)))
     for _ in range(2):
         assert inside.acquire(timeout=10)
     cancelled = "0" if begun else "2"
-    worker.send(Cancel(cancelled))
-    wait_until(lambda: not worker._cancelled)
+    at_work.send(Cancel(cancelled))
+    wait_until(lambda: not at_work._cancelled)
     go_on.set()
     wait_until(lambda: len([report for report in reports if isinstance(report, Prepared)]) == 2)
-    worker._prepare.shutdown()
-    assert worker._jobs.keys() == worker._tasks.keys() == {"0", "1", "2"} - {cancelled}
+    at_work._prepare.shutdown()
+    assert at_work._jobs.keys() == at_work._tasks.keys() == {"0", "1", "2"} - {cancelled}
     assert len([report for report in reports if isinstance(report, Prepared)]) == 2
     assert inside.acquire(blocking=False) is begun  # what was cancelled before is not decoded at all
-    worker.send(Stop())
-    worker.join(10)
+    at_work.send(Stop())
+    at_work.join(10)
+
+
+class Panic(BaseException):
+    """As extensions in Rust raise, which is no `Exception`."""
+
+
+def test_whatever_is_raised_while_an_order_is_prepared_its_client_is_told(client, engine, monkeypatch):
+    def fail(*args, **options):
+        raise Panic("in a tokenizer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "prepare", fail)
+        answer = client.post("/generate", json=BODY)
+        assert answer.status_code == 500 and "Panic: in a tokenizer" in answer.json()["error"]["message"]
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "picture_bytes", fail)
+        assert client.post("/generate", json=BODY).status_code == 500
+    assert client.post("/generate", json=BODY).status_code == 200 and client.service.open_orders == 0
+
+
+@pytest.mark.parametrize("scale, status, param", [(900, 400, "guidance_scale"), (1, 500, None)])
+def test_an_image_that_overflows_is_the_fault_of_a_large_guidance_scale_if_there_is_one(
+    client, engine, monkeypatch, scale, status, param
+):
+    step = engine.step
+
+    def to_nan(wanted):
+        seen, drawn, failed = step(wanted)
+        return seen, [one._replace(latents=one.latents * np.nan) for one in drawn], failed
+
+    monkeypatch.setattr(engine, "step", to_nan)
+    answer = client.post("/generate", json=BODY | {"guidance_scale": scale})
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["param"] == param
+    assert error["message"].startswith("the image came out as NaN or infinity: ")
+
+
+def test_an_image_that_overflows_takes_none_with_it_that_ended_together(engine):
+    reports = []
+    at_work = Worker(Made(engine), reports.append)
+    shape = engine.kinds[0].compiled.latent_shape
+    tasks = [Task(name, "", (), {}, 1, 1, 4, False, "png", False, 0) for name in "abc"]
+    numbers = [np.full(shape, number, np.float32) for number in (0.5, np.nan, -0.5)]
+    drawn = [
+        Drawn(task.id, 0, latents, 2, jax.local_devices()[0])
+        for task, latents in zip(tasks, numbers, strict=True)
+    ]
+    at_work._finish_images([*zip(tasks, drawn, strict=True)])
+    events = {report.order_id: report.event for report in reports}
+    assert events["b"].type == "server_error" and "NaN" in events["b"].message
+    for name, level in (("a", 191), ("c", 64)):
+        assert np.all(np.abs(np.asarray(Image.open(io.BytesIO(events[name].content)), int) - level) <= 1)
