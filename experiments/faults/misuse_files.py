@@ -86,7 +86,6 @@ def of_files() -> list[Case]:
     """What opens files and folders, or writes them."""
     return [
         *networks_on_disk(),
-        *single_files(),
         *pipeline_folders(),
         *pipelines_in_memory(),
         *generation(),
@@ -136,55 +135,6 @@ def networks_on_disk() -> list[Case]:
         case("tokenizer.save", c.load_tokenizer(here / "tokenizer").save, folder=here / "saved-tokenizer"),
         case("checkpoints.load_inception", c.load_inception, path=here / "nowhere")._replace(refusal=NOWHERE),
         case("checkpoints.load_lpips", c.load_lpips, path=here / "nowhere")._replace(refusal=NOWHERE),
-    ]
-
-
-def single_files() -> list[Case]:
-    """Original files of one network or of all."""
-    c, here = checkpoints, place()
-    module, params = of(DIT)
-    theirs = c.dit_to_diffusers(module, params)
-    return [
-        case("checkpoints.load_single_file", c.load_single_file, path=here / "vae.safetensors", dtype=None),
-        case(
-            "checkpoints.save_single_file",
-            c.save_single_file,
-            path=here / "saved.safetensors",
-            components={"vae": of(VAE)},
-            words={"components": "component"},
-        ),
-        case(
-            "checkpoints.load_dit_file",
-            c.load_dit_file,
-            path=here / "dit.safetensors",
-            architecture="DiT",
-            num_heads=2,
-            dtype=None,
-            sharding=None,
-            words={"num_heads": "heads"},
-        ),
-        case(
-            "checkpoints.save_dit_file",
-            c.save_dit_file,
-            path=here / "saved-dit.safetensors",
-            module=module,
-            params=params,
-        ),
-        case(
-            "checkpoints.dit_to_diffusers",
-            c.dit_to_diffusers,
-            module=module,
-            params=params,
-            words={"params": "params|weights|tensor"},
-        ),
-        case(
-            "checkpoints.dit_from_diffusers",
-            c.dit_from_diffusers,
-            module=theirs[0],
-            params=theirs[1],
-            freq_shift=0,
-            words={"params": "params|weights|tensor"},
-        ),
     ]
 
 

@@ -17,6 +17,7 @@ from experiments.faults.misuse_files import of_files
 from experiments.faults.misuse_quantization import cases_of_quantization
 from experiments.faults.misuse_search import of_search
 from experiments.faults.misuse_settings import settings
+from experiments.faults.misuse_single_files import single_files
 from experiments.faults.misuse_smaller import cases_of_smaller
 from experiments.faults.misuse_training import of_training
 from experiments.faults.small_folders import class_pipeline, zeros
@@ -48,6 +49,7 @@ def all_cases() -> list[Case]:
         *of_arrays(),
         *settings(),
         *of_files(),
+        *single_files(),
         *adapters(),
         *of_training(),
     ]

@@ -13,8 +13,10 @@ from jaxldm.checkpoints.original import (
     dit_to_diffusers,
     load_dit_file,
     load_single_file,
+    load_taesd_files,
     save_dit_file,
     save_single_file,
+    save_taesd_files,
 )
 from jaxldm.checkpoints.pipeline_folder import load_components, read_model_index, save_components
 from jaxldm.checkpoints.tokenizer import Tokenizer, Tokens, load_tokenizer
@@ -38,6 +40,7 @@ __all__ = [
     "load_lora",
     "load_lpips",
     "load_single_file",
+    "load_taesd_files",
     "load_tokenizer",
     "merge_lora",
     "module_in",
@@ -51,6 +54,7 @@ __all__ = [
     "save_embedding",
     "save_lora",
     "save_single_file",
+    "save_taesd_files",
     "to_state_dict",
     "with_word",
 ]

@@ -27,13 +27,12 @@ from jaxldm.arguments import a_path, array, checked, instance, optional, refuse
 from jaxldm.arguments import count as whole_number
 from jaxldm.checkpoints.safetensors_file import open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.tokenizer import Tokenizer, word_of_several
-from jaxldm.checkpoints.torch_file import read_torch_file
+from jaxldm.checkpoints.torch_file import PICKLES, read_torch_file
 from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
 from jaxldm.files import write_atomically
 from jaxldm.reading import some_of
 
 EMBEDDING_FILE = "learned_embeds.safetensors"  # the name that diffusers looks for
-PICKLES = (".pt", ".bin", ".pth")
 _PAIR = ("clip_l", "clip_g")
 _UNNAMED = ("emb_params", "string_to_param.*")
 VECTORS = array("floating", "[n, d]", axes=2, filled=True)

@@ -26,12 +26,11 @@ from jaxldm import models
 from jaxldm.arguments import a_dtype, a_path, checked, optional
 from jaxldm.checkpoints.names import from_state_dict
 from jaxldm.checkpoints.safetensors_file import open_safetensors
-from jaxldm.checkpoints.torch_file import read_torch_file
+from jaxldm.checkpoints.torch_file import PICKLES, read_torch_file
 from jaxldm.errors import CheckpointError
 from jaxldm.models.ip_adapter import HEAD_DIM, PLAIN_TOKENS, ImageProjection, Resampler
 from jaxldm.reading import reading, some_of
 
-PICKLES = (".bin", ".pt", ".pth")
 OTHERS = {
     "proj.3.weight": "a full-face adapter",
     "perceiver_resampler.proj_in.weight": "a FaceID plus adapter",

@@ -32,6 +32,7 @@ from jaxldm.errors import CheckpointError
 from jaxldm.reading import check_regular, reading, shown
 
 STREAM_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
+PICKLES = (".bin", ".pt", ".pth")  # endings of such files
 _LARGEST_PICKLE = 2**26  # bytes of the pickle in a zip: names and shapes, no numbers
 _MOST_TENSORS, _DEEPEST = 10_000, 40
 # Instructions of pickles that no file of arrays has.
