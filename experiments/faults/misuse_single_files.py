@@ -18,12 +18,10 @@ TINY = models.AutoencoderTinyConfig(
 def single_files() -> list[Case]:
     """Original files of one network or of all."""
     c, here = checkpoints, place()
-    halves = {side: here / f"taesd_{side}.safetensors" for side in ("encoder", "decoder")}
-    tiny, weights = of(TINY)
-    c.save_taesd_files(*halves.values(), tiny, weights)
     module, params = of(DIT)
     theirs = c.dit_to_diffusers(module, params)
     return [
+        *taesd_files(),
         case("checkpoints.load_single_file", c.load_single_file, path=here / "vae.safetensors", dtype=None),
         case(
             "checkpoints.save_single_file",
@@ -50,6 +48,31 @@ def single_files() -> list[Case]:
             params=params,
         ),
         case(
+            "checkpoints.dit_to_diffusers",
+            c.dit_to_diffusers,
+            module=module,
+            params=params,
+            words={"params": "params|weights|tensor"},
+        ),
+        case(
+            "checkpoints.dit_from_diffusers",
+            c.dit_from_diffusers,
+            module=theirs[0],
+            params=theirs[1],
+            freq_shift=0,
+            words={"params": "params|weights|tensor"},
+        ),
+    ]
+
+
+def taesd_files() -> list[Case]:
+    """The encoder and the decoder apart."""
+    c, here = checkpoints, place()
+    halves = {side: here / f"taesd_{side}.safetensors" for side in ("encoder", "decoder")}
+    tiny, weights = of(TINY)
+    c.save_taesd_files(*halves.values(), tiny, weights)
+    return [
+        case(
             "checkpoints.load_taesd_files",
             c.load_taesd_files,
             **halves,
@@ -64,20 +87,5 @@ def single_files() -> list[Case]:
             module=tiny,
             params=weights,
             words={"encoder": THERE, "decoder": THERE, "params": "params|weights|tensor"},
-        ),
-        case(
-            "checkpoints.dit_to_diffusers",
-            c.dit_to_diffusers,
-            module=module,
-            params=params,
-            words={"params": "params|weights|tensor"},
-        ),
-        case(
-            "checkpoints.dit_from_diffusers",
-            c.dit_from_diffusers,
-            module=theirs[0],
-            params=theirs[1],
-            freq_shift=0,
-            words={"params": "params|weights|tensor"},
         ),
     ]
