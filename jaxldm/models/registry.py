@@ -309,7 +309,7 @@ def shapes(module: nn.Module) -> dict:
     return jax.tree.map(lambda leaf: leaf, _shapes_once(module, jax.config.jax_enable_x64))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _shapes_once(module: nn.Module, x64: bool) -> dict:  # the dtypes depend on x64
     return shapes_of(module, *cast(Any, module).example_inputs())["params"]
 
