@@ -52,7 +52,7 @@ def test_not_a_number_and_infinity_survive(tmp_path):
 
 def test_half_precision_weights_load_as_float32(tmp_path):
     module, params = tiny_model()
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax.device_get(params))
     checkpoints.save(tmp_path, module, half)
     loaded = checkpoints.load(tmp_path)[1]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.float32)), loaded, half)

@@ -92,7 +92,8 @@ def test_scaled_latents_follow_the_reference_pipelines(pair):
 def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn):
     theirs, module, params = pair
     params = jax.tree.map(
-        lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
+        lambda leaf: leaf + 0.01 * np.sin(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
+        jax.device_get(params),
     )
     checkpoints.save(tmp_path, module, params)
     opened = opened_by_diffusers(theirs, tmp_path, caplog, recwarn)
@@ -174,7 +175,7 @@ def test_activations_beyond_float16_survive(dtype, force_upcast, gain, finite):
     params = models.init(module, jax.random.key(0))
     for side in ("encoder", "decoder"):
         params[side]["mid_block"]["resnets_0"]["conv2"]["kernel"] *= gain
-    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), jax.device_get(params))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(half))
     x = images(1, 8, 8, 3)
     low = models.from_config(dataclasses.replace(module.config, dtype=dtype, force_upcast=force_upcast))

@@ -140,7 +140,7 @@ def test_a_mask_where_pixels_look_at_the_text_alone():
 @pytest.mark.parametrize("pair", ["stage I", "stage II"], indirect=True)
 def test_diffusers_opens_what_we_changed_and_saved(pair, tmp_path, caplog, recwarn):
     theirs, module, params, apply = pair
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
     leaves = [leaf + 0.02 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     changed = jax.tree.unflatten(tree, leaves)
@@ -170,7 +170,7 @@ def test_16_bit_parameters_and_arithmetic_stay_near_float32():
     )
     params, inputs = models.init(module, jax.random.key(0)), inputs_for(config, 3, (4, 2))
     exact = compiled(module)(params, inputs)
-    halved = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    halved = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), jax.device_get(params))
     floats = {name: inputs[name].astype("bfloat16") for name in ("x", "encoder_hidden_states")}
     rounded = compiled(half)(halved, inputs | floats)
     assert rounded.dtype == "bfloat16" and np.isfinite(rounded).all()

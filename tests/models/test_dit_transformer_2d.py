@@ -78,7 +78,8 @@ def test_positions_are_stretched_to_other_sides(pair):
 def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn):
     theirs, module, params, apply = pair
     params = jax.tree.map(
-        lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
+        lambda leaf: leaf + 0.01 * np.sin(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
+        jax.device_get(params),
     )
     checkpoints.save(tmp_path, module, params)
     opened = opened_by_diffusers(theirs, tmp_path, caplog, recwarn)
@@ -100,7 +101,7 @@ def test_without_labels_it_is_the_null_class(pair):
 def test_bfloat16_stays_near_float32(pair):
     _, module, params, apply = pair
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax.device_get(params))
     given = inputs(module)
     exact, rounded = apply(params, *given), jax.jit(low.apply)({"params": half}, *given)
     assert rounded.dtype == jnp.float32 and np.isfinite(rounded).all()

@@ -92,7 +92,7 @@ def test_agrees_with_diffusers(pair, batch, size):
 
 def test_diffusers_opens_what_we_changed_and_saved(pair, tmp_path, caplog, recwarn):
     theirs, module, params, apply = pair
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
     leaves = [leaf + 0.02 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     changed = jax.tree.unflatten(tree, leaves)
@@ -140,7 +140,7 @@ def test_16_bit_parameters_and_arithmetic_stay_near_float32(pair):
     inputs = inputs_for(module.config, 3, (6, 10))
     exact = np.asarray(apply(params, inputs))
     half = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
-    halved = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    halved = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), jax.device_get(params))
     given = inputs | {name: inputs[name].astype("bfloat16") for name in ("x", "encoder_hidden_states")}
     rounded = jax.jit(lambda params, inputs: half.apply({"params": params}, **inputs))(halved, given)
     assert rounded.dtype == "bfloat16" and np.isfinite(rounded).all()

@@ -92,7 +92,7 @@ def test_one_image_in_bfloat16_stays_near_float32(pair):
     theirs, module, params, _ = pair
     inputs = inputs_for(module.config, 1, (4, 6))
     half = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
-    lower = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    lower = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), jax.device_get(params))
     rounded = jax.jit(lambda params, inputs: half.apply({"params": params}, **inputs))(lower, inputs)
     expected = output_of(theirs, inputs).numpy().transpose(0, 2, 3, 1)
     assert rounded.dtype == np.float32

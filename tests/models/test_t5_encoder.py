@@ -38,7 +38,7 @@ def test_float16_survives_states_beyond_its_range(tmp_path):
     theirs.save_pretrained(tmp_path)
     module, params = checkpoints.load(tmp_path)
     half = models.from_config(dataclasses.replace(module.config, dtype="float16"))
-    narrow = jax.tree.map(lambda x: x.astype(jnp.float16), params)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16), jax.device_get(params))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(narrow))
     input_ids = np.random.default_rng(0).integers(0, 40, (2, 7)).astype(np.int32)
     ours = jax.jit(half.apply)({"params": narrow}, input_ids)

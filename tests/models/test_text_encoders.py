@@ -171,7 +171,7 @@ def test_16_bits_stay_near_float32(pair, dtype):
     """Parameters and computation in 16 bits."""
     _, module, params, _ = pair
     half = models.from_config(dataclasses.replace(module.config, dtype=dtype))
-    narrow = jax.tree.map(lambda x: x.astype(dtype), params)
+    narrow = jax.tree.map(lambda x: x.astype(dtype), jax.device_get(params))
     input_ids, mask = texts(3)
     rounded = jax.jit(half.apply)({"params": narrow}, input_ids, mask).last_hidden_state
     exact = jax.jit(module.apply)({"params": params}, input_ids, mask).last_hidden_state

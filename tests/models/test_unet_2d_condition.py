@@ -125,7 +125,7 @@ def test_agrees_with_diffusers(pair):
     assert_agrees(apply(params, inputs), output_of(theirs, inputs))
 
 
-@pytest.mark.parametrize("pair", ["SD 1.5", "SDXL"], indirect=True)
+@pytest.mark.parametrize("pair", ["SD 1.5"], indirect=True)
 def test_agrees_with_diffusers_on_one_image_without_a_mask(pair):
     theirs, module, params, apply = pair
     inputs = inputs_for(module.config, 1, (8, 4), seed=7)
@@ -135,7 +135,7 @@ def test_agrees_with_diffusers_on_one_image_without_a_mask(pair):
 
 def test_diffusers_opens_what_we_changed_and_saved(pair, tmp_path, caplog, recwarn):
     theirs, module, params, apply = pair
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
     leaves = [leaf + 0.02 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     changed = jax.tree.unflatten(tree, leaves)
@@ -177,7 +177,7 @@ def tiny(**overrides):
 def test_16_bit_parameters_and_arithmetic_stay_near_float32():
     text_time = {name: value for name, value in SDXL.items() if name.startswith(("addition", "projection"))}
     module = tiny(**text_time)
-    params = models.init(module, jax.random.key(0))
+    params = jax.device_get(models.init(module, jax.random.key(0)))
     inputs = inputs_for(module.config, 2, (4, 4))
     exact = jax.jit(lambda params, inputs: module.apply({"params": params}, **inputs))(params, inputs)
     for dtype, tolerance in (("bfloat16", 0.08), ("float16", 0.01)):
@@ -194,9 +194,9 @@ def test_large_activations_do_not_overflow_in_float16():
     """Logits of 1e6 and more: float16 ends at 65504, and SD 2.1's exceed it, hence its upcast_attention."""
     module = nn.CrossAttention(num_heads=1, dtype="float16")
     x = 100 * images(1, 4, 16)
-    params = module.init(jax.random.key(0), x)
+    params = jax.device_get(jax.jit(module.init)(jax.random.key(0), x))
     params = jax.tree.map(lambda leaf: 20 * leaf, params)
-    _, kept = module.apply(params, x, mutable=["intermediates"])
+    _, kept = jax.jit(lambda params: module.apply(params, x, mutable=["intermediates"]))(params)
     (weights,) = kept["intermediates"]["attention_weights"]
     assert np.isfinite(weights).all() and weights.max() > 0.999
 

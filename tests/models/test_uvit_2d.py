@@ -92,7 +92,7 @@ def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn
 def test_sixteen_bits_stay_near_float32(pair):
     _, module, params, apply = pair
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax.device_get(params))
     given = inputs(3, 5, 3)
     rounded, expected = jax.jit(low.apply)({"params": half}, *given), apply(params, *given)
     assert rounded.dtype == jnp.float32

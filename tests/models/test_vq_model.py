@@ -141,7 +141,8 @@ def test_gradients_pass_the_codebook(pair):
 def test_diffusers_opens_what_we_change_and_save(pair, tmp_path, caplog, recwarn):
     theirs, module, params, jitted = pair
     params = jax.tree.map(
-        lambda leaf: leaf + 0.01 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params
+        lambda leaf: leaf + 0.01 * np.sin(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape),
+        jax.device_get(params),
     )
     checkpoints.save(tmp_path, module, params)
     opened = opened_by_diffusers(theirs, tmp_path, caplog, recwarn)
@@ -157,7 +158,7 @@ def test_sixteen_bits_stay_near_float32(pair):
     _, module, params, jitted = pair
     dtype = "float16" if module.config.force_upcast else "bfloat16"
     low = models.from_config(dataclasses.replace(module.config, dtype=dtype))
-    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), jax.device_get(params))
     indices = np.arange(6, dtype=np.int32).reshape(1, 2, 3)
     rounded = jax.jit(low.apply, static_argnames="method")({"params": half}, indices, method="decode_indices")
     expected = jitted["decode_indices"](params, indices)

@@ -171,7 +171,7 @@ def test_bfloat16_stays_near_float32(pair):
     theirs, module, params, apply = pair
     low = models.from_config(dataclasses.replace(module.config, dtype="bfloat16"))
     inputs = inputs_of(module.config)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax.device_get(params))
     rounded = jax.jit(low.apply)({"params": half}, *inputs)
     exact = apply(params, *inputs)
     assert rounded.dtype == exact.dtype == jnp.float32 and np.isfinite(rounded).all()

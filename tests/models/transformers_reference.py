@@ -29,4 +29,6 @@ def opened_in_silence(kind, folder, caplog, recwarn):
 def perturbed(params, seed=1):
     """The parameters, each number changed a little."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params)
+    return jax.tree.map(
+        lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), jax.device_get(params)
+    )

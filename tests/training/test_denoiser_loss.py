@@ -60,7 +60,10 @@ def test_the_learned_log_variance_is_trained_beside_the_network():
 def test_a_route_draws_other_tokens_for_each_update_and_is_gone_at_the_end():
     recipe, module = built(route=(1, 2), route_share=0.25, overrides={**TINY, "scan": True})
     params = new_params(recipe.diffusion, module, KEY)
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
+    params = jax.tree.map(
+        lambda p: p + 0.1 * np.sin(np.arange(p.size, dtype=np.float32)).reshape(p.shape),
+        jax.device_get(params),
+    )
     loss = jax.jit(lambda key: make_loss(recipe.diffusion, module)(params, None, BATCH, key)[0])
     assert loss(jax.random.key(1)) != loss(jax.random.key(2))
     plain, network = without_terms(module, params)

@@ -104,7 +104,7 @@ def test_back_to_diffusers_bit_for_bit(pair):
 
 def test_sixteen_bits_stay_what_they_are(pair):
     _, module, params = pair
-    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), jax.device_get(params))
     _, turned = checkpoints.dit_from_diffusers(module, half)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(turned)} == {"bfloat16"}
 
