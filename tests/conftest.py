@@ -46,7 +46,6 @@ settings.register_profile(
 )
 settings.load_profile("jaxldm")
 
-MEMORY_LIMIT = 2.2e9  # bytes, of each process
 # Folders whose tests run with annotations checked.
 CHECKED = {"nn", "models", "diffusion", "schedulers", "metrics", "data", "checkpoints"}
 CHECKED |= {"training", "pipelines", "serving", "cli", "faults", "experiments", "few_steps"}
@@ -110,11 +109,18 @@ def one_file(request):
         yield
     # What this does not free is mostly the programs of `kept_programs`, the last to go: they save most time.
     for forget in (jax.clear_caches, kept_programs.forget):
-        if resident_memory() > MEMORY_LIMIT:
+        if resident_memory() > memory_limit():
             forget()
             gc.collect()
             if sys.platform == "linux":
                 ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory otherwise
+
+
+def memory_limit() -> float:
+    """Bytes for one process: a sixth of the machine's, so that two of them and what they start have room."""
+    from jaxldm import host  # not before `annotations.install`
+
+    return min(max(host.memory_bytes() / 6, 1.2e9), 4e9)
 
 
 def resident_memory() -> int:

@@ -22,9 +22,11 @@ def build(**options):
 def plain():
     """A DiT whose every layer does something, and its parameters."""
     module = models.build("tiny-dit", **SMALL)
-    params, rng = jax.device_get(models.init(module, jax.random.key(0))), np.random.default_rng(1)
-    return module, jax.tree.map(
-        lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params
+    params, key = models.init(module, jax.random.key(0)), jax.random.key(1)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return module, jax.tree.unflatten(
+        tree, [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
     )
 
 

@@ -22,9 +22,10 @@ T = jnp.array([400.0, 450.0])
 def plain():
     """A DiT whose every layer does something, and its parameters."""
     module = models.build("tiny-dit", **SIZES)
-    params, rng = jax.device_get(models.init(module, jax.random.key(0))), np.random.default_rng(1)
-    return module, jax.tree.map(
-        lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params
+    leaves, tree = jax.tree.flatten(models.init(module, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return module, jax.tree.unflatten(
+        tree, [leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
     )
 
 

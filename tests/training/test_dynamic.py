@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, tmp_pa
 def test_a_run_ends_with_the_network_that_leaves_out_what_is_closed(tmp_path):
     recipe = recipe_with(epochs=1, batch_size=32, sample_every=0, ema_decay=None, condition_dropout=0.1)
     recipe = dataclasses.replace(recipe, name="dydit", classifier=None, max_train_images=64)
-    run = training.train(recipe, tmp_path / "run", log=lambda line: None, bar=False)
+    run = training.train(recipe, tmp_path / "run", devices=1, log=lambda line: None, bar=False)
     assert training.read_recipe(run.path) == recipe
     pipe = pipelines.load(run.path)
     config = pipe.denoiser.config
