@@ -29,9 +29,8 @@ from experiments.diffusers_schedulers.scheduler_runs import IN_PAIRS, IN_SIGMA_S
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
 
-# Modules of tests/pipelines that write tiny folders, in the order in which they need each other.
-_WRITERS = ("reference_pipelines", "t5_parts", "sd3_folders", "dit_folders", "pixart_folders", "flux_folders")
-_WRITERS += ("z_image_folders",)
+# Modules of tests/pipelines in the order in which they need each other; behind them that of the folder.
+_WRITERS = ("reference_pipelines", "t5_parts", "sd3_folders")
 KEY = jax.random.key(7)
 STEPS, STRENGTH = 6, 0.61
 
@@ -78,8 +77,8 @@ class Kind(NamedTuple):
 
 
 _OF_FLOW = {"channels": 16, "total": 1.0, "options": (("max_sequence_length", 20),)}
-_OF_FLUX = {**_OF_FLOW, "their_total": 1.0, "form": "packed"}
-_SQUARE = (("height", 16), ("width", 16))
+_SQUARE = {"options": (("max_sequence_length", 20), ("height", 16), ("width", 16))}
+_OF_FLUX = {**_OF_FLOW, **_SQUARE, "their_total": 1.0, "form": "packed"}
 _AS_IT_IS = (("use_resolution_binning", False), ("clean_caption", False))
 KINDS = (
     Kind("StableDiffusionPipeline", "write_sd"),
@@ -96,16 +95,15 @@ KINDS = (
     ),
     Kind("PixArtSigmaPipeline", "write_pixart", doubles=True, their_options=_AS_IT_IS),
     Kind("DiTPipeline", "write_dit", doubles=True),
-    Kind("FluxPipeline", "write_flux", written=(("name", "dev"),), their_options=_SQUARE, **_OF_FLUX),
+    Kind("FluxPipeline", "write_flux", written=(("name", "dev"),), **_OF_FLUX),
     Kind(
         "FluxImg2ImgPipeline",
         "write_flux",
         image="start",
         written=(("name", "schnell"),),
-        their_options=_SQUARE,
         **_OF_FLUX,
     ),
-    Kind("ZImagePipeline", "write_z_image", form="list", their_options=_SQUARE, **_OF_FLOW),
+    Kind("ZImagePipeline", "write_z_image", form="list", **_OF_FLOW | _SQUARE),
 )
 
 
@@ -140,7 +138,8 @@ def pair(kind: Kind) -> Pair:
     import diffusers
 
     writers: dict[str, Any] = {}
-    for name in _WRITERS:
+    own = kind.write.replace("write", "", 1).strip("_") + "_folders"
+    for name in _WRITERS if kind.write in ("write_sd", "write_sdxl") else (*_WRITERS, own):
         writers |= vars(module_of_tests(name))
     with tempfile.TemporaryDirectory() as place, quiet():
         folder = writers[kind.write](pathlib.Path(place) / "folder", **dict(kind.written))
