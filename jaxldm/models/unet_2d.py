@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.entries import read_value
-from jaxldm.errors import one_of
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check, check_groups, check_levels
 from jaxldm.models.inputs import check_scalar_inputs, denoiser_shapes, labels_or_null, scalars_given
 from jaxldm.nn.activations import silu
@@ -22,8 +22,9 @@ from jaxldm.nn.embeddings import TimestepEmbedding, timestep_embedding
 from jaxldm.nn.linear import Embedding, compute_dtype
 from jaxldm.nn.normalization import GroupNorm
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+RESAMPLING = ("conv", "resnet")  # of levels with attention: what changes the size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ class UNet2DConfig(ModelConfig):
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
     dropout: float = 0.0
     num_classes: int | None = None
     scalar_inputs: tuple[str, ...] = ()
@@ -71,8 +74,6 @@ class UNet2DConfig(ModelConfig):
         "center_input_sample": False,
         "time_embedding_type": "positional",
         "mid_block_scale_factor": 1,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
         "act_fn": "silu",
         "class_embed_type": None,
     }
@@ -81,6 +82,8 @@ class UNet2DConfig(ModelConfig):
     def check_values(self) -> None:
         check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+        one_of("downsample_type", self.downsample_type, RESAMPLING)
+        one_of("upsample_type", self.upsample_type, RESAMPLING)
         check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")
         check(self.downsample_padding in (0, 1), "downsample_padding is 0 or 1")
         check_groups(self.block_out_channels, self.norm_num_groups)
@@ -121,6 +124,7 @@ class UNet2DModel(nn.Module):
 
         Args:
             x: `[B, H, W, in_channels]`, any H and W: a side halved to ceil(H / 2) is upsampled to H again.
+                Where residual blocks change the size, H and W are divisible by 2 for each of them.
             t: `[B]` floating, the path's t; may be fractional.
             labels: int `[B]` in [0, num_classes], num_classes being the null class; None means the null class
                 for all.
@@ -133,11 +137,12 @@ class UNet2DModel(nn.Module):
 
         Raises:
             InvalidArgumentError: labels given to a model without classes; a scalar input that is missing, or
-                that the network does not take.
+                that the network does not take; sides that are not divisible.
         """
         config = self.config
         chex.assert_shape(x, (None, None, None, config.in_channels))
         chex.assert_shape(t, (x.shape[0],))
+        self._check_size(*x.shape[1:3])
         scalars = scalars_given(config.scalar_inputs, t, guidance_scale=guidance_scale, step_size=step_size)
         temb = self._embed(t, labels, scalars)
         h = Conv2d(config.block_out_channels[0], dtype=config.dtype, name="conv_in")(x)
@@ -146,6 +151,17 @@ class UNet2DModel(nn.Module):
         h = GroupNorm(config.norm_num_groups, config.norm_eps, config.dtype, name="conv_norm_out")(h)
         h = Conv2d(config.out_channels, dtype=config.dtype, name="conv_out")(silu(h))
         return h.astype(x.dtype)
+
+    def _check_size(self, height: int, width: int) -> None:
+        config = self.config
+        resized = [_resamples_by_resnet(kind, config.downsample_type) for kind in config.down_block_types]
+        resized += [_resamples_by_resnet(kind, config.upsample_type) for kind in config.up_block_types]
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if any(resized) and (height % factor or width % factor):
+            raise InvalidArgumentError(
+                f"x must have sides divisible by {factor}, which residual blocks halve and double, got "
+                f"{height} and {width}"
+            )
 
     def _embed(
         self, t: Float[Array, " B"], labels: Int[Array, " B"] | None, scalars: Mapping[str, Any]
@@ -190,6 +206,7 @@ class UNet2DModel(nn.Module):
                 attention=kind == "AttnDownBlock2D",
                 add_downsample=i < last,
                 downsample_padding=config.downsample_padding,
+                resnet_resampling=_resamples_by_resnet(kind, config.downsample_type),
                 name=f"down_blocks_{i}",
                 **self._level_options(),
             )
@@ -216,6 +233,7 @@ class UNet2DModel(nn.Module):
                 num_layers=config.layers_per_block + 1,
                 attention=kind == "AttnUpBlock2D",
                 add_upsample=i < last,
+                resnet_resampling=_resamples_by_resnet(kind, config.upsample_type),
                 name=f"up_blocks_{i}",
                 **self._level_options(),
             )
@@ -227,6 +245,11 @@ class UNet2DModel(nn.Module):
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
         """Shapes of (x, t, labels, guidance_scale, step_size) that `init` traces the model with."""
         return denoiser_shapes(self.config)
+
+
+def _resamples_by_resnet(kind: str, resampling: str) -> bool:
+    """Whether a residual block changes the size: in its own kind of levels, and where attention has it so."""
+    return kind.startswith("Resnet") or (kind.startswith("Attn") and resampling == "resnet")
 
 
 PRESETS = {

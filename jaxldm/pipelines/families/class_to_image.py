@@ -44,7 +44,12 @@ TRAINED = ("UNet2DModel", "DiT", "SiT", *DYNAMIC)
 CLASS_CONDITIONAL = (*TRAINED, "DiTTransformer2DModel")
 EXPORT_CLASS, DIT_CLASS = "LatentDiffusionPipeline", "DiTPipeline"
 # Pipelines of diffusers without classes -> the solver that they draw with (None: the folder's), their steps.
-OF_DIFFUSERS = {"DDPMPipeline": (None, 1000), "DDIMPipeline": ("ddim", 50), "PNDMPipeline": ("pndm", 50)}
+OF_DIFFUSERS = {
+    "DDPMPipeline": (None, 1000),
+    "DDIMPipeline": ("ddim", 50),
+    "PNDMPipeline": ("pndm", 50),
+    "ConsistencyModelPipeline": (None, 1),
+}
 # class_names: one for each label; empty when nobody named them.
 # guided_channels: how many of the network's channels are guided, from the first on; None: all of them. The
 #   authors' samplers of DiT and SiT guide 3 of 4: `pipe.replace(guided_channels=3)`.
@@ -299,6 +304,10 @@ def check(pipe: Pipeline) -> None:
         raise CheckpointError(
             f"its autoencoder has {vae.config.latent_channels} latent channels, its denoising network works "
             f"on {denoiser.config.in_channels}"
+        )
+    if pipe.diffusers_class == "ConsistencyModelPipeline" and pipe.num_classes is not None:
+        raise CheckpointError(
+            "it is a consistency model of classes, which have no null class: those without classes are read"
         )
     pipe.prediction  # noqa: B018 (refuses a file that describes none)
     names = len(pipe.class_names)
