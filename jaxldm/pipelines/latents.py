@@ -49,7 +49,7 @@ class Progress(NamedTuple):
 
     @property
     def listens(self) -> bool:
-        """Whether anybody is to be told."""
+        """Whether any listener is given."""
         return any(listener is not None for listener in (self.on_step, self.progress, self.on_x0))
 
 

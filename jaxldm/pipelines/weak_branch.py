@@ -15,7 +15,7 @@ from jaxldm import diffusion as D
 
 
 class Weak(NamedTuple):
-    """What the sampling loop is told, as data: s, and t of the first and behind the last step of its use."""
+    """What the sampling loop takes, as data: s, and t of the first and behind the last step of its use."""
 
     scale: Float[Any, ""]
     t_from: Float[Any, ""]

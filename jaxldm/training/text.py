@@ -86,7 +86,7 @@ class CaptionedRows:
 
 
 def own_sizes(pictures: Any, captions: CaptionConditions) -> Shaped[np.ndarray, "N ids"] | None:
-    """What SDXL is told of the pictures themselves: their sizes, and where they were cut.
+    """SDXL's conditions about the pictures themselves: their sizes, and where they were cut.
 
     Args:
         pictures: the training rows of a dataset.

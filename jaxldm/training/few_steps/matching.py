@@ -45,8 +45,8 @@ def times_of(path: D.Path, num_steps: int) -> Any:
 def make_players(setting: Setting) -> Sequence[Player]:
     """The generator, which moves once in so many updates of its critic (Yin et al. 2024, DMD2).
 
-    A critic of several steps is told which of them drew an image. Else it would learn the mixture of what
-    they draw, and that mixture alone would come to the teacher's distribution, none of the steps.
+    A critic of several steps takes the step that drew an image. Else it would learn the mixture of what they
+    draw, and that mixture alone would come to the teacher's distribution, none of the steps.
     """
     path, times = setting.path, times_of(setting.path, cast(int, setting.num_steps))
 
