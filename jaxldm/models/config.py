@@ -21,6 +21,7 @@ LOWEST = {
     "freq_shift": 0,
     "extra_conditioning_channels": 0,
     "transformer_layers_per_block": 0,  # of a level without attention
+    "reverse_transformer_layers_per_block": 0,
     "downsample_padding": 0,
     "num_layers": 0,
     "num_single_layers": 0,
@@ -126,15 +127,11 @@ class ModelConfig(NamedFields):
     def num_blocks(self) -> int:
         """About how many blocks a network of this config has, whatever their kind; used by `check_size`."""
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        counts = {
-            name: sum(value) if isinstance(value, tuple) else value or 0
-            for name, value in sizes.items()
-            if name in BLOCK_COUNTS
-        }
+        counts = {name: sum(_flat(value or 0)) for name, value in sizes.items() if name in BLOCK_COUNTS}
         inside = [
             sizes[name] for name in ("layers_per_block", "transformer_layers_per_block") if name in sizes
         ]
-        of_levels = math.prod(max(value) if isinstance(value, tuple) else value for value in inside)
+        of_levels = math.prod(max(_flat(value)) for value in inside)
         levels = len(sizes["block_out_channels"]) if inside else 0
         towers = [value.num_blocks() for value in sizes.values() if isinstance(value, ModelConfig)]
         return sum(counts.values()) + levels * of_levels + sum(towers)
@@ -149,13 +146,18 @@ class ModelConfig(NamedFields):
 
 
 def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    """The items of a value, of those that are tuples too."""
+    return tuple(item for part in value for item in _flat(part)) if isinstance(value, tuple) else (value,)
 
 
 def _out_of_range(key: str, value: Any) -> str | None:
     """What is wrong with a number that no extent, index or float32 can be; None where it can."""
     low, high = LOWEST.get(key, 1), MOST_BLOCKS if key in BLOCK_COUNTS else LARGEST_INT32
-    for number in value if isinstance(value, tuple) else (value,):
+    for number in _flat(value):
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         if isinstance(number, int) and not low <= number <= high:
@@ -196,7 +198,7 @@ def _numbers(config: Any) -> Iterable[tuple[str, int]]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _numbers(value)
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in _flat(value):
             if isinstance(number, int):
                 yield field.name, number
 

@@ -41,6 +41,8 @@ class UNet2DConditionConfig(Encoder2DConditionConfig):
     Attributes:
         layers_per_block, attention_head_dim, transformer_layers_per_block, only_cross_attention: one value
             for all levels, or one for each.
+        transformer_layers_per_block: also one for each layer of a level; `reverse_` then are those of the up
+            blocks, the first of which is the deepest and each of which has a layer more.
         attention_head_dim: the NUMBER of heads, despite its published name; in the SimpleCrossAttn blocks of
             DeepFloyd IF the channels per head, one number for all levels.
         cross_attention_dim: width of the text in the attention: of the text encoder's hidden states, or of
@@ -84,7 +86,8 @@ class UNet2DConditionConfig(Encoder2DConditionConfig):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     encoder_hid_dim: int | None = None
     encoder_hid_dim_type: str | None = None
     attention_head_dim: int | tuple[int, ...] = 8
@@ -111,7 +114,6 @@ class UNet2DConditionConfig(Encoder2DConditionConfig):
     published: ClassVar = True
     fixed: ClassVar = {
         "center_input_sample": False,
-        "reverse_transformer_layers_per_block": None,
         "num_attention_heads": None,
         "dual_cross_attention": False,
         "time_embedding_type": "positional",

@@ -22,7 +22,8 @@ RESNET_DOWN_BLOCKS = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 RESNET_UP_BLOCKS = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", *RESNET_DOWN_BLOCKS)
 CLASS_EMBEDDINGS = ("timestep", "projection", "simple_projection")
-PER_LEVEL = ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
+_DEPTH = "transformer_layers_per_block"
+PER_LEVEL = ("layers_per_block", "attention_head_dim", _DEPTH, "only_cross_attention")
 
 
 class Encoder2DConditionConfig(ModelConfig):
@@ -34,16 +35,45 @@ class Encoder2DConditionConfig(ModelConfig):
         for name in PER_LEVEL:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,) * levels
+            nested = name == _DEPTH
             check(
-                len(values) == levels and all(isinstance(one, int) for one in values),
+                len(values) == levels and all(nested or isinstance(one, int) for one in values),
                 f"{name} {value} should be one value, or one for each of the {levels} block_out_channels",
             )
-        for level, kind in enumerate(self.down_block_types):
-            layers = self.of_level("transformer_layers_per_block", level)
-            check(
-                "CrossAttn" not in kind or layers > 0,
-                f"transformer_layers_per_block of {kind} must be 1 or more",
-            )
+        self._check_transformers()
+
+    def _check_transformers(self: Any) -> None:
+        """Raise an error for numbers of transformer blocks that do not fit the layers of a level."""
+        last = len(self.block_out_channels) - 1
+        nested = any(isinstance(self.of_level(_DEPTH, level), tuple) for level in range(last + 1))
+        reverse = getattr(self, f"reverse_{_DEPTH}", None)
+        check(
+            reverse is not None or not nested,
+            f"{_DEPTH} of each layer needs reverse_{_DEPTH}, that of the up blocks",
+        )
+        check(
+            reverse is None or len(reverse) == last + 1,
+            f"reverse_{_DEPTH} should have one value for each of the {last + 1} up blocks",
+        )
+        kinds = [(kind, level, 0) for level, kind in enumerate(self.down_block_types)]
+        if reverse is not None:
+            kinds += [(kind, last - i, 1) for i, kind in enumerate(self.up_block_types)]
+        for kind, level, more in kinds:
+            if "CrossAttn" not in kind:
+                continue
+            layers = self.transformer_layers(level, up=bool(more))
+            count = self.of_level("layers_per_block", level) + more
+            wanted = layers if isinstance(layers, tuple) else (layers,) * count
+            name = f"reverse_{_DEPTH}" if more else _DEPTH
+            check(min(wanted, default=0) > 0, f"{name} of {kind} must be 1 or more")
+            check(len(wanted) == count, f"{name} of {kind} has {len(wanted)} values, its layers are {count}")
+
+    def transformer_layers(self, level: int, up: bool = False) -> int | tuple[int, ...]:
+        """The number of blocks in the transformers of a level, or one for each of its layers."""
+        reverse = getattr(self, f"reverse_{_DEPTH}", None)
+        if up and reverse is not None:
+            return reverse[-1 - level]
+        return self.of_level(_DEPTH, level)
 
     def check_embeddings(self: Any) -> None:
         """Raise an error for embeddings that are not known, or lack a field."""
@@ -217,7 +247,7 @@ class Encoder2DCondition(nn.Module):
             context_norm = config.cross_attention_norm is not None
             options["added_kv"] = AddedKVOptions(head_dim, only_cross_attention, context_norm)
         elif "CrossAttn" in kind:
-            layers = config.of_level("transformer_layers_per_block", level)
+            layers = config.transformer_layers(level, up="Up" in kind)
             merging = self.token_merging if self._merges(kind, level) else None
             options["transformer"] = TransformerOptions(
                 head_dim, layers, config.use_linear_projection, only_cross_attention, merging=merging

@@ -82,7 +82,7 @@ class _Level(nn.Module, kw_only=True):
         name = f"attentions_{index}"
         if self.transformer is not None:
             identity = name.startswith(self.identity_attention) if self.identity_attention else False
-            options = dataclasses.replace(self.transformer, identity_attention=identity)
+            options = dataclasses.replace(self.transformer.of_layer(index), identity_attention=identity)
             block = Transformer2D(options, self.num_groups, self.dtype, self.remat, name=name)
             return block(x, context, mask)
         if self.added_kv is not None:

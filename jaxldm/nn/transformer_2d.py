@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ class TransformerOptions:
 
     Attributes:
         num_heads: attention heads, each as wide as the channels allow.
-        num_layers: `BasicTransformerBlock`s.
+        num_layers: `BasicTransformerBlock`s; or how many in each transformer of the level, which is for the
+            level to choose from.
         linear_projection: `proj_in` and `proj_out` are linear layers (SD 2, SDXL) and not 1x1 convolutions
             (SD 1); the arithmetic is the same.
         only_cross_attention: the first attention of every block is to the text, too (the x4 upscaler).
@@ -39,11 +41,17 @@ class TransformerOptions:
     """
 
     num_heads: int
-    num_layers: int = 1
+    num_layers: int | tuple[int, ...] = 1
     linear_projection: bool = False
     only_cross_attention: bool = False
     identity_attention: bool = False
     merging: TokenMerging | None = None
+
+    def of_layer(self, index: int) -> TransformerOptions:
+        """Those of the transformer of one layer."""
+        if isinstance(self.num_layers, int):
+            return self
+        return dataclasses.replace(self, num_layers=self.num_layers[index])
 
 
 class GEGLU(nn.Module):
@@ -175,7 +183,7 @@ class Transformer2D(nn.Module):
         h = project(GroupNorm(self.num_groups, EPS, self.dtype, name="norm")(x), "proj_in")
         h = h.reshape(batch, height * width, channels)
         block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
-        for i in range(self.options.num_layers):
+        for i in range(cast(int, self.options.num_layers)):
             h = block(self.options, self.dtype, (height, width), name=f"transformer_blocks_{i}")(
                 h, context, mask
             )

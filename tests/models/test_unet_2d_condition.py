@@ -48,6 +48,12 @@ CONFIGS = {
     },
     "LCM": SD1 | {"time_cond_proj_dim": 6, "layers_per_block": (1, 2)},
     "instructions, no middle": SD1 | {"in_channels": 8, "mid_block_type": None},
+    "other depths on the way up": SD1
+    | {
+        "layers_per_block": (2, 1),
+        "transformer_layers_per_block": ((1, 2), 1),
+        "reverse_transformer_layers_per_block": (1, (2, 1, 1)),
+    },
     "x4 upscaler": SD2 | {"in_channels": 7, "num_class_embeds": 5, "only_cross_attention": (True, False)},
     "unCLIP": SD2 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
     "a class behind the time": SD1
@@ -322,6 +328,8 @@ def test_guidance_embedding_is_that_of_lcm():
     [
         ({"attention_head_dim": (2, 2, 2)}, InvalidArgumentError),
         ({"transformer_layers_per_block": ((1, 2),)}, InvalidArgumentError),
+        ({"reverse_transformer_layers_per_block": ((1,),)}, InvalidArgumentError),
+        ({"reverse_transformer_layers_per_block": (1, 1)}, InvalidArgumentError),
         ({"block_out_channels": (10,)}, InvalidArgumentError),
         ({"up_block_types": ("AttnUpBlock2D",)}, UnknownNameError),
         ({"mid_block_type": "UNetMidBlock2D"}, UnknownNameError),
