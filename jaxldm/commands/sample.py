@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from tyro.conf import Positional
 from jaxldm.commands.control import CONTROL_NAMES, control_options
 from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
+from jaxldm.commands.prompts import OF_REDUX, redux_states, repeat_prompts
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
 
@@ -38,11 +38,13 @@ OF_TEXTS = (
     "controlnet",
     *OF_CONTROL,
     *OF_IMAGE_PROMPTS,
+    *OF_REDUX,
 )
 # Options that do nothing without another one, and those that do nothing without guidance.
 NEEDS = {
     **{"lora_scale": "lora", "refiner_start": "refiner", "ip_adapter": "ip_adapter_image"},
     **dict.fromkeys(("image_encoder", "ip_adapter_image", "ip_adapter_scale"), "ip_adapter"),
+    **{"redux": "redux_image", "redux_image": "redux", "redux_scale": "redux"},
     **dict.fromkeys(("strength", "mask"), "image"),
     **dict.fromkeys(OF_CONTROL[1:], "control_image"),
 }
@@ -178,6 +180,15 @@ class Sample:
     ip_adapter_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "1")] = None
     """How much --ip-adapter-image counts next to the text: one number, or one for each --ip-adapter."""
 
+    redux: Annotated[str | None, shown("FOLDER", "none")] = None
+    """Folder of FLUX.1 Redux, which puts --redux-image in the place of --prompt (FLUX.1)."""
+
+    redux_image: Annotated[tuple[str, ...] | None, shown("FILE ...", "none")] = None
+    """Pictures of which --redux makes variations: several become one sum."""
+
+    redux_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "1")] = None
+    """How much each --redux-image counts: one number for all, or one for each."""
+
     options: Annotated[tuple[str, ...] | None, shown("NAME=VALUE ...", "none")] = None
     """Options that only the model's family has, as in `--options clip_skip=1 original_size=[768,768]`."""
 
@@ -300,7 +311,7 @@ class Sample:
                 raise InvalidArgumentError(
                     f"--{name.replace('_', '-')} has no effect at --guidance-scale 1: leave one of them out"
                 )
-        if texts and self.prompt is None and self._takes_texts():
+        if texts and self.prompt is None and self.redux is None and self._takes_texts():
             raise InvalidArgumentError(
                 f'{self.folder} draws from texts: give one, as in --prompt "a cat in the snow"'
             )
@@ -379,7 +390,8 @@ class Sample:
 
         count = self.num_images
         of_texts = self._takes_texts()
-        if of_texts:
+        states = redux_states(self)
+        if of_texts and not states:
             texts = repeat_prompts(self.prompt or (), self.negative_prompt, count)
             count = len(texts[0])
         else:
@@ -407,7 +419,7 @@ class Sample:
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
         own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
         own |= control_options(self, pipe, image)
-        own |= image_prompts(self)
+        own |= image_prompts(self) | states
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
         total = pipe.num_callbacks(count, **options)
         if not of_texts:
@@ -441,26 +453,6 @@ def check_cache(cache: str | None) -> None:
 
     if cache is not None:
         D.caching.read(cache)
-
-
-def repeat_prompts(
-    prompts: tuple[str, ...], negatives: tuple[str, ...] | None, num_images: int | None
-) -> tuple[list[str], list[str] | None]:
-    """The prompt and the negative prompt of each image."""
-    from jaxldm.memory import check_fits
-
-    if not prompts:
-        raise InvalidArgumentError('--prompt is empty: give a text, as in --prompt "a cat in the snow"')
-    if num_images is not None and num_images < 1:
-        raise InvalidArgumentError(f"num_images must be 1 or more, got {num_images}")
-    count = len(prompts) if num_images is None else num_images
-    check_fits(4 * 64 * 64 * count, f"{count} images need", "draw fewer at a time")  # of 64x64 or more
-    if negatives and len(negatives) not in (1, len(prompts)):
-        raise InvalidArgumentError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each"
-        )
-    repeated = [list(itertools.islice(itertools.cycle(texts), count)) for texts in (prompts, negatives or ())]
-    return repeated[0], repeated[1] or None
 
 
 def own_options(pipe: Any) -> list[str]:

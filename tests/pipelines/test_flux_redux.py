@@ -1,17 +1,20 @@
 """FLUX.1 Redux against the pipeline of diffusers, on a tiny folder."""
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from flux_folders import write_flux
 from picture_checks import KEY
 from PIL import Image
 from reference_pipelines import shaken, text_encoder, write_tokenizer
 from t5_parts import t5_encoder, t5_tokenizer
 
 from jaxldm import models, pipelines
+from jaxldm.cli import main
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
@@ -96,3 +99,28 @@ def test_the_towers(folder, pipe):
 def test_wrong_calls(pipe, call, words):
     with pytest.raises(InvalidArgumentError, match=words):
         pipe(KEY, **call)
+
+
+def test_the_command(folder, pipe, tmp_path, capsys):
+    flux = write_flux(tmp_path / "flux", "dev")
+    files = [tmp_path / f"{n}.png" for n in range(2)]
+    for file, pixels in zip(files, PICTURES, strict=True):
+        Image.fromarray(pixels).save(file)
+    words = ["sample", str(flux), "--num-inference-steps", "1", "--quiet"]
+    words += ["--height", "16", "--width", "16", "--output-dir", str(tmp_path / "out")]
+    of_pictures = ["--redux", str(folder), "--redux-image", *map(str, files), "--redux-scale", "0.5", "2"]
+    assert main([*words, *of_pictures]) == 0
+    drawn = np.load(tmp_path / "out" / "samples.npz")["images"]
+    states = pipe(KEY, image=PICTURES, prompt_embeds_scale=[0.5, 2], pooled_prompt_embeds_scale=[0.5, 2])
+    size = {"height": 16, "width": 16}
+    same = pipelines.load(flux)(jax.random.key(0), **states, **size, num_inference_steps=1)
+    assert drawn.shape == same.shape == (1, 16, 16, 3)
+    wanted = np.clip((same + 1) * 127.5, 0, 255)
+    assert np.abs(drawn.astype(np.float32) - wanted).max() <= 1
+    for changed, text in (
+        ([*words, "--redux", str(folder)], "--redux is of --redux-image"),
+        ([*words, *of_pictures, "3"], "--redux-scale has 3 numbers for 2 pictures"),
+        ([*words, *of_pictures, "--negative-prompt", "bad"], "--negative-prompt is not for --redux"),
+        ([*words, *of_pictures[2:], "--redux", str(flux)], "is a Flux, not FLUX.1 Redux"),
+    ):
+        assert main(changed) == 2 and text in capsys.readouterr().err
