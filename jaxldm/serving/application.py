@@ -47,7 +47,8 @@ from jaxldm.serving.streams import EventStream, OpenAIEvents, OurEvents, stream
 
 LOG = logging.getLogger("jaxldm.serving")
 MAX_DROPPED = 2**24  # bytes of a body that is too large: who is still sending does not read the answer
-LARGE = 2**16  # bytes of a body that is read in a thread: others are not to wait for it
+# Bytes of a body that is read in a thread, as pictures are, and how many threads do: others are not to wait.
+LARGE, READING = 2**16, 2
 LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")  # in the header Host
 ELSEWHERE = {  # of OpenAI's client
     "/images/generations": "end the client's base_url with /v1",
@@ -121,13 +122,16 @@ def _error(error: BadRequest) -> JSONResponse:
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Paths and methods that do not exist."""
     status, path = getattr(error, "status_code", 500), shown(request.scope["path"])
-    allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method").split(", ")
+    headers = dict(getattr(error, "headers", None) or {})
+    allowed = headers.get("Allow", "another method").split(", ")
     methods = " or ".join(sorted({*allowed} - {"HEAD"}))
     message = {
         404: f"there is no path {path}: {ELSEWHERE.get(request.url.path, 'see /openapi.json')}",
         405: f"{path} takes {methods}, got {request.method}: see /openapi.json",
     }
-    return _error(BadRequest(message.get(status, "the request cannot be answered"), status=status))
+    answer = _error(BadRequest(message.get(status, "the request cannot be answered"), status=status))
+    answer.headers.update(headers)
+    return answer
 
 
 class _Server:
@@ -145,6 +149,7 @@ class _Server:
     ):
         self.offer, self.service, self.figures, self.limits = offer, service, figures, limits
         self._token, self._log_prompts, self._only_local = token, log_prompts, only_local
+        self._reading = asyncio.Semaphore(READING)
 
     def counted(self, path: str, route: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """The route with its errors as JSON, counted and logged, for those who have the token."""
@@ -229,7 +234,8 @@ class _Server:
     async def _read(self, body: dict[str, Any]) -> Generation:
         """The fields of a body, checked: those with a picture in a thread, as its head is read."""
         if "image" in body:
-            return await run_in_threadpool(read_generation, self.offer, body)
+            async with self._reading:
+                return await run_in_threadpool(read_generation, self.offer, body)
         return read_generation(self.offer, body)
 
     async def _body(self, request: Request) -> dict[str, Any]:
@@ -258,7 +264,8 @@ class _Server:
             message = "send the header Content-Type: application/json"
             raise BadRequest(message, status=415, param="Content-Type")
         if len(content) > LARGE:
-            return await run_in_threadpool(read_json, bytes(content))
+            async with self._reading:
+                return await run_in_threadpool(read_json, bytes(content))
         return read_json(bytes(content))
 
     async def _accepted(self, request: Request, generation: Generation) -> tuple[Order, Mailbox]:

@@ -58,6 +58,8 @@ class Connection(H11Protocol):
         if self._refused:
             return
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= LARGEST_HEAD:
+            self.flow.resume_reading()  # or nobody sees that who has sent more than a request goes away
         if self.conn.their_state is h11.IDLE:
             self._wait()  # for the rest of a head
         elif self.conn.our_state is not h11.DONE:

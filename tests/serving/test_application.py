@@ -188,6 +188,7 @@ def test_refusals_are_json_that_says_what_to_send(client):
     assert "'/x'" in error_of(client.get("/x", headers={"Host": "["}), 404)["message"]
     error_of(client.get("/models/", follow_redirects=False), 404)  # not sent to where its Host says
     assert "takes POST, got GET" in error_of(client.get("/generate"), 405)["message"]
+    assert client.get("/generate").headers["allow"] == "POST"
     assert "base_url with /v1" in error_of(client.post("/images/generations"), 404)["message"]
     error_of(client.delete("/requests/x"), 404)
     error = error_of(client.post("/v1/images/generations", json={"prompt": "1", "model": "x"}), 404)

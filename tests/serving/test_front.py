@@ -163,6 +163,28 @@ def test_beyond_so_many_connections_the_answer_is_503(monkeypatch):
     assert refusal(refused)[0] == 503 and served.startswith(b"HTTP/1.1 200")
 
 
+def test_who_has_sent_more_than_a_request_and_goes_away_is_missed():
+    """What comes behind a request is not read before it is answered, and the end of a connection is."""
+    seen = []
+
+    async def waits(scope, receive, send):
+        while (message := await receive())["type"] != "http.disconnect":
+            assert message["type"] == "http.request"
+        seen.append(scope["path"])
+
+    async def client(port):
+        for more in (b"", b"\r\n", b"GET /next HTTP/1.1\r\n"):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            for part in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", more, more):
+                writer.write(part)
+                await asyncio.sleep(0.02)
+            writer.close()
+            await asyncio.sleep(0.05)
+
+    talk(client, waits)
+    assert seen == ["/"] * 3
+
+
 LARGE = b"x" * 2**24
 
 
