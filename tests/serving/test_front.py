@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -251,7 +252,7 @@ def test_a_process_that_gets_sigterm_draws_what_it_accepted_and_refuses_others(t
         contextlib.ExitStack() as stack,
     ):
         stack.callback(process.kill)
-        port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[1])
         while ask(port, "/ready")[0] == 503:
             time.sleep(0.02)
         answers = []
