@@ -81,7 +81,7 @@ VALUES: dict[str, list[Any]] = {
     "lambda_min_clipped": [{"lambda_min_clipped": -5.1, "beta_schedule": "squaredcos_cap_v2"}],
     "sigma_schedule": ["exponential"],
     "rho": [5.0],
-    "variance_type": ["fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"],
+    "variance_type": ["fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None],
     "skip_prk_steps": [True, False],
     "solver_order": [1, 2, 3],
     "algorithm_type": [

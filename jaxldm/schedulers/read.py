@@ -215,6 +215,8 @@ def _solver_options(config: Mapping[str, Any], solver: str, *, as_other: bool = 
         kind = options["solver_type"]
         options["solver_type"] = SOLVER_TYPES.get(scheduler, {}).get(kind, kind)
     if "variance" in options:
+        if options["variance"] is None and scheduler == "DDPMScheduler":
+            options["variance"] = "fixed_small"  # which it computes for none
         if options["variance"] not in VARIANCES:
             known = ", ".join(VARIANCES)
             raise CheckpointError(
