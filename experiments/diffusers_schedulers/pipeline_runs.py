@@ -326,7 +326,7 @@ def _read(pipe: pipelines.Pipeline, call: dict[str, Any]) -> Any:
 
 def _first_scale(kind: Kind, config: dict[str, Any], grid: D.Grid) -> float:
     """Of the reference's first noise, in our scale."""
-    if kind.name == "DiTPipeline":
+    if kind.name == "DiTPipeline" or kind.total == 1:
         return 1.0  # whatever the scheduler says
     with quiet():
         scheduler = reference_class(config["_class_name"]).from_config(config)

@@ -52,7 +52,7 @@ def verdict(kind: Any, scheduler: str, *, quirks: bool, **changes: Any) -> Any:
     deviation = None if quirks else deviation_of(Probe(scheduler, None, config))
     if scheduler == "IPNDMScheduler" and not quirks:
         deviation = next(one for one in DEVIATIONS if one.title.startswith("IPNDM"))
-    if kind.name == "DiTPipeline" and scheduler.startswith(IN_SIGMA_SPACE):
+    if kind.name == "DiTPipeline" and scheduler.startswith((*IN_SIGMA_SPACE, "CMStochastic")):
         deviation = next(one for one in DEVIATIONS if one.title.startswith("DiTPipeline"))
     in_parts = ("PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverSinglestepScheduler")
     in_parts += ("LCMScheduler", "TCDScheduler")

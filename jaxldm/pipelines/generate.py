@@ -184,7 +184,8 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
     if call.variance is None:
         stops_early = call.denoising_end < 1
         scheduler = schedulers.from_config(pipe.scheduler, solver, stops_early=stops_early, **options)
-        if pipe.reference_quirks and scheduler.solver == D.solvers.tcd():  # pipelines give it eta=0
+        gives_eta = type(pipe.denoiser.module).__name__ != "DiTTransformer2DModel"  # 0 to TCD, all but that
+        if pipe.reference_quirks and gives_eta and scheduler.solver == D.solvers.tcd():
             sampler = scheduler.sampler._replace(solver=D.solvers.tcd(gamma=0.0))
             return dataclasses.replace(scheduler, sampler=sampler)
         return scheduler

@@ -16,6 +16,7 @@ OF = {kind.name: kind for kind in KINDS}
         ("StableDiffusionImg2ImgPipeline", "PNDMScheduler", "deviating"),
         ("StableDiffusionImg2ImgPipeline", "EulerAncestralDiscreteScheduler", "agree"),
         ("DiTPipeline", "DPMSolverMultistepScheduler", "agree"),
+        ("DiTPipeline", "TCDScheduler", "deviating"),
     ],
 )
 def test_nothing_differs_in_silence(pipeline, scheduler, without):
