@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_ddpm
 
 from jaxldm import diffusion as D
 
-STEPS = (1, 2, 5, 10, 20, 50)
+STEPS = (1, 2, 5, 10, 50)
 MAX_STEPS = max(STEPS)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SEED = 3

@@ -1,6 +1,6 @@
 """Every solver against the scheduler of `diffusers` that has its name, on the same grid and network.
 
-Steps 1, 2, 5, 10, 20, 50, each prediction and each spacing or sigma option that both have; the largest
+Steps 1, 2, 5, 10, 50, each prediction and each spacing or sigma option that both have; the largest
 difference must stay below 1e-4 of the largest value. Differences of convention are named where they are met.
 """
 

@@ -1,6 +1,6 @@
 """Stochastic and distilled solvers against the schedulers of `diffusers`, both fed the same noise.
 
-Steps 1, 2, 5, 10, 20, 50, each prediction and each spacing or sigma option that both have; the largest
+Steps 1, 2, 5, 10, 50, each prediction and each spacing or sigma option that both have; the largest
 difference must stay below 1e-4 of the largest value. Where the reference is wrong, the case says so.
 """
 

@@ -172,21 +172,19 @@ def blocks(tensor):
 
 
 def q8_0(tensor):
-    rows = b""
-    for block in blocks(tensor):
-        d = np.float16(np.abs(block).max() / 127)
-        codes = np.rint(block / max(np.float32(d), 1e-9)).clip(-127, 127).astype(np.int8)
-        rows += d.tobytes() + codes.tobytes()
-    return rows
+    rows = blocks(tensor)
+    d = (np.abs(rows).max(axis=1, keepdims=True) / 127).astype("<f2")
+    codes = np.rint(rows / np.maximum(d.astype(np.float32), 1e-9)).clip(-127, 127).astype(np.int8)
+    return np.concatenate([d.view(np.uint8), codes.view(np.uint8)], axis=1).tobytes()
 
 
 def q4_0(tensor):
-    rows = b""
-    for block in blocks(tensor):
-        d = np.float16(block[np.abs(block).argmax()] / -8)
-        codes = (np.floor(block / (np.float32(d) or 1) + 8.5)).clip(0, 15).astype(np.uint8)
-        rows += d.tobytes() + (codes[:16] | (codes[16:] << 4)).tobytes()
-    return rows
+    rows = blocks(tensor)
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
+    d = (largest / -8).astype("<f2")
+    unit = np.where(d == 0, 1, d).astype(np.float32)
+    codes = np.floor(rows / unit + 8.5).clip(0, 15).astype(np.uint8)
+    return np.concatenate([d.view(np.uint8), codes[:, :16] | (codes[:, 16:] << 4)], axis=1).tobytes()
 
 
 ENCODERS = {0: lambda t: t.astype("<f4").tobytes(), 1: lambda t: t.astype("<f2").tobytes(), 2: q4_0, 8: q8_0}
@@ -218,22 +216,17 @@ ENCODERS |= {kind: any_blocks(kind) for kind in OTHERS}
 
 
 def decoded(kind, tensor):
-    """The numbers that a block's bytes stand for, one by one."""
+    """The numbers that a tensor's bytes stand for."""
     if kind in OTHERS:
         gguf = pytest.importorskip("gguf")
         rows = np.frombuffer(ENCODERS[kind](tensor), np.uint8).reshape(len(tensor), -1)
         return gguf.dequantize(rows, gguf.GGMLQuantizationType(kind)).reshape(tensor.shape)
     if kind not in (2, 8):
         return np.frombuffer(ENCODERS[kind](tensor), {0: "<f4", 1: "<f2"}[kind]).reshape(tensor.shape)
-    content, size, numbers = ENCODERS[kind](tensor), 18 if kind == 2 else 34, []
-    for start in range(0, len(content), size):
-        d = np.float32(np.frombuffer(content[start : start + 2], "<f2")[0])
-        body = content[start + 2 : start + size]
-        if kind == 8:
-            numbers += [d * (byte - 256 if byte > 127 else byte) for byte in body]
-        else:
-            numbers += [d * ((byte & 15) - 8) for byte in body] + [d * ((byte >> 4) - 8) for byte in body]
-    return np.array(numbers, np.float32).reshape(tensor.shape)
+    rows = np.frombuffer(ENCODERS[kind](tensor), np.uint8).reshape(-1, 18 if kind == 2 else 34)
+    d, body = rows[:, :2].copy().view("<f2").astype(np.float32), rows[:, 2:].copy()
+    halves = np.concatenate([body & 15, body >> 4], axis=1).astype(np.float32) - 8
+    return (d * (halves if kind == 2 else body.view(np.int8))).astype(np.float32).reshape(tensor.shape)
 
 
 # Q4_0, Q8_0, Q4_K and Q6_K.
