@@ -9,6 +9,8 @@ import sys
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The arrays of PyTorch and NumPy are tiny here, and threads that wait for each other take most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAXLDM_COMPILATION_CACHE", "off")  # nothing of the tests goes into the user's cache
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of the suite's time is compiling, so XLA compiles the quick way here: with most of its optimizations

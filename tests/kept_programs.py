@@ -6,6 +6,7 @@ after `jax.clear_caches()`. What is counted as a compilation is counted as befor
 """
 
 import inspect
+import os
 from collections import OrderedDict
 from typing import Any
 
@@ -25,15 +26,19 @@ def install() -> bool:
         return False
     read, write = own
 
+    def key_of(cache_key):
+        return cache_key, os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")  # see `conftest.optimizing`
+
     def read_kept(module_name, cache_key, *rest):
-        if cache_key in _kept:
-            _kept.move_to_end(cache_key)
-            return _kept[cache_key], 0
+        key = key_of(cache_key)
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key], 0
         return read(module_name, cache_key, *rest)
 
     def keep(cache_key, seconds, module_name, backend, executable, host_callbacks):
         if not host_callbacks:  # they belong to one function
-            _kept[cache_key] = executable
+            _kept[key_of(cache_key)] = executable
             if len(_kept) > MOST:
                 _kept.popitem(last=False)
         write(cache_key, seconds, module_name, backend, executable, host_callbacks)
