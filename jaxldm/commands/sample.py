@@ -86,6 +86,7 @@ class Sample:
       InstructPix2Pix             100             7.5
       InstructPix2PixXL           100             5.0
       StableDiffusionUpscale       75             9.0
+      StableDiffusionLatentUpscale 75             9.0
       StableDiffusion3             28             7.0       0.6
       Flux (dev)                   28             3.5       0.6
       Flux (schnell)                4             3.5       0.6

@@ -50,6 +50,7 @@ from jaxldm.models.dydit import DyDiT, DyDiTConfig
 from jaxldm.models.flux_controlnet import FluxControlNetConfig, FluxControlNetModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
+from jaxldm.models.k_unet_2d_condition import KUNet2DConditionConfig, KUNet2DConditionModel
 from jaxldm.models.ldm_bert import LDMBertConfig, LDMBertModel
 from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
@@ -161,6 +162,8 @@ __all__ = [
     "InceptionFeatures",
     "InceptionV3",
     "Inside",
+    "KUNet2DConditionConfig",
+    "KUNet2DConditionModel",
     "LDMBertConfig",
     "LDMBertModel",
     "MaskGITTransformer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -38,6 +38,7 @@ from jaxldm.models import (
     dydit,
     flux_controlnet,
     flux_transformer_2d,
+    k_unet_2d_condition,
     ldm_bert,
     maskgit_transformer,
     paella_vq_model,
@@ -155,6 +156,15 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
 }
 
+# Networks of the same `_class_name` as another: (whether a config.json is of it, module, config).
+VARIANTS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], type[nn.Module], type[ModelConfig]]] = {
+    "UNet2DConditionModel": (
+        k_unet_2d_condition.has_k_blocks,
+        k_unet_2d_condition.KUNet2DConditionModel,
+        k_unet_2d_condition.KUNet2DConditionConfig,
+    ),
+}
+
 # DiTs with routers, which are trained by a recipe of their own (`training.DynamicRecipe`).
 DYNAMIC = ("DyDiT", "AdaptiveDepthDiT", "TokenPruningDiT", "D2iT")
 
@@ -220,13 +230,20 @@ A_MODEL_CONFIG = instance(ModelConfig, "a config of a model, such as models.DiTC
 @checked(config=A_MODEL_CONFIG)
 def class_name(config: ModelConfig) -> str:
     """The architecture that a config belongs to."""
-    return next(name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind)
+    return _entry(config)[0]
 
 
 @checked(config=A_MODEL_CONFIG)
 def from_config(config: ModelConfig) -> nn.Module:
     """The module that a config describes."""
-    return ARCHITECTURES[class_name(config)][0](config)
+    return _entry(config)[1](config)
+
+
+def _entry(config: ModelConfig) -> tuple[str, Any]:
+    """(the name, the module) of the architecture."""
+    kinds = [(name, module, kind) for name, (module, kind) in ARCHITECTURES.items()]
+    kinds += [(name, module, kind) for name, (_, module, kind) in VARIANTS.items()]
+    return next((name, module) for name, module, kind in kinds if type(config) is kind)
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -358,6 +375,8 @@ def config_from_dict(entries: Mapping[str, Any]) -> ModelConfig:
         key = "_class_name" if "_class_name" in entries else "architectures"
         raise CheckpointError(f"config.json has {key} {shown(name)}; {known_names(name, ARCHITECTURES)}")
     kind = ARCHITECTURES[name][1]
+    if name in VARIANTS and VARIANTS[name][0](entries):
+        kind = VARIANTS[name][2]
     if kind.library == "transformers":
         entries.pop("model_type", None)
     with reading("config.json"):

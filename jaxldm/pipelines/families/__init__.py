@@ -20,6 +20,7 @@ from jaxldm.pipelines.families.flux_pictures import FLUX_CONTROL, FLUX_FILL, FLU
 from jaxldm.pipelines.families.flux_redux import FLUX_REDUX
 from jaxldm.pipelines.families.instruct_pix2pix import INSTRUCT_PIX2PIX, INSTRUCT_PIX2PIX_XL
 from jaxldm.pipelines.families.latent_diffusion import LDM_SUPER_RESOLUTION, LDM_TEXT_TO_IMAGE
+from jaxldm.pipelines.families.latent_upscale import LATENT_UPSCALE
 from jaxldm.pipelines.families.maskgit import MASKGIT
 from jaxldm.pipelines.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
@@ -43,6 +44,7 @@ FAMILIES: tuple[Family, ...] = (
     INSTRUCT_PIX2PIX,
     INSTRUCT_PIX2PIX_XL,
     STABLE_DIFFUSION_UPSCALE,
+    LATENT_UPSCALE,
     STABLE_DIFFUSION_3,
     FLUX,
     FLUX_FILL,
