@@ -146,7 +146,7 @@ class ModelConfig(NamedFields):
 
 
 def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _flat(value: Any) -> tuple[Any, ...]:
