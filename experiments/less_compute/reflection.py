@@ -256,21 +256,21 @@ def trained(options: Reflection, tools: Tools, results: Results, common: dict[st
         f"{figures['wrong']} of {figures['drawn']} pictures of the run are wrong: its own drafts", flush=True
     )
     columns, prediction = examples(options, tools, own), tools.pipe.prediction
-    keys = training.stage_keys(options.seed, "reflection")
+    init_key, order_key, train_key = jax.random.split(jax.random.key(options.seed), 3)
     some = Seen(*(columns[name][:1] for name in ("caption", "draft", "findings")), *[np.ones(1, bool)] * 2)
     sentences = tools.tables["findings"][some.findings]
-    new = jax.jit(tools.context.init)(keys.init, some.draft, sentences, some.has_draft, some.has_feedback)
+    new = jax.jit(tools.context.init)(init_key, some.draft, sentences, some.has_draft, some.has_feedback)
     params = {"network": tools.pipe.denoiser.params, "context": new["params"]}
     adam = training.optimizer(options.learning_rate, min(100, options.num_updates), options.num_updates)
     loss = reflecting.make_loss(tools.network, tools.context, prediction)
     state = training.fit(
-        training.create_train_state(keys.train, params, adam, frozen=tools.tables),
+        training.create_train_state(train_key, params, adam, frozen=tools.tables),
         training.make_train_step(loss, adam, ema_decay=0.995),
-        data.Batches(columns, options.batch_size, keys.order),
+        data.Batches(columns, options.batch_size, order_key),
         training.Plan(options.num_updates, save_every=max(1, options.num_updates // 8), save_frozen=False),
         options.output_dir / "training",
         resume=True,
-        mesh=training.make_mesh(devices=jax.devices()[:1]),
+        mesh=training.make_mesh(1),
         name="reflection",
     )
     return jax.tree.map(np.asarray, state.ema_params)

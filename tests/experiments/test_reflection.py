@@ -1,5 +1,6 @@
 """Reflection in miniature: what the feedback says, what the network sees of it, and what the rounds keep."""
 
+import dataclasses
 import types
 
 import jax
@@ -135,3 +136,59 @@ def test_tables_and_plot_have_a_row_for_each_way(tmp_path):
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
     with pytest.raises(CheckpointError, match="jaxldm train captioned-shapes"):
         reflection.main(reflection.Reflection(run_dir=tmp_path / "absent", output_dir=tmp_path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Stands in for the run: its pictures are the latents themselves, its texts their letters."""
+
+    tokenizer: Words = Words(20)
+    family = types.SimpleNamespace(name="StableDiffusion")
+    denoiser = types.SimpleNamespace(module=None, params={"mix": np.ones((8, 3), np.float32)})
+    autoencoder = types.SimpleNamespace(module=None, params={})
+    prediction = D.v(D.VP.named("cosine"))
+    default_size = (32, 32)
+
+    def replace(self, **parts):
+        return dataclasses.replace(self, **parts)
+
+    def latent_shape(self):
+        return (4, 4, 3)
+
+    def encode_prompts(self, texts):
+        letters = [
+            np.resize(np.frombuffer(f"{text}.".encode(), np.uint8), (self.tokenizer.max_length, 8))
+            for text in texts
+        ]
+        return {"encoder_hidden_states": np.stack(letters) / 100}, {}
+
+    def decode(self, latents, batch_size):
+        return np.clip(latents.repeat(8, 1).repeat(8, 2), -1, 1)
+
+
+def test_the_script_trains_draws_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def network(params, x, t, condition):
+        return x + (condition["encoder_hidden_states"].mean(axis=1) @ params["mix"])[:, None, None]
+
+    parts = {
+        "network": lambda module: network,
+        "encode_latents": lambda module, params, images: images[:, ::8, ::8],
+    }
+    monkeypatch.setattr(reflection, "models", types.SimpleNamespace(**parts))
+    monkeypatch.setattr(reflection, "load_run", lambda run_dir, recipe: Drawn())
+    options = reflection.Reflection(run_dir=tmp_path / "run", output_dir=tmp_path / "out", quick=True)
+    reflection.main(options)
+    folder = tmp_path / "out" / "quick"
+    text = (folder / "reflection.md").read_text()
+    assert text.count("| seen |") == text.count("| held out |") == len(reflection.WAYS)
+    assert (folder / "training" / "checkpoints").is_dir() and (folder / "reflection.png").exists()
+    monkeypatch.setattr(reflection, "measured", None)  # all rows are kept, and the training is at its end
+    reflection.main(options)
+    assert (folder / "reflection.md").read_text() == text
