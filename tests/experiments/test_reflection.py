@@ -183,12 +183,15 @@ def test_the_script_trains_draws_and_goes_on_where_it_stopped(tmp_path, monkeypa
     }
     monkeypatch.setattr(reflection, "models", types.SimpleNamespace(**parts))
     monkeypatch.setattr(reflection, "load_run", lambda run_dir, recipe: Drawn())
+    ways = {name: reflection.WAYS[name] for name in ("best of N, the run", "draft, and feedback on another")}
+    monkeypatch.setattr(reflection, "WAYS", ways)
     options = reflection.Reflection(run_dir=tmp_path / "run", output_dir=tmp_path / "out", quick=True)
     reflection.main(options)
     folder = tmp_path / "out" / "quick"
     text = (folder / "reflection.md").read_text()
-    assert text.count("| seen |") == text.count("| held out |") == len(reflection.WAYS)
+    assert text.count("| seen |") == text.count("| held out |") == len(ways)
     assert (folder / "training" / "checkpoints").is_dir() and (folder / "reflection.png").exists()
-    monkeypatch.setattr(reflection, "measured", None)  # all rows are kept, and the training is at its end
+    # All rows are kept, and the training is at its end.
+    monkeypatch.setattr(reflection, "measured", lambda *_: pytest.fail("drawn twice"))
     reflection.main(options)
     assert (folder / "reflection.md").read_text() == text
