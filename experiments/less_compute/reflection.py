@@ -94,7 +94,7 @@ class Tools(NamedTuple):
     network: Callable[..., Any]
     captions: dict[str, int]
     tables: dict[str, Any]
-    context: reflecting.Context
+    context: Any
 
 
 def text_states(pipe: Any, texts: Sequence[str]) -> np.ndarray:

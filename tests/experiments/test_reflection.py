@@ -1,6 +1,7 @@
 """Reflection in miniature: what the feedback says, what the network sees of it, and what the rounds keep."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -181,6 +182,8 @@ def test_the_script_trains_draws_and_goes_on_where_it_stopped(tmp_path, monkeypa
         "network": lambda module: network,
         "encode_latents": lambda module, params, images: images[:, ::8, ::8],
     }
+    small = functools.partial(reflecting.Context, width=8, depth=1)
+    monkeypatch.setattr(reflecting, "Context", small)
     monkeypatch.setattr(reflection, "models", types.SimpleNamespace(**parts))
     monkeypatch.setattr(reflection, "load_run", lambda run_dir, recipe: Drawn())
     ways = {name: reflection.WAYS[name] for name in ("best of N, the run", "draft, and feedback on another")}
