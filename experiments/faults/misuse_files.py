@@ -406,6 +406,7 @@ def datasets() -> list[Case]:
                 "pad_to": "pad_to|pictures",
             },
         ),
+        Case("data.edges", data.edges, {"images": np.zeros((1, 4, 4, 3), np.float32)}),
         Case("data.source_name", data.source_name, {"dataset": here}),
         Case("data.data_folder", data.data_folder, {"data_dir": here}),
         Case(

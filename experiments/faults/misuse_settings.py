@@ -48,7 +48,11 @@ def settings() -> list[Case]:
     ]
     recipes = {kind.__name__: kind for kind in (T.AutoencoderRecipe, T.ClassifierRecipe, T.DiffusionRecipe)}
     recipes |= {kind.__name__: kind for kind in (T.MaskedTokensRecipe, T.TextRecipe, T.DiscriminatorRecipe)}
-    recipes |= {"LoraRecipe": T.LoraRecipe, "DynamicRecipe": T.DynamicRecipe}
+    recipes |= {
+        "ControlRecipe": T.ControlRecipe,
+        "LoraRecipe": T.LoraRecipe,
+        "DynamicRecipe": T.DynamicRecipe,
+    }
     return [
         *small,
         *(of_fields(f"models.{name}", kind, kind()) for name, kind in configs.items()),

@@ -20,7 +20,7 @@ COMMANDS = {
 }
 
 # A word behind a command that makes it another one: jaxldm train finetune.
-SUBCOMMANDS = {"train": ("finetune",)}
+SUBCOMMANDS = {"train": ("finetune", "controlnet")}
 
 # Modules that `--import` names in front of the command: suggested commands need them, too.
 IMPORTED: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("imported", default=())

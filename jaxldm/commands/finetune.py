@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -143,50 +144,60 @@ class Finetune(SeveralHosts):
 
     def run(self) -> None:
         """Trains, or goes on with a run, and says how to draw with the result."""
-        self.join_hosts()
-        from jaxldm import training
-
-        run_dir = Path(self.run_dir)
-        recipe = self.make_recipe(run_dir)
-        options: dict[str, Any] = devices_or_mesh(self.devices, self.mesh)
-        options |= {"resume": self.resume, "workers": self.workers}
-        if self.quiet:
-            training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
-            return
-        run = training.train(recipe, run_dir, **options)
-        print(f"finished: everything is in {run.path}; try")
-        print(f"  {hint_of(run, recipe)}")
+        train_further(self)
 
     def make_recipe(self, run_dir: Path) -> Recipe:
         """The recipe of the options; with --resume and no model, that of the run.
 
         Raises what `training.finetune_recipe` raises.
         """
-        from jaxldm import training
+        return recipe_of(self, run_dir, self.method or "lora", ("method", *_OPTIONS), "finetune")
 
-        if self.resume and self.source is None and self.data is None:
-            of_run = training.recipe_to_resume(run_dir)
-            if of_run is not None and of_run.finetune is not None:
-                self._check_nothing_else_given()
-                return of_run
-        for name, value in (("from", self.source), ("data", self.data)):
-            if value is None:
-                what = "the folder of a model" if name == "from" else "a folder of pictures"
+
+def train_further(command: Any) -> None:
+    """Run a command of fine-tuning, and say how to draw with the result."""
+    command.join_hosts()
+    from jaxldm import training
+
+    run_dir = Path(command.run_dir)
+    recipe = command.make_recipe(run_dir)
+    options: dict[str, Any] = devices_or_mesh(command.devices, command.mesh)
+    options |= {"resume": command.resume, "workers": command.workers}
+    if command.quiet:
+        training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
+        return
+    run = training.train(recipe, run_dir, **options)
+    print(f"finished: everything is in {run.path}; try")
+    print(f"  {hint_of(run, recipe)}")
+
+
+def recipe_of(command: Any, run_dir: Path, method: str, names: Sequence[str], word: str) -> Recipe:
+    """The recipe of a command's options `names`; with --resume and no model, that of the run.
+
+    `word` is that behind `jaxldm train`. Raises what `training.finetune_recipe` raises.
+    """
+    from jaxldm import training
+
+    given = {name: getattr(command, name) for name in names if getattr(command, name) is not None}
+    if command.resume and command.source is None and command.data is None:
+        of_run = training.recipe_to_resume(run_dir)
+        if of_run is not None and of_run.finetune is not None:
+            if given:
                 raise InvalidArgumentError(
-                    f"--{name} is missing: give {what}, as in `jaxldm train finetune --help`"
+                    f"--{next(iter(given)).replace('_', '-')} has no effect on a run that goes on: leave it "
+                    "out, or give --from and --data, too"
                 )
-        given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
-        if self.batch_size is not None:
-            given["batch_size"] = batch_size(self.batch_size)
-        return training.finetune_recipe(str(self.source), str(self.data), self.method or "lora", **given)
-
-    def _check_nothing_else_given(self) -> None:
-        given = [name for name in ("method", *_OPTIONS) if getattr(self, name) is not None]
-        if given:
+            return of_run
+    for name, value in (("from", command.source), ("data", command.data)):
+        if value is None:
+            what = "the folder of a model" if name == "from" else "a folder of pictures"
             raise InvalidArgumentError(
-                f"--{given[0].replace('_', '-')} has no effect on a run that goes on: leave it out, or give "
-                "--from and --data, too"
+                f"--{name} is missing: give {what}, as in `jaxldm train {word} --help`"
             )
+    given.pop("method", None)
+    if command.batch_size is not None:
+        given["batch_size"] = batch_size(command.batch_size)
+    return training.finetune_recipe(str(command.source), str(command.data), method, **given)
 
 
 _OPTIONS = (
@@ -199,9 +210,13 @@ _OPTIONS = (
 
 def hint_of(run: RunFolder, recipe: Recipe) -> str:
     """The command that draws with the result of a fine-tuning."""
-    from jaxldm import pipelines
+    from jaxldm import pipelines, training
 
     own: Any = recipe.finetune
+    if own.control is not None:
+        picture = run.stage("finetune").path / training.runs.CONTROL_SAMPLES / "0.png"
+        words = ["--controlnet", run.path, "--control-image", picture]
+        return hints.command("sample", own.source, *words, "--prompt", own.prompt or "a cat in the snow")
     option = "--lora" if own.lora is not None else None if own.word is None else "--embedding"
     folder = run.path if option is None else Path(own.source)
     words = [] if option is None else [option, run.path]

@@ -27,6 +27,7 @@ class Train(SeveralHosts):
       jaxldm train mini-ldm --run-dir runs/mini-ldm
       jaxldm train mini-ldm --run-dir runs/mini-ldm --resume        (after an interruption)
       jaxldm train finetune --help        (a finished model on your own pictures)
+      jaxldm train controlnet --help      (a ControlNet for a finished model)
 
     Complete stages are not trained again. `jaxldm info` lists the recipes.
     """

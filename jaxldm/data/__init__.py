@@ -4,6 +4,7 @@ from jaxldm.data.augmentation import Augmentation, augment
 from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
 from jaxldm.data.buckets import BucketedBatches, Buckets, assign_buckets
 from jaxldm.data.dataset import Dataset
+from jaxldm.data.edges import edges
 from jaxldm.data.folders import describe_skipped, load_folder
 from jaxldm.data.images import (
     check_images,
@@ -34,6 +35,7 @@ __all__ = [
     "check_labels",
     "data_folder",
     "describe_skipped",
+    "edges",
     "fingerprint",
     "from_grey_levels",
     "from_uint8",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 TEXT_KEYS = ("text", "caption")  # of a column or an entry with captions
+CONTROL_KEYS = ("conditioning_image", "conditioning_image_file_name")  # of one with pictures for a ControlNet
 
 
 class Example(NamedTuple):
@@ -18,6 +19,7 @@ class Example(NamedTuple):
         label: name of its class, or None.
         caption: in words, or None.
         problem: why it cannot be used, or None.
+        control: () -> the content of the file of its condition picture; None: it has none.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Example(NamedTuple):
     label: str | None = None
     caption: str | None = None
     problem: str | None = None
+    control: Callable[[], bytes] | None = None
 
 
 class Skipped(NamedTuple):

@@ -4,6 +4,7 @@
     pictures/1.jpg, pictures/1.txt                  a caption beside each picture
     pictures/1.jpg, pictures/metadata.jsonl         {"file_name": "1.jpg", "text": "a cat"} in each line
     pictures/*.parquet                              columns image and text (or caption) and label
+    ..., "conditioning_image": "edges/1.png"}       an entry of a line or a column: what a ControlNet sees
     pictures/*.tar                                  shards of webdataset: 1.jpg with 1.txt, 1.json or 1.cls
 
 Every picture is decoded once when the folder is opened; what cannot be used is listed, and the others are
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxldm.arguments import a_path, checked, count, flag, instance, number, optional, several
 from jaxldm.data.buckets import A_BUCKETS, Buckets, assign_buckets, cover, only_bucket
@@ -94,14 +95,51 @@ class FolderRows:
 
         def image(row: int) -> np.ndarray:
             example = self.examples[row]
-            if size is not None:
-                return cover(_pixels(example), size)
-            square = central_square(_pixels(example), self.image_size)
-            return square if self.pad_to is None else padded_square(square, self.pad_to)
+            return self._square(_pixels(example)) if size is None else cover(_pixels(example), size)
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            images = list(pool.map(image, [int(row) for row in rows]))
-        return {"image": from_uint8(np.stack(images)), "label": self.labels[rows]}
+        return {"image": from_uint8(np.stack(_in_threads(image, rows))), "label": self.labels[rows]}
+
+    def control_images(self, rows: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B H W 3"]:
+        """The condition pictures of `rows`, in [0, 1], cut and scaled as the squares of the pictures.
+
+        Raises:
+            DataError: a picture that has none, one of another size than its picture, one that is damaged.
+        """
+
+        def image(row: int) -> np.ndarray:
+            return self._square(self._control_pixels(row))
+
+        return np.stack(_in_threads(image, rows)).astype(np.float32) / 255
+
+    def check_control_images(self) -> None:
+        """Read each condition picture once. Raises `DataError` as `control_images` does."""
+        _in_threads(lambda row: self._control_pixels(row).shape, np.arange(len(self)))
+
+    def _control_pixels(self, row: int) -> Any:
+        example, (height, width) = self.examples[row], self.originals[row]
+        if example.control is None:
+            raise DataError(
+                f"{example.name} has no condition picture: name one in its line of metadata.jsonl, as in "
+                '{"file_name": "1.jpg", "conditioning_image": "edges/1.png", "text": "a cat"}, or take '
+                "control_images='edges' (--control-images edges)"
+            )
+        name = f"the condition picture of {example.name}"
+        pixels = to_uint8(rgb_of(decode_picture(example.control(), name), name=name))
+        if pixels.shape[:2] != (height, width):
+            raise DataError(
+                f"{name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, and that has {width}x{height}: "
+                "resize one of them"
+            )
+        return pixels
+
+    def _square(self, pixels: Any) -> np.ndarray:
+        square = central_square(pixels, self.image_size)
+        return square if self.pad_to is None else padded_square(square, self.pad_to)
+
+
+def _in_threads(make: Callable[[int], Any], rows: Int[np.ndarray, "B"]) -> list[Any]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(make, [int(row) for row in rows]))
 
 
 def _pixels(example: Example) -> Any:

@@ -6,9 +6,9 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxldm.data.example import TEXT_KEYS, Example
+from jaxldm.data.example import CONTROL_KEYS, TEXT_KEYS, Example
 from jaxldm.data.parquet import parquet_examples
 from jaxldm.errors import DataError
 from jaxldm.reading import check_regular, parse_json, read_bytes, reading, shown
@@ -19,6 +19,7 @@ SPLIT_NAMES |= {"test": "test"}
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_CAPTION_BYTES = 2**16
 MAX_LINES_BYTES = 2**30  # of metadata.jsonl
+_FILE_KEYS = ("file_name", "image", "image_file_name")  # of a line there
 
 
 def examples_in(root: Path) -> list[Example]:
@@ -46,27 +47,36 @@ def _hidden(path: Path, root: Path) -> bool:
 
 def _picture_files(root: Path, pictures: Sequence[Path]) -> list[Example]:
     """Pictures as files: classes are subfolders, captions come from metadata.jsonl or from .txt files."""
+    listed = _metadata(root)
+    controls = {entry.control for entry in listed.values()}
+    present = {Path(os.path.normpath(path)) for path in pictures}
+    pictures = [path for path in pictures if Path(os.path.normpath(path)) not in controls]
     places = [path.relative_to(root).parts for path in pictures]
     tops = {parts[0] for parts in places if len(parts) > 1}
     has_splits = "train" in tops and tops <= set(SPLIT_NAMES)
-    listed = _metadata(root)
     examples = []
     for path, parts in zip(pictures, places, strict=True):
         split = SPLIT_NAMES[parts[0]] if has_splits and len(parts) > 1 else None
         inner = parts[1:] if split else parts
-        caption, problem = listed.get(path), None
+        entry = listed.get(path, _Line())
+        caption, problem, control = entry.caption, None, None
         beside = path.with_suffix(".txt")
         if caption is None and beside.is_file():
             try:
                 caption = _text(read_bytes(beside, MAX_CAPTION_BYTES, "caption", DataError), beside)
             except DataError as error:
                 problem = str(error)
+        if entry.control in present:
+            control = _reader_of_file(entry.control)
+        elif entry.control is not None:
+            problem = (
+                f"there is no {entry.control.relative_to(os.path.normpath(root))}, its condition picture"
+            )
         label = inner[0] if len(inner) > 1 and not listed else None
         read = _reader_of_file(path)
-        examples.append(Example("/".join(parts), read, split, label, caption, problem))
-    present = {os.path.normpath(path) for path in pictures}
+        examples.append(Example("/".join(parts), read, split, label, caption, problem, control))
     for path in listed:
-        if os.path.normpath(path) not in present:
+        if Path(os.path.normpath(path)) not in present:
             name = path.relative_to(root).as_posix()
             problem = "metadata.jsonl names it, but there is no such file"
             examples.append(Example(name, bytes, problem=problem))
@@ -77,9 +87,16 @@ def _reader_of_file(path: Path) -> Callable[[], bytes]:
     return functools.partial(read_bytes, path, MAX_PICTURE_BYTES, "picture", DataError)
 
 
-def _metadata(root: Path) -> dict[Path, str]:
-    """Picture -> caption of each metadata.jsonl in the folder, as imagefolder has it."""
-    captions: dict[Path, str] = {}
+class _Line(NamedTuple):
+    """What metadata.jsonl says of a picture: its caption and the file of its condition picture."""
+
+    caption: str | None = None
+    control: Path | None = None
+
+
+def _metadata(root: Path) -> dict[Path, _Line]:
+    """The line of each picture in each metadata.jsonl in the folder, as imagefolder has it."""
+    found: dict[Path, _Line] = {}
     for path in sorted(root.rglob("metadata.jsonl")):
         lines = read_bytes(path, MAX_LINES_BYTES, "list of captions", DataError).splitlines()
         for number, line in enumerate(lines, start=1):
@@ -87,14 +104,17 @@ def _metadata(root: Path) -> dict[Path, str]:
                 continue
             place = f"{path}, line {number}"
             entries = parse_json(line, place, DataError)
-            name = entries.get("file_name")
-            text = next((entries[key] for key in TEXT_KEYS if key in entries), "")
-            if not isinstance(name, str) or not name or not isinstance(text, str):
+            name, text, control = (
+                next((entries[key] for key in keys if key in entries), "")
+                for keys in (_FILE_KEYS, TEXT_KEYS, CONTROL_KEYS)
+            )
+            if not all(isinstance(value, str) for value in (name, text, control)) or not name:
                 raise DataError(
                     f'{place} must be like {{"file_name": "1.jpg", "text": "a cat"}}, not {shown(entries)}'
                 )
-            captions[_inside(root, path.parent, name, place)] = " ".join(text.split())
-    return captions
+            own = _inside(root, path.parent, control, place) if control else None
+            found[_inside(root, path.parent, name, place)] = _Line(" ".join(text.split()), own)
+    return found
 
 
 def _inside(root: Path, parent: Path, name: str, place: str) -> Path:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from jaxldm.data.example import TEXT_KEYS, Example
+from jaxldm.data.example import CONTROL_KEYS, TEXT_KEYS, Example
 from jaxldm.errors import DataError, MissingDependencyError
 from jaxldm.reading import check_regular, reading
 
@@ -36,6 +36,7 @@ def parquet_examples(path: Path, name: str) -> list[Example]:
             raise DataError(
                 f"{path} has no column {' or '.join(IMAGE_KEYS)}, only {', '.join(columns)[:200]}"
             )
+        control = next((key for key in CONTROL_KEYS if key in columns), None)
         texts, labels = (_column(file, keys) for keys in (TEXT_KEYS, LABEL_KEYS))
         names = _class_names(file.schema_arrow.metadata)
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
@@ -48,8 +49,11 @@ def parquet_examples(path: Path, name: str) -> list[Example]:
         if label is not None and label.isdigit() and int(label) < len(names):
             label = names[int(label)]
         text = None if texts is None or texts[number] is None else " ".join(str(texts[number]).split())
-        read = functools.partial(_picture, path, image, group, row, f"{name}, row {number}")
-        examples.append(Example(f"{name}/{number:08d}", read, None, label, text))
+        read, other = (
+            key and functools.partial(_picture, path, key, group, row, f"{name}, row {number}")
+            for key in (image, control)
+        )
+        examples.append(Example(f"{name}/{number:08d}", cast(Any, read), None, label, text, control=other))
     return examples
 
 

@@ -35,6 +35,7 @@ from jaxldm.pipelines.inputs import Size, as_images, check_rows, check_size, rep
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.pipelines.resizing import nearest_size, resize_picture
+from jaxldm.pipelines.runs import controlnet_of
 from jaxldm.pipelines.weak_branch import bounds_of
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G and B, as Pillow has them
@@ -62,7 +63,8 @@ def with_control(
     """The model with these control networks, in place of those that it had; the one given stays as it is.
 
     Args:
-        control: folders of ControlNets or T2I-Adapters, or networks; an empty list: none.
+        control: folders of ControlNets or T2I-Adapters, runs that trained one, or networks; an empty list:
+            none.
         dtype: of the folders' parameters and computation, as in `load`.
 
     Raises:
@@ -79,7 +81,9 @@ def with_control(
         raise InvalidArgumentError(f"a {pipe.family.name} takes no control networks: leave them out")
     parts = {name: part for name, part in pipe.parts.items() if name not in control_parts(pipe.parts)}
     for each in cast(Any, control):
-        network = each if isinstance(each, Network) else Network(*checkpoints.load(each, dtype=dtype))
+        network = each
+        if not isinstance(each, Network):
+            network = Network(*checkpoints.load(controlnet_of(each), dtype=dtype))
         given = "a control network" if isinstance(each, Network) else str(each)
         try:
             part = kind_of(network).part

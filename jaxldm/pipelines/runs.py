@@ -18,6 +18,7 @@ from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import read_json
 
 RUN_CONFIG = "config.json"
+CONTROL_FOLDER = "trained-controlnet"  # in the run that trained it
 
 
 def read_run(folder: Path) -> tuple[str, tuple[int, ...], int]:
@@ -72,12 +73,35 @@ def check_finished(folder: Path) -> None:
 
 def _check_finetuned(folder: Path, entries: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for a run whose result is a file for another model."""
-    for file, what, option in ((FILE_NAMES[0], "LoRA", "lora"), (EMBEDDING_FILE, "word", "embedding")):
+    for file, what, option in (
+        (FILE_NAMES[0], "LoRA", "lora"),
+        (EMBEDDING_FILE, "word", "embedding"),
+        (CONTROL_FOLDER, "ControlNet", "controlnet"),
+    ):
         if (folder / file).exists():
             raise CheckpointError(
                 f"{folder} holds a {what} and no model: draw with the model that it was trained on, jaxldm "
                 f"sample {entries.get('source')} --{option} {folder}"
             )
+
+
+def controlnet_of(folder: str | Path) -> str | Path:
+    """The folder of a ControlNet, where `folder` is the run that trained it; any other folder as it is.
+
+    Raises:
+        CheckpointError: the training is not finished.
+    """
+    path = Path(folder).expanduser()
+    if (path / CONTROL_FOLDER).is_dir():
+        return path / CONTROL_FOLDER
+    if (path / RUN_CONFIG).is_file() and "recipe" in read_json(path / RUN_CONFIG):
+        entries = read_json(path / RUN_CONFIG)["recipe"]
+        if ((entries or {}).get("finetune") or {}).get("control"):
+            raise CheckpointError(
+                f"{path} holds no finished ControlNet yet: go on with its training, with `jaxldm "
+                f"{training_of(entries)} --run-dir {path} --resume`"
+            )
+    return folder
 
 
 def check_data_of_run(pipe: Pipeline, folder: Path) -> None:

@@ -28,7 +28,13 @@ from jaxldm.training.dynamic_recipe import DynamicRecipe
 from jaxldm.training.equivariance import equivariance_loss
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.few_steps.teachers import distill_recipe
-from jaxldm.training.finetune_recipe import FinetuneRecipe, LoraRecipe, PriorRecipe, WordRecipe
+from jaxldm.training.finetune_recipe import (
+    ControlRecipe,
+    FinetuneRecipe,
+    LoraRecipe,
+    PriorRecipe,
+    WordRecipe,
+)
 from jaxldm.training.finetune_source import finetune_recipe
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.kept import KeptParams, kept_steps, post_hoc_ema, read_kept
@@ -69,6 +75,7 @@ __all__ = [
     "AutoencoderRecipe",
     "ClassifierRecipe",
     "Codebook",
+    "ControlRecipe",
     "DiffusionRecipe",
     "DiscriminatorRecipe",
     "DynamicRecipe",

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 SIZES = "time_ids"  # SDXL's: the size of a picture as it was, where it was cut, and the size it has now
+CONTROL_IMAGE = "control_image"  # of a ControlNet
+OF_THE_PICTURE = (SIZES, CONTROL_IMAGE)  # what stays where the caption is dropped
 
 
 class Condition(NamedTuple):
@@ -32,12 +34,12 @@ class Condition(NamedTuple):
         """The null condition, as arrays.
 
         Args:
-            batch: whose pictures keep their own `SIZES` where their caption is dropped.
+            batch: whose pictures keep what is `OF_THE_PICTURE` where their caption is dropped.
         """
         nulls = jax.tree.map(jnp.asarray, self.null)
-        if batch is None or self.column is not None or SIZES not in nulls:
+        if batch is None or self.column is not None:
             return nulls
-        return nulls | {SIZES: batch[SIZES]}
+        return nulls | {name: batch[name] for name in OF_THE_PICTURE if name in nulls}
 
 
 def label_condition(num_classes: int) -> Condition:

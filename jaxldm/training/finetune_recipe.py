@@ -133,6 +133,25 @@ class WordRecipe(NamedFields):
             raise InvalidArgumentError('initial_text must be a text such as "cat": what the word is like')
 
 
+CONTROL_IMAGES = ("folder", "edges")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlRecipe(NamedFields):
+    """A ControlNet beside the network, which stays as it is: Zhang et al. 2023, arXiv:2302.05543.
+
+    Attributes:
+        images: what it sees: "folder", the condition picture that the folder names for each picture (see
+            `jaxldm.data.load_folder`), or "edges" of the pictures, see `jaxldm.data.edges`.
+    """
+
+    images: str = "folder"
+
+    def __post_init__(self):
+        check_types(self)
+        one_of("kind of control images", self.images, CONTROL_IMAGES)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(UpdatesRecipe):
     """A published model, or one trained here, on further pictures; see `jaxldm.training.finetune_recipe`.
@@ -143,6 +162,7 @@ class FinetuneRecipe(UpdatesRecipe):
         source: folder of the model.
         lora: only an adapter moves; None: the network's own parameters.
         word: only the embeddings of a new word move.
+        control: only a ControlNet moves.
         prior: pictures of a class that are trained on besides.
         prompt: of all pictures, in place of their captions.
         freeze: patterns of parameters that stay as they are, see `jaxldm.training.freeze`.
@@ -154,6 +174,7 @@ class FinetuneRecipe(UpdatesRecipe):
     source: str
     lora: LoraRecipe | None = None
     word: WordRecipe | None = None
+    control: ControlRecipe | None = None
     prior: PriorRecipe | None = None
     prompt: str | None = None
     freeze: tuple[str, ...] = ()
@@ -192,11 +213,12 @@ class FinetuneRecipe(UpdatesRecipe):
             raise InvalidArgumentError(
                 'a prior is for pictures of one subject: give them a prompt, "a photo of sks dog"'
             )
-        others = [name for name in ("lora", "prior", "prompt", "freeze") if getattr(self, name)]
-        if self.word is not None and others:
-            raise InvalidArgumentError(
-                f"{others[0]} has no effect with word, which alone moves: leave it out"
-            )
+        for own, also in (("word", ("prompt",)), ("control", ("word",))):
+            others = [name for name in ("lora", "prior", "freeze", *also) if getattr(self, name)]
+            if getattr(self, own) is not None and others:
+                raise InvalidArgumentError(
+                    f"{others[0]} has no effect with {own}, which alone moves: leave it out"
+                )
 
     def make_weight(self) -> Callable[[Any], Any] | None:
         """log-SNR -> weight, for `diffusion_loss`."""
@@ -208,6 +230,7 @@ class FinetuneRecipe(UpdatesRecipe):
 
 
 _LORA, _DREAMBOOTH, _INVERSION = ("lora", "dreambooth"), ("dreambooth",), ("textual-inversion",)
+_CONTROL = ("controlnet",)
 # What only one or some of the methods have: option -> the part of the recipe, its field there, the methods.
 OWN_OPTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rank": ("lora", "rank", _LORA),
@@ -224,6 +247,8 @@ OWN_OPTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "initial_text": ("word", "initial", _INVERSION),
     "num_vectors": ("word", "vectors", _INVERSION),
     "templates": ("word", "templates", _INVERSION),
+    "control_images": ("control", "images", _CONTROL),
+    "caption": ("", "prompt", _CONTROL),
 }
 # Method -> the options that it needs, and the defaults that it changes.
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -232,6 +257,7 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "freeze": (("freeze",), {}),
     "dreambooth": (("instance_prompt",), {"learning_rate": 5e-6, "condition_dropout": 0.0}),
     "textual-inversion": (("word", "initial_text"), {"learning_rate": 5e-3, "condition_dropout": 0.0}),
+    "controlnet": ((), {}),
 }
 _EXAMPLES = {
     "freeze": "['down_blocks_*']",
@@ -240,7 +266,13 @@ _EXAMPLES = {
     "word": "'<my-cat>'",
     "initial_text": "'cat'",
 }
-_PARTS: dict[str, Any] = {"lora": LoraRecipe, "prior": PriorRecipe, "word": WordRecipe}
+_PARTS: dict[str, Any] = {
+    "lora": LoraRecipe,
+    "prior": PriorRecipe,
+    "word": WordRecipe,
+    "control": ControlRecipe,
+}
+_OF_METHOD = {"lora": "lora", "controlnet": "control"}  # the part that a method has without any option
 
 
 def make_finetuning(source: str | os.PathLike, method: str, options: Mapping[str, Any]) -> FinetuneRecipe:
@@ -257,7 +289,7 @@ def make_finetuning(source: str | os.PathLike, method: str, options: Mapping[str
     own = {"source", "prompt", "freeze", *_PARTS}
     shared = [field.name for field in dataclasses.fields(FinetuneRecipe) if field.name not in own]
     fields: dict[str, Any] = {"source": whole_path(source), **defaults}
-    parts: dict[str, dict[str, Any]] = {"lora": {}} if method == "lora" else {}
+    parts: dict[str, dict[str, Any]] = {_OF_METHOD[method]: {}} if method in _OF_METHOD else {}
     for name, value in options.items():
         if name not in OWN_OPTIONS:
             fields[one_of("option of a fine-tuning", name, [*OWN_OPTIONS, *shared])] = value

@@ -30,6 +30,7 @@ from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.runs import check_finished
 from jaxldm.pipelines.words import check_takes_words
 from jaxldm.reading import read_json, reading, shown
+from jaxldm.training.control_pictures import check_control_pictures, control_shapes
 from jaxldm.training.finetune_recipe import FinetuneRecipe, WordRecipe, make_finetuning
 from jaxldm.training.freezing import freeze
 from jaxldm.training.recipes import Recipe
@@ -68,13 +69,15 @@ def finetune_recipe(
         method: "lora": an adapter of low rank, which becomes one file; "full": all parameters of the network;
             "freeze": those that no pattern of `freeze` names; "dreambooth": one subject, whose pictures have
             the caption `instance_prompt`, beside pictures of its class; "textual-inversion": the embeddings
-            of a new word alone, which become a file. What is no file is a model of its own.
+            of a new word alone, which become a file; "controlnet": a ControlNet beside the network, which
+            becomes a folder. What is no file and no such folder is a model of its own.
         image_size: side to which the central square of each picture is scaled; None: the model's own.
         seed: of every random number.
         options: fields of `FinetuneRecipe`, and what a method alone has: rank, alpha, targets and lora_names
             of lora (and of dreambooth, which is one then); freeze of freeze; instance_prompt, class_prompt,
             class_images (a folder) or num_class_images, and prior_weight of dreambooth; word, initial_text,
-            num_vectors and templates of textual-inversion.
+            num_vectors and templates of textual-inversion; control_images ("folder" or "edges") and caption
+            (of all pictures) of controlnet.
 
     Raises:
         CheckpointError: no such model, or one that cannot be trained so.
@@ -94,7 +97,8 @@ def finetune_recipe(
             )
         image_size = height
     where = {"data": source_name(data), "image_size": image_size}
-    return Recipe(name="finetune", **where, diffusion=None, finetune=own, seed=seed)
+    name = "finetune" if own.control is None else "controlnet"
+    return Recipe(name=name, **where, diffusion=None, finetune=own, seed=seed)
 
 
 def outline_of(recipe: FinetuneRecipe) -> Pipeline:
@@ -174,7 +178,9 @@ def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
         pipe.prediction  # noqa: B018
     if own.lora is not None:
         check_names(pipe.denoiser_name, own.lora.names)
-    total, moving = _count_parameters(own, models.shapes(pipe.denoiser.module))
+    if own.control is not None and draws_classes(pipe.family):
+        raise CheckpointError(f"{own.source} draws from classes: a ControlNet is for a model of texts")
+    total, moving = _count_parameters(own, models.shapes(pipe.denoiser.module), pipe)
     _check_pictures(recipe, pipe, dataset)
     device = mesh.devices.flat[0]
     shares = 1 if device.platform == "cpu" else mesh.size
@@ -200,8 +206,11 @@ def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
         raise DataError(
             f"{own.source} draws from texts, and the pictures of {dataset.name} have no captions: put a .txt "
             "file beside each, or a metadata.jsonl into the folder"
+            + (", or give one caption for all (--caption)" if own.control is not None else "")
         )
     check_captions(pipe, texts if own.prior is None else [*texts, own.prior.prompt])
+    if own.control is not None:
+        check_control_pictures(own.control, dataset)
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -219,7 +228,7 @@ def _check_word(recipe: WordRecipe, pipe: Pipeline) -> None:
     ids_of(pipe.tokenizer, recipe.initial)
 
 
-def _count_parameters(recipe: FinetuneRecipe, shapes: Any) -> tuple[int, int]:
+def _count_parameters(recipe: FinetuneRecipe, shapes: Any, pipe: Pipeline) -> tuple[int, int]:
     """(all, those that move). Raises `InvalidArgumentError` for patterns that name none."""
     moving = shapes
     if recipe.lora is not None:
@@ -231,6 +240,9 @@ def _count_parameters(recipe: FinetuneRecipe, shapes: Any) -> tuple[int, int]:
         moving = freeze(shapes, recipe.freeze).params
     elif recipe.word is not None:
         moving = {}
+    elif recipe.control is not None:
+        moving = control_shapes(pipe, recipe.source)
+        shapes = (shapes, moving)
     total, own = (
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in (shapes, moving)
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning: the denoising network of a finished model on further pictures, or an adapter of it."""
+"""Fine-tuning: the denoising network of a finished model on further pictures, or what stands beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from jaxldm import checkpoints, models, pipelines
 from jaxldm import diffusion as D
@@ -25,12 +25,20 @@ from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import encode_ids
 from jaxldm.pipelines.words import table_of, with_rows
 from jaxldm.reading import shortened
+from jaxldm.training.conditions import CONTROL_IMAGE
+from jaxldm.training.control_pictures import (
+    ControlledRows,
+    control_images,
+    controlnet_config,
+    new_controlnet,
+    save_control_images,
+)
 from jaxldm.training.denoiser_loss import Condition, label_condition
 from jaxldm.training.diffusion import MOST_CAPTIONS, identity_and_labels, latents_of
 from jaxldm.training.finetune_recipe import TEMPLATES, FinetuneRecipe, WordRecipe
 from jaxldm.training.finetune_source import build, check, ids_of, with_single_blocks
 from jaxldm.training.prior_preservation import PairedRows, class_pictures, of_class
-from jaxldm.training.runs import LORA_FILE, RunFolder, save_pipeline
+from jaxldm.training.runs import CONTROL_FOLDER, CONTROL_SAMPLES, LORA_FILE, RunFolder, save_pipeline
 from jaxldm.training.stages import (
     MOST_CLASSES,
     Context,
@@ -52,11 +60,12 @@ class Tuned(NamedTuple):
 
     Attributes:
         init: key -> the parameters to begin with.
-        network: (parameters, frozen) -> those of the denoising network.
+        network: (parameters, frozen) -> those that `call` takes, of the denoising network.
         condition: (parameters, frozen, batch, key) -> what the network takes; None: that of the batch.
         frozen: what lies in the state besides.
         pipeline: the finished parameters -> the model with them.
         save: (run, the finished parameters).
+        call: the network, see `denoising`; None: the denoising network alone.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -65,12 +74,15 @@ class Tuned(NamedTuple):
     pipeline: Callable[[Params], Pipeline]
     save: Callable[[RunFolder, Params], None]
     condition: Callable[[Params, Any, Any, PRNGKeyArray], Any] | None = None
+    call: Callable[..., Any] | None = None
 
 
 def tuned_of(recipe: FinetuneRecipe, pipe: Pipeline) -> Tuned:
-    """The network itself, an adapter in front of it, or the embeddings of a word."""
+    """The network itself, an adapter in front of it, the embeddings of a word, or a ControlNet."""
     if recipe.word is not None:
         return tuned_word(recipe.word, pipe)
+    if recipe.control is not None:
+        return tuned_control(recipe, pipe)
     base, lora = pipe.denoiser.params, recipe.lora
 
     def with_network(params: Params) -> Pipeline:
@@ -145,6 +157,27 @@ def tuned_word(recipe: WordRecipe, pipe: Pipeline) -> Tuned:
     )
 
 
+def tuned_control(recipe: FinetuneRecipe, pipe: Pipeline) -> Tuned:
+    """A ControlNet beside the network: a copy of its down blocks, whose outputs are zero at first."""
+    config = controlnet_config(pipe, recipe.source)
+    computing = (dataclasses.replace(each, dtype=recipe.dtype) for each in (pipe.denoiser.config, config))
+    unet, computed = map(models.from_config, computing)
+    control = models.from_config(config)
+
+    def call(params: Params, x: Any, t: Any, condition: Any) -> Any:
+        network = models.controlled_network(unet, params["network"], computed)
+        return network(params["control"], x, t, condition)
+
+    return Tuned(
+        lambda key: new_controlnet(pipe, recipe.source, key),
+        lambda params, frozen: {"network": frozen, "control": params},
+        pipe.denoiser.params,
+        lambda params: pipelines.with_control(pipe, Network(control, params)),
+        lambda run, params: checkpoints.save(run.path / CONTROL_FOLDER, control, params),
+        call=call,
+    )
+
+
 def drawn(batch: Any, key: PRNGKeyArray) -> Any:
     """The latents of a batch: their means, or draws from the autoencoder's posteriors."""
     if "std" not in batch:
@@ -206,12 +239,14 @@ class Examples(NamedTuple):
         on: the condition.
         subjects: texts or classes, of the pictures on the way.
         names: of these.
+        controls: control images of these, in [0, 1]; None without a ControlNet.
     """
 
     rows: Rows
     on: Condition
     subjects: Sequence[Any]
     names: Sequence[str]
+    controls: Float[np.ndarray, "N H W 3"] | None = None
 
 
 def latent_rows(context: Context, pipe: Pipeline, folder: Path) -> Rows:
@@ -249,6 +284,8 @@ def examples_of(context: Context, pipe: Pipeline) -> Examples:
     found = with_guidance(pipe, found)
     sizes = own_sizes(context.dataset.rows("train"), found)
     captioned = CaptionedRows(rows, found._replace(which=found.which[: len(texts)]), sizes)
+    if recipe.control is not None:
+        return controlled(context, recipe.control.images, captioned, texts)
     if recipe.prior is None:
         return Examples(captioned, Condition(found.null), *_shown(texts))
     pictures = dataclasses.replace(context, dataset=class_pictures(context, recipe, pipe))
@@ -256,6 +293,16 @@ def examples_of(context: Context, pipe: Pipeline) -> Examples:
     which = np.repeat(found.which[-1:], len(others))
     rows = PairedRows(captioned, CaptionedRows(others, found._replace(which=which)))
     return Examples(rows, Condition(found.null), *_shown([*texts, *of_prior]))
+
+
+def controlled(context: Context, images: str, captioned: CaptionedRows, texts: Sequence[str]) -> Examples:
+    """Examples with control images; those of the first pictures, with their captions, are drawn."""
+    pictures = context.dataset.rows("train")
+    null = {**captioned.captions.null, CONTROL_IMAGE: np.float32(0)}  # never used: pictures keep their own
+    few = list(texts[:MOST_CAPTIONS])
+    shown = control_images(pictures, images, np.arange(len(few)))
+    names = [shortened(text, 24) for text in few]
+    return Examples(ControlledRows(captioned, pictures, images), Condition(null), few, names, shown)
 
 
 def _shown(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -275,9 +322,13 @@ def with_guidance(pipe: Pipeline, captions: CaptionConditions) -> CaptionConditi
 
 
 def make_preview(
-    context: Context, pipe: Pipeline, tuned: Tuned, subjects: Sequence[Any], names: Sequence[str]
+    context: Context, pipe: Pipeline, tuned: Tuned, examples: Examples
 ) -> Callable[[Params, int], None]:
-    """Writes a picture of what the model draws of texts or classes, from the same noise each time."""
+    """Writes a picture of what the model draws of texts or classes, from the same noise each time.
+
+    Control images are above it.
+    """
+    subjects, controls = examples.subjects, examples.controls
     recipe = cast(FinetuneRecipe, context.recipe.finetune)
     key, folder = stage_keys(context.recipe.seed, STAGE).sample, context.run.stage(STAGE)
     options: dict[str, Any] = {"num_inference_steps": recipe.sample_steps}
@@ -286,9 +337,15 @@ def make_preview(
     if not draws_classes(pipe.family):
         options |= dict(zip(("height", "width"), context.dataset.image_shape[:2], strict=True))
     several = [subject for _ in range(recipe.samples_per_caption) for subject in subjects]
+    above: Any = None if controls is None else 2 * controls - 1
+    if controls is not None:
+        options["control_image"] = np.tile(above, (recipe.samples_per_caption, 1, 1, 1))
 
     def preview(params: Params, step: int) -> None:
-        save_samples(folder, tuned.pipeline(params)(key, several, **options), names, step)
+        images = tuned.pipeline(params)(key, several, **options)
+        if above is not None:
+            images = np.concatenate([above[..., : images.shape[-1]], images])
+        save_samples(folder, images, examples.names, step)
 
     return preview
 
@@ -300,14 +357,20 @@ def prepare(context: Context) -> Job:
     refuse_quantized(pipe.denoiser.params, "fine-tuning")
     pipe = with_single_blocks(pipe) if recipe.freeze else pipe
     examples, tuned = examples_of(context, pipe), tuned_of(recipe, pipe)
-    network = denoising(pipe, recipe.dtype)
-    preview = make_preview(context, pipe, tuned, examples.subjects, examples.names)
+    network = denoising(pipe, recipe.dtype) if tuned.call is None else tuned.call
+    preview = make_preview(context, pipe, tuned, examples)
     loss = make_loss(recipe, pipe.prediction, network, tuned, examples.on)
+
+    def finish(params: Params) -> None:
+        if examples.controls is not None:
+            save_control_images(context.run.stage(STAGE).path / CONTROL_SAMPLES, examples.controls)
+        tuned.save(context.run, params)
+
     return Job(
         tuned.init,
         loss,
         examples.rows,
-        lambda params: tuned.save(context.run, params),
+        finish,
         preview,
         frozen=tuned.frozen,
         freeze=recipe.freeze,

@@ -55,6 +55,7 @@ from jaxldm.pipelines import folders as pipeline_folders
 from jaxldm.pipelines.few_steps import ENTRY as FEW_STEPS
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.runs import CONTROL_FOLDER
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.sealed import sealed, unsealed
@@ -65,6 +66,7 @@ FORMAT = 2  # of config.json
 STAGES = ("autoencoder", "diffusion", "masked_tokens", "finetune", "classifier")
 PIPELINE_CLASS, MASKGIT_CLASS = "LatentDiffusionPipeline", "MaskGITPipeline"
 LORA_FILE = FILE_NAMES[0]  # the name that diffusers looks for
+CONTROL_SAMPLES = "control-images"  # in the folder of the stage: some that a ControlNet was trained on
 COPY = ".config.json"  # of config.json
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
@@ -145,7 +147,7 @@ class RunFolder:
         if name == "masked_tokens":
             return StageFolder(path, self.path / "transformer", self.index)
         if name == "finetune":
-            files = [self.path / name for name in (LORA_FILE, EMBEDDING_FILE)]
+            files = [self.path / name for name in (LORA_FILE, EMBEDDING_FILE, CONTROL_FOLDER)]
             mark = next((file for file in files if file.exists()), self.index)
             return StageFolder(path, self.path, mark)
         if name == "diffusion":
