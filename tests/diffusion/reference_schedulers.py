@@ -150,9 +150,10 @@ def with_float64_schedule(scheduler):
     In float32 its sqrt((1 - abar) / abar) is off by 3e-4 at t = 0, where 1 - abar is 1e-4; Heun's method with
     x_0 prediction then differs from a float64 run by 3e-4 of the largest value, and ours by 2e-6.
     """
-    betas = np.linspace(
-        scheduler.config.beta_start, scheduler.config.beta_end, scheduler.config.num_train_timesteps
-    )
+    config = scheduler.config
+    power = {"linear": 1, "scaled_linear": 2}[config.beta_schedule]
+    ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
+    betas = np.linspace(*ends, config.num_train_timesteps) ** power
     exact = torch.from_numpy(np.cumprod(1 - betas))
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), exact, rtol=1e-5, atol=0)
     scheduler.alphas_cumprod = exact

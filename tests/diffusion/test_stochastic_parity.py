@@ -235,7 +235,9 @@ def test_lcm(monkeypatch, optimized):
         feed_noise(monkeypatch, scheduling_lcm, step_noise())
         grid = D.pad(D.at_times(SCALED_VP, timesteps), MAX_STEPS)
         ours = np.asarray(run(PREDICTIONS.index(prediction), grid, NOISE))
-        assert_close(ours, run_reference(scheduler, torch.from_numpy(NOISE)), case)
+        # In float64: of epsilon in fifty steps the rounding of both together is above the bound.
+        reference = run_reference(with_float64_schedule(scheduler), torch.from_numpy(NOISE).double())
+        assert_close(ours, reference, case)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
