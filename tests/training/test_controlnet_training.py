@@ -17,6 +17,7 @@ from jaxldm.commands.controlnet import Controlnet
 from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.pipelines.runs import CONTROL_FOLDER
+from jaxldm.training.control_pictures import ControlledRows
 from jaxldm.training.finetuning import tuned_of
 
 pytestmark = pytest.mark.usefixtures("shapes_once")
@@ -211,6 +212,10 @@ def test_one_caption_and_edges_need_nothing_but_pictures(source, pictures, tmp_p
     plain = shutil.copytree(pictures, tmp_path / "plain")
     shutil.rmtree(plain / "edges")
     (plain / "metadata.jsonl").unlink()
-    options = {"control_images": "edges", "caption": "a cat", "epochs": 1, "condition_dropout": 0.5}
-    run = trained(source, plain, tmp_path / "run", **options)
-    assert (run.path / CONTROL_FOLDER).is_dir()
+    recipe = training.finetune_recipe(source, plain, "controlnet", control_images="edges", caption="a cat")
+    dataset = recipe.load_data()
+    training.check_recipe(recipe, dataset, training.make_mesh(1))
+    rows = dataset.rows("train")
+    found = ControlledRows(rows, rows, "edges").take(np.arange(2))
+    wanted = data.edges(found["image"])
+    np.testing.assert_array_equal(found["control_image"], np.broadcast_to(wanted, (2, 16, 16, 3)))
