@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-MAX_CHOICES, MAX_LISTED = 40, 300  # a list of more names, or of more characters, is shown in part
+MAX_CHOICES, MAX_LISTED = 40, 360  # a list of more names, or of more characters, is shown in part
 MAX_SHOWN = 60  # characters of a value that was given
 MAX_PATH = 240  # of a path
 # What other programs call the same thing -> its name here: the first that can be chosen.

@@ -11,12 +11,12 @@ from experiments.faults.misuse_cases import Case
 from jaxldm import data, models, schedulers
 from jaxldm import diffusion as D
 from jaxldm import training as T
-from jaxldm.models.registry import ARCHITECTURES
+from jaxldm.models.registry import ARCHITECTURES, VARIANTS
 
 
 def settings() -> list[Case]:
     """Frozen dataclasses: configs of models, recipes, options."""
-    configs = {kind.__name__: kind for _, kind in ARCHITECTURES.values()}
+    configs = {kind.__name__: kind for *_, kind in (*ARCHITECTURES.values(), *VARIANTS.values())}
     small = [
         Case(
             "models.Tiling",
