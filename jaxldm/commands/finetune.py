@@ -210,11 +210,12 @@ _OPTIONS = (
 
 def hint_of(run: RunFolder, recipe: Recipe) -> str:
     """The command that draws with the result of a fine-tuning."""
-    from jaxldm import pipelines, training
+    from jaxldm import pipelines
+    from jaxldm.training.runs import CONTROL_SAMPLES
 
     own: Any = recipe.finetune
     if own.control is not None:
-        picture = run.stage("finetune").path / training.runs.CONTROL_SAMPLES / "0.png"
+        picture = run.stage("finetune").path / CONTROL_SAMPLES / "0.png"
         words = ["--controlnet", run.path, "--control-image", picture]
         return hints.command("sample", own.source, *words, "--prompt", own.prompt or "a cat in the snow")
     option = "--lora" if own.lora is not None else None if own.word is None else "--embedding"

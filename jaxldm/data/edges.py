@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
@@ -11,7 +13,7 @@ from jaxldm.data.images import check_images
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G and B (ITU-R BT.601)
 
 
-def _some_images(name: str, value: object) -> Float[np.ndarray, "N H W C"]:
+def _some_images(name: str, value: Any) -> Float[np.ndarray, "N H W C"]:
     return check_images(value, name=name)
 
 

@@ -53,7 +53,9 @@ def parquet_examples(path: Path, name: str) -> list[Example]:
             key and functools.partial(_picture, path, key, group, row, f"{name}, row {number}")
             for key in (image, control)
         )
-        examples.append(Example(f"{name}/{number:08d}", cast(Any, read), None, label, text, control=other))
+        examples.append(
+            Example(f"{name}/{number:08d}", cast(Any, read), None, label, text, control=cast(Any, other))
+        )
     return examples
 
 

@@ -142,8 +142,9 @@ def rgb_of(
     """
     from PIL import Image
 
-    picture, shape = upright(picture, name), None if size is None else (size[1], size[0])
-    resized, lanczos = shape is not None and (shape, box) != (picture.size, None), Image.Resampling.LANCZOS
+    picture = upright(picture, name)
+    shape = picture.size if size is None else (size[1], size[0])
+    resized, lanczos = size is not None and (shape, box) != (picture.size, None), Image.Resampling.LANCZOS
     if picture.mode.startswith("I;16"):
         levels = np.asarray(picture, np.float32) / np.float32(32767.5) - np.float32(1)
         levels[_transparent(picture)] = 1

@@ -323,7 +323,8 @@ def shapes(module: nn.Module) -> dict:
     Those of equal modules are found once: tracing a U-Net of Stable Diffusion takes seconds, and a folder
     that is opened asks several times.
     """
-    return jax.tree.map(lambda leaf: leaf, _shapes_once(module, jax.config.jax_enable_x64))
+    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.tree.map(lambda leaf: leaf, _shapes_once(module, x64))
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,6 +6,8 @@ and sizes change by a fixed low-pass filter (Karras et al. 2021, "Alias-Free GAN
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
@@ -132,7 +134,7 @@ class KAttention(nn.Module):
         tokens = x.reshape(batch, height * width, channels)
         linear = {"use_bias": True, "dtype": self.dtype}
         if self.of_text:
-            context = LayerNorm(dtype=self.dtype, name="norm_cross")(context)
+            context = LayerNorm(dtype=self.dtype, name="norm_cross")(cast(Any, context))
             (query,) = projections(tokens, ("to_q",), channels, **linear)
             key, value = projections(context, ("to_k", "to_v"), channels, **linear)
         else:

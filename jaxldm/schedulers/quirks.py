@@ -125,7 +125,7 @@ class Quirks(Runs):
         eps = np.log(cast(float, rule.level_min) / path.sigma_min) / np.log(ratio)
         times = linspace(1.0, eps, count)
         at = (times * np.float32(count - 1)).astype(int)
-        logs = linspace(*np.log([path.sigma_min, path.sigma_max]), count)
+        logs = linspace(np.log(path.sigma_min), np.log(path.sigma_max), count)
         even = np.exp(logs[:1] if count == 1 else logs).astype(np.float64)
         here, there = even[at], np.where(at == 0, 0, even[at - 1])
         rows = rows_at(path, np.append(np.geomspace(path.sigma_max, path.sigma_min, count), 0))

@@ -28,8 +28,8 @@ from jaxldm.pipelines.inputs import OF_A_START, InitialLatents, Inputs, LatentSp
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.weighted_prompts import text_encoding
 
-# The noise of the small latents as the U-Net is told it: cos 0 and sin 0, for none.
-_NO_NOISE = np.repeat(np.float32([1, 0]), 64)
+# The noise of the small latents as the U-Net takes it: cos 0 and sin 0, for none.
+_NO_NOISE = np.repeat(np.array([1, 0], np.float32), 64)
 
 
 def encode(
