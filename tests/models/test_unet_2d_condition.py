@@ -304,7 +304,7 @@ def test_published_config_files_are_the_presets():
     assert models.config_from_dict(entries) == models.PRESETS["sdxl-unet"]
     with pytest.raises(CheckpointError, match="dual_cross_attention = True; only False"):
         models.config_from_dict(old | {"dual_cross_attention": True})
-    with pytest.raises(CheckpointError, match="KCrossAttnDownBlock2D"):
+    with pytest.raises(CheckpointError, match="unknown up_block_types 'UpBlock2D': choose one of KUpBlock2D"):
         models.config_from_dict(old | {"down_block_types": ["KCrossAttnDownBlock2D"] * 4})
 
 
