@@ -100,7 +100,7 @@ def _size_of(name: str, content: bytes) -> tuple[int, int]:
 
 
 def _parts_of(content: bytes) -> tuple[int, int]:
-    """(chunks or markers, scans of JPEG) of a file, without reading them.
+    r"""(chunks or markers, scans of JPEG) of a file, without reading them.
 
     What looks like a marker inside of a part of JPEG counts, too: in random bytes one in a thousand.
 
