@@ -12,10 +12,10 @@ from jaxtyping import Int
 from jaxldm.data import shapes
 from jaxldm.metrics.shapes import UNCLEAR
 
-MOST = 3  # findings of a picture that are told
+MOST = 3  # findings of a picture that are shown
 NONE = 0  # the number of no finding
 # (attribute, asked, seen) of each finding, from number 1 on. A picture without a clear shape has no size and
-# no place either, and only the shape is told.
+# no place either, and only the shape is a finding.
 FINDINGS = tuple(
     (kind, asked, seen)
     for kind, words in shapes.KINDS.items()

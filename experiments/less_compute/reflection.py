@@ -281,23 +281,23 @@ class Way(NamedTuple):
 
     Attributes:
         tuned: whether the trained denoiser draws, or that of the run.
-        draft, told: whether the draft and the feedback are seen.
+        draft, feedback: whether the draft and the feedback are seen.
         others: whether the feedback is that on another picture.
     """
 
     tuned: bool
     draft: bool = False
-    told: bool = False
+    feedback: bool = False
     others: bool = False
 
 
 WAYS = {
     "best of N, the run": Way(False),
     "best of N, trained on": Way(True),
-    "reflection: draft and feedback": Way(True, draft=True, told=True),
-    "the feedback alone": Way(True, told=True),
+    "reflection: draft and feedback": Way(True, draft=True, feedback=True),
+    "the feedback alone": Way(True, feedback=True),
     "the draft alone": Way(True, draft=True),
-    "draft, and feedback on another": Way(True, draft=True, told=True, others=True),
+    "draft, and feedback on another": Way(True, draft=True, feedback=True, others=True),
 }
 
 
@@ -314,9 +314,9 @@ def measured(
         def again(number, rows, drafts, findings, wanted=wanted, keys=keys):
             seen = first_look(tools, wanted.captions[rows])
             if drafts is not None:
-                told = np.roll(findings, 1, axis=0) if way.others else findings
-                flags = (np.full(len(rows), flag) for flag in (way.draft, way.told))
-                seen = Seen(seen.caption, drafts, told, *flags)
+                shown = np.roll(findings, 1, axis=0) if way.others else findings
+                flags = (np.full(len(rows), flag) for flag in (way.draft, way.feedback))
+                seen = Seen(seen.caption, drafts, shown, *flags)
             noise = jax.vmap(jax.random.fold_in, (0, None))(keys[rows], number)
             return draw(noise, seen)
 
