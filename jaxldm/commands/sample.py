@@ -98,6 +98,7 @@ class Sample:
       Wuerstchen                   60             4.0
       Amused                       12            10.0       0.5
       ZImage                       50             6.0       0.6
+      QwenImage                    50             1.0       0.6
 
     With --mask, strength is 1. The solvers of distilled models (lcm, tcd) take 4 steps; latent consistency
     models have guidance scale 8.5.
@@ -214,8 +215,10 @@ class Sample:
     guidance_scale: Annotated[float | None, shown("FLOAT", "the family's")] = None
     """Scale of classifier-free guidance: 1 is the model as trained; higher is clearer and varies less."""
 
-    true_cfg_scale: Annotated[float | None, shown("FLOAT", "1")] = None
-    """Scale of classifier-free guidance for models that take --guidance-scale as an input (FLUX)."""
+    true_cfg_scale: Annotated[float | None, shown("FLOAT", "the family's, mostly 1")] = None
+    """Scale of classifier-free guidance for models that take --guidance-scale as an input (FLUX), and for
+    Qwen-Image, where it is 4.
+    """
 
     guidance_rescale: Annotated[float | None, shown("FLOAT", "the family's, mostly 0")] = None
     """Between 0 and 1: how much of the contrast that a high guidance scale adds is removed (0.7 is usual)."""

@@ -14,6 +14,7 @@ from jaxldm.models.autoencoder_asym_kl import AsymmetricAutoencoderKL, Asymmetri
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.autoencoder_kl_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from jaxldm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from jaxldm.models.bert import BertConfig, BertModel, sentence_embedding
 from jaxldm.models.clip import CLIPConfig, CLIPModel
@@ -67,7 +68,12 @@ from jaxldm.models.quantization import (
     quantize,
     quantized_shapes,
 )
+from jaxldm.models.qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 from jaxldm.models.qwen3 import Qwen3Config, Qwen3Model
+from jaxldm.models.qwen_image_transformer_2d import (
+    QwenImageTransformer2DConfig,
+    QwenImageTransformer2DModel,
+)
 from jaxldm.models.registry import (
     PRESETS,
     build,
@@ -121,6 +127,8 @@ __all__ = [
     "AutoencoderDCConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImageConfig",
     "AutoencoderTiny",
     "AutoencoderTinyConfig",
     "BertConfig",
@@ -176,8 +184,12 @@ __all__ = [
     "PixArtTransformer2DModel",
     "Quantization",
     "Quantized",
+    "Qwen2_5_VLTextConfig",
+    "Qwen2_5_VLTextModel",
     "Qwen3Config",
     "Qwen3Model",
+    "QwenImageTransformer2DConfig",
+    "QwenImageTransformer2DModel",
     "ReduxImageEncoder",
     "ReduxImageEncoderConfig",
     "SD3ControlNetConfig",

@@ -60,12 +60,13 @@ PRESETS |= {
 SUPPORTED = (
     *("UNet2DModel", "UNet2DConditionModel", "DiT", "SiT", "DiTTransformer2DModel", "SD3Transformer2DModel"),
     *("FluxTransformer2DModel", "PixArtTransformer2DModel", "ZImageTransformer2DModel"),
+    "QwenImageTransformer2DModel",
 )
 BLOCKS = re.compile(
     r"((down_|up_|transformer_|single_transformer_)?blocks|layers|noise_refiner|context_refiner)"
     r"_\d+(to\d+)?|mid_block"
 )
-MODULATION = re.compile(r"adaLN_modulation_\d+|norm\w*|time_emb_proj")
+MODULATION = re.compile(r"adaLN_modulation_\d+|norm\w*|time_emb_proj|(img|txt)_mod_1")
 EMBEDDING = "emb"  # within a block of `DiTTransformer2DModel`
 
 A_QUANTIZATION = instance(Quantization, "a models.Quantization, such as models.quantization('int8')")

@@ -58,6 +58,7 @@ class Qwen3Config(TransformersConfig):
     dtype: str = "float32"
 
     model_type: ClassVar[str] = "qwen3"
+    qk_norm: ClassVar[bool] = True
     fixed: ClassVar = {**TransformersConfig.fixed, "use_sliding_window": False, "rope_scaling": None}
     ignored: ClassVar = frozenset(GENERIC.split()) | {"sliding_window", "max_window_layers"}
 
@@ -75,6 +76,11 @@ class Qwen3Config(TransformersConfig):
         """Heads of keys and values."""
         return self.num_key_value_heads or self.num_attention_heads
 
+    @property
+    def output_bias(self) -> bool:
+        """Whether the last projection of an attention has a bias."""
+        return self.attention_bias
+
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Self:
         """As in `ModelConfig`; transformers 5 writes the rotary settings as `rope_parameters`.
@@ -88,21 +94,28 @@ class Qwen3Config(TransformersConfig):
         if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
             raise CheckpointError(f"config.json has rope_parameters {rope}; only rope_theta is supported")
         rope.pop("rope_type", None)
-        place = "config.json: layer_types"
-        layers = read_value(entries.pop("layer_types", None), tuple[str, ...] | None, place) or (FULL,)
-        if set(layers) != {FULL}:
-            other = next(kind for kind in layers if kind != FULL)
-            raise CheckpointError(f"config.json has layer_types {shown(other)}; only {FULL!r} is supported")
+        check_layer_types(entries.pop("layer_types", None))
         return super().from_dict(entries | rope)
 
 
-class Qwen3Attention(nn.Module):
-    """Causal attention with RMS-normalised queries and keys and rotary positions. x `[B, T, D]` -> float32.
+def check_layer_types(value: Any) -> None:
+    """Raise `CheckpointError` for a value of `layer_types` in which a layer sees a part of the text alone."""
+    layers = read_value(value, tuple[str, ...] | None, "config.json: layer_types") or (FULL,)
+    if set(layers) != {FULL}:
+        other = next(kind for kind in layers if kind != FULL)
+        raise CheckpointError(f"config.json has layer_types {shown(other)}; only {FULL!r} is supported")
 
-    Grouped queries: Ainslie et al. 2023, section 2.2.
+
+class Qwen3Attention(nn.Module):
+    """Causal attention with rotary positions, queries and keys RMS-normalised. x `[B, T, D]` -> float32.
+
+    Grouped queries: Ainslie et al. 2023, section 2.2. Qwen2.5 has biases in place of the norms.
+
+    Attributes:
+        config: `Qwen3Config`, or one with the same fields and properties.
     """
 
-    config: Qwen3Config
+    config: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B T D"]:
@@ -117,7 +130,8 @@ class Qwen3Attention(nn.Module):
             return linear(x).reshape(*x.shape[:2], count, config.head_dim)
 
         def rotated(name: str, part: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
-            part = RMSNorm(config.rms_norm_eps, config.dtype, name=name)(part)
+            if config.qk_norm:
+                part = RMSNorm(config.rms_norm_eps, config.dtype, name=name)(part)
             return apply_rotary(part, cast(Any, cos), cast(Any, sin), interleaved=False)
 
         query = rotated("q_norm", project("q_proj", heads))
@@ -126,13 +140,13 @@ class Qwen3Attention(nn.Module):
         query, key, value = (part.reshape(*x.shape[:2], -1) for part in (query, key, value))
         h = attend(self, query, key, value, heads, mask=mask, causal=True)
         options: dict[str, Any] = {"kernel_init": KERNEL_INIT, "bias_init": zeros, "output_dtype": "float32"}
-        return Linear(x.shape[-1], config.attention_bias, config.dtype, **options, name="o_proj")(h)
+        return Linear(x.shape[-1], config.output_bias, config.dtype, **options, name="o_proj")(h)
 
 
 class Qwen3DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). x `[B, T, D]`, float32 like T5's states."""
 
-    config: Qwen3Config
+    config: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B T D"]:
@@ -147,8 +161,8 @@ class Qwen3DecoderLayer(nn.Module):
         return x + mlp(norm("post_attention_layernorm", x))
 
 
-class Qwen3Model(nn.Module):
-    """Qwen3 without its last layer, which predicts tokens. Qwen Team 2025, arXiv:2505.09388, section 2.
+class QwenModel(nn.Module):
+    """The layers of a language model of Qwen, without the last one, which predicts tokens.
 
     Call: input_ids int32 `[B, T]`; attention_mask `[B, T]`, 0 at padding, on the right of the text, or None
     -> `TextEncoding` without `pooled` and `text_embeds`. `last_hidden_state` and `hidden_states[-1]` are the
@@ -157,20 +171,9 @@ class Qwen3Model(nn.Module):
 
     Raises:
         InvalidArgumentError: more tokens than `max_position_embeddings`.
-
-    >>> import jax
-    >>> from jaxldm import models
-    >>> module = models.build("qwen3-4b", hidden_size=8, intermediate_size=16, num_hidden_layers=2,
-    ...                       num_attention_heads=4, num_key_value_heads=2, head_dim=4, vocab_size=50)
-    >>> params = models.init(module, jax.random.key(0))
-    >>> module.apply({"params": params}, jax.numpy.array([[37, 7, 1]])).hidden_states[-2].shape
-    (1, 3, 8)
     """
 
-    config: Qwen3Config
-
-    # A whole language model also has the layer that predicts tokens.
-    ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight",)
+    config: Any
 
     @nn.compact
     def __call__(
@@ -191,6 +194,26 @@ class Qwen3Model(nn.Module):
     def example_inputs(self) -> tuple:
         """The shape of the tokens that `init` traces the model with."""
         return token_shapes(8)
+
+
+class Qwen3Model(QwenModel):
+    """Qwen3 without its last layer, which predicts tokens. Qwen Team 2025, arXiv:2505.09388, section 2.
+
+    Its call is that of `QwenModel`.
+
+    >>> import jax
+    >>> from jaxldm import models
+    >>> module = models.build("qwen3-4b", hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+    ...                       num_attention_heads=4, num_key_value_heads=2, head_dim=4, vocab_size=50)
+    >>> params = models.init(module, jax.random.key(0))
+    >>> module.apply({"params": params}, jax.numpy.array([[37, 7, 1]])).hidden_states[-2].shape
+    (1, 3, 8)
+    """
+
+    config: Qwen3Config
+
+    # A whole language model also has the layer that predicts tokens.
+    ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight",)
 
 
 PRESETS = {

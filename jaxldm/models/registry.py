@@ -22,6 +22,7 @@ from jaxldm.models import (
     autoencoder_conv,
     autoencoder_dc,
     autoencoder_kl,
+    autoencoder_kl_qwen_image,
     autoencoder_tiny,
     bert,
     clip,
@@ -44,7 +45,9 @@ from jaxldm.models import (
     paella_vq_model,
     patch_discriminator,
     pixart_transformer_2d,
+    qwen2_5_vl,
     qwen3,
+    qwen_image_transformer_2d,
     sd3_controlnet,
     sd3_transformer_2d,
     siglip_vision,
@@ -104,6 +107,10 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     ),
     "ConvAutoencoder": (autoencoder_conv.ConvAutoencoder, autoencoder_conv.ConvAutoencoderConfig),
     "AutoencoderKL": (autoencoder_kl.AutoencoderKL, autoencoder_kl.AutoencoderKLConfig),
+    "AutoencoderKLQwenImage": (
+        autoencoder_kl_qwen_image.AutoencoderKLQwenImage,
+        autoencoder_kl_qwen_image.AutoencoderKLQwenImageConfig,
+    ),
     "AsymmetricAutoencoderKL": (
         autoencoder_asym_kl.AsymmetricAutoencoderKL,
         autoencoder_asym_kl.AsymmetricAutoencoderKLConfig,
@@ -129,6 +136,15 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
     "T5ForConditionalGeneration": (t5_encoder.T5EncoderModel, t5_encoder.T5EncoderConfig),  # its encoder
     "Qwen3Model": (qwen3.Qwen3Model, qwen3.Qwen3Config),
     "Qwen3ForCausalLM": (qwen3.Qwen3Model, qwen3.Qwen3Config),  # without its last layer
+    "Qwen2_5_VLTextModel": (qwen2_5_vl.Qwen2_5_VLTextModel, qwen2_5_vl.Qwen2_5_VLTextConfig),
+    "Qwen2_5_VLForConditionalGeneration": (  # its language model, without its last layer
+        qwen2_5_vl.Qwen2_5_VLTextModel,
+        qwen2_5_vl.Qwen2_5_VLTextConfig,
+    ),
+    "QwenImageTransformer2DModel": (
+        qwen_image_transformer_2d.QwenImageTransformer2DModel,
+        qwen_image_transformer_2d.QwenImageTransformer2DConfig,
+    ),
     "ZImageTransformer2DModel": (
         z_image_transformer_2d.ZImageTransformer2DModel,
         z_image_transformer_2d.ZImageTransformer2DConfig,
@@ -200,6 +216,7 @@ PRESETS |= {
     **pixart_transformer_2d.PRESETS,
     **sd3_transformer_2d.PRESETS,
     **autoencoder_kl.PRESETS,
+    **autoencoder_kl_qwen_image.PRESETS,
     **autoencoder_tiny.PRESETS,
     **autoencoder_asym_kl.PRESETS,
     **autoencoder_dc.PRESETS,
@@ -217,6 +234,8 @@ PRESETS |= {
     **dinov2.PRESETS,
     **t5_encoder.PRESETS,
     **qwen3.PRESETS,
+    **qwen2_5_vl.PRESETS,
+    **qwen_image_transformer_2d.PRESETS,
     **z_image_transformer_2d.PRESETS,
     **bert.PRESETS,
     **ldm_bert.PRESETS,

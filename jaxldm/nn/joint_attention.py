@@ -30,6 +30,8 @@ class JointAttention(nn.Module):
             (FLUX's single blocks).
         project_text_out: False omits `to_add_out`, for a last block, whose text is not used.
         use_bias: of all projections.
+        image_first: [image, text] in place of [text, image], so that padding of the text is at the end. The
+            result does not depend on it, where `rotary`, `mask` and `lengths` are in the same order.
     """
 
     num_heads: int
@@ -39,6 +41,7 @@ class JointAttention(nn.Module):
     use_bias: bool = True
     eps: float = 1e-6
     dtype: str = "float32"
+    image_first: bool = False
 
     @nn.compact
     def __call__(
@@ -53,8 +56,8 @@ class JointAttention(nn.Module):
 
         Args:
             x: `[B, N, C]`, the image.
-            text: `[B, T, C]`, the tokens before x; None: x alone.
-            rotary: (cos, sin) of `rotary_embedding`, for all T + N tokens, text first; None: no rotation.
+            text: `[B, T, C]`, the tokens before x (behind it with `image_first`); None: x alone.
+            rotary: (cos, sin) of `rotary_embedding`, for all T + N tokens in their order; None: no rotation.
             mask: `[B, T + N]`, True for the tokens to attend to; None: all.
             lengths: `[B]`, how many tokens are attended to, from the first on; None: all.
 
@@ -64,19 +67,22 @@ class JointAttention(nn.Module):
         parts = self._query_key_value(x, OF_IMAGE)
         if text is not None:
             of_text = self._query_key_value(text, OF_TEXT)
-            parts = [jnp.concatenate(pair, axis=1) for pair in zip(of_text, parts, strict=True)]
+            order = (parts, of_text) if self.image_first else (of_text, parts)
+            parts = [jnp.concatenate(pair, axis=1) for pair in zip(*order, strict=True)]
         query, key, value = parts
         if rotary is not None:
             query, key = (self._rotated(part, rotary) for part in (query, key))
         allowed = None if mask is None else mask[:, None, None, :]
         h = attend(self, query, key, value, self.num_heads, mask=allowed, key_lengths=lengths)
         length = 0 if text is None else text.shape[1]
-        out = h[:, length:]
+        if self.image_first:
+            out, text_out = h[:, : x.shape[1]], h[:, x.shape[1] :]
+        else:
+            out, text_out = h[:, length:], h[:, :length]
         if self.project_out:
             out = Linear(x.shape[-1], self.use_bias, self.dtype, name="to_out_0")(out)
         if text is None:
             return out
-        text_out = h[:, :length]
         if self.project_text_out:
             text_out = Linear(text.shape[-1], self.use_bias, self.dtype, name="to_add_out")(text_out)
         return out, text_out

@@ -22,7 +22,7 @@ class Defaults(NamedTuple):
     """What a call takes for options that it leaves out.
 
     Attributes:
-        guidance_scale, num_inference_steps, strength, guidance_rescale: as in `Call`.
+        guidance_scale, num_inference_steps, strength, guidance_rescale, true_cfg_scale: as in `Call`.
         round_up: a part of a step that `strength` leaves is taken, and not left out.
         solver: None is the one that the folder's scheduler names.
     """
@@ -33,6 +33,7 @@ class Defaults(NamedTuple):
     round_up: bool = False
     solver: str | None = None
     guidance_rescale: float = 0.0
+    true_cfg_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class Call:
         guidance_scale: 1 is the model as trained, without a negative prompt; None is the family's default. A
             network that was distilled with guidance (LCM, FLUX.1-dev) takes the scale as an input instead.
         guidance_rescale: phi of Lin et al. 2023, section 3.4, in [0, 1]; default the family's own, mostly 0.
-        true_cfg_scale: classifier-free guidance, on top, of a network that takes its scale as an input.
+        true_cfg_scale: classifier-free guidance, on top, of a network that takes its scale as an input, and
+            that of Qwen-Image; default the family's own, mostly 1.
         weak_guidance: on top of the others, away from the network made weak: `pipelines.SkipLayers` (SD 3) or
             `pipelines.PerturbedAttention` (U-Nets of Stable Diffusion).
         height, width: in pixels, divisible by what one token or latent covers (8 or 16); default the size of
@@ -118,7 +120,7 @@ class Call:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
-    true_cfg_scale: float = 1.0
+    true_cfg_scale: float | None = None
     weak_guidance: Any = None
     height: int | None = None
     width: int | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +66,11 @@ from jaxldm.reading import read_json, reading, shown
 
 RUN_CLASSES = (EXPORT_CLASS, MASKGIT_CLASS)  # what training writes
 WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
+# Pipelines of models that are known here, which do something else with them: how their names begin.
+RELATED = {
+    "QwenImage": "of Qwen-Image there are QwenImagePipeline, QwenImageImg2ImgPipeline and "
+    "QwenImageInpaintPipeline, and no editing, layers or ControlNets",
+}
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
 
@@ -224,6 +230,9 @@ def family_of(folder: str | Path, family: Family | str | None = None) -> Family:
         return families.find(family)
     name, known = _class_name(read_json(Path(folder) / INDEX_FILE), Path(folder)), families.class_names()
     if name not in known:
+        for start, supported in RELATED.items():
+            if name.startswith(start):
+                raise CheckpointError(f"{folder} is a {shown(name)}, which is not supported: {supported}")
         near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.9)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise CheckpointError(
@@ -284,6 +293,8 @@ def draws_classes(family: Family) -> bool:
 def save(pipe: Pipeline, folder: str | Path) -> None:
     """Write a folder that `load` and diffusers open: all of it or nothing. An earlier export is replaced.
 
+    Of a text encoder that sees images as well (Qwen-Image's) the part for texts is written, with a warning.
+
     Raises:
         StorageError: `folder` holds anything else, is a file, or cannot be written.
         InvalidArgumentError: the model has an IP-Adapter, which no folder holds.
@@ -306,6 +317,14 @@ def save(pipe: Pipeline, folder: str | Path) -> None:
     }
     options = dict(layout.constants) | layout.write_options(pipe)
     checkpoints.save_components(folder, name, parts, options=options | entry_of(pipe.few_steps))
+    for part, network in pipe.networks.items():
+        lost = getattr(network.module, "saved_without", None)
+        if lost is not None:
+            warnings.warn(
+                f"{folder} has its {part} without {lost}: it is a {models.class_name(network.config)}, for "
+                "texts alone; keep the published folder for other uses of it",
+                stacklevel=3,
+            )
 
 
 @checked(folder=a_path, family=A_FAMILY)

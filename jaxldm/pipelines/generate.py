@@ -127,19 +127,21 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
     family = pipe.family
     family.check_guidance(pipe, call)
     scale = pipe.defaults.guidance_scale if call.guidance_scale is None else call.guidance_scale
-    for name, value in (("guidance_scale", scale), ("true_cfg_scale", call.true_cfg_scale)):
+    true_scale = pipe.defaults.true_cfg_scale if call.true_cfg_scale is None else call.true_cfg_scale
+    for name, value in (("guidance_scale", scale), ("true_cfg_scale", true_scale)):
         if not 0 <= value <= LARGEST_FLOAT32:
             raise InvalidArgumentError(
                 f"{name} must be a finite number of 0 or more, not {value}: 1 is the model as trained, "
-                f"{pipe.defaults.guidance_scale:g} is a good start"
+                f"{getattr(pipe.defaults, name):g} is a good start"
             )
     distilled = family.is_guidance_distilled(pipe)
     if pipe.few_steps is not None:
         pipe.few_steps.check_scale(scale)
         if pipe.few_steps.guidance == "inside":
             scale, call = 1.0, dataclasses.replace(call, guidance_scale=1.0)
+            true_scale = 1.0 if call.true_cfg_scale is None else true_scale
     if not (distilled or family.true_cfg):
-        if call.true_cfg_scale != 1:
+        if true_scale != 1:
             raise InvalidArgumentError(
                 "true_cfg_scale is for networks that take guidance_scale as an input: give guidance_scale "
                 "alone"
@@ -147,9 +149,9 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
         if negatives is not None and call.guidance_scale == 1:
             warnings.warn("the negative prompt is ignored: guidance_scale is 1", stacklevel=4)
         return None, float(scale)
-    if negatives is not None and call.true_cfg_scale == 1:
+    if negatives is not None and true_scale == 1:
         warnings.warn("the negative prompt is ignored: give true_cfg_scale=2 or so", stacklevel=4)
-    return float(scale) if distilled else None, float(call.true_cfg_scale)
+    return float(scale) if distilled else None, float(true_scale)
 
 
 def has_guidance_embedding(pipe: Pipeline) -> bool:

@@ -69,7 +69,7 @@ CHECKS: Mapping[str, Check] = {
     "num_inference_steps": optional(count(1, MAX_STEPS)),
     "guidance_scale": optional(number()),
     "guidance_rescale": optional(number(0, 1)),
-    "true_cfg_scale": number(),
+    "true_cfg_scale": optional(number()),
     "weak_guidance": optional(a_weak_network),
     "height": optional(count(1)),
     "width": optional(count(1)),

@@ -180,6 +180,7 @@ DENOISERS = {
     "wuerstchen-prior": ("bfloat16", None, {}),
     "wuerstchen-decoder": ("float16", None, {}),
     "z-image": ("bfloat16", 3, {}),  # the refiners of text and image, then all tokens
+    "qwen-image": ("bfloat16", 1, {}),
 }
 # Preset -> one with the same blocks, heads up to its size, and as many tokens or more.
 SIZES = [f"{kind}-{size}" for kind in ("dit", "sit") for size in ("s", "b", "l", "xl")]
@@ -193,7 +194,8 @@ ALIKE = {
     **{f"pixart-sigma{size}": "pixart-sigma-2k" for size in ("", "-256", "-512")},
     **dict.fromkeys(("sd35-large", "sd3-controlnet", "sd35-large-controlnet"), "sd3-medium"),
     "amused-256": "amused-512",
-    **dict.fromkeys(("sd-vae", "playground-vae", "sd3-vae", "flux-vae"), "sdxl-vae"),
+    "qwen2.5-vl-7b": "qwen3-4b",
+    **dict.fromkeys(("sd-vae", "playground-vae", "sd3-vae", "flux-vae", "qwen-image-vae"), "sdxl-vae"),
     **dict.fromkeys(("asymmetric-vae-x1.5", "asymmetric-vae-x2", "consistency-decoder"), "sdxl-vae"),
     **dict.fromkeys(("ldm-vq-f8", "kandinsky2-movq"), "ldm-vq-f4"),
     **dict.fromkeys(("openclip-h", "openclip-bigg", "ldm-bert"), "clip-l"),
@@ -216,7 +218,7 @@ SMALL = {
     *("mini-unet", "tiny-dit", "tiny-maskgit"),
     *("tiny-dydit", "tiny-adaptive-depth", "tiny-token-pruning", "tiny-d2it"),
 }
-TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "if-i-xl": 77}
+TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "qwen-image": 512, "if-i-xl": 77}
 
 
 @pytest.mark.parametrize("name", DENOISERS)

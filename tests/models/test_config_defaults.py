@@ -34,6 +34,7 @@ TRANSFORMERS = {
     "T5EncoderModel": transformers.T5Config,
     "BertModel": transformers.BertConfig,
     "Qwen3Model": transformers.Qwen3Config,
+    "Qwen2_5_VLTextModel": transformers.Qwen2_5_VLTextConfig,
     "LDMBertModel": LDMBertConfig,
     "SiglipVisionModel": transformers.SiglipVisionConfig,
 }

@@ -60,6 +60,7 @@ DENOISERS = [
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
     "ZImageTransformer2DModel",
+    "QwenImageTransformer2DModel",
     "WuerstchenPrior",
     "WuerstchenDiffNeXt",
 ]

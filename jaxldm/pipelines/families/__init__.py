@@ -23,6 +23,7 @@ from jaxldm.pipelines.families.latent_diffusion import LDM_SUPER_RESOLUTION, LDM
 from jaxldm.pipelines.families.latent_upscale import LATENT_UPSCALE
 from jaxldm.pipelines.families.maskgit import MASKGIT
 from jaxldm.pipelines.families.pixart import PIXART_ALPHA, PIXART_SIGMA
+from jaxldm.pipelines.families.qwen_image import QWEN_IMAGE
 from jaxldm.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from jaxldm.pipelines.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from jaxldm.pipelines.families.stable_diffusion_upscale import STABLE_DIFFUSION_UPSCALE
@@ -59,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
     WUERSTCHEN_PRIOR,
     WUERSTCHEN_DECODER,
     Z_IMAGE,
+    QWEN_IMAGE,
 )
 # `_class_name` of model_index.json -> the family.
 PIPELINES: dict[str, Family] = Table("pipeline class")
