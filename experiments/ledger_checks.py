@@ -38,6 +38,7 @@ def family_parameters() -> list[float]:
         "flux-dev",
         "flux-schnell",
         "z-image",
+        "qwen-image",
         "pixart-sigma",
     )
     names += ("dit-s-8", "dit-xl-2", "sit-s-8", "sit-xl-2", "amused-256", "amused-512")

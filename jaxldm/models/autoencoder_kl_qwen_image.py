@@ -280,7 +280,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKLQwenImage(nn.Module):
-    """The KL autoencoder of Qwen-Image, f = 8. Wu et al. 2025, arXiv:2508.02324, section 2.3.
+    """The KL autoencoder of Qwen-Image, f = 8. Wu et al. 2025, arXiv:2508.02324, section 2.
 
     `encode`: images `[B, H, W, input_channels]` in [-1, 1] -> `DiagonalGaussian` of moments `[B, h, w,
     z_dim]`, not scaled, h = H / 2^(levels - 1). `decode`: z, not scaled -> images, clipped to [-1, 1]. The

@@ -1,6 +1,6 @@
 """The transformer of Qwen-Image: an MM-DiT whose blocks all have two streams, of text and of image.
 
-Wu et al. 2025, "Qwen-Image Technical Report", arXiv:2508.02324, section 2.4.
+Wu et al. 2025, "Qwen-Image Technical Report", arXiv:2508.02324, section 2.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def positions(rows: int, columns: int, num_text: int) -> Int[np.ndarray, "N 3"]:
     """Coordinates of tokens [rows x columns + T, 3], first the image: (0, row, column) around its middle.
 
     Rows count from -ceil(rows / 2), so that one of any size has its middle at 0. All three coordinates of the
-    text's tokens are alike and go on behind the larger half of the image. Wu et al. 2025, figure 8.
+    text's tokens are alike and go on behind the larger half of the image. Wu et al. 2025, section 2.
     """
     row, column = np.indices((rows, columns)).reshape(2, -1)
     image = np.stack([np.zeros_like(row), row - (rows - rows // 2), column - (columns - columns // 2)], 1)

@@ -80,6 +80,7 @@ class Offer:
         own_size: (height, width) of the images where no size is asked for.
         default_guidance_scale: where none is asked for.
         guides: whether a guided step takes two rows of the network's batch.
+        always_guided: every step does, at a scale of the model's own (Qwen-Image).
         default_steps: by solver; None is the model's own.
         solvers: names; the first is the default.
         sizes: (height, width) of the images; the first is the default.
@@ -103,6 +104,7 @@ class Offer:
     max_images: int = MAX_IMAGES
     takes_images: bool = False
     default_strength: float = 0.8
+    always_guided: bool = False
 
     def __post_init__(self):
         check_fields(self, name=text, solvers=several(text), max_images=count(1, 1000))
@@ -115,7 +117,7 @@ class Offer:
     def guided(self, guidance_scale: float | None) -> bool:
         """Whether a step of such a request takes two rows of the network's batch."""
         scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
-        return scale != 1 and self.guides
+        return self.always_guided or (scale != 1 and self.guides)
 
     def steps(self, num_inference_steps: int | None, solver: str | None) -> int:
         """The steps that a request asks for."""
@@ -185,6 +187,7 @@ def offer_of(
         max_images=max_images,
         takes_images="image" in known and pipe.autoencoder is not None and not pipe.latent_spec.takes_mask,
         default_strength=pipe.defaults.strength,
+        always_guided=pipe.family.true_cfg and pipe.defaults.true_cfg_scale != 1,
     )
 
 

@@ -143,7 +143,8 @@ def test_inputs_that_do_not_fit(x, text, mask, message):
 
 def test_the_autoencoder_agrees_with_diffusers_both_ways(tmp_path, caplog, recwarn):
     """It is one of videos there, and sees a single frame; every tensor comes back as it was."""
-    theirs = randomised(diffusers.AutoencoderKLQwenImage(**VAE))
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in VAE.items()}
+    theirs = randomised(diffusers.AutoencoderKLQwenImage(**fields))
     theirs.save_pretrained(tmp_path / "theirs")
     module, params = checkpoints.load(tmp_path / "theirs")
     x = 0.5 * images(2, 8, 12, 3)
