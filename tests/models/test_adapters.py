@@ -22,6 +22,7 @@ FAMILIES = (
         "pixart-sigma",
         "sd3-medium",
         "z-image",
+        "qwen-image",
         "tiny-maskgit",
     ),
     *("clip-l", "t5-base", "minilm"),

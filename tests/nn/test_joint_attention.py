@@ -77,6 +77,25 @@ def test_agrees_with_the_attention_of_flux():
     assert_same(ours, theirs(TORCH_X, image_rotary_emb=tuple(table[:5] for table in rotary)))
 
 
+def test_the_order_of_image_and_text_does_not_matter():
+    """Padding of the text is at the end where the image comes first, and is numbers there, not a mask."""
+    first, second = nn.JointAttention(2, True), nn.JointAttention(2, True, image_first=True)
+    params = {"params": randomly(first.init(jax.random.key(0), X, TEXT)["params"])}
+    cos, sin = nn.rotary.rotary_embedding(np.arange(8) * 1.5, 8, 100.0)
+    behind = tuple(np.concatenate([table[3:], table[:3]]) for table in (cos, sin))
+    mask = np.arange(3) < np.array([[3], [1]])
+    mask = np.concatenate([mask, np.ones((2, 5), bool)], axis=1)
+    wanted = first.apply(params, X, TEXT, rotary=(cos, sin), mask=mask)
+    found = second.apply(params, X, TEXT, rotary=behind, lengths=np.array([8, 6]))
+    for ours, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert np.abs(wanted[0] - first.apply(params, X, TEXT, rotary=(cos, sin))[0]).max() > 1e-3
+
+
+def randomly(tree):
+    return jax.tree.map(lambda leaf: leaf + 0.3 * numbers(*leaf.shape), tree)
+
+
 def test_a_masked_token_is_seen_by_none():
     module = nn.JointAttention(2, True)
     variables = module.init(jax.random.key(0), X, TEXT)
