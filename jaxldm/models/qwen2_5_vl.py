@@ -124,8 +124,9 @@ class Qwen2_5_VLTextModel(QwenModel):
 
     config: Qwen2_5_VLTextConfig
 
-    # Of the whole model: the layer that predicts tokens, and the tower of images, whose loss is worth a word.
+    # Of the whole model: the layer that predicts tokens, and the tower of images.
     ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight", r"(model\.)?visual\..+")
+    # What a folder of this module lacks next to the published one: `pipelines.save` warns of it.
     saved_without: ClassVar[str] = "the weights that see images"
 
 
