@@ -366,6 +366,8 @@ def array(
     words, kinds = _KINDS[kind]
     fewest, most = (axes, axes) if isinstance(axes, int) else (axes or (0, 64))
     wanted = f"an array of {words}" + (f" {shape}" if shape else "")
+    if most == 0:
+        wanted = f"a {words[:-1]}"
     wanted += "" if low is None or high is None else f" from {low:g} to {high:g}"
 
     def check(name: str, value: Any) -> Any:

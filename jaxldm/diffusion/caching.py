@@ -364,6 +364,10 @@ def magcache(ratios: Any, threshold: float = 0.12, *, max_skips: int = 3, always
         always: this part of the steps, from the first on, computes.
     """
     ratios = np.asarray(ratios, np.float64)
+    if (ratios < 0).any():
+        raise InvalidArgumentError(
+            f"ratios of sizes must be at least 0, got {ratios.min():g}: give the ratios of a calibration"
+        )
     schedule = np.ones(len(ratios), np.bool_)
     product, total, skipped = 1.0, 0.0, 0
     for i in range(max(1, math.ceil(always * len(ratios))), len(ratios)):
@@ -415,6 +419,12 @@ def read(notation: str) -> Cache:
     5
     """
     name, _, rest = notation.partition(":")
+    if name in ("teacache", "magcache"):
+        raise InvalidArgumentError(
+            f"cache {notation!r} needs numbers of the model, which no notation has: calibrate it in Python "
+            f"(pipelines.calibrate_cache) and write cache=D.caching.{name}(...), or choose one of "
+            f"{', '.join(NOTATIONS)}"
+        )
     one_of("cache", name, NOTATIONS)
     function, names = NOTATIONS[name]
     given = rest.split(",") if rest else []
@@ -432,7 +442,10 @@ def read(notation: str) -> Cache:
             raise InvalidArgumentError(
                 f"cache {notation!r}: its {argument} must be {whole}, got {word!r}"
             ) from None
-    return function(**options)
+    try:
+        return function(**options)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"cache {notation!r}: {error}") from None
 
 
 def a_cache_or_notation(name: str, value: Any) -> Cache:

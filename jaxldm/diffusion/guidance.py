@@ -8,6 +8,7 @@ function of t, as `guidance_schedule` and related functions make.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -360,9 +361,8 @@ def check_scale(name: str, value: Any, highest: float) -> Any:
         return given
     numbers = np.asarray(given, np.float64)
     if not (np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers <= highest).all()):
-        raise InvalidArgumentError(
-            f"{name} must be a finite number from 0 to {highest:g}, got {shown(value)}"
-        )
+        bounds = "of at least 0" if math.isinf(highest) else f"from 0 to {highest:g}"
+        raise InvalidArgumentError(f"{name} must be a finite number {bounds}, got {shown(value)}")
     return float(numbers) if numbers.ndim == 0 else jnp.asarray(given)
 
 

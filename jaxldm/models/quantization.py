@@ -21,8 +21,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float
 
-from jaxldm.arguments import a_module, a_params, checked, choice, instance, optional
-from jaxldm.errors import InvalidArgumentError, Table
+from jaxldm.arguments import a_module, a_params, array, checked, choice, instance, is_tracer, optional
+from jaxldm.errors import InvalidArgumentError, Table, one_of
 from jaxldm.models.registry import ARCHITECTURES
 from jaxldm.models.registry import class_name as class_of
 from jaxldm.models.registry import shapes as shapes_of
@@ -77,13 +77,20 @@ def quantization(bits: str, **changes: Any) -> Quantization:
     """The usual settings for "int8", "fp8" or "int4", with fields replaced.
 
     Raises:
-        UnknownNameError: other bits.
-        TypeError, InvalidArgumentError: a field that there is not, or a value that it cannot have.
+        UnknownNameError: other bits, or a field that there is not.
+        InvalidArgumentError: a value that a field cannot have, or a group_size of other weights than int4.
 
     >>> quantization("int4", rank=32).rank
     32
     """
-    return dataclasses.replace(PRESETS[bits], **changes)
+    for name in changes:
+        one_of("field of a Quantization", name, [field.name for field in dataclasses.fields(Quantization)])
+    how = dataclasses.replace(PRESETS[bits], **changes)
+    if "group_size" in changes and how.weights != "int4":
+        raise InvalidArgumentError(
+            f"group_size is for weights in int4, and these are in {how.weights}: leave it out"
+        )
+    return how
 
 
 @checked(params=a_params)
@@ -160,9 +167,25 @@ def quantize(
                 raise InvalidArgumentError(
                     f"the calibration has no inputs of {'/'.join(path[:-1])}: it is of another network"
                 )
+            _check_peak(path, peak, (*leaf.shape[: _stacked(path)], leaf.shape[-2]))
         only = kind == "modulation"
         changed[path] = _quantized(leaf, peak, how, parts.get(path, ()), only, _stacked(path))
     return traverse_util.unflatten_dict(changed)
+
+
+def _check_peak(path: Path, peak: Any, shape: tuple[int, ...]) -> None:
+    """Raises `InvalidArgumentError` for what are not the largest inputs of a layer."""
+    name = f"input_max of {'/'.join(path[:-1])}"
+    given = array("real", str(list(shape)), axes=len(shape))(name, peak)
+    if given.shape != shape:
+        raise InvalidArgumentError(
+            f"{name} must be one number for each of its inputs, {list(shape)}, got {list(given.shape)}: the "
+            "calibration is of another network"
+        )
+    if not is_tracer(given) and not (np.asarray(given, np.float64) >= 0).all():
+        raise InvalidArgumentError(
+            f"{name} must be at least 0, got NaN or less in it: calibrate a network whose images are finite"
+        )
 
 
 def check_can_quantize(module: nn.Module, params: Any) -> None:

@@ -70,7 +70,7 @@ class Session:
         if self.wants is not None and self.signal is None:
             raise InvalidArgumentError(
                 "this cache looks at the first blocks of a transformer, and this is none: choose one by the "
-                " number of the step, such as fora:3 or deepcache:3"
+                "number of the step, such as fora:3 or deepcache:3"
             )
         rule = self.cache.decision
         state = rule.init(self.signal) if self.memory is None else self.memory.decision

@@ -13,6 +13,7 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.arguments import a_key, checked
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.pipelines.control import control_rows, controls_of
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage, denoiser_of
 
@@ -31,6 +32,11 @@ def calibrate_cache(pipe: Pipeline, key: Any, *prompts: Any, **options: Any) -> 
     >>> found = pipelines.calibrate_cache(pipe, key, ["a cat"], num_inference_steps=50)  # doctest: +SKIP
     >>> cache = D.caching.magcache(found.ratios, threshold=0.12)                         # doctest: +SKIP
     """
+    for name in ("cache", "weak_guidance", "compile_only"):
+        if options.get(name):
+            raise InvalidArgumentError(
+                f"a calibration is of the network computing every step: leave {name} out"
+            )
     reached: list[Any] = []
 
     def stop(*arguments: Any) -> tuple[Any, None]:
@@ -46,7 +52,10 @@ def calibrate_cache(pipe: Pipeline, key: Any, *prompts: Any, **options: Any) -> 
     pipe, call, (sampler, grid), scale, keys, (cond, uncond), start, shape = reached
     if any(part is not None for part in start):
         raise InvalidArgumentError("a calibration starts from noise: leave image, mask_image and latents out")
-    per_call = PerCall(grid, np.float32(scale), np.float32(call.guidance_rescale))
+    more, negative = control_rows(pipe, call, len(keys.data))
+    cond, uncond = cond | more, None if uncond is None else uncond | negative
+    scales, controls = (np.float32(scale), np.float32(call.guidance_rescale)), controls_of(pipe, call, grid)
+    per_call = PerCall(grid, *scales, controls=controls)
     per_image = PerImage(keys.data, *jax.tree.map(jnp.asarray, (cond, uncond)))
     guided_channels = pipe.options.get("guided_channels") or shape[-1]
     compiled = Compiled(sampler, pipe.family.combine, shape, guided_channels, keys.impl)

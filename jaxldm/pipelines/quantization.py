@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from jaxldm import models
 from jaxldm.arguments import a_key, checked, instance, optional
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.models.quantization import A_QUANTIZATION, check_can_quantize
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
@@ -59,7 +60,7 @@ def calibrate_quantization(
 
     Raises:
         InvalidArgumentError, UnknownNameError, DataError: as the call itself; a network that cannot be
-            quantised, or is.
+            quantised, or is; a cache.
 
     >>> found = pipelines.calibrate_quantization(pipe, key, ["a cat"])  # doctest: +SKIP
     >>> how = models.quantization("int8", smooth=0.5)  # doctest: +SKIP
@@ -67,6 +68,9 @@ def calibrate_quantization(
     """
     network = pipe.denoiser
     check_can_quantize(network.module, network.params)
+    for name in ("cache", "compile_only"):
+        if options.get(name):
+            raise InvalidArgumentError(f"a calibration computes every step: leave {name} out")
     found: dict[tuple[str, ...], np.ndarray] = {}
 
     def pool(maxima: Any) -> None:

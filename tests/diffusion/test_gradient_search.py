@@ -125,9 +125,9 @@ def test_classifier_guidance_by_a_verifier_is_the_tilted_denoiser():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: climbed(-1.0), "eta must be a finite number from 0 to inf, got -1"),
+        (lambda: climbed(-1.0), "eta must be a finite number of at least 0, got -1"),
         (lambda: climbed(np.nan), "eta must be a finite number"),
-        (lambda: climbed(np.ones(2, np.float32)), "one number for all images or one for each"),
+        (lambda: climbed(np.ones(2, np.float32)), "eta must be one number, or one for each of 3 images"),
         (lambda: optimize(num_updates=0), "num_updates must be a whole number of at least 1, got 0"),
         (lambda: optimize(num_updates=1, learning_rate=-0.1), "learning_rate must be a finite number"),
         (

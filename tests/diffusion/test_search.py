@@ -193,6 +193,20 @@ def test_other_keys_and_radii_compile_nothing():
     assert not np.allclose(first.x_0, zero_order(1, 0.5).x_0)
 
 
+def best_by_labels(labels, logits=lambda x: x.reshape(len(x), -1)[:, :2]):
+    verifier = D.search.label_log_probability(logits, np.array(labels))
+    return D.search.best_of_n(KEY, DENOISE, SOLVER, GRID, noises(1), verifier)
+
+
+def test_what_a_verifier_raises_is_kept_with_a_note():
+    def torch_like(images):
+        return images.cpu().numpy()
+
+    with pytest.raises(AttributeError, match="cpu") as caught:
+        D.search.best_of_n(KEY, DENOISE, SOLVER, GRID, noises(1), torch_like)
+    assert "verifier(images), which was traced with images float32[3, 2, 2, 1]" in caught.value.__notes__[0]
+
+
 def refuse(call, words):
     return pytest.param(call, words, id=words[:30])
 
@@ -213,6 +227,24 @@ def refuse(call, words):
             lambda: D.search.best_of_n(KEY, DENOISE, SOLVER, GRID, noises(1), lambda x: np.asarray(x).sum()),
             "verifier must be made of JAX operations",
         ),
+        refuse(
+            lambda: D.search.best_of_n(KEY, DENOISE, SOLVER, GRID, noises(1)[0], total),
+            r"x_T must be \[N, B, H, W, C\], got \[3, 2, 2, 1\] without the axis of candidates",
+        ),
+        refuse(
+            lambda: D.search.candidate_keys(KEY, 10**6, 10**9),
+            "num_candidates and batch_size=.* GB of",
+        ),
+        refuse(
+            lambda: D.search.zero_order_search(
+                KEY, DENOISE, SOLVER, GRID, noises(1)[0], total, num_neighbours=10**9, num_rounds=1
+            ),
+            "num_neighbours and x_T=.* GB of memory",
+        ),
+        refuse(lambda: best_by_labels([0, 1]), "a row for each of 2 labels"),
+        refuse(lambda: best_by_labels([0, 1, 2]), r"labels must lie in \[0, 1\] for the classes.*got 2"),
+        refuse(lambda: best_by_labels([0, -1, 1]), r"labels must lie in \[0, 1\].*got -1"),
+        refuse(lambda: best_by_labels([0, 1, 1], total), r"logits must return \[3, classes\]"),
         refuse(
             lambda: D.search.best_of_n(KEY, DENOISE, SOLVER, D.make_grid(D.EDM(), 4), noises(1), total),
             "the grid must lie on the denoiser's flow path",

@@ -11,6 +11,7 @@ from solver_kinds import DISTILLED, NOISY
 from jaxldm import diffusion as D
 from jaxldm.diffusion.search import steering
 from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.nn.reuse import Session
 
 PATH, KEY, STEPS = D.Flow(), jax.random.key(5), 10
 GRID, SOLVER = D.make_grid(PATH, STEPS), D.solvers.ddpm()
@@ -161,6 +162,46 @@ def test_solvers_that_remember_and_padding():
     np.testing.assert_allclose(padded.log_weights, whole.log_weights, rtol=1e-3, atol=1e-3)
 
 
+def reusing(cache, memory, i, x, t, condition):
+    """A network whose residual is another one for each image and branch, and may be reused."""
+    session = Session(cache, memory, jnp.asarray(i, jnp.int32))
+    add = lambda x: x + 0.3 * jnp.sin(3 * x + condition[:, None, None, None])  # noqa: E731
+    x, session = session.run("blocks", add, x, True)
+    return x, session.left()
+
+
+def guided(network):
+    return D.denoiser(D.classifier_free_guidance(network, jnp.ones(2), 4.0, 2.0), D.v(PATH))
+
+
+def test_what_a_cache_remembers_is_resampled_with_its_particle():
+    """Under guidance the memory has two rows for an image: after two steps all particles are the best one."""
+    denoise = D.cached_denoiser(reusing, guided, D.caching.at_steps([True, True, False, False, True]))
+    solver, grid = D.cached(SOLVER, denoise), D.make_grid(PATH, 5)
+    x_T, keys = D.search.candidate_noise(KEY, SHAPE, grid, 3), D.search.candidate_keys(KEY, 3, 2)
+    options = {"reward_scale": 1e4, "threshold": 1.0, "steer_at": np.arange(5) == 1}
+    found = D.search.steer(KEY, denoise, solver, grid, x_T, reward, **options)
+    assert (found.resamplings == 1).all()
+    step = jax.jit(lambda keys, state, i: D.sample_step(keys, denoise, solver, grid, state, i))
+
+    def advance(states, first, last):
+        for i in range(first, last):
+            pairs = [step(keys[n], state, jnp.int32(i)) for n, state in enumerate(states)]
+            states = [state for state, _ in pairs]
+        return states, jnp.stack([reward(x_0) for _, x_0 in pairs])
+
+    states, rewards = advance([solver.init(x) for x in x_T], 0, 2)
+    best = np.argmax(rewards, axis=0)
+    assert len(set(best)) == 2  # another particle for each image
+
+    def chosen(*leaves):
+        rows = [leaves[best[row % 2]][row] for row in range(len(leaves[0]))] if leaves[0].ndim else leaves[0]
+        return jnp.asarray(rows)
+
+    states, _ = advance([jax.tree.map(chosen, *states)] * 3, 2, 5)
+    np.testing.assert_allclose(found.candidates, [state.x for state in states], rtol=1e-4, atol=1e-5)
+
+
 def test_rewards_that_are_not_finite():
     found = steer(score=lambda x: jnp.where(reward(x) < 1, jnp.nan, -jnp.inf), reward_scale=1.0)
     assert np.isfinite(found.log_weights).all()
@@ -211,7 +252,7 @@ def test_only_solvers_that_draw_noise_steer():
     [
         ({"solver": D.solvers.ddim()}, r"write D.solvers.ddpm\(\)"),
         ({"potential": "mean"}, "unknown potential 'mean'"),
-        ({"reward_scale": -1.0}, "reward_scale must be a finite number from 0 to inf, got -1"),
+        ({"reward_scale": -1.0}, "reward_scale must be a finite number from 0 to 1e\\+30, got -1"),
         ({"reward_scale": np.ones(3)}, "reward_scale"),
         ({"threshold": 1.5}, "threshold must be a finite number from 0 to 1, got 1.5"),
         ({"steer_at": np.ones(3, bool)}, "one for each of 10 steps"),
@@ -224,3 +265,20 @@ def test_only_solvers_that_draw_noise_steer():
 def test_refusals(options, words):
     with pytest.raises(JaxldmError, match=words):
         steer(**options)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda: D.search.steering_steps(GRID, 0.8, 0.2),
+            "choose none of 10 steps: first must be below last",
+        ),
+        (lambda: D.search.steering_steps(GRID, every=100), "every=100 choose none"),
+        (lambda: D.search.systematic_resampling(KEY, jnp.array([0.0, jnp.nan])), "neither NaN nor inf"),
+        (lambda: D.search.effective_sample_size(jnp.full(2, -jnp.inf)), "one of them above 0"),
+    ],
+)
+def test_nothing_to_steer_or_to_draw_from(call, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        call()

@@ -199,6 +199,15 @@ def test_what_cannot_be_quantised_is_refused_in_one_line(dit):
     small = models.quantize(module, params, INT8)
     classifier = models.build("digit-classifier")
     smooth = models.quantization("int8", smooth=0.5)
+
+    def maxima(more):
+        """As of a calibration: of other widths, or NaN."""
+        flat = traverse_util.flatten_dict(params)
+        peaks = {
+            path[:-1]: np.full(leaf.shape[-2] + more, np.nan) for path, leaf in flat.items() if leaf.ndim > 1
+        }
+        return peaks
+
     wrong = [
         (lambda: models.quantize(module, small, INT8), InvalidArgumentError, "quantised already, to int8"),
         (lambda: models.quantization("int3"), UnknownNameError, "int8"),
@@ -209,7 +218,11 @@ def test_what_cannot_be_quantised_is_refused_in_one_line(dit):
         ),
         (lambda: models.quantize(module, params, smooth), InvalidArgumentError, "needs a calibration"),
         (lambda: models.quantize(module, params, smooth, {}), InvalidArgumentError, "of another network"),
+        (lambda: models.quantize(module, params, smooth, maxima(3)), InvalidArgumentError, "for each of its"),
+        (lambda: models.quantize(module, params, smooth, maxima(0)), InvalidArgumentError, "got NaN or less"),
         (lambda: models.quantize(module, params, "int8"), InvalidArgumentError, "models.quantization"),
+        (lambda: models.quantization("int8", group_size=32), InvalidArgumentError, "for weights in int4"),
+        (lambda: models.quantization("int8", groups=32), UnknownNameError, "group_size"),
     ]
     for call, error, words in wrong:
         with pytest.raises(error, match=words) as caught:

@@ -53,6 +53,13 @@ def test_a_calibration_sees_the_inputs_of_every_layer_in_all_steps(pipe):
     assert 0 < np.linalg.norm(drawn - plain) < 0.1 * np.linalg.norm(plain)
 
 
+def test_a_calibration_computes_every_step(pipe):
+    for option in ({"cache": "fora:2"}, {"compile_only": True}):
+        for calibrate in (pipelines.calibrate_quantization, pipelines.calibrate_cache):
+            with pytest.raises(InvalidArgumentError, match=f"leave {next(iter(option))} out"):
+                calibrate(pipe, KEY, [0], **CALL, **option)
+
+
 def test_what_is_quantised_already_is_refused(pipe):
     small = pipelines.quantize(pipe, models.quantization("int4"))
     for call in (

@@ -13,18 +13,20 @@ from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.sampling import Keys, begin, sample
 from jaxldm.diffusion.search.candidates import (
-    CANDIDATES,
     Found,
     best_of,
     candidate_keys,
     run,
     seen,
+    with_candidates,
 )
 from jaxldm.diffusion.search.verifiers import A_VERIFIER, check_verifier
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver
 
 
-@checked(key=a_key, denoise=A_DENOISER, solver=A_SOLVER, grid=A_GRID, x_T=CANDIDATES, verifier=A_VERIFIER)
+@checked(
+    key=a_key, denoise=A_DENOISER, solver=A_SOLVER, grid=A_GRID, x_T=with_candidates, verifier=A_VERIFIER
+)
 def best_of_n(
     key: Keys,
     denoise: Callable[[Any, Any], Any],

@@ -15,12 +15,24 @@ from jaxldm.diffusion.compiling import compile_once, traced
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.sampling import Keys, a_shape, image_keys, initial_noise
 from jaxldm.diffusion.search.verifiers import check_scores
+from jaxldm.errors import InvalidArgumentError
 
 # Folded into the key of an image; no step of a run reaches these numbers.
 _CANDIDATES, _ROUNDS = 2**32 - 3, 2**32 - 4
 
-CANDIDATES = array("real", "[N, B, ...]", axes=(2, 64), filled=True)
+_ANY_CANDIDATES = array("real", "[N, B, H, W, C]", axes=(2, 64), filled=True)
 IMAGES = array("real", "[B, ...]", axes=(1, 64), filled=True)
+
+
+def with_candidates(name: str, value: Any) -> Any:
+    """Noise [N, B, H, W, C], or [N, B, ...] of what are no images; a batch of images is refused."""
+    given = _ANY_CANDIDATES(name, value)
+    if len(given.shape) == 4:
+        raise InvalidArgumentError(
+            f"{name} must be [N, B, H, W, C], got {list(given.shape)} without the axis of candidates: write "
+            "D.search.candidate_noise(key, shape, grid, num_candidates=8)"
+        )
+    return given
 
 
 class Found(NamedTuple):
@@ -66,6 +78,7 @@ def candidate_keys(key: Keys, num_candidates: int, batch_size: int) -> Key[Array
         num_candidates: N.
         batch_size: B.
     """
+    a_shape("num_candidates and batch_size", (num_candidates, batch_size, 2))  # whose numbers fit in memory
     keys = image_keys(key, batch_size)
     own, numbers = fold_in(keys, _CANDIDATES), jnp.arange(1, num_candidates, dtype=jnp.uint32)
     return jnp.concatenate([keys[None], jax.vmap(fold_in, (None, 0))(own, numbers)])
@@ -128,15 +141,18 @@ def rank(scores: Float[Array, "N B"], chosen: int) -> Int[Array, "M B"]:
 
 
 def pick(tree: Any, index: Int[Array, "M B"], shape: tuple[int, ...]) -> Any:
-    """Candidates index[m, b] of image b, of every leaf [N, B, ...] of the tree; others stay.
+    """Candidates index[m, b] of image b, of every leaf [N, k B, ...] of the tree; others stay.
 
-    A leaf without the axes of candidates and images is the same for all of them.
+    What a cache remembers of a guided network has k branches along the axis of images, one after the other. A
+    leaf without the axes of candidates and images is the same for all of them.
     """
+    num, batch = shape
 
     def one(leaf):
-        if leaf.shape[:2] != shape:
+        if leaf.ndim < 2 or leaf.shape[0] != num or leaf.shape[1] % batch:
             return leaf
-        return jnp.take_along_axis(leaf, index.reshape(*index.shape, *(1,) * (leaf.ndim - 2)), axis=0)
+        rows = jnp.tile(index, (1, leaf.shape[1] // batch))
+        return jnp.take_along_axis(leaf, rows.reshape(*rows.shape, *(1,) * (leaf.ndim - 2)), axis=0)
 
     return jax.tree.map(one, tree)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Real, ScalarLike
 
-from jaxldm.arguments import array, checked
+from jaxldm.arguments import array, checked, refuse
 from jaxldm.diffusion.classifier_guidance import image_gradient
 from jaxldm.diffusion.guidance import check_scale
 from jaxldm.diffusion.paths import per_image
@@ -53,6 +53,8 @@ def gradient_ascent(
 
     def step(state, denoise, grid, i, keys):
         check_verifier(verifier, state.x)
+        if size.shape not in ((), state.x.shape[:1]):
+            raise refuse("eta", f"one number, or one for each of {len(state.x)} images", eta)
         t = row(grid, i).t
         gradient = image_gradient(lambda x: verifier(denoise(x, t)), state.x)
         moved = state.x + per_image(size.astype(state.x.dtype), state.x) * gradient

@@ -13,9 +13,8 @@ from jaxldm.arguments import a_key, checked, count
 from jaxldm.diffusion.compiling import traced
 from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid, steps_in
-from jaxldm.diffusion.sampling import Keys, begin, sample_step
+from jaxldm.diffusion.sampling import Keys, a_shape, begin, sample_step
 from jaxldm.diffusion.search.candidates import (
-    CANDIDATES,
     Found,
     candidate_keys,
     pick,
@@ -23,6 +22,7 @@ from jaxldm.diffusion.search.candidates import (
     round_keys,
     run,
     seen,
+    with_candidates,
 )
 from jaxldm.diffusion.search.verifiers import A_VERIFIER, check_verifier
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, add_noise, noise_like, row
@@ -34,7 +34,7 @@ from jaxldm.errors import InvalidArgumentError
     denoise=A_DENOISER,
     solver=A_SOLVER,
     grid=A_GRID,
-    x_T=CANDIDATES,
+    x_T=with_candidates,
     verifier=A_VERIFIER,
     num_children=count(1),
     first=count(1),
@@ -91,6 +91,7 @@ def search_over_paths(
     if forward <= back:
         raise InvalidArgumentError(f"forward must be more than back={back}, got {forward}")
     check_verifier(verifier, x_T[0])
+    a_shape("num_children and x_T", (num_children, *x_T.shape))
 
     def search(keys, grid, x_T):
         sample_rows = _sampler(denoise, solver, grid)

@@ -17,13 +17,13 @@ from jaxldm.diffusion.grids import A_GRID, Grid, steps_in
 from jaxldm.diffusion.guidance import check_scale
 from jaxldm.diffusion.sampling import Keys, begin, image_keys, sample_step
 from jaxldm.diffusion.search.candidates import (
-    CANDIDATES,
     best_of,
     candidate_keys,
     pick,
     round_keys,
     run,
     seen,
+    with_candidates,
 )
 from jaxldm.diffusion.search.resampling import effective_sample_size, systematic_resampling
 from jaxldm.diffusion.search.verifiers import A_VERIFIER, check_verifier
@@ -32,6 +32,7 @@ from jaxldm.errors import InvalidArgumentError, one_of
 
 # NaN and infinite rewards count as this, so that weights stay finite.
 _WORST = 1e4
+_LARGEST_SCALE = 1e30  # of which products with rewards are finite
 
 
 class Potential(NamedTuple):
@@ -106,7 +107,10 @@ def steering_steps(
         grid: from `make_grid`; may be padded.
         first: the part of the steps before which none is weighed.
         last: the part after which none is.
-        every: only each such step.
+        every: of all steps, each such one.
+
+    Raises:
+        InvalidArgumentError: what chooses none of several steps, so that nothing would be steered.
 
     >>> from jaxldm import diffusion as D
     >>> D.search.steering_steps(D.make_grid(D.Flow(), 5), first=0.2, last=0.8).tolist()
@@ -116,7 +120,13 @@ def steering_steps(
     xp = jnp if traced(steps) else np
     i = xp.arange(grid.t.shape[0] - 1, dtype=xp.int32)
     place = i.astype(xp.float32) / xp.asarray(steps, xp.float32)
-    return (place >= first) & (place < last) & (i % every == 0)
+    chosen = (place >= first) & (place < last) & (i % every == 0)
+    if not traced(steps) and steps > 1 and not np.asarray(chosen).any():
+        raise InvalidArgumentError(
+            f"first={first:g}, last={last:g} and every={every} choose none of {int(steps)} steps: first must "
+            "be below last, and every small enough for a step between them"
+        )
+    return chosen
 
 
 @checked(
@@ -124,7 +134,7 @@ def steering_steps(
     denoise=A_DENOISER,
     solver=A_SOLVER,
     grid=A_GRID,
-    x_T=CANDIDATES,
+    x_T=with_candidates,
     reward=A_VERIFIER,
     reward_scale=array(axes=(0, 1)),
     steer_at=optional(array("any", "[steps]", axes=1)),
@@ -183,7 +193,7 @@ def steer(
     ((2, 8, 8, 1), (4, 2))
     """
     one_of("potential", potential, POTENTIALS)
-    check_scale("reward_scale", reward_scale, np.inf)
+    check_scale("reward_scale", reward_scale, _LARGEST_SCALE)
     check_scale("threshold", threshold, 1.0)
     grid, x_T = begin(denoise, grid, x_T, axes=2)
     num, batch = x_T.shape[:2]

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxldm.arguments import array, checked, function
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, JaxldmError
 from jaxldm.functions import returned
+from jaxldm.indices import check_indices
 
 A_VERIFIER = function("(images) -> scores")
 
@@ -25,17 +26,27 @@ def label_log_probability(logits: Callable[[Any], Any], labels: Int[Any, " B"]) 
         logits: of a classifier, images [B, H, W, C] -> [B, K].
         labels: the class wanted of each image.
 
+    Raises:
+        InvalidArgumentError: when it is called, logits of another shape, or a label that is none of the
+            classes.
+
     >>> import jax.numpy as jnp
     >>> from jaxldm import diffusion as D
     >>> verifier = D.search.label_log_probability(lambda images: images.mean((1, 2)), jnp.array([0, 1]))
     >>> verifier(jnp.zeros((2, 4, 4, 10))).shape
     (2,)
     """
-    labels = jnp.asarray(labels)
 
     def verifier(images):
-        log_p = jax.nn.log_softmax(logits(images).astype(jnp.float32))
-        return jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+        scores = returned("logits", logits(images))
+        if scores.ndim != 2 or scores.shape[0] != len(labels) or len(labels) != len(images):
+            raise InvalidArgumentError(
+                f"logits must return [{len(labels)}, classes], a row for each of {len(labels)} labels, got "
+                f"{list(scores.shape)} for images {list(images.shape)}"
+            )
+        check_indices("labels", labels, scores.shape[1], where="the classes of logits")
+        log_p = jax.nn.log_softmax(scores.astype(jnp.float32))
+        return jnp.take_along_axis(log_p, jnp.asarray(labels)[:, None], axis=1)[:, 0]
 
     return verifier
 
@@ -43,7 +54,7 @@ def label_log_probability(logits: Callable[[Any], Any], labels: Int[Any, " B"]) 
 def check_verifier(verifier: Callable[[Any], Any], x: Float[Array, "B ..."], name: str = "verifier") -> None:
     """Raises `InvalidArgumentError` unless the verifier gives one floating-point number for each image.
 
-    It is traced, not compiled.
+    It is traced, not compiled. What it raises itself is raised as it is, with a note about what it was given.
     """
     try:
         scores = jax.eval_shape(verifier, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -52,6 +63,14 @@ def check_verifier(verifier: Callable[[Any], Any], x: Float[Array, "B ..."], nam
             f"{name} must be made of JAX operations, as it is compiled with the sampling loop: write "
             "jax.numpy for numpy, and jax.lax.cond for if"
         ) from error
+    except JaxldmError:
+        raise
+    except Exception as error:
+        error.add_note(
+            f"This came from {name}(images), which was traced with images {x.dtype}{list(x.shape)}: it must "
+            "be made of JAX operations, as it is compiled with the sampling loop."
+        )
+        raise
     returned(name, scores)
     if scores.shape != x.shape[:1] or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise InvalidArgumentError(

@@ -13,7 +13,7 @@ from jaxldm.arguments import a_key, array, check_shapes, checked, count
 from jaxldm.diffusion.denoiser import A_DENOISER
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.guidance import check_scale
-from jaxldm.diffusion.sampling import Keys, begin, image_keys, sample
+from jaxldm.diffusion.sampling import Keys, a_shape, begin, image_keys, sample
 from jaxldm.diffusion.search.candidates import (
     IMAGES,
     FoundNoise,
@@ -106,6 +106,7 @@ def zero_order_search(
     grid, x_T = begin(denoise, grid, x_T, axes=1)
     check_verifier(verifier, x_T)
     check_scale("radius", radius, 1.0)
+    a_shape("num_neighbours and x_T", (num_neighbours, *x_T.shape))
 
     def search(keys, grid, x_T, radius):
         def draw(x):
