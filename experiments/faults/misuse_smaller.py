@@ -42,9 +42,9 @@ def cases_of_smaller() -> list[Case]:
         ),
         Case("models.pruning.mask", pruning.mask, {"importance": units, "heads": 0.5, "channels": 0.5}),
         Case("models.pruning.unit_counts", pruning.unit_counts, {"module": module}),
-        Case("models.pruning.masked", pruning.masked, {**tree, "keep": units}, False),
-        Case("models.pruning.sliced", pruning.sliced, {**tree, "keep": units}, False),
-        Case("pipelines.prune", pipelines.prune, {"pipe": pipe, "keep": units}, False),
+        Case("models.pruning.masked", pruning.masked, {**tree, "keep": pruning.mask(units)}, False),
+        Case("models.pruning.sliced", pruning.sliced, {**tree, "keep": pruning.mask(units)}, False),
+        Case("pipelines.prune", pipelines.prune, {"pipe": pipe, "keep": pruning.mask(units)}, False),
         Case(
             "pipelines.unit_importance",
             pipelines.unit_importance,

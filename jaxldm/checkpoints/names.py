@@ -363,13 +363,21 @@ def _with_current_names(state: Mapping[str, Tensor], known: Mapping[str, Any]) -
 
 
 def _check_dtypes(wanted: Mapping[str, PublishedTensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse whole or complex numbers in place of floating ones: such weights need a rule of their own."""
+    """Refuse whole or complex numbers in place of floating ones: such weights need a rule of their own.
+
+    Codes of one byte are of their own type: of another they would be other numbers.
+    """
     issubdtype = jax.numpy.issubdtype
     for name, tensor in wanted.items():
         kind = np.dtype(given[name].dtype)
         if issubdtype(tensor.dtype, jax.numpy.floating) and not issubdtype(kind, jax.numpy.floating):
             raise CheckpointError(
                 f"the weights do not fit the model: {name} is {kind} in the file, floating in the model"
+            )
+        own = np.dtype(tensor.dtype)
+        if own.itemsize == 1 and kind != own:
+            raise CheckpointError(
+                f"the weights do not fit the model: {name} is {kind} in the file, {own} in the model"
             )
 
 

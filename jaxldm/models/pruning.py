@@ -26,7 +26,7 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxldm.arguments import a_module, a_params, array, checked, function, instance, number
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.quantization import refuse_quantized
 from jaxldm.models.sit import SiTConfig
@@ -150,6 +150,11 @@ def mask(importance: Units, heads: float = 1.0, channels: float = 1.0) -> Units:
 
 def _most(values: Float[np.ndarray, "L U"], share: float, name: str) -> Bool[np.ndarray, "L U"]:
     """True where the values of a row are among its largest."""
+    if values.ndim != 2 or values.dtype.kind not in "fiu":
+        raise InvalidArgumentError(
+            f"the importance of the {name} must be numbers [L, units], one for each unit of L blocks, got "
+            f"{shown(values)}: pruning.importance gives them"
+        )
     total = values.shape[-1]
     count = math.floor(share * total + 0.5)
     if count < 1:
@@ -171,7 +176,7 @@ def masked(module: nn.Module, params: Mapping[str, Any], keep: Units) -> dict[st
     Under a gradient the zeros get none: a loss of `masked(module, params, keep)` trains the rest alone.
 
     Raises:
-        InvalidArgumentError: another network, or units of another one.
+        InvalidArgumentError: another network, units of another one, or numbers in place of booleans.
     """
     _check_units(module, params, keep)
 
@@ -250,6 +255,12 @@ def _check_units(module: Any, params: Any, keep: Units) -> None:
         if shape != wanted:
             raise InvalidArgumentError(
                 f"the {name} of keep must be {list(wanted)}, those of {wanted[0]} blocks, got {list(shape)}"
+            )
+        kind = jnp.result_type(getattr(keep, name))
+        if kind != jnp.bool_:
+            raise InvalidArgumentError(
+                f"the {name} of keep must be True where a unit stays, got {kind}: write "
+                "pruning.mask(importance, heads=0.5, channels=0.5)"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.arguments import array, checked, count, one_key, optional
 from jaxldm.errors import InvalidArgumentError
+from jaxldm.indices import check_indices
 from jaxldm.models import pruning
 from jaxldm.models.pruning import SOME_UNITS, Units, check_can_prune
 from jaxldm.pipelines.latents import encode_images
@@ -51,7 +52,8 @@ def unit_importance(
         batch_size: images at once, for the memory alone: gradients are those of all.
 
     Raises:
-        InvalidArgumentError: a model that cannot be pruned, a student of few steps; labels of other images.
+        InvalidArgumentError: a model that cannot be pruned, a student of few steps; labels of other images,
+            or that are none of its classes.
     """
     network = pipe.denoiser
     check_can_prune(network.module, network.params)
@@ -62,6 +64,10 @@ def unit_importance(
         )
     if labels is not None and len(labels) != len(images):
         raise InvalidArgumentError(f"labels must be {len(images)}, one for each image, got {len(labels)}")
+    if labels is not None and pipe.num_classes is None:
+        raise InvalidArgumentError("this model has no classes: leave labels out")
+    if labels is not None:
+        check_indices("labels", labels, cast(int, pipe.num_classes), where="the classes of this model")
     wanted = pipe.latent_spec.shape(pipe.default_size) if pipe.autoencoder is None else None
     if wanted is not None and images.shape[1:] != wanted:
         raise InvalidArgumentError(f"images must be [N, *{list(wanted)}], got {list(images.shape)}")

@@ -33,13 +33,18 @@ def quantize(
 
     Raises:
         InvalidArgumentError: a model that is quantised already, or of whose network nothing is known here;
-            smoothing without a calibration.
+            smoothing without a calibration, or the other way round.
 
     >>> from jaxldm import models, pipelines                                        # doctest: +SKIP
     >>> pipe = pipelines.load("stable-diffusion-v1-5", dtype="bfloat16")            # doctest: +SKIP
     >>> small = pipelines.quantize(pipe, models.quantization("int8"))               # doctest: +SKIP
     >>> pipelines.save(small, "stable-diffusion-v1-5-int8")                         # doctest: +SKIP
     """
+    if input_max is not None and how.smooth is None:
+        raise InvalidArgumentError(
+            "input_max is for smoothing, which these settings leave out: give smooth=0.5 to "
+            "models.quantization, or leave input_max out"
+        )
     network = pipe.denoiser
     params = models.quantize(network.module, network.params, how, input_max)
     return pipe.replace(**{pipe.denoiser_name: Network(network.module, params)})

@@ -145,6 +145,14 @@ def test_a_config_that_does_not_say_how_is_refused(tmp_path, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def test_codes_are_not_read_as_those_of_another_kind(tmp_path):
+    """Of the same shapes, they would be other numbers."""
+    checkpoints.save(tmp_path, *quantised("fp8"))
+    change_config(tmp_path, weights="int8")
+    with pytest.raises(CheckpointError, match="codes is float8_e4m3fn in the file, int8 in the model"):
+        checkpoints.load(tmp_path)
+
+
 def test_what_other_programs_read_is_refused(tmp_path):
     module, small = quantised("int8")
     with pytest.raises(InvalidArgumentError, match="full precision"):

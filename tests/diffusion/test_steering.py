@@ -191,7 +191,7 @@ def test_what_a_cache_remembers_is_resampled_with_its_particle():
         return states, jnp.stack([reward(x_0) for _, x_0 in pairs])
 
     states, rewards = advance([solver.init(x) for x in x_T], 0, 2)
-    best = np.argmax(rewards, axis=0)
+    best = np.argmax(np.asarray(rewards), axis=0)
     assert len(set(best)) == 2  # another particle for each image
 
     def chosen(*leaves):

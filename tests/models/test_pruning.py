@@ -178,10 +178,13 @@ def test_what_cannot_be_pruned_is_refused():
         (lambda: pruning.mask(ones._replace(heads=np.full((1, 4), np.nan)), 0.5), "not finite"),
         (lambda: pruning.sliced(unet, random_params(unet), ones), "for DiT and SiT.* not for a UNet2DModel"),
         (lambda: pruning.masked(module, params, ones._replace(heads=np.ones((1, 3)))), r"must be \[1, 4\]"),
+        (lambda: pruning.masked(module, params, ones), "True where a unit stays, got float.*pruning.mask"),
+        (lambda: pruning.mask(pruning.mask(ones)), r"must be numbers \[L, units\].* of bool"),
+        (lambda: pruning.mask(pruning.Units(None, None)), "importance of the heads must be numbers"),
         (lambda: pruning.sliced(deep, deep_params, uneven), "the same number of channels"),
         (
             lambda: pruning.sliced(
-                module, models.quantize(module, params, models.quantization("int8")), ones
+                module, models.quantize(module, params, models.quantization("int8")), pruning.mask(ones)
             ),
             "pruning needs a network in full precision",
         ),

@@ -59,6 +59,7 @@ def test_importance_in_latents_and_without_labels_refuses_what_cannot(dit):
     for call, match in (
         (lambda: pipelines.unit_importance(latent_pipeline(), KEY, images), "pruning is for DiT and SiT"),
         (lambda: pipelines.unit_importance(dit, KEY, images, np.zeros(3, np.int32)), "labels must be 4"),
+        (lambda: pipelines.unit_importance(dit, KEY, images, np.array([0, 1, 2, 99])), "labels must lie in"),
         (lambda: pipelines.unit_importance(dit, KEY, images[:, :6]), "images must be"),
         (lambda: pipelines.prune(latent_pipeline(), pruning.Units(np.ones((1, 1)), np.ones((1, 1)))), "DiT"),
     ):
