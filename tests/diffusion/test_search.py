@@ -204,7 +204,7 @@ def test_what_a_verifier_raises_is_kept_with_a_note():
 
     with pytest.raises(AttributeError, match="cpu") as caught:
         D.search.best_of_n(KEY, DENOISE, SOLVER, GRID, noises(1), torch_like)
-    assert "verifier(images), which was traced with images float32[3, 2, 2, 1]" in caught.value.__notes__[0]
+    assert "verifier(images), which was traced with images float32[3, 2, 2, 1]" in caught.value.__notes__[-1]
 
 
 def refuse(call, words):
