@@ -144,6 +144,11 @@ def around(
     """
     if options is None:
         return lambda layer, y, *inputs: layer(y, *inputs)
+    if min(size) < 2:
+        raise InvalidArgumentError(
+            f"token_merging needs 2x2 tokens or more, and here are {size[0]}x{size[1]}: draw larger images, "
+            "or leave it out"
+        )
     match = match_tokens(x, size, options.ratio)
 
     def call(layer: Callable[..., Any], y: Float[Array, "B N C"], *inputs: Any) -> Float[Array, "B N C"]:

@@ -20,6 +20,7 @@ from jaxldm.models.pruning import SOME_UNITS, Units, check_can_prune
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
+from jaxldm.pixels import check_not_pixels
 
 
 @checked(
@@ -64,6 +65,7 @@ def unit_importance(
         )
     if labels is not None and len(labels) != len(images):
         raise InvalidArgumentError(f"labels must be {len(images)}, one for each image, got {len(labels)}")
+    check_not_pixels("images", images)
     if labels is not None and pipe.num_classes is None:
         raise InvalidArgumentError("this model has no classes: leave labels out")
     if labels is not None:

@@ -162,10 +162,17 @@ def test_solvers_that_remember_and_padding():
     np.testing.assert_allclose(padded.log_weights, whole.log_weights, rtol=1e-3, atol=1e-3)
 
 
+COMPUTED = []
+
+
 def reusing(cache, memory, i, x, t, condition):
     """A network whose residual is another one for each image and branch, and may be reused."""
     session = Session(cache, memory, jnp.asarray(i, jnp.int32))
-    add = lambda x: x + 0.3 * jnp.sin(3 * x + condition[:, None, None, None])  # noqa: E731
+
+    def add(x):
+        jax.debug.callback(lambda: COMPUTED.append(None))
+        return x + 0.3 * jnp.sin(3 * x + condition[:, None, None, None])
+
     x, session = session.run("blocks", add, x, True)
     return x, session.left()
 
@@ -180,8 +187,11 @@ def test_what_a_cache_remembers_is_resampled_with_its_particle():
     solver, grid = D.cached(SOLVER, denoise), D.make_grid(PATH, 5)
     x_T, keys = D.search.candidate_noise(KEY, SHAPE, grid, 3), D.search.candidate_keys(KEY, 3, 2)
     options = {"reward_scale": 1e4, "threshold": 1.0, "steer_at": np.arange(5) == 1}
-    found = D.search.steer(KEY, denoise, solver, grid, x_T, reward, **options)
+    COMPUTED.clear()
+    found = jax.block_until_ready(D.search.steer(KEY, denoise, solver, grid, x_T, reward, **options))
+    jax.effects_barrier()
     assert (found.resamplings == 1).all()
+    assert len(COMPUTED) in (3, 3 * len(x_T))  # once a step, or for each particle: those that compute alone
     step = jax.jit(lambda keys, state, i: D.sample_step(keys, denoise, solver, grid, state, i))
 
     def advance(states, first, last):

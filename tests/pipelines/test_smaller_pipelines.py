@@ -9,6 +9,7 @@ from compilations import COMPILATIONS
 from tiny_models import latent_pipeline, pixel_pipeline, text_parts
 
 from jaxldm import checkpoints, models, nn, pipelines
+from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.models import pruning
 from jaxldm.serving.jobs import prepare
@@ -61,6 +62,7 @@ def test_importance_in_latents_and_without_labels_refuses_what_cannot(dit):
         (lambda: pipelines.unit_importance(dit, KEY, images, np.zeros(3, np.int32)), "labels must be 4"),
         (lambda: pipelines.unit_importance(dit, KEY, images, np.array([0, 1, 2, 99])), "labels must lie in"),
         (lambda: pipelines.unit_importance(dit, KEY, images[:, :6]), "images must be"),
+        (lambda: pipelines.unit_importance(dit, KEY, images + 200), r"must lie in \[-1, 1\]"),
         (lambda: pipelines.prune(latent_pipeline(), pruning.Units(np.ones((1, 1)), np.ones((1, 1)))), "DiT"),
     ):
         with pytest.raises(InvalidArgumentError, match=match):
@@ -81,6 +83,27 @@ def test_a_ratio_of_zero_is_the_plain_model_and_each_ratio_compiles_once(model, 
     pipe(jax.random.key(4), prompt, token_merging=models.TokenMerging(0.5), **CALL)
     np.testing.assert_array_equal(pipelines.with_token_merging(pipe, 0.5)(KEY, prompt, **CALL), merged)
     assert COMPILATIONS.count == before
+
+
+def test_all_of_it_together_is_as_without_a_cache_where_nothing_is_reused(diffusion):
+    """8 bits with a LoRA, merged tokens, a picture to start from, guidance, two devices, previews."""
+    lora = jax.tree.map(
+        lambda part: part + 0.1, models.init_lora(KEY, models.shapes(diffusion.unet.module), 2)
+    )
+    small = pipelines.quantize(diffusion, models.quantization("int8"))
+    small = small.replace(
+        unet=dataclasses.replace(small.unet, params=models.apply_lora(small.unet.params, lora))
+    )
+    more = {"token_merging": 0.5, "image": np.zeros((16, 16, 3), np.float32), "strength": 0.75, "previews": 1}
+    more |= {"batch_size": 2, "devices": jax.devices()[:2], "negative_prompt": "c", "num_inference_steps": 8}
+    plain, _ = small(KEY, ["a", "b", "d"], **CALL | more)
+    every, previews = small(KEY, ["a", "b", "d"], cache="deepcache:1", **CALL | more)
+    np.testing.assert_array_equal(every, plain)
+    reused, _ = small(KEY, ["a", "b", "d"], cache="deepcache:3", **CALL | more)
+    assert np.isfinite(previews).all() and 0 < np.abs(reused - plain).max() < np.inf
+    cache = D.caching.at_steps([True] * 7)  # six of eight steps are taken
+    with pytest.raises(InvalidArgumentError, match="schedule has 7 steps, the run 6"):
+        small(KEY, ["a", "b", "d"], cache=cache, **CALL | more)
 
 
 def test_more_is_merged_on_request(dit, diffusion):

@@ -140,6 +140,28 @@ def rank(scores: Float[Array, "N B"], chosen: int) -> Int[Array, "M B"]:
     return jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores).T, chosen)[1].T
 
 
+def mapped_axes(
+    init: Callable[[Any], Any], step: Callable[[Any, Any], Any], x: Float[Array, "N B ..."]
+) -> Any:
+    """The axis of candidates in each part of a solver's state: None for numbers that all of them share.
+
+    What a cache by the number of the step has counted is such, and stays one condition for all: of a
+    condition for each, `jax.lax.cond` would compute both branches.
+
+    Args:
+        init: x [B, ...] -> state.
+        step: (state of all candidates, its axes) -> its next one. It is traced.
+        x: [N, B, ...].
+    """
+    one = jax.eval_shape(init, x[0])
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, one)
+    try:
+        jax.eval_shape(lambda x: step(jax.vmap(init, out_axes=axes)(x), axes), x)
+    except ValueError:  # there are numbers of each candidate, such as the changes that a cache adds up
+        return jax.tree.map(lambda leaf: 0, one)
+    return axes
+
+
 def pick(tree: Any, index: Int[Array, "M B"], shape: tuple[int, ...]) -> Any:
     """Candidates index[m, b] of image b, of every leaf [N, k B, ...] of the tree; others stay.
 

@@ -17,6 +17,7 @@ from jaxldm.diffusion.sampling import Keys, a_shape, begin, sample_step
 from jaxldm.diffusion.search.candidates import (
     Found,
     candidate_keys,
+    mapped_axes,
     pick,
     rank,
     round_keys,
@@ -125,20 +126,25 @@ def _sampler(denoise: Any, solver: Solver, grid: Grid) -> Callable[[Any, Any, An
     Steps behind the last row are skipped.
     """
 
-    def advance(keys, state, x_0, i):
+    def mapped(keys, state, axes, i):
+        one = lambda keys, state: sample_step(keys, denoise, solver, grid, state, i)  # noqa: E731
+        return jax.vmap(one, in_axes=(0, axes), out_axes=(axes, 0))(keys, state)
+
+    def advance(keys, state, axes, x_0, i):
         def step(state, x_0):
-            one = jax.vmap(lambda keys, state: sample_step(keys, denoise, solver, grid, state, i))
-            state, x_0 = one(keys, state)
+            state, x_0 = mapped(keys, state, axes, i)
             return state, jnp.where(i + 1 == steps_in(grid), state.x, x_0)
 
         return jax.lax.cond(i < steps_in(grid), step, lambda *same: same, state, x_0)
 
     def sample_rows(keys, x, start, count):
+        axes = mapped_axes(solver.init, lambda state, axes: mapped(keys, state, axes, jnp.int32(0)), x)
+
         def body(carry, i):
             state, x_0 = carry
-            return advance(keys, state, x_0, i), None
+            return advance(keys, state, axes, x_0, i), None
 
         rows = start + jnp.arange(count, dtype=jnp.int32)
-        return jax.lax.scan(body, (jax.vmap(solver.init)(x), x), rows)[0]
+        return jax.lax.scan(body, (jax.vmap(solver.init, out_axes=axes)(x), x), rows)[0]
 
     return sample_rows

@@ -19,6 +19,7 @@ from jaxldm.diffusion.sampling import Keys, begin, image_keys, sample_step
 from jaxldm.diffusion.search.candidates import (
     best_of,
     candidate_keys,
+    mapped_axes,
     pick,
     round_keys,
     run,
@@ -231,9 +232,14 @@ def _steered(denoise, solver, reward, potential) -> Callable[..., Particles]:
             )
             return _resample(state, round_keys(own_keys, i), threshold, shape)
 
+        def step(state, axes, i):
+            one = lambda keys, state: sample_step(keys, denoise, solver, grid, state, i)  # noqa: E731
+            return jax.vmap(one, in_axes=(0, axes), out_axes=(axes, 0))(keys, state)
+
+        axes = mapped_axes(solver.init, lambda state, axes: step(state, axes, jnp.int32(0)), x_T)
+
         def advance(state, i):
-            step = jax.vmap(lambda keys, state: sample_step(keys, denoise, solver, grid, state, i))
-            moved, x_0 = step(keys, state.solver)
+            moved, x_0 = step(state.solver, axes, i)
             state = state._replace(solver=moved)
             return jax.lax.cond(steer_at[i], weigh, lambda state, x_0, i: state, state, x_0, i)
 
@@ -244,7 +250,7 @@ def _steered(denoise, solver, reward, potential) -> Callable[..., Particles]:
 
         zeros = jnp.zeros(shape, x_T.dtype)
         state = _State(
-            jax.vmap(solver.init)(x_T),
+            jax.vmap(solver.init, out_axes=axes)(x_T),
             jnp.full(shape, potential.start, x_T.dtype),
             zeros,
             zeros,
