@@ -233,13 +233,13 @@ def refuse(call, words):
         ),
         refuse(
             lambda: D.search.candidate_keys(KEY, 10**6, 10**9),
-            "num_candidates and batch_size=.* GB of",
+            "num_candidates and batch_size=.* of memory",
         ),
         refuse(
             lambda: D.search.zero_order_search(
                 KEY, DENOISE, SOLVER, GRID, noises(1)[0], total, num_neighbours=10**9, num_rounds=1
             ),
-            "num_neighbours and x_T=.* GB of memory",
+            "num_neighbours and x_T=.* of memory",
         ),
         refuse(lambda: best_by_labels([0, 1]), "a row for each of 2 labels"),
         refuse(lambda: best_by_labels([0, 1, 2]), r"labels must lie in \[0, 1\] for the classes.*got 2"),
