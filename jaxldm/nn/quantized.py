@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxldm.arguments import check_fields, choice, count, number, optional
+from jaxldm.errors import InvalidArgumentError
 
 PACKED = ("int4", "nf4")  # two codes in a byte, in groups
 # What the codes of NF4 stand for: quantiles of a normal distribution (Dettmers et al. 2023, appendix E).
@@ -339,6 +340,20 @@ def with_factors(kernel: Quantized, down: Array, up: Array) -> Quantized:
 # ---------------------------------------------------------------- applying
 
 
+@jax.custom_jvp
+def _without_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, of which no derivative is taken: that of its codes is 0 nearly everywhere, and no one means it."""
+    return x
+
+
+@_without_gradient.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise InvalidArgumentError(
+        "a network with quantised activations has no gradient: quantise its weights alone, "
+        "models.quantization('int8', activations=None), or give the network that it was made of"
+    )
+
+
 def apply_quantized(
     x: Float[Array, "... in"],
     kernel: Quantized,
@@ -355,8 +370,12 @@ def apply_quantized(
             (or in float32's rounding).
         dtype: in which operands that are no codes are multiplied.
         pointwise: each output depends on one token alone; else the scale of x is that of its image.
+
+    Raises:
+        InvalidArgumentError: under a gradient with respect to x, where activations are quantised.
     """
     wide = x.astype(jnp.float32)
+    wide = wide if kernel.activations is None else _without_gradient(wide)
     scaled = wide if kernel.smooth is None else wide * _to_rank(kernel.smooth, wide.ndim)
     axes = (-1,) if pointwise else tuple(range(1, x.ndim))
     if kernel.weights in PACKED or len(kernel.parts) > MOST_PARTS or kernel.offsets is not None:

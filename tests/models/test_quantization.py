@@ -1,5 +1,7 @@
 """Networks in fewer bits: which layers, the same function for stacks, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +194,24 @@ def test_a_branch_alone_learns():
     loss = lambda lora: jnp.sum(models.network(module)(models.apply_lora(small, lora), *inputs(module)) ** 2)  # noqa: E731
     gradient = jax.grad(loss)(lora)["blocks_0"]["attn"]["qkv"]["lora_B"]["kernel"]
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+def test_gradients_go_through_weights_alone(dit):
+    """Of rounded activations they would be 0 in every block, without a word."""
+    module, params = dit
+    x, t, labels = inputs(module)
+
+    def gradient(how):
+        small = models.quantize(module, params, how)
+        call = lambda x: jnp.sum(jnp.sin(models.network(module)(small, x, t, labels)))  # noqa: E731
+        return jax.grad(call)(x)
+
+    whole = jax.grad(lambda x: jnp.sum(jnp.sin(models.network(module)(params, x, t, labels))))(x)
+    found = gradient(dataclasses.replace(INT8, activations=None))
+    assert np.linalg.norm(found - whole) < 0.2 * np.linalg.norm(whole)
+    for how in (INT8, models.quantization("int4", activations="int4"), models.quantization("fp8")):
+        with pytest.raises(InvalidArgumentError, match="no gradient: quantise its weights alone"):
+            gradient(how)
 
 
 def test_what_cannot_be_quantised_is_refused_in_one_line(dit):
