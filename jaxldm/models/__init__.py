@@ -14,6 +14,7 @@ from jaxldm.models.autoencoder_asym_kl import AsymmetricAutoencoderKL, Asymmetri
 from jaxldm.models.autoencoder_conv import ConvAutoencoder, ConvAutoencoderConfig
 from jaxldm.models.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from jaxldm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from jaxldm.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from jaxldm.models.autoencoder_kl_qwen_image import AutoencoderKLQwenImage, AutoencoderKLQwenImageConfig
 from jaxldm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from jaxldm.models.bert import BertConfig, BertModel, sentence_embedding
@@ -48,6 +49,7 @@ from jaxldm.models.dinov2 import Dinov2Config, Dinov2Model, dinov2_pixel_values
 from jaxldm.models.dit import DiT, DiTConfig
 from jaxldm.models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from jaxldm.models.dydit import DyDiT, DyDiTConfig
+from jaxldm.models.flux2_transformer_2d import Flux2Transformer2DConfig, Flux2Transformer2DModel
 from jaxldm.models.flux_controlnet import FluxControlNetConfig, FluxControlNetModel
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig, FluxTransformer2DModel
 from jaxldm.models.inception_v3 import InceptionFeatures, InceptionV3
@@ -127,6 +129,8 @@ __all__ = [
     "AutoencoderDCConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLFlux2Config",
     "AutoencoderKLQwenImage",
     "AutoencoderKLQwenImageConfig",
     "AutoencoderTiny",
@@ -161,6 +165,8 @@ __all__ = [
     "Dinov2Model",
     "DyDiT",
     "DyDiTConfig",
+    "Flux2Transformer2DConfig",
+    "Flux2Transformer2DModel",
     "FluxControlNetConfig",
     "FluxControlNetModel",
     "FluxTransformer2DConfig",

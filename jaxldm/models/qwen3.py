@@ -1,4 +1,4 @@
-"""Qwen3, a language model: the text encoder of Z-Image."""
+"""Qwen3, a language model: the text encoder of Z-Image and FLUX.2 klein."""
 
 from __future__ import annotations
 
@@ -216,14 +216,18 @@ class Qwen3Model(QwenModel):
     ignored_tensors: ClassVar[tuple[str, ...]] = (r"lm_head\.weight",)
 
 
+_QWEN3_4B = Qwen3Config(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_key_value_heads=8,
+    max_position_embeddings=40960,
+    rope_theta=1000000.0,
+)
+
 PRESETS = {
-    # 4,022,468,096 parameters: the text encoder of Z-Image.
-    "qwen3-4b": Qwen3Config(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_key_value_heads=8,
-        max_position_embeddings=40960,
-        rope_theta=1000000.0,
-    ),
+    # 4,022,468,096 parameters: the text encoder of Z-Image and FLUX.2-klein-4B.
+    "qwen3-4b": _QWEN3_4B,
+    # 7,568,405,504 parameters: the text encoder of FLUX.2-klein-9B.
+    "qwen3-8b": dataclasses.replace(_QWEN3_4B, hidden_size=4096, intermediate_size=12288),
 }

@@ -34,8 +34,9 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh
 _SECOND = PartitionSpec("tensor", None)
 RULES: tuple[Rule, ...] = (
     (r"(.*/)?(to_out_0|to_add_out|out_proj|o_proj|o|attn/proj|output/dense)/kernel", _SECOND),
-    (r"(.*/)?single_transformer_blocks_\w+/proj_out/kernel", _SECOND),  # FLUX: of attention and MLP together
-    (r"(.*/)?(fc2|net_2|wo|down_proj|w2|linear_2|mlp_2)/kernel", _SECOND),
+    # FLUX and FLUX.2: of attention and MLP together.
+    (r"(.*/)?single_transformer_blocks_\w+/(proj_out|attn/to_out)/kernel", _SECOND),
+    (r"(.*/)?(fc2|net_2|wo|down_proj|w2|linear_2|linear_out|mlp_2)/kernel", _SECOND),
     (r"(.*/)?(channelwise_4|channelwise_linear_2|conv2)/kernel", _SECOND),
     (r".*(kernel|embedding)", PartitionSpec("tensor")),  # all others: their output
 )

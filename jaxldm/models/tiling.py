@@ -74,7 +74,7 @@ def tiled_decoder(decode: Callable[[Array], Any], config: ModelConfig, tiling: T
 
 def _lengths(config: Any, tiling: Tiling) -> tuple[int, int, int]:
     """(pixels per latent, latents per tile side, latents from one tile to the next)."""
-    factor = 2 ** (len(config.block_out_channels) - 1)
+    factor = getattr(config, "shrinks", None) or 2 ** (len(config.block_out_channels) - 1)
     pixels = height_width(config.sample_size)[0] if tiling.size is None else tiling.size
     stride = floor_product(pixels // factor, 1 - as_typed(tiling.overlap))
     check(

@@ -33,16 +33,19 @@ class Modulation(nn.Module):
 
     Attributes:
         features: width of each vector; None: that of c.
+        use_bias: of the linear map.
     """
 
     count: int
     dtype: str = "float32"
     features: int | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, c: Float[Array, "B C"]) -> list[Float[Array, "B features"]]:
         features = self.features or c.shape[-1]
-        vectors = Linear(self.count * features, dtype=self.dtype, **ZERO, name="linear")(silu(c))
+        linear = Linear(self.count * features, self.use_bias, self.dtype, **ZERO, name="linear")
+        vectors = linear(silu(c))
         return jnp.split(vectors, self.count, axis=-1)
 
 

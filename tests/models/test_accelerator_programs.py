@@ -174,6 +174,7 @@ DENOISERS = {
     "dit-xl-2": ("bfloat16", 1, {}),
     "sit-xl-2": ("float16", 1, {}),
     "flux-dev": ("bfloat16", 2, {}),  # blocks of both kinds
+    "flux2-dev": ("bfloat16", 2, {}),
     "pixart-sigma-2k": ("float16", 2, {}),  # of the image, and to the text
     "sd3-medium": ("float16", 2, {}),  # the last block is of another kind
     "sd35-medium": ("bfloat16", None, {}),  # some blocks attend twice
@@ -191,15 +192,19 @@ ALIKE = {
     **dict.fromkeys(("if-i-l", "if-i-m", "if-ii-l", "if-ii-m"), "if-i-xl"),
     **{f"{name}-{patch}": f"{name[:3]}-xl-2" for name in SIZES for patch in (2, 4, 8)},
     **dict.fromkeys(("flux-schnell", "flux-controlnet"), "flux-dev"),
+    **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b"), "flux2-dev"),
     **{f"pixart-sigma{size}": "pixart-sigma-2k" for size in ("", "-256", "-512")},
     **dict.fromkeys(("sd35-large", "sd3-controlnet", "sd35-large-controlnet"), "sd3-medium"),
     "amused-256": "amused-512",
     "qwen2.5-vl-7b": "qwen3-4b",
-    **dict.fromkeys(("sd-vae", "playground-vae", "sd3-vae", "flux-vae", "qwen-image-vae"), "sdxl-vae"),
+    **dict.fromkeys(
+        ("sd-vae", "playground-vae", "sd3-vae", "flux-vae", "flux2-vae", "qwen-image-vae"), "sdxl-vae"
+    ),
     **dict.fromkeys(("asymmetric-vae-x1.5", "asymmetric-vae-x2", "consistency-decoder"), "sdxl-vae"),
     **dict.fromkeys(("ldm-vq-f8", "kandinsky2-movq"), "ldm-vq-f4"),
     **dict.fromkeys(("openclip-h", "openclip-bigg", "ldm-bert"), "clip-l"),
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
+    "qwen3-8b": "qwen3-4b",
 }
 WITHOUT_ATTENTION = {
     "flux-redux",

@@ -59,6 +59,7 @@ DENOISERS = [
     "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
     "ZImageTransformer2DModel",
     "QwenImageTransformer2DModel",
     "WuerstchenPrior",

@@ -38,7 +38,7 @@ def test_each_device_has_its_share_of_flux(flux, sizes):
 
 
 PRESETS = (
-    *("sd3-medium", "z-image", "qwen-image", "dit-s-8", "amused-256", "wuerstchen-prior"),
+    *("sd3-medium", "z-image", "qwen-image", "flux2-klein-4b", "dit-s-8", "amused-256", "wuerstchen-prior"),
     *("t5-base", "qwen3-4b", "clip-l", "minilm", "mini-unet"),
 )
 

@@ -206,6 +206,7 @@ PUBLISHED = {
     "t5-xxl": (transformers.T5EncoderModel, 4_762_310_656),
     "minilm": (transformers.BertModel, 22_713_216),
     "qwen3-4b": (transformers.Qwen3Model, 4_022_468_096),
+    "qwen3-8b": (transformers.Qwen3Model, 7_568_405_504),
 }
 
 
