@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -35,7 +36,7 @@ from jaxldm.checkpoints.weight_files import (
     weight_contents,
 )
 from jaxldm.entries import build
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
 from jaxldm.exact import LARGEST_INT64
 from jaxldm.files import finish_interrupted, write_together
 from jaxldm.models.config import ModelConfig, check_size
@@ -200,7 +201,12 @@ def _quantization(entries: Mapping) -> tuple[models.Quantization | None, dict]:
     others = {name: value for name, value in entries.items() if name != QUANTIZATION}
     if isinstance(how, Mapping) and how.get(METHOD) == "bitsandbytes" and how.get("load_in_4bit"):
         return None, others  # which of its tensors are in NF4 is in the file
-    if not isinstance(how, Mapping) or how.get(METHOD) != "jaxldm":
+    if isinstance(how, Mapping) and how.get(METHOD, "jaxldm") != "jaxldm":
+        raise CheckpointError(
+            f"{CONFIG_FILE}: {QUANTIZATION} is of {shown(how[METHOD])}, whose weights cannot be read: give "
+            "the model that it was made of, and quantise that (models.quantize)"
+        )
+    if not isinstance(how, Mapping) or METHOD not in how:
         return None, dict(entries)  # of another program's, which the config's own reader refuses
     fields = {name: value for name, value in how.items() if name != METHOD}
     return build(models.Quantization, fields, f"{CONFIG_FILE}: {QUANTIZATION}"), others
@@ -222,7 +228,9 @@ def _template(module: nn.Module, how: models.Quantization, state: Mapping[str, T
             return leaf
         shapes = {"down": (*leaf.kernel_shape[:-1], stored.shape[-1])}
         shapes["up"] = (stored.shape[-1], leaf.kernel_shape[-1])
-        branch = {name: jax.ShapeDtypeStruct((*stack, *own), stored.dtype) for name, own in shapes.items()}
+        # Of numbers that are not floating it is refused, as any other tensor.
+        dtype = stored.dtype if jnp.issubdtype(stored.dtype, jnp.floating) else np.float32
+        branch = {name: jax.ShapeDtypeStruct((*stack, *own), dtype) for name, own in shapes.items()}
         return dataclasses.replace(leaf, **branch)
 
     flat = traverse_util.flatten_dict(models.quantized_shapes(module, how))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.flax
 import safetensors.numpy
 from flax import traverse_util
 
@@ -134,7 +135,10 @@ def change_config(folder, **changes):
         ({"weights": "int4"}, "do not fit"),
         ({"rank": "many"}, "rank"),
         ({"colour": 3}, "unknown key 'colour'"),
-        ({"quant_method": "bitsandbytes"}, "quantization_config"),
+        (
+            {"quant_method": "bitsandbytes"},
+            "quantization_config is of 'bitsandbytes', whose weights cannot be",
+        ),
     ],
 )
 def test_a_config_that_does_not_say_how_is_refused(tmp_path, changes, words):
@@ -145,12 +149,22 @@ def test_a_config_that_does_not_say_how_is_refused(tmp_path, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def _whole(name, value):
+    return value.astype(jnp.int32) if name.endswith("down") else value
+
+
 def test_codes_are_not_read_as_those_of_another_kind(tmp_path):
     """Of the same shapes, they would be other numbers."""
     checkpoints.save(tmp_path, *quantised("fp8"))
     change_config(tmp_path, weights="int8")
     with pytest.raises(CheckpointError, match="codes is float8_e4m3fn in the file, int8 in the model"):
         checkpoints.load(tmp_path)
+    checkpoints.save(tmp_path / "branch", *quantised("int4"))
+    file = next((tmp_path / "branch").glob("*.safetensors"))
+    whole = safetensors.flax.load_file(file)
+    safetensors.flax.save_file({name: _whole(name, value) for name, value in whole.items()}, file)
+    with pytest.raises(CheckpointError, match="down is int32 in the file, floating in the model"):
+        checkpoints.load(tmp_path / "branch")
 
 
 def test_what_other_programs_read_is_refused(tmp_path):
