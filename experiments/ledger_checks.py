@@ -37,6 +37,8 @@ def family_parameters() -> list[float]:
         "sd35-large",
         "flux-dev",
         "flux-schnell",
+        "flux2-klein-4b",
+        "flux2-klein-9b",
         "z-image",
         "qwen-image",
         "pixart-sigma",

@@ -307,6 +307,7 @@ def generation() -> list[Case]:
             max_length=8,
             mask=False,
             template="{}",
+            layers=None,
             words={"skip": "skip"},
         ),
     ]

@@ -70,6 +70,8 @@ WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipel
 RELATED = {
     "QwenImage": "of Qwen-Image there are QwenImagePipeline, QwenImageImg2ImgPipeline and "
     "QwenImageInpaintPipeline, and no editing, layers or ControlNets",
+    "Flux2": "of FLUX.2 there is klein, Flux2KleinPipeline, and not dev, whose text encoder is Mistral, nor "
+    "inpainting",
 }
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}

@@ -12,7 +12,10 @@ from jaxldm.errors import InvalidArgumentError
 
 def latent_channels(config: Any) -> int:
     """The channels of a latent as diffusion models have it, from an autoencoder's config."""
-    return getattr(config, "codebook_width", config.latent_channels)
+    for name in ("codebook_width", "patch_channels"):
+        if hasattr(config, name):
+            return getattr(config, name)
+    return config.latent_channels
 
 
 def check_channels(name: str, array: Float[np.ndarray, "N H W C"], channels: int) -> None:

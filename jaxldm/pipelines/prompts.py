@@ -103,6 +103,7 @@ def a_template(name: str, value: Any) -> str:
     max_length=optional(count(1)),
     mask=flag,
     template=a_template,
+    layers=optional(several(count(0), "a list of numbers of layers")),
 )
 def encode_texts(
     encoder: Network,
@@ -115,6 +116,7 @@ def encode_texts(
     max_length: int | None = None,
     mask: bool = False,
     template: str = "{}",
+    layers: Sequence[int] | None = None,
 ) -> Encoded:
     """The states of each text, and the state of the whole.
 
@@ -131,11 +133,15 @@ def encode_texts(
             many as the encoder has places for.
         mask: the encoder does not look at what fills a row, and the result has the mask.
         template: what is encoded of a text, which stands in it as {}.
+        layers: in place of `skip` and `final_norm`: the states behind each of these layers, joined for each
+            token, as the encoder gives them; 0 are the embeddings.
 
     Raises:
-        InvalidArgumentError: as many layers to skip as there are, a normalisation that cannot be applied to
-            other layers than the last, or a tokenizer with tokens that the encoder does not know.
+        InvalidArgumentError: as many layers to skip as there are, layers that there are not, a normalisation
+            that cannot be applied to other layers than the last, or a tokenizer with tokens that the encoder
+            does not know.
     """
+    joined_layers = None if layers is None else tuple(layers)
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
     tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length)
@@ -159,16 +165,37 @@ def encode_texts(
                 stacklevel=2,
             )
         own = np.asarray(tokens.attention_mask)[k : k + 1] if mask else None
-        known[text] = jax.tree.map(np.asarray, encode_ids(encoder, ids[None], own, skip, final_norm))
+        encoded = encode_ids(encoder, ids[None], own, skip, final_norm, joined_layers)
+        known[text] = jax.tree.map(np.asarray, encoded)
     return jax.tree.map(lambda *rows: np.concatenate(rows), *(known[text] for text in texts))
 
 
-@functools.partial(jax.jit, static_argnames=("skip", "final_norm"))
-def encode_ids(encoder: Network, input_ids: Any, mask: Any, skip: int, final_norm: bool) -> Encoded:
+@functools.partial(jax.jit, static_argnames=("skip", "final_norm", "layers"))
+def encode_ids(
+    encoder: Network,
+    input_ids: Any,
+    mask: Any,
+    skip: int,
+    final_norm: bool,
+    layers: tuple[int, ...] | None = None,
+) -> Encoded:
     encoding = encoder(input_ids) if mask is None else encoder(input_ids, mask)
-    hidden = _states(encoder, encoding, skip, final_norm)
+    if layers is None:
+        hidden = _states(encoder, encoding, skip, final_norm)
+    else:
+        hidden = _joined(encoding.hidden_states, layers)
     pooled = encoding.pooled if encoding.text_embeds is None else encoding.text_embeds
     return Encoded(hidden.astype(jnp.float32), None if pooled is None else pooled.astype(jnp.float32), mask)
+
+
+def _joined(states: Sequence[Any], layers: tuple[int, ...]) -> Any:
+    """The states behind several layers next to each other, [P, T, layers x D]."""
+    for layer in layers:
+        if not 0 <= layer < len(states):
+            raise InvalidArgumentError(
+                f"the text encoder has no layer {layer}: give numbers from 0 to {len(states) - 1} in layers"
+            )
+    return jnp.concatenate([states[layer].astype(jnp.float32) for layer in layers], axis=-1)
 
 
 def _states(encoder: Network, encoding: Any, skip: int, final_norm: bool) -> Any:

@@ -343,9 +343,11 @@ class StandIn:
     __class__ = pipelines.Pipeline  # to `isinstance`
     num_classes = 10
 
-    def __init__(self, family, is_guidance_distilled):
+    def __init__(self, family, variant):
         self.options = dict(family.folder.options)
-        self.is_guidance_distilled = is_guidance_distilled
+        if "is_distilled" in self.options:
+            self.options["is_distilled"] = variant == " (distilled)"
+        self.is_guidance_distilled = variant == " (dev)"
 
 
 def test_the_help_of_sample_states_the_defaults_of_each_family(capsys):
@@ -358,7 +360,7 @@ def test_the_help_of_sample_states_the_defaults_of_each_family(capsys):
     for name, family in families.items():
         for shown, variant, steps, scale, strength in rows:
             if shown == names[name]:
-                defaults = family.defaults(StandIn(family, variant == " (dev)"))
+                defaults = family.defaults(StandIn(family, variant))
                 assert (int(steps), float(scale)) == (defaults.num_inference_steps, defaults.guidance_scale)
                 assert not strength or float(strength) == defaults.strength
 

@@ -1,0 +1,174 @@
+"""FLUX.2 klein (Black Forest Labs 2026): a transformer on a flow, with states of three layers of Qwen3.
+
+    pipe = pipelines.load("FLUX.2-klein-4B", dtype="bfloat16")
+    images = pipe(key, "a red fox in the snow")
+    images = pipe(key, "make it snow", image=photo)
+
+The distilled models take 4 steps and no guidance; the base models 50 steps, with classifier-free guidance.
+Both look at a picture, whose tokens stand behind those of x, with a first coordinate of 10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxldm import diffusion as D
+from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
+from jaxldm.pipelines.call import Call, Defaults, Request
+from jaxldm.pipelines.embeds import TextWidths
+from jaxldm.pipelines.families.flux_pictures import kontext_start
+from jaxldm.pipelines.family import Family, Folder, check_text_width
+from jaxldm.pipelines.generate import grid, read_scheduler
+from jaxldm.pipelines.handed_in import latent_channels
+from jaxldm.pipelines.inputs import OF_A_START, LatentSpec, Size
+from jaxldm.pipelines.latents import scale_factor
+from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
+
+# What Qwen3's chat template comes to for one question that is answered without thinking.
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+LAYERS = (9, 18, 27)  # of 36
+TRAINED_SIDE = 64  # latents
+
+
+def encode(
+    pipe: Pipeline,
+    request: Request,
+    *,
+    max_sequence_length: int = 512,
+    text_encoder_out_layers: Sequence[int] = LAYERS,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """States behind several layers of the text encoder, joined for each token.
+
+    Texts are put to the encoder as a question in a chat. It does not look at what fills a row; the
+    transformer does, as it was trained. Without a negative prompt guidance steers away from the empty text.
+
+    Args:
+        max_sequence_length: tokens of a text, the chat's own 12 or so among them.
+        text_encoder_out_layers: behind which layers; 0 are the embeddings.
+
+    Raises:
+        InvalidArgumentError: no room for a token, or more than the text encoder has places for; layers that
+            it does not have, or of which the transformer takes another number.
+    """
+    encoder, config = pipe.text_encoder.config, pipe.transformer.config
+    check_sequence_length(max_sequence_length, encoder.max_position_embeddings)
+    layers, count = tuple(text_encoder_out_layers), config.joint_attention_dim // encoder.hidden_size
+    last = encoder.num_hidden_layers
+    if len(layers) != count or not all(0 <= layer <= last for layer in layers):
+        raise InvalidArgumentError(
+            f"text_encoder_out_layers must be {count} numbers from 0 to {last}, the layers of this text "
+            f"encoder, got {shown(list(layers))}"
+        )
+    options: dict[str, Any] = {"max_length": max_sequence_length, "mask": True, "template": TEMPLATE}
+
+    def states(texts: list[str]) -> dict[str, Any]:
+        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, layers=layers, **options)
+        return {"encoder_hidden_states": encoded.hidden}
+
+    return request.both(states)
+
+
+def empirical_mu(num_image_tokens: int, num_steps: int) -> float:
+    """The logarithm of the shift for an image of so many tokens, drawn in so many steps.
+
+    Linear in the number of steps, between lines in the number of tokens that were fitted for 10 and for 200
+    steps; of more than 4300 tokens the line for 200. By the authors' own code.
+
+    >>> round(empirical_mu(4096, 50), 4)
+    2.0234
+    """
+    few = 8.73809524e-05 * num_image_tokens + 1.89833333
+    many = 0.00016927 * num_image_tokens + 0.45666666
+    if num_image_tokens > 4300:
+        return many
+    slope = (many - few) / 190.0
+    return slope * num_steps + many - 200.0 * slope
+
+
+def shifted_grid(pipe: Pipeline, call: Call, size: Size) -> tuple[Any, D.Grid]:
+    """Evenly from pure noise; a scheduler that shifts by the size does so by `empirical_mu`."""
+    scheduler = read_scheduler(pipe, call)
+    if isinstance(scheduler.path, D.Flow) and scheduler.grid.spacing == "linspace":
+        scheduler = scheduler.with_grid(spacing="trailing")
+    shift = scheduler.dynamic_shift
+    if shift is not None:
+        mu = empirical_mu(pipe.num_image_tokens(size), _num_steps(pipe, call))
+        constant = shift._replace(base_shift=mu, max_shift=mu)
+        scheduler = dataclasses.replace(scheduler, dynamic_shift=constant)
+    return grid(pipe, call, size, scheduler)
+
+
+def _num_steps(pipe: Pipeline, call: Call) -> int:
+    """Steps of a whole run."""
+    if call.num_inference_steps is not None:
+        return call.num_inference_steps
+    for rows in (call.sigmas, call.timesteps):
+        if rows is not None and not isinstance(rows, str):
+            return len(np.asarray(rows).reshape(-1))
+    return pipe.defaults.num_inference_steps
+
+
+def latent_spec(pipe: Pipeline) -> LatentSpec:
+    """1024x1024 pixels at the published factor of 16; `image` is a picture to look at, of any size."""
+    factor, channels = scale_factor(pipe.vae), latent_channels(pipe.vae.config)
+    side = TRAINED_SIDE * factor
+    return LatentSpec((side, side), factor, factor, channels, image_factor=0)
+
+
+def check_guidance(pipe: Pipeline, call: Call) -> None:
+    """Raise `InvalidArgumentError` for a guidance scale of a distilled model, which was trained without."""
+    if pipe.options["is_distilled"] and call.guidance_scale not in (None, 1):
+        raise InvalidArgumentError(
+            "this model is distilled (is_distilled in its model_index.json) and is drawn without guidance: "
+            f"leave out guidance_scale, which is {call.guidance_scale}"
+        )
+
+
+def defaults(pipe: Pipeline) -> Defaults:
+    """50 steps with guidance, or 4 without for a distilled model."""
+    if pipe.options["is_distilled"]:
+        return Defaults(guidance_scale=1.0, num_inference_steps=4)
+    return Defaults(guidance_scale=4.0, num_inference_steps=50)
+
+
+def check(pipe: Pipeline) -> None:
+    """The texts' states and the latents must be as wide as the transformer takes them.
+
+    Raises:
+        CheckpointError: parts of different models.
+    """
+    config, width = pipe.transformer.config, pipe.text_encoder.config.hidden_size
+    if config.guidance_embeds:
+        raise CheckpointError("its transformer takes the guidance as an input, as no FLUX.2 klein does")
+    if config.joint_attention_dim % width:
+        check_text_width(pipe, width, config.joint_attention_dim)
+    given, drawn = latent_channels(pipe.vae.config), config.out_channels or config.in_channels
+    if not given == config.in_channels == drawn:
+        raise CheckpointError(
+            f"its autoencoder has {given} latent channels, its transformer takes {config.in_channels} and "
+            f"draws {drawn}"
+        )
+
+
+FLUX2_KLEIN = Family(
+    name="Flux2Klein",
+    folder=Folder(
+        class_names=("Flux2KleinPipeline",),
+        parts=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),  # Qwen3-4B, or 8B
+        options={"is_distilled": False},
+        check=check,
+    ),
+    defaults=defaults,
+    encode=encode,
+    latent_spec=latent_spec,
+    grid=shifted_grid,
+    initial_latents=kontext_start,
+    check_guidance=check_guidance,
+    unused=OF_A_START,
+    text_widths=lambda pipe: TextWidths(pipe.transformer.config.joint_attention_dim),
+)
