@@ -60,7 +60,7 @@ PRESETS |= {
 SUPPORTED = (
     *("UNet2DModel", "UNet2DConditionModel", "DiT", "SiT", "DiTTransformer2DModel", "SD3Transformer2DModel"),
     *("FluxTransformer2DModel", "PixArtTransformer2DModel", "ZImageTransformer2DModel"),
-    "QwenImageTransformer2DModel",
+    *("QwenImageTransformer2DModel", "Flux2Transformer2DModel"),
 )
 BLOCKS = re.compile(
     r"((down_|up_|transformer_|single_transformer_)?blocks|layers|noise_refiner|context_refiner)"

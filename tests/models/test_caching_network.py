@@ -66,6 +66,15 @@ NETWORKS = {
         ),
         POOLED,
     ),
+    "flux2": (
+        (
+            "flux2-klein-4b",
+            HEADS
+            | dict(num_layers=2, num_single_layers=2, axes_dims_rope=(2, 2, 2, 2), joint_attention_dim=8)
+            | dict(in_channels=4),
+        ),
+        TEXT,
+    ),
     "pixart": (
         (
             "pixart-sigma-256",

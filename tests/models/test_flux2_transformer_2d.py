@@ -110,6 +110,16 @@ def test_diffusers_opens_the_transformer_that_we_change_and_save(pair, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_eight_bits_stay_near_float32(pair):
+    _, module, params, apply = pair
+    if not module.config.scan:
+        pytest.skip("the same numbers")
+    given = inputs(module.config)
+    exact = apply({"params": params}, *given)
+    rounded = apply({"params": models.quantize(module, params, models.quantization("int8"))}, *given)
+    assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
+
+
 def normalised(theirs, latents):
     """As their pipeline has them: 2x2 latents as one, without the mean, of variance 1."""
     mean, variance = (x.view(1, -1, 1, 1) for x in (theirs.bn.running_mean, theirs.bn.running_var))

@@ -72,6 +72,9 @@ def unet():
         ("norm_out/linear", None),
         ("noise_refiner_0/adaLN_modulation_0", "modulation"),
         ("layers_0to29/feed_forward/w2", "block"),
+        ("transformer_blocks_0to4/ff_context/linear_in", "block"),
+        ("single_transformer_blocks_0to19/attn/to_qkv_mlp_proj", "block"),
+        ("single_stream_modulation/linear", None),
     ],
 )
 def test_blocks_are_quantised_and_what_is_around_them_is_not(path, kind):
