@@ -172,14 +172,12 @@ def number(
     >>> number(0, 1)("eta", np.float32(0.5))
     0.5
     """
-    wanted = _a_number("" if infinite else "finite ", low, high, above, below)
-    wanted += f" {note}" if note else ""
+    wanted = _a_number("" if infinite else "finite ", low, high, above, below) + (f" {note}" if note else "")
 
     def check(name: str, value: Any) -> float:
         given = _scalar(name, wanted, value)
-        if isinstance(given, (bool, np.bool_)) or not isinstance(given, (int, float, np.number)):
-            raise refuse(name, wanted, value)
-        if isinstance(given, np.complexfloating):
+        other = (bool, np.bool_, np.complexfloating)
+        if isinstance(given, other) or not isinstance(given, (int, float, np.number)):
             raise refuse(name, wanted, value)
         try:
             # float32's 0.58 is 0.58 here, too: the decimal that was typed (see `jaxldm.exact`).

@@ -62,11 +62,12 @@ class Converted:
     sources: tuple[Tensor, ...]
     shape: tuple[int, ...]
     convert: Callable[..., np.ndarray]
+    becomes: Any = None  # the dtype where `convert` changes it
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the sources."""
-        return np.dtype(self.sources[0].dtype)
+        """That of the sources, if `convert` keeps it."""
+        return np.dtype(self.sources[0].dtype if self.becomes is None else self.becomes)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.convert(*map(np.asarray, self.sources)), dtype, copy=copy)

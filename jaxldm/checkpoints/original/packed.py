@@ -76,7 +76,7 @@ def _numbers(codes: Tensor, scale: np.ndarray) -> Converted:
     """s q, computed when it is used."""
     shape = tuple(codes.shape)
     spread = scale.reshape(-1, *(1,) * (len(shape) - 1)) if scale.size > 1 else scale[0]
-    return Converted((codes,), shape, lambda array: array.astype(np.float32) * spread)
+    return Converted((codes,), shape, lambda array: array.astype(np.float32) * spread, np.float32)
 
 
 def keep_codes(
@@ -185,12 +185,12 @@ def _of_gguf(form: Form, tensor: GgufTensor) -> dict[str, Tensor]:
     }
     if known.bits == 4:
         codes = arrays["codes"]
-        arrays["codes"] = Converted((codes,), (codes.shape[0] // 2, codes.shape[1]), _two_in_a_byte)
+        arrays["codes"] = Converted((codes,), (codes.shape[0] // 2, codes.shape[1]), _two_in_a_byte, np.uint8)
     return arrays
 
 
 def _two_in_a_byte(codes: np.ndarray) -> np.ndarray:
-    """Codes [rows, out] from -8 to 7 as bytes [rows / 2, out]; what is a number is that of its sources."""
+    """Codes [rows, out] from -8 to 7 as bytes [rows / 2, out]."""
     nibbles = codes.view(np.uint8) & 15
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
