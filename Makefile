@@ -7,27 +7,31 @@ NEWEST := .venv-newest
 NEWEST_PYTHON ?= python3.13
 NEWEST_TESTS := tests/test_host.py tests/nn tests/checkpoints $(addprefix tests/training/test_,store.py train_step.py optimizer.py)
 
-.PHONY: demo test test-newest test-optimized test-core lint types docs bench faults clean
+.PHONY: demo test test-thorough test-newest test-optimized test-core lint types docs bench faults clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.lecture39.mini_ldm --run-dir runs/mini-ldm
 
-# Everything, compiled in the quick way (see tests/conftest.py).
+# Compiled in the quick way (see tests/conftest.py), without the slow tests that tests/thorough.txt names.
 test: .venv/.test lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not thorough"
+
+# Those.
+test-thorough: .venv/.test
+	$(BIN)/python -m pytest -n 2 -m thorough
 
 # Without PyTorch, so that a release of JAX is never held up by it.
 test-newest: $(NEWEST)/.test-core
 	$(NEWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'with JAX', jax.__version__)"
-	$(NEWEST)/bin/python -m pytest -n 2 -m "not torch" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not torch and not thorough" $(NEWEST_TESTS)
 
-# Everything, compiled as users run it: weekly, and before a release.
+# All of both, compiled as users run it: weekly, and before a release.
 test-optimized: .venv/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2
 
 # What needs no PyTorch.
 test-core: .venv/.test-core
-	$(BIN)/python -m pytest -n 2 -m "not torch"
+	$(BIN)/python -m pytest -n 2 -m "not torch and not thorough"
 
 lint: .venv/.test-core
 	$(BIN)/ruff check .

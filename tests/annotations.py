@@ -4,7 +4,8 @@ Every function and method of the packages given to `install`, and the fields of 
 made. Left out:
 
 - functions inside functions: they are made again in each call of the outer one, which would be slow;
-- all but the first `MOST_CALLS` calls of a function in a test: a few tiny ones are called ten thousand times;
+- all but the first `MOST_CALLS` calls of a function in a file of tests: a few tiny ones are called ten
+  thousand times;
 - the fields of NamedTuples and of other pytrees: JAX fills them with what it likes while it maps over them.
 
 Where a function refuses an argument by itself, its own error is what the caller sees, as without checks: a
@@ -29,7 +30,7 @@ from jaxtyping import TypeCheckError, jaxtyped
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
 MOST_CALLS = 50
-_tests = 0  # that have begun
+_files = 0  # that have begun
 
 
 def install(*packages: str) -> None:
@@ -91,7 +92,7 @@ def _parts(descriptor: property):
 def _own_errors_first(function, typechecker):
     """The function with checks; an argument that it refuses by itself is no violation."""
     place = f"the parameters of {function.__module__}.{function.__qualname__}."
-    calls, test = 0, 0
+    calls, file = 0, 0
 
     @functools.cache  # made at the first call: most functions are not called, and all names are defined then
     def with_checks():
@@ -99,8 +100,8 @@ def _own_errors_first(function, typechecker):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        nonlocal calls, test
-        calls, test = (calls + 1, test) if test == _tests else (0, _tests)
+        nonlocal calls, file
+        calls, file = (calls + 1, file) if file == _files else (0, _files)
         if calls >= MOST_CALLS or jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
         try:
@@ -121,11 +122,15 @@ def check(function):
         return function
 
 
+def begin_file() -> None:
+    """Count calls from 0 again."""
+    global _files
+    _files += 1
+
+
 @contextlib.contextmanager
 def checking(on: bool):
     """Check annotations, or not, inside the block: one test."""
-    global _tests
-    _tests += 1
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", not on)
     try:

@@ -5,13 +5,17 @@ import ctypes
 import gc
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The arrays of PyTorch and NumPy are tiny here, and threads that wait for each other take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAXLDM_COMPILATION_CACHE", "off")  # nothing of the tests goes into the user's cache
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the folder of the process that started them
+    os.environ["JAXLDM_DATA_DIR"] = tempfile.mkdtemp(prefix="jaxldm-data-")  # nor into the user's data sets
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of the suite's time is compiling, so XLA compiles the quick way here: with most of its optimizations
 # off, and with the older of its two code generators, which takes half the time. `make test-optimized` sets
@@ -28,6 +32,7 @@ import jax
 import kept_programs
 import pytest
 import references
+import thorough
 from hypothesis import HealthCheck, settings
 
 # Before anything of `jaxldm` is imported.
@@ -103,11 +108,13 @@ def pytest_runtest_setup():
 
 @pytest.fixture(autouse=True, scope="module")
 def one_file(request):
-    """Around a file of tests: `OPTIMIZED`, and at the end a bound on the memory of the process.
+    """Around a file of tests: `OPTIMIZED`, a first key, and at the end a bound on the memory of the process.
 
     JAX keeps every compiled function while the process lives, which is gigabytes for the whole suite.
     """
+    annotations.begin_file()
     with optimizing() if getattr(request.module, "OPTIMIZED", False) else contextlib.nullcontext():
+        jax.random.key(0)  # else the first key of a test that counts compilations may be one
         yield
     # What this does not free is mostly the programs of `kept_programs`, the last to go: they save most time.
     for forget in (jax.clear_caches, kept_programs.forget):
@@ -143,6 +150,11 @@ def pytest_configure(config):
         references.stand_in_for_missing()
 
 
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAXLDM_DATA_DIR"], ignore_errors=True)
+
+
 def pytest_ignore_collect(collection_path, config):
     if collection_path.name.startswith("test_") and without_torch(config):
         return references.needs_reference_everywhere(collection_path) or None
@@ -158,10 +170,13 @@ def pytest_terminal_summary(terminalreporter, config):
         )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
 def pytest_collection_modifyitems(items):
     for item in items:
         if getattr(item, "originalname", None) in references.dependents(item.path):
             item.add_marker("torch")
+        if thorough.has(item.nodeid):
+            item.add_marker("thorough")
 
 
 def pytest_collection_finish():

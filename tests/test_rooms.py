@@ -8,6 +8,7 @@ import sys
 import tomllib
 
 import pytest
+import thorough
 
 import jaxldm
 
@@ -114,6 +115,10 @@ def test_no_two_files_of_tests_have_one_name():
     """pytest imports each by its name alone, and refuses the second."""
     names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
     assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
+def test_the_list_of_thorough_tests_names_tests():
+    assert thorough.names() and not thorough.unknown()
 
 
 def test_the_version_has_one_source():
