@@ -31,6 +31,7 @@ def of_arrays() -> list[Case]:
         *pictures(),
         *feature_networks(),
         *figures_of_networks(),
+        *figures_of_texts(),
         *statistics(),
         *health(),
         *images_in_memory(),
@@ -118,6 +119,7 @@ def models_of_arrays() -> list[Case]:
         of("convention", module=network.module),
         of("compute_dtype", name="float32", words={"name": "dtype"}),
         of("clip_pixel_values", images=PICTURES, image_size=8),
+        of("clip_inputs", images=images, image_size=8),
         of("dinov2_pixel_values", images=PICTURES, image_size=8),
         of("encode_indices", module=vq.module, params=vq.params, images=images),
         of("decode_indices", module=vq.module, params=vq.params, indices=np.zeros((1, 8, 8), np.int32)),
@@ -244,9 +246,6 @@ def figures_of_networks() -> list[Case]:
     encoder = metrics.image_encoder_network(
         "mean", lambda params, x: x.mean((1, 2)), {}, "0" * 64, lambda images: images
     )
-    clip = zeros(models.from_config(small_clip()))
-    pixels = np.zeros((1, 8, 8, 3), np.float32)
-    tokens = lambda texts, max_length: Tokenized(np.zeros((len(texts), max_length), np.int32))  # noqa: E731
     return [
         Case(
             "metrics.extract",
@@ -280,16 +279,20 @@ def figures_of_networks() -> list[Case]:
                 ("images", "labels", "classify", "dataset"), "split|dataset|images|labels|classify"
             ),
         ),
-        array_case(
-            "metrics.clip_similarities",
-            metrics.clip_similarities,
-            module=clip.module,
-            params=clip.params,
-            tokenizer=tokens,
-            images=pixels,
-            prompts=["a cat"],
-            words={"module": "CLIPModel"},
-        ),
+    ]
+
+
+def figures_of_texts() -> list[Case]:
+    """How well images fit texts."""
+    clip = zeros(models.from_config(small_clip()))
+    pixels, words = np.zeros((1, 8, 8, 3), np.float32), {"module": "CLIPModel"}
+    tokens = lambda texts, max_length: Tokenized(np.zeros((len(texts), max_length), np.int32))  # noqa: E731
+    given = {"module": clip.module, "params": clip.params, "tokenizer": tokens, "prompts": ["a cat"]}
+    similar = metrics.clip_similarities
+    return [
+        array_case("metrics.clip_similarities", similar, images=pixels, words=words, **given),
+        array_case("metrics.clip_verifier", metrics.clip_verifier, words=words, **given),
+        array_case("metrics.shapes_verifier", metrics.shapes_verifier, captions=["a red ring"]),
     ]
 
 

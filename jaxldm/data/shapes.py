@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt64
@@ -127,11 +127,12 @@ def areas() -> Float[np.ndarray, "6"]:
 
 def coverage(
     shape: int,
-    centre: Float[np.ndarray, "N 2"],
-    radius: Float[np.ndarray, "N"],
+    centre: Float[Any, "N 2"],
+    radius: Float[Any, "N"],
     degrees: Float[np.ndarray, "N"],
     image_size: int,
-) -> Float[np.ndarray, "N H W"]:
+    xp: Any = np,
+) -> Float[Any, "N H W"]:
     """How much of each pixel a shape covers, in [0, 1]: 0.5 minus its signed distance, cut to that.
 
     Args:
@@ -140,6 +141,7 @@ def coverage(
         radius: in sides of the picture.
         degrees: by which it is turned clockwise.
         image_size: pixels of a side.
+        xp: `numpy`, whose pixels are the same everywhere, or `jax.numpy`.
     """
     places = (np.arange(image_size, dtype=np.float32) + np.float32(0.5)).reshape(1, -1)
     left, top = (centre.T * image_size).astype(np.float32)
@@ -147,18 +149,19 @@ def coverage(
     radius = (radius * image_size).astype(np.float32)[:, None, None]
     corners = polygon(shape)
     if corners is None:
-        distance = np.sqrt(x * x + y * y) - radius
+        distance = xp.sqrt(x * x + y * y) - radius
         if SHAPES[shape] == "ring":
-            distance = np.maximum(distance, np.float32(_RING - 1) * radius - distance)
+            distance = xp.maximum(distance, np.float32(_RING - 1) * radius - distance)
     else:
         angles = np.radians(degrees)
         cosine, sine = np.round(np.cos(angles), 9)[:, None], np.round(np.sin(angles), 9)[:, None]
         turned = corners[:, 0] * cosine - corners[:, 1] * sine, corners[:, 0] * sine + corners[:, 1] * cosine
-        distance = _distance_to_polygon(x, y, *(part.astype(np.float32) * radius[:, :, 0] for part in turned))
-    return np.clip(np.float32(0.5) - distance, 0, 1)
+        corners = (part.astype(np.float32) * radius[:, :, 0] for part in turned)
+        distance = _distance_to_polygon(xp, x, y, *corners)
+    return xp.clip(np.float32(0.5) - distance, 0, 1)
 
 
-def _distance_to_polygon(x, y, corners_x, corners_y) -> Float[np.ndarray, "N H W"]:
+def _distance_to_polygon(xp, x, y, corners_x, corners_y) -> Float[Any, "N H W"]:
     """Signed distances, negative inside: the nearest edge, and the parity of edges crossed to the right."""
     nearest, inside = np.float32(np.inf), np.zeros((1, 1, 1), bool)
     for k in range(corners_x.shape[1]):
@@ -166,14 +169,14 @@ def _distance_to_polygon(x, y, corners_x, corners_y) -> Float[np.ndarray, "N H W
         along_x, along_y = corners_x[:, k, None, None] - u, corners_y[:, k, None, None] - v
         from_x, from_y = x - u, y - v
         length = along_x * along_x + along_y * along_y
-        share = np.clip((from_x * along_x + from_y * along_y) / length, 0, 1)
+        share = xp.clip((from_x * along_x + from_y * along_y) / length, 0, 1)
         away_x, away_y = from_x - share * along_x, from_y - share * along_y
-        nearest = np.minimum(nearest, away_x * away_x + away_y * away_y)
+        nearest = xp.minimum(nearest, away_x * away_x + away_y * away_y)
         crosses = (from_y >= 0) != (from_y >= along_y)
-        right = from_x * np.abs(along_y) < from_y * along_x * np.sign(along_y)
+        right = from_x * xp.abs(along_y) < from_y * along_x * xp.sign(along_y)
         inside = inside ^ (crosses & right)
-    distance = np.sqrt(nearest)
-    return np.where(inside, -distance, distance)
+    distance = xp.sqrt(nearest)
+    return xp.where(inside, -distance, distance)
 
 
 def _rgb(hue, saturation, value) -> Float[np.ndarray, "N 3"]:

@@ -33,6 +33,7 @@ from jaxldm.metrics.scores import (
     within_class_diversity,
 )
 from jaxldm.metrics.sliced import sliced_wasserstein
+from jaxldm.metrics.verifiers import clip_verifier, shapes_verifier
 
 __all__ = [
     "FeatureNetwork",
@@ -53,6 +54,7 @@ __all__ = [
     "clip_mmd",
     "clip_score",
     "clip_similarities",
+    "clip_verifier",
     "diversity_ratio",
     "evaluate",
     "extract",
@@ -80,6 +82,7 @@ __all__ = [
     "polynomial_mmd",
     "reconstruction_error",
     "save_png",
+    "shapes_verifier",
     "sliced_wasserstein",
     "stratified_subset",
     "within_class_diversity",

@@ -37,6 +37,23 @@ def clip_similarities(
     """
     from jaxldm import models  # late: the other metrics need none
     from jaxldm.models.inputs import fitting
+
+    tokens = text_tokens(module, tokenizer, prompts)
+    pixels = models.clip_pixel_values(to_uint8(images), module.config.vision_config.image_size)
+    apply = jax.jit(module.apply)
+    with fitting(module):  # one image at a time: little memory
+        logits = [apply({"params": params}, tokens, pixel[None]) for pixel in pixels]
+    return np.concatenate(logits) / np.exp(np.asarray(params["logit_scale"]))
+
+
+def text_tokens(module: Any, tokenizer: Any, prompts: Sequence[str]) -> Int[np.ndarray, "K T"]:
+    """The tokens of prompts for CLIP's text tower.
+
+    Raises:
+        InvalidArgumentError: another module than CLIP, no prompts, or a tokenizer with tokens that it does
+            not know.
+    """
+    from jaxldm import models
     from jaxldm.models.text_encoder import check_token_ids
 
     if not isinstance(module, models.CLIPModel):
@@ -46,11 +63,7 @@ def clip_similarities(
     length = module.config.text_config.max_position_embeddings
     tokens = np.asarray(tokenizer(list(prompts), max_length=length).input_ids)
     check_token_ids(module.config.text_config, tokens)
-    pixels = models.clip_pixel_values(to_uint8(images), module.config.vision_config.image_size)
-    apply = jax.jit(module.apply)
-    with fitting(module):  # one image at a time: little memory
-        logits = [apply({"params": params}, tokens, pixel[None]) for pixel in pixels]
-    return np.concatenate(logits) / np.exp(np.asarray(params["logit_scale"]))
+    return tokens
 
 
 @checked(similarities=array("real", "[N, K]", axes=2), prompt_of=array("whole", "[N]", axes=1))

@@ -1,12 +1,14 @@
 """What pictures of captioned shapes (`jaxldm.data.shapes`) show, read from their pixels.
 
 No network and nothing that was trained: the background is what the rim has, the colour is what differs most
-from it, and the shape is the one whose drawing, at the same place and of the same area, fits best.
+from it, and the shape is the one whose drawing, at the same place and of the same area, fits best. By NumPy
+for metrics, by JAX for a verifier of `diffusion.search`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -48,77 +50,87 @@ def read_shapes(images: UInt8[np.ndarray, "N H W 3"]) -> Attributes:
         raise DataError(
             f"images must be uint8 [N, S, S, 3] of 16 pixels or more, got {images.dtype} {list(images.shape)}"
         )
-    parts = [_read(images[start : start + _CHUNK]) for start in range(0, len(images), _CHUNK)]
+    parts = [
+        read_pixels(images[start : start + _CHUNK].astype(np.float64) / 255, np)
+        for start in range(0, len(images), _CHUNK)
+    ]
     if not parts:
         return Attributes(*(np.zeros(0, np.int32) for _ in KINDS))
     return Attributes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _read(images: UInt8[np.ndarray, "N H W 3"]) -> Attributes:
-    pixels, side = images.astype(np.float64) / 255, images.shape[1]
-    rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], axis=1)
-    back = np.median(rim, axis=1)
+def read_pixels(pixels: Float[Any, "N S S 3"], xp: Any) -> Attributes:
+    """As `read_shapes`, of pictures in [0, 1].
+
+    Args:
+        pixels: the pictures.
+        xp: whose arrays they are, `numpy` or `jax.numpy`.
+    """
+    (count, side), dtype = pixels.shape[:2], pixels.dtype
+    rim = xp.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], axis=1)
+    back = xp.median(rim, axis=1)
     offset = pixels - back[:, None, None]
-    fore = _strongest(offset.reshape(len(images), -1, 3))
+    fore = _strongest(offset.reshape(count, -1, 3), xp)
     strength = (fore * fore).sum(-1)
-    covered = np.clip(np.einsum("nhwc,nc->nhw", offset, fore) / (strength + 1e-9)[:, None, None], 0, 1)
-    covered = np.where(covered < 0.15, 0, covered)  # noise of the background
+    covered = xp.clip(xp.einsum("nhwc,nc->nhw", offset, fore) / (strength + 1e-9)[:, None, None], 0, 1)
+    covered = xp.where(covered < 0.15, 0, covered)  # noise of the background
     mass = covered.sum((1, 2)) + 1e-9
-    places = (np.arange(side) + 0.5) / side
-    centre = np.stack([covered.sum(1) @ places, covered.sum(2) @ places], axis=1) / mass[:, None]
-    shape, radius, error = _best_shape(covered, centre, mass / side**2)
+    places = ((np.arange(side) + 0.5) / side).astype(dtype)
+    centre = xp.stack([covered.sum(1) @ places, covered.sum(2) @ places], axis=1) / mass[:, None]
+    shape, radius, error = _best_shape(covered, centre, mass / side**2, xp)
     clear = (error < MAX_ERROR) & (strength > MIN_CONTRAST**2)
-    hue, saturation = _hue(back + fore)
-    between = np.abs((hue[:, None] - np.array(HUES) + 180) % 360 - 180)
-    colour = np.where(saturation > MIN_SATURATION, between.argmin(1), UNCLEAR)
+    hue, saturation = _hue(back + fore, xp)
+    between = xp.abs((hue[:, None] - np.array(HUES, dtype)[None] + 180) % 360 - 180)
+    colour = xp.where(saturation > MIN_SATURATION, between.argmin(1), UNCLEAR)
     size = (radius > sum(RADII) / 2).astype(np.int32)
-    place = np.square(centre[:, None] - np.array(CENTRES)).sum(-1).argmin(1)
+    place = xp.square(centre[:, None] - np.array(CENTRES, dtype)[None]).sum(-1).argmin(1)
     background = (back.mean(1) > sum(LEVELS) / 2).astype(np.int32)
-    shown = (np.where(clear, values, UNCLEAR) for values in (shape, colour, size, place))
+    shown = (xp.where(clear, values, UNCLEAR) for values in (shape, colour, size, place))
     return Attributes(*(values.astype(np.int32) for values in (*shown, background)))
 
 
-def _strongest(offset: Float[np.ndarray, "N P 3"]) -> Float[np.ndarray, "N 3"]:
+def _strongest(offset: Float[Any, "N P 3"], xp: Any) -> Float[Any, "N 3"]:
     """The median of the pixels that differ from the background by 0.7 or more of the largest difference."""
-    difference = np.square(offset).sum(-1)
+    difference = xp.square(offset).sum(-1)
     # The third largest: a single wrong pixel is not the shape.
-    most = np.sort(difference, axis=1)[:, -3:-2]
-    return np.stack(
-        [
-            np.median(one[distance >= 0.5 * limit], axis=0)
-            for one, distance, limit in zip(offset, difference, most, strict=True)
-        ]
-    )
+    most = xp.sort(difference, axis=1)[:, -3:-2]
+    return xp.nanmedian(xp.where((difference >= 0.5 * most)[:, :, None], offset, np.nan), axis=1)
 
 
 def _best_shape(
-    covered: Float[np.ndarray, "N H W"], centre: Float[np.ndarray, "N 2"], area: Float[np.ndarray, "N"]
-) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+    covered: Float[Any, "N S S"], centre: Float[Any, "N 2"], area: Float[Any, "N"], xp: Any
+) -> tuple[Int[Any, "N"], Float[Any, "N"], Float[Any, "N"]]:
     """(shape, radius, error relative to the shape) of the drawing that fits each picture best."""
-    best = np.full(len(covered), np.inf)
-    shape, radius = np.zeros(len(covered), np.int32), np.zeros(len(covered))
+    (count, side), drawings, errors, radii = covered.shape[:2], [], [], []
     for kind, of_one in enumerate(areas()):
-        own_radius = np.sqrt(area / of_one)
-        for turn in (0.0,) if polygon(kind) is None else _TURNS:
-            drawn = coverage(kind, centre, own_radius, np.full(len(covered), turn), covered.shape[1])
-            error = np.square(drawn - covered).sum((1, 2))
-            better = error < best
-            best, shape = np.where(better, error, best), np.where(better, kind, shape).astype(np.int32)
-            radius = np.where(better, own_radius, radius)
-    return shape, radius, np.sqrt(best / (np.square(covered).sum((1, 2)) + 1e-9))
+        turns = (0.0,) if polygon(kind) is None else _TURNS
+        radius = xp.repeat(xp.sqrt(area / of_one), len(turns))
+        places = xp.repeat(centre, len(turns), axis=0)
+        drawn = coverage(kind, places, radius, np.tile(turns, count), side, xp)
+        difference = drawn.reshape(count, len(turns), side, side) - covered[:, None]
+        errors.append(xp.square(difference).sum((2, 3)))
+        radii.append(radius.reshape(count, len(turns)))
+        drawings += [kind] * len(turns)
+    error = xp.concatenate(errors, axis=1)
+    best = error.argmin(1)[:, None]
+    error, radius = (
+        xp.take_along_axis(values, best, axis=1)[:, 0] for values in (error, xp.concatenate(radii, axis=1))
+    )
+    shape = xp.asarray(np.array(drawings, np.int32))[best[:, 0]]
+    return shape, radius, xp.sqrt(error / (xp.square(covered).sum((1, 2)) + 1e-9))
 
 
-def _hue(colour: Float[np.ndarray, "N 3"]) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+def _hue(colour: Float[Any, "N 3"], xp: Any) -> tuple[Float[Any, "N"], Float[Any, "N"]]:
     """(hue in degrees, saturation) of RGB."""
     red, green, blue = colour.T
     high, low = colour.max(1), colour.min(1)
-    spread = np.maximum(high - low, 1e-9)
-    hue = np.where(
+    spread = xp.maximum(high - low, 1e-9)
+    hue = xp.where(
         high == red,
         (green - blue) / spread % 6,
-        np.where(high == green, (blue - red) / spread + 2, (red - green) / spread + 4),
+        xp.where(high == green, (blue - red) / spread + 2, (red - green) / spread + 4),
     )
-    return 60 * hue, spread / np.maximum(high, 1e-9)
+    return 60 * hue, spread / xp.maximum(high, 1e-9)
 
 
 def shares_as_asked(found: Attributes, asked: Mapping[str, int | Int[np.ndarray, "N"]]) -> dict[str, float]:

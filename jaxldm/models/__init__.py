@@ -29,6 +29,7 @@ from jaxldm.models.clip_vision import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     ImageEncoding,
+    clip_inputs,
     clip_pixel_values,
 )
 from jaxldm.models.consistency_decoder_vae import ConsistencyDecoderVAE, ConsistencyDecoderVAEConfig
@@ -233,6 +234,7 @@ __all__ = [
     "build",
     "caching_network",
     "class_name",
+    "clip_inputs",
     "clip_pixel_values",
     "compile_forward",
     "compute_dtype",

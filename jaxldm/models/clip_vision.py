@@ -174,15 +174,48 @@ def clip_pixel_values(
     from PIL import Image
 
     images = as_pixels(images)
-    height, width = images.shape[1:3]
-    shorter = min(height, width)
-    size = (width * image_size // shorter, height * image_size // shorter)
-    left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+    size, (left, top) = _resized(*images.shape[1:3], image_size)
     pixels = np.stack(
         [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
     )[:, top : top + image_size, left : left + image_size]
     mean, std = (np.asarray(value, np.float32).reshape(1, 1, 1, 3) for value in (CLIP_MEAN, CLIP_STD))
     return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def _resized(height: int, width: int, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((width, height) with the shorter side as given, (left, top) of the square in the middle)."""
+    shorter = min(height, width)
+    size = (width * image_size // shorter, height * image_size // shorter)
+    return size, ((size[0] - image_size) // 2, (size[1] - image_size) // 2)
+
+
+@checked(images=array("floating", "[B, H, W, 3]", axes=4, filled=True), image_size=count(1, 2**14))
+def clip_inputs(
+    images: Float[Array, "B H W 3"], image_size: int = 224
+) -> Float[Array, "B {image_size} {image_size} 3"]:
+    """Prepare images for CLIP's image tower by JAX: as `clip_pixel_values`, without rounding to 8 bits.
+
+    Differentiable where images are within [-1, 1]; beyond it they count as at its ends.
+
+    Args:
+        images: [B, H, W, 3] in [-1, 1], red, green, blue.
+        image_size: side of the result.
+
+    Raises:
+        InvalidArgumentError: images of another dtype or shape.
+
+    >>> clip_inputs(np.zeros((2, 48, 32, 3), np.float32), 16).shape
+    (2, 16, 16, 3)
+    """
+    images = jnp.asarray(images)
+    if images.shape[-1] != 3:
+        raise InvalidArgumentError(f"images must be [B, H, W, 3], got {list(images.shape)}")
+    (width, height), (left, top) = _resized(*images.shape[1:3], image_size)
+    shape = (len(images), height, width, 3)
+    pixels = jax.image.resize(jnp.clip(images, -1, 1), shape, "cubic", antialias=True)
+    pixels = jnp.clip(pixels[:, top : top + image_size, left : left + image_size] * 0.5 + 0.5, 0, 1)
+    mean, std = (np.asarray(value, images.dtype).reshape(1, 1, 1, 3) for value in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
 
 
 PRESETS = {
