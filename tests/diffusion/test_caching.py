@@ -152,7 +152,12 @@ def test_twenty_settings_are_one_program():
     for k in range(20):
         run(C.taylor(1 + k % 5, k % 3, warm_up=1 + k))
         run(C.first_block(0.01 + 0.02 * k, warm_up=1 + k, max_skips=1 + k % 4))
-    assert len(traces) == 3 and len(set(results)) > 10
+        run(C.teacache([1.0 + k, -0.1 * k], 0.02 + 0.1 * k, warm_up=1 + k % 3, num_steps=STEPS + k))
+        run(C.magcache(0.5 + rng.random(STEPS), 0.05 + k / 50, max_skips=1 + k % 4, always=k / 20))
+        run(C.fora(1 + k, warm_up=1 + k % 7))
+        run(C.extrapolate(C.first_block(0.5 / (1 + k)), k % 3))
+    # One for each decision and rule of residuals; magcache is a schedule.
+    assert len(traces) == 6 and len(set(results)) > 10
 
 
 def test_solvers_of_one_evaluation_take_a_cache_and_others_are_refused_in_one_line():

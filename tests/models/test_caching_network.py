@@ -7,99 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_networks import NETWORKS, UNET, B, build, params_of
 
 from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.errors import InvalidArgumentError
-
-B = 2
-UNET = dict(block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4, sample_size=7)
-SD15 = UNET | dict(
-    cross_attention_dim=8,
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-)
-HEADS = dict(attention_head_dim=8, num_attention_heads=2)
-# name -> (the module, its condition)
-TEXT = {"encoder_hidden_states": np.ones((B, 3, 8), np.float32)}
-POOLED = TEXT | {"pooled_projections": np.ones((B, 8), np.float32)}
-LABELS = np.arange(B, dtype=np.int32)
-NETWORKS = {
-    "unet": (("mini-unet", UNET), LABELS),
-    "unet-of-texts": (("sd15-unet", SD15), TEXT),
-    "dit": (("tiny-dit", dict(depth=3, hidden_size=16, num_heads=2, sample_size=8)), LABELS),
-    "sit-scanned": (
-        ("sit-s-8", dict(depth=3, hidden_size=16, num_heads=2, num_classes=4, sample_size=8)),
-        LABELS,
-    ),
-    "sd3": (
-        (
-            "sd35-medium",
-            HEADS
-            | dict(
-                num_layers=4,
-                caption_projection_dim=16,
-                dual_attention_layers=(0,),
-                joint_attention_dim=8,
-                pooled_projection_dim=8,
-                sample_size=4,
-                pos_embed_max_size=4,
-                in_channels=4,
-                out_channels=4,
-            ),
-        ),
-        POOLED,
-    ),
-    "flux": (
-        (
-            "flux-schnell",
-            HEADS
-            | dict(
-                num_layers=2,
-                num_single_layers=2,
-                axes_dims_rope=(2, 2, 4),
-                joint_attention_dim=8,
-                pooled_projection_dim=8,
-                in_channels=16,
-            ),
-        ),
-        POOLED,
-    ),
-    "flux2": (
-        (
-            "flux2-klein-4b",
-            HEADS
-            | dict(num_layers=2, num_single_layers=2, axes_dims_rope=(2, 2, 2, 2), joint_attention_dim=8)
-            | dict(in_channels=4),
-        ),
-        TEXT,
-    ),
-    "pixart": (
-        (
-            "pixart-sigma-256",
-            HEADS | dict(num_layers=3, caption_channels=8, cross_attention_dim=16, sample_size=4),
-        ),
-        TEXT,
-    ),
-    "z-image": (
-        (
-            "z-image",
-            dict(dim=24, n_heads=2, n_kv_heads=2, n_layers=3, n_refiner_layers=1, axes_dims=(4, 4, 4))
-            | dict(cap_feat_dim=8, in_channels=4),
-        ),
-        TEXT,
-    ),
-}
-SIZES = {"unet": (7, 7, 4), "unet-of-texts": (7, 7, 4), "dit": (8, 8, 1), "sit-scanned": (8, 8, 4)}
-
-
-def params_of(module):
-    """Random parameters, none zero: fresh networks add nothing in their blocks."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), models.shapes(module)
-    )
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -108,10 +20,8 @@ def run(request):
 
     The second step is the first one again.
     """
-    (preset, changes), condition = NETWORKS[request.param]
-    module = models.build(preset, **changes)
-    x = np.random.default_rng(1).standard_normal((B, *SIZES.get(request.param, (4, 4, 4))))
-    inputs = [(jnp.asarray(x * scale, jnp.float32), jnp.full(B, t)) for scale, t in ((1, 0.9), (1.5, 0.6))]
+    module, x, condition = build(request.param)
+    inputs = [(x * scale, jnp.full(B, t)) for scale, t in ((1, 0.9), (1.5, 0.6))]
     inputs, params = [inputs[0], *inputs], params_of(module)
 
     # Parameters and conditions are arguments: XLA folds constants, in another order of sums.
@@ -131,6 +41,7 @@ def run(request):
             outputs.append(np.asarray(output))
         return outputs
 
+    cached.is_unet = request.param in ("unet", "unet-of-texts")
     return cached, [np.asarray(plain(params, x, t, condition)) for x, t in inputs]
 
 
@@ -143,6 +54,27 @@ def test_steps_that_compute_are_those_of_the_plain_network(run):
     np.testing.assert_array_equal([some[0], some[2]], [plain[0], plain[2]])
     np.testing.assert_allclose(some[1], plain[1], rtol=1e-4, atol=1e-4 * np.abs(plain[1]).max())
     assert np.abs(once[2] - plain[2]).max() > 1e-3 * np.abs(plain[2]).max()
+
+
+LOOKING = {
+    "first-block": lambda **options: D.caching.first_block(1e9, first_blocks=1, last_blocks=1, **options),
+    "teacache": lambda warm_up, **options: D.caching.teacache([1.0], 1e9, warm_up=warm_up),
+}
+
+
+@pytest.mark.parametrize("form", LOOKING)
+def test_caches_that_look_at_the_blocks(run, form):
+    """With extrapolation, too: bit for bit where nothing is reused, and otherwise not."""
+    cached, plain = run
+    always = D.caching.extrapolate(LOOKING[form](warm_up=3), 2)
+    if cached.is_unet:
+        with pytest.raises(InvalidArgumentError, match="looks at the first blocks of a transformer"):
+            cached(always)
+        return
+    np.testing.assert_array_equal(cached(always), plain)
+    some = cached(D.caching.extrapolate(LOOKING[form](warm_up=1, max_skips=9), 2))
+    np.testing.assert_array_equal(some[0], plain[0])
+    assert np.abs(some[2] - plain[2]).max() > 1e-3 * np.abs(plain[2]).max()
 
 
 # ---------------------------------------------------------------- which blocks
