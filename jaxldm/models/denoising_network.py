@@ -8,13 +8,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxldm.arguments import a_module, a_params, checked
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.models.inputs import fitting
-from jaxldm.nn.reuse import Session, collection_of, session_in
+from jaxldm.nn.reuse import Probe, Reached, Session, collection_of, session_in
 
 
 class Convention(NamedTuple):
@@ -140,12 +141,33 @@ def caching_network(
         output, left = call_with(params, x, t, condition, collections=collections, mutable=list(collections))
         session = session_in(left)
         if not session.runs:
-            raise InvalidArgumentError(
-                f"{type(module).__name__} has nothing that a cache can reuse: leave the cache out"
-            )
+            raise _nothing_to_reuse(module)
         return output, session.left()
 
     return call
+
+
+def check_reuse(module: nn.Module, params: Any, cache: Any) -> None:
+    """Raises `InvalidArgumentError` for a network that has nothing to reuse, or not by this cache.
+
+    It is traced up to the first block that may be reused: nothing is compiled.
+    """
+    collections = collection_of(Probe(cache, None, jnp.int32(0)))
+
+    def call(params: Any, *inputs: Any) -> None:
+        module.apply({"params": params, **collections}, *inputs, mutable=list(collections))
+
+    try:
+        jax.eval_shape(call, params, *cast(Any, module).example_inputs())
+    except Reached:
+        return
+    raise _nothing_to_reuse(module)
+
+
+def _nothing_to_reuse(module: nn.Module) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{type(module).__name__} has nothing that a cache can reuse: leave the cache out"
+    )
 
 
 def applied(module: nn.Module) -> Callable[..., Any]:

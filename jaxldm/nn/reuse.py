@@ -116,6 +116,20 @@ class Session:
         return Memory(computed + self.compute.astype(jnp.int32), self.decision, self.runs)
 
 
+class Reached(Exception):
+    """A network came to blocks that it may reuse: raised by a `Probe` and caught by who made it."""
+
+
+class Probe(Session):
+    """A session that ends the network where it would reuse something for the first time, by `Reached`."""
+
+    def run(
+        self, name: str, function: Callable[[Any], Any], carry: Any, residual: bool
+    ) -> tuple[Any, Session]:
+        self.decided()  # refuses a signal that there is not
+        raise Reached
+
+
 def session_of(module: nn.Module | None) -> Session | None:
     """The session of the network that a module is, or None."""
     if module is None or not module.has_variable(COLLECTION, _NAME):

@@ -23,6 +23,7 @@ from jaxldm import models, schedulers
 from jaxldm.arguments import a_key, checked
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_FLOAT32
+from jaxldm.pipelines.caching import check_cache
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
 from jaxldm.pipelines.control import control_rows, controls_of, fit_control, read_control
 from jaxldm.pipelines.embeds import read_embeds, read_texts, with_embeds
@@ -84,6 +85,8 @@ def generate(
     call = fit_control(pipe, call, inputs.size, num_images)
     guidance_input, guidance_scale = read_guidance(pipe, call, negatives)
     schedule = family.grid(pipe, call, inputs.size)
+    if call.cache is not None:
+        check_cache(pipe.denoiser, call.cache, *schedule)
     keys = image_keys(key, num_images)
 
     cond, uncond = family.encode(pipe, Request(prompts, negatives, keys, inputs.size), **call.own)
@@ -338,10 +341,7 @@ def denoise_latents(
     cond, uncond = cond | more, None if uncond is None else uncond | negative
     cond, uncond, between = with_extra_channels(cond, uncond, start)
     guided_channels = pipe.options.get("guided_channels") or latent_shape[-1]
-    cache = call.cache
-    if cache is not None:
-        cache.check_steps(int(D.steps_in(grid)))
-        cache = cache.padded(len(grid.t) - 1)
+    cache = None if call.cache is None else call.cache.padded(len(grid.t) - 1)
     weak, scales = call.weak_guidance, (np.float32(guidance_scale), np.float32(call.guidance_rescale))
     per_call = PerCall(grid, *scales, cache, controls=controls_of(pipe, call, grid))
     compiled = Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews)

@@ -1,13 +1,15 @@
 """Caches in pipelines: what they draw, what compiles, and what is refused before anything does."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from compilations import COMPILATIONS
-from tiny_models import latent_pipeline, pixel_pipeline
+from tiny_models import DIT, PREDICTION, latent_pipeline, pixel_pipeline, random_params, text_parts
 
 from jaxldm import diffusion as D
-from jaxldm import pipelines, serving
+from jaxldm import models, pipelines, serving
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 KEY = jax.random.key(3)
@@ -63,6 +65,62 @@ def test_what_is_refused_before_anything_compiles(pipe, options, error, words):
     with pytest.raises(error, match=words) as caught:
         pipe(KEY, [0], **CALL | options)
     assert COMPILATIONS.count == before and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"cache": "first-block:0.1"}, "looks at the first blocks of a transformer"),
+        ({"cache": "deepcache:3,9"}, "skips=9 of the cache is beyond this U-Net's outermost level"),
+        ({"cache": "fora:2", "solver": "heun"}, "once a step: choose ddim"),
+        ({"cache": D.caching.at_steps([True] * 7)}, "schedule has 7 steps, the run 6"),
+        ({"cache": "fora:2", "weak_guidance": pipelines.PerturbedAttention(("up_blocks",))}, "exclude"),
+    ],
+)
+def test_it_is_refused_before_a_text_is_encoded(tmp_path_factory, monkeypatch, options, words):
+    parts = text_parts(tmp_path_factory.mktemp("text") / "tokenizer")
+    texts = pipelines.Pipeline(pipelines.PIPELINES["StableDiffusionPipeline"], parts)
+    encoded = []
+    family = texts.family._replace(encode=lambda *given, **more: encoded.append(given))
+    before = COMPILATIONS.count
+    with pytest.raises(InvalidArgumentError, match=words) as caught:
+        dataclasses.replace(texts, family=family)(KEY, ["a"], **CALL | options)
+    assert COMPILATIONS.count == before and not encoded and "\n" not in str(caught.value)
+
+
+def test_a_model_without_such_blocks_is_refused_before_anything_compiles():
+    module = models.build("tiny-dydit", **DIT | {"depth": 2}, channel_groups=2)
+    network = pipelines.Network(module, random_params(module))
+    pipe, before = pipelines.class_to_image(network, PREDICTION), COMPILATIONS.count
+    with pytest.raises(InvalidArgumentError, match="DyDiT has nothing that a cache can reuse: leave the"):
+        pipe(KEY, [0], cache="fora:2", **CALL)
+    assert COMPILATIONS.count == before
+
+
+SETTINGS = {
+    "taylor": lambda n: D.caching.taylor(1 + n % 6, n % 3, warm_up=1 + n % 4),
+    "magcache": lambda n: D.caching.magcache(
+        np.linspace(1, 0.5 + n / 40, 6), 0.05 * (1 + n), max_skips=1 + n % 3
+    ),
+    "deepcache": lambda n: D.caching.deepcache(1 + n % 7, warm_up=1 + n % 3),
+    "first-block": lambda n: D.caching.first_block(0.002 * 1.5**n, warm_up=1 + n % 3, max_skips=1 + n % 4),
+    "teacache": lambda n: D.caching.teacache([0.1 * n, 1.0, 0.0], 0.002 * 1.5**n, warm_up=1 + n % 3),
+}
+
+
+def test_twenty_settings_are_one_program(pipe):
+    """Intervals, orders, schedules, thresholds, polynomials; other seeds, scales and numbers of steps."""
+    others = ("first-block", "teacache") if pipe.denoiser_name == "unet" else ("deepcache",)
+    for kind in SETTINGS.keys() - set(others):
+
+        def draw(n, kind=kind, **more):
+            return pipe(jax.random.key(n), [0, 1], cache=SETTINGS[kind](n), **CALL | more)
+
+        first = draw(0)
+        before = COMPILATIONS.count
+        found = [draw(n, guidance_scale=1.5 + n / 10, num_inference_steps=6 + n % 3) for n in range(1, 20)]
+        assert COMPILATIONS.count == before, kind
+        assert np.isfinite([first, *found]).all()
 
 
 def test_caches_of_other_families_are_refused(pipe):

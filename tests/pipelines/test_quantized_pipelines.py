@@ -1,12 +1,15 @@
 """Quantised models as pipelines: drawn, cached, calibrated, on disk and from the command line."""
 
 import json
+import pathlib
+import re
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 from compilations import COMPILATIONS
-from tiny_models import latent_pipeline, pixel_pipeline
+from tiny_models import DIT, PREDICTION, latent_pipeline, pixel_pipeline
 
 from jaxldm import checkpoints, cli, models, pipelines
 from jaxldm.errors import InvalidArgumentError
@@ -68,6 +71,40 @@ def test_what_is_quantised_already_is_refused(pipe):
     ):
         with pytest.raises(InvalidArgumentError, match="quantised already, to int4"):
             call()
+
+
+PROCESS = pathlib.Path("/proc/self")  # of Linux
+
+
+def resident(name):
+    """Bytes of the process: "VmRSS" now, "VmHWM" at its peak; 0 where the system does not tell."""
+    if not (PROCESS / "clear_refs").exists():
+        return 0
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", (PROCESS / "status").read_text())[1])
+
+
+def peak_memory(call):
+    """(the result, the most bytes that Python and NumPy held, the most that the process gained)."""
+    if (PROCESS / "clear_refs").exists():
+        (PROCESS / "clear_refs").write_text("5")  # its peak begins again
+    before = resident("VmRSS")
+    tracemalloc.start()
+    result = call()
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return result, held, resident("VmHWM") - before
+
+
+def test_a_folder_is_loaded_without_the_whole_weights_in_memory(tmp_path):
+    """What stays is little more than a quarter; on the way there is never as much as the whole."""
+    module = models.build("tiny-dit", **DIT | {"hidden_size": 2048})
+    how = models.quantization("int8", modulation="int8")
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), models.quantized_shapes(module, how))
+    pipelines.save(pipelines.class_to_image(pipelines.Network(module, zeros), PREDICTION), tmp_path / "small")
+    whole = models.param_bytes(models.shapes(module))
+    pipe, held, gained = peak_memory(lambda: pipelines.load(tmp_path / "small"))
+    assert models.param_bytes(pipe.denoiser.params) < 0.29 * whole
+    assert held < 0.4 * whole and gained < 0.6 * whole, (held / whole, gained / whole)
 
 
 def command(capsys, *words):
