@@ -30,7 +30,7 @@ from jaxldm import diffusion as D
 from jaxldm import models, pipelines
 
 # Modules of tests/pipelines in the order in which they need each other; behind them that of the folder.
-_WRITERS = ("reference_pipelines", "t5_parts", "sd3_folders")
+_WRITERS = ("reference_pipelines", "t5_parts", "sd3_folders", "z_image_folders")
 KEY = jax.random.key(7)
 STEPS, STRENGTH = 6, 0.61
 
@@ -45,8 +45,8 @@ class Kind(NamedTuple):
         total: the t of our network at pure noise.
         their_total: that of the reference's.
         image: "": it is given none; "start": a run starts from it; "condition": the network sees it, too.
-        form: how the reference's network takes x: "plain", "packed" tokens, or a "list" of pictures, with the
-            time from noise to data and an output of the other sign.
+        form: how the reference's network takes x: "plain", "packed" tokens, "tokens" of one latent each, or a
+            "list" of pictures, with the time from noise to data and an output of the other sign.
         doubles: the network has a second half of channels, which the pipeline leaves out.
         written: arguments of `write`.
         options: of both calls.
@@ -79,6 +79,8 @@ class Kind(NamedTuple):
 _OF_FLOW = {"channels": 16, "total": 1.0, "options": (("max_sequence_length", 20),)}
 _SQUARE = {"options": (("max_sequence_length", 20), ("height", 16), ("width", 16))}
 _OF_FLUX = {**_OF_FLOW, **_SQUARE, "their_total": 1.0, "form": "packed"}
+_OF_QWEN = _OF_FLUX | {"options": (("max_sequence_length", 256), ("height", 16), ("width", 16))}
+_LAYERS = (("text_encoder_out_layers", (1, 2)), ("max_sequence_length", 64))
 _AS_IT_IS = (("use_resolution_binning", False), ("clean_caption", False))
 KINDS = (
     Kind("StableDiffusionPipeline", "write_sd"),
@@ -104,6 +106,16 @@ KINDS = (
         **_OF_FLUX,
     ),
     Kind("ZImagePipeline", "write_z_image", form="list", **_OF_FLOW | _SQUARE),
+    Kind("QwenImagePipeline", "write_qwen_image", **_OF_QWEN),
+    Kind(
+        "Flux2KleinPipeline",
+        "write_flux2_klein",
+        channels=12,
+        total=1.0,
+        their_total=1.0,
+        form="tokens",
+        options=(*_LAYERS, ("height", 32), ("width", 32)),
+    ),
 )
 
 
@@ -138,7 +150,7 @@ def pair(kind: Kind) -> Pair:
     import diffusers
 
     writers: dict[str, Any] = {}
-    own = kind.write.replace("write", "", 1).strip("_") + "_folders"
+    own = kind.write.replace("write", "", 1).strip("_").removesuffix("_klein") + "_folders"
     for name in _WRITERS if kind.write in ("write_sd", "write_sdxl") else (*_WRITERS, own):
         writers |= vars(module_of_tests(name))
     with tempfile.TemporaryDirectory() as place, quiet():
@@ -166,7 +178,7 @@ def _their_answer(kind: Kind, *arguments: Any, **options: Any) -> _Answer:
     t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 1)) / kind.their_total
     if kind.form == "list":
         return _Answer(list(-stand_in(x, 1 - t * kind.their_total, torch)))
-    x = x if kind.form == "packed" else x[:, : kind.channels]
+    x = x if kind.form in ("packed", "tokens") else x[:, : kind.channels]
     answer = stand_in(x, t, torch)
     return _Answer(torch.cat([answer, answer], 1) if kind.doubles else answer)
 
@@ -269,11 +281,24 @@ def theirs(kind: Kind, config: dict[str, Any]) -> np.ndarray:
             call["strength"] = STRENGTH
         with torch.no_grad():
             drawn = (
-                _of_dit(made, kind, call) if kind.name == "DiTPipeline" else made(kind.prompt, **call).images
+                _of_dit(made, kind, call)
+                if kind.name == "DiTPipeline"
+                else made(prompt=kind.prompt, **call).images
             )
         if kind.form == "packed":
             drawn = made._unpack_latents(drawn, 16, 16, made.vae_scale_factor)
+            drawn = drawn[:, :, 0] if drawn.ndim == 5 else drawn  # one frame
+        if kind.form == "tokens":
+            drawn = _normalised(made, drawn)
         return drawn.numpy().transpose(0, 2, 3, 1)
+
+
+def _normalised(made: Any, drawn: torch.Tensor) -> torch.Tensor:
+    """The latents that FLUX.2 draws, of those of its autoencoder's convolutions."""
+    mean, variance = (
+        values.view(1, -1, 1, 1) for values in (made.vae.bn.running_mean, made.vae.bn.running_var)
+    )
+    return (made._patchify_latents(drawn) - mean) / torch.sqrt(variance + made.vae.config.batch_norm_eps)
 
 
 def _scale(kind: Kind) -> float:

@@ -151,13 +151,23 @@ def _ipndm_first() -> float:
 def _underflow() -> float:
     import torch
 
-    made = scheduler_runs.reference_class("DDIMScheduler")(beta_end=0.3, clip_sample=False)
+    made = scheduler_runs.reference_class("DDIMScheduler")(beta_end=0.5, clip_sample=False)
     made.set_timesteps(4)
     one = torch.ones(1)
     return float(made.step(one, made.timesteps[0], one).prev_sample)
 
 
+def _of_pipelines(name: str) -> Callable[[], float]:
+    def measured() -> float:
+        from experiments.diffusers_schedulers.pipeline_deviations import MEASURED
+
+        return MEASURED[name]()
+
+    return measured
+
+
 _MEASURED = {
+    **{name: _of_pipelines(name) for name in ("no_negative", "clip_skip", "strength", "known_noise")},
     "ipndm_first": _ipndm_first,
     "underflow": _underflow,
     "dit_scaled": _dit_scaled,

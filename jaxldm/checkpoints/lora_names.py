@@ -12,7 +12,7 @@
 | XLabs (FLUX) | `double_blocks.0.processor.qkv_lora1`: of the image 1, of the text 2 |
 
 In the original files of FLUX, SD 3 and Z-Image queries, keys and values are one matrix (in single blocks of
-FLUX with the first one of the feed-forward): a layer of it changes three or four modules here.
+FLUX.1 with the first one of the feed-forward): a layer of it changes three or four modules here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from flax import traverse_util
 
 from jaxldm.checkpoints.names import ENCODER_PREFIXES, PublishedTensor, published_whole
 from jaxldm.checkpoints.original.flux import flux_table
+from jaxldm.checkpoints.original.flux2 import flux2_table
 from jaxldm.checkpoints.original.layout import SAME, Form, Table, place_of, rows
 from jaxldm.checkpoints.original.stable_diffusion import unet_table
 from jaxldm.checkpoints.original.stable_diffusion_3 import sd3_table
 from jaxldm.checkpoints.original.z_image import z_image_table
 from jaxldm.errors import CheckpointError
+from jaxldm.models.flux2_transformer_2d import Flux2Transformer2DConfig
 from jaxldm.models.flux_transformer_2d import FluxTransformer2DConfig
 from jaxldm.models.sd3_transformer_2d import SD3Transformer2DConfig
 from jaxldm.models.unet_2d_condition import UNet2DConditionConfig
@@ -55,6 +57,7 @@ _ENCODERS = {
 _TABLES = {
     UNet2DConditionConfig: unet_table,
     FluxTransformer2DConfig: flux_table,
+    Flux2Transformer2DConfig: flux2_table,
     SD3Transformer2DConfig: sd3_table,
     ZImageTransformer2DConfig: z_image_table,
 }
@@ -122,7 +125,9 @@ def _modules(
         original: Target(component, **{leaf: _in_order(each) for leaf, each in leaves.items()})
         for original, leaves in parts.items()
     }
-    return modules, originals | dict(_of_xlabs(originals))
+    if type(config) is FluxTransformer2DConfig:
+        originals |= dict(_of_xlabs(originals))
+    return modules, originals
 
 
 def _of_xlabs(originals: Mapping[str, Target]) -> Iterator[tuple[str, Target]]:

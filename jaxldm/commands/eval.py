@@ -264,10 +264,10 @@ def without_nan(figures: Any) -> Any:
 
 
 def default_scales(pipe: Any) -> tuple[float, ...]:
-    """1 and 3, only 1 for a model without classes, only its own for a student with guidance inside."""
+    """1 and 3, only 1 for a model without a null class, only its own for a student with guidance inside."""
     if pipe.few_steps is not None and pipe.few_steps.guidance != "outside":
         return (pipe.default_guidance_scale,)
-    return (1.0,) if pipe.num_classes is None else (1.0, 3.0)
+    return (1.0, 3.0) if pipe.has_null_class else (1.0,)
 
 
 def measure_reconstruction(pipe: Any, dataset: Any) -> tuple[dict[str, float], str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxldm.arguments import array, checked, count
+from jaxldm.arguments import array, checked, count, optional
 from jaxldm.diffusion.grids import A_GRID, Grid
 from jaxldm.diffusion.solvers.restart import restart
 from jaxldm.diffusion.solvers.solver import A_SOLVER, Solver, noise_like, row
@@ -21,9 +21,14 @@ from jaxldm.pixels import check_not_pixels
 _KNOWN_NOISE = 2**32 - 2
 
 
-@checked(solver=A_SOLVER, image=array("any"), mask=array("any"))
+@checked(solver=A_SOLVER, image=array("any"), mask=array("any"), noise=optional(array("any")))
 @equal_by_call
-def inpaint(solver: Solver, image: Float[ArrayLike, " ..."], mask: Float[ArrayLike, " ..."]) -> Solver:
+def inpaint(
+    solver: Solver,
+    image: Float[ArrayLike, " ..."],
+    mask: Float[ArrayLike, " ..."],
+    noise: Float[ArrayLike, " ..."] | None = None,
+) -> Solver:
     """A solver that puts the known part of an image back after each step (Lugmayr et al. 2022, Algorithm 1).
 
         x_s = m (alpha_s image + sigma_s z) + (1 - m) x_s(solver)
@@ -37,6 +42,7 @@ def inpaint(solver: Solver, image: Float[ArrayLike, " ..."], mask: Float[ArrayLi
         image: x_0 where it is known, [B, H, W, C] or [H, W, C]; its other numbers must be finite.
         mask: m, 1 where the image is known and 0 where it is to be drawn; broadcast to the image, so one of
             [H, W, 1] will do.
+        noise: z of every step, [B, H, W, C], as diffusers' inpainting pipelines have it; None: drawn in each.
 
     Raises:
         InvalidArgumentError: a mask outside [0, 1], an image that is not finite, or shapes that do not fit.
@@ -57,7 +63,10 @@ def inpaint(solver: Solver, image: Float[ArrayLike, " ..."], mask: Float[ArrayLi
         (state, x_0), there = solver.step(state, denoise, grid, i, keys), row(grid, i + 1)
         x = state.x
         known, m = (_fit(name, value, x) for name, value in (("image", image), ("mask", mask)))
-        z = noise_like(jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(_KNOWN_NOISE)), x)
+        if noise is None:
+            z = noise_like(jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(_KNOWN_NOISE)), x)
+        else:
+            z = _fit("noise", jnp.asarray(noise, x.dtype), x)
         return state._replace(x=m * (there.alpha * known + there.sigma * z) + (1 - m) * x), x_0
 
     return restart(solver._replace(step=step))

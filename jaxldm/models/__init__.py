@@ -59,6 +59,7 @@ from jaxldm.models.ldm_bert import LDMBertConfig, LDMBertModel
 from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
 from jaxldm.models.maskgit_transformer import MaskGITTransformer, MaskGITTransformerConfig
+from jaxldm.models.ncsnpp import NCSNppConfig, NCSNppModel
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from jaxldm.models.pixart_transformer_2d import PixArtTransformer2DConfig, PixArtTransformer2DModel
@@ -183,6 +184,8 @@ __all__ = [
     "LDMBertModel",
     "MaskGITTransformer",
     "MaskGITTransformerConfig",
+    "NCSNppConfig",
+    "NCSNppModel",
     "PaellaVQModel",
     "PaellaVQModelConfig",
     "PatchDiscriminator",

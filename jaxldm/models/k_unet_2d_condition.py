@@ -14,15 +14,13 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.models.config import ModelConfig, check
 from jaxldm.nn.activations import ACTIVATIONS
 from jaxldm.nn.convolution import Conv2d
-from jaxldm.nn.embeddings import TimestepEmbedding
-from jaxldm.nn.initialization import normal, parameter
+from jaxldm.nn.embeddings import GaussianFourier, TimestepEmbedding
 from jaxldm.nn.k_blocks_2d import GROUP, KAttentionBlock, KResnetBlock2D, filtered_double, filtered_half
 from jaxldm.nn.linear import compute_dtype
 
@@ -202,7 +200,7 @@ class KUNet2DConditionModel(nn.Module):
 
     def _embed(self, t: Float[Array, " B"], timestep_cond: Array | None) -> Float[Array, "B time"]:
         config = self.config
-        features = _GaussianFourier(config.time_dim, config.flip_sin_to_cos, name="time_proj")(t)
+        features = GaussianFourier(config.time_dim, config.flip_sin_to_cos, name="time_proj")(t)
         embedding = TimestepEmbedding(config.time_dim, config.dtype, act=config.act_fn, name="time_embedding")
         return ACTIVATIONS[str(config.timestep_post_act)](embedding(features, timestep_cond))
 
@@ -277,17 +275,3 @@ class KLevel(nn.Module):
                 )
                 x = block(x, temb, context, mask)
         return x
-
-
-class _GaussianFourier(nn.Module):
-    """[cos(2 pi w_k t), sin(2 pi w_k t)] of drawn frequencies w, `[B]` -> `[B, dim]`."""
-
-    dim: int
-    cosines_first: bool
-
-    @nn.compact
-    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B dim"]:
-        weight = parameter(self, "weight", normal(1.0), (self.dim // 2,)).astype(jnp.float32)
-        angles = t.astype(jnp.float32)[:, None] * weight[None, :] * np.float32(2 * np.pi)
-        parts = (jnp.cos(angles), jnp.sin(angles))
-        return jnp.concatenate(parts if self.cosines_first else parts[::-1], axis=-1)

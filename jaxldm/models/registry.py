@@ -44,6 +44,7 @@ from jaxldm.models import (
     k_unet_2d_condition,
     ldm_bert,
     maskgit_transformer,
+    ncsnpp,
     paella_vq_model,
     patch_discriminator,
     pixart_transformer_2d,
@@ -189,6 +190,7 @@ VARIANTS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], type[nn.Module], 
         k_unet_2d_condition.KUNet2DConditionModel,
         k_unet_2d_condition.KUNet2DConditionConfig,
     ),
+    "UNet2DModel": (ncsnpp.has_skip_blocks, ncsnpp.NCSNppModel, ncsnpp.NCSNppConfig),
 }
 
 # DiTs with routers, which are trained by a recipe of their own (`training.DynamicRecipe`).

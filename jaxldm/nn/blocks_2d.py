@@ -194,12 +194,14 @@ class UpBlock2D(_Level, kw_only=True):
 class MidBlock2D(_Level, kw_only=True):
     """Residual block, attention, residual block. `[B, H, W, C]` -> the same shape.
 
-    With `attention_groups` None the attention has no group normalisation. `context` and `mask` of the
-    call are those of `Transformer2D`.
+    With `attention_groups` None the attention has no group normalisation; with `scales_attention` its sum
+    with x is divided by `output_scale_factor`, too. `context` and `mask` of the call are those of
+    `Transformer2D`.
     """
 
     attention: bool = True
     attention_groups: int | None = 32
+    scales_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -212,7 +214,9 @@ class MidBlock2D(_Level, kw_only=True):
     ) -> Float[Array, "B H W C"]:
         channels = x.shape[-1]
         x = self.resnet("resnets_0", channels, x, temb, train)
-        x = self.attend(0, self.attention_groups, x, self._latents_or(temb, context), mask)
+        attended = self.attend(0, self.attention_groups, x, self._latents_or(temb, context), mask)
+        scaled = self.scales_attention and self.attention
+        x = attended / self.output_scale_factor if scaled else attended
         return self.resnet("resnets_1", channels, x, temb, train)
 
 

@@ -13,7 +13,7 @@ from jaxldm.arguments import array, checked, count, flag, number, optional
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.memory import check_fits
 from jaxldm.nn.activations import ACTIVATIONS
-from jaxldm.nn.initialization import Initializer, parameter, xavier_uniform, zeros
+from jaxldm.nn.initialization import Initializer, normal, parameter, xavier_uniform, zeros
 from jaxldm.nn.linear import Linear, compute_dtype, flat_matmul, product_dtype
 
 
@@ -96,6 +96,26 @@ class TimestepEmbedding(nn.Module):
         x = ACTIVATIONS[self.act](Linear(hidden, self.use_bias, self.dtype, name=first)(x))
         start = zeros if self.begins_at_zero else None
         return Linear(self.dim, self.use_bias, self.dtype, start, start, name=second)(x)
+
+
+class GaussianFourier(nn.Module):
+    """[cos(2 pi w_k t), sin(2 pi w_k t)] of drawn frequencies w, `[B]` -> `[B, dim]` (Tancik et al. 2020).
+
+    Attributes:
+        cosines_first: or else the sines.
+        scale: standard deviation of the frequencies.
+    """
+
+    dim: int
+    cosines_first: bool
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B dim"]:
+        weight = parameter(self, "weight", normal(self.scale), (self.dim // 2,)).astype(jnp.float32)
+        angles = t.astype(jnp.float32)[:, None] * weight[None, :] * np.float32(2 * np.pi)
+        parts = (jnp.cos(angles), jnp.sin(angles))
+        return jnp.concatenate(parts if self.cosines_first else parts[::-1], axis=-1)
 
 
 class TextProjection(nn.Module):

@@ -144,21 +144,31 @@ class KAttention(nn.Module):
         return Linear(channels, dtype=self.dtype, name="to_out_0")(h).reshape(x.shape)
 
 
-def filtered_half(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Every second pixel of x under the filter (1, 3, 3, 1) / 8 in both directions, edges reflected."""
+def filtered_half(x: Float[Array, "B H W C"], mode: str = "reflect") -> Float[Array, "B h w C"]:
+    """Every second pixel of x under the filter (1, 3, 3, 1) / 8 in both directions.
+
+    Args:
+        x: of even sides.
+        mode: what is beyond the edges, "reflect" or "constant" (0).
+    """
     for axis in (1, 2):
         half = x.shape[axis] // 2
-        padded = jnp.pad(x, [(1, 1) if n == axis else (0, 0) for n in range(4)], mode="reflect")
+        padded = jnp.pad(x, [(1, 1) if n == axis else (0, 0) for n in range(4)], mode=mode)
         parts = [_strided(padded, axis, start, half) for start in range(4)]
         x = (parts[0] + 3 * parts[1] + 3 * parts[2] + parts[3]) / 8
     return x
 
 
-def filtered_double(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """x, zeros between its pixels, under the filter (1, 3, 3, 1) / 4 in both directions, edges reflected."""
+def filtered_double(x: Float[Array, "B H W C"], mode: str = "reflect") -> Float[Array, "B 2*H 2*W C"]:
+    """x, zeros between its pixels, under the filter (1, 3, 3, 1) / 4 in both directions.
+
+    Args:
+        x: of any sides.
+        mode: as in `filtered_half`.
+    """
     for axis in (1, 2):
         side = x.shape[axis]
-        padded = jnp.pad(x, [(1, 1) if n == axis else (0, 0) for n in range(4)], mode="reflect")
+        padded = jnp.pad(x, [(1, 1) if n == axis else (0, 0) for n in range(4)], mode=mode)
         before, after = (
             padded.take(jnp.arange(start, start + side), axis=axis, mode="clip") for start in (0, 2)
         )

@@ -43,6 +43,7 @@ from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
 from jaxldm.pipelines.weak_branch import weak_of
 from jaxldm.schedulers import PLAIN, GridRule, Sampler, Scheduler
+from jaxldm.schedulers.grids import times_of_numbers
 
 # Published networks that number their timesteps, also where a file has use_flow_sigmas.
 _OF_TIMESTEPS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
@@ -138,6 +139,8 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
                 f"{getattr(pipe.defaults, name):g} is a good start"
             )
     distilled = family.is_guidance_distilled(pipe)
+    if pipe.reference_quirks:
+        scale, true_scale = _as_diffusers_guides(pipe, scale, true_scale, negatives)
     if pipe.few_steps is not None:
         pipe.few_steps.check_scale(scale)
         if pipe.few_steps.guidance == "inside":
@@ -155,6 +158,16 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
     if negatives is not None and true_scale == 1:
         warnings.warn("the negative prompt is ignored: give true_cfg_scale=2 or so", stacklevel=4)
     return float(scale) if distilled else None, float(true_scale)
+
+
+def _as_diffusers_guides(
+    pipe: Pipeline, scale: float, true_scale: float, negatives: Any
+) -> tuple[float, float]:
+    """(scale, true scale): below 1 nothing is guided there, nor by a true scale without a negative prompt."""
+    knows_less = "LDMTextToImagePipeline" in pipe.family.folder.class_names
+    if not (pipe.family.is_guidance_distilled(pipe) or knows_less):
+        scale = max(scale, 1.0)
+    return scale, 1.0 if negatives is None else max(true_scale, 1.0)
 
 
 def has_guidance_embedding(pipe: Pipeline) -> bool:
@@ -218,7 +231,7 @@ def grid(
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
     sampler, runs = scheduler.sampler, scheduler.runs
     shift = runs.shift_of_levels(path) if call.timesteps is None else None
-    rows = _written_rows(path, call, rule.final, shift)
+    rows = _written_rows(path, call, rule, shift)
     named = call.spacing is not None or call.sigmas is not None
     distilled = rows is None and (call.spacing if named else rule.spacing) == "lcm"
     distilled &= not (pipe.reference_quirks and _cuts_whole_runs(pipe))
@@ -273,8 +286,11 @@ def _cuts_whole_runs(pipe: Pipeline) -> bool:
     return not (of_lcm and pipe.is_guidance_distilled)
 
 
-def _written_rows(path: D.Path, call: Call, final: str, shift: float | None) -> D.Grid | None:
-    """The rows of a call that wrote down their timesteps or noise levels; None of one that did not."""
+def _written_rows(path: D.Path, call: Call, rule: GridRule, shift: float | None) -> D.Grid | None:
+    """The rows of a call that wrote down their timesteps or noise levels; None of one that did not.
+
+    Timesteps of a consistency model are the numbers of its levels, as in diffusers.
+    """
     if call.timesteps is not None and (call.sigmas is not None or call.spacing is not None):
         raise InvalidArgumentError("timesteps=[...] cannot be combined with spacing or sigmas")
     if call.timesteps is None and isinstance(call.sigmas, str | None):
@@ -288,7 +304,9 @@ def _written_rows(path: D.Path, call: Call, final: str, shift: float | None) -> 
         raise InvalidArgumentError(
             f"num_inference_steps={steps}, but {len(values)} values were given as {name}: leave it out"
         )
-    return make(path, values, final=final, shift=shift)
+    if name == "timesteps" and rule.spacing == "consistency":
+        values = times_of_numbers(path, values, rule.original_steps, rule.rho)
+    return make(path, values, final=rule.final, shift=shift)
 
 
 def _part(rows: D.Grid, path: D.Path, first: float, last: float) -> D.Grid:
@@ -345,6 +363,7 @@ def denoise_latents(
     weak, scales = call.weak_guidance, (np.float32(guidance_scale), np.float32(call.guidance_rescale))
     per_call = PerCall(grid, *scales, cache, controls=controls_of(pipe, call, grid))
     compiled = Compiled(sampler, pipe.family.combine, latent_shape, guided_channels, keys.impl, call.previews)
+    compiled = compiled._replace(one_known_noise=pipe.reference_quirks and start.repaint is not None)
     if weak is not None:
         per_call = per_call._replace(weak=weak_of(weak, grid))
         compiled = compiled._replace(weak_module=weak.weak(pipe.denoiser))

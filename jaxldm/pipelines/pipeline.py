@@ -38,6 +38,7 @@ from jaxldm.pipelines.options import CHECKS, check_call
 from jaxldm.schedulers.read import a_solver_or_name
 
 OUTPUTS = ("images", "latents")
+WITHOUT_NULL_CLASS = ("ConsistencyModelPipeline",)  # classes of diffusers' pipelines
 OF_TEXTS, OF_CLASSES = ("prompt", "negative_prompt"), ("class_labels", "negative_labels")
 A_SIZE = optional(pair(1))
 
@@ -212,8 +213,21 @@ class Pipeline:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, None for a model without them. The label `num_classes` is the null class."""
-        return getattr(self.denoiser.config, "num_classes", None)
+        """Number of classes, None for a model without them.
+
+        The label `num_classes` is the null class, where there is one.
+        """
+        count = getattr(self.denoiser.config, "num_classes", None)
+        return None if count is None else count + (not self.has_null_class)
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether a label stands for no class, so that guidance can steer away from it.
+
+        In published consistency models every label is a class.
+        """
+        has_classes = getattr(self.denoiser.config, "num_classes", None) is not None
+        return has_classes and self.options.get("diffusers_class") not in WITHOUT_NULL_CLASS
 
     @property
     def latent_spec(self) -> LatentSpec:

@@ -75,6 +75,8 @@ class Compiled(NamedTuple):
         key_impl: which random numbers.
         previews: how often x_0 is kept on the way.
         weak_module: the network made weak, of the same parameters.
+        one_known_noise: inpainting puts the known part back with the noise that the run starts from, as in
+            diffusers, and not with other noise behind each step.
     """
 
     sampler: Sampler
@@ -84,6 +86,7 @@ class Compiled(NamedTuple):
     key_impl: Any
     previews: int = 0
     weak_module: Any = None
+    one_known_noise: bool = False
 
 
 def classifier_free_guidance(
@@ -191,5 +194,15 @@ def solver_and_denoiser(
         denoiser = D.cached_denoiser(remembering, build, per_call.cache)
         solver = D.cached(solver, denoiser)
     if per_image.repaint is not None:
-        solver = D.inpaint(solver, cast(Any, per_image.known), 1 - per_image.repaint)
+        noise = _first_noise(per_call, per_image, compiled) if compiled.one_known_noise else None
+        solver = D.inpaint(solver, cast(Any, per_image.known), 1 - per_image.repaint, noise)
     return solver, denoiser
+
+
+def _first_noise(per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Float[Array, "N h w c"]:
+    """The noise that the run starts from, of standard deviation 1."""
+    grid, scale = per_call.grid, compiled.sampler.initial_scale
+    if per_image.latents is not None:
+        return per_image.latents / (grid.sigma[0] if scale is None else scale)
+    keys = jax.random.wrap_key_data(per_image.key, impl=compiled.key_impl)
+    return D.initial_noise(keys, (len(keys), *compiled.latent_shape), grid) / grid.sigma[0]

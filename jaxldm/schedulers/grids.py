@@ -22,7 +22,7 @@ from jaxtyping import Float
 from jaxldm import diffusion as D
 from jaxldm.arguments import check_fields, count, flag, number, optional, text
 from jaxldm.diffusion import distilled_times, levels, registry, spacings
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError, one_of, shown
 from jaxldm.exact import MAX_STEPS
 
 # Names of timesteps -> (path, span, N, rule) -> N values of t.
@@ -224,8 +224,34 @@ def consistency_times(path: D.Path, count: int, total: int, rho: float) -> Float
             f"num_inference_steps must be <= num_train_timesteps={total}, the noise levels that this "
             f"consistency model knows: ask for {total} or fewer"
         )
+    return _times_on_ramp(path, np.arange(count) * max(total // count, 1) / max(total - 1, count - 1, 1), rho)
+
+
+def times_of_numbers(path: D.Path, numbers: Any, total: int, rho: float) -> Float[np.ndarray, " N"]:
+    """N values of t of levels of a consistency model by their numbers: 0 is the noisiest.
+
+    Args:
+        path: as above.
+        numbers: N different whole numbers from 0 to T - 1, largest first, as `ConsistencyModelPipeline` of
+            diffusers takes them: [22, 0] are two steps, at the noisiest level and then at number 22.
+        total, rho: as above.
+
+    Raises:
+        InvalidArgumentError: other numbers.
+    """
+    values = np.asarray(numbers, np.float64).reshape(-1)
+    whole = (values == np.round(values)).all() and (np.diff(values) < 0).all()
+    if not (len(values) and whole and values[-1] >= 0 and values[0] < total):
+        raise InvalidArgumentError(
+            f"timesteps of a consistency model must be different whole numbers from {total - 1} to 0, the "
+            f"largest first (0 is the noisiest of its levels), got {shown(values.tolist())}"
+        )
+    return _times_on_ramp(path, values[::-1] / max(total - 1, 1), rho)
+
+
+def _times_on_ramp(path: D.Path, ramp: Float[np.ndarray, " N"], rho: float) -> Float[np.ndarray, " N"]:
+    """t where the 1/rho-th power of the level is that part of the way from the noisiest to the cleanest."""
     first, last = levels.noise_level(path, np.array([path.t_noisy, path.t_min]))
-    ramp = np.arange(count) * max(total // count, 1) / max(total - 1, count - 1, 1)
     level = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
     t = levels.time_of_level(path, level)
     return np.where(ramp == 1, path.t_min, np.where(ramp == 0, path.t_noisy, t))

@@ -103,9 +103,13 @@ class Quirks(Runs):
         return sampler, rows_at(path, np.append(t, last))
 
     def cut_by_strength(self, rows: D.Grid, count: int, strength: float, *, round_up: bool) -> D.Grid:
-        """The rows of image-to-image: as many are left out as of N steps, where PNDM has more."""
-        first = D.cut_by_strength(D.cut(rows, 0, count), strength, round_up=round_up).start
-        return D.cut(rows, int(first))
+        """The rows of image-to-image: as many are left out as of N steps, where PNDM has more.
+
+        N strength is the product of binary floats: of 50 steps at 0.58 28 are taken.
+        """
+        D.cut_by_strength(D.cut(rows, 0, count), strength, round_up=round_up)  # refuses what leaves no step
+        taken = count * strength
+        return D.cut(rows, int(count - taken) if round_up else count - max(int(taken), 1))
 
     def part(self, sampler: Any, whole: D.Grid) -> Any:
         """The sampler of a part of the run whose rows these are."""

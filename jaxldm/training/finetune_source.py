@@ -141,6 +141,8 @@ def _check_kind(folder: Path, pipe: Pipeline) -> None:
         what, instead = "the refiner of SDXL", "the base model"
     elif draws_classes(pipe.family) and pipe.num_classes is None:
         what, instead = "a model without classes and captions", "one that has either"
+    elif draws_classes(pipe.family) and not pipe.has_null_class:
+        what, instead = "a consistency model", "the diffusion model that it was distilled from"
     else:
         return
     raise CheckpointError(f"{folder} is {what}, which this loss would spoil: fine-tune {instead}")

@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders import (
+    Flux2LoraLoaderMixin,
     FluxLoraLoaderMixin,
+    QwenImageLoraLoaderMixin,
     SD3LoraLoaderMixin,
     StableDiffusionLoraLoaderMixin,
     StableDiffusionXLLoraLoaderMixin,
     ZImageLoraLoaderMixin,
 )
-from lora_models import DIT, FLUX, PIXART, SD3, SD15, SDXL, Z_IMAGE
+from lora_models import DIT, FLUX, FLUX2, PIXART, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch_reference import randomised
@@ -30,6 +32,8 @@ FAMILIES = {
     "SDXL": (diffusers.UNet2DConditionModel, SDXL, StableDiffusionXLLoraLoaderMixin),
     "SD 3": (diffusers.SD3Transformer2DModel, SD3, SD3LoraLoaderMixin),
     "FLUX": (diffusers.FluxTransformer2DModel, FLUX, FluxLoraLoaderMixin),
+    "FLUX.2": (diffusers.Flux2Transformer2DModel, FLUX2, Flux2LoraLoaderMixin),
+    "Qwen-Image": (diffusers.QwenImageTransformer2DModel, QWEN_IMAGE, QwenImageLoraLoaderMixin),
     "PixArt": (diffusers.PixArtTransformer2DModel, PIXART, None),
     "Z-Image": (diffusers.ZImageTransformer2DModel, Z_IMAGE, ZImageLoraLoaderMixin),
     "DiT": (diffusers.DiTTransformer2DModel, DIT, None),

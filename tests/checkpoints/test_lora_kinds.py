@@ -10,13 +10,20 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.loaders import FluxLoraLoaderMixin
-from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
-from lora_models import FLUX, SD3, SD15, Z_IMAGE
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux2_lora_to_diffusers,
+    _convert_non_diffusers_flux2_lora_to_diffusers,
+    _convert_non_diffusers_qwen_lora_to_diffusers,
+    _convert_xlabs_flux_lora_to_diffusers,
+)
+from lora_models import FLUX, FLUX2, QWEN_IMAGE, SD3, SD15, Z_IMAGE
 from torch_reference import randomised
 
 from jaxldm import checkpoints
 from jaxldm.checkpoints.original.flux import flux_table
+from jaxldm.checkpoints.original.flux2 import flux2_table
 from jaxldm.checkpoints.original.layout import to_original
+from jaxldm.checkpoints.original.qwen_image import qwen_image_table
 from jaxldm.checkpoints.original.stable_diffusion_3 import sd3_table
 from jaxldm.checkpoints.original.z_image import z_image_table
 from jaxldm.errors import CheckpointError, InvalidArgumentError
@@ -24,6 +31,8 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError
 MODELS = {
     "unet": (diffusers.UNet2DConditionModel, SD15, None),
     "FLUX": (diffusers.FluxTransformer2DModel, FLUX, flux_table),
+    "FLUX.2": (diffusers.Flux2Transformer2DModel, FLUX2, flux2_table),
+    "Qwen-Image": (diffusers.QwenImageTransformer2DModel, QWEN_IMAGE, qwen_image_table),
     "SD 3": (diffusers.SD3Transformer2DModel, SD3, sd3_table),
     "Z-Image": (diffusers.ZImageTransformer2DModel, Z_IMAGE, z_image_table),
 }
@@ -190,6 +199,19 @@ ORIGINAL = {
         *("img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"),
         *("final_layer.linear", "final_layer.adaLN_modulation.1"),
     ],
+    "FLUX.2": [
+        *(f"double_blocks.1.{stream}_{part}" for stream in ("img", "txt") for part in ("attn.qkv", "mlp.0")),
+        *("double_blocks.0.img_attn.proj", "double_blocks.0.txt_mlp.2", "double_stream_modulation_img.lin"),
+        *("single_blocks.0.linear1", "single_blocks.1.linear2", "single_stream_modulation.lin"),
+        *("img_in", "txt_in", "time_in.in_layer", "guidance_in.out_layer", "final_layer.linear"),
+        "final_layer.adaLN_modulation.1",
+    ],
+    "Qwen-Image": [
+        *(f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_out.0", "add_k_proj", "to_add_out")),
+        *("transformer_blocks.1.img_mlp.net.0.proj", "transformer_blocks.1.txt_mlp.net.2"),
+        *("transformer_blocks.1.img_mod.1", "img_in", "txt_in", "proj_out", "norm_out.linear"),
+        "time_text_embed.timestep_embedder.linear_1",
+    ],
     "SD 3": [
         *("joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.qkv"),
         *("joint_blocks.0.x_block.mlp.fc1", "joint_blocks.1.x_block.attn.proj", "context_embedder"),
@@ -300,6 +322,47 @@ def test_flux_of_xlabs_as_diffusers_reads_it(models_of, tmp_path):
     assert len(changed) == 2 * 2 * 4 + 3 + 1
     for name, tensor in wanted.items():
         np.testing.assert_allclose(np.asarray(merged[name]), np.asarray(tensor), atol=1e-6)
+
+
+CONVERTED = {
+    "FLUX.2": _convert_non_diffusers_flux2_lora_to_diffusers,
+    "Qwen-Image": _convert_non_diffusers_qwen_lora_to_diffusers,
+}
+
+
+@pytest.mark.parametrize("naming", ["diffusion_model", "kohya"])
+@pytest.mark.parametrize("name", CONVERTED)
+def test_newer_families_as_diffusers_reads_them(models_of, tmp_path, name, naming):
+    """The same layers under the names of a file, and under those that diffusers makes of them."""
+    _, ours, _ = models_of(name)
+    original, tensors = originally(name, ours["transformer"]), {}
+    # Of FLUX.2 diffusers forgets that the last norm has its shift first, and of kohya's names some.
+    left_out = ("final_layer.adaLN",)
+    left_out += ("double_stream", "single_stream", "guidance_in") if naming == "kohya" else ()
+    layers = [layer for layer in ORIGINAL[name] if name != "FLUX.2" or not layer.startswith(left_out)]
+    down_name, up_name, with_alpha = NAMINGS[naming]
+    for seed, module in enumerate(layers):
+        weight, generator = original[f"{module}.weight"], torch.Generator().manual_seed(seed)
+        spelled = module.replace(".", "_") if naming == "kohya" else module
+        tensors[down_name.format(spelled)] = torch.randn(2, weight.shape[1], generator=generator)
+        tensors[up_name.format(spelled)] = torch.randn(len(weight), 2, generator=generator)
+        if with_alpha:
+            tensors[down_name.format(spelled).replace("lora_down.weight", "alpha")] = torch.tensor(1.0)
+    lora = read(tmp_path / "file.safetensors", tensors)
+    assert len(lora.layers) == len(layers)
+    convert = CONVERTED[name]
+    if (name, naming) == ("FLUX.2", "kohya"):
+        convert = _convert_kohya_flux2_lora_to_diffusers
+    converted = {key: tensor.clone() for key, tensor in convert(dict(tensors)).items()}
+    same = read(tmp_path / "diffusers.safetensors", converted)
+    merged, wanted = (
+        checkpoints.to_state_dict(checkpoints.merge_lora(ours, each, 0.5)["transformer"][1])
+        for each in (lora, same)
+    )
+    before = checkpoints.to_state_dict(ours["transformer"][1])
+    assert sum(np.abs(np.asarray(wanted[key]) - before[key]).max() > 1e-3 for key in before) >= len(layers)
+    for key, tensor in wanted.items():
+        np.testing.assert_allclose(np.asarray(merged[key]), np.asarray(tensor), atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])

@@ -22,7 +22,7 @@ from picture_checks import (
     states_of,
     without_posterior_noise,
 )
-from reference_pipelines import LATENT, SIZE, noise, open_reference, theirs
+from reference_pipelines import LATENT, SIZE, noise, open_reference, ours, theirs
 from sd3_folders import CHANNELS
 
 from jaxldm import pipelines
@@ -115,6 +115,19 @@ def test_texts_are_as_long_as_in_training(pipes):
         cond, uncond = pipes[name].encode_prompts([PROMPT, "a hat"], None, (SIZE, SIZE))
         assert cond["encoder_hidden_states"].shape == uncond["encoder_hidden_states"].shape == (2, tokens, 24)
     assert pipes["dev"].default_size == (128 * 2, 128 * 2)  # 1024 pixels at the published factor of 8
+
+
+def test_reference_quirks(folders, pipes):
+    """A true scale without a negative prompt guides nothing then; schnell gets as many tokens as dev."""
+    quirky = pipelines.load(folders["schnell"], reference_quirks=True)
+    reference = open_reference(diffusers.FluxPipeline, folders["schnell"])
+    call = {"max_sequence_length": 20, "true_cfg_scale": 2.0}
+    latents = reference_latents(reference, latents=TOKENS, num_inference_steps=4, **SQUARE, **call)
+    assert_latents_agree(quirky(KEY, PROMPT, latents=START, output="latents", **call), latents)
+    guided = pipes["schnell"](KEY, PROMPT, latents=START, output="latents", **call)
+    assert np.abs(guided - ours(latents)).max() > 1e-3
+    cond, _ = quirky.encode_prompts([PROMPT], None, (SIZE, SIZE))
+    assert cond["encoder_hidden_states"].shape == (1, 512, 24)
 
 
 def test_image_to_image_with_true_guidance_and_other_texts_for_t5(folders, pipes, monkeypatch):

@@ -116,6 +116,17 @@ def test_another_scheduler_is_not_shifted_by_the_size(pipe, reference):
     assert_latents_agree(drawn, normalised(reference, latents))
 
 
+def test_levels_of_a_call_count_as_50_steps_with_reference_quirks(folder, pipe, reference):
+    """Theirs then is the shift of 50 steps, whatever the number of levels."""
+    quirky, levels = pipelines.load(folder, reference_quirks=True), [1.0, 0.7, 0.3]
+    call = {"guidance_scale": 1.0, **TEXT}
+    reference_call = call | {"height": SIZE, "width": SIZE, "output_type": "latent"}
+    latents = reference(prompt=PROMPTS[0], latents=theirs(noise(1)), sigmas=levels, **reference_call).images
+    given = dict(latents=noise(1), sigmas=levels, output="latents", **call)
+    assert_latents_agree(quirky(KEY, PROMPTS[0], **given), normalised(reference, latents))
+    assert np.abs(quirky(KEY, PROMPTS[0], **given) - pipe(KEY, PROMPTS[0], **given)).max() > 1e-3
+
+
 def test_the_shift_is_theirs():
     for tokens in (16, 256, 4096, 4300, 4301, 9000):
         for steps in (1, 4, 10, 50, 200):

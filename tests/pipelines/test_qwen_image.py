@@ -100,6 +100,17 @@ def test_without_guidance_and_without_a_negative_prompt(pipe, reference):
     assert pipe.default_size == (128 * 2, 128 * 2)  # 1024 pixels at the published factor of 8
 
 
+def test_reference_quirks(folder, pipe, reference, their_latents):
+    """Without a negative prompt nothing is guided then, at their scale of 4; with one it is."""
+    quirky = pipelines.load(folder, reference_quirks=True)
+    start = NOISE[:1, :, :4]
+    plain = reference_latents(reference, PROMPTS[1], latents=packed(theirs(start)), width=SIZE // 2)
+    given = dict(latents=start, output="latents", **OURS)
+    assert_latents_agree(quirky(KEY, PROMPTS[1], **given), plain)
+    assert np.abs(ours(plain) - pipe(KEY, PROMPTS[1], **given)).max() > 0.01
+    assert_latents_agree(quirky(KEY, PROMPTS, "bad", **given | {"latents": NOISE}), their_latents)
+
+
 def test_image_to_image(folder, pipe, monkeypatch):
     """2 of 4 steps, guided."""
     reference = open_reference(diffusers.QwenImageImg2ImgPipeline, folder)

@@ -4,8 +4,10 @@
 """
 
 import functools
+import inspect
 import pathlib
 
+import diffusers
 import numpy as np
 import pytest
 
@@ -13,7 +15,9 @@ from experiments.diffusers_schedulers import scheduler_runs
 from experiments.diffusers_schedulers.scheduler_deviations import DEVIATIONS, PAGE, deviation_of
 from experiments.diffusers_schedulers.scheduler_probes import Probe, probes, signature
 from experiments.diffusers_schedulers.scheduler_verdicts import AGREES, Verdict, read, verdict
-from jaxldm.schedulers.table import INVERSES, SCHEDULERS
+from jaxldm import schedulers
+from jaxldm.errors import CheckpointError
+from jaxldm.schedulers.table import ALIASES, INVERSES, SCHEDULERS
 
 STEPS = 4
 # These make the path; test_read.py and test_write.py compare their rows.
@@ -72,6 +76,27 @@ def test_what_is_used_draws_what_the_reference_draws(name):
             continue
         seen.append(scheduler)
         assert (found := verdict(probe, STEPS)).kind != "silent", f"{probe}: {found.note}"
+
+
+def of_the_reference():
+    """Every scheduler of the installed diffusers, those that need a package besides, too."""
+    names = [
+        name for name in dir(diffusers.schedulers) if inspect.isclass(getattr(diffusers.schedulers, name))
+    ]
+    return sorted({*(name for name in names if name.endswith("Scheduler")), "DPMSolverSDEScheduler"})
+
+
+@pytest.mark.parametrize("name", of_the_reference())
+def test_every_scheduler_of_the_reference_is_read_or_refused_by_its_name(name):
+    """Those of other modalities, and those whose pipelines are not here, are refused in one line."""
+    if name in (*SCHEDULERS, *ALIASES, *INVERSES):
+        assert isinstance(schedulers.from_config({"_class_name": name}), schedulers.Scheduler)
+        own, theirs = signature(ALIASES.get(name, name)), signature(name)
+        assert own == theirs  # an alias has the entries of what it stands for
+        return
+    with pytest.raises(CheckpointError, match=f"_class_name '{name}'") as caught:
+        schedulers.from_config({"_class_name": name})
+    assert "\n" not in str(caught.value)
 
 
 def test_the_page_lists_every_deviation():

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1 and Z-Image as one file in the layout of the original code."""
+"""Stable Diffusion, FLUX, Z-Image and Qwen-Image as one file, in the layout of the original code."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from jaxldm.checkpoints.gguf_file import open_gguf
 from jaxldm.checkpoints.names import from_state_dict, published, several_networks
 from jaxldm.checkpoints.original import autoencoder
 from jaxldm.checkpoints.original.flux import FLUX
+from jaxldm.checkpoints.original.flux2 import FLUX2
 from jaxldm.checkpoints.original.layout import Component, Family, from_original, place_of, to_original
 from jaxldm.checkpoints.original.packed import Codes, keep_codes, split_scales
+from jaxldm.checkpoints.original.qwen_image import QWEN_IMAGE
 from jaxldm.checkpoints.original.stable_diffusion import SD1, SD2, SDXL, SDXL_REFINER
 from jaxldm.checkpoints.original.stable_diffusion_3 import SD3
 from jaxldm.checkpoints.original.z_image import Z_IMAGE
@@ -28,7 +30,10 @@ from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.files import write_atomically
 from jaxldm.reading import reading
 
-FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SDXL_REFINER, SD3, FLUX, Z_IMAGE)}
+# The first whose names a file has: FLUX.2 has double blocks, too.
+FAMILIES = {
+    family.name: family for family in (SD1, SD2, SDXL, SDXL_REFINER, SD3, FLUX2, FLUX, Z_IMAGE, QWEN_IMAGE)
+}
 # What files hold beside the components: noise schedules, averages of weights, training losses, buffers.
 _TRAINING_LEFTOVERS = (
     r"(model_ema|first_stage_model\.(loss|model_ema)|denoiser)\..*"
@@ -51,7 +56,8 @@ def load_single_file(path: Path | str, *, dtype: str | None = None) -> dict[str,
     3's smaller CLIP. Weights in 8 or 4 bits (`packed`) stay so inside of the blocks of the denoising network.
 
     Args:
-        path: a .safetensors file, or a .gguf file of FLUX, SD 3 or Z-Image (F32, F16, BF16, Q8_0, Q4_0).
+        path: a .safetensors file, or a .gguf file of FLUX, FLUX.2, SD 3, Z-Image or Qwen-Image (F32, F16,
+            BF16, Q8_0, Q4_0 and others).
         dtype: "float32", "bfloat16" or "float16", for the parameters and for the computation; None is
             float32.
 
@@ -98,9 +104,10 @@ def save_single_file(path: Path | str, components: Mapping[str, tuple[nn.Module,
 
     The layout follows from the components. A transformer has that of its own family. Without one, three text
     encoders have SD3's layout; two, XL's; the second alone, that of XL's refiner; one OpenCLIP ("gelu"),
-    2.x's; all others, 1.x's. FLUX and Z-Image are written as ComfyUI has them; a component of theirs alone,
-    and any autoencoder alone, with the names of the published files of that component (flux1-dev.safetensors,
-    ae.safetensors). The autoencoder's factors are metadata of the file, which other programs ignore.
+    2.x's; all others, 1.x's. FLUX, FLUX.2, Z-Image and Qwen-Image are written as ComfyUI has them; a
+    component of theirs alone, and any autoencoder alone, with the names of the published files of that
+    component (flux1-dev.safetensors, ae.safetensors). The autoencoder's factors are metadata of the file,
+    which other programs ignore.
 
     Args:
         path: the file to write.
@@ -198,7 +205,7 @@ def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
             return family, None
     for family in FAMILIES.values():
         encoders = [part for name, part in family.components.items() if name.startswith("text_encoder")]
-        if all(_has(state, part.prefix) for part in encoders):
+        if encoders and all(_has(state, part.prefix) for part in encoders):
             return family, None
     widths = {
         tuple(tensor.shape)[-1:]
@@ -215,7 +222,7 @@ def _family_of_file(state: Mapping[str, Tensor]) -> tuple[Family, str | None]:
     if roots == {"first_stage_model"}:  # an autoencoder alone, as earlier versions wrote it
         return SD1 if "first_stage_model.quant_conv.weight" in state else SD3, None
     raise CheckpointError(
-        "not a single file of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or Z-Image: it has no text encoder "
+        "not a single file of Stable Diffusion, FLUX, FLUX.2, Z-Image or Qwen-Image: it has no text encoder "
         "and no denoiser of these under their original names; its first tensors are "
         f"{', '.join(sorted(state)[:3]) or 'none at all'}"
     )

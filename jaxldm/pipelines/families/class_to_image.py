@@ -17,7 +17,7 @@ from typing import Annotated, Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
@@ -33,7 +33,7 @@ from jaxldm.pipelines.family import Family, Folder
 from jaxldm.pipelines.generate import generate, grid, num_callbacks, read_call_inputs, read_scheduler
 from jaxldm.pipelines.inputs import Inputs, LatentSpec, Size
 from jaxldm.pipelines.labels import checked_labels, cycle_labels
-from jaxldm.pipelines.latents import scale_factor
+from jaxldm.pipelines.latents import decode_images, scale_factor
 from jaxldm.pipelines.network import A_NETWORK, Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.schedulers import Sampler, Scheduler
@@ -49,7 +49,9 @@ OF_DIFFUSERS = {
     "DDIMPipeline": ("ddim", 50),
     "PNDMPipeline": ("pndm", 50),
     "ConsistencyModelPipeline": (None, 1),
+    "ScoreSdeVePipeline": (None, 2000),
 }
+UP_TO_1 = ("ScoreSdeVePipeline",)  # of these the network's pictures are numbers in [0, 1]
 # class_names: one for each label; empty when nobody named them.
 # guided_channels: how many of the network's channels are guided, from the first on; None: all of them. The
 #   authors' samplers of DiT and SiT guide 3 of 4: `pipe.replace(guided_channels=3)`.
@@ -119,6 +121,10 @@ def draw_classes(
         labels, negatives = [None] * count, None
     elif negative_labels is None:
         negatives = None
+    elif not pipe.has_null_class:
+        raise InvalidArgumentError(
+            "this model has no null class and is not guided: leave the negative labels out"
+        )
     else:
         negatives = np.resize(checked_labels(pipe, negative_labels, "negative labels"), count)
     batches = {"batch_size": pipe.images_per_device, "in_flight": batch_size}
@@ -137,6 +143,8 @@ def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, 
     """The labels themselves, and the null class; nothing for a model without classes."""
     if pipe.num_classes is None:
         return {}, {}
+    if not pipe.has_null_class:
+        return {"labels": request.prompts}, {}
     null = np.full_like(request.prompts, pipe.num_classes)
     return {"labels": request.prompts}, {"labels": null if request.negatives is None else request.negatives}
 
@@ -182,8 +190,8 @@ def _with_variance(pipe: Pipeline, sampler: Sampler) -> Sampler:
 
 
 def defaults(pipe: Pipeline) -> Defaults:
-    """DDIM; a model without classes cannot be guided."""
-    scale = 1.0 if pipe.num_classes is None else pipe.options["default_guidance_scale"]
+    """DDIM; a model without classes, or without a null class, cannot be guided."""
+    scale = pipe.options["default_guidance_scale"] if pipe.has_null_class else 1.0
     solver, steps = OF_DIFFUSERS.get(pipe.options["diffusers_class"], ("ddim", 50))
     return Defaults(guidance_scale=scale, solver=solver, num_inference_steps=steps)
 
@@ -199,7 +207,7 @@ def guidance_condition(pipe: Pipeline, scale: float, count: int) -> dict[str, An
 
 
 def check_guidance(pipe: Pipeline, call: Call) -> None:
-    """Raise `InvalidArgumentError` for a scale that is not finite, negative, or without classes."""
+    """Raise `InvalidArgumentError` for a scale that is not finite, negative, or without a null class."""
     check_guidance_scale(pipe, call.guidance_scale)
 
 
@@ -212,9 +220,10 @@ def check_guidance_scale(pipe: Pipeline, guidance_scale: float | None) -> float:
             f"guidance_scale must be a finite number of 0 or more, not {guidance_scale}: "
             "1 is the model as trained, 3 is a good start"
         )
-    if pipe.num_classes is None and guidance_scale != 1:
+    if not pipe.has_null_class and guidance_scale != 1:
+        missing = "classes" if pipe.num_classes is None else "null class"
         raise InvalidArgumentError(
-            "this model has no classes, so there is nothing to guide it by: leave the guidance scale out"
+            f"this model has no {missing}, so there is nothing to guide it by: leave the guidance scale out"
         )
     if pipe.few_steps is not None:
         pipe.few_steps.check_scale(guidance_scale)
@@ -228,6 +237,15 @@ def image_shape(pipe: Pipeline) -> tuple[int, int, int]:
         return shape
     latents = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     return jax.eval_shape(lambda z: models.decode_latents(vae.module, vae.params, z), latents).shape[1:]
+
+
+def decode_pictures(
+    pipe: Pipeline, latents: Float[Any, "N h w c"], **options: Any
+) -> Float[np.ndarray, "N H W C"]:
+    """Images in [-1, 1] of what the network draws; options as in `decode_images`."""
+    if pipe.options.get("diffusers_class") in UP_TO_1:
+        latents = 2 * np.asarray(latents, np.float32) - 1
+    return decode_images(pipe.autoencoder, latents, **options)
 
 
 def _check_guided_channels(pipe: Pipeline) -> None:
@@ -304,10 +322,6 @@ def check(pipe: Pipeline) -> None:
         raise CheckpointError(
             f"its autoencoder has {vae.config.latent_channels} latent channels, its denoising network works "
             f"on {denoiser.config.in_channels}"
-        )
-    if pipe.diffusers_class == "ConsistencyModelPipeline" and pipe.num_classes is not None:
-        raise CheckpointError(
-            "it is a consistency model of classes, which have no null class: those without classes are read"
         )
     pipe.prediction  # noqa: B018 (refuses a file that describes none)
     names = len(pipe.class_names)
@@ -387,6 +401,7 @@ CLASS_TO_IMAGE = Family(
     check_guidance=check_guidance,
     read_prompts=read_labels,
     read_inputs=read_latents,
+    decode=decode_pictures,
     call=draw_classes,
     num_callbacks=count_callbacks,
     unused=(

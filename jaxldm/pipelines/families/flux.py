@@ -45,13 +45,14 @@ def encode(
     Args:
         prompt_2, negative_prompt_2: other texts for T5.
         max_sequence_length: tokens that T5 sees, up to 512; None: as many as in training, 512 in dev and 256
-            in schnell, or fewer where the tokenizer has fewer. CLIP sees 77.
+            in schnell (with `reference_quirks` 512 in both, as in diffusers), or fewer where the tokenizer
+            has fewer. CLIP sees 77.
 
     Raises:
         InvalidArgumentError: a number of texts or of tokens that does not fit.
     """
     if max_sequence_length is None:
-        published = 512 if pipe.is_guidance_distilled else 256
+        published = 512 if pipe.is_guidance_distilled or pipe.reference_quirks else 256
         max_sequence_length = min(published, pipe.tokenizer_2.max_length)
     check_sequence_length(max_sequence_length)
     prompts, negatives = request.prompts, request.negatives or [""] * len(request.prompts)

@@ -6,6 +6,7 @@ image-to-image and inpainting are one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxldm.errors import CheckpointError
@@ -26,7 +27,8 @@ def encode(
     """The encoder's last states; where there is no negative prompt, those of the empty one.
 
     Args:
-        clip_skip: leave out this many of the encoder's last layers, for both prompts. Models that were
+        clip_skip: leave out this many of the encoder's last layers, for both prompts (with
+            `reference_quirks` for the prompt alone, as in diffusers). Models that were
             trained so say "clip skip 2" where this is 1.
         prompt_syntax: "plain"; "chunks" takes texts beyond 77 tokens; "weights" these and `(cat:1.3)`, see
             `weighted_prompts`. All texts of a call get as many chunks as the longest.
@@ -38,11 +40,17 @@ def encode(
     texts = [*request.prompts, *(request.negatives or [""])]
     encoding = text_encoding(prompt_syntax, [(pipe.text_encoder, pipe.tokenizer, texts)])
 
-    def states(texts: list[str]) -> dict[str, Any]:
-        encoded = encoding(pipe.text_encoder, pipe.tokenizer, texts, skip=clip_skip)
+    def states(texts: Sequence[str], skip: int) -> dict[str, Any]:
+        encoded = encoding(pipe.text_encoder, pipe.tokenizer, texts, skip=skip)
         return {"encoder_hidden_states": encoded.hidden}
 
-    return request.both(states)
+    negatives = request.negatives or [""] * len(request.prompts)
+    return states(request.prompts, clip_skip), states(negatives, negative_skip(pipe, clip_skip))
+
+
+def negative_skip(pipe: Pipeline, clip_skip: int) -> int:
+    """`clip_skip` of the negative prompts: the same, but none in diffusers."""
+    return 0 if pipe.reference_quirks else clip_skip
 
 
 def defaults(pipe: Pipeline) -> Defaults:

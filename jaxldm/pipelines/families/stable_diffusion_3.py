@@ -10,6 +10,7 @@ The folder's schedule shifts every t once. Stability's code and diffusers shift 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.embeds import TextWidths
+from jaxldm.pipelines.families.stable_diffusion import negative_skip
 from jaxldm.pipelines.family import (
     Family,
     Folder,
@@ -74,18 +76,18 @@ def encode(
             ("negative_prompt_3", negative_prompt_3),
         )
     )
-    options = {"max_sequence_length": max_sequence_length, "clip_skip": clip_skip}
-    cond = _encode_all(pipe, prompts, second, third, **options)
-    return cond, _encode_all(pipe, negatives, negative_second, negative_third, **options)
+    encode_all = functools.partial(_encode_all, pipe, max_sequence_length)
+    cond = encode_all(clip_skip, prompts, second, third)
+    return cond, encode_all(negative_skip(pipe, clip_skip), negatives, negative_second, negative_third)
 
 
 def _encode_all(
     pipe: Pipeline,
+    max_sequence_length: int,
+    clip_skip: int,
     texts: Sequence[str],
     second: list[str] | None,
     third: list[str] | None,
-    max_sequence_length: int,
-    clip_skip: int,
 ) -> dict[str, Any]:
     width, clips = pipe.transformer.config.joint_attention_dim, []
     clip_tokens = [tokenizer.max_length for tokenizer in (pipe.tokenizer, pipe.tokenizer_2) if tokenizer]

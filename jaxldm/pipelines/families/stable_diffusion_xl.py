@@ -73,12 +73,14 @@ def encode(
             ),
         ],
     )
-    encode_all = functools.partial(_encode_both, pipe, encoding, clip_skip)
-    cond = encode_all(prompts, second)
+    encode_all = functools.partial(_encode_both, pipe, encoding)
+    cond = encode_all(clip_skip, prompts, second)
     if negatives is None and negative_second is None and pipe.force_zeros_for_empty_prompt:
         uncond = Encoded(*(np.zeros_like(part) for part in cond))
     else:
-        uncond = encode_all(negatives or empty, negative_second)
+        uncond = encode_all(
+            stable_diffusion.negative_skip(pipe, clip_skip), negatives or empty, negative_second
+        )
 
     original, target = original_size or size, target_size or size
     numbers = (*original, *crops_coords_top_left)

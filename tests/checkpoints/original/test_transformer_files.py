@@ -1,4 +1,4 @@
-"""Original files of SD3, FLUX and Z-Image: the reference reads what we write, and we read back every bit."""
+"""Original files of transformers: the reference reads what we write, and we read back every bit."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -104,7 +104,8 @@ def test_all_components_in_one_file(written, tmp_path):
     """With what such files also hold."""
     case, state = CASES[written.family], read_safetensors(written.path)
     assert all(name in state for name in case.names)
-    own = {name: tensor for name, tensor in as_torch(state).items() if name.startswith("model.")}
+    start = "model." if len(written.ours) > 1 else ""
+    own = {name: tensor for name, tensor in as_torch(state).items() if name.startswith(start)}
     assert_published(case.convert(own), written.theirs["transformer"])
     assert_same(load_single_file(written.path), written.ours)
     (tmp_path / "more.safetensors").write_bytes(safetensors_bytes(state | case.more(state)))
@@ -130,7 +131,7 @@ def test_presets_stand_in_the_published_files(family, preset):
         template = dataclasses.replace(template, n_layers=1, n_refiner_layers=1)
     assert part.config(shapes, template) == config
     meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert single_file_utils.infer_diffusers_model_type(meta) == kind
+    assert kind is None or single_file_utils.infer_diffusers_model_type(meta) == kind
     converted = CASES[family].convert(meta)
     assert {name: tensor.shape for name, tensor in converted.items()} == theirs
 

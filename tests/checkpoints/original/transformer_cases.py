@@ -1,4 +1,4 @@
-"""Small models of SD3, FLUX and Z-Image, and what is known of their published files."""
+"""Small models of SD3, FLUX, FLUX.2, Z-Image and Qwen-Image, and what is known of their published files."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -49,6 +49,22 @@ FLUX = {
     "guidance_embeds": True,
 }
 Z_IMAGE = {"in_channels": 4, "dim": WIDTH, "n_heads": 1, "n_kv_heads": 1, "n_layers": 2, "cap_feat_dim": 10}
+FLUX2 = {
+    "in_channels": 12,
+    "out_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 1,
+    "num_attention_heads": 1,
+    "joint_attention_dim": 10,
+    "timestep_guidance_channels": 6,
+}
+QWEN_IMAGE = {
+    "in_channels": 16,
+    "out_channels": 8,
+    "num_layers": 2,
+    "num_attention_heads": 1,
+    "joint_attention_dim": 10,
+}
 QWEN = {
     "vocab_size": 40,
     "hidden_size": 10,
@@ -97,6 +113,16 @@ def z_image_models():
     }
 
 
+def without_prefix(state):
+    """Names that are those of the folder."""
+    return {name.removeprefix("model.diffusion_model."): tensor for name, tensor in state.items()}
+
+
+def convert_flux2(state):
+    """By the reference, which takes no prefix."""
+    return single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(without_prefix(state))
+
+
 def convert_flux(state):
     """The reference's conversion at any width; the published width is a constant of its code."""
     width = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("img_in.weight"))
@@ -118,8 +144,8 @@ class Case(NamedTuple):
         more_alone: tensors that such a file may also hold.
         names: some names in a file of all components.
         more: tensors of such a file -> those that it may also hold.
-        published: preset -> (the preset to read configs with, the reference's name for it, the number of
-            tensors, names and shapes in the published file).
+        published: preset -> (the preset to read configs with, the reference's name for it or None where it
+            reads no such file, the number of tensors, names and shapes in the published file).
         changes: (tensor of the transformer, its new shape or None to leave it out, the message).
     """
 
@@ -130,7 +156,7 @@ class Case(NamedTuple):
     more_alone: Mapping[str, np.ndarray]
     names: tuple[str, ...]
     more: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-    published: Mapping[str, tuple[str, str, int | None, Mapping[str, tuple[int, ...]]]]
+    published: Mapping[str, tuple[str, str | None, int | None, Mapping[str, tuple[int, ...]]]]
     changes: tuple[tuple[str, tuple[int, ...] | None, str], ...]
 
 
@@ -298,6 +324,72 @@ CASES = {
             ("layers.0.surprise", (3,), r"left over: layers\.0\.surprise \(3,\)"),
             ("x_embedder.weight", None, r"the transformer is not whole: it has no tensor x_embedder\.weight"),
             ("layers.0.attention.q_norm.weight", (64,), "shapes of no model: axes_dims"),
+        ),
+    ),
+    "FLUX.2": Case(
+        lambda: {"transformer": diffusers.Flux2Transformer2DModel(**FLUX2)},
+        convert_flux2,
+        "",
+        {
+            "double_blocks.1.txt_attn.qkv.weight": (3 * WIDTH, WIDTH),
+            "single_blocks.0.linear1.weight": (9 * WIDTH, WIDTH),
+        },
+        {},
+        ("double_stream_modulation_img.lin.weight", "guidance_in.out_layer.weight"),
+        lambda state: {},
+        {
+            "flux2-dev": (
+                "flux2-klein-4b",
+                "flux-2-dev",
+                None,
+                {
+                    "img_in.weight": (6144, 128),
+                    "txt_in.weight": (6144, 15360),
+                    "guidance_in.in_layer.weight": (6144, 256),
+                    "double_stream_modulation_txt.lin.weight": (36864, 6144),
+                    "single_stream_modulation.lin.weight": (18432, 6144),
+                    "double_blocks.7.img_mlp.0.weight": (36864, 6144),
+                    "single_blocks.47.linear2.weight": (6144, 24576),
+                    "final_layer.adaLN_modulation.1.weight": (12288, 6144),
+                },
+            ),
+            "flux2-klein-9b": ("flux2-klein-4b", "flux-2-dev", None, {"img_in.weight": (4096, 128)}),
+        },
+        (
+            ("double_blocks.1.txt_mlp.2.weight", None, r"missing: .*1\.ff_context\.linear_out\.weight"),
+            ("double_blocks.0.img_attn.qkv.weight", (387, WIDTH), r"attn\.to_q\.weight is \(129, 128\) in"),
+            ("double_blocks.0.surprise", (3,), r"left over: double_blocks\.0\.surprise \(3,\)"),
+            ("img_in.weight", None, r"the transformer is not whole: it has no tensor img_in\.weight"),
+            ("double_blocks.0.img_attn.norm.query_norm.scale", (64,), "shapes of no model: axes_dims_rope"),
+        ),
+    ),
+    "Qwen-Image": Case(
+        lambda: {"transformer": diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE)},
+        without_prefix,
+        "",
+        {"transformer_blocks.1.attn.add_k_proj.weight": (WIDTH, WIDTH)},
+        {},
+        ("txt_norm.weight", "transformer_blocks.0.img_mod.1.bias"),
+        lambda state: {},
+        {
+            "qwen-image": (
+                "qwen-image",
+                None,
+                1933,
+                {
+                    "img_in.weight": (3072, 64),
+                    "txt_in.weight": (3072, 3584),
+                    "transformer_blocks.59.attn.norm_added_k.weight": (128,),
+                    "transformer_blocks.59.img_mlp.net.0.proj.weight": (12288, 3072),
+                    "proj_out.weight": (64, 3072),
+                },
+            )
+        },
+        (
+            ("transformer_blocks.1.attn.to_add_out.bias", None, r"missing: .*1\.attn\.to_add_out\.bias"),
+            ("transformer_blocks.0.surprise", (3,), r"left over: transformer_blocks\.0\.surprise \(3,\)"),
+            ("proj_out.weight", None, r"the transformer is not whole: it has no tensor proj_out\.weight"),
+            ("transformer_blocks.0.attn.norm_q.weight", (64,), "shapes of no model: axes_dims_rope"),
         ),
     ),
 }
