@@ -82,6 +82,9 @@ DENOISERS = {
     # 77 tokens of CLIP and 256 of T5.
     **{name: Part(name, {2: (1, 333, 4096)}) for name in ("sd3-medium", "sd35-medium", "sd35-large")},
     "z-image": Part("z-image", {0: (1, 128, 128, 16), 2: (1, 128, 2560)}),
+    "qwen-image": Part("qwen-image", {2: (1, 128, 3584)}),
+    "flux2-klein-4b": Part("flux2-klein-4b"),
+    "flux2-klein-9b": Part("flux2-klein-9b"),
 }
 TEXT_ENCODERS = {
     "clip-l, 77 tokens": _texts("clip-l", 77),
@@ -92,6 +95,9 @@ TEXT_ENCODERS = {
     "t5-xxl, 300 tokens": _texts("t5-xxl", 300),
     "t5-xxl, 512 tokens": _texts("t5-xxl", 512),
     "qwen3-4b, 128 tokens": _texts("qwen3-4b", 128),
+    "qwen3-4b, 512 tokens": _texts("qwen3-4b", 512),
+    "qwen3-8b, 512 tokens": _texts("qwen3-8b", 512),
+    "qwen2.5-vl-7b, 162 tokens": _texts("qwen2.5-vl-7b", 162),  # 34 of the chat are left out of them
 }
 DECODERS = {
     "mini-autoencoder, 28 pixels": _decoder("mini-autoencoder", 7, 4),
@@ -99,6 +105,8 @@ DECODERS = {
     "sd-vae, 512 pixels": _decoder("sd-vae", 64, 4),
     "sdxl-vae, 1024 pixels": _decoder("sdxl-vae", 128, 4),
     "sd3-vae, 1024 pixels": _decoder("sd3-vae", 128, 16),
+    "flux2-vae, 1024 pixels": _decoder("flux2-vae", 64, 128),
+    "qwen-image-vae, 1024 pixels": _decoder("qwen-image-vae", 128, 16),
     "amused-vq, 256 pixels": Part("amused-vq", {0: (1, 16, 16)}, "decode_indices"),
     "amused-vq, 512 pixels": Part("amused-vq", {0: (1, 32, 32)}, "decode_indices"),
     "wuerstchen-vqgan, 1024 pixels": _decoder("wuerstchen-vqgan", 256, 4),
@@ -187,6 +195,21 @@ PICTURES = {
     },
     "Z-Image": Picture(
         1024, {"qwen3-4b, 128 tokens": 1, "z-image": 9, "sd3-vae, 1024 pixels": 1}, "9 steps (Turbo)"
+    ),
+    "FLUX.2 klein 4B": Picture(
+        1024,
+        {"qwen3-4b, 512 tokens": 1, "flux2-klein-4b": 4, "flux2-vae, 1024 pixels": 1},
+        "4 steps",
+    ),
+    "FLUX.2 klein 9B": Picture(
+        1024,
+        {"qwen3-8b, 512 tokens": 1, "flux2-klein-9b": 4, "flux2-vae, 1024 pixels": 1},
+        "4 steps",
+    ),
+    "Qwen-Image": Picture(
+        1024,
+        {"qwen2.5-vl-7b, 162 tokens": 2, "qwen-image": 100, "qwen-image-vae, 1024 pixels": 1},
+        "50 steps, guided",
     ),
     "FLUX.1-schnell": Picture(
         1024,

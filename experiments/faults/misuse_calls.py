@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.faults.misuse_arrays import labelled_images, small_classifier
 from experiments.faults.misuse_cases import FLOW, IMAGES, KEY, VP, conditional, halve
+from experiments.faults.misuse_families import calls_of_families
 from experiments.faults.misuse_files import place
 from experiments.faults.small_folders import class_pipeline
 from jaxldm import checkpoints, metrics, models, pipelines
@@ -49,6 +50,7 @@ def mistakes() -> list[Mistake]:
         *of_metrics(),
         *of_models(),
         *of_pipelines(),
+        *(Mistake(*call) for call in calls_of_families()),
     ]
 
 

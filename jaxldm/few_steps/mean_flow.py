@@ -171,8 +171,8 @@ def _loss_along(u, z, v, arguments, direction_of, numbers):
     if not 0 <= still <= len(z):
         raise InvalidArgumentError(f"still must be from 0 to the {len(z)} examples, got {still}")
 
-    def of_rows(rows):
-        return jax.tree.map(lambda leaf: leaf[rows], (z, v, *arguments))
+    def of_rows(rows):  # a number in a condition is that of all examples
+        return jax.tree.map(lambda leaf: leaf[rows] if jnp.ndim(leaf) else leaf, (z, v, *arguments))
 
     def of_still(z, v, r, t, condition):
         return _ask(u, z, r, t, condition) - stopped(v)

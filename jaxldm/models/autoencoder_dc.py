@@ -78,6 +78,12 @@ class AutoencoderDCConfig(ModelConfig):
         )
         for side in SIDES:
             self._check_side(side)
+        for name in ("decoder_norm_types", "decoder_act_fns"):
+            value = getattr(self, name)
+            check(
+                isinstance(value, str) or len(value) == self.num_levels,
+                f"{name} has {len(value)} levels, decoder_block_out_channels {self.num_levels}",
+            )
         for level in range(self.num_levels):
             one_of("decoder_norm_types", self.of_level("decoder_norm_types", level), NORMS)
             one_of("decoder_act_fns", self.of_level("decoder_act_fns", level), ACTIVATIONS)

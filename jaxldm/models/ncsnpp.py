@@ -115,12 +115,13 @@ class NCSNppConfig(ModelConfig):
             check(value == only, f"{name} is {only!r} in a U-Net with skip blocks, not {value!r}")
         check(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type is 'UNetMidBlock2D' or None")
         around = any("Attn" in kind for kind in self.up_block_types)  # it normalises what it is given, too
+        in_the_middle = self.add_attention and self.mid_block_type is not None
         for level, channels in enumerate(self.block_out_channels):
             attends = "Attn" in self.down_block_types[level] or "Attn" in self.up_block_types[last - level]
             multiple = GROUPS_OF_ATTENTION if attends or around else 4
             fits = channels % multiple == 0 and channels % max(num_groups(channels), 1) == 0
             check(fits, f"block_out_channels must be multiples of {multiple}, not {channels}")
-            heads = attends or (level == last and self.add_attention)
+            heads = attends or (level == last and in_the_middle)
             check(
                 not heads or channels % (self.attention_head_dim or channels) == 0,
                 f"{channels} channels cannot be split into heads of {self.attention_head_dim}",
@@ -146,7 +147,7 @@ class NCSNppModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W 3"], t: Float[Array, " B"], train: bool = False
+        self, x: Float[Array, "B H W 3"], t: Float[Array, " B"], *, train: bool = False
     ) -> Float[Array, "B H W 3"]:
         """Predict the score from noisy pictures and the noise level.
 

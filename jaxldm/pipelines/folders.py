@@ -126,8 +126,8 @@ def load(
         mesh: split the weights of every network over these devices, as `models.make_mesh(tensor=4)` makes
             them; each device reads only its parts. Calls of the pipeline then compute on the mesh.
         rules: how, before the usual ones: (pattern, `PartitionSpec`), see `jaxldm.models.sharding`.
-        reference_quirks: draw what diffusers draws with the folder, also where its schedulers err: to compare
-            pictures. `docs/where-jaxldm-differs.md` lists what that changes.
+        reference_quirks: draw what diffusers draws with the folder, also where its schedulers and pipelines
+            err: to compare pictures. `docs/where-jaxldm-differs.md` lists what that changes.
         controlnet: folders of ControlNets or T2I-Adapters to draw with, as in `with_control`.
 
     Raises:

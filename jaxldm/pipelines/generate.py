@@ -300,6 +300,8 @@ def _written_rows(path: D.Path, call: Call, rule: GridRule, shift: float | None)
     name, make = ("sigmas", D.at_sigmas) if call.timesteps is None else ("timesteps", D.at_times)
     given = getattr(call, name)
     values, steps = np.asarray(given, np.float64).reshape(-1), call.num_inference_steps
+    if name == "sigmas" and len(values) > 1 and values[-1] == 0:
+        values = values[:-1]  # diffusers wants the end in the list, too
     if steps not in (None, len(values)):
         raise InvalidArgumentError(
             f"num_inference_steps={steps}, but {len(values)} values were given as {name}: leave it out"

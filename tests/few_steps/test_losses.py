@@ -202,6 +202,12 @@ def test_examples_without_an_interval_need_no_derivative(loss_of):
     whole, parts, none = (jax.value_and_grad(loss)(0.3, still) for still in (0, 6, 8))
     np.testing.assert_allclose(whole, parts, rtol=1e-5)
     assert none[0] != pytest.approx(float(whole[0]), rel=1e-3)  # here two have an interval
+
+    def of_number(still):
+        network = lambda z, r, t, condition: condition * z  # noqa: E731
+        return loss_of(network, X, NOISE, r, t, 0.5, still=still, power=0.0)[0]
+
+    np.testing.assert_allclose(of_number(0), of_number(6), rtol=1e-5)  # a number is that of all examples
     with pytest.raises(InvalidArgumentError, match="still must be from 0 to the 8 examples"):
         loss_of(lambda z, *rest: z, X, NOISE, r, t, still=9)
 

@@ -91,6 +91,8 @@ def test_the_preset_has_the_published_parameters():
     [
         ({"encoder_layers_per_block": (1, 0, 1)}, InvalidArgumentError, "can be 0 for the first level alone"),
         ({"decoder_qkv_multiscales": ((), ())}, InvalidArgumentError, "has 2 levels"),
+        ({"decoder_norm_types": ()}, InvalidArgumentError, "decoder_norm_types has 0 levels"),
+        ({"decoder_act_fns": ("silu",)}, InvalidArgumentError, "decoder_act_fns has 1 levels"),
         ({"decoder_norm_types": "layer_norm"}, UnknownNameError, "layer_norm"),
         ({"attention_head_dim": 3}, InvalidArgumentError, "8 channels cannot be split into heads of 3"),
         ({"latent_channels": 3}, InvalidArgumentError, "no multiple of 3 latent channels"),

@@ -78,7 +78,8 @@ def test_a_distilled_model_is_drawn_without_guidance(pipe, reference, tmp_path):
     start, text = noise(1, SIDE, 2 * SIDE), PROMPTS[1]
     drawn = distilled(KEY, text, latents=start, output="latents", **TEXT)
     pipelines.save(distilled, tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["is_distilled"] is True
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["is_distilled"] is True and index["text_encoder"] == ["transformers", "Qwen3Model"]
     opened = open_reference(diffusers.Flux2KleinPipeline, tmp_path)
     call = {"height": SIZE, "width": 2 * SIZE, "num_inference_steps": 4, "output_type": "latent", **TEXT}
     for model in (reference, opened):

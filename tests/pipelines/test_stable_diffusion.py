@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDPMScheduler,
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -16,7 +17,7 @@ from diffusers.pipelines.latent_consistency_models import (
 )
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img_module
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as inpaint_module
-from diffusers.schedulers import scheduling_lcm
+from diffusers.schedulers import scheduling_ddpm, scheduling_lcm
 from picture_checks import (
     KEY,
     as_tensor,
@@ -79,6 +80,40 @@ def test_text_to_image(folders, pipes, family, solver):
     call = dict(solver=solver, latents=scale * start, **STEPS, **rescale)
     assert_latents_agree(pipes[family](KEY, PROMPTS, NEGATIVE, output="latents", **call), latents)
     assert_images_agree(pipes[family](KEY, PROMPTS, NEGATIVE, **call), reference, latents)
+
+
+@pytest.mark.parametrize(
+    ("solver", "rows"),
+    [
+        ("euler", {"timesteps": [999, 700, 350, 20]}),
+        ("euler", {"sigmas": [14.0, 5.0, 1.0, 0.2, 0.0]}),
+        ("dpmpp_2m", {"timesteps": [981, 640, 300, 41]}),
+        ("ddpm", {"timesteps": [950, 500, 100]}),
+    ],
+)
+def test_rows_that_a_call_writes_down(folders, pipes, monkeypatch, solver, rows):
+    """Timesteps, and noise levels with the 0 at their end that the reference wants."""
+    reference = open_reference(
+        StableDiffusionPipeline, folders["sd15"], solver if solver in REFERENCE else None
+    )
+    if solver == "ddpm":
+        betas = reference.scheduler.config
+        reference.scheduler = DDPMScheduler.from_config(betas, clip_sample=False)
+        queue = [theirs(np.asarray(jax.random.normal(key, (1, LATENT, LATENT, 4)))) for key in step_keys(3)]
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **options: queue.pop(0))
+    start = noise()
+    call = {"guidance_scale": 6.0, **rows}
+    latents = reference(PROMPTS[0], latents=theirs(start), output_type="latent", **call).images
+    scale = float(reference.scheduler.init_noise_sigma)
+    if scale != 1:
+        scale *= pipes["sd15"].grid(solver=solver, **rows)[1].alpha[0]
+    given = dict(solver=solver, latents=scale * start, output="latents", **call)
+    assert_latents_agree(pipes["sd15"](KEY, PROMPTS[0], **given), latents)
+
+
+def step_keys(count):
+    """The keys of image 0 of KEY at its steps."""
+    return [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(count)]
 
 
 def test_clip_skip(folders, pipes):
@@ -190,8 +225,7 @@ def test_inpainting_by_a_network_that_takes_the_mask(folders, pipes, monkeypatch
 
 def feed_steps(monkeypatch, count):
     """The reference draws at its steps what ours draws for image 0 of KEY."""
-    keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(count)]
-    steps = [theirs(np.asarray(jax.random.normal(key, (1, LATENT, LATENT, 4)))) for key in keys]
+    steps = [theirs(np.asarray(jax.random.normal(key, (1, LATENT, LATENT, 4)))) for key in step_keys(count)]
     monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *args, **options: steps.pop(0))
 
 
