@@ -48,6 +48,9 @@ METHODS: dict[str, Callable[[Data], teach.Method]] = {
     "improved consistency training, as published": lambda data: alone.improved_consistency_training(
         data, published=True
     ),
+    "sCM, training, as published": lambda data: alone.continuous_consistency(
+        data, taught=False, published=True
+    ),
     "mean flow, published weights": lambda data: alone.mean_flow(data, power=1.0),
 }
 DATA = {data.name: data for data in (GAUSSIAN, MIXTURE)}

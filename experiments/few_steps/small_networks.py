@@ -48,6 +48,7 @@ class Training(NamedTuple):
         ema: decay of the moving average that losses are given; at first less, (1 + n) / (10 + n).
         slower: factor of the rate of some of the parameters, by their name.
         averaged: whether the moving average is the finished student, or the parameters themselves.
+        betas: decays of Adam's averages of the gradient and of its square.
     """
 
     updates: int = 4000
@@ -55,11 +56,12 @@ class Training(NamedTuple):
     ema: float = 0.95
     slower: Mapping[str, float] = {}
     averaged: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def train(key: Any, params: Params, stages: Sequence[Loss], how: Training) -> Params:
     """The parameters after equally many updates of each loss."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(how.rate, how.updates))
+    optimizer = optax.adam(optax.cosine_decay_schedule(how.rate, how.updates), *how.betas)
     each = how.updates // len(stages)
     slower = tuple(how.slower.items())
     state = (params, params, optimizer.init(params))

@@ -31,15 +31,24 @@ def _edm_method(data: Data, stages: list[Any], how: Training) -> Method:
 
 # Where a target is noisy and the network's own: what is wrong at one level is carried on to all noisier ones,
 # and a high rate feeds it.
-GENTLE = Training(updates=20000, rate=1e-3, ema=0.999, averaged=True)
+GENTLE = Training(updates=28000, rate=2e-3, ema=0.999, averaged=True)
+AS_PUBLISHED = GENTLE._replace(updates=20000, rate=1e-3)
+
+
+def _even_weight(t, s):
+    """(1 + t^2) / (t (t - s)): every level moves the network's own output alike.
+
+    That output has the factor t / sqrt(1 + t^2) in f, and with even logarithms of t a gap is met as often as
+    1 / t says. Published is 1 / (t - s), which is slow at the noisy end, where one step is judged.
+    """
+    return (1 + t**2) / (t * (t - s))
 
 
 def improved_consistency_training(data: Data, published: bool = False) -> Method:
-    """iCT: 10 to 320 intervals, all of one weight.
+    """iCT: 10 to 1280 intervals, drawn alike, with `_even_weight`.
 
-    As published: 10 to 1280 intervals drawn by a log-normal, 1 / (t - s), nearly |difference| for its square.
+    As published: drawn by a log-normal, of weight 1 / (t - s), nearly |difference| for its square.
     """
-    last = 1280 if published else 320
     distance = few.pseudo_huber(0.00054 * 2**0.5) if published else few.squares_of
 
     def stage(levels):
@@ -50,21 +59,21 @@ def improved_consistency_training(data: Data, published: bool = False) -> Method
             x_0, epsilon, key = draws(data, key)
             t, s = few.draw_neighbours(key, sigmas, BATCH, probabilities)
             x_t, x_s = (few.noised(D.EDM(), x_0, epsilon, u) for u in (t, s))
-            f, weight = _edm_student(params), 1 / (t - s) if published else None
+            f, weight = _edm_student(params), 1 / (t - s) if published else _even_weight(t, s)
             return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=weight)[0]
 
         return loss
 
-    levels = sorted({few.num_levels(step, 64, last=last) for step in range(64)})
-    return _edm_method(data, [stage(number) for number in levels], GENTLE)
+    levels = sorted({few.num_levels(step, 64) for step in range(64)})
+    return _edm_method(data, [stage(number) for number in levels], AS_PUBLISHED if published else GENTLE)
 
 
 def easy_consistency_tuning(data: Data, published: bool = False) -> Method:
-    """ECT: from denoising to ever nearer pairs, at all levels alike; as published with other times.
+    """ECT: from denoising to ever nearer pairs, with `_even_weight`; as published with other times.
 
-    The gap is a share of t, so that weights of t / (t - s) weigh all levels alike. The published distance is
-    nearly |difference|. In many dimensions the noise of a target has nearly one length, so that its mean is
-    learned; on a plane it is the point of least distance, a median.
+    A gap of t / 4^k biases the map by as much, so that five stages end near t / 1000. The published distance
+    is nearly |difference|. In many dimensions the noise of a target has nearly one length, so that its mean
+    is learned; on a plane it is the point of least distance, a median.
     """
     distance = few.pseudo_huber(0.0) if published else few.squares_of
     low, high = jnp.log(0.002), jnp.log(80.0)
@@ -78,18 +87,24 @@ def easy_consistency_tuning(data: Data, published: bool = False) -> Method:
         def loss(params, average, start, key, progress):
             x_0, epsilon, key = draws(data, key)
             t = times(key)
-            s = few.easy_times(t, number)
+            s = few.easy_times(t, number, q=2.0 if published else 4.0)
             x_t, x_s = (few.noised(D.EDM(), x_0, epsilon, u) for u in (t, s))
-            f, weight = _edm_student(params), (1 if published else t) / (t - s)
+            f, weight = _edm_student(params), 1 / (t - s) if published else _even_weight(t, s)
             return few.consistency_loss(f, f, x_t, t, x_s, s, distance=distance, weight=weight)[0]
 
         return loss
 
-    return _edm_method(data, [stage(k) for k in range(8 if published else 6)], GENTLE)
+    stages = [stage(k) for k in range(8 if published else 5)]
+    return _edm_method(data, stages, AS_PUBLISHED if published else GENTLE)
 
 
-def continuous_consistency(data: Data, taught: bool) -> Method:
-    """sCM on TrigFlow, by the exact denoiser's slope or by that of each example."""
+def continuous_consistency(data: Data, taught: bool, published: bool = False) -> Method:
+    """sCM on TrigFlow, by the exact denoiser's slope or by that of each example.
+
+    As published the tangent is divided by its length. Of an example's slope the tangent is noise for the most
+    part, and what is 0 on average is then its direction: on a plane another map. Published times, too, seldom
+    come near pi / 2, where one step begins.
+    """
     path = few.TrigFlow(sigma_data=1.0)
     denoise = data.denoiser(path)
 
@@ -98,25 +113,36 @@ def continuous_consistency(data: Data, taught: bool) -> Method:
 
     def loss(params, average, start, key, progress):
         x_0, z, key = draws(data, key)
-        t = few.trig_times(key, BATCH, sigma_data=1.0)
+        times = {} if taught or published else {"mean": 0.0, "std": 2.0}
+        t = few.trig_times(key, BATCH, sigma_data=1.0, **times)
         x_t = few.noised(path, x_0, z, t)
         if taught:
             slope = few.trig_teacher_slope(denoise, x_t, t)
         else:
             slope = jnp.cos(t)[:, None] * z - jnp.sin(t)[:, None] * x_0
-        warmth = jnp.minimum(1.0, 4 * progress)
-        return few.continuous_consistency_loss(student(params), x_t, t, slope, warmth=warmth)[0]
+        return few.continuous_consistency_loss(
+            student(params),
+            x_t,
+            t,
+            slope,
+            warmth=jnp.minimum(1.0, 4 * progress),
+            normalise=taught or published,
+        )[0]
 
     noise = noise_at(path)
     run = lambda params, x: few.trig_consistency(student(params), x, every(path.t_noisy, x))  # noqa: E731
-    how = Training(updates=16000) if taught else GENTLE
+    alone = AS_PUBLISHED if published else GENTLE._replace(updates=34000)
+    how = Training(updates=16000) if taught else alone
     return Method(
         lambda key: init_network(key, 1), [loss], judge(run, noise, data.solve(path, noise)), how=how
     )
 
 
 def shortcut(data: Data) -> Method:
-    """One step of length 1, learned from steps of half the length, down to the velocity."""
+    """One step of length 1, learned from steps of half the length, down to the velocity.
+
+    Half of a batch learns from half steps, where the paper has a quarter: seven lengths share it.
+    """
     path = D.Flow()
 
     def student(params):
@@ -125,7 +151,7 @@ def shortcut(data: Data) -> Method:
     def loss(params, average, start, key, progress):
         x_0, epsilon, key = draws(data, key)
         step_key, time_key = jax.random.split(key)
-        first = BATCH // 4
+        first = BATCH // 2
         t, d = few.shortcut_times(step_key, BATCH)
         t = jnp.where(jnp.arange(BATCH) < first, t, jax.random.uniform(time_key, (BATCH,)))
         x_t = few.noised(path, x_0, epsilon, t)
@@ -134,7 +160,7 @@ def shortcut(data: Data) -> Method:
 
     noise = noise_at(path)
     run = lambda params, x: x - student(params)(x, every(1.0, x), every(1.0, x))  # noqa: E731
-    how = Training(updates=32000, ema=0.99)
+    how = Training(updates=40000, ema=0.99)
     return Method(
         lambda key: init_network(key, 2), [loss], judge(run, noise, data.solve(path, noise)), how=how
     )
@@ -145,16 +171,17 @@ def mean_flow(data: Data, loss_of: Callable[..., Any] = few.mean_flow_loss, powe
 
     The published power of the weights 1 / (|error|^2 + c)^power is 1. In many dimensions |error|^2 is nearly
     the same for all examples; on a plane it is not, and what is learned is nearer to a mode than to the mean.
+    A quarter has r = t, and of the others many r and t are close to 0 and 1, where one step is judged.
     """
-    path = D.Flow()
+    path, still = D.Flow(), BATCH // 4
 
     def student(params):
         return lambda z, r, t, condition=None: network(params, z, t, t - r)
 
     def loss(params, average, start, key, progress):
         x_0, epsilon, key = draws(data, key)
-        r, t = few.interval_times(key, BATCH, 0.5, 0.0, 2.5)  # up to both ends, where it is judged
-        return loss_of(student(params), x_0, epsilon, r, t, power=power, still=BATCH // 2)[0]
+        r, t = few.interval_times(key, BATCH, still / BATCH, 0.0, 4.0)
+        return loss_of(student(params), x_0, epsilon, r, t, power=power, still=still)[0]
 
     noise = noise_at(path)
     run = lambda params, x: x - student(params)(x, every(0.0, x), every(1.0, x))  # noqa: E731
@@ -181,4 +208,5 @@ def drifting(data: Data) -> Method:
         [loss],
         lambda params: distribution_error(draw(params), data),
         DISTRIBUTION,
+        Training(ema=0.999, averaged=True),
     )

@@ -130,7 +130,8 @@ def continuous_consistency_loss(
         slope: dx/dt: a teacher's (`trig_teacher_slope`), or cos(t) z - sin(t) x_0, without one.
         warmth: r, from 0 to 1 in the first 10 000 updates.
         c: of the normalisation of the tangent.
-        normalise: False takes g as it is.
+        normalise: False takes g as it is. Without a teacher g is mostly noise, and g / (|g| + c) is 0 on
+            average at another map than g is, unless there are many dimensions or the noise is symmetric.
         difference: None: dF/dt is the exact derivative. A number: the slope of F between t - difference and
             t + difference along the trajectory, for networks whose embedding of t is made for a thousand
             timesteps: an error of one in a hundred that changes from one timestep to the next is most of

@@ -181,6 +181,21 @@ def test_continuous_consistency_warms_up_from_the_velocity(x64):
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(DIRECTIONS)), 0, atol=1e-9)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_normalised_tangent_is_no_mean_where_slopes_of_examples_are_skewed(normalise, x64):
+    """Of three slopes at one point, 0 on average, the best F is that average unless g is normalised."""
+    x_t, t, slope = jnp.zeros((3, 1)), every(3, 0.4), jnp.array([[-1.0], [-1.0], [2.0]])
+
+    def loss(theta):
+        own = lambda x, t: theta + 0 * x  # noqa: E731
+        return few.continuous_consistency_loss(own, x_t, t, slope, warmth=0.0, normalise=normalise)[0]
+
+    gradient = float(jax.grad(loss)(0.0))
+    g = np.cos(0.4) ** 2 * np.array([-1, -1, 2.0])
+    wanted = -2 * np.mean(g / (np.abs(g) + 0.1)) if normalise else 0.0
+    assert gradient == pytest.approx(wanted, abs=1e-9) and (abs(wanted) > 0.5) == normalise
+
+
 def test_a_slope_over_an_interval_is_blind_to_what_changes_from_one_timestep_to_the_next(x64):
     path, t = few.TrigFlow(sigma_data=1.0), jnp.linspace(0.1, 1.5, COUNT)
     x_t = few.noised(path, *uncorrelated(COUNT), t)
