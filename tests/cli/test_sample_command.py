@@ -181,6 +181,8 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
         (["--cache", "fora:0"], ["interval", "at least 1"]),
         (["--cache", "fora:x"], ["interval must be a whole number"]),
         (["--cache", "deepcache:3"], ["this cache is for U-Nets", "fora:3"]),
+        (["--cache", "first-block:-1"], ["threshold must be a positive number"]),
+        (["--cache", "first-block:0.1,9"], ["first_blocks=9", "none of the"]),
         (["--cache", "fora:2", "--solver", "heun"], ["once a step", "ddim"]),
     ],
 )

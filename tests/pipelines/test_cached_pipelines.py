@@ -11,6 +11,7 @@ from tiny_models import DIT, PREDICTION, latent_pipeline, pixel_pipeline, random
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines, serving
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
+from jaxldm.pipelines.caching import check_cache
 
 KEY = jax.random.key(3)
 CALL = {"num_inference_steps": 6, "guidance_scale": 2.0}
@@ -86,6 +87,24 @@ def test_it_is_refused_before_a_text_is_encoded(tmp_path_factory, monkeypatch, o
     with pytest.raises(InvalidArgumentError, match=words) as caught:
         dataclasses.replace(texts, family=family)(KEY, ["a"], **CALL | options)
     assert COMPILATIONS.count == before and not encoded and "\n" not in str(caught.value)
+
+
+PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+PNDM |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize("options, fits", [({}, False), ({"solver": "unipc"}, True)])
+def test_the_scheduler_of_stable_diffusion_1_5_needs_another_solver(tmp_path, options, fits):
+    """PNDM calls the network twice in its first step."""
+    parts = text_parts(tmp_path / "tokenizer") | {"scheduler": PNDM}
+    texts = pipelines.Pipeline(pipelines.PIPELINES["StableDiffusionPipeline"], parts)
+    call = pipelines.pipeline.read_call(texts, options)
+    run = texts.family.grid(texts, call, (16, 16))
+    if fits:
+        check_cache(texts.denoiser, D.caching.fora(2), *run)
+    else:
+        with pytest.raises(InvalidArgumentError, match="once a step: choose ddim"):
+            check_cache(texts.denoiser, D.caching.fora(2), *run)
 
 
 def test_a_model_without_such_blocks_is_refused_before_anything_compiles():
