@@ -84,6 +84,8 @@ def plot(
         axes.plot(*zip(*points, strict=True), "o", **ring)
     axes.axhline(rows[0]["distance"], color="grey", linestyle=":", linewidth=1)
     axes.set(title=title, xlabel=unit, ylabel="Fréchet distance / floor", yscale="log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")  # 2 in place of 2 x 10^0
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(path, figure)

@@ -215,8 +215,9 @@ COLUMNS = (
 
 
 def kind_of(name: str) -> str:
-    """The kind of a network: its name without its settings."""
-    return name.partition(",")[0]
+    """The kind of a network: its name without its settings, but for tokens that bypass, another kind."""
+    kind, *settings = name.split(", ")
+    return f"{kind}, tokens" if "tokens" in settings else kind
 
 
 def in_units(row: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
