@@ -70,12 +70,14 @@ def main() -> None:
     parser.add_argument("--pipelines", nargs="*", default=[])
     parser.add_argument("--schedulers", nargs="*", default=[])
     parser.add_argument("--refused", action="store_true", help="print why, too")
+    parser.add_argument("--write", action="store_true", help="write into results/pipelines.json")
     options = parser.parse_args()
 
+    from experiments.diffusers_schedulers import results
     from experiments.diffusers_schedulers.pipeline_runs import KINDS
     from jaxldm.schedulers import SCHEDULERS
 
-    silent = 0
+    silent, written = 0, {}
     for kind in KINDS:
         if options.pipelines and not any(name in kind.name for name in options.pipelines):
             continue
@@ -90,6 +92,9 @@ def main() -> None:
                     print(f"  {scheduler}: {found.kind}: {found.note}"[:200], flush=True)
             print(f"{kind.name}, reference_quirks={quirks}: {dict(counts)}", flush=True)
             silent += counts["silent"]
+            written.setdefault(kind.name, {})[results.of(quirks)] = dict(counts)
+    if options.write:
+        results.write("pipelines", written)
     sys.exit(1 if silent else 0)
 
 

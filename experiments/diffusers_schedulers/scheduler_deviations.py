@@ -206,6 +206,15 @@ DEVIATIONS = tuple(
 )
 
 
+def foot(pipelines: str) -> str:
+    """The end of the page.
+
+    Args:
+        pipelines: `results.table` of the pipelines.
+    """
+    return PAGE["foot"].replace("{pipelines}\n", pipelines)
+
+
 def deviation_of(probe: Probe) -> Deviation | None:
     """The first that covers the probe."""
     return next((deviation for deviation in DEVIATIONS if deviation.covers(probe)), None)

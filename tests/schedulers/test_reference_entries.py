@@ -11,8 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 
-from experiments.diffusers_schedulers import scheduler_runs
-from experiments.diffusers_schedulers.scheduler_deviations import DEVIATIONS, PAGE, deviation_of
+from experiments.diffusers_schedulers import results, scheduler_runs
+from experiments.diffusers_schedulers.scheduler_deviations import DEVIATIONS, deviation_of, foot
 from experiments.diffusers_schedulers.scheduler_probes import Probe, probes, signature
 from experiments.diffusers_schedulers.scheduler_verdicts import AGREES, Verdict, read, verdict
 from jaxldm import schedulers
@@ -105,4 +105,4 @@ def test_the_page_lists_every_deviation():
         assert f"| {deviation.title} | {deviation.reason} | " in page
         assert deviation.measured or any(deviation.covers(probe) for probe in PROBES)
         assert pathlib.Path(deviation.test).exists()
-    assert page.endswith(PAGE["foot"])
+    assert page.endswith(foot(results.table(results.read("pipelines"))))
