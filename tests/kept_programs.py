@@ -3,9 +3,6 @@
 JAX looks compiled programs up by a key of their code and of the compiler's options, but only on disk, and
 would write each there. Here they stay in memory, whichever function, test or file asked for them first, also
 after `jax.clear_caches()`. What is counted as a compilation is counted as before.
-
-JAX also makes a new MLIR context for each program that it lowers, which takes as long as lowering a small
-one: here a context serves many.
 """
 
 import inspect
@@ -14,10 +11,8 @@ from collections import OrderedDict
 from typing import Any
 
 from jax._src import compiler
-from jax._src.interpreters import mlir
 
 MOST = 4000  # programs kept, the last used
-USES = 200  # of a context: it keeps the types and attributes of all that was lowered in it
 _READ = ["module_name", "cache_key", "compile_options", "backend", "executable_devices"]
 _WRITE = ["cache_key", "compile_time_secs", "module_name", "backend", "executable", "host_callbacks"]
 
@@ -49,23 +44,7 @@ def install() -> bool:
         write(cache_key, seconds, module_name, backend, executable, host_callbacks)
 
     compiler._cache_read, compiler._cache_write = read_kept, keep
-    share_contexts()
     return True
-
-
-def share_contexts() -> None:
-    """One MLIR context for `USES` programs."""
-    make = mlir.make_ir_context
-    uses, context = 0, None
-
-    def shared():
-        nonlocal uses, context
-        if uses % USES == 0:
-            context = make()
-        uses += 1
-        return context
-
-    mlir.make_ir_context = shared
 
 
 def forget() -> None:

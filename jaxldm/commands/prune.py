@@ -21,7 +21,8 @@ class Prune:
 
     For example:
       jaxldm prune runs/tiny-dit --heads 0.5 --mlp 0.5 --output-dir tiny-dit-half
-      jaxldm train finetune --from tiny-dit-half --data mnist5k --method full --run-dir runs/tiny-dit-half
+      jaxldm train finetune --from tiny-dit-half --data mnist5k --method full --epochs 6 \
+          --batch-size 16 --learning-rate 1e-3 --run-dir runs/tiny-dit-half
 
     A head or channel is important where the training loss would change without it: |weight x gradient|, added
     up over its weights and averaged over --timesteps evenly spaced times, on pictures of the data. All blocks
@@ -91,7 +92,8 @@ class Prune:
             f"each block: {sizes[1]:.2f} of {sizes[0]:.2f} million parameters, {after / before:.1%} of the "
             f"multiply-accumulates, in {out}"
         )
-        words = ("--from", out, "--data", name, "--method", "full", "--run-dir", f"{out}-tuned")
+        words = ("--from", out, "--data", name, "--method", "full", "--epochs", 6, "--batch-size", 16)
+        words += ("--learning-rate", "1e-3", "--run-dir", f"{out}-tuned")
         print(f"train it a little further:  {hints.command('train', 'finetune', *words)}")
 
     def check(self) -> None:

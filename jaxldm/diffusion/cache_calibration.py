@@ -172,5 +172,8 @@ def fit_teacache(calibrations: Any, degree: int = 4) -> Float[np.ndarray, " _"]:
             "the calibrations have changes that are not finite: of a network of zeros?"
         )
     if not inputs.any():
-        raise InvalidArgumentError("the calibrations have no changes of an input: they are of a U-Net")
+        raise InvalidArgumentError(
+            "the calibrations have no changes of an input: they are of a U-Net, which TeaCache is not for; "
+            "write D.caching.magcache(found.ratios)"
+        )
     return np.polyfit(inputs, outputs, degree)

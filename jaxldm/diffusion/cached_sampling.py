@@ -126,7 +126,7 @@ def cached(solver: Solver, denoise: CachedDenoiser) -> Solver:
         once = _Once(
             lambda name, x, t: denoise.remembering(name, x, t, state.memory, i),
             "a cache needs a solver that calls the network once a step: choose ddim, euler, ddpm, dpmpp_2m, "
-            "unipc or another one of these, or leave the cache out",
+            "unipc or another that does so, or leave the cache out",
         )
 
         def of(name) -> Any:

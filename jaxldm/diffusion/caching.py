@@ -427,7 +427,7 @@ def read(notation: str) -> Cache:
         )
     one_of("cache", name, NOTATIONS)
     function, names = NOTATIONS[name]
-    given = rest.split(",") if rest else []
+    given = rest.split(",") if ":" in notation else []
     if len(given) > len(names):
         words = ",".join(word.upper() for word in names)
         raise InvalidArgumentError(f"cache {notation!r} has {len(given)} numbers: write {name}:{words}")

@@ -342,6 +342,7 @@ class StandIn:
 
     __class__ = pipelines.Pipeline  # to `isinstance`
     num_classes = 10
+    has_null_class = True
 
     def __init__(self, family, variant):
         self.options = dict(family.folder.options)

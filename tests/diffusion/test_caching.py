@@ -204,6 +204,7 @@ def test_inpainting_keeps_the_memory():
         (lambda: C.at_steps([0, 1]), "schedule must be booleans"),
         (lambda: C.at_steps([False, True]), "schedule must begin with True"),
         (lambda: C.read("fora:x"), "its interval must be a whole number, got 'x'"),
+        (lambda: C.read("fora:"), "its interval must be a whole number, got ''"),
         (lambda: C.magcache([1.0, -0.5]), "ratios of sizes must be at least 0, got -0.5"),
         (lambda: C.read("fora:0"), "cache 'fora:0': interval must be"),
         (lambda: C.read("teacache:0.1"), "write cache=D.caching.teacache"),

@@ -43,6 +43,6 @@ def test_costs_are_given_in_the_units_of_the_tables():
     half = dynamic.in_units(figures, {**figures, "gmacs": 1.0})
     assert (half["share"], half["millions"], half["seconds"]) == (0.5, 3, 0.02)
     assert [dynamic.kind_of(name) for name in ("DyDiT, 0.5, tokens", "DiT of two blocks")] == [
-        "DyDiT",
+        "DyDiT, tokens",
         "DiT of two blocks",
     ]
