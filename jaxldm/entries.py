@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -167,10 +168,18 @@ def unknown_key(place: str, key: Any, known: Iterable[str]) -> str:
 
 def known_names(given: Any, known: Iterable[str]) -> str:
     """ "known: ..." with at most a line of names, and the closest to the given one, for a message."""
-    known = list(known)
-    near = difflib.get_close_matches(str(given)[:100], known, n=1)
+    known, whole = list(known), str(given)[:100]
+    name, plain = _without_kind(whole), {_without_kind(each): each for each in reversed(known)}
+    begin = [each for each in reversed(plain) if len(name) > 2 and each.startswith(name)]
+    near = difflib.get_close_matches(whole, known, n=1, cutoff=0.9)
+    near = near or [plain[each] for each in (difflib.get_close_matches(name, plain, n=1) or begin)[:1]]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"known: {shortened(', '.join(known), 200)}{hint}"
+
+
+def _without_kind(name: str) -> str:
+    """The name of a class without what all classes of its kind end with, which makes strangers look alike."""
+    return re.sub(r"(?<=.)(Scheduler|Model|Pipeline)$", "", name)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from jaxtyping import Float
 
 from jaxldm.arguments import a_path, array, checked, instance, optional, refuse
 from jaxldm.arguments import count as whole_number
+from jaxldm.checkpoints.file_kinds import check_kind_of_file
 from jaxldm.checkpoints.safetensors_file import open_safetensors, safetensors_chunks
 from jaxldm.checkpoints.tokenizer import Tokenizer, word_of_several
 from jaxldm.checkpoints.torch_file import PICKLES, read_torch_file
@@ -92,13 +93,15 @@ def load_embedding(path: Path | str, word: str | None = None) -> WordEmbedding:
     names = _PAIR if found.keys() == set(_PAIR) else tuple(found)
     proper = [len(tensor.shape) in (1, 2) and 0 not in tensor.shape for tensor in found.values()]
     if not all(proper) or not (len(names) == 1 or names == _PAIR):
+        check_kind_of_file(path, tensors, "a file of textual inversion")
         there = some_of([f"{name} {list(each.shape)}" for name, each in tensors.items()]) or "nothing"
         raise CheckpointError(
             f"{path} is no file of one word, with a tensor [n, d] or [d] named as it: it holds {there}"
         )
     vectors = [np.atleast_2d(np.asarray(found[name])).astype(np.float32) for name in names]
-    if not all(np.isfinite(each).all() for each in vectors):
-        raise CheckpointError(f"{path}: its embeddings hold NaN or infinity")
+    broken = [name for name, each in zip(names, vectors, strict=True) if not np.isfinite(each).all()]
+    if broken:
+        raise CheckpointError(f"{path} holds NaN or infinity, in {', '.join(broken)}: copy it again")
     if len({len(each) for each in vectors}) != 1:
         raise CheckpointError(f"{path}: {_PAIR[0]} and {_PAIR[1]} are of different numbers of tokens")
     own = names[0] not in (*_UNNAMED, *_PAIR)

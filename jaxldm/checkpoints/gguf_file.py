@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,15 +95,26 @@ def open_gguf(path: Path | str) -> dict[str, GgufTensor]:
         infos = [header.info() for _ in range(count)]
         if not 1 <= alignment <= 2**20:
             raise CheckpointError(f"general.alignment is {alignment}: the file is damaged")
-        kinds = {kind for _, _, kind, _ in infos} - {*_PLAIN}
-        unknown = sorted(name for kind in kinds if (name := NAMES.get(kind, str(kind))) not in TYPES)
-        if unknown:
-            raise CheckpointError(f"it has tensors of type {', '.join(unknown)}; known: {', '.join(_KNOWN)}")
+        _check_types({name: kind for name, _, kind, _ in infos})
         first = -(-header.place // alignment) * alignment
         return {
             name: _tensor(content, first + offset, kind, dims, shapes.get(name), name)
             for name, dims, kind, offset in infos
         }
+
+
+def _check_types(kinds: Mapping[str, int]) -> None:
+    """Raise `CheckpointError` for tensors, name -> number of its type, of a type that is not read."""
+    unread = {name: kind for name, kind in kinds.items() if kind not in _PLAIN}
+    types = {name: NAMES.get(kind, f"number {kind}") for name, kind in unread.items()}
+    unknown = {kind: name for name, kind in reversed(types.items()) if kind not in TYPES}
+    if unknown:
+        kind, name = sorted(unknown.items())[0]
+        others = f" (and others of {', '.join(sorted(unknown)[1:])})" if len(unknown) > 1 else ""
+        raise CheckpointError(
+            f"its tensor {shown(name)} is of type {kind}{others}; known: {', '.join(_KNOWN)}: take a file of "
+            "the same model in Q4_K or Q8_0"
+        )
 
 
 def _tensor(

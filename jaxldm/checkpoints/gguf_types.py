@@ -142,7 +142,13 @@ TYPES: dict[str, Type] = {
     "Q5_K": Type(13, 256, 176, 32, 8, True, _q5_k_codes, _six_bit_scales(0)),
     "Q6_K": Type(14, 256, 210, 16, 8, False, _q6_k_codes, _q6_k_scales),
 }
-NAMES = {one.number: name for name, one in TYPES.items()} | {10: "Q2_K", 11: "Q3_K", 15: "Q8_K"}
+# The published types that are not read, by their numbers in files.
+_OTHERS = {
+    **{9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS"},
+    **{19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32"},
+    **{27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+}
+NAMES = {one.number: name for name, one in TYPES.items()} | _OTHERS
 
 
 def scale_dtype(name: str) -> Any:

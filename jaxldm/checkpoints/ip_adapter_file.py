@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from jaxldm import models
 from jaxldm.arguments import a_dtype, a_path, checked, optional
+from jaxldm.checkpoints.file_kinds import check_kind_of_file
 from jaxldm.checkpoints.names import from_state_dict
 from jaxldm.checkpoints.safetensors_file import open_safetensors
 from jaxldm.checkpoints.torch_file import PICKLES, read_torch_file
@@ -70,6 +71,7 @@ def load_ip_adapter(path: Path | str, *, dtype: str | None = None) -> IPAdapter:
     """
     path = Path(path)
     tensors = read_torch_file(path) if path.suffix in PICKLES else open_safetensors(path).tensors
+    check_kind_of_file(path, tensors, "an IP-Adapter")
     groups: dict[str, dict[str, Any]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
@@ -115,7 +117,9 @@ def _layers(tensors: Mapping[str, Any], dtype: str) -> tuple:
         shapes = {kernel.shape for kernel in pair.values()}
         if len(pair) != 2 or len(shapes) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise CheckpointError(f"ip_adapter.{number} lacks to_k_ip or to_v_ip, or they differ in shape")
-        if not all(np.isfinite(kernel.astype(np.float32)).all() for kernel in pair.values()):
-            raise CheckpointError(f"ip_adapter.{number} holds NaN or infinity")
+        for kind, kernel in pair.items():
+            if not np.isfinite(kernel.astype(np.float32)).all():
+                name = f"ip_adapter.{number}.to_{kind}_ip.weight"
+                raise CheckpointError(f"{name} holds NaN or infinity: copy the file again")
     kernels = [found[number] for number in sorted(found)]
     return tuple(tuple(pair[kind].T.astype(jnp.dtype(dtype)) for kind in "kv") for pair in kernels)

@@ -24,6 +24,7 @@ from flax import traverse_util
 
 from jaxldm import models
 from jaxldm.arguments import a_path, checked, instance, number, several
+from jaxldm.checkpoints.file_kinds import check_kind_of_file
 from jaxldm.checkpoints.lora_layers import LoraLayer, Whole, change_fits, kind_of_change
 from jaxldm.checkpoints.lora_names import DENOISERS, Target, component_of, targets
 from jaxldm.checkpoints.names import COMPONENTS, PublishedTensor, placed
@@ -83,8 +84,9 @@ def load_lora(path: Path | str) -> Lora:
     """Opens a LoRA file of any program in `lora_names`, or the folder that holds one.
 
     Raises:
-        CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers; tensors that
-            belong to no kind of layer in `lora_layers` or have no counterpart: they are named.
+        CheckpointError: no such file, a pickle file, a damaged one, one without LoRA layers or of another
+            kind; tensors that belong to no kind of layer in `lora_layers` or have no counterpart: they are
+            named.
 
     >>> from jaxldm import checkpoints                                                   # doctest: +SKIP
     >>> lora = checkpoints.load_lora("pixel-art.safetensors")                            # doctest: +SKIP
@@ -92,6 +94,7 @@ def load_lora(path: Path | str) -> Lora:
     """
     path = _file(Path(path))
     tensors, metadata = open_safetensors(path)
+    check_kind_of_file(path, tensors, "a LoRA")
     with reading(path):
         return _read_layers(path, tensors, metadata)
 
@@ -322,7 +325,7 @@ def matches(pattern: str, module: str) -> bool:
 def _layer(
     path: Path, module: str, kind: Any, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any]
 ) -> LoraLayer:
-    names = tuple(tensor.name for tensor in parts.values())
+    tensors = {tensor.name: tensor for tensor in parts.values()}
     try:
         multiplier = 1.0
         if kind is not None and kind.shape and not isinstance(kind, Whole):
@@ -344,7 +347,7 @@ def _layer(
             f"or {shape[1]} columns"
         )
     bias_multiplier = multiplier if "bias" in parts else 1.0
-    return LoraLayer(kind, multiplier, magnitude, by_columns, bias, bias_multiplier, names)
+    return LoraLayer(kind, multiplier, magnitude, by_columns, bias, bias_multiplier, tensors)
 
 
 def _alpha(path: Path, parts: Mapping[str, StoredTensor]) -> float | None:

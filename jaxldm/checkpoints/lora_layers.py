@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxldm.checkpoints.safetensors_file import Tensor
+from jaxldm.checkpoints.safetensors_file import StoredTensor, Tensor
 from jaxldm.errors import CheckpointError
 
 _MATRICES = {"down", "up"}
@@ -179,7 +179,7 @@ class LoraLayer(NamedTuple):
         by_columns: the lengths of DoRA are those of columns.
         bias: the change of its bias, or None.
         bias_multiplier: of that.
-        tensors: the names of its tensors in the file.
+        tensors: all of its tensors, by their names in the file.
     """
 
     of_weight: Any
@@ -188,7 +188,7 @@ class LoraLayer(NamedTuple):
     by_columns: bool
     bias: Tensor | None
     bias_multiplier: float
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -201,12 +201,13 @@ class LoraLayer(NamedTuple):
         Args:
             weight: called for the weight, in the shape of the file, where the change depends on it.
         """
-        change = np.float32(self.multiplier) * self.of_weight.value()
-        if isinstance(self.of_weight, Whole) and self.of_weight.replaces:
-            change = change - np.asarray(weight()).astype(np.float32)
-        if self.magnitude is not None:
-            before = np.asarray(weight()).astype(np.float32)
-            change = _decomposed(before, change.reshape(before.shape), self.magnitude, self.by_columns)
+        with np.errstate(over="ignore", invalid="ignore"):  # `_finite` refuses what comes of it
+            change = np.float32(self.multiplier) * self.of_weight.value()
+            if isinstance(self.of_weight, Whole) and self.of_weight.replaces:
+                change = change - np.asarray(weight()).astype(np.float32)
+            if self.magnitude is not None:
+                before = np.asarray(weight()).astype(np.float32)
+                change = _decomposed(before, change.reshape(before.shape), self.magnitude, self.by_columns)
         return self._finite(change)
 
     def bias_change(self) -> np.ndarray:
@@ -215,9 +216,16 @@ class LoraLayer(NamedTuple):
         return self._finite(np.float32(self.bias_multiplier) * _float(self.bias).reshape(-1))
 
     def _finite(self, change: np.ndarray) -> np.ndarray:
-        if not np.isfinite(change).all():
-            raise CheckpointError(f"the LoRA holds NaN or infinity, in {', '.join(self.tensors)}")
-        return change
+        if np.isfinite(change).all():
+            return change
+        path = next(iter(self.tensors.values())).path
+        broken = [name for name, tensor in self.tensors.items() if not np.isfinite(_float(tensor)).all()]
+        if broken:
+            raise CheckpointError(f"{path} holds NaN or infinity, in {', '.join(broken)}: copy it again")
+        raise CheckpointError(
+            f"{path}: the change by {', '.join(self.tensors)} is not finite, although they are: their "
+            "product is too large for float32, or the model's own weight is not finite"
+        )
 
 
 def _decomposed(weight: np.ndarray, change: np.ndarray, magnitude: Tensor, by_columns: bool) -> np.ndarray:

@@ -410,5 +410,11 @@ def test_adapters_of_another_family_and_nan_are_refused(models_of, trained, tmp_
         checkpoints.merge_lora(flux, read(tmp_path / "a.safetensors", tensors))
     name = next(iter(tensors))
     lora = read(tmp_path / "b.safetensors", tensors | {name: tensors[name] * torch.nan})
-    with pytest.raises(CheckpointError, match=r"NaN or infinity, in .*lora_A"):
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.merge_lora(models_of("unet")[1], lora)
+    assert str(caught.value) == f"{lora.path} holds NaN or infinity, in {name}: copy it again"
+    pair = [each for each in tensors if each.startswith(name.rsplit(".", 2)[0] + ".")]
+    huge = {each: torch.full_like(tensors[each], 1e30) for each in pair}
+    lora = read(tmp_path / "c.safetensors", tensors | huge)
+    with pytest.raises(CheckpointError, match=r"c\.safetensors: the change by .* too large for float32"):
         checkpoints.merge_lora(models_of("unet")[1], lora)

@@ -158,7 +158,7 @@ def test_files_that_do_not_fit_are_refused(root, tmp_path):
         "has 2 attention layers, this U-Net has 3": changed(
             tmp_path / "b.safetensors", plain, **{layer: None, layer.replace("k_ip", "v_ip"): None}
         ),
-        "ip_adapter.5 holds NaN": changed(tmp_path / "c.safetensors", plain, **{layer: nan}),
+        "ip_adapter.5.to_k_ip.weight holds NaN": changed(tmp_path / "c.safetensors", plain, **{layer: nan}),
         "of another kind; known": changed(tmp_path / "d.safetensors", plain, image_proj__proj__weight=None),
         "is a FaceID adapter": changed(
             tmp_path / "e.safetensors", plain, image_proj__proj__weight=None, image_proj__proj__2__weight=one

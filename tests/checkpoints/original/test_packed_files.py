@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxldm import checkpoints, models
 from jaxldm.checkpoints.gguf_file import open_gguf
+from jaxldm.checkpoints.gguf_types import NAMES
 from jaxldm.errors import CheckpointError
 
 FLUX = models.FluxTransformer2DConfig(
@@ -279,12 +280,26 @@ def test_every_type_is_read_as_gguf_py_reads_it(tmp_path, kind):
     np.testing.assert_array_equal(groups.reshape(wanted.shape), np.asarray(tensor))
 
 
+def test_types_of_gguf_have_their_published_names():
+    gguf = pytest.importorskip("gguf")
+    published = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+    assert NAMES[23] == "IQ4_XS" and not {0, 1, 30} & NAMES.keys()  # F32, F16 and BF16 are plain
+    assert {number: published.get(number, name) for number, name in NAMES.items()} == NAMES
+
+
 def test_gguf_files_that_are_refused(tmp_path):
     tensors, _ = written(tmp_path / "a.safetensors", "FLUX")
     path = tmp_path / "a.gguf"
     write_gguf(path, tensors, {"img_in.weight": 10})
-    with pytest.raises(CheckpointError, match="tensors of type Q2_K; known: F32, F16, BF16, Q8_0, Q4_0"):
+    with pytest.raises(CheckpointError, match=r"'img_in\.weight' is of type Q2_K; known: F32, F16,"):
         checkpoints.load_single_file(path)
+    content = path.read_bytes()
+    at = content.index(b"img_in.weight") + len("img_in.weight") + 4 + 2 * 8  # its two sides, then its type
+    assert content[at : at + 4] == struct.pack("<I", 10)
+    for number, words in ((23, "is of type IQ4_XS; known"), (39, "type MXFP4;"), (77, "type number 77;")):
+        path.write_bytes(content[:at] + struct.pack("<I", number) + content[at + 4 :])
+        with pytest.raises(CheckpointError, match=rf"a\.gguf: .*'img_in\.weight' .*{words}.* Q4_K or Q8_0"):
+            checkpoints.load_single_file(path)
     write_gguf(path, tensors, {})
     whole = path.read_bytes()
     for content, words in (
