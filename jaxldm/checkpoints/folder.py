@@ -249,8 +249,7 @@ def read_config(folder: Path | str) -> dict:
         raise CheckpointError(f"there is no model folder {path.parent}")
     finish_interrupted(path.parent)
     entries = read_json(path) if path.exists() else {}
-    whole = (path.parent / "model_index.json").exists() or "recipe" in entries
-    if whole and not {"_class_name", "architectures"} & set(entries):
+    if _is_whole(path.parent, entries):
         networks = sorted(each.parent.name for each in path.parent.glob(f"*/{CONFIG_FILE}"))
         one = f", or give the folder of one network of it, such as {networks[0][:60]}" if networks else ""
         raise CheckpointError(f"{path.parent} holds a whole model: open it with pipelines.load{one}")
@@ -259,6 +258,27 @@ def read_config(folder: Path | str) -> dict:
             f"{path.parent} has no {CONFIG_FILE}: it is not a model folder, or saving was interrupted"
         )
     return entries
+
+
+def _is_whole(folder: Path, entries: Mapping) -> bool:
+    """Whether a folder with these entries of config.json holds a whole model, and not one network."""
+    whole = (folder / "model_index.json").exists() or "recipe" in entries
+    return whole and not {"_class_name", "architectures"} & set(entries)
+
+
+def check_one_network(folder: Path | str, kind: str, part: str) -> None:
+    """Raise `CheckpointError` for the folder of a whole model where one network of it is wanted.
+
+    Args:
+        folder: that was given.
+        kind: of network, in words: "an autoencoder".
+        part: what such a network is called in a whole model: "vae".
+    """
+    folder = Path(folder)
+    path, own = folder / CONFIG_FILE, folder / part
+    if _is_whole(folder, read_json(path) if path.exists() else {}):
+        fix = f"give that of it, {own}" if (own / CONFIG_FILE).exists() else "give the folder of one"
+        raise CheckpointError(f"{folder} holds a whole model, and {kind} is wanted: {fix}")
 
 
 def _constants(module: nn.Module) -> dict[str, np.ndarray]:

@@ -16,6 +16,31 @@ CONTROL_NAMES = {
 }
 
 
+def check_has_control(given: Any) -> None:
+    """Check, before anything is loaded, that control networks and pictures for them are given together.
+
+    Args:
+        given: the options of the command.
+
+    Raises:
+        InvalidArgumentError: a picture without a network, or the other way round.
+    """
+    from jaxldm import checkpoints
+    from jaxldm.pipelines.control_kinds import PARTS, base_name
+    from jaxldm.pipelines.folders import family_of
+
+    if not family_of(given.folder, given.family).folder.control:
+        return  # such options are refused as not for this family
+    own = [name for name in checkpoints.read_model_index(given.folder) if base_name(name) in PARTS]
+    option = "--guess-mode" if given.control_image is None else "--control-image"
+    if not own and given.controlnet is None and (given.guess_mode or given.control_image is not None):
+        raise InvalidArgumentError(f"{option} is of --controlnet: give --controlnet, too, or leave it out")
+    if own and given.control_image is None:
+        raise InvalidArgumentError(
+            f"{given.folder} draws along a picture, by its {own[0]}: give one, as in --control-image FILE"
+        )
+
+
 def control_options(given: Any, pipe: Any, image: Any) -> dict[str, Any]:
     """The options of a call of a pipeline; empty where no control image is given.
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxldm.errors import InvalidArgumentError
+
 OF_IMAGE_PROMPTS = ("ip_adapter", "image_encoder", "ip_adapter_image", "ip_adapter_scale")
 
 
 def with_ip_adapters(options: Any, pipe: Any) -> Any:
-    """The model, with the files of --ip-adapter where there are any."""
+    """The model, with the files of --ip-adapter where there are any.
+
+    Raises:
+        InvalidArgumentError: an adapter without an image encoder.
+    """
     from jaxldm import pipelines
 
     for file in options.ip_adapter or ():
         pipe = pipelines.with_ip_adapter(pipe, file, options.image_encoder)
+        if pipe.image_adapters[-1].encoder is None:
+            raise InvalidArgumentError(
+                f"--ip-adapter {file} needs the image encoder that it was trained with: give its folder, "
+                "--image-encoder FOLDER"
+            )
     return pipe
 
 

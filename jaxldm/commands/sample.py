@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from jaxldm.commands.control import CONTROL_NAMES, control_options
+from jaxldm.commands.control import CONTROL_NAMES, check_has_control, control_options
 from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
 from jaxldm.commands.prompts import OF_REDUX, redux_states, repeat_prompts
@@ -46,7 +46,7 @@ NEEDS = {
     **dict.fromkeys(("image_encoder", "ip_adapter_image", "ip_adapter_scale"), "ip_adapter"),
     **{"redux": "redux_image", "redux_image": "redux", "redux_scale": "redux"},
     **dict.fromkeys(("strength", "mask"), "image"),
-    **dict.fromkeys(OF_CONTROL[1:], "control_image"),
+    **dict.fromkeys((*OF_CONTROL[1:], "controlnet"), "control_image"),
 }
 OF_GUIDANCE = ("guidance_rescale", "negative_class_labels")
 REFINER_START = 0.8
@@ -312,6 +312,8 @@ class Sample:
                 raise InvalidArgumentError(
                     f"--{name} is of --{other}: give --{other}, too, or leave it out".replace("_", "-")
                 )
+        if texts:
+            check_has_control(self)
         for name in OF_GUIDANCE:
             if getattr(self, name) is not None and self.guidance_scale == 1 and self.true_cfg_scale is None:
                 raise InvalidArgumentError(

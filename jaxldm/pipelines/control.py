@@ -20,14 +20,15 @@ from jaxtyping import Float
 from jaxldm import checkpoints
 from jaxldm import diffusion as D
 from jaxldm.arguments import a_dtype, a_path, checked, optional
+from jaxldm.checkpoints.folder import check_one_network
 from jaxldm.data.pictures import is_picture
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.call import OF_CONTROL, Call
 from jaxldm.pipelines.control_branch import INPUTS, SHARE, Control
 from jaxldm.pipelines.control_kinds import (
     base_name,
-    check_control,
     check_finite,
+    check_fits,
     control_parts,
     kind_of,
 )
@@ -83,7 +84,9 @@ def with_control(
     for each in cast(Any, control):
         network = each
         if not isinstance(each, Network):
-            network = Network(*checkpoints.load(controlnet_of(each), dtype=dtype))
+            folder = controlnet_of(each)
+            check_one_network(folder, "a ControlNet or T2I-Adapter", "controlnet")
+            network = Network(*checkpoints.load(folder, dtype=dtype))
         given = "a control network" if isinstance(each, Network) else str(each)
         try:
             part = kind_of(network).part
@@ -93,10 +96,10 @@ def with_control(
             raise InvalidArgumentError(
                 f"{given} is a {kind_of(network).title}, and a {pipe.family.name} takes none: leave it out"
             )
+        check_fits(given, network, pipe.denoiser)
         check_finite(given, network)
         count = sum(base_name(name) == part for name in parts)
         parts[part if count == 0 else f"{part}_{count}"] = network
-    check_control(parts, pipe.denoiser)
     return dataclasses.replace(pipe, parts=parts)
 
 

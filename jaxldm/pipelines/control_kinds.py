@@ -78,12 +78,22 @@ def kind_of(network: Network) -> Kind:
 def check_control(parts: Mapping[str, Any], denoiser: Network) -> None:
     """Raise `CheckpointError` where a control network is of another model than the denoising network."""
     for name, network in control_parts(parts).items():
-        kind, found = kind_of(network), models.class_name(denoiser.config)
-        if found != kind.denoiser:
-            raise CheckpointError(f"its {name} is for a {kind.denoiser}, and the model has a {found}")
-        wrong = kind.mismatch(network.config, denoiser.config)
-        if wrong is not None:
-            raise CheckpointError(f"its {name} is a {kind.title} of another model: {wrong}")
+        check_fits(f"its {name}", network, denoiser)
+
+
+def check_fits(name: str, network: Network, denoiser: Network) -> None:
+    """Raise `CheckpointError` for a control network of another model than the denoising network.
+
+    Args:
+        name: of the control network, for the message: its folder, where that is known.
+    """
+    kind, found = kind_of(network), models.class_name(denoiser.config)
+    fix = f"give a {kind.title} made for this model"
+    if found != kind.denoiser:
+        raise CheckpointError(f"{name} is for a {kind.denoiser}, and the model has a {found}: {fix}")
+    wrong = kind.mismatch(network.config, denoiser.config)
+    if wrong is not None:
+        raise CheckpointError(f"{name} is a {kind.title} of another model: {wrong}: {fix}")
 
 
 def check_finite(name: str, network: Network) -> None:

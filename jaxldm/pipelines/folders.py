@@ -37,6 +37,7 @@ from jaxldm.arguments import (
     several,
     text,
 )
+from jaxldm.checkpoints.folder import check_one_network
 from jaxldm.checkpoints.lora import scale_of_each, some_scales
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.diffusion.predictions import A_PREDICTION
@@ -147,7 +148,7 @@ def load(
     index, found = read_json(folder / INDEX_FILE), family_of(folder, family)
     layout, named = found.folder, checkpoints.read_model_index(folder)
     _check_named(folder, _class_name(index, folder), found, named)
-    _check_has_vae(found, vae)
+    _check_vae(found, vae)
     other_vae = found.autoencoder if vae is not None else None
     only = [part for part in named if is_part(part, layout) and part != other_vae]
     sharding = None
@@ -183,10 +184,12 @@ def is_part(name: str, layout: Folder) -> bool:
     return base_name(name) in (*layout.parts, *layout.optional, *layout.control)
 
 
-def _check_has_vae(family: Family, vae: Any) -> None:
-    """Refuse another autoencoder for a model that has none."""
+def _check_vae(family: Family, vae: Any) -> None:
+    """Refuse another autoencoder for a model that has none, and a whole model in the place of one."""
     if vae is not None and family.autoencoder is None:
         raise InvalidArgumentError(f"vae is not for {family.name}, which draws pixels: leave it out")
+    if isinstance(vae, (str, Path)):
+        check_one_network(vae, "an autoencoder", "vae")
 
 
 def _placement(
@@ -263,8 +266,9 @@ def kind_of(folder: str | Path, family: Family | str | None = None) -> str:
         )
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`; an original "
-            "file of DiT or SiT opens with pipelines.load_original"
+            f"{folder} is a file: give the run folder, or the folder made by `jaxldm export`; in Python "
+            "pipelines.load_original opens an original file of DiT or SiT, and "
+            "checkpoints.load_single_file those of other models (.safetensors, .gguf)"
         )
     finish_interrupted(folder)
     has_run_config = (folder / RUN_CONFIG).exists()
@@ -443,6 +447,7 @@ def load_original(
     >>> pipe = pipelines.load_original(file, "SiT", vae=vae)                             # doctest: +SKIP
     >>> images = pipe(jax.random.key(0), [207, 360], solver="flow_heun")                 # doctest: +SKIP
     """
+    _check_vae(CLASS_TO_IMAGE, vae)
     network = Network(*checkpoints.load_dit_file(path, architecture, num_heads=num_heads, dtype=dtype))
     decoder = Network(*(vae if isinstance(vae, tuple) else checkpoints.load(vae, dtype=dtype)))
     prediction = PUBLISHED[architecture] if prediction is None else prediction

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from jaxldm import checkpoints, models
 from jaxldm.arguments import a_path, checked, optional
+from jaxldm.checkpoints.folder import check_one_network
 from jaxldm.checkpoints.ip_adapter_file import IPAdapter
 from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.pipelines.folders import a_folder_or_parts
@@ -120,6 +121,7 @@ def _encoder(pipe: Pipeline, path: Path, given: Any) -> Network | None:
         given = beside
     if isinstance(given, tuple):
         return Network(*given)
+    check_one_network(given, "an image encoder", "image_encoder")
     return Network(*checkpoints.load(given, dtype=pipe.denoiser.config.dtype))
 
 

@@ -126,7 +126,10 @@ def test_pictures_as_prompts(capsys, folder, pictures):
     np.testing.assert_array_equal(drawn, expected)
     line = complaint(capsys, "sample", folder, *start)
     assert "--ip-adapter is of --ip-adapter-image" in line
-    assert "needs the image encoder" in complaint(capsys, "sample", folder, *start, *shown[:2])
+    line = complaint(capsys, "sample", folder, *start, *shown[:2])
+    assert "needs the image encoder" in line and "--image-encoder" in line
+    line = complaint(capsys, "sample", folder, *start, *shown[:2], "--image-encoder", folder)
+    assert f"{folder} holds a whole model, and an image encoder is wanted" in line
 
 
 def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
@@ -137,6 +140,22 @@ def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
     latents = pipelines.load(base)(key, "a cat", denoising_end=0.5, output="latents", **CALL)
     expected = pipelines.load(refiner)(key, "a cat", denoising_start=0.5, latents=latents, **CALL)
     np.testing.assert_array_equal(images, to_uint8(expected))
+
+
+def test_a_folder_with_a_controlnet_of_its_own_wants_a_picture(capsys, folder, tmp_path):
+    controlnet(16, 1).save_pretrained(tmp_path / "edges")
+    pipelines.save(pipelines.load(folder, controlnet=tmp_path / "edges"), tmp_path / "with-edges")
+    line = complaint(capsys, "sample", tmp_path / "with-edges", "--prompt", "a cat")
+    assert "by its controlnet" in line and "--control-image" in line
+
+
+def test_a_whole_model_or_a_file_in_the_place_of_a_folder(capsys, folder, tmp_path):
+    line = complaint(capsys, "sample", folder, "--prompt", "a cat", "--vae", folder)
+    wanted = f"{folder} holds a whole model, and an autoencoder is wanted: give that of it, {folder / 'vae'}"
+    assert wanted in line
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF")
+    line = complaint(capsys, "sample", tmp_path / "flux.gguf", "--prompt", "a cat")
+    assert "pipelines.load_original" in line and "checkpoints.load_single_file" in line
 
 
 def test_words_that_are_not_seen_are_a_warning_on_stderr(capsys, folder, tmp_path):
@@ -158,6 +177,8 @@ def test_words_that_are_not_seen_are_a_warning_on_stderr(capsys, folder, tmp_pat
         (["--prompt", "a cat", "--mask", "nowhere.png"], ["--image"]),
         (["--prompt", "a cat", "--lora-scale", "0.5"], ["--lora-scale is of --lora"]),
         (["--prompt", "a cat", "--refiner-start", "0.5"], ["--refiner-start is of --refiner"]),
+        (["--prompt", "a cat", "--control-image", "cat.png"], ["--control-image is of --controlnet: give"]),
+        (["--prompt", "a cat", "--guess-mode"], ["--guess-mode is of --controlnet: give --controlnet"]),
         (["--prompt", "a cat", "--width", "1000000000"], ["images of 16x1000000000 pixels", "GB"]),
         (["--prompt", "a cat", "--num-images", "1000000000000"], ["1000000000000 images need"]),
         (["--prompt", "a cat", "--strength", "nan"], ["--strength must be finite"]),
@@ -212,7 +233,8 @@ def test_a_control_image(capsys, folder, pictures):
     np.testing.assert_array_equal(images, to_uint8(pipe(jax.random.key(0), "a cat", **given, **CALL)))
     line = complaint(capsys, "sample", folder, *words, *control, "0.3")
     assert "2 numbers for 1 control networks" in line
-    assert "give control_image" in complaint(capsys, "sample", folder, *words)
+    line = complaint(capsys, "sample", folder, *words)
+    assert "--controlnet is of --control-image: give --control-image" in line
     assert "--control-scale is of --control-image" in complaint(
         capsys, "sample", folder, *words, *control[2:4]
     )

@@ -218,8 +218,15 @@ def test_networks_of_other_models_are_refused(folders, tmp_path):
     plain = pipelines.load(folders["sd15"])
     wide = controlnet(32, 3)
     wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(CheckpointError, match="text states of width 32, the denoising network 16"):
+    with pytest.raises(
+        CheckpointError, match="text states of width 32, the denoising network 16: give"
+    ) as caught:
         pipelines.with_control(plain, tmp_path / "wide")
+    assert str(caught.value).startswith(f"{tmp_path / 'wide'} is a ControlNet of another model")
+    with pytest.raises(
+        CheckpointError, match="holds a whole model, and a ControlNet or T2I-Adapter is wanted"
+    ):
+        pipelines.with_control(plain, folders["sd15"])
     with pytest.raises(CheckpointError, match="AutoencoderKL is no control network"):
         pipelines.with_control(plain, folders["sd15"] / "vae")
     network = pipelines.load(folders["sd15"], controlnet=folders["edges"]).controlnet
