@@ -89,24 +89,24 @@ def _cross_attention(unet: Network) -> dict[tuple[str, ...], int]:
 
 def _check_fits(path: Path, adapter: IPAdapter, places: Mapping[Any, int], width: int) -> None:
     """Raise `CheckpointError` for the adapter of another U-Net."""
-    text, wanted = width, list(places.values())
+    text, wanted, fix = width, list(places.values()), "give one made for this model"
     found = [key.shape[1] for key, _ in adapter.layers]
     if len(found) != len(wanted):
         raise CheckpointError(
             f"{path} is an adapter of another model: it has {len(found)} attention layers, this U-Net has "
-            f"{len(wanted)}"
+            f"{len(wanted)}: {fix}"
         )
     given = {key.shape[0] for key, _ in adapter.layers} | {cast(Any, adapter.module).features}
     if given != {text}:
         raise CheckpointError(
             f"{path} is an adapter of another model: its tokens are {min(given - {text})} wide, this U-Net "
-            f"takes {text}"
+            f"takes {text}: {fix}"
         )
     if found != wanted:
         place = next(n for n, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
         raise CheckpointError(
             f"{path} is an adapter of another model: its attention layer {place} is {found[place]} wide, "
-            f"that of this U-Net {wanted[place]}"
+            f"that of this U-Net {wanted[place]}: {fix}"
         )
 
 

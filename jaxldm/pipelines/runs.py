@@ -76,7 +76,7 @@ def _check_finetuned(folder: Path, entries: Mapping[str, Any]) -> None:
     for file, what, option in (
         (FILE_NAMES[0], "LoRA", "lora"),
         (EMBEDDING_FILE, "word", "embedding"),
-        (CONTROL_FOLDER, "ControlNet", "controlnet"),
+        (CONTROL_FOLDER, "ControlNet", "control-image FILE --controlnet"),
     ):
         if (folder / file).exists():
             raise CheckpointError(

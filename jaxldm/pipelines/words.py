@@ -92,7 +92,7 @@ def with_word(
         shapes = [each.shape[1] for each in (vectors, vectors_2) if each is not None]
         raise CheckpointError(
             f"the embeddings of {word} are {' and '.join(map(str, shapes))} wide, the text encoder's are "
-            f"{' and '.join(map(str, widths.values()))}: they are of another model"
+            f"{' and '.join(map(str, widths.values()))}: of another model; give some made for this one"
         )
     changes: dict[str, Any] = {}
     for name, rows in given.items():

@@ -151,7 +151,7 @@ def test_files_that_do_not_fit_are_refused(root, tmp_path):
     layer, one = "ip_adapter__5__to_k_ip__weight", np.zeros((1, 1), np.float32)
     nan = np.full((8, 16), np.nan, np.float32)
     cases = {
-        "its tokens are 36 wide, this U-Net takes 16": root / "sdxl-plain.safetensors",
+        "its tokens are 36 wide, this U-Net takes 16: give one": root / "sdxl-plain.safetensors",
         "no such|there is no|does not exist": tmp_path / "nowhere.safetensors",
         "is no IP-Adapter: it lacks image_proj": root / "sd" / "unet" / "diffusion_pytorch_model.safetensors",
         "ip_adapter.5 lacks to_k_ip or to_v_ip": changed(tmp_path / "a.safetensors", plain, **{layer: None}),

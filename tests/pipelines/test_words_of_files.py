@@ -104,7 +104,7 @@ def test_one_encoder_of_sdxl_alone(pipes, tmp_path):
 @pytest.mark.parametrize(
     ("family", "tensors", "words"),
     [
-        ("sd", {WORD: VECTORS_2}, ["20 wide", "are 16", "another model"]),
+        ("sd", {WORD: VECTORS_2}, ["20 wide", "are 16", "another model; give some made for this one"]),
         ("sdxl", {"clip_l": VECTORS_2, "clip_g": VECTORS_2}, ["20 and 20 wide", "16 and 20"]),
         ("sd", {"clip_l": VECTORS, "clip_g": VECTORS_2}, ["16 and 20 wide"]),
         ("sdxl", {"clip_l": VECTORS, "clip_g": VECTORS_2[:1]}, ["different numbers"]),

@@ -110,7 +110,7 @@ def test_the_result_draws_along_a_picture(source, run):
     assert f"--controlnet {run.path} --control-image {run.path}/finetune/control-images/0.png" in describe(
         str(run.path)
     )
-    with pytest.raises(CheckpointError, match=r"holds a ControlNet .*jaxldm sample .*--controlnet"):
+    with pytest.raises(CheckpointError, match=r"holds a ControlNet .* --control-image FILE --controlnet"):
         pipelines.load(run.path)
 
 
