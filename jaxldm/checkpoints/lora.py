@@ -30,6 +30,7 @@ from jaxldm.checkpoints.lora_names import DENOISERS, Target, component_of, targe
 from jaxldm.checkpoints.names import COMPONENTS, PublishedTensor, placed
 from jaxldm.checkpoints.original.layout import Form
 from jaxldm.checkpoints.safetensors_file import StoredTensor, open_safetensors
+from jaxldm.checkpoints.torch_file import PICKLES, read_torch_file
 from jaxldm.entries import read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
 from jaxldm.models.quantization import with_factors
@@ -93,6 +94,8 @@ def load_lora(path: Path | str) -> Lora:
     >>> components = checkpoints.merge_lora(checkpoints.load_components(folder), lora)   # doctest: +SKIP
     """
     path = _file(Path(path))
+    if path.suffix in PICKLES:  # of a LoRA it is refused below, and of another kind it may be read elsewhere
+        check_kind_of_file(path, read_torch_file(path), "a LoRA")
     tensors, metadata = open_safetensors(path)
     check_kind_of_file(path, tensors, "a LoRA")
     with reading(path):

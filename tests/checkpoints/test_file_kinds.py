@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from jaxldm import checkpoints
@@ -41,6 +42,22 @@ def test_a_file_of_another_kind_is_said_to_be_that(tmp_path, name):
                 load(path)
             assert all(words in str(caught.value) for words in (str(path), *own)), caught.value
             assert len(str(caught.value)) < len(str(path)) + 120
+
+
+def test_a_pickle_of_another_kind_than_a_lora(tmp_path):
+    word = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(2, 4)}, "name": "cat"}
+    adapter = {
+        "image_proj": {"proj.weight": torch.zeros(4, 4)},
+        "ip_adapter": {"1.to_k_ip.weight": torch.zeros(4)},
+    }
+    for name, tensors, own in (("a.pt", word, WORD), ("b.bin", adapter, ADAPTER)):
+        torch.save(tensors, tmp_path / name)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.load_lora(tmp_path / name)
+        assert all(words in str(caught.value) for words in own), caught.value
+    torch.save({"lora_unet_a.lora_up.weight": torch.zeros(4, 4)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="is a pickle file"):
+        checkpoints.load_lora(tmp_path / "c.pt")
 
 
 def test_files_of_none_of_these_kinds_are_not_mistaken():

@@ -475,7 +475,7 @@ def test_files_that_are_no_lora(tmp_path):
         write(tmp_path / "a.safetensors", {})
     with pytest.raises(CheckpointError, match="there is no weight file"):
         checkpoints.load_lora(tmp_path / "b.safetensors")
-    torch.save({}, tmp_path / "c.bin")
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "c.bin")
     with pytest.raises(CheckpointError, match="pickle"):
         checkpoints.load_lora(tmp_path / "c.bin")
     safetensors.torch.save_file({}, tmp_path / "d.safetensors")
