@@ -70,7 +70,8 @@ class AutoencoderKLFlux2Config(ModelConfig):
         names = {field.name for field in dataclasses.fields(ImageAutoencoderConfig)}
         shared = names & {field.name for field in dataclasses.fields(self)}
         fields: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        return ImageAutoencoderConfig(**fields | {"block_out_channels": block_out_channels})
+        fields["block_out_channels"] = block_out_channels
+        return ImageAutoencoderConfig(**fields)
 
     @property
     def shrinks(self) -> int:

@@ -190,7 +190,8 @@ class AttentionBlock(nn.Module):
         channels, one = x.shape[-1], {"kernel_size": 1, "padding": 0, "dtype": self.dtype}
         h = ChannelNorm(2, self.dtype, name="norm")(x)
         h = Conv2d(3 * channels, **one, name="to_qkv")(h).reshape(x.shape[0], -1, 3 * channels)
-        h = attend(self, *jnp.split(h, 3, axis=-1), 1).reshape(x.shape)
+        q, k, v = jnp.split(h, 3, axis=-1)
+        h = attend(self, q, k, v, 1).reshape(x.shape)
         return x.astype(h.dtype) + Conv2d(channels, **one, name="proj")(h)
 
 

@@ -174,7 +174,7 @@ def clip_pixel_values(
     from PIL import Image
 
     images = as_pixels(images)
-    size, (left, top) = _resized(*images.shape[1:3], image_size)
+    size, (left, top) = _resized(images.shape[1], images.shape[2], image_size)
     pixels = np.stack(
         [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images]
     )[:, top : top + image_size, left : left + image_size]
@@ -210,7 +210,7 @@ def clip_inputs(
     images = jnp.asarray(images)
     if images.shape[-1] != 3:
         raise InvalidArgumentError(f"images must be [B, H, W, 3], got {list(images.shape)}")
-    (width, height), (left, top) = _resized(*images.shape[1:3], image_size)
+    (width, height), (left, top) = _resized(images.shape[1], images.shape[2], image_size)
     shape = (len(images), height, width, 3)
     pixels = jax.image.resize(jnp.clip(images, -1, 1), shape, "cubic", antialias=True)
     pixels = jnp.clip(pixels[:, top : top + image_size, left : left + image_size] * 0.5 + 0.5, 0, 1)

@@ -296,7 +296,7 @@ class Flux2Transformer2DModel(nn.Module):
         )
         image = Linear(config.inner_dim, False, config.dtype, name="x_embedder")(tokens)
         text = Linear(config.inner_dim, False, config.dtype, name="context_embedder")(encoder_hidden_states)
-        coordinates = positions(num_text, *(z.shape[1:3] for z in pictures))
+        coordinates = positions(num_text, *((z.shape[1], z.shape[2]) for z in pictures))
         tables = rotary_embedding_of_axes(coordinates, config.axes_dims_rope, config.rope_theta)
         rotary = tuple(map(jnp.asarray, tables))
 
