@@ -60,3 +60,13 @@ def ceil_quotient(dividend: Any, divisor: Any) -> int:
     (100, 24)
     """
     return math.ceil(as_typed(dividend) / as_typed(divisor))
+
+
+def least_share(count: int) -> str:
+    """The smallest decimal of about three digits that leaves one of `count` or more, for a message.
+
+    >>> least_share(3), least_share(8), least_share(1000)
+    ('0.334', '0.125', '0.001')
+    """
+    digits = len(str(count)) + 2
+    return f"{-(-(10**digits) // count) / 10**digits:g}"

@@ -8,7 +8,7 @@ from jaxldm.arguments import checked, flag, number
 from jaxldm.diffusion.grids import A_GRID, Grid, cut
 from jaxldm.diffusion.paths import A_PATH, Path
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.exact import as_typed, ceil_product, floor_product
+from jaxldm.exact import as_typed, ceil_product, floor_product, least_share
 
 
 @checked(grid=A_GRID, strength=number(above=0, high=1), round_up=flag)
@@ -34,7 +34,8 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
     kept = ceil_product(steps, strength) if round_up else floor_product(steps, strength)
     if kept < 1:
         raise InvalidArgumentError(
-            f"strength={strength} leaves none of {steps} steps: take a strength of {1 / steps:.3g} or more"
+            f"strength={strength} leaves none of {steps} steps: take a strength of {least_share(steps)} or "
+            "more"
         )
     return cut(grid, steps - kept)
 

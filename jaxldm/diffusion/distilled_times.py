@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from jaxldm.arguments import checked, count, number
 from jaxldm.diffusion.paths import Path
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.exact import MAX_STEPS, MAX_TIMESTEPS, floor_product
+from jaxldm.exact import MAX_STEPS, MAX_TIMESTEPS, floor_product, least_share
 
 
 def lcm_times(path: Path, count: int, original_steps: int) -> Float[np.ndarray, " N"]:
@@ -56,6 +56,11 @@ def lcm_timesteps(
         )
     visited = np.arange(1, floor_product(original_inference_steps, strength) + 1)
     visited = visited * (num_train_timesteps // original_inference_steps) - 1
+    if not len(visited):
+        raise InvalidArgumentError(
+            f"strength={strength} leaves none of {original_inference_steps} original_inference_steps: take a "
+            f"strength of {least_share(original_inference_steps)} or more"
+        )
     if not 1 <= num_inference_steps <= len(visited):
         raise InvalidArgumentError(
             f"num_inference_steps={num_inference_steps}, but original_inference_steps x strength is "

@@ -90,8 +90,9 @@ class Call:
         denoising_start, denoising_end: use this part of the grid alone. The base model of SDXL ends at 0.8
             with `output="latents"`, and its refiner starts at 0.8 with `latents=` these.
         prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: states [P, T, D], pooled states [P, E] and
-            a mask [P, T] in place of prompts; those that the family takes, as its `encode` returns them. With
-            `negative_` in front in place of negative prompts.
+            a mask [P, T] in place of prompts; those that the family takes: entries of what `encode_prompts`
+            returns, such as cond["encoder_hidden_states"]. With `negative_` in front in place of negative
+            prompts.
         ip_adapter_image: pictures as prompts, of a model from `with_ip_adapter`: one, or a list of one for
             each adapter, which may be a list of several pictures. For all prompts.
         ip_adapter_image_embeds: in their place, of each adapter [2, n, D] (plus: [2, n, T, D]) of negatives

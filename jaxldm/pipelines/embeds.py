@@ -10,18 +10,26 @@ A family says in `Family.text_widths` how wide its states are; one that does not
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxldm.arguments import Check
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.call import EMBEDS, Call
 
-_HIDDEN, _MASK, _POOLED = (
+# The arguments of networks that states, masks and pooled states of texts are; those of pooled ones differ.
+HIDDEN, MASK, POOLED = (
     "encoder_hidden_states",
     "encoder_attention_mask",
     ("text_embeds", "pooled_projections", "pooled_text_emb"),
 )
+
+# Options of `encode` that change nothing where no text is encoded, and the texts of further encoders.
+OF_ENCODING = ("clip_skip", "prompt_syntax", "max_sequence_length", "text_encoder_out_layers")
+_FURTHER_TEXTS = ("prompt_2", "prompt_3")
 
 
 class NoText(str):
@@ -52,7 +60,31 @@ class Embeds(NamedTuple):
     @property
     def count(self) -> int:
         """P, of how many texts they are."""
-        return len(self.values[_HIDDEN])
+        return len(self.values[HIDDEN])
+
+
+def array_and_no_condition(check: Check, arguments: tuple[str, ...]) -> Check:
+    """What the check allows; of what `encode_prompts` returns, its message says which entry to give.
+
+    Args:
+        check: of the array.
+        arguments: how networks call it.
+    """
+
+    def one_entry(name: str, value: Any) -> Any:
+        both = isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, Mapping) for one in value)
+        if not (both or isinstance(value, Mapping)):
+            return check(name, value)
+        negative = name.startswith("negative_")
+        condition = value[negative] if both else value
+        argument = next((one for one in arguments if one in condition), arguments[0])
+        given = "what encode_prompts returns" if both else "a dict"
+        raise InvalidArgumentError(
+            f'{name} must be one array, got {given}: write {name}={"un" * negative}cond["{argument}"] of '
+            "cond, uncond = pipe.encode_prompts(...)"
+        )
+
+    return one_entry
 
 
 def read_embeds(
@@ -74,18 +106,45 @@ def read_embeds(
     for embeds, text, prefix in ((cond, prompt, ""), (uncond, negative_prompt, "negative_")):
         if embeds is not None and text is not None:
             raise InvalidArgumentError(f"{prefix}prompt and {prefix}prompt_embeds: give one of them")
-    for name in call.own:
-        if cond is not None and name in ("prompt_2", "prompt_3"):
-            raise InvalidArgumentError(f"{name} and prompt_embeds: give one of them; embeds are of all texts")
+        for name in _FURTHER_TEXTS:
+            if embeds is not None and call.own.get(prefix + name) is not None:
+                raise InvalidArgumentError(
+                    f"{prefix}{name} and {prefix}prompt_embeds: give one of them; embeds are of all texts"
+                )
     return cond, uncond
+
+
+def check_encodes(
+    pipe: Any, call: Call, given: tuple[Embeds | None, Embeds | None], negatives: Any, guided: bool
+) -> None:
+    """Raise `InvalidArgumentError` for an option of encoding texts in a call that encodes none.
+
+    Args:
+        pipe: the model.
+        call: its options.
+        given: from `read_embeds`.
+        negatives: the negative texts of the caller, or None.
+        guided: whether the unconditional branch is used.
+    """
+    zeros = negatives is None and pipe.options.get("force_zeros_for_empty_prompt", False)
+    zeros &= call.own.get("negative_prompt_2") is None
+    if given[0] is None or (guided and given[1] is None and not zeros):
+        return
+    parameters = inspect.signature(pipe.family.encode).parameters
+    for name in OF_ENCODING:
+        if name in call.own and call.own[name] != parameters[name].default:
+            raise InvalidArgumentError(
+                f"{name}={call.own[name]!r} is of texts, and this call has prompt_embeds in place of all of "
+                f"them: leave it out, or write it in pipe.encode_prompts(..., {name}={call.own[name]!r})"
+            )
 
 
 def _of_branch(call: Call, prefix: str, widths: TextWidths) -> Embeds | None:
     """The states of the prompts (prefix ""), or of the negatives."""
     names = {
-        f"{prefix}prompt_embeds": (_HIDDEN, widths.hidden),
+        f"{prefix}prompt_embeds": (HIDDEN, widths.hidden),
         f"{prefix}pooled_prompt_embeds": ("pooled", widths.pooled),
-        f"{prefix}prompt_attention_mask": (_MASK, 0 if widths.masked else None),
+        f"{prefix}prompt_attention_mask": (MASK, 0 if widths.masked else None),
     }
     states, *others = names
     if all(getattr(call, name) is None for name in names):
@@ -103,11 +162,11 @@ def _of_branch(call: Call, prefix: str, widths: TextWidths) -> Embeds | None:
     for name, (argument, width) in names.items():
         if width is None:
             continue
-        axes = {_HIDDEN: 3, "pooled": 2, _MASK: 2}[argument]
+        axes = {HIDDEN: 3, "pooled": 2, MASK: 2}[argument]
         values[argument] = _checked(name, getattr(call, name), axes, width or None)
     _check_alike(values, names)
-    if _MASK in values:
-        values[_MASK] = (values[_MASK] != 0).astype(np.int32)
+    if MASK in values:
+        values[MASK] = (values[MASK] != 0).astype(np.int32)
     return Embeds(values)
 
 
@@ -124,10 +183,10 @@ def _checked(name: str, value: Any, axes: int, width: int | None) -> np.ndarray:
 
 def _check_alike(values: dict[str, np.ndarray], names: dict[str, Any]) -> None:
     """Raise `InvalidArgumentError` unless all are of as many texts, and the mask of as many tokens."""
-    states = values[_HIDDEN]
+    states = values[HIDDEN]
     for name, (argument, _) in names.items():
         if argument in values:
-            shape = states.shape[: 2 if argument == _MASK else 1]
+            shape = states.shape[: 2 if argument == MASK else 1]
             if values[argument].shape[: len(shape)] != shape:
                 raise InvalidArgumentError(
                     f"{name} is {list(values[argument].shape)}, and the embeds are {list(states.shape)}: "
@@ -167,10 +226,10 @@ def with_embeds(
     if given == (None, None):
         return cond, uncond
     cond, uncond = (_replaced(*pair) for pair in zip((cond, uncond), given, strict=True))
-    ours, others = cond[_HIDDEN], uncond[_HIDDEN]
+    ours, others = cond[HIDDEN], uncond[HIDDEN]
     if guided and ours.shape[1] != others.shape[1]:
         if given[1] is None and not others.any():
-            uncond = uncond | {_HIDDEN: np.zeros_like(ours)}
+            uncond = uncond | {HIDDEN: np.zeros_like(ours)}
         else:
             raise InvalidArgumentError(
                 f"the prompt has {ours.shape[1]} tokens of states, the negative {others.shape[1]}: give both "
@@ -184,9 +243,9 @@ def _replaced(condition: dict[str, Any], embeds: Embeds | None) -> dict[str, Any
         return condition
     values = dict(embeds.values)
     if "pooled" in values:
-        name = next(name for name in _POOLED if name in condition)
+        name = next(name for name in POOLED if name in condition)
         values[name] = values.pop("pooled")
-    count = len(condition[_HIDDEN])
+    count = len(condition[HIDDEN])
     return condition | {
         name: np.broadcast_to(value, (count, *value.shape[1:])) for name, value in values.items()
     }

@@ -26,7 +26,7 @@ from jaxldm.exact import LARGEST_FLOAT32
 from jaxldm.pipelines.caching import check_cache
 from jaxldm.pipelines.call import SHARED, Call, ImageKeys, Request, image_keys
 from jaxldm.pipelines.control import control_rows, controls_of, fit_control, read_control
-from jaxldm.pipelines.embeds import read_embeds, read_texts, with_embeds
+from jaxldm.pipelines.embeds import check_encodes, read_embeds, read_texts, with_embeds
 from jaxldm.pipelines.image_prompts import read_pictures, with_pictures
 from jaxldm.pipelines.images import as_output_type
 from jaxldm.pipelines.inputs import InitialLatents, Inputs, Size, initial_latents, read_inputs, repeated
@@ -85,6 +85,7 @@ def generate(
     inputs = family.read_inputs(pipe, call, num_images)
     call = fit_control(pipe, call, inputs.size, num_images)
     guidance_input, guidance_scale = read_guidance(pipe, call, negatives)
+    check_encodes(pipe, call, embeds, negatives, guidance_scale != 1)
     schedule = family.grid(pipe, call, inputs.size)
     if call.cache is not None:
         check_cache(pipe.denoiser, call.cache, *schedule)
@@ -291,12 +292,14 @@ def _written_rows(path: D.Path, call: Call, rule: GridRule, shift: float | None)
 
     Timesteps of a consistency model are the numbers of its levels, as in diffusers.
     """
-    if call.timesteps is not None and (call.sigmas is not None or call.spacing is not None):
-        raise InvalidArgumentError("timesteps=[...] cannot be combined with spacing or sigmas")
     if call.timesteps is None and isinstance(call.sigmas, str | None):
         return None
-    if call.timesteps is None and call.spacing is not None:
-        raise InvalidArgumentError("sigmas=[...] cannot be combined with spacing; or name 'karras'")
+    written = "sigmas" if call.timesteps is None else "timesteps"
+    for name in ("spacing", "sigmas"):
+        if name != written and getattr(call, name) is not None:
+            raise InvalidArgumentError(
+                f"{written}=[...] cannot be combined with {name}: leave one of them out"
+            )
     name, make = ("sigmas", D.at_sigmas) if call.timesteps is None else ("timesteps", D.at_times)
     given = getattr(call, name)
     values, steps = np.asarray(given, np.float64).reshape(-1), call.num_inference_steps

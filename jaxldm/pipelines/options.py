@@ -31,13 +31,26 @@ from jaxldm.arguments import (
     text,
 )
 from jaxldm.diffusion.caching import a_cache_or_notation
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.exact import MAX_STEPS
+from jaxldm.pipelines.embeds import HIDDEN, MASK, POOLED, array_and_no_condition
 from jaxldm.pipelines.network import as_merging
 from jaxldm.pipelines.resizing import RESIZES
 from jaxldm.schedulers.read import a_solver_or_name
 
 OUTPUT_TYPES = ("pil", "np")
+
+
+def an_output_type(name: str, value: Any) -> str:
+    """A name of `OUTPUT_TYPES`; latents are an `output`."""
+    if isinstance(value, str) and value in ("latent", "latents"):
+        raise refuse(name, f"one of {', '.join(OUTPUT_TYPES)}", value, 'output="latents"')
+    return one_of(name, value, OUTPUT_TYPES)
+
+
+def or_none(check: Check, default: Any) -> Check:
+    """What the check allows, or None, which is the default."""
+    return lambda name, value: default if value is None else check(name, value)
 
 
 def a_weak_network(name: str, value: Any) -> Any:
@@ -84,11 +97,11 @@ CHECKS: Mapping[str, Check] = {
     "strength": optional(number(above=0, high=1)),
     "resize": optional(choice("resize", RESIZES)),
     **{
-        f"{sign}{name}": optional(array("real", shape, axes=axes))
-        for name, shape, axes in (
-            ("prompt_embeds", "[P, T, D]", 3),
-            ("pooled_prompt_embeds", "[P, E]", 2),
-            ("prompt_attention_mask", "[P, T]", 2),
+        f"{sign}{name}": optional(array_and_no_condition(array("real", shape, axes=axes), arguments))
+        for name, shape, axes, arguments in (
+            ("prompt_embeds", "[P, T, D]", 3, (HIDDEN,)),
+            ("pooled_prompt_embeds", "[P, E]", 2, POOLED),
+            ("prompt_attention_mask", "[P, T]", 2, (MASK,)),
         )
         for sign in ("", "negative_")
     },
@@ -100,10 +113,10 @@ CHECKS: Mapping[str, Check] = {
     "adapter_conditioning_scale": one_or_each(number()),
     "adapter_conditioning_factor": number(0, 1),
     "ip_adapter_scale": optional(one_or_each(number())),
-    "denoising_start": number(0, 1),
-    "denoising_end": number(0, 1),
+    "denoising_start": or_none(number(0, 1), 0.0),
+    "denoising_end": or_none(number(0, 1), 1.0),
     "output": text,
-    "output_type": optional(choice("output_type", OUTPUT_TYPES)),
+    "output_type": optional(an_output_type),
     "previews": count(0),
     "tiling": optional(instance(models.Tiling, "models.Tiling(...)")),
     "batch_size": count(1),
@@ -113,12 +126,12 @@ CHECKS: Mapping[str, Check] = {
     "on_x0": optional(function("(step, t, latents, x_0)")),
     "progress": optional(function("(steps done, steps in all)")),
     "compile_only": flag,
-    "clip_skip": count(0),
+    "clip_skip": or_none(count(0), 0),
     "prompt_syntax": choice("prompt_syntax", ("plain", "chunks", "weights")),
     "max_sequence_length": optional(count(1)),
     "original_size": optional(pair()),
     "target_size": optional(pair()),
-    "crops_coords_top_left": optional(pair()),
+    "crops_coords_top_left": or_none(pair(), (0, 0)),
     "negative_original_size": optional(pair()),
     "negative_target_size": optional(pair()),
     "negative_crops_coords_top_left": optional(pair()),

@@ -260,6 +260,7 @@ class Pipeline:
         """(cond, uncond): what the network takes of P prompts, and of P negatives, by argument name."""
         for name in options:
             one_of(f"option of the texts of {self.family.name}", name, keywords_of(self.family.encode))
+        options = check_all(CHECKS, options)
         request = Request(cast(Any, prompts), negatives, None, self.default_size if size is None else size)
         return self.family.encode(self, request, **options)
 

@@ -162,7 +162,9 @@ class GridRule:
                 f"spacing={self.spacing!r} cannot be combined with sigmas={self.levels!r}: leave one out"
             )
         if self.lambda_min is not None and self.spacing in ("linspace_fractional", "lcm"):
-            raise InvalidArgumentError(f"spacing={self.spacing!r} cannot be combined with lambda_min")
+            raise InvalidArgumentError(
+                f"spacing={self.spacing!r} cannot be combined with lambda_min: leave one of them out"
+            )
 
     def times(self, path: D.Path, count: int, shift: float | None = None) -> Float[np.ndarray, " N"]:
         """N values of t, noisiest first, float64, without the last row: of spacings in `TIMES`."""

@@ -1,6 +1,7 @@
 """Where to cut a grid: the pipelines' own counting, and parts that join exactly."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import diffusers
@@ -118,6 +119,22 @@ def test_walking_both_parts_is_walking_the_whole():
         halfway = run(D.pad(first, 10), x_T)
         assert jnp.abs(halfway - whole).max() > 1e-2
         np.testing.assert_array_equal(run(D.pad(second, 10), halfway), whole)
+
+
+def test_the_least_strength_of_the_message_is_taken():
+    """Also where 1 / N is no short decimal: 0.333 leaves none of 3 steps."""
+    for steps in (*range(2, 130), 333, 997, 1000):
+        grid = D.make_grid(FLOW, steps)
+        with pytest.raises(InvalidArgumentError) as error:
+            D.cut_by_strength(grid, 0.99 / steps)
+        least = re.search(r"strength of (\S+) or more$", str(error.value))[1]
+        assert len(D.cut_by_strength(grid, float(least)).t) == 2 and float(least) < 1.1 / steps
+
+
+def test_a_strength_that_leaves_no_step_of_a_distillation():
+    with pytest.raises(InvalidArgumentError, match=r"none of 3 original_inference_steps: .* 0\.334 or more"):
+        D.lcm_timesteps(1, 1000, 3, 0.333)
+    assert len(D.lcm_timesteps(1, 1000, 3, 0.334)) == 1
 
 
 @pytest.mark.parametrize(

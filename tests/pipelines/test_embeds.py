@@ -83,6 +83,8 @@ def test_what_encode_prompts_returns_draws_what_the_texts_draw(pipes, name):
 
 GOOD = {"prompt_embeds": states(1, 1, 77, 36), "pooled_prompt_embeds": states(2, 1, 12)}
 
+NEGATIVE = {f"negative_{name}": value for name, value in GOOD.items()}
+
 
 @pytest.mark.parametrize(
     ("call", "words"),
@@ -107,6 +109,8 @@ GOOD = {"prompt_embeds": states(1, 1, 77, 36), "pooled_prompt_embeds": states(2,
         ({"prompt_embeds": states(1, 1, 80, 36), "negative_prompt": "bad"}, ["80 tokens", "negative 77"]),
         ({"output_type": "np", "output": "latents"}, ["output_type", "leave it out"]),
         ({"output_type": "jpeg"}, ["output_type", "pil"]),
+        ({"output_type": "latent"}, ["output_type", 'write output="latents"']),
+        ({"negative_prompt_2": "a", **NEGATIVE}, ["negative_prompt_2 and negative_prompt_embeds"]),
     ],
 )
 def test_embeds_that_do_not_fit_are_refused(pipes, call, words):
@@ -114,6 +118,44 @@ def test_embeds_that_do_not_fit_are_refused(pipes, call, words):
         pipes["sdxl"](KEY, **{**GOOD, **call})
     text = str(error.value)
     assert all(word in text for word in words) and "\n" not in text, text
+
+
+def test_what_encode_prompts_returns_is_refused_with_the_entry_to_write(pipes):
+    for name, entry in (("sd", "encoder_hidden_states"), ("sdxl", "text_embeds")):
+        pair = pipes[name].encode_prompts(["a cat"])
+        option = "prompt_embeds" if name == "sd" else "pooled_prompt_embeds"
+        with pytest.raises(InvalidArgumentError, match=rf'{option}=cond\["{entry}"\] of cond, uncond = pipe'):
+            pipes[name](KEY, **{option: pair})
+        with pytest.raises(InvalidArgumentError, match=rf'write negative_{option}=uncond\["{entry}"\]'):
+            pipes[name](KEY, **{f"negative_{option}": pair[1]})
+
+
+@pytest.mark.parametrize("option", [{"clip_skip": 1}, {"prompt_syntax": "weights"}])
+def test_options_of_texts_are_refused_where_no_text_is_encoded(pipes, option):
+    """With zeros (SDXL) or nothing in the other branch; a text in it is encoded with them."""
+    (name,) = option
+    calls = (
+        ("sd", {"guidance_scale": 1.0}),
+        ("sd", {"negative_prompt_embeds": states(2, 1, 9, 16)}),
+        ("sdxl", {}),
+    )
+    for model, more in calls:
+        given = GOOD if model == "sdxl" else {"prompt_embeds": states(1, 1, 9, 16)}
+        with pytest.raises(InvalidArgumentError, match=f"{name}=.* is of texts, .*leave it out"):
+            pipes[model](KEY, **given, **more, **option)
+    call = dict(output="latents", latents=noise(), **STEPS)
+    alone = {"prompt_embeds": states(1, 1, 77, 16)}
+    drawn = [pipes["sd"](KEY, **alone, **call, **more) for more in ({}, {"clip_skip": 1}, {"clip_skip": 0})]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 and np.array_equal(drawn[0], drawn[2])
+
+
+def test_none_is_the_default_as_in_diffusers(pipes):
+    """What its pages write: clip_skip=None, denoising_end=None."""
+    pipe, call = pipes["sdxl"], dict(output="latents", latents=noise(), **STEPS)
+    none = dict.fromkeys(("clip_skip", "denoising_start", "denoising_end", "crops_coords_top_left"))
+    np.testing.assert_array_equal(pipe(KEY, "a cat", **call, **none), pipe(KEY, "a cat", **call))
+    (cond, _), (same, _) = pipe.encode_prompts(["a cat"], clip_skip=None), pipe.encode_prompts(["a cat"])
+    np.testing.assert_array_equal(cond["encoder_hidden_states"], same["encoder_hidden_states"])
 
 
 def test_output_types(pipes):

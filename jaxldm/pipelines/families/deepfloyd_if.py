@@ -87,7 +87,8 @@ def encode(pipe: Pipeline, request: Request) -> tuple[dict[str, Any], dict[str, 
             raise InvalidArgumentError(
                 "this model was loaded without a text encoder: give it the other stage's, with "
                 "stage_2.replace(text_encoder=stage_1.text_encoder, tokenizer=stage_1.tokenizer), or "
-                "prompt_embeds and negative_prompt_embeds, as stage_1.encode_prompts returns them"
+                'prompt_embeds=cond["encoder_hidden_states"] (uncond: negative_prompt_embeds) of '
+                "cond, uncond = stage_1.encode_prompts(...)"
             )
         texts = [text.lower().strip() for text in texts]
         options = {"max_length": MAX_LENGTH, "mask": True}
