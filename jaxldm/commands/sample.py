@@ -16,6 +16,7 @@ from jaxldm.commands.control import CONTROL_NAMES, check_has_control, control_op
 from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
 from jaxldm.commands.prompts import OF_REDUX, redux_states, repeat_prompts
+from jaxldm.commands.refiner import check_refiner
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
 
@@ -138,7 +139,7 @@ class Sample:
     """
 
     refiner: Annotated[str | None, shown("FOLDER", "none")] = None
-    """Folder of the SDXL refiner, which continues from the base model at --refiner-start."""
+    """Folder of the SDXL refiner, which continues from an SDXL base model at --refiner-start."""
 
     refiner_start: Annotated[float | None, shown("FLOAT", "0.8")] = None
     """Fraction of the noise that the base model removes before the --refiner starts."""
@@ -409,8 +410,7 @@ class Sample:
             whole = self.resize is not None
             image = open_picture(self.image) if whole else read_picture(self.image, self.height, self.width)
         mask = None if self.mask is None else read_mask(self.mask, image)
-        if self.refiner is not None and pipelines.kind_of(self.refiner) != "text-to-image":
-            raise InvalidArgumentError(f"--refiner {self.refiner} is not a text-to-image model")
+        check_refiner(self)
         loading = self._loading()
         pipe = pipelines.load(self.folder, family=self.family, **loading)
         if not pipe.family.draws_images:

@@ -158,6 +158,17 @@ def test_a_whole_model_or_a_file_in_the_place_of_a_folder(capsys, folder, tmp_pa
     assert "pipelines.load_original" in line and "checkpoints.load_single_file" in line
 
 
+def test_a_refiner_of_other_latents_is_refused_before_it_is_loaded(capsys, folder, sdxl, tmp_path):
+    for base, refiner, first, second in (
+        (folder, sdxl[1], "StableDiffusion", "StableDiffusionXL"),
+        (sdxl[0], folder, "StableDiffusionXL", "StableDiffusion"),
+    ):
+        words = ["--prompt", "a cat", "--refiner", refiner, "--output-dir", tmp_path / "out"]
+        line = complaint(capsys, "sample", base, *words)
+        assert f"is of the family {second}, and {base} of {first}, whose latents are others" in line
+        assert not (tmp_path / "out").exists()
+
+
 def test_words_that_are_not_seen_are_a_warning_on_stderr(capsys, folder, tmp_path):
     _, _, error = sample(capsys, folder, tmp_path / "out", "--prompt", "cat " * 75 + "at last")
     assert error.count("\n") == 1 and "jaxldm: warning" in error and "'at last'" in error
