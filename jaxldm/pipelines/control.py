@@ -27,13 +27,12 @@ from jaxldm.pipelines.call import OF_CONTROL, Call
 from jaxldm.pipelines.control_branch import INPUTS, SHARE, Control
 from jaxldm.pipelines.control_kinds import (
     base_name,
-    check_finite,
     check_fits,
     control_parts,
     kind_of,
 )
 from jaxldm.pipelines.inputs import Size, as_images, check_rows, check_size, repeated
-from jaxldm.pipelines.network import Network
+from jaxldm.pipelines.network import Network, check_finite
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.pipelines.resizing import nearest_size, resize_picture
 from jaxldm.pipelines.runs import controlnet_of

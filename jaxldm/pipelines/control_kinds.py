@@ -11,11 +11,9 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Float
 
 from jaxldm import models
-from jaxldm.checkpoints.names import published_name
 from jaxldm.errors import CheckpointError
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
@@ -94,13 +92,6 @@ def check_fits(name: str, network: Network, denoiser: Network) -> None:
     wrong = kind.mismatch(network.config, denoiser.config)
     if wrong is not None:
         raise CheckpointError(f"{name} is a {kind.title} of another model: {wrong}: {fix}")
-
-
-def check_finite(name: str, network: Network) -> None:
-    """Raise `CheckpointError` for parameters that are NaN or infinite; not of arrays on other hosts."""
-    for path, leaf in traverse_util.flatten_dict(network.params).items():
-        if getattr(leaf, "is_fully_addressable", True) and not np.isfinite(np.asarray(leaf)).all():
-            raise CheckpointError(f"{name} holds NaN or infinity, in {published_name(path)}: copy it again")
 
 
 def differing(names: Mapping[str, tuple[Any, Any]]) -> str | None:

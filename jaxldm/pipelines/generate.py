@@ -37,7 +37,7 @@ from jaxldm.pipelines.latents import (
     denoise,
     num_batches_at_once,
 )
-from jaxldm.pipelines.network import merging_tokens
+from jaxldm.pipelines.network import check_weights, merging_tokens
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
@@ -426,5 +426,6 @@ def decode_all(
         flat = pipe.family.decode(pipe, previews.reshape(-1, *previews.shape[2:]), **options)
         previews = flat.reshape(*previews.shape[:2], *flat.shape[1:])
     if call.output_type is not None:
+        check_weights(pipe.networks, (images, previews))  # pixels of 8 bits hide the cause
         images, previews = (as_output_type(part, call.output_type) for part in (images, previews))
     return images, previews

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxldm import models
 from jaxldm.arguments import a_module, instance, number
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.checkpoints.names import published
+from jaxldm.errors import CheckpointError, InvalidArgumentError
 from jaxldm.functions import signature_error
 from jaxldm.models.inputs import fitting
 
@@ -79,6 +84,32 @@ def merging_tokens(network: Network, options: models.TokenMerging | None) -> Net
             "this U-Net has no transformer whose tokens could be merged: leave token_merging out"
         )
     return Network(module.clone(token_merging=options), network.params)
+
+
+def check_finite(name: str, network: Network) -> None:
+    """Raise `CheckpointError` for parameters that are NaN or infinite; not of arrays on other hosts."""
+    for tensor, value in published(network.params).items():
+        is_here = getattr(value.value, "is_fully_addressable", True)
+        if is_here and jnp.issubdtype(value.dtype, jnp.inexact) and not np.isfinite(np.asarray(value)).all():
+            raise CheckpointError(f"{name} holds NaN or infinity, in {tensor}: copy it again")
+
+
+def check_weights(networks: Mapping[str, Network], drawn: Any) -> None:
+    """Where what was drawn is not finite, look for the cause in the parameters, which are the first suspect.
+
+    Args:
+        networks: those of the model, by name.
+        drawn: a pytree of arrays; only NumPy's floating-point arrays are looked at.
+
+    Raises:
+        CheckpointError: parameters that are NaN or infinite.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(drawn) if isinstance(leaf, np.ndarray))
+    if all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
+        return
+    for name, network in networks.items():
+        if isinstance(network.params, Mapping):
+            check_finite(name, network)
 
 
 A_NETWORK = instance(Network, "a network such as pipelines.Network(module, params)")

@@ -33,7 +33,7 @@ from jaxldm.pipelines.call import (
 from jaxldm.pipelines.control_kinds import base_name, check_control
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.inputs import LatentSpec, Size, strength_of
-from jaxldm.pipelines.network import Network, merging_tokens
+from jaxldm.pipelines.network import Network, check_weights, merging_tokens
 from jaxldm.pipelines.options import CHECKS, check_call
 from jaxldm.schedulers.read import a_solver_or_name
 
@@ -108,7 +108,9 @@ class Pipeline:
         wrong = signature_error(self.family.call, (self, key, *prompts), options, name="pipe", hidden=1)
         if wrong is not None:
             raise wrong
-        return self.family.call(self, key, *prompts, **options)
+        drawn = self.family.call(self, key, *prompts, **options)
+        check_weights(self.networks, drawn)
+        return drawn
 
     def __reduce__(self) -> Any:
         """For `pickle` and `copy`: what it is made of. Arrays split over a mesh become whole ones."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import logging
 import threading
 import time
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.errors import CheckpointError, InvalidArgumentError, JaxldmError
+from jaxldm.pipelines.network import check_finite
 from jaxldm.serving.embeddings import Embeddings
 from jaxldm.serving.engine import Drawn, Engine, Seen
 from jaxldm.serving.jobs import Job
@@ -146,7 +148,7 @@ class Worker:
         finite = [(task, one) for task, one in drawn if np.isfinite(one.latents).all()]
         for task, one in drawn:
             if not np.isfinite(one.latents).all():
-                self._fail(task.id, _overflow(task, self.engine.pipe.default_guidance_scale))
+                self._fail(task.id, self._overflow(task))
         if not finite:
             return
         try:
@@ -165,7 +167,7 @@ class Worker:
 
     def _hand_over(self, task: Task, one: Drawn, image: np.ndarray) -> None:
         if not np.isfinite(image).all():
-            self._fail(task.id, _overflow(task, self.engine.pipe.default_guidance_scale))
+            self._fail(task.id, self._overflow(task))
             return
         try:
             content = picture_bytes(image, task.format)
@@ -173,6 +175,29 @@ class Worker:
             self._fail(task.id, _fault(error))
             return
         self._tell(About(task.id, Picture(one.image, content, one.size)))
+
+    def _overflow(self, task: Task) -> Failed:
+        """An image came out as NaN or infinity: by the weights, by the request, or by the model itself."""
+        message, scale = "the image came out as NaN or infinity", task.options.get("guidance_scale")
+        default = self.engine.pipe.default_guidance_scale
+        if self._broken_weights is not None:
+            return Failed("server_error", f"{message}: {self._broken_weights}")
+        if task.guided and scale is not None and scale > default:
+            hint = f"send a smaller guidance_scale than {scale:g}, as {default:g}"
+            return Failed("invalid_request", f"{message}: {hint}", "guidance_scale")
+        return Failed(
+            "server_error", f"{message}: the model may need another --dtype, as bfloat16 or float32"
+        )
+
+    @functools.cached_property
+    def _broken_weights(self) -> str | None:
+        """Which parameters are not finite, looked for once."""
+        try:
+            for name, network in self.engine.pipe.networks.items():
+                check_finite(name, network)
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def _fail(self, order_id: str, failure: Failed) -> None:
         """Gives an order up."""
@@ -332,15 +357,6 @@ class LocalWorker:
         """Waits for the end after `Stop`."""
         if self._worker is not None:
             self._worker.join(timeout)
-
-
-def _overflow(task: Task, default_guidance_scale: float) -> Failed:
-    """An image came out as NaN or infinity: by the request, or by the model itself."""
-    message, scale = "the image came out as NaN or infinity", task.options.get("guidance_scale")
-    if task.guided and scale is not None and scale > default_guidance_scale:
-        hint = f"send a smaller guidance_scale than {scale:g}, as {default_guidance_scale:g}"
-        return Failed("invalid_request", f"{message}: {hint}", "guidance_scale")
-    return Failed("server_error", f"{message}: the model may need another --dtype, as bfloat16 or float32")
 
 
 def _fault(error: BaseException) -> Failed:

@@ -143,7 +143,12 @@ def test_nan_is_an_error_and_is_not_saved(capsys, tmp_path):
     nan = jax.tree.map(lambda x: np.full_like(np.asarray(x), np.nan), pipe.denoiser.params)
     pipelines.save(pipe.replace(denoiser=pipe.denoiser.replace(params=nan)), tmp_path / "nan")
     line = complaint(capsys, "sample", tmp_path / "nan", *FEW_STEPS, "--output-dir", tmp_path / "out")
-    assert "3 of 3" in line and "NaN" in line and not (tmp_path / "out").exists()
+    assert "unet holds NaN or infinity, in " in line and not (tmp_path / "out").exists()
+    # Of weights that are whole it is the guidance that overflows.
+    pipelines.save(pipe, tmp_path / "whole")
+    words = [*FEW_STEPS, "--guidance-scale", "3e38", "--output-dir", tmp_path / "out"]
+    line = complaint(capsys, "sample", tmp_path / "whole", *words)
+    assert "3 of 3" in line and "lower guidance_scale" in line and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

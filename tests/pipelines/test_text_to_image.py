@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from compilations import COMPILATIONS
 from diffusers import StableDiffusionPipeline
+from flax import traverse_util
 from picture_checks import KEY, picture
 from PIL import Image
 from reference_pipelines import LATENT, SIZE, noise, open_reference, write_sd
@@ -305,6 +306,26 @@ def test_a_mistake_is_named_before_anything_is_compiled(pipe, call, words):
         pipe(KEY, **({"prompt": "a cat"} | call))
     assert all(word in str(error.value) for word in words), str(error.value)
     assert COMPILATIONS.count - before <= 1  # keys and the like, no network
+
+
+@pytest.mark.parametrize("output_type", [None, "pil"])
+@pytest.mark.parametrize(
+    "part, path, tensor",
+    [
+        ("unet", ("conv_in", "kernel"), "conv_in.weight"),
+        ("vae", ("decoder", "conv_out", "bias"), "decoder.conv_out.bias"),
+        ("text_encoder", ("text_model", "final_layer_norm", "scale"), "text_model.final_layer_norm.weight"),
+    ],
+)
+def test_a_parameter_that_is_not_finite_is_named(pipe, part, path, tensor, output_type):
+    """And not the guidance scale, or pixels that cannot be converted."""
+    flat = traverse_util.flatten_dict(pipe.parts[part].params)
+    broken = np.array(flat[path])
+    broken.reshape(-1)[0] = np.nan
+    params = traverse_util.unflatten_dict(flat | {path: broken})
+    broken = pipe.replace(**{part: pipe.parts[part].replace(params=params)})
+    with pytest.raises(CheckpointError, match=f"^{part} holds NaN or infinity, in {tensor}: copy it again"):
+        broken(KEY, "a cat", num_inference_steps=2, output_type=output_type)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,17 @@ def test_an_image_that_overflows_is_the_fault_of_a_large_guidance_scale_if_there
     assert error["message"].startswith("the image came out as NaN or infinity: ")
 
 
+def test_parameters_that_are_not_finite_are_named_and_no_client_is_blamed(engine, monkeypatch):
+    pipe, reports = engine.pipe, []
+    broken = jax.tree.map(lambda leaf: np.full_like(np.asarray(leaf), np.inf), pipe.denoiser.params)
+    monkeypatch.setattr(engine, "pipe", pipe.replace(denoiser=pipe.denoiser.replace(params=broken)))
+    task = Task("a", "", (), {"guidance_scale": 900.0}, 1, 1, 4, True, "png", False, 0)
+    latents = np.full(engine.kinds[0].compiled.latent_shape, np.nan, np.float32)
+    Worker(Made(engine), reports.append)._finish_images([(task, Drawn("a", 0, latents, 2, jax.devices()[0]))])
+    (failure,) = (report.event for report in reports)
+    assert failure.type == "server_error" and f"{pipe.denoiser_name} holds NaN or infinity" in failure.message
+
+
 def test_an_image_that_overflows_takes_none_with_it_that_ended_together(engine):
     reports = []
     at_work = Worker(Made(engine), reports.append)
