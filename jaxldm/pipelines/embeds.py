@@ -28,7 +28,8 @@ HIDDEN, MASK, POOLED = (
 )
 
 # Options of `encode` that change nothing where no text is encoded, and the texts of further encoders.
-OF_ENCODING = ("clip_skip", "prompt_syntax", "max_sequence_length", "text_encoder_out_layers")
+# `max_sequence_length` is not among them: a bound that holds for what was encoded with it, too.
+OF_ENCODING = ("clip_skip", "prompt_syntax")
 _FURTHER_TEXTS = ("prompt_2", "prompt_3")
 
 
