@@ -233,7 +233,7 @@ def main(options: Exactness) -> None:
         results["split"] = split_trainings(place)
         results["state"] = share_of_a_device()
     print(table(results))
-    setting = machine("exactness.py", {})
+    setting = machine("exactness", {})
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table(results)}\n"
     files = {"exactness.md": text, "exactness.json": json.dumps({**setting, **results}, indent=1)}
     save_results(options.output_dir, files)

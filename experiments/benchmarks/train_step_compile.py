@@ -148,7 +148,7 @@ def main(options: TrainStepCompile) -> None:
             by_kind = {kind: [figures[kind] for figures in rounds] for kind in rounds[0]}
             rows.append({"recipe": name, "arrays": arrays, "optimizer": variant, "seconds": by_kind})
     print(table(rows))
-    setting = machine("train_step_compile.py", {"optax": optax.__version__}) | {"cores": cores()}
+    setting = machine("train_step_compile", {"optax": optax.__version__}) | {"cores": cores()}
     text = f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table(rows)}\n"
     figures = json.dumps({**setting, "rows": rows}, indent=1)
     save_results(options.output_dir, {"train_step_compile.md": text, "train_step_compile.json": figures})
