@@ -8,6 +8,7 @@ blocks, that tensor also holds the first matrix of the feed-forward. The last no
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxldm.checkpoints.original.autoencoder import vae
 from jaxldm.checkpoints.original.layout import SWAPPED, Component, Family, Place, Shapes, Table, count, rows
@@ -76,24 +77,28 @@ def flux_table(config: FluxTransformer2DConfig) -> Table:
     return table
 
 
-def flux_config(shapes: Shapes, preset: FluxTransformer2DConfig) -> FluxTransformer2DConfig:
-    """The config by its shapes; the split of a head's width among row and column is the preset's."""
+def fields_by_shapes(shapes: Shapes) -> dict[str, Any]:
+    """The fields that configs of FLUX.1 and FLUX.2 have in common, by the shapes of the original file."""
     width, in_channels = shapes["img_in.weight"]
     out_channels = shapes["final_layer.linear.weight"][0]
     double, single = (count(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
     head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    return dataclasses.replace(
-        preset,
-        in_channels=in_channels,
-        out_channels=None if out_channels == in_channels else out_channels,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=shapes["txt_in.weight"][1],
-        pooled_projection_dim=shapes["vector_in.in_layer.weight"][1],
-        guidance_embeds="guidance_in.in_layer.weight" in shapes,
-    )
+    return {
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": double,
+        "num_single_layers": single,
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+    }
+
+
+def flux_config(shapes: Shapes, preset: FluxTransformer2DConfig) -> FluxTransformer2DConfig:
+    """The config by its shapes; the split of a head's width among row and column is the preset's."""
+    pooled = shapes["vector_in.in_layer.weight"][1]
+    return dataclasses.replace(preset, **fields_by_shapes(shapes), pooled_projection_dim=pooled)
 
 
 FLUX = Family(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxldm.checkpoints.original.layout import SWAPPED, Component, Family, Place, Shapes, Table, count, rows
+from jaxldm.checkpoints.original.flux import fields_by_shapes
+from jaxldm.checkpoints.original.layout import SWAPPED, Component, Family, Place, Shapes, Table, rows
 from jaxldm.models.flux2_transformer_2d import Flux2Transformer2DConfig
 
 _MODULES = {
@@ -68,22 +69,11 @@ def flux2_table(config: Flux2Transformer2DConfig) -> Table:
 
 def flux2_config(shapes: Shapes, preset: Flux2Transformer2DConfig) -> Flux2Transformer2DConfig:
     """The config by its shapes; the split of a head's width among the coordinates is the preset's."""
-    width, in_channels = shapes["img_in.weight"]
-    out_channels = shapes["final_layer.linear.weight"][0]
-    double, single = (count(shapes, rf"{kind}_blocks\.(\d+)\.") for kind in ("double", "single"))
-    head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     return dataclasses.replace(
         preset,
-        in_channels=in_channels,
-        out_channels=None if out_channels == in_channels else out_channels,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=shapes["txt_in.weight"][1],
+        **fields_by_shapes(shapes),
         timestep_guidance_channels=shapes["time_in.in_layer.weight"][1],
-        mlp_ratio=shapes["double_blocks.0.img_mlp.2.weight"][1] / width,
-        guidance_embeds="guidance_in.in_layer.weight" in shapes,
+        mlp_ratio=shapes["double_blocks.0.img_mlp.2.weight"][1] / shapes["img_in.weight"][0],
     )
 
 
