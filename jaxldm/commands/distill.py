@@ -120,10 +120,8 @@ class Distill(SeveralHosts):
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return
         run = training.train(recipe, run_dir, **options)
-        classes = len(training.read_config(run.path)["data"]["class_names"])
         print(f"finished: everything is in {run.path}; try")
-        text = recipe.text is not None
-        print(f"  {hints.sample_texts(run.path) if text else hints.sample_classes(run.path, classes)}")
+        print(f"  {hints.sample_run(run.path)}")
 
     def out(self) -> Path:
         """The student's folder. Raises `InvalidArgumentError` where that is the teacher's own."""

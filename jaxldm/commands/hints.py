@@ -25,10 +25,20 @@ def sample_classes(folder: Path | str, num_classes: int | None, family: str | No
     return command("sample", folder, *_family(family), *labels, "--num-images", 16, "--output-dir", "samples")
 
 
-def sample_texts(folder: Path | str, family: str | None = None) -> str:
-    """The command to sample from a text-to-image model."""
-    words = ("--prompt", "a cat in the snow", "--output-dir", "samples")
+def sample_texts(folder: Path | str, family: str | None = None, prompt: str | None = None) -> str:
+    """The command to sample from a text-to-image model; `prompt` is one that it knows."""
+    words = ("--prompt", prompt or "a cat in the snow", "--output-dir", "samples")
     return command("sample", folder, *_family(family), *words)
+
+
+def sample_run(folder: Path) -> str:
+    """The command to sample from a finished run: with a caption of its test images, or its classes."""
+    from jaxldm import training
+
+    entries = training.read_config(folder)
+    if entries["recipe"].get("text") is not None:
+        return sample_texts(folder, prompt=entries["data"].get("caption"))
+    return sample_classes(folder, len(entries["data"]["class_names"]))
 
 
 def sample(folder: Path | str, pipe: Any, family: str | None = None) -> str | None:

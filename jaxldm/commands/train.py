@@ -103,13 +103,11 @@ class Train(SeveralHosts):
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return
         run = training.train(recipe, run_dir, **options)
-        classes = len(training.read_config(run.path)["data"]["class_names"])
         if recipe.generator == "autoencoder":
             print(f"finished: the autoencoder is {run.path / 'vae'}")
             return
         print(f"finished: everything is in {run.path}; try")
-        text = recipe.text is not None
-        print(f"  {hints.sample_texts(run.path) if text else hints.sample_classes(run.path, classes)}")
+        print(f"  {hints.sample_run(run.path)}")
         if recipe.classifier is not None:
             print(f"  {hints.command('eval', run.path)}")
 

@@ -117,8 +117,7 @@ def _check_step_fits(
         batch = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), per_image
         )
-        begin = functools.partial(_first_carry, compiled=compiled)
-        carry = jax.eval_shape(begin, network, per_call, batch)
+        carry = _first_carry.eval_shape(network, per_call, batch, compiled=compiled)
         steps = functools.partial(take_steps, compiled=compiled)
         return models.largest_product(steps, network, per_call, batch, carry, jnp.int32(0), jnp.int32(1))
 
@@ -138,6 +137,7 @@ def _first_device(devices: Sequence[Any] | None) -> Any:
     return (jax.local_devices() if devices is None else [*devices, *jax.local_devices()])[0]
 
 
+@functools.partial(jax.jit, static_argnames="compiled")  # so that its shapes are found once, not per batch
 def _first_carry(network: Network, per_call: PerCall, per_image: PerImage, compiled: Compiled) -> Any:
     """The solver's state at the first row, empty previews, and an x_0 that nobody saw yet."""
     solver, _ = solver_and_denoiser(network, per_call, per_image, compiled)
@@ -158,7 +158,7 @@ def _empty_carry(shared: Any, batch: PerImage, compiled: Compiled, mesh: Mesh) -
     """Zeros in the shape of `_first_carry` of each program; the first step does not read them."""
     programs = mesh.shape.get("images", 1)
     local = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(a) // programs, *a.shape[1:]), a.dtype), batch)
-    carry = jax.eval_shape(functools.partial(_first_carry, compiled=compiled), *shared, local)
+    carry = _first_carry.eval_shape(*shared, local, compiled=compiled)
     zeros = jax.tree.map(lambda leaf: np.zeros((programs, *leaf.shape), leaf.dtype), carry)
     spec = IMAGES if "images" in mesh.shape else EVERYWHERE
     return jax.device_put(zeros, NamedSharding(mesh, spec))  # as later carries are: one compilation

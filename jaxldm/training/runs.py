@@ -394,11 +394,13 @@ def begin_stage(run: RunFolder, stage: str) -> None:
 
 
 def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    captions = None if recipe.text is None else dataset.captions("test", 1)
     data = {
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
         **({"license": dataset.license} if dataset.license else {}),
+        **({"caption": captions[0]} if captions else {}),
     }
     return {"format": FORMAT, "recipe": recipe.to_dict(), "data": data, "versions": versions()}
 

@@ -50,6 +50,21 @@ def test_steps_one_at_a_time_keep_the_memory(pipe):
     assert seen == list(range(6))
 
 
+def test_batches_are_begun_without_tracing_the_network_again(pipe, monkeypatch):
+    options = CALL | {"cache": "fora:2", "batch_size": 1, "devices": jax.devices()[:1]}
+    pipe(KEY, [0], **options)
+    kind, traced = type(pipe.denoiser.module), []
+    original = kind.__call__
+
+    def counted(self, *args, **more):
+        traced.append(self)
+        return original(self, *args, **more)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    pipe(KEY, [0, 1, 2, 0], **options)
+    assert len(traced) <= 1  # by the check of the cache, before anything is drawn
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxldm import checkpoints, models, pipelines, schedulers, training
 from jaxldm import diffusion as D
-from jaxldm.commands import eval_images, inspect_checkpoints, inspect_sections
+from jaxldm.commands import eval_images, hints, inspect_checkpoints, inspect_sections
 from jaxldm.commands.eval import Eval, load_classifier
 from jaxldm.commands.info import describe
 from jaxldm.commands.inspect import Inspect
@@ -167,6 +167,8 @@ def test_a_run_is_a_pipeline_folder_that_draws_from_prompts(run, tmp_path):
     assert list((run.path / "diffusion" / "samples").glob("*.png"))
     text = describe(str(run.path))
     assert "run of the recipe tiny-text" in text and "text_encoder" in text and "--prompt" in text
+    caption = training.read_data(run.path).captions("test", 1)[0]
+    assert f"--prompt '{caption}'" in hints.sample_run(run.path)  # and not of a cat in the snow
     with pytest.raises(CheckpointError, match="draws from texts"):
         load_classifier(str(run.path))
     pipelines.save(pipe, tmp_path / "exported")
