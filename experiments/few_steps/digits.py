@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.few_steps.judge import second_judge
+from experiments.few_steps import judge
 from experiments.figures import quick_options
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, weights_hash
@@ -59,7 +59,7 @@ STUDENTS = {
     "cd": Student("cd", options=GUIDED),
     "ect": Student("ect"),
     "scm": Student("scm", options=GUIDED),
-    "reflow": Student("reflow", options=GUIDED),
+    "reflow": Student("reflow", options=GUIDED | {"numbers": {"pairs": 8_000}}),
     "dmd, 4 steps": Student("dmd", options=GUIDED | {"num_steps": 4}),
     "dmd, 1 step": Student("dmd", options=GUIDED | {"num_steps": 1}),
     "mean flow": Student(recipe="mini-mean-flow"),
@@ -199,10 +199,10 @@ def main(options: Digits) -> None:
     options = quick_options(options)
     check_demo(options.run_dir)
     dataset = load_dataset(options.run_dir)
-    tools = Measured(dataset, load_classifier(options.run_dir), second_judge(dataset))
-    images, labels = dataset.arrays("test")
-    print(f"second judge: {np.mean(tools.judge(images) == labels):.1%} of the real test digits")
+    tools = Measured(dataset, load_classifier(options.run_dir), judge.second_judge(dataset))
+    print(f"second judge: {judge.known(tools.judge, dataset):.1%} of the real training digits")
     results, common = Results(options.output_dir), {"teacher": weights_hash(options.run_dir)}
+    common |= {"second judge": judge.TRAINED_ON}
     common |= {"num_images": options.num_images, "seed": options.seed, "quick": options.quick}
     rows, shown, straight = [], {}, []
     for name in ("teacher", *options.students):

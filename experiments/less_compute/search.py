@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.few_steps.judge import second_judge
+from experiments.few_steps import judge
 from experiments.figures import quick_options, save_figure
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, load_latent_model, weights_hash
@@ -275,7 +275,7 @@ def load_tools(run_dir: Path) -> Tools:
         checkpoints.load(folder),
         dataset,
         load_classifier(run_dir),
-        second_judge(dataset),
+        judge.second_judge(dataset),
     )
 
 
@@ -397,7 +397,9 @@ def main(options: Search) -> None:
     check_demo(options.run_dir)
     tools = load_tools(options.run_dir)
     results, common = Results(options.output_dir), {"weights": weights_hash(options.run_dir)}
+    common |= {"second judge": judge.TRAINED_ON}
     common |= {name: getattr(options, name) for name in ("steps", "num_images", "seed", "enough")}
+    print(f"second judge: {judge.known(tools.judge, tools.dataset):.1%} of the real training digits")
     rows, shown = [], {}
     for name in options.methods:
         figures, arrays = results.row(
