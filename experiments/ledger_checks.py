@@ -37,6 +37,7 @@ def family_parameters() -> list[float]:
         "sd35-large",
         "flux-dev",
         "flux-schnell",
+        "flux2-dev",
         "flux2-klein-4b",
         "flux2-klein-9b",
         "z-image",

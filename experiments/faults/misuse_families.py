@@ -28,18 +28,19 @@ def _pipeline(name: str, scheduler: dict[str, Any], **parts: Any) -> pipelines.P
 
 
 @functools.cache
-def flux2() -> pipelines.Pipeline:
-    """FLUX.2 klein, of 12 channels."""
+def flux2(dev: bool = False) -> pipelines.Pipeline:
+    """FLUX.2 klein or dev, of 12 channels."""
+    text: dict[str, Any] = {**SMALL_QWEN, "head_dim": 6, "max_position_embeddings": 128}
     sizes = {"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, "latent_channels": 3}
     kinds = {f"{way}_block_types": (kind,) * 2 for way, kind in (("down", DOWN), ("up", UP))}
     transformer = {"in_channels": 12, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     transformer |= {"attention_head_dim": 12, "joint_attention_dim": 24, "axes_dims_rope": (2, 4, 4, 2)}
     return _pipeline(
-        "Flux2KleinPipeline",
+        "Flux2Pipeline" if dev else "Flux2KleinPipeline",
         FLOW,
-        transformer=models.Flux2Transformer2DConfig(**transformer, guidance_embeds=False),
+        transformer=models.Flux2Transformer2DConfig(**transformer, guidance_embeds=dev),
         vae=models.AutoencoderKLFlux2Config(**sizes, **kinds),
-        text_encoder=models.Qwen3Config(**SMALL_QWEN, head_dim=6, max_position_embeddings=128),
+        text_encoder=models.MistralConfig(**text) if dev else models.Qwen3Config(**text),
     )
 
 
@@ -111,6 +112,14 @@ def calls_of_families() -> Calls:
         ("flux2: embeds", lambda: flux2()(KEY, prompt_embeds=embeds, **TEXT), r"\[P, T, 24\]"),
         ("flux2: distilled", lambda: _distilled(), "leave out guidance_scale, which is 4"),
         ("flux2: length", lambda: flux2()(KEY, "a", max_sequence_length=200), "between 1 and 128"),
+        ("flux2-dev: layers", lambda: flux2(True)(KEY, "a", text_encoder_out_layers=(3, 1), **TEXT), "to 2"),
+        ("flux2-dev: scale", lambda: flux2(True)(KEY, "a", guidance_scale=-1.0, **TEXT), "of 0 or more"),
+        ("flux2-dev: embeds", lambda: flux2(True)(KEY, prompt_embeds=embeds, **TEXT), r"\[P, T, 24\]"),
+        (
+            "flux2-dev: own",
+            lambda: flux2(True)(KEY, "a", caption_upsample_temperature=0.1),
+            "caption_upsample",
+        ),
         ("qwen: guidance_scale", lambda: qwen_image()(KEY, "a", guidance_scale=4.0), "true_cfg_scale=4"),
         ("qwen: length", lambda: qwen_image()(KEY, "a", max_sequence_length=2000), "between 1 and 1024"),
         ("qwen: size", lambda: qwen_image()(KEY, "a", height=18, width=16), "18"),

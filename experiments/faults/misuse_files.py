@@ -131,6 +131,7 @@ def networks_on_disk() -> list[Case]:
             c.load_tokenizer(here / "tokenizer"),
             texts=["at"],
             max_length=8,
+            special_tokens=True,
         ),
         case("tokenizer.save", c.load_tokenizer(here / "tokenizer").save, folder=here / "saved-tokenizer"),
         case("checkpoints.load_inception", c.load_inception, path=here / "nowhere")._replace(refusal=NOWHERE),
@@ -274,13 +275,7 @@ def generation() -> list[Case]:
             **dict.fromkeys(IMAGE_PROMPTS),
             words={"num_inference_steps": "steps", "prompt": "prompt"},
         ),
-        case(
-            "pipelines.encode_images",
-            p.encode_images,
-            vae=vae,
-            images=IMAGES,
-            words={"images": "images|inputs"},
-        ),
+        case("pipelines.encode_images", p.encode_images, vae=vae, images=IMAGES, words=PICTURES),
         case(
             "pipelines.decode_images",
             p.decode_images,
@@ -308,11 +303,13 @@ def generation() -> list[Case]:
             mask=False,
             template="{}",
             layers=None,
+            special_tokens=True,
             words={"skip": "skip"},
         ),
     ]
 
 
+PICTURES = {"images": "images|inputs"}
 TWO_STAGES = {"prior": "prior|lacks|part", "decoder": "decoder|lacks|part"}
 MASKS = {"masks": "mask", "size": "size|mask_image"}
 

@@ -71,7 +71,10 @@ NAMES_WITH_NUMBERS = frozenset(
 # Attention projections in checkpoints written by early diffusers:
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Transformers writes an encoder with one of these in front of every tensor, or without it:
-ENCODER_PREFIXES = ("text_model.", "vision_model.", "bert.", "model.", "model.language_model.")
+ENCODER_PREFIXES = (
+    *("text_model.", "vision_model.", "bert.", "model.", "model.language_model."),
+    "language_model.model.",
+)
 
 _BLOCK = 2**19  # bytes that are converted at a time
 _READERS = 2  # threads: one waits for the disk or for new pages of memory while the other converts

@@ -29,7 +29,7 @@ from jaxldm.files import (
     storage_errors,
     write_atomically,
 )
-from jaxldm.reading import parse_json, read_json, reading, shortened, shown
+from jaxldm.reading import read_json, reading, shortened, shown
 
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"
@@ -45,6 +45,11 @@ SEVERAL = {
 
 Network = tuple[nn.Module, dict]
 Component = Network | Tokenizer | dict[str, Any]
+
+
+def is_tokenizer(name: str, kind: str) -> bool:
+    """Whether a component of this class is a tokenizer, or a processor of texts and images that has one."""
+    return "Tokenizer" in kind or (name.startswith("tokenizer") and kind.endswith("Processor"))
 
 
 @checked(folder=a_path)
@@ -135,7 +140,7 @@ def load_components(
         _, kind = index[one_of(f"component of {folder}", name, index)]
         if kind.endswith("Scheduler") or name.endswith("scheduler"):
             return {"_class_name": kind, **read_json(folder / name / SCHEDULER_FILE)}
-        if "Tokenizer" in kind:
+        if is_tokenizer(name, kind):
             return load_tokenizer(folder / name)
         if "ImageProcessor" in kind:
             return {"_class_name": kind, **read_json(folder / name / PROCESSOR_FILE)}
@@ -222,8 +227,7 @@ def save_component(folder: Path, component: Any) -> Any:
         return component
     if isinstance(component, Tokenizer):
         component.save(folder)
-        settings = parse_json(component.files["tokenizer_config.json"], "tokenizer_config.json")
-        return ["transformers", settings.get("tokenizer_class", "PreTrainedTokenizerFast")]
+        return ["transformers", component.class_name]
     if isinstance(component, Mapping):
         if "_class_name" not in component:
             raise CheckpointError(f"{folder.name} is a dictionary without _class_name, so not a scheduler")

@@ -94,6 +94,7 @@ class Sample:
       FluxFill                     50            30.0       1.0
       FluxControl                  28             3.5
       FluxKontext                  28             3.5
+      Flux2                        50             4.0
       Flux2Klein (base)            50             4.0
       Flux2Klein (distilled)        4             1.0
       PixArt                       20             4.5       0.8

@@ -59,6 +59,7 @@ from jaxldm.models.ldm_bert import LDMBertConfig, LDMBertModel
 from jaxldm.models.look_inside import Inside, look_inside
 from jaxldm.models.lpips import LPIPS, lpips_heads
 from jaxldm.models.maskgit_transformer import MaskGITTransformer, MaskGITTransformerConfig
+from jaxldm.models.mistral import MistralConfig, MistralModel
 from jaxldm.models.ncsnpp import NCSNppConfig, NCSNppModel
 from jaxldm.models.paella_vq_model import PaellaVQModel, PaellaVQModelConfig
 from jaxldm.models.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
@@ -184,6 +185,8 @@ __all__ = [
     "LDMBertModel",
     "MaskGITTransformer",
     "MaskGITTransformerConfig",
+    "MistralConfig",
+    "MistralModel",
     "NCSNppConfig",
     "NCSNppModel",
     "PaellaVQModel",

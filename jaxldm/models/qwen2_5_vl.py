@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from jaxldm.entries import read_value
-from jaxldm.errors import CheckpointError, one_of, shown
-from jaxldm.models.config import check, check_heads
-from jaxldm.models.qwen3 import QwenModel, check_layer_types
+from jaxldm.errors import CheckpointError, shown
+from jaxldm.models.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    check_layer_types,
+    text_entries,
+)
 from jaxldm.models.text_encoder import GENERIC, TransformersConfig
-from jaxldm.nn.linear import compute_dtype
 
 ROPE = ("rope_scaling", "rope_parameters")  # of transformers 4, and of 5
 PLAIN = ("default", "mrope")  # the kinds of rotary positions that are those of Qwen3 for a text
@@ -22,11 +25,11 @@ sliding_window max_window_layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen2_5_VLTextConfig(TransformersConfig):
+class Qwen2_5_VLTextConfig(LanguageModelConfig):
     """Config of `Qwen2_5_VLTextModel`; names and defaults are those of transformers.
 
     Attributes:
-        num_key_value_heads: as in `Qwen3Config`.
+        num_key_value_heads: as in `LanguageModelConfig`.
         mrope_section: pairs of a head's channels that rotate with a token's time, row and column. Those of a
             text are one number, its place, so that the split has no effect here; it is kept for others.
     """
@@ -41,35 +44,13 @@ class Qwen2_5_VLTextConfig(TransformersConfig):
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1000000.0
-    mrope_section: tuple[int, ...] | None = None
     dtype: str = "float32"
+    mrope_section: tuple[int, ...] | None = None
 
     model_type: ClassVar[str] = "qwen2_5_vl_text"
-    qk_norm: ClassVar[bool] = False
     attention_bias: ClassVar[bool] = True
-    output_bias: ClassVar[bool] = False
     fixed: ClassVar = {**TransformersConfig.fixed, "use_sliding_window": False}
     ignored: ClassVar = frozenset(GENERIC.split()) | set(OF_IMAGES.split())
-
-    def check_values(self) -> None:
-        one_of("hidden_act", self.hidden_act, ("silu",))
-        check_heads(self.hidden_size, self.num_attention_heads)
-        check(
-            self.num_attention_heads % self.key_value_heads == 0,
-            f"{self.num_attention_heads} heads of queries cannot share {self.key_value_heads} of keys",
-        )
-        check(self.head_dim % 2 == 0, f"heads of {self.head_dim} channels must be even, for rotary positions")
-        compute_dtype(self.dtype)
-
-    @property
-    def key_value_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
         """As in `ModelConfig`; the rotary settings as transformers 4 has them, which 5 reads as well."""
@@ -86,13 +67,7 @@ class Qwen2_5_VLTextConfig(TransformersConfig):
         Raises:
             CheckpointError: an unknown key, sliding-window attention, or scaled positions.
         """
-        place = "config.json: text_config"
-        inner = read_value(entries.get("text_config"), dict | None, place)
-        if inner is not None:  # it repeats what older files have next to it
-            entries = {key: value for key, value in inner.items() if key != "model_type"} | {
-                key: value for key, value in entries.items() if key == "_dtype"
-            }
-        entries = {key: value for key, value in entries.items() if key != "text_config"}
+        entries = text_entries(entries)
         rope: dict[str, Any] = {}
         for name in ROPE:
             given = read_value(entries.pop(name, None), dict | None, f"config.json: {name}") or {}
@@ -107,11 +82,12 @@ class Qwen2_5_VLTextConfig(TransformersConfig):
         return super().from_dict(entries | rope)
 
 
-class Qwen2_5_VLTextModel(QwenModel):
+class Qwen2_5_VLTextModel(LanguageModel):
     """The language model of Qwen2.5-VL without its last layer. Bai et al. 2025, arXiv:2502.13923, section 2.
 
-    Its call is that of `QwenModel`. In a text the time, row and column of a token are all its place, so that
-    its rotary positions are Qwen3's. Weights of the part that sees images, in the same files, are not read.
+    Its call is that of `LanguageModel`. In a text the time, row and column of a token are all its place, so
+    that its rotary positions are Qwen3's. Weights of the part that sees images, in the same files, are not
+    read.
 
     >>> import jax
     >>> from jaxldm import models

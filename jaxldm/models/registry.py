@@ -44,6 +44,7 @@ from jaxldm.models import (
     k_unet_2d_condition,
     ldm_bert,
     maskgit_transformer,
+    mistral,
     ncsnpp,
     paella_vq_model,
     patch_discriminator,
@@ -152,6 +153,10 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[ModelConfig]]] = {
         qwen2_5_vl.Qwen2_5_VLTextModel,
         qwen2_5_vl.Qwen2_5_VLTextConfig,
     ),
+    "MistralModel": (mistral.MistralModel, mistral.MistralConfig),
+    "MistralForCausalLM": (mistral.MistralModel, mistral.MistralConfig),  # without its last layer
+    # Its language model, without its last layer.
+    "Mistral3ForConditionalGeneration": (mistral.MistralModel, mistral.MistralConfig),
     "QwenImageTransformer2DModel": (
         qwen_image_transformer_2d.QwenImageTransformer2DModel,
         qwen_image_transformer_2d.QwenImageTransformer2DConfig,
@@ -249,6 +254,7 @@ PRESETS |= {
     **t5_encoder.PRESETS,
     **qwen3.PRESETS,
     **qwen2_5_vl.PRESETS,
+    **mistral.PRESETS,
     **qwen_image_transformer_2d.PRESETS,
     **z_image_transformer_2d.PRESETS,
     **bert.PRESETS,

@@ -39,7 +39,7 @@ from jaxldm.arguments import (
 )
 from jaxldm.checkpoints.folder import check_one_network
 from jaxldm.checkpoints.lora import scale_of_each, some_scales
-from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
+from jaxldm.checkpoints.pipeline_folder import INDEX_FILE, is_tokenizer
 from jaxldm.diffusion.predictions import A_PREDICTION
 from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, StorageError
@@ -71,8 +71,8 @@ WELL_KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipel
 RELATED = {
     "QwenImage": "of Qwen-Image there are QwenImagePipeline, QwenImageImg2ImgPipeline and "
     "QwenImageInpaintPipeline, and no editing, layers or ControlNets",
-    "Flux2": "of FLUX.2 there is klein, Flux2KleinPipeline, and not dev, whose text encoder is Mistral, nor "
-    "inpainting",
+    "Flux2": "of FLUX.2 there are dev and klein, Flux2Pipeline and Flux2KleinPipeline, and no inpainting nor "
+    "kept keys and values of pictures",
 }
 # What the authors trained on: DDPM's linear betas, eps; the straight path and its velocity.
 PUBLISHED = {"DiT": D.epsilon(D.VP.named("linear")), "SiT": D.flow(D.Flow())}
@@ -367,7 +367,7 @@ def modules_in(folder: str | Path, family: Family | str | None = None) -> dict[s
     return {
         name: checkpoints.module_in(folder / name)
         for name, (_, kind) in checkpoints.read_model_index(folder).items()
-        if is_part(name, layout) and not kind.endswith("Scheduler") and "Tokenizer" not in kind
+        if is_part(name, layout) and not (kind.endswith("Scheduler") or is_tokenizer(name, kind))
     }
 
 

@@ -104,6 +104,7 @@ def a_template(name: str, value: Any) -> str:
     mask=flag,
     template=a_template,
     layers=optional(several(count(0), "a list of numbers of layers")),
+    special_tokens=flag,
 )
 def encode_texts(
     encoder: Network,
@@ -117,6 +118,7 @@ def encode_texts(
     mask: bool = False,
     template: str = "{}",
     layers: Sequence[int] | None = None,
+    special_tokens: bool = True,
 ) -> Encoded:
     """The states of each text, and the state of the whole.
 
@@ -135,6 +137,7 @@ def encode_texts(
         template: what is encoded of a text, which stands in it as {}.
         layers: in place of `skip` and `final_norm`: the states behind each of these layers, joined for each
             token, as the encoder gives them; 0 are the embeddings.
+        special_tokens: False for a template that has those at both ends of a text itself.
 
     Raises:
         InvalidArgumentError: as many layers to skip as there are, layers that there are not, a normalisation
@@ -144,7 +147,8 @@ def encode_texts(
     joined_layers = None if layers is None else tuple(layers)
     length = tokenizer.max_length if max_length is None else max_length
     length = min(length, getattr(encoder.config, "max_position_embeddings", length))
-    tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length)
+    more = {} if special_tokens else {"special_tokens": False}
+    tokens = tokenizer([template.replace("{}", text) for text in texts], max_length=length, **more)
     check_token_ids(encoder.config, tokens.input_ids)
     behind = template.split("{}")[1].strip()
     known: dict[str, Encoded] = {}

@@ -8,7 +8,15 @@ import sentencepiece
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_folders import SENTENCES, TRICKY, bert_folder, clip_folder, qwen_folder, t5_folder
+from tokenizer_folders import (
+    SENTENCES,
+    TRICKY,
+    bert_folder,
+    clip_folder,
+    mistral_folder,
+    qwen_folder,
+    t5_folder,
+)
 
 from jaxldm import checkpoints
 from jaxldm.checkpoints.sentencepiece_file import read_sentencepieces
@@ -26,6 +34,7 @@ KINDS = {
         {"do_lower_case": False, "tokenize_chinese_chars": False, "strip_accents": False},
     ),
     "Qwen": (transformers.Qwen2Tokenizer, qwen_folder, {}),
+    "Mistral": (transformers.PreTrainedTokenizerFast, mistral_folder, {}),
 }
 
 
@@ -180,6 +189,25 @@ def test_words_that_were_added_keep_their_numbers(tmp_path):
         checkpoints.load_tokenizer(tmp_path)
 
 
+def test_a_text_that_has_the_special_tokens_itself_gets_no_others(tmp_path):
+    """As a chat template writes them; and where rows are filled is the class's in transformers."""
+    mistral_folder(tmp_path)
+    tokenizer = checkpoints.load_tokenizer(tmp_path)
+    texts = ["a cat", "a photo of two dogs"]
+    with_start = tokenizer([f"<s>{text}" for text in texts], max_length=12, special_tokens=False)
+    for own, expected in zip(with_start, tokenizer(texts, max_length=12), strict=True):
+        np.testing.assert_array_equal(own, expected)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for kind, side in (("LlamaTokenizer", "left"), ("PreTrainedTokenizerFast", "right")):
+        entries = settings | {"tokenizer_class": kind, "padding_side": None}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+        assert checkpoints.load_tokenizer(tmp_path).padding_side == side
+    assert transformers.LlamaTokenizer.padding_side == "left"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "top"}))
+    with pytest.raises(CheckpointError, match="only the right is supported, and the left"):
+        checkpoints.load_tokenizer(tmp_path)
+
+
 def test_impossible_calls_are_refused(any_folder):
     clip = any_folder[0][0]
     for wrong in ("a cat", [1, 2], [None], [["a", "b"]]):
@@ -205,6 +233,7 @@ def damaged(name, content):
         (damaged("merges.txt", b"\xff\xfe"), "do not fit together"),
         (damaged("tokenizer.json", b"{}"), "do not fit together"),
         (damaged("tokenizer_config.json", b'{"padding_side": "left"}'), "padding on the left"),
+        (damaged("processor_config.json", b'{"processor_class": 3}'), "processor_class must be a string"),
         (lambda folder: (folder / "merges.txt").unlink(), "it takes tokenizer.json, vocab.json with merges"),
         (damaged("tokenizer_config.json", b'{"added_tokens_decoder": []}'), "added_tokens_decoder must be"),
         (damaged("special_tokens_map.json", b'{"eos_token": 3}'), "eos_token must be a string or an object"),

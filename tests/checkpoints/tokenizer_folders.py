@@ -6,6 +6,7 @@ import itertools
 import json
 
 import sentencepiece
+import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 SENTENCES = [
@@ -144,6 +145,26 @@ def qwen_folder(folder, **settings):
     } | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return len(vocabulary) + len(added)
+
+
+def mistral_folder(folder, side="left"):
+    """tokenizer.json as Mistral's: special tokens, all bytes, the commonest pairs; rows filled in front."""
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<pad>"]
+    merges = [(first, second.removesuffix("</w>")) for first, second in _common_pairs(40)]
+    merges = [*dict.fromkeys(pair for pair in merges if not pair[0].endswith("</w>")), ("Ġ", "cat")]
+    vocabulary = [*special, *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(vocabulary))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(numbers, merges))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", numbers["<s>"])]
+    )
+    made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": side}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def t5_folder(folder, **settings):

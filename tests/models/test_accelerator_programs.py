@@ -204,7 +204,7 @@ ALIKE = {
     **dict.fromkeys(("ldm-vq-f8", "kandinsky2-movq"), "ldm-vq-f4"),
     **dict.fromkeys(("openclip-h", "openclip-bigg", "ldm-bert"), "clip-l"),
     **dict.fromkeys(("t5-base", "t5-xl"), "t5-xxl"),
-    "qwen3-8b": "qwen3-4b",
+    **dict.fromkeys(("qwen3-8b", "mistral-small-3.2"), "qwen3-4b"),
 }
 WITHOUT_ATTENTION = {
     "flux-redux",

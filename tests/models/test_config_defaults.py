@@ -35,6 +35,7 @@ TRANSFORMERS = {
     "BertModel": transformers.BertConfig,
     "Qwen3Model": transformers.Qwen3Config,
     "Qwen2_5_VLTextModel": transformers.Qwen2_5_VLTextConfig,
+    "MistralModel": transformers.MistralConfig,
     "LDMBertModel": LDMBertConfig,
     "SiglipVisionModel": transformers.SiglipVisionConfig,
 }

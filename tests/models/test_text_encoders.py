@@ -58,6 +58,7 @@ CASES = {
     "T5 of the first kind": (transformers.T5EncoderModel, transformers.T5Config(**T5)),
     "MiniLM": (transformers.BertModel, transformers.BertConfig(**BERT)),
     "Qwen3": (transformers.Qwen3Model, transformers.Qwen3Config(**QWEN, rope_theta=1e6)),
+    "Mistral": (transformers.MistralModel, transformers.MistralConfig(**QWEN, rope_theta=1e9)),
     "Qwen3 with as many heads of keys, and biases": (
         transformers.Qwen3Model,
         transformers.Qwen3Config(**QWEN | {"num_key_value_heads": 4}, attention_bias=True, rms_norm_eps=1e-3),
@@ -207,6 +208,7 @@ PUBLISHED = {
     "minilm": (transformers.BertModel, 22_713_216),
     "qwen3-4b": (transformers.Qwen3Model, 4_022_468_096),
     "qwen3-8b": (transformers.Qwen3Model, 7_568_405_504),
+    "mistral-small-3.2": (transformers.MistralModel, 22_901_314_560),
 }
 
 

@@ -147,12 +147,6 @@ def test_the_command_line_draws_the_same(folder, pipe, tmp_path):
     assert np.abs(np.asarray(Image.open(path)) - (drawn[0] + 1) * 127.5).max() <= 1
 
 
-def test_a_folder_of_dev_is_refused_in_one_line(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
-    with pytest.raises(CheckpointError, match="is not supported: of FLUX"):
-        pipelines.load(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

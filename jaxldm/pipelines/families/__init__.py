@@ -16,7 +16,7 @@ from jaxldm.pipelines.families.amused import AMUSED
 from jaxldm.pipelines.families.class_to_image import CLASS_TO_IMAGE, DIT
 from jaxldm.pipelines.families.deepfloyd_if import DEEPFLOYD_IF, DEEPFLOYD_IF_SUPER_RESOLUTION
 from jaxldm.pipelines.families.flux import FLUX
-from jaxldm.pipelines.families.flux2 import FLUX2_KLEIN
+from jaxldm.pipelines.families.flux2 import FLUX2, FLUX2_KLEIN
 from jaxldm.pipelines.families.flux_pictures import FLUX_CONTROL, FLUX_FILL, FLUX_KONTEXT
 from jaxldm.pipelines.families.flux_redux import FLUX_REDUX
 from jaxldm.pipelines.families.instruct_pix2pix import INSTRUCT_PIX2PIX, INSTRUCT_PIX2PIX_XL
@@ -53,6 +53,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX_CONTROL,
     FLUX_KONTEXT,
     FLUX_REDUX,
+    FLUX2,
     FLUX2_KLEIN,
     PIXART_SIGMA,
     PIXART_ALPHA,

@@ -1,11 +1,12 @@
-"""FLUX.2 klein (Black Forest Labs 2026): a transformer on a flow, with states of three layers of Qwen3.
+"""FLUX.2 (Black Forest Labs): a transformer on a flow, with states of three layers of a language model.
 
     pipe = pipelines.load("FLUX.2-klein-4B", dtype="bfloat16")
     images = pipe(key, "a red fox in the snow")
     images = pipe(key, "make it snow", image=photo)
 
-The distilled models take 4 steps and no guidance; the base models 50 steps, with classifier-free guidance.
-Both look at a picture, whose tokens stand behind those of x, with a first coordinate of 10.
+klein (2026) has Qwen3: the distilled models take 4 steps and no guidance, the base models 50 steps with
+classifier-free guidance. dev (2025) has Mistral Small 3.2, and takes its guidance scale as an input, as it
+was distilled. All look at a picture, whose tokens stand behind those of x, with a first coordinate of 10.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxldm import diffusion as D
 from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.embeds import TextWidths
+from jaxldm.pipelines.families.flux import guidance_condition, is_guidance_distilled
 from jaxldm.pipelines.families.flux_pictures import kontext_start
 from jaxldm.pipelines.family import Family, Folder, check_text_width
 from jaxldm.pipelines.generate import grid, read_scheduler
@@ -32,6 +34,14 @@ from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
 # What Qwen3's chat template comes to for one question that is answered without thinking.
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 LAYERS = (9, 18, 27)  # of 36
+# What Mistral's chat template comes to for a system message and one question; the message is the authors'.
+DEV_TEMPLATE = (
+    "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses "
+    "focusing on object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT]"
+    "[INST]{}[/INST]"
+)
+A_PICTURE = "[IMG]"  # Mistral's token, in whose place a picture would stand
+DEV_LAYERS = (10, 20, 30)  # of 40
 TRAINED_SIDE = 64  # latents
 
 
@@ -55,22 +65,59 @@ def encode(
         InvalidArgumentError: no room for a token, or more than the text encoder has places for; layers that
             it does not have, or of which the transformer takes another number.
     """
+    layers = _checked_layers(pipe, max_sequence_length, text_encoder_out_layers)
+    options = {"max_length": max_sequence_length, "layers": layers, "template": TEMPLATE}
+    return request.both(lambda texts: _joined_states(pipe, texts, **options))
+
+
+def encode_dev(
+    pipe: Pipeline,
+    request: Request,
+    *,
+    max_sequence_length: int = 512,
+    text_encoder_out_layers: Sequence[int] = DEV_LAYERS,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """States behind several layers of the text encoder, joined for each token.
+
+    Texts are put to Mistral as a question in a chat, behind the authors' system message. Rows are filled on
+    the side that the tokenizer says, the left in the published folder; the text encoder does not look at what
+    fills them, the transformer does. The token in whose place a picture would stand is left out of texts.
+
+    Args:
+        max_sequence_length: tokens of a text, the chat's own 40 or so among them.
+        text_encoder_out_layers: behind which layers; 0 are the embeddings.
+
+    Raises:
+        InvalidArgumentError: no room for a token, or more than the text encoder has places for; layers that
+            it does not have, or of which the transformer takes another number.
+    """
+    layers = _checked_layers(pipe, max_sequence_length, text_encoder_out_layers)
+    options = {"max_length": max_sequence_length, "layers": layers, "template": DEV_TEMPLATE}
+
+    def states(texts: list[str]) -> dict[str, Any]:
+        texts = [text.replace(A_PICTURE, "") for text in texts]
+        return _joined_states(pipe, texts, special_tokens=False, **options)
+
+    return request.both(states)
+
+
+def _checked_layers(pipe: Pipeline, length: int, given: Sequence[int]) -> tuple[int, ...]:
+    """The layers of a call, and its number of tokens, as the text encoder and the transformer have them."""
     encoder, config = pipe.text_encoder.config, pipe.transformer.config
-    check_sequence_length(max_sequence_length, encoder.max_position_embeddings)
-    layers, count = tuple(text_encoder_out_layers), config.joint_attention_dim // encoder.hidden_size
+    check_sequence_length(length, encoder.max_tokens)
+    layers, count = tuple(given), config.joint_attention_dim // encoder.hidden_size
     last = encoder.num_hidden_layers
     if len(layers) != count or not all(0 <= layer <= last for layer in layers):
         raise InvalidArgumentError(
             f"text_encoder_out_layers must be {count} numbers from 0 to {last}, the layers of this text "
             f"encoder, got {shown(list(layers))}"
         )
-    options: dict[str, Any] = {"max_length": max_sequence_length, "mask": True, "template": TEMPLATE}
+    return layers
 
-    def states(texts: list[str]) -> dict[str, Any]:
-        encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, layers=layers, **options)
-        return {"encoder_hidden_states": encoded.hidden}
 
-    return request.both(states)
+def _joined_states(pipe: Pipeline, texts: list[str], **options: Any) -> dict[str, Any]:
+    encoded = encode_texts(pipe.text_encoder, pipe.tokenizer, texts, mask=True, **options)
+    return {"encoder_hidden_states": encoded.hidden}
 
 
 def empirical_mu(num_image_tokens: int, num_steps: int) -> float:
@@ -144,9 +191,24 @@ def check(pipe: Pipeline) -> None:
     Raises:
         CheckpointError: parts of different models.
     """
-    config, width = pipe.transformer.config, pipe.text_encoder.config.hidden_size
-    if config.guidance_embeds:
+    if pipe.transformer.config.guidance_embeds:
         raise CheckpointError("its transformer takes the guidance as an input, as no FLUX.2 klein does")
+    _check_widths(pipe)
+
+
+def check_dev(pipe: Pipeline) -> None:
+    """As klein, with a transformer that takes the guidance.
+
+    Raises:
+        CheckpointError: parts of different models.
+    """
+    if not pipe.transformer.config.guidance_embeds:
+        raise CheckpointError("its transformer takes no guidance as an input, as FLUX.2-dev does")
+    _check_widths(pipe)
+
+
+def _check_widths(pipe: Pipeline) -> None:
+    config, width = pipe.transformer.config, pipe.text_encoder.config.hidden_size
     if config.joint_attention_dim % width:
         check_text_width(pipe, width, config.joint_attention_dim)
     given, drawn = latent_channels(pipe.vae.config), config.out_channels or config.in_channels
@@ -173,4 +235,17 @@ FLUX2_KLEIN = Family(
     check_guidance=check_guidance,
     unused=OF_A_START,
     text_widths=lambda pipe: TextWidths(pipe.transformer.config.joint_attention_dim),
+)
+FLUX2 = FLUX2_KLEIN._replace(
+    name="Flux2",
+    folder=Folder(
+        class_names=("Flux2Pipeline",),
+        parts=FLUX2_KLEIN.folder.parts,  # Mistral Small 3.2
+        check=check_dev,
+    ),
+    defaults=lambda pipe: Defaults(guidance_scale=4.0, num_inference_steps=50),
+    encode=encode_dev,
+    is_guidance_distilled=is_guidance_distilled,
+    guidance_condition=guidance_condition,
+    check_guidance=lambda pipe, call: None,
 )
