@@ -51,9 +51,10 @@ def control_options(given: Any, pipe: Any, image: Any) -> dict[str, Any]:
 
     Raises:
         DataError: no such file, or not a picture.
-        InvalidArgumentError: another number of values than of networks.
+        InvalidArgumentError: another number of values than of networks, a picture of other proportions than
+            --image without --resize.
     """
-    from jaxldm.commands.pictures import read_picture
+    from jaxldm.commands.pictures import check_proportions, read_picture
     from jaxldm.data.pictures import open_picture
     from jaxldm.pipelines.control_kinds import base_name, control_parts
     from jaxldm.pipelines.resizing import size_of
@@ -62,6 +63,9 @@ def control_options(given: Any, pipe: Any, image: Any) -> dict[str, Any]:
     if given.control_image is None:
         return guess
     height, width = (given.height, given.width) if image is None else size_of(image)
+    if image is not None and given.resize is None:
+        for file in given.control_image:
+            check_proportions(f"--control-image {file}", size_of(open_picture(file)), given.image, image)
     pictures: list[Any] = [
         read_picture(file, height, width) if given.resize is None else open_picture(file)
         for file in given.control_image

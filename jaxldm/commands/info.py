@@ -185,8 +185,13 @@ def describe_export(folder: Path, family: str | None = None) -> str:
 def describe_text_to_image(folder: Path, family: str | None = None) -> str:
     """The networks of a text-to-image folder, their size, and the command to sample; reads no weights."""
     from jaxldm import checkpoints, models, pipelines
+    from jaxldm.pipelines import families
+    from jaxldm.pipelines.folders import family_of
+    from jaxldm.pipelines.scheduler_files import check_schedulers
 
     index, rows, total = checkpoints.read_model_index(folder), [], 0
+    found = family_of(folder, family)
+    refused = check_schedulers(folder, found, index) if found in families.FAMILIES else {}
     for name, module in pipelines.modules_in(folder, family).items():
         count = models.count_params(module)
         rows.append((name, type(module).__name__, f"{count:,} parameters"))
@@ -195,7 +200,8 @@ def describe_text_to_image(folder: Path, family: str | None = None) -> str:
     return (
         f"{folder} is a text-to-image model of {total:,} parameters: {memory}\n{table(rows)}\n"
         f"{table([('scheduler', index['scheduler'][1])])}\n"
-        f"sample:  {hints.sample_texts(folder, family)}"
+        + "".join(f"  {name} needs --solver: {why}\n" for name, why in refused.items())
+        + f"sample:  {hints.sample_texts(folder, family)}"
     )
 
 

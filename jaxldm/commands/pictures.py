@@ -46,11 +46,41 @@ def check_picture_size(height: int, width: int) -> None:
         )
 
 
-def read_mask(path: str, image: Any) -> Bool[np.ndarray, "H W"]:
-    """A mask file in the size of the image that it belongs to; its thinnest lines stay."""
+def read_mask(path: str, picture: str, image: Any) -> Bool[np.ndarray, "H W"]:
+    """A mask file in the size of the image that it belongs to; its thinnest lines stay.
+
+    Args:
+        path: of the mask.
+        picture: the file of --image.
+        image: what was read of that, perhaps in another size.
+
+    Raises:
+        DataError: no such file, or no mask.
+        InvalidArgumentError: a mask of other proportions than the picture's, which would be stretched.
+    """
     from jaxldm.data.pictures import mask_of, open_picture, resize_mask
     from jaxldm.pipelines.resizing import size_of
 
-    if image is None:
-        raise InvalidArgumentError("--mask selects the part of --image to draw again: give --image, too")
-    return resize_mask(mask_of(open_picture(path), name=path), size_of(image))
+    mask = open_picture(path)
+    check_proportions(f"--mask {path}", size_of(mask), picture, image)
+    return resize_mask(mask_of(mask, name=path), size_of(image))
+
+
+def check_proportions(option: str, size: tuple[int, int], picture: str, image: Any) -> None:
+    """Raise `InvalidArgumentError` unless a file is of the proportions of --image, or as large as is drawn.
+
+    Args:
+        option: that names the file, and the file.
+        size: its (height, width).
+        picture: the file of --image.
+        image: what was read of that, perhaps in another size.
+    """
+    from jaxldm.data.pictures import open_picture
+    from jaxldm.pipelines.resizing import alike, size_of
+
+    whole, drawn = size_of(open_picture(picture)), size_of(image)
+    if not (alike(size, whole) or size == drawn):
+        raise InvalidArgumentError(
+            f"{option} is {size[0]}x{size[1]} pixels (height x width), and --image {whole[0]}x{whole[1]}: "
+            "one of them would be stretched; cut one of them to the proportions of the other"
+        )

@@ -410,7 +410,7 @@ class Sample:
         if self.image is not None:
             whole = self.resize is not None
             image = open_picture(self.image) if whole else read_picture(self.image, self.height, self.width)
-        mask = None if self.mask is None else read_mask(self.mask, image)
+        mask = None if self.mask is None else read_mask(self.mask, str(self.image), image)
         check_refiner(self)
         loading = self._loading()
         pipe = pipelines.load(self.folder, family=self.family, **loading)

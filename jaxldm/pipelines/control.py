@@ -106,9 +106,10 @@ def with_control(
 
 
 def read_control(pipe: Pipeline, call: Call) -> Call:
-    """The call with its control images as arrays [N, H, W, C] in [-1, 1], one for each control network.
+    """The call with its control images as arrays in [-1, 1], for each control network [N, H, W, C] or a list.
 
-    Where nothing else says how large the images are, they are as large as the first control image.
+    Those of a list may be of different sizes until `fit_control`. Where nothing else says how large the
+    images are, they are as large as the first control image.
 
     Raises:
         InvalidArgumentError: options without a control network, or another number of pictures or values.
@@ -125,7 +126,7 @@ def read_control(pipe: Pipeline, call: Call) -> Call:
         return call
     _check_values(call, networks)
     pictures = _read_pictures(call.control_image, networks)
-    first, multiple = pictures[0].shape[1:3], pipe.latent_spec.multiple
+    first, multiple = cast(Size, pictures[0][0].shape[:2]), pipe.latent_spec.multiple
     if call.image is None and call.resize is not None:
         nearest = nearest_size(first, multiple)
         target = call.height or nearest[0], call.width or nearest[1]
@@ -149,12 +150,13 @@ def fit_control(pipe: Pipeline, call: Call, size: Size, num_images: int) -> Call
     for place, each in enumerate(call.control_image):
         name = _name(place, len(call.control_image))
         check_rows(each, num_images, name)
-        if each.shape[1:3] != size and call.resize is None:
+        found = next((picture.shape[:2] for picture in each if picture.shape[:2] != size), size)
+        if found != size and call.resize is None:
             raise InvalidArgumentError(
-                f"{name} is {each.shape[1]}x{each.shape[2]} pixels (height x width), not "
-                f"{size[0]}x{size[1]}: resize it, or give resize='crop', 'pad' or 'stretch'"
+                f"{name} is {found[0]}x{found[1]} pixels (height x width), not {size[0]}x{size[1]}: resize "
+                "it, or give resize='crop', 'pad' or 'stretch'"
             )
-        fitted.append(each if each.shape[1:3] == size else _resized(each, size, call.resize))
+        fitted.append(np.stack(list(each)) if found == size else _resized(each, size, call.resize))
     return dataclasses.replace(call, control_image=fitted)
 
 
@@ -223,8 +225,8 @@ def _name(place: int, count: int) -> str:
     return "control_image" if count == 1 else f"control_image[{place}]"
 
 
-def _read_pictures(given: Any, networks: dict[str, Network]) -> list[Float[np.ndarray, "N H W C"]]:
-    """Pictures for each network, in [-1, 1], of the channels that it takes."""
+def _read_pictures(given: Any, networks: dict[str, Network]) -> list[Any]:
+    """Pictures for each network, [N, H, W, C] or a list, in [-1, 1], of the channels that it takes."""
     count = len(networks)
     several = list(given) if isinstance(given, (list, tuple)) and count > 1 else [given]
     if len(several) != count:
@@ -232,10 +234,14 @@ def _read_pictures(given: Any, networks: dict[str, Network]) -> list[Float[np.nd
             f"{len(several)} control images for {count} control networks: give a list of one for each, in "
             f"the order {', '.join(networks)}"
         )
-    return [
-        _in_channels(each, kind_of(network).channels(network.config), _name(place, count))
-        for place, (each, network) in enumerate(zip(several, networks.values(), strict=True))
-    ]
+    found = []
+    for place, (each, network) in enumerate(zip(several, networks.values(), strict=True)):
+        channels, name = kind_of(network).channels(network.config), _name(place, count)
+        if isinstance(each, (list, tuple)) and each:
+            found.append([row for one in each for row in _in_channels(one, channels, name)])
+        else:
+            found.append(_in_channels(each, channels, name))
+    return found
 
 
 def _in_channels(given: Any, channels: int, name: str) -> Float[np.ndarray, "N H W C"]:
@@ -253,7 +259,7 @@ def _in_channels(given: Any, channels: int, name: str) -> Float[np.ndarray, "N H
     return pictures
 
 
-def _resized(pictures: Float[np.ndarray, "N H W C"], size: Size, how: Any) -> Float[np.ndarray, "N h w C"]:
+def _resized(pictures: Any, size: Size, how: Any) -> Float[np.ndarray, "N h w C"]:
     return np.stack([resize_picture(each, size, how) for each in pictures])
 
 

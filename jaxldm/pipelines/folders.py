@@ -63,6 +63,7 @@ from jaxldm.pipelines.few_steps import entry_of, read_few_steps
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline
 from jaxldm.pipelines.runs import RUN_CONFIG, check_data_of_run, check_finished
+from jaxldm.pipelines.scheduler_files import check_schedulers
 from jaxldm.reading import read_json, reading, shown
 
 RUN_CLASSES = (EXPORT_CLASS, MASKGIT_CLASS)  # what training writes
@@ -133,7 +134,8 @@ def load(
 
     Raises:
         CheckpointError: the folder is missing, is of a class that is not known here, holds no finished model
-            yet, is damaged, or is put together from parts of different models.
+            yet, is damaged, is put together from parts of different models, or has a scheduler file that no
+            call could use.
         UnknownNameError, InvalidArgumentError: a dtype or a family that does not exist; a mesh that splits
             nothing; a rule whose pattern matches no parameter.
 
@@ -149,6 +151,8 @@ def load(
     layout, named = found.folder, checkpoints.read_model_index(folder)
     _check_named(folder, _class_name(index, folder), found, named)
     _check_vae(found, vae)
+    if found in families.FAMILIES:
+        check_schedulers(folder, found, named, reference_quirks=reference_quirks)
     other_vae = found.autoencoder if vae is not None else None
     only = [part for part in named if is_part(part, layout) and part != other_vae]
     sharding = None
@@ -163,8 +167,6 @@ def load(
             else checkpoints.load(cast(Path, vae), dtype=dtype, sharding=sharding)
         )
     parts = {part: Network(*value) if isinstance(value, tuple) else value for part, value in loaded.items()}
-    scheduler = parts.get("scheduler")
-    _check_path_known(folder, scheduler.get("path") if isinstance(scheduler, Mapping) else None)
     with reading(folder / INDEX_FILE):
         options, few_steps = layout.read_options(index, layout), read_few_steps(index)
     try:
@@ -203,13 +205,6 @@ def _placement(
     shapes = {name: models.shapes(module) for name, module in modules_in(folder, family).items()}
     check_splits(mesh, shapes, rules or ())
     return models.sharding_of(mesh, (*(rules or ()), *RULES))
-
-
-def _check_path_known(folder: Path, path: Any) -> None:
-    """Refuse a path of one's own whose module is not imported, before it looks like a damaged folder."""
-    if isinstance(path, Mapping) and ":" in str(path.get("type")):
-        with reading(folder / "scheduler"):
-            D.path_from_dict(path)
 
 
 def _check_named(folder: Path, name: str, family: Family, named: Mapping[str, Any]) -> None:
@@ -396,9 +391,14 @@ def with_lora(
     Raises:
         CheckpointError: no such file, or one that does not fit the model.
         UnknownNameError: a scale for a network that the model lacks.
-        InvalidArgumentError: another number of scales than of files.
+        InvalidArgumentError: another number of scales than of files, or a file twice.
     """
     paths = [path] if isinstance(path, (str, Path)) else list(path)
+    for place, each in enumerate(paths):
+        if Path(each).resolve() in {Path(other).resolve() for other in paths[:place]}:
+            raise InvalidArgumentError(
+                f"the LoRA {each} is given twice: give it once, with the sum of the two scales"
+            )
     scales = scale_of_each(len(paths), scale)
     parts = {name: (network.module, network.params) for name, network in pipe.networks.items()}
     merged = checkpoints.merge_lora(parts, [checkpoints.load_lora(each) for each in paths], scales)

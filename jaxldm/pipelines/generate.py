@@ -41,12 +41,11 @@ from jaxldm.pipelines.network import check_weights, merging_tokens
 from jaxldm.pipelines.pipeline import A_PIPELINE, Pipeline, read_call
 from jaxldm.pipelines.prompts import as_texts, for_each
 from jaxldm.pipelines.sampling_run import Compiled, PerCall, PerImage
+from jaxldm.pipelines.scheduler_files import check_time
 from jaxldm.pipelines.weak_branch import weak_of
 from jaxldm.schedulers import PLAIN, GridRule, Sampler, Scheduler
 from jaxldm.schedulers.grids import times_of_numbers
 
-# Published networks that number their timesteps, also where a file has use_flow_sigmas.
-_OF_TIMESTEPS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
 STEPS_AT_ONCE = 64
 
@@ -228,7 +227,7 @@ def grid(
         UnknownNameError: no such spacing or sigmas.
     """
     scheduler = read_scheduler(pipe, call) if scheduler is None else scheduler
-    _check_time(pipe, scheduler.path)
+    check_time(pipe.denoiser.module, pipe.scheduler, scheduler.path)
     path, rule = scheduler.path_for(pipe.num_image_tokens(size)), scheduler.grid
     sampler, runs = scheduler.sampler, scheduler.runs
     shift = runs.shift_of_levels(path) if call.timesteps is None else None
@@ -259,26 +258,6 @@ def grid(
     if length < len(whole.t) - 1:
         sampler = runs.part(sampler, whole)
     return sampler, D.pad(rows, -(-length // STEPS_AT_ONCE) * STEPS_AT_ONCE)
-
-
-def _check_time(pipe: Pipeline, path: D.Path) -> None:
-    """Raises `InvalidArgumentError` for a scheduler that counts time as the network does not."""
-    module = pipe.denoiser.module
-    network, counts = type(module).__name__, models.convention(module)
-    if counts.continuous and path.t_noisy > 1:
-        raise InvalidArgumentError(
-            f"{network} was trained with t from 0 to 1, and the scheduler is of a {path.name} path up to "
-            f"{path.t_noisy:g}: take one of flow matching, or use_flow_sigmas"
-        )
-    if counts.continuous and pipe.scheduler.get("_class_name") == "IPNDMScheduler":
-        raise InvalidArgumentError(
-            f"IPNDMScheduler is of the path alpha = cos(pi t / 2), and {network} was trained on another: "
-            "take one of flow matching, with solver='ipndm' for its steps"
-        )
-    if network in _OF_TIMESTEPS and pipe.scheduler.get("use_flow_sigmas"):
-        raise InvalidArgumentError(
-            f"the scheduler has use_flow_sigmas, but {network} was trained with timesteps: leave it out"
-        )
 
 
 def _cuts_whole_runs(pipe: Pipeline) -> bool:

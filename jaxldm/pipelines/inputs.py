@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from jaxldm.memory import check_fits
 from jaxldm.pipelines.latents import encode_images
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.resizing import fit_mask, nearest_size, one_by_one, resize_picture, size_of
-from jaxldm.reading import shown
+from jaxldm.reading import shortened, shown
 
 Size = tuple[int, int]  # (height, width)
 INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked image
@@ -409,7 +409,7 @@ def _without_colours(mask: Any, size: Size) -> Any:
     return np.stack(levels).reshape(mask.shape[:-1])
 
 
-def check_rows(rows: Shaped[np.ndarray, "N ..."], num_images: int, name: str) -> None:
+def check_rows(rows: Shaped[np.ndarray, "N ..."] | Sequence[Any], num_images: int, name: str) -> None:
     """Raises `InvalidArgumentError` unless there is one row for all images, or one for each."""
     if len(rows) not in (1, num_images):
         raise InvalidArgumentError(
@@ -423,13 +423,20 @@ def repeated(rows: Shaped[np.ndarray, "N ..."], num_images: int) -> Shaped[np.nd
 
 
 def _stacked(images: Any, read: Callable[[Any], np.ndarray], name: str) -> np.ndarray:
+    several = isinstance(images, (list, tuple))
     try:
-        several = isinstance(images, (list, tuple))
-        array = np.stack([read(image) for image in images]) if several else read(images)
+        arrays = [read(image) for image in images] if several else [read(images)]
     except JaxldmError:
         raise
     except (ValueError, TypeError) as error:
-        raise DataError(f"{name} holds pictures of different sizes, or none: {error}") from error
-    if array.dtype == object or array.size == 0:
+        raise DataError(f"{name} must hold pictures: {error}") from error
+    shapes = dict.fromkeys(array.shape for array in arrays)
+    if len(shapes) > 1:
+        sizes = shortened(", ".join(str(list(shape)) for shape in shapes), 100)
+        raise DataError(
+            f"{name} holds pictures of different sizes, {sizes}: give them in one size, or give "
+            "resize='crop', 'pad' or 'stretch'"
+        )
+    if not arrays or arrays[0].dtype == object or arrays[0].size == 0:
         raise DataError(f"{name} must hold pictures, not {type(images).__name__}")
-    return array
+    return np.stack(arrays) if several else arrays[0]

@@ -29,6 +29,18 @@ def nearest_size(size: Size, multiple: int) -> Size:
     return cast(Size, tuple(max(1, (2 * side + multiple) // (2 * multiple)) * multiple for side in size))
 
 
+def alike(size: Size, other: Size) -> bool:
+    """Whether two sizes are of one proportion, up to the rounding of the smaller one to whole pixels.
+
+    >>> alike((20, 24), (10, 12)), alike((512, 910), (1080, 1920)), alike((16, 16), (20, 24))
+    (True, False, False)
+    >>> alike((33, 50), (100, 150))
+    True
+    """
+    (height, width), (h, w) = sorted((size, other), reverse=True)
+    return abs(h * width - w * height) <= max(height, width)
+
+
 def scaled_size(size: Size, target: Size, how: str) -> Size:
     """The (height, width) that a picture is scaled to, before it is cropped or padded to `target`.
 

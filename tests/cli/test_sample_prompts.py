@@ -112,6 +112,29 @@ def test_a_picture_is_cropped_to_the_nearest_size(capsys, folder, pictures):
     assert "resize" in line and "crop, pad, stretch" in line
 
 
+def test_what_lies_on_the_picture_is_of_its_proportions(capsys, folder, pictures):
+    """A mask or a control image of others would be stretched; a smaller one of the same is taken."""
+    size = ["--height", SIZE, "--width", SIZE]
+    start = ["--prompt", "a cat", "--image", pictures / "cat.png", *size]
+    white = Image.new("L", (16, 20))
+    white.save(pictures / "tall.png")
+    line = complaint(capsys, "sample", folder, *start, "--mask", pictures / "tall.png")
+    sizes = "tall.png is 20x16 pixels (height x width), and --image 20x24: one of them would be stretched"
+    assert f"--mask {pictures}/{sizes}" in line
+    controlnet(16, 1).save_pretrained(pictures / "edges")
+    control = ["--controlnet", pictures / "edges", "--control-image"]
+    line = complaint(capsys, "sample", folder, *start, *control, pictures / "tall.png")
+    assert f"--control-image {pictures}/{sizes}" in line
+    drawn = []
+    for number, factor in enumerate((1, 0.5)):
+        file = pictures / f"mask-{number}.png"
+        Image.fromarray(
+            np.repeat(np.arange(20 * factor) < 10 * factor, 24 * factor).reshape(-1, int(24 * factor))
+        ).save(file)
+        drawn.append(sample(capsys, folder, pictures / "out", *start, "--mask", file)[0])
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_pictures_as_prompts(capsys, folder, pictures):
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
     file = write_adapter(pictures / "adapter.safetensors", unet)

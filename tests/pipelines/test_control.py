@@ -176,6 +176,11 @@ def test_pictures_of_any_kind_and_size(pipe):
     np.testing.assert_array_equal(drawn, again)
     tall = np.repeat(np.repeat(grey, 2, axis=0), 2, axis=1)
     pipe(KEY, PROMPTS[0], control_image=tall, resize="stretch", height=8, width=4, **call)
+    two = dict(num_images_per_prompt=2, height=16, width=8, **call)
+    both = pipe(KEY, PROMPTS[0], control_image=[grey, tall], resize="stretch", **two)
+    np.testing.assert_array_equal(both[0], drawn[0])
+    with pytest.raises(InvalidArgumentError, match=r"control_image is 32x16 pixels .*, or give resize"):
+        pipe(KEY, PROMPTS[0], control_image=[Image.fromarray(grey), tall], **two)
     start = dict(image=picture(), strength=1.0)  # as large as in `test_image_to_image`, which compiles it
     pipe(KEY, PROMPTS[0], control_image=tall, resize="crop", **start, **call)
 

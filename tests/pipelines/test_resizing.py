@@ -138,3 +138,14 @@ def test_masks_that_mean_nothing_are_refused(kind):
         pixels = pixels.astype(np.float32)
     with pytest.raises(DataError, match="mask_image"):
         as_masks(pixels, (16, 24))
+
+
+def test_pictures_of_different_sizes_in_a_list_are_refused_with_their_sizes():
+    different = [smooth(16, 24), Image.fromarray(smooth(16, 16))]
+    with pytest.raises(DataError, match=r"image holds .* \[16, 24, 3\], \[16, 16, 3\]: .* or give resize"):
+        read_inputs(SPEC, 2, image=different)
+    masks = [np.zeros((16, 24), bool), np.zeros((16, 16), bool)]
+    with pytest.raises(DataError, match=r"mask_image holds .* \[16, 24\], \[16, 16\]: give them in one size"):
+        as_masks(masks, (16, 24))
+    with pytest.raises(DataError, match="image must hold pictures"):
+        read_inputs(SPEC, 1, image=[])

@@ -237,6 +237,8 @@ def test_adapters_are_swapped_without_compiling(pipe, tmp_path):
     apart = [np.abs(one - other).max() for k, one in enumerate(drawn) for other in drawn[:k]]
     assert min(apart) > 1e-4
     np.testing.assert_array_equal(pipe(KEY, "a cat", **call), drawn[0])
+    with pytest.raises(InvalidArgumentError, match=r"dora\.safetensors is given twice: give it once"):
+        pipelines.with_lora(pipe, [dora, loha, str(dora)])
     with pytest.raises(InvalidArgumentError, match="2 numbers for 1 LoRAs"):
         pipelines.with_lora(pipe, dora, [1.0, 1.0])
 
