@@ -33,7 +33,7 @@ def alike(size: Size, other: Size) -> bool:
     """Whether two sizes are of one proportion, up to the rounding of the smaller one to whole pixels.
 
     >>> alike((20, 24), (10, 12)), alike((512, 910), (1080, 1920)), alike((16, 16), (20, 24))
-    (True, False, False)
+    (True, True, False)
     >>> alike((33, 50), (100, 150))
     True
     """
