@@ -65,8 +65,8 @@ def ceil_quotient(dividend: Any, divisor: Any) -> int:
 def least_share(count: int) -> str:
     """The smallest decimal of about three digits that leaves one of `count` or more, for a message.
 
-    >>> least_share(3), least_share(8), least_share(1000)
-    ('0.334', '0.125', '0.001')
+    >>> least_share(3), least_share(8), least_share(1000), least_share(1)
+    ('0.334 or more', '0.125 or more', '0.001 or more', '1')
     """
     digits = len(str(count)) + 2
-    return f"{-(-(10**digits) // count) / 10**digits:g}"
+    return "1" if count == 1 else f"{-(-(10**digits) // count) / 10**digits:g} or more"

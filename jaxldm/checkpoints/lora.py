@@ -250,6 +250,12 @@ def _changes(layer: LoraLayer, target: Target, scale: float) -> Iterator[Change]
 def _file(path: Path) -> Path:
     if not path.is_dir():
         return path
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if isinstance(config, Mapping) and "_class_name" in config:
+        raise CheckpointError(
+            f"{path} holds a network, {shown(config['_class_name'])}, and no LoRA: give the path of a LoRA "
+            "file; ControlNets go to --controlnet, in Python to pipelines.with_control"
+        )
     named = [path / name for name in FILE_NAMES if (path / name).is_file()]
     found = named[:1] or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
@@ -405,6 +411,9 @@ def _check(lora: Lora, places: Mapping[str, Target], networks: Mapping[str, Any]
         here = {*networks, *({"unet"} if set(DENOISERS) & set(networks) else ())}
         others = sorted({component_of(name) for name in unmatched} - here)
         hint = f"; give {', '.join(others)} among the components, or take lora.of(...)" if others else ""
+        if len(unmatched) == len(lora.layers):
+            hint = "; it is of another model, as none of its layers is here: give one made for this one"
+            hint += f", or {', '.join(others)} among the components" if others else ""
         raise CheckpointError(f"{lora.path} does not fit the model: {some_of(problems, length=4000)}{hint}")
 
 

@@ -443,6 +443,9 @@ class Sample:
                 first = supported(pipe, {"denoising_end": start, "output": "latents"})
                 latents = pipe(key, *texts, **options, **first, progress=progress)
                 second = {"denoising_start": start, "latents": latents} | common
+                if mask is not None:  # what stays is put back by the refiner, too
+                    names = ("image", "mask_image", "resize", "height", "width")
+                    second |= {name: options.get(name) for name in names}
                 images = refiner(key, *texts, **supported(refiner, second), progress=progress)
         scale = options.get("guidance_scale", pipe.default_guidance_scale)
         return images, scale, None, pipelines.columns_for(len(images), len(self.prompt or "1"))

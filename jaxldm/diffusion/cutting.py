@@ -34,8 +34,8 @@ def cut_by_strength(grid: Grid, strength: float, *, round_up: bool = False) -> G
     kept = ceil_product(steps, strength) if round_up else floor_product(steps, strength)
     if kept < 1:
         raise InvalidArgumentError(
-            f"strength={strength} leaves none of {steps} steps: take a strength of {least_share(steps)} or "
-            "more"
+            f"strength={strength} leaves none of {steps} steps: take more steps, or a strength of "
+            f"{least_share(steps)}"
         )
     return cut(grid, steps - kept)
 

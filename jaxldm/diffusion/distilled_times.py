@@ -59,7 +59,7 @@ def lcm_timesteps(
     if not len(visited):
         raise InvalidArgumentError(
             f"strength={strength} leaves none of {original_inference_steps} original_inference_steps: take a "
-            f"strength of {least_share(original_inference_steps)} or more"
+            f"strength of {least_share(original_inference_steps)}"
         )
     if not 1 <= num_inference_steps <= len(visited):
         raise InvalidArgumentError(

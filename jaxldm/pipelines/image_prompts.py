@@ -88,7 +88,8 @@ def read_pictures(pipe: Pipeline, call: Call) -> Pictures | None:
 def _check_count(name: str, given: Any, adapters: Sequence[ImageAdapter]) -> None:
     if not isinstance(given, (list, tuple)) or len(given) != len(adapters):
         number = len(given) if isinstance(given, (list, tuple)) else shown(given)
-        raise InvalidArgumentError(f"{name} must be a list, one for each of {len(adapters)}, got {number}")
+        of = "the one IP-Adapter" if len(adapters) == 1 else f"each of {len(adapters)} IP-Adapters"
+        raise InvalidArgumentError(f"{name} must be a list, one for {of}, got {number}")
 
 
 def read_images(adapters: Sequence[ImageAdapter], image: Any) -> list[list[np.ndarray]]:

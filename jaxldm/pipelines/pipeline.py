@@ -301,6 +301,10 @@ class Pipeline:
 
     def check_parts(self) -> None:
         """Raise `CheckpointError` where the parts are of different models."""
+        vae = self.autoencoder
+        if vae is not None and isinstance(vae.config, ModelConfig) and not hasattr(vae.module, "decode"):
+            kind = type(vae.module).__name__
+            raise CheckpointError(f"its {self.family.autoencoder} is a {kind}, and no autoencoder: give one")
         self.family.folder.check(self)
         check_control(self.parts, self.denoiser)
 

@@ -481,6 +481,11 @@ def test_files_that_are_no_lora(tmp_path):
     safetensors.torch.save_file({}, tmp_path / "d.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.safetensors, d\.safetensors: give the path"):
         checkpoints.load_lora(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    with pytest.raises(
+        CheckpointError, match=r"holds a network, 'ControlNetModel', and no LoRA: .*--controlnet"
+    ):
+        checkpoints.load_lora(tmp_path)
 
 
 def test_a_layer_of_a_stack_of_blocks_is_merged_into_its_own_block(tmp_path):

@@ -165,6 +165,33 @@ def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
     np.testing.assert_array_equal(images, to_uint8(expected))
 
 
+def test_the_refiner_keeps_what_the_mask_keeps(capsys, sdxl, pictures):
+    base, refiner = sdxl
+    size = dict(height=SIZE, width=SIZE, resize="stretch")
+    words = [
+        "--prompt",
+        "a cat",
+        "--refiner",
+        refiner,
+        "--refiner-start",
+        "0.5",
+        "--height",
+        SIZE,
+        "--width",
+        SIZE,
+    ]
+    files = ["--image", pictures / "cat.png", "--mask", pictures / "mask.png", "--resize", "stretch"]
+    drawn, *_ = sample(capsys, base, pictures / "out", *words, *files)
+    key, pipe = jax.random.key(0), pipelines.load(refiner)
+    with Image.open(pictures / "cat.png") as cat, Image.open(pictures / "mask.png") as mask:
+        given = dict(image=cat, mask_image=mask, **size, **CALL)
+        latents = pipelines.load(base)(key, "a cat", denoising_end=0.5, output="latents", **given)
+        expected = pipe(key, "a cat", denoising_start=0.5, latents=latents, **given)
+    np.testing.assert_array_equal(drawn, to_uint8(expected))
+    without = pipe(key, "a cat", denoising_start=0.5, latents=latents, **CALL)
+    assert np.abs(to_uint8(without)[:, SIZE // 2 :].astype(int) - drawn[:, SIZE // 2 :]).max() > 2
+
+
 def test_a_folder_with_a_controlnet_of_its_own_wants_a_picture(capsys, folder, tmp_path):
     controlnet(16, 1).save_pretrained(tmp_path / "edges")
     pipelines.save(pipelines.load(folder, controlnet=tmp_path / "edges"), tmp_path / "with-edges")
@@ -176,6 +203,11 @@ def test_a_whole_model_or_a_file_in_the_place_of_a_folder(capsys, folder, tmp_pa
     line = complaint(capsys, "sample", folder, "--prompt", "a cat", "--vae", folder)
     wanted = f"{folder} holds a whole model, and an autoencoder is wanted: give that of it, {folder / 'vae'}"
     assert wanted in line
+    unet = folder / "unet"
+    line = complaint(capsys, "sample", folder, "--prompt", "a cat", "--vae", unet)
+    assert "its vae is a UNet2DConditionModel, and no autoencoder: give one" in line
+    line = complaint(capsys, "sample", folder, "--prompt", "a cat", "--lora", unet)
+    assert f"{unet} holds a network, 'UNet2DConditionModel', and no LoRA" in line
     (tmp_path / "flux.gguf").write_bytes(b"GGUF")
     line = complaint(capsys, "sample", tmp_path / "flux.gguf", "--prompt", "a cat")
     assert "pipelines.load_original" in line and "checkpoints.load_single_file" in line

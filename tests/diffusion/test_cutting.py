@@ -144,6 +144,7 @@ def test_a_strength_that_leaves_no_step_of_a_distillation():
         (lambda: D.cut_by_strength(D.make_grid(VP, 10), 1.1), "strength must be a number in"),
         (lambda: D.cut_by_strength(D.make_grid(VP, 10), np.nan), "strength must be a number in"),
         (lambda: D.cut_by_strength(D.make_grid(VP, 10), 0.09), "strength of 0.1 or more"),
+        (lambda: D.cut_by_strength(D.make_grid(VP, 1), 0.9), "take more steps, or a strength of 1$"),
         (lambda: D.cut_by_strength(D.pad(D.make_grid(VP, 10), 20), 0.5), "before padding"),
         (lambda: D.split_at_snr(D.make_grid(VP, 10), 0.0), "positive"),
         (lambda: D.split_at_snr(D.make_grid(VP, 10), 1e9), "no step to the second"),

@@ -189,10 +189,10 @@ def test_calls_that_do_not_fit_are_refused(root, tmp_path):
         (blind, {"ip_adapter_image": image}, "ip_adapter_image needs the image encoder"),
         (pipe, {"ip_adapter_scale": 0.5}, "ip_adapter_scale is of ip_adapter_image"),
         (pipe, {"ip_adapter_image": image, "ip_adapter_image_embeds": embeds}, "give one of them"),
-        (pipe, {"ip_adapter_image": [image, image]}, "must be a list, one for each of 1, got 2"),
+        (pipe, {"ip_adapter_image": [image, image]}, "must be a list, one for the one IP-Adapter, got 2"),
         (pipe, {"ip_adapter_image": image, "ip_adapter_scale": [1, 2]}, "ip_adapter_scale must be a list"),
         (pipe, {"ip_adapter_image": image, "ip_adapter_scale": "much"}, "ip_adapter_scale must be"),
-        (pipe, {"ip_adapter_image_embeds": embeds[0]}, "must be a list, one for each"),
+        (pipe, {"ip_adapter_image_embeds": embeds[0]}, "must be a list, one for the one IP-Adapter"),
         (pipe, {"ip_adapter_image_embeds": [embeds[0][0]]}, r"must hold \[2, n, 6\]"),
         (pipe, {"ip_adapter_image_embeds": [embeds[0] + np.nan]}, "NaN"),
     ]
