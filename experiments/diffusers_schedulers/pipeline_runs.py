@@ -45,12 +45,15 @@ class Kind(NamedTuple):
         total: the t of our network at pure noise.
         their_total: that of the reference's.
         image: "": it is given none; "start": a run starts from it; "condition": the network sees it, too.
-        form: how the reference's network takes x: "plain", "packed" tokens, "tokens" of one latent each, or a
-            "list" of pictures, with the time from noise to data and an output of the other sign.
+        form: how the reference's network takes x: "plain", "packed" tokens, "tokens" or "rows" of one latent
+            each, which the pipeline returns as latents or as they are, or a "list" of pictures, with the
+            time from noise to data and an output of the other sign.
         doubles: the network has a second half of channels, which the pipeline leaves out.
         written: arguments of `write`.
         options: of both calls.
         their_options: of the reference's alone.
+        opened: the function that opens the reference's in a folder, of the module that writes it; "": the
+            usual one.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Kind(NamedTuple):
     written: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     their_options: tuple[tuple[str, Any], ...] = ()
+    opened: str = ""
 
     @property
     def starts_from_image(self) -> bool:
@@ -107,6 +111,16 @@ KINDS = (
     ),
     Kind("ZImagePipeline", "write_z_image", form="list", **_OF_FLOW | _SQUARE),
     Kind("QwenImagePipeline", "write_qwen_image", **_OF_QWEN),
+    Kind(
+        "Flux2Pipeline",
+        "write_flux2",
+        channels=12,
+        total=1.0,
+        their_total=1.0,
+        form="rows",
+        options=(*_LAYERS[:1], ("max_sequence_length", 232), ("height", 32), ("width", 32)),
+        opened="open_flux2",
+    ),
     Kind(
         "Flux2KleinPipeline",
         "write_flux2_klein",
@@ -155,7 +169,10 @@ def pair(kind: Kind) -> Pair:
         writers |= vars(module_of_tests(name))
     with tempfile.TemporaryDirectory() as place, quiet():
         folder = writers[kind.write](pathlib.Path(place) / "folder", **dict(kind.written))
-        made = writers["open_reference"](getattr(diffusers, kind.name), folder)
+        if kind.opened:
+            made = writers[kind.opened](folder)
+        else:
+            made = writers["open_reference"](getattr(diffusers, kind.name), folder)
         if kind.image == "condition":  # its own class, with the parts of another
             made.save_pretrained(folder)
         ours, quirky = (pipelines.load(folder, reference_quirks=quirks) for quirks in (False, True))
@@ -178,7 +195,7 @@ def _their_answer(kind: Kind, *arguments: Any, **options: Any) -> _Answer:
     t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, *[1] * (x.ndim - 1)) / kind.their_total
     if kind.form == "list":
         return _Answer(list(-stand_in(x, 1 - t * kind.their_total, torch)))
-    x = x if kind.form in ("packed", "tokens") else x[:, : kind.channels]
+    x = x if kind.form in ("packed", "tokens", "rows") else x[:, : kind.channels]
     answer = stand_in(x, t, torch)
     return _Answer(torch.cat([answer, answer], 1) if kind.doubles else answer)
 
@@ -288,6 +305,8 @@ def theirs(kind: Kind, config: dict[str, Any]) -> np.ndarray:
         if kind.form == "packed":
             drawn = made._unpack_latents(drawn, 16, 16, made.vae_scale_factor)
             drawn = drawn[:, :, 0] if drawn.ndim == 5 else drawn  # one frame
+        if kind.form == "rows":
+            drawn = drawn.reshape(1, 8, 8, kind.channels).permute(0, 3, 1, 2)
         if kind.form == "tokens":
             drawn = _normalised(made, drawn)
         return drawn.numpy().transpose(0, 2, 3, 1)

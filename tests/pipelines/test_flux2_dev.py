@@ -95,6 +95,18 @@ def test_a_picture_to_look_at_and_another_guidance(pipe, reference):
     assert np.abs(pipe(KEY, PROMPTS[0], image=pixels, **call | {"guidance_scale": 3.0}) - drawn).max() > 1e-3
 
 
+def test_levels_of_a_call_count_as_50_steps_with_reference_quirks(folder, pipe, reference):
+    levels = [1.0, 0.7, 0.3]
+    options = dict(max_sequence_length=232, text_encoder_out_layers=LAYERS, sigmas=levels, guidance_scale=2.0)
+    tokens = reference(
+        prompt=PROMPTS[0], latents=theirs(noise(1)), output_type="latent", **SQUARE, **options
+    ).images
+    call = options | SQUARE | {"latents": noise(1), "output": "latents"}
+    quirky = pipelines.load(folder, reference_quirks=True)(KEY, PROMPTS[0], **call)
+    assert_latents_agree(quirky, tokens.reshape(1, SIDE, SIDE, CHANNELS).permute(0, 3, 1, 2))
+    assert np.abs(quirky - pipe(KEY, PROMPTS[0], **call)).max() > 1e-3
+
+
 def test_a_call_that_says_nothing_takes_50_steps_at_a_scale_of_4(pipe):
     assert pipe.defaults.num_inference_steps == 50 and pipe.defaults.guidance_scale == 4.0
     assert pipe.is_guidance_distilled
