@@ -83,6 +83,7 @@ DENOISERS = {
     **{name: Part(name, {2: (1, 333, 4096)}) for name in ("sd3-medium", "sd35-medium", "sd35-large")},
     "z-image": Part("z-image", {0: (1, 128, 128, 16), 2: (1, 128, 2560)}),
     "qwen-image": Part("qwen-image", {2: (1, 128, 3584)}),
+    "flux2-dev": Part("flux2-dev"),
     "flux2-klein-4b": Part("flux2-klein-4b"),
     "flux2-klein-9b": Part("flux2-klein-9b"),
 }
@@ -97,6 +98,7 @@ TEXT_ENCODERS = {
     "qwen3-4b, 128 tokens": _texts("qwen3-4b", 128),
     "qwen3-4b, 512 tokens": _texts("qwen3-4b", 512),
     "qwen3-8b, 512 tokens": _texts("qwen3-8b", 512),
+    "mistral-small-3.2, 512 tokens": _texts("mistral-small-3.2", 512),
     "qwen2.5-vl-7b, 162 tokens": _texts("qwen2.5-vl-7b", 162),  # 34 of the chat are left out of them
 }
 DECODERS = {
@@ -205,6 +207,11 @@ PICTURES = {
         1024,
         {"qwen3-8b, 512 tokens": 1, "flux2-klein-9b": 4, "flux2-vae, 1024 pixels": 1},
         "4 steps",
+    ),
+    "FLUX.2-dev": Picture(
+        1024,
+        {"mistral-small-3.2, 512 tokens": 1, "flux2-dev": 50, "flux2-vae, 1024 pixels": 1},
+        "50 steps, guidance as an input",
     ),
     "Qwen-Image": Picture(
         1024,
