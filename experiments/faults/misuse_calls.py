@@ -346,7 +346,7 @@ def of_pipelines() -> list[Mistake]:
             r"Network\(\*",
         ),
         Mistake("replace: params", lambda: pipe.replace(transformer=network.params), "a network such as"),
-        Mistake("replace: swapped", swapped, "different models|has no"),
+        Mistake("replace: swapped", swapped, "its vae is a .*, and no autoencoder"),
         Mistake(
             "class_to_image: names", lambda: pipelines.class_to_image(network, v, class_names="abc"), "a list"
         ),
