@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import chex
@@ -99,8 +99,8 @@ def positions(num_text: int, *grids: tuple[int, int]) -> Int[np.ndarray, "N 4"]:
 
     Args:
         num_text: tokens of the text.
-        grids: (rows, columns) of the image, and of the picture next to it: theirs are (k, row, column, 0),
-            with k = 0 of the image and 10 of the picture.
+        grids: (rows, columns) of the image, and of the pictures next to it: theirs are (k, row, column, 0),
+            with k = 0 of the image and 10, 20, ... of the pictures.
     """
     parts = [np.zeros((num_text, 4), np.int64)]
     parts[0][:, 3] = np.arange(num_text)
@@ -257,7 +257,7 @@ class Flux2Transformer2DModel(nn.Module):
         t: Float[Array, " B"],
         encoder_hidden_states: Float[Array, "B T D"],
         guidance: Float[Array, " B"] | None = None,
-        reference: Float[Array, "B h w C"] | None = None,
+        reference: Float[Array, "B h w C"] | Sequence[Float[Array, "B _ _ C"]] | None = None,
     ) -> Float[Array, "B H W out"]:
         """Predict the velocity.
 
@@ -268,7 +268,7 @@ class Flux2Transformer2DModel(nn.Module):
                 its encoder, joined; padding is attended to as well.
             guidance: `[B]`, the guidance scale; required with `guidance_embeds`, else None.
             reference: `[B, h, w, in_channels]`, latents of a picture of any size, whose tokens stand behind
-                those of x.
+                those of x; or of several, each of its own size.
 
         Returns:
             `[B, H, W, out_channels]` in the dtype of x: the velocity, noise - data.
@@ -278,8 +278,10 @@ class Flux2Transformer2DModel(nn.Module):
                 missing, or given to a model without `guidance_embeds`.
         """
         config = self.config
-        self._check(x, t, encoder_hidden_states, guidance, reference)
-        pictures = [x] if reference is None else [x, reference.astype(x.dtype)]
+        given = reference if isinstance(reference, (list, tuple)) else [reference]
+        given = [picture for picture in given if picture is not None]
+        self._check(x, t, encoder_hidden_states, guidance, given)
+        pictures = [x, *(picture.astype(x.dtype) for picture in given)]
         tokens = jnp.concatenate([z.reshape(len(z), -1, config.in_channels) for z in pictures], axis=1)
         num_text, num_image = encoder_hidden_states.shape[1], x.shape[1] * x.shape[2]
 
@@ -319,12 +321,12 @@ class Flux2Transformer2DModel(nn.Module):
         tokens = Linear(features, False, config.dtype, name="proj_out")(h)
         return tokens.astype(x.dtype).reshape(*x.shape[:3], features)
 
-    def _check(self, x, t, encoder_hidden_states, guidance, reference) -> None:
+    def _check(self, x, t, encoder_hidden_states, guidance, pictures) -> None:
         config = self.config
         chex.assert_rank([x, encoder_hidden_states], [4, 3])
         chex.assert_shape(t, (x.shape[0],))
-        for name, value in (("x", x), ("reference", reference)):
-            if value is not None and value.shape[-1] != config.in_channels:
+        for name, value in (("x", x), *(("reference", picture) for picture in pictures)):
+            if value.shape[-1] != config.in_channels:
                 raise InvalidArgumentError(
                     f"{name} has {value.shape[-1]} channels; this transformer takes {config.in_channels}"
                 )

@@ -76,6 +76,7 @@ class Inputs(NamedTuple):
         mask: [N or 1, H, W, 1], 1 where the image is drawn again.
         latents: [N, h, w, c], x at the first row; or tokens [N, h, w].
         image_is_latents: whether `image` is.
+        further: more pictures that the network takes besides x, each the `image` of one of these.
     """
 
     size: Size
@@ -83,6 +84,7 @@ class Inputs(NamedTuple):
     mask: Float[np.ndarray, "N H W 1"] | None = None
     latents: Float[np.ndarray, "N h w c"] | Int[np.ndarray, "N h w"] | None = None
     image_is_latents: bool = False
+    further: tuple[Inputs, ...] = ()
 
 
 class InitialLatents(NamedTuple):
@@ -95,7 +97,8 @@ class InitialLatents(NamedTuple):
         extra_channels: [N, h, w, e], what the network takes besides x: a mask, a picture.
         uncond_channels: the same of the unconditional branch, where it differs: a branch of the picture
             alone, without the text, then stands between the two.
-        reference: [N, h', w', c], latents of a picture of any size that the network takes besides x.
+        reference: [N, h', w', c], latents of a picture of any size that the network takes besides x; or of
+            several, each of its own size.
     """
 
     latents: Float[np.ndarray, "N h w c"] | None = None
@@ -104,7 +107,7 @@ class InitialLatents(NamedTuple):
     repaint: Float[np.ndarray, "N h w 1"] | None = None
     extra_channels: Float[np.ndarray, "N h w e"] | None = None
     uncond_channels: Float[np.ndarray, "N h w e"] | None = None
-    reference: Float[np.ndarray, "N h2 w2 c"] | None = None
+    reference: Float[np.ndarray, "N h2 w2 c"] | tuple[Float[np.ndarray, "N _ _ c"], ...] | None = None
 
 
 def read_inputs(

@@ -19,6 +19,7 @@ SIDE = SIZE // 4
 TEXT = {"max_sequence_length": 232, "text_encoder_out_layers": LAYERS}
 OURS = {"num_inference_steps": 5, "guidance_scale": 4.0, **TEXT}
 SQUARE = {"height": SIZE, "width": SIZE}
+PICTURE = np.zeros((32, 32, 3), np.uint8)
 PROMPTS = ["a cat", "the dog sat on a cat, and the hat"]
 
 
@@ -95,6 +96,19 @@ def test_a_picture_to_look_at_and_another_guidance(pipe, reference):
     assert np.abs(pipe(KEY, PROMPTS[0], image=pixels, **call | {"guidance_scale": 3.0}) - drawn).max() > 1e-3
 
 
+def test_several_pictures_to_look_at(pipe, reference):
+    """Each of its own size, the image of the first one's where the call names none."""
+    rng = np.random.default_rng(2)
+    first, second = (rng.integers(0, 256, (64, side, 3), dtype=np.uint8) for side in (64, 72))
+    start = rng.standard_normal((1, 16, 16, CHANNELS)).astype(np.float32)
+    call = {"image": [Image.fromarray(first), Image.fromarray(second)], "latents": theirs(start)}
+    tokens = reference(prompt=PROMPTS[0], output_type="latent", **OURS | {"num_inference_steps": 2}, **call)
+    given = OURS | {"num_inference_steps": 2, "latents": start, "output": "latents", "image": first}
+    drawn = pipe(KEY, PROMPTS[0], further_images=[second], **given)
+    assert_latents_agree(drawn, tokens.images.reshape(1, 16, 16, CHANNELS).permute(0, 3, 1, 2))
+    assert np.abs(drawn - pipe(KEY, PROMPTS[0], **given)).max() > 1e-3
+
+
 def test_levels_of_a_call_count_as_50_steps_with_reference_quirks(folder, pipe, reference):
     levels = [1.0, 0.7, 0.3]
     options = dict(max_sequence_length=232, text_encoder_out_layers=LAYERS, sigmas=levels, guidance_scale=2.0)
@@ -163,6 +177,14 @@ def test_other_pipelines_of_flux2_are_refused_in_one_line(name, tmp_path):
         ({"guidance_scale": -1.0}, InvalidArgumentError, "4 is a good start"),
         ({"strength": 0.5}, InvalidArgumentError, "strength"),
         ({"height": 18, "width": 16}, InvalidArgumentError, "18"),
+        ({"further_images": [PICTURE]}, InvalidArgumentError, "give the first picture as image"),
+        ({"image": PICTURE, "further_images": PICTURE}, InvalidArgumentError, "must be a list of pictures"),
+        (
+            {"image": PICTURE, "further_images": [PICTURE[1:]]},
+            InvalidArgumentError,
+            r"further_images\[0\]: .*31",
+        ),
+        ({"image": PICTURE, "further_images": ["a.png"]}, InvalidArgumentError, r"further_images\[0\]: "),
         ({"caption_upsample_temperature": 0.15}, UnknownNameError, "caption_upsample_temperature"),
     ],
 )

@@ -3,10 +3,12 @@
     pipe = pipelines.load("FLUX.2-klein-4B", dtype="bfloat16")
     images = pipe(key, "a red fox in the snow")
     images = pipe(key, "make it snow", image=photo)
+    images = pipe(key, "the hat of the second picture on the fox", image=fox, further_images=[hat])
 
 klein (2026) has Qwen3: the distilled models take 4 steps and no guidance, the base models 50 steps with
 classifier-free guidance. dev (2025) has Mistral Small 3.2, and takes its guidance scale as an input, as it
-was distilled. All look at a picture, whose tokens stand behind those of x, with a first coordinate of 10.
+was distilled. All look at pictures, whose tokens stand behind those of x, with a first coordinate of 10, 20
+and so on.
 """
 
 from __future__ import annotations
@@ -18,15 +20,24 @@ from typing import Any
 import numpy as np
 
 from jaxldm import diffusion as D
-from jaxldm.errors import CheckpointError, InvalidArgumentError, shown
+from jaxldm.arguments import refuse
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, shown
 from jaxldm.pipelines.call import Call, Defaults, Request
 from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.families.flux import guidance_condition, is_guidance_distilled
 from jaxldm.pipelines.families.flux_pictures import kontext_start
 from jaxldm.pipelines.family import Family, Folder, check_text_width
-from jaxldm.pipelines.generate import grid, read_scheduler
+from jaxldm.pipelines.generate import grid, read_call_inputs, read_scheduler
 from jaxldm.pipelines.handed_in import latent_channels
-from jaxldm.pipelines.inputs import OF_A_START, LatentSpec, Size
+from jaxldm.pipelines.inputs import (
+    OF_A_START,
+    InitialLatents,
+    Inputs,
+    LatentSpec,
+    Size,
+    read_inputs,
+    taken_latents,
+)
 from jaxldm.pipelines.latents import scale_factor
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
@@ -51,6 +62,7 @@ def encode(
     *,
     max_sequence_length: int = 512,
     text_encoder_out_layers: Sequence[int] = LAYERS,
+    further_images: Sequence[Any] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """States behind several layers of the text encoder, joined for each token.
 
@@ -60,6 +72,7 @@ def encode(
     Args:
         max_sequence_length: tokens of a text, the chat's own 12 or so among them.
         text_encoder_out_layers: behind which layers; 0 are the embeddings.
+        further_images: of a call, see `read_pictures`.
 
     Raises:
         InvalidArgumentError: no room for a token, or more than the text encoder has places for; layers that
@@ -76,6 +89,7 @@ def encode_dev(
     *,
     max_sequence_length: int = 512,
     text_encoder_out_layers: Sequence[int] = DEV_LAYERS,
+    further_images: Sequence[Any] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """States behind several layers of the text encoder, joined for each token.
 
@@ -86,6 +100,7 @@ def encode_dev(
     Args:
         max_sequence_length: tokens of a text, the chat's own 40 or so among them.
         text_encoder_out_layers: behind which layers; 0 are the embeddings.
+        further_images: of a call, see `read_pictures`.
 
     Raises:
         InvalidArgumentError: no room for a token, or more than the text encoder has places for; layers that
@@ -169,6 +184,38 @@ def latent_spec(pipe: Pipeline) -> LatentSpec:
     return LatentSpec((side, side), factor, factor, channels, image_factor=0)
 
 
+def read_pictures(pipe: Pipeline, call: Call, num_images: int) -> Inputs:
+    """`image`, and `further_images`: a list of pictures behind it, each as `image` is given, of any size.
+
+    Raises:
+        InvalidArgumentError: further pictures without a first, no list of them, or one that does not fit.
+    """
+    inputs = read_call_inputs(pipe, call, num_images)
+    pictures = call.own.get("further_images", ())
+    if not isinstance(pictures, (list, tuple)):
+        raise refuse("further_images", "a list of pictures", pictures, "further_images=[picture]")
+    if len(pictures) and call.image is None:
+        raise InvalidArgumentError("further_images stand behind image: give the first picture as image")
+    further = []
+    for place, picture in enumerate(pictures):
+        try:
+            further.append(read_inputs(pipe.latent_spec, num_images, image=picture, resize=call.resize))
+        except (InvalidArgumentError, DataError) as error:
+            raise InvalidArgumentError(f"further_images[{place}]: {error}") from error
+    return inputs._replace(further=tuple(further))
+
+
+def initial_latents(pipe: Pipeline, call: Call, inputs: Inputs, num_images: int) -> InitialLatents:
+    """The latents of the pictures, which may be of other sizes than x; or none."""
+    start = kontext_start(pipe, call, inputs, num_images)
+    if not inputs.further:
+        return start
+    pictures = (inputs, *inputs.further)
+    return start._replace(
+        reference=tuple(taken_latents(pipe.autoencoder, each, num_images) for each in pictures)
+    )
+
+
 def check_guidance(pipe: Pipeline, call: Call) -> None:
     """Raise `InvalidArgumentError` for a guidance scale of a distilled model, which was trained without."""
     if pipe.options["is_distilled"] and call.guidance_scale not in (None, 1):
@@ -231,7 +278,8 @@ FLUX2_KLEIN = Family(
     encode=encode,
     latent_spec=latent_spec,
     grid=shifted_grid,
-    initial_latents=kontext_start,
+    read_inputs=read_pictures,
+    initial_latents=initial_latents,
     check_guidance=check_guidance,
     unused=OF_A_START,
     text_widths=lambda pipe: TextWidths(pipe.transformer.config.joint_attention_dim),
