@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxldm.errors import InvalidArgumentError
@@ -30,3 +31,23 @@ def check_refiner(options: Any) -> None:
             f"--refiner {options.refiner} is of the family {second}, and {options.folder} of {first}, whose "
             "latents are others: give a model of the same family, or draw a second time with --image"
         )
+
+
+def options_of(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call, without those that only the other of an SDXL base and its refiner takes."""
+    from jaxldm.pipelines.families.stable_diffusion_xl import unused_numbers
+
+    unused = unused_numbers(pipe) if "requires_aesthetics_score" in pipe.options else ()
+    return {name: value for name, value in options.items() if name not in unused}
+
+
+def second_options(start: float, latents: Any, first: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the second model starts, and with a mask what it puts back, as the first model does.
+
+    Args:
+        start: the part of the noise that is gone.
+        latents: of the first model.
+        first: the options of its call.
+    """
+    kept = ("image", "mask_image", "resize", "height", "width") if "mask_image" in first else ()
+    return {"denoising_start": start, "latents": latents} | {name: first.get(name) for name in kept}

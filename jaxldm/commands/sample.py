@@ -16,7 +16,7 @@ from jaxldm.commands.control import CONTROL_NAMES, check_has_control, control_op
 from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
 from jaxldm.commands.prompts import OF_REDUX, redux_states, repeat_prompts
-from jaxldm.commands.refiner import check_refiner
+from jaxldm.commands.refiner import check_refiner, options_of, second_options
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
 from jaxldm.errors import InvalidArgumentError
 
@@ -441,12 +441,11 @@ class Sample:
             else:
                 start = REFINER_START if self.refiner_start is None else self.refiner_start
                 first = supported(pipe, {"denoising_end": start, "output": "latents"})
-                latents = pipe(key, *texts, **options, **first, progress=progress)
-                second = {"denoising_start": start, "latents": latents} | common
-                if mask is not None:  # what stays is put back by the refiner, too
-                    names = ("image", "mask_image", "resize", "height", "width")
-                    second |= {name: options.get(name) for name in names}
-                images = refiner(key, *texts, **supported(refiner, second), progress=progress)
+                latents = pipe(key, *texts, **options_of(pipe, options), **first, progress=progress)
+                second = common | second_options(start, latents, options)
+                images = refiner(
+                    key, *texts, **supported(refiner, options_of(refiner, second)), progress=progress
+                )
         scale = options.get("guidance_scale", pipe.default_guidance_scale)
         return images, scale, None, pipelines.columns_for(len(images), len(self.prompt or "1"))
 

@@ -158,10 +158,12 @@ def test_pictures_as_prompts(capsys, folder, pictures):
 def test_the_refiner_takes_over(capsys, sdxl, tmp_path):
     base, refiner = sdxl
     words = ["--prompt", "a cat", "--refiner", refiner, "--refiner-start", "0.5"]
-    images, *_ = sample(capsys, base, tmp_path / "out", *words)
-    key = jax.random.key(0)
-    latents = pipelines.load(base)(key, "a cat", denoising_end=0.5, output="latents", **CALL)
-    expected = pipelines.load(refiner)(key, "a cat", denoising_start=0.5, latents=latents, **CALL)
+    numbers = ["--options", "target_size=[8,8]", "aesthetic_score=3"]  # of the one, and of the other
+    images, *_ = sample(capsys, base, tmp_path / "out", *words, *numbers)
+    key, first = jax.random.key(0), dict(denoising_end=0.5, output="latents", target_size=(8, 8))
+    latents = pipelines.load(base)(key, "a cat", **first, **CALL)
+    second = dict(denoising_start=0.5, latents=latents, aesthetic_score=3.0)
+    expected = pipelines.load(refiner)(key, "a cat", **second, **CALL)
     np.testing.assert_array_equal(images, to_uint8(expected))
 
 

@@ -21,6 +21,7 @@ from picture_checks import (
 from reference_pipelines import noise, open_reference, theirs, write_sdxl
 
 from jaxldm import pipelines
+from jaxldm.errors import InvalidArgumentError
 
 PROMPT = "a cat"
 STEPS = {"num_inference_steps": 5, "guidance_scale": 4.0}
@@ -77,6 +78,22 @@ def test_other_texts_for_the_second_encoder_and_micro_conditioning(folders, pipe
     assert_latents_agree(drawn, latents)
     plain = pipes["base"](KEY, PROMPT, latents=noise(), output="latents", **texts, **STEPS)
     assert np.abs(plain - drawn).max() > 0.01  # the numbers are used
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "instead"),
+    [
+        ("base", {"aesthetic_score": 7.0}, "a target_size"),
+        ("base", {"negative_aesthetic_score": 1.0}, "a target_size"),
+        ("refiner", {"target_size": (16, 16)}, "an aesthetic_score"),
+        ("refiner", {"negative_target_size": (16, 16)}, "an aesthetic_score"),
+    ],
+)
+def test_numbers_that_the_model_does_not_take_are_refused(pipes, name, option, instead):
+    """They were ignored, in diffusers too."""
+    words = f"{next(iter(option))} is not for this model, which takes {instead} in its place"
+    with pytest.raises(InvalidArgumentError, match=words):
+        pipes[name](KEY, PROMPT, **option, **STEPS)
 
 
 def test_base_hands_over_to_the_refiner(folders, pipes):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.pipelines.call import Defaults, Request
 from jaxldm.pipelines.embeds import TextWidths
 from jaxldm.pipelines.families import stable_diffusion
@@ -56,8 +57,10 @@ def encode(
         prompt_syntax: "plain", "chunks" or "weights", as in Stable Diffusion; of all texts.
 
     Raises:
-        InvalidArgumentError: a number of texts that does not fit; as many layers as there are, or more.
+        InvalidArgumentError: a number of texts that does not fit; as many layers as there are, or more; an
+            aesthetic score for a base model, a target size for the refiner.
     """
+    _check_used(pipe, aesthetic_score, negative_aesthetic_score, target_size, negative_target_size)
     prompts, negatives, _, size = request
     second = for_each(prompt_2, prompts, "prompt_2")
     negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
@@ -95,6 +98,24 @@ def encode(
         numbers += tuple(target)
         negative_numbers += tuple(negative_target_size or target)
     return _arguments(cond, numbers), _arguments(uncond, negative_numbers)
+
+
+def _check_used(pipe: Pipeline, *numbers: Any) -> None:
+    """Raise `InvalidArgumentError` for what the other of base and refiner takes, and this model does not."""
+    defaults = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
+    defaults |= {"target_size": None, "negative_target_size": None}
+    for (name, default), value in zip(defaults.items(), numbers, strict=True):
+        if name in unused_numbers(pipe) and value != default:
+            raise InvalidArgumentError(
+                f"{name} is not for this model, which takes "
+                f"{'an aesthetic_score' if 'size' in name else 'a target_size'} in its place: leave it out"
+            )
+
+
+def unused_numbers(pipe: Pipeline) -> tuple[str, ...]:
+    """The options that the model has no use for: the refiner draws no size, the base no score."""
+    kind = "target_size" if pipe.requires_aesthetics_score else "aesthetic_score"
+    return kind, f"negative_{kind}"
 
 
 def _encode_both(
