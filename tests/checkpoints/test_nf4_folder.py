@@ -121,3 +121,32 @@ def test_damaged_folders_are_refused(folder, tmp_path):
         save_file(changed, tmp_path / "nf4" / FILE)
         with pytest.raises(CheckpointError, match=words):
             checkpoints.load(tmp_path / "nf4")
+
+
+def test_the_language_model_of_one_that_sees_images_is_read_as_numbers(tmp_path):
+    """Under the names of the whole model, as folders of FLUX.2-dev in NF4 have them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    module = models.build("mistral-small-3.2", **sizes, **heads)
+    tensors = checkpoints.to_state_dict(models.init(module, jax.random.key(0)))
+    file, numbers = {}, dict(tensors)
+    for name, tensor in tensors.items():
+        whole = f"language_model.model.{name}"
+        if "_proj" in name:
+            codes, numbers[name] = in_nf4(whole, tensor, nested=True)
+            file |= codes
+        else:
+            file[whole] = tensor
+    file |= in_nf4("vision_tower.layers.0.weight", np.ones((64, 64), np.float32), nested=False)[0]
+    file["language_model.lm_head.weight"] = tensors["embed_tokens.weight"]
+    save_file(file, tmp_path / "model.safetensors")
+    text = module.config.to_dict() | {"model_type": "mistral"}
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    entries = {"architectures": ["Mistral3ForConditionalGeneration"], "quantization_config": how}
+    (tmp_path / "config.json").write_text(json.dumps(entries | {"vision_config": {}, "text_config": text}))
+    opened, params = checkpoints.load(tmp_path)
+    assert opened == module
+    found = checkpoints.to_state_dict(params)
+    assert found.keys() == numbers.keys()
+    for name, tensor in numbers.items():
+        np.testing.assert_allclose(found[name], tensor, atol=1e-6, err_msg=name)

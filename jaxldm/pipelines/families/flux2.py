@@ -45,7 +45,8 @@ from jaxldm.pipelines.prompts import check_sequence_length, encode_texts
 # What Qwen3's chat template comes to for one question that is answered without thinking.
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 LAYERS = (9, 18, 27)  # of 36
-# What Mistral's chat template comes to for a system message and one question; the message is the authors'.
+# What the chat template of Mistral Small 3.2 comes to for a system message and one question. The message, its
+# line break included, is the authors' (black-forest-labs/flux2, src/flux2/system_messages.py).
 DEV_TEMPLATE = (
     "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses "
     "focusing on object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT]"
