@@ -46,6 +46,7 @@ class Tokenizer:
         backend: the `tokenizers.Tokenizer` that does the work.
         files: name -> content of the files it was read from, for `save`.
         padding_side: "right", or "left" (Mistral): where a row is filled.
+        processor: the class of the processor of texts and images that it is a part of (Mistral), or None.
     """
 
     max_length: int
@@ -53,6 +54,7 @@ class Tokenizer:
     backend: Any
     files: Mapping[str, bytes]
     padding_side: str = "right"
+    processor: str | None = None
 
     @checked(
         texts=several(text, "a list of strings"),
@@ -118,12 +120,7 @@ class Tokenizer:
     def class_name(self) -> str:
         """The class of transformers that opens its folder: its processor's, where it is a part of one."""
         settings = json_of(self.files, "tokenizer_config.json")
-        if any(name in self.files for name in _OF_PROCESSORS):
-            given = json_of(self.files, "processor_config.json").get("processor_class")
-            processor = given or settings.get("processor_class")
-            if processor is not None:
-                return read_value(processor, str, "processor_class")
-        return settings.get("tokenizer_class") or "PreTrainedTokenizerFast"
+        return self.processor or settings.get("tokenizer_class") or "PreTrainedTokenizerFast"
 
     @checked(folder=a_path)
     def save(self, folder: Path | str) -> None:
@@ -240,9 +237,11 @@ def _from_files(files: dict[str, bytes]) -> Tokenizer:
         written = {key: content_of(token) for key, token in special.items() if token}
         written |= {"model_max_length": longest, "tokenizer_class": kind.tokenizer_class}
         files = files | {"tokenizer_config.json": json.dumps(written, indent=2).encode()}
-    made = Tokenizer(int(longest), pad, backend, files, side)
-    made.class_name  # noqa: B018 (a damaged file of its processor shows now, and not when it is saved)
-    return made
+    processor = None
+    if kind.fills_left and any(name in files for name in _OF_PROCESSORS):
+        given = json_of(files, "processor_config.json").get("processor_class")
+        processor = read_value(given or settings.get("processor_class"), str | None, "processor_class")
+    return Tokenizer(int(longest), pad, backend, files, side, processor)
 
 
 def _padding_side(backend: Any, kind: Kind, settings: Mapping[str, Any]) -> str:

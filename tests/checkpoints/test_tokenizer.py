@@ -203,9 +203,27 @@ def test_a_text_that_has_the_special_tokens_itself_gets_no_others(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
         assert checkpoints.load_tokenizer(tmp_path).padding_side == side
     assert transformers.LlamaTokenizer.padding_side == "left"
+    (tmp_path / "processor_config.json").write_text('{"processor_class": 3}')
+    with pytest.raises(CheckpointError, match="processor_class must be a string"):
+        checkpoints.load_tokenizer(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "PixtralProcessor"}')
+    assert checkpoints.load_tokenizer(tmp_path).class_name == "PixtralProcessor"
+    (tmp_path / "processor_config.json").rename(tmp_path / "preprocessor_config.json")  # of transformers 4
+    for processor, name in (("PixtralProcessor", "PixtralProcessor"), (None, "PreTrainedTokenizerFast")):
+        entries = settings | {"processor_class": processor}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+        assert checkpoints.load_tokenizer(tmp_path).class_name == name
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "top"}))
     with pytest.raises(CheckpointError, match="only the right is supported, and the left"):
         checkpoints.load_tokenizer(tmp_path)
+
+
+def test_a_clip_next_to_its_processor_stays_a_tokenizer(tmp_path):
+    """As in the folder of a whole CLIP: a pipeline that it is saved with wants the tokenizer."""
+    clip_folder(tmp_path, processor_class="CLIPProcessor")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text('{"processor_class": "CLIPProcessor"}')
+    assert checkpoints.load_tokenizer(tmp_path).class_name == "CLIPTokenizer"
 
 
 def test_impossible_calls_are_refused(any_folder):
@@ -233,7 +251,6 @@ def damaged(name, content):
         (damaged("merges.txt", b"\xff\xfe"), "do not fit together"),
         (damaged("tokenizer.json", b"{}"), "do not fit together"),
         (damaged("tokenizer_config.json", b'{"padding_side": "left"}'), "padding on the left"),
-        (damaged("processor_config.json", b'{"processor_class": 3}'), "processor_class must be a string"),
         (lambda folder: (folder / "merges.txt").unlink(), "it takes tokenizer.json, vocab.json with merges"),
         (damaged("tokenizer_config.json", b'{"added_tokens_decoder": []}'), "added_tokens_decoder must be"),
         (damaged("special_tokens_map.json", b'{"eos_token": 3}'), "eos_token must be a string or an object"),
