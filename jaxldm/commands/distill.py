@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from jaxldm.commands import hints
 from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, named_values, shown
 from jaxldm.commands.train import given
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from jaxldm.training import LoraRecipe, Recipe
@@ -122,6 +122,9 @@ class Distill(SeveralHosts):
         run = training.train(recipe, run_dir, **options)
         print(f"finished: everything is in {run.path}; try")
         print(f"  {hints.sample_run(run.path)}")
+        with_teacher = hints.sample_adapter(run.path)
+        if with_teacher is not None:
+            print(f"  {with_teacher}")
 
     def out(self) -> Path:
         """The student's folder. Raises `InvalidArgumentError` where that is the teacher's own."""
@@ -135,14 +138,22 @@ class Distill(SeveralHosts):
     def make_recipe(self, run_dir: Path) -> Recipe:
         """The student's recipe; with --resume that of its run, with the changes of the options."""
         from jaxldm import training
-        from jaxldm.training.few_steps.methods import METHODS, TAUGHT
+        from jaxldm.data import source_name
+        from jaxldm.training.few_steps.methods import taught
 
         of_run = training.recipe_to_resume(run_dir) if self.resume else None
         few = None if of_run is None or of_run.diffusion is None else of_run.diffusion.few_steps
         method = self.method or (None if few is None else few.method)
         if method is None:
             raise InvalidArgumentError("--method is missing: give one, as in --method lcm")
-        known = METHODS[one_of("method", method, dict.fromkeys(TAUGHT))]
+        known = taught(method)
+        if few is not None and method != few.method:
+            raise InvalidArgumentError(
+                f"{run_dir} holds a run of the method {few.method}, not of {method}: leave --method out to "
+                "go on with it, or give another --run-dir"
+            )
+        if self.options and not known.numbers:
+            raise InvalidArgumentError(f"the method {method} has no numbers: leave --options out")
         numbers = named_values(self.options, "options", list(known.numbers))
         changes = {name: getattr(self, name) for name in ("epochs", "learning_rate", "save_every")}
         changes["batch_size"] = batch_size(self.batch_size)
@@ -150,10 +161,12 @@ class Distill(SeveralHosts):
         asked = {"num_steps": self.num_steps, "guidance_scale": self._scales(), "numbers": numbers or None}
         asked["lora"] = self._adapter(None if few is None else few.lora)
         if of_run is not None and few is not None:
-            changed = {**asked, "teacher": self.teacher, "method": self.method}
+            same = few.teacher is not None and Path(few.teacher).resolve() == Path(self.teacher).resolve()
+            changed = {**asked, "teacher": few.teacher if same else self.teacher}
             few = given(few, **changed | {"numbers": {**few.numbers, **numbers} if numbers else None})
             student = given(of_run.diffusion, few_steps=few, **changes)
-            return given(of_run, diffusion=student, seed=self.seed)
+            data = None if self.dataset is None else source_name(self.dataset)
+            return given(of_run, diffusion=student, seed=self.seed, data=data)
         return training.distill_recipe(
             self.teacher, method, **asked, dataset=self.dataset, seed=self.seed, **changes
         )

@@ -41,6 +41,26 @@ def sample_run(folder: Path) -> str:
     return sample_classes(folder, len(entries["data"]["class_names"]))
 
 
+def sample_adapter(folder: Path) -> str | None:
+    """The command to draw with the teacher of a run and the adapter that the run trained; None of others."""
+    from jaxldm import training
+    from jaxldm.training.few_steps.method import counts_timesteps
+    from jaxldm.training.few_steps.methods import METHODS
+
+    recipe = training.read_recipe(folder)
+    few = None if recipe.diffusion is None else recipe.diffusion.few_steps
+    if recipe.diffusion is None or few is None or few.lora is None:
+        return None
+    solver = METHODS[few.method].solver
+    words = ["--lora", folder, "--solver", solver, "--num-inference-steps", 4]
+    if solver == "lcm" and counts_timesteps(recipe.diffusion.prediction.path):
+        words += ["--spacing", "lcm"]
+    if few.guidance_scale is not None:
+        words += ["--guidance-scale", 1]
+    what = sample_run(folder).removeprefix(command("sample", folder))
+    return f"{command('sample', few.teacher)}{what} {shlex.join(map(str, words))}"
+
+
 def sample(folder: Path | str, pipe: Any, family: str | None = None) -> str | None:
     """The command to sample from a pipeline that lies in `folder`; None for one stage of several.
 

@@ -140,8 +140,8 @@ def karras_levels(
 def num_levels(step: int, total_steps: int, first: int = 10, last: int = 1280) -> int:
     """The number of sigmas after `step` updates: min(first 2^k, last) + 1, doubled at equal intervals.
 
-    k = floor(step / K'), K' = floor(total_steps / (log2(last / first) + 1)): Song and Dhariwal 2024, section
-    3.4.
+    k = floor(step / K'), K' = floor(total_steps / (log2(floor(last / first)) + 1)): Song and Dhariwal 2024,
+    section 3.4.
 
     >>> [num_levels(step, 800) for step in (0, 100, 799)]
     [11, 21, 1281]
@@ -151,7 +151,7 @@ def num_levels(step: int, total_steps: int, first: int = 10, last: int = 1280) -
     """
     if first > last:
         raise InvalidArgumentError(f"first must be <= last, got {first} and {last}")
-    stage = max(1, math.floor(total_steps / (math.floor(math.log2(last / first)) + 1)))
+    stage = max(1, math.floor(total_steps / (math.log2(last // first) + 1)))
     doublings = min(step // stage, math.ceil(math.log2(last / first)))
     return min(first * 2**doublings, last) + 1
 
@@ -220,4 +220,4 @@ def easy_times(
     """
     t = jnp.asarray(t)
     n = 1 + k * jax.nn.sigmoid(-b * t)
-    return jnp.maximum(t * (1 - n / q ** (stage + 1)), 0)
+    return jnp.maximum(t * (1 - n * q ** -(stage + 1)), 0)

@@ -66,7 +66,7 @@ def reflow_loss(
     return jnp.mean(apart), {"mse": jnp.mean(means_of(error))}
 
 
-@checked(key=one_key, batch_size=count(1), a=number(above=0))
+@checked(key=one_key, batch_size=count(1), a=number(above=0, high=50))
 def u_shaped_times(key: PRNGKeyArray, batch_size: int, a: float = 4.0) -> Float[Array, " B"]:
     """t in [0, 1] with density proportional to e^(a t) + e^(-a t) about the middle of the trajectory.
 

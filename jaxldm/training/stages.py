@@ -22,6 +22,7 @@ from jaxldm.data.folders import FolderRows
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.exact import LARGEST_INT32, round_product
 from jaxldm.files import write_atomically
+from jaxldm.memory import check_fits
 from jaxldm.metrics.health import Finding, failed, report
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.training.loop import Plan
@@ -220,6 +221,18 @@ def make_optimizer(
         epochs * steps_per_epoch for epochs in (recipe.save_every, recipe.sample_every)
     )
     return adam, Plan(total, save_every, sample_every, recipe.keep_checkpoints)
+
+
+def check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> None:
+    """Refuse a network whose parameters and Adam's two moments are more than the memory, in float32."""
+    count, device = models.count_params(module), mesh.devices.flat[0]
+    shares = 1 if device.platform == "cpu" else mesh.size  # an accelerator may hold a part of each
+    check_fits(
+        4 * (4 if recipe.ema_decay else 3) * count // shares,
+        f"training {recipe.preset} with its {count:,} parameters needs",
+        device=device,
+        fix="take a smaller preset",
+    )
 
 
 def labels_of_samples(num_classes: int, samples_per_class: int) -> Int[np.ndarray, " N"]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
-from jaxldm import checkpoints, data, models
+from jaxldm import checkpoints, data
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
 from jaxldm.data import ArrayRows, Batches, BucketedBatches, Reader
 from jaxldm.data.buckets import buckets_of
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.files import write_atomically
-from jaxldm.memory import check_fits
 from jaxldm.metrics.health import check_loss
 from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
 from jaxldm.training.batch_size import (
@@ -44,11 +42,19 @@ from jaxldm.training.loop import Plan, fit, say_nothing
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
 from jaxldm.training.processes import by_first, first_then_others, is_first, together
-from jaxldm.training.recipes import Recipe, StageRecipe
+from jaxldm.training.recipes import Recipe
 from jaxldm.training.report import bring_up_to_date, reported
 from jaxldm.training.runs import STAGES, RunFolder, begin_stage, check_run_folder, open_run
 from jaxldm.training.stage_recipe import AUTO
-from jaxldm.training.stages import Context, Job, Task, make_optimizer, of_one_shape, stage_keys
+from jaxldm.training.stages import (
+    Context,
+    Job,
+    Task,
+    check_state_fits,
+    make_optimizer,
+    of_one_shape,
+    stage_keys,
+)
 from jaxldm.training.state import TrainState, create_train_state
 from jaxldm.training.step import LossFunction, TrainStep, make_train_step
 from jaxldm.training.store import TrainingStore
@@ -94,22 +100,10 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
         if task.check is not None:
             task.check(recipe, dataset, mesh)
         elif stage == recipe.generator:
-            _check_state_fits(getattr(recipe, stage), module, mesh)
+            check_state_fits(getattr(recipe, stage), module, mesh)
     num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
     for stage in stages_of(recipe):
         make_optimizer(with_some_size(getattr(recipe, stage), mesh), num_examples, mesh)
-
-
-def _check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> None:
-    """Refuse a network whose parameters and Adam's two moments are more than the memory, in float32."""
-    count, device = models.count_params(module), mesh.devices.flat[0]
-    shares = 1 if device.platform == "cpu" else mesh.size  # an accelerator may hold a part of each
-    check_fits(
-        4 * (4 if recipe.ema_decay else 3) * count // shares,
-        f"training {recipe.preset} with its {count:,} parameters needs",
-        device=device,
-        fix="take a smaller preset",
-    )
 
 
 @checked(recipe=A_RECIPE)

@@ -1,25 +1,40 @@
 """`jaxldm distill`: what is typed, and what is refused before anything is read or trained."""
 
+import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
 from command_lines import complaint
+from PIL import Image
 
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
+from jaxldm.commands import hints
 from jaxldm.commands.distill import Distill
+from jaxldm.data import load
+from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.training.few_steps.methods import TAUGHT
+from jaxldm.training.few_steps.teachers import check_channels
+from jaxldm.training.runs import open_run
 
 SIZES = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 7, "sample_size": 28, "in_channels": 1}
+
+
+def pipeline(class_names=(), broken=False, prediction=None, **changes):
+    module = models.build("tiny-dit", **{**SIZES, "num_classes": 10, **changes})
+    params = models.init(module, jax.random.key(0))
+    if broken:
+        params = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    network = pipelines.Network(module, params)
+    return pipelines.class_to_image(network, prediction or D.v(D.VP.named("cosine")), class_names=class_names)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers") / "export"
-    module = models.build("tiny-dit", **SIZES, num_classes=10)
-    network = pipelines.Network(module, models.init(module, jax.random.key(0)))
-    pipelines.save(pipelines.class_to_image(network, D.v(D.VP.named("cosine"))), folder)
+    pipelines.save(pipeline(), folder)
     return folder
 
 
@@ -54,7 +69,12 @@ def test_the_help_has_every_method():
     [
         ([], "--method is missing"),
         (["--method", "lcn"], "did you mean 'lcm'"),
-        (["--method", "mean_flow"], "method"),
+        (["--method", "mean_flow"], "has no teacher: `jaxldm train mini-mean-flow`"),
+        (["--method", "guidance", "--options", "huber=1"], "the method guidance has no numbers"),
+        (["--method", "cd", "--options", "levels=1"], "levels must be a whole number from 2"),
+        (["--method", "dmd", "--options", "critic_updates=9999"], "the 496 updates of this training"),
+        (["--method", "reflow", "--options", "pairs=10"], "pairs must be at least one batch, 64"),
+        (["--method", "progressive", "--epochs", "1", "--batch-size", "4000"], "divided into 2 rounds"),
         (["--method", "lcm", "--num-steps", "4"], "--num-steps has no effect on lcm"),
         (["--method", "progressive", "--num-steps", "3"], "halves the steps"),
         (["--method", "ect", "--guidance-scale", "3"], "--guidance-scale is not for ect"),
@@ -72,6 +92,89 @@ def test_mistakes_are_one_line_and_nothing_is_written(capsys, teacher, tmp_path,
     out = tmp_path / "out"
     line = complaint(capsys, "distill", teacher, "--dataset", "mnist5k", "--run-dir", out, *words)
     assert expected in line and not out.exists()
+
+
+def pixels(folder, colours):
+    """20 pictures of each class."""
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("L", (28, 28), colour).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_images_of_other_classes_than_the_teachers_are_refused(capsys, tmp_path):
+    few = pixels(tmp_path / "few", {"a": 0, "b": 255})
+    letters = pixels(tmp_path / "letters", dict.fromkeys("abcdefghij", 9))
+    named = tmp_path / "named"
+    pipelines.save(pipeline(tuple("0123456789"), in_channels=3), named)
+    words = ("distill", named, "--method", "lcm", "--run-dir", tmp_path / "out", "--dataset")
+    assert "its num_classes is 2, not 10" in complaint(capsys, *words, few)
+    three = tmp_path / "three"  # another number than the preset's, which the recipe then has
+    pipelines.save(pipeline(in_channels=3, num_classes=3), three)
+    line = complaint(capsys, "distill", three, *words[2:], few)
+    assert f"{three} draws 3 classes, and few has 2" in line
+    line = complaint(capsys, *words, letters)
+    assert f"class 0 of {named} is '0', and of letters 'a'" in line and not (tmp_path / "out").exists()
+
+
+def test_images_of_other_channels_than_those_of_the_autoencoder_are_refused(tmp_path):
+    module = models.build("mini-autoencoder", block_out_channels=(8, 8, 8))
+    vae = pipelines.Network(module, models.init(module, jax.random.key(0)))
+    denoiser = pipeline(in_channels=4, sample_size=7).denoiser
+    pipe = pipelines.class_to_image(denoiser, D.v(D.VP.named("cosine")), vae)
+    pipelines.save(pipe, tmp_path / "grey")
+    colour = load(str(pixels(tmp_path / "colour", dict.fromkeys("abcdefghij", 9))))
+    recipe = Distill(str(tmp_path / "grey"), method="ect", dataset="mnist5k").make_recipe(tmp_path / "none")
+    check_channels(tmp_path / "grey", recipe, load("mnist5k"))
+    with pytest.raises(DataError, match="for images of 1 channel, and those of colour have 3"):
+        check_channels(tmp_path / "grey", recipe, colour)
+
+
+def test_a_teacher_that_is_not_finite_is_refused(capsys, tmp_path):
+    pipelines.save(pipeline(broken=True), tmp_path / "broken")
+    words = ("--method", "lcm", "--dataset", "mnist5k", "--run-dir", tmp_path / "out")
+    assert "holds NaN or infinity" in complaint(capsys, "distill", tmp_path / "broken", *words)
+
+
+def test_a_run_goes_on_however_its_teacher_is_spelled_and_with_nothing_else(teacher, tmp_path, monkeypatch):
+    recipe = Distill(str(teacher), method="cd", dataset="mnist5k").make_recipe(tmp_path / "none")
+    open_run(tmp_path / "run", recipe, recipe.load_data(), resume=False, log=print)
+    monkeypatch.chdir(teacher.parent)
+    for spelled in (str(teacher), f"{teacher}/", teacher.name, f"./{teacher.name}/"):
+        for method in (None, "cd"):
+            again = Distill(spelled, method=method, run_dir=str(tmp_path / "run"), resume=True)
+            assert again.make_recipe(tmp_path / "run") == recipe
+    other = Distill(str(teacher), resume=True, dataset="mnist").make_recipe(tmp_path / "run")
+    assert other == dataclasses.replace(recipe, data="mnist")  # which `train` refuses
+    with pytest.raises(InvalidArgumentError, match="holds a run of the method cd, not of progressive"):
+        Distill(str(teacher), method="progressive", resume=True).make_recipe(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("method", "prediction", "words"),
+    [
+        (
+            "lcm",
+            D.v(D.VP.named("cosine")),
+            "--solver lcm --num-inference-steps 4 --spacing lcm --guidance-scale 1",
+        ),
+        ("ect", D.v(D.VP.named("cosine")), "--solver lcm --num-inference-steps 4 --spacing lcm"),
+        ("cd", D.flow(D.Flow()), "--solver lcm --num-inference-steps 4 --guidance-scale 1"),
+        ("reflow", D.v(D.VP.named("cosine")), "--solver ddim --num-inference-steps 4 --guidance-scale 1"),
+    ],
+)
+def test_the_hint_of_an_adapter_draws_with_its_teacher(tmp_path, method, prediction, words):
+    pipelines.save(pipeline(prediction=prediction), tmp_path / "a teacher")
+    given = Distill(str(tmp_path / "a teacher"), method=method, rank=2, dataset="mnist5k")
+    recipe = given.make_recipe(tmp_path / "none")
+    run = open_run(tmp_path / "run", recipe, recipe.load_data(), resume=False, log=print)
+    hint = hints.sample_adapter(run.path)
+    assert hint.startswith(f"jaxldm sample '{tmp_path / 'a teacher'}' --class-labels 0 1 --num-images 16")
+    assert hint.endswith(f" --lora {run.path} {words}")
+    whole = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, few_steps=None))
+    run = open_run(tmp_path / "whole", whole, recipe.load_data(), resume=False, log=print)
+    assert hints.sample_adapter(run.path) is None
 
 
 def test_the_teachers_own_folder_is_no_place_for_the_student(capsys, teacher):

@@ -43,6 +43,9 @@ def test_karras_levels_and_their_number():
     np.testing.assert_allclose(np.diff(root), np.diff(root)[0])
     stages = [few.num_levels(step, 400_000) for step in range(0, 400_001, 50_000)]
     assert stages == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]  # Song and Dhariwal 2024, table 1: s0, s1
+    # K' = floor(K / (log2(floor(s1 / s0)) + 1)) of no power of two: 800 / (log2(100) + 1) = 104.7
+    found = [few.num_levels(step, 800, 10, 1000) for step in (103, 104, 727, 728, 799)]
+    assert found == [11, 21, 641, 1001, 1001]
 
 
 def test_improved_training_prefers_the_intervals_of_its_log_normal():
@@ -67,6 +70,7 @@ def test_easy_times_close_up_from_the_clean_image():
     np.testing.assert_array_equal(gaps[0][:2], t[:2])
     assert all((later <= earlier).all() for earlier, later in itertools.pairwise(gaps))
     np.testing.assert_allclose(gaps[7], t * n / 256, rtol=1e-5)
+    np.testing.assert_array_equal(few.easy_times(t, stage=2000), t)  # 2.0 ** 2001 is no float
 
 
 def test_times_of_trigflow():
@@ -84,6 +88,10 @@ def test_times_of_reflow_are_heavy_at_both_ends():
         return (np.sinh(4 * (2 * t - 1)) / np.sinh(4) + 1) / 2
 
     assert_drawn_from(t, distribution)
+    steep = few.u_shaped_times(KEY, MANY, 50.0)
+    assert ((steep >= 0) & (steep <= 1)).all() and jnp.abs(steep - 0.5).mean() > 0.45
+    with pytest.raises(InvalidArgumentError, match="a must be"):  # sinh is infinite in float32
+        few.u_shaped_times(KEY, 4, 100.0)
 
 
 def test_shortcut_steps_start_on_their_own_grid():

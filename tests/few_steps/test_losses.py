@@ -35,6 +35,13 @@ TEACHERS = {
     "shortcut": lambda own, other: few.shortcut_loss(
         scaled(own), X, NOISE, T, S, few.shortcut_target(scaled(other), X[:2], T[:2], S[:2])
     ),
+    "continuous": lambda own, other: few.continuous_consistency_loss(
+        scaled(own), X, T, few.trig_teacher_slope(scaled(other), X, T)
+    ),
+    "distribution matching": lambda own, other: few.distribution_matching_loss(
+        own * X,
+        few.distribution_matching_gradient(scaled(other), scaled(2 * other), own * X, FLOW.path, NOISE, T),
+    ),
     "mean flow": lambda own, other: few.mean_flow_loss(
         scaled(own), X, NOISE, S, T, velocity=few.guided_velocity(scaled(other), X, T, NOISE, T, S, 1.5, 0.5)
     ),
@@ -82,6 +89,34 @@ def test_derivatives_inside_targets_are_constants():
     slope = theta * (v * gap + z)
     error = theta * z * gap - (v - gap * slope)
     np.testing.assert_allclose(found, 2 * jnp.sum(error * z * gap) / 8, rtol=1e-5)
+
+
+def test_the_derivative_of_improved_mean_flow_is_a_constant():
+    # u + (t - r) sg(du/dt) - v, with du/dt along the network's own velocity: 2 error du/dtheta alone.
+    theta, gap = 0.7, (T - S).reshape(-1, 1, 1, 1)
+
+    def loss(theta):
+        u = lambda z, r, t, condition: theta * z * (1 + (t - r).reshape(-1, 1, 1, 1))  # noqa: E731
+        return few.improved_mean_flow_loss(u, X, NOISE, S, T, power=0.0)[0]
+
+    z = (1 - T.reshape(-1, 1, 1, 1)) * X + T.reshape(-1, 1, 1, 1) * NOISE
+    slope = theta * z + theta * (1 + gap) * theta * z
+    error = theta * z * (1 + gap) + gap * slope - (NOISE - X)
+    np.testing.assert_allclose(jax.grad(loss)(theta), 2 * jnp.sum(error * z * (1 + gap)) / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("difference", [None, 0.1])
+def test_the_tangent_of_continuous_consistency_is_a_constant(difference):
+    # |F - sg(F) - sg(g)|^2: the gradient is -2 g dF/dtheta, and nothing of what g is made of.
+    theta = 0.3
+    found = jax.grad(
+        lambda theta: few.continuous_consistency_loss(scaled(theta), X, T, NOISE, difference=difference)[0]
+    )(theta)
+    cos, sin, F = (value.reshape(-1, 1, 1, 1) for value in (jnp.cos(T), jnp.sin(T), T))
+    F = theta * X + F
+    g = -(cos**2) * (F - NOISE) - cos * sin * (X + theta * NOISE + 1)
+    g = g / (jnp.sqrt(jnp.mean(g**2, (1, 2, 3), keepdims=True)) + 0.1)
+    np.testing.assert_allclose(found, -2 * jnp.mean(g * X), rtol=1e-4)
 
 
 def test_the_product_of_mean_flow_is_the_derivative(x64):

@@ -191,7 +191,7 @@ def test_a_recipe_whose_network_is_not_the_teachers_is_refused(teacher, tmp_path
     recipe = student(teacher, "lcm")
     wider = {**recipe.diffusion.overrides, "hidden_size": 32}
     other = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, overrides=wider))
-    with pytest.raises(InvalidArgumentError, match="hidden_size differs"):
+    with pytest.raises(InvalidArgumentError, match="its hidden_size is 32, not 16"):
         train(other, tmp_path / "run", devices=1)
     assert not (tmp_path / "run").exists()
     assert checkpoints.read_config(teacher / "transformer")["hidden_size"] == 16

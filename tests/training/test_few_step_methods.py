@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,20 @@ from jaxldm import diffusion as D
 from jaxldm import models
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
-from jaxldm.training import FewStepsRecipe, LoraRecipe, Player, create_train_state, make_train_step, optimizer
+from jaxldm.training import (
+    RECIPES,
+    FewStepsRecipe,
+    LoraRecipe,
+    Player,
+    create_train_state,
+    make_train_step,
+    optimizer,
+)
 from jaxldm.training.conditions import label_condition
 from jaxldm.training.few_steps import networks
 from jaxldm.training.few_steps.matching import times_of
 from jaxldm.training.few_steps.method import TABLE, TEACHER, Setting
-from jaxldm.training.few_steps.methods import METHODS
+from jaxldm.training.few_steps.methods import METHODS, taught
 from jaxldm.training.few_steps.networks import critic_module, critic_network, first_params, of_adapter
 from jaxldm.training.stages import Job
 from jaxldm.training.train import in_rounds
@@ -289,6 +299,15 @@ def test_the_loss_of_an_adapter_is_that_of_the_network_with_it():
         ({"method": "dmd", "num_steps": 0}, "num_steps must be"),
         ({"method": "cd", "numbers": {"levels": 2.5}}, "levels must be a whole number"),
         ({"method": "cd", "numbers": {"huber": -1.0}}, "huber must be"),
+        ({"method": "cd", "numbers": {"levels": 1}}, "levels must be a whole number from 2 to"),
+        ({"method": "ect", "numbers": {"q": 1.0}}, "q must be"),
+        ({"method": "ect", "numbers": {"std": 0.0}}, "std must be"),
+        ({"method": "scm", "numbers": {"warmup": 2.0}}, "warmup must be"),
+        ({"method": "reflow", "numbers": {"ends": 100.0}}, "ends must be"),
+        ({"method": "reflow", "numbers": {"pairs": 1e13}}, "pairs must be a whole number from 1 to"),
+        ({"method": "progressive", "numbers": {"start_steps": 1e12}}, "start_steps must be"),
+        ({"method": "mean_flow", "teacher": None, "numbers": {"kappa": 1.0}}, "kappa must be"),
+        ({"method": "shortcut", "teacher": None, "numbers": {"smallest": 6}}, "smallest must be 2, 4, 8, 16"),
         ({"method": "cd", "teacher": None}, "cd learns from a teacher"),
         ({"method": "ict"}, "ict has no teacher"),
     ],
@@ -296,6 +315,29 @@ def test_the_loss_of_an_adapter_is_that_of_the_network_with_it():
 def test_a_recipe_refuses_what_a_method_cannot(changes, words):
     with pytest.raises(InvalidArgumentError, match=words):
         FewStepsRecipe(**{"teacher": "x", **changes})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_number_has_limits_which_its_own_value_is_in(name):
+    method = METHODS[name]
+    assert method.limits.keys() == method.numbers.keys()
+    for number, value in method.numbers.items():
+        assert method.limits[number](number, value) == value
+        for wrong in (-30.0, math.nan, 1e39):
+            with pytest.raises(InvalidArgumentError, match=f"{number} must be"):
+                method.limits[number](number, wrong)
+
+
+def test_methods_without_a_teacher_are_no_distillation():
+    for name, method in METHODS.items():
+        for spelled in {name, name.replace("_", "-")}:
+            if method.taught:
+                assert taught(name) is method
+                continue
+            with pytest.raises(InvalidArgumentError, match="has no teacher") as error:
+                taught(spelled)
+            recipe = re.search("`jaxldm train (.+?)`", str(error.value))[1]
+            assert RECIPES[recipe].diffusion.few_steps.method == name
 
 
 def test_unknown_names_are_refused():
@@ -318,6 +360,17 @@ def test_steps_that_do_not_come_out_by_halving_are_refused():
         with pytest.raises(InvalidArgumentError, match="halves the steps"):
             checked_by("progressive", V, num_steps, start_steps=start)
     checked_by("progressive", V, 5, start_steps=20)
+    with pytest.raises(InvalidArgumentError, match="start_steps must be at most the 1000 timesteps"):
+        checked_by("progressive", V, 1, start_steps=1024)
+    checked_by("reflow", V, teacher_steps=1000)
+    with pytest.raises(InvalidArgumentError, match="teacher_steps must be at most the 1000 timesteps"):
+        checked_by("reflow", V, teacher_steps=1001)
+
+
+def test_pairs_of_easy_tuning_stay_apart_in_float32():
+    checked_by("ect", V, q=2.0, stages=16)
+    with pytest.raises(InvalidArgumentError, match=r"q \*\* stages .* at most 65536, got 2 \*\* 17"):
+        checked_by("ect", V, q=2.0, stages=17)
 
 
 def test_teachers_that_a_method_cannot_take_are_refused():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
+from jaxldm.arguments import count, number
+from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.few_steps.method import (
+    A_DISTANCE,
+    A_MEAN,
+    A_WIDTH,
     TEACHER,
     Method,
     Setting,
@@ -23,6 +30,7 @@ from jaxldm.training.few_steps.method import (
 )
 from jaxldm.training.step import LossFunction
 
+CLOSEST = 2**16  # easy tuning's last pairs, t / (t - s): more is lost in float32
 ORIGINAL_STEPS = 50  # of latent consistency models, as their schedulers count
 
 
@@ -105,11 +113,22 @@ def make_ect_loss(setting: Setting) -> LossFunction:
     return loss_fn
 
 
+def check_easy(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str, Any]) -> None:
+    """Refuse pairs that float32 cannot tell apart in the last stage, besides."""
+    check_consistent(prediction)
+    if numbers["stages"] * math.log(numbers["q"]) > math.log(CLOSEST):
+        raise InvalidArgumentError(
+            f"q ** stages is how close the pairs of ect come at last, and must be at most {CLOSEST}, got "
+            f"{numbers['q']:g} ** {numbers['stages']}: give fewer stages, as in --options stages=4"
+        )
+
+
 LCM = Method(
     about="latent consistency: the end of the guided teacher's trajectory from any of its 50 timesteps",
     make_loss=make_lcm_loss,
     solver="lcm",
     numbers={"huber": 0.001},
+    limits={"huber": A_DISTANCE},
     training={"epochs": 8, "ema_decay": 0.95},
     check=check_timesteps,
     adapts=True,
@@ -119,6 +138,7 @@ CD = Method(
     make_loss=make_cd_loss,
     solver="lcm",
     numbers={"levels": 18, "huber": 0.00054},
+    limits={"levels": count(2, 10_000), "huber": A_DISTANCE},
     training={"epochs": 8},
     check=check_consistent,
     adapts=True,
@@ -130,7 +150,14 @@ ECT = Method(
     guidance="outside",
     # The log-normal times are for data of standard deviation 0.5: latents have 1.
     numbers={"mean": -0.4, "std": 2.0, "q": 4.0, "stages": 4, "huber": 0.00054},
+    limits={
+        "mean": A_MEAN,
+        "std": A_WIDTH,
+        "q": number(above=1, high=CLOSEST),
+        "stages": count(1, 64),
+        "huber": A_DISTANCE,
+    },
     training={"epochs": 8},
-    check=check_consistent,
+    check=check_easy,
     adapts=True,
 )

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
-from jaxldm.training.few_steps.method import TEACHER, Method, Setting, check_consistent, cleanest, noisiest
+from jaxldm.arguments import number
+from jaxldm.training.few_steps.method import (
+    A_MEAN,
+    A_WIDTH,
+    TEACHER,
+    Method,
+    Setting,
+    check_consistent,
+    cleanest,
+    noisiest,
+)
 from jaxldm.training.step import LossFunction
 
 
@@ -49,6 +59,13 @@ SCM = Method(
     # As ECT's times: tau is for data of standard deviation 0.5. Teachers know a thousand timesteps, and their
     # derivative by the time is mostly noise; a difference of 0 takes it all the same.
     numbers={"sigma_data": 1.0, "mean": -0.4, "std": 1.4, "warmup": 0.3, "difference": 0.1},
+    limits={
+        "sigma_data": number(above=0, high=1000),
+        "mean": A_MEAN,
+        "std": A_WIDTH,
+        "warmup": number(0, 1),
+        "difference": number(0, 1),
+    },
     training={"epochs": 8, "learning_rate": 5e-4},
     check=check_consistent,
     adapts=True,

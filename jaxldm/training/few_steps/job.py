@@ -10,16 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 
 from jaxldm import diffusion as D
 from jaxldm import models, schedulers
-from jaxldm.data import Rows, fingerprint, sharded
+from jaxldm.data import Dataset, Rows, fingerprint, sharded
 from jaxldm.diffusion.grids import step_after
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.metrics.health import check_blank
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.schedulers import GridRule
+from jaxldm.training.batch_size import with_some_size
 from jaxldm.training.diffusion import (
     STAGE,
     Conditioned,
@@ -43,13 +45,19 @@ from jaxldm.training.few_steps.networks import (
 )
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.few_steps.reflow import NOISE, SAMPLE, SCALE
-from jaxldm.training.few_steps.teachers import begin_as_teacher, check_student
+from jaxldm.training.few_steps.teachers import (
+    begin_as_teacher,
+    check_channels,
+    check_classes,
+    check_student,
+)
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
     Context,
     Job,
     Task,
+    check_state_fits,
     make_optimizer,
     report_health,
     save_samples,
@@ -304,4 +312,42 @@ def prepare(context: Context) -> Job:
     )
 
 
-TASK = Task(build, prepare)
+def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
+    """Refuse what would fail later, before anything is written or compiled.
+
+    Raises:
+        DataError: images of other classes or channels than the teacher's.
+        InvalidArgumentError: more than the memory; fewer updates than the method's rounds, or than its critic
+            has before the student moves again; fewer pairs than a batch, or examples than a loss has parts.
+    """
+    own = with_some_size(denoiser_recipe(recipe), mesh)
+    few = few_recipe(own)
+    check_state_fits(own, build_denoiser(recipe, dataset.image_shape, dataset.num_classes), mesh)
+    if few.teacher is not None:
+        check_channels(few.teacher, recipe, dataset)
+    if few.teacher is not None and recipe.text is None:
+        check_classes(few.teacher, dataset)
+    examples = min(len(dataset.rows("train")), recipe.max_train_images or len(dataset.rows("train")))
+    least, batch = METHODS[few.method].least_batch, own.batch_size // own.accumulate
+    if batch < least:
+        raise InvalidArgumentError(
+            f"a batch of {few.method} must be at least {least} examples, got {batch}: give a larger "
+            "--batch-size"
+        )
+    pairs = cast(int, few.numbers["pairs"]) if METHODS[few.method].pairs else None
+    if pairs is not None and pairs < own.batch_size:
+        raise InvalidArgumentError(
+            f"pairs must be at least one batch, {own.batch_size}, got {pairs}: give more, as in --options "
+            f"pairs={max(20_000, own.batch_size)}, or a smaller --batch-size"
+        )
+    rounds = METHODS[few.method].rounds(few.num_steps, few.numbers)
+    _, plan = make_optimizer(own, pairs or examples, mesh, rounds)
+    every = few.numbers.get("critic_updates", 1)
+    if every > plan.num_steps:
+        raise InvalidArgumentError(
+            f"critic_updates must be at most the {plan.num_steps} updates of this training, got {every}: the "
+            "student moves once in so many; give a smaller one, or more --epochs"
+        )
+
+
+TASK = Task(build, prepare, check)

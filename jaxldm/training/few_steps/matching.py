@@ -13,7 +13,14 @@ from jaxldm import diffusion as D
 from jaxldm import few_steps
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.few_steps.consistency import ORIGINAL_STEPS
-from jaxldm.training.few_steps.method import TEACHER, Method, Setting, check_consistent, counts_timesteps
+from jaxldm.training.few_steps.method import (
+    A_COUNT,
+    TEACHER,
+    Method,
+    Setting,
+    check_consistent,
+    counts_timesteps,
+)
 from jaxldm.training.state import Params
 from jaxldm.training.step import Player
 
@@ -105,6 +112,7 @@ DMD = Method(
     solver="lcm",
     steps=4,
     numbers={"critic_updates": 5},
+    limits={"critic_updates": A_COUNT},
     training={"epochs": 8, "learning_rate": 1e-4},
     check=check,
     critic=True,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
+from jaxldm.arguments import Check, count, number
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.conditions import Condition
 from jaxldm.training.optimizer import Optimizer
@@ -21,6 +22,9 @@ from jaxldm.training.state import Params, TrainState
 from jaxldm.training.step import LossFunction, Player
 
 TEACHER, TABLE = "teacher", "table"  # in `state.frozen`
+# What a number of a method may be. Means and widths of the logarithm of times are in float32's range of exp.
+A_MEAN, A_WIDTH, A_DISTANCE = number(-20, 20), number(above=0, high=20), number(0)
+A_COUNT = count(1)
 LEAST_SIGNAL = 1e-3  # alpha at the noisy end, below which epsilon says nothing of x_0
 
 
@@ -128,7 +132,8 @@ class Method(NamedTuple):
         guidance: "inside": of the teacher, or of the target, of one scale or of a range that the network
             takes as an input; "outside": the student is guided, or not, as any other model; "none": never.
         scales: (lowest, highest) guidance scale where nobody says it; None: the default of the teacher.
-        numbers: its own numbers, by name, as they are where a recipe leaves them out.
+        numbers: its own numbers, by name, as they are where a recipe leaves them out,
+        limits: and what each of them may be, checked when the recipe is made.
         training: fields of `DiffusionRecipe` that it changes.
         check: (prediction, num_steps, numbers), raises `InvalidArgumentError` for what cannot be.
         rounds: (num_steps, numbers) -> how often the training begins again,
@@ -138,6 +143,7 @@ class Method(NamedTuple):
         taught: it begins as a teacher; False: from nothing, by `jaxldm train`.
         inputs: what its network takes besides the time, of `scalar_inputs`.
         critic: its second player learns what the student draws, step by step where there are several.
+        least_batch: examples of one batch, each of which has one of the parts of the loss.
         adapts: an adapter of the teacher can be trained in place of the whole network.
     """
 
@@ -149,6 +155,7 @@ class Method(NamedTuple):
     guidance: str = "inside"
     scales: tuple[float, float] | None = None
     numbers: Mapping[str, Any] = MappingProxyType({})
+    limits: Mapping[str, Check] = MappingProxyType({})
     training: Mapping[str, Any] = MappingProxyType({})
     check: Callable[[D.Prediction, int | None, Mapping[str, Any]], None] = nothing_to_check
     rounds: Callable[[int | None, Mapping[str, Any]], int] = one_round
@@ -158,6 +165,7 @@ class Method(NamedTuple):
     taught: bool = True
     inputs: tuple[str, ...] = ()
     critic: bool = False
+    least_batch: int = 1
     adapts: bool = False
 
 
@@ -194,6 +202,15 @@ def check_timesteps(prediction: D.Prediction, *others: Any) -> None:
         raise InvalidArgumentError(
             f"latent consistency counts timesteps, and the {prediction.path.name} path of this teacher has "
             "none: take the method cd, ect or scm"
+        )
+
+
+def check_steps_of_path(name: str, steps: int, path: D.Path) -> None:
+    """Refuse more steps than a path has timesteps."""
+    most = path.num_train_timesteps
+    if most is not None and steps > most:
+        raise InvalidArgumentError(
+            f"{name} must be at most the {most} timesteps of the teacher's path, got {steps}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.training.few_steps.consistency import CD, ECT, LCM
 from jaxldm.training.few_steps.continuous import SCM
 from jaxldm.training.few_steps.guided import GUIDANCE
@@ -27,3 +28,20 @@ METHODS: dict[str, Method] = {
     "drifting": DRIFTING,
 }
 TAUGHT = tuple(name for name, method in METHODS.items() if method.taught)
+
+
+def taught(name: str) -> Method:
+    """The method of a name, of those with a teacher.
+
+    Raises:
+        UnknownNameError: no such method.
+        InvalidArgumentError: one that has none, with the recipe that trains by it.
+    """
+    other = METHODS.get(name.replace("-", "_"))
+    if other is not None and not other.taught:
+        recipe = f"mini-{name.replace('_', '-')}"
+        raise InvalidArgumentError(
+            f"the method {name} begins from nothing and has no teacher: `jaxldm train {recipe}`, or take one "
+            f"of {', '.join(TAUGHT)}"
+        )
+    return METHODS[one_of("method", name, TAUGHT)]

@@ -12,10 +12,20 @@ import numpy as np
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
+from jaxldm.arguments import count
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.training.few_steps.method import TEACHER, Method, Setting, averaged, check_says_x0
+from jaxldm.training.few_steps.method import (
+    TEACHER,
+    Method,
+    Setting,
+    averaged,
+    check_says_x0,
+    check_steps_of_path,
+)
 from jaxldm.training.state import TrainState
 from jaxldm.training.step import LossFunction
+
+MOST_STEPS = 2**16
 
 
 def rounds_of(num_steps: int | None, numbers: Mapping[str, Any]) -> int:
@@ -34,7 +44,7 @@ def check(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str,
             f"{', '.join(map(str, halved)) or 'none'}, not {end}: give another --num-steps, or another start "
             f"as in --options start_steps={2 * end}"
         )
-    D.make_grid(prediction.path, start)  # refuses more steps than the path has
+    check_steps_of_path("start_steps", start, prediction.path)
 
 
 def make_loss(setting: Setting) -> LossFunction:
@@ -84,6 +94,7 @@ PROGRESSIVE = Method(
     make_loss=make_loss,
     steps=4,
     numbers={"start_steps": 16},
+    limits={"start_steps": count(2, MOST_STEPS)},
     training={"epochs": 8},
     check=check,
     rounds=rounds_of,

@@ -10,7 +10,6 @@ from jaxldm.entries import check_types
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.exact import MAX_STEPS
 from jaxldm.functions import NamedFields
-from jaxldm.reading import shown
 from jaxldm.training.few_steps.method import Method
 from jaxldm.training.few_steps.methods import METHODS
 from jaxldm.training.finetune_recipe import LoraRecipe
@@ -106,10 +105,8 @@ class FewStepsRecipe(NamedFields):
         found = dict(method.numbers)
         for name, value in self.numbers.items():
             one_of(f"number of {self.method}", name, method.numbers)
-            own = method.numbers[name]
-            if isinstance(own, int) and (value != int(value) or value < 1):
-                raise InvalidArgumentError(f"{name} must be a whole number of 1 or more, got {shown(value)}")
-            found[name] = int(value) if isinstance(own, int) else number(0 if own >= 0 else None)(name, value)
+            whole = isinstance(method.numbers[name], int) and value == int(value)  # JSON may have 16.0
+            found[name] = method.limits[name](name, int(value) if whole else value)
         return found
 
     @property

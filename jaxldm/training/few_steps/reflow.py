@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
+from jaxldm import diffusion as D
 from jaxldm import few_steps
-from jaxldm.training.few_steps.method import Method, Setting, check_says_x0
+from jaxldm.arguments import count, number
+from jaxldm.training.few_steps.method import A_COUNT, Method, Setting, check_says_x0, check_steps_of_path
 from jaxldm.training.step import LossFunction
 
 NOISE, SAMPLE, SCALE = "noise", "sample", "scale"  # columns of pairs
@@ -28,12 +32,19 @@ def make_loss(setting: Setting) -> LossFunction:
     return loss_fn
 
 
+def check(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str, Any]) -> None:
+    """Refuse more steps of the teacher than its path has, besides."""
+    check_says_x0(prediction)
+    check_steps_of_path("teacher_steps", numbers["teacher_steps"], prediction.path)
+
+
 REFLOW = Method(
     about="straightens the teacher's trajectories, on pairs of noise and sample",
     make_loss=make_loss,
     numbers={"ends": 4.0, "pairs": 20_000, "teacher_steps": 20},
+    limits={"ends": number(above=0, high=50), "pairs": A_COUNT, "teacher_steps": count(1, 10_000)},
     training={"epochs": 6},
-    check=check_says_x0,
+    check=check,
     adapts=True,
     pairs=True,
 )

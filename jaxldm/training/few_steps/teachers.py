@@ -14,17 +14,18 @@ from jaxtyping import PRNGKeyArray
 
 from jaxldm import checkpoints, data, models, pipelines
 from jaxldm.arguments import a_path, checked, count, instance, number, optional, refuse, text
-from jaxldm.errors import CheckpointError, InvalidArgumentError, one_of
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, one_of, shown
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.files import folder_written_whole, storage_errors
 from jaxldm.models.quantization import refuse_quantized
 from jaxldm.pipelines.folders import draws_classes, family_of
+from jaxldm.pipelines.network import check_finite
 from jaxldm.pipelines.pipeline import Pipeline
-from jaxldm.training.few_steps.methods import METHODS, TAUGHT
+from jaxldm.training.few_steps.methods import taught
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.finetune_recipe import LoraRecipe
 from jaxldm.training.recipes import AutoencoderRecipe, DiffusionRecipe, Recipe
-from jaxldm.training.runs import RunFolder, read_recipe
+from jaxldm.training.runs import RunFolder, read_config, read_recipe
 from jaxldm.training.state import Params
 
 # Fields of a network's config in which a student's may differ from its teacher's.
@@ -42,6 +43,7 @@ def read_teacher(folder: str | Path) -> Pipeline:
     pipelines.kind_of(folder)
     pipe = pipelines.load(folder)
     refuse_quantized(pipe.denoiser.params, "a distillation")
+    check_finite(str(folder / pipe.denoiser_name), pipe.denoiser)
     if "mask_token" in pipe.family.methods:
         raise CheckpointError(
             f"{folder} is a masked image model, which has no noise and no trajectories: take a denoising "
@@ -120,7 +122,7 @@ def distill_recipe(
         CheckpointError: the folder is no teacher.
         UnknownNameError, InvalidArgumentError: a method, a number of steps, scales or numbers that cannot be.
     """
-    known = METHODS[one_of("method", method, dict.fromkeys(TAUGHT))]
+    known = taught(method)
     scales = (guidance_scale,) * 2 if isinstance(guidance_scale, (int, float)) else guidance_scale
     given: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": scales}
     for name in changes:
@@ -212,11 +214,57 @@ def check_student(few: FewStepsRecipe, module: nn.Module) -> None:
     plain = [{name: c[name] for name in c if name not in OWN_FIELDS} for c in configs]
     kinds = [type(cast(Any, network).config).__name__ for network in (of_teacher, module)]
     if plain[0] != plain[1] or kinds[0] != kinds[1]:
-        odd = next((name for name in plain[0] if plain[0][name] != plain[1].get(name)), "its class")
+        odd = next((name for name in plain[0] if plain[0][name] != plain[1].get(name)), None)
+        what = "its class differs"
+        if odd is not None:
+            what = f"its {odd} is {shown(plain[1].get(odd))}, not {shown(plain[0][odd])}: give the data set "
+            what += "and the overrides of its teacher"
         raise InvalidArgumentError(
-            f"a student begins as its teacher, and its network is another than that of {few.teacher}: {odd} "
-            "differs"
+            f"a student begins as its teacher, and its network is another than that of {few.teacher}: {what}"
         )
+
+
+def check_classes(teacher: str | Path, dataset: data.Dataset) -> None:
+    """Refuse images of other classes than those that a teacher draws.
+
+    Raises:
+        DataError: another number of them, or other names where the teacher has names.
+    """
+    number = cast(Any, checkpoints.module_in(denoiser_folder(teacher))).config.num_classes
+    if number != dataset.num_classes:
+        raise DataError(
+            f"{teacher} draws {number} classes, and {dataset.name} has {dataset.num_classes}: give the data "
+            "set that it was trained on, or one with a class folder for each"
+        )
+    names = _class_names(Path(teacher))
+    if names is not None and names != dataset.class_names:
+        label = next(label for label in range(number) if names[label] != dataset.class_names[label])
+        raise DataError(
+            f"class {label} of {teacher} is {shown(names[label])}, and of {dataset.name} "
+            f"{shown(dataset.class_names[label])}: a student draws what its teacher does, give a data set of "
+            "the same classes"
+        )
+
+
+def check_channels(teacher: str | Path, recipe: Recipe, dataset: data.Dataset) -> None:
+    """Refuse images of other channels than those of a teacher's autoencoder, which its student has, too."""
+    folder = RunFolder(Path(teacher)).stage("autoencoder").model
+    if recipe.autoencoder is None or not folder.is_dir():
+        return
+    wanted, given = cast(Any, checkpoints.module_in(folder)).config.in_channels, dataset.image_shape[-1]
+    if wanted != given:
+        raise DataError(
+            f"the autoencoder of {teacher} is for images of {wanted} channel{'s' * (wanted != 1)}, and those "
+            f"of {dataset.name} have {given}: give the data set that it was trained on"
+        )
+
+
+def _class_names(teacher: Path) -> tuple[str, ...] | None:
+    """The names of the classes that a teacher draws, None where its folder has none."""
+    if _is_run_of_stages(teacher):
+        names = read_config(teacher)["data"].get("class_names")
+        return None if names is None else tuple(names)
+    return tuple(pipelines.load(teacher).class_names) or None
 
 
 def denoiser_folder(teacher: str | Path) -> Path:

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
+from jaxldm.arguments import count, number, refuse
 from jaxldm.diffusion.guidance import broadcast_null
 from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.few_steps.method import (
+    A_COUNT,
+    A_DISTANCE,
+    A_MEAN,
+    A_WIDTH,
     TABLE,
     Method,
     Setting,
@@ -83,7 +88,7 @@ def make_shortcut_loss(setting: Setting) -> LossFunction:
         keys = jax.random.split(key, 5)
         x_0 = setting.examples(batch, keys[0])
         epsilon = jax.random.normal(keys[1], x_0.shape)
-        first = max(1, round(len(x_0) * numbers["consistency_share"]))
+        first = min(max(1, round(len(x_0) * numbers["consistency_share"])), len(x_0) - 1)
         condition = named(setting.on.of(batch))
         condition = D.drop_condition(keys[2], condition, named(setting.on.nulls()), setting.condition_dropout)
         t, d = few_steps.shortcut_times(keys[3], len(x_0), numbers["smallest"])
@@ -173,11 +178,29 @@ def make_drifting_loss(setting: Setting) -> LossFunction:
 
 
 _TIMES = {"equal": 0.75, "mean": -0.4, "std": 1.0, "power": 1.0, "kappa": 0.0}
+_LIMITS = {
+    "equal": number(0, 1),
+    "mean": A_MEAN,
+    "std": A_WIDTH,
+    "power": number(0, 10),
+    "kappa": number(0, below=1),
+}
+
+
+def a_power_of_two(name: str, value: Any) -> int:
+    """2, 4, 8, 16, ..."""
+    found = count(2, 2**20)(name, value)
+    if found & (found - 1):
+        raise refuse(name, "2, 4, 8, 16, ...", value)
+    return found
+
+
 MEAN_FLOW = Method(
     about="the average velocity of a step, by a Jacobian-vector product; guidance inside",
     make_loss=make_mean_flow_loss,
     default_steps=1,
     numbers=_TIMES,
+    limits=_LIMITS,
     check=check_straight,
     taught=False,
     inputs=("step_size",),
@@ -191,6 +214,8 @@ SHORTCUT = Method(
     make_loss=make_shortcut_loss,
     guidance="outside",
     numbers={"consistency_share": 0.25, "smallest": 128},
+    least_batch=2,
+    limits={"consistency_share": number(above=0, below=1), "smallest": a_power_of_two},
     check=check_straight,
     taught=False,
     inputs=("step_size",),
@@ -202,6 +227,7 @@ ICT = Method(
     guidance="outside",
     # As ECT's times: the log-normal is for data of standard deviation 0.5, latents have 1.
     numbers={"mean": -0.4, "std": 2.0, "huber": 0.00054},
+    limits={"mean": A_MEAN, "std": A_WIDTH, "huber": A_DISTANCE},
     check=check_consistent,
     taught=False,
 )
@@ -211,6 +237,7 @@ DRIFTING = Method(
     steps=1,
     guidance="none",
     numbers={"classes": 2, "images": 32, "per_class": 256},
+    limits={"classes": A_COUNT, "images": count(2, 4096), "per_class": A_COUNT},
     check=check_one_step,
     tables="per_class",
     taught=False,
