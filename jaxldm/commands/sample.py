@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from jaxldm.commands.adapters import check_adapter_guidance
 from jaxldm.commands.control import CONTROL_NAMES, check_has_control, control_options
 from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
@@ -316,6 +317,7 @@ class Sample:
                 )
         if texts:
             check_has_control(self)
+        check_adapter_guidance(self.lora or (), self.guidance_scale)
         for name in OF_GUIDANCE:
             if getattr(self, name) is not None and self.guidance_scale == 1 and self.true_cfg_scale is None:
                 raise InvalidArgumentError(

@@ -117,7 +117,14 @@ class Train(SeveralHosts):
         Raises `UnknownNameError` and `InvalidArgumentError`.
         """
         from jaxldm import data, training
+        from jaxldm.training.few_steps.methods import TAUGHT
 
+        method = self.recipe.removeprefix("mini-")
+        if method in TAUGHT:
+            raise InvalidArgumentError(
+                f"{method} is a method of distillation, which needs a teacher: jaxldm distill RUN --method "
+                f"{method}"
+            )
         one_of("recipe", self.recipe, training.RECIPES)
         recipe = training.RECIPES[self.recipe]
         of_run = training.recipe_to_resume(run_dir) if self.resume else None

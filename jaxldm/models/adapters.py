@@ -177,7 +177,11 @@ def _targeted(params: Mapping[str, Any], targets: Sequence[str] | None) -> dict[
             raise InvalidArgumentError(_no_such_layer(shown(pattern), list(kernels)))
         found.update(matching)
     if not found:
-        raise InvalidArgumentError(_no_such_layer("a projection of attention", list(kernels)))
+        few = ", ".join(list(kernels)[:2]) or "none"
+        raise InvalidArgumentError(
+            "no layer is a projection of attention, which an adapter changes where nothing else is said: "
+            f"give targets, patterns of whole paths in which * stands for anything; here {few}"
+        )
     return {path: shape for name, (path, shape) in kernels.items() if name in found}
 
 

@@ -1,6 +1,7 @@
 """`jaxldm distill`: what is typed, and what is refused before anything is read or trained."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -12,9 +13,11 @@ from PIL import Image
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines
 from jaxldm.commands import hints
+from jaxldm.commands.adapters import check_adapter_guidance
 from jaxldm.commands.distill import Distill
 from jaxldm.data import load
 from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.pipelines.few_steps import FewSteps, entry_of
 from jaxldm.training.few_steps.methods import TAUGHT
 from jaxldm.training.few_steps.teachers import check_channels
 from jaxldm.training.runs import open_run
@@ -175,6 +178,30 @@ def test_the_hint_of_an_adapter_draws_with_its_teacher(tmp_path, method, predict
     whole = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, few_steps=None))
     run = open_run(tmp_path / "whole", whole, recipe.load_data(), resume=False, log=print)
     assert hints.sample_adapter(run.path) is None
+
+
+@pytest.mark.parametrize("name", ["", "pytorch_lora_weights.safetensors"])
+def test_guidance_on_top_of_that_inside_of_an_adapter_is_refused(capsys, teacher, tmp_path, name):
+    few = FewSteps(method="lcm", solver="lcm", guidance="inside", guidance_scale=(3.0, 3.0))
+    index = tmp_path / "model_index.json"
+    given = ("sample", teacher, "--lora", tmp_path / name, "--output-dir", tmp_path / "out")
+    index.write_text(json.dumps(entry_of(few)))
+    for more in ([], ["--guidance-scale", "3"]):
+        line = complaint(capsys, *given, *more)
+        assert (
+            "guidance of scale 3 is inside the adapter of" in line
+            and "--guidance-scale 1, and --solver lcm" in line
+        )
+    assert "LoRA" in complaint(capsys, *given, "--guidance-scale", "1") or name
+    for free in ({"guidance_scale": (1.0, 1.0)}, {"guidance": "outside"}):
+        index.write_text(json.dumps(entry_of(dataclasses.replace(few, **free))))
+        check_adapter_guidance([str(tmp_path)], 3.0)
+
+
+def test_a_method_in_the_place_of_a_recipe_is_sent_to_distill(capsys, tmp_path):
+    for word in ("lcm", "mini-lcm"):
+        line = complaint(capsys, "train", word, "--run-dir", tmp_path / "out")
+        assert "needs a teacher: jaxldm distill RUN --method lcm" in line
 
 
 def test_the_teachers_own_folder_is_no_place_for_the_student(capsys, teacher):

@@ -127,7 +127,10 @@ def test_attention_of_every_family(preset):
         (lambda p: models.init_lora(KEY, p, 2, []), "targets must be a list of|targets must be patterns"),
         (lambda p: models.init_lora(KEY, p, 0), "rank must be .* got 0"),
         (lambda p: models.init_lora(KEY, p, 5), "rank 5 is more than the rank of every layer .*, 4 at most"),
-        (lambda p: models.init_lora(KEY, {"a": {"kernel": p["net"]["conv"]["kernel"]}}), "projection of att"),
+        (
+            lambda p: models.init_lora(KEY, {"a": {"kernel": p["net"]["conv"]["kernel"]}}),
+            "no layer is a projection of attention.* give targets",
+        ),
         (lambda p: models.apply_lora({"a": p["net"]}, models.init_lora(KEY, p, 2)), "another network"),
         (lambda p: models.apply_lora(p, p), "tree of lora_A and lora_B"),
     ],

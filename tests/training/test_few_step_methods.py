@@ -380,9 +380,11 @@ def test_teachers_that_a_method_cannot_take_are_refused():
             checked_by(name, weak)
         checked_by(name, D.epsilon(path))
     checked_by("guidance", weak)
-    with pytest.raises(InvalidArgumentError, match="no consistency function"):
-        checked_by("cd", D.x0(path))
-    checked_by("progressive", D.x0(path))
+    for name in ("progressive", "guidance", "reflow", "dmd"):  # those that the message names
+        checked_by(name, D.x0(path))
+    for name in ("lcm", "cd", "ect", "scm"):
+        with pytest.raises(InvalidArgumentError, match="the method progressive, guidance, reflow or dmd"):
+            checked_by(name, D.x0(path))
     with pytest.raises(InvalidArgumentError, match="num_steps must be 1"):
         checked_by("drifting", V, 2)
     with pytest.raises(InvalidArgumentError, match="counts timesteps"):

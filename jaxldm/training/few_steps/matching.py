@@ -18,7 +18,7 @@ from jaxldm.training.few_steps.method import (
     TEACHER,
     Method,
     Setting,
-    check_consistent,
+    check_says_x0,
     counts_timesteps,
 )
 from jaxldm.training.state import Params
@@ -33,8 +33,8 @@ def of_student(params: Params) -> Params:
 
 
 def check(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str, Any]) -> None:
-    """Refuse more steps than the student's solver has."""
-    check_consistent(prediction)
+    """Refuse more steps than the student's solver has, besides."""
+    check_says_x0(prediction)
     if cast(int, num_steps) > ORIGINAL_STEPS:
         raise InvalidArgumentError(
             f"a student by dmd has 1 to {ORIGINAL_STEPS} steps, not {num_steps}: give another --num-steps"

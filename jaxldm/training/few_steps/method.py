@@ -186,7 +186,8 @@ def check_consistent(prediction: D.Prediction, *others: Any) -> None:
     if prediction.name == "sample":
         raise InvalidArgumentError(
             "a network that predicts x_0 itself is no consistency function, which must be x at the clean "
-            "end: take a teacher that predicts v, flow or epsilon, or the method progressive, reflow or dmd"
+            "end: take a teacher that predicts v, flow or epsilon, or the method progressive, guidance, "
+            "reflow or dmd"
         )
 
 
