@@ -31,9 +31,9 @@ def verdict(kind: Any, scheduler: str, *, quirks: bool, **changes: Any) -> Any:
     from experiments.diffusers_schedulers import pipeline_runs
     from experiments.diffusers_schedulers.scheduler_deviations import DEVIATIONS, deviation_of
     from experiments.diffusers_schedulers.scheduler_probes import Probe
-    from experiments.diffusers_schedulers.scheduler_runs import IN_SIGMA_SPACE
     from experiments.diffusers_schedulers.scheduler_verdicts import AGREES, Verdict
     from jaxldm.errors import JaxldmError
+    from jaxldm.schedulers.quirks import SCALED
 
     try:
         config = pipeline_runs.config_of(kind, scheduler, **changes)
@@ -52,7 +52,7 @@ def verdict(kind: Any, scheduler: str, *, quirks: bool, **changes: Any) -> Any:
     deviation = None if quirks else deviation_of(Probe(scheduler, None, config))
     if scheduler == "IPNDMScheduler" and not quirks:
         deviation = next(one for one in DEVIATIONS if one.title.startswith("IPNDM"))
-    if kind.name == "DiTPipeline" and scheduler.startswith((*IN_SIGMA_SPACE, "CMStochastic")):
+    if not quirks and kind.name == "DiTPipeline" and scheduler.startswith(SCALED):
         deviation = next(one for one in DEVIATIONS if one.title.startswith("DiTPipeline"))
     in_parts = ("PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverSinglestepScheduler")
     in_parts += ("LCMScheduler", "TCDScheduler")

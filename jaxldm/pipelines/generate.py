@@ -45,6 +45,7 @@ from jaxldm.pipelines.scheduler_files import check_time
 from jaxldm.pipelines.weak_branch import weak_of
 from jaxldm.schedulers import PLAIN, GridRule, Sampler, Scheduler
 from jaxldm.schedulers.grids import times_of_numbers
+from jaxldm.schedulers.quirks import SCALED, Quirks
 
 # Grids are padded to a multiple of this many steps: numbers of steps up to it share one compiled function.
 STEPS_AT_ONCE = 64
@@ -191,7 +192,8 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
 
     Raises:
         UnknownNameError: no such solver.
-        InvalidArgumentError: an option that it does not have.
+        InvalidArgumentError: an option that it does not have; with `reference_quirks` a scheduler of which
+            diffusers draws noise.
     """
     solver = pipe.defaults.solver if call.solver is None else call.solver
     if call.variance is not None and call.solver not in ("ddpm", None):
@@ -202,7 +204,10 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
     if call.variance is None:
         stops_early = call.denoising_end < 1
         scheduler = schedulers.from_config(pipe.scheduler, solver, stops_early=stops_early, **options)
-        gives_eta = type(pipe.denoiser.module).__name__ != "DiTTransformer2DModel"  # 0 to TCD, all but that
+        is_dit = type(pipe.denoiser.module).__name__ == "DiTTransformer2DModel"
+        if is_dit:
+            _check_unscaled(scheduler)
+        gives_eta = not is_dit  # 0 to TCD, all pipelines but that
         if pipe.reference_quirks and gives_eta and scheduler.solver == D.solvers.tcd():
             sampler = scheduler.sampler._replace(solver=D.solvers.tcd(gamma=0.0))
             return dataclasses.replace(scheduler, sampler=sampler)
@@ -211,6 +216,16 @@ def read_scheduler(pipe: Pipeline, call: Call) -> Scheduler:
     own = D.solvers.ddpm(variance=call.variance)
     sampler = scheduler.sampler._replace(solver=own, learned_variance=call.variance == "learned")
     return dataclasses.replace(scheduler, sampler=sampler)
+
+
+def _check_unscaled(scheduler: Scheduler) -> None:
+    """Raises `InvalidArgumentError` for what `DiTPipeline` of diffusers draws no picture with."""
+    quirks = scheduler.quirks
+    if isinstance(quirks, Quirks) and quirks.scheduler.startswith(SCALED):
+        raise InvalidArgumentError(
+            f"DiTPipeline of diffusers draws noise by {quirks.scheduler}, as it takes its steps from the "
+            "scaled input of the network: leave reference_quirks out, or choose solver='ddim'"
+        )
 
 
 def grid(

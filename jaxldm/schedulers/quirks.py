@@ -40,6 +40,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dpmpp_3m_sde": {"parabola": "diffusers"},
     "dpm_3m": {"parabola": "half"},
 }
+# How the names begin of those whose steps are of x / alpha in diffusers, and scale what the network gets.
+SCALED = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolverSDE", "EDM", "CMStochastic")
 
 
 @dataclasses.dataclass(frozen=True)

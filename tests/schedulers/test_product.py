@@ -24,9 +24,11 @@ def test_nothing_differs_in_silence(pipeline, scheduler, without):
     assert [one.kind for one in found] == [without, "agree"], found
 
 
-def test_what_the_pipeline_of_dit_scales_for_good():
+def test_what_the_pipeline_of_dit_makes_noise_of():
     found = verdict(OF["DiTPipeline"], "EulerDiscreteScheduler", quirks=False)
     assert found.kind == "deviating" and found.size > 0.1
+    refused = verdict(OF["DiTPipeline"], "EulerDiscreteScheduler", quirks=True)
+    assert refused.kind == "refused" and "leave reference_quirks out" in refused.note
 
 
 def test_what_diffusers_refuses_is_none_of_ours():
