@@ -4,7 +4,7 @@ Question: which student of the demo's model draws best in 1, 2, 4 and 8 steps, a
 Command:  python -m experiments.few_steps.digits --run-dir runs/mini-ldm
 Needs:    a finished run folder (make demo), the `demo` extra; two CPU cores, no accelerator. Minutes and
           what came out: README.md in this folder. A second call goes on where the first one stopped; --quick
-          trains two updates or so of each, to see that everything runs.
+          trains a few updates of each, to see that everything runs.
 
 Students take the guidance scale as an input, 1 to 4, so that one of each method answers at w = 1 and w = 3;
 ect, shortcut and ict are guided as any model, at two evaluations a step, and drifting cannot be guided.
@@ -87,7 +87,7 @@ class Digits:
     num_images: int = 500
     """Digits of each row; the real test set has 500."""
     quick: bool = False
-    """One epoch of 64 digits each: only to see that everything runs."""
+    """Eight epochs of 64 digits each: only to see that everything runs."""
     seed: int = 0
 
 
@@ -105,7 +105,7 @@ def recipe_of(options: Digits, name: str) -> training.Recipe:
         recipe = training.distill_recipe(options.run_dir, student.method, **student.options)
     if not options.quick:
         return recipe
-    recipe = changed(recipe, epochs=1)
+    recipe = changed(recipe, epochs=8)  # updates for rounds of halving, and for a critic
     return dataclasses.replace(recipe, max_train_images=64)
 
 

@@ -3,7 +3,7 @@
 Question: which student of the captioned shapes draws what its prompt asks for, in 1, 2, 4 and 8 steps?
 Command:  python -m experiments.few_steps.shapes --run-dir runs/captioned-shapes
 Needs:    a finished run of the recipe captioned-shapes, no accelerator. Minutes and what came out: README.md
-          in this folder. A second call goes on where the first one stopped; --quick trains two updates or so
+          in this folder. A second call goes on where the first one stopped; --quick trains a few updates
           of each, to see that everything runs.
 
 Guidance of one scale is inside the students, which ask their network once a step; `ect` has none inside, and
@@ -61,7 +61,7 @@ class Shapes:
     per_pair: int = 10
     """Pictures of each of 24 seen and 12 held-out pairs."""
     quick: bool = False
-    """One epoch of 64 pictures each, one picture of a pair: only to see that everything runs."""
+    """Eight epochs of 64 pictures each, one picture of a pair: only to see that everything runs."""
 
 
 def recipe_of(options: Shapes, name: str) -> training.Recipe:
@@ -73,7 +73,7 @@ def recipe_of(options: Shapes, name: str) -> training.Recipe:
     recipe = training.distill_recipe(options.run_dir, str(student.method), **own)
     if not options.quick:
         return recipe
-    return dataclasses.replace(changed(recipe, epochs=1), max_train_images=64)
+    return dataclasses.replace(changed(recipe, epochs=8), max_train_images=64)
 
 
 def train_student(options: Shapes, name: str) -> tuple[Path, float]:

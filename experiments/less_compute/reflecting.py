@@ -24,6 +24,9 @@ PATCH = 2
 # How often in training both parts of the context are there, none, the feedback alone, the draft alone.
 SHARES = {"both": 0.5, "none": 0.3, "feedback": 0.1, "draft": 0.1}
 CAPTION_DROPOUT = 0.1
+# How often draft and feedback are there without a caption. Where it is there it says all that they do, and a
+# network that always has it never looks at them.
+WITHOUT_CAPTION = 0.3
 
 
 class Seen(NamedTuple):
@@ -45,6 +48,8 @@ class Seen(NamedTuple):
 
 class Context(nn.Module):
     """Tokens of a draft and of the sentences about it, through two blocks of a transformer.
+
+    The network knows states of the text encoder already: to those of the sentences the blocks add something.
 
     Attributes:
         outer: width of the text states, and of what comes out.
@@ -81,7 +86,9 @@ class Context(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(num_heads=4, name=f"attention_{k}")(h, h)
             h = nn.gelu(nn.Dense(2 * self.width, name=f"mlp_in_{k}")(nn.LayerNorm(name=f"norm2_{k}")(x)))
             x = x + nn.Dense(self.width, name=f"mlp_out_{k}")(h)
-        return nn.Dense(self.outer, name="out")(nn.LayerNorm(name="norm_out")(x))
+        out = nn.Dense(self.outer, name="out")(nn.LayerNorm(name="norm_out")(x))
+        known = jnp.where(has_feedback[:, None, None], words, 0)
+        return out + jnp.concatenate([jnp.zeros_like(out[:, : -words.shape[1]]), known], axis=1)
 
 
 def conditions(
@@ -120,13 +127,15 @@ def make_loss(network: Callable[..., Any], context: Context, prediction: D.Predi
     """
 
     def loss(params, state, batch, key):
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         size = batch["target"].shape[:1]
         kind = jax.random.categorical(keys[0], jnp.log(jnp.array(list(SHARES.values()))), shape=size)
         has_draft, has_feedback = (
             (kind == 0) | (kind == list(SHARES).index(name)) for name in ("draft", "feedback")
         )
-        seen = Seen(batch["caption"], batch["draft"], batch["findings"], has_draft, has_feedback)
+        unnamed = jax.random.bernoulli(keys[3], WITHOUT_CAPTION, size) & has_draft & has_feedback
+        caption = jnp.where(unnamed, 0, batch["caption"])
+        seen = Seen(caption, batch["draft"], batch["findings"], has_draft, has_feedback)
         dropped = jax.random.bernoulli(keys[1], CAPTION_DROPOUT, size)
         seen = Seen(
             *(jnp.where(_like(dropped, b), a, b) for a, b in zip(without_anything(seen), seen, strict=True))

@@ -54,8 +54,8 @@ class Reflection:
     """Where training, rows, table and picture go."""
     num_updates: int = 2000
     """Of the training."""
-    learning_rate: float = 5e-4
-    """Half of that of the run."""
+    learning_rate: float = 1e-3
+    """That of the run."""
     batch_size: int = 32
     """Examples of an update."""
     num_examples: int = 8192
@@ -283,12 +283,14 @@ class Way(NamedTuple):
         tuned: whether the trained denoiser draws, or that of the run.
         draft, feedback: whether the draft and the feedback are seen.
         others: whether the feedback is that on another picture.
+        caption: whether the caption is seen as well; the first picture is always drawn from it.
     """
 
     tuned: bool
     draft: bool = False
     feedback: bool = False
     others: bool = False
+    caption: bool = True
 
 
 WAYS = {
@@ -298,6 +300,8 @@ WAYS = {
     "the feedback alone": Way(True, feedback=True),
     "the draft alone": Way(True, draft=True),
     "draft, and feedback on another": Way(True, draft=True, feedback=True, others=True),
+    "draft and feedback, no caption": Way(True, draft=True, feedback=True, caption=False),
+    "feedback on another, no caption": Way(True, draft=True, feedback=True, others=True, caption=False),
 }
 
 
@@ -316,7 +320,8 @@ def measured(
             if drafts is not None:
                 shown = np.roll(findings, 1, axis=0) if way.others else findings
                 flags = (np.full(len(rows), flag) for flag in (way.draft, way.feedback))
-                seen = Seen(seen.caption, drafts, shown, *flags)
+                caption = seen.caption if way.caption else np.zeros_like(seen.caption)
+                seen = Seen(caption, drafts, shown, *flags)
             noise = jax.vmap(jax.random.fold_in, (0, None))(keys[rows], number)
             return draw(noise, seen)
 

@@ -30,7 +30,7 @@ from experiments.few_steps import judge
 from experiments.figures import quick_options, save_figure
 from experiments.results import Results, markdown, save_table
 from experiments.trained import check_demo, load_classifier, load_dataset, load_latent_model, weights_hash
-from jaxldm import checkpoints, host, metrics, models, training
+from jaxldm import checkpoints, data, host, metrics, models, training
 from jaxldm import diffusion as D
 from jaxldm.commands.terminal import run_script
 
@@ -335,7 +335,7 @@ def measure(options: Search, tools: Tools, name: str) -> tuple[dict[str, Any], d
         "pixel diversity": report.pixel_diversity,
         "seconds": seconds,
     }
-    return figures, {"images": images[:10]}
+    return figures, {"images": data.to_uint8(images)}
 
 
 COLUMNS = (
@@ -408,7 +408,7 @@ def main(options: Search) -> None:
             lambda: measure(options, tools, name),  # noqa: B023
         )
         rows.append({"name": name, **figures})
-        shown[name] = arrays["images"]
+        shown[name] = data.from_uint8(arrays["images"][:10])
         print(f"{name}: {figures['second judge']:.1%}, diversity {figures['diversity']:.2f}", flush=True)
     save(options, rows, shown)
     plot(options, rows)
