@@ -59,7 +59,8 @@ def pseudo_huber(c: float) -> Callable[[Any], Any]:
     """sqrt(|d|^2 + c^2) - c of each example's whole difference d.
 
     c = 0.00054 sqrt(number of pixels and channels) in improved consistency training (Song and Dhariwal 2024,
-    section 3.3), 0.001 in latent consistency models; 0 is |d|.
+    section 3.3); 0 is |d|. Training scripts of latent consistency models take 0.001 and the distance of each
+    number by itself; with 0.001 `lcm` takes that of the whole here.
     """
 
     def distance(error):

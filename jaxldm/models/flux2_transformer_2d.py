@@ -278,7 +278,7 @@ class Flux2Transformer2DModel(nn.Module):
                 missing, or given to a model without `guidance_embeds`.
         """
         config = self.config
-        given = reference if isinstance(reference, (list, tuple)) else [reference]
+        given: list[Any] = list(reference) if isinstance(reference, (list, tuple)) else [reference]
         given = [picture for picture in given if picture is not None]
         self._check(x, t, encoder_hidden_states, guidance, given)
         pictures = [x, *(picture.astype(x.dtype) for picture in given)]

@@ -254,8 +254,8 @@ def grid(
     if steps is None:
         distilled_elsewhere = rule.spacing == "lcm" and pipe.few_steps is None
         steps = 4 if distilled_elsewhere else pipe.defaults.num_inference_steps
-    if rows is None and pipe.few_steps is not None:
-        pipe.few_steps.check_steps(steps)
+    if pipe.few_steps is not None:
+        pipe.few_steps.check_steps(steps if rows is None else len(rows.t) - 1)
     if distilled and call.strength is not None:
         # The timesteps of the distillation below the strength, and not a part of those of a whole run.
         original = (GridRule() if named else rule).original_steps

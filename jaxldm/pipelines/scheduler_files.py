@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 
@@ -47,7 +47,7 @@ def check_schedulers(
     for name in (*family.folder.parts, *family.folder.optional):
         if name not in named or not name.endswith("scheduler"):
             continue
-        config = checkpoints.load_components(folder, only=[name])[name]
+        config = cast(Mapping[str, Any], checkpoints.load_components(folder, only=[name])[name])
         with reading(folder / name):
             _check_path_known(config)
             scheduler, why = _read(config, reference_quirks=reference_quirks)

@@ -84,6 +84,7 @@ def test_progressive_students_halve_go_on_after_a_kill_and_draw_in_their_steps(t
     assert evaluations(pipe) == 1
     for options, words in (
         ({"num_inference_steps": 4}, "made for 1 step, not for 4"),
+        ({"timesteps": [999, 499]}, "made for 1 step, not for 2"),
         ({"guidance_scale": 3.0}, "guidance of scale 1 is inside"),
     ):
         with pytest.raises(InvalidArgumentError, match=words):
