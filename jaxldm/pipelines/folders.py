@@ -151,13 +151,13 @@ def load(
     layout, named = found.folder, checkpoints.read_model_index(folder)
     _check_named(folder, _class_name(index, folder), found, named)
     _check_vae(found, vae)
-    if found in families.FAMILIES:
-        check_schedulers(folder, found, named, reference_quirks=reference_quirks)
     other_vae = found.autoencoder if vae is not None else None
     only = [part for part in named if is_part(part, layout) and part != other_vae]
     sharding = None
     if mesh is not None or rules is not None:
         sharding = _placement(folder, family, mesh, rules)
+    if found in families.FAMILIES:
+        check_schedulers(folder, found, named, reference_quirks=reference_quirks)
     options = {"dtype": dtype, "only": only, "variant": variant, "sharding": sharding}
     loaded = checkpoints.load_components(folder, **options)
     if other_vae is not None:

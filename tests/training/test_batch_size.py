@@ -78,7 +78,7 @@ def test_a_run_finds_its_batch_size_once_and_goes_on_with_it(tmp_path, monkeypat
 
     monkeypatch.setattr(batch_size, "bytes_of_step", bytes_of_step)
     monkeypatch.setattr(host, "memory_bytes", lambda device=None: 70_000)
-    monkeypatch.setattr(train, "_check_state_fits", lambda *plan: None)
+    monkeypatch.setattr(train, "check_state_fits", lambda *plan: None)
     monkeypatch.setattr(train, "run_job", lambda *job: trained.append(job))
     run = training.train(RECIPE, tmp_path / "run", devices=1, log=said.append, bar=False)
     assert all(shape == {"mean": (28, 28, 1), "label": ()} for shape in shapes)
