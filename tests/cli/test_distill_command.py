@@ -1,6 +1,7 @@
 """`jaxldm distill`: what is typed, and what is refused before anything is read or trained."""
 
 import dataclasses
+import inspect
 import json
 import re
 
@@ -63,7 +64,8 @@ def test_the_options_become_the_recipe(teacher, tmp_path):
 
 
 def test_the_help_has_every_method():
-    names = re.findall(r"^      (\w+)  +\S", Distill.__doc__.partition("Methods:")[2], re.MULTILINE)
+    text = inspect.cleandoc(Distill.__doc__)  # Python 3.13 has done so already
+    names = re.findall(r"^  (\w+)  +\S", text.partition("Methods:")[2], re.MULTILINE)
     assert names == list(TAUGHT)
 
 
