@@ -14,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxldm import checkpoints, data, models, pipelines
 from jaxldm.arguments import a_path, checked, count, instance, number, optional, refuse, text
+from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, one_of, shown
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.files import folder_written_whole, storage_errors
@@ -21,6 +22,7 @@ from jaxldm.models.quantization import refuse_quantized
 from jaxldm.pipelines.folders import draws_classes, family_of
 from jaxldm.pipelines.network import check_finite
 from jaxldm.pipelines.pipeline import Pipeline
+from jaxldm.reading import read_json, reading
 from jaxldm.training.few_steps.methods import taught
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
 from jaxldm.training.finetune_recipe import LoraRecipe
@@ -264,7 +266,9 @@ def _class_names(teacher: Path) -> tuple[str, ...] | None:
     if _is_run_of_stages(teacher):
         names = read_config(teacher)["data"].get("class_names")
         return None if names is None else tuple(names)
-    return tuple(pipelines.load(teacher).class_names) or None
+    index, layout = teacher / INDEX_FILE, family_of(teacher).folder
+    with reading(index):  # and no weights, which are there already
+        return layout.read_options(read_json(index), layout).get("class_names")
 
 
 def denoiser_folder(teacher: str | Path) -> Path:
