@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxldm.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from jaxldm.commands.pictures import Start
 
 # Options of a call, and what they are on the command line.
 CONTROL_NAMES = {
@@ -41,20 +44,20 @@ def check_has_control(given: Any) -> None:
         )
 
 
-def control_options(given: Any, pipe: Any, image: Any) -> dict[str, Any]:
+def control_options(given: Any, pipe: Any, start: Start | None) -> dict[str, Any]:
     """The options of a call of a pipeline; empty where no control image is given.
 
     Args:
         given: the options of the command.
         pipe: with its control networks.
-        image: the picture of --image, or None: control images are resized to its size.
+        start: the picture of --image, or None: control images are resized to the size that is drawn from.
 
     Raises:
         DataError: no such file, or not a picture.
         InvalidArgumentError: another number of values than of networks, a picture of other proportions than
             --image without --resize.
     """
-    from jaxldm.commands.pictures import check_proportions, read_picture
+    from jaxldm.commands.pictures import check_proportions, pixels_of
     from jaxldm.data.pictures import open_picture
     from jaxldm.pipelines.control_kinds import base_name, control_parts
     from jaxldm.pipelines.resizing import size_of
@@ -62,14 +65,13 @@ def control_options(given: Any, pipe: Any, image: Any) -> dict[str, Any]:
     guess = {"guess_mode": True} if given.guess_mode else {}
     if given.control_image is None:
         return guess
-    height, width = (given.height, given.width) if image is None else size_of(image)
-    if image is not None and given.resize is None:
-        for file in given.control_image:
-            check_proportions(f"--control-image {file}", size_of(open_picture(file)), given.image, image)
-    pictures: list[Any] = [
-        read_picture(file, height, width) if given.resize is None else open_picture(file)
-        for file in given.control_image
-    ]
+    pictures: list[Any] = [open_picture(file) for file in given.control_image]
+    if given.resize is None:
+        height, width = (given.height, given.width) if start is None else size_of(start.image)
+        for place, file in enumerate(given.control_image):
+            if start is not None:
+                check_proportions(f"--control-image {file}", size_of(pictures[place]), start)
+            pictures[place] = pixels_of(pictures[place], file, height, width)
     parts = [base_name(name) for name in control_parts(pipe.parts)]
     options: dict[str, Any] = {"control_image": pictures[0] if len(pictures) == 1 else pictures, **guess}
     for name, part, option in (

@@ -106,7 +106,7 @@ class Sample:
       QwenImage                    50             1.0       0.6
 
     With --mask, strength is 1. The solvers of distilled models (lcm, tcd) take 4 steps; latent consistency
-    models have guidance scale 8.5.
+    models have guidance scale 8.5. What a student of `jaxldm distill` takes, `jaxldm info STUDENT` says.
     """
 
     folder: Annotated[Positional[str], shown("RUN")]
@@ -397,8 +397,7 @@ class Sample:
         import jax
 
         from jaxldm import pipelines
-        from jaxldm.commands.pictures import read_mask, read_picture
-        from jaxldm.data.pictures import open_picture
+        from jaxldm.commands.pictures import read_mask, read_start
 
         count = self.num_images
         of_texts = self._takes_texts()
@@ -408,11 +407,8 @@ class Sample:
             count = len(texts[0])
         else:
             texts, count = (), 1 if count is None else count
-        image = None
-        if self.image is not None:
-            whole = self.resize is not None
-            image = open_picture(self.image) if whole else read_picture(self.image, self.height, self.width)
-        mask = None if self.mask is None else read_mask(self.mask, str(self.image), image)
+        begin = read_start(self.image, self.height, self.width, as_it_is=self.resize is not None)
+        mask = None if self.mask is None or begin is None else read_mask(self.mask, begin)
         check_refiner(self)
         loading = self._loading()
         pipe = pipelines.load(self.folder, family=self.family, **loading)
@@ -428,8 +424,9 @@ class Sample:
             pipe = pipelines.with_control(pipe, self.controlnet, dtype=self.dtype)
         refiner = None if self.refiner is None else pipelines.load(self.refiner, **loading)
         common = self._common_options(pipe) | {"true_cfg_scale": self.true_cfg_scale}
-        own = {"image": image, "strength": self.strength, "mask_image": mask, "resize": self.resize}
-        own |= control_options(self, pipe, image)
+        own = {"strength": self.strength, "mask_image": mask, "resize": self.resize}
+        own |= {} if begin is None else {"image": begin.image}
+        own |= control_options(self, pipe, begin)
         own |= image_prompts(self) | states
         options = supported(pipe, own | {"height": self.height, "width": self.width} | common)
         total = pipe.num_callbacks(count, **options)

@@ -1,6 +1,7 @@
 """`jaxldm sample FOLDER --prompt ...` on a tiny random folder that diffusers wrote."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import jax
@@ -13,6 +14,7 @@ from reference_pipelines import SIZE, controlnet, write_sd, write_sdxl
 
 from jaxldm import pipelines
 from jaxldm.commands.inspect_subject import words_of
+from jaxldm.data import pictures as picture_files
 from jaxldm.data import to_uint8
 
 # What the command passes on, so that what it compiled serves here, too.
@@ -112,8 +114,12 @@ def test_a_picture_is_cropped_to_the_nearest_size(capsys, folder, pictures):
     assert "resize" in line and "crop, pad, stretch" in line
 
 
-def test_what_lies_on_the_picture_is_of_its_proportions(capsys, folder, pictures):
+def test_what_lies_on_the_picture_is_of_its_proportions(capsys, folder, pictures, monkeypatch):
     """A mask or a control image of others would be stretched; a smaller one of the same is taken."""
+    opened, open_picture = [], picture_files.open_picture
+    monkeypatch.setattr(
+        picture_files, "open_picture", lambda path: opened.append(Path(path).name) or open_picture(path)
+    )
     size = ["--height", SIZE, "--width", SIZE]
     start = ["--prompt", "a cat", "--image", pictures / "cat.png", *size]
     white = Image.new("L", (16, 20))
@@ -121,10 +127,12 @@ def test_what_lies_on_the_picture_is_of_its_proportions(capsys, folder, pictures
     line = complaint(capsys, "sample", folder, *start, "--mask", pictures / "tall.png")
     sizes = "tall.png is 20x16 pixels (height x width), and --image 20x24: one of them would be stretched"
     assert f"--mask {pictures}/{sizes}" in line
+    assert sorted(opened) == ["cat.png", "tall.png"]  # each is read once
     controlnet(16, 1).save_pretrained(pictures / "edges")
     control = ["--controlnet", pictures / "edges", "--control-image"]
     line = complaint(capsys, "sample", folder, *start, *control, pictures / "tall.png")
     assert f"--control-image {pictures}/{sizes}" in line
+    assert sorted(opened) == ["cat.png", "cat.png", "tall.png", "tall.png"]
     drawn = []
     for number, factor in enumerate((1, 0.5)):
         file = pictures / f"mask-{number}.png"
