@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -233,6 +234,10 @@ def call_options(function: Callable[..., Any], encode: Callable[..., Any]) -> li
 
 
 def keywords_of(function: Callable[..., Any]) -> list[str]:
-    """The names that a function takes as keywords alone."""
+    """The names that a function takes as keywords alone, and those of a `**name: Unpack[ATypedDict]`."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for rest in parameters:
+        if rest.kind is rest.VAR_KEYWORD and "Unpack" in str(rest.annotation):
+            names += typing.get_type_hints(*typing.get_args(typing.get_type_hints(function)[rest.name]))
+    return names

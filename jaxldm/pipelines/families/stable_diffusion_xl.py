@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -27,41 +27,53 @@ from jaxldm.pipelines.prompts import Encoded, for_each
 from jaxldm.pipelines.weighted_prompts import text_encoding
 
 
+class MicroConditioning(TypedDict, total=False):
+    """What SDXL is told of a picture besides its text (Podell et al. 2023, section 2.2): options of a call.
+
+    Attributes:
+        original_size: (height, width) of a training picture as it was; default the size drawn.
+        crops_coords_top_left: (top, left) where it was cut; default (0, 0).
+        target_size: (height, width) to draw; default the size drawn.
+        aesthetic_score: of the refiner, in place of target_size; default 6.
+        negative_original_size, negative_crops_coords_top_left, negative_target_size: the same for the
+            negative branch; default as for the other one.
+        negative_aesthetic_score: likewise; default 2.5.
+    """
+
+    original_size: Size | None
+    crops_coords_top_left: Size
+    target_size: Size | None
+    aesthetic_score: float
+    negative_original_size: Size | None
+    negative_crops_coords_top_left: Size | None
+    negative_target_size: Size | None
+    negative_aesthetic_score: float
+
+
 def encode(
     pipe: Pipeline,
     request: Request,
     *,
     prompt_2: str | list[str] | None = None,
     negative_prompt_2: str | list[str] | None = None,
-    original_size: Size | None = None,
-    crops_coords_top_left: Size = (0, 0),
-    target_size: Size | None = None,
-    aesthetic_score: float = 6.0,
-    negative_original_size: Size | None = None,
-    negative_crops_coords_top_left: Size | None = None,
-    negative_target_size: Size | None = None,
-    negative_aesthetic_score: float = 2.5,
     clip_skip: int = 0,
     prompt_syntax: str = "plain",
+    **micro: Unpack[MicroConditioning],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The penultimate states of both text encoders, the pooled one of the second, and the micro-conditioning.
 
     Args:
         prompt_2, negative_prompt_2: other texts for the second encoder.
-        original_size, crops_coords_top_left, target_size: (height, width) of a training picture as it was,
-            (top, left) where it was cut, and the (height, width) to draw; default the size drawn, and (0, 0).
-        aesthetic_score: of the refiner, in place of target_size.
-        negative_original_size, negative_crops_coords_top_left, negative_target_size,
-            negative_aesthetic_score: the same for the negative branch; default as for the other one.
         clip_skip: leave out this many more of the encoders' last layers, for both prompts.
         prompt_syntax: "plain", "chunks" or "weights", as in Stable Diffusion; of all texts.
+        micro: see `MicroConditioning`.
 
     Raises:
         InvalidArgumentError: a number of texts that does not fit; as many layers as there are, or more; an
             aesthetic score for a base model, a target size for the refiner.
     """
-    _check_used(pipe, aesthetic_score, negative_aesthetic_score, target_size, negative_target_size)
     prompts, negatives, _, size = request
+    numbers, negative_numbers = micro_conditioning(pipe, size, micro)
     second = for_each(prompt_2, prompts, "prompt_2")
     negative_second = for_each(negative_prompt_2, prompts, "negative_prompt_2")
     empty = [""] * len(prompts)
@@ -84,32 +96,33 @@ def encode(
         uncond = encode_all(
             stable_diffusion.negative_skip(pipe, clip_skip), negatives or empty, negative_second
         )
-
-    original, target = original_size or size, target_size or size
-    numbers = (*original, *crops_coords_top_left)
-    negative_numbers = (
-        *(negative_original_size or original),
-        *(negative_crops_coords_top_left or crops_coords_top_left),
-    )
-    if pipe.requires_aesthetics_score:
-        numbers += (aesthetic_score,)
-        negative_numbers += (negative_aesthetic_score,)
-    else:
-        numbers += tuple(target)
-        negative_numbers += tuple(negative_target_size or target)
     return _arguments(cond, numbers), _arguments(uncond, negative_numbers)
 
 
-def _check_used(pipe: Pipeline, *numbers: Any) -> None:
-    """Raise `InvalidArgumentError` for what the other of base and refiner takes, and this model does not."""
-    defaults = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
-    defaults |= {"target_size": None, "negative_target_size": None}
-    for (name, default), value in zip(defaults.items(), numbers, strict=True):
-        if name in unused_numbers(pipe) and value != default:
+def micro_conditioning(
+    pipe: Pipeline, size: Size, given: MicroConditioning
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The numbers that the network takes with the prompt, and those with the negative.
+
+    Raises:
+        InvalidArgumentError: what the other of base and refiner takes, and this model does not.
+    """
+    for name in unused_numbers(pipe):
+        if given.get(name) is not None:
             raise InvalidArgumentError(
                 f"{name} is not for this model, which takes "
                 f"{'an aesthetic_score' if 'size' in name else 'a target_size'} in its place: leave it out"
             )
+    original, crop = given.get("original_size") or size, given.get("crops_coords_top_left") or (0, 0)
+    negative_original = given.get("negative_original_size") or original
+    negative_crop = given.get("negative_crops_coords_top_left") or crop
+    if pipe.requires_aesthetics_score:
+        last = (given.get("aesthetic_score", 6.0),)
+        negative_last = (given.get("negative_aesthetic_score", 2.5),)
+    else:
+        last = given.get("target_size") or size
+        negative_last = given.get("negative_target_size") or last
+    return (*original, *crop, *last), (*negative_original, *negative_crop, *negative_last)
 
 
 def unused_numbers(pipe: Pipeline) -> tuple[str, ...]:
