@@ -27,7 +27,16 @@ from jaxldm.arguments import array, checked, count, function, number, one_key, o
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import EDM, per_image
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, squares_of, stopped
+from jaxldm.few_steps.jumps import (
+    A_LATENT,
+    ONE_EACH,
+    TIMES,
+    TIMESTEPS,
+    check_batch,
+    squares_of,
+    stopped,
+    times_on,
+)
 from jaxldm.functions import returned
 
 
@@ -74,11 +83,11 @@ def pseudo_huber(c: float) -> Callable[[Any], Any]:
     f=function("(x_t, t) -> x_0"),
     target=function("(x_s, s) -> x_0"),
     x_t=A_LATENT,
-    t=TIMES,
+    t=TIMESTEPS,
     x_s=A_LATENT,
-    s=TIMES,
+    s=TIMESTEPS,
     distance=function("(difference) -> distances"),
-    weight=optional(TIMES),
+    weight=optional(ONE_EACH),
 )
 def consistency_loss(
     f: Callable[[Any, Any], Any],
@@ -107,6 +116,7 @@ def consistency_loss(
     Sources: Song et al. 2023, eq. 7 and 10; Song and Dhariwal 2024, section 3.
     """
     check_batch(x_t=x_t, x_s=x_s, t=t, s=s, weight=weight)
+    t, s = times_on(f.path if isinstance(f, Denoiser) else None, x_t, t=t, s=s)
     here, there = (
         returned(name, function(x, time), x_t.shape)
         for name, function, x, time in (("f", f, x_t, t), ("target", target, x_s, s))
@@ -211,7 +221,7 @@ def draw_neighbours(
 
 @checked(t=TIMES, stage=count(0), q=number(above=1), k=number(0), b=number(above=0))
 def easy_times(
-    t: Real[Array, " B"], stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0
+    t: Float[Array, " B"], stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0
 ) -> Float[Array, " B"]:
     """s = t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), never below 0.
 

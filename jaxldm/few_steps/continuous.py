@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Real
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import (
     array,
@@ -26,7 +26,7 @@ from jaxldm.arguments import (
 from jaxldm.diffusion.denoiser import Denoiser
 from jaxldm.diffusion.paths import Path, per_image
 from jaxldm.errors import InvalidArgumentError, shown
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped
+from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped, wide_type
 from jaxldm.functions import returned
 
 
@@ -69,7 +69,7 @@ def trig_times(
 
 @checked(velocity=function("(x_t, t) -> sigma_data F"), x_t=A_LATENT, t=TIMES)
 def trig_consistency(
-    velocity: Callable[[Any, Any], Any], x_t: Float[Array, "B ..."], t: Real[Array, " B"]
+    velocity: Callable[[Any, Any], Any], x_t: Float[Array, "B ..."], t: Float[Array, " B"]
 ) -> Float[Array, "B ..."]:
     """f(x_t, t) = cos(t) x_t - sin(t) sigma_data F: x_t itself at t = 0 (Lu and Song 2025, eq. 5)."""
     check_batch(x_t=x_t, t=t)
@@ -79,7 +79,7 @@ def trig_consistency(
 
 @checked(denoise=function("(x, t) -> x_0"), x_t=A_LATENT, t=TIMES)
 def trig_teacher_slope(
-    denoise: Denoiser | Callable[[Any, Any], Any], x_t: Float[Array, "B ..."], t: Real[Array, " B"]
+    denoise: Denoiser | Callable[[Any, Any], Any], x_t: Float[Array, "B ..."], t: Float[Array, " B"]
 ) -> Float[Array, "B ..."]:
     """dx/dt of the probability-flow ODE on `TrigFlow`: (cos(t) x_t - x_0) / sin(t).
 
@@ -106,7 +106,7 @@ def trig_teacher_slope(
 def continuous_consistency_loss(
     velocity: Callable[[Any, Any], Any],
     x_t: Float[Array, "B ..."],
-    t: Real[Array, " B"],
+    t: Float[Array, " B"],
     slope: Float[Array, "B ..."],
     *,
     warmth: Any = 1.0,
@@ -149,6 +149,7 @@ def continuous_consistency_loss(
     check_batch(x_t=x_t, t=t, slope=slope)
     if len(ends) != 2 or not ends[0] < ends[1]:
         raise InvalidArgumentError(f"ends must be two times, the lower first, got {shown(tuple(ends))}")
+    warmth = jnp.asarray(warmth, wide_type(x_t))
     cos, sin = per_image(jnp.cos(t), x_t), per_image(jnp.sin(t), x_t)
     both = jnp.cos(t) * jnp.sin(t)
     student = lambda x_t, t: returned("velocity", velocity(x_t, t), x_t.shape)  # noqa: E731

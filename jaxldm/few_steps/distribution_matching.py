@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 from jaxldm.arguments import array, checked, function, one_key
 from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
 from jaxldm.diffusion.paths import A_PATH, Path, per_image
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, noised, squares_of, stopped
+from jaxldm.few_steps.jumps import A_LATENT, TIMESTEPS, check_batch, noised, squares_of, stopped, times_on
 from jaxldm.functions import returned
 from jaxldm.indices import check_indices
 
 
-@checked(real=A_DENOISER, fake=A_DENOISER, images=A_LATENT, path=A_PATH, epsilon=A_LATENT, t=TIMES)
+@checked(real=A_DENOISER, fake=A_DENOISER, images=A_LATENT, path=A_PATH, epsilon=A_LATENT, t=TIMESTEPS)
 def distribution_matching_gradient(
     real: Denoiser | Callable[[Any, Any], Any],
     fake: Denoiser | Callable[[Any, Any], Any],
@@ -42,6 +42,7 @@ def distribution_matching_gradient(
     Source: Yin et al. 2024 (One-step diffusion with distribution matching distillation), eq. 7 and 8.
     """
     check_batch(images=images, epsilon=epsilon, t=t)
+    (t,) = times_on(path, images, t=t)
     x_t = noised(path, images, epsilon, t)
     wanted, drawn = (
         returned(name, denoise(x_t, t), x_t.shape) for name, denoise in (("real", real), ("fake", fake))

@@ -15,7 +15,17 @@ from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.guidance import check_same_form, guide
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised, stopped
+from jaxldm.few_steps.jumps import (
+    A_LATENT,
+    ONE_EACH,
+    TIMESTEPS,
+    check_batch,
+    means_of,
+    noised,
+    stopped,
+    times_on,
+    wide_type,
+)
 from jaxldm.functions import returned
 
 
@@ -41,8 +51,8 @@ def draw_scales(
     prediction=A_PREDICTION,
     x_0=A_LATENT,
     epsilon=A_LATENT,
-    t=TIMES,
-    scale=TIMES,
+    t=TIMESTEPS,
+    scale=ONE_EACH,
     condition=a_tree,
     null_condition=a_tree,
 )
@@ -76,6 +86,8 @@ def guidance_distillation_loss(
     check_condition(condition, x_0, x_name="x_0")
     check_condition(null_condition, x_0, "null_condition", "x_0")
     check_same_form(null_condition, condition)
+    (t,) = times_on(prediction.path, x_0, t=t)
+    scale = jnp.asarray(scale, wide_type(x_0))
     x_t = noised(prediction.path, x_0, epsilon, t)
     inputs = prediction.precondition(x_t, t)
     free, bound = (

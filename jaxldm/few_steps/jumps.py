@@ -19,6 +19,8 @@ from jaxldm.errors import InvalidArgumentError
 Jump: TypeAlias = Callable[[Any, Any, Any], Any]
 A_LATENT = array("floating", "[B, ...]", axes=(2, 64))
 TIMES = array("floating", "[B]", axes=1)
+TIMESTEPS = array("real", "[B]", axes=1)  # times of a path that may have timesteps: see `times_on`
+ONE_EACH = array("real", "[B]", axes=1)
 
 
 def check_batch(**arrays: Any) -> None:
@@ -30,12 +32,37 @@ def check_batch(**arrays: Any) -> None:
             raise shapes_differ({first: x, name: value}, f": {name} must be {each}")
 
 
-@checked(path=A_PATH, x_0=A_LATENT, epsilon=A_LATENT, t=TIMES)
+def wide_type(x: Any) -> Any:
+    """The type of what is computed next to x: its own, or float32 where that is less."""
+    return x.dtype if x.dtype.itemsize >= 4 else jnp.float32
+
+
+def times_on(path: Path | None, x: Any, **times: Any) -> tuple[Any, ...]:
+    """The times as floating-point numbers, in order; whole ones are timesteps.
+
+    Args:
+        path: None where it is not known.
+        x: [B, ...], next to which they are used.
+        times: by name, [B].
+
+    Raises:
+        InvalidArgumentError: whole numbers on a path without timesteps.
+    """
+    found = []
+    for name, t in times.items():
+        if path is not None and path.num_train_timesteps is None:
+            array("floating", f"[B], as the {path.name} path has no timesteps", axes=1)(name, t)
+        found.append(t if jnp.issubdtype(t.dtype, jnp.floating) else jnp.asarray(t, wide_type(x)))
+    return tuple(found)
+
+
+@checked(path=A_PATH, x_0=A_LATENT, epsilon=A_LATENT, t=TIMESTEPS)
 def noised(
     path: Path, x_0: Float[Array, "B ..."], epsilon: Float[Array, "B ..."], t: Real[Array, " B"]
 ) -> Float[Array, "B ..."]:
     """x_t = alpha(t) x_0 + sigma(t) eps, with one t per example."""
     check_batch(x_0=x_0, epsilon=epsilon, t=t)
+    (t,) = times_on(path, x_0, t=t)
     return per_image(path.alpha(t), x_0) * x_0 + per_image(path.sigma(t), x_0) * epsilon
 
 
@@ -48,6 +75,9 @@ def the_path(denoise: Any, name: str) -> Path:
     )
 
 
+_CHECKED_JUMP = checked(x_t=A_LATENT, t=TIMESTEPS, s=TIMESTEPS)
+
+
 @checked(denoise=A_DENOISER)
 def ddim_jump(denoise: Denoiser) -> Jump:
     """x_s = alpha_s x_0 + sigma_s eps, x_0 = denoise(x_t, t): DDIM's step (Song et al. 2021, eq. 12).
@@ -57,7 +87,9 @@ def ddim_jump(denoise: Denoiser) -> Jump:
     """
     path = the_path(denoise, "ddim_jump")
 
+    @_CHECKED_JUMP
     def jump(x_t, t, s):
+        t, s = times_on(path, x_t, t=t, s=s)
         x_0 = denoise(x_t, t)
         return noised(path, x_0, implied_noise(x_0, x_t, path.alpha(t), path.sigma(t)), s)
 
@@ -68,29 +100,27 @@ def ddim_jump(denoise: Denoiser) -> Jump:
 def heun_jump(denoise: Denoiser) -> Jump:
     """Heun's step in sigma / alpha, second order: the slope is the mean of eps at t and at the DDIM step's s.
 
-    Where s is the clean end, eps is not defined there, and the step is DDIM's. Source: Karras et al. 2022,
-    Algorithm 1, which is the case alpha = 1.
+    Where s is the clean end, eps is not defined there; where t is pure noise, sigma / alpha is infinite: the
+    step is DDIM's. Just before pure noise a step to several times less sigma / alpha is worse than DDIM's,
+    whose eps is that of nearly all of its length. Source: Karras et al. 2022, Algorithm 1, which is the case
+    alpha = 1.
 
     Raises:
-        InvalidArgumentError: a plain function; a path that ends in pure noise, where sigma / alpha is
-            infinite.
+        InvalidArgumentError: a plain function, whose path is not known.
     """
     path = the_path(denoise, "heun_jump")
-    if path.zero_terminal_snr:
-        raise InvalidArgumentError(
-            f"heun_jump steps in sigma / alpha, which is infinite at the noisy end of this {path.name} path: "
-            "use ddim_jump"
-        )
 
+    @_CHECKED_JUMP
     def jump(x_t, t, s):
+        t, s = times_on(path, x_t, t=t, s=s)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = ((path.alpha(u), path.sigma(u)) for u in (t, s))
         x_0 = denoise(x_t, t)
         epsilon = implied_noise(x_0, x_t, alpha_t, sigma_t)
         x_s = noised(path, x_0, epsilon, s)
         second = implied_noise(denoise(x_s, s), x_s, alpha_s, sigma_s)
-        slope = jnp.where(per_image(sigma_s, x_t) == 0, epsilon, (epsilon + second) / 2)
-        ratio = alpha_s / alpha_t
-        return per_image(ratio, x_t) * x_t + per_image(sigma_s - ratio * sigma_t, x_t) * slope
+        inside = (alpha_t > 0) & (sigma_s > 0)
+        length = sigma_s - alpha_s / jnp.where(inside, alpha_t, 1) * sigma_t
+        return x_s + jnp.where(per_image(inside, x_t), per_image(length / 2, x_t) * (second - epsilon), 0)
 
     return jump
 

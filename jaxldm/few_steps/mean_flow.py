@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Real
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key, optional
 from jaxldm.diffusion.checks import check_condition
@@ -49,7 +49,7 @@ def interval_times(
 def guided_velocity(
     u: MeanVelocity,
     z: Float[Array, "B ..."],
-    t: Real[Array, " B"],
+    t: Float[Array, " B"],
     velocity: Float[Array, "B ..."],
     condition: Any,
     null_condition: Any,
@@ -93,8 +93,8 @@ def mean_flow_loss(
     u: MeanVelocity,
     x_0: Float[Array, "B ..."],
     epsilon: Float[Array, "B ..."],
-    r: Real[Array, " B"],
-    t: Real[Array, " B"],
+    r: Float[Array, " B"],
+    t: Float[Array, " B"],
     condition: Any = None,
     *,
     velocity: Float[Array, "B ..."] | None = None,
@@ -134,8 +134,8 @@ def improved_mean_flow_loss(
     u: MeanVelocity,
     x_0: Float[Array, "B ..."],
     epsilon: Float[Array, "B ..."],
-    r: Real[Array, " B"],
-    t: Real[Array, " B"],
+    r: Float[Array, " B"],
+    t: Float[Array, " B"],
     condition: Any = None,
     *,
     velocity: Float[Array, "B ..."] | None = None,

@@ -15,7 +15,16 @@ from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.paths import per_image
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction, implied_noise
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, Jump, check_batch, means_of, noised, stopped
+from jaxldm.few_steps.jumps import (
+    A_LATENT,
+    TIMESTEPS,
+    Jump,
+    check_batch,
+    means_of,
+    noised,
+    stopped,
+    times_on,
+)
 from jaxldm.functions import returned
 
 A_GRID_OF_TIMES = array("real", "[2 N + 1]", axes=1)
@@ -66,9 +75,9 @@ def draw_double_steps(
     prediction=A_PREDICTION,
     x_0=A_LATENT,
     epsilon=A_LATENT,
-    t=TIMES,
-    middle=TIMES,
-    s=TIMES,
+    t=TIMESTEPS,
+    middle=TIMESTEPS,
+    s=TIMESTEPS,
     condition=a_tree,
     weight=optional(function("log-SNR -> weight")),
 )
@@ -109,6 +118,7 @@ def progressive_loss(
     check_batch(x_0=x_0, epsilon=epsilon, t=t, middle=middle, s=s)
     check_condition(condition, x_0, x_name="x_0")
     path = prediction.path
+    t, middle, s = times_on(path, x_0, t=t, middle=middle, s=s)
     x_t = noised(path, x_0, epsilon, t)
     x_middle = returned("jump", jump(x_t, t, middle), x_t.shape)
     x_s = returned("jump", jump(x_middle, middle, s), x_t.shape)

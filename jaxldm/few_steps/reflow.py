@@ -14,7 +14,7 @@ from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, noised
+from jaxldm.few_steps.jumps import A_LATENT, TIMESTEPS, check_batch, means_of, noised, times_on, wide_type
 from jaxldm.functions import returned
 
 
@@ -23,7 +23,7 @@ from jaxldm.functions import returned
     prediction=A_PREDICTION,
     samples=A_LATENT,
     noise=A_LATENT,
-    t=TIMES,
+    t=TIMESTEPS,
     condition=a_tree,
     distance=function("(difference) -> distances"),
 )
@@ -58,6 +58,7 @@ def reflow_loss(
     """
     check_batch(samples=samples, noise=noise, t=t)
     check_condition(condition, samples, x_name="samples")
+    (t,) = times_on(prediction.path, samples, t=t)
     x_t = noised(prediction.path, samples, noise, t)
     output = network(*prediction.precondition(x_t, t), condition)
     check_output_shape(output, x_t)
@@ -93,7 +94,8 @@ def straightness(trajectory: Float[Any, "M B ..."], t: Real[Any, " M"]) -> Float
             f"the shapes do not go together: t must be one number for each x of the trajectory, two or more, "
             f"got {len(t)} for {len(trajectory)}"
         )
-    steps = jnp.diff(jnp.asarray(t))
+    t = jnp.asarray(t, wide_type(trajectory))
+    steps = jnp.diff(t)
     over = steps.reshape(-1, *[1] * (trajectory.ndim - 1))
     slopes = jnp.diff(trajectory, axis=0) / over
     whole = (trajectory[-1:] - trajectory[:1]) / (t[-1] - t[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Real
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxldm.arguments import a_tree, checked, count, function, number, one_key, optional
 from jaxldm.diffusion.checks import check_condition
@@ -61,8 +61,8 @@ def _check_smallest(smallest: int) -> None:
 def shortcut_target(
     network: Callable[[Any, Any, Any, Any], Any],
     x_t: Float[Array, "B ..."],
-    t: Real[Array, " B"],
-    d: Real[Array, " B"],
+    t: Float[Array, " B"],
+    d: Float[Array, " B"],
     condition: Any = None,
     *,
     clip: float | None = 4.0,
@@ -106,8 +106,8 @@ def shortcut_loss(
     network: Callable[[Any, Any, Any, Any], Any],
     x_0: Float[Array, "B ..."],
     epsilon: Float[Array, "B ..."],
-    t: Real[Array, " B"],
-    d: Real[Array, " B"],
+    t: Float[Array, " B"],
+    d: Float[Array, " B"],
     target: Float[Array, "K ..."],
     condition: Any = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

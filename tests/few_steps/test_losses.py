@@ -278,11 +278,65 @@ def test_a_batch_has_one_shape_or_one_number_for_each_example():
             check_batch(x=x, y=x, **wrong)
 
 
+VP = D.v(D.VP.named("linear", num_train_timesteps=10))
+OF_TIMESTEPS = {
+    "noised": lambda p, t, s: few.noised(p.path, X, NOISE, t),
+    "DDIM's step": lambda p, t, s: few.ddim_jump(D.gaussian_denoiser(p.path))(X, t, s),
+    "Heun's step": lambda p, t, s: few.heun_jump(D.gaussian_denoiser(p.path))(X, t, s),
+    "progressive": lambda p, t, s: few.progressive_loss(
+        scaled(0.5), few.ddim_jump(D.gaussian_denoiser(p.path)), p, X, NOISE, t, s + 1, s
+    ),
+    "guidance": lambda p, t, s: few.guidance_distillation_loss(
+        scaled(0.5), scaled(0.7), p, X, NOISE, t, 1 + s, T, S
+    ),
+    "reflow": lambda p, t, s: few.reflow_loss(scaled(0.5), p, X, NOISE, t),
+    "consistency": lambda p, t, s: few.consistency_loss(
+        D.Denoiser(scaled(0.5), p.path), scaled(0.7), X, t, NOISE, s, weight=t - s
+    ),
+    "distribution matching": lambda p, t, s: few.distribution_matching_gradient(
+        scaled(0.5), scaled(0.7), X, p.path, NOISE, t
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_TIMESTEPS)
+def test_whole_numbers_are_timesteps_of_paths_that_have_them(name):
+    t, s = jnp.arange(3, 11, dtype=jnp.int32) % 10, jnp.arange(8, dtype=jnp.int32) // 4
+    t = jnp.maximum(t, 3)
+    whole, floats = (OF_TIMESTEPS[name](VP, *times) for times in ((t, s), (t.astype(float), s.astype(float))))
+    jax.tree.map(np.testing.assert_array_equal, whole, floats)
+    with pytest.raises(InvalidArgumentError, match=r"t must be .* flow path has no timesteps, got .* int32$"):
+        OF_TIMESTEPS[name](FLOW, t, s)
+
+
+OF_FLOATS = {
+    "mean flow": ("rt", lambda r, t: few.mean_flow_loss(scaled(0.5), X, NOISE, r, t)),
+    "improved mean flow": ("rt", lambda r, t: few.improved_mean_flow_loss(scaled(0.5), X, NOISE, r, t)),
+    "guided velocity": ("t", lambda t: few.guided_velocity(scaled(0.5), X, t, NOISE, T, S, 1.5)),
+    "shortcut": ("td", lambda t, d: few.shortcut_loss(scaled(0.5), X, NOISE, t, d, X[:2])),
+    "target of shortcut": ("td", lambda t, d: few.shortcut_target(scaled(0.5), X, t, d)),
+    "continuous": ("t", lambda t: few.continuous_consistency_loss(scaled(0.5), X, t, NOISE)),
+    "its function": ("t", lambda t: few.trig_consistency(scaled(0.5), X, t)),
+    "its teacher": ("t", lambda t: few.trig_teacher_slope(scaled(0.5), X, t)),
+    "easy times": ("t", lambda t: few.easy_times(t, 1)),
+}
+
+
+@pytest.mark.parametrize("name", OF_FLOATS)
+def test_whole_numbers_are_no_times_of_a_loss_with_a_path_of_its_own(name):
+    arguments, loss = OF_FLOATS[name]
+    for place, wrong in enumerate(arguments):
+        times = [T] * len(arguments)
+        times[place] = jnp.ones(8, jnp.int32)
+        words = rf"{wrong} must be an array of floating-point numbers \[B\], got an array \[8\] of int32$"
+        with pytest.raises(InvalidArgumentError, match=words):
+            loss(*times)
+
+
 def test_one_line_for_what_cannot_be():
-    with pytest.raises(InvalidArgumentError, match="use ddim_jump"):
-        few.heun_jump(D.gaussian_denoiser(D.Flow()))
-    with pytest.raises(InvalidArgumentError, match=r"D\.denoiser\(network, prediction\)"):
-        few.ddim_jump(lambda x, t: x)
+    for jump in (few.ddim_jump, few.heun_jump):
+        with pytest.raises(InvalidArgumentError, match=r"D\.denoiser\(network, prediction\)"):
+            jump(lambda x, t: x)
     with pytest.raises(InvalidArgumentError, match="a quarter is usual"):
         few.shortcut_loss(scaled(1.0), X, NOISE, T, S, X)
     with pytest.raises(InvalidArgumentError, match="must have the shape"):

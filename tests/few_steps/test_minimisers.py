@@ -126,6 +126,20 @@ def test_the_error_of_a_teachers_step_is_all_that_is_left(jump, order, x64):
     assert np.polyfit(np.log(gaps), np.log(losses), 1)[0] == pytest.approx(2 * order, abs=0.3)
 
 
+@pytest.mark.parametrize(("jump", "order"), [(few.ddim_jump, 2), (few.heun_jump, 3)])
+def test_a_teachers_step_on_a_path_that_ends_in_pure_noise(jump, order, x64):
+    step = jump(D.gaussian_denoiser(FLOW, MEAN, STD))
+    x = uncorrelated(COUNT)[1]
+    gaps, t = np.array([0.08, 0.04, 0.02]), every(COUNT, 0.6)
+    errors = [np.abs(step(x, t, t - gap) - solution(FLOW, x, t, t - gap)).max() for gap in gaps]
+    assert np.polyfit(np.log(gaps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.2)
+    # From the end itself and to the clean one each is DDIM's: from noise towards the mean of the data.
+    end, s = every(COUNT, 1.0), every(COUNT, 0.9)
+    np.testing.assert_allclose(step(x, end, s), 0.1 * MEAN + 0.9 * np.asarray(x), rtol=1e-6)
+    clean = D.gaussian_denoiser(FLOW, MEAN, STD)(x, t)
+    np.testing.assert_allclose(step(x, t, every(COUNT, 0.0)), clean, rtol=1e-6)
+
+
 def test_consistency_training_is_biased_by_the_square_of_the_gap(x64):
     # E[x_0 + s eps | x_t] is Euler's step, so the gradient at the true function falls as (t - s)^2.
     gaps = np.array([0.2, 0.1, 0.05])

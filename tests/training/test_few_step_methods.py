@@ -130,6 +130,29 @@ def test_a_student_that_knows_the_points_has_no_loss_and_another_has(name):
     assert value > 1e-3 and float(jnp.abs(gradient["late"])) > 1e-3
 
 
+ASKED = {"progressive": 2, "guidance": 2, "lcm": 1, "cd": 2, "ect": 0, "scm": 1, "reflow": 0, "dmd": 1}
+
+
+@pytest.mark.parametrize(("name", "prediction"), [*((name, V) for name in ASKED), ("cd", FLOW)])
+def test_a_teacher_is_asked_as_often_as_its_method_says(name, prediction):
+    """On a path that ends in pure noise, too, a step of consistency distillation is Heun's."""
+    own, asked, teacher = setting(name, (1.0, 2.0) if name == "guidance" else (1.0, 1.0)), [], teacher_of()
+
+    def counted(params, x, t, condition):
+        asked.append(params is teacher)
+        return network(prediction, params, x, t, condition)
+
+    made = METHODS[name].make_loss(own._replace(network=counted, prediction=prediction))
+    players = [Player("student", made, own.optimizer)] if callable(made) else made
+    params = {player.name: teacher_of(2.0) for player in players}
+    state = create_train_state(jax.random.key(0), params, players, frozen={TEACHER: teacher_of()})
+    if callable(made):
+        state = state.replace(params=params["student"], ema_params=params["student"])
+    state = state.replace(frozen={TEACHER: teacher})
+    jax.eval_shape(lambda x: players[0].loss(params["student"], state, batch_of(), x), jax.random.key(4))
+    assert sum(asked) == ASKED[name] and len(asked) > sum(asked)
+
+
 def test_drifting_pushes_the_images_of_a_class_towards_its_data():
     loss = METHODS["drifting"].make_loss(setting("drifting", images=4))
     spread = 0.1 * jax.random.normal(jax.random.key(1), (2, 5, 2, 2, 1))

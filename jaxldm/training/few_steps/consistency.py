@@ -65,7 +65,6 @@ def make_cd_loss(setting: Setting) -> LossFunction:
     path, numbers = setting.path, setting.numbers
     ends = cleanest(path, 0.002), noisiest(path, 80.0)
     times = rows_of(path, few_steps.karras_levels(numbers["levels"], *ends))
-    jump = few_steps.ddim_jump if path.zero_terminal_snr else few_steps.heun_jump
 
     def loss_fn(params, state, batch, key):
         keys = jax.random.split(key, 4)
@@ -74,7 +73,8 @@ def make_cd_loss(setting: Setting) -> LossFunction:
         row = jax.random.randint(keys[2], (len(x_0),), 0, len(times) - 1)
         t, s = (jnp.asarray(times, jnp.float32)[row + further] for further in (1, 0))
         x_t = few_steps.noised(path, x_0, jax.random.normal(keys[3], x_0.shape), t)
-        x_s = jump(setting.teacher(state.frozen[TEACHER], condition, scale))(x_t, t, s)
+        teacher = setting.teacher(state.frozen[TEACHER], condition, scale)
+        x_s = few_steps.heun_jump(teacher)(x_t, t, s)
         f, target = (setting.student(own, condition) for own in (params, averaged(state, params)))
         distance = few_steps.pseudo_huber(numbers["huber"] * root_dim(x_0))
         return few_steps.consistency_loss(f, target, x_t, t, x_s, s, distance=distance)
