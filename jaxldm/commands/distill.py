@@ -58,7 +58,7 @@ class Distill(SeveralHosts):
     """Continue from the last checkpoint in OUT."""
 
     num_steps: Annotated[int | None, shown("INT", "4")] = None
-    """Steps of the student, for progressive and dmd; the others draw in any number."""
+    """Steps of the student, for progressive and dmd; the others are not made for one number."""
 
     guidance_scale: Annotated[tuple[float, ...] | None, shown("FLOAT ...", "the teacher's")] = None
     """The scale of guidance that comes inside; or the lowest and the highest, which the student then takes as
@@ -140,6 +140,7 @@ class Distill(SeveralHosts):
         from jaxldm import training
         from jaxldm.data import source_name
         from jaxldm.training.few_steps.methods import taught
+        from jaxldm.training.few_steps.teachers import check_there
 
         of_run = training.recipe_to_resume(run_dir) if self.resume else None
         few = None if of_run is None or of_run.diffusion is None else of_run.diffusion.few_steps
@@ -162,6 +163,8 @@ class Distill(SeveralHosts):
         asked["lora"] = self._adapter(None if few is None else few.lora)
         if of_run is not None and few is not None:
             same = few.teacher is not None and Path(few.teacher).resolve() == Path(self.teacher).resolve()
+            if few.teacher is not None and not same:
+                check_there(few.teacher)
             changed = {**asked, "teacher": few.teacher if same else self.teacher}
             few = given(few, **changed | {"numbers": {**few.numbers, **numbers} if numbers else None})
             student = given(of_run.diffusion, few_steps=few, **changes)

@@ -182,12 +182,15 @@ def describe_export(folder: Path, family: str | None = None) -> str:
     return f"{folder} is an exported model\n{describe_pipeline(pipe)}\nsample:  {hint}"
 
 
-def describe_text_to_image(folder: Path, family: str | None = None) -> str:
+def describe_text_to_image(folder: Path, family: str | None = None, teacher: str | None = None) -> str:
     """The networks of a text-to-image folder, their size, and the command to sample; reads no weights."""
     from jaxldm import checkpoints, models, pipelines
+    from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
     from jaxldm.pipelines import families
-    from jaxldm.pipelines.folders import family_of
+    from jaxldm.pipelines.few_steps import ENTRY
+    from jaxldm.pipelines.folders import family_of, outline
     from jaxldm.pipelines.scheduler_files import check_schedulers
+    from jaxldm.reading import read_json
 
     index, rows, total = checkpoints.read_model_index(folder), [], 0
     found = family_of(folder, family)
@@ -197,9 +200,11 @@ def describe_text_to_image(folder: Path, family: str | None = None) -> str:
         rows.append((name, type(module).__name__, f"{count:,} parameters"))
         total += count
     memory = f"{4 * total / 1e6:,.1f} MB in float32, {2 * total / 1e6:,.1f} MB in bfloat16 or float16"
+    is_student = ENTRY in read_json(folder / INDEX_FILE)
+    student = student_rows(outline(folder, family), teacher) if is_student else []
     return (
         f"{folder} is a text-to-image model of {total:,} parameters: {memory}\n{table(rows)}\n"
-        f"{table([('scheduler', index['scheduler'][1])])}\n"
+        f"{table([('scheduler', index['scheduler'][1]), *student])}\n"
         + "".join(f"  {name} needs --solver: {why}\n" for name, why in refused.items())
         + f"sample:  {hints.sample_texts(folder, family)}"
     )
@@ -212,17 +217,10 @@ def describe_run(folder: Path) -> str:
     config = training.read_config(folder)
     recipe = training.read_recipe(folder)
     run = training.RunFolder(folder)
-    rows = []
-    for stage in training.stages_of(recipe):
-        steps = f"{steps_done(run.stage(stage))} steps done"
-        rows.append(
-            (
-                stage,
-                network_of(getattr(recipe, stage)),
-                steps,
-                "complete" if run.stage(stage).complete else "not finished",
-            )
-        )
+    rows = [
+        (stage, network_of(getattr(recipe, stage)), *progress_of(run, recipe, stage))
+        for stage in training.stages_of(recipe)
+    ]
     place = f"{folder}/config.json: data"
     name = read_value(read_value(config.get("data"), dict, place).get("name"), str, f"{place}: name")
     head = f"{folder} is a run of the recipe {recipe.name} on {name}"
@@ -235,10 +233,23 @@ def describe_run(folder: Path) -> str:
     if not run.has_model:
         resume = hints.resume(recipe, folder)
         return f"{head}\n{table(rows)}\nresume:  {resume}"
+    few = None if recipe.diffusion is None else recipe.diffusion.few_steps
+    teacher = None if few is None else few.teacher
     if pipelines.kind_of(folder) == "text-to-image":
-        return f"{head}\n{table(rows)}\n{describe_text_to_image(folder)}"
+        return f"{head}\n{table(rows)}\n{describe_text_to_image(folder, teacher=teacher)}"
     pipe = pipelines.load(folder)
-    return f"{head}\n{table(rows)}\n{describe_pipeline(pipe)}\nsample:  {hints.sample(folder, pipe)}"
+    about = describe_pipeline(pipe, teacher)
+    return f"{head}\n{table(rows)}\n{about}\nsample:  {hints.sample(folder, pipe)}"
+
+
+def progress_of(run: Any, recipe: Any, stage: str) -> tuple[str, str]:
+    """The steps done of a stage, or that it is the teacher's of a student; and whether it is finished."""
+    from jaxldm.training.few_steps.teachers import is_copied
+
+    done = run.stage(stage).complete
+    if done and is_copied(run, recipe, stage):
+        return "the teacher's", "complete"
+    return f"{steps_done(run.stage(stage))} steps done", "complete" if done else "not finished"
 
 
 def network_of(stage: Any) -> str:
@@ -256,8 +267,12 @@ def steps_done(stage: Any) -> int:
     return int(steps[-1]) if len(steps) else 0
 
 
-def describe_pipeline(pipe: Any) -> str:
-    """A table of networks, sizes, classes and the schedule of noise or masks."""
+def describe_pipeline(pipe: Any, teacher: str | None = None) -> str:
+    """A table of networks, sizes, classes and the schedule of noise or masks.
+
+    Args:
+        teacher: of a student, where that is known by its path.
+    """
     from jaxldm import models, pipelines
 
     rows = [
@@ -270,9 +285,50 @@ def describe_pipeline(pipe: Any) -> str:
         ("draws", f"{latents}{size(pipe.image_shape())} images"),
         ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
         describe_steps(pipe),
-        *([] if pipe.few_steps is None else [("few steps", pipe.few_steps.described())]),
+        *student_rows(pipe, teacher),
     ]
     return f"{table(rows)}\n{table(facts)}"
+
+
+def student_rows(pipe: Any, teacher: str | None = None) -> list[tuple[str, str]]:
+    """How a student was trained, in how many steps it draws, and where its guidance is; none of others.
+
+    Args:
+        teacher: its path; None: the name alone that the student's folder has.
+    """
+    few = pipe.few_steps
+    if few is None:
+        return []
+    if teacher is not None:
+        gone = "" if Path(teacher).exists() else ", which is not there any more"
+        origin = f", from the teacher {teacher}{gone}"
+    else:
+        origin = "" if few.teacher is None else f", from a teacher named {few.teacher}"
+    most = most_steps(pipe)
+    if few.only_steps is not None:
+        steps = " or ".join(map(str, few.only_steps))
+    else:
+        limits = "any number" if most is None else f"1 to {most}"
+        steps = f"{limits}, {pipe.defaults.num_inference_steps} by default"
+    (low, high), own = few.guidance_scale, f"{pipe.default_guidance_scale:g}"
+    guidance = {
+        "inside": "none" if low == 1 else f"of scale {low:g}, inside",
+        "input": f"of scales from {low:g} to {high:g}, inside: the network takes the scale, {own} by default",
+        "outside": f"outside, as of any other model: scale {own} by default",
+    }
+    return [
+        ("student", f"by {few.method}{origin}"),
+        ("steps", f"{steps}, by the solver {few.solver}"),
+        ("guidance", guidance[few.guidance]),
+    ]
+
+
+def most_steps(pipe: Any) -> int | None:
+    """The most steps of a student where a call names neither solver nor spacing; None: there is no bound."""
+    from jaxldm import schedulers
+
+    rule = schedulers.from_config(pipe.scheduler, pipe.few_steps.solver).grid
+    return rule.original_steps if rule.spacing == "lcm" else pipe.prediction.path.num_train_timesteps
 
 
 def _bits_of(params: Any) -> str:

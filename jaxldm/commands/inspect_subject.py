@@ -148,7 +148,7 @@ def _draw(options: Any, pipe: Any, call: Callable[..., Any]) -> tuple[np.ndarray
 
 def steps_of(options: Any, pipe: Any) -> int:
     """How many steps the images are drawn in."""
-    usual = 20 if pipe.few_steps is None else pipe.few_steps.default_steps
+    usual = 20 if pipe.few_steps is None else pipe.defaults.num_inference_steps
     return options.num_inference_steps or usual
 
 

@@ -22,26 +22,28 @@ class FewSteps:
     Attributes:
         method: that it was trained by, for example "lcm".
         solver: a name of `D.solvers.SOLVERS`, of a call that names none.
-        default_steps: of a call that names no number.
+        default_steps: of a call that names no number; None: as many as its teacher, by its family.
         only_steps: the numbers of steps that it was made for; None: any.
         guidance: "inside": its images have the guidance of one scale, in one evaluation a step; "input": the
             network takes the scale; "outside": classifier-free guidance as for any other model.
         guidance_scale: (lowest, highest) of its training; of "inside" both are the one.
+        teacher: the name of the folder of the model that it was distilled from; None: of none, or not known.
     """
 
     method: str
     solver: str = "ddim"
-    default_steps: int = 4
+    default_steps: int | None = 4
     only_steps: tuple[int, ...] | None = None
     guidance: str = "outside"
     guidance_scale: tuple[float, float] = (1.0, 1.0)
+    teacher: str | None = None
 
     def __post_init__(self):
         check_types(self)
         one_of("solver", self.solver, D.solvers.SOLVERS)
         one_of("guidance", self.guidance, GUIDANCE)
         for steps in (self.default_steps, *(self.only_steps or ())):
-            if not 1 <= steps <= MAX_STEPS:
+            if steps is not None and not 1 <= steps <= MAX_STEPS:
                 raise InvalidArgumentError(f"steps must be from 1 to {MAX_STEPS}, got {steps}")
         low, high = self.guidance_scale
         if not 0 <= low <= high or (self.guidance == "inside" and low != high):
@@ -59,9 +61,14 @@ class FewSteps:
                 f"{num_inference_steps}: leave the number out, or distill one for it with --num-steps"
             )
 
-    def check_scale(self, guidance_scale: float) -> None:
+    def check_scale(self, guidance_scale: float, true_cfg_scale: float | None = None) -> None:
         """Raise `InvalidArgumentError` for a scale on top of one that is inside, or out of range."""
         low, high = self.guidance_scale
+        if self.guidance != "outside" and true_cfg_scale not in (None, 1):
+            raise InvalidArgumentError(
+                f"guidance is inside this {self.method} student, and true_cfg_scale={true_cfg_scale:g} would "
+                "guide it twice: leave it out"
+            )
         if self.guidance == "inside" and guidance_scale not in (1, low):
             raise InvalidArgumentError(
                 f"guidance of scale {low:g} is inside this {self.method} student, and more on top would "
@@ -71,7 +78,7 @@ class FewSteps:
         if self.guidance == "input" and not low <= guidance_scale <= high:
             raise InvalidArgumentError(
                 f"this {self.method} student was trained for guidance scales from {low:g} to {high:g}, got "
-                f"{guidance_scale:g}"
+                f"{guidance_scale:g}: take one of these, or distill with another --guidance-scale"
             )
 
     @property
@@ -81,17 +88,6 @@ class FewSteps:
         if self.guidance == "inside":
             return low
         return min(max(3.0, low), high) if self.guidance == "input" else None
-
-    def described(self) -> str:
-        """In a line: the method, the steps, where the guidance is."""
-        low, high = self.guidance_scale
-        steps = "any number of" if self.only_steps is None else " or ".join(map(str, self.only_steps))
-        where = {
-            "inside": f"{low:g} inside",
-            "input": f"{low:g} to {high:g} as an input",
-            "outside": "outside",
-        }
-        return f"by {self.method}; {steps} steps of {self.solver}; guidance {where[self.guidance]}"
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of model_index.json."""

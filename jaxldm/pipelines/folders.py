@@ -181,6 +181,25 @@ def load(
     return pipe if controlnet is None else with_control(pipe, controlnet, dtype=dtype)
 
 
+def outline(folder: str | Path, family: Family | str | None = None) -> Pipeline:
+    """The model of a folder without its parameters: configs, tokenizers and the scheduler alone are read.
+
+    Raises:
+        CheckpointError: no model, a damaged one, or one put together from parts of different models.
+    """
+    folder = Path(folder)
+    index, found = read_json(folder / INDEX_FILE), family_of(folder, family)
+    layout, named = found.folder, checkpoints.read_model_index(folder)
+    modules = modules_in(folder, family)
+    others = [name for name in (*layout.parts, *layout.optional) if name in named and name not in modules]
+    parts: dict[str, Any] = dict(checkpoints.load_components(folder, only=others))
+    parts |= {name: Network(module, {}) for name, module in modules.items()}
+    with reading(folder):
+        pipe = Pipeline(found, parts, layout.read_options(index, layout), read_few_steps(index))
+        pipe.check_parts()
+    return pipe
+
+
 def is_part(name: str, layout: Folder) -> bool:
     """Whether a component of a folder is a part of the models that are laid out so."""
     return base_name(name) in (*layout.parts, *layout.optional, *layout.control)

@@ -142,11 +142,15 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
     distilled = family.is_guidance_distilled(pipe)
     if pipe.reference_quirks:
         scale, true_scale = _as_diffusers_guides(pipe, scale, true_scale, negatives)
-    if pipe.few_steps is not None:
-        pipe.few_steps.check_scale(scale)
-        if pipe.few_steps.guidance == "inside":
-            scale, call = 1.0, dataclasses.replace(call, guidance_scale=1.0)
-            true_scale = 1.0 if call.true_cfg_scale is None else true_scale
+    few = pipe.few_steps
+    if few is not None:
+        few.check_scale(scale, call.true_cfg_scale)
+        if few.guidance != "outside":
+            scale, true_scale = 1.0 if few.guidance == "inside" else scale, 1.0
+            if negatives is not None:
+                what = f"guidance is inside this {few.method} student"
+                warnings.warn(f"the negative prompt is ignored: {what}", stacklevel=4)
+                negatives = None
     if not (distilled or family.true_cfg):
         if true_scale != 1:
             raise InvalidArgumentError(

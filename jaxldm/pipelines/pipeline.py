@@ -196,7 +196,8 @@ class Pipeline:
         if own is None:
             return found
         scale = found.guidance_scale if own.default_scale is None else own.default_scale
-        return found._replace(guidance_scale=scale, num_inference_steps=own.default_steps, solver=own.solver)
+        steps = found.num_inference_steps if own.default_steps is None else own.default_steps
+        return found._replace(guidance_scale=scale, num_inference_steps=steps, solver=own.solver)
 
     @property
     def default_guidance_scale(self) -> float:

@@ -16,20 +16,18 @@ from jax.sharding import Mesh
 from jaxldm import checkpoints, models, pipelines
 from jaxldm.arguments import a_path, checked, count, optional, text
 from jaxldm.checkpoints.lora_file import check_names
-from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.data import Dataset, load_folder, source_name
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.memory import check_fits
 from jaxldm.models.adapters import init_lora
-from jaxldm.pipelines.few_steps import read_few_steps
-from jaxldm.pipelines.folders import draws_classes, family_of
+from jaxldm.pipelines.folders import draws_classes, family_of, outline
 from jaxldm.pipelines.inputs import INPAINTING_CHANNELS
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.pipelines.runs import check_finished
 from jaxldm.pipelines.words import check_takes_words
-from jaxldm.reading import read_json, reading, shown
+from jaxldm.reading import reading, shown
 from jaxldm.training.control_pictures import check_control_pictures, control_shapes
 from jaxldm.training.finetune_recipe import FinetuneRecipe, WordRecipe, make_finetuning
 from jaxldm.training.freezing import freeze
@@ -110,20 +108,13 @@ def outline_of(recipe: FinetuneRecipe) -> Pipeline:
     folder = Path(recipe.source)
     if pipelines.kind_of(folder) == "run":
         check_finished(folder)
-    index, family = read_json(folder / INDEX_FILE), family_of(folder)
+    family = family_of(folder)
     if family.name not in FAMILIES:
         raise CheckpointError(
             f"{folder} is a model of the family {family.name}: those that can be fine-tuned are "
             f"{', '.join(FAMILIES)}"
         )
-    layout, named = family.folder, checkpoints.read_model_index(folder)
-    modules = pipelines.modules_in(folder)
-    others = [name for name in (*layout.parts, *layout.optional) if name in named and name not in modules]
-    parts: dict[str, Any] = dict(checkpoints.load_components(folder, only=others))
-    parts |= {name: Network(module, {}) for name, module in modules.items()}
-    with reading(folder):
-        pipe = Pipeline(family, parts, layout.read_options(index, layout), read_few_steps(index))
-        pipe.check_parts()
+    pipe = outline(folder)
     _check_kind(folder, pipe)
     return with_single_blocks(pipe) if recipe.freeze else pipe
 

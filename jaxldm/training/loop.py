@@ -238,6 +238,7 @@ class _Loop:
             batch = place_batch(mesh, a_tree(f"batches[{step - 1}]", batches[step - 1]))
             waiting, examples = time.perf_counter() - began, _examples(batch)
             if step == start + 1:
+                self.log(f"{self.progress.name}: compiling the training step")
                 self.progress.at_peak = seconds_at_peak(train_step, state, batch, mesh)
             state, metrics = train_step(state, batch)
             self.progress.push(step, metrics, waiting=waiting, examples=examples)

@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,6 +69,7 @@ PIPELINE_CLASS, MASKGIT_CLASS = "LatentDiffusionPipeline", "MaskGITPipeline"
 LORA_FILE = FILE_NAMES[0]  # the name that diffusers looks for
 CONTROL_SAMPLES = "control-images"  # in the folder of the stage: some that a ControlNet was trained on
 COPY = ".config.json"  # of config.json
+_TEACHER = "diffusion.few_steps.teacher"  # of a recipe's flat entries
 INDEX_FILE, SCHEDULER_FILE = "model_index.json", "scheduler/scheduler_config.json"
 
 
@@ -462,6 +464,9 @@ def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
             f"{run.path} holds a run of another recipe: {saved['name']}, not {given['name']}; resume with "
             "that one, or choose another run folder"
         )
+    for flat in (saved, given):  # a relative path, as older runs have, is that from the folder we are in
+        if flat.get(_TEACHER) is not None:
+            flat[_TEACHER] = os.path.realpath(flat[_TEACHER])
     differences = [
         f"{name} is {shown(saved.get(name, 'absent'))} in it and {shown(given.get(name, 'absent'))} now"
         for name in sorted({*saved, *given})

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -16,12 +17,14 @@ from jaxldm import models, pipelines
 from jaxldm.commands import hints
 from jaxldm.commands.adapters import check_adapter_guidance
 from jaxldm.commands.distill import Distill
+from jaxldm.commands.info import describe, most_steps
 from jaxldm.data import load
 from jaxldm.errors import DataError, InvalidArgumentError
 from jaxldm.pipelines.few_steps import FewSteps, entry_of
+from jaxldm.training.few_steps.job import few_steps_of, scheduler_of
 from jaxldm.training.few_steps.methods import TAUGHT
 from jaxldm.training.few_steps.teachers import check_channels
-from jaxldm.training.runs import open_run
+from jaxldm.training.runs import check_run_folder, open_run
 
 SIZES = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 7, "sample_size": 28, "in_channels": 1}
 
@@ -154,6 +157,68 @@ def test_a_run_goes_on_however_its_teacher_is_spelled_and_with_nothing_else(teac
     assert other == dataclasses.replace(recipe, data="mnist")  # which `train` refuses
     with pytest.raises(InvalidArgumentError, match="holds a run of the method cd, not of progressive"):
         Distill(str(teacher), method="progressive", resume=True).make_recipe(tmp_path / "run")
+
+
+def test_a_teacher_named_by_a_relative_path_is_found_from_anywhere_until_it_moves(
+    teacher, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(teacher, tmp_path / "here" / "teacher")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command = Distill("teacher", method="cd", dataset="mnist5k")
+    recipe = command.make_recipe(tmp_path / "none")
+    assert recipe.diffusion.few_steps.teacher == str(tmp_path / "here" / "teacher")
+    run = open_run(tmp_path / "run", recipe, recipe.load_data(), resume=False, log=print)
+    monkeypatch.chdir(tmp_path / "there")
+    again = Distill("../here/teacher", resume=True).make_recipe(run.path)
+    assert again == recipe and check_run_folder(run.path, again, resume=True)
+    # The run of an older version, which kept the path as it was typed.
+    few = dataclasses.replace(recipe.diffusion.few_steps, teacher="../here/teacher")
+    old = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, few_steps=few))
+    before = open_run(tmp_path / "old", old, recipe.load_data(), resume=False, log=print)
+    assert check_run_folder(before.path, recipe, resume=True)
+    monkeypatch.chdir(tmp_path)
+    given = ("distill", tmp_path / "here" / "teacher", "--resume", "--run-dir")
+    assert "a relative path, which leads nowhere from here: cd to" in complaint(capsys, *given, before.path)
+    (tmp_path / "here" / "teacher").rename(tmp_path / "moved")
+    for word in ("moved", "here/teacher"):
+        line = complaint(capsys, "distill", word, *given[2:], run.path)
+        assert f"{tmp_path}/here/teacher, is not there any more" in line
+        assert line.endswith(f"as in `ln -s NEW {tmp_path}/here/teacher`\n")
+    (tmp_path / "here" / "teacher").symlink_to(tmp_path / "moved")
+    assert Distill("moved", resume=True).make_recipe(run.path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "rows"),
+    [
+        ("lcm", {}, ("1 to 50, 4 by default, by the solver lcm", "guidance none")),
+        ("lcm", {"guidance_scale": (3.0,)}, ("1 to 50, 4 by default", "guidance of scale 3, inside")),
+        ("progressive", {"num_steps": 2}, ("steps 2, by the solver ddim", "guidance none")),
+        (
+            "guidance",
+            {"guidance_scale": (1.0, 7.5)},
+            ("1 to 1000, 50 by default, by the solver ddim", "of scales from 1 to 7.5, inside: the network"),
+        ),
+        ("ect", {}, ("1 to 50, 4 by default", "guidance outside, as of any other model: scale 3 by default")),
+    ],
+)
+def test_info_says_how_a_student_draws(teacher, tmp_path, method, options, rows):
+    given = {"guidance_scale": (1.0,)} if method in ("lcm", "progressive") else {}
+    command = Distill(str(teacher), method=method, dataset="mnist5k", **given | options)
+    recipe = command.make_recipe(tmp_path / "none").diffusion
+    inputs = recipe.overrides.get("scalar_inputs", ())
+    pipe = pipeline(scalar_inputs=inputs).replace(scheduler=scheduler_of(recipe))
+    pipe = dataclasses.replace(pipe, few_steps=few_steps_of(recipe))
+    pipelines.save(pipe, tmp_path / "student")
+    text = " ".join(describe(str(tmp_path / "student")).split())
+    for row in (f"student by {method}, from a teacher named export", *rows):
+        assert row in text
+    most = most_steps(pipe)
+    if "steps 2" not in rows[0]:
+        pipe.grid(num_inference_steps=most)
+        with pytest.raises(InvalidArgumentError):
+            pipe.grid(num_inference_steps=most + 1)
 
 
 @pytest.mark.parametrize(

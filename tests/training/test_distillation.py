@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxldm import checkpoints, data, models, pipelines
+from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm import diffusion as D
+from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
+from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.training import RECIPES, Recipe, distill_recipe, kept_steps, read_kept, read_recipe, train
 from jaxldm.training.runs import open_run, save_autoencoder, save_classifier, save_denoiser
 
@@ -127,7 +129,6 @@ def test_a_student_has_the_autoencoder_classifier_and_latents_of_its_teachers_ru
     ):
         module = models.build(name, **fields)
         save(run, module, models.init(module, jax.random.key(0)))
-    from jaxldm import schedulers
     from jaxldm.training.diffusion import build_denoiser
 
     module = build_denoiser(recipe, dataset.image_shape, dataset.num_classes)
@@ -146,6 +147,12 @@ def test_a_student_has_the_autoencoder_classifier_and_latents_of_its_teachers_ru
         assert bytes_of(out.path / part).keys() and [*bytes_of(out.path / part).values()] == [
             *bytes_of(run.path / part).values()
         ]
+    lines = [" ".join(line.split()) for line in describe(str(out.path)).splitlines()]
+    for line in ("autoencoder mini-autoencoder the teacher's", "classifier digit-classifier the teacher's"):
+        assert f"{line} complete" in lines
+    assert "diffusion tiny-dit 1 steps done complete" in lines
+    assert f"student by reflow, from the teacher {run.path}" in lines
+    assert {"steps 1 to 1000, 4 by default, by the solver ddim", "guidance none"} <= {*lines}
     pipe = pipelines.load(out.path)
     assert pipe(jax.random.key(0), [1, 2], num_inference_steps=1).shape == (2, 28, 28, 1)
     assert pipe.few_steps.solver == "ddim" and pipe.few_steps.only_steps is None
@@ -181,9 +188,20 @@ def test_folders_that_are_no_teachers_are_refused(teacher, tmp_path):
     pipelines.save(pipeline(learn_sigma=True), tmp_path / "variance")
     with pytest.raises(CheckpointError, match="draws its variance, too"):
         distill_recipe(tmp_path / "variance", "lcm", dataset="mnist5k")
+    own = FewSteps(method="lcm", solver="lcm", guidance="inside", guidance_scale=(3.0, 3.0))
+    pipelines.save(dataclasses.replace(pipeline(), few_steps=own), tmp_path / "student")
+    with pytest.raises(CheckpointError, match=r"itself a student, by lcm, .* that it was distilled from"):
+        distill_recipe(tmp_path / "student", "cd", dataset="mnist5k")
     pipelines.save(pipeline(D.epsilon(D.VP.named("cosine"))), tmp_path / "weak")
-    with pytest.raises(InvalidArgumentError, match="says nothing of the image at the noisy end"):
-        distill_recipe(tmp_path / "weak", "progressive", dataset="mnist5k")
+    ends = D.VP.named("linear", zero_terminal_snr=True)
+    pipelines.save(pipeline(D.epsilon(D.VP.named("linear"))), tmp_path / "zero")
+    scheduler = tmp_path / "zero" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(schedulers.to_config(D.v(ends)) | {"prediction_type": "epsilon"}))
+    for method in ("progressive", "cd"):
+        with pytest.raises(InvalidArgumentError, match="says nothing of the image at the noisy end"):
+            distill_recipe(tmp_path / "weak", method, dataset="mnist5k")
+        with pytest.raises(CheckpointError, match="zero terminal SNR"):
+            distill_recipe(tmp_path / "zero", method, dataset="mnist5k")
     with pytest.raises(InvalidArgumentError, match="halves the steps"):
         distill_recipe(teacher, "progressive", dataset="mnist5k", num_steps=3)
 

@@ -180,6 +180,17 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+def test_a_run_says_that_it_compiles_before_it_does(tmp_path):
+    (state, train_step), said = toy(width=8), []
+
+    def step(state, batch):
+        said.append("traced")
+        return train_step(state, batch)
+
+    fit(state, step, ToyBatches(), Plan(2), tmp_path, mesh=make_mesh(1), name="own", log=said.append)
+    assert said[:2] == ["own: compiling the training step", "traced"] and said.count(said[0]) == 1
+
+
 def test_a_loss_of_nan_is_skipped_and_counted(tmp_path, straight):
     """Steps 3, 7 and 8: nothing moves in them, and the ones after them do what they would have done."""
     states, said = {}, []
@@ -201,7 +212,8 @@ def test_a_loss_of_nan_is_skipped_and_counted(tmp_path, straight):
     assert int(state.opt_state.count) == 9 and int(state.step) == 12
     np.testing.assert_array_equal(log["loss"][:2], rows(straight[0])["loss"][:2])
     assert sum("this update is skipped" in line for line in said) == 2
-    assert said[1].endswith("1 skipped") and "loss nan" not in said[1]
+    first = next(line for line in said if "epoch 1/" in line)
+    assert first.endswith("1 skipped") and "loss nan" not in first
 
 
 def test_ten_losses_of_nan_stop_with_the_cause_and_keep_the_last_good_checkpoint(tmp_path):

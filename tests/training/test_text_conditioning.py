@@ -236,8 +236,13 @@ def test_diffusers_draws_the_same_from_a_latent_consistency_student(run, tmp_pat
     images = pipe(jax.random.key(0), ["a dark picture"], latents=latents, **options)
     np.testing.assert_allclose(np.clip(images, -1, 1) / 2 + 0.5, expected.images, atol=2e-3)
     assert pipe.few_steps.guidance == "input" and pipe.default_steps() == 4
+    text, path = " ".join(describe(str(student.path)).split()), run.path
+    assert f"student by lcm, from the teacher {path} steps 1 to 50, 4 by default, by the solver lcm" in text
+    assert "guidance of scales from 1 to 4, inside: the network takes the scale, 3 by default" in text
     with pytest.raises(InvalidArgumentError, match="scales from 1 to 4, got 5"):
         pipe(jax.random.key(0), ["a dark picture"], guidance_scale=5.0)
+    with pytest.raises(InvalidArgumentError, match=r"inside this lcm student, and true_cfg_scale=2 would"):
+        pipe(jax.random.key(0), ["a dark picture"], true_cfg_scale=2.0)
 
 
 def test_diffusers_draws_the_same_from_a_latent_consistency_adapter(run, tmp_path):

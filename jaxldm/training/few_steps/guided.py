@@ -40,7 +40,7 @@ def make_loss(setting: Setting) -> LossFunction:
 GUIDANCE = Method(
     about="guidance in one evaluation: the network takes its scale; the steps stay as many",
     make_loss=make_loss,
-    default_steps=50,
+    default_steps=None,
     scales=(1.0, 7.5),
     training={"epochs": 6},
 )

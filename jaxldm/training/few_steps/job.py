@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -123,6 +124,7 @@ def few_steps_of(recipe: DiffusionRecipe) -> FewSteps:
         only_steps=None if few.num_steps is None else (few.num_steps,),
         guidance="outside" if method.guidance == "outside" else guidance,
         guidance_scale=(low, high),
+        teacher=None if few.teacher is None else Path(few.teacher).name or None,
     )
 
 
@@ -171,7 +173,7 @@ def make_sampler(context: Context, setting: Setting, shown: Mapping[str, Any]) -
     takes_step = "step_size" in METHODS[few.method].inputs
     outside = recipe.sample_guidance_scale if few.guidance == "outside" else 1.0
 
-    grid = scheduler.make_grid(few.default_steps)
+    grid = scheduler.make_grid(few.default_steps or recipe.sample_steps)
 
     def denoiser_of(params):
         def network(x, t, condition):

@@ -128,7 +128,7 @@ class Method(NamedTuple):
             first is the student.
         solver: with which the student draws.
         steps: how many a student has of which nobody says it; None: the number is no matter of training.
-        default_steps: of drawing, where `steps` is None.
+        default_steps: of drawing, where `steps` is None; None: as many as the teacher.
         guidance: "inside": of the teacher, or of the target, of one scale or of a range that the network
             takes as an input; "outside": the student is guided, or not, as any other model; "none": never.
         scales: (lowest, highest) guidance scale where nobody says it; None: the default of the teacher.
@@ -151,7 +151,7 @@ class Method(NamedTuple):
     make_loss: Callable[[Setting], LossFunction | Sequence[Player]]
     solver: str = "ddim"
     steps: int | None = None
-    default_steps: int = 4
+    default_steps: int | None = 4
     guidance: str = "inside"
     scales: tuple[float, float] | None = None
     numbers: Mapping[str, Any] = MappingProxyType({})

@@ -51,8 +51,8 @@ class FewStepsRecipe(NamedFields):
             )
         if method.steps is None and self.num_steps is not None:
             raise InvalidArgumentError(
-                f"--num-steps has no effect on {self.method}, whose students draw in any number of steps: "
-                "leave it out, and give --num-inference-steps when you sample"
+                f"--num-steps has no effect on {self.method}, whose students are not made for one number of "
+                "steps: leave it out, and give --num-inference-steps when you sample"
             )
         steps = method.steps if self.num_steps is None else self.num_steps
         if steps is not None:

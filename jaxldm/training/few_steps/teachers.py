@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from jaxldm.training.state import Params
 
 # Fields of a network's config in which a student's may differ from its teacher's.
 OWN_FIELDS = ("scalar_inputs", "time_cond_proj_dim", "dtype", "remat", "scan", "route", "tap", "learn_sigma")
+COPIED_STAGES = ("autoencoder", "classifier")
 SCALE_WIDTH = 256  # of the guidance embedding of latent consistency models
 
 
@@ -129,7 +131,7 @@ def distill_recipe(
     given: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": scales}
     for name in changes:
         one_of("field of the recipe", name, [field.name for field in dataclasses.fields(DiffusionRecipe)])
-    given |= {"method": method, "teacher": str(teacher), "numbers": numbers or {}, "lora": lora}
+    given |= {"method": method, "teacher": os.path.abspath(teacher), "numbers": numbers or {}, "lora": lora}
     FewStepsRecipe(**given)  # before a large folder
     pipe = read_teacher(teacher)
     if known.guidance == "inside" and scales is None and known.scales is None:
@@ -271,8 +273,28 @@ def _class_names(teacher: Path) -> tuple[str, ...] | None:
         return layout.read_options(read_json(index), layout).get("class_names")
 
 
+def check_there(teacher: str | Path) -> None:
+    """Refuse a student without its teacher: one that was moved, or that a relative path no longer leads to.
+
+    Raises:
+        CheckpointError: with what to type.
+    """
+    if Path(teacher).exists():
+        return
+    if not Path(teacher).is_absolute():
+        raise CheckpointError(
+            f"this student was begun with the teacher {teacher}, a relative path, which leads nowhere from "
+            "here: cd to the folder that it was begun in, and type the same command there"
+        )
+    raise CheckpointError(
+        f"the teacher of this student, {teacher}, is not there any more: move it back, or link its new place "
+        f"to the old one, as in `{shlex.join(['ln', '-s', 'NEW', str(teacher)])}`"
+    )
+
+
 def denoiser_folder(teacher: str | Path) -> Path:
     """Where the denoising network of a teacher lies. Raises `CheckpointError`."""
+    check_there(teacher)
     pipelines.kind_of(teacher)
     named = checkpoints.read_model_index(teacher)
     family = family_of(teacher)
@@ -292,13 +314,20 @@ def bring_parts(run: RunFolder, recipe: Recipe, log: Callable[[str], None]) -> N
         copy_parts(run, recipe, few.teacher, log)
 
 
+def is_copied(run: RunFolder, recipe: Recipe, stage: str) -> bool:
+    """Whether a finished stage of a run is that of its teacher: it has not been trained in this run."""
+    few = None if recipe.diffusion is None else recipe.diffusion.few_steps
+    taught_by = None if few is None else few.teacher
+    return taught_by is not None and stage in COPIED_STAGES and not run.stage(stage).log.is_file()
+
+
 def copy_parts(run: RunFolder, recipe: Recipe, teacher: str | Path, log: Callable[[str], None]) -> None:
     """The autoencoder, the classifier, latents and captions' states of another run, those that there are.
 
     Networks are copied whole or not at all. Raises `StorageError`.
     """
     source = RunFolder(Path(teacher))
-    for stage in ("autoencoder", "classifier"):
+    for stage in COPIED_STAGES:
         here, there = run.stage(stage).model, source.stage(stage).model
         if getattr(recipe, stage) is not None and there.is_dir() and not here.exists():
             log(f"{stage}: that of {teacher}")
