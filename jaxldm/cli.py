@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from jaxldm.files import storage_error, storage_errors
 
 MAX_LINE = 390  # characters of a message
 TRAINING = (["train"], ["distill"])  # commands that can be resumed
+# Words of a failed computation or meeting when another process is gone.
+SIGNS_OF_A_LOST_PROCESS = ("Gloo", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 RESUME = "the same command with --resume continues from the last checkpoint"
 
 HELP = """usage: jaxldm [--import MODULE] COMMAND ...
@@ -59,6 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done. 2: invalid arguments, files, or a full disk, described in one line on stderr. 130:
         interrupted with Ctrl-C.
     """
+    if argv is not None:
+        return outcome(argv)
+    try:
+        code = outcome(None)
+    except BaseException as error:
+        if not is_one_of_several():
+            raise
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+    if code and is_one_of_several():
+        end_process(code)
+    return code
+
+
+def outcome(argv: Sequence[str] | None) -> int:
+    """The exit code of one command, of `sys.argv` where this process is its own."""
     own_process, words = argv is None, []
     if own_process:
         sys.unraisablehook = repeat_interrupt
@@ -88,11 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if "KeyboardInterrupt" in str(error):  # in a callback, which XLA passes on as text
             return interrupted(own_process)
+        if is_one_of_several() and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS):
+            return print_error(
+                "the connection to another of the processes that train together is lost, and its output says "
+                "why: start all of them again with --resume"
+            )
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return print_error("out of memory: use fewer images, a smaller batch or a smaller model")
     except Stopped as error:  # its log has said so, where one is printed
-        return interrupted(own_process, str(error) if "--quiet" in words else "")
+        silent = "--quiet" in words or (is_one_of_several() and sys.modules["jax"].process_index() > 0)
+        return interrupted(own_process, str(error) if silent else "")
     except KeyboardInterrupt as error:
         return interrupted(own_process, str(error) or (RESUME if words[:1] in TRAINING else ""))
 
@@ -142,12 +168,27 @@ def interrupted(own_process: bool, more: str = "") -> int:
     print(f"\njaxldm: interrupted{': ' if more else ''}{more}", file=stderr)
     if own_process:
         # A running computation cannot be stopped, and would call back into an interpreter that has ended.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        if stderr is not None:
-            stderr.flush()
-        os._exit(130)
+        end_process(130)
     return 130
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has met others, with which it trains."""
+    hosts: Any = sys.modules.get("jaxldm.commands.hosts")
+    return hosts is not None and hosts.have_joined()
+
+
+def end_process(code: int) -> None:
+    """Ends this process without waiting for anything but other processes that end now, too."""
+    for stream in (sys.stdout, sys.__stderr__):
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.flush()
+    if is_one_of_several():
+        from jaxldm.commands import hosts
+
+        hosts.leave()
+    os._exit(code)
 
 
 def parse(words: list[str]):

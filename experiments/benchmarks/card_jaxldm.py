@@ -30,7 +30,7 @@ from jaxldm import models, training
 from jaxldm.nn import Conv2d, dot_product_attention
 from jaxldm.nn.linear import flat_matmul
 from jaxldm.nn.normalization import group_norm
-from jaxldm.training.mesh import make_mesh, state_shardings
+from jaxldm.training.mesh import make_mesh, place_batch, state_shardings
 from jaxldm.training.step import compile_train_step
 
 PROCESSOR = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -179,7 +179,12 @@ CHECKS = {
 
 def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Iterator[Line]:
     """One update: loss, gradients, clipping, AdamW, average; float32 masters, arithmetic in `dtype`."""
-    module = training_module(dtype, quick)
+    run, flops, memory = training_run(training_module(dtype, quick), batch_size)
+    yield Line(f"training step, batch {batch_size}", run, flops, memory, calls=5)
+
+
+def training_run(module: Any, batch_size: int) -> tuple[Callable[[], None], float, Callable[[], int | None]]:
+    """(one more update of a network with random weights, its operations, bytes in use while it runs)."""
     optimizer = training.optimizer(LEARNING_RATE, 0, 10**6, WEIGHT_DECAY, MAX_GRAD_NORM)
     path = D.VP(D.linear_betas())
 
@@ -196,7 +201,8 @@ def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Ite
     del state
     side = module.config.sample_size
     latents = jax.random.normal(jax.random.key(2), (batch_size, side, side, module.config.in_channels))
-    batch = {"mean": latents, "label": jnp.arange(batch_size, dtype=jnp.int32)}
+    labels = jnp.arange(batch_size, dtype=jnp.int32) % module.config.num_classes
+    batch = place_batch(mesh, {"mean": latents, "label": labels})
     memory: list[Any] = []
 
     def run() -> None:
@@ -207,8 +213,8 @@ def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Ite
         metrics["loss"].block_until_ready()
 
     # Gradients of weights and of activations cost a forward pass each.
-    flops = 3 * count_flops(module, {"x": latents, "t": jnp.zeros(batch_size), "labels": batch["label"]})
-    yield Line(f"training step, batch {batch_size}", run, flops, lambda: memory[1](), calls=5)
+    flops = 3 * count_flops(module, {"x": latents, "t": jnp.zeros(batch_size), "labels": labels})
+    return run, flops, lambda: memory[1]()
 
 
 def training_module(dtype: str, quick: bool) -> Any:

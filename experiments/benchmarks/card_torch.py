@@ -150,7 +150,18 @@ CHECKS = {
 
 def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Iterator[Line]:
     """As `card_jaxldm.training_step`: autocast, AdamW and the average in float32."""
-    device, module = torch_common.device(), card_jaxldm.training_module(dtype, quick)
+    module = card_jaxldm.training_module(dtype, quick)
+    run = training_run(module, batch_size, variant == "torch.compile")
+    side, channels = module.config.sample_size, module.config.in_channels
+    shapes = {"x": np.zeros((batch_size, side, side, channels), np.float32)}
+    shapes |= {"t": np.zeros(batch_size, np.float32), "labels": np.zeros(batch_size, np.int32)}
+    flops = 3 * count_flops(module, shapes)
+    yield Line(f"training step, batch {batch_size}", run, flops, memory, calls=5)
+
+
+def training_run(module: Any, batch_size: int, compiled: bool) -> Callable[[], None]:
+    """One more update of the network of diffusers with the config of our module."""
+    device, dtype = torch_common.device(), module.config.dtype
     network = torch_common.random_module(module.config, "float32", device).train()
     parameters = list(network.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
@@ -158,7 +169,7 @@ def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Ite
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
     side, channels = module.config.sample_size, module.config.in_channels
     latents = torch.randn(batch_size, channels, side, side, device=device)
-    labels = torch.arange(batch_size, device=device)
+    labels = torch.arange(batch_size, device=device) % module.config.num_classes
 
     def loss_fn() -> torch.Tensor:
         t = torch.randint(0, 1000, (batch_size,), device=device)
@@ -169,7 +180,7 @@ def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Ite
             output = network(noised, timestep=t, class_labels=labels, return_dict=False)[0]
         return F.mse_loss(output.float(), noise)
 
-    if variant == "torch.compile":
+    if compiled:
         loss_fn = torch.compile(loss_fn, backend=BACKEND["name"])
 
     def run() -> None:
@@ -181,10 +192,7 @@ def training_step(variant: str, dtype: str, batch_size: int, quick: bool) -> Ite
             torch._foreach_lerp_(average, parameters, 1 - EMA_DECAY)
         synchronize()
 
-    shapes = {"x": np.zeros((batch_size, side, side, channels), np.float32)}
-    shapes |= {"t": np.zeros(batch_size, np.float32), "labels": np.zeros(batch_size, np.int32)}
-    flops = 3 * count_flops(module, shapes)
-    yield Line(f"training step, batch {batch_size}", run, flops, memory, calls=5)
+    return run
 
 
 def pipeline_of(variant: str, dtype: str, family: str, quick: bool) -> tuple[ModuleType, ModuleType, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxldm.commands.finetune import recipe_of, train_further
-from jaxldm.commands.options import SeveralHosts, shown
+from jaxldm.commands.hosts import SeveralHosts
+from jaxldm.commands.options import shown
 
 if TYPE_CHECKING:
     from jaxldm.training import Recipe

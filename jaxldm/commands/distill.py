@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, named_values, shown
+from jaxldm.commands.hosts import SeveralHosts
+from jaxldm.commands.options import batch_size, devices_or_mesh, named_values, shown
 from jaxldm.commands.train import given
 from jaxldm.errors import InvalidArgumentError
 
@@ -112,14 +113,16 @@ class Distill(SeveralHosts):
         self.join_hosts()
         from jaxldm import training
 
-        run_dir = self.out()
-        recipe = self.make_recipe(run_dir)
-        options: dict[str, Any] = devices_or_mesh(self.devices, self.mesh)
-        options |= {"resume": self.resume, "workers": self.workers}
+        run_dir, recipe, where = self.agreed(
+            lambda: (self.out(), self.make_recipe(self.out()), devices_or_mesh(self.devices, self.mesh))
+        )
+        options: dict[str, Any] = where | {"resume": self.resume, "workers": self.workers}
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return
         run = training.train(recipe, run_dir, **options)
+        if not self.speaks():
+            return
         print(f"finished: everything is in {run.path}; try")
         print(f"  {hints.sample_run(run.path)}")
         with_teacher = hints.sample_adapter(run.path)

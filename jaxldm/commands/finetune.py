@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, shown
+from jaxldm.commands.hosts import SeveralHosts
+from jaxldm.commands.options import batch_size, devices_or_mesh, shown
 from jaxldm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -160,13 +161,16 @@ def train_further(command: Any) -> None:
     from jaxldm import training
 
     run_dir = Path(command.run_dir)
-    recipe = command.make_recipe(run_dir)
-    options: dict[str, Any] = devices_or_mesh(command.devices, command.mesh)
-    options |= {"resume": command.resume, "workers": command.workers}
+    recipe, where = command.agreed(
+        lambda: (command.make_recipe(run_dir), devices_or_mesh(command.devices, command.mesh))
+    )
+    options: dict[str, Any] = where | {"resume": command.resume, "workers": command.workers}
     if command.quiet:
         training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
         return
     run = training.train(recipe, run_dir, **options)
+    if not command.speaks():
+        return
     print(f"finished: everything is in {run.path}; try")
     print(f"  {hint_of(run, recipe)}")
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -34,55 +32,6 @@ def first_devices(count: int | None) -> list[Any] | None:
     if not 1 <= count <= jax.device_count():
         raise InvalidArgumentError(f"devices must be between 1 and {jax.device_count()}, got {count}")
     return jax.devices()[:count]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeveralHosts:
-    """Options of commands that several processes can run together, each on a host of its own."""
-
-    coordinator: Annotated[str | None, shown("ADDRESS:PORT", "one process alone")] = None
-    """Where the first of several processes listens, the same for all; each is started with the same command
-    and a run folder that all see.
-    """
-
-    num_processes: Annotated[int | None, shown("INT", "one")] = None
-    """How many processes train together."""
-
-    process_id: Annotated[int | None, shown("INT", "none")] = None
-    """Number of this process, from 0."""
-
-    def join_hosts(self) -> None:
-        """Waits for the other processes, whose devices then are JAX's, too; nothing for one alone.
-
-        Raises:
-            InvalidArgumentError: some of the options without the others, or processes that do not come.
-        """
-        coordinator, count, number = self.coordinator, self.num_processes, self.process_id
-        if coordinator is None and count is None and number is None:
-            return
-        if coordinator is None or count is None or number is None:
-            raise InvalidArgumentError(
-                "--coordinator, --num-processes and --process-id go together, as in --coordinator "
-                "10.0.0.1:1234 --num-processes 2 --process-id 0"
-            )
-        if re.fullmatch(r"\S+:\d{1,5}", coordinator) is None:
-            raise InvalidArgumentError(
-                f"--coordinator takes ADDRESS:PORT, as in 10.0.0.1:1234, got {shown_value(coordinator)}"
-            )
-        if not 0 <= number < count:
-            raise InvalidArgumentError(
-                f"--process-id must be from 0 to --num-processes - 1, got {number} of {count}"
-            )
-        import jax
-
-        try:
-            jax.distributed.initialize(coordinator, count, number)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise InvalidArgumentError(
-                f"the {count} processes did not meet at {coordinator}: {reason}; start all with the same "
-                "--coordinator and --num-processes"
-            ) from None
 
 
 def devices_or_mesh(devices: int | None, mesh: str | None) -> dict[str, Any]:

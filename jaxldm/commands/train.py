@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
-from jaxldm.commands.options import SeveralHosts, batch_size, devices_or_mesh, shown
+from jaxldm.commands.hosts import SeveralHosts
+from jaxldm.commands.options import batch_size, devices_or_mesh, shown
 from jaxldm.errors import InvalidArgumentError, one_of
 
 if TYPE_CHECKING:
@@ -96,13 +97,16 @@ class Train(SeveralHosts):
         from jaxldm import training
 
         run_dir = Path(self.run_dir or f"runs/{self.recipe}")
-        recipe = self.make_recipe(run_dir)
-        options: dict[str, Any] = devices_or_mesh(self.devices, self.mesh)
-        options |= {"resume": self.resume, "workers": self.workers}
+        recipe, where = self.agreed(
+            lambda: (self.make_recipe(run_dir), devices_or_mesh(self.devices, self.mesh))
+        )
+        options: dict[str, Any] = where | {"resume": self.resume, "workers": self.workers}
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return
         run = training.train(recipe, run_dir, **options)
+        if not self.speaks():
+            return
         if recipe.generator == "autoencoder":
             print(f"finished: the autoencoder is {run.path / 'vae'}")
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -50,19 +51,21 @@ class StopRequest:
     def stop(self, message: str) -> None:
         """Raise what the signal stands for: `Stopped`, or `SystemExit(143)` for SIGTERM."""
         if self.signal_number == signal.SIGTERM:
+            if jax.process_index():  # its log is not read
+                print(message, file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
         raise Stopped(message)
 
 
-def agreed_stop(request: StopRequest, step: int) -> bool:
+def agreed_stop(request: StopRequest, step: int, last: int) -> bool:
     """Whether to stop after this step: the same answer in every process, which all have to call it.
 
-    Several processes ask one another every `AGREE_EVERY` steps, as each signal reaches them at a time of its
-    own.
+    Several processes ask one another every `AGREE_EVERY` steps and after the `last`, as each signal reaches
+    them at a time of its own.
     """
     if jax.process_count() == 1:
         return bool(request)
-    if step % AGREE_EVERY:
+    if step % AGREE_EVERY and step != last:
         return False
     from jax.experimental import multihost_utils
 

@@ -37,11 +37,12 @@ class CsvLog:
     """Append rows `epoch, step, loss, grad_norm, learning_rate, seconds` and then whatever else is measured.
 
     `step` counts finished updates (the first row has step 1), `epoch` is counted from 1, `seconds` is the
-    training time so far, over all interruptions; `waiting`, among the further ones, is how many
-    seconds of the update the loop waited for its batch. Of the last second or longer are `waiting_share`,
-    `examples_per_second` and `of_peak`, the share of the devices' matrix peak (`jaxldm.training.peak`), nan
-    where it is not known. Numbers are written in the shortest form that reads back as the same float32. Rows
-    reach the disk with `flush`; `keep_until(step)` cuts off the rows after a checkpoint.
+    training time so far, over all interruptions; `waiting`, among the further ones, is how many seconds of
+    the update the devices, with no step under way, waited for its batch. Of the last second or longer are
+    `waiting_share`, `examples_per_second` and `of_peak`, the share of the devices' matrix peak
+    (`jaxldm.training.peak`), nan where it is not known. Numbers are written in the shortest form that reads
+    back as the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
+    checkpoint.
 
     `events`: the same numbers in a file for TensorBoard, from `keep_until` on.
     """

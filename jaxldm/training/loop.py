@@ -32,7 +32,14 @@ from jaxldm.functions import NamedFields
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.interruption import StopRequest, agreed_stop
 from jaxldm.training.log import CsvLog
-from jaxldm.training.mesh import A_MESH, make_mesh, place_batch, place_state, state_shardings
+from jaxldm.training.mesh import (
+    A_MESH,
+    check_every_process,
+    make_mesh,
+    place_batch,
+    place_state,
+    state_shardings,
+)
 from jaxldm.training.peak import seconds_at_peak
 from jaxldm.training.plots import plot_log_or_report
 from jaxldm.training.progress import MOST_SKIPPED, Progress
@@ -180,6 +187,7 @@ def fit(
         )
     run_dir = Path(run_dir)
     mesh = make_mesh() if mesh is None else mesh
+    check_every_process(mesh)
     state_shardings(mesh, state)  # refuses a mesh that splits nothing
     number = jax.process_index()
     rows = CsvLog(run_dir / (f"log.{number}.csv" if number else "log.csv"), events=not number)
@@ -234,9 +242,11 @@ class _Loop:
         if start > 0 and self.sample_is_due(start):
             self.sample(start, state)  # a kill may have come between the checkpoint and this
         for step in range(start + 1, last + 1):
-            began = time.perf_counter()
+            began, idle = time.perf_counter(), self.progress.idle()
             batch = place_batch(mesh, a_tree(f"batches[{step - 1}]", batches[step - 1]))
             waiting, examples = time.perf_counter() - began, _examples(batch)
+            if not (idle or self.progress.idle()):  # the device was busy all the time
+                waiting = 0.0
             if step == start + 1:
                 self.log(f"{self.progress.name}: compiling the training step")
                 self.progress.at_peak = seconds_at_peak(train_step, state, batch, mesh)
@@ -249,7 +259,7 @@ class _Loop:
                 self.save(step, state)
             if self.sample_is_due(step):
                 self.sample(step, state)
-            if agreed_stop(self.stop, step):
+            if agreed_stop(self.stop, step, last):
                 if not saved:
                     self.save(step, state)
                 self.end_early(step)

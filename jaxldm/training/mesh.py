@@ -44,9 +44,21 @@ def local_examples(mesh: Mesh, batch_size: int) -> slice | None:
     """
     if jax.process_count() == 1:
         return None
+    check_every_process(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     places = [part[0].indices(batch_size) for part in held if part is not None]
     return slice(min(start for start, _, _ in places), max(stop for _, stop, _ in places))
+
+
+def check_every_process(mesh: Mesh) -> None:
+    """Raise `InvalidArgumentError` when a process has no device of the mesh: it could not train."""
+    there = {device.process_index for device in mesh.devices.flat}
+    without = [str(number) for number in range(jax.process_count()) if number not in there]
+    if without:
+        raise InvalidArgumentError(
+            f"the mesh has {mesh.size} of {jax.device_count()} devices and none of process "
+            f"{' and '.join(without)}: split over all devices, or start fewer processes"
+        )
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:

@@ -85,14 +85,18 @@ class Progress:
     ) -> None:
         """Take the metrics of update number `step` (counted from 1).
 
-        `waiting` is how many seconds its batch of `examples` took to be there: the device notices when it is
-        longer than the steps that are under way.
+        `waiting` is how many seconds the devices, with nothing else to do (`idle`), waited for its batch of
+        `examples`.
         """
         for value in metrics.values():
             value.copy_to_host_async()
         self._pending.append((step, metrics, waiting, examples))
         while len(self._pending) > STEPS_IN_FLIGHT:
             self._take()
+
+    def idle(self) -> bool:
+        """Whether no step is under way: the devices wait for the next one."""
+        return not self._pending or all(value.is_ready() for value in self._pending[-1][1].values())
 
     def drain(self) -> None:
         """Wait for all the steps under way and write their rows to disk."""

@@ -40,7 +40,7 @@ from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.loop import Plan, fit, say_nothing
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
-from jaxldm.training.mesh import A_MESH, local_examples, make_mesh, on_host
+from jaxldm.training.mesh import A_MESH, check_every_process, local_examples, make_mesh, on_host
 from jaxldm.training.processes import by_first, first_then_others, is_first, together
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.report import bring_up_to_date, reported
@@ -349,6 +349,7 @@ def train(
     if mesh is None:
         whole = jax.process_count() > 1  # each process has a part of every batch
         mesh = make_mesh((None if whole else max_devices(recipe)) if devices is None else devices)
+    check_every_process(mesh)
     if dataset is not None:
         recipe = dataclasses.replace(recipe, data=data.source_name(dataset))
 
@@ -361,7 +362,7 @@ def train(
             check_captions_of(recipe.text, cast(list[str], texts))
         return loaded
 
-    loaded = together(checked_data)
+    loaded = first_then_others(checked_data)  # on one disk two would prepare a data set at a time
     with contextlib.ExitStack() as stack:
         held = together(lambda: stack.enter_context(HeldFolder(run_dir, log)))
         run = first_then_others(

@@ -9,6 +9,7 @@ import time
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import ToyBatches, toy
@@ -320,3 +321,24 @@ def test_the_loss_falls_and_samples_are_asked_for_on_time(tmp_path, capsys):
     assert seen == [(100, 100), (200, 200), (300, 300)]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("toy: epoch")]
     assert len(lines) == 60 and lines[-1].startswith("toy: epoch 60/60  loss ")
+
+
+def test_only_the_batches_that_the_device_waits_for_count_as_waiting(tmp_path):
+    """Two updates are under way, a batch takes less than one of them, but the seventh a second."""
+    state, train_step = toy()
+
+    def slow_step(state, batch):
+        state, metrics = train_step(state, batch)
+        matrix = jnp.full((512, 512), metrics["loss"]) / 512
+        product = jax.lax.fori_loop(0, 30, lambda _, power: power @ matrix, matrix)
+        return state, {**metrics, "product": product[0, 0]}
+
+    class SlowBatches(ToyBatches):
+        def __getitem__(self, step):
+            time.sleep(1.0 if step == 6 else 0.01)
+            return super().__getitem__(step)
+
+    fit(state, slow_step, SlowBatches(), Plan(9), tmp_path, mesh=make_mesh(1), log=lambda line: None)
+    waiting = read_log(tmp_path / "log.csv")["waiting"]
+    assert waiting[0] >= 0.01 and waiting[6] >= 1.0
+    np.testing.assert_array_equal(np.delete(waiting, [0, 6]), 0)
