@@ -173,9 +173,9 @@ def interrupted(own_process: bool, more: str = "") -> int:
 
 
 def is_one_of_several() -> bool:
-    """Whether this process has met others, with which it trains."""
+    """Whether this process trains with others."""
     hosts: Any = sys.modules.get("jaxldm.commands.hosts")
-    return hosts is not None and hosts.have_joined()
+    return hosts is not None and hosts.are_joining()
 
 
 def end_process(code: int) -> None:

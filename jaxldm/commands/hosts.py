@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -16,8 +18,9 @@ from jaxldm.reading import shown as shown_value
 
 Made = TypeVar("Made")
 JOIN_SECONDS = 300  # that processes wait for one another at the start
-LEAVE_SECONDS = 5  # at most, at an end that may not be that of all
+LEAVE_SECONDS = 10  # at most, at an end that may not be that of all
 _SILENT_SECONDS = 5  # of waiting, before a line says so
+_MET = threading.Event()  # all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +61,7 @@ class SeveralHosts:
             raise InvalidArgumentError(
                 f"--process-id must be from 0 to --num-processes - 1, got {number} of {count}"
             )
-        try:
-            _join(coordinator, count, number)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise InvalidArgumentError(
-                f"the {count} processes did not meet at {coordinator}: {reason}; start all with the same "
-                "--coordinator and --num-processes"
-            ) from None
+        _join(coordinator, count, number)
 
     def agreed(self, make: Callable[[], Made]) -> Made:
         """`make()`, if it succeeds in all processes: what one of them refuses ends all.
@@ -84,7 +80,10 @@ class SeveralHosts:
 
 
 def _join(coordinator: str, count: int, number: int) -> None:
-    """`jax.distributed.initialize` in a thread of its own, so that Ctrl-C need not wait for it."""
+    """`jax.distributed.initialize` in a thread of its own, so that Ctrl-C need not wait for it.
+
+    JAX aborts the process where its time is over, and crashes where it cannot listen: neither may happen.
+    """
     import jax
 
     with contextlib.suppress(AttributeError):  # of an earlier version
@@ -94,32 +93,55 @@ def _join(coordinator: str, count: int, number: int) -> None:
 
     def join() -> None:
         try:
-            jax.distributed.initialize(coordinator, count, number, initialization_timeout=JOIN_SECONDS)
+            jax.distributed.initialize(coordinator, count, number, initialization_timeout=10 * JOIN_SECONDS)
+            _MET.set()
         except Exception as error:  # noqa: BLE001  (raised below)
             failed.append(error)
 
+    if number == 0:
+        _check_port(int(coordinator.rsplit(":", 1)[1]))
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(_SILENT_SECONDS)
+    others = " and ".join(str(other) for other in range(count) if other != number)
     if thread.is_alive():
-        others = " and ".join(str(other) for other in range(count) if other != number)
         print(
             f"waiting at {coordinator} for process {others} (at most {JOIN_SECONDS} seconds)", file=sys.stderr
         )
-        thread.join()
-    if failed:
-        raise failed[0]
+        thread.join(JOIN_SECONDS - _SILENT_SECONDS)
+    if failed or thread.is_alive():
+        reason = " ".join(str(failed[0]).split()) if failed else f"no answer in {JOIN_SECONDS} seconds"
+        raise InvalidArgumentError(
+            f"process {others} did not meet process {number} at {coordinator} ({reason[:150]}): start all "
+            f"{count} with the same --coordinator and --num-processes"
+        )
 
 
-def have_joined() -> bool:
-    """Whether this process is one of several."""
+def _check_port(port: int) -> None:
+    """Raise `InvalidArgumentError` where the first process cannot listen there."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if both else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"cannot listen at port {port} of --coordinator ({os.strerror(error.errno or 0)}): choose another one, the same "
+            "for all processes"
+        ) from error
+
+
+def are_joining() -> bool:
+    """Whether this process is one of several, which may have met."""
     jax: Any = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 def leave() -> None:
-    """Part from the other processes, for which an exit would wait for minutes if they have not ended, too."""
+    """Part from the others: an exit alone would wait minutes for those that have not come to their end."""
     import jax
+
+    if not _MET.is_set():
+        return
 
     def shutdown() -> None:
         with contextlib.suppress(RuntimeError):  # of one that is gone
