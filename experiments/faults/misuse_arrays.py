@@ -423,12 +423,6 @@ def batches_in_memory() -> list[Case]:
             {"function": lambda rows: rows, "rows": IMAGES, "batch_size": 1},
         ),
         Case(
-            "data.prefetch",
-            lambda **given: next(data.prefetch(**given), None),
-            {"batches": batches, "start": 0, "stop": 2, "num_threads": 1, "buffer_size": 1},
-            False,
-        ),
-        Case(
             "data.Buckets", data.Buckets, {"image_size": 96, "multiple": 8, "max_aspect": 2.0, "slack": 0.0}
         ),
         Case("data.assign_buckets", data.assign_buckets, {"sizes": [(9, 8)], "buckets": data.Buckets(16, 8)}),
@@ -446,9 +440,17 @@ def batches_in_memory() -> list[Case]:
         Case(
             "data.Reader",
             data.Reader,
-            {"batches": batches, "num_workers": 0, "ahead": 1, "process": 0, "num_processes": 1},
+            {
+                "batches": batches,
+                "num_workers": 0,
+                "num_threads": 1,
+                "ahead": 1,
+                "process": 0,
+                "num_processes": 1,
+            },
             words={"process": "process|batch", "num_processes": "num_processes|batch"},
         ),
+        Case("data.Reader[...]", data.Reader(batches, ahead=0).__getitem__, {"*step": 1}),
         Case(
             "data.Batches",
             data.Batches,

@@ -1,7 +1,7 @@
 """Data: datasets by TFDS name, batches as pure functions of the step, checks, the cache of latents."""
 
 from jaxldm.data.augmentation import Augmentation, augment
-from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches, prefetch
+from jaxldm.data.batches import ArrayRows, Batches, Rows, map_batches
 from jaxldm.data.buckets import BucketedBatches, Buckets, assign_buckets
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.edges import edges
@@ -42,7 +42,6 @@ __all__ = [
     "load",
     "load_folder",
     "map_batches",
-    "prefetch",
     "sharded",
     "source_name",
     "to_grey_levels",

@@ -122,7 +122,7 @@ class Batches:
 
     def order(self, epoch: int) -> Int[np.ndarray, "N"]:
         """Returns the order in which epoch number `epoch` visits the rows."""
-        kept_epoch, order = self._order  # read once: threads of `prefetch` share it
+        kept_epoch, order = self._order  # read once: threads of `Reader` share it
         if self.shuffle and kept_epoch != epoch:
             order = np.asarray(jax.random.permutation(jax.random.fold_in(self.key, epoch), len(self.rows)))
             self._order = (epoch, order)  # takes milliseconds to draw, so the last one is cached
@@ -222,24 +222,3 @@ def map_batches(
         filled = np.concatenate([part, np.repeat(part[-1:], batch_size - size, axis=0)])
         results.append(jax.tree.map(lambda array, size=size: np.asarray(array)[:size], function(filled)))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *results)
-
-
-@checked(
-    batches=instance(Batches, "a data.Batches(rows, batch_size, key)"),
-    start=count(0),
-    stop=count(0),
-    num_threads=count(1, 1024),
-    buffer_size=count(1, 2**20),
-)
-def prefetch(
-    batches: Batches, start: int, stop: int, *, num_threads: int = 4, buffer_size: int = 4
-) -> Iterator[dict[str, Shaped[np.ndarray, "B ..."]]]:
-    """Yields `batches[start]`, ..., `batches[stop - 1]`, read ahead by threads of `grain`.
-
-    For rows on disk; arrays in memory are faster without.
-    """
-    import grain
-
-    steps = grain.MapDataset.range(start, stop).map(batches.__getitem__)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
-    return iter(steps.to_iter_dataset(options))

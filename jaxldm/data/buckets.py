@@ -281,7 +281,7 @@ class BucketedBatches:
             members = self._members[bucket]
             order = members[np.asarray(jax.random.permutation(key, len(members)))]
             if len(self._streams) > 2 * len(self._members):
-                self._streams = {}  # a new one: threads of `prefetch` share them
+                self._streams = {}  # a new one: threads of `Reader` share them
             self._streams[bucket, epoch] = order
         return order
 

@@ -1,32 +1,32 @@
-"""Batches read ahead while the device computes: by a thread, or by processes for what is dear to decode.
+"""Batches read ahead by Grain while the device computes, by threads or, where decoding is dear, by processes.
 
 The order comes from the key and the step alone and is drawn in this process; workers are given numbers of
 rows. So a batch is the same whatever the number of workers, any step can be the first, and a worker that was
 killed costs nothing but the time to read its batch again.
+
+The processes are those of `jaxldm.data.workers`, not Grain's (`mp_prefetch`, looked at in 0.2.18). Batches of
+the latter go through /dev/shm, where one larger than it (64 MB in many containers) kills its worker, or else
+through a queue, where the rest of what a killed worker was sending is waited for without end; and they get
+their data only when they start, so that the order could not be drawn here.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
+import functools
 import time
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from jaxldm.arguments import checked, count, refuse
+from jaxldm.arguments import checked, count, optional, refuse
 from jaxldm.data.batches import Rows
-from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.data.workers import Workers
+from jaxldm.errors import InvalidArgumentError
 
 Batch = dict[str, Shaped[np.ndarray, "B ..."]]
-MOST_RESTARTS = 3  # of workers in a row, before their death is taken to be the data's fault
-_rows: Any = None  # in a worker: what it reads from
+END = 2**62  # steps: Grain wants a number
 
 
 @runtime_checkable
@@ -53,8 +53,9 @@ class Reader:
 
     Args:
         batches: `Batches` or `BucketedBatches`.
-        num_workers: processes that read; 0: a thread of this one. The rows must then be picklable.
-        ahead: batches that are read before they are asked for; 0: none.
+        num_workers: processes that read; 0: threads of this one. The rows must then be picklable.
+        num_threads: threads that read where there are no such processes. Several share the rows.
+        ahead: batches that are read before they are asked for; 0: none; None: one for each that reads.
         process: of several that train together, whose part of each batch is read: number `process` of
             `num_processes` equal ones, in the order of the batch. No two see the same example.
         num_processes: their number.
@@ -76,7 +77,8 @@ class Reader:
     @checked(
         batches=SOME_BATCHES,
         num_workers=count(0, 1024),
-        ahead=count(0, 2**16),
+        num_threads=count(1, 1024),
+        ahead=optional(count(0, 2**16)),
         process=count(0),
         num_processes=count(1),
     )
@@ -85,7 +87,8 @@ class Reader:
         batches: Any,
         *,
         num_workers: int = 0,
-        ahead: int = 1,
+        num_threads: int = 1,
+        ahead: int | None = None,
         process: int = 0,
         num_processes: int = 1,
     ):
@@ -94,31 +97,26 @@ class Reader:
                 f"a batch of {batches.batch_size} cannot be split over {num_processes} processes, of which "
                 f"this is number {process}: give a batch_size that is a multiple, and a number below theirs"
             )
-        self.batches, self.num_workers, self.ahead, self.waited = batches, num_workers, ahead, 0.0
+        at_once = num_workers or num_threads
+        self.batches, self.num_workers, self.waited = batches, num_workers, 0.0
+        self.ahead = at_once if ahead is None else ahead
+        self._num_threads = max(1, min(at_once, self.ahead))
         part = batches.batch_size // num_processes
         self._part = slice(process * part, (process + 1) * part)
-        self._pool: Executor | None = None
-        self._pending: dict[int, Future[Batch]] = {}
+        self._workers: Workers | None = None
+        self._stream: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and what gives it
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    @checked(step=count())
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, or this process's part of it. Raises `DataError` where it cannot be read."""
         started = time.perf_counter()
-        for attempt in range(MOST_RESTARTS + 1):
-            try:
-                self._submit(step)
-                batch = self._pending[step].result()
-                break
-            except BrokenExecutor as error:  # a worker was killed, perhaps for its memory
-                self.close()
-                if attempt == MOST_RESTARTS:
-                    raise DataError(
-                        f"the processes that read batch {step} ended {attempt + 1} times: there may be too "
-                        "little memory for them, use fewer workers"
-                    ) from error
-        del self._pending[step]
+        kept, self._stream = self._stream, None  # an iterator that raised is no longer where it was
+        stream = kept[1] if kept is not None and kept[0] == step else self._from(step)
+        batch = next(stream)
+        self._stream = step + 1, stream
         self.waited += time.perf_counter() - started
         return batch
 
@@ -134,46 +132,23 @@ class Reader:
 
     def close(self) -> None:
         """End the workers; the next batch starts new ones."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool, self._pending = None, {}
+        self._stream = None
+        if self._workers is not None:
+            self._workers.close()
+        self._workers = None
 
-    def _submit(self, step: int) -> None:
-        """Have this batch and the next ones read."""
-        if self._pool is None:
-            self._pool = self._new_pool()
-        wanted = range(step, step + 1 + self.ahead)
-        self._pending = {kept: future for kept, future in self._pending.items() if kept in wanted}
-        for number in wanted:
-            if number not in self._pending:
-                rows = self.batches.row_numbers(number)[self._part]
-                task = _take_here if self.num_workers else self.batches.rows.take
-                self._pending[number] = self._pool.submit(task, rows)
+    def _from(self, step: int) -> Iterator[Batch]:
+        """The batches from a step on, without end."""
+        import grain
 
-    def _new_pool(self) -> Executor:
-        if not self.num_workers:
-            return ThreadPoolExecutor(1)
-        # Not forked from here: JAX has threads, and a fork of them may hang.
-        context: Any = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-        if os.name != "nt":
-            context.set_forkserver_preload([__name__])  # imported once for all workers
-        return ProcessPoolExecutor(self.num_workers, context, _begin_worker, (self.batches.rows,))
+        if self.num_workers and self._workers is None:
+            self._workers = Workers(self.batches.rows, self.num_workers)
+        # A function of these alone: what is still being read for another step keeps no reader alive.
+        read = functools.partial(_read, self.batches, self._part, self._workers or self.batches.rows)
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=self.ahead)
+        return iter(grain.MapDataset.range(step, step + END).map(read).to_iter_dataset(options))
 
 
-def _begin_worker(rows: Rows) -> None:
-    """In a worker: keep what is read from, leave Ctrl-C to the training, and end when that is killed."""
-    global _rows
-    _rows = rows
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    training = multiprocessing.parent_process()
-
-    def end() -> None:
-        multiprocessing.connection.wait([cast(Any, training).sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
-def _take_here(rows: Int[np.ndarray, "B"]) -> Batch:
-    """In a worker: some rows."""
-    return _rows.take(rows)
+def _read(batches: Any, part: slice, source: Workers | Rows, step: int) -> Batch:
+    """In a thread of Grain: a part of a batch."""
+    return source.take(batches.row_numbers(step)[part])

@@ -1,4 +1,4 @@
-"""Batches are pure in the step and visit every example once in an epoch; reading ahead changes nothing."""
+"""Batches are pure in the step and visit every example once in an epoch."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxldm.data import ArrayRows, Batches, map_batches, prefetch
+from jaxldm.data import ArrayRows, Batches, map_batches
 from jaxldm.errors import DataError, InvalidArgumentError
 
 NUMBER = 13
@@ -65,13 +65,6 @@ def test_a_negative_step_is_refused():
 def test_columns_of_different_or_no_length_are_refused(columns):
     with pytest.raises(DataError, match="one row per example"):
         ArrayRows(columns)
-
-
-def test_prefetching_gives_the_same_batches_in_order():
-    batches = make(4)
-    for step, batch in enumerate(prefetch(batches, 2, 8), start=2):
-        np.testing.assert_array_equal(batch["label"], batches[step]["label"])
-    assert step == 7
 
 
 @given(number=st.integers(1, 9), batch_size=st.integers(1, 5))
