@@ -125,8 +125,8 @@ def _check_port(port: int) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise InvalidArgumentError(
-            f"cannot listen at port {port} of --coordinator ({os.strerror(error.errno or 0)}): choose another one, the same "
-            "for all processes"
+            f"cannot listen at port {port} of --coordinator ({os.strerror(error.errno or 0)}): choose "
+            "another one, the same for all processes"
         ) from error
 
 
