@@ -7,7 +7,8 @@ Needs:    a finished run folder (make demo), the `demo` extra; two CPU cores, no
           trains a few updates of each, to see that everything runs.
 
 Students take the guidance scale as an input, 1 to 4, so that one of each method answers at w = 1 and w = 3;
-ect, shortcut and ict are guided as any model, at two evaluations a step, and drifting cannot be guided.
+ect, shortcut and ict are guided as any model, at two evaluations a step, and drifting cannot be guided. Those without a teacher
+begin from nothing, and have as many updates here as the others; their recipes have more than twice as many.
 Digits are measured by the run's classifier, and by a second judge of another kind, trained on other digits.
 """
 
@@ -54,14 +55,14 @@ GUIDED = {"guidance_scale": RANGE}
 STUDENTS = {
     "guidance": Student("guidance", options=GUIDED),
     "progressive, 4 steps": Student("progressive", options=GUIDED | {"num_steps": 4}),
-    "progressive, 1 step": Student("progressive", options=GUIDED | {"num_steps": 1, "epochs": 12}),
+    "progressive, 1 step": Student("progressive", options=GUIDED | {"num_steps": 1}),
     "lcm": Student("lcm", options=GUIDED),
     "cd": Student("cd", options=GUIDED),
     "ect": Student("ect"),
     "scm": Student("scm", options=GUIDED),
     "reflow": Student("reflow", options=GUIDED | {"numbers": {"pairs": 8_000}}),
-    "dmd, 4 steps": Student("dmd", options=GUIDED | {"num_steps": 4}),
-    "dmd, 1 step": Student("dmd", options=GUIDED | {"num_steps": 1}),
+    "dmd, 4 steps": Student("dmd", options=GUIDED | {"num_steps": 4, "epochs": 5}),
+    "dmd, 1 step": Student("dmd", options=GUIDED | {"num_steps": 1, "epochs": 5}),
     "mean flow": Student(recipe="mini-mean-flow"),
     "improved mean flow": Student(recipe="mini-improved-mean-flow"),
     "shortcut": Student(recipe="mini-shortcut"),
@@ -84,6 +85,8 @@ class Digits:
     """Steps that students are drawn in, where they can."""
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
     """Of teacher and students."""
+    epochs: int = 8
+    """Of the students that begin from nothing; 18 are those of their recipes."""
     num_images: int = 500
     """Digits of each row; the real test set has 500."""
     quick: bool = False
@@ -96,6 +99,7 @@ def recipe_of(options: Digits, name: str) -> training.Recipe:
     student = STUDENTS[name]
     if student.method is None:
         recipe = training.RECIPES[str(student.recipe)]
+        recipe = changed(recipe, epochs=options.epochs)
         few = dataclasses.replace(recipe.diffusion.few_steps, teacher=None)
         if few.guidance_scale is not None:
             few = dataclasses.replace(few, guidance_scale=RANGE)

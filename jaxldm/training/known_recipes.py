@@ -155,7 +155,11 @@ def _dynamic(name: str, compute: float | None, **overrides: Any) -> Recipe:
 def _few_steps(name: str, method: str, **options: Any) -> Recipe:
     """The demo with a network that draws in few steps, without a teacher."""
     known = METHODS[method]
-    straight = {"prediction": D.flow(D.Flow())} if known.inputs else {}
+    # Velocities of straight lines are of that path alone. Drifting begins as its network does: with a network
+    # of nothing the straight path draws the noise itself, the others one picture for all noise, whose copies
+    # do not push each other apart.
+    alone = known.inputs or method == "drifting"
+    straight = {"prediction": D.flow(D.Flow())} if alone else {}
     diffusion = dataclasses.replace(
         _MINI_UNET,
         overrides={"scalar_inputs": known.inputs} if known.inputs else {},

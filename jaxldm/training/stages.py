@@ -183,11 +183,12 @@ def sample_size(shape: Sequence[int]) -> int | tuple[int, int]:
 
 
 def make_optimizer(
-    recipe: UpdatesRecipe, num_examples: int, mesh: Mesh, rounds: int = 1
+    recipe: UpdatesRecipe, num_examples: int, mesh: Mesh, rounds: int = 1, every: int = 1, share: float = 1
 ) -> tuple[Optimizer, Plan]:
     """Optimizer and plan of a stage, with epochs turned into updates. Raises `InvalidArgumentError`.
 
-    The learning rate rises and falls once in each of the `rounds`.
+    The learning rate rises and falls once in each of the `rounds`. The optimizer is that of a network which
+    moves in every so-manieth update, at a share of the recipe's rate.
     """
     check_batch_size(mesh, recipe.batch_size, recipe.accumulate)
     if recipe.batch_size > num_examples:
@@ -206,9 +207,9 @@ def make_optimizer(
             f"{total} updates cannot be divided into {rounds} rounds: give more epochs"
         )
     adam = optimizer(
-        recipe.learning_rate,
-        min(round_product(recipe.warmup_epochs, steps_per_epoch), total // rounds),
-        total,
+        recipe.learning_rate * share,
+        min(round_product(recipe.warmup_epochs, steps_per_epoch), total // rounds) // every,
+        -(-total // every),
         recipe.weight_decay,
         recipe.max_grad_norm,
         recipe.b1,

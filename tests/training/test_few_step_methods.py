@@ -16,6 +16,7 @@ from jaxldm.diffusion.paths import per_image
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 from jaxldm.training import (
     RECIPES,
+    DiffusionRecipe,
     FewStepsRecipe,
     LoraRecipe,
     Player,
@@ -29,7 +30,7 @@ from jaxldm.training.few_steps.matching import times_of
 from jaxldm.training.few_steps.method import TABLE, TEACHER, Setting
 from jaxldm.training.few_steps.methods import METHODS, taught
 from jaxldm.training.few_steps.networks import critic_module, critic_network, first_params, of_adapter
-from jaxldm.training.stages import Job
+from jaxldm.training.stages import Job, make_optimizer
 from jaxldm.training.train import in_rounds
 
 V, FLOW = D.v(D.VP.named("cosine")), D.flow(D.Flow())
@@ -80,7 +81,7 @@ def setting(name, scales=(1.0, 1.0), **numbers):
         numbers=recipe.numbers,
         updates=8,
         condition_dropout=0.0,
-        optimizer=adam,
+        optimizer_of=lambda every, share: adam,
         ema_decay=0.9,
     )
 
@@ -212,6 +213,26 @@ def test_the_generator_and_its_critic_take_turns():
         assert np.array_equal(state.frozen[TEACHER]["points"], POINTS)
     assert moved == [[True, True], [False, True]] * 2
     assert {"gradient", "critic_mse"} <= set(metrics)
+
+
+def test_a_generator_that_moves_now_and_then_has_the_rates_of_the_whole_training():
+    recipe = DiffusionRecipe(preset="mini-unet", epochs=10, batch_size=4, warmup_epochs=2, learning_rate=1e-2)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    always, plan = make_optimizer(recipe, 40, mesh)
+    seldom, same = make_optimizer(recipe, 40, mesh, every=5, share=0.5)
+    assert plan == same and plan.num_steps == 100
+    turns = np.arange(4, 20)
+    own, whole = (jax.vmap(adam.learning_rate) for adam in (seldom, always))
+    np.testing.assert_allclose(own(turns), whole(5 * turns) / 2, rtol=1e-5)
+    made = METHODS["dmd"].make_loss(
+        setting("dmd", critic_updates=5, generator_rate=0.5)._replace(
+            optimizer_of=lambda every, share: make_optimizer(recipe, 40, mesh, every=every, share=share)[0]
+        )
+    )
+    generator, critic = made
+    assert generator.every == 5
+    np.testing.assert_allclose(generator.optimizer.learning_rate(10), whole(np.array([50]))[0] / 2, rtol=1e-5)
+    np.testing.assert_allclose(critic.optimizer.learning_rate(50), whole(np.array([50]))[0], rtol=1e-5)
 
 
 def test_a_critic_of_several_steps_knows_which_of_them_drew_what_it_sees():
@@ -409,7 +430,11 @@ def test_teachers_that_a_method_cannot_take_are_refused():
         with pytest.raises(InvalidArgumentError, match="the method progressive, guidance, reflow or dmd"):
             checked_by(name, D.x0(path))
     with pytest.raises(InvalidArgumentError, match="num_steps must be 1"):
-        checked_by("drifting", V, 2)
+        checked_by("drifting", FLOW, 2)
+    checked_by("drifting", FLOW, 1)
+    for collapsing in (V, D.x0(path), D.epsilon(path)):
+        with pytest.raises(InvalidArgumentError, match="what a network of zeros draws"):
+            checked_by("drifting", collapsing, 1)
     with pytest.raises(InvalidArgumentError, match="counts timesteps"):
         checked_by("lcm", D.flow(D.Flow()))
     checked_by("cd", D.flow(D.Flow()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -143,7 +144,7 @@ def make_setting(context: Context, module: nn.Module, given: Conditioned, num_ex
     few, path = few_recipe(recipe), recipe.prediction.path
     critic = critic_module(few, module)
     rounds = METHODS[few.method].rounds(few.num_steps, few.numbers)
-    adam, plan = make_optimizer(recipe, num_examples, context.mesh, rounds)
+    make = functools.partial(make_optimizer, recipe, num_examples, context.mesh, rounds)
     return Setting(
         network=models.network(module),
         prediction=recipe.prediction,
@@ -152,9 +153,9 @@ def make_setting(context: Context, module: nn.Module, given: Conditioned, num_ex
         guidance_scale=few.guidance_scale or (1.0, 1.0),
         scale_input=scale_input_of(module),
         numbers=few.numbers,
-        updates=plan.num_steps,
+        updates=make()[1].num_steps,
         condition_dropout=recipe.condition_dropout,
-        optimizer=adam,
+        optimizer_of=lambda every, share: make(every, share)[0],
         ema_decay=recipe.ema_decay,
         critic=None if critic is None else critic_network(critic, float(path.t_noisy)),
         whole_batch=context.mesh.size == 1,

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
+from jaxldm.arguments import number
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.few_steps.consistency import ORIGINAL_STEPS
 from jaxldm.training.few_steps.method import (
@@ -100,8 +101,9 @@ def make_players(setting: Setting) -> Sequence[Player]:
         return D.diffusion_loss(learning, critic_of(params, condition, began), setting.prediction, images)
 
     every = setting.numbers["critic_updates"]
+    slower = setting.optimizer_of(every, setting.numbers["generator_rate"])
     return (
-        Player(STUDENT, generator, setting.optimizer, setting.ema_decay, every=every),
+        Player(STUDENT, generator, slower, setting.ema_decay, every=every),
         Player(CRITIC, critic, setting.optimizer),
     )
 
@@ -111,9 +113,9 @@ DMD = Method(
     make_loss=make_players,
     solver="lcm",
     steps=4,
-    numbers={"critic_updates": 5},
-    limits={"critic_updates": A_COUNT},
-    training={"epochs": 8, "learning_rate": 1e-4},
+    numbers={"critic_updates": 2, "generator_rate": 0.2},
+    limits={"critic_updates": A_COUNT, "generator_rate": number(high=1, above=0)},
+    training={"epochs": 8, "learning_rate": 1e-3},
     check=check,
     critic=True,
 )

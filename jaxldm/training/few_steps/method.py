@@ -45,7 +45,9 @@ class Setting(NamedTuple):
         numbers: the method's own, by name.
         updates: of the whole training.
         condition_dropout: share of conditions dropped, by methods that leave guidance outside.
-        optimizer, ema_decay: of the recipe, for methods of several players.
+        optimizer_of: (every, share) -> the optimizer of a network that moves in every so-manieth update, at a
+            share of the recipe's learning rate, which rises and falls in the whole training all the same.
+        ema_decay: of the recipe, for methods of several players.
         critic: (params, x, t, condition, began) -> output of a critic of several steps, which takes the time
             at which the step began that drew what it sees; None: the critic is a network as the student's.
         whole_batch: the batch lies on one device, so that parts of it may be computed one by one.
@@ -60,10 +62,15 @@ class Setting(NamedTuple):
     numbers: Mapping[str, Any]
     updates: int
     condition_dropout: float
-    optimizer: Optimizer
+    optimizer_of: Callable[[int, float], Optimizer]
     ema_decay: float | None
     critic: Callable[..., Any] | None = None
     whole_batch: bool = True
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """That of the recipe."""
+        return self.optimizer_of(1, 1.0)
 
     @property
     def path(self) -> D.Path:

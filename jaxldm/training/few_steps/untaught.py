@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps
@@ -152,6 +153,15 @@ def check_one_step(prediction: D.Prediction, num_steps: int | None, numbers: Map
     if num_steps != 1:
         raise InvalidArgumentError(
             f"drifting has no path between noise and image: num_steps must be 1, not {num_steps}"
+        )
+    path = prediction.path
+    noise = np.full((1, 1, 1, 1), float(path.sigma(path.t_noisy)), np.float32)
+    size = abs(float(np.squeeze(prediction.to_x0(np.zeros_like(noise), noise, np.full(1, path.t_noisy)))))
+    if not 0.1 < size < 10:  # copies of one picture do not push each other apart
+        raise InvalidArgumentError(
+            f"drifting begins with what a network of zeros draws, which with {prediction.name} on the "
+            f"{path.name} path is noise of size {size:.2g}, and has to be about that of images, 1: give the "
+            "recipe prediction=D.flow(D.Flow())"
         )
 
 
