@@ -7,8 +7,9 @@ Needs:    a finished run folder (make demo), the `demo` extra; two CPU cores, no
           trains a few updates of each, to see that everything runs.
 
 Students take the guidance scale as an input, 1 to 4, so that one of each method answers at w = 1 and w = 3;
-ect, shortcut and ict are guided as any model, at two evaluations a step, and drifting cannot be guided. Those without a teacher
-begin from nothing, and have as many updates here as the others; their recipes have more than twice as many.
+ect, shortcut and ict are guided as any model, at two evaluations a step, and drifting cannot be guided. Those
+without a teacher begin from nothing, and have as many updates here as the others: less than half of those of
+their recipes.
 Digits are measured by the run's classifier, and by a second judge of another kind, trained on other digits.
 """
 

@@ -21,6 +21,7 @@ from jaxldm.training import (
     LoraRecipe,
     Player,
     create_train_state,
+    make_mesh,
     make_train_step,
     optimizer,
 )
@@ -217,7 +218,7 @@ def test_the_generator_and_its_critic_take_turns():
 
 def test_a_generator_that_moves_now_and_then_has_the_rates_of_the_whole_training():
     recipe = DiffusionRecipe(preset="mini-unet", epochs=10, batch_size=4, warmup_epochs=2, learning_rate=1e-2)
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    mesh = make_mesh(1)
     always, plan = make_optimizer(recipe, 40, mesh)
     seldom, same = make_optimizer(recipe, 40, mesh, every=5, share=0.5)
     assert plan == same and plan.num_steps == 100
