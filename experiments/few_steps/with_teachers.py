@@ -255,15 +255,14 @@ def distribution_matching(data: Data, times: tuple[float, ...] = (0.999,)) -> Me
     def critic(params, row):
         # Which step drew the samples: else their mixture alone would be matched. The teacher is not added: a
         # network of the difference alone, which is 0 at last, follows the generator too slowly.
-        step = row.astype(jnp.float32) / len(times)
+        step = jnp.float32(row / len(times))
         return lambda x, t, condition=None: network(params["critic"], x, t, step)
 
-    def loss(params, average, start, key, progress):
-        keys = jax.random.split(key, 6)
+    def of_step(params, key, row):
+        keys = jax.random.split(jax.random.fold_in(key, row) if row else key, 6)
         noise = jax.random.normal(keys[0], (BATCH, 2))
-        row = jax.random.randint(keys[1], (), 0, len(times))
         x = few.backward_simulation(keys[2], generator(params), path, noise, times, row)
-        images = generator(params)(x, every(jnp.asarray(times)[row], x))
+        images = generator(params)(x, every(times[row], x))
         t = jax.random.uniform(keys[3], (BATCH,), minval=0.02, maxval=0.98)
         still = jax.lax.stop_gradient(images)
         fake = D.denoiser(critic(jax.lax.stop_gradient(params), row), prediction)
@@ -271,6 +270,10 @@ def distribution_matching(data: Data, times: tuple[float, ...] = (0.999,)) -> Me
         gradient = few.distribution_matching_gradient(real, fake, still, path, epsilon, t)
         own = few.distribution_matching_loss(images, gradient)[0]
         return own + D.diffusion_loss(keys[5], critic(params, row), prediction, still)[0]
+
+    def loss(params, average, start, key, progress):
+        # All steps in each update: one of them in turn made the two players follow it, and not the others.
+        return sum(of_step(params, key, row) for row in range(len(times))) / len(times)
 
     @jax.jit
     def draw(params):
@@ -284,5 +287,6 @@ def distribution_matching(data: Data, times: tuple[float, ...] = (0.999,)) -> Me
         return {"generator": init_network(keys[0], 1), "critic": init_network(keys[1], 2)}
 
     # Momentum would carry each of the two players on past where the other one is by then.
-    how = Training(updates=20000, slower={"generator": 0.1}, ema=0.999, averaged=True, betas=(0.0, 0.99))
+    updates = 20000 if len(times) == 1 else 10000
+    how = Training(updates=updates, slower={"generator": 0.1}, ema=0.999, averaged=True, betas=(0.0, 0.99))
     return Method(init, [loss], lambda params: distribution_error(draw(params), data), DISTRIBUTION, how)
