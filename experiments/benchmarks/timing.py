@@ -27,26 +27,34 @@ def first_call(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def turns(variants: dict[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per call of each variant in each round; the variants take turns."""
+def turns(
+    variants: dict[str, Run], rounds: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each variant in each round, by the clock; the variants take turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            calls, start = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - start < seconds:
+            calls, start = 0, clock()
+            while calls == 0 or clock() - start < seconds:
                 run()
                 calls += 1
-            times[name].append((time.perf_counter() - start) / calls * 1e3)
+            times[name].append((clock() - start) / calls * 1e3)
             time.sleep(0.02)  # threads of one side that still spin would slow the other
     return times
 
 
-def measure_row(title: str, variants: dict[str, Run], rounds: int, seconds: float) -> dict[str, Any]:
+def measure_row(
+    title: str,
+    variants: dict[str, Run],
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """A row: compile seconds, milliseconds and the ratios of every other variant to the first."""
     compile_seconds = {name: first_call(run) for name, run in variants.items()}
     for run in variants.values():
         run()
-    times = turns(variants, rounds, seconds)
+    times = turns(variants, rounds, seconds, clock)
     first, *others = variants
     ratios = {
         other: np.percentile(np.divide(times[other], times[first]), [25, 50, 75]).tolist() for other in others
