@@ -137,6 +137,20 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def save(options: DitPeak, rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
+    """Write the rows, and return their table; in the folder `unfinished` while some are to come."""
+    rows, peak = with_shares(rows, 2 * jax.device_count() * options.matrix**3)
+    table = markdown(HEAD, [cells_of(row) for row in rows])
+    setting = machine("dit_peak", versions) | {"peak, 10^9 operations per second": round(peak / 1e9, 1)}
+    setting["seconds"] = "of the processor" if options.processor_time else "of the clock"
+    contents = {
+        "dit_peak.md": f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table}",
+        "dit_peak.json": json.dumps({**setting, "rows": rows}, indent=1) + "\n",
+    }
+    save_results(options.output_dir, contents, complete=len(rows) == len(options.widths))
+    return table
+
+
 def main(options: DitPeak) -> None:
     """Measures, prints and writes the table."""
     host.prepare()  # before anything is computed
@@ -146,22 +160,13 @@ def main(options: DitPeak) -> None:
     clock = time.process_time if options.processor_time else time.perf_counter
     for width in options.widths:
         batch_size = 8 if options.quick else batch_of(width)
-        runs, operations = variants(
-            network(width, options.blocks, options.quick), batch_size, options.matrix, bool(versions)
-        )
+        module = network(width, options.blocks, options.quick)
+        runs, operations = variants(module, batch_size, options.matrix, bool(versions))
         row = measure_row(f"{width}, {options.blocks}, {batch_size}", runs, options.rounds, 0.0, clock)
         rows.append(row | {"operations": operations})
+        table = save(options, rows, versions)
         print(json.dumps(rows[-1]), flush=True)
-    rows, peak = with_shares(rows, 2 * jax.device_count() * options.matrix**3)
-    table = markdown(HEAD, [cells_of(row) for row in rows])
     print(table)
-    setting = machine("dit_peak", versions) | {"peak, 10^9 operations per second": round(peak / 1e9, 1)}
-    setting["seconds"] = "of the processor" if options.processor_time else "of the clock"
-    contents = {
-        "dit_peak.md": f"```\n{json.dumps(setting, indent=1)}\n```\n\n{table}",
-        "dit_peak.json": json.dumps({**setting, "rows": rows}, indent=1) + "\n",
-    }
-    save_results(options.output_dir, contents)
 
 
 if __name__ == "__main__":
