@@ -274,7 +274,10 @@ def save(options: Digits, rows: list[dict[str, Any]], shown: Mapping[Any, Any]) 
     title = f"Students of few steps: {options.num_images} digits each"
     save_table(options.output_dir / "digits.md", title, text)
     scale = options.guidance_scales[-1]
-    first = {name: images for (name, steps, w), images in shown.items() if w == scale and steps in (1, 4)}
+    first: dict[str, Any] = {}  # the rows of a student come by their steps
+    for (name, _, w), images in shown.items():
+        if w == scale:
+            first.setdefault(name, images)
     picture = metrics.labelled_grid(
         np.concatenate([images[:10] for images in first.values()]),
         10,
