@@ -334,16 +334,20 @@ def _of(tree: Any, name: str) -> Any:
     return None if tree is None else cast(Any, tree).get(name)
 
 
+_SLOWER_INSIDE = 5  # times, inside of a conditional of XLA's CPU backend
+
+
 def _when_due(
     player: Player, step: Int[Array, ""], update: Callable[[_Own], tuple[_Own, Metrics]], own: _Own
 ) -> tuple[_Own, Metrics]:
     """The update where it is due.
 
     Inside of a conditional XLA's CPU backend has one thread: a discriminator took five times as long. So a
-    player that only starts late is there computed from the beginning, and kept when it is due.
+    player that only starts late, or moves in more than every fifth update, is there computed in all of them,
+    and kept when it is due.
     """
     due, stay = player.moves(step), _stay(update)
-    if jax.default_backend() != "cpu" or player.every > 1:
+    if jax.default_backend() != "cpu" or player.every >= _SLOWER_INSIDE:
         return jax.lax.cond(due, update, stay, own)
     return jax.tree.map(lambda new, old: jnp.where(due, new, old), update(own), stay(own))
 

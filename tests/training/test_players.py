@@ -67,15 +67,16 @@ def test_players_move_in_turn_and_see_what_the_ones_before_have_become():
     chex.assert_trees_all_equal(new.evaluation_params["critic"], new.params["critic"])
 
 
-def test_a_player_whose_turn_it_is_not_stays_bit_for_bit():
-    """every=3, start=2: it moves after 2, 5, ... finished updates, and counts its own for its schedule."""
-    players = two_players(every=3, start=2)
+@pytest.mark.parametrize("every", [3, 7])  # computed in every update on a CPU, and in its own alone
+def test_a_player_whose_turn_it_is_not_stays_bit_for_bit(every):
+    """start=2: it moves after 2, 2 + every, ... finished updates, and counts its own for its schedule."""
+    players = two_players(every=every, start=2)
     step, state, moved = jax.jit(make_train_step(players)), begin(players), []
-    for number in range(9):
+    for number in range(3 * every):
         before = jax.device_get((state.params["critic"], state.opt_state["critic"]))
         state, metrics = step(state, {})
         after = jax.device_get((state.params["critic"], state.opt_state["critic"]))
-        if number % 3 == 2:
+        if number % every == 2:
             rate = OTHER.learning_rate(len(moved))
             np.testing.assert_allclose(metrics["critic_learning_rate"], rate, rtol=1e-6)
             assert np.isfinite(metrics["critic_loss"]) and after[1].count == len(moved) + 1
@@ -84,7 +85,8 @@ def test_a_player_whose_turn_it_is_not_stays_bit_for_bit():
         else:
             chex.assert_trees_all_equal(before, after)
             assert np.isnan(metrics["critic_loss"]) and np.isfinite(metrics["loss"])
-    assert moved == [2, 5, 8] and int(state.opt_state["maker"].count) == 9
+    assert moved == [2, 2 + every, 2 + 2 * every]
+    assert int(state.opt_state["maker"].count) == 3 * every
 
 
 def test_a_player_with_a_loss_that_is_not_finite_stays_and_the_other_moves():
