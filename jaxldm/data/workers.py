@@ -52,6 +52,7 @@ class Workers:
         code = None
         for _ in range(MOST_RESTARTS + 1):
             worker, kept = self._idle.get(), None
+            answer, error = {}, None
             try:
                 if worker is None and not self._closed:
                     worker = self._start()

@@ -28,7 +28,7 @@ from jaxldm.pipelines.weighted_prompts import text_encoding
 
 
 class MicroConditioning(TypedDict, total=False):
-    """What SDXL is told of a picture besides its text (Podell et al. 2023, section 2.2): options of a call.
+    """What SDXL is given of a picture besides its text (Podell et al. 2023, section 2.2): options of a call.
 
     Attributes:
         original_size: (height, width) of a training picture as it was; default the size drawn.
