@@ -71,9 +71,12 @@ class Workers:
                 raise error
             if kept is not None:
                 return answer
+        known = (
+            "" if code in (None, 255) else f", the last with code {code}"
+        )  # 255: the server did not see it
         raise DataError(
-            f"the processes that read a batch ended {MOST_RESTARTS + 1} times, the last with code {code}: "
-            "there may be too little memory for them, use fewer workers"
+            f"the processes that read a batch ended {MOST_RESTARTS + 1} times{known}: there may be too little "
+            "memory for them, use fewer workers"
         )
 
     def close(self) -> None:
