@@ -71,12 +71,11 @@ class Workers:
                 raise error
             if kept is not None:
                 return answer
-        known = (
-            "" if code in (None, 255) else f", the last with code {code}"
-        )  # 255: the server did not see it
+        unseen = code in (None, 255)  # by the server of forks
+        known = "" if unseen else f", the last with code {code}"
         raise DataError(
-            f"the processes that read a batch ended {MOST_RESTARTS + 1} times{known}: there may be too little "
-            "memory for them, use fewer workers"
+            f"the processes that read a batch ended {MOST_RESTARTS + 1} times{known}: there may be too "
+            "little memory for them, use fewer workers"
         )
 
     def close(self) -> None:
