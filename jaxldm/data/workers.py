@@ -52,7 +52,6 @@ class Workers:
         code = None
         for _ in range(MOST_RESTARTS + 1):
             worker, kept = self._idle.get(), None
-            answer, error = {}, None
             try:
                 if worker is None and not self._closed:
                     worker = self._start()
@@ -65,12 +64,12 @@ class Workers:
             except BaseException:
                 self._end(worker)  # its answer may be under way
                 raise
+            else:
+                if error is not None:
+                    raise error
+                return answer
             finally:
                 self._idle.put(kept)
-            if kept is not None and error is not None:
-                raise error
-            if kept is not None:
-                return answer
         unseen = code in (None, 255)  # by the server of forks
         known = "" if unseen else f", the last with code {code}"
         raise DataError(
