@@ -25,10 +25,16 @@ from jaxldm.exact import MAX_TIMESTEPS
 from jaxldm.functions import NamedFields
 
 
+def wide_type(x: Any) -> Any:
+    """The type of what is computed next to x: its own, or float32 where that is less."""
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
+    return x.dtype if wide else jnp.dtype(jnp.float32)
+
+
 def at_least_float32(x: Num[Array, " *shape"]) -> Float[Array, " *shape"]:
     """x as it is in float32 or float64, and as float32 in anything less: schedules never run in bfloat16."""
-    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
-    return x if wide else x.astype(jnp.float32)
+    wide = wide_type(x)
+    return x if x.dtype == wide else x.astype(wide)
 
 
 A_TIME = array("real")

@@ -24,9 +24,9 @@ from jaxldm.arguments import (
     several,
 )
 from jaxldm.diffusion.denoiser import Denoiser
-from jaxldm.diffusion.paths import Path, per_image
+from jaxldm.diffusion.paths import Path, per_image, wide_type
 from jaxldm.errors import InvalidArgumentError, shown
-from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped, wide_type
+from jaxldm.few_steps.jumps import A_LATENT, TIMES, check_batch, means_of, stopped
 from jaxldm.functions import returned
 
 

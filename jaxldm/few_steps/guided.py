@@ -13,6 +13,7 @@ from jaxldm.arguments import a_tree, checked, count, function, number, one_key
 from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
 from jaxldm.diffusion.guidance import check_same_form, guide
+from jaxldm.diffusion.paths import wide_type
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.few_steps.jumps import (
@@ -24,7 +25,6 @@ from jaxldm.few_steps.jumps import (
     noised,
     stopped,
     times_on,
-    wide_type,
 )
 from jaxldm.functions import returned
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Real
 
 from jaxldm.arguments import array, checked, shapes_differ
 from jaxldm.diffusion.denoiser import A_DENOISER, Denoiser
-from jaxldm.diffusion.paths import A_PATH, Path, per_image
+from jaxldm.diffusion.paths import A_PATH, Path, per_image, wide_type
 from jaxldm.diffusion.predictions import implied_noise
 from jaxldm.errors import InvalidArgumentError
 
@@ -30,11 +30,6 @@ def check_batch(**arrays: Any) -> None:
         if value.shape not in (x.shape, x.shape[:1], ()):
             each = f"one number for each example, [{len(x)}]" if value.ndim == 1 else f"as {first} is"
             raise shapes_differ({first: x, name: value}, f": {name} must be {each}")
-
-
-def wide_type(x: Any) -> Any:
-    """The type of what is computed next to x: its own, or float32 where that is less."""
-    return x.dtype if x.dtype.itemsize >= 4 else jnp.float32
 
 
 def times_on(path: Path | None, x: Any, **times: Any) -> tuple[Any, ...]:

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 from jaxldm.arguments import a_tree, array, checked, count, function, number, one_key
 from jaxldm.diffusion.checks import check_condition
 from jaxldm.diffusion.denoiser import check_output_shape
+from jaxldm.diffusion.paths import wide_type
 from jaxldm.diffusion.predictions import A_PREDICTION, Prediction
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.few_steps.jumps import A_LATENT, TIMESTEPS, check_batch, means_of, noised, times_on, wide_type
+from jaxldm.few_steps.jumps import A_LATENT, TIMESTEPS, check_batch, means_of, noised, times_on
 from jaxldm.functions import returned
 
 
