@@ -22,6 +22,23 @@ def uncorrelated(count=64, seed=0):
     return jnp.asarray(MEAN + STD * draws[:, :2]), jnp.asarray(draws[:, 2:])
 
 
+def reflected(path, x_0, epsilon, t):
+    """Each draw, and the one whose x_t is the same and whose errors of x_0 and eps are the opposite."""
+    means = parts(path, path.alpha(t)[:, None] * x_0 + path.sigma(t)[:, None] * epsilon, t)
+    pairs = zip((x_0, epsilon), means, strict=True)
+    return tuple(jnp.concatenate([one, 2 * mean - one]) for one, mean in pairs)
+
+
+def spread(path, t):
+    """The standard deviation of x_t."""
+    return np.hypot(path.alpha(t) * STD, path.sigma(t))
+
+
+def unexplained(path, t):
+    """Var[dx_t/dt | x_t] of a draw: (std (alpha sigma' - alpha' sigma) / spread)^2, and the bracket is 1."""
+    return (STD / spread(path, t)) ** 2
+
+
 def every(count, value):
     return jnp.full((count,), value)
 

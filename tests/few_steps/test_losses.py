@@ -119,21 +119,48 @@ def test_the_tangent_of_continuous_consistency_is_a_constant(difference):
     np.testing.assert_allclose(found, -2 * jnp.mean(g * X), rtol=1e-4)
 
 
-def test_the_product_of_mean_flow_is_the_derivative(x64):
-    # du/dt along (v, 0, 1) against a difference of u along the straight line, in float64.
-    x, e = (jnp.asarray(value, jnp.float64) for value in (X, NOISE))
-    r, t = S.astype(jnp.float64), T.astype(jnp.float64)
+def in_float64(*values):
+    return tuple(jnp.asarray(value, jnp.float64) for value in values)
+
+
+def slope_along(network, x, t, direction, h=1e-5):
+    """The slope of network(x, t) along (direction, 1)."""
+    return (network(x + h * direction, t + h) - network(x - h * direction, t - h)) / (2 * h)
+
+
+@pytest.mark.parametrize("loss_of", [few.mean_flow_loss, few.improved_mean_flow_loss])
+def test_the_product_of_mean_flow_is_the_derivative(loss_of, x64):
+    # du/dt along (v, 0, 1), or along the network's own velocity, against a difference, in float64.
+    x, e, r, t = in_float64(X, NOISE, S, T)
 
     def u(z, r, t, condition=None):
         t, r = (value.reshape(-1, 1, 1, 1) for value in (t, r))
         return jnp.sin(z * t) + r * t**2
 
     z = (1 - t).reshape(-1, 1, 1, 1) * x + t.reshape(-1, 1, 1, 1) * e
-    h = 1e-5
-    slope = (u(z + h * (e - x), r, t + h) - u(z - h * (e - x), r, t - h)) / (2 * h)
+    direction = e - x if loss_of is few.mean_flow_loss else u(z, t, t)
+    slope = slope_along(lambda z, t: u(z, r, t), z, t, direction)
     error = u(z, r, t) - (e - x - (t - r).reshape(-1, 1, 1, 1) * slope)
-    loss, _ = few.mean_flow_loss(u, x, e, r, t, power=0.0)
+    loss, _ = loss_of(u, x, e, r, t, power=0.0)
     np.testing.assert_allclose(loss, jnp.mean(jnp.sum(error**2, (1, 2, 3))), rtol=1e-8)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_product_of_continuous_consistency_is_the_derivative(normalise, x64):
+    # g = -cos^2 (F - slope) - r cos sin (x + dF/dt), dF/dt along (slope, 1).
+    x, slope, t = in_float64(X, NOISE, T)
+
+    def F(x, t):
+        t = t.reshape(-1, 1, 1, 1)
+        return jnp.sin(x * t) + t**2
+
+    cos, sin = (of(t).reshape(-1, 1, 1, 1) for of in (jnp.cos, jnp.sin))
+    g = -(cos**2) * (F(x, t) - slope) - 0.7 * cos * sin * (x + slope_along(F, x, t, slope))
+    norm = jnp.sqrt(jnp.mean(g**2, (1, 2, 3), keepdims=True))
+    loss, metrics = few.continuous_consistency_loss(F, x, t, slope, warmth=0.7, normalise=normalise)
+    wanted = jnp.mean((g / (norm + 0.1) if normalise else g) ** 2)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-8)
+    np.testing.assert_allclose(metrics["tangent"], jnp.sqrt(jnp.mean(g**2)), rtol=1e-8)
 
 
 def test_mean_flow_weighs_large_errors_down():
@@ -192,8 +219,17 @@ def test_drift_pulls_to_data_and_vanishes_where_both_are_one_set():
     pulled, _ = few.drift(one + jnp.array([[3.0, 0.0]]), far)
     assert pulled[:, 0].mean() < -1  # back to the left
     assert abs(together.mean(0)).max() < 0.3 * abs(pulled.mean(0)).max()
-    swapped, _ = few.drift(two, one)
-    assert together.shape == swapped.shape
+
+
+def test_the_force_between_draws_of_one_distribution_averages_out():
+    # Its mean over draws falls as 1 / sqrt(draws); that of attraction alone stays, inwards.
+    samples, data = jax.random.normal(KEY, (2, 1024, 16, 2))
+    force, _ = jax.jit(jax.vmap(few.drift))(samples, data)
+    outwards = jnp.sum(force * samples, axis=-1)
+    draws = 4 ** np.arange(4)
+    for part in np.asarray([force[..., 0], force[..., 1], outwards]).mean(-1):
+        sizes = [np.sqrt(np.mean(part.reshape(-1, count).mean(1) ** 2)) for count in draws]
+        assert np.polyfit(np.log(draws), np.log(sizes), 1)[0] == pytest.approx(-0.5, abs=0.12)
 
 
 def test_drift_is_antisymmetric_and_does_not_know_the_origin():

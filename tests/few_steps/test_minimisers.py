@@ -1,10 +1,28 @@
 """At the map that is known exactly, each loss is at its floor and its gradient is 0."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian import DIRECTIONS, EDM, FLOW, MEAN, STD, every, moved, parts, solution, uncorrelated, velocity
+from gaussian import (
+    DIRECTIONS,
+    EDM,
+    FLOW,
+    MEAN,
+    STD,
+    every,
+    moved,
+    parts,
+    reflected,
+    solution,
+    spread,
+    uncorrelated,
+    unexplained,
+    velocity,
+)
 
 from jaxldm import diffusion as D
 from jaxldm import few_steps as few
@@ -150,6 +168,43 @@ def test_consistency_training_is_biased_by_the_square_of_the_gap(x64):
     assert np.polyfit(np.log(gaps), np.log(sizes), 1)[0] == pytest.approx(2, abs=0.15)
 
 
+def times_of_training(method):
+    """From noise to the clean end, each the partner of the one before it."""
+    if method == "ict":
+        return few.karras_levels(few.num_levels(0, 100))[::-1]
+    times = [20.0]
+    while times[-1] > 0:
+        times += np.asarray(few.easy_times(jnp.asarray(times[-1:]), stage=1)).tolist()
+    return np.array(times)
+
+
+@pytest.mark.parametrize("distance", [few.squares_of, few.pseudo_huber(0.00054 * np.sqrt(2))])
+@pytest.mark.parametrize("method", ["ect", "ict"])
+def test_consistency_training_learns_euler_steps_of_the_exact_denoiser(method, distance, x64):
+    # f_t is the mean of f_s(x_0 + s eps) given x_t, which is f_s after Euler's step as f_s is linear.
+    times = times_of_training(method)
+    assert len(times) > 4 and times[-1] < 1.001 * EDM.sigma_min
+    euler = few.ddim_jump(D.gaussian_denoiser(EDM, MEAN, STD))
+
+    def exact(x, t):
+        below = times[np.argmin(np.abs(times - float(t[0]))) :]
+        for pair in itertools.pairwise(below):
+            x = euler(x, *(every(len(x), time) for time in pair))
+        return x
+
+    network = moved(exact)
+    for pair in itertools.pairwise(times):
+        x_0, epsilon = reflected(EDM, *uncorrelated(COUNT), every(COUNT, pair[0]))
+        t, s = (every(2 * COUNT, time) for time in pair)
+        x_t, x_s = (few.noised(EDM, x_0, epsilon, time) for time in (t, s))
+
+        def loss(theta, pairs=(x_t, t, x_s, s)):
+            f = functools.partial(network, theta)
+            return few.consistency_loss(f, f, *pairs, distance=distance)[0]
+
+        np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(DIRECTIONS)), 0, atol=1e-9)
+
+
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.parametrize("warmth", [0.0, 0.4, 1.0])
 def test_continuous_consistency(taught, warmth, x64):
@@ -174,6 +229,9 @@ def test_continuous_consistency(taught, warmth, x64):
     gradient = jax.grad(loss)(jnp.zeros(DIRECTIONS))
     if warmth == 1:
         np.testing.assert_allclose(gradient, 0, atol=1e-9)
+        # What one draw's slope has besides the mean's moves f by df/dx_t = std / spread.
+        left = 0.0 if taught else np.mean((np.cos(0.9) * unexplained(path, 0.9)) ** 2)
+        assert loss(jnp.zeros(DIRECTIONS)) == pytest.approx(left, rel=1e-9, abs=1e-20)
         if taught:
             assert loss(jnp.zeros(DIRECTIONS), True) == pytest.approx(0, abs=1e-20)
     else:  # in the warm-up another function is learned: the network's own velocity
@@ -279,6 +337,8 @@ def test_shortcut(d, x64):
         return few.shortcut_loss(own, x_0, epsilon, t, d, target)[0]
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(DIRECTIONS)), 0, atol=1e-9)
+    floor = COUNT / (COUNT + 16) * np.mean(unexplained(FLOW, 0.6))  # of the others' velocities
+    assert loss(jnp.zeros(DIRECTIONS)) == pytest.approx(floor, rel=1e-9)
 
 
 def exact_mean_velocity(x, r, t):
@@ -291,6 +351,9 @@ def exact_mean_velocity(x, r, t):
 @pytest.mark.parametrize("loss_of", [few.mean_flow_loss, few.improved_mean_flow_loss])
 @pytest.mark.parametrize(("r", "t"), [(0.0, 1.0), (0.2, 0.7), (0.65, 0.7)])
 def test_mean_flow(loss_of, r, t, x64):
+    floor = unexplained(FLOW, t)
+    if loss_of is few.mean_flow_loss:  # whose derivative is along one draw's v: (v - E v) dz_r/dz_t is left
+        floor = floor * (spread(FLOW, r) / spread(FLOW, t)) ** 2
     x_0, epsilon = uncorrelated(COUNT)
     r, t = every(COUNT, r), every(COUNT, t)
     network = moved(exact_mean_velocity)
@@ -300,6 +363,7 @@ def test_mean_flow(loss_of, r, t, x64):
         return loss_of(u, x_0, epsilon, r, t, power=0.0)[0]
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(DIRECTIONS)), 0, atol=1e-9)
+    assert loss(jnp.zeros(DIRECTIONS)) == pytest.approx(np.sum(floor), rel=1e-9)
 
 
 def test_mean_flow_with_the_exact_velocity_is_exact(x64):

@@ -143,12 +143,33 @@ def test_mean_flow(loss_of, x64):
     )
 
 
-def test_shortcut_and_reflow(x64):
+def test_shortcut(x64):
+    first = COUNT // 4
+    t = jnp.where(jnp.arange(COUNT) < first, 1.0, 0.6)
+    d, x_t = every(COUNT, 0.8), few.noised(FLOW, *draws(), t)
+    # Of the others E[x_0 | x_t] and E[eps | x_t], whose line has the exact velocity: no noise is left.
+    x_0 = denoiser(FLOW)(x_t, t)
+    epsilon = D.implied_noise(x_0, x_t, FLOW.alpha(t), FLOW.sigma(t))
+
+    def exact(x, t, d):
+        still = per_image(d == 0, x)
+        mean = (x - solution(FLOW, x, t, t - d)) / jnp.where(still, 1.0, per_image(d, x))
+        return jnp.where(still, velocity(x, t), mean)
+
+    own = x_t[:first], t[:first], d[:first]
+    target = few.shortcut_target(lambda x, t, d, condition: exact(x, t, d), *own, clip=None)
+    np.testing.assert_allclose(target, exact(*own), atol=1e-7)
+    network = moved(exact)
+    assert_at_floor(
+        lambda theta: few.shortcut_loss(
+            lambda x, t, d, condition: network(theta, x, t, d), x_0, epsilon, t, d, target
+        )[0]
+    )
+
+
+def test_reflow(x64):
     _, noise = draws()
-    t, d = every(COUNT, 1.0), every(COUNT, 0.8)
-    mean = lambda x, t, d: (x - solution(FLOW, x, t, t - d)) / per_image(d, x)  # noqa: E731
-    target = few.shortcut_target(lambda x, t, d, condition: mean(x, t, d), noise, t, d, clip=None)
-    np.testing.assert_allclose(target, mean(noise, t, d), atol=1e-7)
+    t = every(COUNT, 1.0)
     samples = solution(FLOW, noise, t, every(COUNT, 0.05))
     network = moved(lambda x, t: x - solution(FLOW, x, t, every(COUNT, 0.05)))  # at t = 1: noise to sample
     assert_at_floor(
