@@ -8,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from students import SIZES, SMALL, evaluations, pipeline, random_params, student
 
 from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm import diffusion as D
@@ -18,14 +19,6 @@ from jaxldm.training import RECIPES, Recipe, distill_recipe, kept_steps, read_ke
 from jaxldm.training.runs import open_run, save_autoencoder, save_classifier, save_denoiser
 
 pytestmark = pytest.mark.usefixtures("compile_once")
-SMALL = {"hidden_size": 16, "depth": 1, "num_heads": 2}
-SIZES = {**SMALL, "patch_size": 7, "sample_size": 28, "in_channels": 1}
-
-
-def pipeline(prediction=None, **changes):
-    module = models.build("tiny-dit", **SIZES, num_classes=10, **changes)
-    network = pipelines.Network(module, models.init(module, jax.random.key(0)))
-    return pipelines.class_to_image(network, prediction or D.v(D.VP.named("cosine")))
 
 
 @pytest.fixture(scope="module")
@@ -35,33 +28,8 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def student(teacher, method, **options):
-    recipe = distill_recipe(
-        teacher, method, dataset="mnist5k", epochs=4, batch_size=32, save_every=1, **options
-    )
-    return dataclasses.replace(recipe, max_train_images=64)
-
-
 def bytes_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def evaluations(pipe, **options):
-    """How many images the network is given for one that is drawn."""
-    seen = []
-    call = pipe.denoiser.module.__class__.__call__
-
-    def counted(self, x, *inputs, **more):
-        jax.debug.callback(lambda: seen.append(len(x)))
-        return call(self, x, *inputs, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipe.denoiser.module.__class__, "__call__", counted)
-        pipe = pipe.replace(images_per_device=1)
-        images = pipe(jax.random.key(0), [3], batch_size=1, devices=jax.devices()[:1], **options)
-        jax.effects_barrier()
-    assert np.isfinite(images).all()
-    return sum(seen)
 
 
 def test_progressive_students_halve_go_on_after_a_kill_and_draw_in_their_steps(teacher, tmp_path):
@@ -161,10 +129,7 @@ def test_a_student_has_the_autoencoder_classifier_and_latents_of_its_teachers_ru
 def test_a_network_that_takes_the_length_of_a_step_is_told_it():
     """Of mean flows and shortcuts: x_s = x_t - (t - s) u(x_t, t, t - s)."""
     module = models.build("tiny-dit", **SIZES, num_classes=10, scalar_inputs=("step_size",))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda spec: (0.1 * rng.normal(size=spec.shape)).astype(np.float32), models.shapes(module)
-    )
+    rng, params = np.random.default_rng(1), random_params(module)
     pipe = pipelines.class_to_image(pipelines.Network(module, params), D.flow(D.Flow()))
     x = noise = rng.normal(size=(1, 28, 28, 1)).astype(np.float32)
     for t, s in ((1.0, 0.5), (0.5, 0.0)):
