@@ -62,11 +62,17 @@ class Controlnet(SeveralHosts):
     learning_rate: Annotated[float | None, shown("FLOAT", "1e-5")] = None
     """Highest learning rate, after the warm-up."""
 
+    optimizer: Annotated[str | None, shown("NAME", "adamw")] = None
+    """adamw, lion, muon, schedule_free_adamw, or prodigy (with --learning-rate 1)."""
+
     condition_dropout: Annotated[float | None, shown("FLOAT", "0.1")] = None
     """Share of the pictures that are trained on without their caption; 0.5 in the paper."""
 
     dtype: Annotated[str | None, shown("NAME", "float32")] = None
     """float32 or bfloat16, of the computation; parameters are float32."""
+
+    remat: bool = False
+    """Compute the inside of the blocks again in the backward pass: less memory, more time."""
 
     image_size: Annotated[int | None, shown("PIXELS", "the model's")] = None
     """Side to which the central square of each picture is scaled, and that of its control image."""
@@ -105,6 +111,6 @@ class Controlnet(SeveralHosts):
 
 
 _OPTIONS = (
-    *("control_images", "caption", "epochs", "batch_size", "accumulate", "learning_rate"),
-    *("condition_dropout", "dtype", "image_size", "save_every", "sample_every", "seed"),
+    *("control_images", "caption", "epochs", "batch_size", "accumulate", "learning_rate", "optimizer"),
+    *("condition_dropout", "dtype", "remat", "image_size", "save_every", "sample_every", "seed"),
 )

@@ -113,11 +113,17 @@ class Finetune(SeveralHosts):
     1e-5.
     """
 
+    optimizer: Annotated[str | None, shown("NAME", "adamw")] = None
+    """adamw, lion, muon, schedule_free_adamw, or prodigy (with --learning-rate 1)."""
+
     condition_dropout: Annotated[float | None, shown("FLOAT", "0.1; 0 for dreambooth and a word")] = None
     """Share of the pictures that are trained on without their caption or class, for guidance."""
 
     dtype: Annotated[str | None, shown("NAME", "float32")] = None
     """float32 or bfloat16, of the computation; parameters are float32."""
+
+    remat: bool = False
+    """Compute the inside of the network's blocks again in the backward pass: less memory, more time."""
 
     image_size: Annotated[int | None, shown("PIXELS", "the model's")] = None
     """Side to which the central square of each picture is scaled."""
@@ -182,7 +188,8 @@ def recipe_of(command: Any, run_dir: Path, method: str, names: Sequence[str], wo
     """
     from jaxldm import training
 
-    given = {name: getattr(command, name) for name in names if getattr(command, name) is not None}
+    values = {name: getattr(command, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
     if command.resume and command.source is None and command.data is None:
         of_run = training.recipe_to_resume(run_dir)
         if of_run is not None and of_run.finetune is not None:
@@ -207,8 +214,8 @@ def recipe_of(command: Any, run_dir: Path, method: str, names: Sequence[str], wo
 _OPTIONS = (
     *("rank", "alpha", "targets", "lora_names", "freeze", "instance_prompt", "class_prompt", "class_images"),
     *("num_class_images", "prior_weight", "word", "initial_text", "num_vectors", "templates", "epochs"),
-    *("batch_size", "accumulate", "learning_rate", "condition_dropout", "dtype", "image_size"),
-    *("save_every", "sample_every", "seed"),
+    *("batch_size", "accumulate", "learning_rate", "optimizer", "condition_dropout", "dtype", "remat"),
+    *("image_size", "save_every", "sample_every", "seed"),
 )
 
 

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from jaxldm.commands import hints
 from jaxldm.commands.options import mesh_sizes, shown
+from jaxldm.commands.recipe_file import is_recipe_file, read_recipe_file
 from jaxldm.commands.terminal import table
 from jaxldm.entries import read_value
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError
@@ -29,7 +30,9 @@ class Info:
     """
 
     target: Annotated[Positional[str | None], shown("FOLDER|PRESET", "lists everything")] = None
-    """A run folder, an exported or a text-to-image folder, or the name of a preset or a recipe."""
+    """A run folder, an exported or a text-to-image folder, the name of a preset or a recipe, or a recipe's
+    file.
+    """
 
     family: Annotated[str | None, shown("MODULE:FAMILY", "the one that the folder names")] = None
     """A family of models of your own: package.module:FAMILY."""
@@ -130,6 +133,8 @@ def describe(target: str, family: str | None = None) -> str:
     """
     from jaxldm import models, training
 
+    if is_recipe_file(target):
+        return describe_recipe_file(target)
     if Path(target).exists():
         from jaxldm import pipelines
 
@@ -139,14 +144,32 @@ def describe(target: str, family: str | None = None) -> str:
             return describe_run(Path(target))
         describers = {"export": describe_export, "text-to-image": describe_text_to_image}
         return describers[kind](Path(target), family)
-    if target in models.PRESETS:
-        return describe_preset(target)
-    if target in training.RECIPES:
-        recipe = training.RECIPES[target]
-        return f"{target} is a recipe: {describe_recipe(recipe)}\ntrain it:  {hints.command('train', target)}"
+    known = [describe_preset(target)] if target in models.PRESETS else []
+    known += [describe_named_recipe(target)] if target in training.RECIPES else []
+    if known:  # some recipes have the name of their network
+        return "\n\n".join(known)
     if "/" in target:
         raise CheckpointError(f"there is no folder {target}")
     raise UnknownNameError("folder, preset or recipe", target, [*training.RECIPES, *models.PRESETS])
+
+
+def describe_named_recipe(name: str) -> str:
+    """The stages of a recipe, what it asks, how long it takes and what to expect, and the command."""
+    from jaxldm import training
+    from jaxldm.training.recipe_heads import HEADS
+
+    lines = [f"{name} is a recipe: {describe_recipe(training.RECIPES[name])}"]
+    if name in HEADS:  # a package may add recipes of its own
+        question, minutes, figures = HEADS[name]
+        lines.append(table([("question", question), ("minutes", minutes), ("figures", figures)]))
+    return "\n".join([*lines, f"train it:  {hints.command('train', name)}"])
+
+
+def describe_recipe_file(name: str) -> str:
+    """The stages of a recipe in a file, the file's docstring, and the command."""
+    recipe, about = read_recipe_file(name)
+    lines = [f"{name} is the recipe {recipe.name}: {describe_recipe(recipe)}", *([about] if about else [])]
+    return "\n".join([*lines, f"train it:  {hints.command('train', name)}"])
 
 
 def describe_preset(name: str) -> str:
@@ -362,7 +385,7 @@ def describe_mesh(target: str, text: str, family: str | None = None) -> str:
 
     sizes = mesh_sizes(text)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
-    if Path(target).exists():
+    if Path(target).exists() and not is_recipe_file(target):
         pipelines.kind_of(target, family)
         modules = pipelines.modules_in(target, family)
     elif target in models.PRESETS:
@@ -398,15 +421,19 @@ def modules_of_recipe(name: str) -> dict[str, Any]:
     What the pictures say is open: the first and last layers may have other channels in training.
 
     Raises:
-        UnknownNameError: no such recipe.
+        UnknownNameError, InvalidArgumentError: no such recipe.
     """
     from jaxldm import models, training
     from jaxldm.training.stages import build_model
     from jaxldm.training.text import text_fields
 
-    if name not in training.RECIPES:
+    if is_recipe_file(name):
+        recipe = read_recipe_file(name).recipe
+    elif name in training.RECIPES:
+        recipe = training.RECIPES[name]
+    else:
         raise UnknownNameError("folder, preset or recipe", name, [*training.RECIPES, *models.PRESETS])
-    recipe, modules = training.RECIPES[name], {}
+    modules = {}
     for stage in training.STAGES:
         part = getattr(recipe, stage)
         if part is None or not hasattr(part, "preset"):

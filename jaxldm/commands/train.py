@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
+from jaxldm.commands.finetune import hint_of
 from jaxldm.commands.hosts import SeveralHosts
 from jaxldm.commands.options import batch_size, devices_or_mesh, shown
-from jaxldm.errors import InvalidArgumentError, one_of
+from jaxldm.commands.recipe_file import is_recipe_file, read_recipe_file
+from jaxldm.errors import InvalidArgumentError, UnknownNameError, one_of
+from jaxldm.files import expanded
 
 if TYPE_CHECKING:
     from jaxldm.training import Recipe
@@ -27,14 +30,27 @@ class Train(SeveralHosts):
     For example:
       jaxldm train mini-ldm --run-dir runs/mini-ldm
       jaxldm train mini-ldm --run-dir runs/mini-ldm --resume        (after an interruption)
+      jaxldm train my_recipe.py --run-dir runs/mine        (a recipe of your own)
       jaxldm train finetune --help        (a finished model on your own pictures)
       jaxldm train controlnet --help      (a ControlNet for a finished model)
 
-    Complete stages are not trained again. `jaxldm info` lists the recipes.
+    Complete stages are not trained again. `jaxldm info` lists the recipes; `jaxldm info RECIPE` says what one
+    asks, how long it takes and what to expect. A recipe of your own is a Python file with a value RECIPE
+    and a docstring that says the same, for example my_recipe.py:
+      '''Question: does the demo draw as well from another seed?
+      Command: jaxldm train my_recipe.py --run-dir runs/mine
+      Hardware: two CPU cores
+      Minutes: as many as mini-ldm
+      Expected figures: those of mini-ldm, to one or two in a hundred digits'''
+      import dataclasses
+      from jaxldm import training
+      RECIPE = dataclasses.replace(training.RECIPES["mini-ldm"], name="mine", seed=1)
+
+    The run keeps the recipe: --resume, sample and info do not need the file.
     """
 
     recipe: Annotated[Positional[str], shown("RECIPE")]
-    """Name of the recipe, for example mini-ldm or tiny-dit."""
+    """Name of the recipe, for example mini-ldm or tiny-dit, or a Python file with one of your own."""
 
     run_dir: Annotated[str | None, shown("FOLDER", "runs/RECIPE")] = None
     """Folder for the checkpoints, logs, plots, samples and the trained models."""
@@ -58,6 +74,19 @@ class Train(SeveralHosts):
 
     learning_rate: Annotated[float | None, shown("FLOAT", _RECIPE)] = None
     """Its highest learning rate, after the warm-up."""
+
+    optimizer: Annotated[str | None, shown("NAME", _RECIPE)] = None
+    """Optimizer of the denoising network, or of the masked image model: adamw, lion, muon,
+    schedule_free_adamw (with its own moving average), or prodigy (with --learning-rate 1).
+    """
+
+    dtype: Annotated[str | None, shown("NAME", _RECIPE)] = None
+    """float32 or bfloat16, in which the denoising network, or the masked image model, is computed; its
+    parameters are float32.
+    """
+
+    accumulate: Annotated[int | None, shown("INT", _RECIPE)] = None
+    """Compute each of its batches in so many parts, one after another, with the memory of one."""
 
     save_every: Annotated[int | None, shown("INT", _RECIPE)] = None
     """Epochs between checkpoints of the denoising network."""
@@ -96,7 +125,8 @@ class Train(SeveralHosts):
         self.join_hosts()
         from jaxldm import training
 
-        run_dir = Path(self.run_dir or f"runs/{self.recipe}")
+        name = Path(self.recipe).stem if is_recipe_file(self.recipe) else self.recipe
+        run_dir = Path(self.run_dir or f"runs/{name}")
         recipe, where = self.agreed(
             lambda: (self.make_recipe(run_dir), devices_or_mesh(self.devices, self.mesh))
         )
@@ -111,33 +141,28 @@ class Train(SeveralHosts):
             print(f"finished: the autoencoder is {run.path / 'vae'}")
             return
         print(f"finished: everything is in {run.path}; try")
+        if recipe.finetune is not None:
+            print(f"  {hint_of(run, recipe)}")
+            return
         print(f"  {hints.sample_run(run.path)}")
         if recipe.classifier is not None:
             print(f"  {hints.command('eval', run.path)}")
 
     def make_recipe(self, run_dir: Path) -> Recipe:
-        """The recipe of that name, or with --resume the recipe of the run, with the changes of the options.
+        """The recipe of that name or file, or with --resume that of the run, with the changes of the options.
 
         Raises `UnknownNameError` and `InvalidArgumentError`.
         """
         from jaxldm import data, training
-        from jaxldm.training.few_steps.methods import TAUGHT
 
-        method = self.recipe.removeprefix("mini-")
-        if method in TAUGHT:
-            raise InvalidArgumentError(
-                f"{method} is a method of distillation, which needs a teacher: jaxldm distill RUN --method "
-                f"{method}"
-            )
-        one_of("recipe", self.recipe, training.RECIPES)
-        recipe = training.RECIPES[self.recipe]
-        of_run = training.recipe_to_resume(run_dir) if self.resume else None
-        if of_run is not None and of_run.name == self.recipe:
-            recipe = of_run
+        recipe = named_recipe(self.recipe, training.recipe_to_resume(run_dir) if self.resume else None)
         generator = {
             "epochs": self.epochs,
             "batch_size": batch_size(self.batch_size),
             "learning_rate": self.learning_rate,
+            "optimizer": self.optimizer,
+            "dtype": self.dtype,
+            "accumulate": self.accumulate,
             "save_every": self.save_every,
             "keep_checkpoints": self.keep_checkpoints,
         }
@@ -147,7 +172,10 @@ class Train(SeveralHosts):
             generator |= {"preset": one_of("preset", self.preset, presets), "overrides": {}}
         changes: dict[str, Any] = {"seed": self.seed, "image_size": self.image_size}
         changes["data"] = None if self.dataset is None else data.source_name(self.dataset)
-        changes[recipe.generator] = given(getattr(recipe, recipe.generator), **generator)
+        own = getattr(recipe, recipe.generator)
+        if self.optimizer == "schedule_free_adamw":  # in place of the recipe's average it has its own
+            own = dataclasses.replace(own, optimizer=self.optimizer, ema_decay=None)
+        changes[recipe.generator] = given(own, **generator)
         for stage in ("autoencoder", "classifier"):
             epochs = getattr(self, f"{stage}_epochs")
             if epochs is None:
@@ -156,6 +184,37 @@ class Train(SeveralHosts):
                 raise InvalidArgumentError(f"recipe {self.recipe} has no {stage}: leave --{stage}-epochs out")
             changes[stage] = given(changes.get(stage, getattr(recipe, stage)), epochs=epochs)
         return given(recipe, **changes)
+
+
+def named_recipe(name: str, of_run: Recipe | None = None) -> Recipe:
+    """The recipe of a name or of a file.
+
+    Args:
+        name: as typed.
+        of_run: that of a run to go on with: it is returned where it has the same name, or the file is gone.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError: there is none.
+    """
+    from jaxldm import training
+    from jaxldm.training.few_steps.methods import TAUGHT
+
+    if is_recipe_file(name):
+        if of_run is not None and not expanded(name).exists():
+            return of_run
+        recipe = read_recipe_file(name).recipe
+        return recipe if of_run is None or of_run.name != recipe.name else of_run
+    method = name.removeprefix("mini-")
+    if method in TAUGHT:
+        raise InvalidArgumentError(
+            f"{method} is a method of distillation, which needs a teacher: jaxldm distill RUN --method "
+            f"{method}"
+        )
+    if of_run is not None and of_run.name == name:
+        return of_run
+    if name not in training.RECIPES:
+        raise UnknownNameError("recipe", name, training.RECIPES, "a Python file such as my_recipe.py")
+    return training.RECIPES[name]
 
 
 def given(recipe: Any, **changes: Any) -> Any:

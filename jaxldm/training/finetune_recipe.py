@@ -16,6 +16,7 @@ from jaxldm.entries import check_types
 from jaxldm.errors import InvalidArgumentError, one_of
 from jaxldm.functions import NamedFields
 from jaxldm.models.adapters import some_targets
+from jaxldm.models.registry import class_name
 from jaxldm.training.freezing import some_patterns
 from jaxldm.training.stage_recipe import (
     WEIGHTS,
@@ -166,6 +167,8 @@ class FinetuneRecipe(UpdatesRecipe):
         prior: pictures of a class that are trained on besides.
         prompt: of all pictures, in place of their captions.
         freeze: patterns of parameters that stay as they are, see `jaxldm.training.freeze`.
+        remat: keep no activations inside the network's blocks for the backward pass, compute them again: less
+            memory, about a third more arithmetic.
         weight, time, noise_offset, condition_dropout, sample_latents: as of `DiffusionRecipe`.
         sample_steps, samples_per_caption: of the pictures on the way; the steps also of `prior`'s.
         sample_guidance_scale: of these; None: the model's own.
@@ -178,6 +181,7 @@ class FinetuneRecipe(UpdatesRecipe):
     prior: PriorRecipe | None = None
     prompt: str | None = None
     freeze: tuple[str, ...] = ()
+    remat: bool = False
     epochs: int = 20
     batch_size: int = 1
     learning_rate: float = 1e-5
@@ -209,6 +213,8 @@ class FinetuneRecipe(UpdatesRecipe):
             raise InvalidArgumentError(
                 "freeze has no effect with lora, which moves an adapter alone: give lora the targets"
             )
+        if self.word is not None and self.optimizer == "muon":
+            raise InvalidArgumentError("muon is for matrices, and with word only embeddings move: take adamw")
         if self.prior is not None and self.prompt is None:
             raise InvalidArgumentError(
                 'a prior is for pictures of one subject: give them a prompt, "a photo of sks dog"'
@@ -219,6 +225,20 @@ class FinetuneRecipe(UpdatesRecipe):
                 raise InvalidArgumentError(
                     f"{others[0]} has no effect with {own}, which alone moves: leave it out"
                 )
+
+    def computing(self, config: Any) -> Any:
+        """The config of a network as it computes in this training: in `dtype`, and with `remat`.
+
+        Raises `InvalidArgumentError` for `remat` of a network that has none.
+        """
+        if not self.remat:
+            return dataclasses.replace(config, dtype=self.dtype)
+        if not hasattr(config, "remat"):
+            raise InvalidArgumentError(
+                f"a {class_name(config)} has no remat: leave it out, and compute batches in parts "
+                "(accumulate)"
+            )
+        return dataclasses.replace(config, dtype=self.dtype, remat=True)
 
     def make_weight(self) -> Callable[[Any], Any] | None:
         """log-SNR -> weight, for `diffusion_loss`."""

@@ -152,8 +152,11 @@ def with_single_blocks(pipe: Pipeline) -> Pipeline:
 
 
 def build(recipe: Recipe) -> nn.Module:
-    """The network of a fine-tuning. Raises as `outline_of`."""
-    return outline_of(cast(FinetuneRecipe, recipe.finetune)).denoiser.module
+    """The network of a fine-tuning. Raises as `outline_of`, and as `FinetuneRecipe.computing`."""
+    own = cast(FinetuneRecipe, recipe.finetune)
+    module = cast(Any, outline_of(own).denoiser.module)
+    own.computing(module.config)
+    return module
 
 
 def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:

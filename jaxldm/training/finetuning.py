@@ -112,13 +112,13 @@ def tuned_of(recipe: FinetuneRecipe, pipe: Pipeline) -> Tuned:
     )
 
 
-def denoising(pipe: Pipeline, dtype: str) -> Callable[..., Any]:
+def denoising(pipe: Pipeline, recipe: FinetuneRecipe) -> Callable[..., Any]:
     """The network of a pipeline as (params, x, t, condition) -> output, without a learned variance.
 
     That has no part in this loss, and stays what it is as far as the layers that it shares let it.
     """
     config, channels = pipe.denoiser.config, pipe.latent_spec.channels
-    network = models.network(models.from_config(dataclasses.replace(config, dtype=dtype)))
+    network = models.network(models.from_config(recipe.computing(config)))
 
     def call(params: Params, x: Any, t: Any, condition: Any) -> Any:
         return network(params, x, t, condition)[..., :channels]
@@ -160,8 +160,7 @@ def tuned_word(recipe: WordRecipe, pipe: Pipeline) -> Tuned:
 def tuned_control(recipe: FinetuneRecipe, pipe: Pipeline) -> Tuned:
     """A ControlNet beside the network: a copy of its down blocks, whose outputs are zero at first."""
     config = controlnet_config(pipe, recipe.source)
-    computing = (dataclasses.replace(each, dtype=recipe.dtype) for each in (pipe.denoiser.config, config))
-    unet, computed = map(models.from_config, computing)
+    unet, computed = (models.from_config(recipe.computing(each)) for each in (pipe.denoiser.config, config))
     control = models.from_config(config)
 
     def call(params: Params, x: Any, t: Any, condition: Any) -> Any:
@@ -357,7 +356,7 @@ def prepare(context: Context) -> Job:
     refuse_quantized(pipe.denoiser.params, "fine-tuning")
     pipe = with_single_blocks(pipe) if recipe.freeze else pipe
     examples, tuned = examples_of(context, pipe), tuned_of(recipe, pipe)
-    network = denoising(pipe, recipe.dtype) if tuned.call is None else tuned.call
+    network = denoising(pipe, recipe) if tuned.call is None else tuned.call
     preview = make_preview(context, pipe, tuned, examples)
     loss = make_loss(recipe, pipe.prediction, network, tuned, examples.on)
 

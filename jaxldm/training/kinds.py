@@ -11,7 +11,8 @@ import optax
 
 from jaxldm.models.sharding import STACK
 
-BLOCKS = re.compile(r"(.*_)?(blocks|layers)_\w+|mid_block")  # a part of a path: one of many blocks, or a scan
+# A part of a path: one of many blocks or of the levels of a U-Net, a scan, or a block that there is once.
+BLOCKS = re.compile(r"(.*_)?(blocks|layers|refiner)_\w+|(mid|grain)_block|(down|up|downsample|upsample)_\d+")
 
 
 def names_of(path: Sequence[Any]) -> tuple[str, ...]:
@@ -52,18 +53,20 @@ def muon_axes(params: Any) -> Any:
     """How Muon sees each parameter (after `three_apart`); None: it does not, and AdamW moves it.
 
     A matrix is a kernel inside a block: of a dense layer [in, out], of a convolution [h, w, in, out] with
-    h w in as its inputs. Each block of a scan, and each of queries, keys and values, is a matrix of its own.
-    Embeddings, the first and last layers, biases and norms are AdamW's. Of a network without blocks all
-    kernels are matrices.
+    h w in as its inputs, of a transposed one [in, out, h, w], whose name is weight. Each block of a scan, and
+    each of queries, keys and values, is a matrix of its own. Embeddings, the first and last layers, biases
+    and norms are AdamW's. Of a network without blocks all kernels are matrices.
     """
     paths = [names_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     has_blocks = any(map(_in_block, paths))
 
     def axes(names: Sequence[str], leaf: Any) -> Any:
         own = own_ndim(names, leaf)
-        if names[-1] != "kernel" or own < 2 or (has_blocks and not _in_block(names)):
+        first, transposed = leaf.ndim - own, names[-1] == "weight" and own == 4
+        if not (names[-1] == "kernel" or transposed) or own < 2 or (has_blocks and not _in_block(names)):
             return None
-        first = leaf.ndim - own
+        if transposed:
+            return optax.contrib.MuonDimensionNumbers((first, first + 2, first + 3), (first + 1,))
         if names[-2:] == ("qkv", "kernel"):
             return optax.contrib.MuonDimensionNumbers((first,), (first + 2,))
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), (leaf.ndim - 1,))

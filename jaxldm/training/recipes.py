@@ -270,7 +270,7 @@ class TextRecipe(NamedFields):
         encoder_2, encoder_3: those of networks that take several, in the order of their pipelines: T5 behind
             CLIP for FLUX, a second CLIP and T5 for SD3; a pipeline's folder may be given for each.
             A Qwen3 conditions what takes states alone: a U-Net with cross-attention, PixArt.
-        max_length: tokens of a caption; further words are cut off.
+        max_length: tokens of a caption, both ends included; training refuses longer captions.
     """
 
     encoder: str = "minilm"

@@ -174,15 +174,47 @@ def text_fields(recipe: TextRecipe, config: Any, overrides: Mapping[str, Any]) -
 
     Raises:
         CheckpointError: an encoder that the network's pipeline has no use for, or lacks.
+        InvalidArgumentError: overrides of another width than the encoders'.
     """
     name = pipeline_class(config)
     if name is None:
         return {}
     encoders = encoder_configs(recipe)
     _check_number(name, encoders)
+    fields = _fields_of(name, recipe, encoders, config, overrides)
+    wider = _filled_up(name, encoders)
+    for field, width in fields.items():
+        own = overrides.get(field, width)
+        several = own if isinstance(own, tuple | list) else (own,)
+        widths = [each for each in several if isinstance(each, int | np.integer)]  # others the config refuses
+        if any(each < width or (each > width and field not in wider) for each in widths):
+            raise InvalidArgumentError(
+                f"the recipe's overrides say {field} {shown(own)}, and its text encoders make {width}: leave "
+                f"{field} out of the overrides, or give another encoder"
+            )
+    return fields
+
+
+def _filled_up(name: str, encoders: Mapping[str, Any]) -> list[str]:
+    """The fields that may be more than the encoders make: SD3 has zeros in place of those that it lacks."""
+    by_last = {"joint_attention_dim": "_3", "pooled_projection_dim": "_2"}
+    if name != "StableDiffusion3Pipeline":
+        return []
+    return [field for field, suffix in by_last.items() if suffix not in encoders]
+
+
+def _fields_of(
+    name: str,
+    recipe: TextRecipe,
+    encoders: Mapping[str, Any],
+    config: Any,
+    overrides: Mapping[str, Any],
+) -> dict[str, int]:
+    """`text_fields` of a pipeline class, by the configs of the encoders alone."""
     widths = {suffix: cast(int, states_width(encoder)) for suffix, encoder in encoders.items()}
     if name == "StableDiffusionPipeline":
-        return {"cross_attention_dim": widths[""]}
+        projected = overrides.get("encoder_hid_dim", config.encoder_hid_dim) is not None
+        return {"encoder_hid_dim" if projected else "cross_attention_dim": widths[""]}
     if name == "PixArtSigmaPipeline":
         return {"caption_channels": widths[""]}
     if name == "FluxPipeline":
@@ -201,6 +233,11 @@ def text_fields(recipe: TextRecipe, config: Any, overrides: Mapping[str, Any]) -
         }
     clips = [encoders[suffix] for suffix in ("", "_2") if suffix in encoders]
     of_clips = sum(cast(int, states_width(clip)) for clip in clips)
+    if of_clips > widths.get("_3", of_clips):
+        raise InvalidArgumentError(
+            f"the states of encoder_3 are {widths['_3']} wide, and those of the CLIPs before it {of_clips}: "
+            "this network takes a wider encoder_3, or none"
+        )
     return {
         "joint_attention_dim": max(of_clips, widths.get("_3", 0)),
         "pooled_projection_dim": sum(_pooled_width(recipe, clip) for clip in clips),

@@ -298,6 +298,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(recipe, tmp_pat
     refused(CheckpointError, "absent", text=absent)
     refused(InvalidArgumentError, "UNet2DConditionModel", diffusion=of_classes)
     refused(InvalidArgumentError, "without text", text=None)
+    wide = dataclasses.replace(
+        recipe.diffusion, overrides={**recipe.diffusion.overrides, "cross_attention_dim": 16}
+    )
+    refused(InvalidArgumentError, "cross_attention_dim 16, and its text encoders make 8", diffusion=wide)
     silent = shutil.copytree(recipe.data, tmp_path / "pictures", ignore=shutil.ignore_patterns("*.txt"))
     refused(DataError, "trained on captions", data=str(silent))
     with pytest.raises(InvalidArgumentError, match="needs an autoencoder"):
@@ -415,7 +419,7 @@ def test_a_qwen_conditions_a_network_of_any_such_width(recipe, encoder_folder, t
 
 def check_finetuning(pipe, folder, pictures):
     """The folder can be fine-tuned: an adapter of it has gradients under the conditions of its captions."""
-    recipe = training.finetune_recipe(folder, pictures, "lora", image_size=8, rank=2)
+    recipe = training.finetune_recipe(folder, pictures, "lora", image_size=8, rank=2, remat=True)
     training.check_recipe(recipe, recipe.load_data(), training.make_mesh(1))
     if pipe.denoiser_name == "transformer":
         kohya = training.finetune_recipe(folder, pictures, "lora", image_size=8, lora_names="kohya")
@@ -425,7 +429,7 @@ def check_finetuning(pipe, folder, pictures):
     cond, uncond = pipe.encode_prompts(["a dark picture"], None, (8, 8))
     null = {name: part[0] for name, part in uncond.items()}
     loss = make_adapter_loss(
-        recipe.finetune, pipe.prediction, denoising(pipe, "float32"), tuned, Condition(null)
+        recipe.finetune, pipe.prediction, denoising(pipe, recipe.finetune), tuned, Condition(null)
     )
     state = types.SimpleNamespace(frozen=tuned.frozen)
     params, batch = tuned.init(jax.random.key(0)), {"mean": np.zeros((1, 8, 8, 4), np.float32), **cond}
