@@ -136,10 +136,13 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
     count = models.param_count(pipe.denoiser.params)
     shape = " x ".join(map(str, subject.x_0.shape[1:]))
     prediction = pipe.prediction
-    return [
+    terms = "" if subject.dataset is None else subject.dataset.license
+    rows = [
         ("network", f"{type(pipe.denoiser.module).__name__}, {count:,} parameters"),
         ("draws", f"{shape} {'pixels' if pipe.autoencoder is None else 'latents'}"),
         ("learned", f"{prediction.name}, on the path {type(prediction.path).__name__}"),
         ("looked at", f"{len(subject.x_0)} {subject.source}"),
+        ("pictures", terms),
         ("made by", f"jaxldm {__version__}"),
     ]
+    return [(name, value) for name, value in rows if value]

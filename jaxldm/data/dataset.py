@@ -28,6 +28,7 @@ class RecordRows:
         where: the folder, for error messages.
         pad_to: side of the black square in whose centre each image is placed, or None.
         caption_key: the name of the feature that describes an image in words, or None.
+        fix: what to do where the files are damaged, for error messages.
     """
 
     source: Any
@@ -38,6 +39,7 @@ class RecordRows:
     where: str
     pad_to: int | None = None
     caption_key: str | None = None
+    fix: str = "delete it and run again"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -46,7 +48,7 @@ class RecordRows:
         try:
             return self.source.__getitems__(self.records[rows].tolist())
         except (RuntimeError, OSError, ValueError, IndexError) as error:
-            raise DataError(f"cannot read {self.where} ({error}): delete it and run again") from error
+            raise DataError(f"cannot read {self.where} ({error}): {self.fix}") from error
 
     def captions(self, rows: Int[np.ndarray, "B"]) -> list[str] | None:
         """The captions of the examples `rows`; None for a dataset without."""

@@ -20,6 +20,7 @@ from jaxldm.data.buckets import A_BUCKETS, Buckets
 from jaxldm.data.dataset import Dataset, RecordRows
 from jaxldm.data.folders import load_folder
 from jaxldm.data.splits import split_records
+from jaxldm.data.tfds_folder import prepared_folder
 from jaxldm.errors import (
     DataError,
     InvalidArgumentError,
@@ -86,7 +87,7 @@ def load(
 
     Args:
         name: "mnist5k", "mnist", "cifar10", "emnist/digits", ...; or a folder, "path/to/pictures", of which
-            `jaxldm.data.folders` has the layouts.
+            `jaxldm.data.folders` has the layouts, or of a data set that TFDS has prepared.
         data_dir: folder of the datasets; see `data_folder`.
         image_size: side to which the central square of each image is scaled; required where sizes differ.
         pad_to: side of the black square in whose centre each image is then placed: 28x28 digits become 32x32,
@@ -105,20 +106,30 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise InvalidArgumentError(f"image_size must be 1 or more, got {image_size}")
-    if is_folder(name):
+    prepared = prepared_folder(expanded(name)) if is_folder(name) else None
+    if is_folder(name) and prepared is None:
         options = {"image_size": image_size, "pad_to": pad_to, "buckets": buckets}
         return load_folder(name, **options, hold_out=hold_out)
     if buckets is not None:
-        raise InvalidArgumentError(f"buckets are for folders of pictures, and {shown(name)} is a TFDS name")
-    if not _NAME.fullmatch(name):
+        what = "is a TFDS name" if prepared is None else "has a data set of TFDS"
+        raise InvalidArgumentError(f"buckets are for folders of pictures, and {shown(name)} {what}")
+    if prepared is None and not _NAME.fullmatch(name):
         raise InvalidArgumentError(
             f"there is no folder {shown(name)}, and it is no name of a TFDS data set: give a folder of "
             "pictures, or a name such as mnist5k, emnist/digits or mnist:3.0.1 (other catalogues are not "
             "read)"
         )
-    folder = data_folder(data_dir)
     with _quiet():
-        builder = _prepared(name, folder)
+        if prepared is None:
+            builder, fix = _prepared(name, data_folder(data_dir)), "delete it and run again"
+        else:
+            builder, fix = _opened(prepared), "prepare it again"
+            name = "/".join(filter(None, (builder.name, getattr(builder.builder_config, "name", ""))))
+    return _dataset(name, builder, image_size, pad_to, fix)
+
+
+def _dataset(name: str, builder: Any, image_size: int | None, pad_to: int | None, fix: str) -> Dataset:
+    """The dataset of a builder whose data is on disk; `fix`: what to do where it is damaged."""
     image_key, label_key, caption_key = _features(name, builder.info)
     features: Any = builder.info.features
     shape = tuple(features[image_key].shape)
@@ -135,7 +146,15 @@ def load(
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     parts = {
         split: RecordRows(
-            _source(builder, origin), records, image_key, label_key, image_size, where, pad_to, caption_key
+            _source(builder, origin, fix),
+            records,
+            image_key,
+            label_key,
+            image_size,
+            where,
+            pad_to,
+            caption_key,
+            fix,
         )
         for split, (origin, records) in split_records(sizes).items()
     }
@@ -175,6 +194,15 @@ def _prepared(name: str, folder: pathlib.Path):
                 raise DataError(_why_not_prepared(name, folder, error)) from error
         builder = _builder(name, folder)
     return builder
+
+
+def _opened(folder: pathlib.Path) -> Any:
+    """The builder of a folder that TFDS has prepared, whatever program did it."""
+    tfds = _tensorflow_datasets()
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # of the description or of the features: any file may be damaged
+        raise DataError(f"cannot open {folder} as a data set of TFDS: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -259,7 +287,7 @@ def _of_a_side(name: str, folder: pathlib.Path):
     return builder(config=config, data_dir=folder, file_format="array_record")
 
 
-def _source(builder, split: str):
+def _source(builder, split: str, fix: str):
     """Returns the stored records of a split, after counting them."""
     path = builder.data_path
     expected = builder.info.splits[split].num_examples
@@ -268,13 +296,13 @@ def _source(builder, split: str):
         found = len(source)
     except NotImplementedError as error:
         raise DataError(
-            f"{path} is in a format that cannot be read at random: delete it, or prepare it with "
-            "file_format='array_record'"
+            f"{path} is in a format that cannot be read at random: {fix}, as array_record "
+            "(file_format='array_record')"
         ) from error
     except (ValueError, OSError, RuntimeError, IndexError) as error:
-        raise DataError(f"cannot read {path} ({_reason(error)}): delete that folder and run again") from error
+        raise DataError(f"cannot read {path} ({_reason(error)}): {fix}") from error
     if found != expected:
-        raise DataError(f"{path} has {found} of the {expected} records of {split!r}: delete it and run again")
+        raise DataError(f"{path} has {found} of the {expected} records of {split!r}: {fix}")
     return source
 
 

@@ -122,6 +122,10 @@ def continuous_consistency_loss(
     which is 0 where f is the consistency function, as f does not change along a trajectory. d/dt is the
     derivative along (slope, 1), taken along (cos sin slope, cos sin), so that it stays finite at pi/2.
 
+    rCM, code for sCM, takes 0 for F and g of an example where they are NaN. Here no denominator is 0 at times
+    between `ends`, and what is not finite all the same is not hidden: it is in the loss, so that
+    `training.make_train_step` skips that update, and `training.train` stops after ten in a row.
+
     Args:
         velocity: the student, (x_t [B, ...], t [B]) -> sigma_data F [B, ...], parameters closed over. Its
             embedding of t must be smooth, or `difference` given.

@@ -93,7 +93,7 @@ def backward_simulation(
         generator: (x_t [B, ...], t [B]) -> x_0 [B, ...].
         path: of the generator.
         noise: x at times[0].
-        times: from noisy to clean: 999, 749, 499, 249 in the paper.
+        times: from noisy to clean, those at which the generator will draw: 999, 749, 499, 249 in the paper.
         row: may be traced: every row costs the same program.
     """
     check_indices("row", row, len(times))

@@ -31,7 +31,8 @@ def drift(
     distribution. The force of each R has unit mean square, and they are added up.
 
     Args:
-        samples: [N, D], features of what the generator drew.
+        samples: [N, D], features of what the generator drew: the paper's are of a network that was trained
+            on images, the recipe `mini-drifting` takes the latents themselves.
         data: [M, D], the same features of data of the same condition.
         radii: R, in mean distances.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxldm import diffusion as D
 from jaxldm.entries import build, check_types
@@ -13,6 +13,8 @@ from jaxldm.exact import MAX_STEPS
 
 ENTRY = "_few_steps"  # of model_index.json; diffusers passes over it
 GUIDANCE = ("inside", "input", "outside")
+# Methods that begin from nothing: whoever has such a model has no teacher to distill another one from.
+UNTAUGHT = ("mean_flow", "improved_mean_flow", "shortcut", "ict", "drifting")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,23 @@ class FewSteps:
                 f"{high}"
             )
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether its method is one of distillation, with a teacher."""
+        return self.method not in UNTAUGHT
+
+    @property
+    def _this(self) -> str:
+        return f"this {self.method} {'student' if self.is_taught else 'model'}"
+
     def check_steps(self, num_inference_steps: int) -> None:
         """Raise `InvalidArgumentError` for a number of steps that the student was not made for."""
         if self.only_steps is not None and num_inference_steps not in self.only_steps:
             made = " or ".join(str(steps) for steps in self.only_steps)
+            instead = ", or distill one for it with --num-steps" if self.is_taught else ""
             raise InvalidArgumentError(
-                f"this {self.method} student was made for {made} step{'s' * (made != '1')}, not for "
-                f"{num_inference_steps}: leave the number out, or distill one for it with --num-steps"
+                f"{self._this} was made for {made} step{'s' * (made != '1')}, not for "
+                f"{num_inference_steps}: leave the number out{instead}"
             )
 
     def check_scale(self, guidance_scale: float, true_cfg_scale: float | None = None) -> None:
@@ -66,20 +78,34 @@ class FewSteps:
         low, high = self.guidance_scale
         if self.guidance != "outside" and true_cfg_scale not in (None, 1):
             raise InvalidArgumentError(
-                f"guidance is inside this {self.method} student, and true_cfg_scale={true_cfg_scale:g} would "
-                "guide it twice: leave it out"
+                f"guidance is inside {self._this}, and true_cfg_scale={true_cfg_scale:g} would guide it "
+                "twice: leave it out"
             )
         if self.guidance == "inside" and guidance_scale not in (1, low):
-            raise InvalidArgumentError(
-                f"guidance of scale {low:g} is inside this {self.method} student, and more on top would "
-                "double it: leave the guidance scale out, or distill with "
-                f"--guidance-scale {guidance_scale:g}"
-            )
+            self._refuse_scale_on_top(guidance_scale)
         if self.guidance == "input" and not low <= guidance_scale <= high:
-            raise InvalidArgumentError(
-                f"this {self.method} student was trained for guidance scales from {low:g} to {high:g}, got "
-                f"{guidance_scale:g}: take one of these, or distill with another --guidance-scale"
+            other = (
+                "distill with another --guidance-scale"
+                if self.is_taught
+                else "train one whose FewStepsRecipe has another guidance_scale"
             )
+            raise InvalidArgumentError(
+                f"{self._this} was trained for guidance scales from {low:g} to {high:g}, got "
+                f"{guidance_scale:g}: take one of these, or {other}"
+            )
+
+    def _refuse_scale_on_top(self, guidance_scale: float) -> NoReturn:
+        """Raise `InvalidArgumentError`, with what the owner of such a model can do."""
+        low, asked = self.guidance_scale[0], f"{guidance_scale:g}"
+        what = f"guidance of scale {low:g} is inside {self._this}, and more on top would double it"
+        other = f", or distill with --guidance-scale {asked}"
+        if not self.is_taught:
+            other = f", or train one whose FewStepsRecipe has guidance_scale=({asked}, {asked})"
+            if low == 1:  # such a network never saw the null class
+                what = f"{self._this} was trained without guidance, and has no null class to guide it by"
+        if self.method == "drifting":
+            other = ""
+        raise InvalidArgumentError(f"{what}: leave the guidance scale out{other}")
 
     @property
     def default_scale(self) -> float | None:

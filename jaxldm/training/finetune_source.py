@@ -122,8 +122,11 @@ def outline_of(recipe: FinetuneRecipe) -> Pipeline:
 def _check_kind(folder: Path, pipe: Pipeline) -> None:
     """Refuse models of a family whose networks learned something else than to denoise from a condition."""
     config = pipe.denoiser.config
-    if pipe.few_steps is not None:
+    if pipe.few_steps is not None and pipe.few_steps.is_taught:
         what, instead = "a student of few steps", "its teacher, and distil that (jaxldm distill)"
+    elif pipe.few_steps is not None:
+        what = f"a model of few steps by {pipe.few_steps.method}"
+        instead = "a diffusion model, and distil that (jaxldm distill)"
     elif getattr(config, "in_channels", None) == INPAINTING_CHANNELS:
         what, instead = "an inpainting model", "the model that it was made from"
     elif getattr(config, "time_cond_proj_dim", None) is not None:

@@ -4,12 +4,14 @@ import types
 
 import numpy as np
 import pytest
+import tiny_models
 
 from jaxldm.commands import inspect_checkpoints as checkpoints
 from jaxldm.commands import inspect_figures as figures
 from jaxldm.commands import inspect_sections as sections
 from jaxldm.commands import inspect_subject as subjects
-from jaxldm.data import shapes
+from jaxldm.commands.inspect import facts
+from jaxldm.data import Dataset, shapes
 
 
 def test_words_beyond_the_tokens_that_are_read_are_left_out():
@@ -62,3 +64,16 @@ def test_the_share_of_shapes_that_show_what_the_caption_says():
     right = sum(row == shapes.SHAPES.index("cross") for row in shown.shape[4:])
     first = shown.shape[0] == shapes.SHAPES.index("star") and shown.size[0] == 1
     assert checkpoints.share_as_asked(wrong) == (first + 3 + right) / 8
+
+
+@pytest.mark.parametrize("terms", ["by nobody, CC BY-SA 4.0", ""])
+def test_the_terms_of_the_pictures_are_among_the_facts(terms):
+    """Those of a run are test images; what a model drew is nobody's."""
+    dataset = Dataset("some", (8, 8, 1), ("a",), {}, license=terms)
+    nothing = np.zeros((1, 8, 8, 1), np.float32)
+    subject = subjects.Subject(
+        tiny_models.latent_pipeline(), nothing, nothing, np.zeros(1, np.int32), ("a",), {}, {}, "images"
+    )
+    found = dict(facts(subject._replace(dataset=dataset)))
+    assert found.get("pictures", "") == terms and found["looked at"] == "1 images"
+    assert "pictures" not in dict(facts(subject))

@@ -161,6 +161,12 @@ def test_a_consistency_model_of_classes_is_not_trained_on(consistency):
         training.finetune_recipe(consistency(num_class_embeds=3)[1], "pictures")
 
 
+def test_a_consistency_model_of_classes_is_no_teacher(consistency):
+    """Its last label is a class, which `distill` would count as the null class."""
+    with pytest.raises(CheckpointError, match=r"is a consistency model, which has no trajectories.*: take a"):
+        training.distill_recipe(consistency(num_class_embeds=3)[1], "progressive", dataset="mnist5k")
+
+
 SCORE = {
     "in_channels": 3,
     "out_channels": 3,

@@ -43,7 +43,12 @@ def check(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str,
 
 
 def times_of(path: D.Path, num_steps: int) -> Any:
-    """The times at which the student is asked, the same as when it draws."""
+    """The times at which the student is asked, the same as when it draws.
+
+    Those of an `LCMScheduler`, with which it draws in other programs, too: for four steps 999, 759, 499 and
+    259, where DMD2 has 999, 749, 499 and 249, as that scheduler takes whole places among the 50 timesteps
+    999, 979, ... 19, and 50 is no multiple of 4.
+    """
     if not counts_timesteps(path):
         return np.asarray(D.make_grid(path, num_steps).t)[:-1]
     original = min(ORIGINAL_STEPS, cast(int, path.num_train_timesteps))

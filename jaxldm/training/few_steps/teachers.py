@@ -53,11 +53,7 @@ def read_teacher(folder: str | Path) -> Pipeline:
             f"{folder} is a masked image model, which has no noise and no trajectories: take a denoising "
             "network, such as the run of mini-ldm"
         )
-    if pipe.few_steps is not None:
-        raise CheckpointError(
-            f"{folder} is itself a student, by {pipe.few_steps.method}, which has no trajectories: take the "
-            "model that it was distilled from"
-        )
+    _check_draws_in_many_steps(folder, pipe)
     if pipe.has_learned_variance:
         raise CheckpointError(
             f"{folder} draws its variance, too (twice as many channels), which no student learns: take a "
@@ -71,7 +67,28 @@ def read_teacher(folder: str | Path) -> Pipeline:
         )
     if not of_texts and pipe.num_classes is None:
         raise CheckpointError(f"{folder} has no classes: teachers are models of classes or of captions")
+    if not of_texts and not pipe.has_null_class:
+        raise CheckpointError(
+            f"{folder} is a consistency model, which has no trajectories, and no null class to be guided by: "
+            "take a diffusion model of the same classes"
+        )
     return pipe
+
+
+def _check_draws_in_many_steps(folder: Path, pipe: Pipeline) -> None:
+    """Refuse a model that draws in few steps. Raises `CheckpointError`."""
+    own = pipe.few_steps
+    if own is None:
+        return
+    if own.is_taught:
+        raise CheckpointError(
+            f"{folder} is itself a student, by {own.method}, which has no trajectories: take the model that "
+            "it was distilled from"
+        )
+    raise CheckpointError(
+        f"{folder} was trained by {own.method} to draw in few steps itself, and is no teacher: take a "
+        "diffusion model, such as the run of mini-ldm"
+    )
 
 
 def _a_scale_or_two(name: str, value: Any) -> Any:

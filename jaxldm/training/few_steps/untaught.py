@@ -166,7 +166,11 @@ def check_one_step(prediction: D.Prediction, num_steps: int | None, numbers: Map
 
 
 def make_drifting_loss(setting: Setting) -> LossFunction:
-    """Deng et al. 2026 on the latents themselves: each update pushes some images of a few classes."""
+    """Deng et al. 2026: each update pushes some images of a few classes.
+
+    Distances and forces are those of the latents themselves. In the paper they are of the features of a
+    network that was trained on images.
+    """
     numbers, path = setting.numbers, setting.path
     classes, size = numbers["classes"], numbers["images"]
 
