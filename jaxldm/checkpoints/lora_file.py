@@ -6,8 +6,10 @@
 | the same | `transformer.transformer_blocks.0.attn.to_q.lora_A.weight` | these and ComfyUI |
 | "kohya" | `lora_unet_down_blocks_0_..._to_q.lora_down.weight`, `.lora_up` | diffusers, ComfyUI |
 
-ComfyUI knows no `lora_A` of a U-Net (its `lora.py` has the old `processor` names and kohya's), so a U-Net for
-it needs kohya's names; those of SD 3, FLUX, PixArt and Z-Image it reads as diffusers has them.
+No name of an attention layer of a U-Net is known to all three. PEFT finds a module by its path, `attn1.to_q`;
+ComfyUI looks for `lora_unet_..._attn1_to_q` and for `unet....attn1.processor.to_q`, where diffusers had the
+factors at first. (Of convolutions and feed-forward layers it knows diffusers' names.) So a U-Net for ComfyUI
+needs kohya's names; SD 3, FLUX, FLUX.2, Qwen-Image, PixArt and Z-Image it reads whole as diffusers has them.
 
 The scale alpha / r is in the factors, so that whoever takes alpha = r where a file names none gets the same
 weights. kohya's names have an alpha, which is that scale times r.
@@ -59,7 +61,8 @@ def save_lora(
         path: its name ends in .safetensors; a file that is there is replaced.
         adapters: component ("unet", "transformer", "text_encoder", ...) -> the tree of `models.init_lora`.
         scale: what `models.apply_lora` multiplies them with, alpha / r.
-        names: "diffusers", or "kohya" for U-Nets and their text encoders; see above who reads what.
+        names: "diffusers", or "kohya" for U-Nets and their text encoders; diffusers and PEFT read the first,
+            of transformers ComfyUI too, diffusers and ComfyUI the second.
 
     Raises:
         InvalidArgumentError: another suffix; kohya's names for a transformer.

@@ -41,12 +41,13 @@ from jaxldm.models.z_image_transformer_2d import ZImageTransformer2DConfig
 KOHYA = {
     "unet": ("lora_unet_", "lycoris_"),
     "transformer": ("lora_unet_", "lora_transformer_", "lycoris_"),
+    "prior": (),  # Wuerstchen's, of which only diffusers has files
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
 COMPONENT_NAMES = tuple(KOHYA)
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "prior")
 ORIGINAL_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
 # Of text encoders in original files and ComfyUI, for each component.
 _ENCODERS = {

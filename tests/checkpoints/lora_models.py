@@ -28,3 +28,19 @@ Z_IMAGE = {"in_channels": 4, "dim": 24, "n_heads": 2, "n_kv_heads": 2, "n_layers
 Z_IMAGE |= {"axes_dims": [4, 6, 2], "axes_lens": [100, 16, 16]}
 DIT = {"sample_size": 8, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2}
 DIT |= {"in_channels": 4, "out_channels": 8, "norm_type": "ada_norm_zero", "num_embeds_ada_norm": 5}
+DEEPFLOYD_IF = {"sample_size": 8, "in_channels": 3, "out_channels": 6, "block_out_channels": (8, 16)}
+DEEPFLOYD_IF |= {"down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")}
+DEEPFLOYD_IF |= {
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+DEEPFLOYD_IF |= {"up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "act_fn": "gelu"}
+DEEPFLOYD_IF |= {"cross_attention_dim": 32, "encoder_hid_dim": 24, "encoder_hid_dim_type": "text_proj"}
+DEEPFLOYD_IF |= {"attention_head_dim": 8, "addition_embed_type": "text", "addition_embed_type_num_heads": 3}
+DEEPFLOYD_IF |= {"resnet_time_scale_shift": "scale_shift", "cross_attention_norm": "group_norm"}
+WUERSTCHEN = {"c_in": 4, "c": 16, "c_cond": 16, "c_r": 6, "depth": 2, "nhead": 2}
+AMUSED = {"hidden_size": 24, "cond_embed_dim": 10, "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20}
+AMUSED |= {"encoder_hidden_size": 18, "vocab_size": 24, "codebook_size": 20, "in_channels": 12}
+AMUSED |= {"num_hidden_layers": 2, "num_attention_heads": 3, "block_num_heads": 2, "intermediate_size": 40}
+AMUSED |= {"sample_size": 6, "block_out_channels": 16, "num_res_blocks": 1}

@@ -1,5 +1,6 @@
 """LoRA files that we write: diffusers and PEFT merge them to the weights that `models.apply_lora` makes."""
 
+import comfyui_names
 import diffusers
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders import (
+    AmusedLoraLoaderMixin,
     Flux2LoraLoaderMixin,
     FluxLoraLoaderMixin,
     QwenImageLoraLoaderMixin,
@@ -16,7 +18,21 @@ from diffusers.loaders import (
     StableDiffusionXLLoraLoaderMixin,
     ZImageLoraLoaderMixin,
 )
-from lora_models import DIT, FLUX, FLUX2, PIXART, QWEN_IMAGE, SD3, SD15, SDXL, Z_IMAGE
+from diffusers.pipelines.deprecated import wuerstchen
+from lora_models import (
+    AMUSED,
+    DEEPFLOYD_IF,
+    DIT,
+    FLUX,
+    FLUX2,
+    PIXART,
+    QWEN_IMAGE,
+    SD3,
+    SD15,
+    SDXL,
+    WUERSTCHEN,
+    Z_IMAGE,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch_reference import randomised
@@ -26,10 +42,13 @@ from jaxldm.checkpoints.lora_names import COMPONENT_NAMES
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 RANK, SCALE = 2, 0.375
-# Class, config, and the part of the pipeline that reads LoRA files; PixArt's and DiT's pipelines have none.
+# Class, config, and what reads LoRA files in diffusers, a pipeline or its part; PixArt's and DiT's have none.
 FAMILIES = {
     "Stable Diffusion": (diffusers.UNet2DConditionModel, SD15, StableDiffusionLoraLoaderMixin),
     "SDXL": (diffusers.UNet2DConditionModel, SDXL, StableDiffusionXLLoraLoaderMixin),
+    "DeepFloyd IF": (diffusers.UNet2DConditionModel, DEEPFLOYD_IF, StableDiffusionLoraLoaderMixin),
+    "Wuerstchen": (wuerstchen.WuerstchenPrior, WUERSTCHEN, wuerstchen.WuerstchenPriorPipeline),
+    "aMUSEd": (diffusers.UVit2DModel, AMUSED, AmusedLoraLoaderMixin),
     "SD 3": (diffusers.SD3Transformer2DModel, SD3, SD3LoraLoaderMixin),
     "FLUX": (diffusers.FluxTransformer2DModel, FLUX, FluxLoraLoaderMixin),
     "FLUX.2": (diffusers.Flux2Transformer2DModel, FLUX2, Flux2LoraLoaderMixin),
@@ -45,13 +64,18 @@ def random_like(tree, seed=0):
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tree)
 
 
-def targets_of(kind):
+def targets_of(family, kind):
     """Attention and, for U-Nets, a convolution and a 1x1 convolution or matrix, too."""
-    return (
-        None
-        if kind is not diffusers.UNet2DConditionModel
-        else ["*/to_[qkv]", "*/to_out_0", "*/conv1", "*/proj_in"]
-    )
+    if kind is not diffusers.UNet2DConditionModel:
+        return None
+    attention = ["*/to_[qkv]", "*/to_out_0"]  # of DeepFloyd IF the texts' keys and values besides
+    own = ["*/add_[kv]_proj"] if family == "DeepFloyd IF" else ["*/proj_in"]
+    return [*attention, "*/conv1", *own]
+
+
+def component_of(kind):
+    """What the network is in a folder of its pipeline."""
+    return {"UNet2DConditionModel": "unet", "WuerstchenPrior": "prior"}.get(kind.__name__, "transformer")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -62,18 +86,20 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     theirs.save_pretrained(folder / "model")
     module, params = checkpoints.load(folder / "model")
-    lora = random_like(models.init_lora(jax.random.key(0), params, RANK, targets_of(kind)))
-    component = "unet" if kind is diffusers.UNet2DConditionModel else "transformer"
+    lora = random_like(models.init_lora(jax.random.key(0), params, RANK, targets_of(request.param, kind)))
+    component = component_of(kind)
     wanted = checkpoints.to_state_dict(models.apply_lora(params, lora, SCALE))
     before = checkpoints.to_state_dict(params)
     assert sum(not np.array_equal(wanted[name], before[name]) for name in wanted) * 2 == len(
         checkpoints.to_state_dict(lora)
     )
     return {
+        "family": request.param,
         "kind": kind,
         "component": component,
         "mixin": mixin,
         "wanted": wanted,
+        "before": before,
         "parts": {component: (module, params)},
         "lora": lora,
         "folder": folder,
@@ -109,12 +135,15 @@ def by_diffusers(case, path):
     theirs, mixin = fresh(case), case["mixin"]
     if mixin is None:
         theirs.load_lora_adapter(load_file(path), prefix=case["component"])
-    elif case["component"] == "unet":
+    elif case["component"] in ("unet", "prior"):
         state, alphas = mixin.lora_state_dict(path, unet_config=theirs.config)
         mixin.load_lora_into_unet(state, network_alphas=alphas, unet=theirs, adapter_name="ours")
     else:
         state = mixin.lora_state_dict(path)
-        options = {"network_alphas": None} if mixin is FluxLoraLoaderMixin else {}
+        if mixin is AmusedLoraLoaderMixin:
+            state, alphas = state
+            assert not alphas
+        options = {"network_alphas": None} if mixin in (FluxLoraLoaderMixin, AmusedLoraLoaderMixin) else {}
         mixin.load_lora_into_transformer(state, transformer=theirs, adapter_name="ours", **options)
     theirs.fuse_lora()
     return theirs.state_dict()
@@ -161,6 +190,36 @@ def test_kohya_names_for_diffusers_and_comfyui(case):
     path = written(case, "kohya")
     assert all(name.startswith("lora_unet_") for name in load_file(path))
     assert_weights(by_diffusers(case, path), case["wanted"])
+
+
+def read_by_comfyui(case, names):
+    """(change of each layer that ComfyUI finds in the file, tensors that it leaves, layers of the file)."""
+    shapes = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in case["before"].items()
+        if name.endswith(".weight")
+    }
+    layers = {name.split(".lora_")[0] for name in checkpoints.to_state_dict(case["lora"])}
+    return *comfyui_names.read(case["family"], shapes, load_file(written(case, names))), layers
+
+
+def test_comfyui_finds_every_layer_and_makes_the_same_weights(case):
+    """Of a U-Net under kohya's names; under diffusers' it finds all but the attention, as the docs say."""
+    if case["family"] not in comfyui_names.FAMILIES:
+        return  # no model of ComfyUI
+    of_unet = case["component"] == "unet"
+    changes, left, layers = read_by_comfyui(case, "kohya" if of_unet else "diffusers")
+    assert not left and changes.keys() == layers
+    for layer, change in changes.items():
+        before, wanted = (case[key][f"{layer}.weight"] for key in ("before", "wanted"))
+        np.testing.assert_allclose(
+            before + change.numpy(), wanted, rtol=0, atol=1e-6 * max(1.0, np.abs(wanted).max()), err_msg=layer
+        )
+    if of_unet:
+        changes, left, _ = read_by_comfyui(case, "diffusers")
+        attention = {layer for layer in layers if ".to_" in layer}
+        assert attention and changes.keys() == layers - attention
+        assert {name.split(".lora_")[0].removeprefix("unet.") for name in left} == attention
 
 
 def test_text_encoders_have_the_prefix_that_comfyui_looks_for(tmp_path):
