@@ -33,6 +33,7 @@ from jaxldm.models.adapters import lora_layers
 
 NAMES = ("diffusers", "kohya")
 _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+_WITHOUT_KOHYA = ("add_k_proj", "add_v_proj")  # of DeepFloyd IF: diffusers does not see where a word ends
 _PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
@@ -65,7 +66,7 @@ def save_lora(
             of transformers ComfyUI too, diffusers and ComfyUI the second.
 
     Raises:
-        InvalidArgumentError: another suffix; kohya's names for a transformer.
+        InvalidArgumentError: another suffix; kohya's names for a transformer, or for DeepFloyd IF.
         UnknownNameError: a component or kind of names that does not exist.
         StorageError: it cannot be written.
 
@@ -108,6 +109,10 @@ def _kohya_tensors(component: str, lora: Mapping[str, Any], scale: float) -> dic
     tensors = {}
     for name, tensor in _tensors(component, lora).items():
         module, part, _ = name.rsplit(".", 2)
+        if module.endswith(_WITHOUT_KOHYA):
+            raise InvalidArgumentError(
+                f"{module} has no name of kohya's that a program reads: give names='diffusers'"
+            )
         place = _KOHYA[component] + module.replace(".", "_")
         tensors[f"{place}.{_PARTS[part]}.weight"] = tensor
         if part == "lora_A":
