@@ -1,4 +1,4 @@
-"""A person's own pictures from the folder to the model that leaves: train, sample, eval, export, by the command line."""
+"""Own pictures by the command line, from the folder to the model that leaves: train, sample, eval, export."""
 
 import json
 

@@ -10,9 +10,14 @@ import shutil
 import subprocess
 import time
 
+import pytest
+
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless=new", "--disable-gpu", "--no-first-run", "--disable-extensions", "--hide-scrollbars")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--no-sandbox")
+in_a_browser = pytest.mark.skipif(
+    FOUND is None, reason="no chromium, chromium-browser or google-chrome is on this machine"
+)
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, " ": 32}
 
 

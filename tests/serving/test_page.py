@@ -12,6 +12,7 @@ import chromium
 import numpy as np
 import pytest
 import tiny_models
+from chromium import in_a_browser
 from PIL import Image
 from served import MAX_STEPS, drawn_alone, service_of, wait_until
 from starlette.testclient import TestClient
@@ -24,9 +25,6 @@ from jaxldm.serving.application import application
 from jaxldm.serving.page import FILES
 from jaxldm.serving.requests import offer_of
 
-in_a_browser = pytest.mark.skipif(
-    chromium.FOUND is None, reason="no chromium, chromium-browser or google-chrome is on this machine"
-)
 READY = "document.getElementById('state').textContent === 'Ready'"
 
 
