@@ -337,13 +337,12 @@ def is_run(path: str) -> bool:
 def real_images(path: str) -> ImageSet:
     """A folder, an .npz file, or the test images of a run's dataset."""
     from jaxldm import training
-    from jaxldm.data import to_uint8
-    from jaxldm.metrics.image_sets import array_set, open_image_set
+    from jaxldm.metrics.image_sets import open_image_set, rows_set
 
     if not is_run(path):
         return open_image_set(path)
     dataset = training.read_data(path)
-    return array_set(to_uint8(dataset.arrays("test")[0]), f"{dataset.name} (test)")
+    return rows_set(dataset.rows("test"), dataset.image_shape, f"{dataset.name} (test)")
 
 
 def captions_to_draw(options: Any) -> list[str] | None:

@@ -111,22 +111,26 @@ class Dataset:
         read = getattr(rows, "captions", None)
         return None if read is None else read(np.arange(len(rows))[:limit])
 
-    def arrays(self, split: str) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]:
-        """Returns a whole split in memory: images float32 [N, H, W, C] in [-1, 1] and labels int32 [N].
+    def arrays(
+        self, split: str, limit: int | None = None
+    ) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]:
+        """Returns the first `limit` examples of a split (None: all of them) in memory: images float32
+        [N, H, W, C] in [-1, 1] and labels int32 [N].
 
-        Raises `UnknownNameError` for another split name, `DataError` if the split needs more than 16 GiB or
-        has a label that is none of the classes.
+        Raises `UnknownNameError` for another split name, `DataError` if they need more than 16 GiB or have a
+        label that is none of the classes.
         """
         rows = self.rows(split)
-        size = 4 * len(rows) * int(np.prod(self.image_shape))
+        numbers = np.arange(len(rows))[:limit]
+        size = 4 * len(numbers) * int(np.prod(self.image_shape))
         if size > MAX_BYTES_IN_MEMORY:
             raise DataError(
                 f"{self.name} {split} needs {size / 2**30:.0f} GiB of memory: give Batches "
                 f"dataset.rows({split!r}) instead of arrays"
             )
-        columns = rows.take(np.arange(len(rows)))
+        columns = rows.take(numbers)
         name = f"the labels of {self.name} {split}"
-        return columns["image"], check_labels(columns["label"], len(rows), self.num_classes, name)
+        return columns["image"], check_labels(columns["label"], len(numbers), self.num_classes, name)
 
 
 def central_square(image: UInt8[np.ndarray, "h w C"], size: int) -> UInt8[np.ndarray, "{size} {size} C"]:

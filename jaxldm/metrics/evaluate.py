@@ -13,15 +13,11 @@ from jaxldm.arguments import a_params, array, checked, count, function, instance
 from jaxldm.data.batches import map_batches
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_images, check_labels
-from jaxldm.errors import InvalidArgumentError, shown
+from jaxldm.errors import DataError, InvalidArgumentError, shown
 from jaxldm.metrics.frechet import frechet_distance
 from jaxldm.metrics.health import Finding
-from jaxldm.metrics.scores import (
-    accuracy,
-    class_diversities,
-    inception_score,
-    nearest_neighbour_distances,
-)
+from jaxldm.metrics.real_images import blocks, classified, nearest_in_split, pixel_diversities
+from jaxldm.metrics.scores import accuracy, class_diversities, inception_score
 from jaxldm.pixels import in_unit_range
 
 Classify = Callable[[Float[np.ndarray, "N H W C"]], tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N K"]]]
@@ -153,9 +149,9 @@ def evaluate(
 ) -> Report:
     """Return the figures of generated images, each next to that of real images never trained on.
 
-    Real images are those of the generated classes only. Set-wise figures use sets of one size on both sides
-    (as many as the smallest set has, spread evenly over the classes), because they change with the number
-    of images.
+    Real images are those of the generated classes only; they are read block by block. Set-wise figures use
+    sets of one size on both sides (as many as the smallest set has, spread evenly over the classes), because
+    they change with the number of images.
 
     Args:
         images: generated, [N, H, W, C] in [-1, 1].
@@ -168,40 +164,41 @@ def evaluate(
     """
     images = check_images(images, dataset.image_shape, "generated images")
     labels = check_labels(labels, len(images), dataset.num_classes)
-    test_images, test_labels = dataset.arrays("test")
     classify = _answering(classify)
-    test_features, test_logits = classify(test_images)
-    classifier_accuracy = accuracy(test_logits, test_labels)
-    same = np.isin(test_labels, labels)
-    test_images, test_labels = test_images[same], test_labels[same]
-    test_features, test_logits = test_features[same], test_logits[same]
-    validation_images, validation_labels = dataset.arrays("validation")
-    same = np.isin(validation_labels, labels)
-    validation_features, _ = classify(validation_images[same])
+    test = classified(classify, dataset, "test")
+    classifier_accuracy = accuracy(test.logits, test.labels)
+    same = np.flatnonzero(np.isin(test.labels, labels))  # the rows of the test images that are compared
+    test = test.of(same)
+    validation = classified(classify, dataset, "validation")
+    validation = validation.of(np.isin(validation.labels, labels))
     features, logits = classify(images)
 
-    number = min(len(images), len(test_images), int(same.sum()))
-    chosen, test_chosen = stratified_subset(labels, number), stratified_subset(test_labels, number)
-    validation_chosen = stratified_subset(validation_labels[same], number)
-    train_images, _ = dataset.arrays("train")
-    nearest = nearest_neighbour_distances(images, train_images).distance
-    real_nearest = nearest_neighbour_distances(test_images, train_images).distance
+    num_real = min(len(test.labels), len(validation.labels))
+    number = min(len(images), num_real)
+    if num_real < 2:
+        raise DataError(f"{dataset.name} has fewer than two real images of the generated classes")
+    chosen, test_chosen = stratified_subset(labels, number), stratified_subset(test.labels, number)
+    validation_chosen = stratified_subset(validation.labels, number)
+    nearest = nearest_in_split(images, dataset, "train")
+    compared = blocks(dataset.rows("test"), same, dataset.image_shape)
+    real_nearest = np.concatenate([nearest_in_split(some, dataset, "train") for some in compared])
+    pixels = pixel_diversities(dataset, "test", same, test.labels)
     return Report(
         dataset=dataset.name,
         num_images=len(images),
         num_compared=number,
         classifier_accuracy=classifier_accuracy,
         accuracy=accuracy(logits, labels),
-        frechet_distance=frechet_distance(features[chosen], test_features),
-        real_frechet_distance=frechet_distance(validation_features[validation_chosen], test_features),
+        frechet_distance=frechet_distance(features[chosen], test.features),
+        real_frechet_distance=frechet_distance(validation.features[validation_chosen], test.features),
         inception_score=inception_score(softmax(logits[chosen])),
-        real_inception_score=inception_score(softmax(test_logits[test_chosen])),
-        feature_diversity=diversity_ratio(features, labels, test_features, test_labels),
-        pixel_diversity=diversity_ratio(images, labels, test_images, test_labels),
+        real_inception_score=inception_score(softmax(test.logits[test_chosen])),
+        feature_diversity=diversity_ratio(features, labels, test.features, test.labels),
+        pixel_diversity=_ratio(class_diversities(images, labels), pixels),
         nearest_distance=float(np.median(nearest)),
         real_nearest_distance=float(np.median(real_nearest)),
         near_copies=float(np.mean(nearest < np.quantile(real_nearest, 0.01))),
-        findings=tuple(_warnings(labels, test_labels, number, features.shape[1], classifier_accuracy)),
+        findings=tuple(_warnings(labels, test.labels, number, features.shape[1], classifier_accuracy)),
     )
 
 
@@ -242,7 +239,10 @@ def diversity_ratio(
 
     NaN if no class has two images on both sides.
     """
-    drawn, real = class_diversities(vectors, labels), class_diversities(real_vectors, real_labels)
+    return _ratio(class_diversities(vectors, labels), class_diversities(real_vectors, real_labels))
+
+
+def _ratio(drawn: dict[int, float], real: dict[int, float]) -> float:
     both = sorted(drawn.keys() & real.keys())
     if not both:
         return math.nan

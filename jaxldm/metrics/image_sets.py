@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxldm.arguments import a_path, array, checked, instance, text
+from jaxldm.data.batches import Rows
 from jaxldm.data.images import to_uint8
 from jaxldm.data.pictures import open_picture, rgb_of
 from jaxldm.errors import DataError
 from jaxldm.reading import check_regular, reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+AT_ONCE = 256  # images of rows in memory
 _GREY_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "I;16N", "LA")
 
 
@@ -73,6 +75,25 @@ def array_set(images: UInt8[np.ndarray, "N H W C"], name: str) -> ImageSet:
 
     digest = hashlib.sha256(repr(images.shape).encode() + np.ascontiguousarray(images).tobytes()).hexdigest()
     return ImageSet(name, len(images), images.shape[1:3], batches, digest)
+
+
+def rows_set(rows: Rows, shape: Sequence[int], name: str) -> ImageSet:
+    """The images [H, W, C] of rows as `array_set` has them, read from the rows batch by batch.
+
+    Raises `DataError` as `array_set`.
+    """
+    whole = (len(rows), *shape)
+    _check_array(whole, np.dtype(np.uint8), name)
+
+    def read(size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(rows), size):
+            yield to_uint8(rows.take(np.arange(start, min(start + size, len(rows))))["image"])
+
+    total = hashlib.sha256(repr(whole).encode())
+    for some in read(AT_ONCE):
+        total.update(np.ascontiguousarray(some))
+    batches = lambda size: map(_rgb, read(size))  # noqa: E731
+    return ImageSet(name, len(rows), whole[1:3], batches, total.hexdigest())
 
 
 def _check_array(shape: tuple[int, ...], dtype: Any, name: str) -> None:

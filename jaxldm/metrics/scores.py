@@ -1,6 +1,6 @@
 """Scores of images, labels and class probabilities that need no fitted distribution."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -125,9 +125,15 @@ def class_diversities(vectors: Float[np.ndarray, "N ..."], labels: Int[np.ndarra
         members = _flat(vectors)[labels == label]
         count = len(members)
         if count >= 2:
-            total = sum(np.sqrt(block).sum() for _, block in _squared_distances(members, members))
-            diversities[int(label)] = float(total / (count * (count - 1)))  # the diagonal adds nothing
+            diversities[int(label)] = float(sum_of_distances(members) / (count * (count - 1)))
     return diversities
+
+
+def sum_of_distances(vectors: Float[np.ndarray, "N ..."], others: Any = None) -> float:
+    """Add up the distances of each vector to each of the others; of None to each of the vectors."""
+    a = _flat(vectors)
+    b = a if others is None else _flat(others)  # the diagonal of one set adds nothing
+    return float(sum(np.sqrt(block).sum() for _, block in _squared_distances(a, b)))
 
 
 @checked(
@@ -163,7 +169,11 @@ def reconstruction_error(
     images, reconstructions = np.asarray(images, np.float64), np.asarray(reconstructions, np.float64)
     if images.shape != reconstructions.shape:
         raise DataError(f"images {images.shape} and reconstructions {reconstructions.shape} differ in shape")
-    mse = float(np.mean((images - reconstructions) ** 2))
+    return with_psnr(float(np.mean((images - reconstructions) ** 2)))
+
+
+def with_psnr(mse: float) -> ReconstructionError:
+    """The mean squared error of images in [-1, 1] and its PSNR."""
     return ReconstructionError(mse, float("inf") if mse == 0 else float(10 * np.log10(4 / mse)))
 
 

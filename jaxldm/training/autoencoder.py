@@ -153,7 +153,7 @@ def prepare(context: Context) -> Job:
     game = make_game(context, recipe, module, len(rows))
 
     def preview(params: Params, step: int) -> None:
-        decoded = reconstruct(game.network(params), held_out[:32])
+        decoded = np.asarray(reconstruct(game.network(params), held_out[:32]))
         save_reconstructions(folder.path / "reconstructions.png", held_out[:32], decoded)
 
     def finish(params: Params) -> None:

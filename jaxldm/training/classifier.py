@@ -18,6 +18,7 @@ from jaxldm.data.augmentation import LIGHT, Augmentation, augment
 from jaxldm.files import write_atomically
 from jaxldm.indices import check_indices
 from jaxldm.metrics.evaluate import classifier_function
+from jaxldm.metrics.real_images import classified
 from jaxldm.metrics.scores import accuracy
 from jaxldm.training.recipes import ClassifierRecipe, Recipe
 from jaxldm.training.runs import save_classifier
@@ -25,6 +26,7 @@ from jaxldm.training.stages import Context, Job, Task, build_model, sample_size,
 from jaxldm.training.state import Params
 
 STAGE = "classifier"
+MOST_TESTED = 10_000  # images
 
 
 def classification_loss(
@@ -82,13 +84,10 @@ def prepare(context: Context) -> Job:
     columns = with_names(context.train_rows(), image="image", label="label")
 
     def finish(params: Params) -> None:
-        classify = classifier_function(module, params)
-        test_images, test_labels = context.some("test")
-        test_accuracy = accuracy(classify(test_images)[1], test_labels)
-        context.log(
-            f"classifier: {test_accuracy:.1%} of {len(test_labels)} real test images classified correctly"
-        )
-        figures = {"test_accuracy": test_accuracy, "test_images": len(test_labels)}
+        test = classified(classifier_function(module, params), context.dataset, "test", MOST_TESTED)
+        test_accuracy, number = accuracy(test.logits, test.labels), len(test.labels)
+        context.log(f"classifier: {test_accuracy:.1%} of {number} real test images classified correctly")
+        figures = {"test_accuracy": test_accuracy, "test_images": number}
         write_atomically(folder.path / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
         save_classifier(context.run, module, params)
 

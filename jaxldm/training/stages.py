@@ -37,6 +37,7 @@ from jaxldm.training.step import LossFunction, Player
 LOOK = "smoke"  # how the names of recipes begin that only show that everything runs
 MAX_STEPS = LARGEST_INT32  # they are counted in int32
 MAX_BYTES_AS_ARRAYS = 2**30  # of the training images; more are read from disk by batch
+MAX_BYTES_OF_SOME, FEWEST_OF_SOME = 2**28, 32  # of held-out images in memory, as float32; and their number
 MOST_CLASSES = 10  # in a picture of samples
 
 
@@ -82,16 +83,16 @@ class Context:
         images, labels = self.train_arrays()
         return ArrayRows({"image": images, "label": labels})
 
-    def some(self, split: str, most: int = 10_000) -> tuple[Float[np.ndarray, "N H W C"], Any]:
-        """(images, labels) of the first `most` examples of a split."""
-        rows = self.dataset.rows(split)
+    def some(self, split: str, most: int = 1000) -> tuple[Float[np.ndarray, "N H W C"], Any]:
+        """(images, labels) of the first `most` examples of a split, of large images fewer."""
+        rows, size = self.dataset.rows(split), 4 * math.prod(self.dataset.image_shape)
+        most = min(most, max(FEWEST_OF_SOME, MAX_BYTES_OF_SOME // size))
         columns = rows.take(np.arange(min(len(rows), most)))
         return columns["image"], columns["label"]
 
     def train_arrays(self) -> tuple[Float[np.ndarray, "N H W C"], Int[np.ndarray, " N"]]:
         """The training images `[N, H, W, C]` in [-1, 1] and their labels `[N]`."""
-        images, labels = self.dataset.arrays("train")
-        return images[: self.recipe.max_train_images], labels[: self.recipe.max_train_images]
+        return self.dataset.arrays("train", self.recipe.max_train_images)
 
 
 class Job(NamedTuple):

@@ -9,7 +9,14 @@ import pytest
 from jaxldm import models
 from jaxldm.data import ArrayRows, Dataset
 from jaxldm.errors import DataError
-from jaxldm.metrics import classifier_function, diversity_ratio, evaluate, frechet_distance, stratified_subset
+from jaxldm.metrics import (
+    classifier_function,
+    diversity_ratio,
+    evaluate,
+    frechet_distance,
+    real_images,
+    stratified_subset,
+)
 from jaxldm.metrics.evaluate import softmax
 
 CLASSES = 4
@@ -62,6 +69,49 @@ def test_the_figures_are_those_of_the_single_functions():
     assert report.frechet_distance == frechet_distance(classify(images)[0], real)
     assert report.real_frechet_distance == frechet_distance(validation, real)
     assert report.pixel_diversity == diversity_ratio(images, labels, *DATASET.arrays("test"))
+
+
+class NotedRows:
+    """Rows that note how many are taken at once."""
+
+    def __init__(self, rows):
+        self.rows, self.taken = rows, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def take(self, rows):
+        self.taken.append(len(rows))
+        return self.rows.take(rows)
+
+
+def test_no_split_is_read_as_a_whole_and_the_figures_are_the_same(monkeypatch):
+    monkeypatch.setattr(real_images, "AT_ONCE", 50)
+    monkeypatch.setattr(real_images, "MAX_BYTES", 30 * 8 * 16)
+    noted = {name: NotedRows(rows) for name, rows in DATASET.parts.items()}
+    dataset = Dataset("toy", (4, 4, 1), tuple("abcd"), noted)
+    images, labels = draw(40, 4)
+    images[:3] = DATASET.arrays("train")[0][[0, 150, 399]]  # copies, which have distance 0 in whichever block
+    found, expected = evaluate(images, labels, classify, dataset), evaluate(images, labels, classify, DATASET)
+    assert max(noted["train"].taken) == 30 and max(noted["validation"].taken) == 50 == max(
+        noted["test"].taken
+    )
+    texts = ("dataset", "findings")
+    figures, wanted = (
+        {name: value for name, value in report.to_dict().items() if name not in texts}
+        for report in (found, expected)
+    )
+    assert figures == pytest.approx(wanted, rel=1e-9) and found.findings == expected.findings
+    assert found.near_copies >= 3 / 160
+    for split in ("test", "validation"):
+        assert real_images.nearest_in_split(DATASET.arrays(split)[0], dataset, split).max() == 0
+
+
+def test_classes_without_two_real_images_are_refused():
+    few = columns(40, 3).take(np.arange(0, 121))  # one of the last class
+    dataset = Dataset("toy", (4, 4, 1), tuple("abcd"), {**DATASET.parts, "test": ArrayRows(few)})
+    with pytest.raises(DataError, match="fewer than two real images"):
+        evaluate(draw(2, 4)[0][-2:], np.array([3, 3]), classify, dataset)
 
 
 def test_copies_of_the_training_set_are_found_out():

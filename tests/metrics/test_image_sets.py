@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from experiments.faults.kill_points import killed, moments
+from jaxldm.data import ArrayRows, from_uint8
 from jaxldm.errors import DataError, InvalidArgumentError
-from jaxldm.metrics import extraction
+from jaxldm.metrics import extraction, image_sets
 from jaxldm.metrics.extraction import FeatureNetwork, extract
-from jaxldm.metrics.image_sets import array_set, open_image_set
+from jaxldm.metrics.image_sets import array_set, open_image_set, rows_set
 from jaxldm.metrics.pairs import pair_distances
 from jaxldm.metrics.resizing import VARIANTS, inception_inputs
 
@@ -45,6 +46,23 @@ def test_a_folder_an_npz_file_and_an_array_are_the_same_images(tmp_path):
         np.testing.assert_array_equal(everything(found), images)
         assert [len(batch) for batch in found.batches(3)] == [3, 3, 1]
     assert len({found.digest for found in sets}) == 4  # of the files' bytes
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_are_the_images_of_an_array_and_are_read_batch_by_batch(monkeypatch, channels):
+    monkeypatch.setattr(image_sets, "AT_ONCE", 4)
+    images, taken = pixels(7, channels=channels), []
+
+    class Rows(ArrayRows):
+        def take(self, rows):
+            taken.append(len(rows))
+            return super().take(rows)
+
+    found = rows_set(Rows({"image": from_uint8(images)}), images.shape[1:], "name")
+    expected = array_set(images, "name")
+    np.testing.assert_array_equal(everything(found), everything(expected))
+    assert found._replace(batches=None) == expected._replace(batches=None)
+    assert taken == [4, 3, 3, 3, 1]
 
 
 def test_grey_images_have_three_equal_channels(tmp_path):

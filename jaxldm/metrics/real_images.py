@@ -1,0 +1,91 @@
+"""Figures of the real images of a split, which are read block by block: no split is whole in memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxldm.data.batches import Rows
+from jaxldm.data.dataset import Dataset
+from jaxldm.data.images import check_labels
+from jaxldm.errors import DataError
+from jaxldm.metrics.scores import nearest_neighbour_distances, sum_of_distances
+
+AT_ONCE = 256  # images that are classified together
+MAX_BYTES = 2**28  # of a block of images as float64, as distances are computed
+
+
+class Answers(NamedTuple):
+    """What a classifier says of images, and what they are: a row for each."""
+
+    features: Float[np.ndarray, "N D"]
+    logits: Float[np.ndarray, "N K"]
+    labels: Int[np.ndarray, " N"]
+
+    def of(self, chosen: Any) -> "Answers":
+        """Those of some images."""
+        return Answers(*(column[chosen] for column in self))
+
+
+def classified(
+    classify: Callable[[Any], tuple[Any, Any]], dataset: Dataset, split: str, most: int | None = None
+) -> Answers:
+    """The answers for the first `most` images of a split (None: all), which are read batch by batch.
+
+    Raises:
+        DataError: no images, or a label that is none of the classes.
+    """
+    rows, found = dataset.rows(split), []
+    number = len(rows) if most is None else min(len(rows), most)
+    if not number:
+        raise DataError(f"{dataset.name} has no images in the split {split}")
+    at_once = min(AT_ONCE, number)
+    for start in range(0, number, at_once):
+        some = np.arange(start, min(start + at_once, number))
+        columns = rows.take(some)
+        padding = np.repeat(columns["image"][-1:], at_once - len(some), axis=0)  # compiled for one size
+        answers = classify(np.concatenate([columns["image"], padding]))
+        found.append((*(np.asarray(answer)[: len(some)] for answer in answers), columns["label"]))
+    features, logits, labels = map(np.concatenate, zip(*found, strict=True))
+    name = f"the labels of {dataset.name} {split}"
+    return Answers(features, logits, check_labels(labels, number, dataset.num_classes, name))
+
+
+def blocks(rows: Rows, numbers: Int[np.ndarray, " N"], shape: Sequence[int]) -> Iterator[Any]:
+    """The images `numbers` of rows, of this shape, in blocks."""
+    length = max(1, MAX_BYTES // (8 * int(np.prod(shape))))
+    for start in range(0, len(numbers), length):
+        yield rows.take(numbers[start : start + length])["image"]
+
+
+def nearest_in_split(images: Float[np.ndarray, "N H W C"], dataset: Dataset, split: str) -> Any:
+    """The distance [N] of each image to the nearest of a split."""
+    rows, nearest = dataset.rows(split), np.full(len(images), np.inf)
+    for reference in blocks(rows, np.arange(len(rows)), dataset.image_shape):
+        nearest = np.minimum(nearest, nearest_neighbour_distances(images, reference).distance)
+    return nearest
+
+
+def pixel_diversities(
+    dataset: Dataset, split: str, numbers: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"]
+) -> dict[int, float]:
+    """What `class_diversities` is of the images `numbers` of a split, whose labels these are."""
+    found = {}
+    for label in np.unique(labels):
+        members = numbers[labels == label]
+        if len(members) >= 2:
+            total = _sum_of_distances(dataset, split, members)
+            found[int(label)] = float(total / (len(members) * (len(members) - 1)))
+    return found
+
+
+def _sum_of_distances(dataset: Dataset, split: str, numbers: Int[np.ndarray, " N"]) -> float:
+    """The distances of all pairs of images, added up, each pair in both orders."""
+    rows, shape, total, done = dataset.rows(split), dataset.image_shape, 0.0, 0
+    for first in blocks(rows, numbers, shape):
+        done += len(first)
+        total += sum_of_distances(first)
+        for second in blocks(rows, numbers[done:], shape):
+            total += 2 * sum_of_distances(first, second)
+    return total
