@@ -11,6 +11,7 @@ No number is computed otherwise: the compiler puts in what has to move between t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxldm.arguments import a_params, checked, count, instance, optional, refuse, some_devices
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.nn.block_stack import STACK
+from jaxldm.nn.initialization import drawn_in_parts
 
 AXES = ("data", "fsdp", "tensor")
 Rule: TypeAlias = tuple[str, PartitionSpec]
@@ -131,6 +133,11 @@ def sharding_of(mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> Callable[..., N
         return NamedSharding(mesh, split(mesh, path, shape, rules)[1])
 
     return place
+
+
+def drawn_on(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """Within it `models.init` draws each device's part of each parameter there, and no array whole."""
+    return drawn_in_parts(sharding_of(mesh))
 
 
 @checked(mesh=any_mesh, params=a_params, rules=some_rules)

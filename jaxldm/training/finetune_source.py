@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxldm import checkpoints, models, pipelines
@@ -31,6 +30,7 @@ from jaxldm.reading import reading, shown
 from jaxldm.training.control_pictures import check_control_pictures, control_shapes
 from jaxldm.training.finetune_recipe import FinetuneRecipe, WordRecipe, make_finetuning
 from jaxldm.training.freezing import freeze
+from jaxldm.training.mesh import numbers_per_device
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.text import check_lengths
 
@@ -150,7 +150,9 @@ def with_single_blocks(pipe: Pipeline) -> Pipeline:
         return pipe
     single = models.from_config(dataclasses.replace(config, scan=False))
     if params:
-        params = checkpoints.from_state_dict(checkpoints.to_state_dict(params), models.shapes(single))
+        place = None if pipe.mesh is None else models.sharding_of(pipe.mesh)
+        params = checkpoints.to_state_dict(params)
+        params = checkpoints.from_state_dict(params, models.shapes(single), sharding=place)
     return pipe.replace(denoiser=Network(single, params))
 
 
@@ -179,11 +181,9 @@ def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
         check_names(pipe.denoiser_name, own.lora.names)
     if own.control is not None and draws_classes(pipe.family):
         raise CheckpointError(f"{own.source} draws from classes: a ControlNet is for a model of texts")
-    total, moving = _count_parameters(own, models.shapes(pipe.denoiser.module), pipe)
+    total, moving = _count_parameters(own, models.shapes(pipe.denoiser.module), pipe, mesh)
     _check_pictures(recipe, pipe, dataset)
-    device = mesh.devices.flat[0]
-    shares = 1 if device.platform == "cpu" else mesh.size
-    needed = 4 * (total + (3 if own.ema_decay else 2) * moving) // shares
+    device, needed = mesh.devices.flat[0], 4 * (total + (3 if own.ema_decay else 2) * moving)
     check_fits(needed, f"fine-tuning {own.source} needs", device=device, fix="take a smaller model")
     if own.word is not None:
         _check_word(own.word, pipe)
@@ -227,8 +227,8 @@ def _check_word(recipe: WordRecipe, pipe: Pipeline) -> None:
     ids_of(pipe.tokenizer, recipe.initial)
 
 
-def _count_parameters(recipe: FinetuneRecipe, shapes: Any, pipe: Pipeline) -> tuple[int, int]:
-    """(all, those that move). Raises `InvalidArgumentError` for patterns that name none."""
+def _count_parameters(recipe: FinetuneRecipe, shapes: Any, pipe: Pipeline, mesh: Mesh) -> tuple[int, int]:
+    """(all, those that move) on a device. Raises `InvalidArgumentError` for patterns that name none."""
     moving = shapes
     if recipe.lora is not None:
         lora = recipe.lora
@@ -242,10 +242,7 @@ def _count_parameters(recipe: FinetuneRecipe, shapes: Any, pipe: Pipeline) -> tu
     elif recipe.control is not None:
         moving = control_shapes(pipe, recipe.source)
         shapes = (shapes, moving)
-    total, own = (
-        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in (shapes, moving)
-    )
-    return total, own
+    return numbers_per_device(mesh, shapes), numbers_per_device(mesh, moving)
 
 
 def _check_pictures(recipe: Recipe, pipe: Pipeline, dataset: Dataset) -> None:

@@ -37,6 +37,7 @@ from jaxldm.training.denoiser_loss import Condition, label_condition
 from jaxldm.training.diffusion import MOST_CAPTIONS, identity_and_labels, latents_of
 from jaxldm.training.finetune_recipe import TEMPLATES, FinetuneRecipe, WordRecipe
 from jaxldm.training.finetune_source import build, check, ids_of, with_single_blocks
+from jaxldm.training.mesh import own_split
 from jaxldm.training.prior_preservation import PairedRows, class_pictures, of_class
 from jaxldm.training.runs import CONTROL_FOLDER, CONTROL_SAMPLES, LORA_FILE, RunFolder, save_pipeline
 from jaxldm.training.stages import (
@@ -352,7 +353,7 @@ def make_preview(
 def prepare(context: Context) -> Job:
     """The model of the recipe, and what of it moves."""
     recipe = cast(FinetuneRecipe, context.recipe.finetune)
-    pipe = pipelines.load(recipe.source, dtype="float32")
+    pipe = pipelines.load(recipe.source, dtype="float32", mesh=own_split(context.mesh))
     refuse_quantized(pipe.denoiser.params, "fine-tuning")
     pipe = with_single_blocks(pipe) if recipe.freeze else pipe
     examples, tuned = examples_of(context, pipe), tuned_of(recipe, pipe)

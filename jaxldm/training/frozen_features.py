@@ -13,6 +13,7 @@ from jaxldm import checkpoints, models
 from jaxldm.errors import CheckpointError
 from jaxldm.files import expanded
 from jaxldm.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from jaxldm.training.mesh import own_placement
 from jaxldm.training.recipes import AlignmentRecipe
 from jaxldm.training.stages import Context
 
@@ -49,7 +50,7 @@ def load_features(context: Context, recipe: AlignmentRecipe, grid: tuple[int, in
         module, params = checkpoints.load(context.run.stage("classifier").model)
         context.log("diffusion: aligned with the features of the run's own classifier")
         return FrozenFeatures(params, module.config.block_out_channels[-1], classifier_features(module, grid))
-    module, params = checkpoints.load(expanded(recipe.encoder))
+    module, params = checkpoints.load(expanded(recipe.encoder), sharding=own_placement(context.mesh))
     context.log(f"diffusion: aligned with the features of {recipe.encoder}")
     return FrozenFeatures(params, module.config.hidden_size, dinov2_features(module, grid))
 

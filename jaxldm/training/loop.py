@@ -38,6 +38,7 @@ from jaxldm.training.mesh import (
     make_mesh,
     place_batch,
     place_state,
+    splits,
     state_shardings,
 )
 from jaxldm.training.peak import seconds_at_peak
@@ -116,6 +117,10 @@ def _resume(
     if restored is None:
         return state, 0, rows.keep_until(0, log)
     log(f"resuming from the checkpoint of step {restored.step}")
+    if splits(mesh):  # two states may be more than the devices hold
+        for leaf in jax.tree.leaves(kept):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
     found = restored.state if plan.save_frozen else restored.state.replace(frozen=state.frozen)
     return found, restored.step, rows.keep_until(restored.step, log)
 

@@ -9,7 +9,7 @@ device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxldm.arguments import checked, count, instance
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.models.sharding import RULES, make_mesh, split
+from jaxldm.models.sharding import RULES, make_mesh, sharding_of, split
 from jaxldm.training.kinds import map_with_names
 
 __all__ = ["make_mesh"]
@@ -59,6 +59,26 @@ def check_every_process(mesh: Mesh) -> None:
             f"the mesh has {mesh.size} of {jax.device_count()} devices and none of process "
             f"{' and '.join(without)}: split over all devices, or start fewer processes"
         )
+
+
+def splits(mesh: Mesh) -> bool:
+    """Whether the mesh splits a state, and each device has not all of it."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
+
+def own_split(mesh: Mesh) -> Mesh | None:
+    """The mesh, where it splits a state and all of its devices are this process's; else None.
+
+    A process can compute alone with arrays that are split over it: with those that lie on the devices of
+    others too, all processes would have to compute the same at the same time.
+    """
+    return mesh if splits(mesh) and jax.process_count() == 1 else None
+
+
+def own_placement(mesh: Mesh) -> Callable[..., NamedSharding] | None:
+    """Where a network that is loaded goes, as `checkpoints.load(sharding=...)` takes it, on such a mesh."""
+    own = own_split(mesh)
+    return None if own is None else sharding_of(own)
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
@@ -125,11 +145,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     >>> tuple(found["to_q"]["kernel"].spec), tuple(found["to_out_0"]["kernel"].spec)
     (('fsdp', 'tensor'), ('tensor', 'fsdp'))
     """
-
-    def place(names: Sequence[str], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, split(mesh, names, leaf.shape, RULES)[1])
-
-    shardings = map_with_names(place, state)
+    shardings = map_with_names(lambda names, leaf: _sharding(mesh, names, leaf), state)
     shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
     for axis in ("fsdp", "tensor"):
         used = any(axis in sharding.spec for sharding in jax.tree.leaves(shardings))
@@ -139,6 +155,27 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
                 f"state, so it would split nothing: choose another {axis}"
             )
     return shardings
+
+
+def numbers_per_device(mesh: Mesh, tree: Any) -> int:
+    """Numbers of the arrays (or shapes) of a tree that one device of an accelerator holds, by the same rules.
+
+    The devices of a processor share its memory: there it is all of the numbers, at least.
+    """
+    shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
+    if not on_processor(mesh):
+        placed = jax.tree.leaves(map_with_names(lambda names, leaf: _sharding(mesh, names, leaf), tree))
+        shapes = [sharding.shard_shape(tuple(shape)) for sharding, shape in zip(placed, shapes, strict=True)]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def on_processor(mesh: Mesh) -> bool:
+    """Whether its devices are those of a processor."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _sharding(mesh: Mesh, names: Sequence[str], leaf: Any) -> NamedSharding:
+    return NamedSharding(mesh, split(mesh, names, leaf.shape, RULES)[1])
 
 
 def bytes_per_device(state: Any) -> int:

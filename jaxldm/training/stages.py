@@ -26,7 +26,7 @@ from jaxldm.memory import check_fits
 from jaxldm.metrics.health import Finding, failed, report
 from jaxldm.metrics.pictures import labelled_grid, save_png
 from jaxldm.training.loop import Plan
-from jaxldm.training.mesh import check_batch_size
+from jaxldm.training.mesh import check_batch_size, numbers_per_device
 from jaxldm.training.optimizer import Optimizer, optimizer
 from jaxldm.training.recipes import Recipe, StageRecipe
 from jaxldm.training.runs import RunFolder, StageFolder
@@ -227,12 +227,11 @@ def make_optimizer(
 
 def check_state_fits(recipe: StageRecipe, module: nn.Module, mesh: Mesh) -> None:
     """Refuse a network whose parameters and Adam's two moments are more than the memory, in float32."""
-    count, device = models.count_params(module), mesh.devices.flat[0]
-    shares = 1 if device.platform == "cpu" else mesh.size  # an accelerator may hold a part of each
+    held = numbers_per_device(mesh, models.shapes(module))
     check_fits(
-        4 * (4 if recipe.ema_decay else 3) * count // shares,
-        f"training {recipe.preset} with its {count:,} parameters needs",
-        device=device,
+        4 * (4 if recipe.ema_decay else 3) * held,
+        f"training {recipe.preset} with its {models.count_params(module):,} parameters needs",
+        device=mesh.devices.flat[0],
         fix="take a smaller preset",
     )
 

@@ -31,6 +31,7 @@ from jaxldm.training.batch_size import (
     with_some_size,
     write_batch_size,
 )
+from jaxldm.training.beginning import begin_on
 from jaxldm.training.classifier import TASK as CLASSIFIER_TASK
 from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
 from jaxldm.training.few_steps.job import TASK as FEW_STEPS_TASK
@@ -40,7 +41,14 @@ from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.loop import Plan, fit, say_nothing
 from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
-from jaxldm.training.mesh import A_MESH, check_every_process, local_examples, make_mesh, on_host
+from jaxldm.training.mesh import (
+    A_MESH,
+    check_every_process,
+    local_examples,
+    make_mesh,
+    on_host,
+    own_split,
+)
 from jaxldm.training.processes import by_first, first_then_others, is_first, together
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.report import bring_up_to_date, reported
@@ -175,9 +183,9 @@ def batches_of(
 
 
 class _Training(NamedTuple):
-    """What the loop runs for a job: how the state begins, the step, and the plan."""
+    """What the loop runs for a job: how the state begins (on a mesh), the step, and the plan."""
 
-    begin: Callable[[], TrainState]
+    begin: Callable[[Mesh | None], TrainState]
     step: TrainStep
     plan: Plan
 
@@ -191,13 +199,19 @@ def training_of(context: Context, stage: str, job: Job, num_examples: int) -> _T
         raise InvalidArgumentError("freeze is for one network: leave it out with several players")
     loss: Any = _of_whole_network(cast(LossFunction, job.loss)) if job.freeze else job.loss
 
-    def begin() -> TrainState:
-        params, frozen = job.init(keys.init), job.frozen
-        if job.freeze:
-            params, rest = freeze(params, job.freeze)
-            frozen = _Parts(rest, frozen)
+    def parts() -> tuple[Any, Any]:
+        params = job.init(keys.init)
+        if not job.freeze:
+            return params, job.frozen
+        moving, rest = freeze(params, job.freeze)
+        return moving, _Parts(rest, job.frozen)
+
+    def create(key: PRNGKeyArray, params: Any, frozen: Any) -> TrainState:
         moved, ema = adam if one_network else loss, recipe.ema_decay is not None
-        return create_train_state(keys.train, params, moved, ema=ema, frozen=frozen, power_ema=power)
+        return create_train_state(key, params, moved, ema=ema, frozen=frozen, power_ema=power)
+
+    def begin(mesh: Mesh | None) -> TrainState:
+        return begin_on(mesh, parts, create, keys.train)
 
     own: dict[str, Any] = {"optimizer": adam, "ema_decay": recipe.ema_decay} if one_network else {}
     step = make_train_step(loss, **own, accumulate=recipe.accumulate, power_ema=power)
@@ -222,9 +236,8 @@ def with_batch_size(context: Context, stage: str) -> Context:
         rows = of_one_shape(ArrayRows(job.data) if isinstance(job.data, Mapping) else job.data)
         begin, step, _ = training_of(some, stage, job, len(rows))
         log = lambda line: context.log(f"{stage}: {line}")  # noqa: E731
-        size = find_batch_size(
-            recipe, step, jax.eval_shape(begin), rows.take(np.arange(1)), len(rows), context.mesh, log
-        )
+        state, row = jax.eval_shape(functools.partial(begin, None)), rows.take(np.arange(1))
+        size = find_batch_size(recipe, step, state, row, len(rows), context.mesh, log)
         by_first(lambda: write_batch_size(folder, size))
     return of(size)
 
@@ -238,16 +251,18 @@ def run_job(context: Context, stage: str, job: Job) -> None:
 
     def finished_params(state: TrainState) -> Any:
         found = state.evaluation_params
-        return on_host(merge(found, state.frozen.params) if job.freeze else found)
+        return merge(found, state.frozen.params) if job.freeze else found
 
     def preview(state: TrainState, step: int) -> None:
-        params = finished_params(state)  # gathered from all
+        params = finished_params(state)
+        if own_split(context.mesh) is None:
+            params = on_host(params)  # gathered from all
         if is_first():
             cast(Any, job.preview)(params, step)
 
     with Reader(batches, num_workers=context.workers) as reader:
         state = fit(
-            begin(),
+            begin(context.mesh),
             step,
             batches if in_memory else reader,
             plan,
@@ -260,7 +275,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
             log=context.log,
             bar=context.bar,
         )
-    params = finished_params(state)
+    params = on_host(finished_params(state))
     by_first(lambda: job.finish(params))
 
 

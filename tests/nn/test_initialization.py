@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from jaxldm import nn
-from jaxldm.nn.initialization import init_params
+from jaxldm import models, nn
+from jaxldm.nn import initialization
+from jaxldm.nn.initialization import drawn_in_parts, init_params
 
 
 def spec(*shape, dtype=jnp.float32):
@@ -81,3 +82,46 @@ class DenseWithLabels(flax.linen.Module):
 def test_an_input_may_be_none():
     params = init_params(DenseWithLabels(), jax.random.key(0), spec(1, 2), None)
     assert params["Dense_0"]["kernel"].shape == (2, 3)
+
+
+class OfEachKind(flax.linen.Module):
+    """Uniform, normal and constant parameters, one after another."""
+
+    @flax.linen.compact
+    def __call__(self, x):
+        x = nn.Linear(64)(x) + nn.Embedding(48, 64)(jnp.zeros(x.shape[:1], jnp.int32))
+        return nn.Linear(24)(nn.LayerNorm()(nn.Linear(64)(x)))
+
+
+@pytest.mark.parametrize("module", [OfEachKind(), flax.linen.Dense(64)], ids=["in rows", "by Flax"])
+def test_parameters_drawn_in_parts_are_those_drawn_at_once(module):
+    place = models.sharding_of(models.make_mesh(8, fsdp=2, tensor=2))
+    at_once = init_params(module, jax.random.key(3), spec(2, 32))
+    with drawn_in_parts(place):
+        parts = init_params(module, jax.random.key(3), spec(2, 32))
+    assert jax.tree.structure(at_once) == jax.tree.structure(parts)
+    for path, found in flax.traverse_util.flatten_dict(parts).items():
+        assert found.sharding == place(path, found.shape), path
+        expected = flax.traverse_util.flatten_dict(at_once)[path]
+        close = (
+            dict(rtol=3e-7, atol=0) if "embedding" in path else dict(rtol=0, atol=0)
+        )  # normal: erf's inverse
+        np.testing.assert_allclose(found, expected, **close, err_msg=str(path))
+
+
+def test_a_device_draws_its_part_alone():
+    mesh, whole = models.make_mesh(8, fsdp=4, tensor=2), 4 * 512 * 1024
+    sharding = models.sharding_of(mesh)(("fc1", "kernel"), (512, 1024))
+    for kind in ("uniform", "normal", "constant"):
+        draw = initialization._one_drawn(initialization.Initializer(kind, 0.1), (512, 1024), sharding)
+        plan = draw.lower(np.zeros(4, np.uint32)).compile().memory_analysis()
+        assert plan.output_size_in_bytes == whole // 8
+        assert plan.temp_size_in_bytes < 8 * whole // 8 + 4096, kind
+
+
+def test_places_in_a_row_go_on_behind_the_largest_number_of_32_bits():
+    counts = 2**32 - 2 + np.arange(4)
+    high, low = (part.astype(np.uint32) for part in np.divmod(counts, 2**32))
+    first, second = jax.extend.random.threefry2x32_p.bind(jnp.uint32(5), jnp.uint32(7), high, low)
+    found = initialization._bits_from(jnp.array([5, 7, 0, 2**32 - 2], jnp.uint32), 32, (2, 2))
+    np.testing.assert_array_equal(np.ravel(found), first ^ second)

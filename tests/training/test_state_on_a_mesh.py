@@ -11,7 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxldm import models, training
-from jaxldm.training.mesh import bytes_per_device, state_shardings
+from jaxldm.errors import InvalidArgumentError
+from jaxldm.training import mesh as mesh_module
+from jaxldm.training.beginning import begin_on, creation
+from jaxldm.training.mesh import bytes_per_device, numbers_per_device, place_state, state_shardings
+from jaxldm.training.stages import check_state_fits
 from jaxldm.training.state import create_train_state
 from jaxldm.training.step import make_train_step
 
@@ -58,9 +62,11 @@ class Pictures:
         }
 
 
-def fit(folder, mesh, **options):
+def fit(folder, mesh, state=None, **options):
     plan, options = training.Plan(6, save_every=2), {"log": lambda line: None, **options}
-    return training.fit(begin(), STEP, Pictures(), plan, folder, mesh=mesh, bar=False, **options)
+    return training.fit(
+        begin() if state is None else state, STEP, Pictures(), plan, folder, mesh=mesh, bar=False, **options
+    )
 
 
 def losses(folder):
@@ -122,6 +128,68 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, runs, first, seco
     shutil.copytree(runs[first][1], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     said = []
-    fit(tmp_path, runs[second][0], resume=True, log=said.append)
+    begun = begin()
+    fit(tmp_path, runs[second][0], resume=True, log=said.append, state=begun)
+    deleted = [leaf.is_deleted() for leaf in jax.tree.leaves(begun)]
+    assert set(deleted) == {second == "eight"}  # its memory is free for the state of the checkpoint
     assert said[0] == "resuming from the checkpoint of step 4"
     np.testing.assert_allclose(losses(tmp_path), losses(runs["one"][1]), rtol=2e-5)
+
+
+def drawn():
+    """Parameters, and what is frozen, drawn anew."""
+    return models.init(network(), jax.random.key(0)), models.init(network(), jax.random.key(2))
+
+
+def create(key, params, frozen):
+    return create_train_state(key, params, ADAM, frozen=frozen)
+
+
+def test_a_state_begins_in_its_shards_with_the_numbers_of_one_device():
+    mesh = training.make_mesh(8, **SPLIT)
+    state = begin_on(mesh, drawn, create, jax.random.key(1))
+    placed = jax.tree.map(lambda leaf, where: leaf.sharding == where, state, state_shardings(mesh, state))
+    assert all(jax.tree.leaves(placed))
+    shards = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params)]
+    assert sum(shards) < 0.35 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    whole = begin_on(training.make_mesh(1), drawn, create, jax.random.key(1))
+    data = lambda state: state.replace(key=jax.random.key_data(state.key))  # noqa: E731
+    chex.assert_trees_all_close(jax.device_get(data(state)), jax.device_get(data(whole)), rtol=3e-7)
+
+
+def test_no_device_holds_more_than_its_part_while_a_state_is_created():
+    mesh = training.make_mesh(8, **SPLIT)
+    given = place_state(mesh, (jax.random.key(1), *drawn()))
+    plan = creation(mesh, create, given).lower(*given).compile().memory_analysis()
+    held = bytes_per_device(begin_on(mesh, drawn, create, jax.random.key(1)))
+    whole = bytes_per_device(begin())
+    assert held < 0.35 * whole
+    assert plan.output_size_in_bytes + plan.temp_size_in_bytes < 1.1 * held
+
+
+def test_a_state_that_is_not_split_is_created_as_it_is():
+    for mesh in (None, training.make_mesh(1), training.make_mesh(8)):
+        state = begin_on(mesh, drawn, create, jax.random.key(1))
+        assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(state))
+
+
+def test_memory_is_that_of_the_shards_and_data_divides_nothing(monkeypatch):
+    monkeypatch.setattr(mesh_module, "on_processor", lambda mesh: False)  # as of accelerators
+    recipe = training.RECIPES["mini-ldm"].diffusion
+    for layout in (SPLIT, {}, {"fsdp": 8}, {"tensor": 4}):
+        mesh = training.make_mesh(8, **layout)
+        numbers = numbers_per_device(mesh, models.shapes(network()))
+        assert 4 * numbers == bytes_per_device(place_state(mesh, params())), layout
+        trees = 4 if recipe.ema_decay else 3
+        for spare, fits in ((0, True), (-1, False)):
+            monkeypatch.setattr("jaxldm.host.memory_bytes", lambda *_: 4 * trees * numbers + spare)  # noqa: B023
+            if fits:
+                check_state_fits(recipe, network(), mesh)
+                continue
+            with pytest.raises(InvalidArgumentError, match="take a smaller preset"):
+                check_state_fits(recipe, network(), mesh)
+    assert numbers_per_device(training.make_mesh(8), params()) == models.count_params(network())
+
+
+def test_the_devices_of_a_processor_share_its_memory():
+    assert numbers_per_device(training.make_mesh(8, fsdp=8), params()) == models.count_params(network())

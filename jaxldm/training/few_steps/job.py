@@ -53,6 +53,7 @@ from jaxldm.training.few_steps.teachers import (
     check_classes,
     check_student,
 )
+from jaxldm.training.mesh import own_placement
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
 from jaxldm.training.stages import (
@@ -269,7 +270,8 @@ def prepare(context: Context) -> Job:
     module = build(context.recipe, context.dataset.image_shape, context.dataset.num_classes)
     given = conditioned(context, module)
     keys = stage_keys(context.recipe.seed, STAGE)
-    teacher = None if few.teacher is None else begin_as_teacher(few, module, keys.init)
+    place = own_placement(context.mesh)
+    teacher = None if few.teacher is None else begin_as_teacher(few, module, keys.init, place)
     frozen = None if teacher is None else {TEACHER: teacher}
     columns: Rows = given.columns
     setting = make_setting(context, module, given, len(columns))
@@ -287,7 +289,7 @@ def prepare(context: Context) -> Job:
     drawn: list[np.ndarray] = []
 
     def init(key: Any) -> Params:
-        return first_params(few, module, teacher, players, key)
+        return first_params(few, module, teacher, players, key, place)
 
     def preview(params: Params, step: int) -> None:
         drawn[:] = draw(student_of(few, teacher, params), keys.sample)

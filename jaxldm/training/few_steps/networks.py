@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from jaxldm import checkpoints, models
+from jaxldm.checkpoints.names import Placement
 from jaxldm.errors import InvalidArgumentError
 from jaxldm.training.few_steps.matching import of_student
 from jaxldm.training.few_steps.method import TEACHER, named
@@ -81,15 +82,19 @@ def first_params(
     teacher: Params | None,
     players: Sequence[str] | None,
     key: PRNGKeyArray,
+    place: Placement = None,
 ) -> Params:
-    """What is trained, at first: the teacher or a new network, of each player; or an adapter."""
+    """What is trained, at first: the teacher or a new network, of each player; or an adapter.
+
+    What is read goes where `place` says.
+    """
     params = models.init(module, key) if teacher is None else teacher
     if few.lora is not None:
         return models.init_lora(key, params, few.lora.rank, few.lora.targets)
     if players is None:
         return params
     critic = critic_module(few, module)
-    others = params if critic is None else begin_as_teacher(few, critic, key)
+    others = params if critic is None else begin_as_teacher(few, critic, key, place)
     return {name: params if name == players[0] else others for name in players}
 
 

@@ -15,6 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxldm import checkpoints, data, models, pipelines
 from jaxldm.arguments import a_path, checked, count, instance, number, optional, refuse, text
+from jaxldm.checkpoints.names import Placement
 from jaxldm.checkpoints.pipeline_folder import INDEX_FILE
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, one_of, shown
 from jaxldm.exact import LARGEST_UINT32
@@ -318,9 +319,11 @@ def denoiser_folder(teacher: str | Path) -> Path:
     return Path(teacher) / next(name for name in family.denoisers if name in named)
 
 
-def begin_as_teacher(few: FewStepsRecipe, module: nn.Module, key: PRNGKeyArray) -> Params:
-    """The teacher's parameters in the student's network."""
-    _, params = checkpoints.load(denoiser_folder(cast(str, few.teacher)))
+def begin_as_teacher(
+    few: FewStepsRecipe, module: nn.Module, key: PRNGKeyArray, place: Placement = None
+) -> Params:
+    """The teacher's parameters in the student's network, each of them where `place` says."""
+    _, params = checkpoints.load(denoiser_folder(cast(str, few.teacher)), sharding=place)
     return models.init_from(module, key, params)
 
 
