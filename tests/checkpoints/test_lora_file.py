@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch_reference import randomised
 
 from jaxldm import checkpoints, models
-from jaxldm.checkpoints.lora_names import COMPONENT_NAMES
+from jaxldm.checkpoints.lora_names import COMPONENT_NAMES, targets
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 RANK, SCALE = 2, 0.375
@@ -180,6 +180,13 @@ def test_our_reader_merges_the_same_weights(case):
             for name, tensor in checkpoints.to_state_dict(merged[case["component"]][1]).items()
         }
         assert_weights(ours, case["wanted"])
+
+
+def test_names_without_a_component_are_those_of_the_denoiser(case):
+    ((component, network),) = case["parts"].items()
+    places = targets({"text_encoder": network, component: network})
+    layers = {name.split(".lora_")[0] for name in checkpoints.to_state_dict(case["lora"])}
+    assert {places[layer].component for layer in layers} == {component}
 
 
 def has_kohya_names(case):
