@@ -82,7 +82,8 @@ def rows_set(rows: Rows, shape: Sequence[int], name: str) -> ImageSet:
 
     Raises `DataError` as `array_set`.
     """
-    whole = (len(rows), *shape)
+    height, width, channels = shape
+    whole = (len(rows), height, width, channels)
     _check_array(whole, np.dtype(np.uint8), name)
 
     def read(size: int) -> Iterator[np.ndarray]:
@@ -91,9 +92,9 @@ def rows_set(rows: Rows, shape: Sequence[int], name: str) -> ImageSet:
 
     total = hashlib.sha256(repr(whole).encode())
     for some in read(AT_ONCE):
-        total.update(np.ascontiguousarray(some))
+        total.update(some.tobytes())
     batches = lambda size: map(_rgb, read(size))  # noqa: E731
-    return ImageSet(name, len(rows), whole[1:3], batches, total.hexdigest())
+    return ImageSet(name, len(rows), (height, width), batches, total.hexdigest())
 
 
 def _check_array(shape: tuple[int, ...], dtype: Any, name: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
