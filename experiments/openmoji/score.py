@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from experiments.openmoji.features import Blocks, colour_and_shape, ranks
 from experiments.trained import load_run
-from jaxldm import data, metrics
+from jaxldm import data, metrics, models
 from jaxldm.commands.terminal import run_script
 from jaxldm.data import openmoji
 
@@ -106,10 +106,15 @@ def draw(pipe: Any, captions: Sequence[str], scale: float, steps: int) -> UInt8[
 
 def autoencoded(pipe: Any, images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
     """Real pictures, encoded and decoded again: the nearest that the denoising network can come."""
-    vae, params = pipe.autoencoder
-    decode = jax.jit(lambda params, x: vae.apply({"params": params}, x))
+    module, params = pipe.autoencoder.module, pipe.autoencoder.params
+
+    @jax.jit
+    def reconstruct(params, batch):
+        return models.decode_latents(module, params, models.encode_latents(module, params, batch))
+
     parts = [
-        decode(params, data.from_uint8(images[start : start + 50])) for start in range(0, len(images), 50)
+        reconstruct(params, data.from_uint8(images[start : start + 50]))
+        for start in range(0, len(images), 50)
     ]
     return data.to_uint8(np.clip(np.concatenate([np.asarray(part) for part in parts]), -1, 1))
 

