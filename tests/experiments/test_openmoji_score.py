@@ -1,14 +1,19 @@
 """The measure of the OpenMoji experiment: what it must find, and what it must not."""
 
+import types
+
+import jax
 import numpy as np
 import pytest
 
 from experiments.captioned_shapes import score as shapes_score
 from experiments.openmoji import features, score
-from jaxldm import data
+from jaxldm import data, models
 from jaxldm.commands.terminal import run_script
 from jaxldm.data.batches import ArrayRows
 from jaxldm.errors import CheckpointError
+from jaxldm.models.registry import build
+from jaxldm.pipelines.network import Network
 
 
 class Captioned(ArrayRows):
@@ -79,3 +84,15 @@ def test_a_picture_that_two_names_share_does_not_push_either_back():
     np.testing.assert_array_equal(
         features.ranks({"layout": np.array([[0.1], [4.0]])}, real, np.array([1, 0])), [0, 1]
     )
+
+
+def test_pictures_through_the_autoencoder_are_its_own_batch_by_batch():
+    one_level = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    module = build("sd-vae", block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **one_level)
+    params = models.init(module, jax.random.key(0))
+    images = np.random.default_rng(1).integers(0, 256, (53, 8, 8, 3), np.uint8)
+    found = score.autoencoded(types.SimpleNamespace(autoencoder=Network(module, params)), images)
+    latents = models.encode_latents(module, params, data.from_uint8(images[50:]))
+    last = np.clip(np.asarray(models.decode_latents(module, params, latents)), -1, 1)
+    assert found.shape == images.shape and found.dtype == np.uint8
+    np.testing.assert_allclose(data.from_uint8(found[50:]), last, atol=1.01 / 127.5)
