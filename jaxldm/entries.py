@@ -152,9 +152,11 @@ def _without_readers(kind: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy as those of Python, in tuples, too."""
+    """Numbers of NumPy as those of Python, in tuples and in dictionaries, too."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -63,7 +63,7 @@ class Controlnet(SeveralHosts):
     """Highest learning rate, after the warm-up."""
 
     optimizer: Annotated[str | None, shown("NAME", "adamw")] = None
-    """adamw, lion, muon, schedule_free_adamw, or prodigy (with --learning-rate 1)."""
+    """adamw, lion, muon, schedule_free_adamw, or prodigy (at --learning-rate 1 unless given)."""
 
     condition_dropout: Annotated[float | None, shown("FLOAT", "0.1")] = None
     """Share of the pictures that are trained on without their caption; 0.5 in the paper."""

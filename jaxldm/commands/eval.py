@@ -15,7 +15,7 @@ from jaxldm.commands import eval_images
 from jaxldm.commands.options import first_devices, numbers, shown
 from jaxldm.commands.sample import check_solver, supported
 from jaxldm.commands.terminal import check_seed, print_findings, progress_bar
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 
 _OURS = re.compile(r"grid-w.+\.png|metrics\.(json|md)")  # of an earlier evaluation: replaced as a whole
 
@@ -139,6 +139,7 @@ class Eval:
         options = self.call_options(pipe)
         pipe.num_callbacks(self.num_images, **options)  # checks them, before the data is loaded
         dataset = training.read_data(self.folder)
+        check_real_images(dataset)
 
         figures: dict[str, Any] = {"settings": self.settings(pipe)}
         grids = {}
@@ -215,6 +216,17 @@ class Eval:
             )
         print_findings(pipelines.check_drawn(images, guidance_scale))
         return images, np.zeros(len(images), np.int32) if labels is None else labels
+
+
+def check_real_images(dataset: Any) -> None:
+    """Raises `DataError` where the validation or the test split has too few images to compare with."""
+    for split in ("validation", "test"):
+        found = len(dataset.rows(split))
+        if found < 2:
+            raise DataError(
+                f"the {split} split of {dataset.name} has {found} real image{'s' * (found != 1)}, and an "
+                f"evaluation compares with two or more of validation and of test: put more into {split}"
+            )
 
 
 def save_results(out: Path, figures: dict[str, Any], text: str, grids: dict[str, Any]) -> None:

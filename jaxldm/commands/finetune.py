@@ -114,7 +114,7 @@ class Finetune(SeveralHosts):
     """
 
     optimizer: Annotated[str | None, shown("NAME", "adamw")] = None
-    """adamw, lion, muon, schedule_free_adamw, or prodigy (with --learning-rate 1)."""
+    """adamw, lion, muon, schedule_free_adamw, or prodigy (at --learning-rate 1 unless given)."""
 
     condition_dropout: Annotated[float | None, shown("FLOAT", "0.1; 0 for dreambooth and a word")] = None
     """Share of the pictures that are trained on without their caption or class, for guidance."""
@@ -208,6 +208,8 @@ def recipe_of(command: Any, run_dir: Path, method: str, names: Sequence[str], wo
     given.pop("method", None)
     if command.batch_size is not None:
         given["batch_size"] = batch_size(command.batch_size)
+    if given.get("optimizer") == "prodigy":
+        given.setdefault("learning_rate", 1.0)  # a factor of the rate that it finds
     return training.finetune_recipe(str(command.source), str(command.data), method, **given)
 
 

@@ -7,12 +7,12 @@ import inspect
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxldm.errors import InvalidArgumentError, JaxldmError
+from jaxldm.errors import InvalidArgumentError, JaxldmError, shown
 from jaxldm.files import expanded
-from jaxldm.reading import shown
 
 if TYPE_CHECKING:
     from jaxldm.training import Recipe
@@ -53,14 +53,15 @@ def read_recipe_file(name: str) -> RecipeFile:
         )
     values = vars(_executed(path))
     if "RECIPE" not in values:
-        others = [key for key, value in values.items() if isinstance(value, training.Recipe)]
+        others = [key for key, value in values.items() if issubclass(type(value), training.Recipe)]
         hint = f"call it RECIPE in place of {others[0]}" if others else f"it needs {_NEEDED}"
         raise InvalidArgumentError(f"{name} has no RECIPE: {hint}")
     recipe = values["RECIPE"]
-    if not isinstance(recipe, training.Recipe):
-        raise InvalidArgumentError(f"RECIPE in {name} must be a training.Recipe, got {shown(recipe)}")
+    if not issubclass(type(recipe), training.Recipe):
+        raise InvalidArgumentError(f"RECIPE in {name} must be a training.Recipe, got {_words(recipe)}")
     recipe = dataclasses.replace(recipe, data=data.source_name(recipe.data))
-    return RecipeFile(recipe, inspect.cleandoc(values.get("__doc__") or ""))
+    about = values.get("__doc__")
+    return RecipeFile(recipe, inspect.cleandoc(about) if isinstance(about, str) else "")
 
 
 def _executed(path: Path) -> types.ModuleType:
@@ -71,7 +72,9 @@ def _executed(path: Path) -> types.ModuleType:
     text = path.read_bytes()
     try:
         exec(compile(text, path, "exec", dont_inherit=True), vars(module))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file raises is its own: SystemExit, GeneratorExit, ...
         raise InvalidArgumentError(_failure(path, error)) from error
     return module
 
@@ -85,4 +88,14 @@ def _failure(path: Path, error: BaseException) -> str:
         lines, error = [error.lineno], SyntaxError(error.msg)
     place = f"{path}, line {lines[-1]}" if lines else str(path)
     what = "" if isinstance(error, JaxldmError) else f"{type(error).__name__}: "
-    return f"{place}: {what}{error}"
+    return f"{place}: {what}{_words(error, str)}"
+
+
+def _words(value: object, to_text: Callable[[object], str] = shown) -> str:
+    """A value of the file in words, whatever its own methods do."""
+    try:
+        return to_text(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001
+        return f"a value of type {type(value).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +17,7 @@ from jaxldm.commands.options import batch_size, devices_or_mesh, shown
 from jaxldm.commands.recipe_file import is_recipe_file, read_recipe_file
 from jaxldm.errors import InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.files import expanded
+from jaxldm.reading import some_of
 
 if TYPE_CHECKING:
     from jaxldm.training import Recipe
@@ -77,7 +79,7 @@ class Train(SeveralHosts):
 
     optimizer: Annotated[str | None, shown("NAME", _RECIPE)] = None
     """Optimizer of the denoising network, or of the masked image model: adamw, lion, muon,
-    schedule_free_adamw (with its own moving average), or prodigy (with --learning-rate 1).
+    schedule_free_adamw (with its own moving average), or prodigy (at --learning-rate 1 unless given).
     """
 
     dtype: Annotated[str | None, shown("NAME", _RECIPE)] = None
@@ -155,7 +157,8 @@ class Train(SeveralHosts):
         """
         from jaxldm import data, training
 
-        recipe = named_recipe(self.recipe, training.recipe_to_resume(run_dir) if self.resume else None)
+        of_run = training.recipe_to_resume(run_dir) if self.resume else None
+        recipe = named_recipe(self.recipe, of_run, self._say)
         generator = {
             "epochs": self.epochs,
             "batch_size": batch_size(self.batch_size),
@@ -173,6 +176,9 @@ class Train(SeveralHosts):
         changes: dict[str, Any] = {"seed": self.seed, "image_size": self.image_size}
         changes["data"] = None if self.dataset is None else data.source_name(self.dataset)
         own = getattr(recipe, recipe.generator)
+        if self.optimizer == "prodigy" and self.learning_rate is None and own.optimizer != "prodigy":
+            generator["learning_rate"] = 1.0  # a factor of the rate that it finds
+            self._say("prodigy finds the rate itself: --learning-rate is 1, of which it is a factor")
         if self.optimizer == "schedule_free_adamw":  # in place of the recipe's average it has its own
             own = dataclasses.replace(own, optimizer=self.optimizer, ema_decay=None)
         changes[recipe.generator] = given(own, **generator)
@@ -185,25 +191,38 @@ class Train(SeveralHosts):
             changes[stage] = given(changes.get(stage, getattr(recipe, stage)), epochs=epochs)
         return given(recipe, **changes)
 
+    def _say(self, line: str) -> None:
+        if not self.quiet and self.speaks():
+            print(line)
 
-def named_recipe(name: str, of_run: Recipe | None = None) -> Recipe:
+
+def named_recipe(
+    name: str, of_run: Recipe | None = None, say: Callable[[str], None] = lambda line: None
+) -> Recipe:
     """The recipe of a name or of a file.
 
     Args:
         name: as typed.
         of_run: that of a run to go on with: it is returned where it has the same name, or the file is gone.
+        say: takes a line where the file says other things than the run began with.
 
     Raises:
         UnknownNameError, InvalidArgumentError: there is none.
     """
     from jaxldm import training
     from jaxldm.training.few_steps.methods import TAUGHT
+    from jaxldm.training.runs import recipe_differences
 
     if is_recipe_file(name):
         if of_run is not None and not expanded(name).exists():
             return of_run
         recipe = read_recipe_file(name).recipe
-        return recipe if of_run is None or of_run.name != recipe.name else of_run
+        if of_run is None or of_run.name != recipe.name:
+            return recipe
+        changed = recipe_differences(of_run, recipe, f"in {name}")
+        if changed:
+            say(f"the run keeps the recipe it began with: {some_of(changed)}")
+        return of_run
     method = name.removeprefix("mini-")
     if method in TAUGHT:
         raise InvalidArgumentError(

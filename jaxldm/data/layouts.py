@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -98,7 +99,8 @@ def _metadata(root: Path) -> dict[Path, _Line]:
     """The line of each picture in each metadata.jsonl in the folder, as imagefolder has it."""
     found: dict[Path, _Line] = {}
     for path in sorted(root.rglob("metadata.jsonl")):
-        lines = read_bytes(path, MAX_LINES_BYTES, "list of captions", DataError).splitlines()
+        lines = read_bytes(path, MAX_LINES_BYTES, "list of captions", DataError)
+        lines = lines.removeprefix(codecs.BOM_UTF8).splitlines()  # Windows begins a text with it
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -126,7 +128,7 @@ def _inside(root: Path, parent: Path, name: str, place: str) -> Path:
 
 def _text(content: bytes, place: Path | str) -> str:
     with reading(place, DataError):
-        return " ".join(content.decode("utf-8").split())
+        return " ".join(content.decode("utf-8-sig").split())
 
 
 def _tar_shard(path: Path, root: Path) -> list[Example]:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import fnmatch
 import importlib
 import logging
 import os
@@ -20,10 +21,11 @@ from jaxldm.data.buckets import A_BUCKETS, Buckets
 from jaxldm.data.dataset import Dataset, RecordRows
 from jaxldm.data.folders import load_folder
 from jaxldm.data.splits import split_records
-from jaxldm.data.tfds_folder import prepared_folder
+from jaxldm.data.tfds_folder import check_shards, prepared_folder
 from jaxldm.errors import (
     DataError,
     InvalidArgumentError,
+    JaxldmError,
     MissingDependencyError,
     StorageError,
     UnknownNameError,
@@ -144,9 +146,11 @@ def _dataset(name: str, builder: Any, image_size: int | None, pad_to: int | None
     class_names = tuple(features[label_key].names) if label_key else ("image",)
     where = os.fspath(builder.data_path)
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    origins = {origin for origin, _ in split_records(sizes).values()}
+    sources = {origin: _source(builder, origin, fix) for origin in sorted(origins)}
     parts = {
         split: RecordRows(
-            _source(builder, origin, fix),
+            sources[origin],
             records,
             image_key,
             label_key,
@@ -267,7 +271,31 @@ def _builder(name: str, folder: pathlib.Path):
         near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
         raise UnknownNameError("dataset", name, dict.fromkeys([*WELL_KNOWN, *near])) from error
     except Exception as error:  # a builder may import anything and read any file
+        absent = _absent_part(tfds, name)
+        if absent is not None:
+            raise absent from error
         raise DataError(f"cannot open the dataset {shown(name)} in {folder}: {_reason(error)}") from error
+
+
+def _absent_part(tfds: Any, name: str) -> JaxldmError | None:
+    """What to say of a name whose config or version its data set does not have."""
+    own, _, version = name.partition(":")
+    base, _, config = own.partition("/")
+    try:
+        cls = tfds.builder_cls(base)
+        configs = list(cls.builder_configs)
+        versions = list(dict.fromkeys(map(str, filter(None, (cls.VERSION, *cls.SUPPORTED_VERSIONS)))))
+    except Exception:  # noqa: BLE001  (of a builder that cannot be imported, the first error says more)
+        return None
+    if config and not configs:
+        return InvalidArgumentError(
+            f"the dataset {base} has no configs: give {base} in place of {shown(name)}"
+        )
+    if config and config not in configs:
+        return UnknownNameError(f"config of {base}", config, configs)
+    if version and versions and not any(fnmatch.fnmatch(known, version) for known in versions):
+        return UnknownNameError(f"version of {base}", version, versions)
+    return None
 
 
 # Builders that draw their pictures, in several sizes -> (module, class, side by default).
@@ -303,6 +331,7 @@ def _source(builder, split: str, fix: str):
         raise DataError(f"cannot read {path} ({_reason(error)}): {fix}") from error
     if found != expected:
         raise DataError(f"{path} has {found} of the {expected} records of {split!r}: {fix}")
+    check_shards(builder.info.splits[split], fix)
     return source
 
 

@@ -14,7 +14,9 @@ def split_records(sizes: dict[str, int]) -> dict[str, tuple[str, Int[np.ndarray,
     order, so this is a random sample, and it is the same on every machine.
     """
     if "train" not in sizes:
-        raise DataError(f"the dataset has no split 'train', only {', '.join(sizes) or 'none'}")
+        raise DataError(
+            f"the dataset has no split 'train', only {', '.join(sizes) or 'none'}: prepare it with one"
+        )
     records = np.arange(sizes["train"])
     origin_of_validation, origin_of_test = "validation", "test"
     if "test" not in sizes:

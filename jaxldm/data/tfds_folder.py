@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxldm.errors import DataError
-from jaxldm.reading import reading, some_of
+from jaxldm.reading import check_regular, reading, reason, some_of
 
 DESCRIPTION = "dataset_info.json"  # TFDS writes one into the folder of each version
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
@@ -43,3 +44,29 @@ def _newest(folder: Path) -> Path | None:
         if _VERSION.fullmatch(path.parent.name) and path.is_file()
     ]
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
+
+
+def check_shards(split: Any, fix: str) -> None:
+    """Open each file of a split, and count its records: TFDS looks at a file when a record is wanted.
+
+    Args:
+        split: TFDS's `SplitInfo`, of the format array_record.
+        fix: what to do where one is damaged.
+
+    Raises:
+        DataError: a file is absent, cut short, or has another number of records than is written of it.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+        try:
+            check_regular(path, "shard", DataError)
+            reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+            found = reader.num_records()
+            reader.close()
+        except DataError as error:
+            raise DataError(f"{error}: {fix}") from error
+        except (ValueError, OSError, RuntimeError, IndexError) as error:
+            raise DataError(f"cannot read {path} ({reason(error)}): {fix}") from error
+        if found != expected:
+            raise DataError(f"{path} has {found} of the {expected} records of {split.name!r}: {fix}")

@@ -37,12 +37,14 @@ ENTRIES = instance(Mapping, "a dictionary such as {'type': 'flow'}")
 def path_to_dict(path: Path) -> dict[str, Any]:
     """A path as JSON has it: "type", the name of its class, and its fields; `VP` with the names of its betas.
 
+    Raises `InvalidArgumentError` for a path of your own that is no dataclass.
+
     >>> path_to_dict(Flow(shift=3.0))
     {'type': 'flow', 'shift': 3.0, 't_min': 0.001}
     >>> path_to_dict(VP.named("cosine"))
     {'type': 'vp', 'betas': 'cosine', 'num_train_timesteps': 1000}
     """
-    if isinstance(path, VP):
+    if type(path) is VP:
         if path.schedule is None:
             return {"type": "vp", "betas": list(path.betas)}
         name, steps, *others = path.schedule
@@ -52,7 +54,15 @@ def path_to_dict(path: Path) -> dict[str, Any]:
         return {"type": "vp", "betas": name, "num_train_timesteps": steps} | changed
     names = {cls: name for name, cls in PATHS.items()}
     kind = names.get(type(path), f"{type(path).__module__}:{type(path).__qualname__}")
-    fields = {field.name: getattr(path, field.name) for field in dataclasses.fields(cast(Any, path))}
+    if not dataclasses.is_dataclass(path):
+        raise InvalidArgumentError(
+            f"the path {kind} has no fields that a file could hold: make it a dataclass"
+        )
+    fields = {
+        field.name: getattr(path, field.name)
+        for field in dataclasses.fields(cast(Any, path))
+        if field.compare
+    }
     return {"type": kind} | {
         key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
     }

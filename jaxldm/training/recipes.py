@@ -18,6 +18,7 @@ from jaxldm.entries import Read, build, check_types, read_value, read_values
 from jaxldm.errors import CheckpointError, InvalidArgumentError, UnknownNameError, one_of
 from jaxldm.exact import LARGEST_UINT32
 from jaxldm.functions import NamedFields
+from jaxldm.reading import shown
 from jaxldm.training.dynamic_recipe import DynamicRecipe
 from jaxldm.training.equivariance import some_scales
 from jaxldm.training.few_steps.recipe import FewStepsRecipe
@@ -322,6 +323,8 @@ class Recipe(NamedFields):
 
     def __post_init__(self):
         check_types(self)
+        if not self.name.strip() or not self.name.isprintable():
+            raise InvalidArgumentError(f"name must be a line of text, got {shown(self.name)}")
         if not 0 <= self.seed <= LARGEST_UINT32:
             raise InvalidArgumentError(
                 f"seed must be a whole number from 0 to {LARGEST_UINT32}, got {self.seed}"

@@ -458,26 +458,32 @@ def versions() -> dict[str, str]:
 
 
 def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
-    saved, given = flat_entries(Recipe.from_dict(entries).to_dict()), flat_entries(recipe.to_dict())
-    if saved["name"] != given["name"]:
+    saved = Recipe.from_dict(entries)
+    if saved.name != recipe.name:
         raise CheckpointError(
-            f"{run.path} holds a run of another recipe: {saved['name']}, not {given['name']}; resume with "
+            f"{run.path} holds a run of another recipe: {saved.name}, not {recipe.name}; resume with "
             "that one, or choose another run folder"
         )
-    for flat in (saved, given):  # a relative path, as older runs have, is that from the folder we are in
-        if flat.get(_TEACHER) is not None:
-            flat[_TEACHER] = os.path.realpath(flat[_TEACHER])
-    differences = [
-        f"{name} is {shown(saved.get(name, 'absent'))} in it and {shown(given.get(name, 'absent'))} now"
-        for name in sorted({*saved, *given})
-        if saved.get(name) != given.get(name)
-    ]
+    differences = recipe_differences(saved, recipe)
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise CheckpointError(
             f"{run.path} holds a run of another recipe: {differences[0]}{more}; resume with the recipe it "
             "began with, or choose another run folder"
         )
+
+
+def recipe_differences(saved: Recipe, given: Recipe, now: str = "now") -> list[str]:
+    """The fields in which two recipes differ: "diffusion.epochs is 2 in it and 4 now"."""
+    old, new = flat_entries(saved.to_dict()), flat_entries(given.to_dict())
+    for flat in (old, new):  # a relative path, as older runs have, is that from the folder we are in
+        if flat.get(_TEACHER) is not None:
+            flat[_TEACHER] = os.path.realpath(flat[_TEACHER])
+    return [
+        f"{name} is {shown(old.get(name, 'absent'))} in it and {shown(new.get(name, 'absent'))} {now}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
 
 
 def flat_entries(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from jaxldm.training.batch_size import (
 )
 from jaxldm.training.beginning import begin_on
 from jaxldm.training.classifier import TASK as CLASSIFIER_TASK
+from jaxldm.training.comes_back import check_comes_back
 from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
 from jaxldm.training.few_steps.job import TASK as FEW_STEPS_TASK
 from jaxldm.training.few_steps.teachers import bring_parts
@@ -369,6 +370,7 @@ def train(
         recipe = dataclasses.replace(recipe, data=data.source_name(dataset))
 
     def checked_data() -> data.Dataset:
+        check_comes_back(recipe)
         check_run_folder(run_dir, recipe, resume=resume)
         loaded = recipe.load_data()
         check_recipe(recipe, loaded, mesh)

@@ -7,10 +7,13 @@ from command_lines import complaint, run
 
 from jaxldm import training
 from jaxldm.commands.controlnet import Controlnet
+from jaxldm.commands.eval import check_real_images
 from jaxldm.commands.finetune import Finetune
+from jaxldm.commands.recipe_file import read_recipe_file
 from jaxldm.commands.train import Train
 from jaxldm.data import Dataset
-from jaxldm.errors import CheckpointError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
+from jaxldm.training.comes_back import check_comes_back
 from jaxldm.training.recipe_heads import HEADS
 from jaxldm.training.runs import check_run_folder, open_run
 
@@ -28,6 +31,13 @@ smoke = training.RECIPES["smoke-dit"]
 diffusion = dataclasses.replace(smoke.diffusion, epochs=1, sample_every=0)
 RECIPE = dataclasses.replace(smoke, name="mine", max_train_images=64, classifier=None, diffusion=diffusion)
 '''
+
+
+BAD_METHOD = """class {}:
+    @property
+    def {}(self):
+        raise SystemExit(3)
+"""
 
 
 class Digits:
@@ -108,7 +118,7 @@ def test_a_recipe_in_a_file_is_trained_and_its_run_needs_the_file_no_more(capsys
     assert run(capsys, "sample", "runs/my_recipe", *words)[0] == 0 and (tmp_path / "drawn").is_dir()
 
 
-def test_the_recipe_of_the_run_comes_before_that_of_the_file(tmp_path):
+def test_the_recipe_of_the_run_comes_before_that_of_the_file(capsys, tmp_path):
     """As with a name: options that a run began with need not be given again."""
     file, run_dir = tmp_path / "my_recipe.py", tmp_path / "run"
     file.write_text(FILE)
@@ -116,7 +126,13 @@ def test_the_recipe_of_the_run_comes_before_that_of_the_file(tmp_path):
     assert (began.name, began.diffusion.epochs, began.max_train_images) == ("mine", 7, 64)
     open_run(run_dir, began, Digits(), resume=False)
     for name in (str(file), "mine"):
+        capsys.readouterr()
         assert Train(name, resume=True).make_recipe(run_dir) == began
+    assert capsys.readouterr().out == ""
+    file.write_text(FILE.replace("epochs=1, sample_every=0", "epochs=7, sample_every=0, batch_size=32"))
+    assert Train(str(file), resume=True).make_recipe(run_dir) == began
+    line = f"the run keeps the recipe it began with: diffusion.batch_size is 64 in it and 32 in {file}\n"
+    assert capsys.readouterr().out == line
     file.write_text(FILE.replace('name="mine"', 'name="another"'))
     other = Train(str(file), resume=True).make_recipe(run_dir)
     with pytest.raises(CheckpointError, match="a run of another recipe: mine, not another"):
@@ -135,6 +151,14 @@ def test_the_recipe_of_the_run_comes_before_that_of_the_file(tmp_path):
         ("x = '\0'", "recipe.py: SyntaxError: source code"),
         ("import no_such_module", "recipe.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("raise SystemExit(0)", "recipe.py, line 1: SystemExit: 0"),
+        ("raise GeneratorExit", "recipe.py, line 1: GeneratorExit: "),
+        ("import asyncio; raise asyncio.CancelledError", "recipe.py, line 1: CancelledError: "),
+        (BAD_METHOD.format("E(Exception)", "__str__") + "raise E", "line 5: E: a value of type E"),
+        (BAD_METHOD.format("E", "__repr__") + "RECIPE = E()", "a training.Recipe, got a value of type E"),
+        (BAD_METHOD.format("E", "__class__") + "RECIPE = E()", "must be a training.Recipe, got "),
+        (FILE.replace('"mine"', '"a\\nb"'), "line 13: name must be a line of text, got 'a\\nb'"),
+        (FILE.replace('"mine"', '" "'), "line 13: name must be a line of text, got ' '"),
+        (FILE.replace('"mine"', '"\\ud800"'), "line 13: name must be a line of text, got '\\ud800'"),
         ("open('absent.txt')", "recipe.py, line 1: FileNotFoundError: [Errno 2]"),
         (
             "from jaxldm import training\n\nRECIPE = training.Recipe(name='a', seed=-1)",
@@ -163,6 +187,138 @@ def test_a_file_is_run_again_when_it_has_changed_and_is_a_module_of_its_own(monk
         recipe = Train("recipe.py").make_recipe(tmp_path / "run")
         assert recipe.seed == number and recipe.data == str(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.py"]
+
+
+def test_a_docstring_may_be_anything(tmp_path):
+    (tmp_path / "recipe.py").write_text(FILE + "__doc__ = 3\n")
+    assert read_recipe_file(str(tmp_path / "recipe.py")).about == ""
+
+
+PATH = """
+@dataclasses.dataclass(frozen=True)
+class Quadratic(D.Path):
+    t_min: float = 1e-3
+    name = "quadratic"
+
+    def coefficients(self, xp, t):
+        return 1 - t**2, t
+
+    def time_of(self, xp, ratio):
+        ratio = xp.minimum(ratio, 1e12)
+        return 2 * ratio / (1 + xp.sqrt(1 + 4 * ratio**2))
+
+changes["prediction"] = D.v(Quadratic())
+"""
+OWN = """
+import dataclasses
+import numpy as np
+from jaxldm import diffusion as D, training
+smoke, changes, more = training.RECIPES["smoke-dit"], {{}}, {{}}
+kinds = [training.DiffusionRecipe, training.Recipe]
+overrides = dict(smoke.diffusion.overrides)
+{}
+diffusion = kinds[0](**dict(vars(smoke.diffusion), **changes))
+RECIPE = kinds[1](**dict(vars(smoke), name="own", classifier=None, diffusion=diffusion, **more))
+"""
+FURTHER = """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(kinds[{0}]):
+    extra: int = 3
+kinds[{0}] = Mine
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (PATH, "diffusion.prediction has the path Quadratic of the recipe's file: put the class into"),
+        (
+            "class Mine(D.VP): pass\nchanges['prediction'] = D.v(Mine(D.VP.named('linear').betas))",
+            "path Mine of",
+        ),
+        (FURTHER.format(0), "recipe: diffusion has an unknown key 'extra'"),
+        (FURTHER.format(1), "recipe has an unknown key 'extra'"),
+        (
+            "class Mine(training.Recipe): pass\nkinds[1] = Mine",
+            "it is of the class jaxldm_recipe_file.Mine, and",
+        ),
+        (
+            "class Mine(kinds[0]): pass\nkinds[0] = Mine",
+            "diffusion is of the class jaxldm_recipe_file.Mine, and",
+        ),
+        ("changes['overrides'] = {3: 1}", "diffusion.overrides has the key 3, which is no string"),
+        ("changes['overrides'] = {**overrides, 'depth': {1}}", "diffusion.overrides.depth is {1}: "),
+        (
+            "changes['overrides'] = {**overrides, 'mlp_ratio': float('nan')}",
+            "diffusion.overrides.mlp_ratio is nan",
+        ),
+        ("changes['overrides'] = {**overrides, 'a': '\\ud800'}", "diffusion.overrides.a is '\\ud800': "),
+        ("more['data'] = './\\udcff'", "data is '"),
+        (
+            "changes['prediction'] = D.v(D.VP.named('linear'))._replace(sigma_data=2.0)",
+            "diffusion.prediction",
+        ),
+        (
+            "changes['prediction'] = D.prediction('score', D.EDM())",
+            "diffusion.prediction: the file of a score",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_back_is_refused_before_anything_is_written(
+    capsys, monkeypatch, tmp_path, text, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN.format(text))
+    line = complaint(capsys, "train", "own.py", "--run-dir", "run")
+    assert said in line and "the recipe 'own' cannot be read back from the config.json of its run: " in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_and_paths_of_a_module_come_back(monkeypatch, tmp_path):
+    text = """
+changes["overrides"] = {**overrides, "depth": np.int64(1), "mlp_ratio": np.float32(2), "layers": [np.int8(1)]}
+changes["weight"] = {"name": "min_snr", "gamma": np.float32(5)}
+more["seed"] = np.uint8(3)
+from a_path_of_a_module import Quadratic
+changes["prediction"] = D.v(Quadratic())
+"""
+    module = "import dataclasses\nfrom jaxldm import diffusion as D\nchanges = {}\n" + PATH
+    (tmp_path / "a_path_of_a_module.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text(OWN.format(text))
+    recipe = read_recipe_file(str(tmp_path / "own.py")).recipe
+    own = recipe.diffusion
+    check_comes_back(recipe)
+    assert own.overrides["layers"] == (1,) and type(own.overrides["depth"]) is int
+    assert own.weight == {"name": "min_snr", "gamma": 5.0} and type(own.weight["gamma"]) is float
+
+
+@pytest.mark.parametrize("name", training.RECIPES)
+def test_every_recipe_comes_back(name):
+    check_comes_back(training.RECIPES[name])
+
+
+def test_prodigy_has_the_rate_one_unless_one_is_given(capsys, monkeypatch, tmp_path):
+    recipe = Train("smoke", optimizer="prodigy").make_recipe(tmp_path)
+    assert recipe.diffusion.learning_rate == 1.0
+    assert "prodigy finds the rate itself: --learning-rate is 1" in capsys.readouterr().out
+    given = Train("smoke", optimizer="prodigy", learning_rate=0.5).make_recipe(tmp_path)
+    assert given.diffusion.learning_rate == 0.5 and capsys.readouterr().out == ""
+    open_run(tmp_path / "run", given, Digits(), resume=False)
+    assert Train("smoke", optimizer="prodigy", resume=True).make_recipe(tmp_path / "run") == given
+    taken = {}
+    monkeypatch.setattr(training, "finetune_recipe", lambda *places, **options: taken.update(options))
+    Finetune(source="model", data="pictures", optimizer="prodigy").make_recipe(tmp_path)
+    assert taken["learning_rate"] == 1.0
+
+
+@pytest.mark.parametrize(("validation", "test"), [(1, 4), (4, 0)])
+def test_an_evaluation_needs_two_real_images_of_validation_and_of_test(validation, test):
+    rows = {"train": range(9), "validation": range(validation), "test": range(test)}
+    few = "validation" if validation < 2 else "test"
+    with pytest.raises(DataError, match=f"the {few} split of few has .*: put more into {few}"):
+        check_real_images(Dataset("few", (8, 8, 3), ("a",), rows))
+    check_real_images(Dataset("enough", (8, 8, 3), ("a",), dict.fromkeys(rows, range(2))))
 
 
 def test_an_unknown_name_says_that_files_are_taken(capsys):

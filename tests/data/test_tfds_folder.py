@@ -14,7 +14,7 @@ from PIL import Image
 
 from jaxldm import data
 from jaxldm.data.tfds_folder import prepared_folder
-from jaxldm.errors import DataError, InvalidArgumentError
+from jaxldm.errors import DataError, InvalidArgumentError, UnknownNameError
 
 
 class TinyCaptioned(tfds.core.GeneratorBasedBuilder):
@@ -136,6 +136,46 @@ def test_what_is_damaged_is_one_line_with_the_folder(copy):
     (copy / "dataset_info.json").write_text(json.dumps(description))
     (copy / "features.json").unlink()
     assert "cannot open" in complaint()
+
+
+@pytest.mark.parametrize("harm", ["absent", "empty", "cut", "a text", "a folder", "fewer", "more"])
+def test_shards_are_opened_and_counted_before_any_record_is_read(copy, harm):
+    (shard,) = copy.glob("*train.array_record*")
+    whole = shard.read_bytes()
+    if harm in ("fewer", "more"):
+        described = json.loads((copy / "dataset_info.json").read_text())
+        described["splits"][0]["shardLengths"] = ["30" if harm == "fewer" else "50"]
+        (copy / "dataset_info.json").write_text(json.dumps(described))
+    else:
+        shard.unlink()
+    if harm == "a folder":
+        shard.mkdir()
+    elif harm in ("empty", "cut", "a text"):
+        shard.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "a text": b"hello"}[harm])
+    with pytest.raises(DataError, match="prepare it again") as caught:
+        data.load(str(copy), image_size=8)
+    assert str(shard) in str(caught.value)
+
+
+def test_a_data_set_without_images_to_train_on_says_what_it_needs(copy):
+    described = json.loads((copy / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(json.dumps(described | {"splits": []}))
+    with pytest.raises(DataError, match="no split 'train', only none: prepare it with one"):
+        data.load(str(copy), image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mnist5k/x", "^the dataset mnist5k has no configs: give mnist5k in place of 'mnist5k/x'$"),
+        ("mnist5k:9.9.9", r"^unknown version of mnist5k '9\.9\.9': choose one of 1\.0\.0$"),
+        ("emnist/digit", "^unknown config of emnist 'digit': choose one of .*; did you mean 'digits'"),
+    ],
+)
+def test_a_config_or_version_that_there_is_not(tmp_path, name, words):
+    with pytest.raises((InvalidArgumentError, UnknownNameError), match=words):
+        data.load(name, data_dir=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_buckets_are_refused(prepared):
