@@ -87,8 +87,8 @@ def _failure(path: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines, error = [error.lineno], SyntaxError(error.msg)
     place = f"{path}, line {lines[-1]}" if lines else str(path)
-    what = "" if isinstance(error, JaxldmError) else f"{type(error).__name__}: "
-    return f"{place}: {what}{_words(error, str)}"
+    what = [] if isinstance(error, JaxldmError) else [type(error).__name__]
+    return ": ".join([place, *what, *filter(None, [_words(error, str)])])
 
 
 def _words(value: object, to_text: Callable[[object], str] = shown) -> str:

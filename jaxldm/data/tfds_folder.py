@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ def check_shards(split: Any, fix: str) -> None:
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
-    for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+    for name, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+        path = os.fspath(name)
         try:
             check_regular(path, "shard", DataError)
-            reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+            reader = ArrayRecordReader(path, options="readahead_buffer_size:0")
             found = reader.num_records()
             reader.close()
         except DataError as error:

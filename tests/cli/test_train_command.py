@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from command_lines import complaint, run
 
@@ -11,7 +12,7 @@ from jaxldm.commands.eval import check_real_images
 from jaxldm.commands.finetune import Finetune
 from jaxldm.commands.recipe_file import read_recipe_file
 from jaxldm.commands.train import Train
-from jaxldm.data import Dataset
+from jaxldm.data import ArrayRows, Dataset
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
 from jaxldm.training.comes_back import check_comes_back
 from jaxldm.training.recipe_heads import HEADS
@@ -34,7 +35,7 @@ RECIPE = dataclasses.replace(smoke, name="mine", max_train_images=64, classifier
 
 
 BAD_METHOD = """class {}:
-    @property
+    {}
     def {}(self):
         raise SystemExit(3)
 """
@@ -151,11 +152,14 @@ def test_the_recipe_of_the_run_comes_before_that_of_the_file(capsys, tmp_path):
         ("x = '\0'", "recipe.py: SyntaxError: source code"),
         ("import no_such_module", "recipe.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("raise SystemExit(0)", "recipe.py, line 1: SystemExit: 0"),
-        ("raise GeneratorExit", "recipe.py, line 1: GeneratorExit: "),
-        ("import asyncio; raise asyncio.CancelledError", "recipe.py, line 1: CancelledError: "),
-        (BAD_METHOD.format("E(Exception)", "__str__") + "raise E", "line 5: E: a value of type E"),
-        (BAD_METHOD.format("E", "__repr__") + "RECIPE = E()", "a training.Recipe, got a value of type E"),
-        (BAD_METHOD.format("E", "__class__") + "RECIPE = E()", "must be a training.Recipe, got "),
+        ("raise GeneratorExit", "recipe.py, line 1: GeneratorExit\n"),
+        ("import asyncio; raise asyncio.CancelledError", "recipe.py, line 1: CancelledError\n"),
+        (BAD_METHOD.format("E(Exception)", "", "__str__") + "raise E", "line 5: E: a value of type E"),
+        (BAD_METHOD.format("E", "", "__repr__") + "RECIPE = E()", "a training.Recipe, got a value of type E"),
+        (
+            BAD_METHOD.format("E", "@property", "__class__") + "RECIPE = E()",
+            "must be a training.Recipe, got ",
+        ),
         (FILE.replace('"mine"', '"a\\nb"'), "line 13: name must be a line of text, got 'a\\nb'"),
         (FILE.replace('"mine"', '" "'), "line 13: name must be a line of text, got ' '"),
         (FILE.replace('"mine"', '"\\ud800"'), "line 13: name must be a line of text, got '\\ud800'"),
@@ -246,7 +250,7 @@ kinds[{0}] = Mine
             "class Mine(kinds[0]): pass\nkinds[0] = Mine",
             "diffusion is of the class jaxldm_recipe_file.Mine, and",
         ),
-        ("changes['overrides'] = {3: 1}", "diffusion.overrides has the key 3, which is no string"),
+        ("changes['overrides'] = {'a': {3: 1}}", "diffusion.overrides.a has the key 3, which is no string"),
         ("changes['overrides'] = {**overrides, 'depth': {1}}", "diffusion.overrides.depth is {1}: "),
         (
             "changes['overrides'] = {**overrides, 'mlp_ratio': float('nan')}",
@@ -256,11 +260,11 @@ kinds[{0}] = Mine
         ("more['data'] = './\\udcff'", "data is '"),
         (
             "changes['prediction'] = D.v(D.VP.named('linear'))._replace(sigma_data=2.0)",
-            "diffusion.prediction",
+            "diffusion: prediction: prediction 'v_prediction' has no option 'sigma_data'",
         ),
         (
-            "changes['prediction'] = D.prediction('score', D.EDM())",
-            "diffusion.prediction: the file of a score",
+            "changes['prediction'] = D.flow(D.Flow(t_min=1e-9))",
+            "diffusion.prediction: ",
         ),
     ],
 )
@@ -312,13 +316,18 @@ def test_prodigy_has_the_rate_one_unless_one_is_given(capsys, monkeypatch, tmp_p
     assert taken["learning_rate"] == 1.0
 
 
-@pytest.mark.parametrize(("validation", "test"), [(1, 4), (4, 0)])
+@pytest.mark.parametrize(("validation", "test"), [(1, 4), (4, 1)])
 def test_an_evaluation_needs_two_real_images_of_validation_and_of_test(validation, test):
-    rows = {"train": range(9), "validation": range(validation), "test": range(test)}
+    def rows(number):
+        return ArrayRows(
+            {"image": np.zeros((number, 8, 8, 3), np.float32), "label": np.zeros(number, np.int32)}
+        )
+
+    splits = {"train": rows(9), "validation": rows(validation), "test": rows(test)}
     few = "validation" if validation < 2 else "test"
     with pytest.raises(DataError, match=f"the {few} split of few has .*: put more into {few}"):
-        check_real_images(Dataset("few", (8, 8, 3), ("a",), rows))
-    check_real_images(Dataset("enough", (8, 8, 3), ("a",), dict.fromkeys(rows, range(2))))
+        check_real_images(Dataset("few", (8, 8, 3), ("a",), splits))
+    check_real_images(Dataset("enough", (8, 8, 3), ("a",), dict.fromkeys(splits, rows(2))))
 
 
 def test_an_unknown_name_says_that_files_are_taken(capsys):
