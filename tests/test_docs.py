@@ -1,5 +1,6 @@
 """Code on the pages runs as it is printed, links lead somewhere, and every page is in the site's index."""
 
+import ast
 import json
 import pathlib
 import re
@@ -37,6 +38,18 @@ def headings(page):
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
 
 
+def assigned(block):
+    """The names that the top level of a block gives to values."""
+    found = set()
+    for statement in ast.parse(block).body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            found.add(statement.name)
+        else:
+            nodes = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+            found |= {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    return found
+
+
 @pytest.fixture
 def loose_promotion():
     """Users have JAX's own defaults; the pages must run with those."""
@@ -50,6 +63,13 @@ def test_code_runs(page, tmp_path, monkeypatch, loose_promotion):
     names = {"__name__": "page"}
     for block in python_blocks(DOCS / page):
         exec(compile(block, page, "exec"), names)
+
+
+def test_no_block_takes_a_name_of_another():
+    """On a page that is read from any place on, `step` must not be another one behind a later block."""
+    blocks = [assigned(block) for block in python_blocks(DOCS / "training.md")]
+    for n, names in enumerate(blocks):
+        assert not names & set().union(*blocks[:n])
 
 
 def test_the_notebook_runs(capsys, loose_promotion):
@@ -84,6 +104,8 @@ def test_pictures_of_ones_own_become_a_data_set(tmp_path, monkeypatch):
     assert dataset.image_shape == (32, 32, 3) and dataset.class_names == ("cats", "dogs")
     images, labels = dataset.arrays("train")
     assert len(images) == 16
+    stages = [getattr(names["mine"], stage) for stage in ("autoencoder", "diffusion", "classifier")]
+    assert all(stage.batch_size <= len(images) for stage in stages)  # so few can be trained on
     np.testing.assert_allclose(images[:, 0, 0, 0], np.where(labels == 0, 100, 200) / 127.5 - 1, atol=0.01)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,31 +143,37 @@ class Eval:
         dataset = training.read_data(self.folder)
         check_real_images(dataset)
 
+        self.announce(pipe, scales, self.num_images)
         figures: dict[str, Any] = {"settings": self.settings(pipe)}
         grids = {}
-        sections = []
+        sections, warnings = [], dict[str, None]()
         if pipe.autoencoder is not None:
             figures["reconstruction"], text = measure_reconstruction(pipe, dataset)
             sections.append(text)
         for scale in scales:
+            began = time.perf_counter()
             images, labels = self.draw(pipe, scale)
+            if not self.quiet:
+                print(f"guidance scale {scale:g}: drawn in {time.perf_counter() - began:.0f} s", flush=True)
             report = metrics.evaluate(images, labels, classify, dataset)
             figures[f"guidance_scale {scale:g}"] = report.to_dict()
-            sections.append(f"guidance scale {scale:g}\n\n{report.to_markdown()}")
-            columns = pipelines.columns_for(len(images[:100]), pipe.num_classes or 1)
-            names = dataset.class_names if columns % len(dataset.class_names) == 0 else ()
-            picture = metrics.labelled_grid(
-                images[:100],
-                columns,
-                title=f"Images drawn at guidance scale w = {scale:g}",
-                column_labels=names * (columns // max(len(names), 1)),
-            )
-            grids[f"grid-w{scale:g}.png"] = picture
-        text = "\n\n".join(sections) + "\n"
+            sections.append(f"guidance scale {scale:g}\n\n{report.to_markdown(warnings=False)}")
+            warnings |= dict.fromkeys(report.warnings())
+            grids[f"grid-w{scale:g}.png"] = grid_of(images, scale, pipe.num_classes, dataset.class_names)
+        text = "\n\n".join([*sections, *warnings]) + "\n"  # those of all scales, once
         save_results(out, figures, text, grids)
         if not self.quiet:
             print(text)
             print(f"saved in {out}: metrics.md, metrics.json and a grid of images for each guidance scale")
+
+    def announce(self, pipe: Any, scales: Sequence[float], number: int, *, by_class: bool = True) -> None:
+        """Says how many images will be drawn, before the first one is."""
+        if self.quiet:
+            return
+        many = "" if not by_class or (pipe.num_classes or 1) == 1 else ", equally many of each class"
+        names = ", ".join(f"{scale:g}" for scale in scales)
+        where = f"at guidance scale {names}" if len(scales) == 1 else f"at each guidance scale ({names})"
+        print(f"drawing {number} images {where}{many}", flush=True)
 
     def settings(self, pipe: Any) -> dict[str, Any]:
         """The options that the metrics depend on."""
@@ -227,6 +235,20 @@ def check_real_images(dataset: Any) -> None:
                 f"the {split} split of {dataset.name} has {found} real image{'s' * (found != 1)}, and an "
                 f"evaluation compares with two or more of validation and of test: put more into {split}"
             )
+
+
+def grid_of(images: Any, scale: float, num_classes: int | None, class_names: Sequence[str]) -> Any:
+    """A picture of the first hundred images, or somewhat fewer: its rows are whole."""
+    from jaxldm import metrics, pipelines
+
+    columns = pipelines.columns_for(len(images[:100]), num_classes or 1)
+    names = tuple(class_names) if columns % len(class_names) == 0 else ()
+    return metrics.labelled_grid(
+        images[: len(images[:100]) // columns * columns],
+        columns,
+        title=f"Images drawn at guidance scale w = {scale:g}",
+        column_labels=names * (columns // max(len(names), 1)),
+    )
 
 
 def save_results(out: Path, figures: dict[str, Any], text: str, grids: dict[str, Any]) -> None:

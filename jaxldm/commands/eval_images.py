@@ -374,6 +374,8 @@ def generated_images(options: Any, captions: list[str] | None) -> ImageSet:
     pipe = pipelines.load(options.folder, reference_quirks=options.reference_quirks)
     [scale] = options.guidance_scale or (1.0,)
     scale = pipe.check_guidance_scale(scale) if captions is None else scale
+    number = options.num_images if captions is None else len(captions)
+    options.announce(pipe, [scale], number, by_class=captions is None)
     images, _ = options.draw(pipe, scale, captions)
     return array_set(to_uint8(images), f"{options.folder} (w = {scale:g})")
 

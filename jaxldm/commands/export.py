@@ -44,6 +44,6 @@ class Export:
                 f"{self.out} does not read back bit for bit, the disk may be failing: {', '.join(changed)}"
             )
         print(f"{len(rows)} tensors written to {self.out}, and read back bit for bit")
-        hint = hints.sample(self.out, pipe)
+        hint = hints.sample(self.out, pipe, prompt=hints.caption_of(self.folder))
         if hint:
             print(f"try it:  {hint}")

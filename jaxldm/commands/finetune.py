@@ -227,14 +227,15 @@ def hint_of(run: RunFolder, recipe: Recipe) -> str:
     from jaxldm.training.runs import CONTROL_SAMPLES
 
     own: Any = recipe.finetune
+    text = own.prompt or hints.caption_of(run.path) or "a cat in the snow"
     if own.control is not None:
         picture = run.stage("finetune").path / CONTROL_SAMPLES / "0.png"
         words = ["--controlnet", run.path, "--control-image", picture]
-        return hints.command("sample", own.source, *words, "--prompt", own.prompt or "a cat in the snow")
+        return hints.command("sample", own.source, *words, "--prompt", text)
     option = "--lora" if own.lora is not None else None if own.word is None else "--embedding"
     folder = run.path if option is None else Path(own.source)
     words = [] if option is None else [option, run.path]
     if pipelines.kind_of(folder) != "text-to-image":
         return hints.command("sample", folder, *words, "--num-images", 16)
-    prompt = own.prompt or ("a cat in the snow" if own.word is None else f"{own.word.word} in the snow")
+    prompt = text if own.word is None else f"{own.word.word} in the snow"
     return hints.command("sample", folder, *words, "--prompt", prompt)

@@ -31,13 +31,25 @@ def sample_texts(folder: Path | str, family: str | None = None, prompt: str | No
     return command("sample", folder, *_family(family), *words)
 
 
+def caption_of(folder: Path | str) -> str | None:
+    """A text that the model of a run was trained with; None where `folder` is no run or has none."""
+    from jaxldm import training
+    from jaxldm.errors import CheckpointError
+
+    try:
+        entries = training.read_config(folder)
+    except CheckpointError:
+        return None
+    return (entries["recipe"].get("finetune") or {}).get("prompt") or entries["data"].get("caption")
+
+
 def sample_run(folder: Path) -> str:
     """The command to sample from a finished run: with a caption of its test images, or its classes."""
     from jaxldm import training
 
     entries = training.read_config(folder)
     if entries["recipe"].get("text") is not None:
-        return sample_texts(folder, prompt=entries["data"].get("caption"))
+        return sample_texts(folder, prompt=caption_of(folder))
     return sample_classes(folder, len(entries["data"]["class_names"]))
 
 
@@ -61,17 +73,18 @@ def sample_adapter(folder: Path) -> str | None:
     return f"{command('sample', few.teacher)}{what} {shlex.join(map(str, words))}"
 
 
-def sample(folder: Path | str, pipe: Any, family: str | None = None) -> str | None:
+def sample(folder: Path | str, pipe: Any, family: str | None = None, prompt: str | None = None) -> str | None:
     """The command to sample from a pipeline that lies in `folder`; None for one stage of several.
 
     Args:
         family: the place of a family from outside, as in `pipelines.load`.
+        prompt: a text that a text-to-image model knows.
     """
     from jaxldm import pipelines
 
     if pipelines.kind_of(folder, family) != "text-to-image":
         return sample_classes(folder, pipe.num_classes, family)
-    return sample_texts(folder, family) if pipe.family.draws_images else None
+    return sample_texts(folder, family, prompt) if pipe.family.draws_images else None
 
 
 def resume(recipe: Any, folder: Path | str) -> str:

@@ -106,7 +106,7 @@ class Quantize:
             f"{pipe.denoiser_name}: {after / 1e6:.2f} MB instead of {before / 1e6:.2f} MB "
             f"({after / before:.1%}), in {out}"
         )
-        hint = hints.sample(out, small)
+        hint = hints.sample(out, small, prompt=hints.caption_of(self.folder))
         if hint:
             print(f"try it:  {hint}")
 

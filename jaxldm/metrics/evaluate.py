@@ -82,8 +82,12 @@ class Report:
         figures["findings"] = [finding._asdict() for finding in self.findings]
         return {**figures, "frechet_ratio": self.frechet_ratio}
 
-    def to_markdown(self) -> str:
-        """Return the figures as a table, those of real images in the third column, and the warnings."""
+    def warnings(self) -> list[str]:
+        """Return a sentence or two for each finding that is not ok."""
+        return [f"Warning: {finding.seen}. {finding.fix}." for finding in self.findings if not finding.ok]
+
+    def to_markdown(self, *, warnings: bool = True) -> str:
+        """Return the figures as a table, those of real images in the third column, and the `warnings`."""
         n = self.num_compared
         rows = [
             (
@@ -116,7 +120,7 @@ class Report:
             "|---|---|---|",
         ]
         lines += [f"| {name} | {value} | {real} |" for name, value, real in rows]
-        lines += [f"\nWarning: {finding.seen}. {finding.fix}." for finding in self.findings if not finding.ok]
+        lines += [f"\n{warning}" for warning in (self.warnings() if warnings else [])]
         return "\n".join(lines)
 
 
@@ -265,7 +269,8 @@ def _warnings(labels, test_labels, number: int, width: int, classifier_accuracy:
                 f"{number} images for the covariance of {width} features: the Fréchet distance and its "
                 "floor are both biased upwards",
                 "few images were generated, or few real ones are held out",
-                f"Compare it with the floor only, and generate at least {5 * width} images",
+                f"Compare it with the floor only; it needs {5 * width} "
+                + ("generated images" if number == len(labels) else "real images that are held out"),
                 False,
             )
         )
@@ -291,17 +296,26 @@ def _warnings(labels, test_labels, number: int, width: int, classifier_accuracy:
                 False,
             )
         )
-    shares = np.bincount(labels) / len(labels)
-    real_shares = np.bincount(test_labels, minlength=len(shares)) / len(test_labels)
-    if np.abs(shares - real_shares[: len(shares)]).max() > 0.05:
-        findings.append(
-            Finding(
-                "class balance",
-                "the classes are not as frequent among the generated images as among the real ones: "
-                "the Fréchet distance counts that, too",
-                "the requested labels are not balanced",
-                "Request each class equally often",
-                False,
-            )
+    return findings + _balance(labels, test_labels)
+
+
+def _balance(labels: Any, test_labels: Any) -> list[Finding]:
+    """A warning where the classes are not equally frequent on both sides, and which side has to change."""
+    counts = np.bincount(labels)
+    classes = np.flatnonzero(counts)
+    real = np.bincount(test_labels, minlength=len(counts))[classes] / len(test_labels)
+    shares = counts[classes] / len(labels)
+    if np.abs(shares - real).max() <= 0.05:
+        return []
+    if np.ptp(counts[classes]) > 1:
+        seen = "the classes are not as frequent among the generated images as among the real ones"
+        cause, fix = "the requested labels are not balanced", "Request each class as often as it is real"
+    else:
+        seen = (
+            "each class has equally many generated images, but not equally many real test images "
+            f"({real.min():.0%} to {real.max():.0%} of them)"
         )
-    return findings
+        cause = "the real images are not balanced, or few are held out"
+        fix = "Hold out equally many of each class, or compare only models with the same test images"
+    finding = Finding("class balance", f"{seen}: the Fréchet distance counts that, too", cause, fix, False)
+    return [finding]

@@ -17,8 +17,10 @@ from jaxldm.files import storage_errors, write_atomically
 from jaxldm.training.events import EventLog
 
 COLUMNS = ("epoch", "step", "loss", "grad_norm", "learning_rate", "seconds")
+# Of the last second or longer, and unknown for the first update of a process.
+SPEEDS = ("waiting_share", "of_peak", "examples_per_second")
 # The columns that a second run has differently.
-CLOCKS = ("seconds", "waiting", "waiting_share", "of_peak", "examples_per_second")
+CLOCKS = ("seconds", "waiting", *SPEEDS)
 
 
 def flatten_metrics(metrics: Mapping[str, Float[ArrayLike, " ..."]]) -> dict[str, np.float32]:
@@ -38,9 +40,10 @@ class CsvLog:
 
     `step` counts finished updates (the first row has step 1), `epoch` is counted from 1, `seconds` is the
     training time so far, over all interruptions; `waiting`, among the further ones, is how many seconds of
-    the update the devices, with no step under way, waited for its batch. Of the last second or longer are
-    `waiting_share`, `examples_per_second` and `of_peak`, the share of the devices' matrix peak
-    (`jaxldm.training.peak`), nan where it is not known. Numbers are written in the shortest form that reads
+    the update the devices, with no step under way, waited for its batch, and `examples` are those of the
+    batch. Of the last second or longer are `waiting_share`, `examples_per_second` and `of_peak`, the share of
+    the devices' matrix peak (`jaxldm.training.peak`), nan where it is not known. All three are nan for the
+    first update of a process, in which it is compiled. Numbers are written in the shortest form that reads
     back as the same float32. Rows reach the disk with `flush`; `keep_until(step)` cuts off the rows after a
     checkpoint.
 

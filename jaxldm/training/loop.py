@@ -109,8 +109,8 @@ def _resume(
     """State, updates done and seconds spent, from the newest whole checkpoint where there is one."""
     if not resume and (store.steps() or rows.path.exists()):
         raise CheckpointError(
-            f"{rows.path.parent} already holds a run: type --resume (resume=True) to go on with it, "
-            "or choose another folder to start a new one"
+            f"{rows.path.parent} already holds a run: give resume=True to go on with it, or choose "
+            "another folder to start a new one"
         )
     kept = plan.saved(state)
     restored = store.restore_latest(kept, log, state_shardings(mesh, kept)) if resume else None

@@ -14,13 +14,35 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from jaxldm.training.log import CsvLog
+from jaxldm.training.log import SPEEDS, CsvLog
 
 # So many steps may be under way before the numbers of the oldest are waited for: the device always has its
 # next step, and the clock of the log is at most this far ahead.
 STEPS_IN_FLIGHT = 2
 MOST_SKIPPED = 10  # updates in a row; then the run stops
 _SPAN = 1.0  # seconds, at least, that the speeds of a row of the log are of
+
+
+def rate_in_words(rate: float) -> str:
+    """A rate per second, without an exponent.
+
+    >>> rate_in_words(1163.4), rate_in_words(1.428)
+    ('1163', '1.43')
+    """
+    return f"{rate:{'.0f' if rate >= 100 else '.3g'}}"
+
+
+def share_of_peak(share: float) -> str:
+    """A share of the matrix peak; small networks have less than a hundredth.
+
+    >>> share_of_peak(0.174), share_of_peak(0.004)
+    ('17%', 'under 1%')
+    """
+    return "under 1%" if share < 0.01 else f"{share:.0%}"
+
+
+def _is_done(metrics: Mapping[str, Any]) -> bool:
+    return all(value.is_ready() for value in metrics.values())
 
 
 class Progress:
@@ -31,6 +53,8 @@ class Progress:
     that the train step skipped is kept in `diverged` as (step, metrics), and nothing after it is logged. Of a
     train step that skips nothing (its metrics have no `skipped`) that is the first loss or gradient norm that
     is not finite.
+
+    The first update is waited for: it was compiled on the way, so that every speed counts from its end.
 
     Attributes:
         at_peak: seconds of a step at the peak of the devices (`seconds_at_peak`), where they are known.
@@ -56,13 +80,14 @@ class Progress:
         self._steps_per_epoch, self._num_epochs = steps_per_epoch, -(-num_steps // steps_per_epoch)
         self._pending: deque[tuple[int, Mapping[str, Any], float, int]] = deque()
         self._epoch_rows: list[list[float]] = []  # loss, gradient norm and learning rate of its updates
-        self._epoch_steps = self._epoch_skipped = 0
+        self._epoch_skipped = 0
         self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._in_a_row = 0  # updates skipped so far
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
-        self._epoch_started = time.perf_counter()
+        self._epoch_started = self._timed_from = time.perf_counter()
+        self._epoch_timed = 0  # its updates since `_timed_from`: all but the first of this process
         # (when it was done, waiting, examples) of the last updates, behind the moment before them
-        self._recent: deque[tuple[float, float, int]] = deque([(self._epoch_started, 0.0, 0)])
+        self._recent: deque[tuple[float, float, int]] = deque()
         self._recent_waiting, self._recent_examples = 0.0, 0
         # disable=None: no bar where the output is a file and not a screen
         self._bar = tqdm(
@@ -91,12 +116,14 @@ class Progress:
         for value in metrics.values():
             value.copy_to_host_async()
         self._pending.append((step, metrics, waiting, examples))
-        while len(self._pending) > STEPS_IN_FLIGHT:
+        while self._pending and (
+            len(self._pending) > STEPS_IN_FLIGHT or not self._recent or _is_done(self._pending[0][1])
+        ):
             self._take()
 
     def idle(self) -> bool:
         """Whether no step is under way: the devices wait for the next one."""
-        return not self._pending or all(value.is_ready() for value in self._pending[-1][1].values())
+        return not self._pending or _is_done(self._pending[-1][1])
 
     def drain(self) -> None:
         """Wait for all the steps under way and write their rows to disk."""
@@ -119,16 +146,19 @@ class Progress:
             return
         now = time.perf_counter()
         epoch = (step - 1) // self._steps_per_epoch + 1
+        is_first = not self._recent
+        clocks = self._first_clocks(now, waiting) if is_first else self._clocks(now, waiting, examples)
         self._rows.append(
-            epoch, step, now - self._started, {**metrics, **self._clocks(now, waiting, examples)}
+            epoch, step, now - self._started, {**metrics, **clocks, "examples": np.float32(examples)}
         )
-        self._epoch_waiting += waiting
-        self._epoch_examples += examples
+        if not is_first:
+            self._epoch_timed += 1
+            self._epoch_waiting += waiting
+            self._epoch_examples += examples
         skipped = self._is_skipped(step, metrics)
         if self.diverged is not None:
             return
         shown = [float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")]
-        self._epoch_steps += 1
         self._epoch_skipped += skipped
         if not skipped and math.isfinite(shown[0]):  # NaN too where it was another player's turn
             self._epoch_rows.append(shown)
@@ -139,6 +169,13 @@ class Progress:
         if now - self._flushed > 1.0:
             self._rows.flush()
             self._flushed = now
+
+    def _first_clocks(self, now: float, waiting: float) -> dict[str, np.float32]:
+        """Those of the first update, without speeds: most of its time was compilation."""
+        self._timed_from = now
+        self._recent.append((now, 0.0, 0))
+        unknown = {name: np.float32(np.nan) for name in SPEEDS}
+        return {"waiting": np.float32(waiting), **unknown}
 
     def _clocks(self, now: float, waiting: float, examples: int) -> dict[str, np.float32]:
         """How an update spent its time; speeds are of the last `_SPAN` or longer: numbers come in at once."""
@@ -182,15 +219,19 @@ class Progress:
         known = math.nan if self.at_peak is None else self.at_peak
         return np.float32(known * steps / max(seconds, 1e-9))
 
-    def _speed(self, seconds: float) -> str:
-        """Examples in a second, the share of time waiting for them, and that of the matrix peak."""
-        seconds = max(seconds, 1e-9)
+    def _speed(self, now: float) -> str:
+        """Seconds of the epoch; examples in a second, the share of waiting, and that of the matrix peak."""
+        compiling = max(self._timed_from - self._epoch_started, 0.0)
+        whole = f"{now - self._epoch_started:.1f} s"
+        whole += f" ({compiling:.1f} s with compiling)" if compiling else ""
+        if not self._epoch_timed:
+            return whole
+        seconds = max(now - max(self._timed_from, self._epoch_started), 1e-9)
         waiting = min(self._epoch_waiting / seconds, 1.0)  # that for the next updates may be in it
-        of_peak = self._of_peak(self._epoch_steps, seconds)
-        share = "under 1%" if of_peak < 0.01 else f"{of_peak:.0%}"
-        peak = "" if np.isnan(of_peak) else f", {share} of the matrix peak"
-        rate = self._epoch_examples / seconds
-        return f"{rate:{'.0f' if rate >= 100 else '.3g'}} examples/s, {waiting:.0%} waiting{peak}"
+        of_peak = float(self._of_peak(self._epoch_timed, seconds))
+        peak = "" if np.isnan(of_peak) else f", {share_of_peak(of_peak)} of the matrix peak"
+        rate = rate_in_words(self._epoch_examples / seconds)
+        return f"{whole}  {rate} examples/s, {waiting:.0%} waiting{peak}"
 
     def _end_epoch(self, epoch: int, now: float) -> None:
         rows = np.array(self._epoch_rows or [[math.nan] * 3])
@@ -198,10 +239,9 @@ class Progress:
         skipped = f"  {self._epoch_skipped} skipped" if self._epoch_skipped else ""
         self._log(
             f"{self.name}: epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  grad norm {grad_norm:.3g}  "
-            f"learning rate {rows[-1, 2]:.2e}  {now - self._epoch_started:.1f} s  "
-            f"{self._speed(now - self._epoch_started)}{skipped}"
+            f"learning rate {rows[-1, 2]:.2e}  {self._speed(now)}{skipped}"
         )
         self._epoch_rows.clear()
-        self._epoch_steps = self._epoch_skipped = 0
+        self._epoch_timed = self._epoch_skipped = 0
         self._epoch_waiting, self._epoch_examples = 0.0, 0
         self._epoch_started = now

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxldm.arguments import a_path, checked
 from jaxldm.errors import CheckpointError
@@ -16,6 +17,7 @@ from jaxldm.metrics.page import Section, Shown, Table, page
 from jaxldm.reading import read_bytes, shown
 from jaxldm.training.batch_size import read_batch_size
 from jaxldm.training.log import CLOCKS, read_log
+from jaxldm.training.progress import rate_in_words, share_of_peak
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.runs import STAGES, RunFolder, StageFolder, flat_entries, read_config
 
@@ -81,7 +83,7 @@ def _content(run: RunFolder) -> bytes:
     settings = flat_entries({name: part for name, part in recipe.to_dict().items() if part is not None})
     rows = [(name, shown(value)) for name, value in settings.items()]
     return page(
-        f"Run of {recipe.name}: {run.path.name}",
+        f"Run of {recipe.name}" + (f": {run.path.name}" if run.path.name != recipe.name else ""),
         [(name, value) for name, value in facts if value],
         [*sections, Section("settings", [Table(rows)])],
     )
@@ -123,25 +125,45 @@ def _last_epoch(log: dict[str, Any]) -> list[tuple[str, str]]:
     if not len(log["step"]):
         return []
     own = log["epoch"] == log["epoch"][-1]
-    before = log["seconds"][~own]
-    seconds = log["seconds"][-1] - (before[-1] if len(before) else 0.0)
-    rows = [("epoch", str(log["epoch"][-1])), ("updates per second", f"{own.sum() / max(seconds, 1e-9):.3g}")]
-    if "waiting" in log:
-        rows.append(("waiting for data", f"{np.nansum(log['waiting'][own]) / max(seconds, 1e-9):.1%}"))
-    nothing = np.array([np.nan])
-    peak, speed = (log.get(name, nothing)[-int(own.sum()) :] for name in ("of_peak", "examples_per_second"))
-    if np.isfinite(speed).any():
-        rows.append(("examples per second", f"{1 / np.nanmean(1 / np.maximum(speed, 1e-9)):.3g}"))
-    if np.isfinite(peak).any():
-        share = 1 / np.nanmean(1 / peak)  # of the time that all took: some rows come in at once
-        rows.append(("share of the matrix peak", "under 1%" if share < 0.01 else f"{share:.0%}"))
-    others = [name for name in log if name not in ("epoch", "step", *CLOCKS)]
-    means = {name: log[name][own] for name in others}
+    rows = [("epoch", str(log["epoch"][-1])), *_speeds(log, own)]
+    means = {name: log[name][own] for name in log if name not in ("epoch", "step", "examples", *CLOCKS)}
     return rows + [
         (name.replace("_", " "), f"{np.nanmean(part):.4g}")
         for name, part in means.items()
         if np.isfinite(part).any()
     ]
+
+
+def _speeds(log: dict[str, Any], own: Bool[np.ndarray, " N"]) -> list[tuple[str, str]]:
+    """How fast the updates `own` were, as the line of the epoch says it: all of one time.
+
+    Without those that begin a process, whose time is compilation: they have no speeds.
+    """
+    speed = log.get("examples_per_second")
+    timed = own if speed is None else own & np.isfinite(speed)
+    seconds = float(np.diff(log["seconds"], prepend=0.0)[timed].sum())
+    if seconds <= 0:
+        return []
+    updates = timed.sum() / seconds
+    rows = [("updates per second", f"{updates:.3g}")]
+    if "waiting" in log:
+        rows.append(("waiting for data", f"{min(np.nansum(log['waiting'][timed]) / seconds, 1.0):.1%}"))
+    if "examples" in log:
+        rows.append(("examples per second", rate_in_words(np.nanmean(log["examples"][timed]) * updates)))
+    share = _of_peak(log, timed, updates)
+    return rows if np.isnan(share) else [*rows, ("share of the matrix peak", share_of_peak(share))]
+
+
+def _of_peak(log: dict[str, Any], timed: Bool[np.ndarray, " N"], updates: float) -> float:
+    """The share of the matrix peak at so many updates in a second; nan where it is not known."""
+    if "of_peak" not in log or not np.isfinite(log["of_peak"][timed]).any():
+        return np.nan
+    of_peak = log["of_peak"][timed]
+    if "examples" not in log:  # of a log of earlier versions: of the time that all took
+        return float(1 / np.nanmean(1 / of_peak))
+    # Both are of the same span, which may have earlier epochs: their ratio is of one example.
+    of_one = np.nanmedian(of_peak / log["examples_per_second"][timed])
+    return float(of_one * np.nanmean(log["examples"][timed]) * updates)
 
 
 def _picture(path: Path, caption: str) -> list[Shown]:

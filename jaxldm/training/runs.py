@@ -396,7 +396,8 @@ def begin_stage(run: RunFolder, stage: str) -> None:
 
 
 def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    captions = None if recipe.text is None else dataset.captions("test", 1)
+    split = "test" if recipe.text is not None else "train" if recipe.finetune is not None else None
+    captions = None if split is None else dataset.captions(split, 1)
     data = {
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from command_lines import complaint, run
 
-from jaxldm import checkpoints, cli, schedulers, training
+from jaxldm import checkpoints, cli, metrics, schedulers, training
 from jaxldm import diffusion as D
 from jaxldm.commands import eval_images, inspect_sections
+from jaxldm.commands.eval import grid_of
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics import FeatureNetwork
 
@@ -108,6 +109,17 @@ def test_eval_measures_at_each_scale_with_the_real_figures_beside(capsys, traine
         assert f"{report['frechet_distance']:.3f}" in out and f"{report['classifier_accuracy']:.1%}" in out
         assert (trained / "eval" / f"grid-w{scale}.png").exists()
     assert (trained / "eval" / "metrics.md").read_text() in out
+    assert out.startswith("drawing 20 images at each guidance scale (1, 2.5), equally many of each class\n")
+    assert len(re.findall(r"^guidance scale (?:1|2\.5): drawn in \d+ s$", out, re.MULTILINE)) == 2
+    assert out.count("generated images: diversity and accuracy are rough") == 1  # of both scales
+
+
+def test_the_grid_of_an_evaluation_has_whole_rows():
+    images = np.random.default_rng(0).uniform(-1, 1, (120, 4, 4, 1))
+    grid = grid_of(images, 1.0, 3, ("a", "b", "c"))  # nine columns: of a hundred one would stand alone
+    title = "Images drawn at guidance scale w = 1"
+    wanted = metrics.labelled_grid(images[:99], 9, title=title, column_labels=("a", "b", "c") * 3)
+    np.testing.assert_array_equal(grid, wanted)
 
 
 def test_published_metrics_of_a_run_and_of_its_real_images(capsys, trained, tmp_path, monkeypatch):
@@ -130,6 +142,7 @@ def test_published_metrics_of_a_run_and_of_its_real_images(capsys, trained, tmp_
     assert report["images"] == f"{trained} (w = 1)" and report["num_images"] == 4
     assert report["real"].endswith("(test)") and report["num_real"] > 50
     assert report["metrics"]["fid"]["fid"] > 0 and "fid" in out
+    assert out.startswith("drawing 4 images at guidance scale 1, equally many of each class\n")
     two_scales = complaint(capsys, "eval", trained, "--real", trained, "--guidance-scale", 1, 3, *words)
     assert "one guidance scale" in two_scales
 

@@ -146,6 +146,23 @@ def test_few_and_unbalanced_images_are_warned_about():
     report = evaluate(images[::10], labels[::10], classify, DATASET)
     assert {finding.check for finding in report.findings} == {"images per class", "sample count"}
     assert "Warning: 16 images" in report.to_markdown()
+    assert "Warning" not in report.to_markdown(warnings=False) and len(report.warnings()) == 2
+    assert "needs 20 generated images." in report.to_markdown()
+
+
+def test_it_is_said_which_side_is_not_balanced():
+    images, labels = draw(40, 4)
+    [unequal] = evaluate(images[:45], labels[:45], classify, DATASET).warnings()[1:]
+    assert "Request each class as often as it is real" in unequal
+    few = ArrayRows(columns(40, 3).take(np.arange(0, 130)))  # ten of the last class
+    dataset = Dataset("toy", (4, 4, 1), tuple("abcd"), {**DATASET.parts, "test": few})
+    [of_real] = evaluate(images, labels, classify, dataset).warnings()
+    assert "equally many generated images, but not equally many real test images (8% to 31%" in of_real
+    assert "Hold out equally many of each class" in of_real and "Request" not in of_real
+    few = ArrayRows(columns(40, 3).take(np.arange(0, 160, 10)))
+    dataset = Dataset("toy", (4, 4, 1), tuple("abcd"), {**DATASET.parts, "test": few})
+    [sizes] = evaluate(images, labels, classify, dataset).warnings()
+    assert "needs 20 real images that are held out" in sizes
 
 
 def test_a_classifier_that_reads_badly_is_warned_about():

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_models import latent_pipeline
 
 from jaxldm import checkpoints, models, pipelines, training
+from jaxldm.commands.export import Export
 from jaxldm.commands.finetune import Finetune, hint_of
 from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
@@ -40,7 +41,7 @@ def lora_run(source, pictures, tmp_path_factory, compile_once):
     return tuned(source, pictures, tmp_path_factory.mktemp("runs") / "lora", "lora", **options)
 
 
-def test_frozen_parameters_stay_to_the_last_bit_and_the_rest_is_a_model(source, pictures, tmp_path):
+def test_frozen_parameters_stay_to_the_last_bit_and_the_rest_is_a_model(source, pictures, tmp_path, capsys):
     options = {"freeze": ["down_blocks_*", "conv_in/*"], "sample_every": 2, "sample_steps": 1}
     run = tuned(source, pictures, tmp_path / "run", "freeze", **options)
     before, after = pipelines.load(source), pipelines.load(run.path)
@@ -57,6 +58,11 @@ def test_frozen_parameters_stay_to_the_last_bit_and_the_rest_is_a_model(source, 
     images = after(jax.random.key(0), "a red cat", num_inference_steps=1)
     assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
     assert "a run of the recipe finetune" in describe(str(run.path))
+    # Commands that are suggested draw what it has learnt, not a cat in the snow.
+    caption = training.read_data(run.path).captions("train", 1)[0]
+    assert hint_of(run, training.read_recipe(run.path)).endswith(f"--prompt '{caption}'")
+    Export(str(run.path), str(tmp_path / "exported")).run()
+    assert f"--prompt '{caption}' " in capsys.readouterr().out
 
 
 def test_lora_becomes_one_file_for_the_model_it_was_trained_on(source, lora_run):

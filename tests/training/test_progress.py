@@ -14,6 +14,9 @@ class OnDevice:
     def copy_to_host_async(self):
         pass
 
+    def is_ready(self):
+        return False
+
     def __array__(self, *args, **kwargs):
         self.asked.append(self.value)
         return np.float32(self.value)
@@ -46,7 +49,8 @@ def test_the_newest_steps_are_never_waited_for(progress, tmp_path):
     asked = []
     for step in range(1, 8):
         progress.push(step, metrics(step, asked))
-        assert sorted(set(asked)) == list(range(1, step - STEPS_IN_FLIGHT + 1))
+        # The first is: behind it, and the compilation in it, the clock of the speeds begins.
+        assert sorted(set(asked)) == list(range(1, max(step - STEPS_IN_FLIGHT, 1) + 1))
     progress.drain()
     assert sorted(set(asked)) == list(range(1, 8))
     np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["loss"], np.arange(1, 8))
@@ -54,7 +58,7 @@ def test_the_newest_steps_are_never_waited_for(progress, tmp_path):
 
 @pytest.mark.unchecked
 def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, monkeypatch):
-    """Four updates of 16 examples in 8 seconds, of which the loop waited 2 for batches.
+    """An update of 16 examples takes 2 seconds, of which the loop waits half a second for the batch.
 
     The products of an update would take 0.8 s at the peak, which is known from the second epoch on.
     """
@@ -63,7 +67,7 @@ def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, m
     counts = {"start": 0, "num_steps": 8, "steps_per_epoch": 4, "seconds": 0.0}
     progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=said.append, bar=False)
     for step in range(1, 9):
-        now[0] += 2.0
+        now[0] += 50.0 if step == 1 else 2.0  # the first is compiled
         progress.at_peak = None if step < 5 else 0.8
         progress.push(step, metrics(1.0, []), waiting=0.5, examples=16)
         progress.drain()
@@ -71,8 +75,11 @@ def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, m
         "8 examples/s, 25% waiting",
         "8 examples/s, 25% waiting, 40% of the matrix peak",
     ]
+    assert "  56.0 s (50.0 s with compiling)  " in said[0] and "  8.0 s  " in said[1]
     log = read_log(tmp_path / "log.csv")
     np.testing.assert_array_equal(log["waiting"], [0.5] * 8)
+    np.testing.assert_array_equal(log["examples"], [16] * 8)
+    np.testing.assert_allclose(log["examples_per_second"], [np.nan] + [8] * 7, rtol=1e-6)
     np.testing.assert_allclose(log["of_peak"], [np.nan] * 4 + [0.4] * 4, rtol=1e-6)
 
 
@@ -102,13 +109,23 @@ def test_speeds_are_plain_numbers_and_small_shares_of_the_peak_are_not_none(
 ):
     said, now = [], [100.0]
     monkeypatch.setattr("jaxldm.training.progress.time.perf_counter", lambda: now[0])
-    counts = {"start": 0, "num_steps": 1, "steps_per_epoch": 1, "seconds": 0.0}
+    counts = {"start": 0, "num_steps": 2, "steps_per_epoch": 2, "seconds": 0.0}
     progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=said.append, bar=False)
     progress.at_peak = 0.004 * seconds
-    progress.push(1, metrics(1.0, []), waiting=0.0, examples=286.3)
+    for step in (1, 2):
+        progress.push(step, metrics(1.0, []), waiting=0.0, examples=286.3)
     now[0] += seconds
     progress.drain()
     assert said[0].split("  ")[-1] == f"{speed}, 0% waiting, under 1% of the matrix peak"
+
+
+@pytest.mark.unchecked
+def test_an_epoch_of_one_update_that_was_compiled_has_no_speed(tmp_path):
+    said = []
+    counts = {"start": 0, "num_steps": 1, "steps_per_epoch": 1, "seconds": 0.0}
+    progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=said.append, bar=False)
+    progress.push(1, metrics(1.0, []), examples=16)
+    assert said[0].endswith("s with compiling)")
 
 
 @pytest.mark.unchecked

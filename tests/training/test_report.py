@@ -3,6 +3,7 @@
 import html
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from jaxldm.data import Dataset
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics import save_png
 from jaxldm.training.log import CsvLog
+from jaxldm.training.progress import Progress
 from jaxldm.training.report import REPORT_FILE, bring_up_to_date, reported
 from jaxldm.training.runs import open_run
 
@@ -50,6 +52,34 @@ def test_curves_pictures_figures_and_settings(run):
     assert re.search(r"matrix peak\s+30%", text)  # of the time: the mean of the seconds, not of the shares
     assert re.search(r"loss\s+1\.75", text) and re.search(r"diffusion\.batch_size\s+64", text)
     assert "<script" not in page and "http" not in re.sub(r'http-equiv="[^"]*"', "", page)
+
+
+def test_speeds_are_those_of_the_terminal_without_compilation(run, monkeypatch):
+    """Three updates of 16 in an epoch, 0.02 s each, and 30 s more for the first, in which it is compiled."""
+    said, now = [], [100.0]
+    monkeypatch.setattr("jaxldm.training.progress.time.perf_counter", lambda: now[0])
+    stage = run.stage("autoencoder")
+    stage.path.mkdir()
+    counts = {"start": 0, "num_steps": 6, "steps_per_epoch": 3, "seconds": 0.0}
+    progress = Progress(CsvLog(stage.log), name="x", **counts, log=said.append, bar=False)
+    progress.at_peak = 0.005
+    metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
+    for step in range(1, 7):
+        now[0] += 30.02 if step == 1 else 0.02
+        progress.push(step, metrics, waiting=0.002, examples=16)
+        if step % 3 == 0:
+            progress.drain()
+            assert said[-1].endswith("800 examples/s, 10% waiting, 25% of the matrix peak")
+            text = text_of(training.write_report(run.path).read_text())
+            assert re.search(rf"epoch\s+{step // 3}\s+updates per second\s+50\s", text)
+            assert re.search(r"examples per second\s+800\s+share of the matrix peak\s+25%", text)
+            assert re.search(r"waiting for data\s+10\.0%", text)
+
+
+def test_a_run_in_a_folder_of_its_own_name_is_named_once(run):
+    for folder, title in (("run", "Run of smoke: run"), ("smoke", "Run of smoke")):
+        path = run.path.rename(run.path.with_name(folder))
+        assert f"<title>{title}</title>" in training.write_report(path).read_text()
 
 
 def test_it_is_written_at_the_end_and_when_a_run_is_stopped(run):
