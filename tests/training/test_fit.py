@@ -149,7 +149,7 @@ def test_resuming_where_nothing_was_saved_starts_at_the_beginning(tmp_path, stra
 
 def test_a_run_is_not_overwritten_without_resume(straight):
     before = (straight[0] / "log.csv").read_bytes()
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(CheckpointError, match="give resume=True to go on"):
         run(straight[0])
     assert (straight[0] / "log.csv").read_bytes() == before
 
