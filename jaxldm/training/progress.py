@@ -48,13 +48,13 @@ def _is_done(metrics: Mapping[str, Any]) -> bool:
 class Progress:
     """Take the metrics of each step as they leave the device and report them; the device never waits.
 
-    `push` is given metrics that are still being computed; their numbers are fetched when `STEPS_IN_FLIGHT`
-    later steps have been started. `drain` fetches all of them. The last of `MOST_SKIPPED` updates in a row
+    `push` is given metrics that are still being computed; their numbers are fetched when they are
+    there, or `STEPS_IN_FLIGHT` later steps have been started. `drain` fetches all of them. The last of `MOST_SKIPPED` updates in a row
     that the train step skipped is kept in `diverged` as (step, metrics), and nothing after it is logged. Of a
     train step that skips nothing (its metrics have no `skipped`) that is the first loss or gradient norm that
     is not finite.
 
-    The first update is waited for: it was compiled on the way, so that every speed counts from its end.
+    All speeds count from the end of the first update, in whose time the step is compiled.
 
     Attributes:
         at_peak: seconds of a step at the peak of the devices (`seconds_at_peak`), where they are known.
@@ -116,9 +116,7 @@ class Progress:
         for value in metrics.values():
             value.copy_to_host_async()
         self._pending.append((step, metrics, waiting, examples))
-        while self._pending and (
-            len(self._pending) > STEPS_IN_FLIGHT or not self._recent or _is_done(self._pending[0][1])
-        ):
+        while self._pending and (len(self._pending) > STEPS_IN_FLIGHT or _is_done(self._pending[0][1])):
             self._take()
 
     def idle(self) -> bool:
