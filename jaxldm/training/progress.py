@@ -48,11 +48,11 @@ def _is_done(metrics: Mapping[str, Any]) -> bool:
 class Progress:
     """Take the metrics of each step as they leave the device and report them; the device never waits.
 
-    `push` is given metrics that are still being computed; their numbers are fetched when they are
-    there, or `STEPS_IN_FLIGHT` later steps have been started. `drain` fetches all of them. The last of `MOST_SKIPPED` updates in a row
-    that the train step skipped is kept in `diverged` as (step, metrics), and nothing after it is logged. Of a
-    train step that skips nothing (its metrics have no `skipped`) that is the first loss or gradient norm that
-    is not finite.
+    `push` is given metrics that are still being computed; their numbers are fetched when they are there, or
+    `STEPS_IN_FLIGHT` later steps have been started. `drain` fetches all of them. The last of `MOST_SKIPPED`
+    updates in a row that the train step skipped is kept in `diverged` as (step, metrics), and nothing after
+    it is logged. Of a train step that skips nothing (its metrics have no `skipped`) that is the first loss or
+    gradient norm that is not finite.
 
     All speeds count from the end of the first update, in whose time the step is compiled.
 
