@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxldm.reading import check_regular, parse_json, read_bytes, reading, shown
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation"}
 SPLIT_NAMES |= {"test": "test"}
+METADATA = "metadata.jsonl"
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_CAPTION_BYTES = 2**16
 MAX_LINES_BYTES = 2**30  # of metadata.jsonl
@@ -29,8 +31,7 @@ def examples_in(root: Path) -> list[Example]:
     Raises:
         DataError: layouts mixed; a list of captions, a table or a shard that cannot be read at all.
     """
-    with reading(root, DataError):
-        files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path, root))
+    files = files_in(root)
     by_suffix = {suffix: [path for path in files if path.suffix.lower() == suffix] for suffix in _READERS}
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     kinds = [name for name, paths in {**by_suffix, "pictures": pictures}.items() if paths]
@@ -40,6 +41,12 @@ def examples_in(root: Path) -> list[Example]:
         if paths:
             return [example for path in paths for example in _READERS[suffix](path, root)]
     return _picture_files(root, pictures)
+
+
+def files_in(root: Path) -> list[Path]:
+    """All files of a folder but the hidden ones, sorted. Raises `DataError`."""
+    with reading(root, DataError):
+        return sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path, root))
 
 
 def _hidden(path: Path, root: Path) -> bool:
@@ -98,7 +105,7 @@ class _Line(NamedTuple):
 def _metadata(root: Path) -> dict[Path, _Line]:
     """The line of each picture in each metadata.jsonl in the folder, as imagefolder has it."""
     found: dict[Path, _Line] = {}
-    for path in sorted(root.rglob("metadata.jsonl")):
+    for path in sorted(root.rglob(METADATA)):
         lines = read_bytes(path, MAX_LINES_BYTES, "list of captions", DataError)
         lines = lines.removeprefix(codecs.BOM_UTF8).splitlines()  # Windows begins a text with it
         for number, line in enumerate(lines, start=1):
@@ -189,6 +196,29 @@ def _part_of_shard(path: Path, name: str, place: tuple[int, int], limit: int) ->
 
 def _parquet_file(path: Path, root: Path) -> list[Example]:
     return parquet_examples(path, path.relative_to(root).as_posix())
+
+
+def described_files(root: Path) -> dict[str, Any]:
+    """The files of a folder that are read as pictures or captions, by their names and sizes alone.
+
+    Whoever goes on training compares them: with a picture less, held-out ones would become training pictures.
+
+    Returns:
+        {"number", "bytes", "crc32"}, empty where there are none. Raises `DataError`.
+    """
+    files = files_in(root)
+    kinds = {*SUFFIXES, *_READERS}
+    read = {path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES}
+    names, total = [], 0
+    for path in files:
+        caption = path.suffix == ".txt" and path.with_suffix("") in read
+        if caption or path.name == METADATA or path.suffix.lower() in kinds:
+            with reading(path, DataError):
+                size = path.stat().st_size
+            names.append(f"{path.relative_to(root).as_posix()}:{size}")
+            total += size
+    crc = zlib.crc32(os.fsencode("\n".join(names)))
+    return {"number": len(names), "bytes": total, "crc32": crc} if names else {}
 
 
 _READERS = {".parquet": _parquet_file, ".tar": _tar_shard}

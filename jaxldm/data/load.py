@@ -20,6 +20,7 @@ from jaxldm.arguments import a_path, checked, count, flag, optional, text
 from jaxldm.data.buckets import A_BUCKETS, Buckets
 from jaxldm.data.dataset import Dataset, RecordRows
 from jaxldm.data.folders import load_folder
+from jaxldm.data.layouts import described_files
 from jaxldm.data.splits import split_records
 from jaxldm.data.tfds_folder import check_shards, prepared_folder
 from jaxldm.errors import (
@@ -177,6 +178,15 @@ def source_name(dataset: str | os.PathLike) -> str:
 def is_folder(name: str) -> bool:
     """Whether a dataset is named by its folder: a path, or any folder that there is under no known name."""
     return name.startswith((".", "~", os.sep)) or (name not in WELL_KNOWN and os.path.isdir(name))
+
+
+def described_source(name: str) -> dict[str, Any]:
+    """The names and sizes of the pictures of a folder (`layouts.described_files`); of a TFDS name nothing.
+
+    Raises `DataError`.
+    """
+    root = expanded(name)
+    return described_files(root) if is_folder(name) and root.is_dir() else {}
 
 
 def _prepared(name: str, folder: pathlib.Path):

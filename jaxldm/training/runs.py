@@ -50,6 +50,7 @@ from jaxldm.checkpoints.embedding_file import EMBEDDING_FILE
 from jaxldm.checkpoints.lora import FILE_NAMES
 from jaxldm.checkpoints.pipeline_folder import save_component
 from jaxldm.data import Dataset
+from jaxldm.data.load import described_source
 from jaxldm.errors import CheckpointError, DataError
 from jaxldm.files import LOCK_FILE, storage_errors, write_atomically
 from jaxldm.pipelines import folders as pipeline_folders
@@ -59,6 +60,7 @@ from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.runs import CONTROL_FOLDER
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
 from jaxldm.training.recipes import Recipe
+from jaxldm.training.same_files import check_same_files
 from jaxldm.training.sealed import sealed, unsealed
 from jaxldm.training.state import Params
 from jaxldm.training.store import TrainingStore
@@ -331,11 +333,12 @@ def check_run_folder(run_dir: Path | str, recipe: Recipe, *, resume: bool) -> bo
     """
     run = RunFolder(Path(run_dir))
     known = any(path.exists() for path in (run.config, *run.config_copies))
-    if known or _has_whole_checkpoint(run):
+    if known or any(TrainingStore(run.stage(name).path / "checkpoints").has_whole() for name in STAGES):
         if resume:
             entries = _config_or_none(run)
             if entries is not None:
                 _check_same_recipe(run, entries["recipe"], recipe)
+                check_same_files(run.path, entries.get("data", {}).get("files"), recipe.data)
             return True
         raise CheckpointError(
             f"{run.path} already holds a run: add --resume (resume=True) to go on with it, or choose "
@@ -402,6 +405,7 @@ def _new_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
+        **({"files": files} if (files := described_source(recipe.data)) else {}),
         **({"license": dataset.license} if dataset.license else {}),
         **({"caption": captions[0]} if captions else {}),
     }
@@ -442,10 +446,6 @@ def _holds(path: Path, entries: dict[str, Any]) -> bool:
         return _read_sealed(path) == entries
     except CheckpointError:
         return False
-
-
-def _has_whole_checkpoint(run: RunFolder) -> bool:
-    return any(TrainingStore(run.stage(name).path / "checkpoints").has_whole() for name in STAGES)
 
 
 def versions() -> dict[str, str]:

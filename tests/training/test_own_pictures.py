@@ -12,8 +12,10 @@ from jaxldm import training
 from jaxldm.commands.train import Train
 from jaxldm.data import ArrayRows
 from jaxldm.data.batches import RowsView
+from jaxldm.data.load import described_source
 from jaxldm.errors import DataError
 from jaxldm.training import stages
+from jaxldm.training.sealed import sealed
 
 RECIPE = dataclasses.replace(
     training.RECIPES["smoke-dit"], image_size=14, max_train_images=70, classifier=None
@@ -80,3 +82,57 @@ def test_the_command_line_takes_a_folder_by_its_whole_path(tmp_path, pictures, m
     monkeypatch.chdir(tmp_path)
     recipe = Train("smoke-dit", dataset="pictures", image_size=14).make_recipe(tmp_path / "run")
     assert recipe.data == str(pictures) and recipe.image_size == 14
+
+
+def test_pictures_that_changed_are_refused_at_resume(tmp_path, pictures, contexts):
+    """Before they are read; their numbers are what config.json has."""
+
+    def resume():
+        training.train(RECIPE, run.path, dataset=pictures, resume=True, log=print)
+
+    (pictures / "notes.txt").write_text("no caption")
+    run = training.train(RECIPE, tmp_path / "run", dataset=pictures, log=print)
+    config = training.read_config(run.path)
+    assert config["data"]["files"]["number"] == 101
+    (pictures / "notes.txt").write_text("neither a caption nor a picture")
+    (pictures / ".hidden.png").write_bytes(b"")
+    resume()
+    moved, kept = pictures / "a" / "4.png", tmp_path / "4.png"
+    moved.rename(kept)
+    with pytest.raises(
+        DataError, match=r"began with the 101 files of .*1 fewer now.*start a new run"
+    ) as raised:
+        resume()
+    assert "\n" not in str(raised.value)
+    (pictures / "b" / "4.png").write_bytes(kept.read_bytes())
+    with pytest.raises(DataError, match="files of other names or sizes now"):
+        resume()
+    (pictures / "b" / "4.png").unlink()
+    moved.write_bytes(kept.read_bytes() + b"0")
+    with pytest.raises(DataError, match="files of other names or sizes now"):
+        resume()
+    moved.write_bytes(kept.read_bytes())
+    resume()
+    for n in range(3):
+        (pictures / "c").mkdir(exist_ok=True)
+        (pictures / "c" / f"{n}.png").write_bytes(kept.read_bytes())
+    with pytest.raises(DataError, match="3 more now"):
+        resume()
+    assert training.read_config(run.path) == config
+
+
+def test_captions_are_among_the_files_and_an_older_run_goes_on(tmp_path, pictures, contexts):
+    (pictures / "a" / "0.txt").write_text("grey")
+    described = described_source(str(pictures))
+    assert described["number"] == 102 and described_source("mnist5k") == {}
+    (pictures / "a" / "0.txt").write_text("a grey square")
+    assert described_source(str(pictures)) != described
+    (pictures / "a" / "0.txt").unlink()
+    run = training.train(RECIPE, tmp_path / "run", dataset=pictures, log=print)
+    config = training.read_config(run.path)
+    del config["data"]["files"]
+    for path in (run.config, *run.config_copies):
+        path.write_bytes(sealed(config))
+    (pictures / "a" / "4.png").unlink()
+    training.train(RECIPE, run.path, dataset=pictures, resume=True, log=print)
+    assert "files" not in training.read_config(run.path)["data"]
