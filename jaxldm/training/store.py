@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -177,7 +178,7 @@ class TrainingStore:
     def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         def fill(folder: Path) -> None:
             _claim_room(folder / "room", sum(value.nbytes for value in arrays.values()))
-            with _quiet_orbax() as ocp, _of_this_process(ocp) as checkpointer:
+            with _quiet_orbax() as ocp, _quiet_threads(), _of_this_process(ocp) as checkpointer:
                 checkpointer.save(folder / "state", arrays)
 
         self._put(step, fill, _layout(arrays))
@@ -378,6 +379,25 @@ def _quiet_orbax():
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet_threads():
+    """Hold back the tracebacks of threads whose event loop has ended, as a failed write of Orbax ends it.
+
+    One for each array that is still being written, and that one write has failed comes as an exception. When
+    it has, they are held back from then on, as nobody knows when the last of them ends; other errors are not.
+    """
+    before = sys.unraisablehook  # TensorStore calls the loop from threads that no code of Python is in
+
+    def hook(unraisable):
+        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    if sys.unraisablehook is hook:
+        sys.unraisablehook = before
 
 
 def _of_this_process(ocp: Any) -> Any:

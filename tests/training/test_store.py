@@ -2,6 +2,8 @@ import json
 import resource
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -201,6 +203,7 @@ def test_a_write_that_fails_is_one_line_and_the_last_checkpoint_stays(copy_of_th
         monkeypatch.setattr(training_store, "_claim_room", lambda file, size: None)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     try:
         with TrainingStore(copy_of_three) as store:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -216,6 +219,26 @@ def test_a_write_that_fails_is_one_line_and_the_last_checkpoint_stays(copy_of_th
     assert sorted(entry.name for entry in copy_of_three.iterdir()) == ["1", "2", "3"]
     with TrainingStore(copy_of_three) as store:
         assert store.restore_latest(tree(0)).step == 3
+
+
+def test_tracebacks_of_the_threads_of_a_failed_write_are_held_back_and_no_others(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_value))
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("another")
+
+    def ignored(*errors):
+        for error in errors:
+            sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
+
+    with training_store._quiet_threads():
+        ignored(closed, other)
+    assert seen == [other]
+    ignored(closed)
+    assert seen == [other, closed]
+    with pytest.raises(OSError, match="disk full"), training_store._quiet_threads():
+        raise OSError("disk full")
+    ignored(closed, other)
+    assert seen == [other, closed, other]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
