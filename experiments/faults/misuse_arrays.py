@@ -365,6 +365,7 @@ def health() -> list[Case]:
         "check_prediction_shape": {"output": images, "x_t": images},
         "check_guided": {"guided": images, "guidance_scale": 3.0, "unguided": None},
         "check_loss": {"losses": [1.0, 2.0]},
+        "check_skipped": {"skipped": [0.0, 1.0], "max_share": 0.1},
         "check_posterior_collapse": {"mean": images, "log_variance": images, "min_kl": 0.01},
         "check_channels": {"kl": np.ones(3), "min_kl": 0.01},
         "check_blank": {"images": images, "min_contrast": 0.05, "max_share": 0.02},

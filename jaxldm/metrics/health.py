@@ -27,6 +27,7 @@ class Finding(NamedTuple):
     ok: bool = True
 
 
+MOST_SKIPPED_SHARE = 0.1  # of the updates
 IMAGES = array("real", "[N, H, W, C]", axes=4, filled=True)
 DRAWN = in_unit_range(array("real", "[N, ...]", axes=(2, 64), filled=True), drawn=True)
 OUTPUTS = array("real", "[N, ...]", axes=(2, 64), filled=True)
@@ -157,6 +158,21 @@ def check_guided(
             "look at the training loss and the weights; load an earlier checkpoint",
         )
     return _finding("NaN after guidance", seen, broken == 0, cause, fix)
+
+
+@checked(skipped=array("real", "[N]", axes=1), max_share=number(0))
+def check_skipped(
+    skipped: Sequence[float] | Float[np.ndarray, " N"], *, max_share: float = MOST_SKIPPED_SHARE
+) -> list[Finding]:
+    """Check how many updates were skipped, as their losses or gradients were not finite: 1 in the log."""
+    many = int(np.count_nonzero(np.nan_to_num(np.asarray(skipped, np.float64))))
+    return _finding(
+        "skipped updates",
+        f"{many} of {len(skipped)} updates were skipped, as their losses or gradients were not finite",
+        many <= max_share * len(skipped),
+        "the learning rate is too high, or half precision overflows",
+        "start a new run with a lower learning rate, a longer warm-up or float32",
+    )
 
 
 @checked(losses=array("real", "[N]", axes=1))

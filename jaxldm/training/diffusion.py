@@ -23,7 +23,7 @@ from jaxldm.data.buckets import JoinedBuckets, buckets_of
 from jaxldm.data.folders import FolderRows, identity
 from jaxldm.data.shards import ShardRows, rows_per_shard
 from jaxldm.errors import InvalidArgumentError, one_of
-from jaxldm.metrics.health import Finding, check_blank, check_prediction_shape, check_terminal_latents, failed
+from jaxldm.metrics.health import Finding, check_prediction_shape, check_terminal_latents, failed
 from jaxldm.models.autoencoder import shift_and_scale
 from jaxldm.pipelines.pipeline import Pipeline
 from jaxldm.reading import shortened
@@ -410,7 +410,7 @@ def prepare(context: Context) -> Job:
         save_samples(folder, np.stack(drawn), names, step)
 
     def finish(params: Params) -> None:
-        report_health(context, folder, [*findings, *(check_blank(np.stack(drawn)) if drawn else ())])
+        report_health(context, folder, findings, drawn)
         plain, network = without_terms(module, params)
         plain = as_drawn(plain, network)
         save_denoiser(context.run, plain, network, schedulers.to_config(recipe.prediction), text)

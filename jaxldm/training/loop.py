@@ -29,6 +29,7 @@ from jaxldm.arguments import (
 from jaxldm.errors import CheckpointError, DivergenceError, InvalidArgumentError
 from jaxldm.files import storage_errors
 from jaxldm.functions import NamedFields
+from jaxldm.metrics.health import MOST_SKIPPED_SHARE
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.interruption import StopRequest, agreed_stop
 from jaxldm.training.log import CsvLog
@@ -178,8 +179,9 @@ def fit(
         bar: a progress bar; None: where the output is a screen.
 
     Raises:
-        DivergenceError: the losses or gradients of ten updates in a row were not finite; the last good
-            checkpoint stays. (Fewer are skipped: see `make_train_step`.)
+        DivergenceError: the losses or gradients of ten updates in a row were not finite, or those of the last
+            updates. (Fewer are skipped: see `make_train_step`.) None of them is saved, so that the last good
+            checkpoint stays.
         CheckpointError: a folder that holds a run (without `resume`) or another model's (with it), or that
             another process trains in; it was moved, removed or replaced meanwhile.
         StorageError: the disk is full.
@@ -235,6 +237,7 @@ class _Loop:
     on_sample: Callable[[TrainState, int], None] | None
     held: HeldFolder
     log: Callable[[str], None]
+    due: bool = False  # a checkpoint, which waits for an update that is not skipped
 
     @property
     def run_dir(self) -> Path:
@@ -257,17 +260,15 @@ class _Loop:
                 self.progress.at_peak = seconds_at_peak(train_step, state, batch, mesh)
             state, metrics = train_step(state, batch)
             self.progress.push(step, metrics, waiting=waiting, examples=examples)
-            saved = bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)
-            if saved or self.stop or self.sample_is_due(step):
+            self.due |= bool(self.progress.diverged) or step == last or _due(step, self.plan.save_every)
+            if self.due or self.stop or self.sample_is_due(step):
                 self.check_place(step, state)
-            if saved:
-                self.save(step, state)
+            saved = self.due and self.save(step, state)
+            self.due &= not saved
             if self.sample_is_due(step):
                 self.sample(step, state)
             if agreed_stop(self.stop, step, last):
-                if not saved:
-                    self.save(step, state)
-                self.end_early(step)
+                self.end_early(step, saved or self.save(step, state))
         return state
 
     def plot(self) -> None:
@@ -316,39 +317,59 @@ class _Loop:
                 raise
         self.check_place(self.plan.num_steps, state)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Save when every loss so far is known to be finite; the rows reach the disk before the state."""
+    def save(self, step: int, state: TrainState) -> bool:
+        """Save, when the numbers so far are known; the rows reach the disk before the state.
+
+        Not while the newest updates were skipped, which may be because the state is spoilt: it would take the
+        place of a good one. False then. At the end that is an error, but for a single one of many updates.
+        """
         self.progress.drain()
         if self.progress.diverged:
             self.end_diverged()
+        skipped, last = self.progress.skipped_in_a_row, self.plan.num_steps
+        if skipped and step < last:
+            return False
+        if skipped > 1 or skipped > MOST_SKIPPED_SHARE * last:
+            raise self.divergence(
+                *cast(Any, self.progress.newest_skipped),
+                f"the losses or gradients of the last {skipped} of {last} updates were not finite",
+            )
         self.store.save(step, self.plan.saved(state))
+        return True
 
-    def end_early(self, step: int) -> None:
+    def end_early(self, step: int, saved: bool) -> None:
         self.store.wait()
         self.plot()
+        kept = self.store.steps()
+        newest = f"the newest checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
+        done = "saved" if saved else f"not saved, as the newest updates were skipped ({newest}),"
         message = (
-            f"stopped after step {step} of {self.plan.num_steps} and saved in {self.run_dir}: "
+            f"stopped after step {step} of {self.plan.num_steps} and {done} in {self.run_dir}: "
             "to go on, type the same command with --resume"
         )
         self.log(message)
         self.stop.stop(message)
 
     def end_diverged(self) -> None:
+        step, metrics = cast(Any, self.progress.diverged)
+        many = f", and {MOST_SKIPPED} updates in a row were skipped" if "skipped" in metrics else ""
+        raise self.divergence(
+            step,
+            metrics,
+            f"the loss was {float(metrics['loss'])} and the gradient norm {float(metrics['grad_norm'])} at "
+            f"step {step}{many}",
+        )
+
+    def divergence(self, step: int, metrics: dict[str, Any], what: str) -> DivergenceError:
+        """The error, when what was saved is on disk; what to do is at its end."""
         self.store.wait()
         self.plot()
-        step, metrics = cast(Any, self.progress.diverged)
-        why = f": {self.explain_divergence(step, metrics)}" if self.explain_divergence else ""
         kept = self.store.steps()
-        place = (
-            f"the checkpoint of step {kept[-1]} in {self.store.folder} is the last good one"
-            if kept
-            else "there is no checkpoint before it"
+        newest = (
+            f"the newest checkpoint, of step {kept[-1]} in {self.store.folder}," if kept else "no checkpoint"
         )
-        many = f", and {MOST_SKIPPED} updates in a row were skipped" if "skipped" in metrics else ""
-        raise DivergenceError(
-            f"{self.progress.name}: the loss was {float(metrics['loss'])} and the gradient norm "
-            f"{float(metrics['grad_norm'])} at step {step}{many}{why}; {place}"
-        )
+        why = f"; {self.explain_divergence(step, metrics)}" if self.explain_divergence else ""
+        return DivergenceError(f"{self.progress.name}: {what}; {newest} was saved before that{why}")
 
 
 def _examples(batch: Any) -> int:

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from jaxldm import data, models, schedulers
 from jaxldm import diffusion as D
 from jaxldm.errors import InvalidArgumentError
-from jaxldm.metrics.health import check_blank
 from jaxldm.training.recipes import MaskedTokensRecipe, Recipe
 from jaxldm.training.runs import MASKGIT_CLASS, save_denoiser
 from jaxldm.training.stages import (
@@ -117,7 +116,7 @@ def prepare(context: Context) -> Job:
         save_samples(folder, np.stack(drawn), context.dataset.class_names[:MOST_CLASSES], step)
 
     def finish(params: Params) -> None:
-        report_health(context, folder, check_blank(np.stack(drawn)) if drawn else [])
+        report_health(context, folder, [], drawn)
         scheduler = schedulers.masked_tokens_config(config.mask_token, recipe.schedule)
         save_denoiser(context.run, module, params, scheduler, class_name=MASKGIT_CLASS)
 

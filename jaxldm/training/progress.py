@@ -82,7 +82,8 @@ class Progress:
         self._epoch_rows: list[list[float]] = []  # loss, gradient norm and learning rate of its updates
         self._epoch_skipped = 0
         self._epoch_waiting, self._epoch_examples = 0.0, 0
-        self._in_a_row = 0  # updates skipped so far
+        self.skipped_in_a_row = 0  # the newest of the updates whose numbers are known
+        self.newest_skipped: tuple[int, dict[str, np.ndarray]] | None = None
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
         self._epoch_started = self._timed_from = time.perf_counter()
         self._epoch_timed = 0  # its updates since `_timed_from`: all but the first of this process
@@ -200,15 +201,16 @@ class Progress:
                 self.diverged = step, dict(metrics)
             return False
         if not metrics["skipped"]:
-            self._in_a_row = 0
+            self.skipped_in_a_row = 0
             return False
-        self._in_a_row += 1
-        if self._in_a_row == 1:
+        self.skipped_in_a_row += 1
+        self.newest_skipped = step, dict(metrics)
+        if self.skipped_in_a_row == 1:
             self._log(
                 f"{self.name}: the loss was {values[0]:.4g} and the gradient norm {values[1]:.4g} at step "
                 f"{step}: this update is skipped"
             )
-        if self._in_a_row == MOST_SKIPPED:
+        if self.skipped_in_a_row == MOST_SKIPPED:
             self.diverged = step, dict(metrics)
         return True
 

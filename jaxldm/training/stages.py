@@ -19,12 +19,13 @@ from jaxldm.data import ArrayRows, Dataset, Rows
 from jaxldm.data.batches import RowsAt, RowsView
 from jaxldm.data.buckets import buckets_of
 from jaxldm.data.folders import FolderRows
-from jaxldm.errors import InvalidArgumentError
+from jaxldm.errors import DivergenceError, InvalidArgumentError
 from jaxldm.exact import LARGEST_INT32, round_product
 from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
-from jaxldm.metrics.health import Finding, failed, report
+from jaxldm.metrics.health import Finding, check_blank, check_skipped, failed, report
 from jaxldm.metrics.pictures import labelled_grid, save_png
+from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan
 from jaxldm.training.mesh import check_batch_size, numbers_per_device
 from jaxldm.training.optimizer import Optimizer, optimizer
@@ -251,10 +252,31 @@ def save_samples(
     save_png(folder.path / "samples" / f"step-{step:06d}.png", grid)
 
 
-def report_health(context: Context, folder: StageFolder, findings: Sequence[Finding]) -> None:
-    """Log what the health checks found, and write it to `health.txt`."""
+def report_health(
+    context: Context,
+    folder: StageFolder,
+    findings: Sequence[Finding],
+    drawn: Sequence[Float[np.ndarray, "H W C"]] = (),
+) -> None:
+    """Log what the health checks found, of the updates and the newest samples too; write it to `health.txt`.
+
+    Raises `DivergenceError` when no sample is finite.
+    """
+    findings = [*findings, *(check_blank(np.stack(drawn)) if len(drawn) else ()), *_skipped(folder)]
     text = report(findings)
     if failed(findings) and context.recipe.name.startswith(LOOK):
         text += f"\n({context.recipe.name} only shows that everything runs: it is not meant to learn)"
     context.log(text)
     write_atomically(folder.path / "health.txt", (text + "\n").encode())
+    if len(drawn) and not any(np.isfinite(image).all() for image in drawn):
+        raise DivergenceError(
+            f"{folder.path.name}: no sample is finite, see {folder.path / 'health.txt'}: start a new run "
+            "with a lower learning rate"
+        )
+
+
+def _skipped(folder: StageFolder) -> list[Finding]:
+    """How many updates were skipped, where some were."""
+    log = folder.path / "log.csv"
+    skipped = read_log(log).get("skipped", np.zeros(0)) if log.is_file() else np.zeros(0)
+    return check_skipped(skipped) if np.any(skipped == 1) else []

@@ -20,9 +20,8 @@ from jaxldm import checkpoints, data
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
 from jaxldm.data import ArrayRows, Batches, BucketedBatches, Reader
 from jaxldm.data.buckets import buckets_of
-from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, DataError, DivergenceError, InvalidArgumentError
 from jaxldm.files import write_atomically
-from jaxldm.metrics.health import check_loss
 from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
 from jaxldm.training.batch_size import (
     find_batch_size,
@@ -261,6 +260,7 @@ def run_job(context: Context, stage: str, job: Job) -> None:
         if is_first():
             cast(Any, job.preview)(params, step)
 
+    why = explain_divergence(context.recipe, stage)
     with Reader(batches, num_workers=context.workers) as reader:
         state = fit(
             begin(context.mesh),
@@ -272,18 +272,29 @@ def run_job(context: Context, stage: str, job: Job) -> None:
             mesh=context.mesh,
             name=stage,
             on_sample=None if job.preview is None else preview,
-            explain_divergence=explain_divergence,
+            explain_divergence=lambda step, metrics: why,
             log=context.log,
             bar=context.bar,
         )
     params = on_host(finished_params(state))
-    by_first(lambda: job.finish(params))
+
+    def finish() -> None:
+        check_finite(stage, params, why)
+        job.finish(params)
+
+    by_first(finish)
 
 
-def explain_divergence(step: int, metrics: dict[str, Any]) -> str:
-    """Likely cause and fix of a loss that is not finite, in one line."""
-    finding = check_loss([float("nan")])[0]
-    return f"likely cause: {finding.likely_cause}; fix: {finding.fix}"
+def check_finite(stage: str, params: Any, why: str) -> None:
+    """Raise `DivergenceError` for weights that no network can be used with."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise DivergenceError(f"{stage}: the weights are not finite after the last update; {why}")
+
+
+def explain_divergence(recipe: Recipe, stage: str) -> str:
+    """Likely cause of numbers that are not finite, and what can be done: a run keeps its own settings."""
+    lower = "--learning-rate" if stage == recipe.generator else f"{stage}.learning_rate in the recipe"
+    return f"the learning rate is likely too high: start a new run with a lower {lower}"
 
 
 def _is_unfinished(run: RunFolder, stage: str, log: Callable[[str], None]) -> bool:
@@ -349,7 +360,8 @@ def train(
             another process trains in; it was moved, removed or replaced meanwhile (the state is saved where
             it can be, and the message says where).
         StorageError: the disk is full; what was saved stays.
-        DivergenceError: the losses or gradients of ten updates in a row were not finite.
+        DivergenceError: the losses or gradients of ten updates in a row, or of the last ones, were not
+            finite, or the weights, or no sample was. What was saved before stays.
         KeyboardInterrupt: Ctrl-C, after everything was saved.
 
     Several processes, on hosts that share a disk, train one run when each calls this, after

@@ -38,6 +38,7 @@ HEALTHY = {
     "prediction shape": lambda: health.check_prediction_shape(Z, jax.ShapeDtypeStruct(Z.shape, "float32")),
     "NaN after guidance": lambda: health.check_guided(Z, 7.5, unguided=Z),
     "loss": lambda: health.check_loss([3.0, 1.0, 0.5]),
+    "one update of ten skipped": lambda: health.check_skipped([np.nan, 1.0, *[0.0] * 8]),
     "no loss yet": lambda: health.check_loss([]),
     "posterior collapse": lambda: health.check_posterior_collapse(Z, np.full(Z.shape, -4.0)),
     "blank images": lambda: health.check_blank(REAL),
@@ -108,6 +109,7 @@ SICK = {
         "checkpoint",
     ),
     "NaN loss": (lambda: health.check_loss([1.0, 0.5, np.nan, np.nan]), "2 of 4 .* entry 2", "learning rate"),
+    "skipped updates": (lambda: health.check_skipped([0.0, 1.0, 1.0]), "2 of 3 updates", "learning rate"),
     "infinite loss": (lambda: health.check_loss([1.0, np.inf]), "entry 1", "clip"),
     "posterior collapse": (
         lambda: health.check_posterior_collapse(*collapsed(2)),

@@ -219,7 +219,8 @@ def test_a_loss_of_nan_is_skipped_and_counted(tmp_path, straight):
 
 def test_ten_losses_of_nan_stop_with_the_cause_and_keep_the_last_good_checkpoint(tmp_path):
     reason = (
-        r"nan.* at step 18, and 10 updates in a row were skipped: a broken label; the checkpoint of step 16"
+        r"nan.* at step 18, and 10 updates in a row were skipped; the newest checkpoint, of step 8 in .*, "
+        "was saved before that; a broken label"
     )
     with pytest.raises(DivergenceError, match=reason):
         run(
@@ -228,9 +229,68 @@ def test_ten_losses_of_nan_stop_with_the_cause_and_keep_the_last_good_checkpoint
             batches=ToyBatches(nan_at=(2, *range(8, 30))),
             explain_divergence=lambda step, metrics: "a broken label",
         )
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["16", "8"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["8"]
     log = read_log(tmp_path / "log.csv")
     assert log["step"][-1] == 18 and np.isnan(log["loss"][-1]) and (tmp_path / "loss.png").is_file()
+
+
+def steps_saved(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def test_skipped_updates_do_not_take_the_place_of_a_good_checkpoint(tmp_path):
+    """Updates 4 to 7 are skipped: what was due in them is saved after the next good one."""
+    run(tmp_path / "each", Plan(8, save_every=1), batches=ToyBatches(nan_at=range(3, 7)))
+    assert steps_saved(tmp_path / "each") == [3, 8]
+    run(tmp_path / "late", Plan(12, save_every=5), batches=ToyBatches(nan_at=range(3, 7)))
+    assert steps_saved(tmp_path / "late") == [10, 12]
+    seen = []
+    run(
+        tmp_path / "seen",
+        Plan(12, save_every=5, sample_every=1, keep=9),
+        batches=ToyBatches(nan_at=range(3, 7)),
+        on_sample=lambda state, step: seen.append(step),
+    )
+    assert steps_saved(tmp_path / "seen") == [8, 10, 12] and seen == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("nan_at", "saved"), [((10, 11), [5, 10]), ((2, 4, 10, 11), [6, 10])], ids=["the last two", "and others"]
+)
+def test_a_run_whose_last_updates_were_skipped_fails(tmp_path, nan_at, saved):
+    reason = (
+        r"the last 2 of 12 updates were not finite; the newest checkpoint, of step 10 in .*; a broken label"
+    )
+    with pytest.raises(DivergenceError, match=reason) as raised:
+        run(
+            tmp_path,
+            batches=ToyBatches(nan_at=nan_at),
+            explain_divergence=lambda step, metrics: "a broken label",
+        )
+    assert "\n" not in str(raised.value) and steps_saved(tmp_path) == saved
+    assert read_log(tmp_path / "log.csv")["step"][-1] == 12
+
+
+def test_one_skipped_update_at_the_end_of_many_is_no_failure(tmp_path):
+    run(tmp_path / "twelve", batches=ToyBatches(nan_at=(11,)))
+    assert steps_saved(tmp_path / "twelve") == [10, 12]
+    with pytest.raises(
+        DivergenceError, match=r"last 1 of 6 updates .*; no checkpoint was saved before that$"
+    ):
+        run(tmp_path / "six", Plan(6), batches=ToyBatches(nan_at=(5,)))
+
+
+def test_a_signal_after_a_skipped_update_leaves_the_checkpoint_before(tmp_path, straight):
+    batches = ToyBatches(nan_at=(6,))
+    with pytest.raises(Stopped, match=r"not saved, as .* \(the newest checkpoint is of step 5\), in "):
+        run(
+            tmp_path,
+            Plan(12, save_every=5, sample_every=1),
+            batches=batches,
+            on_sample=raise_signal(signal.SIGINT, 7),
+        )
+    assert steps_saved(tmp_path) == [5]
+    assert_same_run(tmp_path, run(tmp_path, resume=True), straight)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, straight):

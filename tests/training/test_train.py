@@ -18,7 +18,8 @@ from PIL import Image
 
 from jaxldm import checkpoints, data, models, pipelines, schedulers
 from jaxldm import diffusion as D
-from jaxldm.errors import CheckpointError
+from jaxldm.cli import in_one_line
+from jaxldm.errors import CheckpointError, DivergenceError
 from jaxldm.metrics.health import Finding
 from jaxldm.models.sharding import count_by_rule
 from jaxldm.training import (
@@ -39,6 +40,7 @@ from jaxldm.training.runs import RunFolder
 from jaxldm.training.stages import Context, report_health
 from jaxldm.training.step import compile_train_step, make_train_step
 from jaxldm.training.store import TrainingStore
+from jaxldm.training.train import check_finite
 
 SMOKE = RECIPES["smoke"]
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -149,6 +151,43 @@ def test_a_recipe_of_seconds_says_that_it_is_not_meant_to_learn(tmp_path):
         )
         report_health(context, folder, [Finding("reconstruction", "3%")])
         assert "learn" not in said[1]
+
+
+@pytest.mark.unchecked
+def test_skipped_updates_are_a_finding_and_samples_without_a_number_an_error(tmp_path):
+    said = []
+    context = SimpleNamespace(recipe=RECIPES["mini-ldm"], log=said.append)
+    folder = RunFolder(tmp_path).stage("diffusion")
+    folder.path.mkdir()
+    header = "epoch,step,loss,grad_norm,learning_rate,seconds,skipped\n"
+    rows = [f"1,{n},1.0,1.0,0.1,{n}.0,{int(n < 4)}.0\n" for n in range(1, 9)]
+    folder.log.write_text(header + "".join(rows))
+    picture = np.random.default_rng(0).uniform(-1, 1, (4, 4, 1))
+    report_health(context, folder, [], [picture, np.full_like(picture, np.nan)])
+    assert "BAD  skipped updates: 3 of 8 updates" in (folder.path / "health.txt").read_text()
+    assert "BAD  blank images: 1 of 2" in said[0]
+    with pytest.raises(DivergenceError, match=r"no sample is finite, see .*health.txt: start a new run"):
+        report_health(context, folder, [], [np.full_like(picture, np.nan)])
+    folder.log.write_text(header + "".join(rows[4:]))
+    report_health(context, folder, [], [picture])
+    assert "skipped" not in said[-1]
+
+
+def test_weights_that_are_not_finite_are_no_network():
+    check_finite("diffusion", {"w": np.ones(3), "n": np.arange(3)}, "why")
+    with pytest.raises(DivergenceError, match=r"diffusion: the weights are not finite .*; why"):
+        check_finite("diffusion", {"w": np.array([1, np.inf]), "n": np.arange(3)}, "why")
+
+
+def test_a_run_that_diverges_fails_and_says_what_to_do(tmp_path):
+    """A learning rate of 1e9: all updates are skipped from the third on."""
+    recipe = RECIPES["smoke-dit"]
+    recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, learning_rate=1e9))
+    reason = r"the last 6 of 8 updates were not finite; no checkpoint .* lower --learning-rate$"
+    with pytest.raises(DivergenceError, match=reason) as raised:
+        train(recipe, tmp_path / "run", devices=1, log=lambda line: None)
+    assert in_one_line(f"jaxldm: {raised.value}") == f"jaxldm: {raised.value}"
+    assert not RunFolder(tmp_path / "run").has_model
 
 
 def test_interruptions_change_no_bit_of_the_result(straight, tmp_path):

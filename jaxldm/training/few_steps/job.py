@@ -20,7 +20,6 @@ from jaxldm import models, schedulers
 from jaxldm.data import Dataset, Rows, fingerprint, sharded
 from jaxldm.diffusion.grids import step_after
 from jaxldm.errors import DataError, InvalidArgumentError
-from jaxldm.metrics.health import check_blank
 from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.schedulers import GridRule
 from jaxldm.training.batch_size import with_some_size
@@ -296,7 +295,7 @@ def prepare(context: Context) -> Job:
         save_samples(folder, np.stack(drawn), given.names, step)
 
     def finish(params: Params) -> None:
-        report_health(context, folder, check_blank(np.stack(drawn)) if drawn else ())
+        report_health(context, folder, [], drawn)
         scheduler = scheduler_of(recipe)
         if few.lora is not None:
             save_adapter(context.run, few.lora, module, params)
