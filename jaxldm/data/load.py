@@ -261,10 +261,11 @@ def _builder(name: str, folder: pathlib.Path):
     tfds = _tensorflow_datasets()
     tfds.disable_progress_bar()
     try:
-        if name == "mnist5k":
-            from jaxldm.data.mnist5k import Mnist5k
+        if re.split("[/:]", name)[0] == "mnist5k":
+            from jaxldm.data.mnist5k import Mnist5k  # by this import TFDS knows it, with a version, too
 
-            return Mnist5k(data_dir=folder, file_format="array_record")
+            if name == "mnist5k":
+                return Mnist5k(data_dir=folder, file_format="array_record")
         if name.split("/")[0] in _OWN_OF_SIDES:
             return _of_a_side(name, folder)
         builder = tfds.builder(name, data_dir=folder)
