@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from jaxldm.commands import hints
+from jaxldm.commands.class_names import describe_classes, with_class_names
+from jaxldm.commands.finetunings import finetune_rows
 from jaxldm.commands.options import mesh_sizes, shown
 from jaxldm.commands.recipe_file import is_recipe_file, read_recipe_file
 from jaxldm.commands.terminal import table
@@ -246,23 +248,25 @@ def describe_run(folder: Path) -> str:
     ]
     place = f"{folder}/config.json: data"
     name = read_value(read_value(config.get("data"), dict, place).get("name"), str, f"{place}: name")
-    head = f"{folder} is a run of the recipe {recipe.name} on {name}"
+    head = f"{folder} is a run of the recipe {recipe.name} on {name}\n{table(rows)}"
+    if recipe.finetune is not None:
+        head += f"\n{table(finetune_rows(recipe.finetune))}"
     if recipe.generator == "autoencoder" and run.stage("autoencoder").complete:
-        return f"{head}\n{table(rows)}\nthe autoencoder:  {run.stage('autoencoder').model}"
+        return f"{head}\nthe autoencoder:  {run.stage('autoencoder').model}"
     if recipe.finetune is not None and run.stage("finetune").complete and not run.has_model:
         from jaxldm.commands.finetune import hint_of
 
-        return f"{head}\n{table(rows)}\nsample:  {hint_of(run, recipe)}"
+        return f"{head}\nsample:  {hint_of(run, recipe)}"
     if not run.has_model:
         resume = hints.resume(recipe, folder)
-        return f"{head}\n{table(rows)}\nresume:  {resume}"
+        return f"{head}\nresume:  {resume}"
     few = None if recipe.diffusion is None else recipe.diffusion.few_steps
     teacher = None if few is None else few.teacher
     if pipelines.kind_of(folder) == "text-to-image":
-        return f"{head}\n{table(rows)}\n{describe_text_to_image(folder, teacher=teacher)}"
-    pipe = pipelines.load(folder)
+        return f"{head}\n{describe_text_to_image(folder, teacher=teacher)}"
+    pipe = with_class_names(pipelines.load(folder), folder)
     about = describe_pipeline(pipe, teacher)
-    return f"{head}\n{table(rows)}\n{about}\nsample:  {hints.sample(folder, pipe)}"
+    return f"{head}\n{about}\nsample:  {hints.sample(folder, pipe)}"
 
 
 def progress_of(run: Any, recipe: Any, stage: str) -> tuple[str, str]:
@@ -306,7 +310,7 @@ def describe_pipeline(pipe: Any, teacher: str | None = None) -> str:
     latents = "" if pipe.autoencoder is None else f"{size(pipe.latent_shape())} latents -> "
     facts = [
         ("draws", f"{latents}{size(pipe.image_shape())} images"),
-        ("classes", "none" if pipe.num_classes is None else f"0 to {pipe.num_classes - 1}"),
+        ("classes", describe_classes(pipe)),
         describe_steps(pipe),
         *student_rows(pipe, teacher),
     ]

@@ -91,15 +91,20 @@ def read_mesh(text: str, devices: int | None = None) -> Any:
     from jaxldm import models
 
     sizes = mesh_sizes(text)
-    data = sizes.pop("data", None)
+    wanted, data = math.prod(sizes.values()), sizes.pop("data", None)
     first_devices(devices)
     there = jax.device_count() if devices is None else devices
-    if data is not None:
-        wanted = math.prod(sizes.values()) * data
-        if wanted > there or (devices is not None and wanted != there):
-            raise InvalidArgumentError(f"--mesh {text} needs {wanted} devices, got {there}")
-        there = wanted
+    if wanted > there or (data is not None and devices is not None and wanted != there):
+        hint = virtual_devices(wanted) if devices is None and jax.default_backend() == "cpu" else ""
+        raise InvalidArgumentError(f"--mesh {text} needs {wanted} devices, got {there}{hint}")
+    there = there if data is None else wanted
     return models.make_mesh(there, **sizes)
+
+
+def virtual_devices(count: int) -> str:
+    """How a processor becomes so many devices, to try a mesh: the end of a message."""
+    setting = f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+    return f": to try it on a CPU, put {setting} in front of the command"
 
 
 def named_values(texts: tuple[str, ...] | None, option: str, names: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from jaxldm.commands.adapters import check_adapter_guidance
+from jaxldm.commands.class_names import read_labels, with_class_names
 from jaxldm.commands.control import CONTROL_NAMES, check_has_control, control_options
 from jaxldm.commands.image_prompts import OF_IMAGE_PROMPTS, image_prompts, with_ip_adapters
 from jaxldm.commands.options import first_devices, named_values, numbers, read_mesh, shown
@@ -208,8 +209,8 @@ class Sample:
     reference_quirks: bool = False
     """Draw what diffusers draws with the folder, also where its schedulers err: to compare pictures."""
 
-    class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "each of up to 100 once")] = None
-    """Classes to draw, counted from 0; they repeat in this order until there are --num-images images."""
+    class_labels: Annotated[tuple[str, ...] | None, shown("LABEL ...", "each of up to 100 once")] = None
+    """Classes to draw, counted from 0, or their names, repeated in this order up to --num-images."""
 
     num_images: Annotated[int | None, shown("INT", "one for each label or prompt")] = None
     """Number of images."""
@@ -228,7 +229,7 @@ class Sample:
     guidance_rescale: Annotated[float | None, shown("FLOAT", "the family's, mostly 0")] = None
     """Between 0 and 1: how much of the contrast that a high guidance scale adds is removed (0.7 is usual)."""
 
-    negative_class_labels: Annotated[tuple[int, ...] | None, shown("LABEL ...", "none")] = None
+    negative_class_labels: Annotated[tuple[str, ...] | None, shown("LABEL ...", "none")] = None
     """Classes to avoid: one for all images, or several, repeated as --class-labels are."""
 
     solver: Annotated[str | None, shown("NAME", "ddim, or that of the folder")] = None
@@ -377,7 +378,8 @@ class Sample:
         from jaxldm import pipelines
 
         pipe = self._with_changes(pipelines.load(self.folder, family=self.family, **self._loading()))
-        labels = pipe.cycle_labels(self.class_labels, self.num_images)
+        pipe = with_class_names(pipe, self.folder)
+        labels = pipe.cycle_labels(read_labels(self.class_labels), self.num_images)
         num_images = (self.num_images or 1) if labels is None else len(labels)
         options = supported(pipe, self._common_options(pipe))
         with progress_bar(pipe.num_callbacks(num_images, **options), "sampling", self.quiet) as progress:
@@ -385,7 +387,7 @@ class Sample:
                 jax.random.key(self.seed),
                 labels,
                 num_images=num_images,
-                negative_labels=self.negative_class_labels,
+                negative_labels=read_labels(self.negative_class_labels),
                 progress=progress,
                 **options,
             )

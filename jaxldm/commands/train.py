@@ -133,6 +133,9 @@ class Train(SeveralHosts):
             lambda: (self.make_recipe(run_dir), devices_or_mesh(self.devices, self.mesh))
         )
         options: dict[str, Any] = where | {"resume": self.resume, "workers": self.workers}
+        options["dataset"] = self.dataset
+        if self.batch_size is not None:
+            options["keep_batch_size"] = (recipe.generator,)
         if self.quiet:
             training.train(recipe, run_dir, **options, log=lambda line: None, bar=False)
             return

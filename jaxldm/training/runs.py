@@ -59,6 +59,7 @@ from jaxldm.pipelines.few_steps import FewSteps
 from jaxldm.pipelines.network import Network
 from jaxldm.pipelines.runs import CONTROL_FOLDER
 from jaxldm.reading import MAX_JSON_BYTES, read_bytes, reading, shown
+from jaxldm.training.longer import hint_to_train_longer
 from jaxldm.training.recipes import Recipe
 from jaxldm.training.same_files import check_same_files
 from jaxldm.training.sealed import sealed, unsealed
@@ -467,10 +468,11 @@ def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
         )
     differences = recipe_differences(saved, recipe)
     if differences:
+        longer = hint_to_train_longer(run.path, saved, given) if run.has_model else ""
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise CheckpointError(
             f"{run.path} holds a run of another recipe: {differences[0]}{more}; resume with the recipe it "
-            "began with, or choose another run folder"
+            f"began with, or choose another run folder{longer}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,10 +17,10 @@ from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 from jaxldm import checkpoints, data
-from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional
+from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional, several, text
 from jaxldm.data import ArrayRows, Batches, BucketedBatches, Reader
 from jaxldm.data.buckets import buckets_of
-from jaxldm.errors import CheckpointError, DataError, DivergenceError, InvalidArgumentError
+from jaxldm.errors import CheckpointError, DataError, DivergenceError, InvalidArgumentError, one_of
 from jaxldm.files import write_atomically
 from jaxldm.training.autoencoder import TASK as AUTOENCODER_TASK
 from jaxldm.training.batch_size import (
@@ -37,6 +37,7 @@ from jaxldm.training.diffusion import TASK as DIFFUSION_TASK
 from jaxldm.training.few_steps.job import TASK as FEW_STEPS_TASK
 from jaxldm.training.few_steps.teachers import bring_parts
 from jaxldm.training.finetuning import TASK as FINETUNE_TASK
+from jaxldm.training.fitting_batches import check_batches, training_images, with_fitting_batches
 from jaxldm.training.freezing import freeze, merge
 from jaxldm.training.hold import HeldFolder
 from jaxldm.training.loop import Plan, fit, say_nothing
@@ -109,9 +110,18 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
             task.check(recipe, dataset, mesh)
         elif stage == recipe.generator:
             check_state_fits(getattr(recipe, stage), module, mesh)
-    num_examples = min(len(dataset.rows("train")), recipe.max_train_images or 2**62)
     for stage in stages_of(recipe):
-        make_optimizer(with_some_size(getattr(recipe, stage), mesh), num_examples, mesh)
+        own = with_some_size(getattr(recipe, stage), mesh)
+        check_batches(recipe, dataset, stage, own.batch_size)
+        make_optimizer(own, training_images(recipe, dataset), mesh)
+
+
+def check_all(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
+    """`check_recipe`, and the captions of a recipe of texts."""
+    check_recipe(recipe, dataset, mesh)
+    if recipe.text is not None:
+        texts = dataset.captions("train", recipe.max_train_images)
+        check_captions_of(recipe.text, cast(list[str], texts))
 
 
 @checked(recipe=A_RECIPE)
@@ -325,6 +335,7 @@ def _is_unfinished(run: RunFolder, stage: str, log: Callable[[str], None]) -> bo
     bar=optional(flag),
     workers=count(0, 1024),
     mesh=optional(A_MESH),
+    keep_batch_size=several(text),
 )
 def train(
     recipe: Recipe,
@@ -337,6 +348,7 @@ def train(
     bar: bool | None = None,
     workers: int = 0,
     mesh: Mesh | None = None,
+    keep_batch_size: Sequence[str] = (),
 ) -> RunFolder:
     """Train all the stages of a recipe in a run folder (see `jaxldm.training.runs`), and return it.
 
@@ -348,11 +360,13 @@ def train(
         devices: split each batch over so many devices; None: as many as divide every batch of the recipe.
         dataset: in place of the recipe's: a TFDS name, or the folder of your own pictures (see
             `jaxldm.data.load`), of which those that cannot be used are listed in skipped-pictures.jsonl.
+            A stage whose batch is more than its training images takes smaller ones, and the log says so.
         log: takes each line of text.
         bar: a progress bar; None: where the output is a screen.
         workers: processes that read and decode what is not in memory; 0: a thread of this one.
         mesh: in place of `devices`: over which the batch and the state are split, `make_mesh(fsdp=4)`. A run
             goes on on another one, too.
+        keep_batch_size: stages, ("diffusion",), whose batch size is refused where `dataset` has fewer images.
 
     Raises:
         UnknownNameError, InvalidArgumentError, DataError, MissingDependencyError: before anything is written.
@@ -374,24 +388,31 @@ def train(
         raise InvalidArgumentError("a mesh has its own devices: leave devices out, or the mesh")
     if not is_first():  # the first process speaks for all
         log, bar = say_nothing, False
-    if mesh is None:
-        whole = jax.process_count() > 1  # each process has a part of every batch
-        mesh = make_mesh((None if whole else max_devices(recipe)) if devices is None else devices)
-    check_every_process(mesh)
     if dataset is not None:
         recipe = dataclasses.replace(recipe, data=data.source_name(dataset))
+        for stage in keep_batch_size:
+            one_of("stage", stage, stages_of(recipe))
+    whole = jax.process_count() > 1  # each process has a part of every batch
+    if mesh is None and (whole or devices is not None):
+        mesh = make_mesh(devices)
+    if mesh is not None:
+        check_every_process(mesh)
 
-    def checked_data() -> data.Dataset:
+    def fitting_data() -> tuple[Recipe, data.Dataset]:
         check_comes_back(recipe)
-        check_run_folder(run_dir, recipe, resume=resume)
+        if dataset is None or not resume:
+            check_run_folder(run_dir, recipe, resume=resume)
         loaded = recipe.load_data()
-        check_recipe(recipe, loaded, mesh)
-        if recipe.text is not None:
-            texts = loaded.captions("train", recipe.max_train_images)
-            check_captions_of(recipe.text, cast(list[str], texts))
-        return loaded
+        if dataset is None:
+            return recipe, loaded
+        shares = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        fitted = with_fitting_batches(recipe, loaded, shares, keep_batch_size, log)
+        check_run_folder(run_dir, fitted, resume=resume)
+        return fitted, loaded
 
-    loaded = first_then_others(checked_data)  # on one disk two would prepare a data set at a time
+    recipe, loaded = first_then_others(fitting_data)  # on one disk two would prepare a data set at a time
+    mesh = make_mesh(max_devices(recipe)) if mesh is None else mesh
+    first_then_others(lambda: check_all(recipe, loaded, mesh))
     with contextlib.ExitStack() as stack:
         held = together(lambda: stack.enter_context(HeldFolder(run_dir, log)))
         run = first_then_others(

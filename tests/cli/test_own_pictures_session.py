@@ -1,10 +1,12 @@
 """Own pictures by the command line, from the folder to the model that leaves: train, sample, eval, export."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
-from command_lines import run
+from command_lines import complaint, run
 from PIL import Image
 
 from jaxldm import cli
@@ -54,8 +56,8 @@ def test_it_learns_from_the_folder_and_says_what_it_left_out(trained, pictures):
     assert (trained / "report.html").is_file() and (trained / "unet" / "config.json").is_file()
 
 
-def drawn(capsys, model, out):
-    words = ["--class-labels", 1, 0, "--num-images", 4, "--num-inference-steps", STEPS, "--seed", 3]
+def drawn(capsys, model, out, labels=(1, 0)):
+    words = ["--class-labels", *labels, "--num-images", 4, "--num-inference-steps", STEPS, "--seed", 3]
     code, _, err = run(capsys, "sample", model, *words, "--output-dir", out, "--quiet")
     assert code == 0, err
     assert (out / "grid.png").is_file()
@@ -73,6 +75,27 @@ def test_the_run_and_its_export_draw_the_same_pictures(capsys, trained, tmp_path
         drawn(capsys, tmp_path / "exported", tmp_path / "again"), (images, labels), strict=True
     ):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_its_classes_have_the_names_of_the_folders(capsys, trained, tmp_path):
+    assert "0 to 1: cats, dogs" in run(capsys, "info", trained)[1]
+    images, labels = drawn(capsys, trained, tmp_path / "numbers")
+    named = drawn(capsys, trained, tmp_path / "names", ("dogs", 0))
+    np.testing.assert_array_equal(named[0], images)
+    np.testing.assert_array_equal(named[1], labels)
+    line = complaint(capsys, "sample", trained, "--class-labels", "dgos", "--output-dir", tmp_path / "none")
+    assert "unknown class 'dgos': choose one of dogs, cats" in line
+
+
+def test_more_epochs_of_a_finished_run_are_a_fine_tuning(capsys, trained, pictures):
+    words = ["train", "smoke", "--run-dir", trained, "--resume", "--epochs", 3]
+    line = complaint(capsys, *words)
+    further = ["--from", trained, "--data", pictures, "--method", "full", "--run-dir", f"{trained}-more"]
+    command = shlex.join(["jaxldm", "train", "finetune", *map(str, further), "--epochs", "2"])
+    assert f"{command} (or begin a new run with --epochs 3)" in line
+    words = [*shlex.split(command)[1:], "--batch-size", 64, "--sample-every", 0, "--quiet"]
+    assert run(capsys, *words)[0] == 0
+    assert re.search(r"method +full\n", run(capsys, "info", f"{trained}-more")[1])
 
 
 def test_it_is_measured_against_the_pictures_that_were_held_out(capsys, trained):

@@ -28,7 +28,13 @@ def test_command_line(classes, tmp_path, capsys):
         (("--mesh", "tensor=2", "--devices", 9), "devices must be between 1 and 8"),
         (("--mesh", "tensr=2"), "tensor"),
         (("--mesh", "tensor=0"), "as in fsdp=2,tensor=4, got 'tensor=0'"),
-        (("--mesh", "data=4,tensor=4"), "needs 16 devices, got 8"),
+        (
+            ("--mesh", "data=4,tensor=4"),
+            "needs 16 devices, got 8: to try it on a CPU, put "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=16 in front of the command",
+        ),
+        (("--mesh", "tensor=16"), "needs 16 devices, got 8: to try it"),
+        (("--mesh", "data=4,tensor=2", "--devices", 4), "needs 8 devices, got 4\n"),
         (("--mesh", "data=8"), "splits no weights"),
     ):
         assert message in complaint(capsys, *sample, *words)

@@ -15,9 +15,11 @@ from tiny_models import latent_pipeline
 from jaxldm import checkpoints, models, pipelines, training
 from jaxldm.commands.export import Export
 from jaxldm.commands.finetune import Finetune, hint_of
+from jaxldm.commands.finetunings import finetune_rows
 from jaxldm.commands.info import describe
 from jaxldm.errors import CheckpointError, DataError, InvalidArgumentError, UnknownNameError
 from jaxldm.pipelines.few_steps import FewSteps
+from jaxldm.training.finetune_recipe import make_finetuning
 from jaxldm.training.finetuning import tuned_of
 from jaxldm.training.runs import LORA_FILE
 
@@ -41,6 +43,30 @@ def lora_run(source, pictures, tmp_path_factory, compile_once):
     return tuned(source, pictures, tmp_path_factory.mktemp("runs") / "lora", "lora", **options)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "rows"),
+    [
+        ("full", {}, []),
+        ("lora", {"rank": 4}, [("rank", "4, alpha 4"), ("targets", "all projections of attention")]),
+        (
+            "lora",
+            {"alpha": 2.0, "targets": ("*/to_q", "*/to_v")},
+            [("rank", "8, alpha 2"), ("targets", "*/to_q, */to_v")],
+        ),
+        ("dreambooth", {"instance_prompt": "sks dog"}, [("prompt", "sks dog")]),
+        (
+            "textual-inversion",
+            {"word": "<my-cat>", "initial_text": "cat"},
+            [("word", "<my-cat>, at first like cat"), ("vectors", "1, learned in texts of the kind object")],
+        ),
+        ("controlnet", {"control_images": "edges"}, [("control", "edges of the pictures")]),
+    ],
+)
+def test_info_says_what_moves(method, options, rows):
+    own = make_finetuning("SD", method, options)
+    assert finetune_rows(own) == [("method", method), ("from", own.source), *rows]
+
+
 def test_frozen_parameters_stay_to_the_last_bit_and_the_rest_is_a_model(source, pictures, tmp_path, capsys):
     options = {"freeze": ["down_blocks_*", "conv_in/*"], "sample_every": 2, "sample_steps": 1}
     run = tuned(source, pictures, tmp_path / "run", "freeze", **options)
@@ -57,7 +83,11 @@ def test_frozen_parameters_stay_to_the_last_bit_and_the_rest_is_a_model(source, 
     assert after.tokenizer.files == before.tokenizer.files
     images = after(jax.random.key(0), "a red cat", num_inference_steps=1)
     assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
-    assert "a run of the recipe finetune" in describe(str(run.path))
+    about = describe(str(run.path))
+    assert "a run of the recipe finetune" in about
+    assert re.search(
+        rf"method +freeze\n +from +{re.escape(str(source))}\n +frozen +down_blocks_\*, conv_in/\*\n", about
+    )
     # Commands that are suggested draw what it has learnt, not a cat in the snow.
     caption = training.read_data(run.path).captions("train", 1)[0]
     assert hint_of(run, training.read_recipe(run.path)).endswith(f"--prompt '{caption}'")

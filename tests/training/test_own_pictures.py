@@ -13,7 +13,7 @@ from jaxldm.commands.train import Train
 from jaxldm.data import ArrayRows
 from jaxldm.data.batches import RowsView
 from jaxldm.data.load import described_source
-from jaxldm.errors import DataError
+from jaxldm.errors import DataError, InvalidArgumentError, UnknownNameError
 from jaxldm.training import stages
 from jaxldm.training.sealed import sealed
 
@@ -136,3 +136,49 @@ def test_captions_are_among_the_files_and_an_older_run_goes_on(tmp_path, picture
     (pictures / "a" / "4.png").unlink()
     training.train(RECIPE, run.path, dataset=pictures, resume=True, log=print)
     assert "files" not in training.read_config(run.path)["data"]
+
+
+LARGE = dataclasses.replace(
+    RECIPE, max_train_images=None, diffusion=dataclasses.replace(RECIPE.diffusion, batch_size=128)
+)
+
+
+def test_a_batch_of_the_recipe_is_made_smaller_than_the_folder_and_the_run_keeps_that(
+    tmp_path, pictures, contexts
+):
+    lines, options = [], {"dataset": pictures, "devices": 1}
+    run = training.train(LARGE, tmp_path / "run", **options, log=lines.append)
+    number = len(contexts[0].train_rows())
+    assert 64 < number < 100  # a tenth for validation, and one for testing
+    said = [line for line in lines if "batches are smaller" in line]
+    assert said == [
+        f"there are {number} training images, so batches are smaller: diffusion 64 in place of 128"
+    ]
+    assert contexts[0].recipe.diffusion.batch_size == 64
+    assert training.read_recipe(run.path).diffusion.batch_size == 64
+    training.train(LARGE, run.path, **options, resume=True, log=lines.append)
+    assert contexts[1].recipe == contexts[0].recipe
+
+
+def test_batches_that_are_split_stay_multiples_of_their_parts(tmp_path, pictures, contexts):
+    split = dataclasses.replace(LARGE, diffusion=dataclasses.replace(LARGE.diffusion, accumulate=3))
+    split = dataclasses.replace(split, diffusion=dataclasses.replace(split.diffusion, batch_size=144))
+    training.train(split, tmp_path / "run", dataset=pictures, devices=2, log=print)
+    assert contexts[0].recipe.diffusion.batch_size == 48 and contexts[0].mesh.size == 2
+
+
+def test_a_typed_batch_or_one_for_own_data_is_refused_by_the_name_of_its_stage(
+    tmp_path, pictures, contexts, monkeypatch, capsys
+):
+    monkeypatch.setitem(training.RECIPES, "smoke-dit", dataclasses.replace(LARGE, image_size=None))
+    words = {"dataset": str(pictures), "image_size": 14, "run_dir": str(tmp_path / "run")}
+    said = r"diffusion: batch_size 100 is more than the \d\d training images, \d+ more being held out: give"
+    with pytest.raises(InvalidArgumentError, match=rf"{said} at most \d\d, as in --batch-size 64 \("):
+        Train("smoke-dit", batch_size=100, **words).run()
+    with pytest.raises(InvalidArgumentError, match="diffusion: batch_size 128 is more than"):
+        training.train(dataclasses.replace(LARGE, data=str(pictures)), tmp_path / "run", log=print)
+    with pytest.raises(UnknownNameError, match="difusion"):
+        training.train(LARGE, tmp_path / "run", dataset=pictures, keep_batch_size=["difusion"], log=print)
+    assert not (tmp_path / "run").exists() and not contexts
+    Train("smoke-dit", **words).run()
+    assert contexts[0].recipe.diffusion.batch_size == 64
