@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxldm.errors import (
     UnknownNameError,
 )
 from jaxldm.training import RECIPES, AutoencoderRecipe, DiffusionRecipe, Recipe, make_mesh
+from jaxldm.training.longer import hint_to_train_longer
 from jaxldm.training.runs import RunFolder, begin_stage, open_run, read_config, read_recipe, recipe_to_resume
 from jaxldm.training.stages import stage_keys
 from jaxldm.training.store import TrainingStore
@@ -332,3 +334,13 @@ def test_a_run_may_be_on_any_mesh(tmp_path, monkeypatch):
     with pytest.raises(InvalidArgumentError, match="8 devices"):
         devices_or_mesh(None, "fsdp=3")
     assert devices_or_mesh(2, None) == {"devices": 2} and not (tmp_path / "other").exists()
+
+
+def test_whoever_resumes_with_more_epochs_reads_how_to_train_longer():
+    saved = {"diffusion.epochs": 3, "data": "my pictures"}
+    said = hint_to_train_longer(Path("runs/a"), saved, {"diffusion.epochs": 7})
+    words = "--from runs/a --data 'my pictures' --method full --run-dir runs/a-more --epochs 4"
+    assert f"jaxldm train finetune {words} (or begin a new run with --epochs 7)" in said
+    of_a_student = saved | {"diffusion.few_steps.method": "lcm"}
+    for before, now in ((saved, 3), (saved, 2), ({"data": "x"}, 7), (of_a_student, 7)):
+        assert not hint_to_train_longer(Path("runs/a"), before, {"diffusion.epochs": now})
