@@ -9,7 +9,7 @@ from typing import Any
 
 
 def hint_to_train_longer(run: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """The end of a message to whoever resumes a finished run with more epochs of its denoising network.
+    """What a message advises whoever resumes a finished run with more epochs of its denoising network.
 
     Args:
         run: its folder.
@@ -22,7 +22,6 @@ def hint_to_train_longer(run: Path, saved: Mapping[str, Any], given: Mapping[str
     before, now = saved.get("diffusion.epochs"), given.get("diffusion.epochs")
     if before is None or now is None or now <= before or "diffusion.few_steps.method" in saved:
         return ""
-    words = ("--from", run, "--data", saved["data"], "--method", "full", "--run-dir", f"{run}-more")
-    further = shlex.join(map(str, (*words, "--epochs", now - before)))
-    anew = f"begin a new run with --epochs {now}"
-    return f"; to train its network longer: jaxldm train finetune {further} (or {anew})"
+    words = ("--from", run, "--data", saved["data"], "--method", "full", "--epochs", now - before)
+    further = shlex.join(map(str, words))
+    return f"train its network longer with `jaxldm train finetune {further}`, or begin a new run"

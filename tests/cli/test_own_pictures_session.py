@@ -87,15 +87,22 @@ def test_its_classes_have_the_names_of_the_folders(capsys, trained, tmp_path):
     assert "unknown class 'dgos': choose one of dogs, cats" in line
 
 
-def test_more_epochs_of_a_finished_run_are_a_fine_tuning(capsys, trained, pictures):
-    words = ["train", "smoke", "--run-dir", trained, "--resume", "--epochs", 3]
-    line = complaint(capsys, *words)
-    further = ["--from", trained, "--data", pictures, "--method", "full", "--run-dir", f"{trained}-more"]
-    command = shlex.join(["jaxldm", "train", "finetune", *map(str, further), "--epochs", "2"])
-    assert f"{command} (or begin a new run with --epochs 3)" in line
-    words = [*shlex.split(command)[1:], "--batch-size", 64, "--sample-every", 0, "--quiet"]
-    assert run(capsys, *words)[0] == 0
-    assert re.search(r"method +full\n", run(capsys, "info", f"{trained}-more")[1])
+def test_more_epochs_of_a_finished_run_are_a_fine_tuning(capsys, trained, pictures, tmp_path):
+    line = complaint(capsys, "train", "smoke", "--run-dir", trained, "--resume", "--epochs", 3)
+    words = ["--from", trained, "--data", pictures, "--method", "full", "--epochs", 2]
+    command = shlex.join(["jaxldm", "train", "finetune", *map(str, words)])
+    assert f"longer with `{command}`, or begin a new run" in line
+    words = [
+        *shlex.split(command)[1:],
+        "--run-dir",
+        tmp_path / "run",
+        "--batch-size",
+        64,
+        "--sample-every",
+        0,
+    ]
+    assert run(capsys, *words, "--quiet")[0] == 0
+    assert re.search(r"method +full\n", run(capsys, "info", tmp_path / "run")[1])
 
 
 def test_it_is_measured_against_the_pictures_that_were_held_out(capsys, trained):

@@ -34,7 +34,7 @@ class Digits:
     __class__ = Dataset  # to `isinstance`
 
     name, image_shape, num_classes, class_names = "mnist5k", (28, 28, 1), 10, tuple("0123456789")
-    license = ""
+    license, splits = "", ("train", "test")
 
     def rows(self, split):
         return range(4000)
@@ -339,8 +339,8 @@ def test_a_run_may_be_on_any_mesh(tmp_path, monkeypatch):
 def test_whoever_resumes_with_more_epochs_reads_how_to_train_longer():
     saved = {"diffusion.epochs": 3, "data": "my pictures"}
     said = hint_to_train_longer(Path("runs/a"), saved, {"diffusion.epochs": 7})
-    words = "--from runs/a --data 'my pictures' --method full --run-dir runs/a-more --epochs 4"
-    assert f"jaxldm train finetune {words} (or begin a new run with --epochs 7)" in said
+    words = "--from runs/a --data 'my pictures' --method full --epochs 4"
+    assert said == f"train its network longer with `jaxldm train finetune {words}`, or begin a new run"
     of_a_student = saved | {"diffusion.few_steps.method": "lcm"}
     for before, now in ((saved, 3), (saved, 2), ({"data": "x"}, 7), (of_a_student, 7)):
         assert not hint_to_train_longer(Path("runs/a"), before, {"diffusion.epochs": now})
