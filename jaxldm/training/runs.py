@@ -468,7 +468,8 @@ def _check_same_recipe(run: RunFolder, entries: Any, recipe: Recipe) -> None:
         )
     differences = recipe_differences(saved, recipe)
     if differences:
-        longer = hint_to_train_longer(run.path, saved, given) if run.has_model else ""
+        only = len(differences) == 1 and run.has_model
+        longer = hint_to_train_longer(run.path, saved, recipe) if only else ""
         fix = longer or "resume with the recipe it began with, or choose another run folder"
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise CheckpointError(f"{run.path} holds a run of another recipe: {differences[0]}{more}; {fix}")

@@ -337,10 +337,13 @@ def test_a_run_may_be_on_any_mesh(tmp_path, monkeypatch):
 
 
 def test_whoever_resumes_with_more_epochs_reads_how_to_train_longer():
-    saved = {"diffusion.epochs": 3, "data": "my pictures"}
-    said = hint_to_train_longer(Path("runs/a"), saved, {"diffusion.epochs": 7})
+    epochs = RECIPES["smoke"].diffusion.epochs
+    saved = dataclasses.replace(RECIPES["smoke"], data="my pictures")
+    said = hint_to_train_longer(Path("runs/a"), saved, changed("diffusion", epochs=epochs + 4))
     words = "--from runs/a --data 'my pictures' --method full --epochs 4"
     assert said == f"train its network longer with `jaxldm train finetune {words}`, or begin a new run"
-    of_a_student = saved | {"diffusion.few_steps.method": "lcm"}
-    for before, now in ((saved, 3), (saved, 2), ({"data": "x"}, 7), (of_a_student, 7)):
-        assert not hint_to_train_longer(Path("runs/a"), before, {"diffusion.epochs": now})
+    for before, now in ((saved, saved), (changed("diffusion", epochs=epochs + 1), saved)):
+        assert not hint_to_train_longer(Path("runs/a"), before, now)
+    shortcut = RECIPES["mini-shortcut"]  # a network of few steps
+    more = dataclasses.replace(shortcut.diffusion, epochs=shortcut.diffusion.epochs + 1)
+    assert not hint_to_train_longer(Path("runs/a"), shortcut, dataclasses.replace(shortcut, diffusion=more))
