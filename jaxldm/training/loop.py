@@ -330,8 +330,10 @@ class _Loop:
         if skipped and step < last:
             return False
         if skipped > 1 or skipped > MOST_SKIPPED_SHARE * last:
+            of_step, metrics = cast(Any, self.progress.newest_skipped)
             raise self.divergence(
-                *cast(Any, self.progress.newest_skipped),
+                of_step,
+                metrics,
                 f"the losses or gradients of the last {skipped} of {last} updates were not finite",
             )
         self.store.save(step, self.plan.saved(state))

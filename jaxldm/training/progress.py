@@ -117,7 +117,10 @@ class Progress:
         for value in metrics.values():
             value.copy_to_host_async()
         self._pending.append((step, metrics, waiting, examples))
-        while self._pending and (len(self._pending) > STEPS_IN_FLIGHT or _is_done(self._pending[0][1])):
+        early = jax.process_count() == 1  # several must see a divergence at the same update
+        while self._pending and (
+            len(self._pending) > STEPS_IN_FLIGHT or (early and _is_done(self._pending[0][1]))
+        ):
             self._take()
 
     def idle(self) -> bool:
