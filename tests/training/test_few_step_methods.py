@@ -211,7 +211,7 @@ def test_a_critic_begins_as_the_teacher_whatever_the_step(kind, monkeypatch):
     teacher, module = models.build(preset, **sizes), models.build(preset, **sizes, **wide)
     params = models.init(teacher, jax.random.key(0))
     monkeypatch.setattr(
-        networks, "begin_as_teacher", lambda few, module, key: models.init_from(module, key, params)
+        networks, "begin_as_teacher", lambda few, module, key, place: models.init_from(module, key, params)
     )
     few = FewStepsRecipe(method="dmd", teacher="x", num_steps=2)
     critic = critic_module(few, module)
