@@ -25,6 +25,7 @@ from jaxldm.files import write_atomically
 from jaxldm.memory import check_fits
 from jaxldm.metrics.health import Finding, check_blank, check_skipped, failed, report
 from jaxldm.metrics.pictures import labelled_grid, save_png
+from jaxldm.training.fitting_batches import training_images
 from jaxldm.training.log import read_log
 from jaxldm.training.loop import Plan
 from jaxldm.training.mesh import check_batch_size, numbers_per_device
@@ -75,7 +76,7 @@ class Context:
         In memory, but for those that as numbers are more than a GiB: these are read batch by batch.
         """
         rows = self.dataset.rows("train")
-        length = min(len(rows), self.recipe.max_train_images or len(rows))
+        length = training_images(self.recipe, self.dataset)
         size = 4 * length * math.prod(self.dataset.image_shape)
         if size > MAX_BYTES_AS_ARRAYS or buckets_of(rows) is not None:
             return RowsView(rows, length, {"image": "image", "label": "label"})

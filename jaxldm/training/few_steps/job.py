@@ -52,6 +52,7 @@ from jaxldm.training.few_steps.teachers import (
     check_classes,
     check_student,
 )
+from jaxldm.training.fitting_batches import training_images
 from jaxldm.training.mesh import own_placement
 from jaxldm.training.recipes import DiffusionRecipe, Recipe
 from jaxldm.training.runs import save_denoiser
@@ -331,7 +332,7 @@ def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
         check_channels(few.teacher, recipe, dataset)
     if few.teacher is not None and recipe.text is None:
         check_classes(few.teacher, dataset)
-    examples = min(len(dataset.rows("train")), recipe.max_train_images or len(dataset.rows("train")))
+    examples = training_images(recipe, dataset)
     least, batch = METHODS[few.method].least_batch, own.batch_size // own.accumulate
     if batch < least:
         raise InvalidArgumentError(
