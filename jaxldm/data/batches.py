@@ -196,18 +196,18 @@ def _some_rows(name: str, value: Any) -> Any:
     return value if on_disk else array("any", "[N, ...]", axes=(1, 64))(name, value)
 
 
-@checked(function=a_function("rows -> arrays"), rows=_some_rows, batch_size=count(1), column=text)
+@checked(function=a_function("rows -> arrays"), rows=_some_rows, batch_size=count(1), column=optional(text))
 def map_batches(
     function: Callable[[Any], Any],
     rows: Shaped[np.ndarray, "N ..."] | Rows,
     batch_size: int = 256,
-    column: str = "image",
+    column: str | None = "image",
 ) -> Any:
     """Returns function(rows) [N, ...], computed `batch_size` rows at a time, as numpy arrays.
 
     `function` maps [B, ...] to a pytree of arrays [B, ...], row by row. The last batch is padded with copies
     of its last row, so that a jitted function compiles once. Of `Rows`, such as pictures on disk, it is given
-    the column `column`.
+    the column `column`, of None a dictionary of all.
     """
     if len(rows) == 0:
         raise DataError("there are no rows to map over")
@@ -217,8 +217,14 @@ def map_batches(
         if hasattr(rows, "shape"):
             part = cast(Any, rows)[start : start + batch_size]
         else:
-            part = cast(Rows, rows).take(np.arange(start, min(start + batch_size, len(rows))))[column]
-        size = len(part)
-        filled = np.concatenate([part, np.repeat(part[-1:], batch_size - size, axis=0)])
+            part = cast(Rows, rows).take(np.arange(start, min(start + batch_size, len(rows))))
+            part = part if column is None else part[column]
+        size = min(batch_size, len(rows) - start)
+        filled = jax.tree.map(
+            lambda array, more=batch_size - size: np.concatenate(
+                [array, np.repeat(array[-1:], more, axis=0)]
+            ),
+            part,
+        )
         results.append(jax.tree.map(lambda array, size=size: np.asarray(array)[:size], function(filled)))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *results)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxldm.data.batches import Rows
+from jaxldm.data.batches import Rows, RowsView, map_batches
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_labels
 from jaxldm.errors import DataError
@@ -36,18 +36,16 @@ def classified(
     Raises:
         DataError: no images, or a label that is none of the classes.
     """
-    rows, found = dataset.rows(split), []
+    rows = dataset.rows(split)
     number = len(rows) if most is None else min(len(rows), most)
     if not number:
         raise DataError(f"{dataset.name} has no images in the split {split}")
-    at_once = min(AT_ONCE, number)
-    for start in range(0, number, at_once):
-        some = np.arange(start, min(start + at_once, number))
-        columns = rows.take(some)
-        padding = np.repeat(columns["image"][-1:], at_once - len(some), axis=0)  # compiled for one size
-        answers = classify(np.concatenate([columns["image"], padding]))
-        found.append((*(np.asarray(answer)[: len(some)] for answer in answers), columns["label"]))
-    features, logits, labels = map(np.concatenate, zip(*found, strict=True))
+    view = RowsView(rows, number, {"image": "image", "label": "label"})
+
+    def answers(columns: Any) -> tuple[Any, ...]:
+        return (*classify(columns["image"]), columns["label"])
+
+    features, logits, labels = map_batches(answers, view, AT_ONCE, column=None)
     name = f"the labels of {dataset.name} {split}"
     return Answers(features, logits, check_labels(labels, number, dataset.num_classes, name))
 
