@@ -30,7 +30,7 @@ from jaxldm import models, training
 from jaxldm.nn import Conv2d, dot_product_attention
 from jaxldm.nn.linear import flat_matmul
 from jaxldm.nn.normalization import group_norm
-from jaxldm.training.mesh import make_mesh, place_batch, state_shardings
+from jaxldm.training.mesh import fastest_mesh, make_mesh, place_batch, state_shardings
 from jaxldm.training.step import compile_train_step
 
 PROCESSOR = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -192,11 +192,10 @@ def training_run(module: Any, batch_size: int) -> tuple[Callable[[], None], floa
         network = functools.partial(models.network(module), params)
         return D.diffusion_loss(key, network, D.epsilon(path), batch["mean"], batch["label"])
 
-    mesh = make_mesh()
+    params = random_network(module, "float32").params
+    mesh = fastest_mesh(make_mesh(), params)
     step = compile_train_step(training.make_train_step(loss_fn, optimizer, EMA_DECAY), mesh)
-    state = training.create_train_state(
-        jax.random.key(1), random_network(module, "float32").params, optimizer
-    )
+    state = training.create_train_state(jax.random.key(1), params, optimizer)
     holder = [jax.device_put(state, state_shardings(mesh, state))]
     del state
     side = module.config.sample_size

@@ -29,7 +29,7 @@ from jaxldm import diffusion as D
 from jaxldm import host, models, training
 from jaxldm.commands.terminal import run_script
 from jaxldm.errors import one_of
-from jaxldm.training.mesh import batch_sharding, make_mesh, replicated
+from jaxldm.training.mesh import batch_sharding, fastest_mesh, make_mesh, replicated
 from jaxldm.training.step import compile_train_step
 
 ARCHITECTURES = {
@@ -61,10 +61,10 @@ class Cpu:
 
 
 def our_training(pair: Pair) -> Run:
-    """One training step after another: AdamW, clipping, no average; the batch split over the devices."""
-    mesh = make_mesh()
+    """One training step after another: AdamW, clipping, no average; on the devices that a training takes."""
     optimizer = training.optimizer(LEARNING_RATE, 0, 10**6, 0.01, MAX_GRAD_NORM)
     params = models.init(pair.ours, jax.random.key(0))
+    mesh = fastest_mesh(make_mesh(), params)
     state = training.create_train_state(jax.random.key(1), params, optimizer)
     path = D.VP(D.linear_betas())
 

@@ -344,7 +344,7 @@ def student_rows(pipe: Any, teacher: str | None = None) -> list[tuple[str, str]]
         "outside": f"outside, as of any other model: scale {own} by default",
     }
     return [
-        ("student", f"by {few.method}{origin}"),
+        ("student" if few.is_taught else "few steps", f"by {few.method}{origin}"),
         ("steps", f"{steps}, by the solver {few.solver}"),
         ("guidance", guidance[few.guidance]),
     ]

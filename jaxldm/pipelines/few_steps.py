@@ -60,7 +60,8 @@ class FewSteps:
         return self.method not in UNTAUGHT
 
     @property
-    def _this(self) -> str:
+    def this(self) -> str:
+        """The model in messages: a student where it has a teacher."""
         return f"this {self.method} {'student' if self.is_taught else 'model'}"
 
     def check_steps(self, num_inference_steps: int) -> None:
@@ -69,7 +70,7 @@ class FewSteps:
             made = " or ".join(str(steps) for steps in self.only_steps)
             instead = ", or distill one for it with --num-steps" if self.is_taught else ""
             raise InvalidArgumentError(
-                f"{self._this} was made for {made} step{'s' * (made != '1')}, not for "
+                f"{self.this} was made for {made} step{'s' * (made != '1')}, not for "
                 f"{num_inference_steps}: leave the number out{instead}"
             )
 
@@ -78,7 +79,7 @@ class FewSteps:
         low, high = self.guidance_scale
         if self.guidance != "outside" and true_cfg_scale not in (None, 1):
             raise InvalidArgumentError(
-                f"guidance is inside {self._this}, and true_cfg_scale={true_cfg_scale:g} would guide it "
+                f"guidance is inside {self.this}, and true_cfg_scale={true_cfg_scale:g} would guide it "
                 "twice: leave it out"
             )
         if self.guidance == "inside" and guidance_scale not in (1, low):
@@ -90,19 +91,19 @@ class FewSteps:
                 else "train one whose FewStepsRecipe has another guidance_scale"
             )
             raise InvalidArgumentError(
-                f"{self._this} was trained for guidance scales from {low:g} to {high:g}, got "
+                f"{self.this} was trained for guidance scales from {low:g} to {high:g}, got "
                 f"{guidance_scale:g}: take one of these, or {other}"
             )
 
     def _refuse_scale_on_top(self, guidance_scale: float) -> NoReturn:
         """Raise `InvalidArgumentError`, with what the owner of such a model can do."""
         low, asked = self.guidance_scale[0], f"{guidance_scale:g}"
-        what = f"guidance of scale {low:g} is inside {self._this}, and more on top would double it"
+        what = f"guidance of scale {low:g} is inside {self.this}, and more on top would double it"
         other = f", or distill with --guidance-scale {asked}"
         if not self.is_taught:
             other = f", or train one whose FewStepsRecipe has guidance_scale=({asked}, {asked})"
             if low == 1:  # such a network never saw the null class
-                what = f"{self._this} was trained without guidance, and has no null class to guide it by"
+                what = f"{self.this} was trained without guidance, and has no null class to guide it by"
         if self.method == "drifting":
             other = ""
         raise InvalidArgumentError(f"{what}: leave the guidance scale out{other}")

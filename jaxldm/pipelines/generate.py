@@ -148,7 +148,7 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
         if few.guidance != "outside":
             scale, true_scale = 1.0 if few.guidance == "inside" else scale, 1.0
             if negatives is not None:
-                what = f"guidance is inside this {few.method} student"
+                what = f"guidance is inside {few.this}"
                 warnings.warn(f"the negative prompt is ignored: {what}", stacklevel=4)
                 negatives = None
     if not (distilled or family.true_cfg):

@@ -52,7 +52,8 @@ def invert(
         raise InvalidArgumentError(f"an inversion has no {given}: leave it out")
     if pipe.few_steps is not None:
         raise InvalidArgumentError(
-            "this model was distilled to few steps, each from fresh noise: none to invert"
+            f"{pipe.few_steps.this} draws in few steps, which cannot be gone backwards: invert with a "
+            "model of many steps"
         )
     if getattr(pipe.latent_spec, "takes_mask", False):
         raise InvalidArgumentError("this network was trained for inpainting: invert with one that was not")

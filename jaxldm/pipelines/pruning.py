@@ -60,8 +60,8 @@ def unit_importance(
     check_can_prune(network.module, network.params)
     if pipe.few_steps is not None:
         raise InvalidArgumentError(
-            f"this model is a student of few steps, by {pipe.few_steps.method}, and has another loss: prune "
-            "its teacher, and distil that"
+            f"{pipe.few_steps.this} has another loss than pruning looks at: prune "
+            + ("its teacher, and distil that" if pipe.few_steps.is_taught else "a model of many steps")
         )
     if labels is not None and len(labels) != len(images):
         raise InvalidArgumentError(f"labels must be {len(images)}, one for each image, got {len(labels)}")

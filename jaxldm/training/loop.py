@@ -36,6 +36,7 @@ from jaxldm.training.log import CsvLog
 from jaxldm.training.mesh import (
     A_MESH,
     check_every_process,
+    fastest_mesh,
     make_mesh,
     place_batch,
     place_state,
@@ -170,7 +171,8 @@ def fit(
         run_dir: receives `log.csv` and the same for TensorBoard, `checkpoints/<step>` and at the end
             `loss.png` and `grad_norm.png`.
         resume: go on from the newest whole checkpoint in `run_dir`, on this mesh or another.
-        mesh: where the state and the batch live (see `jaxldm.training.mesh`); None: all devices along `data`.
+        mesh: where the state and the batch live (see `jaxldm.training.mesh`); None: all devices along `data`,
+            but the first alone where it is one of a processor and the network has no convolutions.
         name: of the training, in messages.
         on_sample: `on_sample(state, step)`, called in every process, every `plan.sample_every` updates
             and at the end.
@@ -193,7 +195,7 @@ def fit(
             "data.Batches, which begin again"
         )
     run_dir = Path(run_dir)
-    mesh = make_mesh() if mesh is None else mesh
+    mesh = fastest_mesh(make_mesh(), state.params, state.frozen) if mesh is None else mesh
     check_every_process(mesh)
     state_shardings(mesh, state)  # refuses a mesh that splits nothing
     number = jax.process_index()

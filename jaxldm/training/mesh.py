@@ -24,6 +24,7 @@ from jaxldm.training.kinds import map_with_names
 __all__ = ["make_mesh"]
 
 A_MESH = instance(Mesh, "a mesh such as training.make_mesh()")
+_SHARE_OF_PATCHES = 0.05  # of the parameters: the convolution of a transformer's patches has fewer
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -172,6 +173,21 @@ def numbers_per_device(mesh: Mesh, tree: Any) -> int:
 def on_processor(mesh: Mesh) -> bool:
     """Whether its devices are those of a processor."""
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def fastest_mesh(mesh: Mesh, *networks: Any) -> Mesh:
+    """The mesh on which networks (trees of arrays or shapes) train fastest: this one, or its first device.
+
+    On a processor XLA gives convolutions one thread for each device, matrix products all threads on one
+    device. A network without convolutions (but for that of its patches) gains nothing by more devices, each
+    of which would compute the whole update of the parameters: a step of a DiT takes 1.1 to 1.2 times as long
+    on two devices of two cores as on one (`experiments/benchmarks/README.md`).
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(networks)]
+    of_convolutions = sum(math.prod(shape) for shape in shapes if len(shape) >= 4)
+    few = of_convolutions < _SHARE_OF_PATCHES * sum(math.prod(shape) for shape in shapes)
+    alone = on_processor(mesh) and jax.process_count() == 1 and not splits(mesh)
+    return make_mesh(mesh.devices.ravel()[:1]) if few and alone and mesh.size > 1 else mesh
 
 
 def _sharding(mesh: Mesh, names: Sequence[str], leaf: Any) -> NamedSharding:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxldm.arguments import as_array, check_fields, checked, count, function, number, optional, refuse, text
 from jaxldm.errors import InvalidArgumentError, shown
@@ -187,19 +187,9 @@ class _Turn:
         self, own: _Own, state: TrainState, batch: Batch, key: PRNGKeyArray, turn: Int[Array, ""]
     ) -> tuple[_Own, Metrics]:
         loss, aux, gradients = self.gradients(own.params, state, batch, key)
-        updates, opt_state = self.optimizer.update(gradients, own.opt_state, own.params)
-        params = optax.apply_updates(own.params, updates)
-        ema_params = own.ema_params
-        if self.ema_decay is not None:
-            ema_params = update_ema(ema_params, params, ema_decay_at(self.ema_decay, turn))
-        averages = own.averages
-        if self.power_ema:
-            averages = self.averages(own.averages, params, turn)
         grad_norm = optax.tree.norm(gradients)
         fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        moved = jax.tree.map(
-            lambda new, old: jnp.where(fine, new, old), _Own(params, opt_state, ema_params, averages), own
-        )
+        moved = _when_fine(fine, lambda own: self.moved(own, gradients, turn), own)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -208,6 +198,17 @@ class _Turn:
             **aux,
         }
         return moved, metrics
+
+    def moved(self, own: _Own, gradients: Params, turn: Int[Array, ""]) -> _Own:
+        """Parameters, optimizer and averages after an update by these gradients."""
+        updates, opt_state = self.optimizer.update(gradients, own.opt_state, own.params)
+        params = optax.apply_updates(own.params, updates)
+        ema_params, averages = own.ema_params, own.averages
+        if self.ema_decay is not None:
+            ema_params = update_ema(ema_params, params, ema_decay_at(self.ema_decay, turn))
+        if self.power_ema:
+            averages = self.averages(averages, params, turn)
+        return _Own(params, opt_state, ema_params, averages)
 
     def averages(self, averages: Any, params: Params, turn: Int[Array, ""]) -> dict[str, Params]:
         """The power-function averages after this update."""
@@ -260,6 +261,17 @@ class _Turn:
         total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         loss, aux = jax.tree.map(functools.partial(jnp.mean, axis=0), metrics)
         return loss, aux, jax.tree.map(lambda gradient: gradient / self.accumulate, total)
+
+
+def _when_fine(fine: Bool[Array, ""], update: Callable[[_Own], _Own], own: _Own) -> _Own:
+    """`update(own)`, or `own` as it is.
+
+    A conditional on a processor: chosen number by number, the new and the old state are in memory together,
+    and an update of AdamW takes twice as long. On an accelerator the host would wait for the gradients.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(fine, update, lambda own: own, own)
+    return jax.tree.map(lambda new, old: jnp.where(fine, new, old), update(own), own)
 
 
 def _parts(batch: Batch, number: int) -> Batch:

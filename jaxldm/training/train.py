@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
-from jaxldm import checkpoints, data
+from jaxldm import checkpoints, data, models
 from jaxldm.arguments import a_path, checked, count, flag, function, instance, optional, several, text
 from jaxldm.data import ArrayRows, Batches, BucketedBatches, Reader
 from jaxldm.data.buckets import buckets_of
@@ -45,6 +45,7 @@ from jaxldm.training.masked_tokens import TASK as MASKED_TOKENS_TASK
 from jaxldm.training.mesh import (
     A_MESH,
     check_every_process,
+    fastest_mesh,
     local_examples,
     make_mesh,
     on_host,
@@ -357,7 +358,8 @@ def train(
         run_dir: a folder that does not exist yet; with `resume`, that of the run to go on with.
         resume: finished stages are kept, a half-finished one goes on from its newest whole checkpoint; a
             finished network that cannot be read is written again from there.
-        devices: split each batch over so many devices; None: as many as divide every batch of the recipe.
+        devices: split each batch over so many devices; None: as many as divide every batch of the recipe,
+            but one of a processor for a network without convolutions, which is faster there.
         dataset: in place of the recipe's: a TFDS name, or the folder of your own pictures (see
             `jaxldm.data.load`), of which those that cannot be used are listed in skipped-pictures.jsonl.
             A stage whose batch is more than its training images takes smaller ones, and the log says so.
@@ -411,19 +413,26 @@ def train(
         return fitted, loaded
 
     recipe, loaded = first_then_others(fitting_data)  # on one disk two would prepare a data set at a time
-    mesh = make_mesh(max_devices(recipe)) if mesh is None else mesh
+    anywhere, mesh = mesh is None, make_mesh(max_devices(recipe)) if mesh is None else mesh
     first_then_others(lambda: check_all(recipe, loaded, mesh))
     with contextlib.ExitStack() as stack:
         held = together(lambda: stack.enter_context(HeldFolder(run_dir, log)))
         run = first_then_others(
             lambda: open_run(run_dir, recipe, loaded, resume=resume or not is_first(), log=log)
         )
-        _train_stages(Context(recipe, loaded, run, mesh, resume, log, bar, workers), held)
+        _train_stages(Context(recipe, loaded, run, mesh, resume, log, bar, workers), held, anywhere)
     return run
 
 
-def _train_stages(context: Context, held: HeldFolder) -> None:
-    """Train the stages of a run that are not complete."""
+def on_fastest_mesh(context: Context, stage: str) -> Context:
+    """The context with those of its devices on which the network of a stage trains fastest."""
+    image_shape, num_classes = context.dataset.image_shape, context.dataset.num_classes
+    module = task_of(context.recipe, stage).build(context.recipe, image_shape, num_classes)
+    return dataclasses.replace(context, mesh=fastest_mesh(context.mesh, models.shapes(module)))
+
+
+def _train_stages(context: Context, held: HeldFolder, anywhere: bool) -> None:
+    """Train the stages of a run that are not complete; `anywhere`: nobody has chosen the devices."""
     run, recipe, dataset, log = context.run, context.recipe, context.dataset, context.log
 
     def begin() -> None:
@@ -440,7 +449,8 @@ def _train_stages(context: Context, held: HeldFolder) -> None:
     for stage in unfinished:
         by_first(functools.partial(begin_stage, run, stage))
         with reported(run) if is_first() else contextlib.nullcontext():
-            sized = with_batch_size(context, stage)
+            placed = on_fastest_mesh(context, stage) if anywhere else context
+            sized = with_batch_size(placed, stage)
             prepare = functools.partial(task_of(recipe, stage).prepare, sized)
             run_job(sized, stage, first_then_others(prepare))
         held.check()

@@ -66,6 +66,27 @@ def test_negative_labels_of_a_student_with_guidance_inside_are_ignored_with_a_wo
         np.testing.assert_array_equal(drawn, pipe(KEY, [1], num_inference_steps=1))
 
 
+@pytest.mark.parametrize(
+    ("few", "this", "instead"),
+    [
+        (INSIDE, "this lcm student", "prune its teacher, and distil that"),
+        (FewSteps(method="drifting"), "this drifting model", "prune a model of many steps"),
+    ],
+)
+def test_what_needs_many_steps_refuses_a_model_of_few_by_its_name(few, this, instead):
+    pipe, images = student(few), np.zeros((1, 8, 8, 1), np.float32)
+    with pytest.raises(InvalidArgumentError, match=f"{this} draws in few steps, .* a model of many steps"):
+        pipelines.invert(pipe, images, [1])
+    with pytest.raises(InvalidArgumentError, match=f"{this} has another loss .*: {instead}"):
+        pipelines.unit_importance(pipe, KEY, images, [1])
+
+
+def test_negative_labels_are_ignored_with_the_name_of_the_model():
+    pipe = student(dataclasses.replace(INSIDE, method="mean_flow", solver="ddim"))
+    with pytest.warns(UserWarning, match="guidance is inside this mean_flow model"):
+        pipe(KEY, [1], negative_labels=2, num_inference_steps=1)
+
+
 def test_a_student_of_as_many_steps_as_its_teacher_takes_the_default_of_the_family():
     own = student(dataclasses.replace(INPUT, method="guidance", solver="ddim", default_steps=None))
     teacher = dataclasses.replace(own, few_steps=None)
