@@ -3,7 +3,6 @@
 python one_of_two_processes.py FOLDER PORT NUMBER
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -54,23 +53,13 @@ def train(folder, mesh, resume=False):
 
 
 def train_recipe(folder, mesh):
-    """A whole run of two stages: an autoencoder, and a transformer on its latents."""
+    """What a whole run of two stages says."""
+    from two_stages import two_stages
+
     from jaxldm import training
 
-    smoke = training.RECIPES["smoke"]
-    stage = {"epochs": 1, "batch_size": 16, "sample_every": 0}
-    encoder = {"block_out_channels": (4, 4, 4), "latent_channels": 2, "norm_num_groups": 2}
-    network = {"hidden_size": 8, "depth": 1, "num_heads": 2, "patch_size": 7}
-    recipe = dataclasses.replace(
-        smoke,
-        name="two-stages",
-        max_train_images=64,
-        autoencoder=dataclasses.replace(smoke.autoencoder, overrides=encoder, **stage),
-        diffusion=dataclasses.replace(smoke.diffusion, preset="tiny-dit", overrides=network, **stage),
-        classifier=None,
-    )
     said = []
-    training.train(recipe, folder, mesh=mesh, log=said.append, bar=False)
+    training.train(two_stages(), folder, mesh=mesh, log=said.append, bar=False)
     return said
 
 
