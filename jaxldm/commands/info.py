@@ -168,10 +168,19 @@ def describe_named_recipe(name: str) -> str:
 
 
 def describe_recipe_file(name: str) -> str:
-    """The stages of a recipe in a file, the file's docstring, and the command."""
+    """The stages of a recipe in a file, the file's docstring, and the command, or why `train` refuses it."""
+    from jaxldm.training.comes_back import check_comes_back
+
     recipe, about = read_recipe_file(name)
     lines = [f"{name} is the recipe {recipe.name}: {describe_recipe(recipe)}", *([about] if about else [])]
-    return "\n".join([*lines, f"train it:  {hints.command('train', name)}"])
+    try:
+        check_comes_back(recipe)
+    except InvalidArgumentError as error:
+        end = f"train refuses it:  {' '.join(str(error).split())}"
+    else:
+        end = f"train it:  {hints.command('train', name)}"
+    # Texts of a file may have halves of surrogate pairs, which cannot be printed
+    return "\n".join([*lines, end]).encode(errors="backslashreplace").decode()
 
 
 def describe_preset(name: str) -> str:

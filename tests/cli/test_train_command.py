@@ -276,6 +276,9 @@ def test_a_recipe_that_cannot_be_read_back_is_refused_before_anything_is_written
     line = complaint(capsys, "train", "own.py", "--run-dir", "run")
     assert said in line and "the recipe 'own' cannot be read back from the config.json of its run: " in line
     assert not (tmp_path / "run").exists()
+    code, out, err = run(capsys, "info", "own.py")
+    assert (code, err) == (0, "") and "own.py is the recipe own: diffusion " in out
+    assert out.splitlines()[-1] == f"train refuses it:  {line.removeprefix('jaxldm: ').strip()}"
 
 
 def test_numbers_of_numpy_and_paths_of_a_module_come_back(monkeypatch, tmp_path):
