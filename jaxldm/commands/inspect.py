@@ -41,8 +41,8 @@ class Inspect:
     output_dir: Annotated[str | None, shown("OUT", "RUN/inspect")] = None
     """Folder for the page, index.html."""
 
-    class_labels: Annotated[tuple[int, ...], shown("INT ...", "three classes")] = ()
-    """Classes of the images whose attention is shown, one image each."""
+    class_labels: Annotated[tuple[str, ...], shown("LABEL ...", "three classes")] = ()
+    """Classes of the images whose attention is shown, one image each: counted from 0, or their names."""
 
     prompt: Annotated[str | None, shown("TEXT", "none")] = None
     """The text, for a model that draws from texts: images of it are drawn, and attention is shown for each

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxldm.commands.class_names import read_labels, with_class_names
 from jaxldm.commands.eval_images import is_run_of_captions
 from jaxldm.errors import InvalidArgumentError
 
@@ -70,6 +71,7 @@ def load_subject(options: Any) -> Subject:
             f"{options.folder} unmasks tokens, and what is shown here is of models that remove noise: look "
             "at it with jaxldm info or jaxldm sample"
         )
+    pipe = with_class_names(pipe, options.folder)
     if kind == "run" or of_captions:
         return _of_run(options, pipe)
     return _of_text(options, pipe) if kind == "text-to-image" else _of_classes(options, pipe)
@@ -109,7 +111,7 @@ def _of_run(options: Any, pipe: Any) -> Subject:
 
 def _of_classes(options: Any, pipe: Any) -> Subject:
     number = options.num_images or 16
-    classes = options.class_labels or np.arange(min(pipe.num_classes or 1, 10))
+    classes = read_labels(options.class_labels) or np.arange(min(pipe.num_classes or 1, 10))
     labels = pipe.cycle_labels(classes if pipe.num_classes else None, number)
     x_0, images = _draw(options, pipe, lambda key, progress, **more: pipe(
         key, labels, num_images=number, progress=progress, **more
@@ -192,15 +194,18 @@ def check_options(subject: Subject, options: Any) -> None:
     chosen_rows(subject, options.class_labels)
 
 
-def chosen_rows(subject: Subject, class_labels: Sequence[int]) -> list[int]:
+def chosen_rows(subject: Subject, class_labels: Sequence[int | str]) -> list[int]:
     """One image of each of the classes; of the first three, or three far apart of many, if none is named."""
+    from jaxldm.pipelines.labels import label_numbers
+
     known = list(dict.fromkeys(subject.labels.tolist()))
-    for label in class_labels:
+    given = label_numbers(read_labels(class_labels) or [], getattr(subject.pipe, "class_names", ()))
+    for label in given:
         if label not in known:
             there = ", ".join(map(str, sorted(known)))
             raise InvalidArgumentError(f"--class-labels {label}: there are images of class {there}")
     apart = max(1, len(known) // 3) if len(known) > MANY_CLASSES else 1
-    wanted = class_labels or known[::apart][:3]
+    wanted = given or known[::apart][:3]
     return [subject.labels.tolist().index(label) for label in wanted]
 
 

@@ -53,17 +53,27 @@ def checked_labels(pipe: Pipeline, labels: Any, name: str) -> Int[np.ndarray, " 
     if not (single or isinstance(given, (list, tuple, range)) or hasattr(given, "dtype")):
         raise refuse(name, "numbers or names of classes", labels)
     if not single and any(isinstance(label, str) for label in given):
-        # "tench" names the class "tench, Tinca tinca", too.
-        names = {
-            one.strip(): label
-            for label, several in enumerate(pipe.class_names)
-            for one in (several, *several.split(","))
-        }
-        given = [_label(label, names) if isinstance(label, str) else label for label in given]
+        given = label_numbers(given, pipe.class_names)
     given = np.atleast_1d(as_array(name, "numbers or names of classes", given))
     if given.size == 0:
         raise InvalidArgumentError(f"no {name} were given: leave the option out, or give one or more")
     return check_labels(given, len(given), cast(int, pipe.num_classes), name)
+
+
+def label_numbers(labels: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
+    """The labels with each name replaced by the number of its class.
+
+    Raises:
+        UnknownNameError: a name that is none of `class_names`.
+        InvalidArgumentError: a name where there are no `class_names`.
+    """
+    # "tench" names the class "tench, Tinca tinca", too.
+    names = {
+        one.strip(): label
+        for label, several in enumerate(class_names)
+        for one in (several, *several.split(","))
+    }
+    return [_label(label, names) if isinstance(label, str) else label for label in labels]
 
 
 def _label(name: str, labels_by_name: dict[str, int]) -> int:

@@ -23,7 +23,7 @@ def test_sample_draws_classes_from_a_folder_of_diffusers(capsys, folder, tmp_pat
 def test_a_folder_of_diffusers_is_shown_from_the_inside(capsys, folder, tmp_path):
     words = [
         "--class-labels",
-        207,
+        "beast 207",
         3,
         "--num-images",
         4,

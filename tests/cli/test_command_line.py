@@ -77,7 +77,7 @@ def test_help_answers_without_the_heavy_packages():
         (["sample", "RUN", "--seed", "1", "--seed=2"], ["--seed is given twice"]),
         (["sample", "RUN", "--seed", "1.5"], ["--seed must be a whole number, got '1.5'"]),
         (["sample", "RUN", "--eta", "big"], ["--eta must be a number, got 'big'"]),
-        (["inspect", "RUN", "--class-labels", "3", "cat"], ["one or more whole numbers, got 'cat'"]),
+        (["serve", "RUN", "--slots", "3", "cat"], ["one or more whole numbers, got 'cat'"]),
         (["sample", "RUN", "--strength", "nan"], ["--strength must be finite"]),
         (["sample", "RUN", "--output-dir", ""], ["--output-dir is empty"]),
         (["sample", "RUN", "--quiet=yes"], ["--quiet takes no value"]),

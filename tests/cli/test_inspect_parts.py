@@ -1,17 +1,20 @@
 """The parts of `jaxldm inspect` that choose and cut: no network is trained and none is called."""
 
+import json
 import types
 
 import numpy as np
 import pytest
 import tiny_models
 
+from jaxldm import pipelines
 from jaxldm.commands import inspect_checkpoints as checkpoints
 from jaxldm.commands import inspect_figures as figures
 from jaxldm.commands import inspect_sections as sections
 from jaxldm.commands import inspect_subject as subjects
-from jaxldm.commands.inspect import facts
+from jaxldm.commands.inspect import Inspect, facts
 from jaxldm.data import Dataset, shapes
+from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 
 def test_words_beyond_the_tokens_that_are_read_are_left_out():
@@ -36,6 +39,30 @@ def test_classes_are_as_many_as_colours_can_tell_apart(number, shown):
     assert sentence == (" Shown are 10 of 36 classes, so that colours can be told apart." * (shown < number))
     chosen = labels[subjects.chosen_rows(subject, ())].tolist()
     assert chosen == ([0, 12, 24] if number == 36 else [0, 1, 2])
+
+
+def test_classes_may_be_named(monkeypatch, tmp_path):
+    """As for `jaxldm sample`: by number, and by a name of the run's data or of the folder."""
+    names = ["bars", "rings, circles", "dots"]
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"class_names": names}}))
+    nothing = np.zeros((6, 1, 1, 1), np.float32)
+
+    def of_run(options, pipe):
+        return subjects.Subject(pipe, nothing, nothing, np.arange(6) // 2, tuple(names), {}, {}, "images")
+
+    monkeypatch.setattr(pipelines, "kind_of", lambda folder: "run")
+    monkeypatch.setattr(pipelines, "load", lambda folder, **options: tiny_models.latent_pipeline())
+    monkeypatch.setattr(subjects, "is_run_of_captions", lambda folder: False)
+    monkeypatch.setattr(subjects, "_of_run", of_run)
+    subject = subjects.load_subject(Inspect(folder=str(tmp_path)))
+    assert subjects.chosen_rows(subject, ("dots", "circles", "0")) == [4, 2, 0]
+    with pytest.raises(UnknownNameError, match="class 'crosses'"):
+        subjects.chosen_rows(subject, ("crosses",))
+    with pytest.raises(InvalidArgumentError, match="--class-labels 3: there are images of class 0, 1, 2"):
+        subjects.chosen_rows(subject, ("3",))
+    unnamed = subject._replace(pipe=tiny_models.latent_pipeline())
+    with pytest.raises(InvalidArgumentError, match="nobody named the classes of this model: give 'bars'"):
+        subjects.chosen_rows(unnamed, ("bars",))
 
 
 def test_the_name_of_a_layer_stays_beside_its_row():
