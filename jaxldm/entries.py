@@ -180,7 +180,7 @@ def known_names(given: Any, known: Iterable[str]) -> str:
 
 
 def _without_kind(name: str) -> str:
-    """The name of a class without what all classes of its kind end with, which makes strangers look alike."""
+    """The name of a class without the ending of its kind, which makes unrelated names look alike."""
     return re.sub(r"(?<=.)(Scheduler|Model|Pipeline)$", "", name)
 
 

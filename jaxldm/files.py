@@ -173,14 +173,14 @@ def folder_written_whole(
             _clear(leftover, folder, ours)
 
         remove_leftovers(folder.parent, folder.name, clear)
-        beside = _may_be_exchanged(folder, ours)
-        if not beside:
+        exchange = _may_be_exchanged(folder, ours)
+        if not exchange:
             remove_leftovers(folder, _INSIDE)
-        with _temporary_folder(folder if beside else folder / _INSIDE, clear) as partial:
+        with _temporary_folder(folder if exchange else folder / _INSIDE, clear) as partial:
             yield partial
             for path in (*partial.rglob("*"), partial):
                 _to_disk(path)
-            if not (beside and _put_in_place(partial, folder)):
+            if not (exchange and _put_in_place(partial, folder)):
                 _commit_in_place(partial, folder, ours)
 
 

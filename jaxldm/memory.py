@@ -38,7 +38,7 @@ def check_fits(needed: int, what: str, fix: str, device: Any = None) -> None:
 def check_computation(
     held: int, most: int, largest: Callable[[], int], device: Any, what: str, fix: str
 ) -> None:
-    """Refuses a computation whose largest array does not fit beside what is held.
+    """Refuses a computation whose largest array does not fit next to what is held.
 
     Args:
         held: bytes that lie on the device meanwhile, such as the weights'.

@@ -1,4 +1,4 @@
-"""Training steps of diffusion transformers beside the processor's own matrix peak: jaxldm and PyTorch.
+"""Training steps of diffusion transformers compared with the processor's own matrix peak: jaxldm and PyTorch.
 
 Question: what share of the float32 peak of matrix products does a training step reach on a processor, and is
           it as fast as that of the same model in PyTorch, eager and with torch.compile?

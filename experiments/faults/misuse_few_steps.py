@@ -61,7 +61,7 @@ TWO_SETS = {"samples": SET, "data": SET, "radii": (0.1,)}
 
 
 def teachers() -> list[Case]:
-    """Jumps, and what stands beside them."""
+    """Jumps, and related functions."""
     denoise = D.denoiser(halve, D.flow(FLOW))
     trajectory = np.zeros((3, 2, 4, 4, 1), np.float32)
     simulation = {"key": KEY, "generator": halve, "path": FLOW, "noise": IMAGES, "times": TIMES, "row": 1}

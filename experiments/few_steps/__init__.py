@@ -1,1 +1,1 @@
-"""Networks that draw in few steps: one teacher, one judge."""
+"""Networks that draw in few steps: one teacher, one classifier."""

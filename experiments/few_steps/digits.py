@@ -9,7 +9,7 @@ Needs:    a finished run folder (make demo), the `demo` extra; two CPU cores, no
 Students take the guidance scale as an input, 1 to 4, so that one of each method answers at w = 1 and w = 3;
 ect, shortcut and ict are guided as any model, at two evaluations a step, and drifting cannot be guided. Those
 without a teacher begin from nothing, and have five epochs here: their recipes have eighteen.
-Digits are measured by the run's classifier, and by a second judge of another kind, trained on other digits.
+Digits are measured by the run's classifier, and by a second one of another kind, trained on other digits.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def train_student(options: Digits, name: str) -> tuple[Path, float]:
 
 
 def bring_teachers_parts(run_dir: Path, folder: Path, recipe: training.Recipe) -> None:
-    """The teacher's autoencoder and classifier, so that all rows are of the same latents and judge."""
+    """The teacher's autoencoder and classifier, so that all rows are of the same latents and classifier."""
     from jaxldm.training.few_steps.teachers import copy_parts
     from jaxldm.training.runs import open_run
 
@@ -206,7 +206,7 @@ def main(options: Digits) -> None:
     check_demo(options.run_dir)
     dataset = load_dataset(options.run_dir)
     tools = Measured(dataset, load_classifier(options.run_dir), judge.second_judge(dataset))
-    print(f"second judge: {judge.known(tools.judge, dataset):.1%} of the real training digits")
+    print(f"second classifier: {judge.known(tools.judge, dataset):.1%} of the real training digits")
     results, common = Results(options.output_dir), {"teacher": weights_hash(options.run_dir)}
     common |= {"second judge": judge.TRAINED_ON}
     common |= {"num_images": options.num_images, "seed": options.seed, "quick": options.quick}
@@ -260,7 +260,7 @@ COLUMNS = (
     ("steps", "steps", "d"),
     ("evaluations", "evaluations", "d"),
     ("as requested", "accuracy", ".1%"),
-    ("by the second judge", "second judge", ".1%"),
+    ("by the second classifier", "second judge", ".1%"),
     ("distance, multiple of the floor", "distance", ".2f"),
     ("diversity", "diversity", ".2f"),
     ("training, s", "training seconds", ".0f"),

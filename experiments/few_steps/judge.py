@@ -1,7 +1,7 @@
-"""A second judge of digits: a support vector machine on directions of strokes, of digits of its own.
+"""A second classifier of digits: a support vector machine on directions of strokes, of digits of its own.
 
 It is trained on the validation and the test digits, each also shifted by a pixel; the run's classifier, a
-convolutional network, saw the training digits alone, which say how good the judge is. It sees histograms of
+convolutional network, saw the training digits alone, which say how good it is. It sees histograms of
 gradient directions in squares of 4 and of 7 pixels (after Dalal and Triggs 2005), not pixels.
 """
 
@@ -33,7 +33,7 @@ def second_judge(dataset: Dataset) -> Callable[[Any], Int[np.ndarray, " N"]]:
 
 
 def known(judge: Callable[[Any], Int[np.ndarray, " N"]], dataset: Dataset) -> float:
-    """The share of the real training digits, which a judge never saw, that it reads as what they are."""
+    """The share of the real training digits, which a classifier never saw, that it classifies correctly."""
     images, labels = dataset.arrays("train")
     return float(np.mean(judge(images) == labels))
 

@@ -7,10 +7,10 @@ Needs:    a finished run folder (make demo), the `demo` and `plots` extras; two 
           Minutes and what came out: README.md in this folder. A second call goes on where the first one
           stopped; --quick draws few digits in few steps, to see that everything runs.
 
-The verifier is log p(label | digit) of the run's classifier, which chooses; a second judge of another kind,
-trained on other digits, says how many are right. The difference between the two is what was gamed. "Good
-enough" is the verifier cut off at --enough: of candidates that are surely right the first one is taken, and
-not the one that looks most like its class.
+The verifier is log p(label | digit) of the run's classifier, which chooses; a second classifier of another
+kind, trained on other digits, says how many are right. The difference between the two is what was gamed.
+"Good enough" is the verifier cut off at --enough: of candidates that are surely right the first one is taken,
+and not the one that looks most like its class.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Draw digits by each search, and measure them by two judges."""
+    """Draw digits by each search, and measure them by two classifiers."""
 
     run_dir: Path = Path("runs/mini-ldm")
     """A finished run of the demo."""
@@ -342,7 +342,7 @@ COLUMNS = (
     ("method", "name", ""),
     ("evaluations", "evaluations", "d"),
     ("right, by the verifier", "accuracy", ".1%"),
-    ("right, by the second judge", "second judge", ".1%"),
+    ("right, by the second classifier", "second judge", ".1%"),
     ("distance, multiple of the floor", "distance", ".2f"),
     ("diversity of features", "diversity", ".2f"),
     ("of pixels", "pixel diversity", ".2f"),
@@ -351,7 +351,7 @@ COLUMNS = (
 
 
 def save(options: Search, rows: list[dict[str, Any]], shown: Mapping[str, Any]) -> None:
-    """The table so far, the digits, and the picture of both judges' trade-offs."""
+    """The table so far, the digits, and the picture of both classifiers' trade-offs."""
     body = [[format(row[key], form) for _, key, form in COLUMNS] for row in rows]
     text = markdown([title for title, _, _ in COLUMNS], body)
     title = f"More compute for a better digit: {options.num_images} digits each, {options.steps} steps"
@@ -369,7 +369,7 @@ def folders(options: Search) -> list[Path]:
 
 
 def plot(options: Search, rows: list[dict[str, Any]]) -> None:
-    """Right digits by the second judge against evaluations, and diversity against right digits."""
+    """Right digits by the second classifier against evaluations, and diversity against right digits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
@@ -381,8 +381,10 @@ def plot(options: Search, rows: list[dict[str, Any]]) -> None:
         judged = [100 * row["second judge"] for row in found]
         left.plot([row["evaluations"] for row in found], judged, **marks)
         right.plot(judged, [row["diversity"] for row in found], **marks)
-    left.set(xscale="log", xlabel="network evaluations for a digit", ylabel="right by the second judge, %")
-    right.set(xlabel="right by the second judge, %", ylabel="diversity of features, 1 is real")
+    left.set(
+        xscale="log", xlabel="network evaluations for a digit", ylabel="right by the second classifier, %"
+    )
+    right.set(xlabel="right by the second classifier, %", ylabel="diversity of features, 1 is real")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -399,7 +401,7 @@ def main(options: Search) -> None:
     results, common = Results(options.output_dir), {"weights": weights_hash(options.run_dir)}
     common |= {"second judge": judge.TRAINED_ON}
     common |= {name: getattr(options, name) for name in ("steps", "num_images", "seed", "enough")}
-    print(f"second judge: {judge.known(tools.judge, tools.dataset):.1%} of the real training digits")
+    print(f"second classifier: {judge.known(tools.judge, tools.dataset):.1%} of the real training digits")
     rows, shown = [], {}
     for name in options.methods:
         figures, arrays = results.row(

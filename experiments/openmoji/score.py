@@ -38,7 +38,7 @@ class Score:
     steps: int = 20
     """Of the sampler."""
     inception: Path | None = None
-    """A file of FID's weights, whose features then are the judge."""
+    """A file of FID's weights, whose features are then compared."""
     gallery: Path | None = None
     """A PNG file to write, of the last scale."""
 

@@ -50,7 +50,7 @@ async def ask(
         method, path: of the request.
         body: a JSON object, or bytes as they are.
         address: of the client, 127.0.0.1 to 127.255.255.254 (on Linux): each is a client of its own.
-        headers: beside those that a body needs.
+        headers: in addition to those that a body needs.
         timeout: seconds.
     """
     content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -175,7 +175,7 @@ def _original_spellings(component: str, module: str, bare: bool) -> Iterator[str
 
 
 def component_of(module: str) -> str:
-    """The component of a module by its name in the file: "unet", where it is the denoiser's or not told."""
+    """The component of a module by its name in the file: "unet", where it is the denoiser's or not named."""
     for component, prefixes in KOHYA.items():
         if module.startswith(prefixes):
             return component

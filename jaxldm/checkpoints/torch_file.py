@@ -3,7 +3,7 @@
 | form | content |
 |---|---|
 | zip (`torch.save` since 1.6) | `NAME/data.pkl` and one entry of raw numbers per storage |
-| TorchScript (`torch.jit.save`) | the same, of modules, beside their code, which is not looked at |
+| TorchScript (`torch.jit.save`) | the same, of modules, next to their code, which is not looked at |
 | stream (`torch.save` before 1.6) | five pickles in a row, then the storages |
 | pickle of NumPy arrays | nested dictionaries, as jax-fid has them |
 

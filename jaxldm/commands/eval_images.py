@@ -462,7 +462,7 @@ def distances(images: ImageSet, real: ImageSet, pairing: LoadedNetwork, options:
 
 
 def text_of(report: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
-    """The figures as a table, with the weights and the variant beside each, and the whole hashes below."""
+    """The figures as a table, with the weights and the variant next to each, and the whole hashes below."""
     from jaxldm.commands.terminal import table
 
     rows: list[tuple[str, ...]] = []

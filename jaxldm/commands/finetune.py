@@ -37,7 +37,7 @@ class Finetune(SeveralHosts):
                           --class-prompt keep what the model knows of its class; with --rank it is a LoRA
       textual-inversion   the embeddings of a new --word alone; the result is one file, for sample --embedding
 
-    Pictures are class folders for a model of classes, and have captions (a .txt beside each, metadata.jsonl,
+    Pictures are class folders for a model of classes, and have captions (a .txt next to each, metadata.jsonl,
     parquet or tar) for a model that draws from texts. All of them are trained on. Schedule, prediction,
     autoencoder and text encoders are those of the model.
     """

@@ -13,7 +13,7 @@ from jaxldm.errors import MissingDependencyError
 
 HEAT = "inferno"
 DPI = 110
-LINE = 22  # characters beside a row
+LINE = 22  # characters next to a row
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -58,7 +58,7 @@ def bare(axes: Any) -> None:
 
 
 def in_lines(layer: str) -> str:
-    """The name of a layer broken at its dots, so that it stands beside a row and not beside the next."""
+    """The name of a layer broken at its dots, so that it stands next to its row and not next to another."""
     lines = [""]
     for part in layer.split("."):
         if lines[-1] and len(lines[-1]) + len(part) >= LINE:

@@ -17,7 +17,7 @@ from jaxldm.errors import MissingDependencyError
 from jaxldm.metrics.page import Section, Shown
 
 MOST_LAYERS, MOST_HEADS, MOST_WORDS, MOST_PATCHES, MOST_CLASSES = 8, 6, 14, 800, 20
-FEW_CLASSES = 10  # of more than can be told apart by colour
+FEW_CLASSES = 10  # of more than colours can distinguish
 FEWEST_IMAGES = 4  # that t-SNE can lay out
 
 
@@ -278,7 +278,7 @@ def embedding_section(subject: Subject, options: Any) -> Section:
 
 
 def rows_of_few_classes(subject: Subject) -> list[int]:
-    """The images whose classes can be told apart by colour: of all classes, or of ten of them."""
+    """The images of as many classes as colours can distinguish: of all classes, or of ten of them."""
     known = np.unique(subject.labels)
     if len(known) > MOST_CLASSES:
         known = known[np.linspace(0, len(known) - 1, FEW_CLASSES).round().astype(int)]
@@ -288,7 +288,7 @@ def rows_of_few_classes(subject: Subject) -> list[int]:
 def classes_left_out(subject: Subject, rows: Sequence[int]) -> str:
     """A sentence where not all classes are shown."""
     shown, there = (len(np.unique(labels)) for labels in (subject.labels[np.asarray(rows)], subject.labels))
-    return f" Shown are {shown} of {there} classes, so that colours can be told apart." * (shown < there)
+    return f" Shown are {shown} of {there} classes, so that colours are distinct." * (shown < there)
 
 
 def tsne_function(seed: int) -> Any:

@@ -1,7 +1,7 @@
 """A person's own pictures as a dataset: class folders, pictures with captions, parquet files, tar shards.
 
     pictures/cats/1.jpg, pictures/dogs/2.png        a class for each subfolder
-    pictures/1.jpg, pictures/1.txt                  a caption beside each picture
+    pictures/1.jpg, pictures/1.txt                  a caption next to each picture
     pictures/1.jpg, pictures/metadata.jsonl         {"file_name": "1.jpg", "text": "a cat"} in each line
     pictures/*.parquet                              columns image and text (or caption) and label
     ..., "conditioning_image": "edges/1.png"}       an entry of a line or a column: what a ControlNet sees

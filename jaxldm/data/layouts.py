@@ -68,10 +68,10 @@ def _picture_files(root: Path, pictures: Sequence[Path]) -> list[Example]:
         inner = parts[1:] if split else parts
         entry = listed.get(path, _Line())
         caption, problem, control = entry.caption, None, None
-        beside = path.with_suffix(".txt")
-        if caption is None and beside.is_file():
+        text = path.with_suffix(".txt")
+        if caption is None and text.is_file():
             try:
-                caption = _text(read_bytes(beside, MAX_CAPTION_BYTES, "caption", DataError), beside)
+                caption = _text(read_bytes(text, MAX_CAPTION_BYTES, "caption", DataError), text)
             except DataError as error:
                 problem = str(error)
         if entry.control in present:

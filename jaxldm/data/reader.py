@@ -1,4 +1,4 @@
-"""Batches read ahead by Grain while the device computes, by threads or, where decoding is dear, by processes.
+"""Batches read ahead by Grain while the device computes, by threads or, where decoding is slow, by processes.
 
 The order comes from the key and the step alone and is drawn in this process; workers are given numbers of
 rows. So a batch is the same whatever the number of workers, any step can be the first, and a worker that was

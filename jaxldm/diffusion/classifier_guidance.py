@@ -28,7 +28,7 @@ def classifier_guidance(
 
     Their eps - sqrt(1 - abar) w grad, carried over to x_0. With the exact classifier, w = 1 turns the
     unconditional denoiser into the conditional one, and w gives that of p(x) p(c | x)^w. At pure noise (alpha
-    = 0) an image says nothing about its class, so no guidance is added there.
+    = 0) an image has no information about its class, so no guidance is added there.
 
     Args:
         denoise: unconditional or not; it must know its path.

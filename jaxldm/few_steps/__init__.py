@@ -5,7 +5,7 @@
     loss, metrics = few_steps.mean_flow_loss(u, x_0, epsilon, r, t, labels)
 
 Each is a function of given draws (data, noise, times), so that it is as deterministic as its formula; what
-draws the times stands beside it. Teachers are denoisers of `jaxldm.diffusion`.
+draws the times stands next to it. Teachers are denoisers of `jaxldm.diffusion`.
 """
 
 from jaxldm.few_steps.consistency import (

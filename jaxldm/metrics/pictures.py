@@ -88,7 +88,7 @@ def labelled_grid(
     scale: int = 1,
     font_size: int = 13,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns `image_grid` on white, with a title, a label above each column and one beside each row.
+    """Returns `image_grid` on white, with a title, a label above each column and one next to each row.
 
     The picture is as wide as its longest line, so no text is cut off.
 

@@ -138,7 +138,7 @@ class TimestepEmbedder(nn.Module):
     """Sinusoidal embedding, cosines first, then Linear, SiLU, Linear: t `[B]` -> `[B, hidden_size]`.
 
     Attributes:
-        begins_at_zero: the last layer starts at zero: for a scalar input beside t.
+        begins_at_zero: the last layer starts at zero: for a scalar input next to t.
     """
 
     config: DiTConfig

@@ -7,7 +7,7 @@
 
 Every block keeps the same numbers of heads and channels, each its own best ones: then a plain config says how
 large the network is, the blocks are still one scan, and what is pruned is read, trained and drawn with as any
-other network. Counts of each block's own would gain little where blocks are alike, and need all of that anew.
+other network. Counts of each block's own would gain little where blocks are alike, and need it all again.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from jaxldm.models.registry import class_name as class_of
 from jaxldm.models.registry import shapes as shapes_of
 from jaxldm.nn.block_stack import STACK
 from jaxldm.nn.quantized import (
-    KEPT,
+    KEPT_DTYPE,
     NF4,
     Quantization,
     Quantized,
@@ -158,7 +158,7 @@ def quantize(
         kind = kind_of(path, how)
         if kind is None:
             matrix = len(leaf.shape) - _stacked(path) >= 2
-            changed[path] = jnp.asarray(leaf).astype(KEPT) if matrix else leaf
+            changed[path] = jnp.asarray(leaf).astype(KEPT_DTYPE) if matrix else leaf
             continue
         peak = None
         if kind == "block" and how.smooth is not None and input_max is not None:

@@ -44,7 +44,7 @@ NF4 = (
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}  # of the codes
 BITS = tuple(LARGEST)
 MOST_PARTS = 4  # of the inputs, that are multiplied one by one
-KEPT = jnp.bfloat16  # dtype of the layers that keep 16 bits, and of the branch
+KEPT_DTYPE = jnp.bfloat16  # dtype of the layers that keep 16 bits, and of the branch
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest number: tried for int4's scales
 
 
@@ -195,7 +195,7 @@ def _int4(matrix: Float[Array, "rows out"], group_size: int) -> tuple[Array, Arr
 
     def rounded(share: float) -> tuple[Array, Array, Array]:
         # The smallest normal number of 16 bits, so that no scale is zero.
-        scales = jnp.maximum((widest * share).astype(KEPT), jnp.finfo(KEPT).tiny)
+        scales = jnp.maximum((widest * share).astype(KEPT_DTYPE), jnp.finfo(KEPT_DTYPE).tiny)
         wide = scales.astype(jnp.float32)
         codes = to_codes(groups / wide, "int4")
         error = jnp.sum((codes.astype(jnp.float32) * wide - groups) ** 2, axis=1, keepdims=True)
@@ -255,7 +255,7 @@ def quantize_kernel(
         first, second = low_rank(kernel.reshape(-1, out), rank)
         first = first.reshape(*kernel.shape[:-1], rank)
         down = first if smooth is None else first * _of_rows(smooth, first.ndim)
-        down, up = down.astype(KEPT), second.astype(KEPT)
+        down, up = down.astype(KEPT_DTYPE), second.astype(KEPT_DTYPE)
         # What 16 bits round away of the branch is in the rest, too.
         own = jnp.matmul(down.astype(jnp.float32), up.astype(jnp.float32))
         kernel = kernel - (own if smooth is None else own / _of_rows(smooth, own.ndim))
@@ -325,7 +325,7 @@ def _spans(parts: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def with_factors(kernel: Quantized, down: Array, up: Array) -> Quantized:
-    """A quantised kernel plus down @ up, `[*window, in, r]` and `[r, out]`: a LoRA, beside the branch.
+    """A quantised kernel plus down @ up, `[*window, in, r]` and `[r, out]`: a LoRA, next to the branch.
 
     Both may have the leading axis of a stack. A window of up, all ones, is dropped.
     """

@@ -115,10 +115,9 @@ def _encoder(pipe: Pipeline, path: Path, given: Any) -> Network | None:
     if given is None:
         if pipe.image_adapters:
             return pipe.image_adapters[-1].encoder
-        beside = path.parent / "image_encoder"
-        if not beside.is_dir():
+        given = path.parent / "image_encoder"
+        if not given.is_dir():
             return None
-        given = beside
     if isinstance(given, tuple):
         return Network(*given)
     check_one_network(given, "an image encoder", "image_encoder")

@@ -3,8 +3,8 @@ that says so.
 
 uvicorn waits for ever for the rest of a request's head, for the rest of a body that was answered before it
 came, and for clients that do not read: a thousand such connections would be all that it lets in. And on
-SIGTERM it closes its door at once; here those who come while accepted requests are finished are told in
-words, with 503.
+SIGTERM it closes its door at once; here those who come while accepted requests are finished get 503 and a
+sentence that says why.
 """
 
 from __future__ import annotations

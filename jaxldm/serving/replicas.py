@@ -173,7 +173,7 @@ class Replicas:
         return asyncio.run_coroutine_threadsafe(_awaited(self._calls.loaded()), self._loop).result()
 
     def start(self, tell: Callable[[Report], None]) -> None:
-        """Has the reports told from now on."""
+        """Passes the reports to `tell` from now on."""
         self._tell = tell
         self._loop.call_soon_threadsafe(self._do, "", self._beats())
 
@@ -244,7 +244,7 @@ class Replicas:
         for attempt in range(MAX_KILLS + 1):
             try:
                 return await call()
-            except Exception as error:  # told to the client, whatever it is
+            except Exception as error:  # passed on to the client, whatever it is
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 if not (isinstance(error, ReplicaBroken) or self._calls.is_lost(error)):
                     LOG.error("a request failed", exc_info=error)

@@ -30,7 +30,7 @@ from jaxldm.training.state import Params
 from jaxldm.training.step import LossFunction, Player
 
 AUTOENCODER, CODEBOOK, DISCRIMINATOR = "autoencoder", "codebook", "discriminator"
-LOG_VARIANCE = "log_variance"  # a trained one, beside the network's parameters
+LOG_VARIANCE = "log_variance"  # a trained one, next to the network's parameters
 PERCEPTUAL = "perceptual"  # the frozen parameters of a perceptual distance
 LEAST_LOG_VARIANCE = -30.0  # that posteriors can have
 _EQUIVARIANCE_KEY = 1  # folded into the key of a loss

@@ -28,14 +28,14 @@ from jaxldm.training.frozen_features import FrozenFeatures
 from jaxldm.training.recipes import AlignmentRecipe, DiffusionRecipe
 from jaxldm.training.state import Params
 
-LOG_VARIANCE, PROJECTOR = "log_variance", "projector"  # trained beside the network
+LOG_VARIANCE, PROJECTOR = "log_variance", "projector"  # trained next to the network
 FEATURES = "features"  # the frozen parameters of an encoder
 
 
 def new_params(
     recipe: DiffusionRecipe, module: nn.Module, key: PRNGKeyArray, features: FrozenFeatures | None = None
 ) -> Params:
-    """Parameters of the network, and of what is trained beside it."""
+    """Parameters of the network, and of what is trained next to it."""
     own = recipe.dynamic
     params = dict(models.init(module, key) if own is None else begin_dynamic(own, module, key))
     if recipe.learn_log_variance:

@@ -66,7 +66,7 @@ class PriorRecipe(NamedFields):
         prompt: of the class, "a photo of a dog".
         images: folder of such pictures; None: the model itself draws them before it is trained.
         number: of these.
-        weight: of their loss, beside that of the subject's.
+        weight: of their loss, compared with that of the subject's.
     """
 
     prompt: str
@@ -139,7 +139,7 @@ CONTROL_IMAGES = ("folder", "edges")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlRecipe(NamedFields):
-    """A ControlNet beside the network, which stays as it is: Zhang et al. 2023, arXiv:2302.05543.
+    """A ControlNet next to the network, which stays as it is: Zhang et al. 2023, arXiv:2302.05543.
 
     Attributes:
         images: what it sees: "folder", the condition picture that the folder names for each picture (see

@@ -66,8 +66,8 @@ def finetune_recipe(
         data: folder of pictures (see `jaxldm.data.load_folder`), all of which are trained on, or a TFDS name.
         method: "lora": an adapter of low rank, which becomes one file; "full": all parameters of the network;
             "freeze": those that no pattern of `freeze` names; "dreambooth": one subject, whose pictures have
-            the caption `instance_prompt`, beside pictures of its class; "textual-inversion": the embeddings
-            of a new word alone, which become a file; "controlnet": a ControlNet beside the network, which
+            the caption `instance_prompt`, next to pictures of its class; "textual-inversion": the embeddings
+            of a new word alone, which become a file; "controlnet": a ControlNet next to the network, which
             becomes a folder. What is no file and no such folder is a model of its own.
         image_size: side to which the central square of each picture is scaled; None: the model's own.
         seed: of every random number.
@@ -204,7 +204,7 @@ def check(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> None:
     if texts is None:
         raise DataError(
             f"{own.source} draws from texts, and the pictures of {dataset.name} have no captions: put a .txt "
-            "file beside each, or a metadata.jsonl into the folder"
+            "file next to each, or a metadata.jsonl into the folder"
             + (", or give one caption for all (--caption)" if own.control is not None else "")
         )
     check_captions(pipe, texts if own.prior is None else [*texts, own.prior.prompt])

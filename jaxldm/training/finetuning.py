@@ -1,4 +1,4 @@
-"""Fine-tuning: the denoising network of a finished model on further pictures, or what stands beside it."""
+"""Fine-tuning: the denoising network of a finished model on further pictures, or what stands next to it."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def tuned_word(recipe: WordRecipe, pipe: Pipeline) -> Tuned:
 
 
 def tuned_control(recipe: FinetuneRecipe, pipe: Pipeline) -> Tuned:
-    """A ControlNet beside the network: a copy of its down blocks, whose outputs are zero at first."""
+    """A ControlNet next to the network: a copy of its down blocks, whose outputs are zero at first."""
     config = controlnet_config(pipe, recipe.source)
     unet, computed = (models.from_config(recipe.computing(each)) for each in (pipe.denoiser.config, config))
     control = models.from_config(config)

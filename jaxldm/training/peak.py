@@ -1,4 +1,4 @@
-"""How near a training step is to what its devices can do: its matrix products beside their peak."""
+"""How near a training step is to what its devices can do: its matrix products compared with their peak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the class of a subject beside its own: DreamBooth, Ruiz et al. 2022, section 3.3."""
+"""Pictures of the class of a subject next to its own: DreamBooth, Ruiz et al. 2022, section 3.3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AT_ONCE = 8  # that are drawn between two lines of the log
 
 @dataclasses.dataclass(frozen=True)
 class PairedRows:
-    """Each example beside one of others, whose columns begin with "prior_"; the fewer are repeated."""
+    """Each example next to one of others, whose columns begin with "prior_"; the fewer are repeated."""
 
     own: Rows
     others: Rows

@@ -102,7 +102,7 @@ def check_recipe(recipe: Recipe, dataset: data.Dataset, mesh: Mesh) -> None:
     if recipe.text is not None and dataset.captions("train", 1) is None:
         raise DataError(
             f"the recipe {recipe.name} is trained on captions, and {dataset.name} has none: put a .txt file "
-            "beside each picture, or take a recipe of classes such as mini-ldm"
+            "next to each picture, or take a recipe of classes such as mini-ldm"
         )
     for stage in stages_of(recipe):
         task = task_of(recipe, stage)

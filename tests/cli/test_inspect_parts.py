@@ -36,7 +36,7 @@ def test_classes_are_as_many_as_colours_can_tell_apart(number, shown):
     rows = sections.rows_of_few_classes(subject)
     assert len(set(labels[rows])) == shown and len(rows) == 2 * shown
     sentence = sections.classes_left_out(subject, rows)
-    assert sentence == (" Shown are 10 of 36 classes, so that colours can be told apart." * (shown < number))
+    assert sentence == (" Shown are 10 of 36 classes, so that colours are distinct." * (shown < number))
     chosen = labels[subjects.chosen_rows(subject, ())].tolist()
     assert chosen == ([0, 12, 24] if number == 36 else [0, 1, 2])
 

@@ -163,7 +163,7 @@ def test_folders_that_are_no_teachers_are_refused(teacher, tmp_path):
     scheduler = tmp_path / "zero" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(schedulers.to_config(D.v(ends)) | {"prediction_type": "epsilon"}))
     for method in ("progressive", "cd"):
-        with pytest.raises(InvalidArgumentError, match="says nothing of the image at the noisy end"):
+        with pytest.raises(InvalidArgumentError, match="leaves the image undefined at the noisy end"):
             distill_recipe(tmp_path / "weak", method, dataset="mnist5k")
         with pytest.raises(CheckpointError, match="zero terminal SNR"):
             distill_recipe(tmp_path / "zero", method, dataset="mnist5k")

@@ -358,7 +358,7 @@ def test_pairs_of_easy_tuning_stay_apart_in_float32():
 def test_teachers_that_a_method_cannot_take_are_refused():
     weak, path = D.epsilon(D.VP.named("cosine")), D.VP.named("linear")
     for name in ("progressive", "lcm", "cd", "ect", "scm", "reflow", "dmd"):
-        with pytest.raises(InvalidArgumentError, match="says nothing of the image at the noisy end"):
+        with pytest.raises(InvalidArgumentError, match="leaves the image undefined at the noisy end"):
             checked_by(name, weak)
         checked_by(name, D.epsilon(path))
     checked_by("guidance", weak)

@@ -34,7 +34,7 @@ from jaxldm.reading import reading
 FAMILIES = {
     family.name: family for family in (SD1, SD2, SDXL, SDXL_REFINER, SD3, FLUX2, FLUX, Z_IMAGE, QWEN_IMAGE)
 }
-# What files hold beside the components: noise schedules, averages of weights, training losses, buffers.
+# What files hold besides components: noise schedules, averages of weights, training losses, buffers.
 _TRAINING_LEFTOVERS = (
     r"(model_ema|first_stage_model\.(loss|model_ema)|denoiser)\..*"
     r"|betas|alphas_cumprod(_prev)?|(sqrt|log)_.*|posterior_.*|lvlb_weights|logvar|scale_factor"

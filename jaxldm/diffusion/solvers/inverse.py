@@ -23,7 +23,7 @@ def ddim_inverse(iterations: int = 5) -> Solver:
 
     iterated from x_t = x_s. One iteration is DDIM inversion as published (Song et al. 2021, section 4.3;
     Mokady et al. 2023), of first order; more converge to the exact inverse (Pan et al. 2023), where drawing
-    from the noise gives the image back. At pure noise, where x says nothing of eps, x_0 is in the place of
+    from the noise gives the image back. At pure noise, where x leaves eps undefined, x_0 is in the place of
     eps. Every iteration is an evaluation.
 
         rising = D.Grid(*(column[::-1] for column in grid[:3]))

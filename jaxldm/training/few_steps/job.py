@@ -263,7 +263,7 @@ def class_table(rows: Rows, per_class: int, num_classes: int) -> Float[np.ndarra
 
 
 def prepare(context: Context) -> Job:
-    """The student of a run: it begins as its teacher, which is frozen beside it."""
+    """The student of a run: it begins as its teacher, which is frozen next to it."""
     recipe, folder = denoiser_recipe(context.recipe), context.run.stage(STAGE)
     few, few_steps = few_recipe(recipe), few_steps_of(recipe)
     method: Method = METHODS[few.method]

@@ -25,7 +25,7 @@ TEACHER, TABLE = "teacher", "table"  # in `state.frozen`
 # What a number of a method may be. Means and widths of the logarithm of times are in float32's range of exp.
 A_MEAN, A_WIDTH, A_DISTANCE = number(-20, 20), number(above=0, high=20), number(0)
 A_COUNT = count(1)
-LEAST_SIGNAL = 1e-3  # alpha at the noisy end, below which epsilon says nothing of x_0
+LEAST_SIGNAL = 1e-3  # alpha at the noisy end, below which epsilon leaves x_0 undefined
 
 
 class Setting(NamedTuple):
@@ -177,12 +177,12 @@ class Method(NamedTuple):
 
 
 def check_says_x0(prediction: D.Prediction, *others: Any) -> None:
-    """Refuse a teacher whose output says nothing of x_0 at the noisy end, where a student begins."""
+    """Refuse a teacher whose output leaves x_0 undefined at the noisy end, where a student begins."""
     path = prediction.path
     alpha = float(path.alpha(path.t_noisy))
     if prediction.name == "epsilon" and alpha < LEAST_SIGNAL:
         raise InvalidArgumentError(
-            f"a teacher that predicts epsilon says nothing of the image at the noisy end of its path, where "
+            f"a teacher that predicts epsilon leaves the image undefined at the noisy end of its path, where "
             f"the signal is {alpha:.2g}, and a student begins there: take a teacher that predicts v"
         )
 

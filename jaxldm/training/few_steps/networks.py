@@ -118,7 +118,7 @@ def of_adapter(loss: LossFunction, lora: LoraRecipe) -> LossFunction:
 
 
 def save_adapter(run: RunFolder, lora: LoraRecipe, module: nn.Module, params: Params) -> None:
-    """The adapter as a file of its own, for whoever has the teacher, beside the whole student."""
+    """The adapter as a file of its own, for whoever has the teacher, next to the whole student."""
     name = "unet" if models.class_name(cast(Any, module).config).startswith("UNet") else "transformer"
     checkpoints.save_lora(run.path / LORA_FILE, {name: params}, lora.scale, lora.names)
 

@@ -34,7 +34,7 @@ def rounds_of(num_steps: int | None, numbers: Mapping[str, Any]) -> int:
 
 
 def check(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str, Any]) -> None:
-    """Refuse steps that do not come out by halving, and a teacher that says nothing of x_0."""
+    """Refuse steps that do not come out by halving, and a teacher whose x_0 is undefined."""
     check_says_x0(prediction)
     start, end = numbers["start_steps"], cast(int, num_steps)
     halved = [start >> k for k in range(1, start.bit_length()) if start % (1 << k) == 0]

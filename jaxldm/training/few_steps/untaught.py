@@ -148,7 +148,7 @@ def make_ict_loss(setting: Setting) -> LossFunction:
 
 
 def check_one_step(prediction: D.Prediction, num_steps: int | None, numbers: Mapping[str, Any]) -> None:
-    """Refuse more than one step, and a network that says nothing of x_0 at pure noise."""
+    """Refuse more than one step, and a network whose x_0 is undefined at pure noise."""
     check_says_x0(prediction)
     if num_steps != 1:
         raise InvalidArgumentError(
