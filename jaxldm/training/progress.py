@@ -81,15 +81,16 @@ class Progress:
         self._pending: deque[tuple[int, Mapping[str, Any], float, int]] = deque()
         self._epoch_rows: list[list[float]] = []  # loss, gradient norm and learning rate of its updates
         self._epoch_skipped = 0
-        self._epoch_waiting, self._epoch_examples = 0.0, 0
+        # Seconds of waiting so far, and before those of the epoch that have speeds
+        self._waited, self._waited_before, self._epoch_examples = 0.0, 0.0, 0
         self.skipped_in_a_row = 0  # the newest of the updates whose numbers are known
         self.newest_skipped: tuple[int, dict[str, np.ndarray]] | None = None
         self._started, self._flushed = time.perf_counter() - seconds, time.perf_counter()
         self._epoch_started = self._timed_from = time.perf_counter()
         self._epoch_timed = 0  # its updates since `_timed_from`: all but the first of this process
-        # (when it was done, waiting, examples) of the last updates, behind the moment before them
+        # (when it was done, waiting so far, examples) of the last updates, behind the moment before them
         self._recent: deque[tuple[float, float, int]] = deque()
-        self._recent_waiting, self._recent_examples = 0.0, 0
+        self._recent_examples = 0
         # disable=None: no bar where the output is a file and not a screen
         self._bar = tqdm(
             total=num_steps,
@@ -116,6 +117,7 @@ class Progress:
         """
         for value in metrics.values():
             value.copy_to_host_async()
+        self._waited += waiting
         self._pending.append((step, metrics, waiting, examples))
         early = jax.process_count() == 1  # several must see a divergence at the same update
         while self._pending and (
@@ -155,7 +157,6 @@ class Progress:
         )
         if not is_first:
             self._epoch_timed += 1
-            self._epoch_waiting += waiting
             self._epoch_examples += examples
         skipped = self._is_skipped(step, metrics)
         if self.diverged is not None:
@@ -174,24 +175,27 @@ class Progress:
 
     def _first_clocks(self, now: float, waiting: float) -> dict[str, np.float32]:
         """Those of the first update, without speeds: most of its time was compilation."""
-        self._timed_from = now
-        self._recent.append((now, 0.0, 0))
+        self._timed_from, self._waited_before = now, self._waited
+        self._recent.append((now, self._waited, 0))
         unknown = {name: np.float32(np.nan) for name in SPEEDS}
         return {"waiting": np.float32(waiting), **unknown}
 
     def _clocks(self, now: float, waiting: float, examples: int) -> dict[str, np.float32]:
-        """How an update spent its time; speeds are of the last `_SPAN` or longer: numbers come in at once."""
-        self._recent.append((now, waiting, examples))
-        self._recent_waiting += waiting
+        """How an update spent its time; speeds are of the last `_SPAN` or longer: numbers come in at once.
+
+        The share of waiting is of all that was waited in that time, for whichever updates: the batch of an
+        update that ended in it may have been waited for before.
+        """
+        self._recent.append((now, self._waited, examples))
         self._recent_examples += examples
         while len(self._recent) > 2 and now - self._recent[1][0] >= _SPAN:
             self._recent.popleft()
-            self._recent_waiting -= self._recent[0][1]
             self._recent_examples -= self._recent[0][2]
         seconds = max(now - self._recent[0][0], 1e-9)
+        share = min((self._waited - self._recent[0][1]) / seconds, 1.0)
         return {
             "waiting": np.float32(waiting),
-            "waiting_share": np.float32(np.clip(self._recent_waiting / seconds, 0.0, 1.0)),
+            "waiting_share": np.float32(share),
             "of_peak": self._of_peak(len(self._recent) - 1, seconds),
             "examples_per_second": np.float32(self._recent_examples / seconds),
         }
@@ -230,7 +234,8 @@ class Progress:
         if not self._epoch_timed:
             return whole
         seconds = max(now - max(self._timed_from, self._epoch_started), 1e-9)
-        waiting = min(self._epoch_waiting / seconds, 1.0)  # that for the next updates may be in it
+        # All of these seconds, for whichever updates
+        waiting = min((self._waited - self._waited_before) / seconds, 1.0)
         of_peak = float(self._of_peak(self._epoch_timed, seconds))
         peak = "" if np.isnan(of_peak) else f", {share_of_peak(of_peak)} of the matrix peak"
         rate = rate_in_words(self._epoch_examples / seconds)
@@ -246,5 +251,5 @@ class Progress:
         )
         self._epoch_rows.clear()
         self._epoch_timed = self._epoch_skipped = 0
-        self._epoch_waiting, self._epoch_examples = 0.0, 0
+        self._waited_before, self._epoch_examples = self._waited, 0
         self._epoch_started = now

@@ -1,3 +1,6 @@
+import itertools
+import re
+
 import numpy as np
 import pytest
 
@@ -79,7 +82,51 @@ def test_the_line_of_an_epoch_has_the_speed_and_the_share_of_waiting(tmp_path, m
     np.testing.assert_array_equal(log["waiting"], [0.5] * 8)
     np.testing.assert_array_equal(log["examples"], [16] * 8)
     np.testing.assert_allclose(log["examples_per_second"], [np.nan] + [8] * 7, rtol=1e-6)
+    np.testing.assert_allclose(log["waiting_share"], [np.nan] + [0.25] * 7, rtol=1e-6)
     np.testing.assert_allclose(log["of_peak"], [np.nan] * 4 + [0.4] * 4, rtol=1e-6)
+
+
+class OnClock(OnDevice):
+    """A number that is there at a time: asking for it sooner takes until then."""
+
+    def __init__(self, value, now, ready):
+        super().__init__(value, [])
+        self.now, self.ready = now, ready
+
+    def is_ready(self):
+        return self.now[0] >= self.ready
+
+    def __array__(self, *args, **kwargs):
+        self.now[0] = max(self.now[0], self.ready)
+        return super().__array__(*args, **kwargs)
+
+
+@pytest.mark.unchecked
+def test_the_share_of_waiting_is_of_the_seconds_of_the_line(tmp_path, monkeypatch):
+    """Three updates of a second in an epoch, whose first batch takes four, the others a quarter.
+
+    The numbers of an epoch's last update come in behind the wait for the next one's batch, and at the end of
+    the training at once.
+    """
+    lines, waits, now = [], [], [100.0]
+    monkeypatch.setattr("jaxldm.training.progress.time.perf_counter", lambda: now[0])
+    counts = {"start": 0, "num_steps": 12, "steps_per_epoch": 3, "seconds": 0.0}
+    log = lambda line: lines.append((now[0], int(re.search(r"(\d+)% waiting", line)[1])))  # noqa: E731
+    progress = Progress(CsvLog(tmp_path / "log.csv"), name="x", **counts, log=log, bar=False)
+    free = now[0]  # when the device has nothing more to do
+    for step in range(1, 13):
+        began, idle = now[0], progress.idle()
+        now[0] += 4.0 if step % 3 == 1 else 0.25
+        waiting = now[0] - began if idle or progress.idle() else 0.0
+        waits += [(began, now[0])] if waiting else []
+        free = max(free, now[0]) + 1.0
+        names = ("loss", "grad_norm", "learning_rate")
+        progress.push(step, {name: OnClock(1.0, now, free) for name in names}, waiting=waiting, examples=16)
+    progress.drain()
+    assert len(lines) == 4
+    for (start, _), (end, share) in itertools.pairwise(lines):
+        waited = sum(max(min(end, last) - max(start, begin), 0.0) for begin, last in waits)
+        assert share == pytest.approx(100 * waited / (end - start), abs=0.51)
 
 
 @pytest.mark.unchecked
