@@ -274,6 +274,7 @@ def figures_of_networks() -> list[Case]:
                 "labels": np.arange(4) % 2,
                 "classify": metrics.classifier_function(network.module, network.params),
                 "dataset": labelled_images(),
+                "progress": accept,
             },
             words=dict.fromkeys(
                 ("images", "labels", "classify", "dataset"), "split|dataset|images|labels|classify"

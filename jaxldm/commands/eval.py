@@ -148,14 +148,15 @@ class Eval:
         grids = {}
         sections, warnings = [], dict[str, None]()
         if pipe.autoencoder is not None:
-            figures["reconstruction"], text = measure_reconstruction(pipe, dataset)
+            figures["reconstruction"], text = measure_reconstruction(pipe, dataset, self.quiet)
             sections.append(text)
         for scale in scales:
             began = time.perf_counter()
             images, labels = self.draw(pipe, scale)
             if not self.quiet:
                 print(f"guidance scale {scale:g}: drawn in {time.perf_counter() - began:.0f} s", flush=True)
-            report = metrics.evaluate(images, labels, classify, dataset)
+            with progress_bar(None, "measuring", self.quiet, "image") as progress:
+                report = metrics.evaluate(images, labels, classify, dataset, progress=progress)
             figures[f"guidance_scale {scale:g}"] = report.to_dict()
             sections.append(f"guidance scale {scale:g}\n\n{report.to_markdown(warnings=False)}")
             warnings |= dict.fromkeys(report.warnings())
@@ -304,7 +305,7 @@ def default_scales(pipe: Any) -> tuple[float, ...]:
     return (1.0, 3.0) if pipe.has_null_class else (1.0,)
 
 
-def measure_reconstruction(pipe: Any, dataset: Any) -> tuple[dict[str, float], str]:
+def measure_reconstruction(pipe: Any, dataset: Any, quiet: bool = False) -> tuple[dict[str, float], str]:
     """The reconstruction error of the autoencoder on real test images, as data and as a line."""
     import jax
     import numpy as np
@@ -313,7 +314,7 @@ def measure_reconstruction(pipe: Any, dataset: Any) -> tuple[dict[str, float], s
     from jaxldm.data.batches import map_batches
     from jaxldm.metrics.scores import with_psnr
 
-    rows = dataset.rows("test")
+    rows, at_once = dataset.rows("test"), 250
     module, params = pipe.autoencoder.module, pipe.autoencoder.params
 
     @jax.jit
@@ -324,8 +325,10 @@ def measure_reconstruction(pipe: Any, dataset: Any) -> tuple[dict[str, float], s
     def errors(batch: Any) -> Any:
         """Mean squared error of each image of a batch: no more images are in memory."""
         differences = np.asarray(reconstruct(params, batch), np.float64) - batch
+        progress(None, None)
         return np.mean(differences**2, axis=(1, 2, 3))
 
-    figures = with_psnr(float(np.mean(map_batches(errors, rows, 250))))._asdict()
+    with progress_bar(-(-len(rows) // at_once), "reconstructing", quiet) as progress:
+        figures = with_psnr(float(np.mean(map_batches(errors, rows, at_once))))._asdict()
     words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
     return figures, f"the autoencoder on {len(rows)} real test images: {words}"

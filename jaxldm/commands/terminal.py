@@ -25,19 +25,27 @@ def check_seed(seed: int) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, name: str, quiet: bool = False) -> Iterator[Callable[[Any, Any], None]]:
+def progress_bar(
+    total: int | None, name: str, quiet: bool = False, unit: str = "step"
+) -> Iterator[Callable[[Any, Any], None]]:
     """Yields the `progress` of a pipeline's call, which draws a bar on stderr where that is a terminal.
 
     Args:
-        total: number of calls.
+        total: number of calls; None: each call says how many units of all are done.
         name: in front of the bar.
         quiet: draw nothing.
+        unit: what is counted.
     """
     from tqdm import tqdm
 
     # disable=None: no bar where stderr is a file and not a terminal
     disable = True if quiet else None
-    with tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, leave=False, disable=disable) as bar:
+    with tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, leave=False, disable=disable) as bar:
+        if total is None:
+            from jaxldm import diffusion as D
+
+            yield D.bar_progress(bar)
+            return
 
         def progress(done: Any, steps: Any) -> None:
             bar.update()

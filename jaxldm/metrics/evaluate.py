@@ -9,14 +9,20 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxldm.arguments import a_params, array, checked, count, function, instance, refuse
+from jaxldm.arguments import a_params, array, checked, count, function, instance, optional, refuse
 from jaxldm.data.batches import map_batches
 from jaxldm.data.dataset import Dataset
 from jaxldm.data.images import check_images, check_labels
 from jaxldm.errors import DataError, InvalidArgumentError, shown
 from jaxldm.metrics.frechet import frechet_distance
 from jaxldm.metrics.health import Finding
-from jaxldm.metrics.real_images import blocks, classified, nearest_in_split, pixel_diversities
+from jaxldm.metrics.real_images import (
+    Progress,
+    classified,
+    nearest_in_split,
+    nearest_of_split,
+    pixel_diversities,
+)
 from jaxldm.metrics.scores import accuracy, class_diversities, inception_score
 from jaxldm.pixels import in_unit_range
 
@@ -147,9 +153,15 @@ def classifier_function(module: Any, params: Any, batch_size: int = 256) -> Clas
 @checked(
     classify=function("images -> (features, logits)"),
     dataset=instance(Dataset, "a dataset from data.load(name)"),
+    progress=optional(function("(images done, images in all)")),
 )
 def evaluate(
-    images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], classify: Classify, dataset: Dataset
+    images: Float[np.ndarray, "N H W C"],
+    labels: Int[np.ndarray, "N"],
+    classify: Classify,
+    dataset: Dataset,
+    *,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> Report:
     """Return the figures of generated images, each next to that of real images never trained on.
 
@@ -162,20 +174,22 @@ def evaluate(
         labels: the requested class of each.
         classify: see `classifier_function`.
         dataset: real images with splits train, validation and test.
+        progress: called with (done, total) as images are classified or compared with: `D.bar_progress(bar)`.
 
     Raises:
         DataError: images or labels are wrong, or a generated class has fewer than two real images.
     """
     images = check_images(images, dataset.image_shape, "generated images")
     labels = check_labels(labels, len(images), dataset.num_classes)
-    classify = _answering(classify)
-    test = classified(classify, dataset, "test")
+    classify, done = _answering(classify), _counter(progress, len(images), dataset)
+    test = classified(classify, dataset, "test", progress=done)
     classifier_accuracy = accuracy(test.logits, test.labels)
     same = np.flatnonzero(np.isin(test.labels, labels))  # the rows of the test images that are compared
     test = test.of(same)
-    validation = classified(classify, dataset, "validation")
+    validation = classified(classify, dataset, "validation", progress=done)
     validation = validation.of(np.isin(validation.labels, labels))
     features, logits = classify(images)
+    done(len(images))
 
     num_real = min(len(test.labels), len(validation.labels))
     number = min(len(images), num_real)
@@ -183,9 +197,8 @@ def evaluate(
         raise DataError(f"{dataset.name} has fewer than two real images of the generated classes")
     chosen, test_chosen = stratified_subset(labels, number), stratified_subset(test.labels, number)
     validation_chosen = stratified_subset(validation.labels, number)
-    nearest = nearest_in_split(images, dataset, "train")
-    compared = blocks(dataset.rows("test"), same, dataset.image_shape)
-    real_nearest = np.concatenate([nearest_in_split(some, dataset, "train") for some in compared])
+    nearest = nearest_in_split(images, dataset, "train", done)
+    real_nearest = nearest_of_split(dataset, "test", same, "train", done)
     pixels = pixel_diversities(dataset, "test", same, test.labels)
     return Report(
         dataset=dataset.name,
@@ -204,6 +217,20 @@ def evaluate(
         near_copies=float(np.mean(nearest < np.quantile(real_nearest, 0.01))),
         findings=tuple(_warnings(labels, test.labels, number, features.shape[1], classifier_accuracy)),
     )
+
+
+def _counter(progress: Callable[[int, int], Any] | None, number: int, dataset: Dataset) -> Progress:
+    """What adds up the images that are done, of all that an evaluation of so many images looks at."""
+    test, validation, train = (len(dataset.rows(split)) for split in ("test", "validation", "train"))
+    done, total = 0.0, test + validation + number + 2 * train
+
+    def count(more: float) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(min(round(done), total), total)
+
+    return count
 
 
 def _answering(classify: Classify) -> Classify:

@@ -14,6 +14,9 @@ from jaxldm.metrics.scores import nearest_neighbour_distances, sum_of_distances
 
 AT_ONCE = 256  # images that are classified together
 MAX_BYTES = 2**28  # of a block of images as float64, as distances are computed
+MAX_COMPARED = 8192  # images of a split that others are compared with at once
+
+Progress = Callable[[float], None]  # takes how many images more are done
 
 
 class Answers(NamedTuple):
@@ -29,7 +32,11 @@ class Answers(NamedTuple):
 
 
 def classified(
-    classify: Callable[[Any], tuple[Any, Any]], dataset: Dataset, split: str, most: int | None = None
+    classify: Callable[[Any], tuple[Any, Any]],
+    dataset: Dataset,
+    split: str,
+    most: int | None = None,
+    progress: Progress = lambda number: None,
 ) -> Answers:
     """The answers for the first `most` images of a split (None: all), which are read batch by batch.
 
@@ -41,28 +48,55 @@ def classified(
     if not number:
         raise DataError(f"{dataset.name} has no images in the split {split}")
     view = RowsView(rows, number, {"image": "image", "label": "label"})
+    left = iter(range(number, 0, -AT_ONCE))
 
     def answers(columns: Any) -> tuple[Any, ...]:
-        return (*classify(columns["image"]), columns["label"])
+        found = (*classify(columns["image"]), columns["label"])
+        progress(min(next(left), AT_ONCE))  # the last batch is filled up
+        return found
 
     features, logits, labels = map_batches(answers, view, AT_ONCE, column=None)
     name = f"the labels of {dataset.name} {split}"
     return Answers(features, logits, check_labels(labels, number, dataset.num_classes, name))
 
 
-def blocks(rows: Rows, numbers: Int[np.ndarray, " N"], shape: Sequence[int]) -> Iterator[Any]:
-    """The images `numbers` of rows, of this shape, in blocks."""
+def blocks(
+    rows: Rows, numbers: Int[np.ndarray, " N"], shape: Sequence[int], most: int | None = None
+) -> Iterator[Any]:
+    """The images `numbers` of rows, of this shape, in blocks of `most` or fewer."""
     length = max(1, MAX_BYTES // (8 * int(np.prod(shape))))
+    length = length if most is None else min(length, most)
     for start in range(0, len(numbers), length):
         yield rows.take(numbers[start : start + length])["image"]
 
 
-def nearest_in_split(images: Float[np.ndarray, "N H W C"], dataset: Dataset, split: str) -> Any:
+def nearest_in_split(
+    images: Float[np.ndarray, "N H W C"],
+    dataset: Dataset,
+    split: str,
+    progress: Progress = lambda number: None,
+) -> Any:
     """The distance [N] of each image to the nearest of a split."""
     rows, nearest = dataset.rows(split), np.full(len(images), np.inf)
-    for reference in blocks(rows, np.arange(len(rows)), dataset.image_shape):
+    for reference in blocks(rows, np.arange(len(rows)), dataset.image_shape, MAX_COMPARED):
         nearest = np.minimum(nearest, nearest_neighbour_distances(images, reference).distance)
+        progress(len(reference))
     return nearest
+
+
+def nearest_of_split(
+    dataset: Dataset, split: str, numbers: Int[np.ndarray, " N"], other: str, progress: Progress
+) -> Any:
+    """The distance [N] of the images `numbers` of a split to the nearest of another one.
+
+    `progress` is given the images of the other one, as if it were read once.
+    """
+    nearest = []
+    for images in blocks(dataset.rows(split), numbers, dataset.image_shape):
+        share = len(images) / len(numbers)
+        report = lambda number, share=share: progress(number * share)  # noqa: E731
+        nearest.append(nearest_in_split(images, dataset, other, report))
+    return np.concatenate(nearest)
 
 
 def pixel_diversities(

@@ -20,7 +20,7 @@ from command_lines import complaint, run
 from jaxldm import __version__, cli, models, pipelines, training
 from jaxldm import diffusion as D
 from jaxldm.commands import COMMANDS, hints, info, load_command, sample, train
-from jaxldm.commands.terminal import check_seed, print_warnings_as_lines
+from jaxldm.commands.terminal import check_seed, print_warnings_as_lines, progress_bar
 from jaxldm.errors import InvalidArgumentError, Stopped, UnknownNameError
 
 
@@ -100,6 +100,20 @@ def test_the_command_is_a_module_too_and_a_full_disk_is_one_line():
         with open("/dev/full", "w") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "disk is full" in done.stderr
+
+
+def test_a_bar_counts_calls_or_what_they_say(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(2, "drawing") as progress:
+        progress(7, 9)
+    with progress_bar(None, "measuring", unit="image") as progress:
+        progress(3, 8)
+    drawing, measuring = capsys.readouterr().err.split("measuring", 1)
+    assert "drawing" in drawing and "/2 [" in drawing and "step" in drawing
+    assert "/8 [" in measuring and "image" in measuring and "/2 [" not in measuring
+    with progress_bar(None, "measuring", True) as progress:
+        progress(3, 8)
+    assert capsys.readouterr().err == ""
 
 
 def test_warnings_are_one_line_each(capsys, monkeypatch):

@@ -1,7 +1,9 @@
 """The session of `jaxldm --help` on a recipe of seconds: train, info, eval, and what can go wrong."""
 
+import contextlib
 import html
 import importlib
+import itertools
 import json
 import math
 import re
@@ -17,6 +19,7 @@ from jaxldm import checkpoints, cli, metrics, schedulers, training
 from jaxldm import diffusion as D
 from jaxldm.commands import eval_images, inspect_sections
 from jaxldm.commands.eval import grid_of
+from jaxldm.commands.terminal import progress_bar
 from jaxldm.errors import CheckpointError
 from jaxldm.metrics import FeatureNetwork
 
@@ -97,9 +100,18 @@ def test_info_of_an_unfinished_run_says_how_to_go_on(capsys, trained, tmp_path):
     assert code == 0 and "0 steps done" in out and "--resume" in out
 
 
-def test_eval_measures_at_each_scale_with_the_real_figures_beside(capsys, trained):
+def test_eval_measures_at_each_scale_with_the_real_figures_beside(capsys, monkeypatch, trained):
+    bars = []
+
+    @contextlib.contextmanager
+    def noted(total, name, *options):
+        with progress_bar(total, name, *options) as progress:
+            yield lambda *done: (bars.append(name), progress(*done))
+
+    monkeypatch.setattr("jaxldm.commands.eval.progress_bar", noted)
     words = ["--num-images", 20, "--num-inference-steps", 2, "--guidance-scale", 1, 2.5]
     code, out, _ = run(capsys, "eval", trained, *words)
+    assert [name for name, _ in itertools.groupby(bars)] == ["w = 1", "measuring", "w = 2.5", "measuring"]
     figures = json.loads((trained / "eval" / "metrics.json").read_text())
     assert code == 0 and figures["settings"]["num_images"] == 20
     for scale in ("1", "2.5"):

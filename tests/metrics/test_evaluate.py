@@ -93,7 +93,9 @@ def test_no_split_is_read_as_a_whole_and_the_figures_are_the_same(monkeypatch):
     expected = evaluate(images, labels, classify, DATASET)  # a split is one block
     monkeypatch.setattr(real_images, "AT_ONCE", 50)
     monkeypatch.setattr(real_images, "MAX_BYTES", 30 * 8 * 16)
-    found = evaluate(images, labels, classify, dataset)
+    seen, totals = [], set()
+    report = lambda done, total: (seen.append(done), totals.add(total))  # noqa: E731
+    found = evaluate(images, labels, classify, dataset, progress=report)
     assert max(noted["train"].taken) == 30 and max(noted["validation"].taken) == 50 == max(
         noted["test"].taken
     )
@@ -102,6 +104,8 @@ def test_no_split_is_read_as_a_whole_and_the_figures_are_the_same(monkeypatch):
         {name: value for name, value in report.to_dict().items() if name not in texts}
         for report in (found, expected)
     )
+    assert totals == {160 + 160 + 160 + 2 * 400} == {seen[-1]}
+    assert len(seen) > 40 and seen == sorted(set(seen))  # nothing counts twice
     assert figures == pytest.approx(wanted, rel=1e-9) and found.findings == expected.findings
     assert found.near_copies >= 3 / 160
     for split in ("test", "validation"):
