@@ -27,8 +27,10 @@ def drift(
 
         sum_j (A+_ij sum_k A-_ik) y_j - sum_j (A-_ij sum_k A+_ik) x_j,
 
-    which is antisymmetric in data and samples, and so 0 on average where both are drawn from one
-    distribution. The force of each R has unit mean square, and they are added up.
+    which is antisymmetric in data and samples but for the normalisations: the softmax over the samples is of
+    N for a point of the data and of N - 1 for another sample, and the mean square below is of the samples.
+    Where both are drawn from one distribution, it is therefore 0 on average for N to infinity, and nearly 0
+    for few points. The force of each R has unit mean square, and they are added up.
 
     Args:
         samples: [N, D], features of what the generator drew: the paper's are of a network that was trained
