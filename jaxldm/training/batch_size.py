@@ -1,7 +1,8 @@
 """The largest batch whose update fits into memory, found from compiled programs: nothing is run for it.
 
 A recipe asks for it with `batch_size=AUTO` (`--batch-size auto`). The number that is found is kept in the
-folder of the stage, so that a run goes on with the same one, on another machine too.
+folder of the stage, so that a run goes on with the same one, also on another
+machine whose devices divide it.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class PriorRecipe(NamedFields):
         prompt: of the class, "a photo of a dog".
         images: folder of such pictures; None: the model itself draws them before it is trained.
         number: of these.
-        weight: of their loss, compared with that of the subject's.
+        weight: of their loss, relative to that of the subject's.
     """
 
     prompt: str

@@ -51,7 +51,13 @@ def update_power_ema(average: Any, params: Any, gamma: float, step: int | Int[Ar
     """
     t = jnp.asarray(step, jnp.float32) + 1.0
     new = -jnp.expm1((gamma + 1.0) * jnp.log1p(-1.0 / t))
-    return jax.tree.map(lambda old, p: old + new * (p - old), average, params)
+
+    def update(old, p):
+        dtype = jnp.promote_types(old.dtype, jnp.float32)
+        wide, p = old.astype(dtype), p.astype(dtype)
+        return (wide + new * (p - wide)).astype(old.dtype)
+
+    return jax.tree.map(update, average, params)
 
 
 def profile_product(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Float[np.ndarray, "..."]:

@@ -183,8 +183,8 @@ class Progress:
     def _clocks(self, now: float, waiting: float, examples: int) -> dict[str, np.float32]:
         """How an update spent its time; speeds are of the last `_SPAN` or longer: numbers come in at once.
 
-        The share of waiting is of all that was waited in that time, for whichever updates: the batch of an
-        update that ended in it may have been waited for before.
+        The share of waiting is of all that was waited in that time, also for updates that end later: their
+        batches are waited for before.
         """
         self._recent.append((now, self._waited, examples))
         self._recent_examples += examples
@@ -234,7 +234,7 @@ class Progress:
         if not self._epoch_timed:
             return whole
         seconds = max(now - max(self._timed_from, self._epoch_started), 1e-9)
-        # All of these seconds, for whichever updates
+        # All that was waited in these seconds, also for updates that end later
         waiting = min((self._waited - self._waited_before) / seconds, 1.0)
         of_peak = float(self._of_peak(self._epoch_timed, seconds))
         peak = "" if np.isnan(of_peak) else f", {share_of_peak(of_peak)} of the matrix peak"

@@ -109,8 +109,17 @@ def ema_decay_at(ema_decay: float, step: int | Int[Array, ""]) -> Float[Array, "
 
 
 def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> Params:
-    """ema <- decay ema + (1 - decay) params, written as a step towards `params` so that equal stays equal."""
-    return jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), ema_params, params)
+    """ema <- decay ema + (1 - decay) params, written as a step towards `params` so that equal stays equal.
+
+    Computed in float32 at least; each average keeps its dtype.
+    """
+
+    def step(average, new):
+        dtype = jnp.promote_types(average.dtype, jnp.float32)
+        wide, new = average.astype(dtype), new.astype(dtype)
+        return (wide + (1.0 - decay) * (new - wide)).astype(average.dtype)
+
+    return jax.tree.map(step, ema_params, params)
 
 
 @checked(
@@ -188,13 +197,13 @@ class _Turn:
     ) -> tuple[_Own, Metrics]:
         loss, aux, gradients = self.gradients(own.params, state, batch, key)
         grad_norm = optax.tree.norm(gradients)
-        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        moved = _when_fine(fine, lambda own: self.moved(own, gradients, turn), own)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        moved = _when_finite(finite, lambda own: self.moved(own, gradients, turn), own)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.learning_rate(turn),
-            "skipped": jnp.where(fine, 0.0, 1.0),
+            "skipped": jnp.where(finite, 0.0, 1.0),
             **aux,
         }
         return moved, metrics
@@ -263,15 +272,15 @@ class _Turn:
         return loss, aux, jax.tree.map(lambda gradient: gradient / self.accumulate, total)
 
 
-def _when_fine(fine: Bool[Array, ""], update: Callable[[_Own], _Own], own: _Own) -> _Own:
+def _when_finite(finite: Bool[Array, ""], update: Callable[[_Own], _Own], own: _Own) -> _Own:
     """`update(own)`, or `own` as it is.
 
-    A conditional on a processor: chosen number by number, the new and the old state are in memory together,
+    A conditional on a processor: with an elementwise choice the new and the old state are in memory together,
     and an update of AdamW takes twice as long. On an accelerator the host would wait for the gradients.
     """
     if jax.default_backend() == "cpu":
-        return jax.lax.cond(fine, update, lambda own: own, own)
-    return jax.tree.map(lambda new, old: jnp.where(fine, new, old), update(own), own)
+        return jax.lax.cond(finite, update, lambda own: own, own)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(own), own)
 
 
 def _parts(batch: Batch, number: int) -> Batch:

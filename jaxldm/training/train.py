@@ -413,14 +413,15 @@ def train(
         return fitted, loaded
 
     recipe, loaded = first_then_others(fitting_data)  # on one disk two would prepare a data set at a time
-    anywhere, mesh = mesh is None, make_mesh(max_devices(recipe)) if mesh is None else mesh
+    chosen = mesh is not None
+    mesh = make_mesh(max_devices(recipe)) if mesh is None else mesh
     first_then_others(lambda: check_all(recipe, loaded, mesh))
     with contextlib.ExitStack() as stack:
         held = together(lambda: stack.enter_context(HeldFolder(run_dir, log)))
         run = first_then_others(
             lambda: open_run(run_dir, recipe, loaded, resume=resume or not is_first(), log=log)
         )
-        _train_stages(Context(recipe, loaded, run, mesh, resume, log, bar, workers), held, anywhere)
+        _train_stages(Context(recipe, loaded, run, mesh, resume, log, bar, workers), held, chosen)
     return run
 
 
@@ -431,8 +432,8 @@ def on_fastest_mesh(context: Context, stage: str) -> Context:
     return dataclasses.replace(context, mesh=fastest_mesh(context.mesh, models.shapes(module)))
 
 
-def _train_stages(context: Context, held: HeldFolder, anywhere: bool) -> None:
-    """Train the stages of a run that are not complete; `anywhere`: nobody has chosen the devices."""
+def _train_stages(context: Context, held: HeldFolder, chosen: bool) -> None:
+    """Train the stages of a run that are not complete, on the devices of the context if those were chosen."""
     run, recipe, dataset, log = context.run, context.recipe, context.dataset, context.log
 
     def begin() -> None:
@@ -449,7 +450,7 @@ def _train_stages(context: Context, held: HeldFolder, anywhere: bool) -> None:
     for stage in unfinished:
         by_first(functools.partial(begin_stage, run, stage))
         with reported(run) if is_first() else contextlib.nullcontext():
-            placed = on_fastest_mesh(context, stage) if anywhere else context
+            placed = context if chosen else on_fastest_mesh(context, stage)
             sized = with_batch_size(placed, stage)
             prepare = functools.partial(task_of(recipe, stage).prepare, sized)
             run_job(sized, stage, first_then_others(prepare))

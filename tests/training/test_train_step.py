@@ -204,3 +204,40 @@ def test_optax_global_norm_is_the_logged_one_before_clipping():
     gradients, _ = jax.jit(jax.grad(loss_fn, has_aux=True))(state.params, state, ToyBatches()[0], key)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-6)
     assert float(metrics["grad_norm"]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "schedule_free_adamw", "prodigy"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_state_keeps_its_dtypes(name, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), toy_params())
+    adam = optimizer(1e-2, 0, 8, name=name)
+    state = create_train_state(jax.random.key(7), params, adam, power_ema=(0.1,))
+
+    def loss(params, *given):
+        return loss_fn(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), *given)
+
+    step = jax.jit(make_train_step(loss, adam, 0.9, power_ema=(0.1,)))
+    with jax.numpy_dtype_promotion("standard"):
+        new, _ = step(state, ToyBatches()[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_an_update_that_is_not_finite_changes_nothing_where_a_state_is_chosen_either_way(
+    backend, monkeypatch
+):
+    """Elementwise as on accelerators, and by a conditional: the same finite updates, and none of NaN."""
+    after = {}
+    for here in ("cpu", backend):
+        state, train_step = toy()
+        monkeypatch.setattr(jax, "default_backend", lambda here=here: here)
+        step = jax.jit(train_step)
+        good, _ = step(state, ToyBatches()[0])
+        spoilt = jax.tree.map(
+            lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, ToyBatches()[1]
+        )
+        kept, metrics = step(good, spoilt)
+        assert float(metrics["skipped"]) == 1 and int(kept.step) == 2
+        chex.assert_trees_all_equal(kept.replace(step=good.step), good)
+        after[here] = good.params
+    chex.assert_trees_all_close(after["cpu"], after[backend], rtol=1e-6)
