@@ -187,7 +187,7 @@ def fastest_mesh(mesh: Mesh, *networks: Any) -> Mesh:
     of_convolutions = sum(math.prod(shape) for shape in shapes if len(shape) >= 4)
     few = of_convolutions < _SHARE_OF_PATCHES * sum(math.prod(shape) for shape in shapes)
     alone = on_processor(mesh) and jax.process_count() == 1 and not splits(mesh)
-    return make_mesh(mesh.devices.ravel()[:1]) if few and alone and mesh.size > 1 else mesh
+    return make_mesh([mesh.devices.flat[0]]) if few and alone and mesh.size > 1 else mesh
 
 
 def _sharding(mesh: Mesh, names: Sequence[str], leaf: Any) -> NamedSharding:
