@@ -75,7 +75,7 @@ class Eval:
     """File for the figures of --metrics."""
 
     guidance_scale: Annotated[
-        tuple[float, ...], shown("FLOAT ...", "1 3, or 1 for a model without classes")
+        tuple[float, ...], shown("FLOAT ...", "1 3; 1 without classes; those of a student")
     ] = ()
     """One or several guidance scales; each is evaluated separately."""
 
@@ -83,11 +83,11 @@ class Eval:
     """Number of images at each scale, equally many of each class."""
 
     num_inference_steps: Annotated[
-        int | None, shown("INT", "50, or one for each of --sigmas; 12 for masked tokens")
+        int | None, shown("INT", "50, a student's own, one for each of --sigmas; 12 for masked tokens")
     ] = None
     """Number of steps from noise to image."""
 
-    solver: Annotated[str | None, shown("NAME", "ddim")] = None
+    solver: Annotated[str | None, shown("NAME", "ddim, or a student's own")] = None
     """Solver (`jaxldm info` lists all), or package.module:function."""
 
     spacing: Annotated[str | None, shown("NAME", "the one that fits the model")] = None

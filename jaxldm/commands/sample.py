@@ -215,8 +215,10 @@ class Sample:
     num_images: Annotated[int | None, shown("INT", "one for each label or prompt")] = None
     """Number of images."""
 
-    num_inference_steps: Annotated[int | None, shown("INT", "the family's")] = None
-    """Number of steps from noise to image; more steps are slower and more accurate."""
+    num_inference_steps: Annotated[int | None, shown("INT", "the family's, or a student's own")] = None
+    """Number of steps from noise to image; more steps are slower and more accurate, but for students of few
+    steps.
+    """
 
     guidance_scale: Annotated[float | None, shown("FLOAT", "the family's")] = None
     """Scale of classifier-free guidance: 1 is the model as trained; higher is clearer and varies less."""

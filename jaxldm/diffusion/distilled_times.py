@@ -63,8 +63,8 @@ def lcm_timesteps(
         )
     if not 1 <= num_inference_steps <= len(visited):
         raise InvalidArgumentError(
-            f"num_inference_steps={num_inference_steps}, but original_inference_steps x strength is "
-            f"{len(visited)}: ask for 1 to {len(visited)} steps"
+            f"num_inference_steps={num_inference_steps}, but the distillation had {original_inference_steps} "
+            f"timesteps, {len(visited)} of them in strength={strength:g}: ask for 1 to {len(visited)} steps"
         )
     places = np.linspace(0, len(visited), num_inference_steps, endpoint=False).astype(int)
     return visited[::-1][places]

@@ -147,9 +147,10 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
         few.check_scale(scale, call.true_cfg_scale)
         if few.guidance != "outside":
             scale, true_scale = 1.0 if few.guidance == "inside" else scale, 1.0
+            if call.guidance_rescale not in (None, pipe.defaults.guidance_rescale):
+                _ignored("guidance_rescale", f"guidance is inside {few.this}")
             if negatives is not None:
-                what = f"guidance is inside {few.this}"
-                warnings.warn(f"the negative prompt is ignored: {what}", stacklevel=4)
+                _ignored(_negative(pipe), f"guidance is inside {few.this}")
                 negatives = None
     if not (distilled or family.true_cfg):
         if true_scale != 1:
@@ -158,11 +159,20 @@ def read_guidance(pipe: Pipeline, call: Call, negatives: Any) -> tuple[float | N
                 "alone"
             )
         if negatives is not None and call.guidance_scale == 1:
-            warnings.warn("the negative prompt is ignored: guidance_scale is 1", stacklevel=4)
+            _ignored(_negative(pipe), "guidance_scale is 1")
         return None, float(scale)
     if negatives is not None and true_scale == 1:
-        warnings.warn("the negative prompt is ignored: give true_cfg_scale=2 or so", stacklevel=4)
+        _ignored(_negative(pipe), "give true_cfg_scale=2 or so")
     return float(scale) if distilled else None, float(true_scale)
+
+
+def _negative(pipe: Pipeline) -> str:
+    return f"the negative {'prompt' if pipe.num_classes is None else 'class'}"
+
+
+def _ignored(what: str, why: str) -> None:
+    """Warn whoever made the call."""
+    warnings.warn(f"{what} is ignored: {why}", stacklevel=5)
 
 
 def _as_diffusers_guides(

@@ -61,7 +61,7 @@ def test_what_a_student_was_not_made_for_is_refused_before_its_network_is_asked(
 def test_negative_labels_of_a_student_with_guidance_inside_are_ignored_with_a_word():
     for few in (INSIDE, INPUT):
         pipe = student(few, LCM)
-        with pytest.warns(UserWarning, match="ignored: guidance is inside this lcm student"):
+        with pytest.warns(UserWarning, match="negative class is ignored: guidance is inside this lcm"):
             drawn = pipe(KEY, [1], negative_labels=2, num_inference_steps=1)
         np.testing.assert_array_equal(drawn, pipe(KEY, [1], num_inference_steps=1))
 
@@ -85,6 +85,13 @@ def test_negative_labels_are_ignored_with_the_name_of_the_model():
     pipe = student(dataclasses.replace(INSIDE, method="mean_flow", solver="ddim"))
     with pytest.warns(UserWarning, match="guidance is inside this mean_flow model"):
         pipe(KEY, [1], negative_labels=2, num_inference_steps=1)
+
+
+def test_a_rescaling_of_guidance_that_is_inside_is_ignored_with_a_word():
+    pipe = student(INSIDE, LCM)
+    with pytest.warns(UserWarning, match="guidance_rescale is ignored: guidance is inside this lcm student"):
+        drawn = pipe(KEY, [1], guidance_rescale=0.7, num_inference_steps=1)
+    np.testing.assert_array_equal(drawn, pipe(KEY, [1], num_inference_steps=1))
 
 
 def test_a_student_of_as_many_steps_as_its_teacher_takes_the_default_of_the_family():
