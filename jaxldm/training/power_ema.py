@@ -51,13 +51,18 @@ def update_power_ema(average: Any, params: Any, gamma: float, step: int | Int[Ar
     """
     t = jnp.asarray(step, jnp.float32) + 1.0
     new = -jnp.expm1((gamma + 1.0) * jnp.log1p(-1.0 / t))
+    return step_towards(average, params, new)
 
-    def update(old, p):
+
+def step_towards(average: Any, params: Any, share: Float[Array, ""]) -> Any:
+    """average + share (params - average), in float32 at least; each average keeps its dtype."""
+
+    def step(old, new):
         dtype = jnp.promote_types(old.dtype, jnp.float32)
-        wide, p = old.astype(dtype), p.astype(dtype)
-        return (wide + new * (p - wide)).astype(old.dtype)
+        wide, new = old.astype(dtype), new.astype(dtype)
+        return (wide + share * (new - wide)).astype(old.dtype)
 
-    return jax.tree.map(update, average, params)
+    return jax.tree.map(step, average, params)
 
 
 def profile_product(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Float[np.ndarray, "..."]:

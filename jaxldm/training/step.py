@@ -18,7 +18,7 @@ from jaxldm.arguments import as_array, check_fields, checked, count, function, n
 from jaxldm.errors import InvalidArgumentError, shown
 from jaxldm.training.mesh import A_MESH, batch_sharding, replicated, state_shardings
 from jaxldm.training.optimizer import AN_OPTIMIZER, Optimizer
-from jaxldm.training.power_ema import SOME_LENGTHS, gamma_of, name_of, update_power_ema
+from jaxldm.training.power_ema import SOME_LENGTHS, gamma_of, name_of, step_towards, update_power_ema
 from jaxldm.training.state import A_STATE, Params, TrainState
 
 Batch = Any  # a dict of arrays with the examples along axis 0
@@ -113,13 +113,7 @@ def update_ema(ema_params: Params, params: Params, decay: Float[Array, ""]) -> P
 
     Computed in float32 at least; each average keeps its dtype.
     """
-
-    def step(average, new):
-        dtype = jnp.promote_types(average.dtype, jnp.float32)
-        wide, new = average.astype(dtype), new.astype(dtype)
-        return (wide + (1.0 - decay) * (new - wide)).astype(average.dtype)
-
-    return jax.tree.map(step, ema_params, params)
+    return step_towards(ema_params, params, 1.0 - decay)
 
 
 @checked(
@@ -280,7 +274,12 @@ def _when_finite(finite: Bool[Array, ""], update: Callable[[_Own], _Own], own: _
     """
     if jax.default_backend() == "cpu":
         return jax.lax.cond(finite, update, lambda own: own, own)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(own), own)
+    return _chosen(finite, update(own), own)
+
+
+def _chosen(new_ones: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The new arrays or the old ones, elementwise."""
+    return jax.tree.map(lambda new, old: jnp.where(new_ones, new, old), new, old)
 
 
 def _parts(batch: Batch, number: int) -> Batch:
@@ -370,7 +369,7 @@ def _when_due(
     due, stay = player.moves(step), _stay(update)
     if jax.default_backend() != "cpu" or player.every >= _SLOWER_INSIDE:
         return jax.lax.cond(due, update, stay, own)
-    return jax.tree.map(lambda new, old: jnp.where(due, new, old), update(own), stay(own))
+    return _chosen(due, update(own), stay(own))
 
 
 def _stay(update: Callable[[_Own], tuple[_Own, Metrics]]) -> Callable[[_Own], tuple[_Own, Metrics]]:

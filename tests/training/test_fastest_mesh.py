@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from two_stages import two_stages
 
 from jaxldm import models, training
 from jaxldm.training.mesh import fastest_mesh, state_shardings
@@ -82,15 +83,9 @@ def test_a_run_trains_each_stage_on_the_devices_that_it_is_fastest_on(tmp_path, 
         return fit(*given, mesh=mesh, name=name, **named)
 
     monkeypatch.setattr(train, "fit", noted)
-    smoke = training.RECIPES["smoke"]
-    stage = {"epochs": 1, "batch_size": 16, "sample_every": 0}
-    encoder = {"block_out_channels": (4, 4, 4), "latent_channels": 2, "norm_num_groups": 2}
     network = {"hidden_size": 64, "depth": 1, "num_heads": 2, "patch_size": 1}
-    changed = {
-        "autoencoder": dataclasses.replace(smoke.autoencoder, overrides=encoder, **stage),
-        "diffusion": dataclasses.replace(smoke.diffusion, preset="tiny-dit", overrides=network, **stage),
-    }
-    recipe = dataclasses.replace(smoke, name="two", max_train_images=32, classifier=None, **changed)
+    recipe = two_stages()
+    recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, overrides=network))
     training.train(recipe, tmp_path / "free", **QUIET)
     assert sizes == {"autoencoder": 8, "diffusion": 1}
     training.train(recipe, tmp_path / "chosen", devices=2, **QUIET)
@@ -98,7 +93,7 @@ def test_a_run_trains_each_stage_on_the_devices_that_it_is_fastest_on(tmp_path, 
 
 
 def test_an_update_holds_no_second_state():
-    """Chosen number by number, the old and the new state were in memory together: 8 bytes a parameter."""
+    """Chosen elementwise, the old and the new state were in memory together: 8 bytes a parameter."""
     mesh = training.make_mesh(1)
     step, state = update_of({name: jnp.ones((256, 256)) for name in "abcdefgh"})
     state = jax.device_put(state, state_shardings(mesh, state))
