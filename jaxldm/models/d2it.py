@@ -132,7 +132,8 @@ class D2iT(DiT):
         rows, columns = x.shape[1] // size, x.shape[2] // size
         table = sincos_position_embedding_2d(config.hidden_size, rows, columns, interpolation_scale=2.0)
         kind = parameter(self, "grain_embedding", normal(0.02), (1, 1, config.hidden_size))
-        tokens = tokens + (jnp.asarray(table)[None] + kind).astype(compute_dtype(config.dtype))
+        place = jnp.asarray(table)[None] + kind.astype(jnp.float32)
+        tokens = tokens + place.astype(compute_dtype(config.dtype))
         grid = tokens.reshape(len(x), rows // 2, 2, columns // 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
         return grid.reshape(len(x), rows * columns // 4, 4, -1)
 

@@ -154,7 +154,7 @@ class SkipUpBlock2D(_SkipLevel, kw_only=True):
         if self.resamples:
             groups = num_groups(self.out_channels)
             drawn = silu(GroupNorm(groups, self.eps, self.dtype, name="skip_norm")(x))
-            drawn = Conv2d(COLORS, dtype=self.dtype, name="skip_conv")(drawn)
+            drawn = Conv2d(COLORS, dtype=self.dtype, name="skip_conv")(drawn).astype(jnp.float32)
             picture = drawn if picture is None else picture + drawn
             x = self.resnet("resnet_up", groups, "up")(x, temb, train)
         return x, picture

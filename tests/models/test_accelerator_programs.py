@@ -1,11 +1,12 @@
 """A denoising step on an accelerator: never all logits of its attention, never a copy of the weights.
 
-The programs of all presets are traced with abstract weights at their published sizes, as on an NVIDIA
-device: denoising networks in the sampling loop that pipelines run, with guidance; text encoders on texts of
-the published lengths, with padding; autoencoders on whole images. What XLA and cuDNN make of them is not seen
-here.
+The programs of all presets, and of a network of each family that has none, are traced with abstract weights
+at their published sizes, as on an NVIDIA device: denoising networks in the sampling loop that pipelines run,
+with guidance; text encoders on texts of the published lengths, with padding; autoencoders on whole images.
+What XLA and cuDNN make of them is not seen here.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -19,9 +20,11 @@ from programs import equations
 from jaxldm import diffusion as D
 from jaxldm import models, pipelines, schedulers
 from jaxldm.models.cost import _jaxprs_in
+from jaxldm.models.registry import ARCHITECTURES, VARIANTS
 from jaxldm.nn import attention_kernels, flash_attention
 from jaxldm.pipelines import latents, sampling_run
 from jaxldm.pipelines import tokens as token_steps
+from jaxldm.pipelines.families import instruct_pix2pix
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +58,17 @@ def traced(module, dtype, *inputs, method=None):
     return jax.make_jaxpr(forward)(weights(module, dtype), *inputs)
 
 
-def sampling_loop(module, dtype, **more):
-    """The program of the loop over the steps that pipelines run, with guidance, for one image.
+def sampling_loop(module, dtype, branches=2, x=None, **more):
+    """The program of the loop over the steps that pipelines run, for one image.
 
-    Weights come first; grid, scales, keys and conditions are arguments as well. more: of the network.
+    Weights come first; grid, scales, keys and conditions are arguments as well. branches: 2 with guidance, 3
+    with that of InstructPix2Pix. x: what the network takes, by default its example. more: conditions.
     """
-    x, _, *others = module.example_inputs()
+    example, _, *others = module.example_inputs()
+    x = example if x is None else x
     names = list(inspect.signature(module.__call__).parameters)[2:]
     cond = {name: value for name, value in zip(names, others, strict=False) if value is not None} | more
-    channels = module.config.out_channels if "extra_channels" in more else x.shape[-1]
+    channels = x.shape[-1] - (more["extra_channels"].shape[-1] if "extra_channels" in more else 0)
     continuous = models.convention(module).continuous
     kind = "FlowMatchEulerDiscreteScheduler" if continuous else "DPMSolverMultistepScheduler"
     scheduler = schedulers.from_config({"_class_name": kind})
@@ -72,11 +77,11 @@ def sampling_loop(module, dtype, **more):
     )
     key = jax.random.key(0)
     shape = (*x.shape[1:3], channels)
-    compiled = sampling_run.Compiled(
-        scheduler.sampler, sampling_run.classifier_free_guidance, shape, channels, jax.random.key_impl(key)
-    )
+    combine = instruct_pix2pix.guidance if branches == 3 else sampling_run.classifier_free_guidance
+    compiled = sampling_run.Compiled(scheduler.sampler, combine, shape, channels, jax.random.key_impl(key))
     per_call = sampling_run.PerCall(grid, array(()), array(()))
-    per_image = sampling_run.PerImage(array((1, 2), "uint32"), cond, cond)
+    others = {"uncond": cond if branches > 1 else None, "between": cond if branches > 2 else None}
+    per_image = sampling_run.PerImage(array((1, 2), "uint32"), cond, **others)
     network = pipelines.Network(module, weights(module, dtype))
     begin = functools.partial(latents._first_carry, compiled=compiled)
     carry = jax.eval_shape(begin, network, per_call, per_image)
@@ -85,13 +90,13 @@ def sampling_loop(module, dtype, **more):
     return jax.make_jaxpr(take)(network, per_call, per_image, carry, *bounds)
 
 
-def token_loop(module, dtype):
-    """The same of aMUSEd."""
+def token_loop(module, dtype, mask_token, names):
+    """The same of masked tokens. names: of the conditions."""
     tokens, *cond = module.example_inputs()
-    cond = dict(zip(("encoder_hidden_states", "pooled_text_emb", "micro_conds"), cond, strict=True))
+    cond = dict(zip(names, cond, strict=True))
     per_call = token_steps.PerCall(D.make_unmasking(5, "cosine"), array(()), array(()))
     per_image = token_steps.PerImage(array((1, 2), "uint32"), tokens, array((1,), "int32"), cond, cond)
-    compiled = token_steps.Compiled(module.config.vocab_size - 1, jax.random.key_impl(jax.random.key(0)))
+    compiled = token_steps.Compiled(mask_token, jax.random.key_impl(jax.random.key(0)))
     network = pipelines.Network(module, weights(module, dtype))
     return jax.make_jaxpr(functools.partial(token_steps.unmask, compiled=compiled))(
         network, per_call, per_image
@@ -146,11 +151,11 @@ def prepared_from_weights(jaxpr, weights):
                 yield equation.primitive.name, max(variable.aval.size for variable in equation.outvars)
 
 
-def check(name, module, program, flash, branches=1):
+def check(name, module, program, flash, branches=1, norms=0.002):
     """Few logits, no work on weights alone, no call of the host, no large constant.
 
     flash: how many calls of the flash kernel there are, those in a scan once; None: some.
-    branches: images or texts in each.
+    branches: images or texts in each. norms: their share in the weights, at most; they are float32.
     """
     jaxpr = program.jaxpr
     batches, largest = attention_of(jaxpr)
@@ -159,7 +164,7 @@ def check(name, module, program, flash, branches=1):
     assert set(batches) <= {branches}
     params = jaxpr.invars[: len(jax.tree.leaves(shapes(module)))]
     prepared = sum(size for _, size in prepared_from_weights(jaxpr, params))
-    assert prepared < 0.002 * sum(x.aval.size for x in params), name  # norms are float32
+    assert prepared < norms * sum(x.aval.size for x in params), name
     assert not any("callback" in equation.primitive.name for equation in equations(jaxpr))
     assert max((np.size(constant) for constant in program.consts), default=0) < 2**25  # tables of positions
 
@@ -223,6 +228,7 @@ SMALL = {
     *("mini-unet", "tiny-dit", "tiny-maskgit"),
     *("tiny-dydit", "tiny-adaptive-depth", "tiny-token-pruning", "tiny-d2it"),
 }
+CONTROL_NETWORKS = ("sd15-controlnet", "sd3-controlnet", "flux-controlnet")
 TEXT_MASKS = {"pixart-sigma-2k": 300, "z-image": 128, "qwen-image": 512, "if-i-xl": 77}
 
 
@@ -236,9 +242,117 @@ def test_a_step_uses_the_flash_kernel_for_both_branches_at_once_and_weights_as_t
     check(name, module, sampling_loop(module, dtype, **more), flash, branches=2)
 
 
-def test_a_step_of_tokens_uses_the_flash_kernel_for_both_branches_at_once():
+# Families without a preset, as in their published folders: (config, options of the loop, kernel calls).
+CROSS = {
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+}
+FOLDERS = {
+    "DiT of diffusers": (models.DiTTransformer2DConfig(out_channels=8, sample_size=64), {}, 2),
+    "x4 upscaler": (
+        models.UNet2DConditionConfig(
+            sample_size=128,
+            in_channels=7,
+            block_out_channels=(256, 512, 512, 1024),
+            only_cross_attention=(True, True, True, False),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+            num_class_embeds=1000,
+            **CROSS,
+        ),
+        {"extra_channels": array((1, 128, 128, 3))},
+        None,
+    ),
+    "x2 latent upscaler": (
+        models.KUNet2DConditionConfig(),
+        {
+            "x": array((1, 128, 128, 8)),
+            "extra_channels": array((1, 128, 128, 4)),
+            "encoder_hidden_states": array((1, 77, 768)),
+            "encoder_attention_mask": array((1, 77)),
+        },
+        None,
+    ),
+    "InstructPix2Pix": (
+        dataclasses.replace(models.PRESETS["sd15-unet"], in_channels=8, **FEWER),
+        {
+            "branches": 3,
+            "extra_channels": array((1, 64, 64, 4)),
+            instruct_pix2pix._SCALE: array((1,)),
+        },
+        12,
+    ),
+    "FLUX.1 Kontext": (models.PRESETS["flux-dev"], {"reference": array((1, 128, 128, 16))}, 2),
+    "LDM super-resolution": (
+        models.UNet2DConfig(
+            sample_size=64,
+            in_channels=6,
+            block_out_channels=(160, 320, 320, 640),
+            attention_head_dim=32,
+            down_block_types=(*("DownBlock2D",) * 3, "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", *("UpBlock2D",) * 3),
+        ),
+        {"branches": 1, "extra_channels": array((1, 64, 64, 3))},
+        None,
+    ),
+    "consistency model": (
+        models.UNet2DConfig(
+            sample_size=64,
+            block_out_channels=(192, 384, 576, 768),
+            layers_per_block=3,
+            attention_head_dim=64,
+            down_block_types=("ResnetDownsampleBlock2D", *("AttnDownBlock2D",) * 3),
+            up_block_types=(*("AttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+            downsample_type="resnet",
+            upsample_type="resnet",
+            resnet_time_scale_shift="scale_shift",
+            num_classes=999,
+        ),
+        {"branches": 1},
+        None,
+    ),
+    "DDPM": (  # one head of all channels
+        models.UNet2DConfig(
+            sample_size=256,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            attention_head_dim=None,
+            down_block_types=(*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+        ),
+        {"branches": 1},
+        0,
+    ),
+    "NCSN++": (models.NCSNppConfig(sample_size=256), {"branches": 1}, None),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_step_of_families_without_a_preset_is_like_those(name):
+    config, options, flash = FOLDERS[name]
+    module = models.from_config(dataclasses.replace(config, dtype="bfloat16"))
+    check(name, module, sampling_loop(module, "bfloat16", **options), flash, options.get("branches", 2))
+
+
+@pytest.mark.parametrize("name", sorted(SMALL - {"tiny-maskgit"}))
+def test_a_step_of_small_networks_is_like_those(name):
+    module = models.build(name, dtype="bfloat16")
+    check(name, module, sampling_loop(module, "bfloat16"), None, branches=2, norms=0.01)
+
+
+def test_steps_of_tokens_use_the_flash_kernel_for_both_branches_at_once():
     module = models.build("amused-512", dtype="bfloat16")
-    check("amused-512", module, token_loop(module, "bfloat16"), None, branches=2)
+    names = ("encoder_hidden_states", "pooled_text_emb", "micro_conds")
+    loop = token_loop(module, "bfloat16", module.config.vocab_size - 1, names)
+    check("amused-512", module, loop, None, branches=2)
+    module = models.build("tiny-maskgit", dtype="bfloat16")
+    loop = token_loop(module, "bfloat16", module.config.mask_token, ("labels",))
+    check("tiny-maskgit", module, loop, None, branches=2, norms=0.01)
+
+
+@pytest.mark.parametrize("name", CONTROL_NETWORKS)
+def test_control_networks_take_weights_as_they_are(name):
+    module = models.build(name, dtype="bfloat16")
+    check(name, module, traced(module, "bfloat16", *module.example_inputs()), None)
 
 
 # Texts and tokens of (preset, whether they have padding), as published; two layers of each.
@@ -295,6 +409,15 @@ def test_every_preset_is_among_these_or_like_one():
     checked |= {"clip-l-vision", "dinov2-large", "siglip-so400m"}
     assert checked | set(ALIKE) | WITHOUT_ATTENTION | SMALL == set(models.PRESETS)
     assert {ALIKE[name] for name in ALIKE} <= checked
+
+
+def test_every_architecture_is_among_these():
+    known = {type(config) for config in models.PRESETS.values()}
+    known |= {type(config) for config, *_ in FOLDERS.values()}
+    kinds = [(name, kind) for name, (_, kind) in ARCHITECTURES.items()]
+    kinds += [(f"{name}, another", kind) for name, (*_, kind) in VARIANTS.items()]
+    # The text encoder above with one product more, and both encoders of CLIP in one.
+    assert {name for name, kind in kinds if kind not in known} <= {"CLIPTextModelWithProjection", "CLIPModel"}
 
 
 def test_what_is_computed_from_weights_alone_is_found():
