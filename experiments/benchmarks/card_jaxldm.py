@@ -23,7 +23,7 @@ from experiments.benchmarks import (
     mean_flow_step,
     stable_diffusion_pairs,
 )
-from experiments.benchmarks.card_worker import Line
+from experiments.benchmarks.card_worker import Line, versions
 from experiments.benchmarks.random_networks import count_flops, random_network, random_weight
 from jaxldm import diffusion as D
 from jaxldm import models, training
@@ -33,6 +33,9 @@ from jaxldm.nn.normalization import group_norm
 from jaxldm.training.mesh import fastest_mesh, make_mesh, place_batch, state_shardings
 from jaxldm.training.step import compile_train_step
 
+# What decides over results and times; those of CUDA and the optional kernels where they are there.
+PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12")
+PACKAGES += ("nvidia-cudnn-cu13", "tokamax")
 PROCESSOR = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, EMA_DECAY = 1e-4, 1.0, 0.01, 0.9999
 
@@ -45,7 +48,7 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
         "device": device.device_kind,
         "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         "platform": device.client.platform_version,
-        "versions": {"jaxldm": jaxldm.__version__, "jax": jax.__version__},
+        "versions": {"jaxldm": jaxldm.__version__} | versions(*PACKAGES),
     }
 
 
@@ -164,7 +167,7 @@ def _convolution(x: Any, kernel: Any, stride: int, doubled: bool) -> Any:
 
 def _product_of_8_bits(x: Any, kernel: Any) -> Any:
     wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return jax.lax.dot(x, kernel, preferred_element_type=wide)
+    return flat_matmul(x, kernel, jnp.dtype(wide))  # as `nn.linear.quantized_matmul` calls it
 
 
 CHECKS = {

@@ -65,8 +65,8 @@ def cells(records: Records, row: str, what: str | None) -> list[str]:
 
     def time_of(variant: str) -> str:
         if variant in lines:
-            first, median, last = lines[variant]["milliseconds"]
-            return f"{median:.4g}" if first == last else f"{median:.4g} ({first:.4g} to {last:.4g})"
+            first, median, last = map(figure, lines[variant]["milliseconds"])
+            return median if first == last else f"{median} ({first} to {last})"
         record = by_variant.get(variant)
         return "" if record is None else "not started" if "not_started" in record else "failed"
 
@@ -104,6 +104,11 @@ def cells(records: Records, row: str, what: str | None) -> list[str]:
     ]
 
 
+def figure(number: float) -> str:
+    """Four digits; without a power of ten, which nobody reads as minutes."""
+    return f"{number:.4g}" if number < 1e4 else f"{number:.0f}"
+
+
 def check_cells(records: Records) -> list[list[str]]:
     """The lines of the table of errors."""
     sides: dict[str, dict[str, Any]] = {}
@@ -122,6 +127,12 @@ def check_cells(records: Records) -> list[list[str]]:
 def within(result: dict[str, Any]) -> bool:
     """Whether an error is allowed."""
     return result["error"] <= result["bound"]
+
+
+def failed(records: Records) -> bool:
+    """Whether a row failed, or one of jaxldm's results is wrong."""
+    wrong = any(line[-1] == "WRONG" for line in check_cells(records))
+    return wrong or any("error" in record for record in records)
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -154,6 +165,12 @@ def report(setting: dict[str, Any], records: Records) -> str:
         if reason(record)
     ]
     parts += ["\n".join(reasons)] if reasons else []
+    warned = [
+        f"- {record['row']}, {record['variant']}: {line}"
+        for record in records
+        for line in record.get("warnings", ())
+    ]
+    parts += ["\n".join(["Warnings of jaxldm:", "", *warned])] if warned else []
     took = [
         f"{record['row']} {record['variant']} {record['seconds']:.0f} ({record['expected_seconds']:.0f})"
         for record in records

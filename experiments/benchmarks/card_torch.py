@@ -41,6 +41,7 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True  # convolutions of one size: the fastest algorithm of each
         torch.cuda.set_per_process_memory_fraction(options["memory_fraction"])
+        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         device = torch.cuda.get_device_properties(0)
         found |= {"backend": "gpu", "device": device.name, "memory_bytes": device.total_memory}
     return found

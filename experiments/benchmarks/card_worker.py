@@ -1,8 +1,8 @@
 """One framework of `one_card.py` in a process of its own: takes requests on stdin, answers on stdout.
 
 A request is a line {"row": name, "variant": name, "seconds": how long a line of the table is timed}, an
-answer a line {"lines": [...], "seconds": ...} or {"error": reason}. The first answer says who is there.
-Everything else that is printed goes to stderr.
+answer a line {"lines": [...], "seconds": ...} or {"error": reason}, with "warnings" if this package had any.
+The first answer says who is there. Everything else that is printed goes to stderr.
 
 Question: what does one row give with one of the frameworks?
 Command:  python -m experiments.benchmarks.card_worker jaxldm OPTIONS     (called by `one_card`; JSON)
@@ -11,6 +11,7 @@ Needs:    for torch PyTorch and diffusers.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -18,12 +19,16 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+import jaxldm
 from experiments.benchmarks.card_rows import ROWS
 
 SIDES = {"jaxldm": "experiments.benchmarks.card_jaxldm", "torch": "experiments.benchmarks.card_torch"}
@@ -84,10 +89,37 @@ def _seconds(run: Callable[[], Any]) -> float:
 def measure(side: ModuleType, request: dict[str, Any], dry_run: bool, dtype: str) -> dict[str, Any]:
     """The answer to one request. A failure is an answer as well."""
     begin, lines = time.perf_counter(), []
-    answer = {"lines": lines} | _measure_lines(side, request, dry_run, dtype, lines)
+    with own_warnings() as warned:
+        answer = {"lines": lines} | _measure_lines(side, request, dry_run, dtype, lines)
+    answer |= {"warnings": warned} if warned else {}
     gc.collect()
     side.forget()  # what the row had is free by now: the other process needs the memory
     return answer | {"seconds": time.perf_counter() - begin}
+
+
+@contextlib.contextmanager
+def own_warnings() -> Iterator[list[str]]:
+    """Collects what this package warns of, such as a kernel that it does without; all are still printed."""
+    found: list[str] = []
+    with warnings.catch_warnings():
+        printed = warnings.showwarning
+
+        def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
+            if Path(filename).is_relative_to(Path(jaxldm.__file__).parent):
+                found.append(str(message))
+            printed(message, category, filename, *rest)
+
+        warnings.showwarning = show
+        yield found
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _measure_lines(

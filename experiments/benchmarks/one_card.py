@@ -33,7 +33,7 @@ if not __package__:  # run by its path
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     os.execv(sys.executable, [sys.executable, "-m", "experiments.benchmarks.one_card", *sys.argv[1:]])
 
-from experiments.benchmarks.card_report import report
+from experiments.benchmarks.card_report import failed, report
 from experiments.benchmarks.card_rows import ROWS, VARIANTS, Unit, expected_seconds, fits, units
 from experiments.figures import output_folder, save_results
 from jaxldm.commands.terminal import run_script
@@ -147,7 +147,10 @@ class Sides:
         if name not in self.workers:
             self.start(name)
         if name not in self.found:
-            self.found[name] = self.workers[name].ask(None, min(seconds, MOST_SECONDS_TO_START))
+            found = self.workers[name].ask(None, min(seconds, MOST_SECONDS_TO_START))
+            if found.get("backend") == "cpu" and not self.options.dry_run:
+                found = {"error": "it sees no GPU: install its build for CUDA, or take --dry-run"}
+            self.found[name] = found
         return self.found[name]
 
     def measure(self, unit: Unit, timed: float, seconds: float) -> dict[str, Any]:
@@ -274,7 +277,7 @@ def main(options: OneCard) -> None:
     finally:
         sides.stop()
     print(f"\n{report(setting, records)}\nwritten to {options.output_dir}/{name}.md and .json")
-    if any("error" in record for record in records):
+    if failed(records):
         sys.exit(1)
 
 

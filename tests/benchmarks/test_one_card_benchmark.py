@@ -1,16 +1,19 @@
 """The benchmark of one card: what is started, what becomes of failures, and the rows at small size."""
 
+import dataclasses
 import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jaxldm
 from experiments.benchmarks import (
     card_checks,
     card_jaxldm,
@@ -20,7 +23,7 @@ from experiments.benchmarks import (
     card_worker,
     one_card,
 )
-from experiments.benchmarks.card_rows import ROWS, VARIANTS
+from experiments.benchmarks.card_rows import ROWS, VARIANTS, Unit
 from jaxldm.errors import InvalidArgumentError, UnknownNameError
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -91,6 +94,80 @@ def test_a_failed_row_is_a_row_with_its_reason():
     assert "- FLUX.1-dev, 1024 pixels (flux-1024), jaxldm: MemoryError: no memory for that" in text
 
 
+FAKE = """#!{python}
+import json, os, sys, time
+names = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
+environment = {{name: os.environ.get(name) for name in names}}
+given = {{"options": json.loads(sys.argv[4]), "environment": environment}}
+print(json.dumps({{"device": "a card", "backend": "{backend}", "pid": os.getpid()}} | given), flush=True)
+for line in sys.stdin:
+    row = json.loads(line)["row"]
+    if row == "demo":
+        sys.exit(3)
+    time.sleep(60 if row == "flux-1024" else 0)
+    print(json.dumps({{"lines": [], "pid": os.getpid()}}), flush=True)
+"""
+
+
+@pytest.fixture
+def sides(tmp_path, monkeypatch, request):
+    """Both processes, of which each is a script that ends in the row `demo` and hangs in `flux-1024`."""
+    script = tmp_path / "python"
+    script.write_text(FAKE.format(python=sys.executable, backend=getattr(request, "param", "gpu")))
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    both = one_card.Sides(one_card.OneCard(output_dir=tmp_path, memory_fraction=0.4))
+    yield both
+    both.stop()
+
+
+def test_a_process_that_ends_or_hangs_is_a_failed_row_and_the_next_row_has_another(sides):
+    demo, flux, peak = (Unit(BY_NAME[name], "jaxldm") for name in ("demo", "flux-1024", "peak"))
+    first = sides.measure(peak, 1.0, 60.0)["pid"]
+    assert sides.measure(demo, 1.0, 60.0)["error"] == "its process ended with code 3: see the log"
+    second = sides.measure(peak, 1.0, 60.0)["pid"]
+    assert sides.measure(flux, 1.0, 0.5)["error"] == "stopped: not finished in 0 s"
+    assert len({first, second, sides.measure(peak, 1.0, 60.0)["pid"]}) == 3
+
+
+def test_each_framework_has_its_share_of_the_memory_and_jax_in_pytorch_s_process_none(sides):
+    found = {name: sides.setting(name, 60.0) for name in ("jaxldm", "torch")}
+    for setting in found.values():
+        assert setting["options"]["memory_fraction"] == 0.4
+        assert setting["environment"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+        assert setting["environment"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.4"
+    platforms = {name: setting["environment"]["JAX_PLATFORMS"] for name, setting in found.items()}
+    assert platforms == {"jaxldm": None, "torch": "cpu"}
+
+
+@pytest.mark.parametrize("sides", ["cpu"], indirect=True)
+def test_without_a_gpu_nothing_of_published_size_is_run(sides):
+    assert sides.setting("jaxldm", 60.0)["error"].startswith("it sees no GPU")
+    dry = one_card.Sides(dataclasses.replace(sides.options, dry_run=True))
+    assert "error" not in dry.setting("jaxldm", 60.0)
+    dry.stop()
+
+
+def test_what_this_package_warns_of_is_in_the_table():
+    """Such as a kernel that it does without; warnings of others are only printed."""
+
+    def row(variant, dtype, **sizes):
+        yield card_worker.Line("one call")
+        warnings.warn_explicit("attention without cuDNN's kernel", UserWarning, jaxldm.__file__, 1)
+        warnings.warn_explicit("something else", UserWarning, np.__file__, 1)
+
+    side = type("side", (), {"KINDS": {"model": row}, "forget": staticmethod(lambda: None)})
+    request = {"row": "flux-1024", "variant": "jaxldm", "seconds": 0.0}
+    with pytest.warns(UserWarning) as printed:
+        answer = card_worker.measure(side, request, True, "bfloat16")
+    assert len(printed) == 2
+    assert answer["warnings"] == ["attention without cuDNN's kernel"]
+    records = [{"row": "flux-1024", "variant": "jaxldm", "expected_seconds": 1.0} | answer]
+    text = card_report.report({"small_sizes": True, "dtype": "bfloat16"}, records)
+    assert "- flux-1024, jaxldm: attention without cuDNN's kernel" in text
+
+
 def test_without_pytorch_its_rows_are_left_out_and_without_jaxldm_its_rows_fail():
     planned = one_card.units(ROWS[:2], VARIANTS)
     assert {unit.variant for unit in one_card.with_present(planned, ["jaxldm"])} == {"jaxldm"}
@@ -158,6 +235,18 @@ def test_a_dry_run_goes_through_without_pytorch_and_says_so(tmp_path, monkeypatc
     assert record["variant"] == "jaxldm" and record["lines"] and "error" not in record
 
 
+def test_a_dry_run_of_all_rows_goes_through_on_both_sides(tmp_path, monkeypatch, capsys):
+    """Every row and variant, as on a card but small; no result is wrong."""
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as a card is
+    one_card.main(one_card.OneCard(dry_run=True, minutes=60, output_dir=tmp_path))
+    records = json.loads((tmp_path / "quick" / "one_card_cpu.json").read_text())["records"]
+    assert {(record["row"], record["variant"]) for record in records} == {
+        (unit.row.name, unit.variant) for unit in card_rows.units(ROWS, VARIANTS)
+    }
+    assert all(record["lines"] and not card_report.reason(record) for record in records)
+    assert "failed" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -200,6 +289,8 @@ def test_errors_above_their_bound_are_said():
         ((what, mine, other, bound, found),) = card_report.check_cells([ours, theirs])
         assert (what, mine, other, bound) == ("attention, bfloat16", f"{error:.1e}", "3.0e-03", "1e-02")
         assert found == verdict
+        assert card_report.failed([ours, theirs]) == (verdict == "WRONG")
+    assert card_report.failed([ours | {"lines": [], "error": "no memory"}])
 
 
 # ---------------------------------------------------------------- the work itself
