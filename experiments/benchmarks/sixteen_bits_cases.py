@@ -118,6 +118,36 @@ IF_2 = IF_1 | {
     "resnet_out_scale_factor": 1 / 0.7071,
     "time_embedding_act_fn": "gelu",
 }
+K_BLOCKS = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 5,
+    "act_fn": "gelu",
+    "attention_head_dim": 16,
+    "norm_num_groups": None,
+    "time_cond_proj_dim": 16,
+    "conv_in_kernel": 1,
+    "conv_out_kernel": 1,
+    "cross_attention_dim": 24,
+    "layers_per_block": 2,
+    "mid_block_type": None,
+    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_type": "fourier",
+    "timestep_post_act": "gelu",
+    "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+    "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+    "block_out_channels": (32, 64, 64),
+}
+SKIP_BLOCKS = {
+    "sample_size": 8,
+    "time_embedding_type": "fourier",
+    "norm_eps": 1e-6,
+    "norm_num_groups": None,
+    "mid_block_scale_factor": 2**0.5,
+    "block_out_channels": (32, 32, 32),
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+}
 
 
 def call_unet(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -153,6 +183,21 @@ UNETS = {
         ),
         each(x=X, t=T, class_labels=constant([3, 10], np.int32)),
         lambda model, inputs: model(inputs["x"], inputs["t"], inputs["class_labels"]).sample,
+    ),
+    "x2 latent upscaler's U-Net": Case(
+        lambda: diffusers.UNet2DConditionModel(**K_BLOCKS),
+        each(
+            x=normal(2, 8, 8, 8),
+            t=constant([-0.5, 0.25]),
+            encoder_hidden_states=TEXT,
+            timestep_cond=normal(2, 16),
+        ),
+        call_unet,
+    ),
+    "NCSN++": Case(
+        lambda: diffusers.UNet2DModel(**SKIP_BLOCKS),
+        each(x=normal(2, 8, 8, 3), t=constant([0.5, 4.0])),
+        lambda model, inputs: model(inputs["x"], inputs["t"]).sample,
     ),
 }
 # ---------------------------------------------------------------- transformers that denoise
@@ -199,6 +244,34 @@ def call_flux(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     return pipeline._unpack_latents(out, 8 * height, 8 * width, 8)
 
 
+def call_flux2(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Packed and numbered as the pipeline of diffusers does it."""
+    pipeline, x, texts = diffusers.Flux2KleinPipeline, given["x"], given["encoder_hidden_states"]
+    out = model(
+        pipeline._pack_latents(x),
+        encoder_hidden_states=texts,
+        timestep=given["t"],
+        img_ids=pipeline._prepare_latent_ids(x),
+        txt_ids=pipeline._prepare_text_ids(texts),
+        guidance=given["guidance"],
+    ).sample
+    return out.permute(0, 2, 1).reshape(len(x), -1, *x.shape[2:])
+
+
+def call_qwen_image(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Packed and unpacked as the pipeline of diffusers does it."""
+    pipeline, x = diffusers.QwenImagePipeline, given["x"]
+    batch, channels, height, width = x.shape
+    out = model(
+        pipeline._pack_latents(x, batch, channels, height, width),
+        encoder_hidden_states=given["encoder_hidden_states"],
+        encoder_hidden_states_mask=None,
+        timestep=given["t"],
+        img_shapes=[[(1, height // 2, width // 2)]] * batch,
+    ).sample
+    return pipeline._unpack_latents(out, 8 * height, 8 * width, 8)[:, :, 0]
+
+
 def call_z_image(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """They take a list of images of one frame, and a list of texts."""
     frames, texts = list(given["x"][:, :, None]), list(given["encoder_hidden_states"])
@@ -233,6 +306,24 @@ TRANSFORMERS = {
             guidance=constant([1.0, 4.0]),
         ),
         call_flux,
+    ),
+    "FLUX.2-dev": Case(
+        lambda: diffusers.Flux2Transformer2DModel(
+            in_channels=16, num_layers=3, num_single_layers=4, guidance_embeds=True, attention_head_dim=16,
+            num_attention_heads=4, joint_attention_dim=24, axes_dims_rope=[4, 4, 4, 4],
+        ),
+        each(
+            x=normal(2, 4, 4, 16), t=UNIT_T, encoder_hidden_states=TEXT, guidance=constant([1.0, 4.0]),
+        ),
+        call_flux2,
+    ),
+    "Qwen-Image": Case(
+        lambda: diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=5, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+        ),
+        each(x=X, t=UNIT_T, encoder_hidden_states=TEXT),
+        call_qwen_image,
     ),
     "Z-Image": Case(
         lambda: diffusers.ZImageTransformer2DModel(
@@ -386,6 +477,12 @@ ENCODERS = {
         transformers.Qwen3Model,
         transformers.Qwen3Config(**CLIP | {"num_key_value_heads": 2, "head_dim": 16}, rope_theta=1e6),
     ),
+    "Mistral": encoder(
+        transformers.MistralModel,
+        transformers.MistralConfig(
+            **CLIP | {"num_key_value_heads": 2, "head_dim": 16}, sliding_window=None,
+        ),
+    ),
     "MiniLM (BERT)": encoder(
         transformers.BertModel, transformers.BertConfig(**CLIP, max_position_embeddings=11)
     ),
@@ -399,6 +496,17 @@ ENCODERS = {
         each(pixel_values=normal(2, 16, 16, 3)),
         lambda model, given: model(given["pixel_values"]).image_embeds,
         lambda output: output.image_embeds,
+    ),
+    "DINOv2": Case(
+        lambda: transformers.Dinov2Model(
+            transformers.Dinov2Config(
+                hidden_size=64, num_hidden_layers=5, num_attention_heads=4, image_size=16, patch_size=4,
+                layerscale_value=0.5,
+            )
+        ),
+        each(pixel_values=normal(2, 16, 16, 3)),
+        lambda model, given: model(given["pixel_values"]).last_hidden_state,
+        lambda output: output.last_hidden_state,
     ),
 }  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_the_table_of_16_bits_is_that_of_the_results():
     readme = rows(ledger.ROOT / "experiments/benchmarks/README.md", (0,))
     page = rows(ledger.ROOT / "docs/checkpoints.md", (-2, -1))
     results.pop("network")
-    assert len(results) == 25 and results.keys() <= readme.keys()
+    assert len(results) == 31 and results.keys() <= readme.keys()
     assert {name: page[name] for name in results} == results
 
 
