@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The newest Python and JAX that pyproject.toml allows, in a venv of its own, and the tests that depend on them most.
+# The newest Python and JAX that pyproject.toml allows, and the lowest, each in a venv of its own, and the tests that
+# depend on them most.
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= python3.13
-NEWEST_TESTS := tests/test_host.py tests/nn tests/checkpoints $(addprefix tests/training/test_,store.py train_step.py optimizer.py)
+LOWEST := .venv-lowest
+LOWEST_PYTHON ?= python3.11
+VERSION_TESTS := tests/test_host.py tests/nn tests/checkpoints $(addprefix tests/training/test_,store.py train_step.py optimizer.py)
 
-.PHONY: demo test test-thorough test-newest test-optimized test-core lint types docs bench faults clean
+.PHONY: demo test test-thorough test-newest test-lowest test-optimized test-core lint types docs bench faults clean
 
 demo: .venv/.demo
 	$(BIN)/python -m experiments.lecture39.mini_ldm --run-dir runs/mini-ldm
@@ -23,7 +26,11 @@ test-thorough: .venv/.test
 # Without PyTorch, so that a release of JAX is never held up by it.
 test-newest: $(NEWEST)/.test-core
 	$(NEWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'with JAX', jax.__version__)"
-	$(NEWEST)/bin/python -m pytest -n 2 -m "not torch and not thorough" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not torch and not thorough" $(VERSION_TESTS)
+
+test-lowest: $(LOWEST)/.test-core
+	$(LOWEST)/bin/python -c "import sys, jax; print('Python', sys.version.split()[0], 'with JAX', jax.__version__)"
+	$(LOWEST)/bin/python -m pytest -n 2 -m "not torch and not thorough" $(VERSION_TESTS)
 
 # All of both, compiled as users run it: weekly, and before a release.
 test-optimized: .venv/.test
@@ -66,6 +73,11 @@ $(NEWEST)/.test-core: pyproject.toml
 	$(NEWEST)/bin/python -m pip install -e '.[test-core]'
 	touch $@
 
+$(LOWEST)/.test-core: pyproject.toml tests/lowest.txt
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -e '.[test-core]' -c tests/lowest.txt
+	touch $@
+
 # torch-fidelity and lpips ask for torchvision, which the tests do not need: see tests/models/torch_fidelity_reference.py
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[test]'
@@ -81,4 +93,4 @@ $(NEWEST)/.test-core: pyproject.toml
 	touch $@ .venv/.test .venv/.test-core .venv/.demo .venv/.docs
 
 clean:
-	rm -rf .venv $(NEWEST) build site *.egg-info
+	rm -rf .venv $(NEWEST) $(LOWEST) build site *.egg-info

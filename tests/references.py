@@ -1,8 +1,9 @@
-"""Which tests need PyTorch, diffusers or transformers, and how the others run where these are not installed.
+"""Which tests need a reference, and how the others run where it is not installed.
 
-A test needs them if it, or anything of its file or of the helpers that it uses, names something that was
-imported from them. Such a test has the marker `torch`. With `-m "not torch"`, stand-ins take the place of the
-packages that are missing while files are imported; a test that touches one afterwards fails.
+References are what only the extra `test` brings: PyTorch, diffusers, transformers and further programs to
+compare with. A test needs one if it, or anything of its file or of the helpers that it uses, names something
+that was imported from them. Such a test has the marker `torch`. With `-m "not torch"`, stand-ins take the
+place of the packages that are missing while files are imported; a test that touches one afterwards fails.
 """
 
 import ast
@@ -15,7 +16,7 @@ import sys
 import types
 
 ROOT = pathlib.Path(__file__).parents[1]
-REFERENCES = frozenset({"torch", "diffusers", "transformers", "peft"})
+REFERENCES = frozenset({"torch", "diffusers", "transformers", "peft", "gguf", "openai", "schemathesis"})
 
 
 @functools.cache

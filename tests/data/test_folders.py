@@ -5,6 +5,8 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -112,7 +114,6 @@ def test_shards_of_webdataset(tmp_path):
 
 
 def test_parquet_as_hugging_face_writes_it(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     columns = {
         "image": [{"bytes": picture(n), "path": None} for n in range(12)],
         "text": [f"number {n}" for n in range(12)],

@@ -26,7 +26,6 @@ def test_rows_are_compared_with_the_whole_run_and_with_fewer_steps_of_their_seco
 
 
 def test_a_plot_has_a_line_for_each_kind(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     kept = []
     monkeypatch.setattr(comparison, "save_figure", lambda path, figure: kept.append(figure))
     comparison.plot(tmp_path / "it.png", "digits", [row("whole", FEW, 0.04, 2.0), *OTHERS], "ms", 1e3)

@@ -45,7 +45,6 @@ def test_seconds_are_compared_within_a_script(options):
 
 
 def test_table_and_plot_mark_what_nothing_beats(options, capsys):
-    pytest.importorskip("matplotlib")
     frontier.main(options)
     text = (options.output_dir / "DiT" / "frontier.md").read_text()
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]

@@ -124,7 +124,6 @@ def test_rounds_draw_again_what_is_wrong_and_keep_the_best():
 
 
 def test_tables_and_plot_have_a_row_for_each_way(tmp_path):
-    pytest.importorskip("matplotlib")
     figures = {"right": [0.5, 0.75], "evaluations": [10.0, 15.0], "repaired": 0.5, "again": 4}
     both = {f"{kind}, {name}": value for kind in ("seen", "held out") for name, value in figures.items()}
     rows = dict.fromkeys(reflection.WAYS, both)
@@ -173,7 +172,6 @@ class Drawn:
 
 
 def test_the_script_trains_draws_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
 
     def network(params, x, t, condition):
         return x + (condition["encoder_hidden_states"].mean(axis=1) @ params["mix"])[:, None, None]

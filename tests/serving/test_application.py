@@ -71,7 +71,8 @@ def test_a_request_as_openai_s_clients_send_it(client, pipe):
 
 
 def test_openai_s_own_client_gets_images_and_errors(client, pipe):
-    openai = pytest.importorskip("openai")
+    import openai
+
     theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
     more = {"seed": 3, "num_inference_steps": 2}
     answer = theirs.images.generate(prompt="1", model="digits", n=2, size="8x8", extra_body=more)
@@ -88,7 +89,8 @@ def test_openai_s_own_client_gets_images_and_errors(client, pipe):
 
 
 def test_openai_s_own_client_streams_images_and_previews(client, pipe):
-    openai = pytest.importorskip("openai")
+    import openai
+
     theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
     more = {"seed": 4, "num_inference_steps": 6}
     options = {"stream": True, "partial_images": 2, "size": "8x8", "extra_body": more}
@@ -106,7 +108,8 @@ def test_openai_s_own_client_streams_images_and_previews(client, pipe):
 
 
 def test_openai_s_own_client_is_told_of_a_failure_in_a_stream_and_cancels(client, engine):
-    openai = pytest.importorskip("openai")
+    import openai
+
     theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
     engine.gate.clear()
     threading.Timer(0.3, engine.gate.set).start()

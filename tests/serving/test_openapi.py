@@ -1,14 +1,13 @@
 """The server answers as its own description says, whatever is sent: schemathesis makes the requests."""
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, settings
 from served import service_of, wait_until
 from starlette.testclient import TestClient
 
 from jaxldm import serving
 from jaxldm.serving.application import application
-
-schemathesis = pytest.importorskip("schemathesis")
 
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance")
 CHECKS += ("response_schema_conformance",)
