@@ -21,8 +21,9 @@ def client(offer, engine):
         yield client
 
 
-@pytest.mark.parametrize("mode", schemathesis.GenerationMode)
+@pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_answers_are_those_that_are_described(client, mode):
+    mode = schemathesis.GenerationMode(mode)
     schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
     checks = [schemathesis.checks.CHECKS.get_one(name) for name in CHECKS]
 

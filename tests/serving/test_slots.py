@@ -197,6 +197,8 @@ def test_the_network_is_called_once_for_all_slots(solver, calls):
     assert len(choices) == calls - 1
     names = {equation.primitive.name for equation in equations(step.jaxpr)}
     assert not any("callback" in name for name in names)
+    donated = slots.advance.lower(pipe.denoiser, table, compiled=compiled).args_info[0]
+    assert [{leaf.donated for leaf in jax.tree.leaves(part)} for part in donated] == [{False}, {True}]
 
 
 def test_nothing_compiles_after_the_warm_up():
