@@ -166,4 +166,6 @@ class _Once:
 
 def _trace() -> Any:
     """What is being traced: another value inside of each jit, scan, cond or vmap."""
-    return jax.extend.core.get_opaque_trace_state(convention="flax")
+    # JAX 0.8 has it in jax.core alone.
+    place: Any = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
+    return place.get_opaque_trace_state(convention="flax")

@@ -386,7 +386,7 @@ class DiT(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches and their linear map `proj`: `[B, H, W, C]` -> `[B, N, hidden_size]`."""
 
-    config: DiTConfig
+    config: Any  # with hidden_size, patch_size and dtype: also that of diffusers' DiT
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N width"]:

@@ -194,7 +194,7 @@ class DiTTransformer2DModel(nn.Module):
             raise InvalidArgumentError(f"x has {channels} channels; this DiT takes {config.in_channels}")
         wave = timestep_embedding(t, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1)
         labels = labels_or_null(labels, t, config.num_classes)
-        h = PatchEmbed(cast(Any, config), name="pos_embed")(x) + self._positions(height, width)
+        h = PatchEmbed(config, name="pos_embed")(x) + self._positions(height, width)
         block, name = functools.partial(DiTTransformerBlock, config), "transformer_blocks"
         # The last layer uses the first block's embedders.
         carry = apply_blocks(block, name, 1, (h, None), wave, labels, remat=config.remat)
