@@ -1,13 +1,12 @@
 """Small random networks of every family in diffusers or transformers, and how both sides are called.
 
-Narrow, but as deep as errors need to grow. Times and scales are numbers that bfloat16 has, so that what is
-measured is how a network computes, and not how its caller rounds t.
+Narrow, but as deep as errors need to grow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -15,191 +14,19 @@ import torch
 import transformers
 from diffusers.pipelines.deprecated import wuerstchen
 
-Inputs = Mapping[str, Any]
+from experiments.benchmarks.sixteen_bits_case import (
+    TEXT,
+    UNIT_T,
+    Case,
+    T,
+    X,
+    constant,
+    each,
+    normal,
+    tokens,
+)
+from experiments.benchmarks.sixteen_bits_unets import UNETS
 
-
-class Case(NamedTuple):
-    """A network and what it is called with.
-
-    Attributes:
-        make: () -> the reference's model.
-        inputs: (random numbers) -> arrays by the names of our arguments, images channels last.
-        theirs: (model, inputs as tensors, images channels first) -> its output.
-        ours: (output of our module) -> the array to compare.
-        method: of our module.
-        exact: inputs that its published pipeline gives it in float32.
-    """
-
-    make: Callable[[], torch.nn.Module]
-    inputs: Callable[[np.random.Generator], dict[str, np.ndarray]]
-    theirs: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
-    ours: Callable[[Any], Any] = lambda output: output
-    method: str = "__call__"
-    exact: tuple[str, ...] = ("t", "guidance", "time_ids", "micro_conds", "resolution", "aspect_ratio")
-
-
-def normal(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
-    """Normal numbers of a shape."""
-    return lambda rng: rng.standard_normal(shape).astype(np.float32)
-
-
-def constant(values: Any, dtype: Any = np.float32) -> Callable[[np.random.Generator], np.ndarray]:
-    """The same for every seed."""
-    return lambda rng: np.asarray(values, dtype)
-
-
-def tokens(*shape: int, below: int) -> Callable[[np.random.Generator], np.ndarray]:
-    """Whole numbers, the last of each row the largest: the end of the text."""
-
-    def draw(rng: np.random.Generator) -> np.ndarray:
-        numbers = rng.integers(3, below - 1, shape, dtype=np.int32)
-        numbers[:, -1] = below - 1
-        return numbers
-
-    return draw
-
-
-def each(**draw: Callable[[np.random.Generator], np.ndarray]) -> Callable[..., dict[str, np.ndarray]]:
-    """Inputs by name."""
-    return lambda rng: {name: one(rng) for name, one in draw.items()}
-
-
-T = constant([20.0, 484.0])  # of 1000; bfloat16 has them
-UNIT_T = constant([0.125, 0.5])
-X, TEXT = normal(2, 8, 8, 4), normal(2, 7, 24)
-# ---------------------------------------------------------------- U-Nets
-
-UNET = {
-    "sample_size": 8,
-    "norm_num_groups": 8,
-    "layers_per_block": 2,
-    "cross_attention_dim": 24,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "attention_head_dim": 4,
-}
-SDXL = UNET | {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 4),
-    "attention_head_dim": (2, 4),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 16 + 6 * 8,
-}
-IF_1 = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 6,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "layers_per_block": 2,
-    "norm_num_groups": 8,
-    "act_fn": "gelu",
-    "cross_attention_dim": 64,
-    "encoder_hid_dim": 24,
-    "encoder_hid_dim_type": "text_proj",
-    "attention_head_dim": 16,
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 4,
-    "resnet_time_scale_shift": "scale_shift",
-    "cross_attention_norm": "group_norm",
-}
-IF_2 = IF_1 | {
-    "in_channels": 6,
-    "mid_block_scale_factor": 1 / 0.7071,
-    "mid_block_only_cross_attention": True,
-    "class_embed_type": "timestep",
-    "resnet_skip_time_act": True,
-    "resnet_out_scale_factor": 1 / 0.7071,
-    "time_embedding_act_fn": "gelu",
-}
-K_BLOCKS = {
-    "sample_size": 8,
-    "in_channels": 8,
-    "out_channels": 5,
-    "act_fn": "gelu",
-    "attention_head_dim": 16,
-    "norm_num_groups": None,
-    "time_cond_proj_dim": 16,
-    "conv_in_kernel": 1,
-    "conv_out_kernel": 1,
-    "cross_attention_dim": 24,
-    "layers_per_block": 2,
-    "mid_block_type": None,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_type": "fourier",
-    "timestep_post_act": "gelu",
-    "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
-    "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
-    "block_out_channels": (32, 64, 64),
-}
-SKIP_BLOCKS = {
-    "sample_size": 8,
-    "time_embedding_type": "fourier",
-    "norm_eps": 1e-6,
-    "norm_num_groups": None,
-    "mid_block_scale_factor": 2**0.5,
-    "block_out_channels": (32, 32, 32),
-    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
-    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
-}
-
-
-def call_unet(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
-    return model(inputs.pop("x"), inputs.pop("t"), **inputs, added_cond_kwargs=added or None).sample
-
-
-def unet(fields: Mapping[str, Any], **more: Any) -> Case:
-    """A U-Net on texts."""
-    x = normal(2, 8, 8, fields.get("in_channels", 4))
-    inputs = each(x=x, t=T, encoder_hidden_states=TEXT, **more)
-    return Case(lambda: diffusers.UNet2DConditionModel(**fields), inputs, call_unet)
-
-
-UNETS = {
-    "SD 1.5's U-Net": unet(UNET),
-    "SD 2.1's U-Net": unet(UNET | {"use_linear_projection": True, "attention_head_dim": (2, 4)}),
-    "SDXL's U-Net": unet(
-        SDXL, text_embeds=normal(2, 16), time_ids=constant([[512, 384, 0, 16, 1024, 640]] * 2)
-    ),
-    "DeepFloyd IF, stage I": unet(IF_1),
-    "DeepFloyd IF, stage II": unet(IF_2, class_labels=constant([250, 100], np.int32)),
-    "UNet2DModel": Case(
-        lambda: diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            norm_num_groups=8,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            num_class_embeds=11,
-        ),
-        each(x=X, t=T, class_labels=constant([3, 10], np.int32)),
-        lambda model, inputs: model(inputs["x"], inputs["t"], inputs["class_labels"]).sample,
-    ),
-    "x2 latent upscaler's U-Net": Case(
-        lambda: diffusers.UNet2DConditionModel(**K_BLOCKS),
-        each(
-            x=normal(2, 8, 8, 8),
-            t=constant([-0.5, 0.25]),
-            encoder_hidden_states=TEXT,
-            timestep_cond=normal(2, 16),
-        ),
-        call_unet,
-    ),
-    "NCSN++": Case(
-        lambda: diffusers.UNet2DModel(**SKIP_BLOCKS),
-        each(x=normal(2, 8, 8, 3), t=constant([0.5, 4.0])),
-        lambda model, inputs: model(inputs["x"], inputs["t"]).sample,
-    ),
-}
 # ---------------------------------------------------------------- transformers that denoise
 
 SD3 = {
