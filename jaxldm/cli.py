@@ -89,7 +89,7 @@ def outcome(argv: Sequence[str] | None) -> int:
         check_text(words)
         modules, words = split_imports(words)
         if modules and own_process:  # a module may start JAX, which fixes its devices
-            prepare_process()
+            prepare_process(trains=words[:1] in TRAINING)
         with imported(modules):
             run(words, own_process)
         if own_process:  # a full disk shows when what was printed is written
@@ -129,18 +129,18 @@ def run(words: list[str], own_process: bool) -> None:
     if command is None:
         return
     if own_process:
-        prepare_process(getattr(command, "computes", True))
+        prepare_process(getattr(command, "computes", True), words[:1] in TRAINING)
     command.run()
 
 
-def prepare_process(computes: bool = True) -> None:
-    """JAX's settings for a process of its own, where it computes, and warnings as lines."""
+def prepare_process(computes: bool = True, trains: bool = False) -> None:
+    """JAX's settings for a process of its own, where it computes or trains, and warnings as lines."""
     from jaxldm.commands.terminal import print_warnings_as_lines
 
     if computes:
         from jaxldm import host
 
-        host.prepare()
+        host.prepare(keep_compiled=not trains)
         host.use_compilation_cache()
     print_warnings_as_lines()
 

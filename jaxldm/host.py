@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,21 +24,24 @@ MAX_DEVICES = 8
 COMPILATION_CACHE = "JAXLDM_COMPILATION_CACHE"  # an environment variable: a folder, or "off"
 MAX_CACHE_BYTES = 2 * 2**30
 # Flags of XLA: what YNNPACK computes, and whether oneDNN, which is in the wheels for x86, computes anything.
-_CONVOLUTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "-individual_convolution",
-    "xla_cpu_experimental_onednn_custom_call": "true",
-}
+_EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "-individual_convolution"}
+_ONEDNN = {"xla_cpu_experimental_onednn_custom_call": "true"}
 _MIN_COMPILE_SECONDS = 0.2  # smaller functions compile about as fast as they are read
 
 
-def prepare() -> None:
+def prepare(*, keep_compiled: bool = False) -> None:
     """Makes JAX fast on a CPU; without effect on other devices. Call it once, at the start of a program.
 
     See `keep_freed_memory`, `use_fast_convolutions` and `use_every_core`; `experiments/benchmarks/README.md`
     shows the gain of each.
+
+    Args:
+        keep_compiled: for a program that starts often and runs for a short time, such as `jaxldm sample`:
+            leaves oneDNN out, so that `use_compilation_cache`, called next, keeps every function. For a
+            training leave it False.
     """
     keep_freed_memory()
-    use_fast_convolutions()
+    use_fast_convolutions(onednn=not keep_compiled)
     use_every_core()
 
 
@@ -56,7 +60,7 @@ def keep_freed_memory() -> bool:
     return all([libc.mallopt(parameter, value) for parameter, value in settings])
 
 
-def use_fast_convolutions() -> bool:
+def use_fast_convolutions(*, onednn: bool = True) -> bool:
     """Makes XLA compute convolutions on a CPU with oneDNN where it can, else Eigen. Returns whether it did.
 
     JAX 0.11 and 0.12 take YNNPACK for them, which is as fast at best, and needs up to four times as long:
@@ -64,14 +68,28 @@ def use_fast_convolutions() -> bool:
     Eigen's time where images are large and channels few, and the same elsewhere. Call it before the first
     computation. What XLA_FLAGS says about either stays; other versions do not get the flags, since XLA ends
     the process at one that it does not know, and JAX 0.10 gains nothing.
+
+    Args:
+        onednn: False leaves it out, and so does JAX_COMPILATION_CACHE_DIR: XLA cannot write a function with
+            oneDNN's convolutions to a file, so that a compilation cache would not hold it.
     """
     given = os.environ.get("XLA_FLAGS", "")
     version = cast(Any, jaxlib).__version__.split(".")[:2]
-    flags = [f"--{name}={value}" for name, value in _CONVOLUTIONS.items() if name not in given]
+    kept: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = _EIGEN | (_ONEDNN if onednn and kept is None else {})
+    flags = [f"--{name}={value}" for name, value in wanted.items() if name not in given]
     if version not in (["0", "11"], ["0", "12"]) or not flags:
         return False
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
     return True
+
+
+def _has_onednn() -> bool:
+    """Whether XLA was told to use oneDNN, and this process has no accelerator, whose functions have none."""
+    platforms: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    plugins = platforms != "cpu" and any(find_spec(name) for name in ("jax_plugins", "libtpu"))
+    said = any(f"{name}={value}" in os.environ.get("XLA_FLAGS", "") for name, value in _ONEDNN.items())
+    return said and not plugins
 
 
 def use_every_core() -> bool:
@@ -154,7 +172,8 @@ def use_compilation_cache() -> Path | None:
 
     At most `MAX_CACHE_BYTES`: JAX removes the functions that were not used for longest. A cache folder that
     the environment already gives to JAX (JAX_COMPILATION_CACHE_DIR) stays as it is. A folder that cannot be
-    written is not used.
+    written is not used. Nor is any where oneDNN computes (`use_fast_convolutions`), whose functions XLA
+    cannot write: JAX would warn of each.
 
     Returns:
         The folder, or None without one.
@@ -163,7 +182,7 @@ def use_compilation_cache() -> Path | None:
     if given is not None:
         return Path(given)
     folder = compilation_cache_folder()
-    if folder is None:
+    if folder is None or _has_onednn():
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -96,10 +96,43 @@ def test_versions_without_these_flags_and_what_the_user_said_stay(monkeypatch):
         ("0.12.1", without, f"{without} {eigen}"),
         ("0.12.1", f"{without} {other}", f"{without} {other}"),
     ):
-        monkeypatch.setenv("XLA_FLAGS", before)
         monkeypatch.setattr(host.jaxlib, "__version__", version)
+        monkeypatch.setenv("XLA_FLAGS", before)
         assert host.use_fast_convolutions() == (before != after)
         assert os.environ["XLA_FLAGS"] == after
+        monkeypatch.setenv("XLA_FLAGS", before)
+        host.use_fast_convolutions(onednn=False)
+        assert os.environ["XLA_FLAGS"] == after.replace(onednn, "").strip()
+
+
+KEPT = """
+import sys, warnings
+from jaxldm import host
+warnings.simplefilter("error")
+host.prepare(**({"keep_compiled": True} if "keep" in sys.argv else {}))
+folder = host.use_compilation_cache()
+import jax
+from jax import lax, numpy as jnp
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+def convolve(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(convolve)(jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))).block_until_ready()
+print(folder is not None, "onednn_custom_call=true" in __import__("os").environ.get("XLA_FLAGS", ""))
+print(events.count("cache_hits") > 0)
+"""
+
+
+def test_a_function_with_convolutions_is_kept_for_the_next_process(tmp_path):
+    """XLA cannot write those of oneDNN: a process has either these or the cache, and no warning."""
+    kept = {host.COMPILATION_CACHE: str(tmp_path / "kept")}
+    assert run(KEPT, "keep", **kept) == ["True", "False", "False"]
+    assert run(KEPT, "keep", **kept) == ["True", "False", "True"]
+    has_cache, has_onednn, hit = run(KEPT, **{host.COMPILATION_CACHE: str(tmp_path / "other")})
+    assert (has_cache != has_onednn, hit) == ("True" != "False", "False")
+    own = run(KEPT, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+    assert own == ["True", "False", "False"] and any((tmp_path / "own").iterdir())
 
 
 COMPILE = """

@@ -23,7 +23,7 @@ def with_jaxldm(pixels: int) -> Callable[[str], Draw]:
 
     from jaxldm import host, pipelines
 
-    host.prepare()  # as the command line does
+    host.prepare(keep_compiled=True)  # as the command line does
     host.use_compilation_cache()
 
     def load(folder: str) -> Draw:

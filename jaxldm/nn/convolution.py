@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -145,12 +146,12 @@ def shifted_products(
 
 
 def doubling_convolution(
-    x: Float[Array, "B H W C"], kernels: Float[Array, "2 2 2 2 C out"]
+    x: Float[Array, "B H W C"], kernels: Sequence[Sequence[Float[Array, "2 2 C out"]]]
 ) -> Float[Array, "B 2*H 2*W out"]:
     """Four 2x2 convolutions, interleaved to an image of twice the size.
 
     The output pixel (2i + a, 2j + b) depends on the input rows i - 1 + a and i + a and the columns j - 1 + b
-    and j + b, through `kernels[a, b]`.
+    and j + b, through `kernels[a][b]`.
 
     Every convolution that doubles an image has this form, without multiplications by zeros or by copies of
     a pixel. On XLA's CPU backend it takes half the time of one 3x3 convolution to
@@ -161,12 +162,12 @@ def doubling_convolution(
     for a in (0, 1):
         columns = [
             jax.lax.conv_general_dilated(
-                x, kernels[a, b], (1, 1), ((1 - a, a), (1 - b, b)), dimension_numbers=DIMENSIONS
+                x, kernels[a][b], (1, 1), ((1 - a, a), (1 - b, b)), dimension_numbers=DIMENSIONS
             )
             for b in (0, 1)
         ]
         rows.append(jnp.stack(columns, axis=3))
-    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernels.shape[-1])
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernels[0][0].shape[-1])
 
 
 @checked(x=array("floating", "[B, H, W, C]", axes=4), weight=array("floating", "[C, out, 4, 4]", axes=4))
@@ -182,7 +183,7 @@ def conv_transpose_4x4_stride_2(
     check_dims(x=(x, "B H W C"), weight=(weight, "C out 4 4"))
     channels, features = weight.shape[:2]
     taps = weight[:, :, ::-1, ::-1].reshape(channels, features, 2, 2, 2, 2)  # [C, out, row, a, column, b]
-    return doubling_convolution(x, taps.transpose(3, 5, 2, 4, 0, 1))
+    return doubling_convolution(x, [list(row) for row in taps.transpose(3, 5, 2, 4, 0, 1)])
 
 
 @checked(x=array("floating", "[B, H, W, C]", axes=4), kernel=array("floating", "[3, 3, C, out]", axes=4))
@@ -201,13 +202,13 @@ def conv_of_doubled(
         y = jax.lax.conv_general_dilated(doubled, kernel, (1, 1), ((1, 1),) * 2, dimension_numbers=DIMENSIONS)
         return cast(Array, y)
 
-    def pairs(kernel: Array, axis: int) -> Array:
+    def pair(kernel: Array, axis: int, odd: int) -> Array:
         first, middle, last = jnp.split(kernel, 3, axis)
-        even = jnp.concatenate([first, middle + last], axis)
-        odd = jnp.concatenate([first + middle, last], axis)
-        return jnp.stack([even, odd])
+        return jnp.concatenate([first + middle, last] if odd else [first, middle + last], axis)
 
-    return doubling_convolution(x, pairs(pairs(kernel, 1), 1))
+    # Sums that do not wait for x would all be computed first, and be in memory together.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return doubling_convolution(x, [[pair(pair(kernel, 0, a), 1, b) for b in (0, 1)] for a in (0, 1)])
 
 
 class ConvTranspose4x4(nn.Module):

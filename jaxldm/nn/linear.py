@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Num
 
 from jaxldm.arguments import a_dtype
@@ -79,12 +82,37 @@ def flat_matmul(
     two axes, for which XLA's CPU backend first transposes the whole input: a sixth of a DiT block's time.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if jax.default_backend() == "cpu" and kernel.shape[0] > kernel.shape[1]:
-        # Makes the gradient (g^T x)^T and not x^T g: XLA's CPU product of many rows and few columns runs at
-        # half speed. The barrier keeps the compiler from undoing it.
-        kernel = jax.lax.optimization_barrier(kernel.T).T
-    product = jnp.matmul(rows, kernel, preferred_element_type=dtype)
-    return product.reshape(*x.shape[:-1], kernel.shape[1])
+    tall = kernel.shape[0] > kernel.shape[1] and jnp.issubdtype(kernel.dtype, jnp.floating)
+    product = _product_of_tall if tall and jax.default_backend() == "cpu" else _product
+    return product(rows, kernel, dtype).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _product(
+    rows: Num[Array, "N in"], kernel: Num[Array, "in out"], dtype: jnp.dtype | None
+) -> Num[Array, "N out"]:
+    return jnp.matmul(rows, kernel, preferred_element_type=dtype)
+
+
+# The same with another gradient: (g^T x)^T and not x^T g, as XLA's CPU product of many rows and few columns
+# runs at half speed. The kernel itself is left as it is: transposed in every call, it would be copied.
+_product_of_tall = jax.custom_jvp(_product, nondiff_argnums=(2,))
+
+
+def _tangent_of_tall(
+    dtype: jnp.dtype | None, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    (rows, kernel), (rows_dot, kernel_dot) = primals, tangents
+    parts = []
+    if not isinstance(rows_dot, SymbolicZero):
+        parts.append(_product_of_tall(rows_dot, kernel, dtype))
+    if not isinstance(kernel_dot, SymbolicZero):
+        # The barrier keeps the compiler from taking the two transpositions away.
+        parts.append(_product(rows, jax.lax.optimization_barrier(kernel_dot.T).T, dtype))
+    out = _product_of_tall(rows, kernel, dtype)
+    return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
+
+
+_product_of_tall.defjvp(_tangent_of_tall, symbolic_zeros=True)
 
 
 def quantized_matmul(

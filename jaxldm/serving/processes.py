@@ -233,5 +233,5 @@ def _prepare_process(number: int, devices: int | None) -> None:
         for kind in DEVICES:
             if f"{kind}_VISIBLE_DEVICES" not in os.environ:
                 jax.config.update(f"jax_{kind.lower()}_visible_devices", mine)
-    host.prepare()
+    host.prepare(keep_compiled=True)
     host.use_compilation_cache()

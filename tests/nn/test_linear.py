@@ -31,6 +31,34 @@ def test_value_and_derivatives_are_those_of_the_plain_product(leading, features_
     np.testing.assert_allclose(*forward, rtol=1e-5, atol=1e-5)
 
 
+def test_a_tall_kernel_is_not_transposed_where_no_gradient_is_taken():
+    """On a processor that would copy it in every call; its gradient is (g^T x)^T, twice as fast as x^T g."""
+    x, kernel = jnp.ones((6, 16)), jnp.ones((16, 4))
+    assert "transpose" not in jax.jit(flat_matmul).lower(x, kernel).as_text()
+    gradient = jax.jit(jax.grad(lambda kernel: jnp.sin(flat_matmul(x, kernel)).sum())).lower(kernel).as_text()
+    products = [line.split("->")[-1].strip() for line in gradient.splitlines() if "dot_general" in line]
+    assert products == ["tensor<6x4xf32>", "tensor<4x16xf32>"]
+    assert "optimization_barrier" in gradient
+
+
+@pytest.mark.parametrize("varied", [0, 1])
+def test_the_derivative_along_one_argument_is_one_more_product(varied):
+    given = [jnp.arange(96.0).reshape(6, 16) / 50, jnp.arange(64.0).reshape(16, 4) / 9]
+
+    def along(direction):
+        def product(one):
+            return flat_matmul(*(one if n == varied else array for n, array in enumerate(given)))
+
+        return jax.jvp(product, (given[varied],), (direction,))[1]
+
+    moved = [array + float(n == varied) for n, array in enumerate(given)]
+    expected = flat_matmul(*moved) - flat_matmul(*given)
+    ones = jnp.ones_like(given[varied])
+    np.testing.assert_allclose(along(ones), expected, rtol=1e-4)
+    program = jax.jit(along).lower(ones).as_text()
+    assert program.count("dot_general") == 1  # of the derivative; no product with zeros
+
+
 def test_it_can_be_mapped_and_keeps_bfloat16():
     x, kernel = jnp.ones((3, 2, 8), jnp.bfloat16), jnp.ones((8, 4), jnp.bfloat16)
     mapped = jax.vmap(flat_matmul, (0, None))(x, kernel)
