@@ -4,16 +4,17 @@ Question: from which batch size on does a network need `remat=True`, and how muc
 Command:  python -m experiments.benchmarks.train_step_memory       (--quick: a small network)
 Needs:    nothing but jaxldm. Minutes and figures: README.md in this folder.
 
-The step is a diffusion transformer's: loss, gradients, clipping, AdamW, moving average; it is compiled from
-shapes alone and not run. "Temporary" is what XLA plans besides weights, moments and batch. Compiled for a
-processor this is a stand-in for a GPU: there attention keeps no weights and XLA fuses more, so that it needs
-less.
+The step has loss, gradients, clipping, AdamW and moving average, on images of the preset's size; it is
+compiled from shapes alone and not run. "Temporary" is what XLA plans besides weights, moments and batch.
+Compiled for a processor this is a stand-in for a GPU: there attention keeps no weights and XLA fuses more, so
+that it needs less.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ class TrainStepMemory:
     quick: bool = False
     """A small network, one batch size: only to see that everything runs."""
     preset: str = "dit-xl-2"
-    """Which network, of latents and labels."""
+    """Which denoising network."""
     batch_sizes: tuple[int, ...] = (32, 256)
     """Images in a step."""
+    policies: tuple[str, ...] = POLICIES
+    """What is computed again."""
     dtype: str = "float32"
     """Of arithmetic; weights and moments are float32. A processor widens 16 bits, which costs it memory."""
     output_dir: Path = Path("runs/benchmarks")
@@ -49,19 +52,24 @@ class TrainStepMemory:
 def planned(module: Any, policy: str, batch_size: int) -> dict[str, int]:
     """Bytes of the state and of what the compiled step needs besides."""
     module = models.from_config(dataclasses.replace(module.config, remat=policy == "blocks"))
-    x, _, labels = (
-        jax.ShapeDtypeStruct((batch_size, *given.shape[1:]), given.dtype) for given in module.example_inputs()
+    x, _, *conditions = jax.tree.map(
+        lambda given: jax.ShapeDtypeStruct((batch_size, *given.shape[1:]), given.dtype),
+        module.example_inputs(),
     )
+    names = [*inspect.signature(module.__call__).parameters][2:]
+    condition = {name: given for name, given in zip(names, conditions, strict=False) if given is not None}
     optimizer = training.optimizer(1e-4, 0, 10**6, max_grad_norm=1.0)
-    prediction, call = D.epsilon(D.VP(D.linear_betas())), models.network(module)
+    continuous = models.convention(module).continuous
+    prediction = D.flow(D.Flow()) if continuous else D.epsilon(D.VP(D.linear_betas()))
+    call = models.network(module)
 
-    def predict(params: Any, x: Any, t: Any, labels: Any) -> Any:
-        return call(params, x, t, labels)[..., : x.shape[-1]]
+    def predict(params: Any, x: Any, t: Any, condition: Any) -> Any:
+        return call(params, x, t, condition)[..., : x.shape[-1]]
 
     def loss_fn(params: Any, state: Any, batch: Any, key: Any) -> Any:
         network = jax.checkpoint(predict) if policy == "whole network" else predict
         network = functools.partial(network, params)
-        return D.diffusion_loss(key, network, prediction, batch["mean"], batch["label"])
+        return D.diffusion_loss(key, network, prediction, batch["mean"], batch["condition"])
 
     state = jax.eval_shape(
         lambda params: training.create_train_state(jax.random.key(0), params, optimizer),
@@ -70,7 +78,7 @@ def planned(module: Any, policy: str, batch_size: int) -> dict[str, int]:
     step = training.compile_train_step(
         training.make_train_step(loss_fn, optimizer, 0.9999), training.make_mesh(1)
     )
-    analysis: Any = step.lower(state, {"mean": x, "label": labels}).compile().memory_analysis()
+    analysis: Any = step.lower(state, {"mean": x, "condition": condition}).compile().memory_analysis()
     return {"state": analysis.argument_size_in_bytes, "temporary": analysis.temp_size_in_bytes}
 
 
@@ -80,7 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     kept = {row["batch_size"]: row["temporary"] for row in rows if row["policy"] == "off"}
     for row in rows:
-        share = row["temporary"] / kept[row["batch_size"]]
+        share = row["temporary"] / kept.get(row["batch_size"], float("nan"))
         sizes = [f"{row[kind] / 1e9:.3g}" for kind in ("state", "temporary")]
         lines.append(
             "| " + " | ".join([str(row["batch_size"]), row["policy"], *sizes, f"{share:.0%}"]) + " |"
@@ -94,7 +102,7 @@ def main(options: TrainStepMemory) -> None:
     module = models.build(options.preset, dtype=options.dtype, **small)
     rows: list[dict[str, Any]] = []
     for batch_size in options.batch_sizes:
-        for policy in POLICIES:
+        for policy in options.policies:
             figures = planned(module, policy, batch_size)
             rows.append({"batch_size": batch_size, "policy": policy, **figures})
             print(json.dumps(rows[-1]), flush=True)

@@ -157,7 +157,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Class labels `[B]` -> `[B, hidden_size]`; the last row of the table is the null class."""
 
-    config: DiTConfig
+    config: Any  # with num_classes, hidden_size and dtype: also that of diffusers' DiT
 
     @nn.compact
     def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B C"]:

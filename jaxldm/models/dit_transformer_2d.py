@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import chex
 import flax.linen as nn
@@ -112,7 +112,7 @@ class TimestepLabelEmbedding(nn.Module):
     def __call__(self, wave: Float[Array, "B 256"], labels: Int[Array, " B"]) -> Float[Array, "B C"]:
         config = self.config
         of_time = TimestepEmbedding(config.hidden_size, config.dtype, name="timestep_embedder")
-        return of_time(wave) + LabelEmbedder(cast(Any, config), name="class_embedder")(labels)
+        return of_time(wave) + LabelEmbedder(config, name="class_embedder")(labels)
 
 
 class LabelledModulation(nn.Module):
