@@ -104,7 +104,7 @@ def load(
     """Opens a model folder that `save`, diffusers or transformers wrote: (module, its parameters).
 
     Tensors are read from disk two at a time, each put on its device before the next is read: the host needs
-    memory for the largest of them, not for the model.
+    memory for the largest of them (twice where the dtype changes), not for the model.
 
     Args:
         folder: of the model.

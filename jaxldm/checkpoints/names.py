@@ -309,7 +309,7 @@ def placed(
 
     def part(index: Any) -> np.ndarray:
         if like.block is None:
-            return _owned([np.asarray(ours[0][index])], dtype)[0]  # a number becomes an array again
+            return _ready(np.asarray(ours[0][index]), dtype)  # a number becomes an array again
         return _owned([np.asarray(block[index[1:]]) for block in ours[index[0]]], dtype)
 
     if not isinstance(where, jax.sharding.Sharding):
@@ -319,6 +319,16 @@ def placed(
         for device, index in where.addressable_devices_indices_map(shape).items()
     ]
     return jax.make_array_from_single_device_arrays(shape, where, parts)
+
+
+def _ready(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What is put on a device in place of a view, which may be a file.
+
+    A transposed view JAX has to copy to a device in any case, and it does so twice as fast as NumPy.
+    """
+    if view.flags.c_contiguous:
+        return _owned([view], dtype).reshape(view.shape)
+    return view.astype(dtype, order="K", copy=False)
 
 
 def _owned(views: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

@@ -107,10 +107,8 @@ def test_over_a_mesh_each_device_gets_its_part(saved, model):
 
 def test_each_part_is_read_alone(saved, model, monkeypatch):
     """A split kernel is never read whole: what is copied out of the file is what a device has of it."""
-    copied, own = [], names._owned
-    monkeypatch.setattr(
-        names, "_owned", lambda views, dtype: copied.append(views[0].shape) or own(views, dtype)
-    )
+    copied, own = [], names._ready
+    monkeypatch.setattr(names, "_ready", lambda view, dtype: copied.append(view.shape) or own(view, dtype))
     mesh = models.make_mesh(8, fsdp=4, tensor=2)
     params = checkpoints.load(saved, sharding=models.sharding_of(mesh))[1]
     jax.tree.map(np.testing.assert_array_equal, params, model[1])
