@@ -92,6 +92,9 @@ def test_a_run_trains_each_stage_on_the_devices_that_it_is_fastest_on(tmp_path, 
     assert sizes == {"autoencoder": 2, "diffusion": 2}
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="XLA of earlier releases holds all squares, then sums them"
+)
 def test_an_update_holds_no_second_state():
     """Chosen elementwise, the old and the new state were in memory together: 8 bytes a parameter."""
     mesh = training.make_mesh(1)
