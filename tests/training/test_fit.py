@@ -383,6 +383,10 @@ def test_the_loss_falls_and_samples_are_asked_for_on_time(tmp_path, capsys):
     assert len(lines) == 60 and lines[-1].startswith("toy: epoch 60/60  loss ")
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 9),
+    reason="a processor is done with a step whose state is donated before the call returns: it waits for all",
+)
 def test_only_the_batches_that_the_device_waits_for_count_as_waiting(tmp_path):
     """Two updates are under way, a batch takes less than one of them, but the seventh a second."""
     state, train_step = toy()
