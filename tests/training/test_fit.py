@@ -394,7 +394,7 @@ def test_only_the_batches_that_the_device_waits_for_count_as_waiting(tmp_path):
     def slow_step(state, batch):
         state, metrics = train_step(state, batch)
         matrix = jnp.full((512, 512), metrics["loss"]) / 512
-        product = jax.lax.fori_loop(0, 30, lambda _, power: power @ matrix, matrix)
+        product = jax.lax.fori_loop(0, 60, lambda _, power: power @ matrix, matrix)
         return state, {**metrics, "product": product[0, 0]}
 
     class SlowBatches(ToyBatches):
