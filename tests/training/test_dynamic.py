@@ -95,7 +95,7 @@ def test_it_begins_as_the_trained_dit(source):
     t = np.float32([1, 20, 300, 900])
     expected = jax.jit(network)(BATCH["mean"], t, BATCH["label"])
     found = jax.jit(models.network(module))(params, BATCH["mean"], t, BATCH["label"])
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # of two programs, which may round differently
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_compiled(source, tmp_path):
